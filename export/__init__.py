@@ -1,0 +1,1 @@
+"""PyTorch networks -> files that other runtimes execute."""

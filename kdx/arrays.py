@@ -1,0 +1,107 @@
+"""NumPy or PyTorch in, the same kind out; and what of an input can be said to be wrong before any geometry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdx.errors import KdxError
+from kdx.kernels import geometry
+
+Array = NDArray[Any] | Tensor
+
+MIN_IMAGES = 4
+"""The unbiased inner product divides by n(n - 3)."""
+
+
+def tensor(array: Array, name: str) -> Tensor:
+    """``array`` as a detached tensor on its own device, sharing memory where it can."""
+    if isinstance(array, Tensor):
+        return array.detach()
+    if isinstance(array, np.ndarray):
+        if array.dtype.kind not in "fiub":
+            raise KdxError(
+                f"The {name} is an array of {array.dtype}, not of numbers.", f"Give the {name} as floating-point or integer numbers."
+            )
+        return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    raise TypeError(f"{name} must be a NumPy array or a PyTorch tensor, not {type(array).__name__}")
+
+
+def like(result: Tensor, kind: Array) -> Any:
+    """``result`` as NumPy where ``kind`` is NumPy, else as it is."""
+    return result if isinstance(kind, Tensor) else result.numpy(force=True)
+
+
+def feature_map(array: Array, name: str) -> Tensor:
+    """Features as [n, C, H, W]: [n, d] becomes [n, d, 1, 1]."""
+    features = tensor(array, name)
+    if features.ndim not in (2, 4) or 0 in features.shape[1:]:
+        raise KdxError(
+            f"The {name} have shape {list(features.shape)}.", "Give feature maps [n, C, H, W] or vectors [n, d], with no size of zero."
+        )
+    if not features.is_floating_point():
+        raise KdxError(f"The {name} are {features.dtype}, not floating-point.", "Give them as float16, bfloat16, float32 or float64.")
+    return features[:, :, None, None] if features.ndim == 2 else features
+
+
+def check_images(n: int) -> None:
+    if n < MIN_IMAGES:
+        raise KdxError(
+            f"Distance geometry needs at least {MIN_IMAGES} images; here are {n}.", "Give more images; scores settle from about 32."
+        )
+
+
+def check_same(n: int, other: int, name: str, other_name: str) -> None:
+    if n != other:
+        raise KdxError(
+            f"There are {n} rows of {name} and {other} of {other_name}.", "Give one row an image, of the same images in the same order."
+        )
+
+
+def target_embedding(array: Array, n: int) -> Tensor:
+    """Integer labels [n] or an embedding [n, e] as an embedding, labels as one-hot rows."""
+    target = tensor(array, "target")
+    check_same(target.shape[0] if target.ndim else 0, n, "the target", "features")
+    if target.ndim == 2:
+        return target if target.is_floating_point() else target.double()
+    if target.ndim != 1 or target.is_floating_point():
+        raise KdxError(
+            f"The target has shape {list(target.shape)} and type {target.dtype}.",
+            "Give integer labels [n] or an embedding [n, e]; a number an image is an embedding [n, 1].",
+        )
+    classes: Tensor = target.unique()
+    return (target[:, None] == classes[None, :]).double()
+
+
+def check_finite(x: Tensor, name: str) -> None:
+    """KdxError naming the rows of x [n, ...] that hold NaN or infinity."""
+    finite = x.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        rows = (~finite).nonzero().flatten().tolist()
+        raise KdxError(
+            f"The {name} are not finite in rows {', '.join(map(str, rows[:5]))}{' ...' if len(rows) > 5 else ''}.",
+            "Remove or repair those rows: NaN and infinity have no distances.",
+        )
+
+
+def measured(d: Tensor, x: Tensor, name: str) -> Tensor:
+    """Distances d of rows x, checked: finite, and not all equal (an undefined correlation)."""
+    if not bool(d.isfinite().all()):  # looked for in d, which is small; in x only to name the rows
+        check_finite(x, name)
+        raise KdxError(f"The {name} are too large for their precision.", "Scale them down, or give them as float64.")
+    centred = geometry.u_centered(d)
+    if float(geometry.dot(centred, centred)) <= 1e-20 * float(geometry.dot(d, d)):
+        if name == "target":
+            raise KdxError(
+                "The target sets all images equally far apart: they are of one class, or each of its own.",
+                "Give images of at least two classes, several of a class.",
+            )
+        raise KdxError(
+            f"The {name} are constant: all images are equally far from each other.",
+            "Look at the layer and the preprocessing; a dead layer has no geometry.",
+        )
+    return d

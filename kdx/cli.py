@@ -1,0 +1,227 @@
+"""The command line: one thin function a command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+import typer.core
+
+from kdx.console import console
+from kdx.errors import KdxError
+from kdx.runtime import RuntimeName
+from kdx.unicam import ObjectiveName, Weighting
+
+
+class _Commands(typer.core.TyperGroup):
+    """Meets Ctrl-C before typer does, which would exit without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _complain("Stopped. The same command takes up where this one was.")
+            sys.exit(130)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Shows what a student network learned from its teacher, and measures it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+LayerOption = Annotated[
+    list[str] | None, typer.Option("--layer", "-l", help="A layer, or STUDENT_LAYER=TEACHER_LAYER; repeat for more.", show_default=False)
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seeds every random choice; the manifest records it.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU where there is one.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("kdx-demo"),
+    seed: SeedOption = 0,
+) -> None:
+    """Handwritten digits: distil, export, explain, report. About a minute on two cores."""
+    from kdx import report
+    from kdx.demo import run
+
+    runs = run(out, seed=seed, announce=_say)
+    for folder in runs.values():
+        console.print(report.table(folder))
+    for method, folder in runs.items():
+        _say(f"The page of the student distilled with {method}: {folder / 'report.html'}")
+
+
+@app.command()
+def distill(
+    data: Annotated[str, typer.Argument(help="A folder of class folders, cifar10:FOLDER, or digits.")],
+    teacher: Annotated[str, typer.Option(help="Model reference; with @weights it is taken as it is, else trained first.")],
+    student: Annotated[str, typer.Option(help="Model reference of the student, and of the base.")],
+    out: Annotated[Path, typer.Option(help="The folder for checkpoints and the models file.")],
+    method: Annotated[str, typer.Option(help="kd (Hinton 2015) or at (attention transfer).")] = "kd",
+    layer: LayerOption = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 30,
+    batch: Annotated[int, typer.Option(min=2)] = 64,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 0.1,
+    temperature: Annotated[float, typer.Option(help="kd: softens both networks' logits.")] = 4.0,
+    alpha: Annotated[float, typer.Option(min=0, max=1, help="kd: the teacher's share of the loss.")] = 0.9,
+    beta: Annotated[float, typer.Option(help="at: the weight of the attention loss.")] = 1000.0,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Images are resized to a square of this side; the teacher's own by default.")
+    ] = None,
+    augment: Annotated[bool, typer.Option("--augment", help="Shift the training images a little.")] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the training images.")] = False,
+    student_images: Annotated[int | None, typer.Option(min=2, help="Train base and student on this many images only.")] = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train a teacher (or take one), a base and a student, and write a models file for kdx explain."""
+    from kdx.distill import Settings
+    from kdx.distill import distill as train
+
+    settings = Settings(
+        method=method,
+        epochs=epochs,
+        batch=batch,
+        learning_rate=learning_rate,
+        temperature=temperature,
+        alpha=alpha,
+        beta=beta,
+        seed=seed,
+        augment=augment,
+        flip=flip,
+        student_images=student_images,
+        image_size=None if image_size is None else (image_size, image_size),
+    )
+    models = train(data, teacher=teacher, student=student, out=out, settings=settings, layers=layer, device=device)
+    _say(f"Models file: {models}\nNext: kdx explain {data} --models {models} --out RUN")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A model reference, or MODELS.toml:ROLE.")],
+    layer: Annotated[
+        list[str] | None,
+        typer.Option("--layer", "-l", help="A layer whose features the file gives; repeat for more.", show_default=False),
+    ] = None,
+    kind: Annotated[Literal["features"], typer.Option(help="What the file computes.")] = "features",
+    out: Annotated[Path, typer.Option(help="The folder, or the .onnx file, to write.")] = Path(),
+    image_size: Annotated[int | None, typer.Option(min=1, help="The side of the images, where the model does not say it.")] = None,
+) -> None:
+    """Write a network as one ONNX file with logits and the named layers' features, checked against PyTorch."""
+    from kdx import models, models_file
+    from kdx.export import onnx_file
+    from kdx.export.graphs import FeatureGraph
+
+    network, classes = models_file.load_any(model)
+    if not layer:
+        raise KdxError("No layer was named.", f"Name one or more with --layer; this network has {', '.join(models.layers(network))}.")
+    size = network.preprocessing.size or (None if image_size is None else (image_size, image_size))
+    if size is None:
+        raise KdxError(f"{model} does not say what size of image it takes.", "Give --image-size.")
+    path = out if out.suffix == ".onnx" else out / f"{models.file_name(network.reference)}.{kind}.onnx"
+    with console.status("Exporting"):
+        parity = onnx_file.write(
+            FeatureGraph(network.module, layer, network.preprocessing),
+            path,
+            reference=network.reference,
+            weights=network.weights_hash,
+            image_size=size,
+            classes=classes,
+        )
+    _say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, images [batch, 3, height, width] in [0, 1] -> logits, {', '.join(layer)}")
+    _say(f"Parity with PyTorch: {parity.summary()}")
+
+
+@app.command()
+def explain(
+    data: Annotated[str, typer.Argument(help="A folder of class folders, cifar10:FOLDER, or digits.")],
+    models: Annotated[Path, typer.Option(help="The models file that names teacher, student and base.")],
+    out: Annotated[Path, typer.Option(help="The run's folder; a stopped run there is taken up again.")],
+    layer: LayerOption = None,
+    batch: Annotated[int, typer.Option(min=4, help="Images whose pairwise geometry makes one set of maps.")] = 64,
+    chunk: Annotated[int | None, typer.Option(min=1, help="Images through a network at once, to save memory; changes no result.")] = None,
+    runtime: Annotated[RuntimeName, typer.Option(help="What executes the networks.")] = "auto",
+    device: DeviceOption = "auto",
+    objective: Annotated[ObjectiveName, typer.Option(help="What the maps raise.")] = "relevance",
+    weighting: Annotated[Weighting, typer.Option(help="One weight a channel, or one a position (HiRes).")] = "gap",
+    reference: Annotated[int, typer.Option(min=0, help="Map every image among this many fixed images; 0: among its batch mates.")] = 0,
+    split: Annotated[
+        str | None, typer.Option(help="test, validation, train or all; by default test of the models' own data, all of other data.")
+    ] = None,
+    permutations: Annotated[int, typer.Option(min=0, help="Permutations for p-values.")] = 999,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the intervals.")] = 0.95,
+    max_unreadable: Annotated[float, typer.Option(min=0, max=1, help="The share of corrupt images past which the run fails.")] = 0.01,
+    seed: SeedOption = 0,
+) -> None:
+    """Explain a data set: four maps an image and layer, and scores with intervals, stored with a page that shows them."""
+    from kdx import report
+    from kdx.explain import Options, run
+
+    options = Options(
+        batch=batch,
+        chunk=chunk,
+        runtime=runtime,
+        device=device,
+        objective=objective,
+        weighting=weighting,
+        references=reference,
+        split=split,
+        permutations=permutations,
+        confidence=confidence,
+        max_unreadable=max_unreadable,
+        seed=seed,
+    )
+    page = run(data, models, out, layer or (), options, command=["kdx", *sys.argv[1:]], announce=_say)
+    console.print(report.table(out))
+    _say(f"The page: {page}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+    """Write the page again, from what the run stored."""
+    from kdx import report as pages
+
+    _say(f"The page: {pages.write(run)}")
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine can run, and what to install for the rest."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from kdx.doctor import probe
+
+    table = Table("", "", "found", "to mend", box=None, pad_edge=False)
+    for finding in probe():
+        mark = "[green]yes[/]" if finding.works else "[yellow]no[/]"
+        table.add_row(mark, finding.name, escape(finding.found), "" if finding.works else escape(finding.mend))
+    console.print(table)
+
+
+def _say(line: str) -> None:
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def _complain(line: str, style: str | None = None) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(line, style=style, markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """The entry point: a KdxError is two sentences and exit status 2, Ctrl-C is 130, anything else is a bug and shows itself."""
+    try:
+        app()
+    except KdxError as error:
+        _complain(f"Error: {error.problem}", style="bold red")
+        _complain(error.mend)
+        sys.exit(2)

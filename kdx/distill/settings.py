@@ -1,0 +1,101 @@
+"""How the networks of a distillation are trained, what is told of it, and the demonstration's recipe."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from kdx.distill.losses import METHODS
+from kdx.errors import KdxError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the networks are trained; the teacher's training reads ``teacher_epochs`` (else ``epochs``) and no loss setting.
+
+    ``student_images`` trains base and student on a class-balanced part of the train split only; the teacher always has all of it.
+    ``augment`` shifts each image by up to a twelfth of its size, ``flip`` mirrors half of them. ``image_size`` is (height, width).
+    """
+
+    method: str = "kd"
+    epochs: int = 30
+    teacher_epochs: int | None = None
+    batch: int = 64
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = 0.1
+    weight_decay: float = 5e-4
+    temperature: float = 4.0
+    alpha: float = 0.9
+    beta: float = 1000.0
+    seed: int = 0
+    augment: bool = False
+    flip: bool = False
+    student_images: int | None = None
+    image_size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            near = difflib.get_close_matches(self.method, METHODS, n=1)
+            hint = f"Did you mean {near[0]}? " if near else ""
+            raise KdxError(f"There is no distillation method {self.method!r}.", f"{hint}Choose one of: {', '.join(METHODS)}.")
+        sound = {
+            "epochs": self.epochs >= 1,
+            "teacher_epochs": self.teacher_epochs is None or self.teacher_epochs >= 1,
+            "batch": self.batch >= 2,
+            "optimizer": self.optimizer in ("sgd", "adamw"),
+            "learning_rate": 0 < self.learning_rate < math.inf,
+            "weight_decay": 0 <= self.weight_decay < math.inf,
+            "temperature": 0 < self.temperature < math.inf,
+            "alpha": 0 <= self.alpha <= 1,
+            "beta": 0 <= self.beta < math.inf,
+            "seed": self.seed >= 0,
+            "student_images": self.student_images is None or self.student_images >= 2,
+            "image_size": self.image_size is None or min(self.image_size) >= 1,
+        }
+        for name, fine in sound.items():
+            if not fine:
+                raise KdxError(
+                    f"The training setting {name} cannot be {getattr(self, name)!r}.", _RANGES.get(name, "Give a number above 0.")
+                )
+
+
+_RANGES = {
+    "batch": "Give a batch of 2 or more: batch normalisation needs them.",
+    "optimizer": "Choose sgd or adamw.",
+    "weight_decay": "Give 0 or more.",
+    "alpha": "Give a number from 0 (labels only) to 1 (teacher only).",
+    "beta": "Give 0 or more.",
+    "seed": "Give 0 or more.",
+    "student_images": "Give 2 or more; leave it out for the whole train split.",
+}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One epoch of one network is done: the mean training loss and the accuracy on the validation split.
+
+    Both are None for a network that was finished before and is kept as it is.
+    """
+
+    network: str
+    epoch: int
+    epochs: int
+    loss: float | None = None
+    accuracy: float | None = None
+
+
+Report = Callable[[Progress], None]
+
+_DEMO_SETTINGS = Settings(epochs=60, teacher_epochs=8, batch=32, augment=True, student_images=100, image_size=(24, 24))
+
+DEMO: dict[str, Any] = {
+    "data": "digits",
+    "teacher": "kdx:resnet,width=16,depth=2",
+    "student": "kdx:resnet,width=8,depth=1",
+    "kd": _DEMO_SETTINGS,
+    "at": replace(_DEMO_SETTINGS, method="at"),
+}
+"""The demonstration: a small student that sees ten images a class, under a teacher that has seen ten times as many."""

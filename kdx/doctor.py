@@ -1,0 +1,102 @@
+"""What this machine can run, and what to install for the rest. Every probe is guarded: none can stop the others."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from kdx.errors import first_line
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked for: whether it works, what was found, and what to do where it does not."""
+
+    name: str
+    works: bool
+    found: str
+    mend: str = ""
+
+
+def probe() -> list[Finding]:
+    """Every finding, in the order in which they matter."""
+    return [_guarded(name, look, mend) for name, (look, mend) in _PROBES.items()]
+
+
+def _guarded(name: str, look: Callable[[], str], mend: str) -> Finding:
+    try:
+        return Finding(name, True, look())
+    except PackageNotFoundError:
+        return Finding(name, False, "not installed", mend)
+    except Exception as error:  # a broken package may raise anything on import; that is the finding
+        return Finding(name, False, first_line(error), mend)
+
+
+def _torch() -> str:
+    import torch
+
+    return f"{torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("PyTorch sees no GPU")
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+
+
+def _onnxruntime() -> str:
+    import onnxruntime
+
+    return f"{onnxruntime.__version__}, {', '.join(p.removesuffix('ExecutionProvider') for p in onnxruntime.get_available_providers())}"
+
+
+def _timm() -> str:
+    import timm
+
+    return str(timm.__version__)
+
+
+def _torchvision() -> str:
+    import torchvision
+
+    return str(torchvision.__version__)
+
+
+def _tensorrt() -> str:
+    return version("tensorrt")
+
+
+def _pycuda() -> str:
+    installed = version("pycuda")
+    import pycuda.driver
+
+    return f"{installed}, driver {pycuda.driver.get_driver_version()}"
+
+
+def _nvcc() -> str:
+    path = shutil.which("nvcc")
+    if path is None:
+        raise RuntimeError("not on PATH")
+    lines = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout.strip().splitlines()
+    return lines[-1]
+
+
+_GPU_EXTRA = "pip install 'kdx[gpu]' (in place of kdx[cpu])"
+_PROBES: dict[str, tuple[Callable[[], str], str]] = {
+    "Python": (platform.python_version, ""),
+    "runtime eager: PyTorch": (_torch, "pip install kdx"),
+    "runtime onnx: ONNX Runtime": (_onnxruntime, "pip install 'kdx[cpu]'"),
+    "GPU": (_gpu, "eager uses a GPU where PyTorch sees one: an NVIDIA driver and a CUDA build of PyTorch"),
+    "TensorRT": (_tensorrt, _GPU_EXTRA),
+    "PyCUDA": (_pycuda, _GPU_EXTRA),
+    "nvcc": (_nvcc, "the CUDA toolkit; only for building kernels"),
+    "models timm:": (_timm, "pip install 'kdx[models]'"),
+    "models torchvision:": (_torchvision, "pip install 'kdx[models]', of the build that matches PyTorch"),
+}

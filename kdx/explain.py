@@ -1,0 +1,339 @@
+"""A run over a data set: plan batches, infer, measure, store; resumes where it stopped."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+
+from kdx import report, transfer
+from kdx.console import progress
+from kdx.data import Dataset, class_balanced_batches, class_balanced_sample, load_images, open_data, split
+from kdx.errors import KdxError
+from kdx.explainer import Explainer
+from kdx.models_file import ModelsFile, read_models
+from kdx.runtime import Outputs, RuntimeName
+from kdx.scores import permutation_table
+from kdx.store import Batch, Store
+from kdx.transfer import ROLES
+from kdx.unicam import ObjectiveName, Weighting
+
+_PACKAGES = ("kdx", "torch", "numpy", "scipy", "onnx", "onnxruntime", "zarr", "pyarrow", "pillow")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run explains.
+
+    batch: images whose geometry makes one set of maps; chunk: images through a network at once (it changes no result).
+    references: m > 0 maps every image among the same m class-balanced images instead of its batch mates.
+    split: ``test``, ``validation``, ``train`` or ``all``; None takes ``test`` of the data that the models were trained on, and all
+    of any other. max_unreadable: the share of corrupt images past which the run fails. gallery: images shown in the report.
+    """
+
+    batch: int = 64
+    chunk: int | None = None
+    runtime: RuntimeName = "auto"
+    device: str = "auto"
+    objective: ObjectiveName = "relevance"
+    weighting: Weighting = "gap"
+    references: int = 0
+    split: str | None = None
+    seed: int = 0
+    permutations: int = 999
+    confidence: float = 0.95
+    max_unreadable: float = 0.01
+    gallery: int = 60
+
+
+def run(
+    data: str,
+    models: Path,
+    out: Path,
+    layers: Sequence[str] = (),
+    options: Options = Options(),
+    *,
+    networks: Path | None = None,
+    command: Sequence[str] = (),
+    announce: Callable[[str], None] = print,
+) -> Path:
+    """Explain ``data`` by the three networks of a models file into the folder ``out``; return the path of the report.
+
+    layers: names shared by the networks, or ``student_layer=teacher_layer``; those of the models file where none is given.
+    networks: where exported networks are kept (out/networks by default). A run that was stopped takes up where it was,
+    with the same result; a finished one is not computed again.
+
+    Raises KdxError for whatever the user can mend, before anything is written where that can be told so early.
+    """
+    trio = read_models(models)
+    dataset = open_data(data, trio.classes or None)
+    share, indices, pool = _part(dataset, trio, options)
+    paired = parse_layers(layers or trio.layers)
+    batches = class_balanced_batches(dataset.labels[indices], options.batch, options.seed)
+    with _explainer(trio, paired, options, networks or out / "networks") as explainer:
+        described = explainer.networks()
+        size = _image_size(described)
+        configuration = {
+            "data": data,
+            "split": share,
+            "fingerprint": dataset.fingerprint,
+            "models": {role: {key: described[role][key] for key in ("reference", "sha256", "parameters")} for role in ROLES},
+            "layers": paired,
+            "image_size": size,
+            **{key: value for key, value in asdict(options).items() if key not in ("split", "chunk", "runtime", "device")},
+            "runtime": explainer.choice.runtime,
+            "device": str(explainer.choice.device),
+        }
+        store = Store.begin(
+            out,
+            configuration,
+            {
+                "kdx": version("kdx"),
+                "created": _now(),
+                "command": list(command),
+                "environment": environment(),
+                "classes": list(dataset.classes),
+                "method": trio.training.get("method"),
+                "batches": len(batches),
+            },
+        )
+        if store.complete:
+            announce(f"{out} is complete already; its page is written again.")
+            return report.write(out)
+        explainer.open(size)
+        announce(f"Runtime {explainer.choice.why}.")
+        pending = [batch for batch in range(len(batches)) if not store.has(batch)]
+        if pending and len(pending) < len(batches):
+            announce(f"Resuming: {len(batches) - len(pending)} of {len(batches)} batches are done.")
+        if options.references and pending:
+            _use_references(explainer, dataset, pool, options, size)
+        with progress() as show:
+            for done, batch in enumerate(pending, len(batches) - len(pending)):
+                show("Explaining", done, len(batches), "batches")
+                _explain_batch(store, explainer, dataset, indices[batches[batch]], batch, batches, options, size)
+            show("Explaining", len(batches), len(batches), "batches")
+    _finish(store, dataset, batches, options, size)
+    return report.write(out)
+
+
+def parse_layers(names: Sequence[str]) -> dict[str, str]:
+    """``layer`` or ``student_layer=teacher_layer`` -> the student's and base's layer to the teacher's."""
+    if not names:
+        raise KdxError("No layer was named.", "Name at least one with --layer; kdx export MODEL without --layer lists them.")
+    paired = {}
+    for name in names:
+        student, _, teacher = name.partition("=")
+        paired[student] = teacher or student
+    return paired
+
+
+def _part(dataset: Dataset, trio: ModelsFile, options: Options) -> tuple[str, NDArray[np.int64], NDArray[np.int64]]:
+    """The split to explain, its indices, and those that a reference set is taken from: training images, where there are any."""
+    share = options.split or ("test" if dataset.reference == trio.data else "all")
+    if share == "all":
+        return share, np.arange(len(dataset)), np.arange(len(dataset))
+    parts = split(dataset, trio.seed if trio.seed is not None else options.seed)
+    if share not in parts:
+        raise KdxError(f"There is no split {share!r}.", f"Choose one of {', '.join(parts)}, all.")
+    return share, parts[share], parts["train"]
+
+
+def _explainer(trio: ModelsFile, layers: Mapping[str, str], options: Options, folder: Path) -> Explainer:
+    def given(role: str) -> Any:
+        reference = str(getattr(trio, role))
+        return trio.path.parent / reference if reference.endswith(".onnx") else trio.load(role)
+
+    return Explainer(
+        teacher=given("teacher"),
+        student=given("student"),
+        base=given("base"),
+        layers=layers,
+        runtime=options.runtime,
+        device=options.device,
+        objective=options.objective,
+        weighting=options.weighting,
+        chunk=options.chunk,
+        folder=folder,
+    )
+
+
+def _image_size(described: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+    """The largest size that a network asks for: the graphs of the others resize it."""
+    sizes: list[tuple[int, int]] = [network["image_size"] for network in described.values() if network["image_size"]]
+    if not sizes:
+        raise KdxError(
+            "None of the networks says what size of image it takes.", "Give it in the models file: [preprocessing] size = [height, width]."
+        )
+    return max(sizes, key=lambda size: size[0] * size[1])
+
+
+def _use_references(explainer: Explainer, dataset: Dataset, pool: NDArray[np.int64], options: Options, size: tuple[int, int]) -> None:
+    chosen = pool[class_balanced_sample(dataset.labels[pool], options.references, options.seed)]
+    images = load_images(dataset, chosen, size)
+    explainer.use_references(images.pixels, torch.from_numpy(dataset.labels[images.kept]))
+
+
+def _explain_batch(
+    store: Store,
+    explainer: Explainer,
+    dataset: Dataset,
+    indices: NDArray[np.int64],
+    batch: int,
+    batches: Sequence[NDArray[np.int64]],
+    options: Options,
+    size: tuple[int, int],
+) -> None:
+    images = load_images(dataset, indices, size)
+    _check_unreadable(len(images.unreadable), len(indices), images.unreadable, 0.5)
+    labels = torch.from_numpy(dataset.labels[images.kept])
+    permutations = permutation_table(len(labels), options.permutations, (options.seed, batch))
+    passed = explainer.infer(images.pixels)
+    _check_classes(passed, len(dataset.classes))
+    measured = explainer.measure(passed, labels, permutations)
+    arrays: dict[str, NDArray[Any]] = {"index": images.kept}
+    for role, outputs in passed.items():
+        confidence, prediction = outputs.logits.float().softmax(1).max(1)
+        arrays[f"{role}_prediction"], arrays[f"{role}_confidence"] = prediction.numpy(force=True), confidence.numpy(force=True)
+    for layer, found in measured.items():
+        arrays[f"products/{layer}"] = found.products.numpy(force=True)
+        for moved, rows in found.moved.items():
+            arrays[f"moved{moved}/{layer}"] = rows.numpy(force=True)
+        if len(batches) == 1 and found.left_out is not None:
+            arrays[f"left_out/{layer}"] = found.left_out.numpy(force=True)
+    maps = {layer: {name: value.maps.float().numpy(force=True) for name, value in found.maps.items()} for layer, found in measured.items()}
+    most = max(map(len, batches))
+    store.write_batch(batch, most, most * len(batches), maps, Batch(arrays, images.unreadable))
+
+
+def _check_unreadable(count: int, total: int, unreadable: Sequence[tuple[str, str]], limit: float) -> None:
+    if count > limit * total:
+        name, reason = unreadable[0]
+        raise KdxError(
+            f"{count} of {total} images cannot be read, the first being {name} ({reason}).",
+            "Repair or remove them, or allow more with --max-unreadable.",
+        )
+
+
+def _check_classes(passed: Mapping[str, Outputs], classes: int) -> None:
+    for role, outputs in passed.items():
+        if outputs.logits.shape[1] != classes:
+            raise KdxError(
+                f"The {role} predicts {outputs.logits.shape[1]} classes, and the data has {classes}.",
+                "Name the networks' classes in their order, in the models file: classes = [...].",
+            )
+
+
+def _finish(store: Store, dataset: Dataset, batches: Sequence[NDArray[np.int64]], options: Options, size: tuple[int, int]) -> None:
+    """Scores and samples from the batches' records, the gallery's pictures, and the end of the manifest."""
+    records = [store.read_batch(batch) for batch in range(len(batches))]
+    planned = sum(map(len, batches))
+    unreadable = [entry for record in records for entry in record.unreadable]
+    _check_unreadable(len(unreadable), planned, unreadable, options.max_unreadable)
+    rows = max(map(len, batches))
+    columns: dict[str, NDArray[Any]] = {
+        "row": np.concatenate([batch * rows + np.arange(len(record.arrays["index"])) for batch, record in enumerate(records)]),
+        "batch": np.concatenate([np.full(len(record.arrays["index"]), batch) for batch, record in enumerate(records)]),
+    }
+    for name in ("index", *(f"{role}_{what}" for role in ROLES for what in ("prediction", "confidence"))):
+        columns[name] = np.concatenate([record.arrays[name] for record in records])
+    index = columns.pop("index")
+    columns["label"] = dataset.labels[index]
+    store.write_samples({"id": [dataset.ids[i] for i in index], **columns})
+    store.write_scores(
+        {
+            "accuracy": {role: _accuracy(columns[f"{role}_prediction"] == columns["label"], options.confidence) for role in ROLES},
+            "layers": {
+                layer: _layer_scores(layer, records, len(index), options.confidence) for layer in store.manifest["configuration"]["layers"]
+            },
+        }
+    )
+    chosen = _gallery(columns, options)
+    shown = load_images(dataset, index[chosen], size)
+    for row, pixels in zip(columns["row"][chosen], shown.pixels, strict=True):
+        store.write_picture(int(row), pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
+    store.finish(
+        {
+            "finished": _now(),
+            "images": {
+                "planned": planned,
+                "explained": len(index),
+                "unreadable": [{"id": name, "reason": reason} for name, reason in unreadable],
+            },
+        }
+    )
+
+
+def _layer_scores(layer: str, records: Sequence[Batch], n: int, confidence: float) -> dict[str, Any]:
+    def tensors(record: Batch) -> tuple[torch.Tensor, dict[int, torch.Tensor], torch.Tensor | None]:
+        arrays = record.arrays
+        moved = {index: torch.from_numpy(arrays[f"moved{index}/{layer}"]) for index in transfer.MOVED}
+        left_out = arrays.get(f"left_out/{layer}")
+        return torch.from_numpy(arrays[f"products/{layer}"]), moved, None if left_out is None else torch.from_numpy(left_out)
+
+    found = transfer.pool_batches([tensors(record) for record in records], n=n, confidence=confidence)
+    about = {"n": n, "batches": len(records)}
+    return {
+        "scores": {name: {"value": s.value, "interval": s.interval, "p_value": s.p_value, **about} for name, s in found.scores.items()},
+        "contrasts": {
+            name: {"value": value, "interval": interval, "p_value": None, **about} for name, (value, interval) in found.contrasts.items()
+        },
+    }
+
+
+def _accuracy(right: NDArray[np.bool_], confidence: float) -> dict[str, Any]:
+    """The share of images predicted right, with Wilson's interval."""
+    interval = stats.binomtest(int(right.sum()), len(right)).proportion_ci(confidence, method="wilson")
+    return {
+        "value": float(right.mean()),
+        "interval": [float(interval.low), float(interval.high)],
+        "correct": int(right.sum()),
+        "n": len(right),
+    }
+
+
+def _gallery(columns: Mapping[str, NDArray[Any]], options: Options) -> NDArray[np.int64]:
+    """Positions of the gallery's images: class-balanced, a third of them from images that some network gets wrong."""
+    wrong = np.flatnonzero(np.any([columns[f"{role}_prediction"] != columns["label"] for role in ROLES], axis=0))
+    picked: NDArray[np.int64] = np.empty(0, np.int64)
+    if len(wrong):
+        picked = wrong[class_balanced_sample(columns["label"][wrong], max(1, options.gallery // 3), options.seed)]
+    rest = np.setdiff1d(np.arange(len(columns["label"])), picked)
+    more = min(options.gallery - len(picked), len(rest))
+    if more > 0:
+        picked = np.concatenate([picked, rest[class_balanced_sample(columns["label"][rest], more, options.seed)]])
+    return np.sort(picked)
+
+
+def environment() -> dict[str, Any]:
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform(), "processor": _processor()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    found["threads"] = torch.get_num_threads()
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _processor() -> str:
+    """The processor's name, which Python's platform module leaves out on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,197 @@
+"""Maps as pictures: scaled, resized, coloured and laid over an image; and the scores over layers as a drawing."""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+KINDS = ("distilled", "residual", "missed", "new")
+OPACITY = 0.8
+
+# matplotlib writes plain colours into its SVG. Each of these stands for a colour that the page decides (light or dark), and is
+# exchanged for the style sheet's name after drawing; no drawing of ours uses them otherwise.
+_PAGE_COLOURS = {
+    "#010203": "currentColor",
+    "#010204": "var(--teacher)",
+    "#010205": "var(--base)",
+    "#010206": "var(--student)",
+    "#010207": "var(--surface)",
+}
+_COLOUR_OF = {name: code for code, name in _PAGE_COLOURS.items()}
+_INK = _COLOUR_OF["currentColor"]
+
+
+def scaled(maps: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Min-max scale each map for display: (x - min) / (max - min).
+
+    Takes ``[..., h, w]`` and gives float32 in [0, 1] of the same shape. A map that is constant shows no place above another and
+    becomes zero; a value that is not finite counts as zero. The strength of a map does not survive: two scaled maps compare
+    places, never amounts.
+    """
+    values = np.nan_to_num(np.asarray(maps, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    low = values.min(axis=(-2, -1), keepdims=True)
+    span = values.max(axis=(-2, -1), keepdims=True) - low
+    out = np.divide(values - low, span, out=np.zeros_like(values), where=span > 0)
+    return np.asarray(out, dtype=np.float32)
+
+
+def resized(map_: NDArray[np.floating], height: int, width: int) -> NDArray[np.float64]:
+    """Bilinear resize of one map ``[h, w]`` to ``[height, width]``, pixel centres aligned, edges held; stays within the map's range."""
+    values = np.asarray(map_, dtype=np.float64)
+    # Gathered and not multiplied by a matrix: for arrays this small the linear algebra's threads cost more than its sums.
+    for axis, out in enumerate((height, width)):
+        below, above, part = _taps(values.shape[axis], out)
+        part = part[:, None] if axis == 0 else part
+        values = (1 - part) * np.take(values, below, axis) + part * np.take(values, above, axis)
+    return values
+
+
+def _taps(size: int, out: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
+    """For each place of a resized axis: its two neighbours, and the second one's part."""
+    place = np.clip((np.arange(out) + 0.5) * size / out - 0.5, 0, size - 1)
+    below = np.floor(place).astype(np.intp)
+    return below, np.minimum(below + 1, size - 1), place - below
+
+
+@functools.cache
+def colours() -> NDArray[np.uint8]:
+    """The colour scale, uint8 ``[256, 3]``: dark violet for the lowest value to yellow for the highest."""
+    from matplotlib import colormaps
+
+    # The ends of inferno are black and near white: on a photograph they read as shadow and as glare, not as values.
+    table = colormaps["inferno"](np.linspace(0.22, 0.92, 256))
+    return np.asarray(np.rint(np.asarray(table)[:, :3] * 255), dtype=np.uint8)
+
+
+def composite(image: NDArray[np.uint8], map_: NDArray[np.floating], opacity: float = OPACITY) -> NDArray[np.uint8]:
+    """One scaled map over its image: ``out = (1 - a) image + a colour(t)`` with ``a = opacity * t``.
+
+    ``image`` is uint8 ``[H, W, 3]``, ``map_`` is ``[h, w]`` in [0, 1] and is resized to the image; gives uint8 ``[H, W, 3]``. Where the
+    map is zero the image is untouched.
+    """
+    value = resized(map_, *image.shape[:2])
+    colour = colours()[np.rint(value * 255).astype(int)]
+    alpha = opacity * value[..., None]
+    return np.asarray(np.rint((1 - alpha) * image + alpha * colour), dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of marks in a drawing: the score's name, what a reader calls it, whose colour it takes, and its mark."""
+
+    score: str
+    label: str
+    role: str
+    marker: str
+    filled: bool = True
+
+
+SIMILARITY = (
+    Series("FSS(S,T)", "student and teacher", "student", "o"),
+    Series("FSS(B,T)", "base and teacher", "base", "s"),
+)
+RELEVANCE = (
+    Series("RS(T)", "teacher", "teacher", "D"),
+    Series("RS(S)", "student", "student", "o"),
+    Series("RS(B)", "base", "base", "s"),
+)
+BEYOND = (
+    Series("RS(S|B)", "student beyond base (distilled)", "student", "o"),
+    Series("RS(B|S)", "base beyond student (residual)", "base", "s"),
+    Series("RS(T|S)", "teacher beyond student (missed)", "teacher", "D"),
+    Series("RS(S|T)", "student beyond teacher (new)", "student", "o", filled=False),
+)
+
+Points = Mapping[str, Mapping[str, tuple[float, tuple[float, float]]]]
+"""layer -> score -> (value, interval)."""
+
+_WIDTH, _HEADING, _ROW, _GAP, _AXIS, _MARGIN = 360, 22, 15, 12, 26, 18
+
+
+def plot(points: Points, series: Sequence[Series], prefix: str) -> str:
+    """Scores over layers as inline SVG: a group a layer in the run's order, a mark a score, a bar for its interval, a line at zero.
+
+    The drawing is transparent, takes its ink from the text around it and the networks' colours from the page, and is the same,
+    byte for byte, for the same numbers. ``prefix`` keeps its ids apart from another drawing's on the page. A number that is not
+    finite is left out.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    group = _HEADING + _ROW * len(series) + _GAP
+    height = group * len(points) + _AXIS
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "kdx", "font.size": 11, "axes.edgecolor": _INK, "text.color": _INK}
+    # A glyph that matplotlib's own font lacks is drawn by the browser's; its warning says nothing to the reader.
+    with rc_context(settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        figure = Figure(figsize=(_WIDTH / 72, height / 72), dpi=72)
+        figure.patch.set_alpha(0)
+        axes = figure.add_axes((_MARGIN / _WIDTH, _AXIS / height, 1 - 2 * _MARGIN / _WIDTH, 1 - _AXIS / height))
+        axes.patch.set_alpha(0)
+        axes.set(xlim=_limits(points, series), ylim=(group * len(points), 0), yticks=[])
+        for side in ("left", "right", "top"):
+            axes.spines[side].set_visible(False)
+        axes.spines["bottom"].set_alpha(0.35)
+        axes.tick_params(axis="x", length=0, labelcolor=_INK, pad=6)
+        axes.locator_params(axis="x", nbins=6)
+        axes.grid(axis="x", color=_INK, alpha=0.1, linewidth=1)
+        axes.set_axisbelow(True)
+        for row, (layer, scores) in enumerate(points.items()):
+            top = group * row
+            if row:
+                axes.axhline(top, color=_INK, alpha=0.18, linewidth=1)
+            axes.plot([0, 0], [top + _HEADING - 2, top + group], color=_INK, alpha=0.5, linewidth=1)  # not through the layer's name
+            axes.text(
+                0, top + _HEADING - 5, _elided(layer), transform=axes.get_yaxis_transform(), parse_math=False, weight="bold", va="baseline"
+            )
+            for line, one in enumerate(series):
+                value, (low, high) = scores[one.score]
+                if not all(map(math.isfinite, (value, low, high))):
+                    continue
+                y, colour = top + _HEADING + _ROW * (line + 0.5), _COLOUR_OF[f"var(--{one.role})"]
+                axes.plot([low, high], [y, y], color=colour, linewidth=2.5, alpha=0.55, solid_capstyle="round")
+                face = colour if one.filled else _COLOUR_OF["var(--surface)"]
+                axes.plot([value], [y], one.marker, color=colour, markerfacecolor=face, markersize=7 - 1.5 * (one.marker == "D"), mew=1.6)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}, transparent=True)
+    return _for_page(out.getvalue(), prefix)
+
+
+def _limits(points: Points, series: Sequence[Series]) -> tuple[float, float]:
+    """Zero always in sight: it is what a score is read against."""
+    ends = [0.0, 0.2]
+    for scores in points.values():
+        for one in series:
+            value, interval = scores[one.score]
+            ends += [x for x in (value, *interval) if math.isfinite(x)]
+    low, high = max(min(ends), -1.0), min(max(ends), 1.0)
+    pad = 0.04 * (high - low)
+    return low - pad, high + pad
+
+
+def _elided(name: str, most: int = 46) -> str:
+    """A long layer path with its middle left out, and nothing in it that an SVG cannot hold."""
+    name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
+
+
+def _for_page(svg: str, prefix: str) -> str:
+    """The drawing without its file header, with the page's colours and fonts and ids of its own."""
+    svg = svg[svg.index("<svg") :]
+    for code, name in _PAGE_COLOURS.items():
+        svg = svg.replace(code, name)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'(href="|url\()#', rf"\g<1>#{prefix}-", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

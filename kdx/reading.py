@@ -1,0 +1,303 @@
+"""A run's numbers in plain words: what they say, what they leave open, and what they cannot say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+FEW_BATCHES = 20
+_OF_DIFFERENCE = "interval of the difference"
+CONTRASTS = ("FSS(S,T) - FSS(B,T)", "RS(S|B) - RS(B|S)")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One number of ``scores.json``: a score or a contrast, its interval, and what it rests on."""
+
+    value: float
+    interval: tuple[float, float]
+    p_value: float | None = None
+    n: int | None = None
+    batches: int | None = None
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> Entry:
+        """The entry as stored; a null becomes NaN. Raises KeyError, TypeError or ValueError where it is not an entry at all."""
+        low, high = (math.nan if x is None else float(x) for x in stored["interval"])
+        value = math.nan if stored["value"] is None else float(stored["value"])
+        return cls(value, (low, high), stored.get("p_value"), stored.get("n"), stored.get("batches"))
+
+    @property
+    def known(self) -> bool:
+        """Whether value and interval are all finite."""
+        return all(map(math.isfinite, (self.value, *self.interval)))
+
+    @property
+    def sign(self) -> int:
+        """1 where the whole interval lies above zero, -1 below, 0 where it includes zero or is not known."""
+        low, high = self.interval
+        return int(low > 0) - int(high < 0) if self.known else 0
+
+    def settled(self, confidence: float) -> bool:
+        """Whether interval and permutation test, where there is one, both speak against zero at this confidence."""
+        return self.sign != 0 and (self.p_value is None or self.p_value <= 1 - confidence + 1e-12)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number under a statement, as text: its name, value, interval, and p-value or nothing."""
+
+    name: str
+    value: str
+    interval: str = ""
+    p: str = ""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One thing the numbers say, or leave open: the words, and the numbers they rest on."""
+
+    topic: str
+    verdict: str
+    figures: tuple[Figure, ...]
+    settled: bool
+
+    @property
+    def text(self) -> str:
+        """Words and numbers in one line."""
+        held = (" ".join(part for part in (f.name, f.value, f"({f.interval})" if f.interval else "", f.p) if part) for f in self.figures)
+        return f"{self.verdict} {'; '.join(held)}".strip()
+
+
+@dataclass(frozen=True)
+class LayerReading:
+    layer: str
+    statements: tuple[Statement, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    headline: str
+    accuracy: tuple[Statement, ...]
+    layers: tuple[LayerReading, ...]
+    cautions: tuple[str, ...]
+
+
+def number(value: float, digits: int = 2, sign: bool = False) -> str:
+    """A number with a true minus sign and no negative zero; an en dash where it is not finite."""
+    if not math.isfinite(value):
+        return "–"
+    value = float(round(value, digits)) or 0.0
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def span(entry: Entry, digits: int | None = None, sign: bool = False) -> tuple[str, str]:
+    """Value and interval as text, such as ``("0.91", "0.89 to 0.93")``.
+
+    Without ``digits`` two decimals, or as many (at most four) as it takes that a narrow interval has a width and that a bound
+    beside zero does not read as zero.
+    """
+    if digits is None:
+        low, high = entry.interval
+        digits = 2
+        while entry.known and digits < 4:
+            if high - low >= 4 * 10**-digits and all(x == 0 or abs(x) >= 0.5 * 10**-digits for x in (low, high)):
+                break
+            digits += 1
+    low_text, high_text = (number(x, digits) for x in entry.interval)
+    return number(entry.value, digits, sign), f"{low_text} to {high_text}"
+
+
+def probability(p: float) -> str:
+    """A p-value to three decimals, or two from 0.1 on; never as zero."""
+    if p < 0.0005:
+        return "p < 0.001"
+    return f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def percent(x: float, digits: int = 1) -> str:
+    """A share in [0, 1] as a percentage."""
+    return f"{number(100 * x, digits)}%"
+
+
+def sign_test(a: int, b: int) -> float:
+    """Exact two-sided p-value of the sign test (McNemar's exact test) on a against b discordant images; 1 where there are none."""
+    n = a + b
+    tail: int = 2 * sum(math.comb(n, k) for k in range(min(a, b) + 1))
+    whole: int = 2**n
+    return min(1.0, tail / whole)
+
+
+def read(
+    layers: Mapping[str, tuple[str, Mapping[str, Entry], Mapping[str, Entry]]],
+    accuracy: Mapping[str, Entry],
+    discordant: tuple[int, int],
+    confidence: float,
+) -> Reading:
+    """The plain-words reading of one run.
+
+    ``layers`` maps each student layer to its teacher layer, its scores and its contrasts; ``accuracy`` maps teacher, base and student;
+    ``discordant`` counts the images that only the student and only the base named correctly. A direction is stated only where the
+    interval excludes zero and the permutation p-value, where there is one, is at most 1 - confidence; everything else is said to be not
+    settled by these images. No sentence claims a cause.
+    """
+    batches = [e.batches for _, scores, _ in layers.values() for e in scores.values() if e.batches is not None]
+    return Reading(
+        _headline({name: contrasts[CONTRASTS[0]] for name, (_, _, contrasts) in layers.items()}, confidence),
+        _accuracy(accuracy, discordant, confidence),
+        tuple(LayerReading(name, _layer(name, *rest, confidence)) for name, rest in layers.items()),
+        _cautions(min(batches, default=None), len(layers)),
+    )
+
+
+def _headline(contrasts: Mapping[str, Entry], confidence: float) -> str:
+    closer = [name for name, e in contrasts.items() if e.settled(confidence) and e.sign > 0]
+    further = [name for name, e in contrasts.items() if e.settled(confidence) and e.sign < 0]
+    open_ = [name for name in contrasts if name not in closer and name not in further]
+    parts = []
+    if closer:
+        parts.append(f"{_at(closer, contrasts)} the student’s features are closer to the teacher’s than the base’s are")
+    if further:
+        parts.append(f"{_at(further, contrasts)} the student’s features are further from the teacher’s than the base’s are")
+    if open_ and not parts:
+        return (
+            f"{_at(open_, contrasts)} these images do not settle whether the student’s or the base’s features are closer to the teacher’s."
+        )
+    if open_:
+        parts.append(f"{_at(open_, contrasts)} it is not settled by these images which of the two is closer")
+    return "; ".join(part if i == 0 else part[0].lower() + part[1:] for i, part in enumerate(parts)) + "."
+
+
+def _at(names: Sequence[str], among: Mapping[str, Entry]) -> str:
+    if len(names) <= 2:
+        return f"At {' and '.join(names)}"
+    return f"At all {len(among)} layers" if len(names) == len(among) else f"At {len(names)} of {len(among)} layers"
+
+
+def _accuracy(accuracy: Mapping[str, Entry], discordant: tuple[int, int], confidence: float) -> tuple[Statement, ...]:
+    figures = [
+        Figure(role, percent(accuracy[role].value), " to ".join(map(percent, accuracy[role].interval)))
+        for role in ("teacher", "student", "base")
+    ]
+    gained, lost = discordant
+    if gained + lost == 0:
+        verdict = "The student and the base are right and wrong on the same images: which is more accurate is not settled by them."
+        return (Statement("Accuracy", verdict, tuple(figures), False),)
+    p = sign_test(gained, lost)
+    figures.append(Figure("exact sign test", "", "", probability(p)))
+    split = f"student alone is right on {_images(gained)}, the base alone on {lost:,}"
+    settled = p <= 1 - confidence + 1e-12
+    if settled:
+        better, worse = ("student", "base") if gained > lost else ("base", "student")
+        verdict = f"On images like these the {better} is more accurate than the {worse}: the {split}."
+    else:
+        verdict = f"Whether the student or the base is more accurate is not settled by these images: the {split}."
+    return (Statement("Accuracy", verdict, tuple(figures), settled),)
+
+
+def _layer(
+    layer: str, teacher_layer: str, scores: Mapping[str, Entry], contrasts: Mapping[str, Entry], confidence: float
+) -> tuple[Statement, ...]:
+    return (
+        _likeness(layer, teacher_layer, scores, contrasts[CONTRASTS[0]], confidence),
+        _beyond("Distilled", "student", "base", "RS(S|B)", scores, confidence),
+        _beyond("Residual", "base", "student", "RS(B|S)", scores, confidence),
+        _balance(contrasts[CONTRASTS[1]], confidence),
+        _beyond("Missed", "teacher", "student", "RS(T|S)", scores, confidence),
+        _beyond("New", "student", "teacher", "RS(S|T)", scores, confidence),
+    )
+
+
+def _likeness(layer: str, teacher_layer: str, scores: Mapping[str, Entry], contrast: Entry, confidence: float) -> Statement:
+    student, base = scores["FSS(S,T)"], scores["FSS(B,T)"]
+    figures = (_figure("FSS(S,T)", student), _figure("FSS(B,T)", base), _figure("difference", contrast, sign=True))
+    if not (student.known and base.known and contrast.known):
+        return Statement("Likeness", f"How alike the features at {layer} are to the teacher’s could not be computed.", figures, False)
+    theirs = "the teacher’s" if layer == teacher_layer else f"the teacher’s at {teacher_layer}"
+    settled = contrast.settled(confidence)
+    if settled:
+        relation = "closer to" if contrast.sign > 0 else "further from"
+        verdict = (
+            f"The student’s features at {layer} are {relation} {theirs} than the base’s are. {_why(contrast, confidence, _OF_DIFFERENCE)}"
+        )
+    else:
+        verdict = (
+            f"Whether the student’s or the base’s features at {layer} are closer to {theirs} is not settled by these images. "
+            f"{_why(contrast, confidence, _OF_DIFFERENCE)}"
+        )
+    unlike = [f"the {role}’s" for role, entry in (("student", student), ("base", base)) if not entry.settled(confidence)]
+    if unlike:
+        verdict += f" That {' and '.join(unlike)} features are like the teacher’s at all is not settled either."
+    return Statement("Likeness", verdict, figures, settled)
+
+
+def _beyond(topic: str, explained: str, given: str, score: str, scores: Mapping[str, Entry], confidence: float) -> Statement:
+    entry = scores[score]
+    figures = (_figure(score, entry),)
+    if not entry.known:
+        return Statement(topic, f"{score} could not be computed from these images.", figures, False)
+    settled = entry.settled(confidence)
+    if not settled:
+        verdict = (
+            f"Whether the {explained}’s features say something about the labels that the {given}’s do not is not settled by these images. "
+            f"{_why(entry, confidence)}"
+        )
+    elif entry.sign > 0:
+        verdict = f"The {explained}’s features say something about the labels that the {given}’s do not. {_why(entry, confidence)}"
+    else:
+        level = percent(confidence, 0)
+        verdict = (
+            f"What the {explained}’s features have beyond the {given}’s runs against the labels: the {level} interval lies below zero."
+        )
+    return Statement(topic, verdict, figures, settled)
+
+
+def _balance(contrast: Entry, confidence: float) -> Statement:
+    figures = (_figure("difference", contrast, sign=True),)
+    if not contrast.known:
+        return Statement("Balance", "The difference between the two could not be computed from these images.", figures, False)
+    settled = contrast.settled(confidence)
+    if settled:
+        more, less = ("student", "base") if contrast.sign > 0 else ("base", "student")
+        verdict = f"The {more} says more about the labels beyond the {less} than the {less} does beyond the {more}."
+    else:
+        verdict = "Which of the two says more about the labels beyond the other is not settled by these images."
+    verdict = f"{verdict} {_why(contrast, confidence, _OF_DIFFERENCE)}"
+    return Statement("Balance", verdict, figures, settled)
+
+
+def _figure(name: str, entry: Entry, sign: bool = False) -> Figure:
+    return Figure(name, *span(entry, sign=sign), "" if entry.p_value is None else probability(entry.p_value))
+
+
+def _why(entry: Entry, confidence: float, what: str = "interval") -> str:
+    level = f"The {percent(confidence, 0)} {what}"
+    if entry.sign == 0:
+        return f"{level} includes zero."
+    if not entry.settled(confidence):
+        return f"{level} excludes zero, but the permutation test does not speak against chance."
+    return f"{level} excludes zero."
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count:,} images"
+
+
+def _cautions(batches: int | None, layers: int) -> tuple[str, ...]:
+    said = []
+    if batches is not None and batches < FEW_BATCHES:
+        said.append(
+            f"The scores rest on {batches} {'batch' if batches == 1 else 'batches'}. Intervals from so few are wide, and their own width "
+            "is uncertain; more images would narrow them."
+        )
+    said.append(
+        f"Every interval and p-value stands for one score alone. Over {layers} {'layer' if layers == 1 else 'layers'} with nine scores "
+        "each, some can speak against zero by chance."
+    )
+    said.append(
+        "The numbers describe one teacher, one base and one student on these images. A base and a student also differ by the chance of "
+        "their training, so a difference here does not show, by itself, that the teacher caused it."
+    )
+    return tuple(said)

@@ -1,0 +1,1 @@
+"""The numerical core: distance geometry and UniCAM. Knows nothing of models or files."""

@@ -1,0 +1,301 @@
+"""Distance geometry and UniCAM in closed form: no backward pass through features, nothing larger than n x n.
+
+Every n x n function takes any number of leading dimensions, so one call serves one batch or a stack of them. All of
+it is plain PyTorch without data-dependent control flow (but for the repair in `distances`, which an exported graph
+leaves out), so the exported graph is this same code. The definitions are in `reference.py`; the derivation:
+
+    with R the residual, L the objective and E = dL/dR, the gradient to the distances is
+        M = U(E - <E,B>/<B,B> B),      U the U-centring, which is linear and its own adjoint,
+    and with W_ij = (M_ij + M_ji)/D_ij off the diagonal, Lap = diag(W 1) - W,
+        dL/dX = Lap X,      and, the spatial mean being linear,      dL/dX averaged over h, w = Lap mean_hw(F).
+
+Matrices are brought to unit norm first: products of raw norms under- and overflow in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(R [..., n, n], unit-norm G [..., n, n]) -> (score [...], dL/dR [..., n, n])."""
+
+_REPAIR_BELOW = {torch.float32: 1e-3, torch.float64: 1e-9}
+"""D^2/(|x_i|^2 + |x_j|^2) under which a Gram product has lost too many digits; its rounding is about 1e-7 and 1e-16."""
+
+_ELEMENTS = 1 << 24
+"""Elements that a step over pairs or permutations holds at a time."""
+
+
+# Distances
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Features at the precision of their Gram product: float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _squared(rows: Tensor, columns: Tensor, gram: Tensor, norms: Tensor) -> Tensor:
+    """Squared distances [q, m] from gram = rows columns^T and norms |r_i|^2 + |c_j|^2, pairs closer than rounding repaired."""
+    squared = (norms - 2 * gram).clamp_min(0)
+    if torch.compiler.is_compiling():  # a graph cannot hold the loop over pairs that the data chooses
+        return squared
+    left, right = torch.nonzero(squared < _REPAIR_BELOW[squared.dtype] * norms, as_tuple=True)
+    step = max(1, _ELEMENTS // max(1, rows.shape[1]))
+    for start in range(0, len(left), step):
+        i, j = left[start : start + step], right[start : start + step]
+        squared[i, j] = (rows[i] - columns[j]).square().sum(1)
+    return squared
+
+
+def distances(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """D_ij = ||x_i - x_j|| [n, n] in ``dtype``, for x [n, d] of any floating type.
+
+    The column mean is subtracted first, which cancels most of the Gram product's rounding, and pairs closer than
+    rounding are taken by direct difference.
+    """
+    x = _wide(x)
+    x = x - x.mean(0)
+    gram = x @ x.T
+    own = gram.diagonal()
+    hollow = 1 - torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
+    squared = _squared(x, x, gram, (own[:, None] + own[None, :]) * hollow)
+    return torch.maximum(squared, squared.mT).to(dtype).sqrt()
+
+
+def cross_distances(x: Tensor, y: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """||x_i - y_j|| [q, m] for x [q, d] and y [m, d], by the means that `distances` takes."""
+    x, y = _wide(x), _wide(y)
+    centre = y.mean(0)
+    x, y = x - centre, y - centre
+    norms = x.square().sum(1)[:, None] + y.square().sum(1)[None, :]
+    return _squared(x, y, x @ y.T, norms).to(dtype).sqrt()
+
+
+# Centred matrices and their products
+
+
+def u_centered(d: Tensor) -> Tensor:
+    """U-centred distances [..., n, n]: unbiased inner products, zero diagonal, rows that sum to zero. n >= 4."""
+    n = d.shape[-1]
+    rows = d.sum(-1)
+    total = rows.sum(-1)[..., None, None] / ((n - 1) * (n - 2))
+    hollow = 1 - torch.eye(n, dtype=d.dtype, device=d.device)
+    return (d - (rows[..., :, None] + rows[..., None, :]) / (n - 2) + total) * hollow
+
+
+def double_centered(d: Tensor) -> Tensor:
+    """Distances [..., n, n] less row and column means plus the grand mean: the biased (V-statistic) centring."""
+    rows = d.mean(-1)
+    return d - rows[..., :, None] - rows[..., None, :] + rows.mean(-1)[..., None, None]
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """sum_ij A_ij B_ij [...], unnormalised."""
+    return (a * b).sum((-2, -1))
+
+
+def products(matrices: Tensor) -> Tensor:
+    """Every inner product <A,B> = sum_{i != j} A_ij B_ij/(n(n-3)) of U-centred matrices [..., k, n, n] -> [..., k, k]."""
+    n = matrices.shape[-1]
+    flat = matrices.flatten(-2)
+    return flat @ flat.mT / (n * (n - 3))
+
+
+def leave_one_out(d: Tensor, biased: bool = False) -> Tensor:
+    """The inner products of distances [k, n, n] with each image left out: [n, k, k], without n centrings.
+
+    By <A,B> = (sum D E - 2/(n-2) sum r s + t u/((n-1)(n-2)))/(n(n-3)), with r, s the row sums of D, E and t, u their totals:
+    leaving out image m takes from each of the three sums what m put in. Biased: the factors of the V-statistic.
+    """
+    n = d.shape[-1]
+    rows = d.sum(-1)
+    with_m = torch.einsum("ami,bmi->mab", d, d)
+    rows_with_m = torch.einsum("ai,bmi->mab", rows, d)
+    pairs = torch.einsum("ami,bmi->ab", d, d) - 2 * with_m
+    row_products = rows @ rows.T - torch.einsum("am,bm->mab", rows, rows) - rows_with_m - rows_with_m.mT + with_m
+    totals = rows.sum(-1)[None] - 2 * rows.T
+    total_products = totals[:, :, None] * totals[:, None, :]
+    n -= 1
+    if biased:
+        return pairs / n**2 - 2 * row_products / n**3 + total_products / n**4
+    return (pairs - 2 * row_products / (n - 2) + total_products / ((n - 1) * (n - 2))) / (n * (n - 3))
+
+
+def permuted_products(matrices: Tensor, moved: Tensor, permutations: Tensor) -> Tensor:
+    """<A_k, B_p> for centred matrices [k, n, n] and ``moved`` B [n, n] with its images permuted: permutations [p, n] -> [p, k].
+
+    Normalised as in `products`; permuting the images of a centred matrix commutes with centring.
+    """
+    n = moved.shape[-1]
+    flat = matrices.flatten(1).T
+    parts = [
+        torch.take(moved, p[:, :, None] * n + p[:, None, :]).flatten(1) @ flat for p in permutations.split(max(1, _ELEMENTS // (n * n)))
+    ]
+    return torch.cat(parts) / (n * (n - 3))
+
+
+def permuted_class_products(matrices: Tensor, d: Tensor, classes: Tensor, permutations: Tensor) -> Tensor:
+    """`permuted_products` for a target of few classes: its uncentred distances d [n, n], class indices [n] -> [p, k].
+
+    Rows and columns of a centred A sum to zero, so <A,G> = sum_ij A_ij D_ij, and with one-hot Z and the distances D_C between
+    classes that is sum (A Z) (Z D_C): a matrix product with n x c, in place of a pass over n x n, for each permutation.
+    """
+    n, count = len(classes), int(classes.max()) + 1
+    one_hot = (classes[:, None] == torch.arange(count, device=d.device)).to(d.dtype)
+    first = one_hot.argmax(0)
+    between = d[first][:, first][classes]
+    parts = []
+    for p in permutations.split(max(1, _ELEMENTS // (n * count))):
+        gathered = matrices @ one_hot[p].permute(1, 0, 2).flatten(1)
+        parts.append((gathered.unflatten(2, (len(p), count)) * between[p].permute(1, 0, 2)).sum((1, 3)).T)
+    return torch.cat(parts) / (n * (n - 3))
+
+
+def unit(a: Tensor) -> Tensor:
+    """A/||A|| in the Frobenius norm."""
+    return a / dot(a, a).sqrt()[..., None, None]
+
+
+def residual(a: Tensor, b: Tensor) -> Tensor:
+    """A - (<A,B>/<B,B>) B: what of A's geometry B does not explain."""
+    b = unit(b)
+    return a - dot(a, b)[..., None, None] * b
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """<A,B>/sqrt(<A,A><B,B>) in [-1, 1]."""
+    return dot(unit(a), unit(b))
+
+
+def semipartial(a: Tensor, g: Tensor, given: Tensor) -> Tensor:
+    """Correlation of G with what of A ``given`` does not explain; G is left whole."""
+    return correlation(residual(a, given), g)
+
+
+def partial(a: Tensor, g: Tensor, given: Tensor) -> Tensor:
+    """Partial distance correlation (Szekely and Rizzo 2014): ``given`` is projected out of both A and G."""
+    return correlation(residual(a, given), residual(g, given))
+
+
+# Objectives: L of the residual, with its derivative
+
+
+def relevance(r: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """L = <R,G>/sqrt(<R,R><G,G>); dL/dR = (G^ - L R^)/||R|| with unit-norm R^, G^."""
+    norm = dot(r, r).sqrt()[..., None, None]
+    direction = r / norm
+    score = dot(direction, g)
+    return score, (g - score[..., None, None] * direction) / norm
+
+
+def uniqueness(r: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """L = sum_i max_j R_ij; dL/dR is one at each row's first maximum."""
+    best, where = r.max(-1)
+    return best.sum(-1), torch.zeros_like(r).scatter(-1, where[..., None], 1.0)
+
+
+OBJECTIVES: dict[str, Objective] = {"relevance": relevance, "uniqueness": uniqueness}
+
+
+def differentiated(function: Callable[[Tensor], Tensor]) -> Objective:
+    """Any differentiable scalar function of R as an objective; autograd sees n x n matrices only."""
+
+    def objective(r: Tensor, _g: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = r.detach().requires_grad_()
+            score = function(leaf)
+            (derivative,) = torch.autograd.grad(score.sum(), leaf)
+        return score.detach(), derivative
+
+    return objective
+
+
+# UniCAM
+
+
+@dataclass(frozen=True)
+class Laplacian:
+    """The UniCAM gradient as a matrix: dL/dX = lap X. ``lap`` [..., n, n], ``score`` L [...], ``left`` = ||R||/||A|| [...]."""
+
+    lap: Tensor
+    score: Tensor
+    left: Tensor
+
+
+def laplacian(d: Tensor, a: Tensor, b: Tensor, g: Tensor, objective: Objective = relevance) -> Laplacian:
+    """Lap of the objective for the explained model's distances d and U-centred a, given b, target g, all [..., n, n].
+
+    Pairs at distance zero carry no gradient. ``left`` near rounding means that the given model explains everything,
+    and then the score and the gradient mean nothing.
+    """
+    size = dot(a, a).sqrt()
+    b, g = unit(b), unit(g)
+    r = residual(a, b)
+    score, derivative = objective(r, g)
+    scale = dot(derivative, derivative)
+    derivative = derivative - dot(derivative, b)[..., None, None] * b
+    # Four images leave one dimension beside B, and L is then plus or minus a constant: what is left is rounding, and a map of it
+    # would look like one. The same happens where R already points along G.
+    rounding = (1e3 * torch.finfo(d.dtype).eps) ** 2 * scale
+    derivative = torch.where((dot(derivative, derivative) > rounding)[..., None, None], derivative, 0.0)
+    m = u_centered(derivative + derivative.mT)
+    apart = d > 0
+    w = torch.where(apart, m / torch.where(apart, d, 1.0), 0.0)
+    lap = torch.diag_embed(w.sum(-1)) - w
+    return Laplacian(lap, score, dot(r, r).sqrt() / size)
+
+
+def gap(features: Tensor) -> Tensor:
+    """The spatial mean [n, C] of features [n, C, H, W], in float32 at least."""
+    return features.mean((2, 3), dtype=torch.promote_types(features.dtype, torch.float32))
+
+
+def gradient(lap: Tensor, x: Tensor) -> Tensor:
+    """Lap x [n, k] for lap [n, n] and rows x [n, k]; of spatial means it gives the channel weights [n, C].
+
+    Lap sends constants to zero, so the mean over images is subtracted first, which only removes rounding.
+    """
+    x = _wide(x)
+    return lap.to(x.dtype) @ (x - x.mean(0))
+
+
+def cam(features: Tensor, channel_weights: Tensor) -> Tensor:
+    """ReLU(sum_c a_ic F_ic) [n, H, W] for features [n, C, H, W] and weights [n, C]; not scaled."""
+    flat = _wide(features.flatten(2))
+    weighted = channel_weights.to(flat.dtype)[:, None, :] @ flat
+    return weighted.reshape(-1, *features.shape[2:]).relu()
+
+
+def elementwise_cam(features: Tensor, gradients: Tensor) -> Tensor:
+    """HiRes weighting: ReLU(sum_c (dL/dF_ic) F_ic) [n, H, W] for gradients [n, d] of the flattened features."""
+    return (gradients * _wide(features.flatten(1))).reshape(features.shape).sum(1).relu()
+
+
+def scaled(maps: Tensor) -> Tensor:
+    """Maps [..., H, W] min-max scaled to [0, 1] one by one; a constant map becomes zero."""
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    span = high - low
+    return (maps - low) / torch.where(span > 0, span, 1.0)
+
+
+# Reference mode
+
+
+def bordered(inside: Tensor, border: Tensor) -> Tensor:
+    """Distances [q, m+1, m+1] of a reference set (inside [m, m]) with one query each (border [q, m]) as the last row."""
+    q, m = border.shape
+    matrix = torch.cat([inside.expand(q, m, m), border[:, :, None]], 2)
+    last = torch.cat([border, border.new_zeros(q, 1)], 1)
+    return torch.cat([matrix, last[:, None, :]], 1)
+
+
+def query_gradient(lap: Tensor, queries: Tensor, references: Tensor) -> Tensor:
+    """The last row of Lap x [q, k] for lap [q, m+1, m+1], each query [q, k] standing behind the references [m, k]."""
+    queries, references = _wide(queries), _wide(references)
+    centre = references.mean(0)
+    row = lap[:, -1].to(queries.dtype)
+    return row[:, :-1] @ (references - centre) + row[:, -1:] * (queries - centre)

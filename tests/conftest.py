@@ -1,0 +1,14 @@
+"""What every test shares: torchvision on PyTorch builds that lack its operators, and one tolerance table."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+if importlib.util.find_spec("torchvision") and not hasattr(torch.ops.torchvision, "nms"):
+    # torchvision's wheel is compiled for PyTorch's CUDA build. Beside another build its operators do not load, and its
+    # import then fails while it registers their shapes; declared first, the import works. No test runs them.
+    _library = torch.library.Library("torchvision", "DEF")
+    _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,0 +1,55 @@
+"""The published numbers, and the one table of tolerances."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TOLERANCE = {
+    # Both sides in float64: what is left is the order of sums, over at most 1e4 terms, divided by a residual of 0.1.
+    "float64": 1e-9,
+    # float32 features and Gram products (1e-7), divided by a residual that can be a hundredth of what it is taken from.
+    "float32": 1e-3,
+    # Features rounded to 11 and 8 bits; the geometry above them is float32.
+    "float16": 2e-2,
+    "bfloat16": 1e-1,
+}
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+CASES = ("square", "wide", "two_class", "embedded", "small")
+_FILE = Path(__file__).parent / "data" / "unicam.npz"
+
+
+def load(case: str) -> dict[str, Any]:
+    with np.load(_FILE, allow_pickle=False) as content:
+        return {name.removeprefix(f"{case}/"): content[name] for name in content.files if name.startswith(f"{case}/")}
+
+
+def error(result: Any, expected: Any) -> float:
+    """The largest absolute error over the largest expected value (over one where all are zero); NaN where either holds one."""
+    result, expected = (
+        value.double() if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value, dtype=np.float64))
+        for value in (result, expected)
+    )
+    assert result.shape == expected.shape
+    return float((result - expected).abs().max() / (expected.abs().max() or 1))
+
+
+def features(
+    seed: int = 0, n: int = 19, shape: tuple[int, ...] = (11, 5, 3), other: tuple[int, ...] = (7, 4, 3), classes: int = 4
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Odd-sized related features of two networks [n, C, H, W] in float64, and labels that they know something about."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    common = torch.randn(n, 6, generator=generator, dtype=torch.float64) + labels[:, None]
+
+    def draw(size: tuple[int, ...]) -> Tensor:
+        mixing = torch.randn(6, int(np.prod(size)), generator=generator, dtype=torch.float64)
+        noise = torch.randn(n, int(np.prod(size)), generator=generator, dtype=torch.float64)
+        return (common @ mixing + 2 * noise).relu().reshape(n, *size)
+
+    return draw(shape), draw(other), labels

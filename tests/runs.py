@@ -1,0 +1,155 @@
+"""A synthetic run folder, as ``kdx explain`` leaves one: complete, small, and the same for the same arguments."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import zarr
+from PIL import Image, ImageDraw, ImageFont
+
+SCORES = ("FSS(S,T)", "FSS(B,T)", "RS(T)", "RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)", "RS(T|S)", "RS(S|T)")
+KINDS = ("distilled", "residual", "missed", "new")
+
+
+def make_run(
+    folder: Path,
+    *,
+    classes: Sequence[str] = ("0", "1", "2"),
+    layers: Mapping[str, str] | None = None,
+    images: int = 40,
+    gallery: int = 16,
+    size: tuple[int, int] = (32, 32),
+    seed: int = 0,
+) -> Path:
+    """Write a run of ``images`` images of ``size`` (width, height), the first ``gallery`` of them pictured; give its folder back."""
+    layers = {"layer1": "layer1", "layer3": "layer3"} if layers is None else dict(layers)
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "overlays").mkdir(exist_ok=True)
+    labels = np.arange(images) % len(classes)
+    predictions = {
+        role: np.where(rng.random(images) < right, labels, (labels + 1) % len(classes))
+        for role, right in (("teacher", 0.95), ("base", 0.7), ("student", 0.85))
+    }
+    columns: dict[str, Any] = {
+        "row": np.arange(images),
+        "id": [f"image-{i:05d}" for i in range(images)],
+        "label": labels,
+        "batch": np.arange(images) // 20,
+    }
+    for role, predicted in predictions.items():
+        columns[f"{role}_prediction"] = predicted
+        columns[f"{role}_confidence"] = 0.5 + 0.5 * rng.random(images)
+    pa.parquet.write_table(pa.table(columns), folder / "samples.parquet")
+
+    group = zarr.open_group(folder / "maps.zarr", mode="w")
+    for depth, layer in enumerate(layers):
+        side = max(4, 16 >> depth)
+        for kind in KINDS:
+            maps = _blobs(rng, images, side)
+            if kind == "new" and depth == 0:
+                maps[0] = 0
+            group.create_array(f"{layer}/{kind}", data=maps, chunks=(20, side, side))
+
+    for row in range(min(gallery, images)):
+        _image(str(classes[labels[row]])[:1], size, rng).save(folder / "overlays" / f"{row:05d}.png")
+
+    models = {
+        role: {"reference": f"timm:{name}@weights/{role}.safetensors", "sha256": f"{seed:064x}", "parameters": parameters}
+        for role, name, parameters in (("teacher", "resnet34", 1_278_410), ("base", "resnet10t", 78_042), ("student", "resnet10t", 78_042))
+    }
+    manifest = {
+        "kdx": "0.1.0",
+        "format": 1,
+        "status": "complete",
+        "created": "2026-03-01T10:00:00+00:00",
+        "finished": "2026-03-01T10:01:04+00:00",
+        "command": ["kdx", "explain", "digits", "--models", "models file.json", "--out", "run"],
+        "configuration": {
+            "data": "digits",
+            "split": "test",
+            "fingerprint": "5c1e0a9d",
+            "models": models,
+            "layers": layers,
+            "batch": 20,
+            "objective": "relevance",
+            "weighting": "gap",
+            "reference_images": None,
+            "seed": seed,
+            "permutations": 999,
+            "confidence": 0.95,
+            "runtime": "onnx",
+            "device": "cpu",
+            "image_size": list(size),
+        },
+        "environment": {"python": "3.11.9", "torch": "2.13.0", "platform": "Linux", "processor": "2 cores"},
+        "classes": list(classes),
+        "images": {"planned": images, "explained": images, "unreadable": []},
+        "batches": -(-images // 20),
+        "method": "kd",
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    accuracy = {}
+    for role, predicted in predictions.items():
+        correct = int((predicted == labels).sum())
+        share = correct / images
+        half = 1.96 * (share * (1 - share) / images) ** 0.5
+        accuracy[role] = {"value": share, "interval": [max(0, share - half), min(1, share + half)], "correct": correct, "n": images}
+    held = {"accuracy": accuracy, "layers": {layer: _scores(depth, len(layers), images) for depth, layer in enumerate(layers)}}
+    (folder / "scores.json").write_text(json.dumps(held))
+    return folder
+
+
+def entry(value: float, half: float, p_value: float | None = 0.001, n: int = 40, batches: int = 2) -> dict[str, Any]:
+    """One number of scores.json with a symmetric interval."""
+    return {"value": value, "interval": [value - half, value + half], "p_value": p_value, "n": n, "batches": batches}
+
+
+def edit(file: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; a key's ``__`` stands for a step down, None as value stays None."""
+    held = json.loads(file.read_text())
+    for path, value in changes.items():
+        *above, last = path.split("__")
+        place = held
+        for step in above:
+            place = place[step]
+        place[last] = value
+    file.write_text(json.dumps(held))
+
+
+def _scores(depth: int, layers: int, n: int) -> dict[str, Any]:
+    """The student nearer to the teacher the deeper the layer; at the first layer nothing is settled."""
+    gain = 0.09 * depth / max(1, layers - 1)
+    values = (0.78 + gain, 0.77, 0.62 + 0.1 * depth, 0.55 + 0.1 * depth, 0.5 + 0.09 * depth, 0.02 + 2 * gain, 0.03, 0.08 + gain, 0.05)
+    halves = (0.03, 0.035, 0.04, 0.05, 0.05, 0.04, 0.04, 0.05, 0.02)
+    scores = {name: entry(v, h, 0.001 if v > h else 0.21, n) for name, v, h in zip(SCORES, values, halves, strict=True)}
+    contrasts = {
+        "FSS(S,T) - FSS(B,T)": entry(0.01 + gain, 0.03, None, n),
+        "RS(S|B) - RS(B|S)": entry(2 * gain - 0.01, 0.05, None, n),
+    }
+    return {"scores": scores, "contrasts": contrasts}
+
+
+def _blobs(rng: np.random.Generator, n: int, side: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Smooth maps, zero over much of their area as rectified maps are."""
+    y, x = np.mgrid[:side, :side] / (side - 1)
+    total = np.zeros((n, side, side))
+    for _ in range(3):
+        cy, cx, width = rng.random((3, n, 1, 1)) * np.array([0.8, 0.8, 0.15]).reshape(3, 1, 1, 1) + 0.1
+        total += rng.random((n, 1, 1)) * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (2 * width**2))
+    return np.maximum(total - 0.15, 0).astype(np.float32)
+
+
+def _image(letter: str, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """A bright letter on a dark ground, a little noise."""
+    image = Image.new("L", size, 16)
+    font = ImageFont.load_default(0.85 * size[1])
+    ImageDraw.Draw(image).text((size[0] / 2, size[1] / 2), letter, fill=235, font=font, anchor="mm")
+    noisy = np.asarray(image, dtype=np.float64) + rng.normal(0, 8, (size[1], size[0]))
+    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)).convert("RGB")

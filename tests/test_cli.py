@@ -1,0 +1,292 @@
+"""Every command: its help, what it hands on, what it says of a user's mistake, and how it stops."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from rich.console import Console
+
+import kdx.distill
+import kdx.explain
+from kdx import cli, doctor, report
+from kdx.distill import Settings
+from kdx.errors import KdxError
+from kdx.explain import Options
+from kdx.export import onnx_file
+from kdx.export.parity import Difference, ParityReport
+
+KDX = Path(sys.executable).parent / "kdx"
+COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+TINY = "kdx:resnet,width=2,depth=1,stages=1"
+PARITY = ParityReport({"logits": Difference(1e-7, 1e-8, 1e-7, 2.0)}, 1e-4, 3)
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No line of an error or a help page is broken."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "console", Console(highlight=False))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """``run(*arguments) -> (status, stdout, stderr)`` of the command line, in an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kdx", *map(str, arguments)])
+        status: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    path = tmp_path / "models.toml"
+    roles = "".join(f'{role} = "{TINY}"\n' for role in ("teacher", "base", "student"))
+    path.write_text(roles + f'classes = {list("0123456789")}\nlayers = ["layer1"]\n')
+    return path
+
+
+# ---- help ----
+
+
+def test_the_commands_are_the_promised_ones(run: Any) -> None:
+    assert list(COMMANDS) == ["demo", "distill", "export", "explain", "report", "doctor"]
+    for status, out, err in (run("--help"), run("-h")):
+        assert status == 0 and err == ""
+        assert all(name in out for name in COMMANDS)
+    assert "COMMAND [ARGS]" in "".join(run()[1:])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_every_option_and_argument(name: str, run: Any) -> None:
+    status, out, err = run(name, "--help")
+    assert status == 0 and err == ""
+    options = [option for parameter in COMMANDS[name].params for option in parameter.opts if option.startswith("-")]
+    assert all(option in out for option in options)
+    assert inspect.getdoc(COMMANDS[name].callback).split(":")[0] in out  # type: ignore[union-attr]
+
+
+# ---- what a command hands on ----
+
+
+def test_every_option_of_explain_reaches_the_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def explain(*positional: Any, **named: Any) -> Path:
+        seen.append((positional, named))
+        return Path("R/report.html")
+
+    monkeypatch.setattr(kdx.explain, "run", explain)
+    monkeypatch.setattr(report, "table", lambda _: "the table")
+    given = Options(
+        batch=31, chunk=7, runtime="eager", device="cpu", objective="uniqueness", weighting="elementwise", references=12, split="all",
+        permutations=5, confidence=0.9, max_unreadable=0.5, seed=3,
+    )  # fmt: skip
+    default = Options()
+    unsaid = {"gallery"}  # no option sets it
+    assert {field for field in vars(default) if getattr(given, field) == getattr(default, field)} == unsaid
+    names = {"references": "reference"}
+    flags = {key: f"--{names.get(key, key).replace('_', '-')}" for key in vars(given) if key not in unsaid}
+    options = [text for key, flag in flags.items() for text in (flag, getattr(given, key))]
+    status, out, _ = run("explain", "D", "--models", "m.toml", "--out", "R", "-l", "a", "--layer", "b=c", *options)
+    assert status == 0 and "the table" in out and "The page: R/report.html" in out
+    assert run("explain", "D", "--models", "m.toml", "--out", "R")[0] == 0
+    (first, named), (plain, _) = seen
+    assert first == ("D", Path("m.toml"), Path("R"), ["a", "b=c"], given)
+    assert named["command"][:3] == ["kdx", "explain", "D"]
+    assert plain == ("D", Path("m.toml"), Path("R"), (), default)
+
+
+def test_every_option_of_distill_reaches_the_training(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def distill(data: str, **named: Any) -> Path:
+        seen.append(named)
+        return Path("[o]/models.toml")
+
+    monkeypatch.setattr(kdx.distill, "distill", distill)
+    command = (
+        "distill digits --teacher t --student s --out o --method at --layer a=b --epochs 2 --batch 9 --lr 0.5 --temperature 2 "
+        "--alpha 0.25 --beta 10 --image-size 8 --augment --flip --student-images 40 --seed 6 --device cpu"
+    )
+    status, out, _ = run(*command.split())
+    assert status == 0 and "kdx explain digits --models [o]/models.toml" in out
+    assert seen[0]["settings"] == Settings(
+        method="at", epochs=2, batch=9, learning_rate=0.5, temperature=2.0, alpha=0.25, beta=10.0, seed=6, augment=True, flip=True,
+        student_images=40, image_size=(8, 8),
+    )  # fmt: skip
+    assert {key: seen[0][key] for key in ("teacher", "student", "out", "layers", "device")} == {
+        "teacher": "t", "student": "s", "out": Path("o"), "layers": ["a=b"], "device": "cpu",
+    }  # fmt: skip
+
+
+def test_export_writes_a_checked_file_that_says_what_it_is(run: Any, tmp_path: Path) -> None:
+    status, out, err = run("export", f"{TINY},classes=5", "--layer", "layer1", "-l", "conv1", "--out", tmp_path / "files")
+    assert (status, err) == (0, "")
+    (path,) = (tmp_path / "files").glob("*.onnx")
+    assert path.name == "resnet.features.onnx" and str(path) in out
+    assert "layer1, conv1" in out and "Parity with PyTorch: largest error" in out
+    found = onnx_file.describe(path)
+    assert (found.layers, found.kind, found.preprocessing.size) == (("layer1", "conv1"), "features", (32, 32))
+    assert sorted(each.name for each in path.parent.iterdir()) == [path.name, f"{path.name}.parity.json"]
+
+
+@pytest.mark.parametrize("out", ["there/net.onnx", "there"])
+def test_export_of_a_role_of_a_models_file(out: str, run: Any, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def write(graph: Any, path: Path, **named: Any) -> ParityReport:
+        seen.append((path, graph.layers, named))
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(300_000))
+        return PARITY
+
+    monkeypatch.setattr(onnx_file, "write", write)
+    status, said, _ = run("export", f"{models}:student", "-l", "layer1", "--out", out)
+    assert status == 0 and "0.3 MB" in said and PARITY.summary() in said
+    path, layers, named = seen[0]
+    assert path == (Path(out) if out.endswith(".onnx") else Path(out) / "resnet.features.onnx")
+    assert layers == ("layer1",) and named["classes"] == tuple("0123456789") and named["image_size"] == (32, 32)
+
+
+def test_doctor_lists_every_probe_and_how_to_mend_the_broken(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> str:
+        raise RuntimeError("[red]no such thing[/red]")
+
+    monkeypatch.setattr(doctor, "_PROBES", doctor._PROBES | {"nvcc": (broken, "mend [it]"), "Thing": (lambda: "one [two]", "unseen")})
+    status, out, err = run("doctor")
+    assert (status, err) == (0, "")
+    rows = {name: next(line for line in out.splitlines() if name in line) for name in doctor._PROBES}
+    assert rows["Python"].startswith("yes") and "[red]no such thing[/red]" in rows["nvcc"] and "mend [it]" in rows["nvcc"]
+    assert rows["nvcc"].startswith("no") and "one [two]" in rows["Thing"] and "unseen" not in rows["Thing"]
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("explain digits --models none.toml --out R", "none.toml"),
+        ("explain no/such/folder --models models.toml --out R", "no/such/folder"),
+        ("explain digits --models models.toml --out R --layer layer7", "layer7"),
+        ("explain digits --models models.toml --out R --layer a=b=c", "b=c"),
+        ("explain digits --models models.toml --out R --split half", "half"),
+        ("explain digits --models models.toml --out R --device tpu", "tpu"),
+        ("explain digits --models models.toml --out models.toml --permutations 0", "models.toml"),
+        ("distill no/such/folder --teacher TINY --student TINY --out R", "no/such/folder"),
+        ("distill digits --teacher kdx:resnot --student TINY --out R", "resnot"),
+        ("distill digits --teacher TINY --student nothing --out R", "nothing"),
+        ("distill digits --teacher TINY --student TINY --out R --method guess", "guess"),
+        ("distill digits --teacher TINY --student TINY --out R --device tpu", "tpu"),
+        ("distill digits --teacher TINY@none.pt --student TINY --out R", "none.pt"),
+        ("export TINY", "No layer was named"),
+        ("export TINY --layer layer9", "layer9"),
+        ("export kdx:resnot --layer layer1", "resnot"),
+        ("export models.toml:pupil --layer layer1", "pupil"),
+        ("export none.toml:student --layer layer1", "none.toml"),
+        ("export kdx.networks:resnet,width=2 --layer layer1", "does not say what size of image"),
+        ("report no/such/run", "no/such/run"),
+    ],
+)
+def test_a_mistake_is_two_lines_and_status_2(command: str, said: str, run: Any, models: Path) -> None:
+    status, _, err = run(*command.replace("TINY", TINY).split())
+    lines = err.splitlines()
+    assert status == 2 and len(lines) == 2, err
+    assert lines[0].startswith("Error: ") and said in err and lines[1]
+    assert models.parent.joinpath("R").exists() is False or not list(models.parent.joinpath("R").rglob("*.html"))
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("explain digits --models m --out R --batch -3", "--batch"),
+        ("explain digits --models m --out R --batch many", "--batch"),
+        ("explain digits --models m --out R --runtime tensor", "--runtime"),
+        ("explain digits --models m --out R --objective fame", "--objective"),
+        ("explain digits --models m --out R --weighting none", "--weighting"),
+        ("explain digits --models m --out R --confidence 1", "--confidence"),
+        ("explain digits --models m --out R --reference -1", "--reference"),
+        ("explain digits --models m", "--out"),
+        ("explain --models m --out R", "data"),
+        ("explain digits --models m --out R --colour red", "--colour"),
+        ("distill digits --teacher t --student s --out R --epochs 0", "--epochs"),
+        ("distill digits --teacher t --student s --out R --alpha 2", "--alpha"),
+        ("export TINY --kind gradients", "--kind"),
+        ("demo --seed -1", "--seed"),
+        ("paint", "paint"),
+    ],
+)
+def test_a_wrong_option_is_named_with_status_2(command: str, said: str, run: Any) -> None:
+    status, out, err = run(*command.split())
+    assert status == 2 and out == ""
+    assert said in err and "Traceback" not in err and "-h" in err
+
+
+def test_an_error_is_shown_as_it_is_written(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Path) -> None:
+        raise KdxError("[red]no[/red] " + "long " * 60 + "line.", "Mend [/it].")
+
+    monkeypatch.setattr(report, "write", fails)
+    status, _, err = run("report", "R")
+    assert status == 2 and err == "Error: [red]no[/red] " + "long " * 60 + "line.\nMend [/it].\n"
+
+
+def test_a_bug_shows_itself(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Path) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(report, "write", fails)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        run("report", "R")
+
+
+# ---- Ctrl-C ----
+
+
+def test_an_interrupt_is_status_130_and_one_sentence(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "write", interrupted)
+    assert run("report", "R") == (130, "", "Stopped. The same command takes up where this one was.\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_in_training_leaves_what_the_same_command_takes_up(tmp_path: Path) -> None:
+    command = f"distill digits --teacher {TINY} --student {TINY} --out O --epochs 500 --image-size 8 --batch 400"
+    process = subprocess.Popen(
+        [KDX, *command.split()],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a suite in the background ignores it
+    )
+    state = tmp_path / "O" / "teacher.state.pt"
+    deadline = time.monotonic() + 60
+    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err == "Stopped. The same command takes up where this one was.\n"
+    assert state.exists() and not (tmp_path / "O" / "models.toml").exists()

@@ -1,0 +1,117 @@
+"""Every probe is guarded: whatever one raises is its own finding, with its mend, and the others go on."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdx import doctor
+from kdx.doctor import Finding, probe
+
+
+def finding(name: str) -> Finding:
+    (found,) = [found for found in probe() if found.name == name]
+    return found
+
+
+def test_what_is_here_is_found_as_its_packages_say() -> None:
+    assert finding("Python") == Finding("Python", True, platform.python_version())
+    assert finding("runtime eager: PyTorch").found.split(",")[0] == torch.__version__
+    assert finding("runtime onnx: ONNX Runtime").found.startswith(f"{version('onnxruntime')}, ")
+    assert "CPU" in finding("runtime onnx: ONNX Runtime").found
+
+
+def test_every_finding_has_a_name_of_its_own_and_one_line() -> None:
+    found = probe()
+    assert [each.name for each in found] == list(doctor._PROBES) and len(found) > 5
+    assert all("\n" not in each.found and each.found for each in found)
+    assert all(each.works or each.mend for each in found)
+
+
+@pytest.mark.parametrize("name", list(doctor._PROBES))
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ImportError("libcuda.so.1: cannot open\nsecond line"), "libcuda.so.1: cannot open"),
+        (PackageNotFoundError("x"), "not installed"),
+        (OSError(), "OSError"),
+        (AttributeError("\n\n"), "AttributeError"),
+        (subprocess.TimeoutExpired("nvcc", 20), "Command 'nvcc' timed out after 20 seconds"),
+    ],
+)
+def test_a_probe_that_raises_is_reported_with_its_mend(name: str, error: Exception, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> str:
+        raise error
+
+    def fine() -> str:
+        return "found"
+
+    mends = {each: f"mend {each}" for each in doctor._PROBES}
+    monkeypatch.setattr(doctor, "_PROBES", {each: (broken if each == name else fine, mend) for each, mend in mends.items()})
+    assert probe() == [Finding(each, False, said, mend) if each == name else Finding(each, True, "found") for each, mend in mends.items()]
+
+
+def test_ctrl_c_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "_PROBES", {"Python": (interrupted, "")})
+    with pytest.raises(KeyboardInterrupt):
+        probe()
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [
+        ("runtime onnx: ONNX Runtime", "onnxruntime", "kdx[cpu]"),
+        ("models timm:", "timm", "kdx[models]"),
+        ("models torchvision:", "torchvision", "kdx[models]"),
+    ],
+)
+def test_a_package_that_is_not_installed_names_its_extra(name: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    found = finding(name)
+    assert not found.works and package in found.found and extra in found.mend
+
+
+@pytest.mark.parametrize(("name", "package"), [("TensorRT", "tensorrt"), ("PyCUDA", "pycuda")])
+def test_the_gpus_packages_are_not_found_where_their_metadata_is_not(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(asked: str) -> str:
+        assert asked == package
+        raise PackageNotFoundError(asked)
+
+    monkeypatch.setattr(doctor, "version", absent)
+    monkeypatch.setattr(doctor, "_PROBES", {name: doctor._PROBES[name]})
+    (found,) = probe()
+    assert (found.works, found.found) == (False, "not installed") and "kdx[gpu]" in found.mend
+
+
+def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = finding("GPU")
+    assert not found.works and found.found == "PyTorch sees no GPU" and "driver" in found.mend
+
+
+def test_nvcc_is_what_it_says_of_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_PROBES", {"nvcc": doctor._PROBES["nvcc"]})
+    nvcc = tmp_path / "nvcc"
+    monkeypatch.setattr(shutil, "which", lambda name: str(nvcc) if nvcc.exists() else None)
+    assert probe()[0].found == "not on PATH"
+    for script, expected in (
+        ("echo Cuda compiler; echo release 13.0", (True, "release 13.0")),
+        ("exit 3", (False, f"Command '['{nvcc}', '--version']' returned non-zero exit status 3")),
+    ):
+        nvcc.write_text(f"#!/bin/sh\n{script}\n")
+        nvcc.chmod(0o755)
+        (found,) = probe()
+        assert (found.works, found.found) == expected
+    nvcc.write_text("#!/bin/sh\n")  # says nothing
+    (found,) = probe()
+    assert not found.works and found.found

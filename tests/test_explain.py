@@ -1,0 +1,287 @@
+"""A run over a data set: what it stores, that it resumes, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zarr
+from PIL import Image
+from safetensors.torch import save_file
+
+import kdx
+from kdx import explain, models_file, store
+from kdx.data import class_balanced_batches, load_images, open_data
+from kdx.explain import Options
+from kdx.export.graphs import Preprocessing
+from kdx.networks import resnet
+from kdx.transfer import MAPS, ROLES
+
+CLASSES = ("cat", "dog", "owl")
+SIZE = (12, 12)
+OPTIONS = Options(batch=9, permutations=19, runtime="eager", seed=3, gallery=6)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small random networks with a models file, and 29 pictures of three classes."""
+    root = tmp_path_factory.mktemp("explain")
+    for seed, (role, width) in enumerate((("teacher", 8), ("student", 4), ("base", 4))):
+        torch.manual_seed(seed)
+        save_file(resnet(width=width, depth=1, classes=3).state_dict(), root / f"{role}.safetensors")
+    models_file.write_models(
+        root / "models.toml",
+        teacher="kdx:resnet,width=8,depth=1,classes=3@teacher.safetensors",
+        base="kdx:resnet,width=4,depth=1,classes=3@base.safetensors",
+        student="kdx:resnet,width=4,depth=1,classes=3@student.safetensors",
+        layers=("layer2", "layer3"),
+        classes=CLASSES,
+        preprocessing=Preprocessing(SIZE, (0.5,), (0.5,)),
+    )
+    rng = np.random.default_rng(0)
+    for number in range(29):
+        place = root / "pictures" / CLASSES[number % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (14, 17, 3), dtype=np.uint8)).save(place / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run(folder, out)
+    return out
+
+
+def run(folder: Path, out: Path, options: Options = OPTIONS, data: str | None = None, layers: tuple[str, ...] = ()) -> Path:
+    return explain.run(data or str(folder / "pictures"), folder / "models.toml", out, layers, options, announce=lambda line: None)
+
+
+def results(out: Path) -> dict[str, Any]:
+    """All that a run computed: everything but times and the machine."""
+    group = zarr.open_group(out / "maps.zarr", mode="r")
+    arrays = {f"{layer}/{name}": np.asarray(group[f"{layer}/{name}"]) for layer in ("layer2", "layer3") for name in MAPS}
+    return {
+        "scores": (out / "scores.json").read_bytes(),
+        "table": (out / "scores.csv").read_bytes(),
+        "samples": pq.read_table(out / "samples.parquet").to_pydict(),
+        "images": json.loads((out / "manifest.json").read_text())["images"],
+        "overlays": sorted((path.name, path.read_bytes()) for path in (out / "overlays").iterdir()),
+        **arrays,
+    }
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    return found.keys() == expected.keys() and all(
+        np.array_equal(found[key], value) if isinstance(value, np.ndarray) else found[key] == value for key, value in expected.items()
+    )
+
+
+def test_a_run_stores_what_the_explainer_finds(folder: Path, finished: Path) -> None:
+    dataset = open_data(str(folder / "pictures"), CLASSES)
+    batches = class_balanced_batches(dataset.labels, 9, 3)
+    samples = pq.read_table(finished / "samples.parquet").to_pylist()
+    assert sorted(row["id"] for row in samples) == sorted(dataset.ids)
+    group = zarr.open_group(finished / "maps.zarr", mode="r")
+    trio = models_file.read_models(folder / "models.toml")
+    teacher, student, base = (trio.load(role) for role in ROLES)
+    with kdx.Explainer(
+        teacher=teacher, student=student, base=base, layers=["layer2", "layer3"], runtime="eager", permutations=0
+    ) as explainer:
+        for number, batch in enumerate(batches):
+            expected = explainer(load_images(dataset, batch, SIZE).pixels, torch.from_numpy(dataset.labels[batch]))
+            rows = [row for row in samples if row["batch"] == number]
+            assert [row["id"] for row in rows] == [dataset.ids[i] for i in batch]
+            assert [row["label"] for row in rows] == dataset.labels[batch].tolist()
+            for role in ROLES:
+                assert [row[f"{role}_prediction"] for row in rows] == expected.logits[role].argmax(1).tolist()
+            for layer, found in expected.layers.items():
+                for name in MAPS:
+                    stored = np.asarray(group[f"{layer}/{name}"])[[row["row"] for row in rows]]
+                    assert np.allclose(stored, getattr(found, name).maps, rtol=1e-4, atol=1e-6)
+
+
+def test_files_agree_with_each_other(finished: Path) -> None:
+    content = json.loads((finished / "scores.json").read_text())
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["status"] == "complete" and manifest["images"] == {"planned": 29, "explained": 29, "unreadable": []}
+    assert not (finished / "progress").exists()
+    with (finished / "scores.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 2 * (9 + 2)
+    for row in table:
+        entry = content["layers"][row["layer"]]
+        score = (entry["scores"] | entry["contrasts"])[row["score"]]
+        assert float(row["value"]) == score["value"] and [float(row["low"]), float(row["high"])] == list(score["interval"])
+    samples = pq.read_table(finished / "samples.parquet").to_pylist()
+    for role in ROLES:
+        right = sum(row[f"{role}_prediction"] == row["label"] for row in samples)
+        accuracy = content["accuracy"][role]
+        assert (accuracy["correct"], accuracy["n"]) == (right, 29)
+        assert accuracy["interval"][0] < accuracy["value"] < accuracy["interval"][1]
+    assert (finished / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("stop", ["before the maps", "between maps and record", "after a batch", "while finishing"])
+def test_a_stopped_run_resumes_to_the_same_result(
+    folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Store, "write_batch", _stopping(store.Store.write_batch, stop))
+        if stop == "while finishing":
+            patch.setattr(store.Store, "write_scores", _raise)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, out)
+    done = len(list((out / "progress").iterdir()))
+    assert done == {"before the maps": 1, "between maps and record": 1, "after a batch": 2, "while finishing": 4}[stop]
+    computed: list[int] = []
+    original = store.Store.write_batch
+
+    def counted(self: store.Store, batch: int, *rest: Any) -> None:
+        computed.append(batch)
+        original(self, batch, *rest)
+
+    monkeypatch.setattr(store.Store, "write_batch", counted)
+    run(folder, out)
+    assert len(computed) == 4 - done
+    assert same(results(out), results(finished))
+
+
+def _raise(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _stopping(write: Any, stop: str) -> Any:
+    """`write`, interrupted at the second batch in the way that ``stop`` says."""
+
+    def interrupted(self: store.Store, batch: int, *rest: Any) -> None:
+        if batch == 1 and stop == "before the maps":
+            raise KeyboardInterrupt
+        write(self, batch, *rest)
+        if batch == 1 and stop == "between maps and record":
+            self._progress(batch).unlink()
+            raise KeyboardInterrupt
+        if batch == 1 and stop == "after a batch":
+            raise KeyboardInterrupt
+
+    return interrupted
+
+
+def test_a_killed_process_resumes_to_the_same_result(folder: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [str(Path(sys.executable).parent / "kdx"), "explain", str(folder / "pictures"), "--models", str(folder / "models.toml")]
+    command += ["--out", str(out), "--batch", "9", "--permutations", "19", "--runtime", "eager", "--seed", "3"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(6000):
+        if list((out / "progress").glob("*.npz")) or process.poll() is not None:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = replace(OPTIONS, gallery=60)
+    run(folder, out, again)
+    expected = tmp_path / "expected"
+    run(folder, expected, again)
+    assert same(results(out), results(expected))
+
+
+def test_how_many_images_go_through_a_network_at_once_changes_nothing(folder: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(folder, out, replace(OPTIONS, chunk=4))
+    whole, parts = results(finished), results(out)
+    assert parts["samples"]["student_prediction"] == whole["samples"]["student_prediction"]
+    for key in (key for key in whole if key.startswith("layer")):
+        assert np.allclose(parts[key], whole[key], rtol=1e-3, atol=1e-5 * np.abs(whole[key]).max())
+
+
+def test_in_reference_mode_a_map_does_not_depend_on_its_batch(folder: Path, tmp_path: Path) -> None:
+    maps = {}
+    for batch in (9, 16):
+        run(folder, tmp_path / str(batch), replace(OPTIONS, batch=batch, references=10))
+        samples = pq.read_table(tmp_path / str(batch) / "samples.parquet").to_pylist()
+        stored = np.asarray(zarr.open_group(tmp_path / str(batch) / "maps.zarr", mode="r")["layer3/distilled"])
+        maps[batch] = np.stack([stored[row["row"]] for row in sorted(samples, key=lambda row: str(row["id"]))])
+    assert np.abs(maps[9] - maps[16]).max() < 1e-3 * maps[9].max()
+
+
+def test_a_corrupt_image_is_skipped_and_named_up_to_the_limit(folder: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    shutil.copytree(folder / "pictures", pictures)
+    (pictures / "dog" / "torn.png").write_bytes((pictures / "dog" / "1.png").read_bytes()[:60])
+    with pytest.raises(kdx.KdxError, match=r"1 of 30 images cannot be read.*torn\.png"):
+        run(folder, tmp_path / "strict", data=str(pictures))
+    run(folder, tmp_path / "lenient", replace(OPTIONS, max_unreadable=0.1), data=str(pictures))
+    manifest = json.loads((tmp_path / "lenient" / "manifest.json").read_text())
+    assert manifest["images"]["explained"] == 29
+    assert [entry["id"] for entry in manifest["images"]["unreadable"]] == ["dog/torn.png"]
+    assert "torn.png" in (tmp_path / "lenient" / "report.html").read_text()
+    ids = pq.read_table(tmp_path / "lenient" / "samples.parquet").to_pydict()["id"]
+    assert len(ids) == 29 and "dog/torn.png" not in ids
+
+
+def test_one_batch_alone_has_an_interval_from_its_images(folder: Path, tmp_path: Path) -> None:
+    run(folder, tmp_path / "run", replace(OPTIONS, batch=64))
+    content = json.loads((tmp_path / "run" / "scores.json").read_text())
+    low, high = content["layers"]["layer3"]["scores"]["FSS(S,T)"]["interval"]
+    assert -1 < low < high < 1
+
+
+@pytest.fixture
+def quiet() -> Iterator[list[str]]:
+    yield []
+
+
+def test_a_finished_run_is_not_computed_again(folder: Path, finished: Path, quiet: list[str]) -> None:
+    before = (finished / "scores.json").stat().st_mtime_ns
+    explain.run(str(folder / "pictures"), folder / "models.toml", finished, (), OPTIONS, announce=quiet.append)
+    assert any("complete" in line for line in quiet)
+    assert (finished / "scores.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"options": replace(OPTIONS, batch=12)}, "another run .*batch"),
+        ({"layers": ("layer1",)}, "another run .*layers"),
+        ({"layers": ("layr3",), "out": "new"}, "layr3"),
+        ({"options": replace(OPTIONS, split="tset"), "out": "new"}, "tset"),
+        ({"data": "nowhere", "out": "new"}, "nowhere"),
+        ({"out": "occupied"}, "not empty"),
+    ],
+)
+def test_what_is_refused(folder: Path, finished: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "thesis.tex").write_text("")
+    out = tmp_path / change.pop("out") if "out" in change else finished
+    with pytest.raises(kdx.KdxError, match=said):
+        run(folder, out, **change)
+    assert (tmp_path / "occupied" / "thesis.tex").exists()
+
+
+def test_networks_of_other_classes_are_refused(folder: Path, tmp_path: Path) -> None:
+    text = (folder / "models.toml").read_text()
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "models.toml").write_text(text.replace('"cat", "dog", "owl"', '"cat", "dog", "elk", "owl"'))
+    with pytest.raises(kdx.KdxError, match="predicts 3 classes, and the data has 4"):
+        run(tmp_path / "copy", tmp_path / "run")
+
+
+def test_identical_student_and_base_are_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.copy(folder / "base.safetensors", tmp_path / "copy" / "student.safetensors")
+    with pytest.raises(kdx.KdxError, match="nothing that the given features do not explain"):
+        run(tmp_path / "copy", tmp_path / "run")

@@ -1,0 +1,204 @@
+"""The closed form against the definitions, against autograd through features, and its properties."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdx.kernels import geometry, reference
+from tests import oracle
+
+
+def laplacian(x: Tensor, y: Tensor, target: Tensor, objective: str) -> geometry.Laplacian:
+    d, e, h = (geometry.distances(rows.flatten(1)) for rows in (x, y, target))
+    return geometry.laplacian(d, geometry.u_centered(d), geometry.u_centered(e), geometry.u_centered(h), geometry.OBJECTIVES[objective])
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+@pytest.mark.parametrize("case", oracle.CASES)
+@pytest.mark.parametrize(("name", "objective"), [("relevance", "relevance"), ("unique", "uniqueness")])
+def test_published_scores_weights_and_maps(case: str, name: str, objective: str, dtype: torch.dtype) -> None:
+    known = oracle.load(case)
+    x, y = (torch.from_numpy(known[key]).to(dtype) for key in ("x", "y"))
+    lap = laplacian(x, y, torch.from_numpy(known["target"]), objective)
+    weights = geometry.gradient(lap.lap, geometry.gap(x))
+    tolerance = oracle.TOLERANCE[str(dtype).removeprefix("torch.")]
+    assert oracle.error(weights, known[f"{name}/weights"]) < tolerance
+    assert oracle.error(geometry.cam(x, weights), known[f"{name}/cam"]) < tolerance
+    # A score near zero is a difference of large numbers, so its error is measured on its own scale of one.
+    scale = max(1.0, abs(float(known[f"{name}/score"])))
+    assert abs(float(lap.score) - float(known[f"{name}/score"])) / scale < tolerance
+
+
+@pytest.mark.parametrize("objective", ["relevance", "uniqueness"])
+@pytest.mark.parametrize("weighting", ["gap", "elementwise"])
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("n", [4, 5, 19])
+def test_closed_form_is_autograd_through_the_features(objective: str, weighting: str, pooled: bool, n: int) -> None:
+    x, y, labels = oracle.features(n=n, classes=2 if n < 9 else 4)
+    target = torch.nn.functional.one_hot(labels).double()
+    score, weights, maps = reference.unicam(x, y, target, objective, weighting, pooled)
+    rows = (geometry.gap(x), geometry.gap(y)) if pooled else (x, y)
+    lap = laplacian(*rows, target, objective)
+    gap = geometry.gradient(lap.lap, geometry.gap(x)) / (x.shape[2] * x.shape[3] if pooled else 1)
+    found = (
+        geometry.elementwise_cam(x, geometry.gradient(lap.lap, x.flatten(1)))
+        if weighting == "elementwise" and not pooled
+        else geometry.cam(x, gap)
+    )
+    tolerance = oracle.TOLERANCE["float64"]
+    assert oracle.error(lap.score, score) < tolerance
+    if n == 4 and objective == "relevance":  # one dimension is left beside B, so L cannot change
+        assert gap.abs().max() == 0 and found.abs().max() == 0
+        assert weights.abs().max() < 1e-14 * abs(float(score))
+        return
+    assert oracle.error(gap, weights) < tolerance
+    assert oracle.error(found, maps) < tolerance
+
+
+def test_any_objective_by_autograd_on_the_residual() -> None:
+    x, y, labels = oracle.features()
+    target = torch.nn.functional.one_hot(labels).double()
+    own = geometry.differentiated(lambda r: r.amax(-1).sum(-1))
+    d, e, h = (geometry.distances(rows.flatten(1)) for rows in (x, y, target))
+    u = geometry.u_centered
+    assert oracle.error(geometry.laplacian(d, u(d), u(e), u(h), own).lap, laplacian(x, y, target, "uniqueness").lap) < 1e-12
+
+
+def test_distances_of_near_duplicates_far_from_the_origin() -> None:
+    """A Gram product alone loses these: their distance is 1e-6 of their norm."""
+    generator = torch.Generator().manual_seed(0)
+    x = 1e3 + torch.randn(9, 33, generator=generator, dtype=torch.float64)
+    x[4] = x[2] + 1e-3 * torch.randn(33, generator=generator, dtype=torch.float64)
+    x[7] = x[2]
+    single = x.float()
+    expected = reference.distances(single.double())
+    found = geometry.distances(single)
+    assert found[7, 2] == 0
+    assert oracle.error(found, expected) < 1e-6
+    assert float((found[4, 2] - expected[4, 2]).abs() / expected[4, 2]) < 1e-5
+
+
+def test_cross_distances_are_blocks_of_distances() -> None:
+    x = torch.randn(17, 23, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x[3] = x[12]
+    assert oracle.error(geometry.cross_distances(x[:6], x[6:]), reference.distances(x)[:6, 6:]) < 1e-12
+    bordered = geometry.bordered(geometry.distances(x[6:]), geometry.cross_distances(x[:6], x[6:]))
+    for query in range(6):
+        rows = torch.cat([x[6:], x[query : query + 1]])
+        assert oracle.error(bordered[query], reference.distances(rows)) < 1e-12
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_leaving_out_is_computing_without(biased: bool) -> None:
+    d = torch.stack([geometry.distances(f.flatten(1)) for f in oracle.features(n=11)[:2]])
+    found = geometry.leave_one_out(d, biased=biased)
+    for m in range(11):
+        kept = [i for i in range(11) if i != m]
+        inside = [matrix[kept][:, kept] for matrix in d]
+        if biased:
+            a, b = (reference.double_centered(matrix) for matrix in inside)
+            expected = torch.stack([(p * q).mean() for p in (a, b) for q in (a, b)]).view(2, 2)
+        else:
+            a, b = (reference.u_centered(matrix) for matrix in inside)
+            expected = torch.stack([reference.inner(p, q) for p in (a, b) for q in (a, b)]).view(2, 2)
+        assert oracle.error(found[m], expected) < 1e-10
+
+
+def test_permuted_products_are_products_of_permuted_matrices() -> None:
+    x, y, labels = oracle.features(n=24, classes=3)
+    rows = torch.randn(3, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)[labels]
+    target = geometry.distances(rows)
+    matrices = torch.stack([geometry.u_centered(geometry.distances(f.flatten(1))) for f in (x, y)])
+    permutations = torch.stack([torch.randperm(24, generator=torch.Generator().manual_seed(seed)) for seed in range(7)])
+    expected = torch.stack(
+        [torch.stack([reference.inner(a, reference.u_centered(target[p][:, p])) for a in matrices]) for p in permutations]
+    )
+    assert oracle.error(geometry.permuted_products(matrices, geometry.u_centered(target), permutations), expected) < 1e-12
+    assert oracle.error(geometry.permuted_class_products(matrices, target, labels, permutations), expected) < 1e-12
+
+
+def test_stacks_are_their_members() -> None:
+    x, y, labels = oracle.features(n=9, classes=3)
+    target = geometry.u_centered(geometry.distances(torch.nn.functional.one_hot(labels).double()))
+    d = torch.stack([geometry.distances(x.flatten(1)), geometry.distances(y.flatten(1))])
+    a = geometry.u_centered(d)
+    both = geometry.laplacian(d, a, a.flip(0), target)
+    for index in range(2):
+        one = geometry.laplacian(d[index], a[index], a[1 - index], target)
+        assert oracle.error(both.lap[index], one.lap) < 1e-14
+        assert oracle.error(both.score[index], one.score) < 1e-12
+
+
+def test_float32_survives_features_of_any_scale() -> None:
+    """Raw products of norms leave float32's range at these scales; unit-norm matrices do not."""
+    x, y, labels = oracle.features()
+    target = geometry.distances(torch.nn.functional.one_hot(labels).double(), torch.float32)
+
+    def weights(scale: float) -> Tensor:
+        d, e = (geometry.distances(f.flatten(1).float() * scale, torch.float32) for f in (x, y))
+        lap = geometry.laplacian(d, geometry.u_centered(d), geometry.u_centered(e), geometry.u_centered(target))
+        return geometry.gradient(lap.lap, geometry.gap(x.float() * scale)) * scale
+
+    plain = weights(1.0)
+    for scale in (1e-12, 1e12):
+        assert oracle.error(weights(scale), plain) < oracle.TOLERANCE["float32"]
+
+
+class _Explained(torch.nn.Module):
+    """The closed form as a graph, in float32 throughout, as runtimes without float64 need it."""
+
+    def forward(self, x: Tensor, y: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d, e, h = (geometry.distances(rows.flatten(1), torch.float32) for rows in (x, y, target))
+        a, b, g = (geometry.u_centered(matrix) for matrix in (d, e, h))
+        lap = geometry.laplacian(d, a, b, g)
+        maps = geometry.cam(x, geometry.gradient(lap.lap, geometry.gap(x)))
+        return (
+            geometry.scaled(maps),
+            geometry.elementwise_cam(x, geometry.gradient(lap.lap, x.flatten(1))),
+            geometry.products(torch.stack([a, b, g])),
+        )
+
+
+def test_traceable_with_a_dynamic_batch() -> None:
+    batch = torch.export.Dim("batch", min=4)
+
+    def inputs(n: int) -> tuple[Tensor, ...]:
+        x, y, labels = oracle.features(n=n)
+        return x.float(), y.float(), torch.nn.functional.one_hot(labels, 4).float()
+
+    program = torch.export.export(_Explained(), inputs(7), dynamic_shapes=({0: batch},) * 3)
+    for n in (4, 13):
+        for found, expected in zip(program.module()(*inputs(n)), _Explained()(*inputs(n)), strict=True):
+            assert oracle.error(found, expected) < 1e-5
+
+
+def test_nothing_of_size_n_by_n_by_d() -> None:
+    """The largest tensor that any step makes holds no more than features do, or n x n."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Largest(TorchDispatchMode):  # type: ignore[misc, unused-ignore]
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            self.elements = max([self.elements, *sizes])
+            return result
+
+    x, y, labels = oracle.features(n=31, shape=(13, 7, 7), other=(11, 5, 5))
+    with Largest() as seen:  # type: ignore[no-untyped-call]
+        lap = laplacian(x, y, torch.nn.functional.one_hot(labels).double(), "relevance")
+        geometry.cam(x, geometry.gradient(lap.lap, geometry.gap(x)))
+        geometry.elementwise_cam(x, geometry.gradient(lap.lap, x.flatten(1)))
+    assert seen.elements <= max(x.numel(), 31 * 31)
+
+
+def test_scaled_maps_span_zero_to_one_and_constant_ones_vanish() -> None:
+    maps = torch.rand(5, 3, 7, generator=torch.Generator().manual_seed(0)) + 2
+    maps[2] = 4.0
+    found = geometry.scaled(maps)
+    assert found[2].abs().max() == 0
+    assert all(found[i].min() == 0 and found[i].max() == 1 for i in (0, 1, 3, 4))

@@ -1,0 +1,268 @@
+"""Feature graphs against hooks, preprocessing and reshapes written out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kdx.errors import KdxError
+from kdx.export.graphs import FeatureGraph, Preprocessing, as_map, find_layer
+from kdx.networks import resnet
+
+MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)
+
+
+class Tiny(nn.Module):
+    """Two layers that predict, one that never runs, one that fails where told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 5, 3)
+        self.second = nn.Conv2d(5, 7, 2)
+        self.unused = nn.Linear(2, 2)
+        self.fc = nn.Linear(7, 4)
+        self.fails = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.second(self.first(images).relu()).relu()
+        if self.fails:
+            raise ArithmeticError("in the middle")
+        logits: Tensor = self.fc(features.mean((2, 3)))
+        return logits
+
+
+class Returning(nn.Module):
+    """A network that returns something other than logits."""
+
+    def __init__(self, what: object) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.what = what
+
+    def forward(self, images: Tensor) -> object:
+        features = self.conv(images)
+        return features if self.what is None else self.what
+
+
+def hook_count(module: nn.Module) -> int:
+    return sum(len(child._forward_hooks) for child in module.modules())
+
+
+# ---- as_map ----
+
+
+def test_a_map_stays_itself() -> None:
+    feature = torch.rand(3, 5, 7, 2)
+    assert as_map(feature, "layer") is feature
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2, 5, 8])
+def test_tokens_become_the_grid_that_stands_behind_their_prefix(prefix: int) -> None:
+    n, side, channels = 2, 5, 3
+    tokens = np.random.default_rng(prefix).normal(size=(n, prefix + side * side, channels))
+    expected = np.empty((n, channels, side, side))
+    for image in range(n):
+        for row in range(side):
+            for column in range(side):
+                expected[image, :, row, column] = tokens[image, prefix + row * side + column]
+    np.testing.assert_array_equal(as_map(torch.from_numpy(tokens), "blocks.0").numpy(), expected)
+
+
+def test_a_vector_becomes_a_map_of_one_position() -> None:
+    vector = torch.rand(3, 11)
+    found = as_map(vector, "fc")
+    assert found.shape == (3, 11, 1, 1)
+    assert torch.equal(found.flatten(1), vector)
+
+
+@pytest.mark.parametrize(
+    ("feature", "said"),
+    [
+        ((torch.rand(2, 3, 4, 4), torch.rand(2)), "tuple"),
+        ({"x": torch.rand(2, 3)}, "dict"),
+        (7, "int"),
+        (None, "NoneType"),
+        (torch.ones(2, 3, 4, 4, dtype=torch.int64), "tensor [2, 3, 4, 4]"),
+        (torch.rand(5), "tensor [5]"),
+        (torch.rand(2, 3, 4, 5, 6), "tensor [2, 3, 4, 5, 6]"),
+    ],
+)
+def test_what_is_no_feature_map_is_refused_and_named(feature: object, said: str) -> None:
+    with pytest.raises(KdxError) as caught:
+        as_map(feature, "stage.3")
+    assert said in caught.value.problem and "'stage.3'" in caught.value.problem
+
+
+@pytest.mark.parametrize("tokens", [34, 59, 60])  # 9, 10 and 11 more than a square
+def test_token_counts_that_are_no_grid_are_refused(tokens: int) -> None:
+    with pytest.raises(KdxError, match=f"The {tokens} tokens of layer 'blocks.1' are not a square grid"):
+        as_map(torch.rand(2, tokens, 3), "blocks.1")
+
+
+# ---- find_layer ----
+
+
+def test_every_module_is_found_by_its_path() -> None:
+    network = resnet(4, 1, 5)
+    for path, module in network.named_modules():
+        if path:
+            assert find_layer(network, path) is module
+
+
+@pytest.mark.parametrize("name", ["layr2", "layer22", "layer1.0.con1"])
+def test_a_misspelt_layer_names_its_near_matches(name: str) -> None:
+    network = resnet(4, 1, 5)
+    with pytest.raises(KdxError) as caught:
+        find_layer(network, name)
+    near = caught.value.mend.removeprefix("Near matches: ").removesuffix(".").split(", ")
+    assert {"layr2": "layer2", "layer22": "layer2", "layer1.0.con1": "layer1.0.conv1"}[name] in near
+    assert all(find_layer(network, match) for match in near)
+
+
+@pytest.mark.parametrize("name", ["", "zzzzzz"])
+def test_the_root_and_the_wholly_unknown_name_layers_that_exist(name: str) -> None:
+    network = resnet(4, 1, 5)
+    with pytest.raises(KdxError, match=f"no layer '{name}'") as caught:
+        find_layer(network, name)
+    for match in caught.value.mend.removeprefix("Near matches: ").removesuffix(".").split(", "):
+        assert find_layer(network, match)
+
+
+# ---- FeatureGraph ----
+
+
+def by_hand(network: nn.Module, layers: Sequence[str], images: Tensor) -> tuple[Tensor, ...]:
+    kept: dict[str, Tensor] = {}
+    handles = [
+        network.get_submodule(layer).register_forward_hook(lambda _module, _inputs, output, layer=layer: kept.__setitem__(layer, output))
+        for layer in layers
+    ]
+    logits = network(images)
+    for handle in handles:
+        handle.remove()
+    return logits, *(kept[layer] for layer in layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_graph_is_hooks_and_preprocessing_by_hand(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    network = resnet(4, 1, 5).to(dtype).eval()
+    layers = ("layer3", "layer1.0.conv2", "layer2")
+    images = torch.rand(3, 3, 13, 9, dtype=dtype)
+    normalized = torch.stack([(images[:, c] - MEAN[c]) / STD[c] for c in range(3)], dim=1)
+    found = FeatureGraph(network, layers, Preprocessing(None, MEAN, STD))(images)
+    for ours, theirs in zip(found, by_hand(network, layers, normalized), strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_graph_converted_to_float64_is_its_float32_self() -> None:
+    torch.manual_seed(0)
+    graph = FeatureGraph(resnet(4, 1, 5).eval(), ["layer2"], Preprocessing((11, 7), MEAN, STD))
+    images = torch.rand(3, 3, 9, 15)
+    single = graph(images)
+    for narrow, wide in zip(single, graph.double()(images.double()), strict=True):
+        assert wide.dtype == torch.float64
+        torch.testing.assert_close(narrow.double(), wide, rtol=1e-4, atol=1e-5)  # float32 rounding through six convolutions
+
+
+def test_resizing_by_whole_factors_is_the_mean_of_what_bilinear_meets() -> None:
+    """Halving an even image, bilinear samples lie midway between two pixels each way: the mean of 2 x 2 blocks."""
+    images = torch.rand(2, 3, 10, 14, dtype=torch.float64)
+    blocks = torch.stack([images[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]).mean(0)
+    network = Tiny().double()
+    resized = FeatureGraph(network, ["first"], Preprocessing((5, 7), MEAN, STD))(images)
+    same = FeatureGraph(network, ["first"], Preprocessing(None, MEAN, STD))(blocks)
+    for ours, theirs in zip(resized, same, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_an_image_of_the_right_size_is_not_changed_by_resizing() -> None:
+    network, images = Tiny().double(), torch.rand(2, 3, 9, 11, dtype=torch.float64)
+    for ours, theirs in zip(
+        FeatureGraph(network, ["second"], Preprocessing((9, 11)))(images), FeatureGraph(network, ["second"])(images), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_gradients_flow_to_the_features_as_differences_say() -> None:
+    """d logit / d feature of the last convolution is the classifier's weight over the number of positions."""
+    network = Tiny().double()
+    logits, feature = FeatureGraph(network, ["second"])(torch.rand(3, 3, 9, 8, dtype=torch.float64) + 5)
+    (gradient,) = torch.autograd.grad(logits[:, 2].sum(), feature)
+    expected = (network.fc.weight[2] / (feature.shape[2] * feature.shape[3]))[None, :, None, None] * (feature > 0)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_gradients_flow_from_the_features_to_the_images() -> None:
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    network = Tiny().double()
+    assert torch.autograd.gradcheck(lambda pixels: FeatureGraph(network, ["first"], Preprocessing((7, 5), MEAN, STD))(pixels)[1], images)
+
+
+def test_tokens_leave_a_graph_as_a_grid() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch = nn.Conv2d(3, 6, 4, 4)
+            self.block = nn.Identity()
+
+        def forward(self, images: Tensor) -> Tensor:
+            tokens = self.patch(images).flatten(2).transpose(1, 2)
+            out: Tensor = self.block(torch.cat([tokens.mean(1, keepdim=True), tokens], 1))
+            return out[:, 0]
+
+    network = Tokens()
+    logits, patches, block = FeatureGraph(network, ["patch", "block"])(torch.rand(3, 3, 12, 12))
+    assert torch.equal(patches, block)
+    torch.testing.assert_close(logits, patches.mean((2, 3)))
+
+
+def test_what_follows_in_place_does_not_overwrite_a_feature() -> None:
+    conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    network = nn.Sequential(conv, norm, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    images = torch.rand(3, 3, 7, 5)
+    logits, before, after = FeatureGraph(network, ["1", "2"])(images)
+    torch.testing.assert_close(before, norm(conv(images)))
+    assert bool((before < 0).any()) and torch.equal(after, before.relu())
+    (gradient,) = torch.autograd.grad(logits.sum(), before)
+    torch.testing.assert_close(gradient, (before > 0) / 15)
+
+
+def test_hooks_are_removed_whatever_happens() -> None:
+    network = Tiny()
+    graph = FeatureGraph(network, ["first", "second"])
+    graph(torch.rand(2, 3, 7, 7))
+    assert hook_count(network) == 0
+    network.fails = True
+    with pytest.raises(ArithmeticError):
+        graph(torch.rand(2, 3, 7, 7))
+    assert hook_count(network) == 0
+
+
+def test_a_layer_that_does_not_run_is_named() -> None:
+    with pytest.raises(KdxError, match=r"does not reach layer 'unused'"):
+        FeatureGraph(Tiny(), ["first", "unused"])(torch.rand(2, 3, 7, 7))
+
+
+@pytest.mark.parametrize("layer", ["", "third"])
+def test_a_graph_of_no_such_layer_is_refused_at_once(layer: str) -> None:
+    with pytest.raises(KdxError, match=f"no layer '{layer}'"):
+        FeatureGraph(Tiny(), ["first", layer])
+
+
+@pytest.mark.parametrize("what", [None, 3, (torch.rand(2, 4),), {"logits": torch.rand(2, 4)}, torch.rand(2)])
+def test_a_network_that_does_not_return_logits_is_refused(what: object) -> None:
+    with pytest.raises(KdxError, match="does not return logits"):
+        FeatureGraph(Returning(what), ["conv"])(torch.rand(2, 3, 7, 7))
+
+
+def test_a_graph_holds_the_network_once_and_adds_nothing_to_its_weights() -> None:
+    network = Tiny()
+    graph = FeatureGraph(network, ["first", "second"], Preprocessing(None, MEAN, STD))
+    assert [name.removeprefix("network.") for name in graph.state_dict()] == list(network.state_dict())
+    assert sum(p.numel() for p in graph.parameters()) == sum(p.numel() for p in network.parameters())

@@ -1,0 +1,172 @@
+"""The structure: imports go one way, the wheel holds everything, and the documents say what runs."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import kdx.scores
+import kdx.unicam
+
+ROOT = Path(__file__).parents[1]
+
+# A file may import files of lower floors only.
+FLOORS = [
+    {"kdx.errors"},
+    {"kdx.kernels", "kdx.console", "kdx.networks", "kdx.store", "kdx.doctor", "kdx.data"},
+    {"kdx.export", "kdx.arrays", "kdx.reading", "kdx.pictures"},
+    {"kdx.runtime", "kdx.unicam", "kdx.scores", "kdx.layers"},
+    {"kdx.models", "kdx.transfer"},
+    {"kdx.models_file"},
+    {"kdx.distill"},
+    {"kdx.explainer", "kdx.report"},
+    {"kdx.explain"},
+    {"kdx.demo"},
+    {"kdx.cli"},
+]
+
+
+def sources() -> dict[str, Path]:
+    """Every module by its dotted name."""
+    paths = [path for folder in ("kdx", "export", "kernels") for path in (ROOT / folder).rglob("*.py") if not path.is_symlink()]
+    names = {}
+    for path in paths:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts if parts[0] == "kdx" else ("kdx", *parts)
+        names[".".join(parts).removesuffix(".__init__")] = path
+    return names
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            module = node.module or ""
+            found |= {f"kdx.{alias.name}" for alias in node.names} if module == "kdx" else {module}
+    return found
+
+
+def floor(module: str) -> int:
+    package = ".".join(module.split(".")[:2])
+    return next(number for number, rooms in enumerate(FLOORS) if package in rooms)
+
+
+def test_imports_go_one_way() -> None:
+    for module, path in sources().items():
+        if module == "kdx":
+            continue
+        for other in imports(path):
+            assert other.split(".")[0] not in ("export", "kernels", "tests"), f"{module} imports {other}"
+            if other.startswith("kdx.") and other.split(".")[1] != module.split(".")[1]:
+                assert floor(other) < floor(module), f"{module} (floor {floor(module)}) imports {other} (floor {floor(other)})"
+
+
+def test_kernels_know_nothing_of_models_or_files() -> None:
+    for module, path in sources().items():
+        if module.startswith("kdx.kernels"):
+            assert imports(path) <= {"__future__", "collections.abc", "dataclasses", "torch", "numpy", "kdx.errors"}, module
+
+
+def test_optional_and_heavy_packages_are_imported_where_they_are_used() -> None:
+    """`import kdx` works with the core dependencies alone, and no command waits for a package that it does not use."""
+    code = "import sys, kdx.cli; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"onnxruntime", "timm", "torchvision", "matplotlib", "sklearn", "zarr", "pyarrow", "jinja2", "onnxscript", "PIL"}
+    assert not heavy & set(loaded)
+
+
+def test_version_and_changelog_agree() -> None:
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert version and newest and version[1] == newest[1]
+
+
+@pytest.mark.parametrize("module", [kdx.unicam, kdx.scores], ids=["unicam", "scores"])
+def test_docstring_examples(module: object) -> None:
+    named = sys.modules[f"kdx.{'unicam' if module is kdx.unicam else 'scores'}"]
+    result = doctest.testmod(named)
+    assert result.attempted > 0 and result.failed == 0
+
+
+def test_readmes_python_example_runs(tmp_path: Path) -> None:
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(examples) >= 1
+    for example in examples:
+        result = subprocess.run([sys.executable, "-W", "error", "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+
+
+def test_readmes_commands_exist() -> None:
+    """Each `kdx` line of the documents names a command and options that the command line has."""
+    from typer.main import get_command
+
+    from kdx.cli import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    lines = [line for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") for line in re.findall(r"^kdx .+$", page.read_text(), re.M)]
+    assert len(lines) >= 4
+    for line in lines:
+        words = line.split()
+        assert words[1] in commands, line
+        known = {option for parameter in commands[words[1]].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= known | {"--help"}, line
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)], check=True, capture_output=True)
+    return out
+
+
+def test_the_sdist_holds_every_module(built: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    for module, path in sources().items():
+        stored = module.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
+        assert stored in names, stored
+    assert {"kdx/py.typed", "kdx/templates/report.html.j2", "LICENSE"} <= names
+
+
+def test_the_installed_wheel_works_outside_the_repository(built: Path, tmp_path: Path) -> None:
+    wheel = next(built.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert not [name for name in names if name.split("/")[0] not in ("kdx", wheel.name.rsplit("-", 3)[0] + ".dist-info")]
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False, symlinks=True)
+    python = environment / "bin" / "python"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True
+    )
+    # The dependencies are those of the running environment, from a path entry that comes after the wheel's own.
+    site = next(environment.glob("lib/python*/site-packages"))
+    dependencies = tmp_path / "dependencies"
+    dependencies.mkdir()
+    for entry in Path(pytest.__file__).parents[1].iterdir():
+        if "kdx" not in entry.name.lower():
+            (dependencies / entry.name).symlink_to(entry)
+    (site / "dependencies.pth").write_text(f"{dependencies}\n")
+    modules = sorted(sources())
+    code = f"import importlib, kdx; [importlib.import_module(name) for name in {modules}]; print(kdx.__file__)"
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    found = subprocess.run([str(python), "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert Path(found.stdout.strip()).is_relative_to(environment)
+    shown = subprocess.run(
+        [str(environment / "bin" / "kdx"), "--help"], cwd=tmp_path, env=clean, capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0 and "explain" in shown.stdout

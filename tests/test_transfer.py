@@ -1,0 +1,115 @@
+"""Four maps and nine scores of a layer against kdx's own one-pair functions, and pooling over batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdx
+from kdx import scores, transfer
+from kdx.transfer import Target
+from tests import oracle
+
+
+def roles(n: int = 24, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+    """Three networks' features: the student between the teacher and a base of its own."""
+    teacher, base, labels = oracle.features(seed, n=n, shape=(7, 5, 3), other=(9, 4, 4))
+    generator = torch.Generator().manual_seed(seed + 1)
+    mixing = torch.randn(teacher[0].numel(), base[0].numel(), generator=generator, dtype=torch.float64) / 5
+    student = base + (teacher.flatten(1) @ mixing).reshape(base.shape)
+    return {"teacher": teacher, "student": student, "base": base}, labels
+
+
+def measured(n: int = 24, seed: int = 0, permutations: int = 49) -> tuple[dict[str, Tensor], Tensor, transfer.Measured]:
+    features, labels = roles(n, seed)
+    return features, labels, transfer.measure(features, Target.of(labels), permutations=scores.permutation_table(n, permutations, 0))
+
+
+def test_maps_are_unicams() -> None:
+    features, labels, found = measured()
+    for name, explained, given in (
+        ("distilled", "student", "base"),
+        ("residual", "base", "student"),
+        ("missed", "teacher", "student"),
+        ("new", "student", "teacher"),
+    ):
+        expected = kdx.unicam(features[explained], features[given], labels)
+        assert oracle.error(found.maps[name].maps, expected.maps) < 1e-12
+        assert oracle.error(found.maps[name].weights, expected.weights) < 1e-12
+        assert found.maps[name].score == pytest.approx(expected.score, rel=1e-12)
+
+
+def test_scores_are_fss_and_rs_with_their_intervals_and_p_values() -> None:
+    f, labels, found = measured()
+    t, s, b = f["teacher"], f["student"], f["base"]
+    pooled = transfer.pool(found.products, found.moved, found.left_out, n=24)
+    expected = {
+        "RS(T)": kdx.rs(t, labels, permutations=49),
+        "RS(S)": kdx.rs(s, labels, permutations=49),
+        "RS(B)": kdx.rs(b, labels, permutations=49),
+        "RS(S|B)": kdx.rs(s, labels, b, permutations=49),
+        "RS(B|S)": kdx.rs(b, labels, s, permutations=49),
+        "RS(T|S)": kdx.rs(t, labels, s, permutations=49),
+        "RS(S|T)": kdx.rs(s, labels, t, permutations=49),
+        "FSS(S,T)": kdx.fss(s, t, permutations=49),
+        "FSS(B,T)": kdx.fss(b, t, permutations=49),
+    }
+    assert set(pooled.scores) == set(expected)
+    for name, score in expected.items():
+        assert pooled.scores[name].value == pytest.approx(score.value, rel=1e-10), name
+        assert pooled.scores[name].interval == pytest.approx(score.interval, rel=1e-8), name
+        assert pooled.scores[name].p_value == score.p_value, name
+    difference, (low, high) = pooled.contrasts["FSS(S,T) - FSS(B,T)"]
+    assert difference == pytest.approx(expected["FSS(S,T)"].value - expected["FSS(B,T)"].value)
+    assert low < difference < high
+
+
+def test_pooling_is_one_ratio_of_summed_products() -> None:
+    batches = [measured(20, seed)[2] for seed in range(5)]
+    pooled = transfer.pool_batches([(m.products, m.moved, None) for m in batches], n=100)
+    products = sum(m.products for m in batches)
+    assert isinstance(products, Tensor)
+    found = pooled.scores["FSS(S,T)"]
+    assert found.value == pytest.approx(float(products[0, 1] / (products[0, 0] * products[1, 1]).sqrt()))
+    assert (found.n, found.batches) == (100, 5)
+    # The jackknife's units are the batches: leaving each out in turn, on Fisher's z scale.
+    left = torch.stack([scores.correlation(sum(m.products for m in batches if m is not out)[:2, :2].flip(0, 1)) for out in batches])  # type: ignore[index]
+    z = torch.atanh(left)
+    error = float((4 / 5 * (z - z.mean()).square().sum()).sqrt()) * 2.7764451
+    centre = float(torch.atanh(torch.tensor(found.value, dtype=torch.float64)))
+    assert found.interval == pytest.approx(
+        (torch.tanh(torch.tensor(centre - error)).item(), torch.tanh(torch.tensor(centre + error)).item()), rel=1e-5
+    )
+
+
+def test_pooled_scores_converge_to_the_whole_sets() -> None:
+    """Random batches of 16 of 480 images: sums of unbiased products estimate the whole set's products."""
+    features, labels = roles(480)
+    whole = transfer.pool(*_parts(features, labels, torch.arange(480)), n=480)
+    order = torch.randperm(480, generator=torch.Generator().manual_seed(0))
+    pooled = transfer.pool_batches([_parts(features, labels, part) for part in order.split(16)], n=480)
+    for name, score in whole.scores.items():
+        low, high = pooled.scores[name].interval
+        assert abs(pooled.scores[name].value - score.value) < max(high - low, 0.02), name
+        assert high - low < 0.2, name
+
+
+def _parts(features: dict[str, Tensor], labels: Tensor, part: Tensor) -> tuple[Tensor, dict[int, Tensor], Tensor | None]:
+    found = transfer.measure(
+        {role: value[part] for role, value in features.items()},
+        Target.of(labels[part]),
+        permutations=scores.permutation_table(len(part), 9, 0),
+    )
+    return found.products, found.moved, found.left_out
+
+
+def test_without_permutations_there_is_no_p_value() -> None:
+    _, _, found = measured(permutations=0)
+    assert transfer.pool(found.products, found.moved, found.left_out, n=24).scores["RS(S)"].p_value is None
+
+
+def test_equal_networks_are_refused() -> None:
+    features, labels = roles()
+    with pytest.raises(kdx.KdxError, match="nothing"):
+        transfer.measure(features | {"student": features["base"]}, Target.of(labels), permutations=scores.permutation_table(24, 0, 0))

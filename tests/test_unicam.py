@@ -1,0 +1,185 @@
+"""kdx.unicam as a user calls it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import kdx
+from kdx.kernels import reference
+from tests import oracle
+
+
+@pytest.mark.parametrize("case", oracle.CASES)
+@pytest.mark.parametrize(("name", "objective"), [("relevance", "relevance"), ("unique", "uniqueness")])
+def test_published_numbers(case: str, name: str, objective: str) -> None:
+    known = oracle.load(case)
+    found = kdx.unicam(known["x"], known["y"], known["target"], objective=objective)  # type: ignore[arg-type]
+    assert isinstance(found.maps, np.ndarray) and isinstance(found.weights, np.ndarray)
+    assert oracle.error(found.weights, known[f"{name}/weights"]) < oracle.TOLERANCE["float64"]
+    assert oracle.error(found.maps, known[f"{name}/cam"]) < oracle.TOLERANCE["float64"]
+    assert found.score == pytest.approx(float(known[f"{name}/score"]), rel=1e-9)
+
+
+@pytest.mark.parametrize("weighting", ["gap", "elementwise"])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_every_weighting_by_autograd(weighting: str, pooled: bool) -> None:
+    x, y, labels = oracle.features()
+    one_hot = torch.nn.functional.one_hot(labels).double()
+    score, weights, maps = reference.unicam(x, y, one_hot, "relevance", weighting, pooled)
+    found = kdx.unicam(x, y, labels, weighting=weighting, pooled=pooled)  # type: ignore[arg-type]
+    assert oracle.error(found.weights, weights) < oracle.TOLERANCE["float64"]
+    assert oracle.error(found.maps, maps) < oracle.TOLERANCE["float64"]
+    assert found.score == pytest.approx(float(score), rel=1e-9)
+
+
+def test_labels_and_their_one_hot_rows_are_one_target() -> None:
+    x, y, labels = oracle.features()
+    by_rows = kdx.unicam(x, y, torch.nn.functional.one_hot(labels))
+    assert oracle.error(kdx.unicam(x, y, labels * 7 - 3).maps, by_rows.maps) < 1e-12
+
+
+def test_a_permutation_of_the_batch_permutes_the_maps() -> None:
+    x, y, labels = oracle.features()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    plain, moved = kdx.unicam(x, y, labels), kdx.unicam(x[order], y[order], labels[order])
+    assert oracle.error(moved.maps, plain.maps[order]) < 1e-12
+    assert oracle.error(moved.weights, plain.weights[order]) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_kinds_in_are_kinds_out_also_non_contiguous(dtype: torch.dtype) -> None:
+    x, y, labels = oracle.features()
+    strided = x.to(dtype).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    found = kdx.unicam(strided, y.to(dtype), labels)
+    assert isinstance(found.maps, torch.Tensor) and found.maps.shape == (19, 5, 3)
+    assert oracle.error(found.maps, kdx.unicam(x, y, labels).maps) < oracle.TOLERANCE[str(dtype).removeprefix("torch.")]
+
+
+def test_vectors_are_maps_of_one_position() -> None:
+    x, y, labels = oracle.features()
+    flat = kdx.unicam(x.flatten(1), y, labels)
+    assert flat.maps.shape == (19, 1, 1) and flat.weights.shape == (19, x[0].numel())
+
+
+def test_an_objective_of_ones_own() -> None:
+    x, y, labels = oracle.features()
+    found = kdx.unicam(x, y, labels, objective=lambda r: r.amax(-1).sum(-1))
+    assert oracle.error(found.maps, kdx.unicam(x, y, labels, objective="uniqueness").maps) < 1e-12
+
+
+@pytest.mark.parametrize("objective", ["relevance", "uniqueness"])
+@pytest.mark.parametrize("weighting", ["gap", "elementwise"])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_reference_mode_is_the_plain_mode_with_one_query_behind_the_references(objective: str, weighting: str, pooled: bool) -> None:
+    x, y, labels = oracle.features(n=16)
+    known, queries = slice(0, 11), slice(11, 16)
+    among = kdx.Reference(x[known], y[known], labels[known], pooled=pooled)
+    options = {"objective": objective, "weighting": weighting, "pooled": pooled}
+    found = kdx.unicam(x[queries], y[queries], labels[queries], reference=among, **options)  # type: ignore[arg-type]
+    for query in range(5):
+        rows = [*range(11), 11 + query]
+        plain = kdx.unicam(x[rows], y[rows], labels[rows], **options)  # type: ignore[arg-type]
+        assert oracle.error(found.maps[query], plain.maps[-1]) < oracle.TOLERANCE["float64"]
+        assert oracle.error(found.weights[query], plain.weights[-1]) < oracle.TOLERANCE["float64"]
+
+
+def test_a_map_among_references_does_not_depend_on_its_batch_mates() -> None:
+    x, y, labels = oracle.features(n=21)
+    among = kdx.Reference(x[:9], y[:9], labels[:9])
+    alone = kdx.unicam(x[20:], y[20:], labels[20:], reference=among)
+    beside = kdx.unicam(x[9:], y[9:], labels[9:], reference=among)
+    assert oracle.error(beside.maps[-1:], alone.maps) < 1e-12
+
+
+def test_scaled_and_resized_maps_are_in_zero_to_one() -> None:
+    x, y, labels = oracle.features()
+    scaled = kdx.unicam(x.numpy(), y.numpy(), labels.numpy()).scaled((31, 17))
+    assert isinstance(scaled, np.ndarray) and scaled.shape == (19, 31, 17)
+    assert scaled.min() >= 0 and scaled.max() <= 1
+
+
+def _broken(change: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, y, labels = oracle.features()
+    match change:
+        case "three images":
+            return x[:3], y[:3], labels[:3]
+        case "one class":
+            return x, y, torch.zeros_like(labels)
+        case "each its own class":
+            return x, y, torch.arange(len(labels))
+        case "constant features":
+            return torch.ones_like(x), y, labels
+        case "constant given":
+            return x, torch.ones_like(y), labels
+        case "NaN":
+            x[3, 1, 1, 1] = torch.nan
+        case "infinity":
+            y[5, 0, 0, 0] = torch.inf
+        case "rows":
+            return x, y[:-1], labels
+        case "labels":
+            return x, y, labels[:-1]
+        case "float labels":
+            return x, y, labels.double()
+        case "same network":
+            return x, x.clone(), labels
+        case "scaled network":
+            return x, 3 * x, labels
+        case "integer features":
+            return x.long(), y, labels
+        case "three dimensions":
+            return x[..., 0], y, labels
+        case "no channels":
+            return x[:, :0], y, labels
+    return x, y, labels
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("three images", "at least 4"),
+        ("one class", "one class"),
+        ("each its own class", "of its own"),
+        ("constant features", "explained features are constant"),
+        ("constant given", "given features are constant"),
+        ("NaN", "rows 3"),
+        ("infinity", "rows 5"),
+        ("rows", "19 .* 18|18 .* 19"),
+        ("labels", "18"),
+        ("float labels", "labels"),
+        ("same network", "nothing"),
+        ("scaled network", "nothing"),
+        ("integer features", "floating-point"),
+        ("three dimensions", "shape"),
+        ("no channels", "shape"),
+    ],
+)
+def test_bad_input_says_what_is_wrong(change: str, said: str) -> None:
+    x, y, labels = _broken(change)
+    for single in (False, True):
+        if single and change == "integer features":
+            continue
+        inputs = (x.float(), y.float()) if single else (x, y)
+        with pytest.raises(kdx.KdxError, match=said):
+            kdx.unicam(*inputs, labels)
+
+
+def test_queries_of_another_layer_or_kind_of_target_are_refused() -> None:
+    x, y, labels = oracle.features()
+    among = kdx.Reference(x[:9], y[:9], labels[:9])
+    with pytest.raises(kdx.KdxError, match="same layer"):
+        kdx.unicam(x[9:, :-1], y[9:], labels[9:], reference=among)
+    with pytest.raises(kdx.KdxError, match="target"):
+        kdx.unicam(x[9:], y[9:], torch.nn.functional.one_hot(labels[9:]), reference=among)
+
+
+def test_misspelt_options_are_value_errors() -> None:
+    x, y, labels = oracle.features()
+    with pytest.raises(ValueError, match="objective"):
+        kdx.unicam(x, y, labels, objective="relevancy")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="weighting"):
+        kdx.unicam(x, y, labels, weighting="hires")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="array"):
+        kdx.unicam([[1.0]], y, labels)  # type: ignore[arg-type]
