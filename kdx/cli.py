@@ -49,12 +49,10 @@ def demo(
     seed: SeedOption = 0,
 ) -> None:
     """Handwritten digits: distil, export, explain, report. About a minute on two cores."""
-    from kdx import report
-    from kdx.demo import run
+    from kdx.demo import run, table
 
     runs = run(out, seed=seed, announce=_say)
-    for folder in runs.values():
-        console.print(report.table(folder))
+    console.print(table(runs))
     for method, folder in runs.items():
         _say(f"The page of the student distilled with {method}: {folder / 'report.html'}")
 

@@ -36,7 +36,7 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _COLUMNS = ("row", "id", "label", *(f"{role}_{what}" for role in ROLES for what in ("prediction", "confidence")))
 _LONGEST_EDGE = 320  # of an image on the page, in pixels
 _PIXELATED = 96  # an image no larger than this is shown with its pixels as squares
-_PICTURE_EDGE = 192  # composites of smaller images are enlarged by a whole factor to about this
+_PICTURE_EDGE = 112  # composites of smaller images are enlarged by a whole factor to about this
 _MAP_EDGE = 64  # of a map on the page; larger maps are averaged down to it
 _LOSSLESS = 24_000  # bytes up to which an image stays PNG on the page
 
@@ -142,7 +142,8 @@ def table(run: Path) -> Table:
         cells = []
         for layer in loaded.layers:
             value, interval = reading.span((loaded.scores[layer] | loaded.contrasts[layer])[name], 3, sign=name in CONTRASTS)
-            cells.append(Text.assemble((value, "bold"), f" ({interval})"))
+            # No-break spaces: a narrow terminal breaks between value and interval, not inside it.
+            cells.append(Text.assemble((value, "bold"), f" ({interval})".replace(" to ", "\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}")))
         out.add_row(name.replace(" - ", " − "), *cells, end_section=name in ("FSS(B,T)", "RS(B)", "RS(S|T)"))
     return out
 
@@ -255,9 +256,7 @@ def _gallery(run: _Run) -> tuple[list[_Card], Counter[int]]:
                 raise ValueError(f"maps.zarr holds no maps [N, h, w] at {layer}/{kind}")
             if rows and rows[-1] >= array.shape[0]:
                 raise ValueError(f"maps.zarr holds {array.shape[0]} maps at {layer}/{kind}, and there is a picture for row {rows[-1]}")
-            maps[layer, kind] = (
-                pictures.scaled(np.stack([np.asarray(array[row]) for row in rows])) if rows else np.empty((0, 1, 1), np.float32)
-            )
+            maps[layer, kind] = pictures.scaled(np.asarray(array.oindex[np.array(rows)])) if rows else np.empty((0, 1, 1), np.float32)
     names = _file_names(list(run.layers))
     cards = []
     for place, row in enumerate(rows):

@@ -26,6 +26,9 @@ Estimator = Literal["unbiased", "biased"]
 Statistic = Callable[[Tensor], Tensor]
 """Inner products [..., k, k] -> values [...]."""
 
+_FEW_IMAGES = 128
+"""Up to about here one pass over n x n a permutation is quicker than a matrix product with its classes."""
+
 _EDGE = 1 - 1e-12
 """Fisher's z of a correlation of one is infinite; no float64 score is known closer than this."""
 
@@ -197,7 +200,7 @@ def permutation_products(matrices: Tensor, d: Tensor, centred: Tensor, rows: Ten
     n = rows.shape[0]
     if rows.shape[1] <= n:
         distinct, classes = rows.unique(dim=0, return_inverse=True)
-        if 4 * len(distinct) <= n:
+        if n > _FEW_IMAGES and 4 * len(distinct) <= n:
             return geometry.permuted_class_products(matrices, d, classes, permutations)
     return geometry.permuted_products(matrices, centred, permutations)
 

@@ -89,7 +89,7 @@ class Progress:
 
 Report = Callable[[Progress], None]
 
-_DEMO_SETTINGS = Settings(epochs=60, teacher_epochs=8, batch=32, augment=True, student_images=100, image_size=(24, 24))
+_DEMO_SETTINGS = Settings(epochs=80, teacher_epochs=8, batch=32, augment=True, student_images=80, image_size=(24, 24))
 
 DEMO: dict[str, Any] = {
     "data": "digits",
