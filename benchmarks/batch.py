@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.readme import RESULT
 from kdx import explain, models, scores, transfer
 from kdx.export import onnx_file
 from kdx.export.graphs import FeatureGraph, Preprocessing
@@ -34,7 +35,6 @@ from kdx.transfer import Target
 
 NETWORK = "kdx:resnet,width=64,depth=3-4-6-3,classes=1000,block=bottleneck,stem=imagenet"
 BATCH, SIDE, CLASSES, LAYER = 32, 224, 8, "layer4"
-RESULT = Path(__file__).parent / "results" / "batch.json"
 
 
 def export(folder: Path) -> None:
@@ -113,9 +113,8 @@ def main() -> None:
     table.add_row("explained over bare", *(f"{value:.3f}" for value in quartiles(ratios)))
     console = Console()
     console.print(table)
-    console.print(
-        f"Peak memory of the process: {found['peak_bytes'] / 1e9:.2f} GB. {record['environment']['processor']}. Written to {RESULT}."
-    )
+    console.print(f"Peak memory of the process: {found['peak_bytes'] / 1e9:.2f} GB. {record['environment']['processor']}.")
+    console.print("The result is stored; python -m benchmarks.readme puts it into the README.")
 
 
 def quartiles(values: np.ndarray) -> list[float]:

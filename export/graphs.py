@@ -38,11 +38,11 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
     raise KdxError(f"The network has no layer {name!r}.", f"Near matches: {', '.join(near)}.")
 
 
-def as_map(feature: object, layer: str) -> Tensor:
-    """A layer's output as a feature map [n, C, H, W].
+def as_map(feature: object, layer: str, image: tuple[int, int]) -> Tensor:
+    """A layer's output as a feature map [n, C, H, W], for images of height and width ``image``.
 
-    [n, C, H, W] stays; tokens [n, L, C] lose their leading class tokens and become the square grid that is left;
-    a vector [n, C] becomes [n, C, 1, 1].
+    [n, C, H, W] stays; [n, H, W, C], which is told by the images' aspect, is turned; tokens [n, L, C] lose their leading
+    class tokens and become the square grid that is left; a vector [n, C] becomes [n, C, 1, 1].
     """
     if not isinstance(feature, Tensor) or not feature.is_floating_point() or feature.ndim not in (2, 3, 4):
         kind = f"a tensor {list(feature.shape)}" if isinstance(feature, Tensor) else type(feature).__name__
@@ -51,7 +51,8 @@ def as_map(feature: object, layer: str) -> Tensor:
             "Choose a layer whose output is one floating-point tensor [n, C, H, W], tokens [n, L, C] or a vector [n, C].",
         )
     if feature.ndim == 4:
-        return feature
+        _, a, b, c = feature.shape
+        return feature.permute(0, 3, 1, 2) if _has_aspect(a, b, image) and not _has_aspect(b, c, image) else feature
     if feature.ndim == 2:
         return feature[:, :, None, None]
     tokens = feature.shape[1]
@@ -64,6 +65,11 @@ def as_map(feature: object, layer: str) -> Tensor:
         )
     grid: Tensor = feature[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
     return grid
+
+
+def _has_aspect(height: int, width: int, image: tuple[int, int]) -> bool:
+    """Whether height : width is the image's, but for the rounding of strides to whole places."""
+    return abs(height * image[1] - width * image[0]) <= image[0] + image[1]
 
 
 class FeatureGraph(nn.Module):
@@ -108,7 +114,8 @@ class FeatureGraph(nn.Module):
             raise KdxError(
                 "The network does not return logits [n, classes].", "Wrap it in a module whose forward returns one tensor of logits."
             )
-        return logits, *(as_map(seen[layer], layer) for layer in self.layers)
+        aspect = size or (images.shape[2], images.shape[3])
+        return logits, *(as_map(seen[layer], layer, aspect) for layer in self.layers)
 
 
 def _remember(seen: dict[str, object], layer: str) -> Callable[[nn.Module, object, object], Tensor | None]:

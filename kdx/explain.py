@@ -24,7 +24,7 @@ from kdx.models_file import ModelsFile, read_models
 from kdx.runtime import Outputs, RuntimeName
 from kdx.scores import permutation_table
 from kdx.store import Batch, Store
-from kdx.transfer import ROLES
+from kdx.transfer import ROLES, LayerScores, Measured, Pool
 from kdx.unicam import ObjectiveName, Weighting
 
 _PACKAGES = ("kdx", "torch", "numpy", "scipy", "onnx", "onnxruntime", "zarr", "pyarrow", "pillow")
@@ -204,11 +204,7 @@ def _explain_batch(
         confidence, prediction = outputs.logits.float().softmax(1).max(1)
         arrays[f"{role}_prediction"], arrays[f"{role}_confidence"] = prediction.numpy(force=True), confidence.numpy(force=True)
     for layer, found in measured.items():
-        arrays[f"products/{layer}"] = found.products.numpy(force=True)
-        for moved, rows in found.moved.items():
-            arrays[f"moved{moved}/{layer}"] = rows.numpy(force=True)
-        if len(batches) == 1 and found.left_out is not None:
-            arrays[f"left_out/{layer}"] = found.left_out.numpy(force=True)
+        arrays |= _to_arrays(layer, found, keep_left_out=len(batches) == 1)
     maps = {layer: {name: value.maps.float().numpy(force=True) for name, value in found.maps.items()} for layer, found in measured.items()}
     most = max(map(len, batches))
     store.write_batch(batch, most, most * len(batches), maps, Batch(arrays, images.unreadable))
@@ -234,26 +230,28 @@ def _check_classes(passed: Mapping[str, Outputs], classes: int) -> None:
 
 def _finish(store: Store, dataset: Dataset, batches: Sequence[NDArray[np.int64]], options: Options, size: tuple[int, int]) -> None:
     """Scores and samples from the batches' records, the gallery's pictures, and the end of the manifest."""
-    records = [store.read_batch(batch) for batch in range(len(batches))]
-    planned = sum(map(len, batches))
-    unreadable = [entry for record in records for entry in record.unreadable]
+    layers = store.manifest["configuration"]["layers"]
+    pools = {layer: Pool() for layer in layers}
+    parts: list[dict[str, NDArray[Any]]] = []
+    unreadable: list[tuple[str, str]] = []
+    planned, most = sum(map(len, batches)), max(map(len, batches))
+    for batch in range(len(batches)):
+        record = store.read_batch(batch)
+        unreadable += record.unreadable
+        for layer in layers:
+            pools[layer].add(*_from_arrays(record.arrays, layer))
+        count = len(record.arrays["index"])
+        place = {"row": batch * most + np.arange(count), "batch": np.full(count, batch)}
+        parts.append(place | {name: values for name, values in record.arrays.items() if "/" not in name})
     _check_unreadable(len(unreadable), planned, unreadable, options.max_unreadable)
-    rows = max(map(len, batches))
-    columns: dict[str, NDArray[Any]] = {
-        "row": np.concatenate([batch * rows + np.arange(len(record.arrays["index"])) for batch, record in enumerate(records)]),
-        "batch": np.concatenate([np.full(len(record.arrays["index"]), batch) for batch, record in enumerate(records)]),
-    }
-    for name in ("index", *(f"{role}_{what}" for role in ROLES for what in ("prediction", "confidence"))):
-        columns[name] = np.concatenate([record.arrays[name] for record in records])
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     index = columns.pop("index")
     columns["label"] = dataset.labels[index]
     store.write_samples({"id": [dataset.ids[i] for i in index], **columns})
     store.write_scores(
         {
             "accuracy": {role: _accuracy(columns[f"{role}_prediction"] == columns["label"], options.confidence) for role in ROLES},
-            "layers": {
-                layer: _layer_scores(layer, records, len(index), options.confidence) for layer in store.manifest["configuration"]["layers"]
-            },
+            "layers": {layer: _as_json(pool.scores(n=len(index), confidence=options.confidence)) for layer, pool in pools.items()},
         }
     )
     chosen = _gallery(columns, options)
@@ -272,21 +270,31 @@ def _finish(store: Store, dataset: Dataset, batches: Sequence[NDArray[np.int64]]
     )
 
 
-def _layer_scores(layer: str, records: Sequence[Batch], n: int, confidence: float) -> dict[str, Any]:
-    def tensors(record: Batch) -> tuple[torch.Tensor, dict[int, torch.Tensor], torch.Tensor | None]:
-        arrays = record.arrays
-        moved = {index: torch.from_numpy(arrays[f"moved{index}/{layer}"]) for index in transfer.MOVED}
-        left_out = arrays.get(f"left_out/{layer}")
-        return torch.from_numpy(arrays[f"products/{layer}"]), moved, None if left_out is None else torch.from_numpy(left_out)
+def _to_arrays(layer: str, found: Measured, keep_left_out: bool) -> dict[str, NDArray[Any]]:
+    """What pooling needs of a batch's layer, under names that hold the layer behind a slash."""
+    arrays = {f"products/{layer}": found.products.numpy(force=True)}
+    arrays |= {f"moved{index}/{layer}": rows.numpy(force=True) for index, rows in found.moved.items()}
+    if keep_left_out and found.left_out is not None:
+        arrays[f"left_out/{layer}"] = found.left_out.numpy(force=True)
+    return arrays
 
-    found = transfer.pool_batches([tensors(record) for record in records], n=n, confidence=confidence)
-    about = {"n": n, "batches": len(records)}
-    return {
-        "scores": {name: {"value": s.value, "interval": s.interval, "p_value": s.p_value, **about} for name, s in found.scores.items()},
-        "contrasts": {
-            name: {"value": value, "interval": interval, "p_value": None, **about} for name, (value, interval) in found.contrasts.items()
-        },
+
+def _from_arrays(arrays: Mapping[str, NDArray[Any]], layer: str) -> tuple[torch.Tensor, dict[int, torch.Tensor], torch.Tensor | None]:
+    moved = {index: torch.from_numpy(arrays[f"moved{index}/{layer}"]) for index in transfer.MOVED}
+    left_out = arrays.get(f"left_out/{layer}")
+    return torch.from_numpy(arrays[f"products/{layer}"]), moved, None if left_out is None else torch.from_numpy(left_out)
+
+
+def _as_json(found: LayerScores) -> dict[str, Any]:
+    scores = {
+        name: {"value": s.value, "interval": s.interval, "p_value": s.p_value, "n": s.n, "batches": s.batches}
+        for name, s in found.scores.items()
     }
+    counts = {"n": found.scores["RS(S)"].n, "batches": found.scores["RS(S)"].batches}
+    contrasts = {
+        name: {"value": value, "interval": interval, "p_value": None, **counts} for name, (value, interval) in found.contrasts.items()
+    }
+    return {"scores": scores, "contrasts": contrasts}
 
 
 def _accuracy(right: NDArray[np.bool_], confidence: float) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def _observe(trace: _Trace, name: str, image: torch.Size) -> Callable[[nn.Module
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].shape == image:
             trace.stem.add(name)
         with contextlib.suppress(KdxError):
-            height, width = as_map(output, name).shape[2:]
+            height, width = as_map(output, name, (image[2], image[3])).shape[2:]
             if height * width > 1:
                 trace.grid[name] = (height, width)
 

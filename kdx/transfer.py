@@ -1,12 +1,12 @@
 """What passed from teacher to student at one layer: four maps and nine scores, from one Gram product a network.
 
 Geometry of a batch is measured once (`measure`); scores over any number of batches are ratios of summed inner products
-(`pool`).
+(`Pool`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -190,11 +190,23 @@ def pool(
     return LayerScores(found, contrasts)
 
 
-def pool_batches(batches: Sequence[tuple[Tensor, Mapping[int, Tensor], Tensor | None]], *, n: int, confidence: float = 0.95) -> LayerScores:
-    """`pool` over (products, moved, left_out) of each batch; one batch alone falls back on leaving out its images."""
-    if len(batches) == 1:
-        return pool(*batches[0], n=n, confidence=confidence)
-    each = torch.stack([products for products, _, _ in batches])
-    total = each.sum(0)
-    moved = {index: torch.stack([rows[index] for _, rows, _ in batches]).sum(0) for index in batches[0][1]}
-    return pool(total, moved, total - each, n=n, batches=len(batches), confidence=confidence)
+class Pool:
+    """Scores over batches, one batch added at a time: inner products are summed, and one ratio is taken at the end."""
+
+    def __init__(self) -> None:
+        self._products: list[Tensor] = []
+        self._moved: dict[int, Tensor] = {}
+        self._left_out: Tensor | None = None
+
+    def add(self, products: Tensor, moved: Mapping[int, Tensor], left_out: Tensor | None) -> None:
+        """A batch's inner products [4, 4], the same under permutations and without each image, as in `Measured`."""
+        self._products.append(products)
+        self._moved = {index: rows + self._moved[index] if index in self._moved else rows for index, rows in moved.items()}
+        self._left_out = left_out
+
+    def scores(self, *, n: int, confidence: float = 0.95) -> LayerScores:
+        """The scores of n images. The jackknife leaves out batches; with one batch alone, its images."""
+        each = torch.stack(self._products)
+        total = each.sum(0)
+        left_out = self._left_out if len(each) == 1 else total - each
+        return pool(total, self._moved, left_out, n=n, batches=len(each), confidence=confidence)

@@ -55,9 +55,20 @@ def hook_count(module: nn.Module) -> int:
 # ---- as_map ----
 
 
+@pytest.mark.parametrize(("image", "grid"), [((224, 224), (7, 7)), ((96, 160), (3, 5)), ((100, 75), (13, 10)), ((32, 32), (1, 1))])
+@pytest.mark.parametrize("channels", [3, 13, 96])
+def test_channels_last_is_told_by_the_images_aspect(image: tuple[int, int], grid: tuple[int, int], channels: int) -> None:
+    """Windowed transformers give [n, H, W, C]. Where both readings fit, channels come first."""
+    feature = torch.rand(2, channels, *grid)
+    assert as_map(feature, "layer", image) is feature
+    last = feature.permute(0, 2, 3, 1)
+    if channels == 96:
+        assert torch.equal(as_map(last, "layer", image), feature)
+
+
 def test_a_map_stays_itself() -> None:
     feature = torch.rand(3, 5, 7, 2)
-    assert as_map(feature, "layer") is feature
+    assert as_map(feature, "layer", (9, 7)) is feature
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5, 8])
@@ -69,12 +80,12 @@ def test_tokens_become_the_grid_that_stands_behind_their_prefix(prefix: int) -> 
         for row in range(side):
             for column in range(side):
                 expected[image, :, row, column] = tokens[image, prefix + row * side + column]
-    np.testing.assert_array_equal(as_map(torch.from_numpy(tokens), "blocks.0").numpy(), expected)
+    np.testing.assert_array_equal(as_map(torch.from_numpy(tokens), "blocks.0", (9, 9)).numpy(), expected)
 
 
 def test_a_vector_becomes_a_map_of_one_position() -> None:
     vector = torch.rand(3, 11)
-    found = as_map(vector, "fc")
+    found = as_map(vector, "fc", (9, 9))
     assert found.shape == (3, 11, 1, 1)
     assert torch.equal(found.flatten(1), vector)
 
@@ -93,14 +104,14 @@ def test_a_vector_becomes_a_map_of_one_position() -> None:
 )
 def test_what_is_no_feature_map_is_refused_and_named(feature: object, said: str) -> None:
     with pytest.raises(KdxError) as caught:
-        as_map(feature, "stage.3")
+        as_map(feature, "stage.3", (9, 9))
     assert said in caught.value.problem and "'stage.3'" in caught.value.problem
 
 
 @pytest.mark.parametrize("tokens", [34, 59, 60])  # 9, 10 and 11 more than a square
 def test_token_counts_that_are_no_grid_are_refused(tokens: int) -> None:
     with pytest.raises(KdxError, match=f"The {tokens} tokens of layer 'blocks.1' are not a square grid"):
-        as_map(torch.rand(2, tokens, 3), "blocks.1")
+        as_map(torch.rand(2, tokens, 3), "blocks.1", (9, 9))
 
 
 # ---- find_layer ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import json
 import os
 import re
 import subprocess
@@ -123,6 +124,13 @@ def test_readmes_commands_exist() -> None:
         assert words[1] in commands, line
         known = {option for parameter in commands[words[1]].params for option in parameter.opts}
         assert {word for word in words if word.startswith("-")} <= known | {"--help"}, line
+
+
+def test_readmes_figures_are_the_stored_ones() -> None:
+    from benchmarks import readme
+
+    text = (ROOT / "README.md").read_text()
+    assert readme.filled(text, json.loads(readme.RESULT.read_text())) == text
 
 
 @pytest.fixture(scope="module")

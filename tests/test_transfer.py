@@ -67,7 +67,10 @@ def test_scores_are_fss_and_rs_with_their_intervals_and_p_values() -> None:
 
 def test_pooling_is_one_ratio_of_summed_products() -> None:
     batches = [measured(20, seed)[2] for seed in range(5)]
-    pooled = transfer.pool_batches([(m.products, m.moved, None) for m in batches], n=100)
+    pool = transfer.Pool()
+    for m in batches:
+        pool.add(m.products, m.moved, m.left_out)
+    pooled = pool.scores(n=100)
     products = sum(m.products for m in batches)
     assert isinstance(products, Tensor)
     found = pooled.scores["FSS(S,T)"]
@@ -88,7 +91,10 @@ def test_pooled_scores_converge_to_the_whole_sets() -> None:
     features, labels = roles(480)
     whole = transfer.pool(*_parts(features, labels, torch.arange(480)), n=480)
     order = torch.randperm(480, generator=torch.Generator().manual_seed(0))
-    pooled = transfer.pool_batches([_parts(features, labels, part) for part in order.split(16)], n=480)
+    pool = transfer.Pool()
+    for part in torch.split(order, 16):
+        pool.add(*_parts(features, labels, part))
+    pooled = pool.scores(n=480)
     for name, score in whole.scores.items():
         low, high = pooled.scores[name].interval
         assert abs(pooled.scores[name].value - score.value) < max(high - low, 0.02), name

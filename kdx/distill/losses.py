@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdx.export.graphs import as_map
-
 
 @dataclass(frozen=True)
 class Outputs:
@@ -62,7 +60,7 @@ def attention_transfer(student_features: Sequence[Tensor], teacher_features: Seq
 
 
 def _attention(features: Tensor) -> Tensor:
-    return as_map(features, "feature").float().square().mean(1, keepdim=True)  # [n, 1, H, W]
+    return features.float().square().mean(1, keepdim=True)  # [n, 1, H, W]
 
 
 def _unit(attention: Tensor) -> Tensor:
