@@ -170,7 +170,7 @@ def explain(
         device=device,
         objective=objective,
         weighting=weighting,
-        references=reference,
+        reference_images=reference,
         split=split,
         permutations=permutations,
         confidence=confidence,

@@ -35,7 +35,7 @@ class Options:
     """How a run explains.
 
     batch: images whose geometry makes one set of maps; chunk: images through a network at once (it changes no result).
-    references: m > 0 maps every image among the same m class-balanced images instead of its batch mates.
+    reference_images: m > 0 maps every image among the same m class-balanced images instead of its batch mates.
     split: ``test``, ``validation``, ``train`` or ``all``; None takes ``test`` of the data that the models were trained on, and all
     of any other. max_unreadable: the share of corrupt images past which the run fails. gallery: images shown in the report.
     """
@@ -46,7 +46,7 @@ class Options:
     device: str = "auto"
     objective: ObjectiveName = "relevance"
     weighting: Weighting = "gap"
-    references: int = 0
+    reference_images: int = 0
     split: str | None = None
     seed: int = 0
     permutations: int = 999
@@ -114,7 +114,7 @@ def run(
         pending = [batch for batch in range(len(batches)) if not store.has(batch)]
         if pending and len(pending) < len(batches):
             announce(f"Resuming: {len(batches) - len(pending)} of {len(batches)} batches are done.")
-        if options.references and pending:
+        if options.reference_images and pending:
             _use_references(explainer, dataset, pool, options, size)
         with progress() as show:
             for done, batch in enumerate(pending, len(batches) - len(pending)):
@@ -177,7 +177,7 @@ def _image_size(described: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
 
 
 def _use_references(explainer: Explainer, dataset: Dataset, pool: NDArray[np.int64], options: Options, size: tuple[int, int]) -> None:
-    chosen = pool[class_balanced_sample(dataset.labels[pool], options.references, options.seed)]
+    chosen = pool[class_balanced_sample(dataset.labels[pool], options.reference_images, options.seed)]
     images = load_images(dataset, chosen, size)
     explainer.use_references(images.pixels, torch.from_numpy(dataset.labels[images.kept]))
 

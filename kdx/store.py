@@ -16,7 +16,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -153,10 +152,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """``content`` at ``path``, or what was there before: never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise KdxError(f"{path} cannot be written: {error.strerror}.", "Make room on the disk, or make the folder writable.") from error

@@ -96,13 +96,13 @@ def test_every_option_of_explain_reaches_the_run(run: Any, monkeypatch: pytest.M
     monkeypatch.setattr(kdx.explain, "run", explain)
     monkeypatch.setattr(report, "table", lambda _: "the table")
     given = Options(
-        batch=31, chunk=7, runtime="eager", device="cpu", objective="uniqueness", weighting="elementwise", references=12, split="all",
+        batch=31, chunk=7, runtime="eager", device="cpu", objective="uniqueness", weighting="elementwise", reference_images=12, split="all",
         permutations=5, confidence=0.9, max_unreadable=0.5, seed=3,
     )  # fmt: skip
     default = Options()
     unsaid = {"gallery"}  # no option sets it
     assert {field for field in vars(default) if getattr(given, field) == getattr(default, field)} == unsaid
-    names = {"references": "reference"}
+    names = {"reference_images": "reference"}
     flags = {key: f"--{names.get(key, key).replace('_', '-')}" for key in vars(given) if key not in unsaid}
     options = [text for key, flag in flags.items() for text in (flag, getattr(given, key))]
     status, out, _ = run("explain", "D", "--models", "m.toml", "--out", "R", "-l", "a", "--layer", "b=c", *options)

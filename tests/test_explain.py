@@ -211,7 +211,7 @@ def test_how_many_images_go_through_a_network_at_once_changes_nothing(folder: Pa
 def test_in_reference_mode_a_map_does_not_depend_on_its_batch(folder: Path, tmp_path: Path) -> None:
     maps = {}
     for batch in (9, 16):
-        run(folder, tmp_path / str(batch), replace(OPTIONS, batch=batch, references=10))
+        run(folder, tmp_path / str(batch), replace(OPTIONS, batch=batch, reference_images=10))
         samples = pq.read_table(tmp_path / str(batch) / "samples.parquet").to_pylist()
         stored = np.asarray(zarr.open_group(tmp_path / str(batch) / "maps.zarr", mode="r")["layer3/distilled"])
         maps[batch] = np.stack([stored[row["row"]] for row in sorted(samples, key=lambda row: str(row["id"]))])

@@ -21,7 +21,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from rich.console import Console
 
-from kdx import pictures, reading, report
+from kdx import finished, gallery, pictures, reading, report
 from kdx.errors import KdxError
 from kdx.reading import CONTRASTS, Entry
 from tests.runs import KINDS, edit, entry, make_run
@@ -266,7 +266,7 @@ def test_hostile_layers_have_plain_file_names(hostile: Path) -> None:
     assert len(written) == 8
     assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name) for name in written)
     # Names that one file system or another would merge stay apart.
-    assert len({name.lower() for name in report._file_names(["a/b", "a-b", "a:b", "A-B", "..", "con", ""]).values()}) == 7
+    assert len({name.lower() for name in gallery._file_names(["a/b", "a-b", "a:b", "A-B", "..", "con", ""]).values()}) == 7
 
 
 def test_page_policy_and_size(run: Path) -> None:
@@ -357,7 +357,7 @@ def _slow_resize(map_: NDArray[np.float64], height: int, width: int) -> NDArray[
 
 def test_composites_follow_the_formula(hostile: Path) -> None:
     layer = ODD
-    name = report._file_names(list(json.loads((hostile / "manifest.json").read_text())["configuration"]["layers"]))[layer]
+    name = gallery._file_names(list(json.loads((hostile / "manifest.json").read_text())["configuration"]["layers"]))[layer]
     array = zarr.open_group(hostile / "maps.zarr", mode="r")[f"{layer}/residual"]
     assert isinstance(array, zarr.Array)
     image = np.asarray(Image.open(hostile / "overlays" / "00003.png").convert("RGB"))
@@ -388,12 +388,12 @@ def test_scaled_keeps_zero_and_never_divides_by_nothing() -> None:
 
 def test_large_maps_and_images_are_made_small() -> None:
     rng = np.random.default_rng(0)
-    packed = report._packed(rng.random((130, 65)).astype(np.float32))
+    packed = gallery._packed(rng.random((130, 65)).astype(np.float32))
     assert packed is not None and packed[:2] == [64, 32]
     photo = Image.fromarray(rng.integers(0, 255, (400, 700, 3), dtype=np.uint8))
-    assert report._shrunk(photo).size == (320, 183)
-    assert report._data_uri(report._shrunk(photo)).startswith("data:image/jpeg")
-    assert report._data_uri(photo.crop((0, 0, 32, 32))).startswith("data:image/png")
+    assert gallery._shrunk(photo).size == (320, 183)
+    assert gallery._data_uri(gallery._shrunk(photo)).startswith("data:image/jpeg")
+    assert gallery._data_uri(photo.crop((0, 0, 32, 32))).startswith("data:image/png")
 
 
 def test_plot_takes_colours_from_the_page_and_text_as_text() -> None:
@@ -409,12 +409,12 @@ def test_plot_takes_colours_from_the_page_and_text_as_text() -> None:
 
 
 def _numbers(difference: tuple[float, float], **changes: Entry) -> dict[str, tuple[str, dict[str, Entry], dict[str, Entry]]]:
-    scores = {name: Entry.of(entry(0.5, 0.1)) for name in report.SCORES} | changes
+    scores = {name: Entry.of(entry(0.5, 0.1)) for name in finished.SCORES} | changes
     contrasts = {CONTRASTS[0]: Entry.of(entry(*difference, None)), CONTRASTS[1]: Entry.of(entry(*difference, None))}
     return {"layer3": ("layer4", scores, contrasts)}
 
 
-ACCURACY = {role: Entry.of(entry(0.9, 0.02, None, n=450)) for role in report.ROLES}
+ACCURACY = {role: Entry.of(entry(0.9, 0.02, None, n=450)) for role in finished.ROLES}
 
 
 def _said(numbers: Any, topic: str = "Likeness") -> reading.Statement:
@@ -491,7 +491,7 @@ def test_headline_counts_layers() -> None:
 
 def test_cautions() -> None:
     def cautions(batches: int) -> str:
-        scores = {name: Entry.of(entry(0.5, 0.1, batches=batches)) for name in report.SCORES}
+        scores = {name: Entry.of(entry(0.5, 0.1, batches=batches)) for name in finished.SCORES}
         return " ".join(reading.read(_numbers((0.1, 0.01), **scores), ACCURACY, (1, 0), 0.95).cautions)
 
     assert "rest on 7 batches" in cautions(7)
@@ -521,7 +521,7 @@ def test_table_holds_every_score(run: Path) -> None:
     console.print(report.table(run))
     text = console.export_text()
     console.file.close()
-    for name in report.SCORES:
+    for name in finished.SCORES:
         assert name in text
     text = text.replace("\N{NO-BREAK SPACE}", " ")
     assert "0.780 (0.750 to 0.810)" in text
