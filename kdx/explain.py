@@ -27,6 +27,7 @@ from kdx.store import Batch, Store
 from kdx.transfer import ROLES, LayerScores, Measured, Pool
 from kdx.unicam import ObjectiveName, Weighting
 
+_CHANGES_NO_RESULT = ("chunk", "max_unreadable")
 _PACKAGES = ("kdx", "torch", "numpy", "scipy", "onnx", "onnxruntime", "zarr", "pyarrow", "pillow")
 
 
@@ -89,9 +90,7 @@ def run(
             "models": {role: {key: described[role][key] for key in ("reference", "sha256", "parameters")} for role in ROLES},
             "layers": paired,
             "image_size": size,
-            **{key: value for key, value in asdict(options).items() if key not in ("split", "chunk", "runtime", "device")},
-            "runtime": explainer.choice.runtime,
-            "device": str(explainer.choice.device),
+            **{key: value for key, value in asdict(options).items() if key not in ("split", *_CHANGES_NO_RESULT)},
         }
         store = Store.begin(
             out,
@@ -111,15 +110,18 @@ def run(
             return report.write(out)
         explainer.open(size)
         announce(f"Runtime {explainer.choice.why}.")
+        store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
         pending = [batch for batch in range(len(batches)) if not store.has(batch)]
         if pending and len(pending) < len(batches):
             announce(f"Resuming: {len(batches) - len(pending)} of {len(batches)} batches are done.")
         if options.reference_images and pending:
             _use_references(explainer, dataset, pool, options, size)
+        unreadable: list[tuple[str, str]] = []
         with progress() as show:
             for done, batch in enumerate(pending, len(batches) - len(pending)):
                 show("Explaining", done, len(batches), "batches")
-                _explain_batch(store, explainer, dataset, indices[batches[batch]], batch, batches, options, size)
+                unreadable += _explain_batch(store, explainer, dataset, indices[batches[batch]], batch, batches, options, size)
+                _check_unreadable(unreadable, len(indices), options.max_unreadable)  # early, not after the last batch
             show("Explaining", len(batches), len(batches), "batches")
     _finish(store, dataset, batches, options, size)
     return report.write(out)
@@ -191,9 +193,9 @@ def _explain_batch(
     batches: Sequence[NDArray[np.int64]],
     options: Options,
     size: tuple[int, int],
-) -> None:
+) -> tuple[tuple[str, str], ...]:
+    """Explain and store one batch; return its unreadable images."""
     images = load_images(dataset, indices, size)
-    _check_unreadable(len(images.unreadable), len(indices), images.unreadable, 0.5)
     labels = torch.from_numpy(dataset.labels[images.kept])
     permutations = permutation_table(len(labels), options.permutations, (options.seed, batch))
     passed = explainer.infer(images.pixels)
@@ -208,13 +210,14 @@ def _explain_batch(
     maps = {layer: {name: value.maps.float().numpy(force=True) for name, value in found.maps.items()} for layer, found in measured.items()}
     most = max(map(len, batches))
     store.write_batch(batch, most, most * len(batches), maps, Batch(arrays, images.unreadable))
+    return images.unreadable
 
 
-def _check_unreadable(count: int, total: int, unreadable: Sequence[tuple[str, str]], limit: float) -> None:
-    if count > limit * total:
+def _check_unreadable(unreadable: Sequence[tuple[str, str]], total: int, limit: float) -> None:
+    if len(unreadable) > limit * total:
         name, reason = unreadable[0]
         raise KdxError(
-            f"{count} of {total} images cannot be read, the first being {name} ({reason}).",
+            f"{len(unreadable)} of {total} images cannot be read, the first being {name} ({reason}).",
             "Repair or remove them, or allow more with --max-unreadable.",
         )
 
@@ -243,7 +246,7 @@ def _finish(store: Store, dataset: Dataset, batches: Sequence[NDArray[np.int64]]
         count = len(record.arrays["index"])
         place = {"row": batch * most + np.arange(count), "batch": np.full(count, batch)}
         parts.append(place | {name: values for name, values in record.arrays.items() if "/" not in name})
-    _check_unreadable(len(unreadable), planned, unreadable, options.max_unreadable)
+    _check_unreadable(unreadable, planned, options.max_unreadable)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     index = columns.pop("index")
     columns["label"] = dataset.labels[index]
