@@ -42,7 +42,7 @@ def as_map(feature: object, layer: str, image: tuple[int, int]) -> Tensor:
     """A layer's output as a feature map [n, C, H, W], for images of height and width ``image``.
 
     [n, C, H, W] stays; [n, H, W, C], which is told by the images' aspect, is turned; tokens [n, L, C] lose their leading
-    class tokens and become the square grid that is left; a vector [n, C] becomes [n, C, 1, 1].
+    class tokens and become the grid of the images' aspect that is left; a vector [n, C] becomes [n, C, 1, 1].
     """
     if not isinstance(feature, Tensor) or not feature.is_floating_point() or feature.ndim not in (2, 3, 4):
         kind = f"a tensor {list(feature.shape)}" if isinstance(feature, Tensor) else type(feature).__name__
@@ -52,19 +52,28 @@ def as_map(feature: object, layer: str, image: tuple[int, int]) -> Tensor:
         )
     if feature.ndim == 4:
         _, a, b, c = feature.shape
-        return feature.permute(0, 3, 1, 2) if _has_aspect(a, b, image) and not _has_aspect(b, c, image) else feature
+        channels_last = c > max(a, b) and _has_aspect(a, b, image) and not _has_aspect(b, c, image)
+        return feature.permute(0, 3, 1, 2) if channels_last else feature
     if feature.ndim == 2:
         return feature[:, :, None, None]
-    tokens = feature.shape[1]
-    side = math.isqrt(tokens)
-    prefix = tokens - side * side
-    if prefix > _MAX_PREFIX_TOKENS:
-        raise KdxError(
-            f"The {tokens} tokens of layer {layer!r} are not a square grid behind at most {_MAX_PREFIX_TOKENS} class tokens.",
-            "Choose a layer with a square grid of tokens, or images whose size gives one.",
-        )
-    grid: Tensor = feature[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
+    height, width, prefix = _grid(feature.shape[1], layer, image)
+    grid: Tensor = feature[:, prefix:].transpose(1, 2).unflatten(2, (height, width))
     return grid
+
+
+def _grid(tokens: int, layer: str, image: tuple[int, int]) -> tuple[int, int, int]:
+    """Height and width of the largest grid with exactly the images' aspect, and the number of tokens before it."""
+    unit = math.gcd(*image)
+    ratio = image[0] // unit, image[1] // unit
+    scale = math.isqrt(tokens // (ratio[0] * ratio[1]))
+    height, width = ratio[0] * scale, ratio[1] * scale
+    prefix = tokens - height * width
+    if scale == 0 or prefix > _MAX_PREFIX_TOKENS:
+        raise KdxError(
+            f"The {tokens} tokens of layer {layer!r} are no grid of the images' aspect behind at most {_MAX_PREFIX_TOKENS} class tokens.",
+            "Choose a layer with a grid of tokens, or images whose size gives one.",
+        )
+    return height, width, prefix
 
 
 def _has_aspect(height: int, width: int, image: tuple[int, int]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import logging
@@ -93,7 +94,7 @@ def write(
             f"{path} cannot be written: {error.strerror or error}.", "Choose a folder that you may write to, on a disk with room."
         ) from error
     finally:
-        for leftover in path.parent.glob(f"{partial.name}*"):
+        for leftover in path.parent.glob(f"{glob.escape(partial.name)}*"):
             leftover.unlink()
     return report
 
@@ -106,8 +107,9 @@ def describe(path: Path) -> Description:
         raise KdxError(f"There is no file {path}.", "Check the path, or export the network with kdx export.") from None
     except (DecodeError, OSError) as error:
         raise KdxError(f"{path} is not a readable ONNX file.", "Export it again with kdx export.") from error
-    entries = {entry.key.removeprefix(_PREFIX): json.loads(entry.value) for entry in model.metadata_props if entry.key.startswith(_PREFIX)}
     try:
+        held = {entry.key.removeprefix(_PREFIX): entry.value for entry in model.metadata_props if entry.key.startswith(_PREFIX)}
+        entries = {key: json.loads(value) for key, value in held.items()}
         size, mean, std = (entries["preprocessing"][key] for key in ("size", "mean", "std"))
         preprocessing = Preprocessing(tuple(size) if size else None, tuple(mean), tuple(std))
         return Description(
@@ -121,9 +123,10 @@ def describe(path: Path) -> Description:
             tuple(entries["image_size"]) if entries["image_size"] else None,
             entries["versions"],
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise KdxError(
-            f"{path} was not written by this version of kdx: its metadata lacks {error}.", "Export it again with kdx export."
+            f"{path} was not written by this version of kdx: its metadata lacks or garbles {first_line(error)}.",
+            "Export it again with kdx export.",
         ) from None
 
 

@@ -23,6 +23,10 @@ def tensor(array: Array, name: str) -> Tensor:
     if isinstance(array, Tensor):
         return array.detach()
     if isinstance(array, np.ndarray):
+        if array.dtype.kind == "f":  # PyTorch knows neither other byte orders nor long doubles
+            array = array.astype(array.dtype.newbyteorder("=") if array.dtype.itemsize <= 8 else np.float64, copy=False)
+        elif not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("="))
         if array.dtype.kind not in "fiub":
             raise KdxError(
                 f"The {name} is an array of {array.dtype}, not of numbers.", f"Give the {name} as floating-point or integer numbers."
@@ -77,6 +81,15 @@ def target_embedding(array: Array, n: int) -> Tensor:
     return (target[:, None] == classes[None, :]).double()
 
 
+def rounding(x: Tensor) -> float:
+    """What rounding makes of distances between rows x [n, d], as a share of them.
+
+    Each entry is known to eps of its type, which d entries average out; the Gram product adds its own type's.
+    """
+    product = torch.promote_types(x.dtype, torch.float32)
+    return float(4 * (torch.finfo(x.dtype).eps / x[0].numel() ** 0.5 + torch.finfo(product).eps))
+
+
 def check_finite(x: Tensor, name: str) -> None:
     """KdxError naming the rows of x [n, ...] that hold NaN or infinity."""
     finite = x.isfinite().flatten(1).all(1)
@@ -94,7 +107,7 @@ def measured(d: Tensor, x: Tensor, name: str) -> Tensor:
         check_finite(x, name)
         raise KdxError(f"The {name} are too large for their precision.", "Scale them down, or give them as float64.")
     centred = geometry.u_centered(d)
-    if float(geometry.dot(centred, centred)) <= 1e-20 * float(geometry.dot(d, d)):
+    if float(geometry.dot(centred, centred)) <= rounding(x) ** 2 * float(geometry.dot(d, d)):
         if name == "target":
             raise KdxError(
                 "The target sets all images equally far apart: they are of one class, or each of its own.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -111,7 +112,7 @@ def export(
     ] = None,
     kind: Annotated[Literal["features"], typer.Option(help="What the file computes.")] = "features",
     out: Annotated[Path, typer.Option(help="The folder, or the .onnx file, to write.")] = Path(),
-    image_size: Annotated[int | None, typer.Option(min=1, help="The side of the images, where the model does not say it.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="The side that images are resized to; the model's own by default.")] = None,
 ) -> None:
     """Write a network as one ONNX file with logits and the named layers' features, checked against PyTorch."""
     from kdx import models, models_file
@@ -121,13 +122,14 @@ def export(
     network, classes = models_file.load_any(model)
     if not layer:
         raise KdxError("No layer was named.", f"Name one or more with --layer; this network has {', '.join(models.layers(network))}.")
-    size = network.preprocessing.size or (None if image_size is None else (image_size, image_size))
+    preprocessing = network.preprocessing if image_size is None else replace(network.preprocessing, size=(image_size, image_size))
+    size = preprocessing.size
     if size is None:
         raise KdxError(f"{model} does not say what size of image it takes.", "Give --image-size.")
     path = out if out.suffix == ".onnx" else out / f"{models.file_name(network.reference)}.{kind}.onnx"
     with console.status("Exporting"):
         parity = onnx_file.write(
-            FeatureGraph(network.module, layer, network.preprocessing),
+            FeatureGraph(network.module, layer, preprocessing),
             path,
             reference=network.reference,
             weights=network.weights_hash,

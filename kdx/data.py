@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import os
 import re
 import warnings
@@ -132,7 +133,7 @@ def _open_folder(reference: str, folder: Path) -> Dataset:
             f"{folder} has one class only, {classes[0]!r}.", "Relevance compares classes: give a folder with two class folders or more."
         )
     paths = [path for path, _, _ in found]
-    ids = tuple(path.relative_to(folder).as_posix() for path in paths)
+    ids = tuple(_written(path.relative_to(folder).as_posix()) for path in paths)
     labels = np.array([classes.index(name) for _, name, _ in found], dtype=np.int64)
     of = np.array([part for _, _, part in found])
     splits = {part: np.flatnonzero(of == part) for part in SPLITS if (of == part).any()}
@@ -179,6 +180,11 @@ def _natural(text: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
     """A key that sorts 2 before 10; the text itself settles ties such as 01 and 1."""
     parts = re.split(r"([0-9]+)", text.casefold())
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts), text
+
+
+def _written(name: str) -> str:
+    """A file's name as text that every file of a run can hold: bytes that are not UTF-8 are written out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _fingerprint(ids: Sequence[str], labels: Indices, contents: Sequence[bytes]) -> str:
@@ -230,11 +236,13 @@ def _carve(labels: Indices, indices: Indices, share: float, generator: np.random
     return part, np.setdiff1d(indices, part)
 
 
-def class_balanced_batches(labels: NDArray[np.integer], size: int, seed: int) -> list[Indices]:
-    """Every position of ``labels`` [N] in exactly one batch; each class is dealt evenly, to within one image a batch.
+def random_batches(labels: NDArray[np.integer], size: int, seed: int) -> list[Indices]:
+    """Every position of ``labels`` [N] in exactly one batch, at random, so that scores pooled over batches estimate the whole set's.
 
+    Batches with even classes would not: they hold fewer pairs of one class than the set, and scores with the target come out low.
+    Only a batch without two classes, or without two images of one, which has no target geometry, is mended by swapping an image.
     ceil(N / size) batches, fewer where they would hold under four images; their sizes differ by one at most. No batch holds
-    more than max(size, 7). KdxError for fewer than four images, for one class, and for a size under four.
+    more than max(size, 7). KdxError for fewer than four images, for one class, for a size under four, and where no swap helps.
     """
     labels = np.asarray(labels)
     if size < _SMALLEST_BATCH:
@@ -244,8 +252,33 @@ def class_balanced_batches(labels: NDArray[np.integer], size: int, seed: int) ->
     if len(np.unique(labels)) < 2:
         raise KdxError("All the images are of one class, and relevance compares classes.", "Give images of two classes or more.")
     count = max(1, min(-(-len(labels) // size), len(labels) // _SMALLEST_BATCH))
-    dealt = _shuffled_by_class(labels, seed)
-    return [np.sort(dealt[start::count]) for start in range(count)]
+    shuffled = np.random.default_rng(seed).permutation(len(labels)).astype(np.int64)
+    batches = [shuffled[start::count] for start in range(count)]
+    for batch in batches:
+        if not _has_geometry(labels[batch]) and not _mend(batch, batches, labels):
+            raise KdxError(
+                f"Batches of {len(batch)} of these {len(labels)} images do not all hold two classes and two images of one.",
+                "Give a larger --batch, or more images a class.",
+            )
+    return [np.sort(batch) for batch in batches]
+
+
+def _has_geometry(labels: NDArray[np.integer]) -> bool:
+    """Whether labels set some images apart and others not."""
+    return 1 < len(np.unique(labels)) < len(labels)
+
+
+def _mend(batch: Indices, batches: Sequence[Indices], labels: NDArray[np.integer]) -> bool:
+    """Swap one image of ``batch`` with one of another batch, in place, so that both have target geometry; whether it could be done."""
+    for other in batches:
+        if other is batch:
+            continue
+        for i, j in itertools.product(range(len(batch)), range(len(other))):
+            batch[i], other[j] = other[j], batch[i]
+            if _has_geometry(labels[batch]) and _has_geometry(labels[other]):
+                return True
+            batch[i], other[j] = other[j], batch[i]
+    return False
 
 
 def _shuffled_by_class(labels: NDArray[np.integer], seed: int) -> Indices:

@@ -42,7 +42,7 @@ def run(out: Path, *, seed: int = 0, announce: Callable[[str], None] = print) ->
             runs[method],
             options=Options(seed=seed),
             networks=out / "networks",
-            command=["kdx", "explain", "digits", "--models", str(models), "--out", str(runs[method])],
+            command=["kdx", "explain", "digits", "--models", str(models), "--out", str(runs[method]), "--seed", str(seed)],
             announce=announce,
         )
     return runs

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from kdx import report, transfer
+from kdx.arrays import MIN_IMAGES
 from kdx.console import progress
-from kdx.data import Dataset, class_balanced_batches, class_balanced_sample, load_images, open_data, split
+from kdx.data import Dataset, class_balanced_sample, load_images, open_data, random_batches, split
 from kdx.errors import KdxError
 from kdx.explainer import Explainer
 from kdx.models_file import ModelsFile, read_models
@@ -27,7 +28,7 @@ from kdx.store import Batch, Store
 from kdx.transfer import ROLES, LayerScores, Measured, Pool
 from kdx.unicam import ObjectiveName, Weighting
 
-_CHANGES_NO_RESULT = ("chunk", "max_unreadable")
+_CHANGES_NO_RESULT = ("chunk", "max_unreadable", "gallery")
 _PACKAGES = ("kdx", "torch", "numpy", "scipy", "onnx", "onnxruntime", "zarr", "pyarrow", "pillow")
 
 
@@ -75,11 +76,13 @@ def run(
 
     Raises KdxError for whatever the user can mend, before anything is written where that can be told so early.
     """
+    if options.reference_images and options.reference_images < MIN_IMAGES:
+        raise KdxError(f"A reference set of {options.reference_images} is too small.", f"Give --reference {MIN_IMAGES} or more, or 0.")
     trio = read_models(models)
     dataset = open_data(data, trio.classes or None)
     share, indices, pool = _part(dataset, trio, options)
     paired = parse_layers(layers or trio.layers)
-    batches = class_balanced_batches(dataset.labels[indices], options.batch, options.seed)
+    batches = random_batches(dataset.labels[indices], options.batch, options.seed)
     with _explainer(trio, paired, options, networks or out / "networks") as explainer:
         described = explainer.networks()
         size = _image_size(described)
@@ -87,7 +90,8 @@ def run(
             "data": data,
             "split": share,
             "fingerprint": dataset.fingerprint,
-            "models": {role: {key: described[role][key] for key in ("reference", "sha256", "parameters")} for role in ROLES},
+            "split_seed": trio.seed,
+            "models": {role: {key: value for key, value in described[role].items() if key != "image_size"} for role in ROLES},
             "layers": paired,
             "image_size": size,
             **{key: value for key, value in asdict(options).items() if key not in ("split", *_CHANGES_NO_RESULT)},
@@ -115,7 +119,7 @@ def run(
         if pending and len(pending) < len(batches):
             announce(f"Resuming: {len(batches) - len(pending)} of {len(batches)} batches are done.")
         if options.reference_images and pending:
-            _use_references(explainer, dataset, pool, options, size)
+            store.manifest["reference_ids"] = _use_references(explainer, dataset, pool, options, size)
         unreadable: list[tuple[str, str]] = []
         with progress() as show:
             for done, batch in enumerate(pending, len(batches) - len(pending)):
@@ -178,10 +182,17 @@ def _image_size(described: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
     return max(sizes, key=lambda size: size[0] * size[1])
 
 
-def _use_references(explainer: Explainer, dataset: Dataset, pool: NDArray[np.int64], options: Options, size: tuple[int, int]) -> None:
+def _use_references(explainer: Explainer, dataset: Dataset, pool: NDArray[np.int64], options: Options, size: tuple[int, int]) -> list[str]:
+    """Give the explainer a class-balanced reference set; return the images' names."""
     chosen = pool[class_balanced_sample(dataset.labels[pool], options.reference_images, options.seed)]
     images = load_images(dataset, chosen, size)
+    if images.unreadable:
+        name, reason = images.unreadable[0]
+        raise KdxError(
+            f"The reference image {name} cannot be read ({reason}).", "Repair or remove it, or choose others with another --seed."
+        )
     explainer.use_references(images.pixels, torch.from_numpy(dataset.labels[images.kept]))
+    return [dataset.ids[index] for index in chosen]
 
 
 def _explain_batch(

@@ -6,7 +6,7 @@ import copy
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, get_args
@@ -102,6 +102,8 @@ class Explainer:
             raise ValueError(f"no objective {objective!r}" if objective not in geometry.OBJECTIVES else f"no weighting {weighting!r}")
         if not self.layers:
             raise KdxError("No layer was named.", "Name at least one; kdx.models.layers(model) lists the sensible ones.")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be 1 or more, not {chunk}")
         self.objective = geometry.OBJECTIVES[objective]
         self.weighting = weighting
         self.chunk = chunk
@@ -158,13 +160,26 @@ class Explainer:
         return OrtRunner(path)
 
     def networks(self) -> dict[str, dict[str, Any]]:
-        """Each role's reference, weights' SHA-256, parameter count and image size (None where any will do)."""
-        found = {role: (n.reference, n.weights_hash, n.parameters, n.preprocessing.size) for role, (n, _) in self._networks.items()}
-        for role, runner in self._runners.items():
-            if isinstance(runner, OrtRunner) and role not in found:
-                d = runner.description
-                found[role] = d.reference, d.weights, d.parameters, d.preprocessing.size or d.image_size
-        return {role: dict(zip(("reference", "sha256", "parameters", "image_size"), found[role], strict=True)) for role in ROLES}
+        """Each role's reference, weights' SHA-256, parameter count, preprocessing, and image size (None where any will do)."""
+        found = {}
+        for role in ROLES:
+            if role in self._networks:
+                network, _ = self._networks[role]
+                about = (network.reference, network.weights_hash, network.parameters, network.preprocessing, network.preprocessing.size)
+            else:
+                runner = self._runners[role]
+                assert isinstance(runner, OrtRunner)
+                file = runner.description
+                about = (file.reference, file.weights, file.parameters, file.preprocessing, file.preprocessing.size or file.image_size)
+            reference, digest, parameters, preprocessing, size = about
+            found[role] = {
+                "reference": reference,
+                "sha256": digest,
+                "parameters": parameters,
+                "preprocessing": asdict(preprocessing),
+                "image_size": size,
+            }
+        return found
 
     def use_references(self, images: Array, labels: Array) -> None:
         """Switch to reference mode: every later image is mapped among these m images, whatever stands beside it in its batch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from kdx.errors import KdxError, missing_package
+from kdx.errors import KdxError, first_line, missing_package
 from kdx.export import onnx_file
 from kdx.export.graphs import FeatureGraph
 
@@ -58,12 +59,13 @@ class EagerRunner(Runner):
     def __init__(self, graph: FeatureGraph, device: torch.device) -> None:
         self.device = device
         self.layers = graph.layers
+        self._lock = threading.Lock()
         self._graph: FeatureGraph | None = graph.eval().to(device)
 
     def infer(self, images: Tensor) -> Outputs:
         if self._graph is None:
             raise ValueError("the runner is closed")
-        with torch.no_grad():
+        with self._lock, torch.no_grad():  # the graph hooks its layers for the length of a pass
             logits, *features = self._graph(images.to(self._graph.mean))
         return Outputs(logits, dict(zip(self.layers, features, strict=True)))
 
@@ -87,7 +89,10 @@ class OrtRunner(Runner):
         options = onnxruntime.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
-        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        try:
+            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions share no other base
+            raise KdxError(f"ONNX Runtime cannot load {path}: {first_line(error)}.", "Export it again with kdx export.") from error
 
     def infer(self, images: Tensor) -> Outputs:
         if self._session is None:

@@ -172,7 +172,8 @@ def _score(
         d = torch.stack([arrays.measured(geometry.distances(rows), rows, name) for name, rows in named])
         centred = geometry.u_centered(d) if estimator == "unbiased" else geometry.double_centered(d)
         products = geometry.products(centred)
-        check_residual(products)
+        if len(named) == 3:
+            _check_residual(products, geometry.products(d), max(arrays.rounding(rows) for _, rows in named))
         left_out = geometry.leave_one_out(d, biased=estimator == "biased") if n > arrays.MIN_IMAGES else products[None]
         moved = permuted(
             products, 1, permutation_products(centred, d[1], centred[1], named[1][1], permutation_table(n, permutations, seed, d.device))
@@ -181,14 +182,20 @@ def _score(
     return summary(*(v.cpu().numpy() for v in values), n=n, batches=1, estimator=estimator, confidence=confidence)
 
 
-def check_residual(products: Tensor) -> None:
-    """KdxError where the last matrix of three (the given one) explains the first wholly."""
-    if products.shape[-1] == 3 and bool((_projected(products)[..., 0, 0] <= 1e-10 * products[..., 0, 0]).any()):
-        raise KdxError("The features hold nothing that the given features do not explain.", "Compare two different networks or layers.")
+def _check_residual(products: Tensor, distances: Tensor, rounding: float) -> None:
+    """KdxError where the third matrix, the given one, explains the first or the second up to rounding of their distances."""
+    left = _projected(products)
+    for index, name in enumerate(("features", "target")):
+        # A difference of inner products is known to 1e-16 of them, whatever the features' type.
+        floor = torch.maximum(rounding**2 * distances[index, index], 1e-13 * products[index, index])
+        if not bool(left[index, index] > floor):
+            raise KdxError(f"The {name} hold nothing that the given features do not explain.", "Compare two different networks or layers.")
 
 
 def permutation_table(n: int, permutations: int, seed: int | Sequence[int], device: torch.device | None = None) -> Tensor:
     """Seeded permutations [permutations, n] of n images."""
+    if permutations < 0:
+        raise ValueError(f"permutations must be 0 or more, not {permutations}")
     generator = np.random.default_rng(seed)
     return torch.from_numpy(generator.permuted(np.tile(np.arange(n), (permutations, 1)), axis=1)).to(device)
 
@@ -226,6 +233,10 @@ def summary(
     confidence: float = 0.95,
 ) -> Score:
     """A Score from its value [], its jackknife replicates [units] and its permuted values [p]."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
+    if not np.isfinite(value):
+        raise ValueError("the score is not a number")  # what can make it so is refused before
     permutations = 0 if moved is None else len(moved)
     p_value = None
     if moved is not None and permutations:

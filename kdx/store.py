@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,13 +61,9 @@ class Store:
                     "Choose another --out, or delete that folder.",
                 )
             return cls(folder, manifest)
-        if folder.exists() and (not folder.is_dir() or any(entry.name not in (".DS_Store", "networks") for entry in folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(not _ours(entry.name) for entry in folder.iterdir())):
             raise KdxError(f"{folder} is not empty and not a run.", "Choose a new folder for --out.")
         store = cls(folder, {**rest, "format": FORMAT, "status": "running", "configuration": configuration})
-        try:
-            (folder / "progress").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise KdxError(f"{folder} cannot be written: {error.strerror}.", "Choose an --out that you may write to.") from error
         store.write_json("manifest.json", store.manifest)
         return store
 
@@ -140,9 +137,14 @@ class Store:
         return self.folder / "progress" / f"{batch:05d}.npz"
 
 
+def _ours(name: str) -> bool:
+    """Whether a file may stand in a folder that is to become a run's: left by a run that was killed as it began, or no one's."""
+    return name in (".DS_Store", "networks") or name.startswith(".manifest.json.")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise KdxError(f"{path} is not readable JSON: {error}.", "Delete the folder and run again.") from None
     if not isinstance(content, dict):
@@ -152,7 +154,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """``content`` at ``path``, or what was there before: never half of it."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)

@@ -140,7 +140,8 @@ def measure(
             geometry.u_centered(d),
             geometry.u_centered(target_distances_among(references.labels, labels, references.target.distances)),
         )
-    lap = checked(geometry.laplacian(d[explained], centred[explained], centred[given], goal, objective))
+    lap = geometry.laplacian(d[explained], centred[explained], centred[given], goal, objective)
+    checked(lap, *(features[role].flatten(1) for role in ROLES))
     maps = {}
     for index, name in enumerate(MAPS):
         role = ROLES[explained[index]]

@@ -18,9 +18,6 @@ from kdx.kernels.geometry import Laplacian
 Weighting = Literal["gap", "elementwise"]
 ObjectiveName = Literal["relevance", "uniqueness"]
 
-_NOTHING_LEFT = 1e-5
-"""||R||/||A|| under which the residual is rounding of the float32 Gram product."""
-
 
 @dataclass(frozen=True)
 class Maps:
@@ -124,7 +121,7 @@ def unicam(
             arrays.measured(geometry.distances(rows), rows, name)
             for rows, name in ((x, "explained features"), (y, "given features"), (g, "target"))
         )
-        lap = checked(geometry.laplacian(d, geometry.u_centered(d), geometry.u_centered(e), geometry.u_centered(h), chosen))
+        lap = checked(geometry.laplacian(d, geometry.u_centered(d), geometry.u_centered(e), geometry.u_centered(h), chosen), x, y)
         weights, maps = weighted(features, lap.lap, weighting, pooled=pooled)
         return Maps(arrays.like(maps, explained), arrays.like(weights, explained), float(lap.score))
 
@@ -143,13 +140,18 @@ def weighted(
     if pooled:  # a spatial mean hands 1/(HW) of its gradient to every position alike, so both weightings agree
         weights = weights / (features.shape[2] * features.shape[3])
     elif weighting == "elementwise":
-        return weights, geometry.elementwise_cam(features, gradient(_flat))
-    return weights, geometry.cam(features, weights)
+        maps = geometry.elementwise_cam(features, gradient(_flat))
+        return weights.to(maps.dtype), maps
+    maps = geometry.cam(features, weights)
+    return weights.to(maps.dtype), maps
 
 
-def checked(lap: Laplacian) -> Laplacian:
-    """``lap`` where a residual is left to explain; KdxError where the given features explain everything."""
-    if bool((lap.left < _NOTHING_LEFT).any()):
+def checked(lap: Laplacian, *rows: Tensor) -> Laplacian:
+    """``lap`` where more than rounding is left to explain; KdxError where the given features explain everything.
+
+    rows: the features that distances were measured between, whose type says what rounding is.
+    """
+    if not bool((lap.left > max(map(arrays.rounding, rows))).all()):  # so that NaN fails
         raise KdxError(
             "The explained features hold nothing that the given features do not explain.",
             "Compare two different networks or layers; identical ones have no residual.",
@@ -172,8 +174,11 @@ def _among(
     inside_x, inside_y, inside_g = reference.distances
     d = feature_distances_among(reference.explained, features, inside_x, "explained features", reference.pooled)
     e = feature_distances_among(reference.given, others, inside_y, "given features", reference.pooled)
-    h = target_distances_among(reference.target, arrays.tensor(target, "target"), inside_g)
-    lap = checked(geometry.laplacian(d, geometry.u_centered(d), geometry.u_centered(e), geometry.u_centered(h), objective))
+    labels = arrays.tensor(target, "target")
+    arrays.check_same(len(labels) if labels.ndim else 0, len(features), "the target", "features")
+    h = target_distances_among(reference.target, labels, inside_g)
+    lap = geometry.laplacian(d, geometry.u_centered(d), geometry.u_centered(e), geometry.u_centered(h), objective)
+    checked(lap, _rows(features, reference.pooled), _rows(others, reference.pooled))
     weights, maps = weighted(features, lap.lap, weighting, pooled=reference.pooled, references=reference.explained)
     return Maps(arrays.like(maps, kind), arrays.like(weights, kind), float(lap.score.mean()))
 
@@ -185,18 +190,26 @@ def feature_distances_among(known: Tensor, queries: Tensor, inside: Tensor, name
             f"The {name} are {list(queries.shape[1:])} an image, those of the reference set {list(known.shape[1:])}.",
             "Take both from the same layer of the same network.",
         )
+    if len(queries) == 0:
+        raise KdxError(f"There are no rows of {name}.", "Give at least one query.")
     rows = _rows(queries, pooled)
-    arrays.check_finite(rows, name)
-    return geometry.bordered(inside, geometry.cross_distances(rows, _rows(known, pooled)))
+    return _among_finite(inside, geometry.cross_distances(rows, _rows(known, pooled)), rows, name)
 
 
 def target_distances_among(known: Tensor, target: Tensor, inside: Tensor) -> Tensor:
     """The same for the targets, labels or embeddings of one kind."""
-    if target.shape[1:] != known.shape[1:]:
+    if target.ndim == 0 or target.shape[1:] != known.shape[1:]:
         raise KdxError(
             f"The target is {list(target.shape)}, that of the reference set {list(known.shape)}.",
             "Give both as labels, or both as the same embedding.",
         )
     m = len(known)
     rows = arrays.target_embedding(torch.cat([known.to(target.device), target]), m + len(target)).to(inside.device)
-    return geometry.bordered(inside, geometry.cross_distances(rows[m:], rows[:m]))
+    return _among_finite(inside, geometry.cross_distances(rows[m:], rows[:m]), rows[m:], "target")
+
+
+def _among_finite(inside: Tensor, border: Tensor, rows: Tensor, name: str) -> Tensor:
+    if not bool(border.isfinite().all()):
+        arrays.check_finite(rows, name)
+        raise KdxError(f"The {name} are too large for their precision.", "Scale them down, or give them as float64.")
+    return geometry.bordered(inside, border)

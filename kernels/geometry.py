@@ -43,7 +43,10 @@ def _squared(rows: Tensor, columns: Tensor, gram: Tensor, norms: Tensor) -> Tens
     squared = (norms - 2 * gram).clamp_min(0)
     if torch.compiler.is_compiling():  # a graph cannot hold the loop over pairs that the data chooses
         return squared
-    left, right = torch.nonzero(squared < _REPAIR_BELOW[squared.dtype] * norms, as_tuple=True)
+    near = squared < _REPAIR_BELOW[squared.dtype] * norms
+    if rows is columns:
+        near = near.triu(1)
+    left, right = torch.nonzero(near, as_tuple=True)
     step = max(1, _ELEMENTS // max(1, rows.shape[1]))
     for start in range(0, len(left), step):
         i, j = left[start : start + step], right[start : start + step]
@@ -63,7 +66,7 @@ def distances(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     own = gram.diagonal()
     hollow = 1 - torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
     squared = _squared(x, x, gram, (own[:, None] + own[None, :]) * hollow)
-    return torch.maximum(squared, squared.mT).to(dtype).sqrt()
+    return (squared.triu(1) + squared.triu(1).mT).to(dtype).sqrt()
 
 
 def cross_distances(x: Tensor, y: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -219,7 +222,7 @@ def differentiated(function: Callable[[Tensor], Tensor]) -> Objective:
 
 @dataclass(frozen=True)
 class Laplacian:
-    """The UniCAM gradient as a matrix: dL/dX = lap X. ``lap`` [..., n, n], ``score`` L [...], ``left`` = ||R||/||A|| [...]."""
+    """The UniCAM gradient as a matrix: dL/dX = lap X. ``lap`` [..., n, n], ``score`` L [...], ``left`` = ||R||/||D|| [...]."""
 
     lap: Tensor
     score: Tensor
@@ -229,10 +232,9 @@ class Laplacian:
 def laplacian(d: Tensor, a: Tensor, b: Tensor, g: Tensor, objective: Objective = relevance) -> Laplacian:
     """Lap of the objective for the explained model's distances d and U-centred a, given b, target g, all [..., n, n].
 
-    Pairs at distance zero carry no gradient. ``left`` near rounding means that the given model explains everything,
-    and then the score and the gradient mean nothing.
+    Pairs at distance zero carry no gradient. ``left`` near the rounding of distances means that the given model explains
+    everything, and then the score and the gradient mean nothing.
     """
-    size = dot(a, a).sqrt()
     b, g = unit(b), unit(g)
     r = residual(a, b)
     score, derivative = objective(r, g)
@@ -240,24 +242,26 @@ def laplacian(d: Tensor, a: Tensor, b: Tensor, g: Tensor, objective: Objective =
     derivative = derivative - dot(derivative, b)[..., None, None] * b
     # Four images leave one dimension beside B, and L is then plus or minus a constant: what is left is rounding, and a map of it
     # would look like one. The same happens where R already points along G.
-    rounding = (1e3 * torch.finfo(d.dtype).eps) ** 2 * scale
+    share = dot(a, a) / dot(r, r)  # R is a difference: the smaller it is beside A, the larger its rounding
+    rounding = (1e3 * torch.finfo(d.dtype).eps) ** 2 * share * scale
     derivative = torch.where((dot(derivative, derivative) > rounding)[..., None, None], derivative, 0.0)
     m = u_centered(derivative + derivative.mT)
     apart = d > 0
     w = torch.where(apart, m / torch.where(apart, d, 1.0), 0.0)
     lap = torch.diag_embed(w.sum(-1)) - w
-    return Laplacian(lap, score, dot(r, r).sqrt() / size)
+    return Laplacian(lap, score, (dot(r, r) / dot(d, d)).sqrt())
 
 
-def gap(features: Tensor) -> Tensor:
-    """The spatial mean [n, C] of features [n, C, H, W], in float32 at least."""
-    return features.mean((2, 3), dtype=torch.promote_types(features.dtype, torch.float32))
+def gap(features: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The spatial mean [n, C] of features [n, C, H, W], accumulated in ``dtype``."""
+    return features.mean((2, 3), dtype=dtype)
 
 
 def gradient(lap: Tensor, x: Tensor) -> Tensor:
     """Lap x [n, k] for lap [n, n] and rows x [n, k]; of spatial means it gives the channel weights [n, C].
 
-    Lap sends constants to zero, so the mean over images is subtracted first, which only removes rounding.
+    Lap sends constants to zero, so the mean over images is subtracted first, which only removes rounding. Near-duplicates put
+    large opposite numbers into Lap, which only float64 cancels well: `gap` gives that by default.
     """
     x = _wide(x)
     return lap.to(x.dtype) @ (x - x.mean(0))

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from kdx.data import Dataset, class_balanced_batches, class_balanced_sample, load_images, open_data, split
+from kdx.data import Dataset, class_balanced_sample, load_images, open_data, random_batches, split
 from kdx.errors import KdxError
 
 
@@ -155,30 +155,37 @@ def test_split_is_stratified_disjoint_and_seeded() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_batches_hold_every_image_once_and_classes_evenly(seed: int) -> None:
+def test_batches_hold_every_image_once_and_each_has_target_geometry(seed: int) -> None:
     generator = np.random.default_rng(seed)
     count, size = int(generator.integers(4, 200)), int(generator.integers(4, 40))
     labels = generator.choice(5, count, p=[0.6, 0.2, 0.1, 0.05, 0.05])
     labels[:2] = 0, 1
-    batches = class_balanced_batches(labels, size, seed)
+    batches = random_batches(labels, size, seed)
     assert sorted(np.concatenate(batches).tolist()) == list(range(count))
     sizes = [len(batch) for batch in batches]
     assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 4 and max(sizes) <= max(size, 7)
-    for label in np.unique(labels):
-        held = [int(np.sum(labels[batch] == label)) for batch in batches]
-        assert max(held) - min(held) <= 1
-    assert all(np.array_equal(a, b) for a, b in zip(batches, class_balanced_batches(labels, size, seed), strict=True))
+    assert all(1 < len(np.unique(labels[batch])) < len(batch) for batch in batches)
+    assert all(np.array_equal(a, b) for a, b in zip(batches, random_batches(labels, size, seed), strict=True))
+
+
+def test_batches_of_many_classes_hold_pairs_and_of_a_rare_class_hold_it() -> None:
+    """With about as many classes as images in a batch, even dealing would leave no two images of one class together."""
+    for labels in (np.repeat(np.arange(100), 20), np.repeat(np.arange(200), 2), np.repeat([0, 1], [120, 15])):
+        for batch in random_batches(labels, 12, 0):
+            assert 1 < len(np.unique(labels[batch])) < len(batch)
+    with pytest.raises(KdxError, match="larger --batch"):
+        random_batches(np.repeat([0, 1], [99, 1]), 10, 0)
 
 
 def test_batches_differ_between_seeds() -> None:
     labels = np.arange(64) % 4
-    assert not np.array_equal(class_balanced_batches(labels, 16, 0)[0], class_balanced_batches(labels, 16, 1)[0])
+    assert not np.array_equal(random_batches(labels, 16, 0)[0], random_batches(labels, 16, 1)[0])
 
 
 @pytest.mark.parametrize(("labels", "size"), [([0, 1, 0], 4), ([2] * 9, 4), ([0, 1] * 5, 3), ([], 4)])
 def test_batches_too_small_for_geometry_are_refused(labels: list[int], size: int) -> None:
     with pytest.raises(KdxError):
-        class_balanced_batches(np.array(labels, dtype=np.int64), size, 0)
+        random_batches(np.array(labels, dtype=np.int64), size, 0)
 
 
 def test_a_sample_is_as_balanced_as_it_can_be() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -23,8 +24,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import kdx
-from kdx import explain, models_file, store
-from kdx.data import class_balanced_batches, load_images, open_data
+from kdx import explain, models_file, scores, store
+from kdx.data import load_images, open_data, random_batches
 from kdx.explain import Options
 from kdx.export.graphs import Preprocessing
 from kdx.networks import resnet
@@ -92,7 +93,7 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
 
 def test_a_run_stores_what_the_explainer_finds(folder: Path, finished: Path) -> None:
     dataset = open_data(str(folder / "pictures"), CLASSES)
-    batches = class_balanced_batches(dataset.labels, 9, 3)
+    batches = random_batches(dataset.labels, 9, 3)
     samples = pq.read_table(finished / "samples.parquet").to_pylist()
     assert sorted(row["id"] for row in samples) == sorted(dataset.ids)
     group = zarr.open_group(finished / "maps.zarr", mode="r")
@@ -161,6 +162,47 @@ def test_a_stopped_run_resumes_to_the_same_result(
     assert same(results(out), results(finished))
 
 
+@pytest.mark.parametrize("left", [".manifest.json.123", "networks/.student.onnx.partial"])
+def test_a_run_killed_as_it_began_can_begin_again(folder: Path, finished: Path, tmp_path: Path, left: str) -> None:
+    (tmp_path / "run" / left).parent.mkdir(parents=True)
+    (tmp_path / "run" / left).write_bytes(b"{")
+    run(folder, tmp_path / "run")
+    assert same(results(tmp_path / "run"), results(finished))
+
+
+def test_a_run_is_not_resumed_with_other_preprocessing(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    run(tmp_path / "copy", tmp_path / "run")
+    text = (tmp_path / "copy" / "models.toml").read_text()
+    (tmp_path / "copy" / "models.toml").write_text(text.replace("mean = [0.5]", "mean = [0.1]"))
+    with pytest.raises(kdx.KdxError, match=r"another run .*models"):
+        run(tmp_path / "copy", tmp_path / "run")
+
+
+def test_batches_are_permuted_each_in_its_own_way(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables: list[torch.Tensor] = []
+
+    def recorded(*arguments: Any) -> torch.Tensor:
+        tables.append(scores.permutation_table(*arguments))
+        return tables[-1]
+
+    monkeypatch.setattr(explain, "permutation_table", recorded)
+    run(folder, tmp_path / "run")
+    assert len(tables) == 4 and not torch.equal(tables[1], tables[2]) and tables[1].shape == tables[2].shape
+
+
+def test_a_file_name_that_is_no_text_is_written_out(folder: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    shutil.copytree(folder / "pictures", pictures)
+    torn = Path(os.fsdecode(os.fsencode(pictures / "dog") + b"/\xff.png"))
+    try:
+        (pictures / "dog" / "1.png").rename(torn)
+    except OSError:
+        pytest.skip("this file system takes text only")
+    run(folder, tmp_path / "run", data=str(pictures))
+    assert "dog/\\xff.png" in pq.read_table(tmp_path / "run" / "samples.parquet").to_pydict()["id"]
+
+
 def _raise(*_: Any) -> None:
     raise KeyboardInterrupt
 
@@ -191,7 +233,9 @@ def test_a_killed_process_resumes_to_the_same_result(folder: Path, finished: Pat
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
+    assert 1 <= len(list((out / "progress").glob("*.npz"))) <= 4
+    assert json.loads((out / "manifest.json").read_text())["status"] == "running"
     again = replace(OPTIONS, gallery=60)
     run(folder, out, again)
     expected = tmp_path / "expected"
@@ -262,6 +306,7 @@ def test_a_finished_run_is_not_computed_again(folder: Path, finished: Path, quie
         ({"layers": ("layr3",), "out": "new"}, "layr3"),
         ({"options": replace(OPTIONS, split="tset"), "out": "new"}, "tset"),
         ({"data": "nowhere", "out": "new"}, "nowhere"),
+        ({"options": replace(OPTIONS, reference_images=3), "out": "new"}, "reference set of 3"),
         ({"out": "occupied"}, "not empty"),
     ],
 )

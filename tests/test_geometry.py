@@ -119,6 +119,18 @@ def test_permuted_products_are_products_of_permuted_matrices() -> None:
     assert oracle.error(geometry.permuted_class_products(matrices, target, labels, permutations), expected) < 1e-12
 
 
+@pytest.mark.parametrize("case", oracle.CASES)
+def test_correlations_are_the_definitions(case: str) -> None:
+    known = oracle.load(case)
+    d = [geometry.distances(torch.from_numpy(known[key]).flatten(1)) for key in ("x", "target", "y")]
+    for centre, defined in ((geometry.u_centered, reference.u_centered), (geometry.double_centered, reference.double_centered)):
+        a, g, b = (centre(matrix) for matrix in d)
+        x, t, y = (defined(matrix) for matrix in d)
+        assert oracle.error(geometry.correlation(a, b), reference.correlation(x, y)) < 1e-9
+        assert oracle.error(geometry.semipartial(a, g, b), reference.semipartial(x, t, y)) < 1e-9
+        assert oracle.error(geometry.partial(a, g, b), reference.partial(x, t, y)) < 1e-9
+
+
 def test_stacks_are_their_members() -> None:
     x, y, labels = oracle.features(n=9, classes=3)
     target = geometry.u_centered(geometry.distances(torch.nn.functional.one_hot(labels).double()))
@@ -139,7 +151,7 @@ def test_float32_survives_features_of_any_scale() -> None:
     def weights(scale: float) -> Tensor:
         d, e = (geometry.distances(f.flatten(1).float() * scale, torch.float32) for f in (x, y))
         lap = geometry.laplacian(d, geometry.u_centered(d), geometry.u_centered(e), geometry.u_centered(target))
-        return geometry.gradient(lap.lap, geometry.gap(x.float() * scale)) * scale
+        return geometry.gradient(lap.lap, geometry.gap(x.float() * scale, torch.float32)) * scale
 
     plain = weights(1.0)
     for scale in (1e-12, 1e12):
@@ -153,7 +165,7 @@ class _Explained(torch.nn.Module):
         d, e, h = (geometry.distances(rows.flatten(1), torch.float32) for rows in (x, y, target))
         a, b, g = (geometry.u_centered(matrix) for matrix in (d, e, h))
         lap = geometry.laplacian(d, a, b, g)
-        maps = geometry.cam(x, geometry.gradient(lap.lap, geometry.gap(x)))
+        maps = geometry.cam(x, geometry.gradient(lap.lap, geometry.gap(x, torch.float32)))
         return (
             geometry.scaled(maps),
             geometry.elementwise_cam(x, geometry.gradient(lap.lap, x.flatten(1))),

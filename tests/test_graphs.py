@@ -55,6 +55,14 @@ def hook_count(module: nn.Module) -> int:
 # ---- as_map ----
 
 
+def test_tokens_take_the_images_aspect() -> None:
+    tokens = torch.rand(2, 33, 5)
+    found = as_map(tokens, "blocks.0", (64, 128))  # a class token and 4 x 8 patches of 16
+    assert torch.equal(found, tokens[:, 1:].transpose(1, 2).reshape(2, 5, 4, 8))
+    with pytest.raises(KdxError, match="aspect"):
+        as_map(torch.rand(2, 50, 5), "blocks.0", (96, 160))
+
+
 @pytest.mark.parametrize(("image", "grid"), [((224, 224), (7, 7)), ((96, 160), (3, 5)), ((100, 75), (13, 10)), ((32, 32), (1, 1))])
 @pytest.mark.parametrize("channels", [3, 13, 96])
 def test_channels_last_is_told_by_the_images_aspect(image: tuple[int, int], grid: tuple[int, int], channels: int) -> None:
@@ -110,7 +118,7 @@ def test_what_is_no_feature_map_is_refused_and_named(feature: object, said: str)
 
 @pytest.mark.parametrize("tokens", [34, 59, 60])  # 9, 10 and 11 more than a square
 def test_token_counts_that_are_no_grid_are_refused(tokens: int) -> None:
-    with pytest.raises(KdxError, match=f"The {tokens} tokens of layer 'blocks.1' are not a square grid"):
+    with pytest.raises(KdxError, match=f"The {tokens} tokens of layer 'blocks.1' are no grid"):
         as_map(torch.rand(2, tokens, 3), "blocks.1", (9, 9))
 
 

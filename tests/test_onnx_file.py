@@ -322,17 +322,21 @@ def test_a_difference_is_relative_to_the_outputs_largest_value() -> None:
     assert scaled.max == pytest.approx(found.max, rel=1e-12) and scaled.largest == 4 * found.largest
 
 
+def test_a_dead_output_that_is_dead_in_both_agrees() -> None:
+    assert parity.difference(np.zeros(4), np.zeros(4)) == Difference(0.0, 0.0, 0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("result", "expected"),
     [
         (np.ones((2, 3)), np.ones((3, 2))),
-        (np.zeros(4), np.zeros(4)),
+        (np.full(4, 2.0), np.zeros(4)),
         (np.array([1.0, math.nan]), np.array([1.0, 2.0])),
         (np.array([1.0, 2.0]), np.array([1.0, math.nan])),
         (np.array([1.0, math.inf]), np.array([1.0, 2.0])),
     ],
 )
-def test_shapes_that_differ_dead_outputs_nan_and_infinity_fail(result: np.ndarray, expected: np.ndarray) -> None:
+def test_shapes_that_differ_nan_infinity_and_what_should_be_zero_fail(result: np.ndarray, expected: np.ndarray) -> None:
     report = ParityReport({"good": Difference(0.0, 0.0, 0.0, 1.0), "bad": parity.difference(result, expected)}, 1.0, 2)
     assert not report
     assert "output bad" in report.worst() and report.as_dict()["passed"] is False

@@ -99,6 +99,16 @@ def test_the_permutation_p_value_counts_what_direct_permutation_counts() -> None
         assert found.p_value == pytest.approx((1 + at_least) / 61)
 
 
+def test_p_values_of_many_images_by_classes_are_those_by_pairs() -> None:
+    """Past a hundred images a class target is permuted by a product with its classes; an embedding with distinct rows is not."""
+    x, _, labels = oracle.features(n=160, classes=5)
+    x = x + 30 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one_hot = torch.nn.functional.one_hot(labels).double()
+    blurred = one_hot + 1e-9 * torch.randn(one_hot.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    by_classes, by_pairs = kdx.rs(x, labels, permutations=199), kdx.rs(x, blurred, permutations=199)
+    assert by_classes.p_value == by_pairs.p_value and by_classes.value == pytest.approx(by_pairs.value, abs=1e-6)
+
+
 def test_intervals_cover_the_truth() -> None:
     """Of 95% intervals from 40 images, at least nine in ten hold the score of 4,000 images."""
     rng = np.random.default_rng(2)
@@ -132,5 +142,14 @@ def test_bad_input() -> None:
         kdx.rs(x.index_fill(0, torch.tensor([2]), torch.nan), labels)
     with pytest.raises(kdx.KdxError, match="nothing"):
         kdx.rs(x, labels, 2 * x)
+    one_hot = torch.nn.functional.one_hot(labels)
+    for given in (one_hot.double(), one_hot.float(), 2.5 * one_hot.double()):
+        with pytest.raises(kdx.KdxError, match="target hold nothing"):
+            kdx.partial_rs(x, labels, given)
+    for wrong in (95, 0.0, 1.0):
+        with pytest.raises(ValueError, match="confidence"):
+            kdx.fss(x, y, confidence=wrong)
+    with pytest.raises(ValueError, match="permutations"):
+        kdx.fss(x, y, permutations=-1)
     with pytest.raises(ValueError, match="estimator"):
         kdx.fss(x, y, "unbaised")  # type: ignore[arg-type]

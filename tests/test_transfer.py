@@ -8,13 +8,14 @@ from torch import Tensor
 
 import kdx
 from kdx import scores, transfer
+from kdx.data import random_batches
 from kdx.transfer import Target
 from tests import oracle
 
 
-def roles(n: int = 24, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+def roles(n: int = 24, seed: int = 0, classes: int = 4) -> tuple[dict[str, Tensor], Tensor]:
     """Three networks' features: the student between the teacher and a base of its own."""
-    teacher, base, labels = oracle.features(seed, n=n, shape=(7, 5, 3), other=(9, 4, 4))
+    teacher, base, labels = oracle.features(seed, n=n, shape=(7, 5, 3), other=(9, 4, 4), classes=classes)
     generator = torch.Generator().manual_seed(seed + 1)
     mixing = torch.randn(teacher[0].numel(), base[0].numel(), generator=generator, dtype=torch.float64) / 5
     student = base + (teacher.flatten(1) @ mixing).reshape(base.shape)
@@ -86,19 +87,21 @@ def test_pooling_is_one_ratio_of_summed_products() -> None:
     )
 
 
-def test_pooled_scores_converge_to_the_whole_sets() -> None:
-    """Random batches of 16 of 480 images: sums of unbiased products estimate the whole set's products."""
-    features, labels = roles(480)
+def test_pooled_scores_over_a_runs_batches_converge_to_the_whole_sets() -> None:
+    """480 images of eight classes in batches of 16: nine in ten intervals hold the whole set's scores, over six plans."""
+    features, labels = roles(480, classes=8)
     whole = transfer.pool(*_parts(features, labels, torch.arange(480)), n=480)
-    order = torch.randperm(480, generator=torch.Generator().manual_seed(0))
-    pool = transfer.Pool()
-    for part in torch.split(order, 16):
-        pool.add(*_parts(features, labels, part))
-    pooled = pool.scores(n=480)
-    for name, score in whole.scores.items():
-        low, high = pooled.scores[name].interval
-        assert abs(pooled.scores[name].value - score.value) < max(high - low, 0.02), name
-        assert high - low < 0.2, name
+    held = []
+    for seed in range(6):
+        pool = transfer.Pool()
+        for batch in random_batches(labels.numpy(), 16, seed):
+            pool.add(*_parts(features, labels, torch.from_numpy(batch)))
+        pooled = pool.scores(n=480)
+        for name, score in whole.scores.items():
+            low, high = pooled.scores[name].interval
+            held.append(low <= score.value <= high)
+            assert high - low < 0.3, name
+    assert sum(held) >= 0.85 * len(held)
 
 
 def _parts(features: dict[str, Tensor], labels: Tensor, part: Tensor) -> tuple[Tensor, dict[int, Tensor], Tensor | None]:

@@ -175,6 +175,57 @@ def test_queries_of_another_layer_or_kind_of_target_are_refused() -> None:
         kdx.unicam(x[9:], y[9:], torch.nn.functional.one_hot(labels[9:]), reference=among)
 
 
+@pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
+def test_what_is_only_rounding_is_no_map(dtype: torch.dtype) -> None:
+    """A scaled copy, and the same features in another order of channels, have one geometry but for the rounding of their type."""
+    x, _, labels = oracle.features(shape=(64, 9, 9))
+    x = x.to(dtype)
+    for given in ((3.3 * x.double()).to(dtype), x.flip(1)):
+        with pytest.raises(kdx.KdxError, match="nothing"):
+            kdx.unicam(x, given, labels)
+    with pytest.raises(kdx.KdxError, match="constant"):
+        kdx.unicam(torch.eye(19, dtype=dtype), x, labels)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-6])
+def test_near_duplicates_keep_their_weights(scale: float) -> None:
+    """Two images that float32 just tells apart put large opposite numbers into the Laplacian, which must cancel."""
+    x, y, labels = oracle.features()
+    x[4] = x[3] + scale * torch.randn(x[3].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    single, other = x.float(), y.float()
+    _, weights, _ = reference.unicam(single, other, torch.nn.functional.one_hot(labels).double(), "relevance")
+    assert oracle.error(kdx.unicam(single, other, labels).weights, weights) < oracle.TOLERANCE["float32"]
+
+
+def test_among_references_bad_input_is_refused() -> None:
+    x, y, labels = oracle.features()
+    among = kdx.Reference(x[:9], y[:9], labels[:9])
+    for wrong in (labels[9:10], labels[9:12], labels[9]):
+        with pytest.raises(kdx.KdxError, match="target"):
+            kdx.unicam(x[9:], y[9:], wrong, reference=among)
+    with pytest.raises(kdx.KdxError, match="rows 1"):
+        kdx.unicam(x[9:].index_fill(0, torch.tensor([1]), torch.nan), y[9:], labels[9:], reference=among)
+    with pytest.raises(kdx.KdxError, match="too large"):
+        kdx.unicam(x[9:].float() * 1e30, y[9:].float(), labels[9:], reference=kdx.Reference(x[:9].float(), y[:9].float(), labels[:9]))
+    with pytest.raises(kdx.KdxError, match="at least one"):
+        kdx.unicam(x[:0], y[:0], labels[:0], reference=among)
+
+
+def test_four_images_have_no_relevance_to_raise() -> None:
+    """However small the residual is, what is left of its gradient is rounding and becomes no map."""
+    x, _, _ = oracle.features(n=4, classes=2)
+    for share in (1.0, 1e-2):
+        given = x + share * torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        assert kdx.unicam(x, given, torch.tensor([0, 1, 0, 1])).maps.max() == 0
+
+
+def test_other_byte_orders_and_long_doubles() -> None:
+    x, y, labels = oracle.features()
+    plain = kdx.unicam(x.numpy(), y.numpy(), labels.numpy())
+    other = kdx.unicam(x.numpy().astype(">f8"), y.numpy().astype(np.longdouble), labels.numpy().astype(">i4"))
+    assert np.array_equal(plain.maps, other.maps)
+
+
 def test_misspelt_options_are_value_errors() -> None:
     x, y, labels = oracle.features()
     with pytest.raises(ValueError, match="objective"):
