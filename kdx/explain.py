@@ -144,7 +144,8 @@ def parse_layers(names: Sequence[str]) -> dict[str, str]:
 
 def _part(dataset: Dataset, trio: ModelsFile, options: Options) -> tuple[str, NDArray[np.int64], NDArray[np.int64]]:
     """The split to explain, its indices, and those that a reference set is taken from: training images, where there are any."""
-    share = options.split or ("test" if dataset.reference == trio.data else "all")
+    own = trio.data is not None and Path(dataset.reference).resolve() == Path(trio.data).resolve()  # however the folder is spelt
+    share = options.split or ("test" if own else "all")
     if share == "all":
         return share, np.arange(len(dataset)), np.arange(len(dataset))
     parts = split(dataset, trio.seed if trio.seed is not None else options.seed)
