@@ -101,11 +101,16 @@ def check_finite(x: Tensor, name: str) -> None:
         )
 
 
-def measured(d: Tensor, x: Tensor, name: str) -> Tensor:
-    """Distances d of rows x, checked: finite, and not all equal (an undefined correlation)."""
-    if not bool(d.isfinite().all()):  # looked for in d, which is small; in x only to name the rows
+def check_distances(d: Tensor, x: Tensor, name: str) -> None:
+    """KdxError where distances d from rows x are not finite: looked for in d, which is small, and in x only to name the rows."""
+    if not bool(d.isfinite().all()):
         check_finite(x, name)
         raise KdxError(f"The {name} are too large for their precision.", "Scale them down, or give them as float64.")
+
+
+def measured(d: Tensor, x: Tensor, name: str) -> Tensor:
+    """Distances d of rows x, checked: finite, and not all equal (an undefined correlation)."""
+    check_distances(d, x, name)
     centred = geometry.u_centered(d)
     if float(geometry.dot(centred, centred)) <= rounding(x) ** 2 * float(geometry.dot(d, d)):
         if name == "target":

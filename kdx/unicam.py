@@ -209,7 +209,5 @@ def target_distances_among(known: Tensor, target: Tensor, inside: Tensor) -> Ten
 
 
 def _among_finite(inside: Tensor, border: Tensor, rows: Tensor, name: str) -> Tensor:
-    if not bool(border.isfinite().all()):
-        arrays.check_finite(rows, name)
-        raise KdxError(f"The {name} are too large for their precision.", "Scale them down, or give them as float64.")
+    arrays.check_distances(border, rows, name)
     return geometry.bordered(inside, border)
