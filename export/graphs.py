@@ -1,10 +1,11 @@
-"""What is exported: a network with its preprocessing inside and its layers' features outside."""
+"""What is exported: a network with its preprocessing inside, and its layers' features, or their gradients too, outside."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +31,19 @@ class Preprocessing:
 
 
 def find_layer(network: nn.Module, name: str) -> nn.Module:
-    """The module at the dotted path ``name``; KdxError with the near matches when there is none."""
+    """The module at the dotted path ``name``, or at ``path`` of ``path[i]``; KdxError with the near matches when there is none."""
     modules: dict[str, nn.Module] = {path: module for path, module in network.named_modules() if path}
-    if name in modules:
-        return modules[name]
-    near = difflib.get_close_matches(name, modules, n=4, cutoff=0.5) or [path for path, _ in network.named_children()][:6]
+    path, _ = _taken_apart(name)
+    if path in modules:
+        return modules[path]
+    near = difflib.get_close_matches(path, modules, n=4, cutoff=0.5) or [path for path, _ in network.named_children()][:6]
     raise KdxError(f"The network has no layer {name!r}.", f"Near matches: {', '.join(near)}.")
+
+
+def _taken_apart(layer: str) -> tuple[str, int | None]:
+    """``path`` or ``path[i]`` -> the path, and which of the module's several outputs is meant."""
+    found = re.fullmatch(r"(.+)\[(\d+)\]", layer)
+    return (found[1], int(found[2])) if found else (layer, None)
 
 
 def as_map(feature: object, layer: str, image: tuple[int, int]) -> Tensor:
@@ -46,9 +54,12 @@ def as_map(feature: object, layer: str, image: tuple[int, int]) -> Tensor:
     """
     if not isinstance(feature, Tensor) or not feature.is_floating_point() or feature.ndim not in (2, 3, 4):
         kind = f"a tensor {list(feature.shape)}" if isinstance(feature, Tensor) else type(feature).__name__
+        several = isinstance(feature, list | tuple) and len(feature) > 1
         raise KdxError(
             f"The output of layer {layer!r} is {kind}, not one feature map.",
-            "Choose a layer whose output is one floating-point tensor [n, C, H, W], tokens [n, L, C] or a vector [n, C].",
+            f"Name one of its {len(feature)} as {layer}[0] and so on."
+            if several and isinstance(feature, list | tuple)
+            else "Choose a layer whose output is one floating-point tensor [n, C, H, W], tokens [n, L, C] or a vector [n, C].",
         )
     if feature.ndim == 4:
         _, a, b, c = feature.shape
@@ -81,11 +92,12 @@ def _has_aspect(height: int, width: int, image: tuple[int, int]) -> bool:
     return abs(height * image[1] - width * image[0]) <= image[0] + image[1]
 
 
-class FeatureGraph(nn.Module):
-    """A network as kdx runs it in every runtime: images in [0, 1] [n, 3, h, w] -> (logits, one feature map a layer).
+class WatchedNetwork(nn.Module):
+    """A network behind its preprocessing, with a hook on each layer for the length of a pass.
 
-    Every runtime executes this module or a file exported from it, so preprocessing and the layout of features
-    are decided here and nowhere else. Gradients flow through it; callers who want none say so.
+    Every runtime executes a graph made of this or a file exported from one, so preprocessing and the layout of features
+    are decided here and nowhere else. A layer is a dotted module path; ``path[i]`` is the i-th output of a module that has
+    several. A network in half precision takes its images and gives its results in float32.
     """
 
     def __init__(self, network: nn.Module, layers: Sequence[str], preprocessing: Preprocessing = Preprocessing()) -> None:
@@ -98,39 +110,153 @@ class FeatureGraph(nn.Module):
         kind = next((parameter for parameter in network.parameters() if parameter.is_floating_point()), torch.empty(0))
         for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
             self.register_buffer(name, torch.tensor(values, dtype=kind.dtype, device=kind.device).view(1, -1, 1, 1), persistent=False)
+        self.watched = tuple(layers)
         # A tuple, so that the layers' modules are not registered a second time.
-        self._layer_modules = tuple(find_layer(network, layer) for layer in self.layers)
+        self._watched_modules = tuple(find_layer(network, layer) for layer in layers)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        size = self.preprocessing.size
-        if size is not None:
-            images = nn.functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
+    def as_map(self, raw: object, layer: str, images: Tensor) -> Tensor:
+        """What `watch` saw at a layer of these images as a feature map."""
+        return as_map(raw, layer, self.preprocessing.size or (images.shape[2], images.shape[3]))
+
+    def watch(self, images: Tensor, held: Callable[[Tensor], Tensor] = lambda raw: raw) -> tuple[Tensor, dict[str, object]]:
+        """One pass: logits [n, classes], and each layer's output in the layer's own layout.
+
+        held: what to hold in place of a layer's tensor; the network goes on with a copy of that.
+        """
+        if self.preprocessing.size is not None:
+            images = nn.functional.interpolate(images, size=self.preprocessing.size, mode="bilinear", align_corners=False)
         seen: dict[str, object] = {}
         hooks = [
-            module.register_forward_hook(_remember(seen, layer)) for layer, module in zip(self.layers, self._layer_modules, strict=True)
+            module.register_forward_hook(_remember(seen, layer, held))
+            for layer, module in zip(self.watched, self._watched_modules, strict=True)
         ]
         try:
-            logits = self.network((images - self.mean) / self.std)
+            logits = self._predict(((images - self.mean) / self.std).to(self.mean.dtype))
         finally:
             for hook in hooks:
                 hook.remove()
-        unreached = [layer for layer in self.layers if layer not in seen]
+        unreached = [layer for layer in self.watched if layer not in seen]
         if unreached:
             raise KdxError(
                 f"The forward pass does not reach layer {unreached[0]!r}.", "Choose a layer that the network uses when it predicts."
             )
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
+        logits = getattr(logits, "logits", logits)  # as Hugging Face's networks give them
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
             raise KdxError(
                 "The network does not return logits [n, classes].", "Wrap it in a module whose forward returns one tensor of logits."
             )
-        aspect = size or (images.shape[2], images.shape[3])
-        return logits, *(as_map(seen[layer], layer, aspect) for layer in self.layers)
+        return logits, seen
+
+    def _predict(self, images: Tensor) -> object:
+        return self.network(images)
 
 
-def _remember(seen: dict[str, object], layer: str) -> Callable[[nn.Module, object, object], Tensor | None]:
-    def hook(_module: nn.Module, _inputs: object, output: object) -> Tensor | None:
-        seen[layer] = output
-        # The network goes on with a copy: an in-place ReLU after the layer would overwrite the feature.
-        return output.clone() if isinstance(output, Tensor) else None
+class FeatureGraph(WatchedNetwork):
+    """images in [0, 1] [n, 3, h, w] -> (logits, one feature map a layer). Gradients flow through it; callers who want none say so."""
+
+    kind = "features"
+    input_names = ("images",)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return ("logits", *self.layers)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        logits, raw = self.watch(images)
+        return _wide(logits), *(_wide(self.as_map(raw[layer], layer, images)) for layer in self.layers)
+
+
+class GradientGraph(WatchedNetwork):
+    """A network with its gradients: images, cotangent -> (logits, one feature map a layer, one gradient a layer).
+
+    With y the logits, or the feature map of the layer ``at``, the gradient at a layer with feature F is the vector-Jacobian
+    product cotangent . dy/dF, in F's layout as a map. cotangent: [n, classes], or the shape of the feature map ``at``. A
+    one-hot row gives the gradient of one class's logit (Grad-CAM, HiResCAM); the gradient Lap X of UniCAM's objective at
+    ``at`` gives UniCAM of a layer before it.
+
+    Weights get no gradient, and nothing before the first layer is differentiated.
+    """
+
+    kind = "gradients"
+    input_names = ("images", "cotangent")
+
+    def __init__(
+        self, network: nn.Module, layers: Sequence[str], preprocessing: Preprocessing = Preprocessing(), at: str | None = None
+    ) -> None:
+        super().__init__(network, (*layers, *([] if at is None else [at])), preprocessing)
+        self.layers = tuple(layers)
+        self.at = at
+        if not self.layers or at in self.layers:
+            raise KdxError(
+                "There is no layer to differentiate to." if not self.layers else f"The cotangent and a gradient are both at layer {at!r}.",
+                "Name layers that come before the cotangent.",
+            )
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return ("logits", *self.layers, *(f"gradient/{layer}" for layer in self.layers))
+
+    def forward(self, images: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            logits, raw = self.watch(images, _cut)
+            return self.differentiated(images, cotangent, logits, raw)
+
+    def differentiated(self, images: Tensor, cotangent: Tensor, logits: Tensor, raw: Mapping[str, object]) -> tuple[Tensor, ...]:
+        """The graph's outputs, from one pass whose layers' tensors ask for gradients."""
+        end = logits if self.at is None else self.as_map(raw[self.at], self.at, images)
+        if cotangent.shape != end.shape:
+            raise KdxError(
+                f"The cotangent has shape {list(cotangent.shape)}, and {self.at or 'the logits'} {list(end.shape)}.",
+                "Give one number for each of those.",
+            )
+        maps = [self.as_map(raw[layer], layer, images) for layer in self.layers]
+        leaves = [raw[layer] for layer in self.layers]
+        found: list[Tensor | None] = [None] * len(leaves)
+        if end.requires_grad:
+            found = list(torch.autograd.grad(end, leaves, cotangent.to(end.dtype), allow_unused=True))  # type: ignore[arg-type]
+        for layer, gradient in zip(self.layers, found, strict=True):
+            if gradient is None:
+                raise KdxError(
+                    f"{self.at or 'The prediction'} does not depend on layer {layer!r}.", "Name layers that come before the cotangent."
+                )
+        gradients = [self.as_map(gradient, layer, images) for layer, gradient in zip(self.layers, found, strict=True)]
+        return tuple(_wide(result).detach() for result in (logits, *maps, *gradients))
+
+    def _predict(self, images: Tensor) -> object:
+        # Detached weights: autograd records from the first layer on, and the network's own flags stay as they are.
+        weights = {name: parameter.detach() for name, parameter in self.network.named_parameters()}
+        return torch.func.functional_call(self.network, weights, (images.detach(),))
+
+
+def _cut(raw: Tensor) -> Tensor:
+    """A layer's tensor as a leaf that gradients are taken to, or as it is where it depends on such a leaf."""
+    return raw if raw.requires_grad or not raw.is_floating_point() else raw.detach().requires_grad_()
+
+
+def _wide(result: Tensor) -> Tensor:
+    return result.to(torch.promote_types(result.dtype, torch.float32))
+
+
+def _remember(seen: dict[str, object], layer: str, held: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, object, object], object]:
+    """A hook that holds a module's output, or the named one of several, and lets the network go on with a copy of it.
+
+    A copy, since an in-place ReLU after the layer would overwrite the feature.
+    """
+    path, index = _taken_apart(layer)
+
+    def hook(_module: nn.Module, _inputs: object, output: object) -> object:
+        items = list(output) if isinstance(output, list | tuple) else [output]
+        place = index or 0
+        if place >= len(items):
+            raise KdxError(
+                f"There is no {layer!r}: {path} has {len(items)} outputs.", f"Name one from {path}[0] to {path}[{len(items) - 1}]."
+            )
+        found = items[place]
+        if not isinstance(found, Tensor) or (index is None and len(items) > 1):
+            seen[layer] = output  # for `as_map` to refuse
+            return None
+        seen[layer] = kept = held(found)
+        items[place] = kept.clone()
+        return type(output)(items) if isinstance(output, list | tuple) else items[0]
 
     return hook

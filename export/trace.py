@@ -1,0 +1,143 @@
+"""A graph module's forward, or its forward and backward, as one program of plain operators.
+
+The forward comes from torch.export, made functional, with its operators whole (convolutions, normalisations, attention). For
+gradients, the part of it that depends on the layers is run once more on fake tensors under PyTorch's own autograd, which
+make_fx records, and what it recorded takes that part's place. What stands before the layers stays as it was: it is
+neither traced twice nor taken apart.
+
+Some operators' derivatives have no form outside PyTorch: the indices of max-pooling, the statistics that attention's and
+normalisations' kernels save. `forms.FORMS` gives these operators by others before autograd sees them, and `forms.BACKWARD` the
+derivatives that autograd writes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, OutputSpec, TensorArgument
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from kdx.export import forms
+from kdx.export.graphs import GradientGraph, WatchedNetwork
+
+Shapes = tuple[dict[int, Any], ...]
+"""For each input, its dynamic dimensions as torch.export takes them."""
+
+
+def program(graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: Shapes) -> ExportedProgram:
+    """``graph`` traced on ``inputs``: its forward, and for a `GradientGraph` the vector-Jacobian product too.
+
+    Raises whatever the network's own code raises under tracing.
+    """
+    with torch.no_grad():
+        if not isinstance(graph, GradientGraph):
+            return torch.export.export(graph, inputs, dynamic_shapes=dynamic)
+        forward = torch.export.export(_Forward(graph), inputs, dynamic_shapes=dynamic).run_decompositions({})
+    return _with_gradients(forward, graph)
+
+
+class _Forward(WatchedNetwork):
+    """A gradient graph's forward alone, with as many outputs: the logits, each watched layer's tensor, and the logits again."""
+
+    def __init__(self, graph: GradientGraph) -> None:
+        super().__init__(graph.network, graph.watched, graph.preprocessing)
+        self.outputs = len(graph.output_names)
+
+    def forward(self, images: Tensor, cotangent: Tensor) -> tuple[object, ...]:
+        logits, raw = self.watch(images)
+        for layer in self.watched:
+            self.as_map(raw[layer], layer, images)  # refuses what is no feature map
+        held = [logits, *(raw[layer] for layer in self.watched)]
+        return tuple(held + [logits] * (self.outputs - len(held)))
+
+
+def _with_gradients(forward: ExportedProgram, graph: GradientGraph) -> ExportedProgram:
+    """The program of a `_Forward` with its graph's outputs in place of its own."""
+    before = forward.graph
+    outputs = before.output_node().args[0]
+    assert isinstance(outputs, tuple)
+    end, *cuts = outputs[: 1 + len(graph.watched)]
+    images, cotangent = (node for node in before.nodes if node.op == "placeholder" and node.name in forward.graph_signature.user_inputs)
+    joint, boundary = _joint(before, graph, images, cotangent, end, dict(zip(graph.watched, cuts, strict=True)))
+
+    # The joint part goes behind the forward's nodes; dead-code elimination then takes away the forward's own copy of it.
+    signature = forward.graph_signature
+    constants = dict(forward.constants)
+    held = {placeholder: node for placeholder, node in zip(joint.graph.find_nodes(op="placeholder"), boundary, strict=True)}
+    inputs = list(signature.input_specs)
+    first = next(iter(before.nodes))
+    for node in joint.graph.nodes:
+        if node.op == "get_attr":
+            with before.inserting_before(first):
+                name = f"c_joint_{len(constants)}"
+                constants[name] = getattr(joint, str(node.target))
+                held[node] = before.placeholder(name)
+                held[node].meta["val"] = node.meta.get("val", constants[name])
+            inputs.insert(0, InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(held[node].name), name))
+        elif node.op == "call_function":
+            with before.inserting_before(before.output_node()):
+                held[node] = before.node_copy(node, lambda old: held[old])
+    results = [held[node] for node in joint.graph.output_node().args[0]]
+    before.output_node().args = (tuple(results),)
+    before.eliminate_dead_code()
+    before.lint()
+    specs = [
+        OutputSpec(spec.kind, TensorArgument(node.name), spec.target) for spec, node in zip(signature.output_specs, results, strict=True)
+    ]
+    return ExportedProgram(
+        root=forward.graph_module,
+        graph=before,
+        graph_signature=torch.export.ExportGraphSignature(inputs, specs),
+        state_dict=forward.state_dict,
+        range_constraints=forward.range_constraints,
+        module_call_graph=forward.module_call_graph,
+        constants=constants,
+    )
+
+
+def _joint(
+    before: fx.Graph, graph: GradientGraph, images: fx.Node, cotangent: fx.Node, end: fx.Node, cuts: dict[str, fx.Node]
+) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """The part of the forward behind the cuts with its vector-Jacobian product, and the nodes that its inputs stand for."""
+    behind = _behind(before, set(cuts.values()))
+    boundary = [images, cotangent]
+    for node in [*behind, *cuts.values(), end]:
+        for source in node.all_input_nodes if node in behind else [node]:
+            if source not in behind and source not in boundary:
+                boundary.append(source)
+
+    def differentiate(*given: Tensor) -> tuple[Tensor, ...]:
+        held: dict[fx.Node, Any] = dict(zip(boundary, given, strict=True))
+        for node in cuts.values():
+            if node not in behind:
+                held[node] = held[node].detach().requires_grad_()
+        for node in behind:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), held.__getitem__)
+            operator = forms.FORMS.get(node.target, node.target)
+            held[node] = operator(*args, **kwargs)
+        raw = {layer: held[node] for layer, node in cuts.items()}
+        return graph.differentiated(held[images], held[cotangent], held[end], raw)
+
+    fakes = [node.meta["val"] for node in boundary]
+    mode = next(fake.fake_mode for fake in fakes if isinstance(fake, torch._subclasses.FakeTensor))
+    with mode, enable_python_dispatcher(), torch.enable_grad():
+        joint = make_fx(differentiate, decomposition_table=forms.BACKWARD, _allow_non_fake_inputs=True)(*fakes)
+    joint.graph.eliminate_dead_code()
+    return joint, boundary
+
+
+def _behind(graph: fx.Graph, cuts: set[fx.Node]) -> list[fx.Node]:
+    """The nodes that depend on a cut, in order, with those that only reckon sizes: of a cut one gives sizes, not values."""
+    found: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        value = node.meta.get("val")
+        sizes = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+        if sizes or any(source in cuts or source in found for source in node.all_input_nodes):
+            found[node] = None
+    return list(found)
