@@ -177,7 +177,7 @@ def build(
     wanted = EngineDescription(
         file=file,
         inputs={name: _sized(name, shape, image_size) for name, shape in _shapes(model.graph.input).items()},
-        outputs=_shapes(model.graph.output),
+        outputs={name: _sized(name, shape, image_size) for name, shape in _shapes(model.graph.output).items()},
         batch=batch,
         package=target.package,
         version=package.__version__,
@@ -342,7 +342,7 @@ def _shapes(values: Any) -> dict[str, Shape]:
 
 
 def _sized(name: str, shape: Shape, image_size: tuple[int, int] | None) -> Shape:
-    """An input's shape with its height and width as numbers."""
+    """An input's or output's shape with its height and width as numbers."""
     fixed = shape
     if "height" in shape or "width" in shape:
         if image_size is None:
@@ -356,7 +356,10 @@ def _sized(name: str, shape: Shape, image_size: tuple[int, int] | None) -> Shape
         )
     unknown = [size for size in fixed if isinstance(size, str) and size != "batch"]
     if unknown:
-        raise KdxError(f"The input {name} has a dimension {unknown[0]!r}, which no engine of kdx has.", "Export it again with kdx export.")
+        raise KdxError(
+            f"{name} of the file has a dimension {unknown[0]!r}, and an engine of kdx has none but the batch.",
+            "Export it again with kdx export.",
+        )
     return fixed
 
 
