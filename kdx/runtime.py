@@ -1,24 +1,56 @@
-"""Where a network executes: one protocol over PyTorch and ONNX Runtime."""
+"""Where a graph executes: one protocol over PyTorch, ONNX Runtime and TensorRT."""
 
 from __future__ import annotations
 
 import importlib.util
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Protocol, Self, cast
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdx.errors import KdxError, first_line, missing_package
-from kdx.export import onnx_file
-from kdx.export.graphs import FeatureGraph
+from kdx.export import engine, onnx_file
+from kdx.export.onnx_file import Description
 
-RuntimeName = Literal["auto", "eager", "onnx"]
-RUNTIMES = ("auto", "eager", "onnx")
+RuntimeName = Literal["auto", "eager", "onnx", "tensorrt"]
+RUNTIMES = ("auto", "eager", "onnx", "tensorrt")
+Provider = Literal["cpu", "cuda", "tensorrt"]
+Shape = tuple[int | str, ...]
+
+_CPU = torch.device("cpu")
+_PROVIDERS: dict[Provider, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+_GPU_PACKAGE = "Install it in place of onnxruntime: pip uninstall onnxruntime, then pip install 'kdx[gpu]'"
+_SHAPE_ARITHMETIC = (
+    "Shape Size Gather Slice Concat Squeeze Unsqueeze Cast Add Sub Mul Div Mod Neg Abs Floor Ceil Round Min Max Equal Less "
+    "LessOrEqual Greater GreaterOrEqual Not And Or Where Range ConstantOfShape Expand Reshape Identity Constant "
+    "ReduceProd ReduceSum ReduceMin ReduceMax"
+)
+"""Operators that ONNX Runtime keeps on the CPU on purpose where they work on sizes. On features all of them have CUDA kernels."""
+
+
+class Graph(Protocol):
+    """What the graphs of `kdx.export.graphs` have in common: named tensors in, named tensors out."""
+
+    kind: str
+    layers: tuple[str, ...]
+
+    @property
+    def input_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def output_names(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -30,19 +62,34 @@ class Outputs:
 
 
 class Runner(ABC):
-    """A network ready to run: images in [0, 1] [n, 3, h, w] -> Outputs on ``device``. A context manager."""
+    """A graph ready to run: named tensors in, named tensors on ``device`` out. A context manager.
+
+    kind: ``features``, ``gradients`` or ``explainer``, which says what the names are (`kdx.export.graphs`).
+    """
 
     runtime: str
     device: torch.device
+    kind: str
     layers: tuple[str, ...]
 
     @abstractmethod
-    def infer(self, images: Tensor) -> Outputs:
-        """One forward pass, without gradients."""
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One pass: every output by its name, without gradients. feeds: every input, of any number type, layout and device.
+
+        The results are the caller's: a later pass leaves them alone. Raises ValueError for names that are not the graph's
+        inputs and on a closed runner, KdxError for shapes that the runner does not take.
+        """
 
     @abstractmethod
     def close(self) -> None:
-        """Free what the runner holds; it cannot infer afterwards."""
+        """Free what the runner holds; it cannot run afterwards."""
+
+    def infer(self, images: Tensor) -> Outputs:
+        """One pass of a features graph over images in [0, 1] [n, 3, h, w]."""
+        if self.kind != "features":
+            raise ValueError(f"a graph of {self.kind} has no features alone; use run")
+        found = self.run({"images": images})
+        return Outputs(found["logits"], {layer: found[layer] for layer in self.layers})
 
     def __enter__(self) -> Self:
         return self
@@ -52,63 +99,343 @@ class Runner(ABC):
 
 
 class EagerRunner(Runner):
-    """PyTorch, on any device that PyTorch has."""
+    """PyTorch, on any device that PyTorch has; graph: a module of `kdx.export.graphs`."""
 
     runtime = "eager"
 
-    def __init__(self, graph: FeatureGraph, device: torch.device) -> None:
+    def __init__(self, graph: Graph, device: torch.device) -> None:
+        module = cast("nn.Module", graph)
         self.device = device
+        self.kind = graph.kind
         self.layers = graph.layers
+        self._inputs, self._outputs = graph.input_names, graph.output_names
         self._lock = threading.Lock()
-        self._graph: FeatureGraph | None = graph.eval().to(device)
+        self._module: nn.Module | None = module.eval().to(device)
+        numbers = next((held.dtype for held in (*module.parameters(), *module.buffers()) if held.is_floating_point()), torch.float32)
+        self._numbers = torch.promote_types(numbers, torch.float32)  # half precision is the network's own affair
 
-    def infer(self, images: Tensor) -> Outputs:
-        if self._graph is None:
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._module is None:
             raise ValueError("the runner is closed")
+        _check_names(feeds, self._inputs)
         with self._lock, torch.no_grad():  # the graph hooks its layers for the length of a pass
-            logits, *features = self._graph(images.to(self._graph.mean))
-        return Outputs(logits, dict(zip(self.layers, features, strict=True)))
+            results = self._module(*(feeds[name].to(self.device, self._numbers) for name in self._inputs))
+        return dict(zip(self._outputs, results, strict=True))
 
     def close(self) -> None:
-        self._graph = None
+        self._module = None
 
 
-class OrtRunner(Runner):
-    """ONNX Runtime on the CPU, for a file that kdx exported."""
+class FileRunner(Runner):
+    """A file that kdx exported, in a runtime that reads and writes PyTorch's memory in place."""
+
+    description: Description
+    inputs: Mapping[str, Shape]
+    outputs: Mapping[str, Shape]
+    """Shapes by name; a symbol such as ``batch`` stands for one size in all of them."""
+
+    def _fed(self, feeds: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """The inputs as the runtime reads them, contiguous float32 on the device, and the size of each symbol."""
+        _check_names(feeds, self.inputs)
+        sizes: dict[str, int] = {}
+        for name, shape in self.inputs.items():
+            _check_shape(name, tuple(feeds[name].shape), shape, sizes)
+        return {name: feeds[name].detach().to(self.device, torch.float32).contiguous() for name in self.inputs}, sizes
+
+    def _empty(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        """Memory for every output."""
+        return {
+            name: torch.empty([sizes[size] if isinstance(size, str) else size for size in shape], device=self.device)
+            for name, shape in self.outputs.items()
+        }
+
+
+class OrtRunner(FileRunner):
+    """ONNX Runtime, by one of its execution providers: ``cpu``, ``cuda``, or ``tensorrt`` (of TensorRT 10).
+
+    Inputs and outputs are bound by address, so on a GPU nothing is copied to the host. tf32: whether a GPU may round products
+    to TensorFloat-32, which costs three digits; the tensorrt provider has no such switch and may always.
+
+    Raises KdxError where the file is none of kdx's, and where the provider is not compiled in, does not start, or leaves
+    part of the network to the CPU.
+    """
 
     runtime = "onnx"
-    device = torch.device("cpu")
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, provider: Provider = "cpu", device: torch.device | None = None, *, tf32: bool = False) -> None:
         try:
             import onnxruntime
         except ImportError:
             raise missing_package("onnxruntime", "cpu", "The runtime onnx") from None
+        self.device = _CPU if provider == "cpu" else _gpu(device, f"ONNX Runtime's provider {provider}")
+        if device is not None and device.type != self.device.type:
+            raise ValueError(f"the provider {provider} does not run on {device}")
         self.description = onnx_file.describe(path)
+        self.kind = self.description.kind
         self.layers = self.description.layers
-        options = onnxruntime.SessionOptions()
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's exceptions share no other base
-            raise KdxError(f"ONNX Runtime cannot load {path}: {first_line(error)}.", "Export it again with kdx export.") from error
+        self._path = path
+        self._stream = None if provider == "cpu" else _Stream(self.device)
+        self._session: Any = _session(onnxruntime, path, provider, self._stream, tf32)
+        self.inputs = _float_shapes(path, self._session.get_inputs())
+        self.outputs = _float_shapes(path, self._session.get_outputs())
+        known = {size for shape in self.inputs.values() for size in shape}
+        for name, shape in self.outputs.items():
+            for size in shape:
+                if isinstance(size, str) and size not in known:
+                    raise KdxError(
+                        f"The output {name} of {path} has a dimension {size!r} that no input has.", "Export it again with kdx export."
+                    )
 
-    def infer(self, images: Tensor) -> Outputs:
-        if self._session is None:
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        session = self._session
+        if session is None:
             raise ValueError("the runner is closed")
-        size = self.description.image_size
-        if size is not None and tuple(images.shape[2:]) != size:
+        inputs, sizes = self._fed(feeds)
+        outputs = self._empty(sizes)
+        place = self.device.type, self.device.index or 0
+        binding = session.io_binding()
+        for name, tensor in inputs.items():
+            binding.bind_input(name, *place, np.float32, tuple(tensor.shape), tensor.data_ptr())
+        for name, tensor in outputs.items():
+            binding.bind_output(name, *place, np.float32, tuple(tensor.shape), tensor.data_ptr())
+        try:
+            if self._stream is None:
+                session.run_with_iobinding(binding)
+            else:
+                with self._stream.taken():
+                    session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's exceptions share no other base
             raise KdxError(
-                f"The file takes images of {size[0]} x {size[1]}, and was given {images.shape[2]} x {images.shape[3]}.",
-                "Resize the images, or export the network with a preprocessing size.",
-            )
-        results = self._session.run(None, {"images": images.float().contiguous().numpy(force=True)})
-        logits, *features = (torch.from_numpy(result) for result in results)
-        return Outputs(logits, dict(zip(self.layers, features, strict=True)))
+                f"ONNX Runtime cannot run {self._path}: {first_line(error)}.", "Try smaller batches, or --runtime eager."
+            ) from error
+        return outputs
 
     def close(self) -> None:
         self._session = None
+
+
+class TrtRunner(FileRunner):
+    """An engine that `kdx.export.engine` built, in TensorRT or TensorRT-RTX, on a GPU.
+
+    Raises KdxError where PyTorch sees no GPU, the package or its version is another than the builder's, the engine was
+    built for another GPU, or it does not belong to the description beside it.
+    """
+
+    runtime = "tensorrt"
+
+    def __init__(self, path: Path, device: torch.device | None = None) -> None:
+        self.engine = engine.describe(path)
+        self.description = self.engine.file
+        self.kind = self.engine.kind
+        self.layers = self.engine.layers
+        self.inputs, self.outputs = self.engine.inputs, self.engine.outputs
+        # Before anything of TensorRT's: without a driver its runtime ends the process as it reads an engine.
+        self.device = _gpu(device, "TensorRT")
+        package = _check_fit(path, self.engine, self.device)
+        _, serialized = engine.load(path)
+        heard = engine.messages(self.engine.package)
+        heard.errors.clear()
+        with torch.cuda.device(self.device):
+            self._runtime: Any = package.Runtime(heard)
+            self._engine: Any = self._runtime.deserialize_cuda_engine(serialized)
+            self._context: Any = self._engine and self._engine.create_execution_context()
+        if self._context is None:
+            raise KdxError(f"TensorRT cannot load {path}: {heard.last()}.", "Build it again on this machine with kdx export.")
+        self._heard = heard
+        self._stream = _Stream(self.device)
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._context is None:
+            raise ValueError("the runner is closed")
+        inputs, sizes = self._fed(feeds)
+        _check_batch(sizes, self.engine.batch)
+        outputs = self._empty(sizes)
+        with self._stream.taken() as stream:  # the context holds one pass's shapes and addresses
+            self._heard.errors.clear()
+            taken = [self._context.set_input_shape(name, tuple(tensor.shape)) for name, tensor in inputs.items()]
+            taken += [self._context.set_tensor_address(name, tensor.data_ptr()) for name, tensor in (inputs | outputs).items()]
+            done = all(taken) and self._context.execute_async_v3(stream)
+        if not done:
+            raise KdxError(f"TensorRT cannot run the engine: {self._heard.last()}.", "Try smaller batches, or build the engine again.")
+        return outputs
+
+    def close(self) -> None:
+        if self._context is not None:
+            self._stream.synchronize()  # a context may not go while it runs
+        self._context = self._engine = self._runtime = None  # in this order: each belongs to the next
+
+
+def open_file(path: Path, device: torch.device = _CPU) -> FileRunner:
+    """The runner of a file by its suffix: .onnx in ONNX Runtime, on the CPU or by CUDA as ``device`` says; .engine in TensorRT."""
+    if path.suffix == ".onnx":
+        return OrtRunner(path, "cpu" if device.type == "cpu" else "cuda", device)
+    if path.suffix == ".engine":
+        return TrtRunner(path, device)
+    raise KdxError(f"{path} is neither an .onnx nor an .engine file.", "Give a file that kdx export wrote.")
+
+
+# ---- what the runners of files share ----
+
+
+class _Stream:
+    """A stream of a runner's own on the GPU, for one pass at a time.
+
+    Its own, since ONNX Runtime takes one at the start and for good, and TensorRT synchronises at every pass on the default one.
+    The pass waits for what PyTorch's current stream has still to do, and that stream then waits for the pass: memory that
+    PyTorch reuses afterwards is free by then.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._lock = threading.Lock()
+
+    @property
+    def handle(self) -> int:
+        return int(self._stream.cuda_stream)
+
+    @property
+    def device(self) -> torch.device:
+        return self._stream.device
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
+
+    @contextmanager
+    def taken(self) -> Iterator[int]:
+        with self._lock, torch.cuda.device(self.device):
+            current = torch.cuda.current_stream(self.device)
+            self._stream.wait_stream(current)
+            try:
+                yield self.handle
+            finally:
+                current.wait_stream(self._stream)
+
+
+def _gpu(device: torch.device | None, who: str) -> torch.device:
+    """The GPU asked for, or PyTorch's current one, with its number; KdxError where there is none."""
+    _check_gpu("cuda" if device is None else str(device), who)
+    return torch.device("cuda", torch.cuda.current_device() if device is None or device.index is None else device.index)
+
+
+def _check_gpu(device: str, who: str) -> None:
+    if not device.startswith("cuda"):
+        raise KdxError(f"{who} runs on an NVIDIA GPU, not on {device}.", "Choose --device cuda, or another runtime.")
+    if not torch.cuda.is_available():
+        raise KdxError(
+            f"{who} runs on an NVIDIA GPU, and PyTorch sees none.",
+            "Choose --runtime onnx or eager on the CPU; kdx doctor says what is missing.",
+        )
+
+
+def _session(onnxruntime: Any, path: Path, provider: Provider, stream: _Stream | None, tf32: bool) -> Any:
+    """A session in which the provider runs the whole network, or a KdxError.
+
+    ONNX Runtime's own switch for that, session.disable_cpu_ep_fallback, also refuses the arithmetic on sizes that ONNX Runtime
+    itself keeps on the CPU, so the session is asked where it put each node.
+    """
+    name = _PROVIDERS[provider]
+    options = onnxruntime.SessionOptions()
+    settings: dict[str, str] = {}
+    if stream is not None:
+        if name not in onnxruntime.get_available_providers():
+            raise KdxError(f"The ONNX Runtime that is installed has no provider {provider}.", _GPU_PACKAGE)
+        if not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"):
+            raise KdxError(
+                f"ONNX Runtime {onnxruntime.__version__} does not say what runs on the GPU.", "pip install --upgrade onnxruntime-gpu"
+            )
+        onnxruntime.preload_dlls()  # CUDA's libraries come with PyTorch
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        options.log_severity_level = 3  # it warns of the sizes that it keeps on the CPU
+        settings = {"device_id": str(stream.device.index), "user_compute_stream": str(stream.handle)}
+        if provider == "cuda":
+            settings["use_tf32"] = str(int(tf32))
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=[(name, settings)])
+    except Exception as error:  # ONNX Runtime's exceptions share no other base
+        raise KdxError(f"ONNX Runtime cannot load {path}: {first_line(error)}.", "Export it again with kdx export.") from error
+    session.disable_fallback()
+    if session.get_providers()[0] != name:
+        raise KdxError(
+            f"ONNX Runtime's provider {provider} does not start here.",
+            "Its log above names the library that it misses; kdx doctor says what this machine can run.",
+        )
+    if stream is not None and (strays := _strays(session.get_provider_graph_assignment_info(), name)):
+        raise KdxError(
+            f"ONNX Runtime's provider {provider} does not run {strays[0]} of {path}.",
+            "Choose --device cpu, or --runtime eager for the GPU.",
+        )
+    return session
+
+
+def _strays(parts: Collection[Any], name: str) -> list[str]:
+    """The nodes that another provider runs, but for arithmetic on sizes."""
+    return [
+        f"the {node.op_type} node {node.name!r}"
+        for part in parts
+        if part.ep_name != name
+        for node in part.get_nodes()
+        if node.op_type not in _SHAPE_ARITHMETIC.split()
+    ]
+
+
+def _float_shapes(path: Path, values: Collection[Any]) -> dict[str, Shape]:
+    for value in values:
+        if value.type != "tensor(float)":
+            raise KdxError(f"{value.name} of {path} is a {value.type}, not float32.", "Export it again with kdx export.")
+    return {value.name: tuple(value.shape) for value in values}
+
+
+def _check_fit(path: Path, described: engine.EngineDescription, device: torch.device) -> Any:
+    """The package that the engine runs in; KdxError where the engine was built for another GPU or version."""
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    gpu = torch.cuda.get_device_name(device)
+    if arch != described.arch or described.gpu not in (None, gpu):
+        raise KdxError(
+            f"{path} was built for {described.gpu or described.arch}, and {device} is {gpu} ({arch}).", "Build it again for this GPU."
+        )
+    package = engine.load_package(described.package)
+    if package.__version__ != described.version:
+        raise KdxError(
+            f"{path} was built by {described.package} {described.version}, and {package.__version__} is installed.",
+            "Build it again with kdx export.",
+        )
+    return package
+
+
+def _check_names(feeds: Mapping[str, Tensor], names: Collection[str]) -> None:
+    if set(feeds) != set(names):
+        raise ValueError(f"the graph takes {', '.join(names)}, and was given {', '.join(feeds) or 'nothing'}")
+
+
+def _check_shape(name: str, given: tuple[int, ...], shape: Shape, sizes: dict[str, int]) -> None:
+    """KdxError where an input does not fit; ``sizes`` learns what its symbols stand for."""
+    if len(given) == len(shape):
+        for size, expected in zip(given, shape, strict=True):
+            if isinstance(expected, str) and sizes.setdefault(expected, size) != size:
+                raise KdxError(f"The {expected} of {name} is {size}, and of another input {sizes[expected]}.", "Give both the same number.")
+        if all(isinstance(expected, str) or size == expected for size, expected in zip(given, shape, strict=True)):
+            if 0 in given:
+                raise KdxError(f"The input {name} is empty: its shape is {list(given)}.", "Give at least one image.")
+            return
+        if name == "images" and given[1] == shape[1]:
+            raise KdxError(
+                f"The file takes images of {shape[2]} x {shape[3]}, and was given {given[2]} x {given[3]}.",
+                "Resize the images, or export the network with a preprocessing size.",
+            )
+    wanted = ", ".join(str(size) for size in shape)
+    raise KdxError(f"The file takes {name} [{wanted}], and was given {list(given)}.", "Give it in that shape.")
+
+
+def _check_batch(sizes: Mapping[str, int], batch: engine.Batch) -> None:
+    lowest, _, highest = batch
+    if "batch" in sizes and not lowest <= sizes["batch"] <= highest:
+        raise KdxError(
+            f"The engine takes batches of {lowest} to {highest} images, and was given {sizes['batch']}.",
+            f"Give batches of {lowest} to {highest}, or build an engine for batches of {sizes['batch']}.",
+        )
+
+
+# ---- the choice ----
 
 
 @dataclass(frozen=True)
@@ -120,30 +447,48 @@ class Choice:
     why: str
 
 
-def choose(runtime: RuntimeName, device: str = "auto", *, files: bool = False) -> Choice:
-    """Resolve ``auto``; a runtime or device asked for by name that cannot run here is a KdxError. files: only .onnx files are given."""
+def choose(runtime: RuntimeName, device: str = "auto", *, files: bool = False, engines: bool = False) -> Choice:
+    """Resolve ``auto``; a runtime or device asked for by name that cannot run here is a KdxError.
+
+    files: the networks are given as files, so PyTorch cannot run them. engines: as .engine files, so only TensorRT can.
+    """
     if runtime not in RUNTIMES:
         raise KdxError(f"There is no runtime {runtime!r}.", f"Choose one of {', '.join(RUNTIMES)}.")
     cuda = torch.cuda.is_available()
     gpus = ("cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))) if cuda else ()
     if device not in ("auto", "cpu", *gpus):
         raise KdxError(f"The device {device!r} cannot run here.", "Choose cpu, or see kdx doctor for what this machine can run.")
+    why = "as asked" if runtime != "auto" else f"the networks are {'engines' if engines else 'ONNX files'}"
+    if engines and runtime in ("eager", "onnx"):
+        raise KdxError(f"An .engine file cannot run in {runtime}.", "Choose --runtime tensorrt, or give the ONNX file.")
+    if files and runtime == "eager":
+        raise KdxError("An .onnx file cannot run in PyTorch.", "Choose --runtime onnx, or give the network itself.")
+    if runtime == "tensorrt" or engines:
+        _check_gpu("cuda" if device == "auto" else device, "TensorRT")
+        if not any(importlib.util.find_spec(package) for package in ("tensorrt", "tensorrt_rtx")):
+            raise missing_package("tensorrt", "gpu", "The runtime tensorrt")
+        chosen = torch.device("cuda" if device == "auto" else device)
+        return Choice("tensorrt", chosen, f"tensorrt on {chosen}: {why}")
     has_onnx = importlib.util.find_spec("onnxruntime") is not None
     if runtime == "onnx" or files:
-        if runtime == "eager":
-            raise KdxError("An .onnx file cannot run in PyTorch.", "Choose --runtime onnx, or give the network itself.")
         if not has_onnx:
             raise missing_package("onnxruntime", "cpu", "The runtime onnx")
         if device.startswith("cuda"):
-            raise KdxError("ONNX files run on the CPU in this version of kdx.", "Choose --device cpu, or --runtime eager for the GPU.")
-        return Choice(
-            "onnx", torch.device("cpu"), "onnx on the CPU: " + ("as asked" if runtime == "onnx" else "the networks are ONNX files")
-        )
+            if not _has_cuda_provider():
+                raise KdxError("The ONNX Runtime that is installed runs on the CPU only.", _GPU_PACKAGE)
+            return Choice("onnx", torch.device(device), f"onnx on {device}: {why}")
+        return Choice("onnx", _CPU, f"onnx on the CPU: {why}")
     if runtime == "eager":
         chosen = torch.device("cuda" if device == "auto" and cuda else "cpu" if device == "auto" else device)
         return Choice("eager", chosen, f"eager on {chosen}: as asked")
     if device.startswith("cuda") or (device == "auto" and cuda):
         return Choice("eager", torch.device("cuda" if device == "auto" else device), "eager on the GPU: PyTorch sees one")
     if has_onnx:
-        return Choice("onnx", torch.device("cpu"), "onnx on the CPU: no GPU in use, and ONNX Runtime is faster there than PyTorch")
-    return Choice("eager", torch.device("cpu"), "eager on the CPU: ONNX Runtime is not installed (pip install 'kdx[cpu]' makes it faster)")
+        return Choice("onnx", _CPU, "onnx on the CPU: no GPU in use, and ONNX Runtime is faster there than PyTorch")
+    return Choice("eager", _CPU, "eager on the CPU: ONNX Runtime is not installed (pip install 'kdx[cpu]' makes it faster)")
+
+
+def _has_cuda_provider() -> bool:
+    import onnxruntime
+
+    return _PROVIDERS["cuda"] in onnxruntime.get_available_providers()

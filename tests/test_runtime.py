@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kdx import runtime
 from kdx.errors import KdxError
-from kdx.export import onnx_file
-from kdx.export.graphs import FeatureGraph, Preprocessing
+from kdx.export import engine, onnx_file
+from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
 from kdx.models import weights_hash
-from kdx.runtime import Choice, EagerRunner, OrtRunner, Runner, RuntimeName, choose
+from kdx.runtime import Choice, EagerRunner, OrtRunner, Runner, RuntimeName, TrtRunner, choose, open_file
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
@@ -75,20 +87,152 @@ def test_both_runners_give_the_networks_outputs(network: nn.Module, path: Path, 
                 assert float((ours - theirs).abs().max()) <= TOLERANCE * float(theirs.abs().max())
 
 
-def test_threads_change_no_output(path: Path) -> None:
-    one, more = OrtRunner(path, threads=1).infer(images(5)), OrtRunner(path).infer(images(5))
-    assert float((one.logits - more.logits).abs().max()) <= TOLERANCE * float(one.logits.abs().max())
+def test_named_tensors_go_in_and_come_out(network: nn.Module, path: Path) -> None:
+    for runner in (EagerRunner(graph(network), CPU), OrtRunner(path)):
+        found = runner.run({"images": images(5)})
+        assert runner.kind == "features" and list(found) == ["logits", "conv2", "norm"]
+        passed = runner.infer(images(5))
+        assert torch.equal(passed.logits, found["logits"]) and torch.equal(passed.features["norm"], found["norm"])
+        assert all(output.is_contiguous() for output in found.values())
 
 
-def test_images_of_any_floating_type_and_layout_run_in_both(network: nn.Module, path: Path) -> None:
+def test_images_of_any_number_type_and_layout_run_in_both(network: nn.Module, path: Path) -> None:
     pixels = images(5)
     strided = pixels.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    every_other = torch.stack([pixels, -pixels], 1).flatten(0, 1)[::2]
+    turned = pixels.flip(3).contiguous().flip(3)
     for runner in (EagerRunner(graph(network), CPU), OrtRunner(path)):
         expected = runner.infer(pixels).logits
-        for kind in (pixels.double(), strided, torch.from_numpy(pixels.numpy().astype(np.float64))):
+        for kind in (pixels.double(), strided, every_other, turned, torch.from_numpy(pixels.numpy().astype(np.float64))):
             found = runner.infer(kind).logits
             assert found.dtype == torch.float32
             torch.testing.assert_close(found, expected)
+        for rounded in (pixels.half(), pixels.bfloat16()):
+            torch.testing.assert_close(runner.infer(rounded).logits, runner.infer(rounded.float()).logits)
+        whole = (pixels * 3).to(torch.uint8)
+        torch.testing.assert_close(runner.infer(whole).logits, runner.infer(whole.float()).logits)
+        watched = pixels.clone().requires_grad_()
+        assert not runner.infer(watched).logits.requires_grad
+
+
+def test_a_pass_leaves_the_results_of_earlier_ones_and_its_inputs_alone(network: nn.Module, path: Path) -> None:
+    first, second = OrtRunner(path), OrtRunner(path)
+    pixels = images(4)
+    found = [runner.infer(pixels) for runner in (first, second, EagerRunner(graph(network), CPU))]
+    kept = [passed.features["norm"].clone() for passed in found]
+    for runner in (first, second):
+        runner.infer(images(7))
+        runner.infer(1 - pixels)
+        runner.close()
+    assert torch.equal(pixels, images(4))
+    assert all(torch.equal(passed.features["norm"], before) for passed, before in zip(found, kept, strict=True))
+
+
+def test_threads_share_a_runner(network: nn.Module, path: Path) -> None:
+    for runner in (EagerRunner(graph(network), CPU), OrtRunner(path)):
+        expected = {n: runner.infer(images(n)).logits for n in range(1, 7)}
+        with ThreadPoolExecutor(6) as pool:
+            found = dict(zip(expected, pool.map(runner.infer, map(images, expected)), strict=True))
+        for n, logits in expected.items():
+            torch.testing.assert_close(found[n].logits, logits)
+
+
+@pytest.mark.parametrize("feeds", [{}, {"image": images(2)}, {"images": images(2), "target": images(2)}], ids=len)
+def test_names_that_are_not_the_graphs_are_a_mistake(feeds: dict[str, Tensor], network: nn.Module, path: Path) -> None:
+    for runner in (EagerRunner(graph(network), CPU), OrtRunner(path)):
+        with pytest.raises(ValueError, match="the graph takes images, and was given"):
+            runner.run(feeds)
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((2, 3, 9, 11), "takes images of 11 x 9, and was given 9 x 11"),
+        ((2, 1, 11, 9), r"takes images \[batch, 3, 11, 9\], and was given \[2, 1, 11, 9\]"),
+        ((3, 11, 9), r"takes images \[batch, 3, 11, 9\], and was given \[3, 11, 9\]"),
+        ((0, 3, 11, 9), "images is empty"),
+    ],
+)
+def test_a_shape_that_the_file_does_not_take_is_an_error(shape: tuple[int, ...], said: str, path: Path) -> None:
+    with pytest.raises(KdxError, match=said):
+        OrtRunner(path).run({"images": torch.zeros(shape)})
+
+
+def test_a_file_for_any_size_takes_any(network: nn.Module, tmp_path: Path) -> None:
+    resizing = FeatureGraph(network, ["norm"], Preprocessing((11, 9), (0.5,), (0.2,)))
+    onnx_file.write(resizing, tmp_path / "a.onnx", reference="Small", weights="abc", image_size=(13, 8))
+    for size in ((11, 9), (24, 31), (5, 4)):
+        found, expected = OrtRunner(tmp_path / "a.onnx").infer(images(3, size)), EagerRunner(resizing, CPU).infer(images(3, size))
+        torch.testing.assert_close(found.features["norm"], expected.features["norm"])
+
+
+# ---- graphs with more inputs than the images ----
+
+
+def rewritten(path: Path, to: Path, **entries: object) -> onnx.ModelProto:
+    model = onnx.load(path)
+    for entry in model.metadata_props:
+        name = entry.key.removeprefix("kdx.")
+        if name in entries:
+            entry.value = json.dumps(entries[name])
+    onnx.save(model, to)
+    return model
+
+
+@pytest.fixture
+def two_inputs(path: Path, tmp_path: Path) -> Path:
+    """images, cotangent -> logits, product: cotangent times logits, under the description of a graph of gradients."""
+    to = tmp_path / "two.onnx"
+    model = rewritten(path, to, kind="gradients", layers=["conv2"])
+    model.graph.input.append(onnx.helper.make_tensor_value_info("cotangent", onnx.TensorProto.FLOAT, ["batch", 5]))
+    model.graph.node.append(onnx.helper.make_node("Mul", ["logits", "cotangent"], ["gradient/conv2"]))
+    del model.graph.output[1:]
+    model.graph.output.append(onnx.helper.make_tensor_value_info("gradient/conv2", onnx.TensorProto.FLOAT, ["batch", 5]))
+    onnx.save(model, to)
+    return to
+
+
+def test_every_input_is_bound_by_its_name(two_inputs: Path, path: Path) -> None:
+    cotangent = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).double().T  # not contiguous, and wide
+    with OrtRunner(two_inputs) as runner:
+        assert (runner.kind, runner.layers) == ("gradients", ("conv2",))
+        found = runner.run({"cotangent": cotangent, "images": images(6)})
+        torch.testing.assert_close(found["gradient/conv2"], OrtRunner(path).infer(images(6)).logits * cotangent.float())
+        with pytest.raises(ValueError, match="a graph of gradients has no features alone"):
+            runner.infer(images(6))
+        with pytest.raises(ValueError, match="takes images, cotangent"):
+            runner.run({"images": images(6)})
+        with pytest.raises(KdxError, match="The batch of cotangent is 5, and of another input 6"):
+            runner.run({"images": images(6), "cotangent": torch.zeros(5, 5)})
+        with pytest.raises(KdxError, match=r"takes cotangent \[batch, 5\], and was given \[6, 4\]"):
+            runner.run({"images": images(6), "cotangent": torch.zeros(6, 4)})
+
+
+def test_eager_runs_a_graph_of_gradients(network: nn.Module) -> None:
+    gradients = GradientGraph(network, ["conv2"], Preprocessing())
+    with EagerRunner(gradients, CPU) as runner:
+        found = runner.run({"cotangent": torch.eye(5)[:4], "images": images(4)})
+    assert list(found) == ["logits", "conv2", "gradient/conv2"] and not any(output.requires_grad for output in found.values())
+    pixels = images(4)
+    feature = network.get_submodule("conv2")(network.get_submodule("norm")(network.get_submodule("conv1")(pixels)).relu())
+    feature = feature.detach().requires_grad_()
+    network.get_submodule("fc")(feature.relu().mean((2, 3))).diagonal().sum().backward()
+    assert feature.grad is not None
+    torch.testing.assert_close(found["gradient/conv2"], feature.grad)
+
+
+def test_outputs_that_cannot_be_sized_or_typed_are_an_error(path: Path, tmp_path: Path) -> None:
+    model = onnx.load(path)
+    model.graph.output[1].type.tensor_type.shape.dim[0].dim_param = "unknown"
+    onnx.save(model, tmp_path / "sized.onnx")
+    with pytest.raises(KdxError, match=r"conv2 of .*sized\.onnx has a dimension 'unknown' that no input has"):
+        OrtRunner(tmp_path / "sized.onnx")
+    model = onnx.load(path)
+    model.graph.node.append(onnx.helper.make_node("Cast", ["logits"], ["wide"], to=onnx.TensorProto.DOUBLE))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("wide", onnx.TensorProto.DOUBLE, ["batch", 5]))
+    onnx.save(model, tmp_path / "typed.onnx")
+    with pytest.raises(KdxError, match=r"wide of .*typed\.onnx is a tensor\(double\), not float32"):
+        OrtRunner(tmp_path / "typed.onnx")
 
 
 def test_a_network_in_float64_runs_in_eager_on_float32_images() -> None:
@@ -114,13 +258,9 @@ def test_a_closed_runner_raises(network: nn.Module, path: Path) -> None:
             runner.infer(images(1))
         with pytest.raises(ValueError, match="closed"):
             runner.infer(images(1))
+        with pytest.raises(ValueError, match="closed"):
+            runner.run({"images": images(1)})
         runner.close()  # twice is no mistake
-
-
-def test_a_file_of_one_image_size_refuses_others(path: Path) -> None:
-    runner = OrtRunner(path)
-    with pytest.raises(KdxError, match="takes images of 11 x 9, and was given 9 x 11"):
-        runner.infer(images(2, (9, 11)))
 
 
 def test_a_runner_of_a_file_that_is_none_is_an_error(tmp_path: Path) -> None:
@@ -128,6 +268,324 @@ def test_a_runner_of_a_file_that_is_none_is_an_error(tmp_path: Path) -> None:
     for name in ("text.onnx", "absent.onnx"):
         with pytest.raises(KdxError, match=name):
             OrtRunner(tmp_path / name)
+
+
+# ---- providers of ONNX Runtime ----
+
+
+class FakeOnnxRuntime:
+    """ONNX Runtime as it would be with a GPU: which provider it has, starts, and gives which nodes."""
+
+    __version__ = "1.0"
+
+    def __init__(self, started: str = "CUDAExecutionProvider", stray: str = "Shape", compiled: bool = True) -> None:
+        self.started, self.stray, self.compiled = started, stray, compiled
+        self.entries: dict[str, str] = {}
+        self.providers: list[tuple[str, dict[str, str]]] = []
+        self.SessionOptions = lambda: SimpleNamespace(add_session_config_entry=self.entries.__setitem__)
+        test = self
+
+        class InferenceSession:
+            def __init__(self, _path: Path, options: Any, providers: list[tuple[str, dict[str, str]]]) -> None:
+                test.providers = providers
+
+            def disable_fallback(self) -> None:
+                pass
+
+            def get_providers(self) -> list[str]:
+                return [test.started, "CPUExecutionProvider"]
+
+            def get_provider_graph_assignment_info(self) -> list[Any]:
+                nodes = {test.started: "Conv", "CPUExecutionProvider": test.stray}
+                return [
+                    SimpleNamespace(ep_name=name, get_nodes=lambda op=op: [SimpleNamespace(op_type=op, name="n")])
+                    for name, op in nodes.items()
+                ]
+
+        self.InferenceSession = InferenceSession
+
+    def get_available_providers(self) -> list[str]:
+        return ["CPUExecutionProvider", *(["CUDAExecutionProvider", "TensorrtExecutionProvider"] if self.compiled else [])]
+
+    def preload_dlls(self) -> None:
+        pass
+
+
+STREAM: Any = SimpleNamespace(device=torch.device("cuda", 1), handle=4711)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_providers_session_runs_on_the_gpu_and_stream_of_the_runner(tf32: bool) -> None:
+    fake = FakeOnnxRuntime()
+    runtime._session(fake, Path("a.onnx"), "cuda", STREAM, tf32)
+    (name, settings), *rest = fake.providers
+    assert name == "CUDAExecutionProvider" and not rest  # no CPU provider to fall back to
+    assert settings == {"device_id": "1", "user_compute_stream": "4711", "use_tf32": str(int(tf32))}
+    fake = FakeOnnxRuntime("TensorrtExecutionProvider")
+    runtime._session(fake, Path("a.onnx"), "tensorrt", STREAM, False)
+    assert fake.providers == [("TensorrtExecutionProvider", {"device_id": "1", "user_compute_stream": "4711"})]
+
+
+@pytest.mark.parametrize(
+    ("fake", "said", "mend"),
+    [
+        (FakeOnnxRuntime(compiled=False), "has no provider cuda", "kdx[gpu]"),
+        (FakeOnnxRuntime("CPUExecutionProvider"), "provider cuda does not start", "library"),
+        (FakeOnnxRuntime(stray="NonMaxSuppression"), "does not run the NonMaxSuppression node 'n' of a.onnx", "eager"),
+    ],
+)
+def test_a_provider_that_does_not_run_the_network_is_an_error(fake: FakeOnnxRuntime, said: str, mend: str) -> None:
+    with pytest.raises(KdxError) as caught:
+        runtime._session(fake, Path("a.onnx"), "cuda", STREAM, False)
+    assert said in caught.value.problem and mend in caught.value.mend
+
+
+def test_an_onnx_runtime_that_cannot_say_where_it_runs_is_an_error() -> None:
+    fake = FakeOnnxRuntime()
+    del fake.InferenceSession.get_provider_graph_assignment_info
+    with pytest.raises(KdxError, match="does not say what runs on the GPU"):
+        runtime._session(fake, Path("a.onnx"), "cuda", STREAM, False)
+
+
+def test_the_installed_onnx_runtime_says_where_each_node_runs(path: Path) -> None:
+    """The interface that the check relies on, of the package itself."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    parts = session.get_provider_graph_assignment_info()
+    assert runtime._strays(parts, "CPUExecutionProvider") == []
+    strays = runtime._strays(parts, "CUDAExecutionProvider")
+    assert any("Conv node" in stray for stray in strays) and not any("Add node" in stray for stray in strays)
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_gpus_provider_without_a_gpu_is_an_error(provider: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(KdxError, match=f"provider {provider} runs on an NVIDIA GPU, and PyTorch sees none"):
+        OrtRunner(path, provider)
+    with pytest.raises(KdxError, match="not on cpu"):
+        OrtRunner(path, provider, CPU)
+    with pytest.raises(ValueError, match="cpu does not run on cuda"):
+        OrtRunner(path, "cpu", torch.device("cuda"))
+
+
+# ---- engines ----
+
+
+@pytest.fixture(scope="session")
+def built(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    to = tmp_path_factory.mktemp("engine") / "small.engine"
+    engine.build(path, to, batch=(2, 3, 6), arch="sm_86")
+    return to
+
+
+def test_an_engine_without_a_driver_is_an_error_and_no_crash(built: Path) -> None:
+    """In a process of its own, which TensorRT's runtime would end."""
+    code = (
+        "import sys, torch; from pathlib import Path; from kdx.runtime import TrtRunner; from kdx.errors import KdxError\n"
+        "torch.cuda.is_available = lambda: False\n"
+        "try: TrtRunner(Path(sys.argv[1]))\n"
+        "except KdxError as error: print(error.problem)\n"
+        "print('tensorrt_rtx' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code, built], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "TensorRT runs on an NVIDIA GPU, and PyTorch sees none.\nFalse\n"
+
+
+def test_an_engine_that_is_none_or_alone_is_an_error(built: Path, tmp_path: Path) -> None:
+    with pytest.raises(KdxError, match="There is no file"):
+        TrtRunner(tmp_path / "absent.engine")
+    (tmp_path / "alone.engine").write_bytes(built.read_bytes())
+    with pytest.raises(KdxError, match=r"there is no alone\.engine\.json"):
+        TrtRunner(tmp_path / "alone.engine")
+    with pytest.raises(KdxError, match="TensorRT runs on an NVIDIA GPU, not on cpu"):
+        TrtRunner(built, CPU)
+
+
+def test_a_file_is_opened_by_its_suffix(path: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with open_file(path) as runner:
+        assert isinstance(runner, OrtRunner) and runner.device == CPU and runner.description.reference == "Small"
+    for name, said in ((path, "provider cuda"), (built, "TensorRT")):
+        with pytest.raises(KdxError, match=f"{said} runs on an NVIDIA GPU, and PyTorch sees none"):
+            open_file(name, torch.device("cuda"))
+    with pytest.raises(KdxError, match="TensorRT runs on an NVIDIA GPU, not on cpu"):
+        open_file(built)
+    with pytest.raises(KdxError, match=r"neither an \.onnx nor an \.engine file"):
+        open_file(tmp_path / "model.pt")
+
+
+class FakeTensorRT:
+    """TensorRT with the network of `network` on the CPU: it reads and writes at the addresses that it is given."""
+
+    __version__ = "1.7.1.116"
+
+    def __init__(self, network: nn.Module, refuses: str = "") -> None:
+        self.graph, self.refuses = graph(network), refuses
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.streams: list[int] = []
+        self.Runtime = lambda _heard: self
+        self.create_execution_context = lambda: None if refuses == "context" else self
+        self.deserialize_cuda_engine = lambda data: None if refuses == "engine" else self
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return self.refuses != "shape"
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self.streams.append(stream)
+        shape = self.shapes["images"]
+        held = (ctypes.c_float * int(np.prod(shape))).from_address(self.addresses["images"])
+        with torch.no_grad():
+            results = self.graph(torch.from_numpy(np.array(held, np.float32)).view(shape))
+        for name, result in zip(self.graph.output_names, results, strict=True):
+            flat = result.contiguous().numpy()
+            ctypes.memmove(self.addresses[name], flat.ctypes.data, flat.nbytes)
+        return True
+
+
+class FakeStream:
+    def __init__(self, device: torch.device) -> None:
+        self.taken = self._taken
+
+    @contextmanager
+    def _taken(self) -> Iterator[int]:
+        yield 4711
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with an sm_86, whose memory is the CPU's."""
+    monkeypatch.setattr(runtime, "_gpu", lambda device, who: CPU)
+    monkeypatch.setattr(runtime, "_Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    return monkeypatch
+
+
+@pytest.mark.parametrize("n", [2, 5, 6])
+def test_an_engine_reads_and_writes_pytorchs_memory(n: int, network: nn.Module, built: Path, gpu: pytest.MonkeyPatch) -> None:
+    fake = FakeTensorRT(network)
+    gpu.setattr(engine, "load_package", lambda name: fake)
+    gpu.setattr(engine, "messages", lambda name: SimpleNamespace(errors=[]))
+    expected = EagerRunner(graph(network), CPU).infer(images(n))
+    with TrtRunner(built) as runner:
+        assert (runner.runtime, runner.kind, runner.layers) == ("tensorrt", "features", ("conv2", "norm"))
+        assert runner.description.reference == "Small" and runner.engine.arch == "sm_86"
+        for pixels in (images(n), images(n).double(), images(n).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
+            found = runner.infer(pixels)
+            torch.testing.assert_close(found.logits, expected.logits)
+            torch.testing.assert_close(found.features["norm"], expected.features["norm"])
+        assert fake.shapes == {"images": (n, 3, 11, 9)} and set(fake.streams) == {4711}
+        with pytest.raises(ValueError, match="takes images"):
+            runner.run({"pictures": images(n)})
+    with pytest.raises(ValueError, match="closed"):
+        runner.infer(images(n))
+    runner.close()
+
+
+@pytest.mark.parametrize("n", [1, 7, 100])
+def test_a_batch_outside_the_engines_profile_is_an_error_that_names_it(
+    n: int, network: nn.Module, built: Path, gpu: pytest.MonkeyPatch
+) -> None:
+    gpu.setattr(engine, "load_package", lambda name: FakeTensorRT(network))
+    gpu.setattr(engine, "messages", lambda name: SimpleNamespace(errors=[]))
+    with TrtRunner(built) as runner, pytest.raises(KdxError, match=f"takes batches of 2 to 6 images, and was given {n}") as caught:
+        runner.infer(images(n))
+    assert f"batches of {n}" in caught.value.mend
+
+
+@pytest.mark.parametrize(("refuses", "said"), [("engine", "cannot load"), ("context", "cannot load"), ("shape", "cannot run the engine")])
+def test_what_tensorrt_refuses_is_an_error_with_its_words(
+    refuses: str, said: str, network: nn.Module, built: Path, gpu: pytest.MonkeyPatch
+) -> None:
+    heard = SimpleNamespace(errors=[], last=lambda: "out of memory")
+    gpu.setattr(engine, "load_package", lambda name: FakeTensorRT(network, refuses))
+    gpu.setattr(engine, "messages", lambda name: heard)
+    with pytest.raises(KdxError, match=f"{said}.*out of memory"):
+        TrtRunner(built).infer(images(3))
+
+
+@pytest.mark.parametrize(
+    ("change", "capability", "said"),
+    [
+        ({}, (8, 9), "was built for sm_86, and cpu is A GPU .sm_89"),
+        ({"gpu": "Another GPU"}, (8, 6), "was built for Another GPU, and cpu is A GPU"),
+        ({"version": "1.6.0"}, (8, 6), "built by tensorrt_rtx 1.6.0, and 1.7.1.116 is installed"),
+    ],
+)
+def test_an_engine_for_another_gpu_or_version_is_an_error(
+    change: dict[str, str], capability: tuple[int, int], said: str, built: Path, network: nn.Module, gpu: pytest.MonkeyPatch
+) -> None:
+    described = replace(engine.describe(built), **change)  # type: ignore[arg-type]
+    gpu.setattr(engine, "describe", lambda path: described)
+    gpu.setattr(engine, "load_package", lambda name: FakeTensorRT(network))
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(KdxError, match=said):
+        TrtRunner(built)
+
+
+# ---- with a GPU ----
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU_TOLERANCE = 1e-4
+"""Of an output's largest value: float32 without TensorFloat-32, other algorithms."""
+
+
+def check_on_gpu(runner: Runner, network: nn.Module) -> None:
+    """The CPU's numbers, on the GPU, whatever stream is current and whatever follows at once."""
+    side = torch.cuda.Stream()
+    for stream in (torch.cuda.current_stream(), side):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for n in (2, 5, 6):
+                expected = EagerRunner(graph(network), CPU).infer(images(n))
+                pixels = images(n).cuda(non_blocking=True)
+                for _ in range(3):  # memory is used again while passes are under way
+                    found = runner.infer(pixels * 0.5 + pixels * 0.5)
+                    summed = found.features["norm"].sum((1, 2, 3))
+                    assert found.logits.device == runner.device and runner.device.type == "cuda"
+                    for ours, theirs in (
+                        (found.logits, expected.logits),
+                        (found.features["conv2"], expected.features["conv2"]),
+                        (summed, expected.features["norm"].sum((1, 2, 3))),
+                    ):
+                        assert float((ours.cpu() - theirs).abs().max()) <= GPU_TOLERANCE * float(theirs.abs().max())
+
+
+@needs_gpu
+def test_onnx_runtime_on_the_gpu_gives_the_cpus_numbers(network: nn.Module, path: Path) -> None:
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("needs onnxruntime-gpu")
+    with OrtRunner(path, "cuda") as runner:
+        check_on_gpu(runner, network)
+    with open_file(path, torch.device("cuda")) as opened:
+        assert opened.infer(images(3)).logits.is_cuda  # images on the CPU are copied
+
+
+@needs_gpu
+def test_an_engine_on_the_gpu_gives_the_cpus_numbers(network: nn.Module, path: Path, tmp_path: Path) -> None:
+    try:
+        engine.load_package(engine.choose_target().package)
+    except KdxError as error:
+        pytest.skip(error.problem)
+    engine.build(path, tmp_path / "a.engine", batch=(2, 5, 6))
+    with TrtRunner(tmp_path / "a.engine") as runner:
+        check_on_gpu(runner, network)
+        with pytest.raises(KdxError, match="batches of 2 to 6"):
+            runner.infer(images(7))
+    with TrtRunner(tmp_path / "a.engine") as first, TrtRunner(tmp_path / "a.engine") as second:
+        torch.testing.assert_close(first.infer(images(4)).logits, second.infer(images(4)).logits)
 
 
 # ---- the choice ----
@@ -139,10 +597,16 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return _machine(monkeypatch, onnx=True, cuda=False)
 
 
-def _machine(monkeypatch: pytest.MonkeyPatch, *, onnx: bool, cuda: bool) -> pytest.MonkeyPatch:
+def _machine(
+    monkeypatch: pytest.MonkeyPatch, *, onnx: bool, cuda: bool, provider: bool = False, tensorrt: bool = True
+) -> pytest.MonkeyPatch:
     real = importlib.util.find_spec
-    found = importlib.util.find_spec("math") if onnx else None
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: found if name == "onnxruntime" else real(name, *rest))
+    some = real("math")
+    known = {"onnxruntime": onnx, "tensorrt": False, "tensorrt_rtx": tensorrt}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: (some if known[name] else None) if name in known else real(name, *rest)
+    )
+    monkeypatch.setattr(onnxruntime, "get_available_providers", FakeOnnxRuntime(compiled=provider).get_available_providers)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 if cuda else 0)
     return monkeypatch
@@ -169,6 +633,8 @@ RUNS = {
     ("onnx", "auto", False, True, False): ("onnx", "cpu"),
     ("onnx", "auto", False, True, True): ("onnx", "cpu"),
     ("onnx", "cpu", True, True, False): ("onnx", "cpu"),
+    ("tensorrt", "auto", False, True, True): ("tensorrt", "cuda"),
+    ("tensorrt", "cuda:1", True, False, True): ("tensorrt", "cuda:1"),
 }
 
 FAILS = {
@@ -177,14 +643,16 @@ FAILS = {
     ("onnx", "auto", False, False, False): "needs the package onnxruntime",
     ("onnx", "auto", False, False, True): "needs the package onnxruntime",
     ("auto", "auto", True, False, False): "needs the package onnxruntime",
-    ("onnx", "cuda", False, True, True): "run on the CPU",
-    ("auto", "cuda", True, True, True): "run on the CPU",
+    ("onnx", "cuda", False, True, True): "runs on the CPU only",
+    ("auto", "cuda", True, True, True): "runs on the CPU only",
+    ("tensorrt", "auto", False, True, False): "TensorRT runs on an NVIDIA GPU, and PyTorch sees none",
+    ("tensorrt", "cpu", False, True, True): "TensorRT runs on an NVIDIA GPU, not on cpu",
+    ("trt", "auto", False, True, True): "There is no runtime 'trt'",
     ("auto", "cuda", False, True, False): "device 'cuda' cannot run here",
     ("eager", "cuda:1", False, True, False): "device 'cuda:1' cannot run here",
     ("onnx", "cuda", False, True, False): "device 'cuda' cannot run here",
     ("auto", "tpu", False, True, True): "device 'tpu' cannot run here",
     ("auto", "", False, True, False): "device '' cannot run here",
-    ("tensorrt", "auto", False, True, True): "There is no runtime 'tensorrt'",
     ("", "auto", False, True, True): "There is no runtime ''",
 }
 
@@ -213,7 +681,32 @@ def test_a_choice_that_cannot_run_is_an_error_with_its_mend(
     with pytest.raises(KdxError) as caught:
         choose(name, device, files=files)
     assert FAILS[case] in caught.value.problem
-    assert caught.value.mend and ("kdx[cpu]" in caught.value.mend) == ("onnxruntime" in caught.value.problem)
+    assert caught.value.mend and ("kdx[cpu]" in caught.value.mend) == ("package onnxruntime" in caught.value.problem)
+
+
+@pytest.mark.parametrize(("name", "files"), [("onnx", False), ("onnx", True), ("auto", True)])
+def test_onnx_runtime_takes_the_gpu_that_is_named_where_it_has_cuda(
+    name: RuntimeName, files: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _machine(monkeypatch, onnx=True, cuda=True, provider=True)
+    found = choose(name, "cuda:1", files=files)
+    assert (found.runtime, found.device) == ("onnx", torch.device("cuda:1")) and found.why.startswith("onnx on cuda:1")
+    assert choose(name, files=files).device == CPU
+
+
+def test_engines_run_in_tensorrt_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    _machine(monkeypatch, onnx=True, cuda=True)
+    for name in ("auto", "tensorrt"):
+        found = choose(name, files=True, engines=True)
+        assert (found.runtime, found.device) == ("tensorrt", torch.device("cuda"))
+    assert "the networks are engines" in choose("auto", engines=True).why
+    for name in ("eager", "onnx"):
+        with pytest.raises(KdxError, match=f"An .engine file cannot run in {name}"):
+            choose(name, files=True, engines=True)  # type: ignore[arg-type]
+    _machine(monkeypatch, onnx=True, cuda=True, tensorrt=False)
+    with pytest.raises(KdxError, match="needs the package tensorrt") as caught:
+        choose("tensorrt")
+    assert "kdx[gpu]" in caught.value.mend
 
 
 @pytest.mark.parametrize("device", ["cuda:x", "cuda:-1", "cuda:2", "cuda:", "cudax"])
@@ -225,7 +718,7 @@ def test_a_gpu_that_pytorch_does_not_see_is_an_error(device: str, monkeypatch: p
 
 def test_the_same_choice_compares_equal(machine: pytest.MonkeyPatch) -> None:
     assert choose("auto") == choose("auto", "auto") == Choice("onnx", CPU, choose("auto").why)
-    assert runtime.RUNTIMES == ("auto", "eager", "onnx")
+    assert runtime.RUNTIMES == ("auto", "eager", "onnx", "tensorrt")
 
 
 def test_without_onnx_runtime_a_file_cannot_be_opened(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
