@@ -27,7 +27,7 @@ def sensible_layers(module: nn.Module, size: tuple[int, int]) -> list[str]:
     Raises KdxError when the network does not run on such an image.
     """
     trace = _run(module, size)
-    total = sum(_count(child) for name, child in module.named_children() if name in trace.grid or not _called(trace, name))
+    total = sum(_count(child) for name, child in module.named_children() if _holds_map(trace, name))
     found = [name for child, _ in module.named_children() for name in _expand(module, child, trace, total)]
     found.sort(key=trace.order.__getitem__)
     blocks = [name for name in found if not _is_bare(module.get_submodule(name))]
@@ -74,6 +74,7 @@ def _run(module: nn.Module, size: tuple[int, int]) -> _Trace:
 
 def _observe(trace: _Trace, name: str, image: torch.Size) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
     def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        output = _tensor_of(output)
         trace.order.setdefault(name, len(trace.order))
         trace.output[name] = output
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].shape == image:
@@ -86,6 +87,12 @@ def _observe(trace: _Trace, name: str, image: torch.Size) -> Callable[[nn.Module
     return hook
 
 
+def _tensor_of(output: Any) -> Any:
+    """The one tensor in a tuple or list that has no other: an attention gives its weights, or None, beside its features."""
+    tensors = [item for item in output if isinstance(item, Tensor)] if isinstance(output, (tuple, list)) else []
+    return tensors[0] if len(tensors) == 1 else output
+
+
 def _expand(root: nn.Module, name: str, trace: _Trace, total: int) -> Iterator[str]:
     """``name``, or where it is a container of stages, the layers in it; nothing where there is no map or parameter."""
     module = root.get_submodule(name)
@@ -93,26 +100,37 @@ def _expand(root: nn.Module, name: str, trace: _Trace, total: int) -> Iterator[s
         return
     children = [f"{name}.{child}" for child, _ in module.named_children()]
     inside = [child for child in children if child in trace.grid]
-    composite = [child for child in inside if not _is_bare(root.get_submodule(child))]
+    composite = [child for child in inside if not _is_unit(root.get_submodule(child))]
     # A block's own convolutions may differ in resolution (a bottleneck's stride); only whole stages, or a plain sequence, count.
     stages = inside if isinstance(module, nn.Sequential) and not composite else composite
     # Branches that are joined are no stages: a container of stages gives what the last one gave.
     ends = any(trace.output[child] is trace.output.get(name) for child in stages)
     differing = ends and len({trace.grid[child] for child in stages}) > 1
     dominant = _count(module) > 0.9 * total and any(not _is_bare(root.get_submodule(child)) for child in children)
-    if differing or dominant or not _called(trace, name):
+    if differing or dominant or _only_holds(trace, name):
         yield from itertools.chain.from_iterable(_expand(root, child, trace, total) for child in children)
     elif name in trace.grid:
         yield name
 
 
-def _called(trace: _Trace, name: str) -> bool:
-    return name in trace.order  # a ModuleList is not: only what is in it runs
+def _holds_map(trace: _Trace, name: str) -> bool:
+    """Whether a map comes from the module or from one in it: a backbone may give an object that holds its features."""
+    return any(path == name or path.startswith(f"{name}.") for path in trace.grid)
+
+
+def _only_holds(trace: _Trace, name: str) -> bool:
+    """Whether features come from what is in the module only: a ModuleList does not run, a backbone may give an object."""
+    return name not in trace.order or (_holds_map(trace, name) and not isinstance(trace.output[name], Tensor))
 
 
 def _is_bare(module: nn.Module) -> bool:
     """Whether no parameter is in a module below: a convolution, a norm (some hold their activation), not a block."""
     return not any(_count(child) for child in module.children())
+
+
+def _is_unit(module: nn.Module) -> bool:
+    """Whether the module has one weight at most: a convolution with its norm and activation, a part of a block and no stage."""
+    return sum(parameter.ndim > 1 for parameter in module.parameters()) < 2
 
 
 def _count(module: nn.Module) -> int:

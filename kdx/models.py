@@ -18,11 +18,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kdx import hub, programs
 from kdx.errors import KdxError, first_line, missing_package
 from kdx.export.graphs import Preprocessing
 from kdx.layers import sensible_layers
 
-_GRAMMAR = "Write SOURCE:NAME[,key=value,...][@weights], for example timm:resnet18,num_classes=10@student.safetensors."
+_GRAMMAR = (
+    "Write SOURCE:NAME[,key=value,...][@weights], for example timm:resnet18,num_classes=10@student.safetensors, or a path of a .pt2 file."
+)
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -35,7 +38,7 @@ Value = bool | int | float | str | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Reference:
-    """A model reference taken apart; ``str`` puts it together again."""
+    """A model reference taken apart; ``str`` puts it together again. The source of a program is ``pt2``, its name the path."""
 
     source: str
     name: str
@@ -44,11 +47,19 @@ class Reference:
 
     def __str__(self) -> str:
         arguments = "".join(f",{key}={_written(value)}" for key, value in self.arguments.items())
-        return f"{self.source}:{self.name}{arguments}" + (f"@{self.weights}" if self.weights else "")
+        source = "" if self.source == "pt2" else f"{self.source}:"
+        return f"{source}{self.name}{arguments}" + (f"@{self.weights}" if self.weights else "")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it names weights that exist: its own, a library's, a checkpoint's. A factory may have loaded some, and counts."""
+        if self.source in ("timm", "torchvision", "kdx", "hf") and self.weights is None:
+            return bool(self.arguments.get("pretrained", self.source == "hf"))
+        return True
 
     def with_classes(self, classes: int) -> Reference:
         """The reference with its number of classes said, where its source has an argument for it and it does not say yet."""
-        key = {"timm": "num_classes", "torchvision": "num_classes", "kdx": "classes"}.get(self.source)
+        key = {"timm": "num_classes", "torchvision": "num_classes", "kdx": "classes", "hf": "num_labels"}.get(self.source)
         if key is None or key in self.arguments:
             return self
         return replace(self, arguments={**self.arguments, key: classes})
@@ -58,13 +69,22 @@ class Reference:
         arguments = {key: value for key, value in self.arguments.items() if key != "pretrained"}
         return replace(self, arguments=arguments, weights=weights)
 
+    def located(self, folder: Path | None = None) -> Reference:
+        """The reference with the file or folder that it names written in full; ``folder`` (or else the current one) is where it starts."""
+        path = (folder or Path()) / Path(self.name).expanduser()
+        if self.source == "pt2" or (self.source == "hf" and (self.name.startswith((".", "/", "~")) or path.is_dir())):
+            return replace(self, name=str(path.resolve()))
+        return self
+
 
 def parse_reference(reference: str) -> Reference:
-    """``SOURCE:NAME[,key=value,...][@weights]`` taken apart; KdxError when it is not of that form.
+    """``SOURCE:NAME[,key=value,...][@weights]``, or a path that ends in .pt2, taken apart; KdxError when it is neither.
 
     Values are read as true or false, int, float, whole numbers joined by hyphens (``3-4-6-3``, a tuple), or text.
     """
     head, _, weights = reference.strip().partition("@")
+    if head.endswith(".pt2"):
+        return Reference("pt2", head, {}, weights or None)
     source, colon, rest = head.partition(":")
     name, *pairs = (part.strip() for part in rest.split(","))
     if not (source and colon and name) or (not weights and reference.rstrip().endswith("@")):
@@ -105,6 +125,8 @@ class Network:
     reference: str
     module: nn.Module
     preprocessing: Preprocessing
+    trained: bool = True
+    """False where the reference leaves weights random, and where a checkpoint's head is of other classes."""
 
     @property
     def weights_hash(self) -> str:
@@ -131,11 +153,14 @@ def load(reference: str, *, classes: int | None = None, folder: Path | None = No
 
     ``timm:NAME`` and ``torchvision:NAME`` have random weights unless the reference says ``pretrained=true`` or ends in
     ``@weights``; ``kdx:resnet`` is the residual network that comes with kdx; in ``package.module:factory`` the factory is
-    any callable that returns an ``nn.Module``, from an installed package or the current folder. Weights are
-    ``.safetensors``, or ``.pt`` and ``.pth`` (read with weights_only), relative to ``folder`` or else to the current folder.
-    ``classes`` is the number of classes where the reference does not say it; a factory of your own is not told.
+    any callable that returns an ``nn.Module``, from an installed package or the current folder. ``hf:NAME`` is an image classifier of
+    Hugging Face transformers, by its name on the hub or its folder (``hf:./folder``), with its weights unless it says
+    ``pretrained=false``; a path of a ``.pt2`` file is a program that ``torch.export.save`` wrote. Weights are
+    ``.safetensors``, or ``.pt`` and ``.pth`` (read with weights_only). Paths are relative to ``folder`` or else to the current folder.
+    ``classes`` is the number of classes where the reference does not say it; a factory of your own and a program are not told.
 
     Preprocessing: timm's as in its configuration; torchvision's is ImageNet's; kdx's is 32 x 32, mean and deviation 0.5;
+    hf's as in its preprocessor_config.json; a program's is its size alone;
     a factory's module may carry a ``Preprocessing`` as its attribute ``preprocessing``, else nothing is done.
 
     Raises KdxError for a reference that is malformed or names nothing, for arguments the model does not take, and for
@@ -148,11 +173,11 @@ def load(reference: str, *, classes: int | None = None, folder: Path | None = No
     arguments = dict(parsed.arguments)
     if parsed.weights:
         arguments.pop("pretrained", None)  # its own weights replace them at once
-    module, preprocessing = build(parsed, arguments)
+    module, preprocessing, *complete = build(parsed.located(folder), arguments)
     if parsed.weights:
         path = Path(parsed.weights).expanduser()
         load_weights(module, path if folder is None else folder / path)
-    return Network(str(parsed), module.eval(), preprocessing)
+    return Network(str(parsed), module.eval(), preprocessing, parsed.is_trained and (bool(parsed.weights) or all(complete)))
 
 
 def _construct(reference: Reference, factory: Callable[..., Any], arguments: Mapping[str, Value], mend: str) -> nn.Module:
@@ -227,7 +252,7 @@ def _from_kdx(reference: Reference, arguments: dict[str, Value]) -> tuple[nn.Mod
 def _from_factory(reference: Reference, arguments: dict[str, Value]) -> tuple[nn.Module, Preprocessing]:
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
-    sources = ", ".join(_SOURCES)
+    sources = ", ".join(source for source in _SOURCES if source != "pt2")
     try:
         module = importlib.import_module(reference.source)
     except ModuleNotFoundError as error:
@@ -249,10 +274,21 @@ def _from_factory(reference: Reference, arguments: dict[str, Value]) -> tuple[nn
     return network, preprocessing if isinstance(preprocessing, Preprocessing) else Preprocessing()
 
 
-_SOURCES: dict[str, Callable[[Reference, dict[str, Value]], tuple[nn.Module, Preprocessing]]] = {
+def _from_hub(reference: Reference, arguments: dict[str, Value]) -> tuple[nn.Module, Preprocessing, bool]:
+    pretrained = bool(arguments.pop("pretrained", reference.weights is None))
+    return hub.load_classifier(reference.name, arguments, pretrained=pretrained)
+
+
+def _from_program(reference: Reference, _arguments: dict[str, Value]) -> tuple[nn.Module, Preprocessing]:
+    return programs.load_program(Path(reference.name))
+
+
+_SOURCES: dict[str, Callable[[Reference, dict[str, Value]], tuple[nn.Module, Preprocessing] | tuple[nn.Module, Preprocessing, bool]]] = {
     "timm": _from_timm,
     "torchvision": _from_torchvision,
     "kdx": _from_kdx,
+    "hf": _from_hub,
+    "pt2": _from_program,
 }
 
 
@@ -336,7 +372,9 @@ def _read_torch(path: Path) -> Any:
 def file_name(reference: str) -> str:
     """A name for files made from a model: ``timm:resnet18,num_classes=10@runs/s.safetensors`` -> ``resnet18-s``."""
     parsed = parse_reference(reference)
-    name = parsed.name if parsed.weights is None else f"{parsed.name}-{Path(parsed.weights).stem}"
+    name = {"pt2": Path(parsed.name).stem, "hf": Path(parsed.name).name}.get(parsed.source, parsed.name)
+    if parsed.weights is not None:
+        name = f"{name}-{Path(parsed.weights).stem}"
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
 

@@ -26,7 +26,7 @@ FLOORS = [
     {"kdx.errors"},
     {"kdx.kernels", "kdx.console", "kdx.networks", "kdx.store", "kdx.doctor", "kdx.data"},
     {"kdx.export", "kdx.arrays", "kdx.reading", "kdx.pictures"},
-    {"kdx.runtime", "kdx.unicam", "kdx.scores", "kdx.layers", "kdx.finished"},
+    {"kdx.runtime", "kdx.unicam", "kdx.scores", "kdx.layers", "kdx.finished", "kdx.hub", "kdx.programs"},
     {"kdx.models", "kdx.transfer", "kdx.gallery"},
     {"kdx.models_file"},
     {"kdx.distill"},
