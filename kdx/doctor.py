@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 import shutil
 import subprocess
@@ -57,6 +58,32 @@ def _onnxruntime() -> str:
     return f"{onnxruntime.__version__}, {', '.join(p.removesuffix('ExecutionProvider') for p in onnxruntime.get_available_providers())}"
 
 
+def _cuda_provider() -> str:
+    import onnxruntime
+    import torch
+
+    name = "CUDAExecutionProvider"
+    if name not in onnxruntime.get_available_providers():
+        raise RuntimeError("the ONNX Runtime here is built for the CPU only")
+    if not torch.cuda.is_available():
+        raise RuntimeError("PyTorch sees no GPU")
+    onnxruntime.preload_dlls()  # CUDA's libraries come with PyTorch
+    session = onnxruntime.InferenceSession(_one_node(), providers=[name])  # what is compiled in need not start
+    if session.get_providers()[0] != name:
+        raise RuntimeError("its CUDA provider does not start: the log above names the library that it misses")
+    return "starts"
+
+
+def _one_node() -> bytes:
+    """The smallest network: y = relu(x)."""
+    from onnx import TensorProto, helper
+
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y"))
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "one", [x], [y])
+    network: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
+    return network
+
+
 def _timm() -> str:
     import timm
 
@@ -70,7 +97,15 @@ def _torchvision() -> str:
 
 
 def _tensorrt() -> str:
-    return version("tensorrt")
+    installed = version("tensorrt")
+    importlib.import_module("tensorrt")  # finds its libraries, or says which it does not
+    return installed
+
+
+def _tensorrt_rtx() -> str:
+    package = importlib.import_module("tensorrt_rtx")
+    built = [f"sm_{name[2:]}" for name in package.ComputeCapability.__members__ if name.startswith("SM")]
+    return f"{package.__version__}, builds engines for {', '.join(built)}"
 
 
 def _pycuda() -> str:
@@ -94,7 +129,9 @@ _PROBES: dict[str, tuple[Callable[[], str], str]] = {
     "runtime eager: PyTorch": (_torch, "pip install kdx"),
     "runtime onnx: ONNX Runtime": (_onnxruntime, "pip install 'kdx[cpu]'"),
     "GPU": (_gpu, "eager uses a GPU where PyTorch sees one: an NVIDIA driver and a CUDA build of PyTorch"),
-    "TensorRT": (_tensorrt, _GPU_EXTRA),
+    "runtime onnx on the GPU": (_cuda_provider, _GPU_EXTRA),
+    "runtime tensorrt: TensorRT": (_tensorrt, _GPU_EXTRA),
+    "runtime tensorrt: TensorRT-RTX": (_tensorrt_rtx, "pip install tensorrt-rtx-cu13; it builds engines on a machine without a GPU too"),
     "PyCUDA": (_pycuda, _GPU_EXTRA),
     "nvcc": (_nvcc, "the CUDA toolkit; only for building kernels"),
     "models timm:": (_timm, "pip install 'kdx[models]'"),

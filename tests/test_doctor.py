@@ -8,12 +8,15 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 
+import onnxruntime
 import pytest
 import torch
 
 from kdx import doctor
 from kdx.doctor import Finding, probe
+from kdx.export.engine import ARCHITECTURES
 
 
 def finding(name: str) -> Finding:
@@ -81,7 +84,54 @@ def test_a_package_that_is_not_installed_names_its_extra(name: str, package: str
     assert not found.works and package in found.found and extra in found.mend
 
 
-@pytest.mark.parametrize(("name", "package"), [("TensorRT", "tensorrt"), ("PyCUDA", "pycuda")])
+def test_tensorrt_rtx_says_what_it_builds_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = finding("runtime tensorrt: TensorRT-RTX")
+    assert found.works and found.found.startswith(f"{version('tensorrt-rtx-cu13')}, builds engines for ")
+    assert set(found.found.split(" for ")[1].split(", ")) == set(ARCHITECTURES)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    found = finding("runtime tensorrt: TensorRT-RTX")
+    assert not found.works and "tensorrt_rtx" in found.found and "tensorrt-rtx-cu13" in found.mend
+
+
+def test_a_tensorrt_without_its_libraries_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.11: cannot open shared object file')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(doctor, "version", lambda name: "11.4.0")
+    found = finding("runtime tensorrt: TensorRT")
+    assert not found.works and found.found == "libnvinfer.so.11: cannot open shared object file"
+
+
+@pytest.mark.parametrize(
+    ("compiled", "gpu", "starts", "said"),
+    [
+        (False, True, False, "built for the CPU only"),
+        (True, False, False, "PyTorch sees no GPU"),
+        (True, True, False, "its CUDA provider does not start"),
+        (True, True, True, "starts"),
+    ],
+)
+def test_a_provider_works_when_a_session_of_it_starts(
+    compiled: bool, gpu: bool, starts: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, cuda = "CPUExecutionProvider", "CUDAExecutionProvider"
+    real = onnxruntime.InferenceSession
+    sessions: list[object] = []
+
+    def session(network: bytes, providers: list[str]) -> object:
+        sessions.append(real(network, providers=[cpu]))  # the network is one
+        return SimpleNamespace(get_providers=lambda: [cuda, cpu] if starts else [cpu])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [cuda, cpu] if compiled else [cpu])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(doctor, "_PROBES", {"one": doctor._PROBES["runtime onnx on the GPU"]})
+    (found,) = probe()
+    assert found.works == starts and said in found.found and len(sessions) == (compiled and gpu)
+    assert starts or "kdx[gpu]" in found.mend
+
+
+@pytest.mark.parametrize(("name", "package"), [("runtime tensorrt: TensorRT", "tensorrt"), ("PyCUDA", "pycuda")])
 def test_the_gpus_packages_are_not_found_where_their_metadata_is_not(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(asked: str) -> str:
         assert asked == package
