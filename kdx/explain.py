@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,20 +16,22 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from kdx import report, transfer
+from kdx import report
 from kdx.arrays import MIN_IMAGES
 from kdx.console import progress
 from kdx.data import Dataset, class_balanced_sample, load_images, open_data, random_batches, split
 from kdx.errors import KdxError
 from kdx.explainer import Explainer
+from kdx.finished import LostResult
 from kdx.models_file import ModelsFile, read_models
-from kdx.runtime import Outputs, RuntimeName
+from kdx.runtime import RuntimeName
 from kdx.scores import permutation_table
 from kdx.store import Batch, Store
-from kdx.transfer import ROLES, LayerScores, Measured, Pool
+from kdx.transfer import LayerScores, Measured, Pool, moved_among, roles_among
 from kdx.unicam import ObjectiveName, Weighting
 
 _CHANGES_NO_RESULT = ("chunk", "max_unreadable", "gallery")
+_OF_A_MODEL = ("reference", "sha256", "parameters", "preprocessing")
 _PACKAGES = ("kdx", "torch", "numpy", "scipy", "onnx", "onnxruntime", "zarr", "pyarrow", "pillow")
 
 
@@ -39,7 +42,8 @@ class Options:
     batch: images whose geometry makes one set of maps; chunk: images through a network at once (it changes no result).
     reference_images: m > 0 maps every image among the same m class-balanced images instead of its batch mates.
     split: ``test``, ``validation``, ``train`` or ``all``; None takes ``test`` of the data that the models were trained on, and all
-    of any other. max_unreadable: the share of corrupt images past which the run fails. gallery: images shown in the report.
+    of any other. max_unreadable: the share of corrupt images past which the run fails; one image always passes, unless the share
+    is 0. gallery: images shown in the report.
     """
 
     batch: int = 64
@@ -68,101 +72,116 @@ def run(
     command: Sequence[str] = (),
     announce: Callable[[str], None] = print,
 ) -> Path:
-    """Explain ``data`` by the three networks of a models file into the folder ``out``; return the path of the report.
+    """Explain ``data`` by the networks of a models file into the folder ``out``; return the path of the report.
 
     layers: names shared by the networks, or ``student_layer=teacher_layer``; those of the models file where none is given.
     networks: where exported networks are kept (out/networks by default). A run that was stopped takes up where it was,
-    with the same result; a finished one is not computed again.
+    with the same result; a finished one is not computed again, unless something of it is lost.
 
     Raises KdxError for whatever the user can mend, before anything is written where that can be told so early.
     """
     if options.reference_images and options.reference_images < MIN_IMAGES:
         raise KdxError(f"A reference set of {options.reference_images} is too small.", f"Give --reference {MIN_IMAGES} or more, or 0.")
-    trio = read_models(models)
-    dataset = open_data(data, trio.classes or None)
-    share, indices, pool = _part(dataset, trio, options)
-    paired = parse_layers(layers or trio.layers)
+    named = read_models(models)
+    dataset = open_data(data, named.classes or None)
+    share, indices, pool = _part(dataset, named, options)
+    paired = parse_layers(layers or named.layers)
     batches = random_batches(dataset.labels[indices], options.batch, options.seed)
-    with _explainer(trio, paired, options, networks or out / "networks") as explainer:
-        described = explainer.networks()
-        size = _image_size(described)
-        configuration = {
-            "data": data,
-            "split": share,
-            "fingerprint": dataset.fingerprint,
-            "split_seed": trio.seed,
-            "models": {role: {key: value for key, value in described[role].items() if key != "image_size"} for role in ROLES},
-            "layers": paired,
-            "image_size": size,
-            **{key: value for key, value in asdict(options).items() if key not in ("split", *_CHANGES_NO_RESULT)},
-        }
-        store = Store.begin(
-            out,
-            configuration,
-            {
+    references = pool[:0]
+    if options.reference_images:
+        references = pool[class_balanced_sample(dataset.labels[pool], options.reference_images, options.seed)]
+    with ExitStack() as held:
+        with _explainer(named, paired, options, networks or out / "networks") as explainer:
+            described = explainer.networks()
+            size = _image_size(described)
+            configuration = {
+                "data": data,
+                "split": share,
+                "fingerprint": dataset.fingerprint,
+                "split_seed": named.seed,
+                "models": {role: {key: about[key] for key in _OF_A_MODEL} for role, about in described.items()},
+                "layers": paired,
+                "image_size": size,
+                **{key: value for key, value in asdict(options).items() if key not in ("split", *_CHANGES_NO_RESULT)},
+            }
+            rest = {
                 "kdx": version("kdx"),
                 "created": _now(),
                 "command": list(command),
                 "environment": environment(),
                 "classes": list(dataset.classes),
-                "method": trio.training.get("method"),
+                "method": named.training.get("method"),
                 "batches": len(batches),
-            },
-        )
-        if store.complete:
-            announce(f"{out} is complete already; its page is written again.")
-            return report.write(out)
-        explainer.open(size)
-        announce(f"Runtime {explainer.choice.why}.")
-        store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
-        pending = [batch for batch in range(len(batches)) if not store.has(batch)]
-        if pending and len(pending) < len(batches):
-            announce(f"Resuming: {len(batches) - len(pending)} of {len(batches)} batches are done.")
-        if options.reference_images and pending:
-            store.manifest["reference_ids"] = _use_references(explainer, dataset, pool, options, size)
-        unreadable: list[tuple[str, str]] = []
-        with progress() as show:
-            for done, batch in enumerate(pending, len(batches) - len(pending)):
-                show("Explaining", done, len(batches), "batches")
-                unreadable += _explain_batch(store, explainer, dataset, indices[batches[batch]], batch, batches, options, size)
-                _check_unreadable(unreadable, len(indices), options.max_unreadable)  # early, not after the last batch
-            show("Explaining", len(batches), len(batches), "batches")
-    _finish(store, dataset, batches, options, size)
-    return report.write(out)
+            }
+            store = held.enter_context(Store.begin(out, configuration, rest))
+            if store.complete:
+                try:
+                    page = report.write(out)
+                except LostResult as error:
+                    announce(f"{error.problem} It is computed again.")
+                    store.restart()
+                else:
+                    announce(f"{out} is complete already; its page is written again.")
+                    return page
+            explainer.open(size)
+            announce(f"Runtime {explainer.choice.why}.")
+            store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
+            store.manifest["random_weights"] = [role for role, about in described.items() if not about["trained"]]
+            for role in store.manifest["random_weights"]:
+                announce(f"The {role} has random weights: {described[role]['reference']} names none, and is not pretrained.")
+            if len(references):
+                store.manifest["reference_ids"] = [dataset.ids[index] for index in references]
+            pending = [batch for batch in range(len(batches)) if not store.has(batch)]
+            if pending and len(pending) < len(batches):
+                announce(f"Resuming: {len(batches) - len(pending)} of {len(batches)} batches are done.")
+            if len(references) and pending:
+                _use_references(explainer, dataset, references, size)
+            unreadable: list[tuple[str, str]] = []
+            with progress() as show:
+                for done, batch in enumerate(pending, len(batches) - len(pending)):
+                    show("Explaining", done, len(batches), "batches")
+                    unreadable += _explain_batch(store, explainer, dataset, indices[batches[batch]], batch, batches, options, size)
+                    _check_unreadable(unreadable, len(indices), options.max_unreadable)  # early, not after the last batch
+                show("Explaining", len(batches), len(batches), "batches")
+        _finish(store, dataset, batches, options, size)
+        return report.write(out)
 
 
 def parse_layers(names: Sequence[str]) -> dict[str, str]:
-    """``layer`` or ``student_layer=teacher_layer`` -> the student's and base's layer to the teacher's."""
-    if not names:
-        raise KdxError("No layer was named.", "Name at least one with --layer; kdx export MODEL without --layer lists them.")
-    paired = {}
+    """``layer`` or ``student_layer=teacher_layer`` -> the student's and base's layer to the teacher's.
+
+    Raises KdxError for a layer without a name and for one that is named twice.
+    """
+    paired: dict[str, str] = {}
     for name in names:
-        student, _, teacher = name.partition("=")
+        student, pairs, teacher = name.partition("=")
+        if not student or (pairs and not teacher):
+            raise KdxError(f"{name!r} is not a layer or a pair of layers.", "Write LAYER, or STUDENT_LAYER=TEACHER_LAYER.")
+        if student in paired:
+            raise KdxError(f"The layer {student!r} is named twice.", "Name each layer of the student once.")
         paired[student] = teacher or student
     return paired
 
 
-def _part(dataset: Dataset, trio: ModelsFile, options: Options) -> tuple[str, NDArray[np.int64], NDArray[np.int64]]:
+def _part(dataset: Dataset, named: ModelsFile, options: Options) -> tuple[str, NDArray[np.int64], NDArray[np.int64]]:
     """The split to explain, its indices, and those that a reference set is taken from: training images, where there are any."""
-    own = trio.data is not None and Path(dataset.reference).resolve() == Path(trio.data).resolve()  # however the folder is spelt
+    own = named.data is not None and Path(dataset.reference).resolve() == Path(named.data).resolve()  # however the folder is spelt
     share = options.split or ("test" if own else "all")
     if share == "all":
         return share, np.arange(len(dataset)), np.arange(len(dataset))
-    parts = split(dataset, trio.seed if trio.seed is not None else options.seed)
+    parts = split(dataset, named.seed if named.seed is not None else options.seed)
     if share not in parts:
         raise KdxError(f"There is no split {share!r}.", f"Choose one of {', '.join(parts)}, all.")
     return share, parts[share], parts["train"]
 
 
-def _explainer(trio: ModelsFile, layers: Mapping[str, str], options: Options, folder: Path) -> Explainer:
-    def given(role: str) -> Any:
-        reference = str(getattr(trio, role))
-        return trio.path.parent / reference if reference.endswith(".onnx") else trio.load(role)
-
+def _explainer(named: ModelsFile, layers: Mapping[str, str], options: Options, folder: Path) -> Explainer:
+    given: dict[str, Any] = {
+        role: named.path.parent / reference if reference.endswith(".onnx") else named.load(role)
+        for role, reference in named.references.items()
+    }
     return Explainer(
-        teacher=given("teacher"),
-        student=given("student"),
-        base=given("base"),
+        **given,
         layers=layers,
         runtime=options.runtime,
         device=options.device,
@@ -183,9 +202,7 @@ def _image_size(described: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
     return max(sizes, key=lambda size: size[0] * size[1])
 
 
-def _use_references(explainer: Explainer, dataset: Dataset, pool: NDArray[np.int64], options: Options, size: tuple[int, int]) -> list[str]:
-    """Give the explainer a class-balanced reference set; return the images' names."""
-    chosen = pool[class_balanced_sample(dataset.labels[pool], options.reference_images, options.seed)]
+def _use_references(explainer: Explainer, dataset: Dataset, chosen: NDArray[np.int64], size: tuple[int, int]) -> None:
     images = load_images(dataset, chosen, size)
     if images.unreadable:
         name, reason = images.unreadable[0]
@@ -193,7 +210,6 @@ def _use_references(explainer: Explainer, dataset: Dataset, pool: NDArray[np.int
             f"The reference image {name} cannot be read ({reason}).", "Repair or remove it, or choose others with another --seed."
         )
     explainer.use_references(images.pixels, torch.from_numpy(dataset.labels[images.kept]))
-    return [dataset.ids[index] for index in chosen]
 
 
 def _explain_batch(
@@ -210,12 +226,11 @@ def _explain_batch(
     images = load_images(dataset, indices, size)
     labels = torch.from_numpy(dataset.labels[images.kept])
     permutations = permutation_table(len(labels), options.permutations, (options.seed, batch))
-    passed = explainer.infer(images.pixels)
-    _check_classes(passed, len(dataset.classes))
-    measured = explainer.measure(passed, labels, permutations)
+    logits, measured = explainer.explain(images.pixels, labels, permutations)
+    _check_classes(logits, len(dataset.classes))
     arrays: dict[str, NDArray[Any]] = {"index": images.kept}
-    for role, outputs in passed.items():
-        confidence, prediction = outputs.logits.float().softmax(1).max(1)
+    for role, rows in logits.items():
+        confidence, prediction = rows.float().softmax(1).max(1)
         arrays[f"{role}_prediction"], arrays[f"{role}_confidence"] = prediction.numpy(force=True), confidence.numpy(force=True)
     for layer, found in measured.items():
         arrays |= _to_arrays(layer, found, keep_left_out=len(batches) == 1)
@@ -226,7 +241,7 @@ def _explain_batch(
 
 
 def _check_unreadable(unreadable: Sequence[tuple[str, str]], total: int, limit: float) -> None:
-    if len(unreadable) > limit * total:
+    if len(unreadable) > (max(1, limit * total) if limit else 0):
         name, reason = unreadable[0]
         raise KdxError(
             f"{len(unreadable)} of {total} images cannot be read, the first being {name} ({reason}).",
@@ -234,19 +249,20 @@ def _check_unreadable(unreadable: Sequence[tuple[str, str]], total: int, limit: 
         )
 
 
-def _check_classes(passed: Mapping[str, Outputs], classes: int) -> None:
-    for role, outputs in passed.items():
-        if outputs.logits.shape[1] != classes:
+def _check_classes(logits: Mapping[str, torch.Tensor], classes: int) -> None:
+    for role, rows in logits.items():
+        if rows.shape[1] != classes:
             raise KdxError(
-                f"The {role} predicts {outputs.logits.shape[1]} classes, and the data has {classes}.",
+                f"The {role} predicts {rows.shape[1]} classes, and the data has {classes}.",
                 "Name the networks' classes in their order, in the models file: classes = [...].",
             )
 
 
 def _finish(store: Store, dataset: Dataset, batches: Sequence[NDArray[np.int64]], options: Options, size: tuple[int, int]) -> None:
     """Scores and samples from the batches' records, the gallery's pictures, and the end of the manifest."""
-    layers = store.manifest["configuration"]["layers"]
-    pools = {layer: Pool() for layer in layers}
+    configuration = store.manifest["configuration"]
+    layers, roles = configuration["layers"], roles_among(configuration["models"])
+    pools = {layer: Pool(roles) for layer in layers}
     parts: list[dict[str, NDArray[Any]]] = []
     unreadable: list[tuple[str, str]] = []
     planned, most = sum(map(len, batches)), max(map(len, batches))
@@ -254,7 +270,7 @@ def _finish(store: Store, dataset: Dataset, batches: Sequence[NDArray[np.int64]]
         record = store.read_batch(batch)
         unreadable += record.unreadable
         for layer in layers:
-            pools[layer].add(*_from_arrays(record.arrays, layer))
+            pools[layer].add(*_from_arrays(record.arrays, layer, roles))
         count = len(record.arrays["index"])
         place = {"row": batch * most + np.arange(count), "batch": np.full(count, batch)}
         parts.append(place | {name: values for name, values in record.arrays.items() if "/" not in name})
@@ -265,11 +281,11 @@ def _finish(store: Store, dataset: Dataset, batches: Sequence[NDArray[np.int64]]
     store.write_samples({"id": [dataset.ids[i] for i in index], **columns})
     store.write_scores(
         {
-            "accuracy": {role: _accuracy(columns[f"{role}_prediction"] == columns["label"], options.confidence) for role in ROLES},
+            "accuracy": {role: _accuracy(columns[f"{role}_prediction"] == columns["label"], options.confidence) for role in roles},
             "layers": {layer: _as_json(pool.scores(n=len(index), confidence=options.confidence)) for layer, pool in pools.items()},
         }
     )
-    chosen = _gallery(columns, options)
+    chosen = _gallery(columns, roles, options)
     shown = load_images(dataset, index[chosen], size)
     for row, pixels in zip(columns["row"][chosen], shown.pixels, strict=True):
         store.write_picture(int(row), pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
@@ -288,14 +304,16 @@ def _finish(store: Store, dataset: Dataset, batches: Sequence[NDArray[np.int64]]
 def _to_arrays(layer: str, found: Measured, keep_left_out: bool) -> dict[str, NDArray[Any]]:
     """What pooling needs of a batch's layer, under names that hold the layer behind a slash."""
     arrays = {f"products/{layer}": found.products.numpy(force=True)}
-    arrays |= {f"moved{index}/{layer}": rows.numpy(force=True) for index, rows in found.moved.items()}
+    arrays |= {f"moved_{name}/{layer}": rows.numpy(force=True) for name, rows in found.moved.items()}
     if keep_left_out and found.left_out is not None:
         arrays[f"left_out/{layer}"] = found.left_out.numpy(force=True)
     return arrays
 
 
-def _from_arrays(arrays: Mapping[str, NDArray[Any]], layer: str) -> tuple[torch.Tensor, dict[int, torch.Tensor], torch.Tensor | None]:
-    moved = {index: torch.from_numpy(arrays[f"moved{index}/{layer}"]) for index in transfer.MOVED}
+def _from_arrays(
+    arrays: Mapping[str, NDArray[Any]], layer: str, roles: Sequence[str]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
+    moved = {name: torch.from_numpy(arrays[f"moved_{name}/{layer}"]) for name in moved_among(roles)}
     left_out = arrays.get(f"left_out/{layer}")
     return torch.from_numpy(arrays[f"products/{layer}"]), moved, None if left_out is None else torch.from_numpy(left_out)
 
@@ -323,9 +341,9 @@ def _accuracy(right: NDArray[np.bool_], confidence: float) -> dict[str, Any]:
     }
 
 
-def _gallery(columns: Mapping[str, NDArray[Any]], options: Options) -> NDArray[np.int64]:
+def _gallery(columns: Mapping[str, NDArray[Any]], roles: Sequence[str], options: Options) -> NDArray[np.int64]:
     """Positions of the gallery's images: class-balanced, a third of them from images that some network gets wrong."""
-    wrong = np.flatnonzero(np.any([columns[f"{role}_prediction"] != columns["label"] for role in ROLES], axis=0))
+    wrong = np.flatnonzero(np.any([columns[f"{role}_prediction"] != columns["label"] for role in roles], axis=0))
     picked: NDArray[np.int64] = np.empty(0, np.int64)
     if len(wrong):
         picked = wrong[class_balanced_sample(columns["label"][wrong], max(1, options.gallery // 3), options.seed)]

@@ -1,4 +1,4 @@
-"""The Explainer: three networks and their layers, ready to say of any batch what passed between them."""
+"""The Explainer: student, base and teacher and their layers, ready to say of any batch what passed between them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kdx.kernels import geometry
 from kdx.models import Network
 from kdx.runtime import Choice, EagerRunner, OrtRunner, Outputs, Runner, RuntimeName, choose
 from kdx.scores import Score, permutation_table
-from kdx.transfer import ROLES, Measured, References, Target
+from kdx.transfer import Measured, References, Target, roles_among
 from kdx.unicam import Maps, ObjectiveName, Weighting
 
 log = logging.getLogger("kdx")
@@ -33,22 +33,25 @@ NetworkLike = str | Path | Network | nn.Module
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What passed between the networks at one layer: four maps, nine scores by name, two differences of scores.
+    """What passed between the networks at one layer: maps, scores by name, differences of scores.
 
     distilled: the student's features that the base's do not explain; residual: the base's that the student's do not;
-    missed: the teacher's that the student's do not; new: the student's that the teacher's do not.
+    missed: the teacher's that the student's do not; new: the student's that the teacher's do not. Without a teacher the
+    last two are None, and no score or difference names it.
     """
 
     distilled: Maps
     residual: Maps
-    missed: Maps
-    new: Maps
+    missed: Maps | None
+    new: Maps | None
     scores: dict[str, Score]
     contrasts: dict[str, tuple[float, tuple[float, float]]]
 
     @property
     def fss(self) -> Score:
-        """FSS(S,T), how alike student and teacher are."""
+        """FSS(S,T), how alike student and teacher are. Raises KdxError where there is no teacher."""
+        if "FSS(S,T)" not in self.scores:
+            raise KdxError("FSS compares the student with its teacher, and there is none.", "Give kdx.Explainer a teacher.")
         return self.scores["FSS(S,T)"]
 
     @property
@@ -66,13 +69,14 @@ class Explanation:
 
 
 class Explainer:
-    """Explains batches of images by three networks: ``explainer(images, labels) -> Explanation``.
+    """Explains batches of images by two or three networks: ``explainer(images, labels) -> Explanation``.
 
     student, base, teacher: a model reference, a path of a file that ``kdx export`` wrote, a `kdx.models.Network`, or a
-    PyTorch module (taken as it is, without preprocessing). layers: names, shared by all three, or a mapping from the
-    student's and base's layer to the teacher's. runtime: ``auto``, ``eager`` or ``onnx`` (which exports the networks once,
-    into ``folder`` or a temporary one). objective, weighting: as in `kdx.unicam`. chunk: how many images go through a network
-    at once (all of a batch by default); it changes no result. permutations, confidence, seed: of the scores.
+    PyTorch module (taken as it is, without preprocessing); the teacher may be left out. layers: names, shared by all, or a
+    mapping from the student's and base's layer to the teacher's. runtime: ``auto``, ``eager`` or ``onnx`` (which exports the
+    networks once, into ``folder`` or a temporary one; what is in ``folder`` is used again, but for PyTorch modules, whose code
+    has no name to know it by). objective, weighting: as in `kdx.unicam`. chunk: how many images go through a network at once
+    (all of a batch by default); it changes no result. permutations, confidence, seed: of the scores.
 
     A context manager; `close` frees the networks. ``choice.why`` says in a line what ``auto`` chose and why. Where a network
     cannot be exported, ``auto`` takes PyTorch and says so there; ``onnx`` raises.
@@ -83,7 +87,7 @@ class Explainer:
         *,
         student: NetworkLike,
         base: NetworkLike,
-        teacher: NetworkLike,
+        teacher: NetworkLike | None = None,
         layers: str | Iterable[str] | Mapping[str, str],
         runtime: RuntimeName = "auto",
         device: str = "auto",
@@ -100,50 +104,138 @@ class Explainer:
         self.layers = dict(layers) if isinstance(layers, Mapping) else {layer: layer for layer in layers}
         if objective not in geometry.OBJECTIVES or weighting not in get_args(Weighting):
             raise ValueError(f"no objective {objective!r}" if objective not in geometry.OBJECTIVES else f"no weighting {weighting!r}")
-        if not self.layers:
-            raise KdxError("No layer was named.", "Name at least one; kdx.models.layers(model) lists the sensible ones.")
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be 1 or more, not {chunk}")
-        self.objective = geometry.OBJECTIVES[objective]
-        self.weighting = weighting
-        self.chunk = chunk
+        paired = [f"{layer}={other}" for layer, other in self.layers.items() if layer != other]
+        if teacher is None and paired:
+            raise KdxError(
+                f"{paired[0]} pairs a layer with one of the teacher's, and there is no teacher.", "Name the layer alone, or give a teacher."
+            )
         self.permutations = permutations
         self.confidence = confidence
         self.seed = seed
-        self._may_fall_back = runtime == "auto"
-        given = {"teacher": teacher, "student": student, "base": base}
-        files = [role for role in ROLES if _is_file(given[role])]
-        if files and len(files) < len(ROLES):
-            raise KdxError(
-                f"Only the {' and '.join(files)} is given as an .onnx file.", "Give all three as files, or all three as networks."
+        named = {"teacher": teacher, "student": student, "base": base}
+        given = {role: network for role, network in named.items() if network is not None}
+        self.roles = roles_among(given)
+        self._source = _Runners(
+            {role: given[role] for role in self.roles},
+            self.layers,
+            runtime,
+            device,
+            objective=geometry.OBJECTIVES[objective],
+            weighting=weighting,
+            chunk=chunk,
+            folder=folder,
+        )
+
+    @property
+    def choice(self) -> Choice:
+        """The runtime and device, and why."""
+        return self._source.choice
+
+    def open(self, image_size: tuple[int, int]) -> None:
+        """Make ready for images of this size; the first call does it too. Under onnx this exports the networks."""
+        self._source.open(image_size)
+
+    def networks(self) -> dict[str, dict[str, Any]]:
+        """What is known of each role's network: reference, weights' SHA-256, parameter count, preprocessing, the image size
+        that it takes (None where any will do), and whether its weights are trained ones, as far as can be told."""
+        return self._source.networks()
+
+    def use_references(self, images: Array, labels: Array) -> None:
+        """Switch to reference mode: every later image is mapped among these m images, whatever stands beside it in its batch."""
+        arrays.check_same(len(labels), len(images), "reference labels", "reference images")
+        self._source.use_references(_checked(arrays.tensor(images, "reference images")), arrays.tensor(labels, "reference labels"))
+
+    def explain(self, images: Tensor, labels: Tensor, permutations: Tensor) -> tuple[dict[str, Tensor], dict[str, Measured]]:
+        """Each role's logits [n, classes] and a Measured a layer, from images [n, 3, h, w] in [0, 1] and labels [n] or [n, e].
+
+        permutations [p, n] are those of the p-values. Calling the explainer makes scores of the same numbers.
+        """
+        return self._source.explain(_checked(images), labels, permutations)
+
+    def __call__(self, images: Array, labels: Array) -> Explanation:
+        """Maps and scores of one batch: images [n, 3, h, w] in [0, 1], labels [n] or embedding [n, e], NumPy or PyTorch."""
+        batch, target = arrays.tensor(images, "images"), arrays.tensor(labels, "target")
+        arrays.check_images(len(batch))
+        arrays.check_same(len(target), len(batch), "the target", "images")
+        logits, measured = self.explain(batch, target, permutation_table(len(batch), self.permutations, self.seed))
+        layers = {}
+        for layer, found in measured.items():
+            summary = transfer.pool(found.products, found.moved, found.left_out, n=len(batch), confidence=self.confidence, roles=self.roles)
+            maps = {
+                name: Maps(arrays.like(value.maps, images), arrays.like(value.weights, images), value.score)
+                for name, value in found.maps.items()
+            }
+            layers[layer] = LayerResult(
+                maps["distilled"], maps["residual"], maps.get("missed"), maps.get("new"), summary.scores, summary.contrasts
             )
+        return Explanation(layers, {role: arrays.like(rows, images) for role, rows in logits.items()})
+
+    def close(self) -> None:
+        self._source.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        self.close()
+
+
+class _Runners:
+    """What an Explainer computes with: a runner a network, and the geometry of the features that they give."""
+
+    def __init__(
+        self,
+        given: Mapping[str, NetworkLike],
+        layers: Mapping[str, str],
+        runtime: RuntimeName,
+        device: str,
+        *,
+        objective: geometry.Objective,
+        weighting: Weighting,
+        chunk: int | None,
+        folder: Path | None,
+    ) -> None:
+        self._given = given
+        self._layers = layers
+        self._objective: geometry.Objective = objective
+        self._weighting = weighting
+        self._chunk = chunk
+        self._folder = folder
+        self._may_fall_back = runtime == "auto"
+        files = [role for role, network in given.items() if _is_file(network)]
+        if files and len(files) < len(given):
+            raise KdxError(f"Only the {' and '.join(files)} is given as an .onnx file.", "Give every network as a file, or none.")
         self.choice = choose(runtime, device, files=bool(files))
+        if not layers:
+            student = given["student"]
+            known = onnx_file.describe(Path(str(student))).layers if files else _sensible(_as_network(student))
+            raise KdxError("No layer was named.", f"Name one or more of the student's: {', '.join(known)}.")
         self._references: dict[str, References] = {}
         self._runners: dict[str, Runner] = {}
         self._networks: dict[str, tuple[Network, FeatureGraph]] = {}
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._folder = folder
-        for role in ROLES:
-            wanted = tuple(self.layers.values() if role == "teacher" else self.layers)
+        for role, network in given.items():
+            wanted = tuple(layers.values() if role == "teacher" else layers)
             if files:
-                self._runners[role] = _open_file(Path(str(given[role])), wanted)
+                self._runners[role] = _open_file(Path(str(network)), wanted)
             else:
-                network = _as_network(given[role])
-                self._networks[role] = network, FeatureGraph(network.module, wanted, network.preprocessing)
+                loaded = _as_network(network)
+                self._networks[role] = loaded, FeatureGraph(loaded.module, wanted, loaded.preprocessing)
 
     def open(self, image_size: tuple[int, int]) -> None:
-        """Open the runners for images of this size; the first call does it too. Under onnx this exports the networks."""
         if self._runners:
             return
         if not self._networks:
             raise ValueError("the explainer is closed")
         try:
-            self._runners = {role: self._runner(role, image_size) for role in ROLES}
+            self._runners = {role: self._runner(role, image_size) for role in self._networks}
         except KdxError as error:
             if not (self._may_fall_back and self.choice.runtime == "onnx"):
                 raise
             self.choice = Choice("eager", self.choice.device, f"eager on the CPU, since the export failed: {error.problem}")
-            self._runners = {role: self._runner(role, image_size) for role in ROLES}
+            self._runners = {role: self._runner(role, image_size) for role in self._networks}
         log.info("runtime: %s", self.choice.why)
 
     def _runner(self, role: str, image_size: tuple[int, int]) -> Runner:
@@ -154,15 +246,16 @@ class Explainer:
             self._temporary = tempfile.TemporaryDirectory(prefix="kdx-", ignore_cleanup_errors=True)
             self._folder = Path(self._temporary.name)
         path = self._folder / f"{role}-{network.weights_hash[:12]}.onnx"
-        if not onnx_file.holds(path, graph, network.weights_hash):
+        # Modules with equal weights may differ in their code; a reference says which code it is.
+        bare = isinstance(self._given[role], nn.Module)
+        if bare or not onnx_file.holds(path, graph, network.weights_hash):
             size = network.preprocessing.size or image_size
             onnx_file.write(graph, path, reference=network.reference, weights=network.weights_hash, image_size=size)
         return OrtRunner(path)
 
     def networks(self) -> dict[str, dict[str, Any]]:
-        """Each role's reference, weights' SHA-256, parameter count, preprocessing, and image size (None where any will do)."""
         found = {}
-        for role in ROLES:
+        for role in self._given:
             if role in self._networks:
                 network, _ = self._networks[role]
                 about = (network.reference, network.weights_hash, network.parameters, network.preprocessing, network.preprocessing.size)
@@ -178,86 +271,74 @@ class Explainer:
                 "parameters": parameters,
                 "preprocessing": asdict(preprocessing),
                 "image_size": size,
+                "trained": role not in self._networks or getattr(network, "trained", True),
             }
         return found
 
-    def use_references(self, images: Array, labels: Array) -> None:
-        """Switch to reference mode: every later image is mapped among these m images, whatever stands beside it in its batch."""
-        arrays.check_same(len(labels), len(images), "reference labels", "reference images")
-        known = arrays.tensor(labels, "reference labels").to(self.choice.device)
-        passed = self.infer(arrays.tensor(images, "reference images"))
-        self._references = {layer: References.of(_roles(passed, layer, other), known) for layer, other in self.layers.items()}
+    def use_references(self, images: Tensor, labels: Tensor) -> None:
+        known, passed = labels.to(self.choice.device), self._infer(images)
+        self._references = {layer: References.of(_features(passed, layer, other), known) for layer, other in self._layers.items()}
 
-    def infer(self, images: Tensor) -> dict[str, Outputs]:
-        """One pass of each network over images [n, 3, h, w] in [0, 1], ``chunk`` at a time."""
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise KdxError(
-                f"The images have shape {list(images.shape)} and type {images.dtype}.",
-                "Give floating-point RGB images [n, 3, height, width] in [0, 1].",
-            )
-        self.open((images.shape[2], images.shape[3]))
-        parts = images.split(self.chunk or len(images))
-        return {role: _joined([runner.infer(part) for part in parts]) for role, runner in self._runners.items()}
-
-    def measure(self, passed: Mapping[str, Outputs], labels: Tensor, permutations: Tensor) -> dict[str, Measured]:
-        """The geometry of one batch, a Measured a layer, from one pass of the networks."""
+    def explain(self, images: Tensor, labels: Tensor, permutations: Tensor) -> tuple[dict[str, Tensor], dict[str, Measured]]:
+        passed = self._infer(images)
         with torch.no_grad():
-            labels = labels.to(self.choice.device)
+            labels, permutations = labels.to(self.choice.device), permutations.to(self.choice.device)
             target = Target.of(labels)
-            return {
+            measured = {
                 layer: transfer.measure(
-                    _roles(passed, layer, other),
+                    _features(passed, layer, other),
                     target,
-                    objective=self.objective,
-                    weighting=self.weighting,
-                    permutations=permutations.to(self.choice.device),
+                    objective=self._objective,
+                    weighting=self._weighting,
+                    permutations=permutations,
                     references=self._references.get(layer),
                     labels=labels,
                 )
-                for layer, other in self.layers.items()
+                for layer, other in self._layers.items()
             }
+        return {role: outputs.logits for role, outputs in passed.items()}, measured
 
-    def __call__(self, images: Array, labels: Array) -> Explanation:
-        """Maps and scores of one batch: images [n, 3, h, w] in [0, 1], labels [n] or embedding [n, e], NumPy or PyTorch."""
-        batch, target = arrays.tensor(images, "images"), arrays.tensor(labels, "target")
-        arrays.check_images(len(batch))
-        arrays.check_same(len(target), len(batch), "the target", "images")
-        passed = self.infer(batch)
-        measured = self.measure(passed, target, permutation_table(len(batch), self.permutations, self.seed))
-        layers = {}
-        for layer, found in measured.items():
-            summary = transfer.pool(found.products, found.moved, found.left_out, n=len(batch), confidence=self.confidence)
-            maps = {
-                name: Maps(arrays.like(value.maps, images), arrays.like(value.weights, images), value.score)
-                for name, value in found.maps.items()
-            }
-            layers[layer] = LayerResult(**maps, scores=summary.scores, contrasts=summary.contrasts)
-        return Explanation(layers, {role: arrays.like(outputs.logits, images) for role, outputs in passed.items()})
+    def _infer(self, images: Tensor) -> dict[str, Outputs]:
+        """One pass of each network, ``chunk`` images at a time."""
+        self.open((images.shape[2], images.shape[3]))
+        parts = images.split(self._chunk or len(images))
+        return {role: _joined([runner.infer(part) for part in parts]) for role, runner in self._runners.items()}
 
     def close(self) -> None:
         for runner in self._runners.values():
             runner.close()
-        self._networks, self._references = {}, {}
+        self._given, self._networks, self._references = {}, {}, {}
         if self._temporary is not None:
             self._temporary.cleanup()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
-        self.close()
+def _checked(images: Tensor) -> Tensor:
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise KdxError(
+            f"The images have shape {list(images.shape)} and type {images.dtype}.",
+            "Give floating-point RGB images [n, 3, height, width] in [0, 1].",
+        )
+    return images
 
 
 def _is_file(given: NetworkLike) -> bool:
     return isinstance(given, str | Path) and str(given).endswith(".onnx")
 
 
-def _open_file(path: Path, layers: tuple[str, ...]) -> Runner:
+def _open_file(path: Path, layers: tuple[str, ...]) -> OrtRunner:
     found = OrtRunner(path)
     absent = [layer for layer in layers if layer not in found.layers]
     if absent:
         raise KdxError(f"{path} does not hold the layer {absent[0]!r}.", f"It holds {', '.join(found.layers)}; export it with the layer.")
     return found
+
+
+def _sensible(network: Network) -> Iterable[str]:
+    """The layers to advise: the sensible ones, or all where the network does not run on an image of the size that it seems to take."""
+    try:
+        return models.layers(network)
+    except KdxError:
+        return [name for name, _ in network.module.named_modules() if name]
 
 
 def _as_network(given: NetworkLike) -> Network:
@@ -268,7 +349,7 @@ def _as_network(given: NetworkLike) -> Network:
     return models.load(str(given))
 
 
-def _roles(passed: Mapping[str, Outputs], layer: str, teacher_layer: str) -> dict[str, Tensor]:
+def _features(passed: Mapping[str, Outputs], layer: str, teacher_layer: str) -> dict[str, Tensor]:
     return {role: outputs.features[teacher_layer if role == "teacher" else layer] for role, outputs in passed.items()}
 
 

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdx.errors import KdxError
-from kdx.reading import CONTRASTS, Entry
+from kdx.reading import Entry
 from kdx.store import FORMAT
 
 ROLES = ("teacher", "base", "student")
-SCORES = ("FSS(S,T)", "FSS(B,T)", "RS(T)", "RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)", "RS(T|S)", "RS(S|T)")
-"""In the order in which a reader meets them."""
+"""In the order in which a reader meets them; a run may have no teacher."""
 
-_COLUMNS = ("row", "id", "label", *(f"{role}_{what}" for role in ROLES for what in ("prediction", "confidence")))
-_AGAIN = "Run the same kdx explain command again; it resumes where it stopped and writes what is missing."
+_AGAIN = "Run the same kdx explain command again; it computes what is missing."
+
+
+class LostResult(KdxError):
+    """A file of a complete run is missing, or does not hold what the run wrote; the same run writes it again."""
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A complete run as its folder holds it."""
+    """A complete run as its folder holds it. Roles, scores and contrasts are those that the run has, in a reader's order."""
 
     folder: Path
     manifest: dict[str, Any]
+    roles: tuple[str, ...]
     accuracy: dict[str, Entry]
     correct: dict[str, tuple[int, int]]  # role -> (correct, n)
     layers: dict[str, str]  # student layer -> teacher layer
-    scores: dict[str, dict[str, Entry]]
+    scores: dict[str, dict[str, Entry]]  # layer -> name -> entry; every layer has the same names
     contrasts: dict[str, dict[str, Entry]]
     samples: list[dict[str, Any]]
 
@@ -38,6 +41,14 @@ class FinishedRun:
     def configuration(self) -> dict[str, Any]:
         configuration: dict[str, Any] = self.manifest["configuration"]
         return configuration
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        return tuple(next(iter(self.scores.values())))
+
+    @property
+    def contrast_names(self) -> tuple[str, ...]:
+        return tuple(next(iter(self.contrasts.values())))
 
     @property
     def confidence(self) -> float:
@@ -56,7 +67,7 @@ def mending(run: Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError, OSError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise KdxError(f"The run in {run} cannot be read: {what}.", _AGAIN) from error
+        raise LostResult(f"The run in {run} cannot be read: {what}.", _AGAIN) from error
 
 
 def load(run: Path) -> FinishedRun:
@@ -78,42 +89,51 @@ def load(run: Path) -> FinishedRun:
     stored = _json(run, "scores.json")
     for name in ("samples.parquet", "maps.zarr"):
         if not (run / name).exists():
-            raise KdxError(f"The run in {run} has no {name}.", _AGAIN)
+            raise LostResult(f"The run in {run} has no {name}.", _AGAIN)
+    roles = tuple(role for role in ROLES if role in manifest["configuration"]["models"])
     layers = {str(student): str(teacher) for student, teacher in manifest["configuration"]["layers"].items()}
     return FinishedRun(
         run,
         manifest,
-        {role: Entry.of(stored["accuracy"][role]) for role in ROLES},
-        {role: (int(stored["accuracy"][role]["correct"]), int(stored["accuracy"][role]["n"])) for role in ROLES},
+        roles,
+        {role: Entry.of(stored["accuracy"][role]) for role in roles},
+        {role: (int(stored["accuracy"][role]["correct"]), int(stored["accuracy"][role]["n"])) for role in roles},
         layers,
-        {layer: {name: Entry.of(stored["layers"][layer]["scores"][name]) for name in SCORES} for layer in layers},
-        {layer: {name: Entry.of(stored["layers"][layer]["contrasts"][name]) for name in CONTRASTS} for layer in layers},
-        _samples(run),
+        _entries(stored, layers, "scores"),
+        _entries(stored, layers, "contrasts"),
+        _samples(run, roles),
     )
+
+
+def _entries(stored: Mapping[str, Any], layers: Mapping[str, str], kind: str) -> dict[str, dict[str, Entry]]:
+    """The scores or contrasts of each layer; KeyError where a layer lacks one that the first has."""
+    names = stored["layers"][next(iter(layers))][kind]
+    return {layer: {name: Entry.of(stored["layers"][layer][kind][name]) for name in names} for layer in layers}
 
 
 def _json(run: Path, name: str) -> dict[str, Any]:
     path = run / name
     if not path.is_file():
-        raise KdxError(f"The run in {run} has no {name}.", _AGAIN)
+        raise LostResult(f"The run in {run} has no {name}.", _AGAIN)
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise KdxError(f"{path} is not readable as JSON ({error}).", _AGAIN) from error
+        raise LostResult(f"{path} is not readable as JSON ({error}).", _AGAIN) from error
     if not isinstance(held, dict):
-        raise KdxError(f"{path} does not hold what a run writes there.", _AGAIN)
+        raise LostResult(f"{path} does not hold what a run writes there.", _AGAIN)
     return held
 
 
-def _samples(run: Path) -> list[dict[str, Any]]:
+def _samples(run: Path, roles: Sequence[str]) -> list[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
+    columns = ["row", "id", "label", *(f"{role}_{what}" for role in roles for what in ("prediction", "confidence"))]
     try:
-        held = pyarrow.parquet.read_table(run / "samples.parquet", columns=list(_COLUMNS))
+        held = pyarrow.parquet.read_table(run / "samples.parquet", columns=columns)
     except pyarrow.ArrowException as error:
         raise ValueError(f"samples.parquet: {error}") from error
-    missing = [name for name in _COLUMNS if name not in held.column_names]
+    missing = [name for name in columns if name not in held.column_names]
     if missing:
         raise ValueError(f"samples.parquet has no column {missing[0]}")
     rows: list[dict[str, Any]] = held.to_pylist()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdx import pictures
-from kdx.finished import ROLES, FinishedRun
+from kdx.finished import FinishedRun
 from kdx.store import write_atomic
 
 _LONGEST_EDGE = 320  # of an image on the page, in pixels
@@ -40,6 +40,11 @@ class Card:
     maps: list[list[list[Any] | None]]  # [layer][kind] -> [h, w, base64 of h*w bytes], None where the map is zero everywhere
 
 
+def kinds(run: FinishedRun) -> tuple[str, ...]:
+    """The maps that the run has."""
+    return tuple(kind.name for kind in pictures.KINDS if kind.score in run.score_names)
+
+
 def cards(run: FinishedRun) -> tuple[list[Card], Counter[int]]:
     """The cards of the images that the run kept pictures of, in the run's order; their composites are written on the way."""
     import zarr
@@ -51,7 +56,7 @@ def cards(run: FinishedRun) -> tuple[list[Card], Counter[int]]:
     group = zarr.open_group(run.folder / "maps.zarr", mode="r")
     maps: dict[tuple[str, str], NDArray[np.float32]] = {}
     for layer in run.layers:
-        for kind in pictures.KINDS:
+        for kind in kinds(run):
             array = group[f"{layer}/{kind}"]
             if not isinstance(array, zarr.Array) or array.ndim != 3:
                 raise ValueError(f"maps.zarr holds no maps [N, h, w] at {layer}/{kind}")
@@ -78,10 +83,10 @@ def cards(run: FinishedRun) -> tuple[list[Card], Counter[int]]:
                 "right": int(sample[f"{role}_prediction"]) == label,
                 "confidence": float(sample[f"{role}_confidence"]),
             }
-            for role in ROLES
+            for role in run.roles
         ]
         shown = _shrunk(image)
-        packed = [[_packed(maps[layer, kind][place]) for kind in pictures.KINDS] for layer in run.layers]
+        packed = [[_packed(maps[layer, kind][place]) for kind in kinds(run)] for layer in run.layers]
         found.append(Card(str(sample["id"]), label, run.class_name(label), _data_uri(shown), *shown.size, verdicts, packed))
     return found, Counter(card.label for card in found)
 

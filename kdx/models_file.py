@@ -1,4 +1,4 @@
-"""The models file: a distillation's three networks by reference, and what was recorded with them."""
+"""The models file: a distillation's networks by reference, and what was recorded with them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from kdx.models import Network, load
 T = TypeVar("T")
 
 _ROLES = ("teacher", "base", "student")
+_REQUIRED = _ROLES[1:]
 
 
 @dataclass(frozen=True)
 class ModelsFile:
-    """The three models of a distillation, as a models file names them, and what was recorded with them."""
+    """The models of a distillation, as a models file names them, and what was recorded with them. There may be no teacher."""
 
     path: Path
-    teacher: str
     base: str
     student: str
+    teacher: str | None = None
     layers: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     preprocessing: Preprocessing | None = None
@@ -36,11 +37,22 @@ class ModelsFile:
     seed: int | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def references(self) -> dict[str, str]:
+        """The reference of each role that the file names: teacher, base, student."""
+        named = {role: getattr(self, role) for role in _ROLES}
+        return {role: reference for role, reference in named.items() if reference is not None}
+
     def load(self, role: str) -> Network:
-        """The network of a role (teacher, base, student): weights beside the file, preprocessing as the file says."""
+        """The network of a role (teacher, base, student): weights beside the file, preprocessing as the file says.
+
+        Raises KdxError where the file names no teacher and the teacher is asked for.
+        """
         if role not in _ROLES:
             raise ValueError(f"role is one of {_ROLES}, not {role!r}")
-        network = load(getattr(self, role), classes=len(self.classes) or None, folder=self.path.parent)
+        if role not in self.references:
+            raise _unnamed(self.path, [role])
+        network = load(self.references[role], classes=len(self.classes) or None, folder=self.path.parent)
         return network if self.preprocessing is None else replace(network, preprocessing=self.preprocessing)
 
 
@@ -58,10 +70,10 @@ def load_any(model: str) -> tuple[Network, tuple[str, ...]]:
 def read_models(path: Path | str) -> ModelsFile:
     """Read a models file (TOML).
 
-    ``teacher``, ``base`` and ``student`` are model references. Optional: ``layers`` (a layer, or
+    ``base`` and ``student`` are model references. Optional: ``teacher`` (another one), ``layers`` (a layer, or
     ``student_layer=teacher_layer``), ``classes`` (their names), the tables ``[preprocessing]`` (size, mean, std),
-    ``[data]`` (reference, seed) and ``[training]`` (anything). KdxError for a file that is missing, is not TOML, lacks a
-    role, or has a key that is not one of these.
+    ``[data]`` (reference, seed) and ``[training]`` (anything). KdxError for a file that is missing, is not TOML, lacks
+    base or student, or has a key that is not one of these.
     """
     path = Path(path)
     try:
@@ -72,15 +84,13 @@ def read_models(path: Path | str) -> ModelsFile:
             f"The models file {path} cannot be read: {reason}.", "Give the models.toml that kdx distill wrote, or write one."
         ) from error
     _only_keys(path, "", content, (*_ROLES, "layers", "classes", "preprocessing", "data", "training"))
-    missing = [role for role in _ROLES if role not in content]
+    missing = [role for role in _REQUIRED if role not in content]
     if missing:
-        raise KdxError(
-            f"The models file {path} names no {' and no '.join(missing)}.", f'Add a line such as {missing[0]} = "timm:resnet18@w.pt".'
-        )
+        raise _unnamed(path, missing)
     data = _table(path, content, "data", ("reference", "seed"))
     return ModelsFile(
         path,
-        **{role: _check(path, role, content[role], str) for role in _ROLES},
+        **{role: _check(path, role, content[role], str) for role in _ROLES if role in content},
         layers=_strings(path, content, "layers"),
         classes=_strings(path, content, "classes"),
         preprocessing=_preprocessing(path, content),
@@ -93,9 +103,9 @@ def read_models(path: Path | str) -> ModelsFile:
 def write_models(
     path: Path | str,
     *,
-    teacher: str,
     base: str,
     student: str,
+    teacher: str | None = None,
     layers: Sequence[str] = (),
     classes: Sequence[str] = (),
     preprocessing: Preprocessing | None = None,
@@ -104,7 +114,7 @@ def write_models(
     training: Mapping[str, Any] | None = None,
 ) -> ModelsFile:
     """Write a models file that ``read_models`` reads, whole or not at all; returns what it holds."""
-    lines = [f"{role} = {_toml(value)}" for role, value in zip(_ROLES, (teacher, base, student), strict=True)]
+    lines = [f"{role} = {_toml(value)}" for role, value in zip(_ROLES, (teacher, base, student), strict=True) if value is not None]
     lines += [f"{key} = {_toml(list(values))}" for key, values in (("layers", layers), ("classes", classes)) if values]
     if preprocessing is not None:
         values = {"size": preprocessing.size, "mean": preprocessing.mean, "std": preprocessing.std}
@@ -116,6 +126,10 @@ def write_models(
     temporary.write_text("\n".join(lines) + "\n", "utf-8")
     temporary.replace(path)
     return read_models(path)
+
+
+def _unnamed(path: Path, roles: Sequence[str]) -> KdxError:
+    return KdxError(f"The models file {path} names no {' and no '.join(roles)}.", f'Add a line such as {roles[0]} = "timm:resnet18@w.pt".')
 
 
 def _only_keys(path: Path, table: str, content: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -7,15 +7,33 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-KINDS = ("distilled", "residual", "missed", "new")
 OPACITY = 0.8
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of map: its name, explained and given network, the score of the same two, and what it shows."""
+
+    name: str
+    symbol: str
+    score: str
+    meaning: str
+
+
+KINDS = (
+    Kind("distilled", "S | B", "RS(S|B)", "What the student has and the base has not."),
+    Kind("residual", "B | S", "RS(B|S)", "What the base has and the student has dropped."),
+    Kind("missed", "T | S", "RS(T|S)", "What the teacher has and the student has missed."),
+    Kind("new", "S | T", "RS(S|T)", "What the student has and the teacher has not."),
+)
+"""A run has the kinds of map whose scores it has."""
 
 # matplotlib writes plain colours into its SVG. Each of these stands for a colour that the page decides (light or dark), and is
 # exchanged for the style sheet's name after drawing; no drawing of ours uses them otherwise.
@@ -114,11 +132,14 @@ BEYOND = (
 Points = Mapping[str, Mapping[str, tuple[float, tuple[float, float]]]]
 """layer -> score -> (value, interval)."""
 
+_NARROWEST = 0.05  # of an axis without zero; a smaller difference should look small
 _WIDTH, _HEADING, _ROW, _GAP, _AXIS, _MARGIN = 360, 22, 15, 12, 26, 18
 
 
-def plot(points: Points, series: Sequence[Series], prefix: str) -> str:
-    """Scores over layers as inline SVG: a group a layer in the run's order, a mark a score, a bar for its interval, a line at zero.
+def plot(points: Points, series: Sequence[Series], prefix: str, *, from_zero: bool = True) -> str:
+    """Scores over layers as inline SVG: a group a layer in the run's order, a mark a score, a bar for its interval.
+
+    The axis is that of `limits`, with a line at zero where zero is on it.
 
     The drawing is transparent, takes its ink from the text around it and the networks' colours from the page, and is the same,
     byte for byte, for the same numbers. ``prefix`` keeps its ids apart from another drawing's on the page. A number that is not
@@ -137,7 +158,7 @@ def plot(points: Points, series: Sequence[Series], prefix: str) -> str:
         figure.patch.set_alpha(0)
         axes = figure.add_axes((_MARGIN / _WIDTH, _AXIS / height, 1 - 2 * _MARGIN / _WIDTH, 1 - _AXIS / height))
         axes.patch.set_alpha(0)
-        axes.set(xlim=_limits(points, series), ylim=(group * len(points), 0), yticks=[])
+        axes.set(xlim=limits(points, series, from_zero), ylim=(group * len(points), 0), yticks=[])
         for side in ("left", "right", "top"):
             axes.spines[side].set_visible(False)
         axes.spines["bottom"].set_alpha(0.35)
@@ -149,7 +170,9 @@ def plot(points: Points, series: Sequence[Series], prefix: str) -> str:
             top = group * row
             if row:
                 axes.axhline(top, color=_INK, alpha=0.18, linewidth=1)
-            axes.plot([0, 0], [top + _HEADING - 2, top + group], color=_INK, alpha=0.5, linewidth=1)  # not through the layer's name
+            if axes.get_xlim()[0] <= 0:
+                # Not through the layer's name.
+                axes.plot([0, 0], [top + _HEADING - 2, top + group], color=_INK, alpha=0.5, linewidth=1)
             axes.text(
                 0, top + _HEADING - 5, _elided(layer), transform=axes.get_yaxis_transform(), parse_math=False, weight="bold", va="baseline"
             )
@@ -166,16 +189,25 @@ def plot(points: Points, series: Sequence[Series], prefix: str) -> str:
     return _for_page(out.getvalue(), prefix)
 
 
-def _limits(points: Points, series: Sequence[Series]) -> tuple[float, float]:
-    """Zero always in sight: it is what a score is read against."""
-    ends = [0.0, 0.2]
-    for scores in points.values():
-        for one in series:
-            value, interval = scores[one.score]
-            ends += [x for x in (value, *interval) if math.isfinite(x)]
-    low, high = max(min(ends), -1.0), min(max(ends), 1.0)
+def limits(points: Points, series: Sequence[Series], from_zero: bool = True) -> tuple[float, float]:
+    """The ends of the axis: zero, what a score is read against, and all intervals.
+
+    Without ``from_zero`` the axis leaves zero out where the intervals would fill less than half of it: a reader then asks which score
+    is higher, and an axis from zero would hardly show it.
+    """
+    ends = [x for scores in points.values() for one in series for x in _ends(*scores[one.score])]
+    low, high = max(min(ends, default=0.0), -1.0), min(max(ends, default=0.0), 1.0)
+    if from_zero or high - low >= 0.5 * high:
+        low, high = min(low, 0.0), max(high, 0.2)
+    elif high - low < _NARROWEST:
+        middle = (low + high) / 2
+        low, high = middle - _NARROWEST / 2, middle + _NARROWEST / 2
     pad = 0.04 * (high - low)
     return low - pad, high + pad
+
+
+def _ends(value: float, interval: tuple[float, float]) -> Iterator[float]:
+    yield from filter(math.isfinite, (value, *interval))
 
 
 def _elided(name: str, most: int = 46) -> str:

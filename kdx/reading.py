@@ -9,7 +9,8 @@ from typing import Any
 
 FEW_BATCHES = 20
 _OF_DIFFERENCE = "interval of the difference"
-CONTRASTS = ("FSS(S,T) - FSS(B,T)", "RS(S|B) - RS(B|S)")
+LIKENESS, BALANCE = "FSS(S,T) - FSS(B,T)", "RS(S|B) - RS(B|S)"
+"""The contrasts that sentences are made of: is the student nearer to the teacher than the base, and which of the two says more."""
 
 
 @dataclass(frozen=True)
@@ -138,35 +139,64 @@ def read(
 ) -> Reading:
     """The plain-words reading of one run.
 
-    ``layers`` maps each student layer to its teacher layer, its scores and its contrasts; ``accuracy`` maps teacher, base and student;
-    ``discordant`` counts the images that only the student and only the base named correctly. A direction is stated only where the
+    ``layers`` maps each student layer to its teacher layer, its scores and its contrasts; ``accuracy`` maps the run's roles;
+    ``discordant`` counts the images that only the student and only the base named correctly. A run without a teacher has no score or
+    contrast that names one, and is read as a comparison of student and base. A direction is stated only where the
     interval excludes zero and the permutation p-value, where there is one, is at most 1 - confidence; everything else is said to be not
     settled by these images. No sentence claims a cause.
     """
-    batches = [e.batches for _, scores, _ in layers.values() for e in scores.values() if e.batches is not None]
+    every = [scores for _, scores, _ in layers.values()]
+    batches = [e.batches for scores in every for e in scores.values() if e.batches is not None]
+    teacher = "teacher" in accuracy
     return Reading(
-        _headline({name: contrasts[CONTRASTS[0]] for name, (_, _, contrasts) in layers.items()}, confidence),
+        _headline(
+            {name: contrasts[LIKENESS if teacher else BALANCE] for name, (_, _, contrasts) in layers.items()},
+            _CLOSER if teacher else _SAYS_MORE,
+            confidence,
+        ),
         _accuracy(accuracy, discordant, confidence),
         tuple(LayerReading(name, _layer(name, *rest, confidence)) for name, rest in layers.items()),
-        _cautions(min(batches, default=None), len(layers)),
+        _cautions(min(batches, default=None), len(layers), max(map(len, every)), teacher),
     )
 
 
-def _headline(contrasts: Mapping[str, Entry], confidence: float) -> str:
-    closer = [name for name, e in contrasts.items() if e.settled(confidence) and e.sign > 0]
-    further = [name for name, e in contrasts.items() if e.settled(confidence) and e.sign < 0]
-    open_ = [name for name in contrasts if name not in closer and name not in further]
+@dataclass(frozen=True)
+class _Question:
+    """What the headline asks of every layer, as clauses: the answers above and below zero, and the open question twice."""
+
+    above: str
+    below: str
+    open_: str
+    rest: str
+
+
+_CLOSER = _Question(
+    "the student’s features are closer to the teacher’s than the base’s are",
+    "the student’s features are further from the teacher’s than the base’s are",
+    "whether the student’s or the base’s features are closer to the teacher’s",
+    "which of the two is closer",
+)
+_SAYS_MORE = _Question(
+    "the student says more about the labels beyond the base than the base does beyond the student",
+    "the base says more about the labels beyond the student than the student does beyond the base",
+    "whether the student or the base says more about the labels beyond the other",
+    "which of the two says more",
+)
+
+
+def _headline(contrasts: Mapping[str, Entry], question: _Question, confidence: float) -> str:
+    above = [name for name, e in contrasts.items() if e.settled(confidence) and e.sign > 0]
+    below = [name for name, e in contrasts.items() if e.settled(confidence) and e.sign < 0]
+    open_ = [name for name in contrasts if name not in above and name not in below]
     parts = []
-    if closer:
-        parts.append(f"{_at(closer, contrasts)} the student’s features are closer to the teacher’s than the base’s are")
-    if further:
-        parts.append(f"{_at(further, contrasts)} the student’s features are further from the teacher’s than the base’s are")
+    if above:
+        parts.append(f"{_at(above, contrasts)} {question.above}")
+    if below:
+        parts.append(f"{_at(below, contrasts)} {question.below}")
     if open_ and not parts:
-        return (
-            f"{_at(open_, contrasts)} these images do not settle whether the student’s or the base’s features are closer to the teacher’s."
-        )
+        return f"{_at(open_, contrasts)} these images do not settle {question.open_}."
     if open_:
-        parts.append(f"{_at(open_, contrasts)} it is not settled by these images which of the two is closer")
+        parts.append(f"{_at(open_, contrasts)} it is not settled by these images {question.rest}")
     return "; ".join(part if i == 0 else part[0].lower() + part[1:] for i, part in enumerate(parts)) + "."
 
 
@@ -180,6 +210,7 @@ def _accuracy(accuracy: Mapping[str, Entry], discordant: tuple[int, int], confid
     figures = [
         Figure(role, percent(accuracy[role].value), " to ".join(map(percent, accuracy[role].interval)))
         for role in ("teacher", "student", "base")
+        if role in accuracy
     ]
     gained, lost = discordant
     if gained + lost == 0:
@@ -200,11 +231,16 @@ def _accuracy(accuracy: Mapping[str, Entry], discordant: tuple[int, int], confid
 def _layer(
     layer: str, teacher_layer: str, scores: Mapping[str, Entry], contrasts: Mapping[str, Entry], confidence: float
 ) -> tuple[Statement, ...]:
-    return (
-        _likeness(layer, teacher_layer, scores, contrasts[CONTRASTS[0]], confidence),
+    between = (
         _beyond("Distilled", "student", "base", "RS(S|B)", scores, confidence),
         _beyond("Residual", "base", "student", "RS(B|S)", scores, confidence),
-        _balance(contrasts[CONTRASTS[1]], confidence),
+        _balance(contrasts[BALANCE], confidence),
+    )
+    if LIKENESS not in contrasts:
+        return between
+    return (
+        _likeness(layer, teacher_layer, scores, contrasts[LIKENESS], confidence),
+        *between,
         _beyond("Missed", "teacher", "student", "RS(T|S)", scores, confidence),
         _beyond("New", "student", "teacher", "RS(S|T)", scores, confidence),
     )
@@ -285,7 +321,7 @@ def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count:,} images"
 
 
-def _cautions(batches: int | None, layers: int) -> tuple[str, ...]:
+def _cautions(batches: int | None, layers: int, scores: int, teacher: bool) -> tuple[str, ...]:
     said = []
     if batches is not None and batches < FEW_BATCHES:
         said.append(
@@ -293,11 +329,17 @@ def _cautions(batches: int | None, layers: int) -> tuple[str, ...]:
             "is uncertain; more images would narrow them."
         )
     said.append(
-        f"Every interval and p-value stands for one score alone. Over {layers} {'layer' if layers == 1 else 'layers'} with nine scores "
-        "each, some can speak against zero by chance."
+        f"Every interval and p-value stands for one score alone. Over {layers} {'layer' if layers == 1 else 'layers'} with {scores} "
+        "scores each, some can speak against zero by chance."
     )
-    said.append(
-        "The numbers describe one teacher, one base and one student on these images. A base and a student also differ by the chance of "
-        "their training, so a difference here does not show, by itself, that the teacher caused it."
-    )
+    if teacher:
+        said.append(
+            "The numbers describe one teacher, one base and one student on these images. A base and a student also differ by the chance "
+            "of their training, so a difference here does not show, by itself, that the teacher caused it."
+        )
+    else:
+        said.append(
+            "The numbers describe one base and one student on these images. Any two networks differ by the chance of their training, so "
+            "a difference here does not show, by itself, what caused it."
+        )
     return tuple(said)

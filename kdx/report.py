@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kdx import gallery, pictures, reading
-from kdx.finished import ROLES, SCORES, FinishedRun, load, mending
-from kdx.reading import CONTRASTS
+from kdx.finished import FinishedRun, load, mending
+from kdx.reading import BALANCE, LIKENESS
 from kdx.store import write_atomic
 
 if TYPE_CHECKING:
@@ -27,34 +27,28 @@ _PIXELATED = 96  # an image no larger than this is shown with its pixels as squa
 
 
 _TABLES = (
-    ("Likeness to the teacher", "FSS", ("FSS(S,T)", "FSS(B,T)", CONTRASTS[0])),
+    ("Likeness to the teacher", "FSS", ("FSS(S,T)", "FSS(B,T)", LIKENESS)),
     ("Relevance to the labels", "RS", ("RS(T)", "RS(S)", "RS(B)")),
-    ("Relevance beyond another network", "RS(·|·)", ("RS(S|B)", "RS(B|S)", "RS(T|S)", "RS(S|T)", CONTRASTS[1])),
+    ("Relevance beyond another network", "RS(·|·)", ("RS(S|B)", "RS(B|S)", "RS(T|S)", "RS(S|T)", BALANCE)),
 )
 _PLOTS = (
-    ("fss", "Likeness to the teacher (FSS)", pictures.SIMILARITY),
-    ("rs", "Relevance to the labels (RS)", pictures.RELEVANCE),
-    ("beyond", "Relevance beyond another network", pictures.BEYOND),
+    ("fss", "Likeness to the teacher (FSS)", pictures.SIMILARITY, False),
+    ("rs", "Relevance to the labels (RS)", pictures.RELEVANCE, True),
+    ("beyond", "Relevance beyond another network", pictures.BEYOND, True),
 )
 _MEANINGS = {
     "FSS(S,T)": "student and teacher",
     "FSS(B,T)": "base and teacher",
-    CONTRASTS[0]: "difference",
+    LIKENESS: "difference",
     "RS(T)": "teacher",
     "RS(S)": "student",
     "RS(B)": "base",
     "RS(S|B)": "distilled: student beyond base",
     "RS(B|S)": "residual: base beyond student",
-    CONTRASTS[1]: "difference",
+    BALANCE: "difference",
     "RS(T|S)": "missed: teacher beyond student",
     "RS(S|T)": "new: student beyond teacher",
 }
-_LEGEND = (
-    ("distilled", "S | B", "What the student has and the base has not."),
-    ("residual", "B | S", "What the base has and the student has dropped."),
-    ("missed", "T | S", "What the teacher has and the student has missed."),
-    ("new", "S | T", "What the student has and the teacher has not."),
-)
 
 
 def write(run: Path) -> Path:
@@ -94,13 +88,14 @@ def table(run: Path) -> Table:
     out.add_column("score", no_wrap=True)
     for layer in loaded.layers:
         out.add_column(Text(layer), justify="right")  # Text: a layer's name is no markup
-    for name in (*SCORES, *CONTRASTS):
+    ends = {[name for name in names if name in loaded.score_names][-1] for *_, names in _tables_of(loaded)}
+    for name in (*loaded.score_names, *loaded.contrast_names):
         cells = []
         for layer in loaded.layers:
-            value, interval = reading.span((loaded.scores[layer] | loaded.contrasts[layer])[name], 3, sign=name in CONTRASTS)
+            value, interval = reading.span((loaded.scores[layer] | loaded.contrasts[layer])[name], 3, sign=name in loaded.contrast_names)
             # No-break spaces: a narrow terminal breaks between value and interval, not inside it.
             cells.append(Text.assemble((value, "bold"), f" ({interval})".replace(" to ", "\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}")))
-        out.add_row(name.replace(" - ", " − "), *cells, end_section=name in ("FSS(B,T)", "RS(B)", "RS(S|T)"))
+        out.add_row(name.replace(" - ", " − "), *cells, end_section=name in ends)
     return out
 
 
@@ -135,7 +130,7 @@ def _page(run: FinishedRun, cards: list[gallery.Card], classes: Counter[int]) ->
     payload = {
         "colours": base64.b64encode(pictures.colours().tobytes()).decode("ascii"),
         "layers": list(run.layers),
-        "kinds": list(pictures.KINDS),
+        "kinds": gallery.kinds(run),
         "maps": [card.maps for card in cards],
     }
     images = run.manifest["images"]
@@ -147,6 +142,7 @@ def _page(run: FinishedRun, cards: list[gallery.Card], classes: Counter[int]) ->
         script_digest=digest,
         payload=script_json(payload),
         title=_title(run),
+        teacher="teacher" in run.roles,
         configuration=run.configuration,
         method=run.manifest.get("method"),
         version=str(run.manifest["kdx"]),
@@ -162,7 +158,7 @@ def _page(run: FinishedRun, cards: list[gallery.Card], classes: Counter[int]) ->
         explained=int(images["explained"]),
         unreadable=list(images.get("unreadable") or []),
         depends=_depends(run.configuration["reference_images"] or 0),
-        legend=_LEGEND,
+        legend=[kind for kind in pictures.KINDS if kind.name in gallery.kinds(run)],
         gradient=_gradient(),
         opacity=round(100 * pictures.OPACITY),
         cards=cards,
@@ -194,15 +190,18 @@ def _title(run: FinishedRun) -> str:
 
 
 def _networks(run: FinishedRun) -> list[dict[str, Any]]:
-    said = {
-        "teacher": "The network whose knowledge was to be passed on.",
-        "base": "The student’s architecture, trained without the teacher.",
-        "student": "The same architecture, trained under the teacher.",
-    }
+    said = {"base": "The network that the student is compared with.", "student": "The network under study."}
+    if "teacher" in run.roles:
+        said = {
+            "teacher": "The network whose knowledge was to be passed on.",
+            "base": "The student’s architecture, trained without the teacher.",
+            "student": "The same architecture, trained under the teacher.",
+        }
     models = run.configuration["models"]
-    largest = models["teacher"].get("parameters")
+    largest = models.get("teacher", {}).get("parameters")
+    random = run.manifest.get("random_weights", [])
     out = []
-    for role in ROLES:
+    for role in run.roles:
         accuracy, (correct, n) = run.accuracy[role], run.correct[role]
         low, high = accuracy.interval
         parameters = models[role].get("parameters")
@@ -210,7 +209,7 @@ def _networks(run: FinishedRun) -> list[dict[str, Any]]:
         out.append(
             {
                 "role": role,
-                "said": said[role],
+                "said": f"{said[role]} Here its weights are random." if role in random else said[role],
                 "reference": str(models[role]["reference"]),
                 "parameters": f"{parameters:,}" if parameters else "not recorded",
                 "share": share,
@@ -222,30 +221,41 @@ def _networks(run: FinishedRun) -> list[dict[str, Any]]:
     return out
 
 
+def _tables_of(run: FinishedRun) -> list[tuple[str, str, list[str]]]:
+    """Those of _TABLES that the run has scores for, with the scores and contrasts that it has."""
+    has = {*run.score_names, *run.contrast_names}
+    held = [(title, symbol, [name for name in names if name in has]) for title, symbol, names in _TABLES]
+    return [table for table in held if table[-1]]
+
+
 def _tables(run: FinishedRun) -> list[dict[str, Any]]:
     out = []
-    for title, symbol, names in _TABLES:
+    for title, symbol, names in _tables_of(run):
         rows = []
         for layer in run.layers:
             held = run.scores[layer] | run.contrasts[layer]
             cells = []
             for name in names:
                 entry = held[name]
-                value, interval = reading.span(entry, 3, sign=name in CONTRASTS)
+                value, interval = reading.span(entry, 3, sign=name in run.contrast_names)
                 p = "" if entry.p_value is None else reading.probability(entry.p_value)
                 cells.append({"name": name, "value": value, "interval": interval, "p": p, "settled": entry.settled(run.confidence)})
             rows.append((layer, cells))
-        heads = [(name.replace(" - ", " − "), _MEANINGS[name], name in CONTRASTS) for name in names]
+        heads = [(name.replace(" - ", " − "), _MEANINGS[name], name in run.contrast_names) for name in names]
         out.append({"title": title, "symbol": symbol, "heads": heads, "rows": rows})
     return out
 
 
 def _drawings(run: FinishedRun, markup: Any) -> list[dict[str, Any]]:
     points = {layer: {name: (entry.value, entry.interval) for name, entry in scores.items()} for layer, scores in run.scores.items()}
-    return [
-        {"title": title, "series": series, "svg": markup(pictures.plot(points, series, prefix))}  # escaped by matplotlib
-        for prefix, title, series in _PLOTS
-    ]
+    drawn = []
+    for prefix, title, every, from_zero in _PLOTS:
+        series = [one for one in every if one.score in run.score_names]
+        if series:
+            svg = markup(pictures.plot(points, series, prefix, from_zero=from_zero))  # escaped by matplotlib
+            zero = pictures.limits(points, series, from_zero)[0] <= 0
+            drawn.append({"title": title, "series": series, "svg": svg, "zero": zero})
+    return drawn
 
 
 def _gradient() -> str:

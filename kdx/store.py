@@ -2,11 +2,12 @@
 
     manifest.json    everything needed to repeat the run, and whether it is complete
     samples.parquet  a row an image
-    maps.zarr        LAYER/{distilled,residual,missed,new} [rows, h, w], one chunk a batch
+    maps.zarr        LAYER/{distilled,residual,missed,new} [rows, h, w], one chunk a batch (the last two with a teacher only)
     scores.json      scores and differences a layer; scores.csv the same as a table
     overlays/        the gallery's pictures
     networks/        the networks as the runtime executes them
     progress/        a file a finished batch, while the run is under way
+    .lock            held by the process that writes, and empty
 
 A batch's maps are written first and its progress file last, by a rename: what has a progress file is whole.
 """
@@ -14,19 +15,24 @@ A batch's maps are written first and its progress file last, by a rename: what h
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdx.errors import KdxError
+
+log = logging.getLogger("kdx")
 
 FORMAT = 1
 
@@ -40,18 +46,32 @@ class Batch:
 
 
 class Store:
-    """The folder of one run. `begin` creates it or takes it up again."""
+    """The folder of one run, for one process at a time. `begin` creates it or takes it up again; `close` lets others in.
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    A context manager. The lock goes with the process, however that ends.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], lock: IO[bytes]) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._lock = lock
 
     @classmethod
     def begin(cls, folder: Path, configuration: Mapping[str, Any], rest: Mapping[str, Any]) -> Store:
-        """A new run, or the one that stands in ``folder`` if its configuration is this one; KdxError where it is another's."""
+        """A new run, or the one that stands in ``folder`` if its configuration is this one.
+
+        Raises KdxError where the folder is another run's, holds something else, or is being written by another process.
+        """
         configuration = json.loads(json.dumps(configuration))
         path = folder / "manifest.json"
-        if path.exists():
+        if not path.exists() and folder.exists() and (not folder.is_dir() or any(not _ours(entry.name) for entry in folder.iterdir())):
+            raise KdxError(f"{folder} is not empty and not a run.", "Choose a new folder for --out.")
+        lock = _locked(folder)
+        try:
+            if not path.exists():
+                store = cls(folder, {**rest, "format": FORMAT, "status": "running", "configuration": configuration}, lock)
+                store.write_json("manifest.json", store.manifest)
+                return store
             manifest = read_json(path)
             known = manifest.get("configuration", {})
             different = sorted(key for key in {*known, *configuration} if known.get(key) != configuration.get(key))
@@ -60,16 +80,33 @@ class Store:
                     f"{folder} holds another run (it differs in {', '.join(different) or 'format'}).",
                     "Choose another --out, or delete that folder.",
                 )
-            return cls(folder, manifest)
-        if folder.exists() and (not folder.is_dir() or any(not _ours(entry.name) for entry in folder.iterdir())):
-            raise KdxError(f"{folder} is not empty and not a run.", "Choose a new folder for --out.")
-        store = cls(folder, {**rest, "format": FORMAT, "status": "running", "configuration": configuration})
-        store.write_json("manifest.json", store.manifest)
-        return store
+            return cls(folder, manifest, lock)
+        except BaseException:
+            lock.close()
+            raise
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        self.close()
 
     @property
     def complete(self) -> bool:
         return bool(self.manifest["status"] == "complete")
+
+    def restart(self) -> None:
+        """Back to the beginning, as for a run whose results were lost: nothing is done, and nothing stands in the way."""
+        self.manifest["status"] = "running"
+        self.write_json("manifest.json", self.manifest)
+        for path in (self.folder / "progress", self.folder / "maps.zarr"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def has(self, batch: int) -> bool:
         return self._progress(batch).exists()
@@ -139,7 +176,26 @@ class Store:
 
 def _ours(name: str) -> bool:
     """Whether a file may stand in a folder that is to become a run's: left by a run that was killed as it began, or no one's."""
-    return name in (".DS_Store", "networks") or name.startswith(".manifest.json.")
+    return name in (".DS_Store", ".lock", "networks") or name.startswith(".manifest.json.")
+
+
+def _locked(folder: Path) -> IO[bytes]:
+    """The folder's lock file, open and locked until it is closed; KdxError where another process has it locked."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("wb")
+    except OSError as error:
+        raise KdxError(f"{folder} cannot be written: {error.strerror}.", "Make the folder writable, or choose another --out.") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise KdxError(
+            f"Another process is writing the run in {folder}.", "Wait until it ends, or stop it; or choose another --out."
+        ) from None
+    except OSError as error:  # some network file systems have no locks, and a run alone in its folder needs none
+        log.warning("%s cannot be locked (%s): write to it from one process at a time.", folder, error.strerror)
+    return lock
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""What passed from teacher to student at one layer: four maps and nine scores, from one Gram product a network.
+"""What passed from teacher to student at one layer: maps and scores, from one Gram product a network.
 
-Geometry of a batch is measured once (`measure`); scores over any number of batches are ratios of summed inner products
-(`Pool`).
+Geometry of a batch is measured once (`measure`, or `measure_distances` where distances are at hand); scores over any number
+of batches are ratios of summed inner products (`Pool`). A computation has a student and a base, and a teacher or none:
+without one, the maps, scores and contrasts are those of the tables below that do not name it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,41 +21,67 @@ from kdx.scores import Score, Statistic
 from kdx.unicam import Maps, Weighting, checked, feature_distances_among, target_distances_among, weighted
 
 ROLES = ("teacher", "student", "base")
-_TEACHER, _STUDENT, _BASE, _TARGET = range(4)
-_LETTERS = "TSB"
+"""In the order of every stack of matrices, which the target ends."""
 
-MAPS: dict[str, tuple[int, int]] = {
-    "distilled": (_STUDENT, _BASE),
-    "residual": (_BASE, _STUDENT),
-    "missed": (_TEACHER, _STUDENT),
-    "new": (_STUDENT, _TEACHER),
+TARGET = "target"
+_LETTERS = {role: role[0].upper() for role in ROLES}
+
+MAPS: dict[str, tuple[str, str]] = {
+    "distilled": ("student", "base"),
+    "residual": ("base", "student"),
+    "missed": ("teacher", "student"),
+    "new": ("student", "teacher"),
 }
 """Each map's explained and given network."""
 
 
 @dataclass(frozen=True)
-class _Definition:
+class Definition:
+    """A score: its statistic, of which matrices (roles, or TARGET), and whose images are permuted for the p-value."""
+
     statistic: Statistic
-    matrices: tuple[int, ...]
-    moved: int
-    """The matrix whose images are permuted for the p-value: the target's, or the teacher's where there is no target."""
+    matrices: tuple[str, ...]
+    moved: str
+    """The target's, or the teacher's where there is no target."""
 
 
-MOVED = (_TEACHER, _TARGET)
-"""The matrices that permutations move."""
-
-SCORES: dict[str, _Definition] = {
-    "FSS(S,T)": _Definition(scores.correlation, (_STUDENT, _TEACHER), _TEACHER),
-    "FSS(B,T)": _Definition(scores.correlation, (_BASE, _TEACHER), _TEACHER),
-    **{f"RS({_LETTERS[x]})": _Definition(scores.correlation, (x, _TARGET), _TARGET) for x in (_TEACHER, _STUDENT, _BASE)},
-    **{
-        f"RS({_LETTERS[x]}|{_LETTERS[y]})": _Definition(scores.semipartial, (x, _TARGET, y), _TARGET)
-        for x, y in ((_STUDENT, _BASE), (_BASE, _STUDENT), (_TEACHER, _STUDENT), (_STUDENT, _TEACHER))
-    },
+SCORES: dict[str, Definition] = {
+    "FSS(S,T)": Definition(scores.correlation, ("student", "teacher"), "teacher"),
+    "FSS(B,T)": Definition(scores.correlation, ("base", "teacher"), "teacher"),
+    **{f"RS({_LETTERS[x]})": Definition(scores.correlation, (x, TARGET), TARGET) for x in ROLES},
+    **{f"RS({_LETTERS[x]}|{_LETTERS[y]})": Definition(scores.semipartial, (x, TARGET, y), TARGET) for x, y in MAPS.values()},
 }
+"""The score RS(X|Y) of every map of X given Y among them."""
 
 CONTRASTS: tuple[tuple[str, str], ...] = (("FSS(S,T)", "FSS(B,T)"), ("RS(S|B)", "RS(B|S)"))
 """Differences that say whether distillation shows: is the student nearer to the teacher, and is what only it has more relevant?"""
+
+
+def roles_among(present: Collection[str]) -> tuple[str, ...]:
+    """The roles present, in the order of ROLES; ValueError where the student or the base is not, or there is no such role."""
+    if not {"student", "base"} <= set(present) <= set(ROLES):
+        raise ValueError(f"a student, a base and perhaps a teacher are compared, not {', '.join(present) or 'nothing'}")
+    return tuple(role for role in ROLES if role in present)
+
+
+def maps_among(roles: Collection[str]) -> dict[str, tuple[str, str]]:
+    """Those of MAPS that these roles make."""
+    return {name: pair for name, pair in MAPS.items() if set(pair) <= set(roles)}
+
+
+def scores_among(roles: Collection[str]) -> dict[str, Definition]:
+    """Those of SCORES that these roles have."""
+    return {name: definition for name, definition in SCORES.items() if set(definition.matrices) <= {*roles, TARGET}}
+
+
+def contrasts_among(roles: Collection[str]) -> tuple[tuple[str, str], ...]:
+    """Those of CONTRASTS whose scores these roles have."""
+    return tuple(pair for pair in CONTRASTS if set(pair) <= scores_among(roles).keys())
+
+
+def moved_among(roles: Collection[str]) -> tuple[str, ...]:
+    """The matrices that the permutations of these roles' scores move."""
+    return tuple(dict.fromkeys(definition.moved for definition in scores_among(roles).values()))
 
 
 @dataclass(frozen=True)
@@ -75,7 +102,7 @@ class Target:
 
 @dataclass(frozen=True)
 class References:
-    """Reference mode at one layer: the features of the reference images a role, and every distance among them."""
+    """Reference mode at one layer: the features of the reference images a role, and every distance among them [r, m, m]."""
 
     features: Mapping[str, Tensor]
     distances: Tensor
@@ -89,16 +116,16 @@ class References:
 
 @dataclass(frozen=True)
 class Measured:
-    """One batch at one layer.
+    """One batch at one layer, of r roles.
 
-    maps: a `Maps` a name of MAPS. products: inner products [4, 4] of teacher, student, base and target.
-    moved: for the permutations of the teacher's and of the target's images, products [p, 4] with all four.
-    left_out: products [n, 4, 4] without each image in turn (None below five images).
+    maps: a `Maps` a name of MAPS. products: inner products [r + 1, r + 1] of the roles' matrices and, last, the target's.
+    moved: a name of `moved_among` -> its inner products [p, r + 1] with all of them, as p permutations move its images.
+    left_out: products [n, r + 1, r + 1] without each image in turn (None below five images).
     """
 
     maps: dict[str, Maps]
     products: Tensor
-    moved: dict[int, Tensor]
+    moved: dict[str, Tensor]
     left_out: Tensor | None
 
 
@@ -112,79 +139,112 @@ def measure(
     references: References | None = None,
     labels: Tensor | None = None,
 ) -> Measured:
-    """Everything kdx says of one layer of one batch, from features [n, C, H, W] of the three roles.
+    """Everything kdx says of one layer of one batch, from each role's features [n, C, H, W].
 
     permutations [p, n]. references: maps in reference mode, where ``labels`` [n] place the batch among the references.
     """
+    roles = roles_among(features)
     d = _distances(features)
-    matrices = torch.cat([geometry.u_centered(d), target.centred[None]])
-    products = geometry.products(matrices)
-    with_target = torch.cat([d, target.distances[None]])
-    moved = {
-        _TEACHER: geometry.permuted_products(matrices, matrices[_TEACHER], permutations),
-        _TARGET: scores.permutation_products(matrices, target.distances, target.centred, target.rows, permutations),
-    }
-    explained, given = (list(side) for side in zip(*MAPS.values(), strict=True))
+    centred = geometry.u_centered(d)
+    products, moved, left_out = _products(roles, d, centred, target, permutations)
     if references is None:
-        centred, goal = matrices[:3], target.centred
+        goal = target.centred
     else:
         assert labels is not None
         known = references.features
         d = torch.stack(
             [
                 feature_distances_among(known[role], features[role], references.distances[i], f"{role}'s features")
-                for i, role in enumerate(ROLES)
+                for i, role in enumerate(roles)
             ]
         )
         centred, goal = (
             geometry.u_centered(d),
             geometry.u_centered(target_distances_among(references.labels, labels, references.target.distances)),
         )
+    named = maps_among(roles)
+    explained, given = ([roles.index(role) for role in side] for side in zip(*named.values(), strict=True))
     lap = geometry.laplacian(d[explained], centred[explained], centred[given], goal, objective)
-    checked(lap, *(features[role].flatten(1) for role in ROLES))
+    checked(lap, *(features[role].flatten(1) for role in roles))
     maps = {}
-    for index, name in enumerate(MAPS):
-        role = ROLES[explained[index]]
+    for index, (name, (role, _)) in enumerate(named.items()):
         behind = None if references is None else references.features[role]
         weights, cams = weighted(features[role], lap.lap[index], weighting, references=behind)
         maps[name] = Maps(cams, weights, float(lap.score[index].mean()))
-    left_out = geometry.leave_one_out(with_target) if len(target.rows) > arrays.MIN_IMAGES else None
     return Measured(maps, products, moved, left_out)
 
 
+def measure_distances(
+    distances: Mapping[str, Tensor], target: Target, permutations: Tensor
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    """(products, moved, left_out) of `Measured`, from each role's distances [n, n]: what scores need of a batch, without features.
+
+    Raises KdxError for distances that are not finite, and for ones that are all equal.
+    """
+    roles = roles_among(distances)
+    for role in roles:
+        arrays.check_same(len(distances[role]), len(target.rows), f"the {role}'s distances", "the target")
+    d = torch.stack([arrays.measured(distances[role].to(target.distances), distances[role], f"{role}'s features") for role in roles])
+    return _products(roles, d, geometry.u_centered(d), target, permutations)
+
+
+def _products(
+    roles: Sequence[str], d: Tensor, centred: Tensor, target: Target, permutations: Tensor
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    """`measure_distances` of distances d and their U-centred matrices, both [r, n, n] in the order of ``roles``."""
+    matrices = torch.cat([centred, target.centred[None]])
+    moved = {
+        name: scores.permutation_products(matrices, target.distances, target.centred, target.rows, permutations)
+        if name == TARGET
+        else geometry.permuted_products(matrices, centred[roles.index(name)], permutations)
+        for name in moved_among(roles)
+    }
+    left_out = geometry.leave_one_out(torch.cat([d, target.distances[None]])) if len(target.rows) > arrays.MIN_IMAGES else None
+    return geometry.products(matrices), moved, left_out
+
+
 def _distances(features: Mapping[str, Tensor]) -> Tensor:
-    """[3, n, n] in the order of ROLES."""
-    rows = {role: features[role].flatten(1) for role in ROLES}
-    return torch.stack([arrays.measured(geometry.distances(rows[role]), rows[role], f"{role}'s features") for role in ROLES])
+    """[r, n, n] in the order of ROLES."""
+    rows = {role: features[role].flatten(1) for role in roles_among(features)}
+    return torch.stack([arrays.measured(geometry.distances(x), x, f"{role}'s features") for role, x in rows.items()])
 
 
 @dataclass(frozen=True)
 class LayerScores:
-    """The nine scores of a layer by name (SCORES), and the differences of CONTRASTS as (value, interval)."""
+    """The scores of a layer by name (SCORES), and the differences of CONTRASTS as (value, interval)."""
 
     scores: dict[str, Score]
     contrasts: dict[str, tuple[float, tuple[float, float]]]
 
 
 def pool(
-    products: Tensor, moved: Mapping[int, Tensor], left_out: Tensor | None, *, n: int, batches: int = 1, confidence: float = 0.95
+    products: Tensor,
+    moved: Mapping[str, Tensor],
+    left_out: Tensor | None,
+    *,
+    n: int,
+    batches: int = 1,
+    confidence: float = 0.95,
+    roles: Collection[str] = ROLES,
 ) -> LayerScores:
-    """Scores from inner products [4, 4] summed over batches, the same under permutations (moved) and without each unit (left_out).
+    """Scores from inner products summed over batches, the same under permutations (moved) and without each unit (left_out).
 
-    The units of the jackknife are whatever left_out leaves out: batches where there are several, else images.
+    All as in `Measured`, of ``roles``. The units of the jackknife are whatever left_out leaves out: batches where there are
+    several, else images.
     """
+    place = {name: index for index, name in enumerate((*roles_among(roles), TARGET))}
     found, replicates = {}, {}
-    for name, definition in SCORES.items():
+    for name, definition in scores_among(roles).items():
+        index = torch.tensor([place[matrix] for matrix in definition.matrices])
 
-        def value(tensor: Tensor, definition: _Definition = definition) -> NDArray[np.float64]:
-            index = torch.tensor(definition.matrices)
+        def value(tensor: Tensor, definition: Definition = definition, index: Tensor = index) -> NDArray[np.float64]:
             return definition.statistic(tensor[..., index[:, None], index]).numpy(force=True)
 
         replicates[name] = value(left_out) if left_out is not None else np.empty(0)
-        permuted = value(scores.permuted(products, definition.moved, moved[definition.moved]))
+        permuted = value(scores.permuted(products, place[definition.moved], moved[definition.moved]))
         found[name] = scores.summary(value(products), replicates[name], permuted, n=n, batches=batches, confidence=confidence)
     contrasts = {}
-    for more, less in CONTRASTS:
+    for more, less in contrasts_among(roles):
         difference = found[more].value - found[less].value
         interval = scores.jackknife_interval(difference, replicates[more] - replicates[less], confidence, fisher=False)
         contrasts[f"{more} - {less}"] = (difference, interval)
@@ -194,15 +254,16 @@ def pool(
 class Pool:
     """Scores over batches, one batch added at a time: inner products are summed, and one ratio is taken at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, roles: Collection[str] = ROLES) -> None:
+        self._roles = roles
         self._products: list[Tensor] = []
-        self._moved: dict[int, Tensor] = {}
+        self._moved: dict[str, Tensor] = {}
         self._left_out: Tensor | None = None
 
-    def add(self, products: Tensor, moved: Mapping[int, Tensor], left_out: Tensor | None) -> None:
-        """A batch's inner products [4, 4], the same under permutations and without each image, as in `Measured`."""
+    def add(self, products: Tensor, moved: Mapping[str, Tensor], left_out: Tensor | None) -> None:
+        """A batch's inner products, the same under permutations and without each image, as in `Measured`."""
         self._products.append(products)
-        self._moved = {index: rows + self._moved[index] if index in self._moved else rows for index, rows in moved.items()}
+        self._moved = {name: rows + self._moved[name] if name in self._moved else rows for name, rows in moved.items()}
         self._left_out = left_out
 
     def scores(self, *, n: int, confidence: float = 0.95) -> LayerScores:
@@ -210,4 +271,4 @@ class Pool:
         each = torch.stack(self._products)
         total = each.sum(0)
         left_out = self._left_out if len(each) == 1 else total - each
-        return pool(total, self._moved, left_out, n=n, batches=len(each), confidence=confidence)
+        return pool(total, self._moved, left_out, n=n, batches=len(each), confidence=confidence, roles=self._roles)

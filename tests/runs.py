@@ -26,8 +26,11 @@ def make_run(
     gallery: int = 16,
     size: tuple[int, int] = (32, 32),
     seed: int = 0,
+    teacher: bool = True,
 ) -> Path:
     """Write a run of ``images`` images of ``size`` (width, height), the first ``gallery`` of them pictured; give its folder back."""
+    roles = ("teacher", "base", "student") if teacher else ("base", "student")
+    kinds = KINDS if teacher else KINDS[:2]
     layers = {"layer1": "layer1", "layer3": "layer3"} if layers is None else dict(layers)
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,6 +39,7 @@ def make_run(
     predictions = {
         role: np.where(rng.random(images) < right, labels, (labels + 1) % len(classes))
         for role, right in (("teacher", 0.95), ("base", 0.7), ("student", 0.85))
+        if role in roles
     }
     columns: dict[str, Any] = {
         "row": np.arange(images),
@@ -51,7 +55,7 @@ def make_run(
     group = zarr.open_group(folder / "maps.zarr", mode="w")
     for depth, layer in enumerate(layers):
         side = max(4, 16 >> depth)
-        for kind in KINDS:
+        for kind in kinds:
             maps = _blobs(rng, images, side)
             if kind == "new" and depth == 0:
                 maps[0] = 0
@@ -63,6 +67,7 @@ def make_run(
     models = {
         role: {"reference": f"timm:{name}@weights/{role}.safetensors", "sha256": f"{seed:064x}", "parameters": parameters}
         for role, name, parameters in (("teacher", "resnet34", 1_278_410), ("base", "resnet10t", 78_042), ("student", "resnet10t", 78_042))
+        if role in roles
     }
     manifest = {
         "kdx": "0.1.0",
@@ -101,7 +106,7 @@ def make_run(
         share = correct / images
         half = 1.96 * (share * (1 - share) / images) ** 0.5
         accuracy[role] = {"value": share, "interval": [max(0, share - half), min(1, share + half)], "correct": correct, "n": images}
-    held = {"accuracy": accuracy, "layers": {layer: _scores(depth, len(layers), images) for depth, layer in enumerate(layers)}}
+    held = {"accuracy": accuracy, "layers": {layer: _scores(depth, len(layers), images, teacher) for depth, layer in enumerate(layers)}}
     (folder / "scores.json").write_text(json.dumps(held))
     return folder
 
@@ -123,7 +128,7 @@ def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(held))
 
 
-def _scores(depth: int, layers: int, n: int) -> dict[str, Any]:
+def _scores(depth: int, layers: int, n: int, teacher: bool) -> dict[str, Any]:
     """The student nearer to the teacher the deeper the layer; at the first layer nothing is settled."""
     gain = 0.09 * depth / max(1, layers - 1)
     values = (0.78 + gain, 0.77, 0.62 + 0.1 * depth, 0.55 + 0.1 * depth, 0.5 + 0.09 * depth, 0.02 + 2 * gain, 0.03, 0.08 + gain, 0.05)
@@ -133,6 +138,8 @@ def _scores(depth: int, layers: int, n: int) -> dict[str, Any]:
         "FSS(S,T) - FSS(B,T)": entry(0.01 + gain, 0.03, None, n),
         "RS(S|B) - RS(B|S)": entry(2 * gain - 0.01, 0.05, None, n),
     }
+    if not teacher:
+        scores, contrasts = ({name: one for name, one in held.items() if "T" not in name} for held in (scores, contrasts))
     return {"scores": scores, "contrasts": contrasts}
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import kdx
-from kdx import explain, models_file, scores, store
+from kdx import explain, models_file, report, scores, store
 from kdx.data import load_images, open_data, random_batches
 from kdx.explain import Options
 from kdx.export.graphs import Preprocessing
@@ -262,21 +262,38 @@ def test_in_reference_mode_a_map_does_not_depend_on_its_batch(folder: Path, tmp_
     assert np.abs(maps[9] - maps[16]).max() < 1e-3 * maps[9].max()
 
 
-def test_a_corrupt_image_is_skipped_and_named_up_to_the_limit(folder: Path, tmp_path: Path) -> None:
+def test_a_corrupt_image_is_skipped_and_named(folder: Path, tmp_path: Path) -> None:
+    pictures = torn(folder, tmp_path, 1)
+    with pytest.raises(kdx.KdxError, match=r"1 of 30 images cannot be read.*torn0\.png"):
+        run(folder, tmp_path / "run", replace(OPTIONS, max_unreadable=0), data=str(pictures))
+    # What the error advises takes up the very run that stopped.
+    run(folder, tmp_path / "run", data=str(pictures))
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["images"]["explained"] == 29
+    assert [entry["id"] for entry in manifest["images"]["unreadable"]] == ["dog/torn0.png"]
+    assert "torn0.png" in (tmp_path / "run" / "report.html").read_text()
+    ids = pq.read_table(tmp_path / "run" / "samples.parquet").to_pydict()["id"]
+    assert len(ids) == 29 and "dog/torn0.png" not in ids
+
+
+@pytest.mark.parametrize(("count", "limit", "passes"), [(1, 0.01, True), (2, 0.01, False), (2, 0.05, False), (2, 0.07, True)])
+def test_a_share_of_corrupt_images_passes_and_one_always(folder: Path, tmp_path: Path, count: int, limit: float, passes: bool) -> None:
+    """Of 29 images and the corrupt ones, 7 % are two and 5 % are one."""
+    pictures, options = torn(folder, tmp_path, count), replace(OPTIONS, max_unreadable=limit)
+    if passes:
+        run(folder, tmp_path / "run", options, data=str(pictures))
+    else:
+        with pytest.raises(kdx.KdxError, match=f"{count} of {29 + count} images cannot be read"):
+            run(folder, tmp_path / "run", options, data=str(pictures))
+
+
+def torn(folder: Path, tmp_path: Path, count: int) -> Path:
+    """A copy of the pictures with corrupt ones beside them."""
     pictures = tmp_path / "pictures"
     shutil.copytree(folder / "pictures", pictures)
-    (pictures / "dog" / "torn.png").write_bytes((pictures / "dog" / "1.png").read_bytes()[:60])
-    with pytest.raises(kdx.KdxError, match=r"1 of 30 images cannot be read.*torn\.png"):
-        run(folder, tmp_path / "strict", data=str(pictures))
-    # What the error advises takes up the very run that stopped.
-    run(folder, tmp_path / "strict", replace(OPTIONS, max_unreadable=0.1), data=str(pictures))
-    (tmp_path / "strict").rename(tmp_path / "lenient")
-    manifest = json.loads((tmp_path / "lenient" / "manifest.json").read_text())
-    assert manifest["images"]["explained"] == 29
-    assert [entry["id"] for entry in manifest["images"]["unreadable"]] == ["dog/torn.png"]
-    assert "torn.png" in (tmp_path / "lenient" / "report.html").read_text()
-    ids = pq.read_table(tmp_path / "lenient" / "samples.parquet").to_pydict()["id"]
-    assert len(ids) == 29 and "dog/torn.png" not in ids
+    for number in range(count):
+        (pictures / "dog" / f"torn{number}.png").write_bytes((pictures / "dog" / "1.png").read_bytes()[:60])
+    return pictures
 
 
 def test_one_batch_alone_has_an_interval_from_its_images(folder: Path, tmp_path: Path) -> None:
@@ -284,6 +301,187 @@ def test_one_batch_alone_has_an_interval_from_its_images(folder: Path, tmp_path:
     content = json.loads((tmp_path / "run" / "scores.json").read_text())
     low, high = content["layers"]["layer3"]["scores"]["FSS(S,T)"]["interval"]
     assert -1 < low < high < 1
+
+
+# ---- without a teacher ----
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> Path:
+    """The models file without its teacher."""
+    lines = (folder / "models.toml").read_text().splitlines(keepends=True)
+    (folder / "pair.toml").write_text("".join(line for line in lines if not line.startswith("teacher")))
+    return folder / "pair.toml"
+
+
+def test_without_a_teacher_the_rest_stays_as_it_is(folder: Path, pair: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    explain.run(str(folder / "pictures"), pair, out, (), OPTIONS, announce=lambda line: None)
+    found, whole = (json.loads((path / "scores.json").read_text()) for path in (out, finished))
+    assert found["accuracy"] == {role: whole["accuracy"][role] for role in ("student", "base")}
+    for layer, entry in found["layers"].items():
+        assert list(entry["scores"]) == ["RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)"] and list(entry["contrasts"]) == ["RS(S|B) - RS(B|S)"]
+        for kind in ("scores", "contrasts"):
+            for name, score in entry[kind].items():
+                expected = whole["layers"][layer][kind][name]
+                assert score["value"] == pytest.approx(expected["value"], abs=1e-9)
+                assert score["interval"] == pytest.approx(expected["interval"], abs=1e-7) and score["p_value"] == expected["p_value"]
+    samples, known = (pq.read_table(path / "samples.parquet").to_pydict() for path in (out, finished))
+    assert samples == {name: values for name, values in known.items() if "teacher" not in name}
+    group, maps = (zarr.open_group(path / "maps.zarr", mode="r") for path in (out, finished))
+    for layer in ("layer2", "layer3"):
+        assert sorted(group[layer]) == ["distilled", "residual"]  # type: ignore[arg-type]
+        for name in ("distilled", "residual"):
+            assert np.allclose(np.asarray(group[f"{layer}/{name}"]), np.asarray(maps[f"{layer}/{name}"]), rtol=1e-4, atol=1e-7)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert set(manifest["configuration"]["models"]) == {"student", "base"}
+    with (out / "scores.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2 * (4 + 1)
+    assert {path.stem.split("_")[-1] for path in (out / "overlays").glob("*_*.png")} == {"distilled", "residual"}
+    page = (out / "report.html").read_text()
+    assert "What sets the student apart from the base" in page and "its teacher" not in page
+
+
+def test_a_stopped_run_without_a_teacher_resumes(folder: Path, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: Any = (str(folder / "pictures"), pair, tmp_path / "run", (), replace(OPTIONS, reference_images=10))
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Store, "write_batch", _stopping(store.Store.write_batch, "after a batch"))
+        with pytest.raises(KeyboardInterrupt):
+            explain.run(*arguments, announce=lambda line: None)
+    explain.run(*arguments, announce=lambda line: None)
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "complete"
+
+
+def test_a_teachers_layer_without_a_teacher_is_refused(folder: Path, pair: Path, tmp_path: Path) -> None:
+    with pytest.raises(kdx.KdxError, match="layer2=layer3 pairs a layer with one of the teacher's"):
+        explain.run(str(folder / "pictures"), pair, tmp_path / "run", ("layer2=layer3",), OPTIONS)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- what is asked for ----
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("layer1=",), "'layer1=' is not a layer"),
+        (("=layer1",), "'=layer1' is not a layer"),
+        (("",), "'' is not a layer"),
+        (("a=b", "c", "a=c"), "'a' is named twice"),
+        (("a", "a"), "'a' is named twice"),
+    ],
+)
+def test_layers_that_are_none_are_refused(names: tuple[str, ...], said: str) -> None:
+    with pytest.raises(kdx.KdxError, match=said):
+        explain.parse_layers(names)
+
+
+def test_layers_are_paired() -> None:
+    assert explain.parse_layers(("a", "b=c", "d=a=b")) == {"a": "a", "b": "c", "d": "a=b"}
+
+
+def test_who_names_no_layer_is_told_which_there_are(folder: Path, tmp_path: Path) -> None:
+    text = (folder / "models.toml").read_text()
+    (folder / "bare.toml").write_text("".join(line for line in text.splitlines(keepends=True) if not line.startswith("layers")))
+    with pytest.raises(kdx.KdxError, match=r"No layer was named") as caught:
+        explain.run(str(folder / "pictures"), folder / "bare.toml", tmp_path / "run", (), OPTIONS)
+    assert "layer2, layer3" in caught.value.mend and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("spelling", ["pictures", "./pictures", "pictures/", "other/../pictures", "{absolute}"])
+def test_a_models_file_knows_its_data_however_it_is_spelt(folder: Path, monkeypatch: pytest.MonkeyPatch, spelling: str) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "other").mkdir(exist_ok=True)
+    data = spelling.format(absolute=folder / "pictures")
+    for recorded in ("pictures/", str(folder / "pictures")):
+        named = replace(models_file.read_models(folder / "models.toml"), data=recorded)
+        assert explain._part(open_data(data), named, OPTIONS)[0] == "test"
+    assert explain._part(open_data(data), replace(named, data="other"), OPTIONS)[0] == "all"
+
+
+def test_random_weights_are_announced(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: list[str]) -> None:
+    load = models_file.ModelsFile.load
+
+    def untrained(self: models_file.ModelsFile, role: str) -> Any:
+        network = load(self, role)
+        object.__setattr__(network, "trained", role != "base")
+        return network
+
+    monkeypatch.setattr(models_file.ModelsFile, "load", untrained)
+    explain.run(str(folder / "pictures"), folder / "models.toml", tmp_path / "run", (), OPTIONS, announce=quiet.append)
+    assert [line.partition(":")[0] for line in quiet if "random" in line] == ["The base has random weights"]
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["random_weights"] == ["base"]
+
+
+# ---- what is lost, and who else is there ----
+
+
+def test_the_references_are_recorded_though_the_run_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = replace(OPTIONS, reference_images=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Store, "write_scores", _raise)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, tmp_path / "run", options)
+    run(folder, tmp_path / "run", options)
+    run(folder, tmp_path / "whole", options)
+    known = [json.loads((tmp_path / name / "manifest.json").read_text())["reference_ids"] for name in ("run", "whole")]
+    assert known[0] == known[1] and len(set(known[0])) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("scores.json", "gone"),
+        ("scores.json", "torn"),
+        ("samples.parquet", "torn"),
+        ("maps.zarr", "torn"),
+        ("maps.zarr/layer3/missed", "gone"),
+    ],
+)
+def test_what_a_finished_run_lost_is_computed_again(
+    folder: Path, finished: Path, tmp_path: Path, quiet: list[str], name: str, how: str
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    if (out / name).is_dir():
+        shutil.rmtree(out / name)
+    else:
+        (out / name).unlink()
+    if how == "torn":
+        (out / name).write_bytes(b"{")
+    with pytest.raises(kdx.KdxError) as caught:
+        report.write(out)
+    assert "Run the same kdx explain command again" in caught.value.mend
+    explain.run(str(folder / "pictures"), folder / "models.toml", out, (), OPTIONS, announce=quiet.append)
+    assert any("computed again" in line for line in quiet)
+    assert same(results(out), results(finished))
+
+
+def test_a_run_has_one_writer_and_a_dead_one_is_none(folder: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    code = f"""if True:
+        import pathlib, time, kdx.store
+        held = kdx.store._locked(pathlib.Path({str(out)!r}))
+        print("held", flush=True)
+        time.sleep(600)"""
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    with pytest.raises(kdx.KdxError, match="Another process is writing the run"):
+        run(folder, out)
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    other.stdout.close()
+    for _ in range(2):  # the first one lets go of it
+        run(folder, out)
+
+
+def test_a_refused_folder_is_left_as_it_was(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("")
+    with pytest.raises(kdx.KdxError, match="not empty and not a run"):
+        run(folder, tmp_path / "thesis")
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
 
 
 @pytest.fixture

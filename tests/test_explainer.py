@@ -68,6 +68,11 @@ def networks() -> dict[str, nn.Module]:
     return {"student": Small(1).eval(), "base": Small(2).eval(), "teacher": Small(3, teacher=True).eval()}
 
 
+def named() -> dict[str, Network]:
+    """The networks under names, so that an explainer knows them again."""
+    return {role: Network("Small", network, Preprocessing()) for role, network in networks().items()}
+
+
 def explainer(**changes: Any) -> Explainer:
     settings: dict[str, Any] = {**networks(), "layers": LAYERS, "runtime": "eager", "permutations": 19}
     return Explainer(**settings | changes)
@@ -81,13 +86,13 @@ def labels(n: int = N) -> Tensor:
     return torch.arange(n) % 3
 
 
-def features() -> dict[str, dict[str, Tensor]]:
-    """Each role's features by the student's layer, in PyTorch."""
+def features(pixels: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
+    """Each role's features of pixels (of images() by default) by the student's layer, in PyTorch."""
     found = {}
     for role, network in networks().items():
         names = LAYERS.values() if role == "teacher" else LAYERS
         with torch.no_grad():
-            _, *maps = FeatureGraph(network, list(names))(images())
+            _, *maps = FeatureGraph(network, list(names))(images() if pixels is None else pixels)
         found[role] = dict(zip(LAYERS, maps, strict=True))
     return found
 
@@ -130,7 +135,7 @@ def explained(eager: Explainer) -> Explanation:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three files that an explainer exported."""
     path = tmp_path_factory.mktemp("networks")
-    with explainer(runtime="onnx", folder=path) as opened:
+    with explainer(runtime="onnx", folder=path, **named()) as opened:
         opened.open(SIZE)
     return path
 
@@ -156,6 +161,7 @@ def test_other_objectives_and_weightings_are_unicams_too(settings: dict[str, Any
     with explainer(**settings) as opened:
         found = opened(images(), labels()).layers["conv2"]
     expected = kdx.unicam(known["teacher"]["conv2"], known["student"]["conv2"], labels(), **settings)
+    assert found.missed is not None
     close(found.missed.maps, expected.maps, 1e-4)
     close(found.missed.weights, expected.weights, 1e-4)
 
@@ -192,6 +198,47 @@ def test_an_embedding_of_the_labels_is_the_labels(eager: Explainer, explained: E
     assert_same(eager(images(), nn.functional.one_hot(labels()).double()), explained, 1e-6)
 
 
+# ---- without a teacher ----
+
+
+def assert_without_teacher(found: Explanation, expected: Explanation, tolerance: float) -> None:
+    """``found`` is the part of ``expected`` that no teacher is needed for."""
+    assert set(found.logits) == {"student", "base"}
+    for layer, result in found.layers.items():
+        assert result.missed is None and result.new is None
+        assert list(result.scores) == ["RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)"] and list(result.contrasts) == ["RS(S|B) - RS(B|S)"]
+        for name, score in result.scores.items():
+            whole = expected.layers[layer].scores[name]
+            assert score.value == pytest.approx(whole.value, abs=tolerance) and score.p_value == whole.p_value
+            assert score.interval == pytest.approx(whole.interval, abs=10 * tolerance)
+        for name in ("distilled", "residual"):
+            close(getattr(result, name).maps, getattr(expected.layers[layer], name).maps, tolerance)
+        with pytest.raises(KdxError, match="there is none"):
+            _ = result.fss
+        assert result.rs is result.scores["RS(S)"]
+
+
+@pytest.mark.parametrize("runtime", ["eager", "onnx"])
+def test_without_a_teacher_the_rest_stays_as_it_is(explained: Explanation, runtime: str) -> None:
+    with explainer(teacher=None, layers=list(LAYERS), runtime=runtime) as opened:
+        assert_without_teacher(opened(images(), labels()), explained, 1e-4)
+        assert list(opened.networks()) == ["student", "base"]
+
+
+def test_two_files_without_a_teacher(folder: Path, explained: Explanation) -> None:
+    with explainer(**files(folder) | {"teacher": None}, layers=list(LAYERS), runtime="auto") as opened:
+        assert_without_teacher(opened(images(), labels()), explained, 1e-4)
+
+
+def test_references_without_a_teacher() -> None:
+    found = []
+    for settings in ({}, {"teacher": None, "layers": list(LAYERS)}):
+        with explainer(**settings) as opened:
+            opened.use_references(images(10, seed=5), torch.arange(10) % 4)
+            found.append(opened(images(), labels()))
+    assert_without_teacher(found[1], found[0], 1e-6)
+
+
 # ---- properties ----
 
 
@@ -201,7 +248,7 @@ def test_numpy_in_numpy_out(eager: Explainer, explained: Explanation) -> None:
         for name in MAPS:
             assert isinstance(getattr(result, name).maps, np.ndarray) and isinstance(getattr(result, name).weights, np.ndarray)
     assert all(isinstance(logits, np.ndarray) for logits in found.logits.values())
-    assert isinstance(explained.layers["conv1"].new.maps, Tensor) and isinstance(explained.logits["base"], Tensor)
+    assert isinstance(explained.layers["conv1"].distilled.maps, Tensor) and isinstance(explained.logits["base"], Tensor)
     assert_same(found, explained, 1e-6)
 
 
@@ -244,10 +291,7 @@ def test_a_referenced_map_is_the_images_own(explained: Explanation) -> None:
         opened.use_references(references, named)
         found = opened(images(), labels())
         fewer = opened(images()[3:9], labels()[3:9])
-        features = {
-            role: {layer: outputs.features[other if role == "teacher" else layer] for layer, other in LAYERS.items()}
-            for role, outputs in opened.infer(torch.cat([references, images()])).items()
-        }
+    known = features(torch.cat([references, images()]))
     for layer in LAYERS:
         for name, (one, other) in EXPLAINED.items():
             maps, weights = getattr(found.layers[layer], name).maps, getattr(found.layers[layer], name).weights
@@ -255,9 +299,7 @@ def test_a_referenced_map_is_the_images_own(explained: Explanation) -> None:
             scores = []
             for image in range(N):
                 rows = [*range(10), 10 + image]
-                alone = kdx.unicam(
-                    features[one][layer][rows], features[other][layer][rows], torch.cat([named, labels()[image : image + 1]])
-                )
+                alone = kdx.unicam(known[one][layer][rows], known[other][layer][rows], torch.cat([named, labels()[image : image + 1]]))
                 close(maps[image], alone.maps[-1], 1e-3)
                 close(weights[image], alone.weights[-1], 1e-3)
                 scores.append(alone.score)
@@ -292,7 +334,7 @@ def test_references_of_one_class_are_refused() -> None:
 def test_onnx_gives_what_eager_gives(folder: Path, explained: Explanation) -> None:
     modified = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len([name for name in modified if name.endswith(".onnx")]) == 3
-    with explainer(runtime="onnx", folder=folder, chunk=5) as opened:
+    with explainer(runtime="onnx", folder=folder, chunk=5, **named()) as opened:
         found = opened(images(), labels())
         assert opened.choice.runtime == "onnx" and "as asked" in opened.choice.why
     assert_same(found, explained, 1e-4)
@@ -320,6 +362,24 @@ def test_a_layer_that_a_file_does_not_hold_is_named(folder: Path) -> None:
     with pytest.raises(KdxError, match="does not hold the layer 'norm'") as caught:
         explainer(runtime="auto", layers=["norm"], **files(folder))
     assert "conv2" in caught.value.mend
+
+
+class Smooth(Small):
+    """The weights of a `Small` and other code."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = nn.functional.gelu(self.norm(self.get_submodule(self.first)(images)))
+        logits: Tensor = self.fc(nn.functional.gelu(self.conv2(first)).mean((2, 3)))
+        return logits
+
+
+def test_a_module_of_equal_weights_and_other_code_is_another_network(tmp_path: Path) -> None:
+    for student in (Small(1).eval(), Smooth(1).eval()):
+        with (
+            explainer(student=student, runtime="onnx", folder=tmp_path) as opened,
+            explainer(student=student) as other,
+        ):
+            assert_same(opened(images(), labels()), other(images(), labels()), 1e-4)
 
 
 @pytest.mark.parametrize("role", ["student", "base", "teacher"])
@@ -356,7 +416,7 @@ def test_the_temporary_folder_goes_with_the_explainer(folder: Path, tmp_path: Pa
     monkeypatch.setattr("kdx.explainer.onnx_file.holds", lambda *_: True)
     given = files(folder)
     monkeypatch.setattr("kdx.explainer.OrtRunner", lambda path: _in_its_folder(path, given))
-    with explainer(runtime="onnx") as opened:
+    with explainer(runtime="onnx", **named()) as opened:
         assert list(tmp_path.iterdir()) == [], "none is made before it is needed"
         opened.open(SIZE)
         assert len(list(tmp_path.iterdir())) == 1
@@ -374,7 +434,7 @@ def test_a_closed_explainer_does_not_run_and_holds_no_network(used: bool) -> Non
     with explainer() as opened:
         if used:
             opened(images(), labels())
-        held = weakref.ref(opened._networks["base"][0].module)
+        held = weakref.ref(opened._source._networks["base"][0].module)
         assert held() is not None
     gc.collect()
     assert held() is None
@@ -474,8 +534,9 @@ def test_what_has_no_explanation_is_an_error_that_says_so(changes: dict[str, Any
         ({"layers": [""]}, "no layer ''"),
         ({"layers": []}, "No layer was named"),
         ({"layers": {}}, "No layer was named"),
+        ({"layers": {"conv1": "stem", "conv2": "conv2"}, "teacher": None}, "conv1=stem pairs a layer with one of the teacher's"),
         ({"device": "tpu"}, "'tpu' cannot run here"),
-        ({"runtime": "tensorrt"}, "no runtime 'tensorrt'"),
+        ({"runtime": "abacus"}, "no runtime 'abacus'"),
         ({"student": "kdx:resnot"}, "resnot"),
     ],
 )
@@ -483,6 +544,20 @@ def test_what_cannot_run_is_refused_at_once(changes: dict[str, Any], said: str) 
     with pytest.raises(KdxError) as caught:
         explainer(**changes)
     assert said in caught.value.problem and caught.value.mend
+
+
+def test_who_names_no_layer_is_told_which_there_are(folder: Path) -> None:
+    for settings in ({}, files(folder) | {"runtime": "auto"}):
+        with pytest.raises(KdxError, match="No layer was named") as caught:
+            explainer(layers=[], **settings)
+        assert "conv2" in caught.value.mend and "stem" not in caught.value.mend
+
+
+def test_random_weights_are_told(folder: Path) -> None:
+    given = named()
+    object.__setattr__(given["base"], "trained", False)
+    with explainer(**given) as opened:
+        assert {role: about["trained"] for role, about in opened.networks().items()} == {"teacher": True, "student": True, "base": False}
 
 
 @pytest.mark.parametrize("changes", [{"objective": "beauty"}, {"weighting": "grad"}])

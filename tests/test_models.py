@@ -324,6 +324,16 @@ def test_a_models_file_loads_weights_beside_it(tmp_path: Path) -> None:
     assert models_file.load_any(SMALL)[1] == ()
 
 
+def test_a_models_file_may_name_no_teacher(tmp_path: Path) -> None:
+    written = models_file.write_models(tmp_path / "m.toml", base=SMALL, student=SMALL, layers=["layer3"])
+    assert "teacher" not in (tmp_path / "m.toml").read_text()
+    assert models_file.read_models(tmp_path / "m.toml") == written
+    assert written.teacher is None and written.references == {"base": SMALL, "student": SMALL}
+    for ask in (lambda: written.load("teacher"), lambda: models_file.load_any(f"{tmp_path}/m.toml:teacher")):
+        with pytest.raises(KdxError, match="names no teacher"):
+            ask()
+
+
 def test_file_names_are_safe() -> None:
     assert models.file_name("timm:resnet18,num_classes=10@runs/s.safetensors") == "resnet18-s"
     assert models.file_name("timm:hub/net x") == "hub-net-x"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -23,7 +24,8 @@ from rich.console import Console
 
 from kdx import finished, gallery, pictures, reading, report
 from kdx.errors import KdxError
-from kdx.reading import CONTRASTS, Entry
+from kdx.reading import BALANCE, LIKENESS, Entry
+from kdx.transfer import CONTRASTS, MAPS, SCORES
 from tests.runs import KINDS, edit, entry, make_run
 
 HOSTILE = "<script>alert(1)</script>"
@@ -234,8 +236,8 @@ def test_page_is_labelled(run: Path, opened: Callable[..., Page]) -> None:
 
 
 @pytest.mark.parametrize("width", [400, 320])
-def test_no_horizontal_overflow(run: Path, hostile: Path, opened: Callable[..., Page], width: int) -> None:
-    for folder in (run, hostile):
+def test_no_horizontal_overflow(run: Path, hostile: Path, pair: Path, opened: Callable[..., Page], width: int) -> None:
+    for folder in (run, hostile, pair):
         page = opened(folder, width=width)
         page.eval_on_selector_all("details", "all => all.forEach(d => { d.open = true; })")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -330,6 +332,41 @@ def test_without_pictures_and_with_unreadable_images(tmp_path: Path, opened: Cal
     assert "broken.png truncated" in page.locator(".unreadable li").inner_text()
 
 
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without a teacher."""
+    folder = make_run(tmp_path_factory.mktemp("pair") / "run", teacher=False)
+    report.write(folder)
+    return folder
+
+
+def test_without_a_teacher_nothing_speaks_of_one(pair: Path, opened: Callable[..., Page]) -> None:
+    page = opened(pair)
+    text = page.locator("body").inner_text()
+    names = "FSS", "T | S", "S | T", "RS(T", "|T)", "missed", "eacher"
+    assert [name for name in names if name in text.replace("On Explaining Knowledge Distillation", "")] == []
+    assert page.locator("h1").inner_text() == "What sets the student apart from the base"
+    assert page.locator(".network h3").all_inner_texts() == ["Base", "Student"]
+    assert page.locator(".plot").count() == 2 and page.locator("table.scores").count() == 2 and page.locator("table.pairs").count() == 0
+    assert page.locator(".kinds dt").all_inner_texts() == ["Distilled S | B", "Residual B | S"]
+    assert page.locator(".card").first.locator(".map").evaluate_all("all => all.map(m => m.dataset.kind)") == ["distilled", "residual"]
+    assert page.locator("#outcome option").count() == 5
+    assert page.locator(".card").first.locator(".verdicts tr th").all_inner_texts() == ["base", "student"]
+    assert {path.stem.split("_")[-1] for path in (pair / "overlays").glob("*_*.png")} == {"distilled", "residual"}
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(report.table(pair))
+    table = console.export_text()
+    assert "RS(S|B) − RS(B|S)" in table and "T" not in table
+
+
+def test_random_weights_are_said(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", images=8, gallery=0)
+    edit(folder / "manifest.json", random_weights=["base"])
+    page = report.write(folder).read_text()
+    assert page.count("Here its weights are random.") == 1
+    assert "trained without the teacher. Here its weights are random." in page
+
+
 # ---------------------------------------------------------------- the pictures
 
 
@@ -405,13 +442,41 @@ def test_plot_takes_colours_from_the_page_and_text_as_text() -> None:
     assert "NaN" not in svg and "nan" not in svg
 
 
+def _points(*values: float, half: float = 0.01) -> dict[str, dict[str, tuple[float, tuple[float, float]]]]:
+    return {"layer": {name: (x, (x - half, x + half)) for name, x in zip(("FSS(S,T)", "FSS(B,T)"), values, strict=True)}}
+
+
+@pytest.mark.parametrize(
+    ("values", "zero"), [((0.92, 0.89), False), ((0.9, 0.5), False), ((0.9, 0.4), True), ((0.3, -0.2), True), ((-0.1, -0.2), True)]
+)
+def test_an_axis_holds_its_intervals_and_zero_unless_they_would_be_lost_on_it(values: tuple[float, float], zero: bool) -> None:
+    points = _points(*values)
+    low, high = pictures.limits(points, pictures.SIMILARITY, from_zero=False)
+    assert low < min(values) - 0.01 and high > max(values) + 0.01
+    assert (low <= 0 <= high) == zero
+    assert zero or max(values) - min(values) + 0.02 > 0.45 * (high - low) or high - low < 0.06
+    from_zero = pictures.limits(points, pictures.SIMILARITY)
+    assert from_zero[0] <= 0 <= from_zero[1] and (not zero or from_zero == (low, high))
+
+
+def test_an_axis_of_nothing_is_an_axis() -> None:
+    assert pictures.limits(_points(math.nan, math.nan), pictures.SIMILARITY, from_zero=False) == pytest.approx((-0.008, 0.208))
+
+
 # ---------------------------------------------------------------- the words
 
 
 def _numbers(difference: tuple[float, float], **changes: Entry) -> dict[str, tuple[str, dict[str, Entry], dict[str, Entry]]]:
-    scores = {name: Entry.of(entry(0.5, 0.1)) for name in finished.SCORES} | changes
-    contrasts = {CONTRASTS[0]: Entry.of(entry(*difference, None)), CONTRASTS[1]: Entry.of(entry(*difference, None))}
+    scores = {name: Entry.of(entry(0.5, 0.1)) for name in SCORES} | changes
+    contrasts = {name: Entry.of(entry(*difference, None)) for name in (LIKENESS, BALANCE)}
     return {"layer3": ("layer4", scores, contrasts)}
+
+
+def _without_teacher(numbers: Any) -> Any:
+    return {
+        layer: (layer, *({name: one for name, one in held.items() if "T" not in name} for held in (scores, contrasts)))
+        for layer, (_, scores, contrasts) in numbers.items()
+    }
 
 
 ACCURACY = {role: Entry.of(entry(0.9, 0.02, None, n=450)) for role in finished.ROLES}
@@ -489,9 +554,38 @@ def test_headline_counts_layers() -> None:
     assert "do not settle" in headline(open_, open_, open_)
 
 
+def test_without_a_teacher_student_and_base_are_compared() -> None:
+    accuracy = {role: ACCURACY[role] for role in ("base", "student")}
+
+    def read(*differences: tuple[float, float]) -> reading.Reading:
+        layers = {f"layer{i}": _numbers(d)["layer3"] for i, d in enumerate(differences)}
+        return reading.read(_without_teacher(layers), accuracy, (1, 0), 0.95)
+
+    up, down, open_ = (0.1, 0.05), (-0.1, 0.05), (0.0, 0.05)
+    more = "the student says more about the labels beyond the base than the base does beyond the student"
+    assert read(up).headline == f"At layer0 {more}."
+    assert read(up, open_).headline == f"At layer0 {more}; at layer1 it is not settled by these images which of the two says more."
+    assert read(down).headline.startswith("At layer0 the base says more")
+    assert "do not settle whether the student or the base says more" in read(open_).headline
+    (layer,) = read(up).layers
+    assert [one.topic for one in layer.statements] == ["Distilled", "Residual", "Balance"]
+    every = repr(read(up, open_, down))
+    assert "teacher" not in every and "4 scores each" in every
+
+
+def test_the_tables_that_words_and_pictures_name_are_the_ones_computed() -> None:
+    assert [" - ".join(pair) for pair in CONTRASTS] == [LIKENESS, BALANCE]
+    assert [kind.name for kind in pictures.KINDS] == list(MAPS)
+    for kind in pictures.KINDS:
+        assert kind.score == f"RS({kind.symbol.replace(' ', '')})" and kind.score in SCORES
+        assert kind.symbol == " | ".join(role[0].upper() for role in MAPS[kind.name])
+    told = [name for _, _, names in report._TABLES for name in names]
+    assert sorted(told) == sorted([*SCORES, LIKENESS, BALANCE])
+
+
 def test_cautions() -> None:
     def cautions(batches: int) -> str:
-        scores = {name: Entry.of(entry(0.5, 0.1, batches=batches)) for name in finished.SCORES}
+        scores = {name: Entry.of(entry(0.5, 0.1, batches=batches)) for name in SCORES}
         return " ".join(reading.read(_numbers((0.1, 0.01), **scores), ACCURACY, (1, 0), 0.95).cautions)
 
     assert "rest on 7 batches" in cautions(7)
@@ -521,7 +615,7 @@ def test_table_holds_every_score(run: Path) -> None:
     console.print(report.table(run))
     text = console.export_text()
     console.file.close()
-    for name in finished.SCORES:
+    for name in SCORES:
         assert name in text
     text = text.replace("\N{NO-BREAK SPACE}", " ")
     assert "0.780 (0.750 to 0.810)" in text

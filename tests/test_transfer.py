@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -104,7 +106,7 @@ def test_pooled_scores_over_a_runs_batches_converge_to_the_whole_sets() -> None:
     assert sum(held) >= 0.85 * len(held)
 
 
-def _parts(features: dict[str, Tensor], labels: Tensor, part: Tensor) -> tuple[Tensor, dict[int, Tensor], Tensor | None]:
+def _parts(features: dict[str, Tensor], labels: Tensor, part: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
     found = transfer.measure(
         {role: value[part] for role, value in features.items()},
         Target.of(labels[part]),
@@ -116,6 +118,65 @@ def _parts(features: dict[str, Tensor], labels: Tensor, part: Tensor) -> tuple[T
 def test_without_permutations_there_is_no_p_value() -> None:
     _, _, found = measured(permutations=0)
     assert transfer.pool(found.products, found.moved, found.left_out, n=24).scores["RS(S)"].p_value is None
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_distances_alone_give_the_scores(teacher: bool) -> None:
+    features, labels = roles()
+    if not teacher:
+        del features["teacher"]
+    target, permutations = Target.of(labels), scores.permutation_table(24, 49, 0)
+    expected = transfer.measure(features, target, permutations=permutations)
+    distances = {role: torch.cdist(x.flatten(1), x.flatten(1)) for role, x in features.items()}
+    products, moved, left_out = transfer.measure_distances(distances, target, permutations)
+    assert oracle.error(products, expected.products) < 1e-12
+    assert moved.keys() == expected.moved.keys() == ({"teacher", "target"} if teacher else {"target"})
+    for name, rows in moved.items():
+        assert oracle.error(rows, expected.moved[name]) < 1e-12
+    assert left_out is not None and expected.left_out is not None and oracle.error(left_out, expected.left_out) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda d: d * float("nan"), "base's features are not finite"),
+        (lambda d: 1 - torch.eye(len(d)), "base's features are constant"),
+        (lambda d: d[1:, 1:], "23 rows of the base's distances and 24"),
+    ],
+)
+def test_distances_that_are_none_are_refused(spoil: Callable[[Tensor], Tensor], said: str) -> None:
+    features, labels = roles()
+    distances = {role: torch.cdist(x.flatten(1), x.flatten(1)).float() for role, x in features.items()}
+    with pytest.raises(kdx.KdxError, match=said):
+        transfer.measure_distances(distances | {"base": spoil(distances["base"])}, Target.of(labels), scores.permutation_table(24, 0, 0))
+
+
+def test_without_a_teacher_the_rest_stays_as_it_is() -> None:
+    features, labels, whole = measured()
+    del features["teacher"]
+    found = transfer.measure(features, Target.of(labels), permutations=scores.permutation_table(24, 49, 0))
+    assert list(found.maps) == ["distilled", "residual"]
+    for name, maps in found.maps.items():
+        assert oracle.error(maps.maps, whole.maps[name].maps) < 1e-12
+    expected = transfer.pool(whole.products, whole.moved, whole.left_out, n=24)
+    pool = transfer.Pool(features)
+    pool.add(found.products, found.moved, found.left_out)
+    pooled = pool.scores(n=24)
+    assert list(pooled.scores) == ["RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)"]
+    for name, score in pooled.scores.items():
+        assert score.value == pytest.approx(expected.scores[name].value, abs=1e-12)
+        assert score.interval == pytest.approx(expected.scores[name].interval, abs=1e-10)
+        assert score.p_value == expected.scores[name].p_value
+    assert list(pooled.contrasts) == ["RS(S|B) - RS(B|S)"]
+
+
+def test_tables_among_all_roles_are_the_whole_tables() -> None:
+    assert transfer.maps_among(transfer.ROLES) == transfer.MAPS and transfer.scores_among(transfer.ROLES) == transfer.SCORES
+    assert transfer.contrasts_among(transfer.ROLES) == transfer.CONTRASTS
+    assert transfer.roles_among({"base": 0, "teacher": 0, "student": 0}) == transfer.ROLES
+    for present in ({"teacher", "student"}, {"student", "base", "tutor"}, set[str]()):
+        with pytest.raises(ValueError, match="a student, a base and perhaps a teacher"):
+            transfer.roles_among(present)
 
 
 def test_equal_networks_are_refused() -> None:
