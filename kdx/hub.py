@@ -93,8 +93,8 @@ def _preprocessing(transformers: Any, name: str, config: Any, place: Mapping[str
 def preprocessing_of(name: str, steps: Mapping[str, Any]) -> Preprocessing:
     """What an image processor's settings do to images in [0, 1]; KdxError for steps that ``Preprocessing`` does not have.
 
-    Its pixels are 0 to 255, so its own factor is undone. As for every source, the whole image is resized to the final size: the
-    margin that a crop cuts off stays.
+    Its pixels are 0 to 255, so its own factor is undone. As for every source, images come at the final size: what a crop after a
+    larger resize would cut off stays.
     """
     other = [key for key, value in steps.items() if key.startswith("do_") and value and key not in _KNOWN_STEPS]
     crops = bool(steps.get("do_center_crop"))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import shutil
 import tomllib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-from kdx import models_file
+from kdx import models, models_file
 from kdx.distill import METHODS, Outputs, Progress, Settings, attention_transfer, distill, kd
 from kdx.distill import train as training
 from kdx.errors import KdxError
@@ -274,7 +277,9 @@ def test_progress_is_a_plain_line_a_network_where_there_is_no_terminal(tmp_path:
     assert lines[0].startswith("teacher 1/1 epochs, loss ") and lines[5] == "student 1/1 already there"
 
 
-def test_images_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_cannot_be_read_are_left_out_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     generator = np.random.default_rng(0)
     for name in ("dark", "light"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -283,13 +288,19 @@ def test_images_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path, mon
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / name / f"{index}.png")
     (tmp_path / "data" / "dark" / "3.png").write_bytes(b"no picture")
     settings = replace(QUICK, epochs=1, student_images=None, batch=8)
+    path = distill(str(tmp_path / "data"), teacher=TEACHER, student=STUDENT, out=tmp_path / "a", settings=settings)
+    assert tomllib.loads(path.read_text())["training"]["unreadable_images"] == 1
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("1 image is left out because unreadable, first dark/3.png: UnidentifiedImageError")
+    monkeypatch.setattr(training, "_CACHE_BYTES", 0)  # decoded anew in every epoch
     path = distill(
-        str(tmp_path / "data"), teacher=TEACHER, student=STUDENT, out=tmp_path / "a", settings=settings, report=lambda progress: None
+        str(tmp_path / "data"), teacher=TEACHER, student=STUDENT, out=tmp_path / "b", settings=settings, report=lambda progress: None
     )
     assert tomllib.loads(path.read_text())["training"]["unreadable_images"] == 1
-    monkeypatch.setattr(training, "_CACHE_BYTES", 0)  # decoded anew in every epoch
-    distill(str(tmp_path / "data"), teacher=TEACHER, student=STUDENT, out=tmp_path / "b", settings=settings, report=lambda progress: None)
     assert (tmp_path / "b" / "student.safetensors").is_file()
+    capsys.readouterr()
+    distill(str(tmp_path / "data"), teacher=TEACHER, student=STUDENT, out=tmp_path / "c", settings=settings)
+    assert "dark/3.png" in capsys.readouterr().out.splitlines()[-1]  # found while training
 
 
 @pytest.mark.parametrize(
@@ -327,5 +338,74 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         distill("digits", teacher=TEACHER, student=STUDENT, out=tmp_path / "c", settings=quick, device="cuda:77")
     with pytest.raises(KdxError, match="The teacher has 4 classes, the data 10"):
         distill("digits", teacher=f"{TEACHER},classes=4", student=STUDENT, out=tmp_path / "d", settings=quick)
+    with pytest.raises(KdxError, match="does not train"):
+        distill("digits", teacher=TEACHER, student="net.pt2", out=tmp_path / "e", settings=quick)
     with pytest.raises(KdxError, match="does not say the size"):
         distill("digits", teacher="torch.nn:Identity", student=STUDENT, out=tmp_path / "e", settings=replace(quick, image_size=None))
+
+
+@pytest.mark.parametrize(
+    ("classes", "spoilt", "says"),
+    [
+        (12, None, "The teacher has 12 classes and the student 10"),
+        (4, None, "The teacher has 4 classes, the data 10"),
+        (10, float("nan"), "The weights of the teacher are not finite numbers: fc.weight"),
+        (10, float("inf"), "The weights of the teacher are not finite numbers: fc.weight"),
+        (10, 3e38, "The teacher's logits are not finite numbers"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_found_before_anything_is_trained(
+    tmp_path: Path, classes: int, spoilt: float | None, says: str
+) -> None:
+    network = models.load(f"{TEACHER},classes={classes}").module
+    if spoilt is not None:
+        with torch.no_grad():
+            network.get_submodule("fc").weight.fill_(spoilt)
+    save_file(network.state_dict(), tmp_path / "t.safetensors")
+    events: list[Progress] = []
+    with pytest.raises(KdxError, match=says):
+        distill(
+            "digits",
+            teacher=f"{TEACHER},classes={classes}@{tmp_path / 't.safetensors'}",
+            student=STUDENT,
+            out=tmp_path / "run",
+            settings=QUICK,
+            report=events.append,
+        )
+    assert not events and not list((tmp_path / "run").iterdir())
+
+
+def save_program(teacher: nn.Module, path: Path) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shapes = ({0: torch.export.Dim("n", min=1)},)
+        torch.export.save(torch.export.export(teacher, (torch.rand(2, 3, 8, 8),), dynamic_shapes=shapes), path)
+    return str(path)
+
+
+def save_folder(teacher: Any, path: Path) -> str:
+    teacher.save_pretrained(path)
+    return f"hf:{path}"
+
+
+@pytest.mark.parametrize("kind", ["program", "folder"])
+def test_a_network_that_carries_its_weights_teaches_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    if kind == "program":
+        teacher = models.load(TEACHER, classes=10).module
+        reference = save_program(teacher, tmp_path / "teacher.pt2")
+    else:
+        pytest.importorskip("torchvision")
+        transformers = pytest.importorskip("transformers")
+        config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=10)
+        teacher = transformers.ResNetForImageClassification(config)
+        reference = save_folder(teacher, tmp_path / "teacher")
+    events: list[Progress] = []
+    monkeypatch.chdir(tmp_path)
+    settings = replace(QUICK, epochs=1)
+    relative = reference.replace(f"{tmp_path}/", "./")
+    path = distill("digits", teacher=relative, student=STUDENT, out="run", settings=settings, report=events.append)
+    assert heard(events) == [("teacher", 1, False), ("base", 1, True), ("student", 1, True)]
+    monkeypatch.chdir("/")
+    file = models_file.read_models(tmp_path / path)
+    assert file.load("teacher").weights_hash == models.weights_hash(teacher)
+    assert file.load("teacher").trained and file.load("student").trained

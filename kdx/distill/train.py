@@ -46,27 +46,32 @@ def distill(
 ) -> Path:
     """Train teacher, base (the student's architecture, labels only) and student, and return the path of OUT/models.toml.
 
-    A teacher whose reference has ``@weights`` is taken as it is. ``base`` takes a base checkpoint of another run, which must be of the
-    same recipe. The weights kept are the best on the validation split; the accuracy on the test split is measured at the end and
-    recorded. ``layers`` are the pairs that feature losses match and that the models file names: ``layer3``, or
-    ``student_layer=teacher_layer``; by default those that both networks have. Images are resized for all three as the teacher's
-    preprocessing says, or to ``settings.image_size``. ``report`` is called after every epoch; by default a terminal shows bars and
-    anything else gets lines.
+    A teacher whose reference has ``@weights``, or is a trained network by itself (``hf:``, ``.pt2``), is taken as it is. ``base`` takes
+    a base checkpoint of another run, which must be of the same recipe. The weights kept are the best on the validation split; the
+    accuracy on the test split is measured at the end and recorded. ``layers`` are the pairs that feature losses match and that the
+    models file names: ``layer3``, or ``student_layer=teacher_layer``; by default those that both networks have. Images are resized for
+    all three as the teacher's preprocessing says, or to ``settings.image_size``. ``report`` is called after every epoch; by default a
+    terminal shows bars and anything else gets lines.
 
     After each epoch OUT/NAME.state.pt holds what is needed to go on: the same call after an interruption gives the weights that an
     uninterrupted one gives. Finished networks are kept.
 
-    Raises KdxError for references, layers and devices that do not work, for an OUT that holds networks of another configuration, and
-    when training diverges.
+    Raises KdxError for references, layers and devices that do not work, for networks that do not have the data's classes or hold
+    numbers that are not finite, for an OUT that holds networks of another configuration, and when training diverges.
     """
     run = _Run.prepare(data, Path(out), settings, _device(device), teacher, student)
+    told = report is not None or _tell_unreadable(run)
     with ExitStack() as stack:
         show = report or stack.enter_context(_console())
         pairs = _pairs(run, layers)
+        _check_outputs(run)
         _teacher(run, show)
         _base(run, base, show)
         _student(run, pairs, show)
-    return _write(run, pairs)
+    path = _write(run, pairs)
+    if not told:  # images that are decoded anew in every epoch are found while training
+        _tell_unreadable(run)
+    return path
 
 
 @dataclass(frozen=True)
@@ -81,12 +86,19 @@ class _Run:
     preprocessing: Preprocessing
     teacher: models.Reference
     student: models.Reference
+    given: bool
+    """Whether the teacher is taken as it is."""
 
     @classmethod
     def prepare(cls, data: str, out: Path, settings: Settings, device: torch.device, teacher: str, student: str) -> _Run:
         dataset = datasets.open_data(data)
-        references = [models.parse_reference(reference).with_classes(len(dataset.classes)) for reference in (teacher, student)]
-        preprocessing = _preprocessing(models.load(str(references[0])), settings)
+        # Local folders and files are written in full: a models file finds them from wherever it is.
+        references = [models.parse_reference(reference).located().with_classes(len(dataset.classes)) for reference in (teacher, student)]
+        if references[1].source == "pt2":
+            raise KdxError(f"{student} is a program for inference, which does not train.", "Name the student's architecture instead.")
+        master = models.load(str(references[0]))
+        given = references[0].weights is not None or (references[0].source in ("hf", "pt2") and master.trained)
+        preprocessing = _preprocessing(master, settings)
         splits = datasets.split(dataset, settings.seed)
         some = splits["train"]
         if settings.student_images is not None:
@@ -96,7 +108,7 @@ class _Run:
         for name, held in images.items():
             if len(held) < 2:
                 raise KdxError(f"The {name} split of {data} has {len(held)} readable images.", "Give more images; every split needs some.")
-        return cls(out, settings, device, dataset, images, preprocessing, *references)
+        return cls(out, settings, device, dataset, images, preprocessing, references[0], references[1], given)
 
     def path(self, name: str) -> Path:
         return self.out / f"{name}.safetensors"
@@ -126,7 +138,7 @@ class _Run:
         return {
             "data": self.dataset.fingerprint,
             "architecture": str(reference.with_weights(None)),
-            "initial": models.weights_hash(self.network(name)) if reference.weights or "pretrained" in reference.arguments else None,
+            "initial": models.weights_hash(self.network(name)) if reference.is_trained else None,
             "epochs": self.epochs(name),
             "images": None if name == "teacher" else settings.student_images,
             "size": list(self.preprocessing.size or ()),
@@ -172,9 +184,38 @@ def _pairs(run: _Run, layers: Sequence[str] | None) -> list[tuple[str, str]]:
     return common or list(zip(own[-1:], known[-1:], strict=False))
 
 
+def _check_outputs(run: _Run) -> None:
+    """What would be found only when the networks meet, after hours of training."""
+    widths = {}
+    for name in ("teacher", "student"):
+        module = run.network(name)
+        for key, tensor in module.state_dict().items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise KdxError(
+                    f"The weights of the {name} are not finite numbers: {key}.", "Give weights from a training that did not diverge."
+                )
+        graph = run.graph(module).eval()
+        with torch.no_grad():
+            logits = graph(run.images["validation"].read(np.arange(2))[0].to(run.device))[0]
+        if not torch.isfinite(logits).all():
+            raise KdxError(
+                f"The {name}'s logits are not finite numbers.", "Give sound weights, and the preprocessing they were trained with."
+            )
+        widths[name] = logits.shape[1]
+        if logits.shape[1] < len(run.dataset.classes):
+            raise KdxError(
+                f"The {name} has {logits.shape[1]} classes, the data {len(run.dataset.classes)}.", "Give the network the data's classes."
+            )
+    if widths["teacher"] != widths["student"]:
+        raise KdxError(
+            f"The teacher has {widths['teacher']} classes and the student {widths['student']}.",
+            f"Both need the {len(run.dataset.classes)} classes of the data.",
+        )
+
+
 def _teacher(run: _Run, report: Report) -> None:
     path = run.path("teacher")
-    if run.teacher.weights is None:
+    if not run.given:
         _train(run, "teacher", "train", run.recipe("teacher"), _labels_only(run, "teacher"), report)
         return
     given = run.network("teacher")
@@ -215,13 +256,7 @@ def _student(run: _Run, pairs: Sequence[tuple[str, str]], report: Report) -> Non
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
             target = _outputs(guide, images)
-        outputs = _outputs(graph, images)
-        if outputs.logits.shape != target.logits.shape:
-            raise KdxError(
-                f"The teacher has {target.logits.shape[1]} classes and the student {outputs.logits.shape[1]}.",
-                f"Both need the {len(run.dataset.classes)} classes of the data.",
-            )
-        return method.loss(outputs, target, labels, settings)
+        return method.loss(_outputs(graph, images), target, labels, settings)
 
     _train(run, "student", "student", recipe, (graph, loss), report)
 
@@ -234,12 +269,7 @@ def _labels_only(run: _Run, name: str) -> Trained:
     graph = run.graph(run.network(name))
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
-        logits = graph(images)[0]
-        if logits.shape[1] < len(run.dataset.classes):
-            raise KdxError(
-                f"The {name} has {logits.shape[1]} classes, the data {len(run.dataset.classes)}.", "Give the network the data's classes."
-            )
-        return nn.functional.cross_entropy(logits, labels)
+        return nn.functional.cross_entropy(graph(images)[0], labels)
 
     return graph, loss
 
@@ -254,7 +284,6 @@ def _write(run: _Run, pairs: Sequence[tuple[str, str]]) -> Path:
         f"{name}_accuracy": round(_evaluate(run, run.graph(run.finished(name)), "test")[0], 6) for name in ("teacher", "base", "student")
     }
     settings = run.settings
-    skipped = sum(held.unreadable for name, held in run.images.items() if name != "student")
     path = run.out / "models.toml"
     models_file.write_models(
         path,
@@ -270,11 +299,25 @@ def _write(run: _Run, pairs: Sequence[tuple[str, str]]) -> Path:
             **{key: value for key, value in vars(settings).items() if key not in ("seed", "image_size") and value is not None},
             **accuracies,
             "test_images": len(run.images["test"]),
-            "unreadable_images": skipped,
+            "unreadable_images": len(_unreadable(run)),
             "data_fingerprint": run.dataset.fingerprint,
         },
     )
     return path
+
+
+def _unreadable(run: _Run) -> dict[str, str]:
+    return {name: reason for held in run.images.values() for name, reason in held.unreadable.items()}
+
+
+def _tell_unreadable(run: _Run) -> bool:
+    """A line on the images that are left out, where there are any; whether there are."""
+    unreadable = _unreadable(run)
+    if unreadable:
+        name, reason = next(iter(unreadable.items()))
+        count = "1 image is" if len(unreadable) == 1 else f"{len(unreadable)} images are"
+        console.console.print(f"{count} left out because unreadable, first {name}: {reason}", markup=False, soft_wrap=True)
+    return bool(unreadable)
 
 
 # ---- one network ----
@@ -380,13 +423,13 @@ class _Split:
 
     def __init__(self, dataset: datasets.Dataset, indices: datasets.Indices, size: tuple[int, int]) -> None:
         self.dataset, self.indices, self.size = dataset, indices, size
-        self.unreadable = 0
+        self.unreadable: dict[str, str] = {}  # why, by id
         self.pixels: Tensor | None = None  # uint8 [n, 3, H, W]
         if len(indices) * size[0] * size[1] * 3 < _CACHE_BYTES:
             loaded = [datasets.load_images(dataset, part, size) for part in np.array_split(indices, len(indices) // 512 + 1)]
             self.pixels = torch.cat([images.pixels.mul(255).round().byte() for images in loaded])
             self.indices = np.concatenate([images.kept for images in loaded])
-            self.unreadable = len(indices) - len(self.indices)
+            self.unreadable = {name: reason for images in loaded for name, reason in images.unreadable}
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -396,6 +439,7 @@ class _Split:
         if self.pixels is not None:
             return self.pixels[torch.from_numpy(positions)].float().div(255), torch.from_numpy(self.dataset.labels[self.indices[positions]])
         images = datasets.load_images(self.dataset, self.indices[positions], self.size)
+        self.unreadable |= dict(images.unreadable)
         return images.pixels, torch.from_numpy(self.dataset.labels[images.kept])
 
 
