@@ -359,8 +359,7 @@ def test_a_teacher_that_cannot_teach_is_found_before_anything_is_trained(
 ) -> None:
     network = models.load(f"{TEACHER},classes={classes}").module
     if spoilt is not None:
-        with torch.no_grad():
-            network.get_submodule("fc").weight.fill_(spoilt)
+        nn.init.constant_(network.get_parameter("fc.weight"), spoilt)
     save_file(network.state_dict(), tmp_path / "t.safetensors")
     events: list[Progress] = []
     with pytest.raises(KdxError, match=says):

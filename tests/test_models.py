@@ -148,6 +148,15 @@ def test_a_factory_in_the_current_folder(folder: Path) -> None:
         models.load("own_nets_c:make")
 
 
+def test_random_weights_are_told_apart_from_trained_ones(tmp_path: Path) -> None:
+    assert not models.load(SMALL).trained
+    assert not models.load("timm:mobilenetv3_small_050,pretrained=false").trained
+    save_file(models.load(SMALL).module.state_dict(), tmp_path / "w.safetensors")
+    assert models.load(f"{SMALL}@w.safetensors", folder=tmp_path).trained
+    assert models.load("torch.nn:Identity").trained  # a factory may have loaded its own
+    assert models.parse_reference("torchvision:resnet18,pretrained=true").is_trained
+
+
 # ---- weights ----
 
 
@@ -217,6 +226,9 @@ def test_the_hash_follows_the_weights() -> None:
         ("torchvision:resnet18", (64, 64), ["layer1", "layer2", "layer3", "layer4"]),
         ("timm:vit_tiny_patch16_224", None, [f"blocks.{index}" for index in range(12)]),
         ("timm:mobilenetv3_small_100", (64, 64), [f"blocks.{index}" for index in range(6)]),
+        ("timm:mixer_s32_224", None, [f"blocks.{index}" for index in range(8)]),
+        ("timm:swin_s3_tiny_224", None, [f"layers.{index}" for index in range(4)]),
+        ("timm:pit_ti_224", None, [f"transformers.{index}.blocks" for index in range(3)]),
         ("timm:convnext_atto", (64, 64), [f"stages.{index}" for index in range(4)]),
         ("torchvision:densenet121", (64, 64), [f"features.denseblock{index}" for index in range(1, 5)]),
         ("torchvision:regnet_y_400mf", (64, 64), [f"trunk_output.block{index}" for index in range(1, 5)]),
