@@ -21,7 +21,7 @@ from kdx.arrays import MIN_IMAGES
 from kdx.console import progress
 from kdx.data import Dataset, class_balanced_sample, load_images, open_data, random_batches, split
 from kdx.errors import KdxError
-from kdx.explainer import Explainer
+from kdx.explainer import Explainer, is_file
 from kdx.finished import LostResult
 from kdx.models_file import ModelsFile, read_models
 from kdx.runtime import RuntimeName
@@ -128,7 +128,7 @@ def run(
             store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
             store.manifest["random_weights"] = [role for role, about in described.items() if not about["trained"]]
             for role in store.manifest["random_weights"]:
-                announce(f"The {role} has random weights: {described[role]['reference']} names none, and is not pretrained.")
+                announce(f"The {role} has random weights, wholly or in part: {described[role]['reference']}.")
             if len(references):
                 store.manifest["reference_ids"] = [dataset.ids[index] for index in references]
             pending = [batch for batch in range(len(batches)) if not store.has(batch)]
@@ -177,8 +177,7 @@ def _part(dataset: Dataset, named: ModelsFile, options: Options) -> tuple[str, N
 
 def _explainer(named: ModelsFile, layers: Mapping[str, str], options: Options, folder: Path) -> Explainer:
     given: dict[str, Any] = {
-        role: named.path.parent / reference if reference.endswith(".onnx") else named.load(role)
-        for role, reference in named.references.items()
+        role: named.path.parent / reference if is_file(reference) else named.load(role) for role, reference in named.references.items()
     }
     return Explainer(
         **given,

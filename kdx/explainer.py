@@ -17,16 +17,20 @@ from torch import Tensor, nn
 from kdx import arrays, models, transfer
 from kdx.arrays import Array
 from kdx.errors import KdxError
-from kdx.export import onnx_file
+from kdx.export import engine, onnx_file
 from kdx.export.graphs import FeatureGraph, Preprocessing
+from kdx.export.onnx_file import Description
 from kdx.kernels import geometry
 from kdx.models import Network
-from kdx.runtime import Choice, EagerRunner, OrtRunner, Outputs, Runner, RuntimeName, choose
+from kdx.runtime import Choice, EagerRunner, Outputs, Runner, RuntimeName, TrtRunner, choose, open_file
 from kdx.scores import Score, permutation_table
 from kdx.transfer import Measured, References, Target, roles_among
 from kdx.unicam import Maps, ObjectiveName, Weighting
 
 log = logging.getLogger("kdx")
+
+_ENGINE_IMAGES = 64
+"""Images through an engine at once, where no chunk says it."""
 
 NetworkLike = str | Path | Network | nn.Module
 
@@ -73,13 +77,14 @@ class Explainer:
 
     student, base, teacher: a model reference, a path of a file that ``kdx export`` wrote, a `kdx.models.Network`, or a
     PyTorch module (taken as it is, without preprocessing); the teacher may be left out. layers: names, shared by all, or a
-    mapping from the student's and base's layer to the teacher's. runtime: ``auto``, ``eager`` or ``onnx`` (which exports the
-    networks once, into ``folder`` or a temporary one; what is in ``folder`` is used again, but for PyTorch modules, whose code
-    has no name to know it by). objective, weighting: as in `kdx.unicam`. chunk: how many images go through a network at once
-    (all of a batch by default); it changes no result. permutations, confidence, seed: of the scores.
+    mapping from the student's and base's layer to the teacher's. runtime: ``auto``, ``eager``, ``onnx`` or ``tensorrt``; the
+    last two export the networks once, into ``folder`` or a temporary one. What is in ``folder`` is used again, but for PyTorch
+    modules, whose code has no name to know it by. objective, weighting: as in `kdx.unicam`. chunk: how many images go through
+    a network at once (by default all of a batch, or 64 where an engine is built); it changes no result. permutations,
+    confidence, seed: of the scores.
 
     A context manager; `close` frees the networks. ``choice.why`` says in a line what ``auto`` chose and why. Where a network
-    cannot be exported, ``auto`` takes PyTorch and says so there; ``onnx`` raises.
+    cannot be exported, ``auto`` takes PyTorch and says so there; asked for by name, ``onnx`` and ``tensorrt`` raise.
     """
 
     def __init__(
@@ -204,13 +209,16 @@ class _Runners:
         self._chunk = chunk
         self._folder = folder
         self._may_fall_back = runtime == "auto"
-        files = [role for role, network in given.items() if _is_file(network)]
+        files = {role: Path(str(network)) for role, network in given.items() if is_file(network)}
+        suffixes = sorted({path.suffix for path in files.values()})
         if files and len(files) < len(given):
-            raise KdxError(f"Only the {' and '.join(files)} is given as an .onnx file.", "Give every network as a file, or none.")
-        self.choice = choose(runtime, device, files=bool(files))
+            raise KdxError(f"Only the {' and '.join(files)} is given as an exported file.", "Give every network as a file, or none.")
+        if len(suffixes) > 1:
+            raise KdxError(f"The networks are given as {' and '.join(suffixes)} files.", "Give all of one kind.")
+        self.choice = choose(runtime, device, files=bool(files), engines=suffixes == [".engine"])
+        self._files = {role: (path, _described(path)) for role, path in files.items()}
         if not layers:
-            student = given["student"]
-            known = onnx_file.describe(Path(str(student))).layers if files else _sensible(_as_network(student))
+            known = self._files["student"][1].layers if files else _sensible(_as_network(given["student"]))
             raise KdxError("No layer was named.", f"Name one or more of the student's: {', '.join(known)}.")
         self._references: dict[str, References] = {}
         self._runners: dict[str, Runner] = {}
@@ -219,7 +227,7 @@ class _Runners:
         for role, network in given.items():
             wanted = tuple(layers.values() if role == "teacher" else layers)
             if files:
-                self._runners[role] = _open_file(Path(str(network)), wanted)
+                _check_holds(*self._files[role], wanted)
             else:
                 loaded = _as_network(network)
                 self._networks[role] = loaded, FeatureGraph(loaded.module, wanted, loaded.preprocessing)
@@ -227,31 +235,46 @@ class _Runners:
     def open(self, image_size: tuple[int, int]) -> None:
         if self._runners:
             return
-        if not self._networks:
+        if not self._given:
             raise ValueError("the explainer is closed")
         try:
-            self._runners = {role: self._runner(role, image_size) for role in self._networks}
+            self._runners = {role: self._runner(role, image_size) for role in self._given}
         except KdxError as error:
-            if not (self._may_fall_back and self.choice.runtime == "onnx"):
+            if not (self._may_fall_back and self.choice.runtime == "onnx" and self._networks):
                 raise
             self.choice = Choice("eager", self.choice.device, f"eager on the CPU, since the export failed: {error.problem}")
             self._runners = {role: self._runner(role, image_size) for role in self._networks}
         log.info("runtime: %s", self.choice.why)
 
     def _runner(self, role: str, image_size: tuple[int, int]) -> Runner:
+        if role in self._files:
+            path, file = self._files[role]
+            return self._opened(role, path, file.weights, image_size if file.image_size is None else None)
         network, graph = self._networks[role]
         if self.choice.runtime == "eager":
             return EagerRunner(graph, self.choice.device)
+        path = self._place() / f"{role}-{network.weights_hash[:12]}.onnx"
+        # Modules with equal weights may differ in their code; a reference says which code it is.
+        bare = isinstance(self._given[role], nn.Module)
+        size = network.preprocessing.size
+        if bare or not onnx_file.holds(path, graph, network.weights_hash):
+            onnx_file.write(graph, path, reference=network.reference, weights=network.weights_hash, image_size=size or image_size)
+        return self._opened(role, path, network.weights_hash, image_size if size else None)
+
+    def _opened(self, role: str, path: Path, weights: str, image_size: tuple[int, int] | None) -> Runner:
+        """The runner of a file; TensorRT's by way of an engine, for images of ``image_size`` where the file takes any."""
+        if self.choice.runtime == "tensorrt" and path.suffix != ".engine":
+            built = self._place() / f"{role}-{weights[:12]}.engine"
+            most = self._chunk or _ENGINE_IMAGES
+            engine.build(path, built, batch=(1, most, most), image_size=image_size)
+            path = built
+        return open_file(path, self.choice.device)
+
+    def _place(self) -> Path:
         if self._folder is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="kdx-", ignore_cleanup_errors=True)
             self._folder = Path(self._temporary.name)
-        path = self._folder / f"{role}-{network.weights_hash[:12]}.onnx"
-        # Modules with equal weights may differ in their code; a reference says which code it is.
-        bare = isinstance(self._given[role], nn.Module)
-        if bare or not onnx_file.holds(path, graph, network.weights_hash):
-            size = network.preprocessing.size or image_size
-            onnx_file.write(graph, path, reference=network.reference, weights=network.weights_hash, image_size=size)
-        return OrtRunner(path)
+        return self._folder
 
     def networks(self) -> dict[str, dict[str, Any]]:
         found = {}
@@ -260,9 +283,7 @@ class _Runners:
                 network, _ = self._networks[role]
                 about = (network.reference, network.weights_hash, network.parameters, network.preprocessing, network.preprocessing.size)
             else:
-                runner = self._runners[role]
-                assert isinstance(runner, OrtRunner)
-                file = runner.description
+                _, file = self._files[role]
                 about = (file.reference, file.weights, file.parameters, file.preprocessing, file.preprocessing.size or file.image_size)
             reference, digest, parameters, preprocessing, size = about
             found[role] = {
@@ -271,7 +292,7 @@ class _Runners:
                 "parameters": parameters,
                 "preprocessing": asdict(preprocessing),
                 "image_size": size,
-                "trained": role not in self._networks or getattr(network, "trained", True),
+                "trained": role in self._files or network.trained,
             }
         return found
 
@@ -299,15 +320,16 @@ class _Runners:
         return {role: outputs.logits for role, outputs in passed.items()}, measured
 
     def _infer(self, images: Tensor) -> dict[str, Outputs]:
-        """One pass of each network, ``chunk`` images at a time."""
+        """One pass of each network, ``chunk`` images at a time, and no more than an engine takes."""
         self.open((images.shape[2], images.shape[3]))
-        parts = images.split(self._chunk or len(images))
+        most = [runner.engine.batch[2] for runner in self._runners.values() if isinstance(runner, TrtRunner)]
+        parts = images.split(min([self._chunk or len(images), *most]))
         return {role: _joined([runner.infer(part) for part in parts]) for role, runner in self._runners.items()}
 
     def close(self) -> None:
         for runner in self._runners.values():
             runner.close()
-        self._given, self._networks, self._references = {}, {}, {}
+        self._given, self._files, self._networks, self._references = {}, {}, {}, {}
         if self._temporary is not None:
             self._temporary.cleanup()
 
@@ -321,16 +343,21 @@ def _checked(images: Tensor) -> Tensor:
     return images
 
 
-def _is_file(given: NetworkLike) -> bool:
-    return isinstance(given, str | Path) and str(given).endswith(".onnx")
+def is_file(given: NetworkLike) -> bool:
+    """Whether a network is given as a file that ``kdx export`` wrote."""
+    return isinstance(given, str | Path) and str(given).endswith((".onnx", ".engine"))
 
 
-def _open_file(path: Path, layers: tuple[str, ...]) -> OrtRunner:
-    found = OrtRunner(path)
-    absent = [layer for layer in layers if layer not in found.layers]
+def _described(path: Path) -> Description:
+    return engine.describe(path).file if path.suffix == ".engine" else onnx_file.describe(path)
+
+
+def _check_holds(path: Path, file: Description, layers: Iterable[str]) -> None:
+    if file.kind != "features":
+        raise KdxError(f"{path} is a file of {file.kind}, and features are asked for.", "Export it with --kind features.")
+    absent = [layer for layer in layers if layer not in file.layers]
     if absent:
-        raise KdxError(f"{path} does not hold the layer {absent[0]!r}.", f"It holds {', '.join(found.layers)}; export it with the layer.")
-    return found
+        raise KdxError(f"{path} does not hold the layer {absent[0]!r}.", f"It holds {', '.join(file.layers)}; export it with the layer.")
 
 
 def _sensible(network: Network) -> Iterable[str]:

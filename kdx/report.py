@@ -209,7 +209,7 @@ def _networks(run: FinishedRun) -> list[dict[str, Any]]:
         out.append(
             {
                 "role": role,
-                "said": f"{said[role]} Here its weights are random." if role in random else said[role],
+                "said": f"{said[role]} Its weights are random, wholly or in part." if role in random else said[role],
                 "reference": str(models[role]["reference"]),
                 "parameters": f"{parameters:,}" if parameters else "not recorded",
                 "share": share,

@@ -403,13 +403,11 @@ def test_random_weights_are_announced(folder: Path, tmp_path: Path, monkeypatch:
     load = models_file.ModelsFile.load
 
     def untrained(self: models_file.ModelsFile, role: str) -> Any:
-        network = load(self, role)
-        object.__setattr__(network, "trained", role != "base")
-        return network
+        return replace(load(self, role), trained=role != "base")
 
     monkeypatch.setattr(models_file.ModelsFile, "load", untrained)
     explain.run(str(folder / "pictures"), folder / "models.toml", tmp_path / "run", (), OPTIONS, announce=quiet.append)
-    assert [line.partition(":")[0] for line in quiet if "random" in line] == ["The base has random weights"]
+    assert [line.partition(",")[0] for line in quiet if "random" in line] == ["The base has random weights"]
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["random_weights"] == ["base"]
 
 

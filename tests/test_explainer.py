@@ -7,6 +7,7 @@ import gc
 import tempfile
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from kdx import Explainer, KdxError
 from kdx.explainer import Explanation, NetworkLike
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.models import Network
-from kdx.runtime import OrtRunner
+from kdx.runtime import Choice, OrtRunner
 from kdx.transfer import MAPS
 
 LAYERS = {"conv1": "stem", "conv2": "conv2"}
@@ -384,13 +385,59 @@ def test_a_module_of_equal_weights_and_other_code_is_another_network(tmp_path: P
 
 @pytest.mark.parametrize("role", ["student", "base", "teacher"])
 def test_files_and_networks_do_not_mix(role: str) -> None:
-    with pytest.raises(KdxError, match=f"Only the {role} is given as an .onnx file"):
+    with pytest.raises(KdxError, match=f"Only the {role} is given as an exported file"):
         explainer(**{role: "there/is/none.onnx"})
 
 
 def test_files_do_not_run_in_eager(folder: Path) -> None:
     with pytest.raises(KdxError, match="cannot run in PyTorch"):
         explainer(runtime="eager", **files(folder))
+
+
+def test_onnx_and_engine_files_do_not_mix(folder: Path) -> None:
+    with pytest.raises(KdxError, match=r"given as \.engine and \.onnx files"):
+        explainer(runtime="auto", **files(folder) | {"base": "base.engine"})
+
+
+def test_files_open_on_the_device_that_was_chosen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("meta")
+    opened_on = []
+    monkeypatch.setattr("kdx.explainer.choose", lambda *_, **__: Choice("onnx", device, "for a test"))
+    monkeypatch.setattr("kdx.explainer.open_file", lambda path, chosen: opened_on.append(chosen))
+    for given in (named(), files(folder)):
+        with explainer(runtime="auto", folder=folder, **given) as opened:
+            opened.open(SIZE)
+            opened._source._runners.clear()
+    assert opened_on == [device] * 6
+
+
+class _Engines:
+    """Stands in for TensorRT: an engine is a note of its ONNX file, which ONNX Runtime then runs."""
+
+    def __init__(self) -> None:
+        self.built: dict[str, tuple[Any, Any]] = {}
+
+    def build(self, path: Path, built: Path, *, batch: Any, image_size: Any) -> None:
+        self.built[built.name.split("-")[0]] = batch, image_size
+        built.write_text(str(path))
+
+    def open(self, path: Path, _: torch.device) -> OrtRunner:
+        assert path.suffix == ".engine"
+        return OrtRunner(Path(path.read_text()))
+
+
+@pytest.mark.parametrize("given", ["networks", "files"])
+def test_tensorrt_runs_engines_of_the_exported_files(
+    given: str, folder: Path, tmp_path: Path, explained: Explanation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = _Engines()
+    monkeypatch.setattr("kdx.explainer.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
+    monkeypatch.setattr("kdx.explainer.engine.build", engines.build)
+    monkeypatch.setattr("kdx.explainer.open_file", engines.open)
+    sources: dict[str, Any] = {**files(folder)} if given == "files" else {**named()}
+    with explainer(runtime="tensorrt", folder=tmp_path, chunk=5, **sources) as opened:
+        assert_same(opened(images(), labels()), explained, 1e-4)
+    assert engines.built == dict.fromkeys(("teacher", "student", "base"), ((1, 5, 5), None))  # the files say their size
 
 
 def test_auto_falls_back_to_eager_and_says_why(tmp_path: Path, explained: Explanation, caplog: pytest.LogCaptureFixture) -> None:
@@ -415,7 +462,7 @@ def test_the_temporary_folder_goes_with_the_explainer(folder: Path, tmp_path: Pa
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr("kdx.explainer.onnx_file.holds", lambda *_: True)
     given = files(folder)
-    monkeypatch.setattr("kdx.explainer.OrtRunner", lambda path: _in_its_folder(path, given))
+    monkeypatch.setattr("kdx.explainer.open_file", lambda path, _: _in_its_folder(path, given))
     with explainer(runtime="onnx", **named()) as opened:
         assert list(tmp_path.iterdir()) == [], "none is made before it is needed"
         opened.open(SIZE)
@@ -553,9 +600,9 @@ def test_who_names_no_layer_is_told_which_there_are(folder: Path) -> None:
         assert "conv2" in caught.value.mend and "stem" not in caught.value.mend
 
 
-def test_random_weights_are_told(folder: Path) -> None:
+def test_random_weights_are_told() -> None:
     given = named()
-    object.__setattr__(given["base"], "trained", False)
+    given["base"] = replace(given["base"], trained=False)
     with explainer(**given) as opened:
         assert {role: about["trained"] for role, about in opened.networks().items()} == {"teacher": True, "student": True, "base": False}
 

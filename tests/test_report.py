@@ -363,8 +363,8 @@ def test_random_weights_are_said(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", images=8, gallery=0)
     edit(folder / "manifest.json", random_weights=["base"])
     page = report.write(folder).read_text()
-    assert page.count("Here its weights are random.") == 1
-    assert "trained without the teacher. Here its weights are random." in page
+    assert page.count("Its weights are random") == 1
+    assert "trained without the teacher. Its weights are random, wholly or in part." in page
 
 
 # ---------------------------------------------------------------- the pictures
