@@ -32,7 +32,7 @@ Shape = tuple[int | str, ...]
 Batch = tuple[int, int, int]
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
-"""What TensorRT-RTX builds for, with or without such a GPU in the machine."""
+"""What TensorRT-RTX builds for, with or without such a GPU in the machine. On sm_75 it multiplies matrices in float16 only."""
 _INSTALL: dict[PackageName, str] = {"tensorrt": "pip install 'kdx[gpu]'", "tensorrt_rtx": "pip install tensorrt-rtx-cu13"}
 _building = threading.Lock()
 
@@ -266,9 +266,10 @@ def _built(onnx_path: Path, wanted: EngineDescription, package: Any, timings: Pa
         config.add_optimization_profile(_profile(builder, wanted))
         engine = builder.build_serialized_network(network, config)
         if engine is None:
-            raise KdxError(
-                f"TensorRT cannot build {onnx_path}: {heard.last()}.", "Run the file with --runtime onnx, or choose a smaller batch."
-            )
+            mend = "Run the file with --runtime onnx, or choose a smaller batch."
+            if wanted.arch == "sm_75" and wanted.package == "tensorrt_rtx":
+                mend = "On sm_75 TensorRT-RTX multiplies matrices in float16 only: export the network in that, or use --runtime onnx."
+            raise KdxError(f"TensorRT cannot build {onnx_path}: {heard.last()}.", mend)
         if wanted.package == "tensorrt":
             _keep_timings(config, timings)
         return bytes(engine)

@@ -118,6 +118,20 @@ def test_the_size_of_a_file_of_one_size_may_be_said_but_not_changed(
         engine.build(fixed, path, batch=BATCH, arch="sm_86", image_size=(12, 16))
 
 
+def test_every_input_gets_the_batches(fixed: Path, tmp_path: Path) -> None:
+    path = handmade(tmp_path / "model.onnx", fixed, [helper.make_node("MatMul", ["images", "weight"], ["z"])], {"weight": (3, 4)})
+    model = onnx.load(path)
+    model.graph.input.append(helper.make_tensor_value_info("cotangent", TensorProto.FLOAT, ["batch", 4]))
+    model.graph.node.append(helper.make_node("Mul", ["z", "cotangent"], ["logits"]))
+    for entry in model.metadata_props:
+        if entry.key == "kdx.kind":
+            entry.value = json.dumps("gradients")
+    onnx.save(model, path)
+    found = engine.build(path, tmp_path / "a.engine", batch=BATCH, arch="sm_80")
+    assert found.kind == "gradients" and found.inputs == {"images": ("batch", 3), "cotangent": ("batch", 4)}
+    assert engine.describe(tmp_path / "a.engine") == found
+
+
 def test_every_architecture_is_one_that_the_package_knows() -> None:
     known = engine.load_package("tensorrt_rtx").ComputeCapability.__members__
     assert {f"sm_{name.removeprefix('SM')}" for name in known if name.startswith("SM")} == set(engine.ARCHITECTURES)
@@ -275,6 +289,22 @@ def test_a_build_that_fails_says_why(fixed: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(KdxError, match=r"cannot build .*model\.onnx: .*images is missing dimensions"):
         engine.build(fixed, tmp_path / "a.engine", batch=BATCH, arch="sm_86")
     assert left_in(tmp_path) == []
+
+
+def test_an_sm_75_multiplies_in_float16_only(fixed: Path, tmp_path: Path) -> None:
+    product = [helper.make_node("MatMul", ["images", "weight"], ["logits"])]
+    path = handmade(tmp_path / "wide.onnx", fixed, product, {"weight": (3, 4)})
+    with pytest.raises(KdxError, match="FP32 GEMM is not supported") as caught:
+        engine.build(path, tmp_path / "a.engine", batch=BATCH, arch="sm_75")
+    assert "float16" in caught.value.mend
+    half = [
+        helper.make_node("Cast", ["images"], ["x"], to=TensorProto.FLOAT16),
+        helper.make_node("Cast", ["weight"], ["w"], to=TensorProto.FLOAT16),
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+        helper.make_node("Cast", ["y"], ["logits"], to=TensorProto.FLOAT),
+    ]
+    path = handmade(tmp_path / "half.onnx", fixed, half, {"weight": (3, 4)})
+    assert engine.build(path, tmp_path / "a.engine", batch=BATCH, arch="sm_75").arch == "sm_75"
 
 
 def test_a_dimension_of_no_known_name_is_an_error(fixed: Path, tmp_path: Path) -> None:
