@@ -340,6 +340,7 @@ def _padded(x: Tensor, dim: int, before: int, after: int) -> Tensor:
 
 
 FORMS: dict[Any, Callable[..., Any]] = {
+    aten.view.default: torch.reshape,  # the strides that a form leaves may be others than its operator's
     aten._native_batch_norm_legit_no_training.default: _batch_norm,
     aten.layer_norm.default: _layer_norm,
     aten.rms_norm.default: _rms_norm,

@@ -131,13 +131,15 @@ def _joint(
 
 
 def _behind(graph: fx.Graph, cuts: set[fx.Node]) -> list[fx.Node]:
-    """The nodes that depend on a cut, in order, with those that only reckon sizes: of a cut one gives sizes, not values."""
-    found: dict[fx.Node, None] = {}
+    """The nodes that depend on a cut's values, in order, and all that reckon sizes: these follow from the inputs again."""
+    values: set[fx.Node] = set()
+    found = []
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        value = node.meta.get("val")
-        sizes = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
-        if sizes or any(source in cuts or source in found for source in node.all_input_nodes):
-            found[node] = None
-    return list(found)
+        if isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
+            found.append(node)
+        elif any(source in cuts or source in values for source in node.all_input_nodes):
+            values.add(node)
+            found.append(node)
+    return found
