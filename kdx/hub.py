@@ -166,6 +166,14 @@ def _explained(name: str) -> Iterator[None]:
             "Give a folder with config.json and model.safetensors, as save_pretrained writes it; "
             "without a network a name works only if its files are in the cache.",
         ) from error
+    except ImportError as error:  # the library names its own module; why it failed is at the end of the chain
+        cause: BaseException = error
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__ or cause
+        raise KdxError(
+            f"hf:{name} needs a package that cannot be imported: {first_line(cause)}.",
+            "Mend its installation; torchvision must be built for the PyTorch that runs here.",
+        ) from error
     except Exception as error:  # anything can go wrong in another package's code; the cause stays attached
         raise KdxError(
             f"hf:{name} could not be built: {first_line(error)}.",

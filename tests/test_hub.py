@@ -128,6 +128,17 @@ def test_what_a_reference_gets_wrong_is_named(tmp_path: Path, monkeypatch: pytes
     transformers.BertConfig().save_pretrained(tmp_path / "text")
     with pytest.raises(KdxError, match=r"could not be built: .*BertConfig"):
         models.load(f"hf:{tmp_path / 'text'}")
+
+    def broken(*_arguments: object, **_keywords: object) -> None:
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist")
+        except RuntimeError as error:
+            raise ModuleNotFoundError("Could not import module 'ResNetForImageClassification'.") from error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.AutoConfig, "from_pretrained", broken)
+        with pytest.raises(KdxError, match=r"cannot be imported: operator torchvision::nms does not exist\.\n"):
+            models.load(f"hf:{folder}")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(KdxError, match=r"kdx\[models\]"):
         models.load(f"hf:{folder}")
