@@ -15,7 +15,6 @@ A batch's maps are written first and its progress file last, by a rename: what h
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
 import logging
@@ -187,14 +186,16 @@ def _locked(folder: Path) -> IO[bytes]:
     except OSError as error:
         raise KdxError(f"{folder} cannot be written: {error.strerror}.", "Make the folder writable, or choose another --out.") from error
     try:
+        import fcntl  # which Windows has not
+
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
         raise KdxError(
             f"Another process is writing the run in {folder}.", "Wait until it ends, or stop it; or choose another --out."
         ) from None
-    except OSError as error:  # some network file systems have no locks, and a run alone in its folder needs none
-        log.warning("%s cannot be locked (%s): write to it from one process at a time.", folder, error.strerror)
+    except (ImportError, OSError) as error:  # nor have some network file systems; a run alone in its folder needs no lock
+        log.warning("%s cannot be locked (%s): write to it from one process at a time.", folder, error)
     return lock
 
 

@@ -162,12 +162,9 @@ def measure(
             geometry.u_centered(d),
             geometry.u_centered(target_distances_among(references.labels, labels, references.target.distances)),
         )
-    named = maps_among(roles)
-    explained, given = ([roles.index(role) for role in side] for side in zip(*named.values(), strict=True))
-    lap = geometry.laplacian(d[explained], centred[explained], centred[given], goal, objective)
-    checked(lap, *(features[role].flatten(1) for role in roles))
+    lap = checked(_laplacian(roles, d, centred, goal, objective), *(features[role].flatten(1) for role in roles))
     maps = {}
-    for index, (name, (role, _)) in enumerate(named.items()):
+    for index, (name, (role, _)) in enumerate(maps_among(roles).items()):
         behind = None if references is None else references.features[role]
         weights, cams = weighted(features[role], lap.lap[index], weighting, references=behind)
         maps[name] = Maps(cams, weights, float(lap.score[index].mean()))
@@ -179,13 +176,23 @@ def measure_distances(
 ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
     """(products, moved, left_out) of `Measured`, from each role's distances [n, n]: what scores need of a batch, without features.
 
-    Raises KdxError for distances that are not finite, and for ones that are all equal.
+    Raises KdxError for distances that are not finite, for ones that are all equal, and where one network's explain all of another's.
     """
     roles = roles_among(distances)
     for role in roles:
         arrays.check_same(len(distances[role]), len(target.rows), f"the {role}'s distances", "the target")
     d = torch.stack([arrays.measured(distances[role].to(target.distances), distances[role], f"{role}'s features") for role in roles])
-    return _products(roles, d, geometry.u_centered(d), target, permutations)
+    centred = geometry.u_centered(d)
+    checked(_laplacian(roles, d, centred, target.centred), *distances.values())
+    return _products(roles, d, centred, target, permutations)
+
+
+def _laplacian(
+    roles: Sequence[str], d: Tensor, centred: Tensor, goal: Tensor, objective: geometry.Objective = geometry.relevance
+) -> geometry.Laplacian:
+    """That of each of the roles' maps, from their distances and U-centred matrices in the order of ``roles``."""
+    explained, given = ([roles.index(role) for role in side] for side in zip(*maps_among(roles).values(), strict=True))
+    return geometry.laplacian(d[explained], centred[explained], centred[given], goal, objective)
 
 
 def _products(

@@ -142,13 +142,15 @@ def test_distances_alone_give_the_scores(teacher: bool) -> None:
         (lambda d: d * float("nan"), "base's features are not finite"),
         (lambda d: 1 - torch.eye(len(d)), "base's features are constant"),
         (lambda d: d[1:, 1:], "23 rows of the base's distances and 24"),
+        (None, "hold nothing that the given features do not explain"),
     ],
 )
-def test_distances_that_are_none_are_refused(spoil: Callable[[Tensor], Tensor], said: str) -> None:
+def test_distances_without_scores_are_refused(spoil: Callable[[Tensor], Tensor] | None, said: str) -> None:
     features, labels = roles()
     distances = {role: torch.cdist(x.flatten(1), x.flatten(1)).float() for role, x in features.items()}
+    distances["base"] = spoil(distances["base"]) if spoil else 2 * distances["student"]
     with pytest.raises(kdx.KdxError, match=said):
-        transfer.measure_distances(distances | {"base": spoil(distances["base"])}, Target.of(labels), scores.permutation_table(24, 0, 0))
+        transfer.measure_distances(distances, Target.of(labels), scores.permutation_table(24, 0, 0))
 
 
 def test_without_a_teacher_the_rest_stays_as_it_is() -> None:
