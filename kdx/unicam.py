@@ -34,10 +34,7 @@ class Maps:
 
     def scaled(self, size: tuple[int, int] | None = None) -> Any:
         """The maps min-max scaled to [0, 1] image by image, resized (bilinear) to ``size`` (H, W) where given."""
-        maps = geometry.scaled(arrays.tensor(self.maps, "maps"))
-        if size is not None:
-            maps = torch.nn.functional.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
-        return arrays.like(maps, self.maps)
+        return scaled(self.maps, size)
 
 
 class Reference:
@@ -98,6 +95,50 @@ def unicam(
     >>> distilled.maps.shape, distilled.weights.shape
     ((8, 3, 3), (8, 6))
     """
+    check_weighting(weighting)
+    with torch.no_grad():
+        placed = place(explained, given, target, objective, pooled=pooled, reference=reference)
+        weights, maps = weighted(placed.features, placed.lap.lap, weighting, pooled=pooled, references=placed.references)
+        return Maps(arrays.like(maps, explained), arrays.like(weights, explained), placed.score)
+
+
+def scaled(maps: Array, size: tuple[int, int] | None = None) -> Any:
+    """Maps [n, H, W] min-max scaled to [0, 1] image by image, then resized (bilinear) to ``size`` (H, W) where given."""
+    found = geometry.scaled(arrays.tensor(maps, "maps"))
+    if size is not None:
+        found = torch.nn.functional.interpolate(found[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    return arrays.like(found, maps)
+
+
+def check_weighting(weighting: str) -> None:
+    if weighting not in ("gap", "elementwise"):
+        raise ValueError(f"weighting must be 'gap' or 'elementwise', not {weighting!r}")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Explained features [n, C, H, W] with Lap of an objective among them, or [n, m+1, m+1] each behind ``references`` [m, C, H, W]."""
+
+    features: Tensor
+    lap: Laplacian
+    references: Tensor | None
+
+    @property
+    def score(self) -> float:
+        """L; in reference mode its mean over the images."""
+        return float(self.lap.score.mean())
+
+
+def place(
+    explained: Array,
+    given: Array,
+    target: Array,
+    objective: ObjectiveName | Callable[[Tensor], Tensor],
+    *,
+    pooled: bool,
+    reference: Reference | None,
+) -> Placed:
+    """The geometry of `unicam`, whose arguments these are: everything that is n x n."""
     features = arrays.feature_map(explained, "explained features")
     others = arrays.feature_map(given, "given features")
     n = features.shape[0]
@@ -106,24 +147,20 @@ def unicam(
         raise KdxError(f"The explained features are on {features.device}, the given ones on {others.device}.", "Move both to one device.")
     if not callable(objective) and objective not in geometry.OBJECTIVES:
         raise ValueError(f"objective must be one of {sorted(geometry.OBJECTIVES)} or a function of R, not {objective!r}")
-    if weighting not in ("gap", "elementwise"):
-        raise ValueError(f"weighting must be 'gap' or 'elementwise', not {weighting!r}")
     chosen = geometry.differentiated(objective) if callable(objective) else geometry.OBJECTIVES[objective]
-    with torch.no_grad():
-        if reference is not None:
-            if pooled != reference.pooled:
-                raise ValueError("pooled differs between the call and its reference set")
-            return _among(reference, features, others, target, explained, chosen, weighting)
-        arrays.check_images(n)
-        x, y = _rows(features, pooled), _rows(others, pooled)
-        g = arrays.target_embedding(target, n).to(features.device)
-        d, e, h = (
-            arrays.measured(geometry.distances(rows), rows, name)
-            for rows, name in ((x, "explained features"), (y, "given features"), (g, "target"))
-        )
-        lap = checked(geometry.laplacian(d, geometry.u_centered(d), geometry.u_centered(e), geometry.u_centered(h), chosen), x, y)
-        weights, maps = weighted(features, lap.lap, weighting, pooled=pooled)
-        return Maps(arrays.like(maps, explained), arrays.like(weights, explained), float(lap.score))
+    if reference is not None:
+        if pooled != reference.pooled:
+            raise ValueError("pooled differs between the call and its reference set")
+        return _among(reference, features, others, target, chosen)
+    arrays.check_images(n)
+    x, y = _rows(features, pooled), _rows(others, pooled)
+    g = arrays.target_embedding(target, n).to(features.device)
+    d, e, h = (
+        arrays.measured(geometry.distances(rows), rows, name)
+        for rows, name in ((x, "explained features"), (y, "given features"), (g, "target"))
+    )
+    lap = geometry.laplacian(d, geometry.u_centered(d), geometry.u_centered(e), geometry.u_centered(h), chosen)
+    return Placed(features, checked(lap, x, y), None)
 
 
 def weighted(
@@ -131,19 +168,30 @@ def weighted(
 ) -> tuple[Tensor, Tensor]:
     """(channel weights [n, C], maps [n, H, W]) of features [n, C, H, W] under lap [n, n], or [n, m+1, m+1] behind references."""
 
-    def gradient(rows: Callable[[Tensor], Tensor]) -> Tensor:
-        if references is None:
-            return geometry.gradient(lap, rows(features))
-        return geometry.query_gradient(lap, rows(features), rows(references))
-
-    weights = gradient(geometry.gap)
+    weights = _row_gradient(geometry.gap, features, lap, references)
     if pooled:  # a spatial mean hands 1/(HW) of its gradient to every position alike, so both weightings agree
         weights = weights / (features.shape[2] * features.shape[3])
     elif weighting == "elementwise":
-        maps = geometry.elementwise_cam(features, gradient(_flat))
+        maps = geometry.elementwise_cam(features, _row_gradient(_flat, features, lap, references))
         return weights.to(maps.dtype), maps
     maps = geometry.cam(features, weights)
     return weights.to(maps.dtype), maps
+
+
+def feature_gradient(placed: Placed, *, pooled: bool) -> Tensor:
+    """dL/dF [n, C, H, W] of the explained features."""
+    features = placed.features
+    rows = _row_gradient(geometry.gap if pooled else _flat, features, placed.lap.lap, placed.references)
+    if pooled:
+        return (rows / (features.shape[2] * features.shape[3]))[:, :, None, None].expand(features.shape)
+    return rows.reshape(features.shape)
+
+
+def _row_gradient(rows: Callable[[Tensor], Tensor], features: Tensor, lap: Tensor, references: Tensor | None) -> Tensor:
+    """dL/d(rows of the features) [n, k]."""
+    if references is None:
+        return geometry.gradient(lap, rows(features))
+    return geometry.query_gradient(lap, rows(features), rows(references))
 
 
 def checked(lap: Laplacian, *rows: Tensor) -> Laplacian:
@@ -167,9 +215,7 @@ def _rows(features: Tensor, pooled: bool) -> Tensor:
     return geometry.gap(features) if pooled else _flat(features)
 
 
-def _among(
-    reference: Reference, features: Tensor, others: Tensor, target: Array, kind: Array, objective: geometry.Objective, weighting: Weighting
-) -> Maps:
+def _among(reference: Reference, features: Tensor, others: Tensor, target: Array, objective: geometry.Objective) -> Placed:
     """Each query [q, ...] behind the reference set, as the last of m + 1 images: only the last row of Lap is needed."""
     inside_x, inside_y, inside_g = reference.distances
     d = feature_distances_among(reference.explained, features, inside_x, "explained features", reference.pooled)
@@ -179,8 +225,7 @@ def _among(
     h = target_distances_among(reference.target, labels, inside_g)
     lap = geometry.laplacian(d, geometry.u_centered(d), geometry.u_centered(e), geometry.u_centered(h), objective)
     checked(lap, _rows(features, reference.pooled), _rows(others, reference.pooled))
-    weights, maps = weighted(features, lap.lap, weighting, pooled=reference.pooled, references=reference.explained)
-    return Maps(arrays.like(maps, kind), arrays.like(weights, kind), float(lap.score.mean()))
+    return Placed(features, lap, reference.explained)
 
 
 def feature_distances_among(known: Tensor, queries: Tensor, inside: Tensor, name: str, pooled: bool = False) -> Tensor:
