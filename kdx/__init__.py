@@ -4,10 +4,28 @@ from typing import TYPE_CHECKING
 
 from kdx.errors import KdxError
 from kdx.explainer import Explainer, Explanation, LayerResult
+from kdx.saliency import ClassMaps, grad_cam, hires_cam, top_mask, unicam_before
 from kdx.scores import Score, fss, partial_rs, rs
 from kdx.unicam import Maps, Reference, unicam
 
-__all__ = ["Explainer", "Explanation", "KdxError", "LayerResult", "Maps", "Reference", "Score", "fss", "partial_rs", "rs", "unicam"]
+__all__ = [
+    "ClassMaps",
+    "Explainer",
+    "Explanation",
+    "KdxError",
+    "LayerResult",
+    "Maps",
+    "Reference",
+    "Score",
+    "fss",
+    "grad_cam",
+    "hires_cam",
+    "partial_rs",
+    "rs",
+    "top_mask",
+    "unicam",
+    "unicam_before",
+]
 
 if TYPE_CHECKING:
     __version__: str

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 
-import kdx.scores
-import kdx.unicam
+import kdx
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,10 +27,11 @@ FLOORS = [
     {"kdx.export", "kdx.arrays", "kdx.reading", "kdx.pictures"},
     {"kdx.runtime", "kdx.unicam", "kdx.scores", "kdx.layers", "kdx.finished", "kdx.hub", "kdx.programs"},
     {"kdx.models", "kdx.transfer", "kdx.gallery"},
-    {"kdx.models_file"},
+    {"kdx.models_file", "kdx.saliency"},
     {"kdx.distill"},
     {"kdx.explainer", "kdx.report"},
     {"kdx.explain"},
+    {"kdx.files"},
     {"kdx.demo"},
     {"kdx.cli"},
 ]
@@ -96,10 +96,9 @@ def test_version_and_changelog_agree() -> None:
     assert version and newest and version[1] == newest[1] == kdx.__version__
 
 
-@pytest.mark.parametrize("module", [kdx.unicam, kdx.scores], ids=["unicam", "scores"])
-def test_docstring_examples(module: object) -> None:
-    named = sys.modules[f"kdx.{'unicam' if module is kdx.unicam else 'scores'}"]
-    result = doctest.testmod(named)
+@pytest.mark.parametrize("module", ["unicam", "scores", "saliency"])
+def test_docstring_examples(module: str) -> None:
+    result = doctest.testmod(sys.modules[f"kdx.{module}"])  # kdx.unicam itself is the function
     assert result.attempted > 0 and result.failed == 0
 
 

@@ -1,0 +1,375 @@
+"""Maps from exposed gradients: Grad-CAM and HiResCAM of a class, UniCAM of a layer before the feature layer, and masks of either.
+
+All of them run a graph of gradients (`kdx.export.graphs.GradientGraph`), in PyTorch or as a file in another runtime: images and a
+cotangent in, a layer's feature and gradient out. The cotangent says whose gradient it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kdx import arrays, models, unicam
+from kdx.arrays import Array
+from kdx.errors import KdxError
+from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
+from kdx.kernels import geometry
+from kdx.models import Network
+from kdx.runtime import EagerRunner, FileRunner, Runner, TrtRunner, choose, open_file
+from kdx.unicam import Maps, ObjectiveName, Reference, Weighting
+
+Differentiable = str | Path | Network | nn.Module | Runner
+"""A model reference, a path of a file exported with its gradients, a network, a PyTorch module (taken as it is, without
+preprocessing), or an open runner of a graph of gradients, which stays open."""
+
+Classes = int | Array | None
+
+
+@dataclass(frozen=True)
+class ClassMaps:
+    """Grad-CAM or HiResCAM of one layer and one class an image.
+
+    maps: [n, H, W] >= 0, at feature resolution, before scaling; comparable within one image, not between images.
+    weights: [n, C], the mean over h, w of the class's gradient. classes: [n], whose logit each map explains.
+    logits: [n, classes].
+    """
+
+    maps: Any
+    weights: Any
+    classes: Any
+    logits: Any
+
+    def scaled(self, size: tuple[int, int] | None = None) -> Any:
+        """The maps min-max scaled to [0, 1] image by image, resized (bilinear) to ``size`` (H, W) where given."""
+        return unicam.scaled(self.maps, size)
+
+
+def grad_cam(
+    network: Differentiable,
+    images: Array,
+    layer: str | None = None,
+    classes: Classes = None,
+    *,
+    device: str = "auto",
+    chunk: int | None = None,
+) -> ClassMaps:
+    """Where a layer's features, weighted by channel, raise a class's logit.
+
+    With F the layer's feature [n, C, H, W] and y_k the logit of image i's class k,
+
+        a_ic = mean over h, w of dy_k/dF_ichw,        map_i = ReLU(sum_c a_ic F_ic).
+
+    Source: Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization", ICCV 2017.
+
+    network: a model reference, a path of a file exported with ``--kind gradients``, a `kdx.models.Network`, a PyTorch module
+    (taken as it is, without preprocessing), or an open runner of a graph of gradients, which stays open. images: [n, 3, h, w]
+    in [0, 1], NumPy or PyTorch. layer: by default the file's or runner's only one, or a network's last one that is worth
+    explaining. classes: one for all images, or integers [n]; by default what the network predicts, which takes a pass more.
+    device: where a network or file runs, as `kdx.Explainer` takes it. chunk: how many images go through at once (by default
+    all, or as many as an engine takes); it changes no result. Tensors come back on the device of the pass.
+
+    A map is no share of the logit: its sum means nothing, and two images' maps have no common scale. Since a gradient is
+    averaged over positions before it meets the features, a place can light up that the class does not use; `hires_cam`
+    does not average. What lowers the logit is cut off by the ReLU.
+
+    Raises KdxError for no images, a layer or class that is not there, a file or runner without the gradients of the logits,
+    and features or gradients that are not finite.
+
+    >>> import numpy as np, kdx
+    >>> images = np.random.default_rng(0).random((3, 3, 32, 32), dtype=np.float32)
+    >>> found = kdx.grad_cam("kdx:resnet,width=4,depth=1,classes=5", images, "layer3", classes=2)
+    >>> found.maps.shape, found.weights.shape, found.scaled((32, 32)).shape
+    ((3, 8, 8), (3, 16), (3, 32, 32))
+    """
+    return _class_maps(network, images, layer, classes, "gap", device, chunk)
+
+
+def hires_cam(
+    network: Differentiable,
+    images: Array,
+    layer: str | None = None,
+    classes: Classes = None,
+    *,
+    device: str = "auto",
+    chunk: int | None = None,
+) -> ClassMaps:
+    """Where a layer's features raise a class's logit, each position by its own gradient.
+
+    With F the layer's feature [n, C, H, W] and y_k the logit of image i's class k,
+
+        map_ihw = ReLU(sum_c dy_k/dF_ichw F_ichw).
+
+    Source: Draelos and Carin, "Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural networks",
+    arXiv 2011.08891 (2020). They define the sum without the ReLU: where one linear layer follows F, it then adds up to the logit
+    less its bias. Here the ReLU is taken as in Grad-CAM, so a map shows what raises the logit and not what lowers it.
+
+    Arguments, results and errors are those of `grad_cam`, ``weights`` too, though the map is not made of them. Where a mean
+    over positions and one linear layer follow F, both maps are equal. Behind further layers a map is a first-order
+    statement: it does not say what the logit would be without a place.
+
+    >>> import numpy as np, kdx
+    >>> images = np.random.default_rng(0).random((3, 3, 32, 32), dtype=np.float32)
+    >>> found = kdx.hires_cam("kdx:resnet,width=4,depth=1,classes=5", images, "layer2")
+    >>> found.maps.shape, bool((found.classes == found.logits.argmax(1)).all())
+    ((3, 16, 16), True)
+    """
+    return _class_maps(network, images, layer, classes, "elementwise", device, chunk)
+
+
+def unicam_before(
+    network: Differentiable,
+    images: Array,
+    layer: str,
+    explained: Array,
+    given: Array,
+    target: Array,
+    objective: ObjectiveName | Callable[[Tensor], Tensor] = "relevance",
+    weighting: Weighting = "gap",
+    *,
+    at: str | None = None,
+    pooled: bool = False,
+    reference: Reference | None = None,
+    device: str = "auto",
+    chunk: int | None = None,
+) -> Maps:
+    """`kdx.unicam` mapped to a layer that comes before the feature layer: its gradient, pulled back through the explained network.
+
+    With X the explained features at the feature layer, dL/dX = Lap X is the cotangent; with F the feature of the earlier
+    layer, dL/dF = (Lap X) . dX/dF, and then a_ic = mean over h, w of dL/dF_ic and map_i = ReLU(sum_c a_ic F_ic), or with
+    ``elementwise`` weights ReLU(sum_c dL/dF_ic F_ic). Source: arXiv 2412.13943.
+
+    network: the explained one, as `grad_cam` takes it; a file or runner is of a graph whose cotangent is at the feature layer,
+    and with anything else ``at`` names that layer. images: [n, 3, h, w] in [0, 1]. explained, given: both networks' features
+    of these images at the feature layer, in the arrangement [n, C, H, W] that kdx gives them, the former from the same network
+    and preprocessing. target, objective, pooled, reference: as in `kdx.unicam`; they speak of the feature layer.
+
+    The result has the maps [n, H, W] and weights [n, C] of the earlier layer, and the feature layer's score. A map says
+    where features sit that raise L by way of the feature layer; it is not the UniCAM of the earlier layer's own geometry.
+
+    Raises KdxError for what `kdx.unicam` and `grad_cam` refuse, and for features that are not of the cotangent's layer.
+
+    >>> import torch, kdx
+    >>> from kdx.export.graphs import FeatureGraph
+    >>> student = kdx.models.load("kdx:resnet,width=4,depth=1,classes=5")
+    >>> images = torch.rand(8, 3, 32, 32)
+    >>> _, explained = FeatureGraph(student.module, ["layer3"], student.preprocessing)(images)
+    >>> given = torch.rand(8, 6, 4, 4)
+    >>> earlier = kdx.unicam_before(student, images, "layer1", explained, given, torch.arange(8) % 2, at="layer3")
+    >>> earlier.maps.shape, earlier.weights.shape
+    (torch.Size([8, 32, 32]), torch.Size([8, 4]))
+    """
+    unicam.check_weighting(weighting)
+    batch = _checked(images)
+    arrays.check_same(len(explained), len(batch), "explained features", "images")
+    with torch.no_grad():
+        placed = unicam.place(explained, given, target, objective, pooled=pooled, reference=reference)
+        cotangent = unicam.feature_gradient(placed, pooled=pooled)
+        # Gradients of a score of many distances are small; a network in half precision would lose them.
+        largest = cotangent.abs().max().clamp_min(torch.finfo(cotangent.dtype).tiny)
+        found = []
+        with _opened(network, layer, (batch.shape[2], batch.shape[3]), device, at) as (runner, name):
+            if _is_of_logits(runner):
+                raise KdxError(
+                    "The gradients are those of the logits, not of a feature layer.", "Export the network with a cotangent at that layer."
+                )
+            for part in _parts(runner, chunk, len(batch)):
+                _, feature, gradient = _differentiated(runner, name, batch[part], cotangent[part] / largest, part)
+                found.append(_weighed(feature, gradient.double() * largest.to(gradient.device), weighting))
+    weights, maps = (arrays.like(torch.cat(parts), images) for parts in zip(*found, strict=True))
+    return Maps(maps, weights, placed.score)
+
+
+def top_mask(maps: Array, share: float = 0.5) -> Any:
+    """The most salient pixels: boolean [n, H, W], true at exactly round(share H W) pixels of each map [n, H, W].
+
+    share: in [0, 1]. Of equal pixels the first in reading order (row by row, from the top left) is kept, on every device; so a
+    constant map, which holds no order, gives its first rows. A mask says which pixels of a map are largest, not that they
+    are large.
+
+    Raises KdxError for a share outside [0, 1], for what is not [n, H, W], and for NaN.
+
+    >>> import numpy as np, kdx
+    >>> kdx.top_mask(np.array([[[0.1, 0.9], [0.9, 0.2]]]), share=0.25)
+    array([[[False,  True],
+            [False, False]]])
+    """
+    found = arrays.tensor(maps, "maps")
+    if found.ndim != 3 or found.dtype == torch.bool:
+        raise KdxError(f"The maps have shape {list(found.shape)} and type {found.dtype}.", "Give maps [n, H, W] of numbers.")
+    if not 0 <= share <= 1:  # so that NaN fails
+        raise KdxError(f"The share {share} is not between 0 and 1.", "Give the part of the pixels to keep, such as 0.3.")
+    flat = found.flatten(1)
+    if bool(flat.isnan().any()):
+        raise KdxError(f"The maps hold NaN{_rows_text(~flat.isnan().any(1))}.", "Remove those maps: NaN has no order.")
+    kept = flat.argsort(dim=1, descending=True, stable=True)[:, : round(share * flat.shape[1])]
+    mask = torch.zeros_like(flat, dtype=torch.bool).scatter(1, kept, True)
+    return arrays.like(mask.reshape(found.shape), maps)
+
+
+# ---- one pass ----
+
+
+def _class_maps(
+    network: Differentiable, images: Array, layer: str | None, classes: Classes, weighting: Weighting, device: str, chunk: int | None
+) -> ClassMaps:
+    batch = _checked(images)
+    found: list[tuple[Tensor, ...]] = []
+    with torch.no_grad(), _opened(network, layer, (batch.shape[2], batch.shape[3]), device) as (runner, name):
+        if not _is_of_logits(runner):
+            raise KdxError(
+                "The gradients are those of a feature layer, not of the logits.", "Export the network without a layer for the cotangent."
+            )
+        count = _class_count(runner, batch)
+        asked = None if classes is None else _asked(classes, len(batch), count).to(runner.device)
+        for part in _parts(runner, chunk, len(batch)):
+            chosen = _logits(runner, batch[part], count).argmax(1) if asked is None else asked[part]
+            cotangent = nn.functional.one_hot(chosen, count).to(batch.dtype)
+            logits, feature, gradient = _differentiated(runner, name, batch[part], cotangent, part)
+            found.append((*_weighed(feature, gradient, weighting), chosen, logits))
+    weights, maps, chosen, logits = (arrays.like(torch.cat(parts), images) for parts in zip(*found, strict=True))
+    return ClassMaps(maps, weights, chosen, logits)
+
+
+def _differentiated(runner: Runner, layer: str, images: Tensor, cotangent: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, feature, gradient) of one pass, checked; the images are this part of all."""
+    found = runner.run({"images": images, "cotangent": cotangent})
+    feature, gradient = found[layer], found[f"gradient/{layer}"]
+    finite = feature.isfinite().flatten(1).all(1) & gradient.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        raise KdxError(
+            f"The features of layer {layer!r} or their gradients are not finite{_rows_text(finite, part.start)}.",
+            "Look at those images, and at the network's weights and precision.",
+        )
+    return found["logits"], feature, gradient
+
+
+def _weighed(feature: Tensor, gradient: Tensor, weighting: Weighting) -> tuple[Tensor, Tensor]:
+    """(channel weights [n, C], maps [n, H, W]) of features and their gradients, both [n, C, H, W]."""
+    weights = geometry.gap(gradient)
+    maps = geometry.cam(feature, weights) if weighting == "gap" else geometry.elementwise_cam(feature, gradient.flatten(1))
+    return weights.to(feature.dtype), maps.to(feature.dtype)
+
+
+def _logits(runner: Runner, images: Tensor, count: int) -> Tensor:
+    """Logits [n, count] before there is a cotangent, on which they do not depend."""
+    if isinstance(runner, FileRunner):
+        return runner.run({"images": images, "cotangent": images.new_zeros(len(images), count)})["logits"]
+    return _forward(runner, images)
+
+
+def _forward(runner: Runner, images: Tensor) -> Tensor:
+    """Logits by an eager runner's network, without a backward pass."""
+    graph = _graph(runner)
+    return EagerRunner(FeatureGraph(graph.network, (), graph.preprocessing), runner.device).run({"images": images})["logits"]
+
+
+def _class_count(runner: Runner, images: Tensor) -> int:
+    return int(runner.outputs["logits"][1]) if isinstance(runner, FileRunner) else _forward(runner, images[:1]).shape[1]
+
+
+def _is_of_logits(runner: Runner) -> bool:
+    """Whether the cotangent is at the logits, not at a layer."""
+    return len(runner.inputs["cotangent"]) == 2 if isinstance(runner, FileRunner) else _graph(runner).at is None
+
+
+def _graph(runner: Runner) -> GradientGraph:
+    """What an eager runner runs: it alone knows the number of classes and where the cotangent is."""
+    graph = runner._module if isinstance(runner, EagerRunner) else None
+    if not isinstance(graph, GradientGraph):
+        raise ValueError("the runner is closed, or none of kdx's")
+    return graph
+
+
+def _parts(runner: Runner, chunk: int | None, n: int) -> Iterator[slice]:
+    """Parts of ``chunk`` images, and of no more than an engine takes."""
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be 1 or more, not {chunk}")
+    most = min([chunk or n, *([runner.engine.batch[2]] if isinstance(runner, TrtRunner) else [])])
+    return (slice(start, min(start + most, n)) for start in range(0, n, most))
+
+
+# ---- what is given ----
+
+
+@contextmanager
+def _opened(
+    given: Differentiable, layer: str | None, image_size: tuple[int, int], device: str, at: str | None = None
+) -> Iterator[tuple[Runner, str]]:
+    """A runner of gradients and the layer to explain; what is opened here is closed here."""
+    if isinstance(given, Runner):
+        if at is not None or device != "auto":
+            raise ValueError("an open runner has its device and the place of its cotangent")
+        yield given, _held(given, "The runner", layer)
+        return
+    if isinstance(given, str | Path) and str(given).endswith((".onnx", ".engine")):
+        if at is not None:
+            raise ValueError("a file has the place of its cotangent")
+        path = Path(given)
+        with open_file(path, choose("auto", device, files=True, engines=path.suffix == ".engine").device) as runner:
+            yield runner, _held(runner, str(path), layer)
+        return
+    network = _as_network(given)
+    layer = _last_layer(network, image_size) if layer is None else layer
+    with EagerRunner(GradientGraph(network.module, [layer], network.preprocessing, at), choose("eager", device).device) as eager:
+        yield eager, layer
+
+
+def _held(runner: Runner, name: str, layer: str | None) -> str:
+    """The layer that was asked for, or the only one, of a graph of gradients."""
+    if runner.kind != "gradients":
+        raise KdxError(f"{name} holds {runner.kind}, and gradients are asked for.", "Export the network with --kind gradients.")
+    if layer is None and len(runner.layers) > 1:
+        raise KdxError(f"{name} holds several layers.", f"Name one of {', '.join(runner.layers)}.")
+    if layer is not None and layer not in runner.layers:
+        raise KdxError(f"{name} does not hold the layer {layer!r}.", f"It holds {', '.join(runner.layers)}; export it with the layer.")
+    return runner.layers[0] if layer is None else layer
+
+
+def _as_network(given: str | Path | Network | nn.Module) -> Network:
+    if isinstance(given, nn.Module):
+        given = Network(type(given).__name__, given, Preprocessing())
+    if isinstance(given, Network):  # a copy: its mode and device are its owner's
+        return Network(given.reference, copy.deepcopy(given.module).eval(), given.preprocessing, given.trained)
+    return models.load(str(given))
+
+
+def _last_layer(network: Network, image_size: tuple[int, int]) -> str:
+    known = models.layers(network, network.preprocessing.size or image_size)
+    if not known:
+        raise KdxError("The network has no layer whose output is a feature map.", "Name a layer.")
+    return known[-1]
+
+
+def _checked(images: Array) -> Tensor:
+    batch = arrays.tensor(images, "images")
+    if batch.ndim != 4 or batch.shape[1] != 3 or not batch.is_floating_point() or len(batch) == 0:
+        raise KdxError(
+            f"The images have shape {list(batch.shape)} and type {batch.dtype}.",
+            "Give at least one image: floating-point RGB [n, 3, height, width] in [0, 1].",
+        )
+    return batch
+
+
+def _asked(classes: int | Array, n: int, count: int) -> Tensor:
+    """Classes [n], each of them one of ``count``."""
+    asked = torch.full((n,), int(classes)) if isinstance(classes, int | np.integer) else arrays.tensor(classes, "classes")
+    if asked.ndim != 1 or asked.is_floating_point() or asked.dtype == torch.bool:
+        raise KdxError(f"The classes have shape {list(asked.shape)} and type {asked.dtype}.", "Give one integer, or integers [n].")
+    arrays.check_same(len(asked), n, "classes", "images")
+    outside = (asked < 0) | (asked >= count)
+    if bool(outside.any()):
+        raise KdxError(f"There is no class {int(asked[outside][0])}: the network has {count}.", f"Give classes from 0 to {count - 1}.")
+    return asked.long()
+
+
+def _rows_text(fine: Tensor, start: int = 0) -> str:
+    rows = (start + (~fine).nonzero().flatten()).tolist()
+    return f" in rows {', '.join(map(str, rows[:5]))}{' ...' if len(rows) > 5 else ''}"
