@@ -17,8 +17,12 @@ from torch._decomp import get_decompositions
 aten = torch.ops.aten
 
 
+def _accurate(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(_accurate(x))
 
 
 # ---- normalisations and attention ----
@@ -72,19 +76,24 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if is_causal or enable_gqa:
-        raise NotImplementedError("scaled_dot_product_attention with is_causal or enable_gqa has no gradient form")
-    scores = (query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)) @ key.transpose(-2, -1)
-    if mask is not None:
-        scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -math.inf)
-    return scores.softmax(-1) @ value
+    if enable_gqa:  # several query heads share a key's
+        key, value = (given.repeat_interleave(query.shape[-3] // given.shape[-3], -3) for given in (key, value))
+    mask = attn_mask
+    if is_causal:
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    scores = _wide(query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)) @ _wide(key).transpose(-2, -1)
+    if mask is None or mask.is_floating_point():
+        weights = (scores if mask is None else scores + mask).softmax(-1)
+    else:  # a query that sees nothing gets zeros
+        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~mask, 0.0)
+    return weights.to(value.dtype) @ value
 
 
 # ---- pooling ----
@@ -95,6 +104,20 @@ Pair = tuple[int, int]
 def _pair(value: int | Sequence[int], default: Pair = (1, 1)) -> Pair:
     values = [value] if isinstance(value, int) else list(value)
     return (values[0], values[-1]) if values else default
+
+
+def _avg_pool_1d(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int] = (), padding: Any = 0, ceil_mode: bool = False, count_include_pad: bool = True
+) -> Tensor:
+    (k,), (s,), (p,) = ([given] if isinstance(given, int) else given for given in (kernel, stride or kernel, padding))
+    return _avg_pool(x.unsqueeze(-2), (1, k), (1, s), (0, p), ceil_mode, count_include_pad).squeeze(-2)
+
+
+def _max_pool_1d(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int] = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> Tensor:
+    (k,), (s,), (p,), (d,) = ([given] if isinstance(given, int) else given for given in (kernel, stride or kernel, padding, dilation))
+    return _max_pool(x.unsqueeze(-2), (1, k), (1, s), (0, p), (1, d), ceil_mode).squeeze(-2)
 
 
 def _windows(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> tuple[Pair, Pair]:
@@ -156,7 +179,7 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, out = ctx.saved_tensors
-        kernel, stride, padding, dilation, ceil_mode = ctx.geometry
+        kernel, stride, padding, dilation, _ = ctx.geometry
         windows, (down, across) = _windows(x.shape[2:], *ctx.geometry)
         (top, left) = padding
         padded = torch.nn.functional.pad(x, (left, max(0, left + across), top, max(0, top + down)), value=-math.inf)
@@ -229,11 +252,25 @@ def _adaptive_avg_pool(x: Tensor, size: Sequence[int]) -> Tensor:
     return _along(x, *(_averages(n, m, x) for n, m in zip((h, w), size, strict=True)))
 
 
+def _adaptive_avg_pool_1d(x: Tensor, size: Sequence[int]) -> Tensor:
+    return _adaptive_avg_pool(x.unsqueeze(-2), (1, size[0])).squeeze(-2)
+
+
+def _adaptive_max_pool(x: Tensor, size: Sequence[int]) -> Any:
+    """Where the sizes divide: the entry at each window's first largest place. Elsewhere PyTorch's own, which has no ONNX form."""
+    (h, w), (oh, ow) = x.shape[-2:], size
+    if h % oh or w % ow:
+        return aten.adaptive_max_pool2d.default(x, size)
+    windows = x.unflatten(-1, (ow, w // ow)).unflatten(-3, (oh, h // oh)).transpose(-3, -2).flatten(-2)
+    first = torch.arange(windows.shape[-1], device=x.device) == windows.argmax(-1, keepdim=True)
+    return (torch.where(first, windows, 0.0).sum(-1),)
+
+
 def _averages(n: int, m: int, like: Tensor) -> Tensor:
     """[m, n]: row i averages the entries from floor(i n/m) to ceil((i + 1) n/m)."""
     cell, place = torch.arange(m, device=like.device)[:, None], torch.arange(n, device=like.device)[None]
     inside = (place >= cell * n // m) & (place * m < (cell + 1) * n)
-    weights = inside.to(torch.float32)
+    weights = inside.to(_accurate(like))
     return (weights / weights.sum(1, keepdim=True)).to(like.dtype)
 
 
@@ -252,18 +289,18 @@ def _size(x: Tensor, size: Sequence[int] | None, factors: Sequence[float] | None
 
 
 def _step(n: int, m: int, factor: float | None) -> float:
-    """How far apart two outputs are in the input."""
-    return 1 / factor if factor else n / m
+    """How far apart two outputs are in the input: PyTorch takes the factor that it was given, but for sizes that stay."""
+    return 1 / factor if factor and m != n else n / m
 
 
 def _nearest(x: Tensor, size: Sequence[int] | None, factors: Sequence[float] | None = None) -> Tensor:
-    (h, w), (oh, ow) = x.shape[2:], _size(x, size, factors)
-    if oh % h == 0 and ow % w == 0:
+    (h, w), (oh, ow), given = x.shape[2:], _size(x, size, factors), factors or (None, None)
+    if all(m % n == 0 and (m // n <= 2 or factor in (None, m // n)) for n, m, factor in zip((h, w), (oh, ow), given, strict=True)):
         grown = x[:, :, :, None, :, None].expand(-1, -1, -1, oh // h, -1, ow // w)
         return grown.reshape(x.shape[0], x.shape[1], oh, ow)
     matrices = []
-    for n, m, factor in zip((h, w), (oh, ow), factors or (None, None), strict=True):
-        source = (torch.arange(m, device=x.device) * _step(n, m, factor)).floor().clamp_max(n - 1)
+    for n, m, factor in zip((h, w), (oh, ow), given, strict=True):
+        source = (torch.arange(m, device=x.device) * (_step(n, m, factor if m != 2 * n else None))).floor().clamp_max(n - 1)
         matrices.append((source[:, None] == torch.arange(n, device=x.device)[None]).to(x.dtype))
     return _along(x, *matrices)
 
@@ -271,7 +308,7 @@ def _nearest(x: Tensor, size: Sequence[int] | None, factors: Sequence[float] | N
 def _bilinear(x: Tensor, size: Sequence[int] | None, align_corners: bool, factors: Sequence[float] | None = None) -> Tensor:
     matrices = []
     for n, m, factor in zip(x.shape[2:], _size(x, size, factors), factors or (None, None), strict=True):
-        place = torch.arange(m, device=x.device)
+        place = torch.arange(m, device=x.device, dtype=_accurate(x))
         if align_corners:
             source = place * ((n - 1) / (m - 1) if m > 1 else 0.0)
         else:
@@ -292,23 +329,26 @@ def _convolution_backward(
     padding: Sequence[int],
     dilation: Sequence[int],
     transposed: bool,
-    _output_padding: Sequence[int],
+    output_padding: Sequence[int],
     groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, None, None]:
-    """The input's gradient alone: weights are constants here."""
+    """The input's gradient alone: weights are constants here, and where they depend on the image there is no form."""
     if any(output_mask[1:]):
-        raise NotImplementedError("a convolution whose weights depend on the image has no gradient form")
+        return NotImplemented
     zero = [0] * len(stride)
     if transposed:
-        return aten.convolution.default(gradient, weight, None, stride, padding, dilation, False, zero, groups), None, None
+        found = aten.convolution.default(gradient, weight, None, stride, padding, dilation, False, zero, groups)
+        for dim, (beyond, s) in enumerate(zip(output_padding, stride, strict=True), start=2):
+            if beyond >= s:  # allowed below the dilation; such places come from no input
+                found = found.narrow(dim, 0, x.shape[dim])
+        return found, None, None
     kernel = weight.shape[2:]
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if all(s == 1 for s in stride) and all(r >= p for r, p in zip(reach, padding, strict=True)):
         # A convolution with the kernel turned around: runtimes have faster kernels for it than for the transposed one.
         turned = weight.flip(list(range(2, weight.ndim))) if max(kernel) > 1 else weight
-        out, per_group = weight.shape[:2]
-        turned = turned.unflatten(0, (groups, out // groups)).transpose(1, 2).flatten(0, 1)
+        turned = turned.unflatten(0, (groups, weight.shape[0] // groups)).transpose(1, 2).flatten(0, 1)
         padding = [r - p for r, p in zip(reach, padding, strict=True)]
         return aten.convolution.default(gradient, turned, None, stride, padding, dilation, False, zero, groups), None, None
     places = zip(x.shape[2:], gradient.shape[2:], stride, padding, reach, strict=True)
@@ -339,6 +379,37 @@ def _padded(x: Tensor, dim: int, before: int, after: int) -> Tensor:
     return torch.nn.functional.pad(x, [*[0, 0] * (x.ndim - dim - 1), before, after])
 
 
+# ---- padding and copies ----
+
+
+def _pad(x: Tensor, padding: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
+    """x between edges of padding[2 i] and padding[2 i + 1] places along its i-th dimension from the last."""
+    if mode == "constant" or min(padding) < 0:
+        return aten.pad.default(x, padding, mode, value)
+    for i in range(len(padding) // 2):
+        dim, before, after = x.ndim - 1 - i, padding[2 * i], padding[2 * i + 1]
+        n = x.shape[dim]
+        if mode == "replicate":
+            first = x.narrow(dim, 0, 1).expand(*x.shape[:dim], before, *x.shape[dim + 1 :])
+            last = x.narrow(dim, n - 1, 1).expand(*x.shape[:dim], after, *x.shape[dim + 1 :])
+        elif mode == "reflect":
+            first, last = x.narrow(dim, 1, before).flip(dim), x.narrow(dim, n - 1 - after, after).flip(dim)
+        else:
+            first, last = x.narrow(dim, n - before, before), x.narrow(dim, 0, after)
+        x = torch.cat([first] * (before > 0) + [x] + [last] * (after > 0), dim)
+    return x
+
+
+def _copy(x: Tensor, source: Tensor, _non_blocking: bool = False) -> Tensor:
+    return source.to(x.dtype).expand(x.shape)
+
+
+def _unfold(x: Tensor, dim: int, size: int, step: int) -> Tensor:
+    count = (x.shape[dim] - size) // step + 1
+    starts = (x.narrow(dim, i, (count - 1) * step + 1) for i in range(size))
+    return torch.stack([aten.slice.Tensor(start, dim, 0, start.shape[dim], step) for start in starts], -1)
+
+
 FORMS: dict[Any, Callable[..., Any]] = {
     aten.view.default: torch.reshape,  # the strides that a form leaves may be others than its operator's
     aten._native_batch_norm_legit_no_training.default: _batch_norm,
@@ -346,11 +417,18 @@ FORMS: dict[Any, Callable[..., Any]] = {
     aten.rms_norm.default: _rms_norm,
     aten.group_norm.default: _group_norm,
     aten.scaled_dot_product_attention.default: _attention,
+    aten.max_pool1d.default: _max_pool_1d,
     aten.max_pool2d.default: _max_pool,
+    aten.avg_pool1d.default: _avg_pool_1d,
     aten.avg_pool2d.default: _avg_pool,
+    aten.adaptive_avg_pool1d.default: _adaptive_avg_pool_1d,
     aten.adaptive_avg_pool2d.default: _adaptive_avg_pool,
+    aten.adaptive_max_pool2d.default: _adaptive_max_pool,
     aten.upsample_nearest2d.vec: _nearest,
     aten.upsample_bilinear2d.vec: _bilinear,
+    aten.pad.default: _pad,
+    aten.copy.default: _copy,
+    aten.unfold.default: _unfold,
 }
 """An operator of a forward program -> the same function of other operators."""
 
