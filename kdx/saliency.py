@@ -81,7 +81,7 @@ def grad_cam(
     does not average. What lowers the logit is cut off by the ReLU.
 
     Raises KdxError for no images, a layer or class that is not there, a file or runner without the gradients of the logits,
-    and features or gradients that are not finite.
+    features or gradients that are not finite, and a layer that has no gradient at any position of any image.
 
     >>> import numpy as np, kdx
     >>> images = np.random.default_rng(0).random((3, 3, 32, 32), dtype=np.float32)
@@ -113,7 +113,9 @@ def hires_cam(
 
     Arguments, results and errors are those of `grad_cam`, ``weights`` too, though the map is not made of them. Where a mean
     over positions and one linear layer follow F, both maps are equal. Behind further layers a map is a first-order
-    statement: it does not say what the logit would be without a place.
+    statement: it does not say what the logit would be without a place. Where F is read through a normalisation alone, as the
+    blocks of a transformer are, its scale has no influence, so the sum is zero but for rounding, and so is the map: name the
+    normalisation that follows (``blocks.11.norm1``), or take `grad_cam`.
 
     >>> import numpy as np, kdx
     >>> images = np.random.default_rng(0).random((3, 3, 32, 32), dtype=np.float32)
@@ -175,10 +177,11 @@ def unicam_before(
         # Gradients of a score of many distances are small; a network in half precision would lose them.
         largest = cotangent.abs().max().clamp_min(torch.finfo(cotangent.dtype).tiny)
         found = []
-        with _opened(network, layer, (batch.shape[2], batch.shape[3]), device, at) as (runner, name):
+        with _opened(network, layer, batch, device, at) as (runner, name):
             if _is_of_logits(runner):
                 raise KdxError(
-                    "The gradients are those of the logits, not of a feature layer.", "Export the network with a cotangent at that layer."
+                    "The gradients are those of the logits, not of a feature layer.",
+                    "Name the feature layer: at, or --at where the file is exported.",
                 )
             for part in _parts(runner, chunk, len(batch)):
                 _, feature, gradient = _differentiated(runner, name, batch[part], cotangent[part] / largest, part)
@@ -222,11 +225,10 @@ def _class_maps(
 ) -> ClassMaps:
     batch = _checked(images)
     found: list[tuple[Tensor, ...]] = []
-    with torch.no_grad(), _opened(network, layer, (batch.shape[2], batch.shape[3]), device) as (runner, name):
+    reached = False
+    with torch.no_grad(), _opened(network, layer, batch, device) as (runner, name):
         if not _is_of_logits(runner):
-            raise KdxError(
-                "The gradients are those of a feature layer, not of the logits.", "Export the network without a layer for the cotangent."
-            )
+            raise KdxError("The gradients are those of a feature layer, not of the logits.", "Export the network without --at.")
         count = _class_count(runner, batch)
         asked = None if classes is None else _asked(classes, len(batch), count).to(runner.device)
         for part in _parts(runner, chunk, len(batch)):
@@ -234,6 +236,12 @@ def _class_maps(
             cotangent = nn.functional.one_hot(chosen, count).to(batch.dtype)
             logits, feature, gradient = _differentiated(runner, name, batch[part], cotangent, part)
             found.append((*_weighed(feature, gradient, weighting), chosen, logits))
+            reached |= bool(gradient.any())
+    if not reached:
+        raise KdxError(
+            f"No position of layer {name!r} has any influence on these classes.",
+            "Choose an earlier layer: behind the last block of a transformer, only its class token may be read.",
+        )
     weights, maps, chosen, logits = (arrays.like(torch.cat(parts), images) for parts in zip(*found, strict=True))
     return ClassMaps(maps, weights, chosen, logits)
 
@@ -300,9 +308,7 @@ def _parts(runner: Runner, chunk: int | None, n: int) -> Iterator[slice]:
 
 
 @contextmanager
-def _opened(
-    given: Differentiable, layer: str | None, image_size: tuple[int, int], device: str, at: str | None = None
-) -> Iterator[tuple[Runner, str]]:
+def _opened(given: Differentiable, layer: str | None, images: Tensor, device: str, at: str | None = None) -> Iterator[tuple[Runner, str]]:
     """A runner of gradients and the layer to explain; what is opened here is closed here."""
     if isinstance(given, Runner):
         if at is not None or device != "auto":
@@ -316,9 +322,9 @@ def _opened(
         with open_file(path, choose("auto", device, files=True, engines=path.suffix == ".engine").device) as runner:
             yield runner, _held(runner, str(path), layer)
         return
-    network = _as_network(given)
-    layer = _last_layer(network, image_size) if layer is None else layer
-    with EagerRunner(GradientGraph(network.module, [layer], network.preprocessing, at), choose("eager", device).device) as eager:
+    network, chosen = _as_network(given), choose("eager", device).device
+    layer = _last_layer(network, images[:1], chosen) if layer is None else layer
+    with EagerRunner(GradientGraph(network.module, [layer], network.preprocessing, at), chosen) as eager:
         yield eager, layer
 
 
@@ -341,11 +347,18 @@ def _as_network(given: str | Path | Network | nn.Module) -> Network:
     return models.load(str(given))
 
 
-def _last_layer(network: Network, image_size: tuple[int, int]) -> str:
-    known = models.layers(network, network.preprocessing.size or image_size)
-    if not known:
-        raise KdxError("The network has no layer whose output is a feature map.", "Name a layer.")
-    return known[-1]
+def _last_layer(network: Network, image: Tensor, device: torch.device) -> str:
+    """The last layer worth explaining with a gradient: behind the last block of a transformer only the class token may be read."""
+    try:
+        known = models.layers(network, network.preprocessing.size or (image.shape[2], image.shape[3]))
+    except KdxError as error:
+        raise KdxError(error.problem, "Name a layer.") from error
+    for layer in reversed(known):
+        with EagerRunner(GradientGraph(network.module, [layer], network.preprocessing), device) as runner:
+            unequal = torch.arange(1.0, 1 + _class_count(runner, image))[None]
+            if bool(runner.run({"images": image, "cotangent": unequal})[f"gradient/{layer}"].any()):
+                return layer
+    raise KdxError("The network has no layer whose output is a feature map that the logits depend on.", "Name a layer.")
 
 
 def _checked(images: Array) -> Tensor:

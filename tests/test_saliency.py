@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 import kdx
 from kdx import KdxError
 from kdx.export import onnx_file
+from kdx.export.engine import EngineDescription
 from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
 from kdx.export.onnx_file import Origin
 from kdx.kernels import reference
 from kdx.models import Network
 from kdx.networks import resnet
-from kdx.runtime import EagerRunner, OrtRunner
+from kdx.runtime import EagerRunner, OrtRunner, TrtRunner
 from kdx.saliency import ClassMaps
 from tests import oracle
 
@@ -163,6 +165,46 @@ def test_tokens_are_a_grid(weighting: str) -> None:
     agree(METHODS[weighting](network, images, "mixed", 2), ClassMaps(maps, weights, None, None))
 
 
+class Block(nn.Module):
+    """Attention and two layers beside the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mixed = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.attention(tokens, tokens, tokens)[0]
+        out: Tensor = tokens + self.mixed(tokens)
+        return out
+
+
+class Blocks(nn.Module):
+    """Patches behind a class token through two blocks, of which the class token alone is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch = nn.Conv2d(3, 8, 3, 3)
+        self.first, self.last = Block(), Block()
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patch(images).flatten(2).transpose(1, 2)
+        logits: Tensor = self.fc(self.last(self.first(torch.cat([tokens.mean(1, keepdim=True), tokens], 1)))[:, 0])
+        return logits
+
+
+def test_a_layer_behind_which_only_the_class_token_is_read_is_no_default_and_refused() -> None:
+    network, images = Blocks().eval(), batch(dtype=torch.float32, size=(12, 9))
+    assert kdx.models.layers(network, (12, 9))[-2:] == ["first", "last"]
+    for method in METHODS.values():
+        found = method(network, images)
+        agree(found, method(network, images, "first"), 1e-12)
+        with pytest.raises(KdxError, match="No position of layer 'last'"):
+            method(network, images, "last", chunk=5)
+
+
 def test_behind_a_mean_and_a_linear_layer_both_are_class_activation_maps() -> None:
     """CAM of Zhou et al. 2016: the classifier's weights on the features; theorem of both papers."""
     network, images = resnet(4, 1, CLASSES).double().eval(), batch()
@@ -242,6 +284,34 @@ def test_a_file_gives_what_pytorch_gives(tmp_path: Path) -> None:
                 method(runner, images, "conv2", 5)
 
 
+class Engine(TrtRunner):
+    """What is asked of an engine of at most three images, run by PyTorch."""
+
+    def __init__(self, graph: GradientGraph) -> None:
+        self.device, self.kind, self.layers = CPU, graph.kind, graph.layers
+        self.inputs = {"images": ("batch", 3, *SIZE), "cotangent": ("batch", CLASSES)}
+        self.outputs = {"logits": ("batch", CLASSES)}
+        self.engine = cast("EngineDescription", SimpleNamespace(batch=(1, 2, 3)))
+        self.inside = EagerRunner(graph, CPU)
+        self.taken: list[int] = []
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.taken.append(len(feeds["images"]))
+        return self.inside.run(feeds)
+
+
+def test_an_engine_takes_no_more_than_it_is_built_for() -> None:
+    network, images = Net().double().eval(), batch()
+    whole = kdx.grad_cam(network, images, "conv2")
+    for chunk, taken in ((None, [3, 3, 2]), (100, [3, 3, 2]), (2, [2, 2, 2, 2])):
+        runner = Engine(GradientGraph(network, ["conv2"]))
+        agree(kdx.grad_cam(runner, images, chunk=chunk), whole, 1e-12)
+        assert runner.taken[::2] == runner.taken[1::2] == taken  # what is predicted, then its gradient
+        runner.taken.clear()
+        kdx.grad_cam(runner, images, classes=1, chunk=chunk)
+        assert runner.taken == taken
+
+
 def test_an_open_runner_stays_open_and_a_network_as_it_was() -> None:
     network, images = Net().double().train(), batch()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -315,8 +385,10 @@ def test_a_graph_without_the_right_gradients_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_feature_map_is_no_default() -> None:
-    with pytest.raises(KdxError, match="no layer whose output is a feature map"):
+    with pytest.raises(KdxError, match="no layer whose output is a feature map that the logits depend on"):
         kdx.grad_cam(nn.Sequential(nn.Flatten(), nn.Linear(3 * 13 * 9, 4)), batch(dtype=torch.float32))
+    with pytest.raises(KdxError, match=r"does not run .*\nName a layer"):
+        kdx.grad_cam(nn.Sequential(nn.Conv2d(4, 5, 3), nn.Flatten()), batch(dtype=torch.float32))
 
 
 # ---- UniCAM of an earlier layer ----
