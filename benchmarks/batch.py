@@ -30,6 +30,7 @@ from benchmarks.readme import RESULT
 from kdx import explain, models, scores, transfer
 from kdx.export import onnx_file
 from kdx.export.graphs import FeatureGraph, Preprocessing
+from kdx.export.onnx_file import Origin
 from kdx.runtime import OrtRunner
 from kdx.transfer import Target
 
@@ -45,8 +46,7 @@ def export(folder: Path) -> None:
         onnx_file.write(
             FeatureGraph(module, [LAYER], preprocessing),
             folder / f"{role}.onnx",
-            reference=NETWORK,
-            weights="random",
+            origin=Origin(NETWORK, "random"),
             image_size=(SIDE, SIDE),
         )
 

@@ -22,7 +22,6 @@ import torch
 
 from kdx.errors import KdxError, first_line
 from kdx.export import onnx_file
-from kdx.export.graphs import Preprocessing
 from kdx.export.onnx_file import Description
 
 log = logging.getLogger("kdx")
@@ -176,8 +175,8 @@ def build(
     model = onnx.load(onnx_path, load_external_data=False)
     wanted = EngineDescription(
         file=file,
-        inputs={name: _sized(name, shape, image_size) for name, shape in _shapes(model.graph.input).items()},
-        outputs={name: _sized(name, shape, image_size) for name, shape in _shapes(model.graph.output).items()},
+        inputs={name: _sized(file, name, shape, image_size) for name, shape in file.inputs.items()},
+        outputs={name: _sized(file, name, shape, image_size) for name, shape in file.outputs.items()},
         batch=batch,
         package=target.package,
         version=package.__version__,
@@ -221,11 +220,8 @@ def describe(path: Path) -> EngineDescription:
     beside = description_path(path)
     try:
         held = json.loads(beside.read_text())
-        file = {key: _tuples(value) for key, value in held.pop("file").items()}
-        preprocessing = Preprocessing(**file.pop("preprocessing"))
-        return EngineDescription(
-            file=Description(preprocessing=preprocessing, **file), **{key: _tuples(value) for key, value in held.items()}
-        )
+        file = Description.of(held.pop("file"))
+        return EngineDescription(file=file, **{key: _tuples(value) for key, value in held.items()})
     except FileNotFoundError:
         raise KdxError(f"Beside {path} there is no {beside.name}.", "Keep the two files together, or build the engine again.") from None
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
@@ -335,21 +331,14 @@ def _check_batch(batch: Batch) -> None:
         )
 
 
-def _shapes(values: Any) -> dict[str, Shape]:
-    return {
-        value.name: tuple(size.dim_param if size.HasField("dim_param") else size.dim_value for size in value.type.tensor_type.shape.dim)
-        for value in values
-    }
-
-
-def _sized(name: str, shape: Shape, image_size: tuple[int, int] | None) -> Shape:
-    """An input's or output's shape with its height and width as numbers."""
-    fixed = shape
+def _sized(file: Description, name: str, shape: Shape, image_size: tuple[int, int] | None) -> Shape:
+    """An input's or output's shape with its height, width and embedding as numbers; targets are one-hot rows."""
+    fixed = tuple(file.outputs["logits/student"][1] if size == "embedding" else size for size in shape)
     if "height" in shape or "width" in shape:
         if image_size is None:
             raise KdxError("The file takes images of any size, and an engine takes one.", "Give the size of the images, height and width.")
         given = {"height": image_size[0], "width": image_size[1]}
-        fixed = tuple(given.get(size, size) if isinstance(size, str) else size for size in shape)
+        fixed = tuple(given.get(size, size) if isinstance(size, str) else size for size in fixed)
     elif name == "images" and image_size is not None and shape[2:] != tuple(image_size):
         raise KdxError(
             f"The file takes images of {shape[2]} x {shape[3]}, not {image_size[0]} x {image_size[1]}.",

@@ -1,4 +1,7 @@
-"""What is exported: a network with its preprocessing inside, and its layers' features, or their gradients too, outside."""
+"""What is exported: a network with its layers' features, or with their gradients too; or networks and the geometry that compares them.
+
+Preprocessing is inside every graph. The names of a graph's inputs and outputs are those of the files made from it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdx.errors import KdxError
+from kdx.kernels import geometry
 
 _MAX_PREFIX_TOKENS = 8
 """Class, distillation and register tokens that may stand before a grid of patch tokens."""
@@ -107,7 +111,7 @@ class WatchedNetwork(nn.Module):
         self.preprocessing = preprocessing
         self.mean: Tensor
         self.std: Tensor
-        kind = next((parameter for parameter in network.parameters() if parameter.is_floating_point()), torch.empty(0))
+        kind = _wide(next((parameter.detach() for parameter in network.parameters() if parameter.is_floating_point()), torch.empty(0)))
         for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
             self.register_buffer(name, torch.tensor(values, dtype=kind.dtype, device=kind.device).view(1, -1, 1, 1), persistent=False)
         self.watched = tuple(layers)
@@ -131,7 +135,7 @@ class WatchedNetwork(nn.Module):
             for layer, module in zip(self.watched, self._watched_modules, strict=True)
         ]
         try:
-            logits = self._predict(((images - self.mean) / self.std).to(self.mean.dtype))
+            logits = self._predict(((images - self.mean) / self.std).to(self._numbers()))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -149,6 +153,10 @@ class WatchedNetwork(nn.Module):
 
     def _predict(self, images: Tensor) -> object:
         return self.network(images)
+
+    def _numbers(self) -> torch.dtype:
+        """The type that the network computes in."""
+        return next((held.dtype for held in self.network.parameters() if held.is_floating_point()), self.mean.dtype)
 
 
 class FeatureGraph(WatchedNetwork):
@@ -201,6 +209,12 @@ class GradientGraph(WatchedNetwork):
             logits, raw = self.watch(images, _cut)
             return self.differentiated(images, cotangent, logits, raw)
 
+    def cotangent_shape(self, images: Tensor) -> tuple[int, ...]:
+        """The shape of the cotangent for these images."""
+        with torch.no_grad():
+            logits, raw = self.watch(images.to(self.mean.device))
+            return tuple((logits if self.at is None else self.as_map(raw[self.at], self.at, images)).shape)
+
     def differentiated(self, images: Tensor, cotangent: Tensor, logits: Tensor, raw: Mapping[str, object]) -> tuple[Tensor, ...]:
         """The graph's outputs, from one pass whose layers' tensors ask for gradients."""
         end = logits if self.at is None else self.as_map(raw[self.at], self.at, images)
@@ -228,9 +242,90 @@ class GradientGraph(WatchedNetwork):
         return torch.func.functional_call(self.network, weights, (images.detach(),))
 
 
+class ExplainerGraph(nn.Module):
+    """Networks and the geometry of their features in one graph: images, target -> maps, weights, scores, distances and logits.
+
+    networks: a `FeatureGraph` a role, each with as many layers, which correspond in order; outputs are named after the
+    student's. maps: a name -> the explained and the given role. scores: a name -> the roles, or ``target``, whose distance
+    correlation it is; with a third one, the semi-partial correlation of the first two given that.
+
+    target: an embedding [n, e], such as one-hot rows. For each layer L and map M, with relevance as the objective:
+
+    - ``L/M/maps`` [n, H, W], at feature resolution, as `kdx.unicam` gives them; ``L/M/scaled`` [n, h, w], min-max scaled to
+      [0, 1] and resized to the images; ``L/M/weights`` [n, C];
+    - ``L/scores``, in the order of ``scores``; ``L/distances`` [roles, n, n], from which any other score follows.
+
+    Images n >= 4, as scores and maps are those of a batch. Geometry is float32 whatever the networks are. A map of networks
+    that differ by no more than rounding is zero everywhere.
+    """
+
+    kind = "explainer"
+    input_names = ("images", "target")
+    target = "target"
+
+    def __init__(
+        self, networks: Mapping[str, FeatureGraph], maps: Mapping[str, tuple[str, str]], scores: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        super().__init__()
+        self.networks = nn.ModuleDict(networks)
+        self.roles = tuple(networks)
+        self.layers = networks["student"].layers
+        self.maps = dict(maps)
+        self.scores = dict(scores)
+
+    def network(self, role: str) -> FeatureGraph:
+        found = self.networks[role]
+        assert isinstance(found, FeatureGraph)
+        return found
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        names = [f"logits/{role}" for role in self.roles]
+        for layer in self.layers:
+            names += [f"{layer}/{name}/{what}" for name in self.maps for what in ("maps", "scaled", "weights")]
+            names += [f"{layer}/scores", f"{layer}/distances"]
+        return tuple(names)
+
+    def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        passed = {role: network(images) for role, network in self.networks.items()}
+        goal = geometry.u_centered(geometry.distances(target, torch.float32))
+        results = [logits for logits, *_ in passed.values()]
+        for index in range(len(self.layers)):
+            features = {role: rest[index] for role, (_, *rest) in passed.items()}
+            results += self._layer(features, goal, (images.shape[2], images.shape[3]))
+        return tuple(results)
+
+    def _layer(self, features: Mapping[str, Tensor], goal: Tensor, size: tuple[int, int]) -> list[Tensor]:
+        d = {role: geometry.distances(feature.flatten(1), torch.float32) for role, feature in features.items()}
+        centred = {role: geometry.u_centered(distances) for role, distances in d.items()} | {self.target: goal}
+        results = []
+        for explained, given in self.maps.values():
+            feature = features[explained]
+            found = geometry.laplacian(d[explained], centred[explained], centred[given], goal)
+            lap = torch.where(found.left > _ROUNDING, found.lap, 0.0)
+            weights = geometry.gradient(lap, geometry.gap(feature, torch.float32))
+            maps = geometry.cam(feature, weights)
+            scaled = nn.functional.interpolate(geometry.scaled(maps)[:, None], size=size, mode="bilinear", align_corners=False)
+            results += [maps, scaled[:, 0], weights]
+        scores = [
+            (geometry.semipartial if len(matrices) == 3 else geometry.correlation)(*(centred[name] for name in matrices))
+            for matrices in self.scores.values()
+        ]
+        return [*results, torch.stack(scores), torch.stack([d[role] for role in self.roles])]
+
+
+_ROUNDING = 1e-5
+"""||R||/||D|| below which what is left of one network given another is rounding: distances in float32 are known to about 1e-6."""
+
+
 def _cut(raw: Tensor) -> Tensor:
-    """A layer's tensor as a leaf that gradients are taken to, or as it is where it depends on such a leaf."""
-    return raw if raw.requires_grad or not raw.is_floating_point() else raw.detach().requires_grad_()
+    """A layer's tensor as a leaf that gradients are taken to, or as a view where it depends on such a leaf.
+
+    Never the tensor itself: a layer that gives on what it was given, as dropout does, would answer for its neighbours too.
+    """
+    if raw.requires_grad or not raw.is_floating_point():
+        return raw.view_as(raw)
+    return raw.detach().requires_grad_()
 
 
 def _wide(result: Tensor) -> Tensor:

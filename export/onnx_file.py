@@ -2,100 +2,185 @@
 
 from __future__ import annotations
 
-import glob
+import copy
 import io
 import json
 import logging
 import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal, Self
 
 import onnx
 import torch
 from google.protobuf.message import DecodeError
+from torch import Tensor
 
 from kdx.errors import KdxError, first_line
-from kdx.export import parity
-from kdx.export.graphs import FeatureGraph, Preprocessing
+from kdx.export import parity, trace
+from kdx.export.graphs import ExplainerGraph, FeatureGraph, GradientGraph, Preprocessing, WatchedNetwork
 from kdx.export.parity import ParityReport
+
+Graph = FeatureGraph | GradientGraph | ExplainerGraph
+Precision = Literal["fp32", "fp16", "bf16"]
+Shape = tuple[int | str, ...]
+
+PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _PREFIX = "kdx."
 _TRACE_BATCH = 5
-_PARITY_BATCH = 3
 """A batch size equal to another dimension (three channels, say) would be merged with it, so the trace takes a rare one."""
+
+_LARGEST = 2**31 - 2**20
+"""Bytes up to which weights are in the file itself; Protocol Buffers end at 2 GiB."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a network comes from: the reference that names it, and a hash that names its weights."""
+
+    reference: str
+    weights: str
+
+
+@dataclass(frozen=True)
+class NetworkDescription:
+    """What a file says of a network in it."""
+
+    reference: str
+    weights: str
+    parameters: int
+    preprocessing: Preprocessing
+    layers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a file written by kdx says of itself."""
+    """What a file written by kdx says of itself.
+
+    networks: by role in an explainer file, else one by the name ``network``. at: the layer of a gradients file's cotangent, None
+    for the logits. scores: the names, in order, of an explainer file's scores. image_size: None where images of any size are
+    taken. inputs, outputs: shapes by name, in which ``batch``, ``height``, ``width`` and ``embedding`` stand for any number.
+    """
 
     kind: str
-    reference: str
-    layers: tuple[str, ...]
-    preprocessing: Preprocessing
+    networks: dict[str, NetworkDescription]
     classes: tuple[str, ...]
-    weights: str
-    parameters: int
+    precision: str
+    at: str | None
+    scores: tuple[str, ...]
     image_size: tuple[int, int] | None
+    inputs: dict[str, Shape]
+    outputs: dict[str, Shape]
     versions: dict[str, str]
+
+    @classmethod
+    def of(cls, held: Mapping[str, Any]) -> Self:
+        """From `dataclasses.asdict` of one after its way through JSON; KeyError, TypeError or ValueError where it is none."""
+        networks = {
+            role: NetworkDescription(
+                **{
+                    **about,
+                    "preprocessing": Preprocessing(**{key: _tuple(value) for key, value in about["preprocessing"].items()}),
+                    "layers": tuple(about["layers"]),
+                }
+            )
+            for role, about in held["networks"].items()
+        }
+        shapes: dict[str, Any] = {what: {name: tuple(shape) for name, shape in held[what].items()} for what in ("inputs", "outputs")}
+        rest = {key: _tuple(value) for key, value in held.items() if key not in ("networks", "inputs", "outputs", "versions")}
+        return cls(networks=networks, versions=dict(held["versions"]), **shapes, **rest)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers that outputs are named after: the student's, where there are several networks."""
+        return self.networks["student" if "student" in self.networks else "network"].layers
 
 
 def write(
-    graph: FeatureGraph,
+    graph: Graph,
     path: Path,
     *,
-    reference: str,
-    weights: str,
+    origin: Origin | Mapping[str, Origin],
     image_size: tuple[int, int],
     classes: tuple[str, ...] = (),
+    precision: Precision = "fp32",
     tolerance: float = parity.TOLERANCE,
 ) -> ParityReport:
-    """Export ``graph`` (images -> logits and every layer's feature) to ``path``, compare it with PyTorch, return the report.
+    """Export ``graph`` to ``path``, compare the file with PyTorch, and return the report.
 
-    The batch is dynamic; height and width are too where the graph resizes, else they are ``image_size``. The file is compared
-    at another batch size, on other images, than it was traced with; the report is stored in its metadata and beside it as
-    PATH.parity.json. A file that fails parity, or is interrupted, is not left behind. weights: a hash that names them.
+    The batch is dynamic; height and width are too where every network resizes, else they are ``image_size``. precision: the
+    networks' weights and arithmetic; inputs, outputs and the geometry of an explainer file stay float32. The file is compared
+    at other batch sizes, on other images and cotangents, than it was traced with; the report is stored in its metadata and
+    beside it as PATH.parity.json. Weights over 2 GB go into PATH.data. A file that fails parity, or is interrupted, is
+    not left behind. origin: of the network, or of each role's.
 
     Raises KdxError where the network cannot be traced, has no ONNX form, fails parity, or the folder cannot be written.
     """
     graph = graph.eval()
-    resizes = graph.preprocessing.size is not None
-    if resizes:  # two sizes that neither equal each other nor the size resized to, so that no dimension is merged
-        traced, compared = (image_size[0] + 3, image_size[1] + 7), image_size
-    else:
-        traced = compared = image_size
-    partial = path.with_name(f".{path.name}.partial")
+    origins = {"network": origin} if isinstance(origin, Origin) else dict(origin)
+    name = " and ".join(each.reference for each in origins.values())
+    networks = _networks(graph)
+    resizes = all(network.preprocessing.size is not None for network in networks.values())
+    # Traced at a size that neither equals another nor the one resized to, so that no dimension is merged with another.
+    traced = (image_size[0] + 3, image_size[1] + 7) if resizes else image_size
+    typed = graph if precision == "fp32" else _converted(graph, PRECISIONS[precision])
     beside = path.with_name(f"{path.name}.parity.json")
+    partial: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        model = _trace(graph, _images(_TRACE_BATCH, traced, seed=0), resizes, reference)
-        fixed = None if resizes else image_size
-        parameters = sum(parameter.numel() for parameter in graph.parameters())
+        if path.is_dir():
+            raise IsADirectoryError(0, "Is a directory")
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        inputs = parity.inputs(graph, _TRACE_BATCH, traced, seed=0)
+        model = _exported(typed, inputs, resizes, name)
         description = Description(
-            "features", reference, graph.layers, graph.preprocessing, classes, weights, parameters, fixed, _versions()
+            kind=graph.kind,
+            networks={
+                role: NetworkDescription(
+                    origins[role].reference,
+                    origins[role].weights,
+                    sum(parameter.numel() for parameter in network.parameters()),
+                    network.preprocessing,
+                    network.layers,
+                )
+                for role, network in networks.items()
+            },
+            classes=classes,
+            precision=precision,
+            at=graph.at if isinstance(graph, GradientGraph) else None,
+            scores=tuple(graph.scores) if isinstance(graph, ExplainerGraph) else (),
+            image_size=None if resizes else image_size,
+            inputs=_shapes(model.graph.input),
+            outputs=_shapes(model.graph.output),
+            versions=_versions(),
         )
         _describe_in(model, asdict(description))
-        _save(model, partial)
-        report = parity.compare(partial, graph, _images(_PARITY_BATCH, compared, seed=1), tolerance)
+        staged = partial / path.name
+        _save(model, staged)
+        report = parity.compare(staged, graph, image_size, tolerance if precision == "fp32" else None)
         if not report:
             raise KdxError(
-                f"The ONNX file of {reference} does not agree with PyTorch: {report.worst()}.",
+                f"The ONNX file of {name} does not agree with PyTorch: {report.worst()}.",
                 "Please report the network; until it exports, run it with --runtime eager.",
             )
         _describe_in(model, {"parity": report.as_dict()})
-        _save(model, partial)
-        partial.replace(path)
-        beside.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+        _save(model, staged)
+        (partial / beside.name).write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+        for file in sorted(partial.iterdir(), key=lambda file: file == staged):  # the file itself comes last
+            file.replace(path.parent / file.name)
     except OSError as error:
         raise KdxError(
             f"{path} cannot be written: {error.strerror or error}.", "Choose a folder that you may write to, on a disk with room."
         ) from error
     finally:
-        for leftover in path.parent.glob(f"{glob.escape(partial.name)}*"):
-            leftover.unlink()
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
     return report
 
 
@@ -110,20 +195,9 @@ def describe(path: Path) -> Description:
     try:
         held = {entry.key.removeprefix(_PREFIX): entry.value for entry in model.metadata_props if entry.key.startswith(_PREFIX)}
         entries = {key: json.loads(value) for key, value in held.items()}
-        size, mean, std = (entries["preprocessing"][key] for key in ("size", "mean", "std"))
-        preprocessing = Preprocessing(tuple(size) if size else None, tuple(mean), tuple(std))
-        return Description(
-            entries["kind"],
-            entries["reference"],
-            tuple(entries["layers"]),
-            preprocessing,
-            tuple(entries["classes"]),
-            entries["weights"],
-            entries["parameters"],
-            tuple(entries["image_size"]) if entries["image_size"] else None,
-            entries["versions"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        entries.pop("parity")
+        return Description.of(entries)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise KdxError(
             f"{path} was not written by this version of kdx: its metadata lacks or garbles {first_line(error)}.",
             "Export it again with kdx export.",
@@ -131,44 +205,84 @@ def describe(path: Path) -> Description:
 
 
 def holds(path: Path, graph: FeatureGraph, weights: str) -> bool:
-    """Whether the file at ``path`` is ``graph`` with the weights of this hash, exported by these versions."""
+    """Whether the file at ``path`` is ``graph`` in float32 with the weights of this hash, exported by these versions."""
     if not path.exists():
         return False
     try:
         found = describe(path)
     except KdxError:  # damaged, or another version's: to be written again
         return False
-    return (found.weights, found.layers, found.preprocessing, found.versions) == (weights, graph.layers, graph.preprocessing, _versions())
+    if (found.kind, found.precision, found.versions) != (graph.kind, "fp32", _versions()):
+        return False
+    network = found.networks["network"]
+    return (network.weights, network.layers, network.preprocessing) == (weights, graph.layers, graph.preprocessing)
 
 
-def _images(n: int, size: tuple[int, int], seed: int) -> torch.Tensor:
-    return torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(seed))
+def _networks(graph: Graph) -> dict[str, WatchedNetwork]:
+    if isinstance(graph, ExplainerGraph):
+        return {role: graph.network(role) for role in graph.roles}
+    return {"network": graph}
 
 
-def _trace(graph: FeatureGraph, images: torch.Tensor, resizes: bool, reference: str) -> onnx.ModelProto:
-    dynamic = {0: torch.export.Dim("batch")}
+def _converted(graph: Graph, dtype: torch.dtype) -> Graph:
+    """A copy whose networks compute in ``dtype``. What is done to the images before them stays float32."""
+    graph = copy.deepcopy(graph)
+    for network in _networks(graph).values():
+        network.network.to(dtype)
+    return graph
+
+
+def _exported(graph: Graph, inputs: dict[str, Tensor], resizes: bool, reference: str) -> onnx.ModelProto:
+    names = {name: {0: "batch"} for name in inputs}
     if resizes:
-        dynamic |= {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+        names["images"] = {0: "batch", 2: "height", 3: "width"}
+    if "target" in names:
+        names["target"] = {0: "batch", 1: "embedding"}
+    dims = {name: torch.export.Dim(name) for dynamic in names.values() for name in dynamic.values()}
     try:
         with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
+            program = trace.program(
                 graph,
-                (images.to(graph.mean.device),),
-                dynamo=True,
-                dynamic_shapes=(dynamic,),
-                input_names=["images"],
-                output_names=["logits", *graph.layers],
-                verbose=False,
+                tuple(inputs.values()),
+                tuple({place: dims[name] for place, name in dynamic.items()} for dynamic in names.values()),
+            )
+            exported = torch.onnx.export(
+                program, dynamo=True, input_names=list(graph.input_names), output_names=list(graph.output_names), verbose=False
             )
     except KdxError:
         raise
     except Exception as error:  # the exporter raises whatever the network's own code does under tracing
-        raise KdxError(
-            f"{reference} cannot be exported: {first_line(error.__cause__ or error)}.",
-            "Run it with --runtime eager, or choose other layers.",
-        ) from error
-    assert program is not None
-    return program.model_proto
+        cause = first_line(error.__cause__ or error)
+        mend = "Run it with --runtime eager, or choose other layers."
+        if cause.startswith("Constraints violated"):  # torch.export's words for a size that the forward turns into a number
+            cause = "its forward pass fixes the batch or the image size"
+            mend = "Take sizes from images.shape, not by len() or int(); until then, run it with --runtime eager."
+        raise KdxError(f"{reference} cannot be exported: {cause}.", mend) from error
+    assert exported is not None
+    model = exported.model_proto
+    _name_dimensions(model, names)
+    for node in model.graph.node:
+        del node.metadata_props[:]  # where in whose source code it came from, which would differ from machine to machine
+    return model
+
+
+def _name_dimensions(model: onnx.ModelProto, names: Mapping[str, Mapping[int, str]]) -> None:
+    """Give the symbols that tracing made up (s34) the names of the dimensions that they stand for."""
+    symbols = {}
+    for value in model.graph.input:
+        for place, name in names[value.name].items():
+            symbols[value.type.tensor_type.shape.dim[place].dim_param] = name
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.HasField("dim_param"):
+                size.dim_param = symbols.get(size.dim_param, size.dim_param)
+
+
+def _shapes(values: Any) -> dict[str, Shape]:
+    return {
+        value.name: tuple(size.dim_param if size.HasField("dim_param") else size.dim_value for size in value.type.tensor_type.shape.dim)
+        for value in values
+    }
 
 
 @contextmanager
@@ -191,10 +305,24 @@ def _describe_in(model: onnx.ModelProto, entries: Mapping[str, object]) -> None:
 
 
 def _save(model: onnx.ModelProto, path: Path) -> None:
+    if sum(len(tensor.raw_data) for tensor in model.graph.initializer) <= _LARGEST:
+        data = model.SerializeToString(deterministic=True)
+    else:
+        held = path.with_name(f"{path.name}.data")
+        held.unlink(missing_ok=True)  # onnx appends
+        outside = onnx.ModelProto()
+        outside.CopyFrom(model)
+        onnx.external_data_helper.convert_model_to_external_data(outside, location=held.name, size_threshold=1024)
+        onnx.external_data_helper.write_external_data_tensors(outside, str(path.parent))
+        data = outside.SerializeToString(deterministic=True)
     with path.open("wb") as file:
-        file.write(model.SerializeToString(deterministic=True))
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _versions() -> dict[str, str]:

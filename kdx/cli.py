@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,6 +41,20 @@ LayerOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seeds every random choice; the manifest records it.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU where there is one.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import kdx
+
+        _say(f"kdx {kdx.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version and stop.")] = False,
+) -> None: ...
 
 
 @app.command()
@@ -105,45 +118,69 @@ def distill(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A model reference, or MODELS.toml:ROLE.")],
+    model: Annotated[
+        str | None, typer.Argument(help="A model reference, MODELS.toml:ROLE, or an .onnx file to build an engine of.", show_default=False)
+    ] = None,
     layer: Annotated[
         list[str] | None,
         typer.Option("--layer", "-l", help="A layer whose features the file gives; repeat for more.", show_default=False),
     ] = None,
-    kind: Annotated[Literal["features"], typer.Option(help="What the file computes.")] = "features",
+    kind: Annotated[
+        Literal["features", "gradients", "explainer"],
+        typer.Option(
+            help="features: logits and features; gradients: the gradients at the layers too; explainer: two networks and their maps."
+        ),
+    ] = "features",
+    explainer: Annotated[bool, typer.Option("--explainer", help="The same as --kind explainer.")] = False,
+    student: Annotated[str | None, typer.Option(help="explainer: the student.", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option(help="explainer: the base.", show_default=False)] = None,
+    teacher: Annotated[str | None, typer.Option(help="explainer: the teacher, if it is to be in the file.", show_default=False)] = None,
+    at: Annotated[
+        str | None, typer.Option(help="gradients: the layer whose gradient goes in, in place of the logits'.", show_default=False)
+    ] = None,
+    to: Annotated[Literal["onnx", "tensorrt"], typer.Option(help="tensorrt: an engine of the ONNX file as well.")] = "onnx",
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the networks; what goes in and out, and the geometry, are float32.")
+    ] = "fp32",
+    batch: Annotated[str, typer.Option(help="tensorrt: MIN:BEST:MAX images at once.")] = "1:32:64",
+    arch: Annotated[
+        str | None,
+        typer.Option("--for", help="tensorrt: the GPU to build for, such as sm_86; the one here by default.", show_default=False),
+    ] = None,
+    tf32: Annotated[bool, typer.Option("--tf32", help="tensorrt: allow TensorFloat-32, faster and with three digits less.")] = False,
     out: Annotated[Path, typer.Option(help="The folder, or the .onnx file, to write.")] = Path(),
     image_size: Annotated[int | None, typer.Option(min=1, help="The side that images are resized to; the model's own by default.")] = None,
 ) -> None:
-    """Write a network as one ONNX file with logits and the named layers' features, checked against PyTorch."""
-    from kdx import models, models_file
-    from kdx.export import onnx_file
-    from kdx.export.graphs import FeatureGraph
+    """Write networks as a file that other runtimes execute, with their gradients or their maps inside, checked against PyTorch."""
+    from kdx import files
 
-    network, classes = models_file.load_any(model)
-    if not layer:
-        raise KdxError("No layer was named.", f"Name one or more with --layer; this network has {', '.join(models.layers(network))}.")
-    preprocessing = network.preprocessing if image_size is None else replace(network.preprocessing, size=(image_size, image_size))
-    size = preprocessing.size
-    if size is None:
-        raise KdxError(f"{model} does not say what size of image it takes.", "Give --image-size.")
-    path = out if out.suffix == ".onnx" else out / f"{models.file_name(network.reference)}.{kind}.onnx"
-    with console.status("Exporting"):
-        parity = onnx_file.write(
-            FeatureGraph(network.module, layer, preprocessing),
-            path,
-            reference=network.reference,
-            weights=network.weights_hash,
-            image_size=size,
-            classes=classes,
+    named = {"network": model, "student": student, "base": base, "teacher": teacher}
+    options = files.Options(at, precision, image_size, to, files.parse_batch(batch), arch, tf32)
+    with console.status("") as status:
+
+        def announce(step: str) -> None:
+            status.update(step)
+            if not console.is_terminal:
+                _say(step)
+
+        exported = files.export(
+            {role: reference for role, reference in named.items() if reference is not None},
+            layer or (),
+            "explainer" if explainer else kind,
+            out,
+            options,
+            announce=announce,
         )
-    _say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, images [batch, 3, height, width] in [0, 1] -> logits, {', '.join(layer)}")
-    _say(f"Parity with PyTorch: {parity.summary()}")
+    for each in exported:
+        console.print(_exported(each))
 
 
 @app.command()
 def explain(
     data: Annotated[str, typer.Argument(help="A folder of class folders, cifar10:FOLDER, or digits.")],
-    models: Annotated[Path, typer.Option(help="The models file that names teacher, student and base.")],
+    models: Annotated[
+        Path, typer.Option(help="The models file that names student and base, and the teacher where there is one; or an explainer file.")
+    ],
     out: Annotated[Path, typer.Option(help="The run's folder; a stopped run there is taken up again.")],
     layer: LayerOption = None,
     batch: Annotated[int, typer.Option(min=4, help="Images whose pairwise geometry makes one set of maps.")] = 64,
@@ -158,10 +195,13 @@ def explain(
     ] = None,
     permutations: Annotated[int, typer.Option(min=0, help="Permutations for p-values.")] = 999,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the intervals.")] = 0.95,
-    max_unreadable: Annotated[float, typer.Option(min=0, max=1, help="The share of corrupt images past which the run fails.")] = 0.01,
+    max_unreadable: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="The share of corrupt images past which the run fails; one image always passes, unless this is 0."),
+    ] = 0.01,
     seed: SeedOption = 0,
 ) -> None:
-    """Explain a data set: four maps an image and layer, and scores with intervals, stored with a page that shows them."""
+    """Explain a data set: two or four maps an image and layer, and scores with intervals, stored with a page that shows them."""
     from kdx import report
     from kdx.explain import Options, run
 
@@ -205,6 +245,28 @@ def doctor() -> None:
         mark = "[green]yes[/]" if finding.works else "[yellow]no[/]"
         table.add_row(mark, finding.name, escape(finding.found), "" if finding.works else escape(finding.mend))
     console.print(table)
+
+
+def _exported(file: Any) -> Any:
+    """A file that was written as a table: a line a fact."""
+    from rich.table import Table
+    from rich.text import Text
+
+    def shapes(named: dict[str, tuple[int | str, ...]]) -> str:
+        return "\n".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in named.items())
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    facts = {
+        "file": str(file.path),
+        "size": f"{file.bytes / 1e6:.1f} MB",
+        "inputs": shapes(file.inputs),
+        "outputs": shapes(file.outputs),
+        "parity": "that of the ONNX file" if file.parity is None else file.parity.summary(),
+        "time": f"{file.seconds:.1f} s",
+    }
+    for name, value in facts.items():
+        table.add_row(name, Text(value, overflow="fold"))
+    return table
 
 
 def _say(line: str) -> None:

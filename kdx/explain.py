@@ -24,7 +24,7 @@ from kdx.errors import KdxError
 from kdx.explainer import Explainer, is_file
 from kdx.finished import LostResult
 from kdx.models_file import ModelsFile, read_models
-from kdx.runtime import RuntimeName
+from kdx.runtime import RuntimeName, describe_file
 from kdx.scores import permutation_table
 from kdx.store import Batch, Store
 from kdx.transfer import LayerScores, Measured, Pool, moved_among, roles_among
@@ -72,7 +72,7 @@ def run(
     command: Sequence[str] = (),
     announce: Callable[[str], None] = print,
 ) -> Path:
-    """Explain ``data`` by the networks of a models file into the folder ``out``; return the path of the report.
+    """Explain ``data`` by the networks of a models file, or by an explainer file, into the folder ``out``; return the page's path.
 
     layers: names shared by the networks, or ``student_layer=teacher_layer``; those of the models file where none is given.
     networks: where exported networks are kept (out/networks by default). A run that was stopped takes up where it was,
@@ -82,7 +82,7 @@ def run(
     """
     if options.reference_images and options.reference_images < MIN_IMAGES:
         raise KdxError(f"A reference set of {options.reference_images} is too small.", f"Give --reference {MIN_IMAGES} or more, or 0.")
-    named = read_models(models)
+    named = _of_file(models) if is_file(models) else read_models(models)
     dataset = open_data(data, named.classes or None)
     share, indices, pool = _part(dataset, named, options)
     paired = parse_layers(layers or named.layers)
@@ -175,7 +175,33 @@ def _part(dataset: Dataset, named: ModelsFile, options: Options) -> tuple[str, N
     return share, parts[share], parts["train"]
 
 
+def _of_file(path: Path) -> ModelsFile:
+    """What a models file would say of the networks in an explainer file."""
+    file = describe_file(path)
+    if file.kind != "explainer":
+        raise KdxError(
+            f"{path} is a file of {file.kind}, not an explainer.",
+            "Write one with kdx export --explainer, or name the files in a models file.",
+        )
+    teachers = file.networks["teacher"].layers if "teacher" in file.networks else file.layers
+    layers = tuple(f"{layer}={other}" for layer, other in zip(file.layers, teachers, strict=True))
+    base, student, teacher = (file.networks[role].reference if role in file.networks else None for role in ("base", "student", "teacher"))
+    assert base is not None and student is not None
+    return ModelsFile(path, base, student, teacher, layers, file.classes)
+
+
 def _explainer(named: ModelsFile, layers: Mapping[str, str], options: Options, folder: Path) -> Explainer:
+    if is_file(named.path):
+        return Explainer(
+            file=named.path,
+            layers=layers,
+            runtime=options.runtime,
+            device=options.device,
+            objective=options.objective,
+            weighting=options.weighting,
+            chunk=options.chunk,
+            folder=folder,
+        )
     given: dict[str, Any] = {
         role: named.path.parent / reference if is_file(reference) else named.load(role) for role, reference in named.references.items()
     }

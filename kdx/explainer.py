@@ -18,11 +18,11 @@ from kdx import arrays, models, transfer
 from kdx.arrays import Array
 from kdx.errors import KdxError
 from kdx.export import engine, onnx_file
-from kdx.export.graphs import FeatureGraph, Preprocessing
-from kdx.export.onnx_file import Description
+from kdx.export.graphs import ExplainerGraph, FeatureGraph, Preprocessing
+from kdx.export.onnx_file import Description, NetworkDescription, Origin
 from kdx.kernels import geometry
 from kdx.models import Network
-from kdx.runtime import Choice, EagerRunner, Outputs, Runner, RuntimeName, TrtRunner, choose, open_file
+from kdx.runtime import Choice, EagerRunner, FileRunner, Outputs, Runner, RuntimeName, TrtRunner, choose, describe_file, open_file
 from kdx.scores import Score, permutation_table
 from kdx.transfer import Measured, References, Target, roles_among
 from kdx.unicam import Maps, ObjectiveName, Weighting
@@ -81,7 +81,8 @@ class Explainer:
     last two export the networks once, into ``folder`` or a temporary one. What is in ``folder`` is used again, but for PyTorch
     modules, whose code has no name to know it by. objective, weighting: as in `kdx.unicam`. chunk: how many images go through
     a network at once (by default all of a batch, or 64 where an engine is built); it changes no result. permutations,
-    confidence, seed: of the scores.
+    confidence, seed: of the scores. file: an explainer file, which stands in place of the networks, the layers (all of its, where
+    none is named), the objective and the weighting.
 
     A context manager; `close` frees the networks. ``choice.why`` says in a line what ``auto`` chose and why. Where a network
     cannot be exported, ``auto`` takes PyTorch and says so there; asked for by name, ``onnx`` and ``tensorrt`` raise.
@@ -90,10 +91,10 @@ class Explainer:
     def __init__(
         self,
         *,
-        student: NetworkLike,
-        base: NetworkLike,
+        student: NetworkLike | None = None,
+        base: NetworkLike | None = None,
         teacher: NetworkLike | None = None,
-        layers: str | Iterable[str] | Mapping[str, str],
+        layers: str | Iterable[str] | Mapping[str, str] = (),
         runtime: RuntimeName = "auto",
         device: str = "auto",
         objective: ObjectiveName = "relevance",
@@ -103,10 +104,30 @@ class Explainer:
         confidence: float = 0.95,
         seed: int = 0,
         folder: Path | None = None,
+        file: str | Path | None = None,
     ) -> None:
         if isinstance(layers, str):
             layers = [layers]
         self.layers = dict(layers) if isinstance(layers, Mapping) else {layer: layer for layer in layers}
+        self.permutations = permutations
+        self.confidence = confidence
+        self.seed = seed
+        self._source: _Runners | _ExplainerFile
+        named = {"teacher": teacher, "student": student, "base": base}
+        given = {role: network for role, network in named.items() if network is not None}
+        if file is not None:
+            if given:
+                raise ValueError(f"an explainer file holds its networks: no {', '.join(given)} beside it")
+            if chunk is not None:
+                raise KdxError("An explainer file takes a batch whole.", "Leave the chunk out and choose a smaller batch.")
+            if (objective, weighting) != ("relevance", "gap"):
+                raise KdxError(
+                    f"The maps of an explainer file are of relevance, weighted by channel, not of {objective} weighted {weighting}.",
+                    "Give the networks themselves for other maps.",
+                )
+            self._source = _ExplainerFile(Path(file), self.layers, runtime, device, folder)
+            self.layers, self.roles = self._source.layers, self._source.roles
+            return
         if objective not in geometry.OBJECTIVES or weighting not in get_args(Weighting):
             raise ValueError(f"no objective {objective!r}" if objective not in geometry.OBJECTIVES else f"no weighting {weighting!r}")
         if chunk is not None and chunk < 1:
@@ -116,11 +137,6 @@ class Explainer:
             raise KdxError(
                 f"{paired[0]} pairs a layer with one of the teacher's, and there is no teacher.", "Name the layer alone, or give a teacher."
             )
-        self.permutations = permutations
-        self.confidence = confidence
-        self.seed = seed
-        named = {"teacher": teacher, "student": student, "base": base}
-        given = {role: network for role, network in named.items() if network is not None}
         self.roles = roles_among(given)
         self._source = _Runners(
             {role: given[role] for role in self.roles},
@@ -187,6 +203,19 @@ class Explainer:
         self.close()
 
 
+def explainer_graph(networks: Mapping[str, Network], layers: Mapping[str, str]) -> ExplainerGraph:
+    """The graph of an explainer file: a network a role, and the student's and base's layers with the teacher's."""
+    roles = roles_among(networks)
+    if len({networks[role].weights_hash for role in ("student", "base")}) == 1:
+        raise KdxError("The student and the base have the same weights, so neither holds what the other does not.", "Name two networks.")
+    graphs = {
+        role: FeatureGraph(networks[role].module, [*(layers.values() if role == "teacher" else layers)], networks[role].preprocessing)
+        for role in roles
+    }
+    matrices = {name: definition.matrices for name, definition in transfer.scores_among(roles).items()}
+    return ExplainerGraph(graphs, transfer.maps_among(roles), matrices)
+
+
 class _Runners:
     """What an Explainer computes with: a runner a network, and the geometry of the features that they give."""
 
@@ -216,7 +245,7 @@ class _Runners:
         if len(suffixes) > 1:
             raise KdxError(f"The networks are given as {' and '.join(suffixes)} files.", "Give all of one kind.")
         self.choice = choose(runtime, device, files=bool(files), engines=suffixes == [".engine"])
-        self._files = {role: (path, _described(path)) for role, path in files.items()}
+        self._files = {role: (path, describe_file(path)) for role, path in files.items()}
         if not layers:
             known = self._files["student"][1].layers if files else _sensible(_as_network(given["student"]))
             raise KdxError("No layer was named.", f"Name one or more of the student's: {', '.join(known)}.")
@@ -249,7 +278,8 @@ class _Runners:
     def _runner(self, role: str, image_size: tuple[int, int]) -> Runner:
         if role in self._files:
             path, file = self._files[role]
-            return self._opened(role, path, file.weights, image_size if file.image_size is None else None)
+            weights = file.networks["network"].weights
+            return self._opened(role, path, weights, image_size if file.image_size is None else None)
         network, graph = self._networks[role]
         if self.choice.runtime == "eager":
             return EagerRunner(graph, self.choice.device)
@@ -258,7 +288,7 @@ class _Runners:
         bare = isinstance(self._given[role], nn.Module)
         size = network.preprocessing.size
         if bare or not onnx_file.holds(path, graph, network.weights_hash):
-            onnx_file.write(graph, path, reference=network.reference, weights=network.weights_hash, image_size=size or image_size)
+            onnx_file.write(graph, path, origin=Origin(network.reference, network.weights_hash), image_size=size or image_size)
         return self._opened(role, path, network.weights_hash, image_size if size else None)
 
     def _opened(self, role: str, path: Path, weights: str, image_size: tuple[int, int] | None) -> Runner:
@@ -281,19 +311,17 @@ class _Runners:
         for role in self._given:
             if role in self._networks:
                 network, _ = self._networks[role]
-                about = (network.reference, network.weights_hash, network.parameters, network.preprocessing, network.preprocessing.size)
+                found[role] = {
+                    "reference": network.reference,
+                    "sha256": network.weights_hash,
+                    "parameters": network.parameters,
+                    "preprocessing": asdict(network.preprocessing),
+                    "image_size": network.preprocessing.size,
+                    "trained": network.trained,
+                }
             else:
                 _, file = self._files[role]
-                about = (file.reference, file.weights, file.parameters, file.preprocessing, file.preprocessing.size or file.image_size)
-            reference, digest, parameters, preprocessing, size = about
-            found[role] = {
-                "reference": reference,
-                "sha256": digest,
-                "parameters": parameters,
-                "preprocessing": asdict(preprocessing),
-                "image_size": size,
-                "trained": role in self._files or network.trained,
-            }
+                found[role] = _about(file.networks["network"], file)
         return found
 
     def use_references(self, images: Tensor, labels: Tensor) -> None:
@@ -334,6 +362,95 @@ class _Runners:
             self._temporary.cleanup()
 
 
+class _ExplainerFile:
+    """What an Explainer computes with: one file that holds the networks and the geometry."""
+
+    def __init__(self, path: Path, layers: Mapping[str, str], runtime: RuntimeName, device: str, folder: Path | None) -> None:
+        file = describe_file(path)
+        if file.kind != "explainer":
+            raise KdxError(f"{path} is a file of {file.kind}, not an explainer.", "Write one with kdx export --explainer.")
+        self._path, self._file, self._folder = path, file, folder
+        self.roles = roles_among(file.networks)
+        teachers = file.networks["teacher" if "teacher" in file.networks else "student"].layers
+        held = dict(zip(file.layers, teachers, strict=True))
+        for layer, other in layers.items():
+            if held.get(layer) != other:
+                known = ", ".join(a if a == b else f"{a}={b}" for a, b in held.items())
+                name = layer if layer == other else f"{layer}={other}"
+                raise KdxError(f"{path} does not hold the layer {name!r}.", f"It holds {known}; export it with the layer.")
+        self.layers = dict(layers) or held
+        self.choice = choose(runtime, device, files=True, engines=path.suffix == ".engine")
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._runner: FileRunner | None = None
+
+    def open(self, image_size: tuple[int, int]) -> None:
+        if self._runner is not None:
+            return
+        path = self._path
+        if self.choice.runtime == "tensorrt" and path.suffix != ".engine":
+            if self._folder is None:
+                self._temporary = tempfile.TemporaryDirectory(prefix="kdx-", ignore_cleanup_errors=True)
+                self._folder = Path(self._temporary.name)
+            path = self._folder / f"{path.stem}.engine"
+            size = image_size if self._file.image_size is None else None
+            engine.build(self._path, path, batch=(arrays.MIN_IMAGES, _ENGINE_IMAGES, _ENGINE_IMAGES), image_size=size)
+        self._runner = open_file(path, self.choice.device)
+        log.info("runtime: %s", self.choice.why)
+
+    def networks(self) -> dict[str, dict[str, Any]]:
+        return {role: _about(self._file.networks[role], self._file) for role in self.roles}
+
+    def use_references(self, images: Tensor, labels: Tensor) -> None:
+        raise KdxError("An explainer file maps an image among its batch mates alone.", "Give the networks themselves for reference mode.")
+
+    def explain(self, images: Tensor, labels: Tensor, permutations: Tensor) -> tuple[dict[str, Tensor], dict[str, Measured]]:
+        self.open((images.shape[2], images.shape[3]))
+        assert self._runner is not None
+        target = Target.of(labels.to(self.choice.device))
+        found = self._runner.run({"images": images, "target": self._as_wide_as_taken(target.rows)})
+        measured = {}
+        for layer in self.layers:
+            among = dict(zip(self.roles, found[f"{layer}/distances"], strict=True))
+            values = dict(zip(self._file.scores, found[f"{layer}/scores"].tolist(), strict=True))
+            maps = {
+                name: Maps(found[f"{layer}/{name}/maps"], found[f"{layer}/{name}/weights"], values[transfer.map_score(name)])
+                for name in transfer.maps_among(self.roles)
+            }
+            measured[layer] = Measured(maps, *transfer.measure_distances(among, target, permutations.to(self.choice.device)))
+        return {role: found[f"logits/{role}"] for role in self.roles}, measured
+
+    def _as_wide_as_taken(self, rows: Tensor) -> Tensor:
+        """The target's rows with columns of zeros, which change no distance, up to the width that an engine is built for."""
+        assert self._runner is not None
+        width = self._runner.inputs["target"][1]
+        if isinstance(width, str) or rows.shape[1] == width:
+            return rows
+        if rows.shape[1] > width:
+            raise KdxError(
+                f"The target has {rows.shape[1]} columns, and the engine takes {width}.",
+                "Give labels, or use the .onnx file that it was built from.",
+            )
+        return torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
+
+    def close(self) -> None:
+        if self._runner is not None:
+            self._runner.close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+
+def _about(network: NetworkDescription, file: Description) -> dict[str, Any]:
+    """What is known of a network in a file."""
+    return {
+        "reference": network.reference,
+        "sha256": network.weights,
+        "parameters": network.parameters,
+        "preprocessing": asdict(network.preprocessing),
+        "image_size": network.preprocessing.size or file.image_size,
+        "trained": True,
+    }
+
+
 def _checked(images: Tensor) -> Tensor:
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise KdxError(
@@ -346,10 +463,6 @@ def _checked(images: Tensor) -> Tensor:
 def is_file(given: NetworkLike) -> bool:
     """Whether a network is given as a file that ``kdx export`` wrote."""
     return isinstance(given, str | Path) and str(given).endswith((".onnx", ".engine"))
-
-
-def _described(path: Path) -> Description:
-    return engine.describe(path).file if path.suffix == ".engine" else onnx_file.describe(path)
 
 
 def _check_holds(path: Path, file: Description, layers: Iterable[str]) -> None:

@@ -265,6 +265,11 @@ class TrtRunner(FileRunner):
         self._context = self._engine = self._runtime = None  # in this order: each belongs to the next
 
 
+def describe_file(path: Path) -> Description:
+    """What a file that kdx exported says of itself, .onnx or .engine."""
+    return engine.describe(path).file if path.suffix == ".engine" else onnx_file.describe(path)
+
+
 def open_file(path: Path, device: torch.device = _CPU) -> FileRunner:
     """The runner of a file by its suffix: .onnx in ONNX Runtime, on the CPU or by CUDA as ``device`` says; .engine in TensorRT."""
     if path.suffix == ".onnx":

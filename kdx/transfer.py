@@ -51,7 +51,6 @@ SCORES: dict[str, Definition] = {
     **{f"RS({_LETTERS[x]})": Definition(scores.correlation, (x, TARGET), TARGET) for x in ROLES},
     **{f"RS({_LETTERS[x]}|{_LETTERS[y]})": Definition(scores.semipartial, (x, TARGET, y), TARGET) for x, y in MAPS.values()},
 }
-"""The score RS(X|Y) of every map of X given Y among them."""
 
 CONTRASTS: tuple[tuple[str, str], ...] = (("FSS(S,T)", "FSS(B,T)"), ("RS(S|B)", "RS(B|S)"))
 """Differences that say whether distillation shows: is the student nearer to the teacher, and is what only it has more relevant?"""
@@ -67,6 +66,12 @@ def roles_among(present: Collection[str]) -> tuple[str, ...]:
 def maps_among(roles: Collection[str]) -> dict[str, tuple[str, str]]:
     """Those of MAPS that these roles make."""
     return {name: pair for name, pair in MAPS.items() if set(pair) <= set(roles)}
+
+
+def map_score(name: str) -> str:
+    """The score RS(X|Y) of a map of X given Y."""
+    explained, given = MAPS[name]
+    return f"RS({_LETTERS[explained]}|{_LETTERS[given]})"
 
 
 def scores_among(roles: Collection[str]) -> dict[str, Definition]:

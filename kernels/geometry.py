@@ -26,11 +26,21 @@ Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _REPAIR_BELOW = {torch.float32: 1e-3, torch.float64: 1e-9}
 """D^2/(|x_i|^2 + |x_j|^2) under which a Gram product has lost too many digits; its rounding is about 1e-7 and 1e-16."""
 
+_TRACED_ZERO = 4e-6
+"""The same under which a traced graph, which repairs no pair, takes two rows as equal. The square root of mere rounding, left in
+place of zero, would be a thousandth of the norms, and a gradient divides by it."""
+
 _ELEMENTS = 1 << 24
 """Elements that a step over pairs or permutations holds at a time."""
 
 
 # Distances
+
+
+def _hollow(n: int, like: Tensor) -> Tensor:
+    """Ones [n, n] with a diagonal of zeros. By comparison: TensorRT has no identity matrix, nor a diagonal, of a size that it learns at run time."""
+    place = torch.arange(n, device=like.device)
+    return (place[:, None] != place[None, :]).to(like.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -42,7 +52,7 @@ def _squared(rows: Tensor, columns: Tensor, gram: Tensor, norms: Tensor) -> Tens
     """Squared distances [q, m] from gram = rows columns^T and norms |r_i|^2 + |c_j|^2, pairs closer than rounding repaired."""
     squared = (norms - 2 * gram).clamp_min(0)
     if torch.compiler.is_compiling():  # a graph cannot hold the loop over pairs that the data chooses
-        return squared
+        return torch.where(squared > _TRACED_ZERO * norms, squared, 0.0)
     near = squared < _REPAIR_BELOW[squared.dtype] * norms
     if rows is columns:
         near = near.triu(1)
@@ -63,8 +73,8 @@ def distances(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     x = _wide(x)
     x = x - x.mean(0)
     gram = x @ x.T
-    own = gram.diagonal()
-    hollow = 1 - torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
+    hollow = _hollow(x.shape[0], x)
+    own = (gram * (1 - hollow)).sum(1)
     squared = _squared(x, x, gram, (own[:, None] + own[None, :]) * hollow)
     return (squared.triu(1) + squared.triu(1).mT).to(dtype).sqrt()
 
@@ -86,7 +96,7 @@ def u_centered(d: Tensor) -> Tensor:
     n = d.shape[-1]
     rows = d.sum(-1)
     total = rows.sum(-1)[..., None, None] / ((n - 1) * (n - 2))
-    hollow = 1 - torch.eye(n, dtype=d.dtype, device=d.device)
+    hollow = _hollow(n, d)
     return (d - (rows[..., :, None] + rows[..., None, :]) / (n - 2) + total) * hollow
 
 
@@ -248,7 +258,7 @@ def laplacian(d: Tensor, a: Tensor, b: Tensor, g: Tensor, objective: Objective =
     m = u_centered(derivative + derivative.mT)
     apart = d > 0
     w = torch.where(apart, m / torch.where(apart, d, 1.0), 0.0)
-    lap = torch.diag_embed(w.sum(-1)) - w
+    lap = w.sum(-1)[..., None] * (1 - _hollow(w.shape[-1], w)) - w
     return Laplacian(lap, score, (dot(r, r) / dot(d, d)).sqrt())
 
 

@@ -27,7 +27,7 @@ from kdx.export.parity import Difference, ParityReport
 KDX = Path(sys.executable).parent / "kdx"
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 TINY = "kdx:resnet,width=2,depth=1,stages=1"
-PARITY = ParityReport({"logits": Difference(1e-7, 1e-8, 1e-7, 2.0)}, 1e-4, 3)
+PARITY = ParityReport({"logits": Difference(1e-7, 1e-8, 1e-7, 2.0, 1.0)}, 1e-4, (3,))
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +144,7 @@ def test_export_writes_a_checked_file_that_says_what_it_is(run: Any, tmp_path: P
     assert path.name == "resnet.features.onnx" and str(path) in out
     assert "layer1, conv1" in out and "Parity with PyTorch: largest error" in out
     found = onnx_file.describe(path)
-    assert (found.layers, found.kind, found.preprocessing.size) == (("layer1", "conv1"), "features", (32, 32))
+    assert (found.layers, found.kind, found.networks["network"].preprocessing.size) == (("layer1", "conv1"), "features", (32, 32))
     assert sorted(each.name for each in path.parent.iterdir()) == [path.name, f"{path.name}.parity.json"]
 
 

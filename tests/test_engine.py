@@ -22,6 +22,7 @@ from kdx.errors import KdxError
 from kdx.export import engine, onnx_file
 from kdx.export.engine import EngineDescription
 from kdx.export.graphs import FeatureGraph, Preprocessing
+from kdx.export.onnx_file import Origin
 from kdx.networks import resnet
 
 BATCH = (1, 5, 9)
@@ -44,7 +45,7 @@ def _exported(folder: Path, size: tuple[int, int] | None, image_size: tuple[int,
     torch.manual_seed(0)
     path = folder / "model.onnx"
     graph = FeatureGraph(resnet(4, 1, 7, 2), ["layer1", "layer2"], Preprocessing(size, (0.4,), (0.2,)))
-    onnx_file.write(graph, path, reference="tiny", weights="abc", image_size=image_size)
+    onnx_file.write(graph, path, origin=Origin("tiny", "abc"), image_size=image_size)
     return path
 
 

@@ -26,6 +26,7 @@ from kdx import runtime
 from kdx.errors import KdxError
 from kdx.export import engine, onnx_file
 from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
+from kdx.export.onnx_file import Origin
 from kdx.models import weights_hash
 from kdx.runtime import Choice, EagerRunner, OrtRunner, Runner, RuntimeName, TrtRunner, choose, open_file
 
@@ -58,7 +59,7 @@ def network() -> nn.Module:
 @pytest.fixture(scope="session")
 def path(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runtime") / "small.onnx"
-    onnx_file.write(graph(network), path, reference="Small", weights=weights_hash(network), image_size=(11, 9))
+    onnx_file.write(graph(network), path, origin=Origin("Small", weights_hash(network)), image_size=(11, 9))
     return path
 
 
@@ -160,7 +161,7 @@ def test_a_shape_that_the_file_does_not_take_is_an_error(shape: tuple[int, ...],
 
 def test_a_file_for_any_size_takes_any(network: nn.Module, tmp_path: Path) -> None:
     resizing = FeatureGraph(network, ["norm"], Preprocessing((11, 9), (0.5,), (0.2,)))
-    onnx_file.write(resizing, tmp_path / "a.onnx", reference="Small", weights="abc", image_size=(13, 8))
+    onnx_file.write(resizing, tmp_path / "a.onnx", origin=Origin("Small", "abc"), image_size=(13, 8))
     for size in ((11, 9), (24, 31), (5, 4)):
         found, expected = OrtRunner(tmp_path / "a.onnx").infer(images(3, size)), EagerRunner(resizing, CPU).infer(images(3, size))
         torch.testing.assert_close(found.features["norm"], expected.features["norm"])
@@ -406,7 +407,7 @@ def test_an_engine_that_is_none_or_alone_is_an_error(built: Path, tmp_path: Path
 def test_a_file_is_opened_by_its_suffix(path: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with open_file(path) as runner:
-        assert isinstance(runner, OrtRunner) and runner.device == CPU and runner.description.reference == "Small"
+        assert isinstance(runner, OrtRunner) and runner.device == CPU and runner.description.networks["network"].reference == "Small"
     for name, said in ((path, "provider cuda"), (built, "TensorRT")):
         with pytest.raises(KdxError, match=f"{said} runs on an NVIDIA GPU, and PyTorch sees none"):
             open_file(name, torch.device("cuda"))
@@ -481,7 +482,7 @@ def test_an_engine_reads_and_writes_pytorchs_memory(n: int, network: nn.Module, 
     expected = EagerRunner(graph(network), CPU).infer(images(n))
     with TrtRunner(built) as runner:
         assert (runner.runtime, runner.kind, runner.layers) == ("tensorrt", "features", ("conv2", "norm"))
-        assert runner.description.reference == "Small" and runner.engine.arch == "sm_86"
+        assert runner.description.networks["network"].reference == "Small" and runner.engine.arch == "sm_86"
         for pixels in (images(n), images(n).double(), images(n).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
             found = runner.infer(pixels)
             torch.testing.assert_close(found.logits, expected.logits)

@@ -1,0 +1,183 @@
+"""Export every family of vision network in every kind, and write down what came of it: docs/export.md's table.
+
+    python -m benchmarks.families [--only NAME ...]     exports, and adds to benchmarks/results/families.json
+    python -m benchmarks.families --table               fills docs/export.md from that
+
+Weights are random: what is checked is the graph. Each family is exported in a process of its own, with the student and
+the base of its explainer file two draws of the same architecture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "families.json"
+PAGE = ROOT / "docs" / "export.md"
+START, END = "<!-- families -->", "<!-- /families -->"
+
+KINDS = ("features", "gradients", "explainer")
+ARCHITECTURES = ("sm_86", "sm_120")
+CLASSES = 10
+
+TIMM = (
+    "resnet18 resnet50 resnext50_32x4d wide_resnet50_2 vgg11_bn vgg16 densenet121 mobilenetv2_100 mobilenetv3_small_100 efficientnet_b0 "
+    "regnetx_002 convnext_atto convnextv2_atto ghostnet_100 repvgg_a0 hrnet_w18_small inception_v3 xception41 vit_tiny_patch16_224 "
+    "deit_tiny_patch16_224 swin_tiny_patch4_window7_224 mixer_s16_224 poolformer_s12 mobilevit_xs efficientformer_l1 maxvit_tiny_tf_224"
+).split()
+
+
+def _timm(name: str) -> tuple[nn.Module, Any]:
+    from kdx import models
+
+    found = models.load(f"timm:{name},num_classes={CLASSES}")
+    return found.module, found.preprocessing
+
+
+def _torchvision(name: str) -> tuple[nn.Module, Any]:
+    from kdx import models
+
+    found = models.load(f"torchvision:{name},num_classes={CLASSES}")
+    return found.module, found.preprocessing
+
+
+def _kdx(name: str) -> tuple[nn.Module, Any]:
+    from kdx import models
+
+    found = models.load(f"kdx:{name},classes={CLASSES}")
+    return found.module, found.preprocessing
+
+
+def _transformers(name: str) -> tuple[nn.Module, Any]:
+    import transformers
+
+    from kdx.export.graphs import Preprocessing
+
+    configuration = getattr(transformers, f"{name}Config")(num_labels=CLASSES)
+    return transformers.AutoModelForImageClassification.from_config(configuration), Preprocessing((224, 224), (0.5,), (0.5,))
+
+
+FAMILIES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    **{f"timm:{name}": lambda name=name: _timm(name) for name in TIMM},
+    **{f"torchvision:{name}": lambda name=name: _torchvision(name) for name in ("resnet18", "vgg11_bn", "vit_b_16")},
+    **{f"hf:{name}": lambda name=name: _transformers(name) for name in ("ResNet", "ViT")},
+    "kdx:resnet": lambda: _kdx("resnet,width=16,depth=2"),
+}
+
+
+def network(family: str, seed: int) -> tuple[nn.Module, Any]:
+    """The family's network with random weights; a head that starts at zero, which has no gradient, is drawn too."""
+    torch.manual_seed(seed)
+    module, preprocessing = FAMILIES[family]()
+    for parameter in module.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return module.eval(), preprocessing
+
+
+def measure(family: str) -> list[dict[str, Any]]:
+    """A row for each kind: the layer, parity, megabytes, seconds, and the architectures that an engine was built for."""
+    from kdx.errors import KdxError
+    from kdx.explainer import explainer_graph
+    from kdx.export import engine, onnx_file
+    from kdx.export.graphs import FeatureGraph, GradientGraph
+    from kdx.export.onnx_file import Origin
+    from kdx.layers import sensible_layers
+    from kdx.models import Network
+
+    torch.set_num_threads(1)
+    module, preprocessing = network(family, 0)
+    layers = sensible_layers(module, preprocessing.size)
+    layer = layers[len(layers) // 2]
+    rows = []
+    for kind in KINDS:
+        row: dict[str, Any] = {"family": family, "layer": layer, "kind": kind}
+        rows.append(row)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "network.onnx"
+            start = time.perf_counter()
+            try:
+                if kind == "explainer":
+                    other, _ = network(family, 1)
+                    pair = {"student": Network(family, module, preprocessing), "base": Network(family, other, preprocessing)}
+                    graph: Any = explainer_graph(pair, {layer: layer})
+                    origin: Any = {role: Origin(family, "random") for role in pair}
+                else:
+                    graph = {"features": FeatureGraph, "gradients": GradientGraph}[kind](module, [layer], preprocessing)
+                    origin = Origin(family, "random")
+                report = onnx_file.write(graph, path, origin=origin, image_size=preprocessing.size)
+            except KdxError as error:
+                row["failed"] = f"{error.problem} {error.mend}"
+                continue
+            row |= {"seconds": time.perf_counter() - start, "megabytes": path.stat().st_size / 1e6}
+            row |= {"largest_error": max(each.max if each.smooth is None else each.smooth for each in report.outputs.values())}
+            row |= {"images": sum(report.batches), "images_at_a_jump": max(each.kinked for each in report.outputs.values())}
+            row["engines"] = {}
+            for arch in ARCHITECTURES:
+                try:
+                    engine.build(path, path.with_suffix(".engine"), batch=(4, 16, 32), arch=arch, image_size=preprocessing.size)
+                    row["engines"][arch] = "built"
+                except KdxError as error:
+                    row["engines"][arch] = error.problem
+    rows[-1]["peak_gigabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return rows
+
+
+def filled(page: str, held: dict[str, Any]) -> str:
+    """docs/export.md with the table of a result between its markers."""
+    before, _, rest = page.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n{table(held)}{END}{after}"
+
+
+def table(held: dict[str, Any]) -> str:
+    lines = [
+        "| architecture | layer | kind | largest error | file, MB | export, s | engines |",
+        "| --- | --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for row in held["rows"]:
+        if "failed" in row:
+            lines.append(f"| {row['family']} | {row['layer']} | {row['kind']} | failed: {row['failed']} | | | |")
+            continue
+        jumping = f" ({row['images_at_a_jump']} of {row['images']} images at a jump)" if row["images_at_a_jump"] else ""
+        built = ", ".join(arch for arch, said in row["engines"].items() if said == "built") or "none"
+        lines.append(
+            f"| {row['family']} | `{row['layer']}` | {row['kind']} | {row['largest_error']:.0e}{jumping} | "
+            f"{row['megabytes']:.1f} | {row['seconds']:.0f} | {built} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    from kdx.explain import environment
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=list(FAMILIES))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    held = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": []}
+    if not arguments.table:
+        order = list(FAMILIES)
+        with multiprocessing.get_context("fork").Pool(arguments.workers, maxtasksperchild=1) as pool:
+            for rows in pool.imap_unordered(measure, arguments.only):
+                kept = [row for row in held["rows"] if row["family"] != rows[0]["family"]]
+                held = {"environment": environment(), "rows": sorted(kept + rows, key=lambda row: order.index(row["family"]))}
+                RESULT.write_text(json.dumps(held, indent=1) + "\n")
+                print(table({"rows": rows}).split("\n", 2)[2], end="", flush=True)
+    PAGE.write_text(filled(PAGE.read_text(), held))
+
+
+if __name__ == "__main__":
+    main()

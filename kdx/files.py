@@ -1,0 +1,162 @@
+"""From model references to files that other runtimes execute: what ``kdx export`` does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from kdx import models
+from kdx.errors import KdxError
+from kdx.explain import parse_layers
+from kdx.explainer import explainer_graph
+from kdx.export import engine, onnx_file
+from kdx.export.engine import Batch
+from kdx.export.graphs import FeatureGraph, GradientGraph
+from kdx.export.onnx_file import Graph, Origin, Precision, Shape
+from kdx.export.parity import ParityReport
+from kdx.models import Network
+from kdx.models_file import load_any
+
+Kind = Literal["features", "gradients", "explainer"]
+Format = Literal["onnx", "tensorrt"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `export` writes.
+
+    at: the layer of a gradients file's cotangent, by default the logits. image_size: the side that images are resized to
+    inside the file, by default the network's own. to: ``tensorrt`` builds an engine of the ONNX file too, for batches of
+    (min, best, max) images of that size, on the GPU here or on the architecture ``arch``, such as sm_86. tf32: whether an engine
+    may round products to TensorFloat-32.
+    """
+
+    at: str | None = None
+    precision: Precision = "fp32"
+    image_size: int | None = None
+    to: Format = "onnx"
+    batch: Batch = (1, 32, 64)
+    arch: str | None = None
+    tf32: bool = False
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written: its shapes by name, its bytes, and the seconds that it took. An engine has no parity report."""
+
+    path: Path
+    bytes: int
+    inputs: dict[str, Shape]
+    outputs: dict[str, Shape]
+    parity: ParityReport | None
+    seconds: float
+
+
+def export(
+    references: dict[str, str],
+    layers: Sequence[str],
+    kind: Kind,
+    out: Path,
+    options: Options = Options(),
+    *,
+    announce: Callable[[str], None] = print,
+) -> list[Exported]:
+    """Write the file of a kind, and its engine where one is asked for, into the folder ``out`` or to the path ``out`` (.onnx).
+
+    references: the model reference (or ``MODELS.toml:ROLE``) of ``network``, or for an explainer file of ``student``, ``base`` and
+    perhaps ``teacher``, where a layer may be ``student_layer=teacher_layer``. ``network`` may also be an .onnx file that kdx wrote:
+    its engine is built. Raises KdxError for whatever the user can mend.
+    """
+    given = references.get("network", "")
+    if given.endswith(".onnx"):
+        if options.to != "tensorrt":
+            raise KdxError(f"{given} is an ONNX file already.", "Build its engine with --to tensorrt.")
+        return [_engine(Path(given), out if out.suffix == ".engine" else out / f"{Path(given).stem}.engine", options, announce)]
+    announce(f"Loading {' and '.join(references.values())}")
+    loaded = {role: load_any(reference) for role, reference in references.items()}
+    networks = {role: _resized(network, options.image_size) for role, (network, _) in loaded.items()}
+    known = networks.get("network") or networks["student"]
+    if not layers:
+        raise KdxError("No layer was named.", f"Name one or more with --layer; this network has {', '.join(models.layers(known))}.")
+    graph = _graph(networks, layers, kind, options.at)
+    path = out if out.suffix == ".onnx" else out / f"{_stem(networks, kind, options.precision)}.onnx"
+    if options.to == "tensorrt":
+        engine.choose_target(options.arch)  # what cannot be built is said before the minutes that an export takes
+    announce(f"Exporting {path.name} and comparing it with PyTorch")
+    start = time.perf_counter()
+    report = onnx_file.write(
+        graph,
+        path,
+        origin={role: Origin(network.reference, network.weights_hash) for role, network in networks.items()},
+        image_size=_largest(networks),
+        classes=next(classes for _, classes in loaded.values()),
+        precision=options.precision,
+    )
+    written = onnx_file.describe(path)
+    exported = [Exported(path, _bytes(path), written.inputs, written.outputs, report, time.perf_counter() - start)]
+    if options.to == "tensorrt":
+        exported.append(_engine(path, path.with_suffix(".engine"), options, announce))
+    return exported
+
+
+def parse_batch(text: str) -> Batch:
+    """``MIN:BEST:MAX``, or one number for all three."""
+    try:
+        lowest, best, highest = (int(part) for part in (text.split(":") if ":" in text else [text] * 3))
+    except ValueError:
+        raise KdxError(f"{text!r} is no range of batches.", "Write MIN:BEST:MAX, for example 1:32:64.") from None
+    return lowest, best, highest
+
+
+def _graph(networks: dict[str, Network], layers: Sequence[str], kind: Kind, at: str | None) -> Graph:
+    if kind != "gradients" and at is not None:
+        raise KdxError(f"A file of {kind} has no cotangent.", "Leave --at out, or choose --kind gradients.")
+    if kind == "explainer":
+        if not {"student", "base"} <= set(networks):
+            raise KdxError("An explainer file holds a student and a base.", "Name both with --student and --base.")
+        return explainer_graph(networks, parse_layers(layers))
+    if set(networks) != {"network"}:
+        raise KdxError(f"A file of {kind} holds one network.", "Name it alone, without --student and --base.")
+    network = networks["network"]
+    if kind == "features":
+        return FeatureGraph(network.module, layers, network.preprocessing)
+    return GradientGraph(network.module, layers, network.preprocessing, at)
+
+
+def _resized(network: Network, side: int | None) -> Network:
+    if side is not None:
+        return replace(network, preprocessing=replace(network.preprocessing, size=(side, side)))
+    if network.preprocessing.size is None:
+        raise KdxError(f"{network.reference} does not say what size of image it takes.", "Give --image-size.")
+    return network
+
+
+def _largest(networks: dict[str, Network]) -> tuple[int, int]:
+    sizes = [network.preprocessing.size for network in networks.values() if network.preprocessing.size]
+    return max(sizes, key=lambda size: size[0] * size[1])
+
+
+def _stem(networks: dict[str, Network], kind: Kind, precision: Precision) -> str:
+    name = "-given-".join(models.file_name(networks[role].reference) for role in ("network", "student", "base") if role in networks)
+    return f"{name}.{kind}" + ("" if precision == "fp32" else f".{precision}")
+
+
+def _bytes(path: Path) -> int:
+    outside = path.with_name(f"{path.name}.data")
+    return path.stat().st_size + (outside.stat().st_size if outside.exists() else 0)
+
+
+def _engine(onnx_path: Path, path: Path, options: Options, announce: Callable[[str], None]) -> Exported:
+    target = engine.choose_target(options.arch)
+    announce(f"Building {path.name} by {target.why}")
+    start = time.perf_counter()
+    file = onnx_file.describe(onnx_path)
+    size: tuple[int, int] | None = None
+    if file.image_size is None:
+        sides = [network.preprocessing.size for network in file.networks.values() if network.preprocessing.size]
+        size = max(sides, key=lambda side: side[0] * side[1])
+    built = engine.build(onnx_path, path, batch=options.batch, arch=options.arch, image_size=size, tf32=options.tf32)
+    return Exported(path, path.stat().st_size, built.inputs, built.outputs, None, time.perf_counter() - start)
