@@ -42,7 +42,7 @@ def _batch_norm(
     return (x * scale.to(x.dtype).view(shape) + shift.to(x.dtype).view(shape),)
 
 
-def _normalized(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+def _normalized(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     x = x - x.mean(dims, keepdim=True)
     return x * ((x * x).mean(dims, keepdim=True) + eps).rsqrt()
 
@@ -50,14 +50,14 @@ def _normalized(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
 def _layer_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, _cudnn: bool = True
 ) -> Tensor:
-    out = _normalized(_wide(x), list(range(-len(shape), 0)), eps).to(x.dtype)
+    out = _normalized(_wide(x), tuple(range(-len(shape), 0)), eps).to(x.dtype)
     out = out if weight is None else out * weight
     return out if bias is None else out + bias
 
 
 def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     wide = _wide(x)
-    dims = list(range(-len(shape), 0))
+    dims = tuple(range(-len(shape), 0))
     out = (wide * ((wide * wide).mean(dims, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps)).rsqrt()).to(x.dtype)
     return out if weight is None else out * weight
 
@@ -66,7 +66,7 @@ def _group_norm(
     x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, _cudnn: bool = True
 ) -> Tensor:
     grouped = _wide(x).reshape(x.shape[0], groups, -1)
-    out = _normalized(grouped, [-1], eps).reshape(x.shape).to(x.dtype)
+    out = _normalized(grouped, (-1,), eps).reshape(x.shape).to(x.dtype)
     shape = (-1, *[1] * (x.ndim - 2))
     out = out if weight is None else out * weight.view(shape)
     return out if bias is None else out + bias.view(shape)
@@ -184,7 +184,7 @@ class _MaxPool(torch.autograd.Function):
         (top, left) = padding
         padded = torch.nn.functional.pad(x, (left, max(0, left + across), top, max(0, top + down)), value=-math.inf)
         free = torch.ones_like(out, dtype=torch.bool)
-        parts = []
+        parts: list[list[Tensor]] = []
         for line in _slices(padded, windows, kernel, stride, dilation):
             parts.append([])
             for entry in line:
@@ -198,7 +198,7 @@ def _max_pool(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int] = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
 ) -> Tensor:
     kernel = _pair(kernel)
-    found: Tensor = _MaxPool.apply(x, kernel, _pair(stride, kernel), _pair(padding), _pair(dilation), ceil_mode)
+    found: Tensor = _MaxPool.apply(x, kernel, _pair(stride, kernel), _pair(padding), _pair(dilation), ceil_mode)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -239,7 +239,7 @@ def _avg_pool(
     divisor_override: int | None = None,
 ) -> Tensor:
     kernel = _pair(kernel)
-    found: Tensor = _AvgPool.apply(x, kernel, _pair(stride, kernel), _pair(padding), ceil_mode, count_include_pad, divisor_override)
+    found: Tensor = _AvgPool.apply(x, kernel, _pair(stride, kernel), _pair(padding), ceil_mode, count_include_pad, divisor_override)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -248,7 +248,8 @@ def _adaptive_avg_pool(x: Tensor, size: Sequence[int]) -> Tensor:
     if list(size) == [1, 1]:
         return x.mean((-2, -1), keepdim=True)
     if h % size[0] == 0 and w % size[1] == 0:
-        return x.unflatten(-1, (size[1], w // size[1])).unflatten(-3, (size[0], h // size[0])).mean((-3, -1))
+        windows: Tensor = x.unflatten(-1, (size[1], w // size[1])).unflatten(-3, (size[0], h // size[0]))
+        return windows.mean((-3, -1))
     return _along(x, *(_averages(n, m, x) for n, m in zip((h, w), size, strict=True)))
 
 
@@ -332,7 +333,7 @@ def _convolution_backward(
     output_padding: Sequence[int],
     groups: int,
     output_mask: Sequence[bool],
-) -> tuple[Tensor, None, None]:
+) -> Any:
     """The input's gradient alone: weights are constants here, and where they depend on the image there is no form."""
     if any(output_mask[1:]):
         return NotImplemented
@@ -385,7 +386,8 @@ def _padded(x: Tensor, dim: int, before: int, after: int) -> Tensor:
 def _pad(x: Tensor, padding: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
     """x between edges of padding[2 i] and padding[2 i + 1] places along its i-th dimension from the last."""
     if mode == "constant" or min(padding) < 0:
-        return aten.pad.default(x, padding, mode, value)
+        plain: Tensor = aten.pad.default(x, padding, mode, value)
+        return plain
     for i in range(len(padding) // 2):
         dim, before, after = x.ndim - 1 - i, padding[2 * i], padding[2 * i + 1]
         n = x.shape[dim]

@@ -58,7 +58,7 @@ def program(graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: Shapes) -> Ex
 
 def unsupported(program: ExportedProgram) -> list[tuple[str, str]]:
     """The operators that torch.onnx.export neither knows nor takes apart, each with the path of the module it comes from."""
-    found = {}
+    found: dict[tuple[str, str], None] = {}
     for node in program.graph.nodes:
         operator = node.target
         if isinstance(operator, torch._ops.OpOverload) and not _exportable(operator):
@@ -129,9 +129,12 @@ def _with_gradients(forward: ExportedProgram, graph: GradientGraph) -> ExportedP
         elif node.op == "call_function":
             with before.inserting_before(before.output_node()):
                 held[node] = before.node_copy(node, lambda old: held[old])
-    results = [held[node] for node in joint.graph.output_node().args[0]]
+    ends = joint.graph.output_node().args[0]
+    assert isinstance(ends, tuple | list)
+    results = [held[node] for node in ends if isinstance(node, fx.Node)]
     before.output_node().args = (tuple(results),)
-    before.eliminate_dead_code()
+    # Attention counts as impure, for its dropout; here all that gives a value may go.
+    before.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.meta.get("val") is None)
     before.lint()
     specs = [
         OutputSpec(spec.kind, TensorArgument(node.name), spec.target) for spec, node in zip(signature.output_specs, results, strict=True)

@@ -71,7 +71,7 @@ def fits(size: Sequence[int], kernel: Sequence[int], padding: Sequence[int], dil
 def test_max_pooling() -> None:
     """The first largest entry of a window takes its gradient; padding never does."""
     tried = 0
-    choices = {"size": SIZES, "kernel": KERNELS, "stride": STRIDES, "padding": [(0, 0), (1, 1), (0, 1), (2, 2)]}
+    choices: dict[str, Sequence[Any]] = {"size": SIZES, "kernel": KERNELS, "stride": STRIDES, "padding": [(0, 0), (1, 1), (0, 1), (2, 2)]}
     for case in product(0, 400, **choices, dilation=[(1, 1), (2, 1), (2, 3)], ceil_mode=[False, True]):
         size, kernel, padding = case.pop("size"), case["kernel"], case["padding"]
         if fits(size, kernel, padding, case["dilation"]):
@@ -84,7 +84,7 @@ def test_max_pooling() -> None:
 def test_average_pooling() -> None:
     """Also windows that ceil_mode lets hang over the padding, which count less than the kernel."""
     tried = 0
-    choices = {"size": SIZES, "kernel": KERNELS, "stride": STRIDES, "padding": [(0, 0), (1, 1), (0, 1), (2, 2)]}
+    choices: dict[str, Sequence[Any]] = {"size": SIZES, "kernel": KERNELS, "stride": STRIDES, "padding": [(0, 0), (1, 1), (0, 1), (2, 2)]}
     for case in product(1, 400, **choices, ceil_mode=[False, True], include=[True, False], divisor=[None, 5, -2]):
         size = case.pop("size")
         if fits(size, case["kernel"], case["padding"]):
@@ -281,7 +281,12 @@ def test_windows_along_one_dimension(size: int, step: int) -> None:
 def test_the_input_gradient_of_convolutions() -> None:
     """Also strides that leave the image's end uncovered, padding wider than the kernel, groups, even kernels."""
     tried = 0
-    choices = {"size": SIZES, "kernel": [*KERNELS, (7, 2)], "stride": STRIDES[1:], "padding": [(0, 0), (1, 1), (0, 2), (4, 3)]}
+    choices: dict[str, Sequence[Any]] = {
+        "size": SIZES,
+        "kernel": [*KERNELS, (7, 2)],
+        "stride": STRIDES[1:],
+        "padding": [(0, 0), (1, 1), (0, 2), (4, 3)],
+    }
     for case in product(2, 150, **choices, dilation=[(1, 1), (2, 1), (2, 3)], groups=[1, 2, 4]):
         (h, w), (kh, kw), groups, dilation, padding = (case[key] for key in ("size", "kernel", "groups", "dilation", "padding"))
         if dilation[0] * (kh - 1) < h + 2 * padding[0] and dilation[1] * (kw - 1) < w + 2 * padding[1]:
@@ -294,7 +299,12 @@ def test_the_input_gradient_of_convolutions() -> None:
 def test_the_input_gradient_of_transposed_convolutions() -> None:
     """Output padding may reach the stride where the dilation is larger."""
     tried = 0
-    choices = {"kernel": [(1, 1), (3, 3), (4, 2)], "stride": STRIDES[1:], "padding": [(0, 0), (1, 0)], "extra": [(0, 0), (1, 0), (1, 2)]}
+    choices: dict[str, Sequence[Any]] = {
+        "kernel": [(1, 1), (3, 3), (4, 2)],
+        "stride": STRIDES[1:],
+        "padding": [(0, 0), (1, 0)],
+        "extra": [(0, 0), (1, 0), (1, 2)],
+    }
     for case in product(3, 100, **choices, dilation=[(1, 1), (2, 3)], groups=[1, 2]):
         kernel, stride, padding, extra, dilation, groups = case.values()
         if all(e < max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)):
