@@ -16,6 +16,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +32,40 @@ KINDS = ("features", "gradients", "explainer")
 ARCHITECTURES = ("sm_86", "sm_120")
 CLASSES = 10
 
-TIMM = (
-    "resnet18 resnet50 resnext50_32x4d wide_resnet50_2 vgg11_bn vgg16 densenet121 mobilenetv2_100 mobilenetv3_small_100 efficientnet_b0 "
-    "regnetx_002 convnext_atto convnextv2_atto ghostnet_100 repvgg_a0 hrnet_w18_small inception_v3 xception41 vit_tiny_patch16_224 "
-    "deit_tiny_patch16_224 swin_tiny_patch4_window7_224 mixer_s16_224 poolformer_s12 mobilevit_xs efficientformer_l1 maxvit_tiny_tf_224"
-).split()
+TIMM = [
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+    "vgg11_bn",
+    "vgg16",
+    "densenet121",
+    "mobilenetv2_100",
+    "mobilenetv3_small_100",
+    "efficientnet_b0",
+    "regnetx_002",
+    "convnext_atto",
+    "convnextv2_atto",
+    "ghostnet_100",
+    "repvgg_a0",
+    "hrnet_w18_small",
+    "inception_v3",
+    "xception41",
+    "vit_tiny_patch16_224",
+    "deit_tiny_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "mixer_s16_224",
+    "poolformer_s12",
+    "mobilevit_xs",
+    "efficientformer_l1",
+    "maxvit_tiny_tf_224",
+]
 
 
-def _timm(name: str) -> tuple[nn.Module, Any]:
+def _reference(reference: str) -> tuple[nn.Module, Any]:
     from kdx import models
 
-    found = models.load(f"timm:{name},num_classes={CLASSES}")
-    return found.module, found.preprocessing
-
-
-def _torchvision(name: str) -> tuple[nn.Module, Any]:
-    from kdx import models
-
-    found = models.load(f"torchvision:{name},num_classes={CLASSES}")
-    return found.module, found.preprocessing
-
-
-def _kdx(name: str) -> tuple[nn.Module, Any]:
-    from kdx import models
-
-    found = models.load(f"kdx:{name},classes={CLASSES}")
+    found = models.load(reference, classes=CLASSES)
     return found.module, found.preprocessing
 
 
@@ -69,10 +79,10 @@ def _transformers(name: str) -> tuple[nn.Module, Any]:
 
 
 FAMILIES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
-    **{f"timm:{name}": lambda name=name: _timm(name) for name in TIMM},
-    **{f"torchvision:{name}": lambda name=name: _torchvision(name) for name in ("resnet18", "vgg11_bn", "vit_b_16")},
-    **{f"hf:{name}": lambda name=name: _transformers(name) for name in ("ResNet", "ViT")},
-    "kdx:resnet": lambda: _kdx("resnet,width=16,depth=2"),
+    **{name: partial(_reference, name) for name in (f"timm:{name}" for name in TIMM)},
+    **{name: partial(_reference, name) for name in ("torchvision:resnet18", "torchvision:vgg11_bn", "torchvision:vit_b_16")},
+    **{f"hf:{name}": partial(_transformers, name) for name in ("ResNet", "ViT")},
+    "kdx:resnet": partial(_reference, "kdx:resnet,width=16,depth=2"),
 }
 
 

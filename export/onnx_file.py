@@ -36,6 +36,9 @@ _PREFIX = "kdx."
 _TRACE_BATCH = 5
 """A batch size equal to another dimension (three channels, say) would be merged with it, so the trace takes a rare one."""
 
+_OPSET = 22
+"""The first whose convolutions and pools take bfloat16."""
+
 _LARGEST = 2**31 - 2**20
 """Bytes up to which weights are in the file itself; Protocol Buffers end at 2 GiB."""
 
@@ -163,6 +166,7 @@ def write(
         _describe_in(model, asdict(description))
         staged = partial / path.name
         _save(model, staged)
+        onnx.checker.check_model(staged, full_check=True)
         report = parity.compare(staged, graph, image_size, tolerance if precision == "fp32" else None)
         if not report:
             raise KdxError(
@@ -247,7 +251,12 @@ def _exported(graph: Graph, inputs: dict[str, Tensor], resizes: bool, reference:
                 tuple({place: dims[name] for place, name in dynamic.items()} for dynamic in names.values()),
             )
             exported = torch.onnx.export(
-                program, dynamo=True, input_names=list(graph.input_names), output_names=list(graph.output_names), verbose=False
+                program,
+                dynamo=True,
+                input_names=list(graph.input_names),
+                output_names=list(graph.output_names),
+                opset_version=_OPSET,
+                verbose=False,
             )
     except KdxError:
         raise
@@ -261,6 +270,7 @@ def _exported(graph: Graph, inputs: dict[str, Tensor], resizes: bool, reference:
     assert exported is not None
     model = exported.model_proto
     _name_dimensions(model, names)
+    _agree_on_types(model)
     for node in model.graph.node:
         del node.metadata_props[:]  # where in whose source code it came from, which would differ from machine to machine
     return model
@@ -276,6 +286,22 @@ def _name_dimensions(model: onnx.ModelProto, names: Mapping[str, Mapping[int, st
         for size in value.type.tensor_type.shape.dim:
             if size.HasField("dim_param"):
                 size.dim_param = symbols.get(size.dim_param, size.dim_param)
+
+
+def _agree_on_types(model: onnx.ModelProto) -> None:
+    """Give a convolution's weights the type of its input: the exporter folds batch norms of bfloat16 into weights of float32."""
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.value_info)}
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    stated = {value.name: value for value in model.graph.value_info}
+    for node in model.graph.node:
+        if node.op_type not in ("Conv", "ConvTranspose") or kinds.get(node.input[0]) != onnx.TensorProto.BFLOAT16:
+            continue
+        for name in node.input[1:]:
+            if name in weights and weights[name].data_type == onnx.TensorProto.FLOAT:
+                rounded = onnx.numpy_helper.to_array(weights[name]).astype(onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16))
+                weights[name].CopyFrom(onnx.numpy_helper.from_array(rounded, name))
+                if name in stated:
+                    stated[name].type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
 
 
 def _shapes(values: Any) -> dict[str, Shape]:

@@ -45,7 +45,8 @@ def simulated(path: Path) -> bytes | None:
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.value_info[:]
-    return model.SerializeToString()
+    data: bytes = model.SerializeToString()
+    return data
 
 
 def _float32(tensor: onnx.TensorProto) -> onnx.TensorProto:

@@ -38,7 +38,7 @@ _ELEMENTS = 1 << 24
 
 
 def _hollow(n: int, like: Tensor) -> Tensor:
-    """Ones [n, n] with a diagonal of zeros. By comparison: TensorRT has no identity matrix, nor a diagonal, of a size that it learns at run time."""
+    """Ones [n, n] with a diagonal of zeros. By comparison: TensorRT has no identity matrix of a size that it learns at run time."""
     place = torch.arange(n, device=like.device)
     return (place[:, None] != place[None, :]).to(like.dtype)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import kdx
 from kdx import Explainer, KdxError
-from kdx.explainer import Explanation, NetworkLike
+from kdx.explainer import Explanation, NetworkLike, _Runners
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.models import Network
 from kdx.runtime import Choice, OrtRunner
@@ -407,6 +407,7 @@ def test_files_open_on_the_device_that_was_chosen(folder: Path, monkeypatch: pyt
     for given in (named(), files(folder)):
         with explainer(runtime="auto", folder=folder, **given) as opened:
             opened.open(SIZE)
+            assert isinstance(opened._source, _Runners)
             opened._source._runners.clear()
     assert opened_on == [device] * 6
 
@@ -481,6 +482,7 @@ def test_a_closed_explainer_does_not_run_and_holds_no_network(used: bool) -> Non
     with explainer() as opened:
         if used:
             opened(images(), labels())
+        assert isinstance(opened._source, _Runners)
         held = weakref.ref(opened._source._networks["base"][0].module)
         assert held() is not None
     gc.collect()

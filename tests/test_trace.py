@@ -81,9 +81,8 @@ def agree(found: Sequence[Tensor], graph: GradientGraph, inputs: tuple[Tensor, T
     assert len(found) == len(expected) == len(graph.output_names)
     for name, ours, theirs in zip(graph.output_names, found, expected, strict=True):
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, name
-        torch.testing.assert_close(
-            ours, theirs, rtol=0, atol=tolerance * float(theirs.abs().max()), msg=lambda said, name=name: name + said
-        )
+        off, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
+        assert off <= tolerance * largest, f"{name}: {off} of {largest}"
     assert all(bool(gradient.any()) for gradient in expected[1 + len(graph.layers) :])
 
 
@@ -305,7 +304,7 @@ def test_in_place_operators_change_no_feature_and_no_gradient() -> None:
         y = x.mul_(2).add_(x.mean((2, 3), keepdim=True))
         y[:, 1:3] *= 3
         y += y.flip(3)
-        F.relu_(y[:, :2])
+        y[:, 7].mul_(0.5)
         y[:, 5] = y[:, 6].sub(0.1).tanh_()
         return F.leaky_relu_(y.sub_(0.3))
 
