@@ -169,7 +169,7 @@ def _joint(
         known: set[Any] = set()
         for node in behind:
             args, kwargs = fx.map_arg((node.args, node.kwargs), held.__getitem__)
-            operator = forms.FORMS.get(node.target, node.target)
+            operator: Any = forms.FORMS.get(node.target, node.target)
             _come_from(node)
             held[node] = operator(*args, **kwargs)
             _let_derivatives_come_from(node, held[node], known)

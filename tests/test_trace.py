@@ -192,10 +192,10 @@ class Attentions(nn.Module):
         return causal + shared + F.scaled_dot_product_attention(x, tokens, x, attn_mask=seen) + torch.einsum("nchw,ncvw->ncvh", x, x) @ x
 
 
-@pytest.mark.parametrize(
-    "rest",
-    [activations, statistics, rearrangements, paddings, resizings, poolings, Convolutions, Normalisations, Attentions],
-)
+LONG = [pytest.param(rest, marks=pytest.mark.slow) for rest in (activations, rearrangements, resizings)]
+
+
+@pytest.mark.parametrize("rest", [statistics, paddings, poolings, Convolutions, Normalisations, Attentions, *LONG])
 def test_what_networks_are_made_of_has_a_gradient_in_onnx(rest: Callable[[Tensor], Tensor] | type[nn.Module]) -> None:
     network = Behind(rest() if isinstance(rest, type) else rest).eval()
     graph = GradientGraph(network, ["layer"])
@@ -235,7 +235,7 @@ def test_tokens_lose_their_class_token_and_what_stands_before_the_layer_stays_wh
     assert graph(*given(graph, 3, (12, 8)))[2].shape == (3, 8, 3, 2)
 
 
-@pytest.mark.parametrize("layer", ["layer1", "layer2", "layer3"])
+@pytest.mark.parametrize("layer", ["layer1", "layer2"])
 def test_weights_get_no_gradient_and_nothing_before_the_layer_is_differentiated(layer: str) -> None:
     """Each convolution behind the layer is there twice, forward and for its input's gradient; each before it once."""
     network = resnet(4, 1, 4).eval()
@@ -280,10 +280,8 @@ class Pair(nn.Module):
 @pytest.mark.parametrize(
     "layers",
     [
-        ["left.0", "left"],
         ["left", "right[1]", "left.0"],
         ["left.0", "left.2", "left"],
-        ["right[0]", "stem"],
         ["right[1]", "right[0]", "right.one"],
         ["stem", "left.1", "right.two", "right[1]", "left"],
     ],
@@ -293,10 +291,9 @@ def test_several_layers_in_any_order_nested_and_side_by_side(layers: list[str]) 
 
 
 def test_layers_and_their_parts_of_a_residual_network_towards_a_feature() -> None:
-    network = resnet(4, 2, 4).eval()
+    network = resnet(4, (1, 2, 1), 4).eval()
     in_pytorch(GradientGraph(network, ["layer2.1", "layer1", "layer2"], at="layer3"))
     in_pytorch(GradientGraph(network, ["layer1.0"], Preprocessing(None, (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)), at="layer1"))
-    in_pytorch(GradientGraph(network, ["layer3.1", "layer3"]))
 
 
 def test_in_place_operators_change_no_feature_and_no_gradient() -> None:
