@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdx.errors import KdxError
-from kdx.export.graphs import FeatureGraph, Preprocessing, as_map, find_layer
+from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing, as_map, find_layer
 from kdx.networks import resnet
 
 MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)
@@ -285,3 +285,85 @@ def test_a_graph_holds_the_network_once_and_adds_nothing_to_its_weights() -> Non
     graph = FeatureGraph(network, ["first", "second"], Preprocessing(None, MEAN, STD))
     assert [name.removeprefix("network.") for name in graph.state_dict()] == list(network.state_dict())
     assert sum(p.numel() for p in graph.parameters()) == sum(p.numel() for p in network.parameters())
+
+
+# ---- layers with several outputs ----
+
+
+class Pair(nn.Module):
+    """A layer that gives two features, and a network that predicts from both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.ModuleList([nn.Conv2d(3, 4, 2), nn.Conv2d(3, 5, 3)])
+        self.pair = Several(self.both)
+        self.fc = nn.Linear(9, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.fc(torch.cat([feature.square().mean((2, 3)) for feature in self.pair(images)], 1))
+        return logits
+
+
+class Several(nn.Module):
+    def __init__(self, parts: nn.ModuleList) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [part(images) for part in self.parts]
+
+
+def test_each_of_several_outputs_is_a_layer() -> None:
+    network, images = Pair().double(), torch.rand(3, 3, 7, 6, dtype=torch.float64)
+    _, second, first = FeatureGraph(network, ["pair[1]", "pair[0]"])(images)
+    assert torch.equal(first, network.both[0](images)) and torch.equal(second, network.both[1](images))
+
+
+def test_a_layer_of_several_outputs_wants_a_number_that_there_is() -> None:
+    images = torch.rand(3, 3, 7, 6)
+    with pytest.raises(KdxError) as caught:
+        FeatureGraph(Pair(), ["pair"])(images)
+    assert "is list, not one feature map" in caught.value.problem and "pair[0]" in caught.value.mend
+    with pytest.raises(KdxError, match=r"There is no 'pair\[2\]': pair has 2 outputs"):
+        FeatureGraph(Pair(), ["pair[2]"])(images)
+    with pytest.raises(KdxError, match=r"no layer 'par\[0\]'"):
+        FeatureGraph(Pair(), ["par[0]"])
+
+
+# ---- GradientGraph ----
+
+
+def test_gradients_are_autograds() -> None:
+    """Of the features by hand, towards the logits, and towards a feature in between."""
+    network = resnet(4, 1, 5).double().eval()
+    images = torch.rand(3, 3, 13, 9, dtype=torch.float64)
+    logits, *features = by_hand(network, ["layer1", "layer2", "layer3"], images)
+    for end, at in ((logits, None), (features[2], "layer3")):
+        cotangent = torch.randn(end.shape, dtype=torch.float64)
+        expected = torch.autograd.grad(end, features[:2], cotangent, retain_graph=True)
+        found = GradientGraph(network, ["layer2", "layer1"], at=at)(images, cotangent)
+        for ours, theirs in zip(found, (logits, features[1], features[0], expected[1], expected[0]), strict=True):
+            torch.testing.assert_close(ours, theirs.detach())
+            assert not ours.requires_grad
+
+
+def test_the_gradient_of_one_of_several_outputs() -> None:
+    network, images = Pair().double(), torch.rand(3, 3, 7, 6, dtype=torch.float64)
+    cotangent = torch.randn(3, 4, dtype=torch.float64)
+    _, feature, gradient = GradientGraph(network, ["pair[1]"])(images, cotangent)
+    expected = 2 * feature / 20 * (cotangent @ network.fc.weight[:, 4:])[:, :, None, None]
+    torch.testing.assert_close(gradient, expected.detach())
+
+
+def test_gradients_leave_the_weights_flags_and_gradients_alone() -> None:
+    network = Tiny()
+    network.fc.weight.requires_grad_(False)
+    GradientGraph(network, ["first"])(torch.rand(2, 3, 7, 7), torch.rand(2, 4))
+    assert [name for name, weight in network.named_parameters() if not weight.requires_grad] == ["fc.weight"]
+    assert all(weight.grad is None for weight in network.parameters())
+    assert hook_count(network) == 0
+
+
+def test_a_gradient_graph_of_no_layer_is_refused() -> None:
+    with pytest.raises(KdxError, match="no layer to differentiate to"):
+        GradientGraph(Tiny(), [])
