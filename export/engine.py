@@ -33,6 +33,9 @@ Batch = tuple[int, int, int]
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 """What TensorRT-RTX builds for, with or without such a GPU in the machine. On sm_75 it multiplies matrices in float16 only."""
 _INSTALL: dict[PackageName, str] = {"tensorrt": "pip install 'kdx[gpu]'", "tensorrt_rtx": "pip install tensorrt-rtx-cu13"}
+LEAST_EXPLAINED = 4
+"""Images that the geometry of an explainer file needs."""
+
 _building = threading.Lock()
 
 
@@ -168,8 +171,8 @@ def build(
 
     Raises KdxError for a file, sizes or an architecture that cannot be built, and for a folder that cannot be written.
     """
-    _check_batch(batch)
     file = onnx_file.describe(onnx_path)
+    check_batch(batch, file.kind)
     target = choose_target(arch)
     package = load_package(target.package)
     model = onnx.load(onnx_path, load_external_data=False)
@@ -323,11 +326,17 @@ def _keep_timings(config: Any, path: Path) -> None:
 # ---- shapes, digests, files ----
 
 
-def _check_batch(batch: Batch) -> None:
+def check_batch(batch: Batch, kind: str) -> None:
+    """KdxError where an engine of a file of this kind cannot take batches of (min, best, max) images."""
     lowest, best, highest = batch
     if not 1 <= lowest <= best <= highest:
         raise KdxError(
             f"An engine cannot take batches from {lowest} to {highest}, best {best}.", "Give numbers with 1 <= min <= best <= max."
+        )
+    if kind == "explainer" and lowest < LEAST_EXPLAINED:
+        raise KdxError(
+            f"An explainer compares the images of a batch, so its engine cannot take batches of {lowest}.",
+            f"Give a smallest batch of {LEAST_EXPLAINED} or more.",
         )
 
 

@@ -176,8 +176,12 @@ def write(
         _describe_in(model, {"parity": report.as_dict()})
         _save(model, staged)
         (partial / beside.name).write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+        outside = f"{path.name}.data"
+        stale = not (partial / outside).exists()
         for file in sorted(partial.iterdir(), key=lambda file: file == staged):  # the file itself comes last
             file.replace(path.parent / file.name)
+        if stale:  # the file that was here may have been a larger one
+            (path.parent / outside).unlink(missing_ok=True)
     except OSError as error:
         raise KdxError(
             f"{path} cannot be written: {error.strerror or error}.", "Choose a folder that you may write to, on a disk with room."

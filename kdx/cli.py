@@ -142,7 +142,10 @@ def export(
     precision: Annotated[
         Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the networks; what goes in and out, and the geometry, are float32.")
     ] = "fp32",
-    batch: Annotated[str, typer.Option(help="tensorrt: MIN:BEST:MAX images at once.")] = "1:32:64",
+    batch: Annotated[
+        str | None,
+        typer.Option(help="tensorrt: MIN:BEST:MAX images at once; 1:32:64 by default, 4:32:64 for an explainer.", show_default=False),
+    ] = None,
     arch: Annotated[
         str | None,
         typer.Option("--for", help="tensorrt: the GPU to build for, such as sm_86; the one here by default.", show_default=False),
@@ -155,7 +158,7 @@ def export(
     from kdx import files
 
     named = {"network": model, "student": student, "base": base, "teacher": teacher}
-    options = files.Options(at, precision, image_size, to, files.parse_batch(batch), arch, tf32)
+    options = files.Options(at, precision, image_size, to, None if batch is None else files.parse_batch(batch), arch, tf32)
     with console.status("") as status:
 
         def announce(step: str) -> None:

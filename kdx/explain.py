@@ -21,10 +21,10 @@ from kdx.arrays import MIN_IMAGES
 from kdx.console import progress
 from kdx.data import Dataset, class_balanced_sample, load_images, open_data, random_batches, split
 from kdx.errors import KdxError
-from kdx.explainer import Explainer, is_file
+from kdx.explainer import Explainer
 from kdx.finished import LostResult
-from kdx.models_file import ModelsFile, read_models
-from kdx.runtime import RuntimeName, describe_file
+from kdx.models_file import ModelsFile, parse_layers, read_models
+from kdx.runtime import RuntimeName, describe_file, is_file
 from kdx.scores import permutation_table
 from kdx.store import Batch, Store
 from kdx.transfer import LayerScores, Measured, Pool, moved_among, roles_among
@@ -147,22 +147,6 @@ def run(
         return report.write(out)
 
 
-def parse_layers(names: Sequence[str]) -> dict[str, str]:
-    """``layer`` or ``student_layer=teacher_layer`` -> the student's and base's layer to the teacher's.
-
-    Raises KdxError for a layer without a name and for one that is named twice.
-    """
-    paired: dict[str, str] = {}
-    for name in names:
-        student, pairs, teacher = name.partition("=")
-        if not student or (pairs and not teacher):
-            raise KdxError(f"{name!r} is not a layer or a pair of layers.", "Write LAYER, or STUDENT_LAYER=TEACHER_LAYER.")
-        if student in paired:
-            raise KdxError(f"The layer {student!r} is named twice.", "Name each layer of the student once.")
-        paired[student] = teacher or student
-    return paired
-
-
 def _part(dataset: Dataset, named: ModelsFile, options: Options) -> tuple[str, NDArray[np.int64], NDArray[np.int64]]:
     """The split to explain, its indices, and those that a reference set is taken from: training images, where there are any."""
     own = named.data is not None and Path(dataset.reference).resolve() == Path(named.data).resolve()  # however the folder is spelt
@@ -192,6 +176,10 @@ def _of_file(path: Path) -> ModelsFile:
 
 def _explainer(named: ModelsFile, layers: Mapping[str, str], options: Options, folder: Path) -> Explainer:
     if is_file(named.path):
+        if options.reference_images:
+            raise KdxError(
+                "An explainer file maps an image among its batch mates alone.", "Give a models file instead, for reference mode."
+            )
         return Explainer(
             file=named.path,
             layers=layers,

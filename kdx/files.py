@@ -10,7 +10,6 @@ from typing import Literal
 
 from kdx import models
 from kdx.errors import KdxError
-from kdx.explain import parse_layers
 from kdx.explainer import explainer_graph
 from kdx.export import engine, onnx_file
 from kdx.export.engine import Batch
@@ -18,7 +17,7 @@ from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.export.onnx_file import Graph, Origin, Precision, Shape
 from kdx.export.parity import ParityReport
 from kdx.models import Network
-from kdx.models_file import load_any
+from kdx.models_file import load_any, parse_layers
 
 Kind = Literal["features", "gradients", "explainer"]
 Format = Literal["onnx", "tensorrt"]
@@ -30,15 +29,15 @@ class Options:
 
     at: the layer of a gradients file's cotangent, by default the logits. image_size: the side that images are resized to
     inside the file, by default the network's own. to: ``tensorrt`` builds an engine of the ONNX file too, for batches of
-    (min, best, max) images of that size, on the GPU here or on the architecture ``arch``, such as sm_86. tf32: whether an engine
-    may round products to TensorFloat-32.
+    (min, best, max) images of that size (by default (1, 32, 64), and (4, 32, 64) of an explainer), on the GPU here or on the
+    architecture ``arch``, such as sm_86. tf32: whether an engine may round products to TensorFloat-32.
     """
 
     at: str | None = None
     precision: Precision = "fp32"
     image_size: int | None = None
     to: Format = "onnx"
-    batch: Batch = (1, 32, 64)
+    batch: Batch | None = None
     arch: str | None = None
     tf32: bool = False
 
@@ -74,7 +73,12 @@ def export(
     if given.endswith(".onnx"):
         if options.to != "tensorrt":
             raise KdxError(f"{given} is an ONNX file already.", "Build its engine with --to tensorrt.")
+        if set(references) != {"network"} or layers or options.at or options.precision != "fp32" or options.image_size:
+            raise KdxError(
+                f"What {given} holds is settled.", "Name it alone, with --for, --batch and --tf32; for another file, export its network."
+            )
         return [_engine(Path(given), out if out.suffix == ".engine" else out / f"{Path(given).stem}.engine", options, announce)]
+    _check_asked(set(references), kind, options)
     announce(f"Loading {' and '.join(references.values())}")
     loaded = {role: load_any(reference) for role, reference in references.items()}
     networks = {role: _resized(network, options.image_size) for role, (network, _) in loaded.items()}
@@ -83,8 +87,6 @@ def export(
         raise KdxError("No layer was named.", f"Name one or more with --layer; this network has {', '.join(models.layers(known))}.")
     graph = _graph(networks, layers, kind, options.at)
     path = out if out.suffix == ".onnx" else out / f"{_stem(networks, kind, options.precision)}.onnx"
-    if options.to == "tensorrt":
-        engine.choose_target(options.arch)  # what cannot be built is said before the minutes that an export takes
     announce(f"Exporting {path.name} and comparing it with PyTorch")
     start = time.perf_counter()
     report = onnx_file.write(
@@ -111,15 +113,30 @@ def parse_batch(text: str) -> Batch:
     return lowest, best, highest
 
 
-def _graph(networks: dict[str, Network], layers: Sequence[str], kind: Kind, at: str | None) -> Graph:
-    if kind != "gradients" and at is not None:
+def _check_asked(roles: set[str], kind: Kind, options: Options) -> None:
+    """KdxError for what does not go together, before the minutes that an export takes."""
+    if kind == "explainer" and roles - {"teacher"} != {"student", "base"}:
+        raise KdxError(
+            "An explainer file holds a student and a base, and perhaps their teacher.", "Name them with --student, --base and --teacher."
+        )
+    if kind != "explainer" and roles != {"network"}:
+        raise KdxError(
+            f"A file of {kind} holds one network.", "Name it alone, without --student, --base and --teacher; or choose --kind explainer."
+        )
+    if kind != "gradients" and options.at is not None:
         raise KdxError(f"A file of {kind} has no cotangent.", "Leave --at out, or choose --kind gradients.")
+    if options.to == "tensorrt":
+        engine.check_batch(options.batch or _batch(kind), kind)
+        engine.choose_target(options.arch)
+
+
+def _batch(kind: str) -> Batch:
+    return (engine.LEAST_EXPLAINED if kind == "explainer" else 1), 32, 64
+
+
+def _graph(networks: dict[str, Network], layers: Sequence[str], kind: Kind, at: str | None) -> Graph:
     if kind == "explainer":
-        if not {"student", "base"} <= set(networks):
-            raise KdxError("An explainer file holds a student and a base.", "Name both with --student and --base.")
         return explainer_graph(networks, parse_layers(layers))
-    if set(networks) != {"network"}:
-        raise KdxError(f"A file of {kind} holds one network.", "Name it alone, without --student and --base.")
     network = networks["network"]
     if kind == "features":
         return FeatureGraph(network.module, layers, network.preprocessing)
@@ -158,5 +175,5 @@ def _engine(onnx_path: Path, path: Path, options: Options, announce: Callable[[s
     if file.image_size is None:
         sides = [network.preprocessing.size for network in file.networks.values() if network.preprocessing.size]
         size = max(sides, key=lambda side: side[0] * side[1])
-    built = engine.build(onnx_path, path, batch=options.batch, arch=options.arch, image_size=size, tf32=options.tf32)
+    built = engine.build(onnx_path, path, batch=options.batch or _batch(file.kind), arch=options.arch, image_size=size, tf32=options.tf32)
     return Exported(path, path.stat().st_size, built.inputs, built.outputs, None, time.perf_counter() - start)
