@@ -178,8 +178,8 @@ def build(
     model = onnx.load(onnx_path, load_external_data=False)
     wanted = EngineDescription(
         file=file,
-        inputs={name: _sized(file, name, shape, image_size) for name, shape in file.inputs.items()},
-        outputs={name: _sized(file, name, shape, image_size) for name, shape in file.outputs.items()},
+        inputs={name: _sized(file, name, shape, image_size) for name, shape in onnx_file.shapes(model.graph.input).items()},
+        outputs={name: _sized(file, name, shape, image_size) for name, shape in onnx_file.shapes(model.graph.output).items()},
         batch=batch,
         package=target.package,
         version=package.__version__,

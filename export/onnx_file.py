@@ -159,8 +159,8 @@ def write(
             at=graph.at if isinstance(graph, GradientGraph) else None,
             scores=tuple(graph.scores) if isinstance(graph, ExplainerGraph) else (),
             image_size=None if resizes else image_size,
-            inputs=_shapes(model.graph.input),
-            outputs=_shapes(model.graph.output),
+            inputs=shapes(model.graph.input),
+            outputs=shapes(model.graph.output),
             versions=_versions(),
         )
         _describe_in(model, asdict(description))
@@ -308,7 +308,8 @@ def _agree_on_types(model: onnx.ModelProto) -> None:
                     stated[name].type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
 
 
-def _shapes(values: Any) -> dict[str, Shape]:
+def shapes(values: Any) -> dict[str, Shape]:
+    """The shapes by name of a graph's inputs or outputs."""
     return {
         value.name: tuple(size.dim_param if size.HasField("dim_param") else size.dim_value for size in value.type.tensor_type.shape.dim)
         for value in values

@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 COSINE = 0.9
 """Least cosine of an image's output with PyTorch's where the two may differ: a wrong graph is near 0, a rounded one above 0.99."""
 
-_BATCHES = (6, 4)
+_BATCHES = (6, 7)
 _ATTEMPTS = 4
 _CLASSES = 3
 

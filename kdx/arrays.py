@@ -81,6 +81,17 @@ def target_embedding(array: Array, n: int) -> Tensor:
     return (target[:, None] == classes[None, :]).double()
 
 
+def pixels(images: Array) -> Tensor:
+    """Images as a tensor [n, 3, h, w], n >= 1, of a floating-point type; KdxError for anything else."""
+    batch = tensor(images, "images")
+    if batch.ndim != 4 or batch.shape[1] != 3 or not batch.is_floating_point() or len(batch) == 0:
+        raise KdxError(
+            f"The images have shape {list(batch.shape)} and type {batch.dtype}.",
+            "Give at least one image: floating-point RGB [n, 3, height, width] in [0, 1].",
+        )
+    return batch
+
+
 def rounding(x: Tensor) -> float:
     """What rounding makes of distances between rows x [n, d], as a share of them.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -18,11 +17,11 @@ from kdx import arrays, models, transfer
 from kdx.arrays import Array
 from kdx.errors import KdxError
 from kdx.export import engine, onnx_file
-from kdx.export.graphs import ExplainerGraph, FeatureGraph, Preprocessing
+from kdx.export.graphs import ExplainerGraph, FeatureGraph
 from kdx.export.onnx_file import Description, NetworkDescription, Origin
 from kdx.kernels import geometry
 from kdx.models import Network
-from kdx.runtime import Choice, EagerRunner, FileRunner, Outputs, Runner, RuntimeName, TrtRunner, choose, describe_file, open_file
+from kdx.runtime import Choice, EagerRunner, FileRunner, Outputs, Runner, RuntimeName, TrtRunner, choose, describe_file, is_file, open_file
 from kdx.scores import Score, permutation_table
 from kdx.transfer import Measured, References, Target, roles_among
 from kdx.unicam import Maps, ObjectiveName, Weighting
@@ -166,14 +165,14 @@ class Explainer:
     def use_references(self, images: Array, labels: Array) -> None:
         """Switch to reference mode: every later image is mapped among these m images, whatever stands beside it in its batch."""
         arrays.check_same(len(labels), len(images), "reference labels", "reference images")
-        self._source.use_references(_checked(arrays.tensor(images, "reference images")), arrays.tensor(labels, "reference labels"))
+        self._source.use_references(arrays.pixels(images), arrays.tensor(labels, "reference labels"))
 
     def explain(self, images: Tensor, labels: Tensor, permutations: Tensor) -> tuple[dict[str, Tensor], dict[str, Measured]]:
         """Each role's logits [n, classes] and a Measured a layer, from images [n, 3, h, w] in [0, 1] and labels [n] or [n, e].
 
         permutations [p, n] are those of the p-values. Calling the explainer makes scores of the same numbers.
         """
-        return self._source.explain(_checked(images), labels, permutations)
+        return self._source.explain(arrays.pixels(images), labels, permutations)
 
     def __call__(self, images: Array, labels: Array) -> Explanation:
         """Maps and scores of one batch: images [n, 3, h, w] in [0, 1], labels [n] or embedding [n, e], NumPy or PyTorch."""
@@ -247,7 +246,7 @@ class _Runners:
         self.choice = choose(runtime, device, files=bool(files), engines=suffixes == [".engine"])
         self._files = {role: (path, describe_file(path)) for role, path in files.items()}
         if not layers:
-            known = self._files["student"][1].layers if files else _sensible(_as_network(given["student"]))
+            known = self._files["student"][1].layers if files else _sensible(models.as_network(given["student"]))
             raise KdxError("No layer was named.", f"Name one or more of the student's: {', '.join(known)}.")
         self._references: dict[str, References] = {}
         self._runners: dict[str, Runner] = {}
@@ -258,7 +257,7 @@ class _Runners:
             if files:
                 _check_holds(*self._files[role], wanted)
             else:
-                loaded = _as_network(network)
+                loaded = models.as_network(network)
                 self._networks[role] = loaded, FeatureGraph(loaded.module, wanted, loaded.preprocessing)
 
     def open(self, image_size: tuple[int, int]) -> None:
@@ -451,20 +450,6 @@ def _about(network: NetworkDescription, file: Description) -> dict[str, Any]:
     }
 
 
-def _checked(images: Tensor) -> Tensor:
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise KdxError(
-            f"The images have shape {list(images.shape)} and type {images.dtype}.",
-            "Give floating-point RGB images [n, 3, height, width] in [0, 1].",
-        )
-    return images
-
-
-def is_file(given: NetworkLike) -> bool:
-    """Whether a network is given as a file that ``kdx export`` wrote."""
-    return isinstance(given, str | Path) and str(given).endswith((".onnx", ".engine"))
-
-
 def _check_holds(path: Path, file: Description, layers: Iterable[str]) -> None:
     if file.kind != "features":
         raise KdxError(f"{path} is a file of {file.kind}, and features are asked for.", "Export it with --kind features.")
@@ -479,14 +464,6 @@ def _sensible(network: Network) -> Iterable[str]:
         return models.layers(network)
     except KdxError:
         return [name for name, _ in network.module.named_modules() if name]
-
-
-def _as_network(given: NetworkLike) -> Network:
-    if isinstance(given, Network):
-        return given
-    if isinstance(given, nn.Module):  # a copy: its mode and device are its owner's
-        return Network(type(given).__name__, copy.deepcopy(given).eval(), Preprocessing())
-    return models.load(str(given))
 
 
 def _features(passed: Mapping[str, Outputs], layer: str, teacher_layer: str) -> dict[str, Tensor]:

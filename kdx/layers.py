@@ -53,7 +53,8 @@ class _Trace:
 
 def _run(module: nn.Module, size: tuple[int, int]) -> _Trace:
     trace = _Trace()
-    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(next(module.parameters(), torch.empty(0)).device)
+    like = next((parameter.detach() for parameter in module.parameters() if parameter.is_floating_point()), torch.empty(0))
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(like)
     modes = {child: child.training for child in module.modules()}
     hooks = [child.register_forward_hook(_observe(trace, name, image.shape)) for name, child in module.named_modules() if name]
     try:

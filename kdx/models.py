@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import hashlib
 import importlib
@@ -178,6 +179,16 @@ def load(reference: str, *, classes: int | None = None, folder: Path | None = No
         path = Path(parsed.weights).expanduser()
         load_weights(module, path if folder is None else folder / path)
     return Network(str(parsed), module.eval(), preprocessing, parsed.is_trained and (bool(parsed.weights) or all(complete)))
+
+
+def as_network(given: str | Path | Network | nn.Module) -> Network:
+    """A network of the caller's own, in eval mode: a reference is loaded, and what is given as an object is copied, since its
+    mode and device are its owner's. A bare module has no preprocessing."""
+    if isinstance(given, nn.Module):
+        given = Network(type(given).__name__, given, Preprocessing())
+    if isinstance(given, Network):
+        return replace(given, module=copy.deepcopy(given.module).eval())
+    return load(str(given))
 
 
 def _construct(reference: Reference, factory: Callable[..., Any], arguments: Mapping[str, Value], mend: str) -> nn.Module:

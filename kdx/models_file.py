@@ -67,6 +67,22 @@ def load_any(model: str) -> tuple[Network, tuple[str, ...]]:
     return file.load(role), file.classes
 
 
+def parse_layers(names: Sequence[str]) -> dict[str, str]:
+    """``layer`` or ``student_layer=teacher_layer`` -> the student's and base's layer to the teacher's.
+
+    Raises KdxError for a layer without a name and for one that is named twice.
+    """
+    paired: dict[str, str] = {}
+    for name in names:
+        student, pairs, teacher = name.partition("=")
+        if not student or (pairs and not teacher):
+            raise KdxError(f"{name!r} is not a layer or a pair of layers.", "Write LAYER, or STUDENT_LAYER=TEACHER_LAYER.")
+        if student in paired:
+            raise KdxError(f"The layer {student!r} is named twice.", "Name each layer of the student once.")
+        paired[student] = teacher or student
+    return paired
+
+
 def read_models(path: Path | str) -> ModelsFile:
     """Read a models file (TOML).
 

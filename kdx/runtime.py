@@ -114,12 +114,18 @@ class EagerRunner(Runner):
         numbers = next((held.dtype for held in (*module.parameters(), *module.buffers()) if held.is_floating_point()), torch.float32)
         self._numbers = torch.promote_types(numbers, torch.float32)  # half precision is the network's own affair
 
-    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    @property
+    def graph(self) -> nn.Module:
+        """What is run; ValueError where the runner is closed."""
         if self._module is None:
             raise ValueError("the runner is closed")
+        return self._module
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        graph = self.graph
         _check_names(feeds, self._inputs)
         with self._lock, torch.no_grad():  # the graph hooks its layers for the length of a pass
-            results = self._module(*(feeds[name].to(self.device, self._numbers) for name in self._inputs))
+            results = graph(*(feeds[name].to(self.device, self._numbers) for name in self._inputs))
         return dict(zip(self._outputs, results, strict=True))
 
     def close(self) -> None:
@@ -263,6 +269,11 @@ class TrtRunner(FileRunner):
         if self._context is not None:
             self._stream.synchronize()  # a context may not go while it runs
         self._context = self._engine = self._runtime = None  # in this order: each belongs to the next
+
+
+def is_file(given: object) -> bool:
+    """Whether a network is given as a file that ``kdx export`` wrote, by its path."""
+    return isinstance(given, str | Path) and str(given).endswith((".onnx", ".engine"))
 
 
 def describe_file(path: Path) -> Description:

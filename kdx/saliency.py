@@ -6,7 +6,6 @@ cotangent in, a layer's feature and gradient out. The cotangent says whose gradi
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ from torch import Tensor, nn
 from kdx import arrays, models, unicam
 from kdx.arrays import Array
 from kdx.errors import KdxError
-from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
+from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.kernels import geometry
 from kdx.models import Network
-from kdx.runtime import EagerRunner, FileRunner, Runner, TrtRunner, choose, open_file
+from kdx.runtime import EagerRunner, FileRunner, Runner, TrtRunner, choose, is_file, open_file
 from kdx.unicam import Maps, ObjectiveName, Reference, Weighting
 
 Differentiable = str | Path | Network | nn.Module | Runner
@@ -169,7 +168,7 @@ def unicam_before(
     (torch.Size([8, 32, 32]), torch.Size([8, 4]))
     """
     unicam.check_weighting(weighting)
-    batch = _checked(images)
+    batch = arrays.pixels(images)
     arrays.check_same(len(explained), len(batch), "explained features", "images")
     with torch.no_grad():
         placed = unicam.place(explained, given, target, objective, pooled=pooled, reference=reference)
@@ -223,7 +222,7 @@ def top_mask(maps: Array, share: float = 0.5) -> Any:
 def _class_maps(
     network: Differentiable, images: Array, layer: str | None, classes: Classes, weighting: Weighting, device: str, chunk: int | None
 ) -> ClassMaps:
-    batch = _checked(images)
+    batch = arrays.pixels(images)
     found: list[tuple[Tensor, ...]] = []
     reached = False
     with torch.no_grad(), _opened(network, layer, batch, device) as (runner, name):
@@ -290,9 +289,9 @@ def _is_of_logits(runner: Runner) -> bool:
 
 def _graph(runner: Runner) -> GradientGraph:
     """What an eager runner runs: it alone knows the number of classes and where the cotangent is."""
-    graph = runner._module if isinstance(runner, EagerRunner) else None
+    graph = runner.graph if isinstance(runner, EagerRunner) else None
     if not isinstance(graph, GradientGraph):
-        raise ValueError("the runner is closed, or none of kdx's")
+        raise ValueError("the runner is none of kdx's")
     return graph
 
 
@@ -315,14 +314,14 @@ def _opened(given: Differentiable, layer: str | None, images: Tensor, device: st
             raise ValueError("an open runner has its device and the place of its cotangent")
         yield given, _held(given, "The runner", layer)
         return
-    if isinstance(given, str | Path) and str(given).endswith((".onnx", ".engine")):
+    if is_file(given):
         if at is not None:
             raise ValueError("a file has the place of its cotangent")
-        path = Path(given)
+        path = Path(str(given))
         with open_file(path, choose("auto", device, files=True, engines=path.suffix == ".engine").device) as runner:
             yield runner, _held(runner, str(path), layer)
         return
-    network, chosen = _as_network(given), choose("eager", device).device
+    network, chosen = models.as_network(given), choose("eager", device).device
     layer = _last_layer(network, images[:1], chosen) if layer is None else layer
     with EagerRunner(GradientGraph(network.module, [layer], network.preprocessing, at), chosen) as eager:
         yield eager, layer
@@ -339,14 +338,6 @@ def _held(runner: Runner, name: str, layer: str | None) -> str:
     return runner.layers[0] if layer is None else layer
 
 
-def _as_network(given: str | Path | Network | nn.Module) -> Network:
-    if isinstance(given, nn.Module):
-        given = Network(type(given).__name__, given, Preprocessing())
-    if isinstance(given, Network):  # a copy: its mode and device are its owner's
-        return Network(given.reference, copy.deepcopy(given.module).eval(), given.preprocessing, given.trained)
-    return models.load(str(given))
-
-
 def _last_layer(network: Network, image: Tensor, device: torch.device) -> str:
     """The last layer worth explaining with a gradient: behind the last block of a transformer only the class token may be read."""
     try:
@@ -359,16 +350,6 @@ def _last_layer(network: Network, image: Tensor, device: torch.device) -> str:
             if bool(runner.run({"images": image, "cotangent": unequal})[f"gradient/{layer}"].any()):
                 return layer
     raise KdxError("The network has no layer whose output is a feature map that the logits depend on.", "Name a layer.")
-
-
-def _checked(images: Array) -> Tensor:
-    batch = arrays.tensor(images, "images")
-    if batch.ndim != 4 or batch.shape[1] != 3 or not batch.is_floating_point() or len(batch) == 0:
-        raise KdxError(
-            f"The images have shape {list(batch.shape)} and type {batch.dtype}.",
-            "Give at least one image: floating-point RGB [n, 3, height, width] in [0, 1].",
-        )
-    return batch
 
 
 def _asked(classes: int | Array, n: int, count: int) -> Tensor:

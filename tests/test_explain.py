@@ -373,11 +373,11 @@ def test_a_teachers_layer_without_a_teacher_is_refused(folder: Path, pair: Path,
 )
 def test_layers_that_are_none_are_refused(names: tuple[str, ...], said: str) -> None:
     with pytest.raises(kdx.KdxError, match=said):
-        explain.parse_layers(names)
+        models_file.parse_layers(names)
 
 
 def test_layers_are_paired() -> None:
-    assert explain.parse_layers(("a", "b=c", "d=a=b")) == {"a": "a", "b": "c", "d": "a=b"}
+    assert models_file.parse_layers(("a", "b=c", "d=a=b")) == {"a": "a", "b": "c", "d": "a=b"}
 
 
 def test_who_names_no_layer_is_told_which_there_are(folder: Path, tmp_path: Path) -> None:

@@ -502,7 +502,7 @@ def test_the_users_networks_are_left_as_they_were(runtime: str, tmp_path: Path, 
         network.fc.weight.requires_grad_(index == 0)  # type: ignore[union-attr]
     before = copy.deepcopy(given)
     if runtime == "onnx":
-        monkeypatch.setattr("kdx.export.onnx_file._trace", _refuse)
+        monkeypatch.setattr("kdx.export.onnx_file._exported", _refuse)
     with explainer(runtime="auto" if runtime == "onnx" else "eager", folder=tmp_path, **given) as opened:
         opened(images(), labels())
     for network, earlier in zip(given.values(), before.values(), strict=True):

@@ -173,7 +173,7 @@ def _pairs(run: _Run, layers: Sequence[str] | None) -> list[tuple[str, str]]:
     """The student's and the teacher's layer of each pair."""
     student, teacher = run.network("student"), run.network("teacher")
     if layers is not None:
-        pairs = [(ours, theirs or ours) for ours, _, theirs in (entry.partition("=") for entry in layers)]
+        pairs = list(models_file.parse_layers(layers).items())
         for ours, theirs in pairs:
             find_layer(student, ours)
             find_layer(teacher, theirs)
