@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import logging
-import math
 import re
 import warnings
 from collections.abc import Callable
@@ -307,54 +306,3 @@ def test_exporting_changes_no_logging_and_no_warning_filter(monkeypatch: pytest.
     with pytest.raises(AssertionError):
         onnx_file._exported(FeatureGraph(Plain(), ["conv"]), {"images": torch.rand(2, 3, 5, 5)}, False, "r")
     assert (logging.getLogger("torch").level, list(warnings.filters)) == before
-
-
-# ---- parity ----
-
-
-def test_a_difference_is_relative_to_the_outputs_largest_value() -> None:
-    generator = np.random.default_rng(0)
-    expected = generator.normal(size=(3, 7, 5)).astype(np.float32)
-    result = expected + np.float32(1e-3) * generator.normal(size=expected.shape).astype(np.float32)
-    errors = sorted(
-        abs(float(r) - float(e)) / max(abs(float(v)) for v in expected.flat) for r, e in zip(result.flat, expected.flat, strict=True)
-    )
-    found = parity.difference(result, expected)
-    assert found.max == pytest.approx(errors[-1], rel=1e-9) and found.mean == pytest.approx(math.fsum(errors) / 105, rel=1e-9)
-    assert errors[101] <= found.q99 <= errors[104] and found.largest == float(np.abs(expected).max())
-    scaled = parity.difference(4 * result, 4 * expected)
-    assert scaled.max == pytest.approx(found.max, rel=1e-12) and scaled.largest == 4 * found.largest
-
-
-def test_a_dead_output_that_is_dead_in_both_agrees() -> None:
-    assert parity.difference(np.zeros(4), np.zeros(4)) == Difference(0.0, 0.0, 0.0, 0.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("result", "expected"),
-    [
-        (np.ones((2, 3)), np.ones((3, 2))),
-        (np.full(4, 2.0), np.zeros(4)),
-        (np.array([1.0, math.nan]), np.array([1.0, 2.0])),
-        (np.array([1.0, 2.0]), np.array([1.0, math.nan])),
-        (np.array([1.0, math.inf]), np.array([1.0, 2.0])),
-    ],
-)
-def test_shapes_that_differ_nan_infinity_and_what_should_be_zero_fail(result: np.ndarray, expected: np.ndarray) -> None:
-    report = ParityReport({"good": Difference(0.0, 0.0, 0.0, 1.0, 1.0), "bad": parity.difference(result, expected)}, 1.0, (2,))
-    assert not report
-    assert "output bad" in report.worst() and report.as_dict()["passed"] is False
-
-
-def test_a_report_is_true_up_to_its_tolerance_in_every_output() -> None:
-    near, far = Difference(1e-4, 0.0, 0.0, 1.0, 1.0), Difference(1.01e-4, 0.0, 0.0, 1.0, 1.0)
-    assert ParityReport({"a": near, "b": near}, 1e-4, (3,))
-    assert not ParityReport({"a": near, "b": far, "c": near}, 1e-4, (3,))
-    assert "output b" in ParityReport({"a": near, "b": far, "c": near}, 1e-4, (3,)).worst()
-
-
-def test_without_onnx_runtime_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(KdxError) as caught:
-        parity.compare(tmp_path / "m.onnx", FeatureGraph(Plain(), ["conv"]), (5, 5))
-    assert "onnxruntime" in caught.value.problem and "kdx[cpu]" in caught.value.mend
