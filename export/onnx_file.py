@@ -166,7 +166,7 @@ def write(
         _describe_in(model, asdict(description))
         staged = partial / path.name
         _save(model, staged)
-        onnx.checker.check_model(staged, full_check=True)
+        _check(staged, name)
         report = parity.compare(staged, graph, image_size, tolerance if precision == "fp32" else None)
         if not report:
             raise KdxError(
@@ -350,6 +350,17 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _check(path: Path, reference: str) -> None:
+    """KdxError where the file breaks ONNX's own rules, which ONNX Runtime is lenient about and TensorRT is not."""
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise KdxError(
+            f"The ONNX file of {reference} is not sound: {first_line(error)}.",
+            "Please report the network; until it exports, run it with --runtime eager.",
+        ) from error
 
 
 def _tuple(value: Any) -> Any:

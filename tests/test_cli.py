@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,6 +65,10 @@ def models(tmp_path: Path) -> Path:
 
 
 # ---- help ----
+
+
+def test_the_version_is_the_packages(run: Any) -> None:
+    assert run("--version") == (0, f"kdx {kdx.__version__}\n", "")
 
 
 def test_the_commands_are_the_promised_ones(run: Any) -> None:
@@ -142,7 +147,7 @@ def test_export_writes_a_checked_file_that_says_what_it_is(run: Any, tmp_path: P
     assert (status, err) == (0, "")
     (path,) = (tmp_path / "files").glob("*.onnx")
     assert path.name == "resnet.features.onnx" and str(path) in out
-    assert "layer1, conv1" in out and "Parity with PyTorch: largest error" in out
+    assert "layer1 [batch, 2, 32, 32]" in out and "largest error" in out
     found = onnx_file.describe(path)
     assert (found.layers, found.kind, found.networks["network"].preprocessing.size) == (("layer1", "conv1"), "features", (32, 32))
     assert sorted(each.name for each in path.parent.iterdir()) == [path.name, f"{path.name}.parity.json"]
@@ -159,8 +164,10 @@ def test_export_of_a_role_of_a_models_file(out: str, run: Any, models: Path, mon
         return PARITY
 
     monkeypatch.setattr(onnx_file, "write", write)
+    shapes = {"inputs": {"images": ("batch", 3, "height", "width")}, "outputs": {"logits": ("batch", 10)}}
+    monkeypatch.setattr(onnx_file, "describe", lambda _: SimpleNamespace(**shapes))
     status, said, _ = run("export", f"{models}:student", "-l", "layer1", "--out", out)
-    assert status == 0 and "0.3 MB" in said and PARITY.summary() in said
+    assert status == 0 and "0.3 MB" in said and PARITY.summary() in said and "images [batch, 3, height, width]" in said
     path, layers, named = seen[0]
     assert path == (Path(out) if out.endswith(".onnx") else Path(out) / "resnet.features.onnx")
     assert layers == ("layer1",) and named["classes"] == tuple("0123456789") and named["image_size"] == (32, 32)
@@ -203,6 +210,29 @@ def test_doctor_lists_every_probe_and_how_to_mend_the_broken(run: Any, monkeypat
         ("export models.toml:pupil --layer layer1", "pupil"),
         ("export none.toml:student --layer layer1", "none.toml"),
         ("export kdx.networks:resnet,width=2 --layer layer1", "does not say what size of image"),
+        ("export --layer layer1", "holds one network"),
+        ("export TINY --student TINY --layer layer1", "holds one network"),
+        ("export TINY --teacher TINY --layer layer1", "holds one network"),
+        ("export TINY --explainer --student TINY --base TINY --layer layer1", "a student and a base"),
+        ("export TINY --explainer --layer layer1", "a student and a base"),
+        ("export --explainer --student TINY --layer layer1", "a student and a base"),
+        ("export --explainer --base TINY --teacher TINY --layer layer1", "a student and a base"),
+        ("export --explainer --layer layer1", "a student and a base"),
+        ("export --explainer --student models.toml:student --base models.toml:base", "No layer was named"),
+        ("export --explainer --student models.toml:student --base models.toml:base --layer layer1 --at layer1", "has no cotangent"),
+        ("export TINY --layer layer1 --at layer1", "has no cotangent"),
+        ("export TINY --layer layer1 --kind gradients --at layer1", "are both at layer 'layer1'"),
+        ("export TINY --layer layer1 --kind gradients --at layer8", "layer8"),
+        ("export TINY --layer layer1 --kind gradients --at conv1", "does not depend on layer 'layer1'"),
+        ("export TINY --layer layer1 --batch many", "'many' is no range of batches"),
+        ("export TINY --layer layer1 --batch 1:2", "'1:2' is no range of batches"),
+        ("export TINY --layer layer1 --to tensorrt --for sm_86 --batch 9:3:1", "from 9 to 1, best 3"),
+        ("export TINY --layer layer1 --to tensorrt --for sm_86 --batch 0", "from 0 to 0"),
+        ("export TINY --layer layer1 --to tensorrt --for sm_99", "does not build for 'sm_99'"),
+        ("export none.onnx --to tensorrt --for sm_86", "There is no file none.onnx"),
+        ("export none.onnx", "is an ONNX file already"),
+        ("export none.onnx --to tensorrt --for sm_86 --layer layer1", "is settled"),
+        ("explain digits --models none.onnx --out R", "There is no file none.onnx"),
         ("report no/such/run", "no/such/run"),
     ],
 )
@@ -211,6 +241,7 @@ def test_a_mistake_is_two_lines_and_status_2(command: str, said: str, run: Any, 
     lines = err.splitlines()
     assert status == 2 and len(lines) == 2, err
     assert lines[0].startswith("Error: ") and said in err and lines[1]
+    assert not list(models.parent.rglob("*.onnx*")) and not list(models.parent.rglob("*.partial"))
     assert models.parent.joinpath("R").exists() is False or not list(models.parent.joinpath("R").rglob("*.html"))
 
 
@@ -229,7 +260,10 @@ def test_a_mistake_is_two_lines_and_status_2(command: str, said: str, run: Any, 
         ("explain digits --models m --out R --colour red", "--colour"),
         ("distill digits --teacher t --student s --out R --epochs 0", "--epochs"),
         ("distill digits --teacher t --student s --out R --alpha 2", "--alpha"),
-        ("export TINY --kind gradients", "--kind"),
+        ("export TINY --kind maps", "--kind"),
+        ("export TINY --precision int8", "--precision"),
+        ("export TINY --to tflite", "--to"),
+        ("export TINY --image-size 0", "--image-size"),
         ("demo --seed -1", "--seed"),
         ("paint", "paint"),
     ],

@@ -319,10 +319,14 @@ def test_onnx_runtime_alone_makes_the_maps(trio: Written, tmp_path: Path) -> Non
 # ---- kdx.Explainer(file=...) ----
 
 
+def by_pytorch(networks: Mapping[str, Network], **settings: Any) -> Explainer:
+    return Explainer(**{**networks, **settings}, runtime="eager")
+
+
 def both(file: Written, **settings: Any) -> tuple[Explainer, Explainer]:
     return (
         Explainer(file=file.path, permutations=199, **settings),
-        Explainer(**file.networks, layers=file.layers, runtime="eager", permutations=199, **settings),
+        by_pytorch(file.networks, layers=file.layers, permutations=199, **settings),
     )
 
 
@@ -508,7 +512,7 @@ def test_kdx_explain_of_a_file_is_a_run_like_any_other(pair: Written, pictures: 
     dataset = open_data(str(pictures), CLASSES)
     samples = pq.read_table(finished / "samples.parquet").to_pylist()
     group = zarr.open_group(finished / "maps.zarr", mode="r")
-    with Explainer(**pair.networks, layers="layer2", runtime="eager", permutations=0) as explainer:
+    with by_pytorch(pair.networks, layers="layer2", permutations=0) as explainer:
         for number, batch in enumerate(random_batches(dataset.labels, 9, 3)):
             expected = explainer(load_images(dataset, batch, FIXED).pixels, torch.from_numpy(dataset.labels[batch]))
             rows = [row for row in samples if row["batch"] == number]

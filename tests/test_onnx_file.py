@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from kdx.errors import KdxError
-from kdx.export import onnx_file, parity
-from kdx.export.graphs import FeatureGraph, Preprocessing
+from kdx.export import engine, onnx_file, parity
+from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
 from kdx.export.onnx_file import NetworkDescription, Origin
 from kdx.export.parity import Difference, ParityReport
 from kdx.models import weights_hash
 from kdx.networks import resnet
+from kdx.runtime import OrtRunner
 
 TOLERANCE = 1e-5
 """Of an output's largest value: float32 sums in another order, through at most seven convolutions."""
@@ -269,10 +273,21 @@ def test_a_failed_export_leaves_the_earlier_file_as_it_was(tmp_path: Path, monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr(onnx_file, "_exported", lambda *_: onnx.ModelProto())
+    monkeypatch.setattr(onnx_file, "_check", lambda *_: None)
     monkeypatch.setattr(parity, "compare", interrupted)
     with pytest.raises(KeyboardInterrupt):
         onnx_file.write(FeatureGraph(Plain(), ["conv"]), path, origin=Origin("r", ""), image_size=(8, 8))
     assert left_in(tmp_path) == ["model.onnx"] and path.read_bytes() == earlier
+
+
+def test_a_file_that_breaks_onnxs_rules_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [onnx.helper.make_node("Relu", ["nothing"], ["logits"])]
+    value = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [1])
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], [value]))
+    monkeypatch.setattr(onnx_file, "_exported", lambda *_: model)
+    with pytest.raises(KdxError, match=r"The ONNX file of r is not sound: .*nothing"):
+        onnx_file.write(FeatureGraph(Plain(), ["conv"]), tmp_path / "m.onnx", origin=Origin("r", ""), image_size=(8, 8))
+    assert left_in(tmp_path) == []
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
@@ -306,3 +321,182 @@ def test_exporting_changes_no_logging_and_no_warning_filter(monkeypatch: pytest.
     with pytest.raises(AssertionError):
         onnx_file._exported(FeatureGraph(Plain(), ["conv"]), {"images": torch.rand(2, 3, 5, 5)}, False, "r")
     assert (logging.getLogger("torch").level, list(warnings.filters)) == before
+
+
+# ---- gradients ----
+
+
+@pytest.fixture(scope="session")
+def differentiated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], tuple[Path, GradientGraph]]:
+    """The gradients file of a network and its graph, with the cotangent at a layer or at the logits."""
+    made: dict[str | None, tuple[Path, GradientGraph]] = {}
+
+    def get(at: str | None) -> tuple[Path, GradientGraph]:
+        if at not in made:
+            torch.manual_seed(2)
+            graph = GradientGraph(resnet(4, 1, 5, 2).eval(), ["layer1", "conv1"], PREPROCESSING, at)
+            path = tmp_path_factory.mktemp("gradients") / "net.onnx"
+            onnx_file.write(graph, path, origin=Origin("a:network", "w"), image_size=(15, 13))
+            made[at] = path, graph
+        return made[at]
+
+    return get
+
+
+@pytest.mark.parametrize("n", [1, 4, 11])
+@pytest.mark.parametrize("at", [None, "layer2"])
+def test_a_gradients_file_is_autograd(differentiated: Any, at: str | None, n: int) -> None:
+    path, graph = differentiated(at)
+    generator = torch.Generator().manual_seed(n)
+    images = torch.rand(n, 3, 17, 9, generator=generator)
+    cotangent = torch.randn(graph.cotangent_shape(images), generator=generator)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(None, {"images": images.numpy(), "cotangent": cotangent.numpy()})
+    expected = graph(images, cotangent)
+    assert [output.name for output in session.get_outputs()] == list(graph.output_names)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == tuple(theirs.shape)
+        assert np.abs(ours - theirs.numpy()).max() <= TOLERANCE * float(theirs.abs().max())
+
+
+@pytest.mark.parametrize("at", [None, "layer2"])
+def test_a_gradients_file_says_where_its_cotangent_goes(differentiated: Any, at: str | None) -> None:
+    path, _ = differentiated(at)
+    found = onnx_file.describe(path)
+    assert (found.kind, found.at, found.layers, found.image_size) == ("gradients", at, ("layer1", "conv1"), None)
+    assert found.inputs["cotangent"] == (("batch", 5) if at is None else ("batch", 8, 8, 7))
+    assert found.outputs["gradient/layer1"] == found.outputs["layer1"] == ("batch", 4, 15, 13)
+
+
+# ---- the same export is the same file ----
+
+
+def assert_portable(content: bytes, *folders: Path) -> None:
+    for where in (*map(str, folders), "/site-packages", str(Path.cwd())):
+        assert where.encode() not in content
+
+
+def test_a_second_export_is_byte_for_byte_the_first(resizing: Exported, differentiated: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    features = export(tmp_path / "elsewhere", resnet(4, 1, 5), ["layer3", "layer1.0.conv2"], PREPROCESSING, (15, 13))
+    assert features.path.read_bytes() == resizing.path.read_bytes()
+    path, graph = differentiated(None)
+    again = tmp_path / "other" / path.name
+    onnx_file.write(copy.deepcopy(graph), again, origin=Origin("a:network", "w"), image_size=(15, 13))
+    assert again.read_bytes() == path.read_bytes()
+    for each in (features.path, again):
+        assert_portable(each.read_bytes(), tmp_path, resizing.path.parent, path.parent)
+
+
+# ---- weights outside ----
+
+
+def test_weights_over_the_limit_go_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    graph = FeatureGraph(resnet(8, 1, 5, 2).eval(), ["layer2"])
+    path, beside = tmp_path / "net.onnx", tmp_path / "net.onnx.data"
+
+    def write() -> None:
+        onnx_file.write(graph, path, origin=Origin("a:network", "w"), image_size=(12, 10))
+
+    write()
+    whole = path.read_bytes()
+    assert left_in(tmp_path) == ["net.onnx", "net.onnx.parity.json"]
+    monkeypatch.setattr(onnx_file, "_LARGEST", 1000)
+    write()
+    assert left_in(tmp_path) == ["net.onnx", "net.onnx.data", "net.onnx.parity.json"]
+    assert path.stat().st_size < len(whole) / 2 < beside.stat().st_size
+    assert_portable(path.read_bytes(), tmp_path)
+    first = path.read_bytes(), beside.read_bytes()
+    write()  # onnx's own writer would append
+    assert (path.read_bytes(), beside.read_bytes()) == first
+    assert onnx_file.describe(path).networks["network"].weights == "w"
+    assert_agrees(Exported(path, graph, ParityReport({}, None, ())), torch.rand(3, 3, 12, 10))
+    pytest.importorskip("tensorrt_rtx")
+    engine.build(path, tmp_path / "net.engine", batch=(1, 2, 3), arch="sm_86")
+    before = engine.describe(tmp_path / "net.engine").onnx_sha256
+    beside.write_bytes(b"\0" + beside.read_bytes()[1:])
+    assert engine._digest(path, onnx.load(path, load_external_data=False)) != before
+    monkeypatch.undo()
+    write()
+    assert left_in(tmp_path) == ["net.engine", "net.engine.json", "net.onnx", "net.onnx.parity.json"]
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_full_disk_leaves_nothing_half_written(outside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    weights = onnx.numpy_helper.from_array(np.ones((40, 40), np.float32), "w")
+    value = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, [1])
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [value], [], [weights]))
+    monkeypatch.setattr(onnx_file, "_exported", lambda *_: model)
+    if outside:
+        monkeypatch.setattr(onnx_file, "_LARGEST", 0)
+        monkeypatch.setattr(onnx.external_data_helper, "write_external_data_tensors", full)
+    else:
+        monkeypatch.setattr(os, "fsync", full)
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"earlier")
+    with pytest.raises(KdxError) as caught:
+        onnx_file.write(FeatureGraph(Plain(), ["conv"]), path, origin=Origin("r", ""), image_size=(8, 8))
+    assert "cannot be written: No space left on device" in caught.value.problem and "disk with room" in caught.value.mend
+    assert left_in(tmp_path) == ["m.onnx"] and path.read_bytes() == b"earlier"
+
+
+# ---- precision ----
+
+HALF: dict[str, int] = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
+
+
+@pytest.fixture(scope="session")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+    torch.manual_seed(5)
+    graph = FeatureGraph(resnet(24, 1, 5, 2).eval(), ["layer2"], PREPROCESSING)
+    made = {}
+    for precision in ("fp32", "fp16", "bf16"):
+        path = tmp_path_factory.mktemp(precision) / "net.onnx"
+        kind: Any = precision
+        report = onnx_file.write(graph, path, origin=Origin("a:b", ""), image_size=(15, 13), precision=kind)
+        made[precision] = Exported(path, graph, report)
+    return made
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_a_file_in_half_precision_holds_its_weights_so(halves: dict[str, Exported], precision: str) -> None:
+    path = halves[precision].path
+    assert 0.45 < path.stat().st_size / halves["fp32"].path.stat().st_size < 0.6
+    model = onnx.load(path)
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            assert {kinds[name] for name in node.input if name in kinds} == {HALF[precision]}
+    large = {tensor.data_type for tensor in model.graph.initializer if np.prod(tensor.dims) > 8}
+    assert large == {HALF[precision]}
+    for value in (*model.graph.input, *model.graph.output):
+        assert value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    found = onnx_file.describe(path)
+    assert found.precision == precision and found.outputs == onnx_file.describe(halves["fp32"].path).outputs
+    assert not onnx_file.holds(path, halves[precision].graph, "")
+
+
+def test_float16_runs_on_the_cpu_and_bfloat16_says_where_it_does_not(halves: dict[str, Exported]) -> None:
+    images = torch.rand(3, 3, 20, 11, generator=torch.Generator().manual_seed(0))
+    with OrtRunner(halves["fp16"].path) as runner, OrtRunner(halves["fp32"].path) as exact:
+        found, expected = runner.infer(images), exact.infer(images)
+    assert found.features["layer2"].dtype == torch.float32
+    for ours, theirs in ((found.logits, expected.logits), (found.features["layer2"], expected.features["layer2"])):
+        assert 0 < float((ours - theirs).abs().max()) <= 1e-2 * float(theirs.abs().max())
+    with pytest.raises(KdxError) as caught:
+        OrtRunner(halves["bf16"].path).infer(images)
+    assert "ONNX Runtime cannot" in caught.value.problem and caught.value.mend
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_the_cost_of_half_precision_is_in_its_report(halves: dict[str, Exported], precision: str) -> None:
+    report = halves[precision].report
+    step = {"fp16": 2**-11, "bf16": 2**-8}[precision]
+    for found in report.outputs.values():
+        assert step / 16 < found.max < 30 * step and found.cosine > 0.999
+    assert report and report.tolerance is None and report.as_dict()["tolerance"] is None

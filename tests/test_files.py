@@ -1,0 +1,248 @@
+"""What `kdx export` writes and where, and what it refuses before or after it starts, with nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import kdx
+from kdx import cli, files
+from kdx.errors import KdxError
+from kdx.export import engine, onnx_file
+from kdx.export.graphs import GradientGraph
+from kdx.files import Options
+from kdx.models_file import read_models, write_models
+from kdx.networks import resnet
+
+TINY = "kdx:resnet,width=3,depth=1,stages=2,classes=4"
+SIZE = "[preprocessing]\nsize = [12, 10]\nmean = [0.5]\nstd = [0.5]\n"
+
+
+class Odd(nn.Module):
+    """A network that does one thing that no file can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.unused = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.conv(images).mean((2, 3))
+        return logits
+
+
+class Counting(Odd):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).argmax(1, keepdim=True)
+
+
+class Branching(Odd):
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        return logits if images.mean() > 0.5 else -logits
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models file of three networks with weights."""
+    root = tmp_path_factory.mktemp("files")
+    for seed, role in enumerate(("teacher", "student", "base")):
+        torch.manual_seed(seed)
+        save_file(resnet(3, 1, 4, 2).state_dict(), root / f"{role}.safetensors")
+    named = {role: f"{TINY}@{role}.safetensors" for role in ("teacher", "student", "base")}
+    write_models(root / "models.toml", **named, classes=("a", "b", "c", "d"))  # type: ignore[arg-type]
+    with (root / "models.toml").open("a") as file:
+        file.write(f"\n{SIZE}")
+    return root
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+    """``run(*arguments) -> (status, stdout, stderr)`` of ``kdx export``, in an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "console", Console(highlight=False))
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kdx", "export", *map(str, arguments)])
+        status: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status or 0, out, err
+
+    return call
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# ---- what is written ----
+
+
+def test_a_gradients_file_and_its_engine(run: Any, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    model = f"{folder / 'models.toml'}:student"
+    asked = ["--kind", "gradients", "--layer", "layer1", "--at", "layer2", "--to", "tensorrt", "--for", "sm_86", "--batch", "2:3:4"]
+    status, out, err = run(model, *asked, "--out", "to")
+    assert (status, err) == (0, "")
+    written = [
+        "resnet-student.gradients.engine",
+        "resnet-student.gradients.engine.json",
+        "resnet-student.gradients.onnx",
+        "resnet-student.gradients.onnx.parity.json",
+    ]
+    assert left_in(tmp_path / "to") == written
+    for line in ("cotangent [batch, 6, 6, 5]", "gradient/layer1 [batch, 3, 12, 10]", "that of the ONNX file", "largest error"):
+        assert line in out
+    path = tmp_path / "to" / "resnet-student.gradients.onnx"
+    found = onnx_file.describe(path)
+    student = read_models(folder / "models.toml").load("student")
+    about = found.networks["network"]
+    assert (found.kind, found.at, found.classes) == ("gradients", "layer2", ("a", "b", "c", "d"))
+    assert (about.weights, about.preprocessing) == (student.weights_hash, student.preprocessing)
+    built = engine.describe(path.with_suffix(".engine"))
+    assert (built.kind, built.batch, built.arch, built.file) == ("gradients", (2, 3, 4), "sm_86", found)
+    assert built.inputs == {"images": ("batch", 3, 12, 10), "cotangent": ("batch", 6, 6, 5)}
+    images, cotangent = torch.rand(3, 3, 20, 20), torch.randn(3, 6, 6, 5)
+    ours = onnxruntime.InferenceSession(path).run(["gradient/layer1"], {"images": images.numpy(), "cotangent": cotangent.numpy()})[0]
+    theirs = GradientGraph(student.module, ["layer1"], student.preprocessing, "layer2")(images, cotangent)[-1].numpy()
+    assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+    status, out, err = run(path, "--to", "tensorrt", "--for", "sm_120", "--batch", 2, "--out", "engines")
+    assert (status, err) == (0, "") and left_in(tmp_path / "engines") == written[:2]
+    again = engine.describe(tmp_path / "engines" / "resnet-student.gradients.engine")
+    assert (again.batch, again.arch) == ((2, 2, 2), "sm_120")
+
+
+def test_an_explainer_file_of_a_models_file(run: Any, folder: Path, tmp_path: Path) -> None:
+    models = folder / "models.toml"
+    roles = [text for role in ("student", "base") for text in (f"--{role}", f"{models}:{role}")]
+    status, out, err = run("--explainer", *roles, "--layer", "layer2", "--out", "files")
+    assert (status, err) == (0, "")
+    name = "resnet-student-given-resnet-base.explainer.onnx"
+    assert left_in(tmp_path) == [f"files/{name}", f"files/{name}.parity.json"]
+    assert "layer2/distilled/maps [batch, 6, 5]" in out and "target [batch, embedding]" in out
+    found = onnx_file.describe(tmp_path / "files" / name)
+    known = read_models(models)
+    assert {role: about.weights for role, about in found.networks.items()} == {
+        role: known.load(role).weights_hash for role in ("student", "base")
+    }
+    assert (found.kind, found.classes) == ("explainer", ("a", "b", "c", "d"))
+    images, labels = torch.rand(9, 3, 14, 14), torch.arange(9) % 4
+    with kdx.Explainer(file=tmp_path / "files" / name, permutations=9) as explainer:
+        ours = explainer(images, labels).layers["layer2"].distilled
+    with kdx.Explainer(student=known.load("student"), base=known.load("base"), layers="layer2", runtime="eager", permutations=9) as eager:
+        theirs = eager(images, labels).layers["layer2"].distilled
+    assert float((ours.maps - theirs.maps).abs().max()) <= 1e-4 * float(theirs.maps.max())
+
+
+@pytest.mark.parametrize(
+    ("out", "precision", "path"),
+    [
+        ("to", "fp16", "to/resnet-student.features.fp16.onnx"),
+        ("to/net.onnx", "bf16", "to/net.onnx"),
+        ("", "fp32", "resnet-student.features.onnx"),
+    ],
+)
+def test_where_a_file_goes_and_what_it_is_called(
+    out: str, precision: onnx_file.Precision, path: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    network = {"network": f"{TINY}@{folder / 'student.safetensors'}"}
+    (exported,) = files.export(
+        network, ["layer2"], "features", Path(out), Options(precision=precision, image_size=11), announce=lambda line: None
+    )
+    assert exported.path == Path(path) and left_in(tmp_path) == [path, f"{path}.parity.json"]
+    assert exported.bytes == (tmp_path / path).stat().st_size and exported.parity and exported.seconds > 0
+    found = onnx_file.describe(exported.path)
+    assert (found.precision, found.networks["network"].preprocessing.size) == (precision, (11, 11))
+    assert (exported.inputs, exported.outputs) == (found.inputs, found.outputs)
+
+
+def test_an_engine_of_an_explainer_starts_at_four_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine for fewer would give maps of nothing."""
+    assert files._batch("explainer") == (4, 32, 64) and files._batch("features") == (1, 32, 64)
+    with pytest.raises(KdxError, match="its engine cannot take batches of 1"):
+        files.export(
+            {"student": "a", "base": "b"}, ["l"], "explainer", Path(), Options(to="tensorrt", batch=(1, 4, 8), arch="sm_86"), announce=str
+        )
+
+
+@pytest.mark.parametrize(("text", "batch"), [("1:32:64", (1, 32, 64)), ("8", (8, 8, 8)), ("4:4:4", (4, 4, 4))])
+def test_a_range_of_batches(text: str, batch: tuple[int, int, int]) -> None:
+    assert files.parse_batch(text) == batch
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("what", "layer", "said"),
+    [
+        ("Odd", "unused", "does not reach layer 'unused'"),
+        ("Counting", "conv", "does not return logits"),
+        ("Branching", "conv", "cannot be exported"),
+        ("Odd", "conv2", "no layer 'conv2'"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["features", "gradients"])
+def test_a_network_that_no_file_can_hold(run: Any, what: str, layer: str, said: str, kind: str, tmp_path: Path) -> None:
+    status, out, err = run(f"tests.test_files:{what}", "--layer", layer, "--image-size", 8, "--kind", kind, "--out", tmp_path / "to")
+    assert status == 2 and len(err.splitlines()) == 2 and err.startswith("Error: ") and said in err
+    assert "Traceback" not in out + err and left_in(tmp_path) == []
+
+
+def test_a_student_that_is_the_base_is_refused(run: Any, folder: Path, tmp_path: Path) -> None:
+    same = f"{folder / 'models.toml'}:base"
+    status, _, err = run("--explainer", "--student", same, "--base", same, "--layer", "layer2")
+    assert status == 2 and len(err.splitlines()) == 2 and "the same weights" in err and left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOSPC, errno.EROFS])
+def test_a_folder_that_takes_no_file_is_a_mistake_with_a_mend(
+    run: Any, folder: Path, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(onnx_file, "_save", refused)
+    status, out, err = run(f"{folder / 'models.toml'}:student", "--layer", "layer2", "--out", "to")
+    assert status == 2 and f"cannot be written: {os.strerror(code)}" in err and len(err.splitlines()) == 2
+    assert "Traceback" not in out + err and left_in(tmp_path) == []
+
+
+def test_what_does_not_go_together_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(reference: str) -> None:
+        raise AssertionError(f"{reference} was loaded")
+
+    monkeypatch.setattr(files, "load_any", load)
+    one, two = {"network": "a"}, {"student": "a", "base": "b"}
+    cases: list[tuple[dict[str, str], files.Kind, Options, str]] = [
+        ({}, "features", Options(), "holds one network"),
+        (one | two, "features", Options(), "holds one network"),
+        (one | two, "explainer", Options(), "a student and a base"),
+        ({"student": "a"}, "explainer", Options(), "a student and a base"),
+        ({"base": "a", "teacher": "b"}, "explainer", Options(), "a student and a base"),
+        (two, "explainer", Options(at="x"), "has no cotangent"),
+        (one, "features", Options(at="x"), "has no cotangent"),
+        (one, "features", Options(to="tensorrt", arch="sm_1"), "does not build for 'sm_1'"),
+        (one, "features", Options(to="tensorrt", arch="sm_86", batch=(4, 2, 8)), "from 4 to 8, best 2"),
+    ]
+    for references, kind, options, said in cases:
+        with pytest.raises(KdxError, match=said):
+            files.export(references, ["layer1"], kind, Path("nowhere"), options, announce=str)
+    assert not Path("nowhere").exists()
