@@ -191,7 +191,9 @@ def assert_explained(file: Written, pixels: Tensor, target: Tensor) -> None:
             expected = kdx.unicam(features[explained], features[given], target)
             assert worst(found[f"{layer}/{name}/maps"], expected.maps) <= MAPS_AGREE
             assert worst(found[f"{layer}/{name}/weights"], expected.weights) <= MAPS_AGREE
-            assert np.abs(found[f"{layer}/{name}/scaled"] - expected.scaled(pixels.shape[2:]).numpy()).max() <= FAINT_AGREE
+            assert (
+                np.abs(found[f"{layer}/{name}/scaled"] - expected.scaled((pixels.shape[2], pixels.shape[3])).numpy()).max() <= FAINT_AGREE
+            )
         scores = dict(zip(onnx_file.describe(file.path).scores, found[f"{layer}/scores"].tolist(), strict=True))
         assert scores == pytest.approx(by_definition(features, target), abs=SCORES_AGREE)
 
@@ -283,7 +285,7 @@ def test_a_map_of_networks_that_differ_by_rounding_is_zero(tmp_path: Path) -> No
             assert not found[f"layer1/{name}/{what}"].any()
     assert found["layer1/distances"].any() and np.isfinite(found["layer1/distances"]).all()
     for arguments in ({"file": twins.path}, {**networks, "layers": "layer1", "runtime": "eager"}):
-        with Explainer(**arguments) as explainer, pytest.raises(KdxError, match="explain"):  # type: ignore[arg-type]
+        with Explainer(**arguments) as explainer, pytest.raises(KdxError, match="explain"):
             explainer(images(9), torch.arange(9) % 3)
 
 
