@@ -30,6 +30,9 @@ _TRACED_ZERO = 4e-6
 """The same under which a traced graph, which repairs no pair, takes two rows as equal. The square root of mere rounding, left in
 place of zero, would be a thousandth of the norms, and a gradient divides by it."""
 
+_BLOCK = 4096
+"""Columns that a Gram product adds up in one go. A float32 sum loses digits as it grows; over 800,000 columns two of them."""
+
 _ELEMENTS = 1 << 24
 """Elements that a step over pairs or permutations holds at a time."""
 
@@ -46,6 +49,19 @@ def _hollow(n: int, like: Tensor) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     """Features at the precision of their Gram product: float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _gram(x: Tensor, y: Tensor) -> Tensor:
+    """x y^T for x [q, d] and y [m, d], summed over blocks of columns."""
+    d = x.shape[1]
+    least = -(-d // _BLOCK)
+    if least == 1:
+        return x @ y.T
+    blocks = next((count for count in range(least, 4 * least) if d % count == 0), least)
+    if d % blocks:
+        x, y = (torch.nn.functional.pad(rows, (0, -d % blocks)) for rows in (x, y))
+    left, right = x.unflatten(1, (blocks, -1)).transpose(0, 1), y.unflatten(1, (blocks, -1)).permute(1, 2, 0)
+    return (left @ right).sum(0)
 
 
 def _squared(rows: Tensor, columns: Tensor, gram: Tensor, norms: Tensor) -> Tensor:
@@ -72,7 +88,7 @@ def distances(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """
     x = _wide(x)
     x = x - x.mean(0)
-    gram = x @ x.T
+    gram = _gram(x, x)
     hollow = _hollow(x.shape[0], x)
     own = (gram * (1 - hollow)).sum(1)
     squared = _squared(x, x, gram, (own[:, None] + own[None, :]) * hollow)
@@ -85,7 +101,7 @@ def cross_distances(x: Tensor, y: Tensor, dtype: torch.dtype = torch.float64) ->
     centre = y.mean(0)
     x, y = x - centre, y - centre
     norms = x.square().sum(1)[:, None] + y.square().sum(1)[None, :]
-    return _squared(x, y, x @ y.T, norms).to(dtype).sqrt()
+    return _squared(x, y, _gram(x, y), norms).to(dtype).sqrt()
 
 
 # Centred matrices and their products
