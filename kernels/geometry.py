@@ -54,9 +54,9 @@ def _wide(x: Tensor) -> Tensor:
 def _gram(x: Tensor, y: Tensor) -> Tensor:
     """x y^T for x [q, d] and y [m, d], summed over blocks of columns."""
     d = x.shape[1]
-    least = -(-d // _BLOCK)
-    if least == 1:
+    if not isinstance(d, int) or d <= _BLOCK:  # a width that a traced graph leaves open is a target's, and small
         return x @ y.T
+    least = -(-d // _BLOCK)
     blocks = next((count for count in range(least, 4 * least) if d % count == 0), least)
     if d % blocks:
         x, y = (torch.nn.functional.pad(rows, (0, -d % blocks)) for rows in (x, y))
@@ -264,7 +264,8 @@ def laplacian(d: Tensor, a: Tensor, b: Tensor, g: Tensor, objective: Objective =
     b, g = unit(b), unit(g)
     r = residual(a, b)
     score, derivative = objective(r, g)
-    scale = dot(derivative, derivative)
+    # The derivative of relevance is a difference of matrices of norm 1/||R||, and no more exact than those.
+    scale = torch.maximum(dot(derivative, derivative), 1 / dot(r, r))
     derivative = derivative - dot(derivative, b)[..., None, None] * b
     # Four images leave one dimension beside B, and L is then plus or minus a constant: what is left is rounding, and a map of it
     # would look like one. The same happens where R already points along G.
