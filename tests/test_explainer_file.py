@@ -273,6 +273,7 @@ def test_an_image_twice_in_a_batch_is_at_no_distance_from_itself(trio: Written) 
     assert_explained(trio, pixels, target)
 
 
+@pytest.mark.slow
 def test_a_map_of_networks_that_differ_by_rounding_is_zero(tmp_path: Path) -> None:
     networks = {role: network(0, 3, 3, Preprocessing(), stages=1) for role in ("student", "base")}
     with torch.no_grad():
@@ -577,6 +578,7 @@ def half(pair: Written, tmp_path_factory: pytest.TempPathFactory) -> Written:
     return written(tmp_path_factory.mktemp("half"), pair.networks, pair.layers, FIXED, "fp16")
 
 
+@pytest.mark.slow
 def test_in_float16_the_geometry_is_float32s(half: Written) -> None:
     pixels, target = images(12, seed=8), one_hot(12, 3)
     found = half.run(pixels, target)
@@ -594,6 +596,7 @@ def _copies(file: Written) -> dict[str, Network]:
     return {role: replace(each, module=copy.deepcopy(each.module)) for role, each in file.networks.items()}
 
 
+@pytest.mark.slow
 def test_the_same_export_is_the_same_file(pair: Written, tmp_path: Path) -> None:
     again = written(tmp_path / "elsewhere", _copies(pair), pair.layers, FIXED)
     content = again.path.read_bytes()
@@ -602,7 +605,7 @@ def test_the_same_export_is_the_same_file(pair: Written, tmp_path: Path) -> None
         assert where.encode() not in content
 
 
-@pytest.mark.parametrize(("which", "arch"), [("trio", "sm_86"), ("half", "sm_120")])
+@pytest.mark.parametrize(("which", "arch"), [("trio", "sm_86"), pytest.param("half", "sm_120", marks=pytest.mark.slow)])
 def test_an_engine_of_an_explainer_takes_targets_of_one_width(
     which: str, arch: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

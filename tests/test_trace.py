@@ -192,10 +192,10 @@ class Attentions(nn.Module):
         return causal + shared + F.scaled_dot_product_attention(x, tokens, x, attn_mask=seen) + torch.einsum("nchw,ncvw->ncvh", x, x) @ x
 
 
-LONG = [pytest.param(rest, marks=pytest.mark.slow) for rest in (activations, rearrangements, resizings)]
+LONG = [pytest.param(rest, marks=pytest.mark.slow) for rest in (activations, rearrangements, resizings, statistics, poolings, Attentions)]
 
 
-@pytest.mark.parametrize("rest", [statistics, paddings, poolings, Convolutions, Normalisations, Attentions, *LONG])
+@pytest.mark.parametrize("rest", [paddings, Convolutions, Normalisations, *LONG])
 def test_what_networks_are_made_of_has_a_gradient_in_onnx(rest: Callable[[Tensor], Tensor] | type[nn.Module]) -> None:
     network = Behind(rest() if isinstance(rest, type) else rest).eval()
     graph = GradientGraph(network, ["layer"])
