@@ -61,7 +61,8 @@ def _gram(x: Tensor, y: Tensor) -> Tensor:
     if d % blocks:
         x, y = (torch.nn.functional.pad(rows, (0, -d % blocks)) for rows in (x, y))
     left, right = x.unflatten(1, (blocks, -1)).transpose(0, 1), y.unflatten(1, (blocks, -1)).permute(1, 2, 0)
-    return (left @ right).sum(0)
+    total: Tensor = (left @ right).sum(0)
+    return total
 
 
 def _squared(rows: Tensor, columns: Tensor, gram: Tensor, norms: Tensor) -> Tensor:
