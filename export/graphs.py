@@ -303,7 +303,8 @@ class ExplainerGraph(nn.Module):
             feature = features[explained]
             found = geometry.laplacian(d[explained], centred[explained], centred[given], goal)
             lap = torch.where(found.left > _ROUNDING, found.lap, 0.0)
-            weights = geometry.gradient(lap, geometry.gap(feature, torch.float32))
+            # Lap sends constants to zero. Taken from the features first, they cannot drown what images differ in as means are rounded.
+            weights = geometry.gradient(lap, geometry.gap(feature - feature.mean(0), torch.float32))
             maps = geometry.cam(feature, weights)
             scaled = nn.functional.interpolate(geometry.scaled(maps)[:, None], size=size, mode="bilinear", align_corners=False)
             results += [maps, scaled[:, 0], weights]
