@@ -1,0 +1,37 @@
+"""Whole network families: every kind of file agrees with PyTorch, and becomes an engine for two architectures without a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks import families
+from kdx.export import parity
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """`measure` takes one thread for itself."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "convnext_atto", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_a_family_exports_in_every_kind_and_builds_engines(name: str) -> None:
+    rows = families.measure(f"timm:{name}")
+    assert [row["kind"] for row in rows] == list(families.KINDS)
+    for row in rows:
+        assert "failed" not in row, row
+        assert row["largest_error"] <= parity.TOLERANCE
+        assert row["engines"] == dict.fromkeys(("sm_86", "sm_120"), "built")
+
+
+def test_the_pages_table_is_the_stored_one() -> None:
+    page = families.PAGE.read_text()
+    assert families.filled(page, json.loads(families.RESULT.read_text())) == page
