@@ -21,7 +21,7 @@ from kdx.arrays import MIN_IMAGES
 from kdx.console import progress
 from kdx.data import Dataset, class_balanced_sample, load_images, open_data, random_batches, split
 from kdx.errors import KdxError
-from kdx.explainer import Explainer
+from kdx.explainer import Explainer, without_references
 from kdx.finished import LostResult
 from kdx.models_file import ModelsFile, parse_layers, read_models
 from kdx.runtime import RuntimeName, describe_file, is_file
@@ -175,24 +175,15 @@ def _of_file(path: Path) -> ModelsFile:
 
 
 def _explainer(named: ModelsFile, layers: Mapping[str, str], options: Options, folder: Path) -> Explainer:
+    given: dict[str, Any]
     if is_file(named.path):
         if options.reference_images:
-            raise KdxError(
-                "An explainer file maps an image among its batch mates alone.", "Give a models file instead, for reference mode."
-            )
-        return Explainer(
-            file=named.path,
-            layers=layers,
-            runtime=options.runtime,
-            device=options.device,
-            objective=options.objective,
-            weighting=options.weighting,
-            chunk=options.chunk,
-            folder=folder,
-        )
-    given: dict[str, Any] = {
-        role: named.path.parent / reference if is_file(reference) else named.load(role) for role, reference in named.references.items()
-    }
+            raise without_references()
+        given = {"file": named.path}
+    else:
+        given = {
+            role: named.path.parent / reference if is_file(reference) else named.load(role) for role, reference in named.references.items()
+        }
     return Explainer(
         **given,
         layers=layers,

@@ -400,7 +400,7 @@ class _ExplainerFile:
         return {role: _about(self._file.networks[role], self._file) for role in self.roles}
 
     def use_references(self, images: Tensor, labels: Tensor) -> None:
-        raise KdxError("An explainer file maps an image among its batch mates alone.", "Give the networks themselves for reference mode.")
+        raise without_references()
 
     def explain(self, images: Tensor, labels: Tensor, permutations: Tensor) -> tuple[dict[str, Tensor], dict[str, Measured]]:
         self.open((images.shape[2], images.shape[3]))
@@ -436,6 +436,14 @@ class _ExplainerFile:
             self._runner.close()
         if self._temporary is not None:
             self._temporary.cleanup()
+
+
+def without_references() -> KdxError:
+    """The error of reference mode by an explainer file, whose geometry is that of the batch."""
+    return KdxError(
+        "An explainer file maps an image among its batch mates alone.",
+        "Give the networks themselves, or a models file that names them, for reference mode.",
+    )
 
 
 def _about(network: NetworkDescription, file: Description) -> dict[str, Any]:
