@@ -21,7 +21,7 @@ from kdx.arrays import MIN_IMAGES
 from kdx.console import progress
 from kdx.data import Dataset, class_balanced_sample, load_images, open_data, random_batches, split
 from kdx.errors import KdxError
-from kdx.explainer import Explainer, without_references
+from kdx.explainer import Explainer, largest_size, paired_layers, without_references
 from kdx.finished import LostResult
 from kdx.models_file import ModelsFile, parse_layers, read_models
 from kdx.runtime import RuntimeName, describe_file, is_file
@@ -93,7 +93,7 @@ def run(
     with ExitStack() as held:
         with _explainer(named, paired, options, networks or out / "networks") as explainer:
             described = explainer.networks()
-            size = _image_size(described)
+            size = largest_size(network["image_size"] for network in described.values())
             configuration = {
                 "data": data,
                 "split": share,
@@ -167,8 +167,7 @@ def _of_file(path: Path) -> ModelsFile:
             f"{path} is a file of {file.kind}, not an explainer.",
             "Write one with kdx export --explainer, or name the files in a models file.",
         )
-    teachers = file.networks["teacher"].layers if "teacher" in file.networks else file.layers
-    layers = tuple(f"{layer}={other}" for layer, other in zip(file.layers, teachers, strict=True))
+    layers = tuple(f"{layer}={other}" for layer, other in paired_layers(file).items())
     base, student, teacher = (file.networks[role].reference if role in file.networks else None for role in ("base", "student", "teacher"))
     assert base is not None and student is not None
     return ModelsFile(path, base, student, teacher, layers, file.classes)
@@ -194,16 +193,6 @@ def _explainer(named: ModelsFile, layers: Mapping[str, str], options: Options, f
         chunk=options.chunk,
         folder=folder,
     )
-
-
-def _image_size(described: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
-    """The largest size that a network asks for: the graphs of the others resize it."""
-    sizes: list[tuple[int, int]] = [network["image_size"] for network in described.values() if network["image_size"]]
-    if not sizes:
-        raise KdxError(
-            "None of the networks says what size of image it takes.", "Give it in the models file: [preprocessing] size = [height, width]."
-        )
-    return max(sizes, key=lambda size: size[0] * size[1])
 
 
 def _use_references(explainer: Explainer, dataset: Dataset, chosen: NDArray[np.int64], size: tuple[int, int]) -> None:

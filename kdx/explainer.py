@@ -370,8 +370,7 @@ class _ExplainerFile:
             raise KdxError(f"{path} is a file of {file.kind}, not an explainer.", "Write one with kdx export --explainer.")
         self._path, self._file, self._folder = path, file, folder
         self.roles = roles_among(file.networks)
-        teachers = file.networks["teacher" if "teacher" in file.networks else "student"].layers
-        held = dict(zip(file.layers, teachers, strict=True))
+        held = paired_layers(file)
         for layer, other in layers.items():
             if held.get(layer) != other:
                 known = ", ".join(a if a == b else f"{a}={b}" for a, b in held.items())
@@ -436,6 +435,22 @@ class _ExplainerFile:
             self._runner.close()
         if self._temporary is not None:
             self._temporary.cleanup()
+
+
+def paired_layers(file: Description) -> dict[str, str]:
+    """The layers of an explainer file: the student's and base's to the teacher's, or to themselves where there is no teacher."""
+    teacher = file.networks.get("teacher")
+    return dict(zip(file.layers, file.layers if teacher is None else teacher.layers, strict=True))
+
+
+def largest_size(sizes: Iterable[tuple[int, int] | None]) -> tuple[int, int]:
+    """The largest size, by area, that a network asks for: the graphs of the others resize it. KdxError where none asks for one."""
+    asked = [size for size in sizes if size is not None]
+    if not asked:
+        raise KdxError(
+            "None of the networks says what size of image it takes.", "Give it in the models file: [preprocessing] size = [height, width]."
+        )
+    return max(asked, key=lambda size: size[0] * size[1])
 
 
 def without_references() -> KdxError:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from kdx import models
 from kdx.errors import KdxError
-from kdx.explainer import explainer_graph
+from kdx.explainer import explainer_graph, largest_size
 from kdx.export import engine, onnx_file
 from kdx.export.engine import Batch
 from kdx.export.graphs import FeatureGraph, GradientGraph
@@ -93,7 +93,7 @@ def export(
         graph,
         path,
         origin={role: Origin(network.reference, network.weights_hash) for role, network in networks.items()},
-        image_size=_largest(networks),
+        image_size=largest_size(network.preprocessing.size for network in networks.values()),
         classes=next(classes for _, classes in loaded.values()),
         precision=options.precision,
     )
@@ -151,11 +151,6 @@ def _resized(network: Network, side: int | None) -> Network:
     return network
 
 
-def _largest(networks: dict[str, Network]) -> tuple[int, int]:
-    sizes = [network.preprocessing.size for network in networks.values() if network.preprocessing.size]
-    return max(sizes, key=lambda size: size[0] * size[1])
-
-
 def _stem(networks: dict[str, Network], kind: Kind, precision: Precision) -> str:
     name = "-given-".join(models.file_name(networks[role].reference) for role in ("network", "student", "base") if role in networks)
     return f"{name}.{kind}" + ("" if precision == "fp32" else f".{precision}")
@@ -173,7 +168,6 @@ def _engine(onnx_path: Path, path: Path, options: Options, announce: Callable[[s
     file = onnx_file.describe(onnx_path)
     size: tuple[int, int] | None = None
     if file.image_size is None:
-        sides = [network.preprocessing.size for network in file.networks.values() if network.preprocessing.size]
-        size = max(sides, key=lambda side: side[0] * side[1])
+        size = largest_size(network.preprocessing.size for network in file.networks.values())
     built = engine.build(onnx_path, path, batch=options.batch or _batch(file.kind), arch=options.arch, image_size=size, tf32=options.tf32)
     return Exported(path, path.stat().st_size, built.inputs, built.outputs, None, time.perf_counter() - start)
