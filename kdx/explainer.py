@@ -17,6 +17,7 @@ from kdx import arrays, models, transfer
 from kdx.arrays import Array
 from kdx.errors import KdxError
 from kdx.export import engine, onnx_file
+from kdx.export.engine import Batch
 from kdx.export.graphs import ExplainerGraph, FeatureGraph
 from kdx.export.onnx_file import Description, NetworkDescription, Origin
 from kdx.kernels import geometry
@@ -235,7 +236,7 @@ class _Runners:
         self._objective: geometry.Objective = objective
         self._weighting = weighting
         self._chunk = chunk
-        self._folder = folder
+        self._folder = _Folder(folder)
         self._may_fall_back = runtime == "auto"
         files = {role: Path(str(network)) for role, network in given.items() if is_file(network)}
         suffixes = sorted({path.suffix for path in files.values()})
@@ -251,7 +252,6 @@ class _Runners:
         self._references: dict[str, References] = {}
         self._runners: dict[str, Runner] = {}
         self._networks: dict[str, tuple[Network, FeatureGraph]] = {}
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         for role, network in given.items():
             wanted = tuple(layers.values() if role == "teacher" else layers)
             if files:
@@ -278,32 +278,21 @@ class _Runners:
         if role in self._files:
             path, file = self._files[role]
             weights = file.networks["network"].weights
-            return self._opened(role, path, weights, image_size if file.image_size is None else None)
+            return self._opened(path, f"{role}-{weights[:12]}", image_size if file.image_size is None else None)
         network, graph = self._networks[role]
         if self.choice.runtime == "eager":
             return EagerRunner(graph, self.choice.device)
-        path = self._place() / f"{role}-{network.weights_hash[:12]}.onnx"
+        path = self._folder.path / f"{role}-{network.weights_hash[:12]}.onnx"
         # Modules with equal weights may differ in their code; a reference says which code it is.
         bare = isinstance(self._given[role], nn.Module)
         size = network.preprocessing.size
         if bare or not onnx_file.holds(path, graph, network.weights_hash):
             onnx_file.write(graph, path, origin=Origin(network.reference, network.weights_hash), image_size=size or image_size)
-        return self._opened(role, path, network.weights_hash, image_size if size else None)
+        return self._opened(path, path.stem, image_size if size else None)
 
-    def _opened(self, role: str, path: Path, weights: str, image_size: tuple[int, int] | None) -> Runner:
-        """The runner of a file; TensorRT's by way of an engine, for images of ``image_size`` where the file takes any."""
-        if self.choice.runtime == "tensorrt" and path.suffix != ".engine":
-            built = self._place() / f"{role}-{weights[:12]}.engine"
-            most = self._chunk or _ENGINE_IMAGES
-            engine.build(path, built, batch=(1, most, most), image_size=image_size)
-            path = built
-        return open_file(path, self.choice.device)
-
-    def _place(self) -> Path:
-        if self._folder is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="kdx-", ignore_cleanup_errors=True)
-            self._folder = Path(self._temporary.name)
-        return self._folder
+    def _opened(self, path: Path, name: str, image_size: tuple[int, int] | None) -> Runner:
+        most = self._chunk or _ENGINE_IMAGES
+        return _opened(path, self.choice, self._folder, name, (1, most, most), image_size)
 
     def networks(self) -> dict[str, dict[str, Any]]:
         found = {}
@@ -357,8 +346,7 @@ class _Runners:
         for runner in self._runners.values():
             runner.close()
         self._given, self._files, self._networks, self._references = {}, {}, {}, {}
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        self._folder.close()
 
 
 class _ExplainerFile:
@@ -368,7 +356,7 @@ class _ExplainerFile:
         file = describe_file(path)
         if file.kind != "explainer":
             raise KdxError(f"{path} is a file of {file.kind}, not an explainer.", "Write one with kdx export --explainer.")
-        self._path, self._file, self._folder = path, file, folder
+        self._path, self._file, self._folder = path, file, _Folder(folder)
         self.roles = roles_among(file.networks)
         held = paired_layers(file)
         for layer, other in layers.items():
@@ -378,21 +366,14 @@ class _ExplainerFile:
                 raise KdxError(f"{path} does not hold the layer {name!r}.", f"It holds {known}; export it with the layer.")
         self.layers = dict(layers) or held
         self.choice = choose(runtime, device, files=True, engines=path.suffix == ".engine")
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._runner: FileRunner | None = None
 
     def open(self, image_size: tuple[int, int]) -> None:
         if self._runner is not None:
             return
-        path = self._path
-        if self.choice.runtime == "tensorrt" and path.suffix != ".engine":
-            if self._folder is None:
-                self._temporary = tempfile.TemporaryDirectory(prefix="kdx-", ignore_cleanup_errors=True)
-                self._folder = Path(self._temporary.name)
-            path = self._folder / f"{path.stem}.engine"
-            size = image_size if self._file.image_size is None else None
-            engine.build(self._path, path, batch=(arrays.MIN_IMAGES, _ENGINE_IMAGES, _ENGINE_IMAGES), image_size=size)
-        self._runner = open_file(path, self.choice.device)
+        batch = arrays.MIN_IMAGES, _ENGINE_IMAGES, _ENGINE_IMAGES
+        size = image_size if self._file.image_size is None else None
+        self._runner = _opened(self._path, self.choice, self._folder, self._path.stem, batch, size)
         log.info("runtime: %s", self.choice.why)
 
     def networks(self) -> dict[str, dict[str, Any]]:
@@ -433,8 +414,35 @@ class _ExplainerFile:
     def close(self) -> None:
         if self._runner is not None:
             self._runner.close()
+        self._folder.close()
+
+
+class _Folder:
+    """Where an explainer writes files and engines: the user's folder, or a temporary one, which is made when it is asked for."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def path(self) -> Path:
+        if self._path is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="kdx-", ignore_cleanup_errors=True)
+            self._path = Path(self._temporary.name)
+        return self._path
+
+    def close(self) -> None:
         if self._temporary is not None:
             self._temporary.cleanup()
+
+
+def _opened(path: Path, choice: Choice, folder: _Folder, name: str, batch: Batch, image_size: tuple[int, int] | None) -> FileRunner:
+    """The runner of a file; TensorRT's by way of an engine ``name``, for images of ``image_size`` where the file takes any."""
+    if choice.runtime == "tensorrt" and path.suffix != ".engine":
+        built = folder.path / f"{name}.engine"
+        engine.build(path, built, batch=batch, image_size=image_size)
+        path = built
+    return open_file(path, choice.device)
 
 
 def paired_layers(file: Description) -> dict[str, str]:
