@@ -1,0 +1,184 @@
+"""The kernels on the CPU: g++ compiles the very `.cu` files, and a launcher runs them on CPU tensors.
+
+`running` puts it in the place of the GPU's launcher, so that a test calls a wrapper of `kdx.kernels` and compares what comes back.
+Every launch is a process of its own, under the address and undefined-behaviour sanitizers, on copies of the tensors' memory
+of exact size. kernels/host/launch.cpp says what is caught and what is not.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kdx.kernels import cuda
+
+Order = Literal["forward", "reverse", "shuffled"]
+ORDERS: tuple[Order, ...] = ("forward", "reverse", "shuffled")
+"""Of blocks, and of the threads of a block between two points where they wait for one another."""
+
+KERNELS = Path(__file__).parents[1] / "kernels"
+SECONDS = 60
+"""After which a launch counts as hung."""
+
+_BUILDS = Path(__file__).parents[1] / ".pytest_cache" / "kernels"
+_COMPILE = (
+    *("g++", "-std=c++17", "-O1", "-g", "-DKDX_HOST", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"),
+    *("-fsanitize=address,undefined", "-fsanitize-sections=kdx_shared", "-fno-sanitize-recover=all"),
+)
+_KERNEL = re.compile(r'extern\s+"C"\s+__attribute__\s*\(\(used\)\)\s+void\s+(\w+)')
+
+
+class KernelError(Exception):
+    """A launch that the sanitizers or the emulation stopped, with what they say of it."""
+
+
+class HostLauncher:
+    """`kdx.kernels.cuda.Launcher` on the CPU.
+
+    changed: file name to text, in place of files of kernels/ or beside them. multiprocessors: as wrappers choose grids by; few,
+    so that a block of a small test has several pieces of work. Raises KernelError where a launch is stopped.
+    """
+
+    def __init__(self, order: Order = "forward", seed: int = 0, changed: Mapping[str, str] | None = None, multiprocessors: int = 3) -> None:
+        self.order = order
+        self.seed = seed
+        self.multiprocessors = multiprocessors
+        self._changed = tuple(sorted((changed or {}).items()))
+
+    def launch(
+        self,
+        source: str,
+        kernel: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        arguments: Sequence[Tensor | np.generic | None],
+        shared: int = 0,
+    ) -> None:
+        memories: dict[int, torch.UntypedStorage] = {}
+        words: list[object] = []
+        for argument in arguments:
+            if argument is None or (isinstance(argument, Tensor) and argument.data_ptr() == 0):
+                words += ["null"]
+            elif isinstance(argument, Tensor):
+                assert argument.device.type == "cpu"
+                memory = argument.untyped_storage()
+                memories.setdefault(memory.data_ptr(), memory)
+                which = list(memories).index(memory.data_ptr())
+                words += ["tensor", str(argument.dtype).removeprefix("torch."), which, argument.data_ptr() - memory.data_ptr()]
+            else:
+                words += ["number", argument.dtype.name, argument.tobytes().hex()]
+        sizes = [len(memories), *(memory.nbytes() for memory in memories.values())]
+        head = [kernel, *grid, *block, shared, self.order, self.seed, *sizes, len(arguments), *words]
+        views = [torch.empty(0, dtype=torch.uint8).set_(memory).numpy() for memory in memories.values()]  # type: ignore[call-overload]
+        given = b"".join([" ".join(map(str, head)).encode() + b"\n", *(view.tobytes() for view in views)])
+        environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+        try:
+            done = subprocess.run(
+                [_program(source, self._changed)], input=given, env=environment, timeout=SECONDS, capture_output=True, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise KernelError(f"{kernel} of {source}.cu does not end") from None
+        if done.returncode:
+            raise KernelError(f"{kernel} of {source}.cu, {self.order}: {done.stderr.decode(errors='replace').strip()}")
+        start = 0
+        for view in views:
+            view[:] = np.frombuffer(done.stdout, np.uint8, len(view), start)
+            start += len(view)
+
+
+@contextmanager
+def running(launcher: HostLauncher | None = None) -> Iterator[HostLauncher]:
+    """CPU tensors run on ``launcher`` wherever kdx would launch on a GPU, unless PyTorch is asked for.
+
+    Memory from torch.empty is NaN meanwhile, so that an element that a kernel does not write shows.
+    """
+    launcher = launcher or HostLauncher()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "launcher", lambda device: launcher)
+        patch.setattr(cuda, "runs", lambda x, backend="auto": backend != "torch")
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield launcher
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
+
+
+def broken(source: str, old: str, new: str, order: Order = "forward", seed: int = 0, file: str | None = None) -> HostLauncher:
+    """A launcher for a kernel with one piece of its text replaced; compiled at once, since the change must compile.
+
+    source: a file's stem ("cam"); file: the file to change where that is a header which it includes ("reduce.cuh").
+    """
+    name = file or f"{source}.cu"
+    text = (KERNELS / name).read_text()
+    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {name}"
+    launcher = HostLauncher(order, seed, {name: text.replace(old, new)})
+    _program(source, launcher._changed)
+    return launcher
+
+
+# ---- compiling ----
+
+
+@functools.cache
+def _program(source: str, changed: tuple[tuple[str, str], ...]) -> Path:
+    """The executable of one `.cu` file, from the cache by the text that it is made of."""
+    texts = {path.name: path.read_text() for path in (*KERNELS.glob("*.cuh"), KERNELS / f"{source}.cu") if path.exists()} | dict(changed)
+    runner = _runner()
+    key = hashlib.sha256("\0".join([runner.name, source, *_COMPILE, *(text for pair in sorted(texts.items()) for text in pair)]).encode())
+    program = _BUILDS / f"{source}-{key.hexdigest()[:24]}"
+    if not program.exists():
+        with _made(program) as folder:
+            for name, text in texts.items():
+                (folder / name).write_text(text)
+            # In a namespace without a name, shared memory of a template is one section with that of a function.
+            start = f'#include "common.cuh"\n#include "host/launch.h"\nnamespace {{\n#include "{source}.cu"\n'
+            unit = folder / "unit.cpp"
+            unit.write_text(f"{start}}}\n")
+            options = (*_COMPILE, f"-I{folder}", f"-I{KERNELS}")
+            kernels = _KERNEL.findall(_run(*options, "-E", "-P", str(unit)))
+            assert kernels, f"{source}.cu has no kernel"
+            unit.write_text(start + "".join(f"KDX_KERNEL({name})\n" for name in kernels) + "}\n")
+            _run(*options, str(unit), str(runner), "-o", str(folder / "made"))
+    return program
+
+
+@functools.cache
+def _runner() -> Path:
+    """The object file that runs a launch, the same for every kernel."""
+    host = KERNELS / "host"
+    key = hashlib.sha256("\0".join([*_COMPILE, *(path.read_text() for path in sorted(host.iterdir()))]).encode()).hexdigest()[:24]
+    made = _BUILDS / f"launch-{key}.o"
+    if not made.exists():
+        with _made(made) as folder:
+            _run(*_COMPILE, "-c", str(host / "launch.cpp"), "-o", str(folder / "made"))
+    return made
+
+
+@contextmanager
+def _made(target: Path) -> Iterator[Path]:
+    """A folder in which ``made`` is written, which then takes the target's place at once, and whole."""
+    _BUILDS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=_BUILDS) as folder:
+        yield Path(folder)
+        (Path(folder) / "made").replace(target)
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
