@@ -111,7 +111,9 @@ class WatchedNetwork(nn.Module):
         self.preprocessing = preprocessing
         self.mean: Tensor
         self.std: Tensor
-        kind = _wide(next((parameter.detach() for parameter in network.parameters() if parameter.is_floating_point()), torch.empty(0)))
+        kind = geometry.wide(
+            next((parameter.detach() for parameter in network.parameters() if parameter.is_floating_point()), torch.empty(0))
+        )
         for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
             self.register_buffer(name, torch.tensor(values, dtype=kind.dtype, device=kind.device).view(1, -1, 1, 1), persistent=False)
         self.watched = tuple(layers)
@@ -171,7 +173,7 @@ class FeatureGraph(WatchedNetwork):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         logits, raw = self.watch(images)
-        return _wide(logits), *(_wide(self.as_map(raw[layer], layer, images)) for layer in self.layers)
+        return geometry.wide(logits), *(geometry.wide(self.as_map(raw[layer], layer, images)) for layer in self.layers)
 
 
 class GradientGraph(WatchedNetwork):
@@ -234,7 +236,7 @@ class GradientGraph(WatchedNetwork):
                     f"{self.at or 'The prediction'} does not depend on layer {layer!r}.", "Name layers that come before the cotangent."
                 )
         gradients = [self.as_map(gradient, layer, images) for layer, gradient in zip(self.layers, found, strict=True)]
-        return tuple(_wide(result).detach() for result in (logits, *maps, *gradients))
+        return tuple(geometry.wide(result).detach() for result in (logits, *maps, *gradients))
 
     def _predict(self, images: Tensor) -> object:
         # Detached weights: autograd records from the first layer on, and the network's own flags stay as they are.
@@ -327,10 +329,6 @@ def _cut(raw: Tensor) -> Tensor:
     if raw.requires_grad or not raw.is_floating_point():
         return raw.view_as(raw)
     return raw.detach().requires_grad_()
-
-
-def _wide(result: Tensor) -> Tensor:
-    return result.to(torch.promote_types(result.dtype, torch.float32))
 
 
 def _remember(seen: dict[str, object], layer: str, held: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, object, object], object]:

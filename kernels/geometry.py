@@ -46,63 +46,90 @@ def _hollow(n: int, like: Tensor) -> Tensor:
     return (place[:, None] != place[None, :]).to(like.dtype)
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """Features at the precision of their Gram product: float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _gram(x: Tensor, y: Tensor) -> Tensor:
-    """x y^T for x [q, d] and y [m, d], summed over blocks of columns."""
-    d = x.shape[1]
+def _blocks(x: Tensor) -> Tensor:
+    """Rows [..., n, d] as [..., blocks, n, columns] of at most _BLOCK columns, with columns of zeros where they do not come out even."""
+    d = x.shape[-1]
     if not isinstance(d, int) or d <= _BLOCK:  # a width that a traced graph leaves open is a target's, and small
-        return x @ y.T
+        return x.unsqueeze(-3)
     least = -(-d // _BLOCK)
-    blocks = next((count for count in range(least, 4 * least) if d % count == 0), least)
-    if d % blocks:
-        x, y = (torch.nn.functional.pad(rows, (0, -d % blocks)) for rows in (x, y))
-    left, right = x.unflatten(1, (blocks, -1)).transpose(0, 1), y.unflatten(1, (blocks, -1)).permute(1, 2, 0)
-    total: Tensor = (left @ right).sum(0)
-    return total
-
-
-def _squared(rows: Tensor, columns: Tensor, gram: Tensor, norms: Tensor) -> Tensor:
-    """Squared distances [q, m] from gram = rows columns^T and norms |r_i|^2 + |c_j|^2, pairs closer than rounding repaired."""
-    squared = (norms - 2 * gram).clamp_min(0)
-    if torch.compiler.is_compiling():  # a graph cannot hold the loop over pairs that the data chooses
-        return torch.where(squared > _TRACED_ZERO * norms, squared, 0.0)
-    near = squared < _REPAIR_BELOW[squared.dtype] * norms
-    if rows is columns:
-        near = near.triu(1)
-    left, right = torch.nonzero(near, as_tuple=True)
-    step = max(1, _ELEMENTS // max(1, rows.shape[1]))
-    for start in range(0, len(left), step):
-        i, j = left[start : start + step], right[start : start + step]
-        squared[i, j] = (rows[i] - columns[j]).square().sum(1)
-    return squared
+    count = next((count for count in range(least, 4 * least) if d % count == 0), least)
+    if d % count:
+        x = torch.nn.functional.pad(x, (0, -d % count))
+    return x.unflatten(-1, (count, -1)).transpose(-2, -3)
 
 
 def distances(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """D_ij = ||x_i - x_j|| [n, n] in ``dtype``, for x [n, d] of any floating type.
+    """D_ij = ||x_i - x_j|| [..., n, n] in ``dtype``, for x [..., n, d] of any floating type.
 
     The column mean is subtracted first, which cancels most of the Gram product's rounding, and pairs closer than
     rounding are taken by direct difference.
     """
-    x = _wide(x)
-    x = x - x.mean(0)
-    gram = _gram(x, x)
-    hollow = _hollow(x.shape[0], x)
-    own = (gram * (1 - hollow)).sum(1)
-    squared = _squared(x, x, gram, (own[:, None] + own[None, :]) * hollow)
-    return (squared.triu(1) + squared.triu(1).mT).to(dtype).sqrt()
+    x = wide(x)
+    x = x - x.mean(-2, keepdim=True)
+    if torch.compiler.is_compiling():
+        return _traced_distances(x).to(dtype).sqrt()
+    norms = x.square().sum(-1)
+    d = centred_distances(x, x, norms, norms, dtype)
+    return d.triu(1) + d.triu(1).mT
+
+
+def _traced_distances(x: Tensor) -> Tensor:
+    """Squared distances [n, n] of centred rows [n, d] for a graph, which cannot hold the loop over pairs that the data chooses."""
+    rows = _blocks(x)
+    gram = (rows @ rows.mT).sum(-3)
+    hollow = _hollow(x.shape[-2], x)
+    own = (gram * (1 - hollow)).sum(-1)
+    norms = (own[..., :, None] + own[..., None, :]) * hollow
+    squared = norms - 2 * gram
+    upper = torch.where(squared > _TRACED_ZERO * norms, squared, 0.0).triu(1)
+    return upper + upper.mT
 
 
 def cross_distances(x: Tensor, y: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """||x_i - y_j|| [q, m] for x [q, d] and y [m, d], by the means that `distances` takes."""
-    x, y = _wide(x), _wide(y)
+    x, y = wide(x), wide(y)
     centre = y.mean(0)
     x, y = x - centre, y - centre
-    norms = x.square().sum(1)[:, None] + y.square().sum(1)[None, :]
-    return _squared(x, y, _gram(x, y), norms).to(dtype).sqrt()
+    return centred_distances(x, y, x.square().sum(1), y.square().sum(1), dtype)
+
+
+def centred_distances(x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """||x_i - y_j|| [..., q, m] of float32 or float64 rows x [..., q, d] and y [..., m, d], less one centre, and their squared norms.
+
+    Where x is y, an image is at distance zero from itself.
+    """
+    squared = x_norms[..., :, None] + y_norms[..., None, :]
+    rows = _blocks(x)
+    columns = rows if x is y else _blocks(y)
+    for block in range(rows.shape[-3]):
+        squared.sub_(rows.select(-3, block) @ columns.select(-3, block).mT, alpha=2)
+    if x is y:
+        squared.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+    _repair(squared, x, y, x_norms, y_norms)
+    if x is y:
+        squared.diagonal(dim1=-2, dim2=-1).zero_()
+    return squared.clamp_min_(0).to(dtype).sqrt_()
+
+
+def _repair(squared: Tensor, x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor) -> None:
+    """Squared distances of pairs closer than rounding, by direct difference."""
+    share = _REPAIR_BELOW[squared.dtype]
+    suspect = torch.nonzero(squared.amin(-1) < share * (x_norms + y_norms.amax(-1, keepdim=True)), as_tuple=True)
+    if len(suspect[0]) == 0:
+        return
+    *stack, row = suspect
+    near = squared[suspect] < share * (x_norms[suspect][:, None] + y_norms[tuple(stack)])
+    which, column = torch.nonzero(near, as_tuple=True)
+    step = max(1, _ELEMENTS // max(1, x.shape[-1]))
+    for start in range(0, len(which), step):
+        some, j = which[start : start + step], column[start : start + step]
+        at = tuple(index[some] for index in stack)
+        squared[(*at, row[some], j)] = (x[(*at, row[some])] - y[(*at, j)]).square().sum(-1)
 
 
 # Centred matrices and their products
@@ -149,7 +176,14 @@ def leave_one_out(d: Tensor, biased: bool = False) -> Tensor:
     row_products = rows @ rows.T - torch.einsum("am,bm->mab", rows, rows) - rows_with_m - rows_with_m.mT + with_m
     totals = rows.sum(-1)[None] - 2 * rows.T
     total_products = totals[:, :, None] * totals[:, None, :]
-    n -= 1
+    return combined(pairs, row_products, total_products, n - 1, biased)
+
+
+def combined(pairs: Tensor, row_products: Tensor, total_products: Tensor, n: int | Tensor, biased: bool = False) -> Tensor:
+    """Inner products of centred matrices from sums over the raw ones: sum_ij D E, sum_i r s and t u, of n images, broadcast together.
+
+    <A,B> = (sum D E - 2/(n-2) sum r s + t u/((n-1)(n-2)))/(n(n-3)); biased: the factors of the V-statistic.
+    """
     if biased:
         return pairs / n**2 - 2 * row_products / n**3 + total_products / n**4
     return (pairs - 2 * row_products / (n - 2) + total_products / ((n - 1) * (n - 2))) / (n * (n - 3))
@@ -291,20 +325,20 @@ def gradient(lap: Tensor, x: Tensor) -> Tensor:
     Lap sends constants to zero, so the mean over images is subtracted first, which only removes rounding. Near-duplicates put
     large opposite numbers into Lap, which only float64 cancels well: `gap` gives that by default.
     """
-    x = _wide(x)
+    x = wide(x)
     return lap.to(x.dtype) @ (x - x.mean(0))
 
 
 def cam(features: Tensor, channel_weights: Tensor) -> Tensor:
     """ReLU(sum_c a_ic F_ic) [n, H, W] for features [n, C, H, W] and weights [n, C]; not scaled."""
-    flat = _wide(features.flatten(2))
+    flat = wide(features.flatten(2))
     weighted = channel_weights.to(flat.dtype)[:, None, :] @ flat
     return weighted.reshape(-1, *features.shape[2:]).relu()
 
 
 def elementwise_cam(features: Tensor, gradients: Tensor) -> Tensor:
     """HiRes weighting: ReLU(sum_c (dL/dF_ic) F_ic) [n, H, W] for gradients [n, d] of the flattened features."""
-    return (gradients * _wide(features.flatten(1))).reshape(features.shape).sum(1).relu()
+    return (gradients * wide(features.flatten(1))).reshape(features.shape).sum(1).relu()
 
 
 def scaled(maps: Tensor) -> Tensor:
@@ -327,7 +361,7 @@ def bordered(inside: Tensor, border: Tensor) -> Tensor:
 
 def query_gradient(lap: Tensor, queries: Tensor, references: Tensor) -> Tensor:
     """The last row of Lap x [q, k] for lap [q, m+1, m+1], each query [q, k] standing behind the references [m, k]."""
-    queries, references = _wide(queries), _wide(references)
+    queries, references = wide(queries), wide(references)
     centre = references.mean(0)
     row = lap[:, -1].to(queries.dtype)
     return row[:, :-1] @ (references - centre) + row[:, -1:] * (queries - centre)

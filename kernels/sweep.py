@@ -1,0 +1,283 @@
+"""Inner products of distance matrices over N images, exact, in tiles of the upper triangle that are thrown away: O(N x tile) memory.
+
+For images i, j in tiles I, J, each matrix's distances D_ij are made once, and everything that scores need of all pairs is added up:
+
+- sum D E for every two matrices and the row sums of D, each split by *units*, equal random parts of the images. From these come
+  the inner products of the U-centred (or double-centred) matrices, of all images and of all but one unit (the jackknife);
+- the same under permutations of one matrix's images. Images stand in random order, and a permutation turns those of each tile
+  by a random number of places. These permutations are a group, so p-values from random ones among them are exact, and the sums for
+  all turns s of a tile's rows and t of its columns are one cross-correlation,
+
+      sum_ij D_ij E_(i+s)(j+t) = IDFT2(conj(DFT2 D) DFT2 E)_st:
+
+  three transforms of a tile, however many permutations.
+
+Centring sends every matrix u_i + u_j (i != j) to zero. Such a part, near to the rows' means, is taken from each tile first, so that
+what is added up is small and nothing cancels at the end. Randomisation by a subgroup: Hemerik and Goeman, "Exact testing with
+random permutations", TEST 27 (2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kdx.kernels import geometry
+
+TILE = 1024
+"""Images a side of a tile, where rows are short enough."""
+
+UNITS = 32
+"""Parts that the jackknife leaves out in turn."""
+
+_BYTES = 1 << 28
+"""Memory that the rows of a tile may take, over all matrices."""
+
+
+class Rows(Protocol):
+    """Rows [n, d] that distances are measured between: in memory, or read from where they lie."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def run(self) -> int:
+        """How many neighbouring rows are best read together."""
+
+    def read(self, index: Tensor) -> Tensor:
+        """Rows [k, d] of the images ``index`` [k], on the device."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows, read once: ``norms`` [n] are their squared distances from ``centre`` [d], in float64; not finite where a row is not."""
+
+    rows: Rows
+    centre: Tensor
+    norms: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows) -> Measured:
+        n, d = rows.shape
+        step = max(1, min(TILE, _BYTES // (8 * d)))
+        parts = [torch.arange(start, min(start + step, n), device=rows.device) for start in range(0, n, step)]
+        centre = geometry.wide(rows.read(parts[0])).mean(0)
+        norms = [torch.linalg.vector_norm(geometry.wide(rows.read(part)) - centre, dim=1) for part in parts]
+        return cls(rows, centre, torch.cat(norms).double().square())
+
+    @property
+    def scale(self) -> Tensor:
+        """The mean squared distance [], or somewhat more."""
+        return 2 * self.norms.mean()
+
+    def means(self) -> Tensor:
+        """About each row's mean distance from the others [n]: they lie around the centre in many directions."""
+        return (self.norms + self.norms.mean()).sqrt()
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Rows of which many are equal: ``codes`` [n] tell which, ``distances`` [c, c] are between the distinct ones."""
+
+    codes: Tensor
+    distances: Tensor
+
+    def _shares(self) -> Tensor:
+        return torch.bincount(self.codes, minlength=len(self.distances)) / len(self.codes)
+
+    @property
+    def scale(self) -> Tensor:
+        """The mean squared distance []."""
+        shares = self._shares().double()
+        return shares @ self.distances.double().square() @ shares
+
+    def means(self) -> Tensor:
+        """Each row's mean distance from the others [n]."""
+        return (self.distances.double() @ self._shares().double())[self.codes]
+
+
+Matrix = Measured | Classes
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The inner products of k matrices, normalised as in `geometry.products`.
+
+    products [k, k]; left_out [units, k, k]: without each unit; moved: a matrix whose images were permuted -> its products [p, k]
+    with all matrices.
+    """
+
+    products: Tensor
+    left_out: Tensor
+    moved: dict[int, Tensor]
+
+
+def sweep(
+    matrices: Sequence[Matrix],
+    *,
+    moved: Sequence[int] = (),
+    permutations: int = 0,
+    biased: bool = False,
+    seed: int = 0,
+    tile: int | None = None,
+    units: int = UNITS,
+    step: Callable[[int, int], None] = lambda done, total: None,
+) -> Swept:
+    """Inner products over all images of k matrices of the same n >= 4 images.
+
+    moved: the matrices whose images are permuted, ``permutations`` times. biased: double-centred instead of U-centred. tile: images a
+    side of a tile; by default as many as memory allows, up to TILE. step: told (tiles done, tiles in all).
+    """
+    measured = [m for m in matrices if isinstance(m, Measured)]
+    n, device = len(matrices[0].means()), next((m.norms.device for m in measured), torch.device("cpu"))
+    side = tile or _side([m.rows for m in measured])
+    generator = torch.Generator().manual_seed(seed)
+    order = _shuffled(n, max((m.rows.run for m in measured), default=1), generator).to(device)
+    tiles = order.split(side)
+    turns = [torch.randint(len(part), (permutations,), generator=generator).to(device) for part in tiles]
+    wide = biased or any(m.rows.dtype == torch.float64 for m in measured)
+    sums = _Sums(tiles, len(matrices), moved, turns, units, torch.float64 if wide else torch.float32)
+    offsets = [torch.zeros_like(m.means()) if biased else m.means() - m.means().mean() / 2 for m in matrices]
+    drawn = [_Drawn(m, offset, sums.dtype) for m, offset in zip(matrices, offsets, strict=True)]
+    total = len(tiles) * (len(tiles) + 1) // 2
+    for done, (a, b) in enumerate(_pairs(len(tiles)), 1):
+        sums.add(a, b, torch.stack([each.tile(tiles[a], tiles[b]) for each in drawn]))
+        step(done, total)
+    return sums.found(biased)
+
+
+def _side(rows: Sequence[Rows]) -> int:
+    """Images a side: a power of two, whose transforms are the quickest. Each matrix's rows are held, and one's columns."""
+    widths = [r.shape[1] * r.dtype.itemsize for r in rows]
+    side = TILE
+    while side > 16 and side * (sum(widths) + 2 * max(widths, default=0)) > _BYTES:
+        side //= 2
+    return side
+
+
+def _shuffled(n: int, run: int, generator: torch.Generator) -> Tensor:
+    """The images [n] in random order, ``run`` neighbours staying together."""
+    runs = torch.randperm(-(-n // run), generator=generator)
+    order = (runs[:, None] * run + torch.arange(run)).flatten()
+    return order[order < n]
+
+
+def _pairs(tiles: int) -> Iterator[tuple[int, int]]:
+    return ((a, b) for a in range(tiles) for b in range(a, tiles))
+
+
+class _Drawn:
+    """A matrix as tiles: distances less each row's and column's offset, zero where an image meets itself."""
+
+    def __init__(self, matrix: Matrix, offsets: Tensor, dtype: torch.dtype) -> None:
+        self._matrix = matrix
+        self._offsets = offsets.to(dtype)
+        self._dtype = dtype
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    def tile(self, left: Tensor, right: Tensor) -> Tensor:
+        """[l, r] of the images ``left`` [l] and ``right`` [r]: the same images, or none in both."""
+        d = self._classes(self._matrix, left, right) if isinstance(self._matrix, Classes) else self._measured(self._matrix, left, right)
+        d.sub_(self._offsets[left][:, None]).sub_(self._offsets[right])
+        return d.fill_diagonal_(0) if left is right else d
+
+    def _classes(self, matrix: Classes, left: Tensor, right: Tensor) -> Tensor:
+        return matrix.distances.to(self._dtype)[matrix.codes[left]][:, matrix.codes[right]]
+
+    def _measured(self, matrix: Measured, left: Tensor, right: Tensor) -> Tensor:
+        if self._held is None or self._held[0] is not left:
+            self._held = left, self._rows(matrix, left)
+        rows = self._held[1]
+        columns = rows if left is right else self._rows(matrix, right)
+        return geometry.centred_distances(rows, columns, matrix.norms[left].to(rows), matrix.norms[right].to(rows), self._dtype)
+
+    def _rows(self, matrix: Measured, index: Tensor) -> Tensor:
+        rows = geometry.wide(matrix.rows.read(index))
+        return rows.sub_(matrix.centre)
+
+
+class _Sums:
+    """What is added up over tiles."""
+
+    def __init__(
+        self, tiles: Sequence[Tensor], k: int, moved: Sequence[int], turns: Sequence[Tensor], units: int, dtype: torch.dtype
+    ) -> None:
+        n, device = sum(map(len, tiles)), tiles[0].device
+        self.dtype = dtype
+        self._moved, self._turns = list(moved), turns
+        self._units = min(units, n)
+        self._places = [slice(start, start + len(part)) for start, part in zip(range(0, n, len(tiles[0])), tiles, strict=True)]
+        # Images stand in random order: any even dealing of their places to units is a random one.
+        self._unit = torch.arange(n, device=device) % self._units
+        self._one_hot = [torch.nn.functional.one_hot(self._unit[place], self._units).to(dtype) for place in self._places]
+        self._pairs = torch.zeros(k, k, self._units, self._units, dtype=torch.float64, device=device)
+        self._rows = torch.zeros(k, n, self._units, dtype=torch.float64, device=device)
+        self._turned = torch.zeros(len(self._moved), k, len(turns[0]), dtype=torch.float64, device=device)
+
+    def add(self, a: int, b: int, d: Tensor) -> None:
+        """The tile d [k, l, r] of every matrix, in row a and column b >= a of tiles."""
+        left, right = self._one_hot[a], self._one_hot[b]
+        # One matrix after the other: a batched product of so few columns is many times slower.
+        for i, each in enumerate(d):
+            self._rows[i, self._places[a]] += each @ right
+            if a != b:
+                self._rows[i, self._places[b]] += each.T @ left
+        for i in range(len(d)):
+            for j in range(i, len(d)):
+                split = (left.T @ (d[i] * d[j])) @ right
+                both = split + split.T if a != b else split
+                self._pairs[i, j] += both
+                if i != j:
+                    self._pairs[j, i] += both
+        if self._turned.numel():
+            self._turned += self._turned_tile(a, b, d) * (1 if a == b else 2)
+
+    def _turned_tile(self, a: int, b: int, d: Tensor) -> Tensor:
+        """sum_ij D_ij E_(i+s)(j+t) [moved, k, p] for each permutation's turns s and t of these two tiles."""
+        place = self._turns[a] * d.shape[2] + self._turns[b]
+        spectra = torch.fft.rfft2(d)
+        found = torch.empty(len(self._moved), len(d), len(place), device=d.device, dtype=d.dtype)
+        for m, matrix in enumerate(self._moved):
+            for i in range(len(d)):
+                found[m, i] = torch.fft.irfft2(spectra[i].conj() * spectra[matrix], s=d.shape[1:]).flatten()[place]
+        return found
+
+    def found(self, biased: bool) -> Swept:
+        rows, n = self._rows.sum(2), self._rows.shape[1]
+        pairs, totals = self._pairs.sum((2, 3)), rows.sum(1)
+        products = geometry.combined(pairs, rows @ rows.T, totals[:, None] * totals, n, biased)
+
+        touched = self._pairs.sum(3) + self._pairs.sum(2) - self._pairs.diagonal(dim1=2, dim2=3)
+        rest = rows[:, :, None] - self._rows
+        rest[:, torch.arange(n, device=rest.device), self._unit] = 0  # rows of the unit itself go too
+        rest_totals = rest.sum(1).T
+        left_out = geometry.combined(
+            (pairs[:, :, None] - touched).movedim(2, 0),
+            torch.einsum("inu,jnu->uij", rest, rest),
+            rest_totals[:, :, None] * rest_totals[:, None, :],
+            n - torch.bincount(self._unit)[:, None, None],
+            biased,
+        )
+        moved = {
+            matrix: geometry.combined(turned.T, self._turned_rows(rows, matrix), totals * totals[matrix], n, biased)
+            for matrix, turned in zip(self._moved, self._turned, strict=True)
+        }
+        return Swept(products, left_out, moved)
+
+    def _turned_rows(self, rows: Tensor, matrix: int) -> Tensor:
+        """sum_i r_i s_pi(i) [p, k] of the row sums [k, n] with those of ``matrix``, permuted."""
+        found = rows.new_zeros(len(self._turns[0]), len(rows))
+        for place, turns in zip(self._places, self._turns, strict=True):
+            spectra = torch.fft.rfft(rows[:, place])
+            found += torch.fft.irfft(spectra.conj() * spectra[matrix], n=place.stop - place.start)[:, turns].T
+        return found
