@@ -1,40 +1,191 @@
-"""Compile, cache, load and launch the CUDA kernels."""
+"""Where a kernel runs: on PyTorch's device, context, stream and memory, launched through PyCUDA.
+
+Wrappers ask `runs` whether a call goes to CUDA or stays in PyTorch, and launch with `launcher(tensor.device).launch(...)`.
+"""
 
 from __future__ import annotations
 
+import atexit
+import functools
+import importlib
+import logging
+import threading
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kdx.errors import KdxError
+from kdx.errors import KdxError, first_line, missing_package
+from kdx.kernels import cubins
 
 Backend = Literal["auto", "torch", "cuda"]
+_BACKENDS = get_args(Backend)
+Size = tuple[int, int, int]
+Argument = Tensor | np.generic | None
+
+log = logging.getLogger("kdx")
 
 
 class Launcher(Protocol):
     """What wrappers launch kernels with."""
 
     multiprocessors: int
+    """Of the device, to choose grids by."""
 
-    def launch(
-        self,
-        source: str,
-        kernel: str,
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        arguments: Sequence[Tensor | np.generic | None],
-        shared: int = 0,
-    ) -> None: ...
+    def launch(self, source: str, kernel: str, grid: Size, block: Size, arguments: Sequence[Argument], shared: int = 0) -> None:
+        """Runs ``kernel`` of ``source``.cu after all that the current stream has been given.
+
+        grid, block: blocks, and threads of a block, along x, y, z. arguments: tensors on the launcher's device, which the kernel
+        takes as the address of their first element; None, a null pointer; NumPy numbers of the kernel's very types.
+        shared: bytes of dynamic shared memory.
+        """
+        ...
 
 
 def launcher(device: torch.device) -> Launcher:
-    """Not yet."""
-    raise KdxError(f"No kernel runs on {device}.", "Choose the backend torch.")
+    """The launcher of a CUDA device; KdxError where kernels cannot run on it."""
+    if device.type != "cuda":
+        raise _not_cuda(device)
+    found = _gpu(torch.cuda.current_device() if device.index is None else device.index)
+    if isinstance(found, KdxError):
+        raise KdxError(found.problem, found.mend)
+    return found
 
 
 def runs(x: Tensor, backend: Backend = "auto") -> bool:
-    """Not yet."""
-    return False
+    """Whether a call on ``x`` goes to the CUDA kernels; else it stays in PyTorch.
+
+    auto: on a CUDA tensor wherever the kernels can run; where they cannot, one line of the log says why. ``cuda`` raises a
+    KdxError instead. The kernels stay out of traced graphs and of recorded gradients, which see only PyTorch.
+    """
+    if backend == "torch" or (backend == "auto" and (torch.compiler.is_compiling() or not x.is_cuda)):
+        return False
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend is one of {', '.join(_BACKENDS)}, not {backend!r}")
+    try:
+        if torch.compiler.is_compiling():
+            raise KdxError("The CUDA kernels cannot be traced into a graph.", "Choose the backend torch.")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise KdxError("The CUDA kernels record no gradient.", "Detach the tensor, or choose the backend torch.")
+        launcher(x.device)
+    except KdxError as obstacle:
+        if backend == "cuda":
+            raise
+        _say_once(x.device, obstacle.problem)
+        return False
+    return True
+
+
+@functools.cache
+def _say_once(device: torch.device, problem: str) -> None:
+    log.warning("PyTorch in place of the CUDA kernels on %s: %s", device, problem)
+
+
+def _not_cuda(device: torch.device) -> KdxError:
+    return KdxError(
+        f"The CUDA kernels run on an NVIDIA GPU, and this tensor is on {device}.", "Move it to a GPU, or choose the backend torch."
+    )
+
+
+class Gpu:
+    """The launcher of one device. PyTorch's context is taken for each launch and given back after it."""
+
+    def __init__(self, index: int) -> None:
+        self.device = torch.device("cuda", index)
+        self.capability = torch.cuda.get_device_capability(index)
+        if self.capability < cubins.OLDEST:
+            raise KdxError(
+                f"The GPU {torch.cuda.get_device_name(index)} has compute capability {self.capability[0]}.{self.capability[1]}, and the "
+                f"CUDA kernels need {cubins.OLDEST[0]}.{cubins.OLDEST[1]}.",
+                "Choose the backend torch.",
+            )
+        self._driver = _driver()
+        # All of them, so that no call that has begun finds itself without a kernel.
+        with ThreadPoolExecutor() as pool:
+            made = pool.map(lambda source: (source, cubins.load(source, self.capability).code), cubins.names())
+            self._code = dict(made)
+        self.multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
+        self._driver.init()
+        self._context = self._driver.Device(index).retain_primary_context()  # which PyTorch works in
+        self._modules: dict[str, Any] = {}
+        self._functions: dict[tuple[str, str], Any] = {}
+        self._stream: tuple[Any, torch.cuda.Stream] | None = None  # one of PyCUDA's, as it and as PyTorch calls it
+        self._lock = threading.Lock()
+
+    def launch(self, source: str, kernel: str, grid: Size, block: Size, arguments: Sequence[Argument], shared: int = 0) -> None:
+        given = [self._packed(place, argument) for place, argument in enumerate(arguments)]
+        current = torch.cuda.current_stream(self.device)
+        with self._lock:
+            self._context.push()
+            try:
+                function = self._function(source, kernel)
+                if current.cuda_stream == 0:
+                    function(*given, grid=grid, block=block, shared=shared)
+                    return
+                # PyCUDA launches on the default stream or on one that it made, so another one waits for it on both sides.
+                if self._stream is None:
+                    made = self._driver.Stream()
+                    self._stream = made, torch.cuda.ExternalStream(made.handle, device=self.device)
+                own, ours = self._stream
+                ours.wait_stream(current)
+                function(*given, grid=grid, block=block, shared=shared, stream=own)
+                current.wait_stream(ours)
+            finally:
+                self._driver.Context.pop()
+
+    def close(self) -> None:
+        """Gives back modules and context; PyCUDA complains of those that outlive its own end."""
+        self._functions.clear()
+        self._modules.clear()
+        self._stream = self._context = None
+
+    def _packed(self, place: int, argument: Argument) -> np.generic:
+        if argument is None:
+            return np.uintp(0)
+        if isinstance(argument, Tensor):
+            if argument.device != self.device:
+                raise ValueError(f"argument {place} is on {argument.device}, and the kernel runs on {self.device}")
+            return np.uintp(argument.data_ptr())
+        if not isinstance(argument, np.number):
+            raise TypeError(f"argument {place} is a {type(argument).__name__}, neither a tensor nor a NumPy number")
+        return argument
+
+    def _function(self, source: str, kernel: str) -> Any:
+        found = self._functions.get((source, kernel))
+        if found is None:
+            if source not in self._modules:
+                self._modules[source] = self._driver.module_from_buffer(self._code[source])
+            found = self._functions[source, kernel] = self._modules[source].get_function(kernel)
+        return found
+
+
+_gpus: dict[int, Gpu | KdxError] = {}
+_opening = threading.Lock()
+
+
+def _gpu(index: int) -> Gpu | KdxError:
+    """A device's launcher, or why it has none; found out once."""
+    with _opening:
+        if index not in _gpus:
+            try:
+                gpu = Gpu(index)
+                atexit.register(gpu.close)
+                _gpus[index] = gpu
+            except KdxError as obstacle:
+                _gpus[index] = obstacle
+        return _gpus[index]
+
+
+def _driver() -> Any:
+    """pycuda.driver, or the KdxError that says why it is not there."""
+    try:
+        return importlib.import_module("pycuda.driver")
+    except ModuleNotFoundError:
+        raise missing_package("pycuda", "gpu", "The CUDA backend") from None
+    except ImportError as error:  # the driver's library
+        raise KdxError(
+            f"PyCUDA does not load: {first_line(error)}.", "Install the NVIDIA driver; kdx doctor says what is missing."
+        ) from error

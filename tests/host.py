@@ -82,7 +82,7 @@ class HostLauncher:
                 words += ["number", argument.dtype.name, argument.tobytes().hex()]
         sizes = [len(memories), *(memory.nbytes() for memory in memories.values())]
         head = [kernel, *grid, *block, shared, self.order, self.seed, *sizes, len(arguments), *words]
-        views = [torch.empty(0, dtype=torch.uint8).set_(memory).numpy() for memory in memories.values()]  # type: ignore[call-overload]
+        views = [torch.empty(0, dtype=torch.uint8).set_(memory).numpy() for memory in memories.values()]
         given = b"".join([" ".join(map(str, head)).encode() + b"\n", *(view.tobytes() for view in views)])
         environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
         try:
