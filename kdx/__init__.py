@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from kdx.errors import KdxError
 from kdx.explainer import Explainer, Explanation, LayerResult
-from kdx.saliency import ClassMaps, grad_cam, hires_cam, top_mask, unicam_before
+from kdx.saliency import ClassMaps, grad_cam, hires_cam, impute, salient_images, top_mask, unicam_before
 from kdx.scores import Score, fss, partial_rs, rs
 from kdx.unicam import Maps, Reference, unicam
 
@@ -20,8 +20,10 @@ __all__ = [
     "fss",
     "grad_cam",
     "hires_cam",
+    "impute",
     "partial_rs",
     "rs",
+    "salient_images",
     "top_mask",
     "unicam",
     "unicam_before",

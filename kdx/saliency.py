@@ -1,12 +1,14 @@
-"""Maps from exposed gradients: Grad-CAM and HiResCAM of a class, UniCAM of a layer before the feature layer, and masks of either.
+"""Maps from exposed gradients: Grad-CAM and HiResCAM of a class, UniCAM of a layer before the feature layer; and images of which
+only what such a map ranks highest is left.
 
 All of them run a graph of gradients (`kdx.export.graphs.GradientGraph`), in PyTorch or as a file in another runtime: images and a
-cotangent in, a layer's feature and gradient out. The cotangent says whose gradient it is.
+cotangent in, layers' features and gradients out. The cotangent says whose gradient it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,32 @@ Differentiable = str | Path | Network | nn.Module | Runner
 preprocessing), or an open runner of a graph of gradients, which stays open."""
 
 Classes = int | Array | None
+
+_CANCELLED = 1e-3
+"""Where terms add up to less than this share of their sizes, at every position of every image, they add up to zero: what is left is
+rounding, of half precision at worst, or the epsilon of a normalisation."""
+
+
+@dataclass(frozen=True)
+class Salience:
+    """What a salient image keeps: the share ``keep`` of its pixels, in (0, 1); and the standard deviation of the normal noise, of
+    pixels in [0, 1], that is added to the others as they are imputed. KdxError for any other share or deviation."""
+
+    keep: float = 0.5
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep < 1:  # so that NaN fails
+            raise KdxError(f"The share {self.keep} of pixels to keep is not between 0 and 1.", "Give a part of them, such as 0.5.")
+        if not 0 <= self.noise < math.inf:
+            raise KdxError(f"The noise {self.noise} is no standard deviation.", "Give 0, or a little, such as 0.01.")
+
+    def images(self, images: Tensor, maps: Tensor, seed: int = 0) -> Tensor:
+        """Images [n, 3, h, w] of which the top share of their maps [n, H, W], resized to them, is kept and the rest imputed."""
+        from kdx.kernels import imputation
+
+        kept = top_mask(unicam.scaled(maps, (images.shape[2], images.shape[3])), self.keep)
+        return imputation.impute(images, kept.to(images.device), noise=self.noise, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -182,11 +210,80 @@ def unicam_before(
                     "The gradients are those of the logits, not of a feature layer.",
                     "Name the feature layer: at, or --at where the file is exported.",
                 )
-            for part in _parts(runner, chunk, len(batch)):
-                _, feature, gradient = _differentiated(runner, name, batch[part], cotangent[part] / largest, part)
+            for part in parts(runner, chunk, len(batch)):
+                _, passed = _differentiated(runner, [name], batch[part], cotangent[part] / largest, part)
+                feature, gradient = passed[name]
                 found.append(_weighed(feature, gradient.double() * largest.to(gradient.device), weighting))
-    weights, maps = (arrays.like(torch.cat(parts), images) for parts in zip(*found, strict=True))
+    weights, maps = (arrays.like(torch.cat(pieces), images) for pieces in zip(*found, strict=True))
     return Maps(maps, weights, placed.score)
+
+
+def salient_images(
+    network: Differentiable,
+    images: Array,
+    layer: str | None = None,
+    keep: float = 0.5,
+    classes: Classes = None,
+    noise: float = 0.0,
+    seed: int = 0,
+    *,
+    device: str = "auto",
+    chunk: int | None = None,
+) -> Any:
+    """The images [n, 3, h, w] with the pixels that matter most to the network kept, and the others imputed from them.
+
+    ``impute(images, top_mask(hires_cam(network, images, layer, classes).scaled((h, w)), keep), noise=noise, seed=seed)``: the
+    share ``keep`` of an image's pixels that its HiResCAM, resized to the image, ranks highest stays. What a network makes of its
+    salient images are its salient features, which FSS and RS were published on with half of the pixels kept (arXiv 2412.13943).
+
+    network, images, layer, classes, device, chunk: as `hires_cam` takes them. noise, seed: as `impute` does. The images come
+    back in the kind, type and place that they came in.
+
+    Where a map is positive on less than the share, `top_mask` fills the share up with pixels in reading order; of an image
+    whose map is zero everywhere it keeps the first rows. A salient image does not show what the network sees: what was imputed
+    has colours and, at the edge of what was kept, traces of shape.
+
+    Raises KdxError for what `hires_cam` refuses, for a share outside (0, 1), and for a layer at which the maps of all images
+    are zero but for rounding, since they rank nothing: there, name the normalisation that reads the layer.
+
+    >>> import numpy as np, kdx
+    >>> images = np.random.default_rng(0).random((3, 3, 32, 32), dtype=np.float32)
+    >>> salient = kdx.salient_images("kdx:resnet,width=4,depth=1,classes=5", images, "layer2", keep=0.25)
+    >>> salient.shape, (salient == images).all(1).mean((1, 2)).round(2).tolist()
+    ((3, 3, 32, 32), [0.25, 0.25, 0.25])
+    """
+    salience, batch = Salience(keep, noise), arrays.pixels(images)
+    with torch.no_grad(), _opened(network, layer, batch, device) as (runner, name):
+        chosen, count = _chosen(runner, batch, classes, chunk)
+        maps = ranking_maps(runner, [name], batch, chosen, count, chunk)[name]
+    return arrays.like(salience.images(batch, maps, seed).to(batch.device), images)
+
+
+def impute(images: Array, kept: Array, *, noise: float = 0.0, seed: int = 0) -> Any:
+    """Images [n, c, h, w] of which the pixels kept stay as they are, and every other one is the mean of its neighbours.
+
+    Of the eight neighbours the four beside a pixel weigh 1/6 each and the four diagonal ones 1/12, and at the border as much more
+    as makes up for those that are missing; all imputed pixels of an image solve one linear system. Source: the noisy linear
+    imputation of Rong et al., "A Consistent and Efficient Evaluation Strategy for Attribution Methods", ICML 2022.
+
+    images: floating-point, NumPy or PyTorch. kept: boolean [n, h, w], or one mask [h, w] for all, such as `top_mask` gives.
+    noise: the standard deviation of normal noise on imputed pixels, of a generator that ``seed`` starts. Same kind and type out.
+
+    Imputation removes what neighbours do not tell; it does not remove the shape of the mask, which a network may read.
+
+    Raises KdxError for shapes that do not match, for pixels that are not finite, and for an image of which nothing is kept.
+
+    >>> import numpy as np, kdx
+    >>> ramp = np.tile(np.arange(5.0), (1, 1, 5, 1))
+    >>> kept = np.zeros((5, 5), bool)
+    >>> kept[:, [0, 4]] = True
+    >>> bool(np.abs(kdx.impute(ramp, kept) - ramp).max() < 1e-3)
+    True
+    """
+    from kdx.kernels import imputation
+
+    found = arrays.tensor(images, "images")
+    return arrays.like(imputation.impute(found, arrays.tensor(kept, "mask").to(found.device), noise=noise, seed=seed), images)
 
 
 def top_mask(maps: Array, share: float = 0.5) -> Any:
@@ -226,36 +323,66 @@ def _class_maps(
     found: list[tuple[Tensor, ...]] = []
     reached = False
     with torch.no_grad(), _opened(network, layer, batch, device) as (runner, name):
-        if not _is_of_logits(runner):
-            raise KdxError("The gradients are those of a feature layer, not of the logits.", "Export the network without --at.")
-        count = _class_count(runner, batch)
-        asked = None if classes is None else _asked(classes, len(batch), count).to(runner.device)
-        for part in _parts(runner, chunk, len(batch)):
-            chosen = _logits(runner, batch[part], count).argmax(1) if asked is None else asked[part]
-            cotangent = nn.functional.one_hot(chosen, count).to(batch.dtype)
-            logits, feature, gradient = _differentiated(runner, name, batch[part], cotangent, part)
-            found.append((*_weighed(feature, gradient, weighting), chosen, logits))
+        chosen, count = _chosen(runner, batch, classes, chunk)
+        for logits, passed in _passes(runner, [name], batch, chosen, count, chunk):
+            feature, gradient = passed[name]
+            found.append((*_weighed(feature, gradient, weighting), logits))
             reached |= bool(gradient.any())
     if not reached:
         raise KdxError(
             f"No position of layer {name!r} has any influence on these classes.",
             "Choose an earlier layer: behind the last block of a transformer, only its class token may be read.",
         )
-    weights, maps, chosen, logits = (arrays.like(torch.cat(parts), images) for parts in zip(*found, strict=True))
-    return ClassMaps(maps, weights, chosen, logits)
+    weights, maps, logits = (arrays.like(torch.cat(pieces), images) for pieces in zip(*found, strict=True))
+    return ClassMaps(maps, weights, arrays.like(chosen, images), logits)
 
 
-def _differentiated(runner: Runner, layer: str, images: Tensor, cotangent: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits, feature, gradient) of one pass, checked; the images are this part of all."""
+def ranking_maps(
+    runner: Runner, layers: Sequence[str], images: Tensor, classes: Tensor, count: int, chunk: int | None = None
+) -> dict[str, Tensor]:
+    """HiResCAM [n, H, W] of each layer, by one pass of a graph of gradients: images [n, 3, h, w], classes [n], of ``count``.
+
+    Raises KdxError for a layer at which the maps of all images are zero but for rounding.
+    """
+    maps: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    terms = dict.fromkeys(layers, 0.0)
+    for _, passed in _passes(runner, layers, images, classes, count, chunk):
+        for layer, (feature, gradient) in passed.items():
+            maps[layer].append(geometry.elementwise_cam(feature, gradient.flatten(1)))
+            terms[layer] = max(terms[layer], float(geometry.elementwise_cam(feature.abs(), gradient.abs().flatten(1)).max()))
+    found = {layer: torch.cat(pieces) for layer, pieces in maps.items()}
+    for layer, one in found.items():
+        if float(one.max()) <= _CANCELLED * terms[layer]:
+            raise KdxError(
+                f"HiResCAM at layer {layer!r} is zero everywhere, so it does not say which pixels are salient.",
+                "Name the normalisation that reads that layer, or an earlier layer; or take raw features.",
+            )
+    return found
+
+
+def _passes(
+    runner: Runner, layers: Sequence[str], images: Tensor, classes: Tensor, count: int, chunk: int | None
+) -> Iterator[tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]]:
+    """(logits, (feature, gradient) a layer) of each part of the images; the gradients are those of their classes' logits."""
+    for part in parts(runner, chunk, len(images)):
+        cotangent = nn.functional.one_hot(classes[part], count).to(images.dtype)
+        yield _differentiated(runner, layers, images[part], cotangent, part)
+
+
+def _differentiated(
+    runner: Runner, layers: Sequence[str], images: Tensor, cotangent: Tensor, part: slice
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """(logits, (feature, gradient) a layer) of one pass, checked; the images are this part of all."""
     found = runner.run({"images": images, "cotangent": cotangent})
-    feature, gradient = found[layer], found[f"gradient/{layer}"]
-    finite = feature.isfinite().flatten(1).all(1) & gradient.isfinite().flatten(1).all(1)
-    if not bool(finite.all()):
-        raise KdxError(
-            f"The features of layer {layer!r} or their gradients are not finite{_rows_text(finite, part.start)}.",
-            "Look at those images, and at the network's weights and precision.",
-        )
-    return found["logits"], feature, gradient
+    passed = {layer: (found[layer], found[f"gradient/{layer}"]) for layer in layers}
+    for layer, (feature, gradient) in passed.items():
+        finite = feature.isfinite().flatten(1).all(1) & gradient.isfinite().flatten(1).all(1)
+        if not bool(finite.all()):
+            raise KdxError(
+                f"The features of layer {layer!r} or their gradients are not finite{_rows_text(finite, part.start)}.",
+                "Look at those images, and at the network's weights and precision.",
+            )
+    return found["logits"], passed
 
 
 def _weighed(feature: Tensor, gradient: Tensor, weighting: Weighting) -> tuple[Tensor, Tensor]:
@@ -263,6 +390,16 @@ def _weighed(feature: Tensor, gradient: Tensor, weighting: Weighting) -> tuple[T
     weights = geometry.gap(gradient)
     maps = geometry.cam(feature, weights) if weighting == "gap" else geometry.elementwise_cam(feature, gradient.flatten(1))
     return weights.to(feature.dtype), maps.to(feature.dtype)
+
+
+def _chosen(runner: Runner, images: Tensor, classes: Classes, chunk: int | None) -> tuple[Tensor, int]:
+    """The classes [n] that were asked for, or else that the network predicts; and how many it has."""
+    if not _is_of_logits(runner):
+        raise KdxError("The gradients are those of a feature layer, not of the logits.", "Export the network without --at.")
+    count = _class_count(runner, images)
+    if classes is not None:
+        return _asked(classes, len(images), count).to(runner.device), count
+    return torch.cat([_logits(runner, images[part], count).argmax(1) for part in parts(runner, chunk, len(images))]), count
 
 
 def _logits(runner: Runner, images: Tensor, count: int) -> Tensor:
@@ -295,8 +432,8 @@ def _graph(runner: Runner) -> GradientGraph:
     return graph
 
 
-def _parts(runner: Runner, chunk: int | None, n: int) -> Iterator[slice]:
-    """Parts of ``chunk`` images, and of no more than an engine takes."""
+def parts(runner: Runner, chunk: int | None, n: int) -> Iterator[slice]:
+    """Parts of n images for a runner: of ``chunk`` images, and of no more than an engine takes."""
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be 1 or more, not {chunk}")
     most = min([chunk or n, *([runner.engine.batch[2]] if isinstance(runner, TrtRunner) else [])])
