@@ -212,7 +212,7 @@ def describe(path: Path) -> Description:
         ) from None
 
 
-def holds(path: Path, graph: FeatureGraph, weights: str) -> bool:
+def holds(path: Path, graph: FeatureGraph | GradientGraph, weights: str) -> bool:
     """Whether the file at ``path`` is ``graph`` in float32 with the weights of this hash, exported by these versions."""
     if not path.exists():
         return False
@@ -223,7 +223,8 @@ def holds(path: Path, graph: FeatureGraph, weights: str) -> bool:
     if (found.kind, found.precision, found.versions) != (graph.kind, "fp32", _versions()):
         return False
     network = found.networks["network"]
-    return (network.weights, network.layers, network.preprocessing) == (weights, graph.layers, graph.preprocessing)
+    at = graph.at if isinstance(graph, GradientGraph) else None
+    return (network.weights, network.layers, network.preprocessing, found.at) == (weights, graph.layers, graph.preprocessing, at)
 
 
 def _networks(graph: Graph) -> dict[str, WatchedNetwork]:

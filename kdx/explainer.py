@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdx import arrays, models, transfer
+from kdx import arrays, models, saliency, transfer
 from kdx.arrays import Array
 from kdx.errors import KdxError
 from kdx.export import engine, onnx_file
 from kdx.export.engine import Batch
-from kdx.export.graphs import ExplainerGraph, FeatureGraph
+from kdx.export.graphs import ExplainerGraph, FeatureGraph, GradientGraph
 from kdx.export.onnx_file import Description, NetworkDescription, Origin
 from kdx.kernels import geometry
 from kdx.models import Network
-from kdx.runtime import Choice, EagerRunner, FileRunner, Outputs, Runner, RuntimeName, TrtRunner, choose, describe_file, is_file, open_file
+from kdx.runtime import Choice, EagerRunner, FileRunner, Outputs, Runner, RuntimeName, choose, describe_file, is_file, open_file
+from kdx.saliency import Salience
 from kdx.scores import Score, permutation_table
 from kdx.transfer import Measured, References, Target, roles_among
 from kdx.unicam import Maps, ObjectiveName, Weighting
@@ -33,6 +35,9 @@ _ENGINE_IMAGES = 64
 """Images through an engine at once, where no chunk says it."""
 
 NetworkLike = str | Path | Network | nn.Module
+
+Features = Literal["raw", "salient"]
+"""What scores are measured on: networks' features of the images, or of each network's salient images."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,11 @@ class Explainer:
     confidence, seed: of the scores. file: an explainer file, which stands in place of the networks, the layers (all of its, where
     none is named), the objective and the weighting.
 
+    features: ``raw``, or ``salient`` for scores, contrasts and p-values of salient features, as published: at each layer, a
+    network's features of its own salient images (`kdx.salient_images`, of the class that it predicts), of which the share
+    ``keep`` is kept and the rest imputed with ``noise``. The maps are those of the raw features either way. Salient features
+    cost a backward pass a network and a forward pass a layer more; exported files hold no gradients for them.
+
     A context manager; `close` frees the networks. ``choice.why`` says in a line what ``auto`` chose and why. Where a network
     cannot be exported, ``auto`` takes PyTorch and says so there; asked for by name, ``onnx`` and ``tensorrt`` raise.
     """
@@ -105,7 +115,11 @@ class Explainer:
         seed: int = 0,
         folder: Path | None = None,
         file: str | Path | None = None,
+        features: Features = "raw",
+        keep: float = 0.5,
+        noise: float = 0.0,
     ) -> None:
+        salience = _salience(features, keep, noise)
         if isinstance(layers, str):
             layers = [layers]
         self.layers = dict(layers) if isinstance(layers, Mapping) else {layer: layer for layer in layers}
@@ -125,6 +139,8 @@ class Explainer:
                     f"The maps of an explainer file are of relevance, weighted by channel, not of {objective} weighted {weighting}.",
                     "Give the networks themselves for other maps.",
                 )
+            if salience is not None:
+                raise _without_gradients("An explainer file holds")
             self._source = _ExplainerFile(Path(file), self.layers, runtime, device, folder)
             self.layers, self.roles = self._source.layers, self._source.roles
             return
@@ -147,6 +163,7 @@ class Explainer:
             weighting=weighting,
             chunk=chunk,
             folder=folder,
+            salience=salience,
         )
 
     @property
@@ -168,19 +185,22 @@ class Explainer:
         arrays.check_same(len(labels), len(images), "reference labels", "reference images")
         self._source.use_references(arrays.pixels(images), arrays.tensor(labels, "reference labels"))
 
-    def explain(self, images: Tensor, labels: Tensor, permutations: Tensor) -> tuple[dict[str, Tensor], dict[str, Measured]]:
+    def explain(
+        self, images: Tensor, labels: Tensor, permutations: Tensor, seed: int | Sequence[int] = 0
+    ) -> tuple[dict[str, Tensor], dict[str, Measured]]:
         """Each role's logits [n, classes] and a Measured a layer, from images [n, 3, h, w] in [0, 1] and labels [n] or [n, e].
 
-        permutations [p, n] are those of the p-values. Calling the explainer makes scores of the same numbers.
+        permutations [p, n] are those of the p-values, seed that of the noise in salient images. Calling the explainer makes
+        scores of the same numbers.
         """
-        return self._source.explain(arrays.pixels(images), labels, permutations)
+        return self._source.explain(arrays.pixels(images), labels, permutations, np.random.SeedSequence(seed))
 
     def __call__(self, images: Array, labels: Array) -> Explanation:
         """Maps and scores of one batch: images [n, 3, h, w] in [0, 1], labels [n] or embedding [n, e], NumPy or PyTorch."""
         batch, target = arrays.tensor(images, "images"), arrays.tensor(labels, "target")
         arrays.check_images(len(batch))
         arrays.check_same(len(target), len(batch), "the target", "images")
-        logits, measured = self.explain(batch, target, permutation_table(len(batch), self.permutations, self.seed))
+        logits, measured = self.explain(batch, target, permutation_table(len(batch), self.permutations, self.seed), self.seed)
         layers = {}
         for layer, found in measured.items():
             summary = transfer.pool(found.products, found.moved, found.left_out, n=len(batch), confidence=self.confidence, roles=self.roles)
@@ -230,6 +250,7 @@ class _Runners:
         weighting: Weighting,
         chunk: int | None,
         folder: Path | None,
+        salience: Salience | None,
     ) -> None:
         self._given = given
         self._layers = layers
@@ -237,8 +258,11 @@ class _Runners:
         self._weighting = weighting
         self._chunk = chunk
         self._folder = _Folder(folder)
+        self._salience = salience
         self._may_fall_back = runtime == "auto"
         files = {role: Path(str(network)) for role, network in given.items() if is_file(network)}
+        if files and salience is not None:
+            raise _without_gradients("Exported files of features hold")
         suffixes = sorted({path.suffix for path in files.values()})
         if files and len(files) < len(given):
             raise KdxError(f"Only the {' and '.join(files)} is given as an exported file.", "Give every network as a file, or none.")
@@ -251,9 +275,10 @@ class _Runners:
             raise KdxError("No layer was named.", f"Name one or more of the student's: {', '.join(known)}.")
         self._references: dict[str, References] = {}
         self._runners: dict[str, Runner] = {}
+        self._gradients: dict[str, Runner] = {}
         self._networks: dict[str, tuple[Network, FeatureGraph]] = {}
         for role, network in given.items():
-            wanted = tuple(layers.values() if role == "teacher" else layers)
+            wanted = self._layers_of(role)
             if files:
                 _check_holds(*self._files[role], wanted)
             else:
@@ -266,23 +291,37 @@ class _Runners:
         if not self._given:
             raise ValueError("the explainer is closed")
         try:
-            self._runners = {role: self._runner(role, image_size) for role in self._given}
+            self._start(image_size)
         except KdxError as error:
             if not (self._may_fall_back and self.choice.runtime == "onnx" and self._networks):
                 raise
             self.choice = Choice("eager", self.choice.device, f"eager on the CPU, since the export failed: {error.problem}")
-            self._runners = {role: self._runner(role, image_size) for role in self._networks}
+            self._start(image_size)
         log.info("runtime: %s", self.choice.why)
 
-    def _runner(self, role: str, image_size: tuple[int, int]) -> Runner:
-        if role in self._files:
-            path, file = self._files[role]
-            weights = file.networks["network"].weights
-            return self._opened(path, f"{role}-{weights[:12]}", image_size if file.image_size is None else None)
-        network, graph = self._networks[role]
+    def _start(self, image_size: tuple[int, int]) -> None:
+        """Every runner, or none."""
+        runners, gradients = {}, {}
+        for role in self._given:
+            if role in self._files:
+                path, file = self._files[role]
+                weights = file.networks["network"].weights
+                runners[role] = self._opened(path, f"{role}-{weights[:12]}", image_size if file.image_size is None else None)
+                continue
+            network, graph = self._networks[role]
+            runners[role] = self._runner(role, graph, image_size)
+            if self._salience is not None:
+                differentiable = GradientGraph(network.module, list(dict.fromkeys(graph.layers)), network.preprocessing)
+                gradients[role] = self._runner(role, differentiable, image_size)
+        self._runners, self._gradients = runners, gradients
+
+    def _runner(self, role: str, graph: FeatureGraph | GradientGraph, image_size: tuple[int, int]) -> Runner:
+        """The runner of a graph of a role's network, which the runtimes of files have exported first."""
         if self.choice.runtime == "eager":
             return EagerRunner(graph, self.choice.device)
-        path = self._folder.path / f"{role}-{network.weights_hash[:12]}.onnx"
+        network, _ = self._networks[role]
+        suffix = ".onnx" if graph.kind == "features" else f".{graph.kind}.onnx"
+        path = self._folder.path / f"{role}-{network.weights_hash[:12]}{suffix}"
         # Modules with equal weights may differ in their code; a reference says which code it is.
         bare = isinstance(self._given[role], nn.Module)
         size = network.preprocessing.size
@@ -314,36 +353,74 @@ class _Runners:
 
     def use_references(self, images: Tensor, labels: Tensor) -> None:
         known, passed = labels.to(self.choice.device), self._infer(images)
-        self._references = {layer: References.of(_features(passed, layer, other), known) for layer, other in self._layers.items()}
+        self._references = {layer: References.of(self._features(passed, layer), known) for layer in self._layers}
 
-    def explain(self, images: Tensor, labels: Tensor, permutations: Tensor) -> tuple[dict[str, Tensor], dict[str, Measured]]:
+    def explain(
+        self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence
+    ) -> tuple[dict[str, Tensor], dict[str, Measured]]:
         passed = self._infer(images)
         with torch.no_grad():
             labels, permutations = labels.to(self.choice.device), permutations.to(self.choice.device)
             target = Target.of(labels)
             measured = {
                 layer: transfer.measure(
-                    _features(passed, layer, other),
+                    self._features(passed, layer),
                     target,
                     objective=self._objective,
                     weighting=self._weighting,
-                    permutations=permutations,
+                    permutations=permutations if self._salience is None else permutations[:0],
                     references=self._references.get(layer),
                     labels=labels,
                 )
-                for layer, other in self._layers.items()
+                for layer in self._layers
             }
+            if self._salience is not None:
+                for layer, distances in self._salient_distances(self._salience, images, passed, seed):
+                    products, moved, left_out = transfer.measure_distances(distances, target, permutations)
+                    measured[layer] = replace(measured[layer], products=products, moved=moved, left_out=left_out)
         return {role: outputs.logits for role, outputs in passed.items()}, measured
 
+    def _salient_distances(
+        self, salience: Salience, images: Tensor, passed: Mapping[str, Outputs], seed: np.random.SeedSequence
+    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Each layer with each role's distances [n, n] between its features, there, of its salient images."""
+        images = images.to(self.choice.device)
+        ranked = {}
+        for role, runner in self._gradients.items():
+            logits = passed[role].logits
+            ranked[role] = saliency.ranking_maps(runner, runner.layers, images, logits.argmax(1), logits.shape[1], self._chunk)
+        for layer in self._layers:
+            distances = {}
+            # Seeds of their own: noise that two networks' images had in common would read as likeness.
+            for role, own in zip(ranked, seed.spawn(len(ranked)), strict=True):
+                name = self._layer_of(role, layer)
+                shown = salience.images(images, ranked[role][name], int(own.generate_state(1)[0]))
+                rows = self._passed(role, shown).features[name].flatten(1)
+                distances[role] = arrays.measured(geometry.distances(rows), rows, f"{role}'s salient features")
+            yield layer, distances
+
     def _infer(self, images: Tensor) -> dict[str, Outputs]:
-        """One pass of each network, ``chunk`` images at a time, and no more than an engine takes."""
+        """One pass of each network."""
         self.open((images.shape[2], images.shape[3]))
-        most = [runner.engine.batch[2] for runner in self._runners.values() if isinstance(runner, TrtRunner)]
-        parts = images.split(min([self._chunk or len(images), *most]))
-        return {role: _joined([runner.infer(part) for part in parts]) for role, runner in self._runners.items()}
+        return {role: self._passed(role, images) for role in self._runners}
+
+    def _passed(self, role: str, images: Tensor) -> Outputs:
+        """One pass of a role's network, ``chunk`` images at a time, and no more than an engine takes."""
+        runner = self._runners[role]
+        return _joined([runner.infer(images[part]) for part in saliency.parts(runner, self._chunk, len(images))])
+
+    def _layer_of(self, role: str, layer: str) -> str:
+        """What a role calls one of the student's layers."""
+        return self._layers[layer] if role == "teacher" else layer
+
+    def _layers_of(self, role: str) -> tuple[str, ...]:
+        return tuple(self._layer_of(role, layer) for layer in self._layers)
+
+    def _features(self, passed: Mapping[str, Outputs], layer: str) -> dict[str, Tensor]:
+        return {role: outputs.features[self._layer_of(role, layer)] for role, outputs in passed.items()}
 
     def close(self) -> None:
-        for runner in self._runners.values():
+        for runner in (*self._runners.values(), *self._gradients.values()):
             runner.close()
         self._given, self._files, self._networks, self._references = {}, {}, {}, {}
         self._folder.close()
@@ -382,7 +459,9 @@ class _ExplainerFile:
     def use_references(self, images: Tensor, labels: Tensor) -> None:
         raise without_references()
 
-    def explain(self, images: Tensor, labels: Tensor, permutations: Tensor) -> tuple[dict[str, Tensor], dict[str, Measured]]:
+    def explain(
+        self, images: Tensor, labels: Tensor, permutations: Tensor, _seed: np.random.SeedSequence
+    ) -> tuple[dict[str, Tensor], dict[str, Measured]]:
         self.open((images.shape[2], images.shape[3]))
         assert self._runner is not None
         target = Target.of(labels.to(self.choice.device))
@@ -461,6 +540,28 @@ def largest_size(sizes: Iterable[tuple[int, int] | None]) -> tuple[int, int]:
     return max(asked, key=lambda size: size[0] * size[1])
 
 
+def _salience(features: Features, keep: float, noise: float) -> Salience | None:
+    """What salient images keep; None for raw features, of which nothing is left out."""
+    if features not in get_args(Features):
+        raise ValueError(f"no features {features!r}")
+    salience = Salience(keep, noise)
+    if features == "salient":
+        return salience
+    if salience != Salience():
+        raise KdxError(
+            "A share of pixels to keep, or noise, is said of salient features, and the features are raw.",
+            "Choose salient features (--features salient), or leave keep and noise out.",
+        )
+    return None
+
+
+def _without_gradients(what: str) -> KdxError:
+    return KdxError(
+        f"{what} no gradients, which salient features are made with.",
+        "Give the networks themselves, or a models file that names them; or take raw features (--features raw).",
+    )
+
+
 def without_references() -> KdxError:
     """The error of reference mode by an explainer file, whose geometry is that of the batch."""
     return KdxError(
@@ -495,10 +596,6 @@ def _sensible(network: Network) -> Iterable[str]:
         return models.layers(network)
     except KdxError:
         return [name for name, _ in network.module.named_modules() if name]
-
-
-def _features(passed: Mapping[str, Outputs], layer: str, teacher_layer: str) -> dict[str, Tensor]:
-    return {role: outputs.features[teacher_layer if role == "teacher" else layer] for role, outputs in passed.items()}
 
 
 def _joined(parts: list[Outputs]) -> Outputs:

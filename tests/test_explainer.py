@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
+import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from kdx.explainer import Explanation, NetworkLike, _Runners
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.models import Network
 from kdx.runtime import Choice, OrtRunner
+from kdx.saliency import Salience
+from kdx.scores import Score
 from kdx.transfer import MAPS
 
 LAYERS = {"conv1": "stem", "conv2": "conv2"}
@@ -98,6 +102,16 @@ def features(pixels: Tensor | None = None) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+def score_of(name: str, known: Mapping[str, Tensor]) -> Score:
+    """The score of a name, of each role's features, by kdx's own functions."""
+    kind, _, inside = name.removesuffix(")").partition("(")
+    if kind == "FSS":
+        one, other = inside.split(",")
+        return kdx.fss(known[PAIRS[one]], known[PAIRS[other]], permutations=19)
+    one, _, other = inside.partition("|")
+    return kdx.rs(known[PAIRS[one]], labels(), known[PAIRS[other]] if other else None, permutations=19)
+
+
 def close(found: Any, expected: Any, tolerance: float) -> None:
     """Within ``tolerance`` of the expected array's largest value."""
     found, expected = np.asarray(found), np.asarray(expected)
@@ -172,13 +186,7 @@ def test_its_scores_are_fss_and_rs(explained: Explanation, layer: str) -> None:
     known = {role: maps[layer] for role, maps in features().items()}
     result = explained.layers[layer]
     for name, score in result.scores.items():
-        kind, _, inside = name.removesuffix(")").partition("(")
-        if kind == "FSS":
-            one, other = inside.split(",")
-            expected = kdx.fss(known[PAIRS[one]], known[PAIRS[other]], permutations=19)
-        else:
-            one, _, other = inside.partition("|")
-            expected = kdx.rs(known[PAIRS[one]], labels(), known[PAIRS[other]] if other else None, permutations=19)
+        expected = score_of(name, known)
         assert score.value == pytest.approx(expected.value, abs=1e-9)
         assert score.interval == pytest.approx(expected.interval, abs=1e-7)
         assert score.p_value == pytest.approx(expected.p_value)
@@ -329,6 +337,205 @@ def test_references_of_one_class_are_refused() -> None:
         opened.use_references(images(10), torch.zeros(10, dtype=torch.int64))
 
 
+# ---- salient features ----
+
+
+def salient_features(keep: float) -> dict[str, dict[str, Tensor]]:
+    """Each role's features of its own salient images by the student's layer, step by step in PyTorch."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for role, network in networks().items():
+        found[role] = {}
+        for layer, other in LAYERS.items():
+            name = other if role == "teacher" else layer
+            ranked = kdx.hires_cam(network, images(), name).scaled(SIZE)
+            with torch.no_grad():
+                _, found[role][layer] = FeatureGraph(network, [name])(kdx.impute(images(), kdx.top_mask(ranked, keep)))
+    return found
+
+
+def assert_same_maps(found: Explanation, expected: Explanation, tolerance: float) -> None:
+    for layer, one in found.layers.items():
+        for name in MAPS:
+            close(getattr(one, name).maps, getattr(expected.layers[layer], name).maps, tolerance)
+            assert getattr(one, name).score == pytest.approx(getattr(expected.layers[layer], name).score, abs=tolerance)
+
+
+@pytest.fixture(scope="session")
+def salient() -> Explanation:
+    with explainer(features="salient", keep=0.4) as opened:
+        return opened(images(), labels())
+
+
+def test_scores_are_those_of_salient_features_and_maps_those_of_raw_ones(explained: Explanation, salient: Explanation) -> None:
+    assert_same_maps(salient, explained, 0.0)
+    known = salient_features(0.4)
+    for layer, result in salient.layers.items():
+        of = {role: known[role][layer] for role in known}
+        for name, score in result.scores.items():
+            expected = score_of(name, of)
+            assert score.value == pytest.approx(expected.value, abs=1e-9)
+            assert score.interval == pytest.approx(expected.interval, abs=1e-7)
+            assert score.p_value == expected.p_value
+            assert abs(score.value - explained.layers[layer].scores[name].value) > 1e-3
+        for name, (value, (low, high)) in result.contrasts.items():
+            more, less = name.split(" - ")
+            assert value == pytest.approx(result.scores[more].value - result.scores[less].value, abs=1e-12) and low <= value <= high
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_the_chunk_changes_no_score_of_salient_features(salient: Explanation, chunk: int) -> None:
+    with explainer(features="salient", keep=0.4, chunk=chunk) as opened:
+        assert_same(opened(images(), labels()), salient, 1e-5)
+
+
+def test_references_map_and_salient_features_score(salient: Explanation) -> None:
+    found = []
+    for settings in ({}, {"features": "salient", "keep": 0.4}):
+        with explainer(**settings) as opened:
+            opened.use_references(images(10, seed=5), torch.arange(10) % 4)
+            found.append(opened(images(), labels()))
+    raw, scored = found
+    assert_same_maps(scored, raw, 0.0)
+    for layer, result in scored.layers.items():
+        assert result.scores == salient.layers[layer].scores and result.contrasts == salient.layers[layer].contrasts
+
+
+def test_noise_in_salient_images_is_seeded(salient: Explanation) -> None:
+    values = []
+    for seed in (1, 1, 2):
+        with explainer(features="salient", keep=0.4, noise=0.1, seed=seed) as opened:
+            values.append([score.value for result in opened(images(), labels()).layers.values() for score in result.scores.values()])
+    without = [score.value for result in salient.layers.values() for score in result.scores.values()]
+    assert values[0] == values[1]
+    assert np.abs(np.subtract(values[0], values[2])).max() > 1e-3 and np.abs(np.subtract(values[0], without)).max() > 1e-3
+
+
+def test_noise_is_each_networks_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What two networks' images had in common would read as likeness."""
+    seeds = []
+
+    def recorded(self: Salience, pixels: Tensor, maps: Tensor, seed: int = 0) -> Tensor:
+        seeds.append(seed)
+        return pixels
+
+    monkeypatch.setattr(Salience, "images", recorded)
+    with explainer(features="salient") as opened:
+        for batch in range(2):
+            opened.explain(images(), labels(), torch.empty(0, N, dtype=torch.int64), (3, batch))
+    assert len(seeds) == len(set(seeds)) == 2 * len(LAYERS) * 3
+
+
+@pytest.fixture(scope="module")
+def gradients(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The exported files of student and base, and those of their gradients."""
+    path = tmp_path_factory.mktemp("gradients")
+    for role in ("student", "base"):
+        shutil.copy2(files(folder)[role], path)
+    before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+    with explainer(runtime="onnx", folder=path, **pair()) as opened:
+        opened.open(SIZE)
+    held = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+    assert before.items() <= held.items(), "the files of features are used again"
+    assert sorted(name.split("-")[0] for name in held if name.endswith(".gradients.onnx")) == ["base", "student"]
+    return path
+
+
+def pair() -> dict[str, Any]:
+    return {**named(), "teacher": None, "layers": list(LAYERS), "features": "salient", "keep": 0.4}
+
+
+def test_onnx_gives_what_eager_gives_of_salient_features(gradients: Path, explained: Explanation, salient: Explanation) -> None:
+    modified = {path.name: path.stat().st_mtime_ns for path in gradients.iterdir()}
+    with explainer(runtime="onnx", folder=gradients, chunk=5, **pair()) as opened:
+        found = opened(images(), labels())
+        assert opened.choice.runtime == "onnx"
+    assert_scores_of_a_pair(found, salient)
+    for layer, result in found.layers.items():
+        close(result.distilled.maps, explained.layers[layer].distilled.maps, 1e-4)
+    assert {path.name: path.stat().st_mtime_ns for path in gradients.iterdir()} == modified, "the files are kept, not written again"
+
+
+def assert_scores_of_a_pair(found: Explanation, expected: Explanation) -> None:
+    for layer, result in found.layers.items():
+        assert list(result.scores) == ["RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)"]
+        for name, score in result.scores.items():
+            assert score.value == pytest.approx(expected.layers[layer].scores[name].value, abs=1e-4)
+
+
+def test_tensorrt_runs_engines_of_gradients(gradients: Path, tmp_path: Path, salient: Explanation, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = _Engines()
+    monkeypatch.setattr("kdx.explainer.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
+    monkeypatch.setattr("kdx.explainer.engine.build", engines.build)
+    monkeypatch.setattr("kdx.explainer.open_file", engines.open)
+    shutil.copytree(gradients, tmp_path, dirs_exist_ok=True)
+    with explainer(runtime="tensorrt", folder=tmp_path, chunk=5, **pair()) as opened:
+        assert_scores_of_a_pair(opened(images(), labels()), salient)
+    assert sorted(engines.built) == ["base", "base.gradients", "student", "student.gradients"]
+    assert set(engines.built.values()) == {((1, 5, 5), None)}
+
+
+def test_auto_falls_back_where_gradients_cannot_be_exported(
+    folder: Path, tmp_path: Path, salient: Explanation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in files(folder).values():
+        shutil.copy2(file, tmp_path)
+    monkeypatch.setattr("kdx.export.onnx_file._exported", _refuse)
+    with explainer(runtime="auto", folder=tmp_path, **named(), features="salient", keep=0.4) as opened:
+        found = opened(images(), labels())
+        assert opened.choice.runtime == "eager" and "No export in this test." in opened.choice.why
+    assert_same(found, salient, 1e-6)
+
+
+class Normed(nn.Module):
+    """A layer whose scale a normalisation takes away."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.norm = nn.LayerNorm(6)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.norm(self.conv(images).permute(0, 2, 3, 1)).relu().mean((1, 2)))
+        return logits
+
+
+def test_a_layer_that_ranks_no_pixels_is_named() -> None:
+    settings: dict[str, Any] = {"student": Normed(1), "base": Normed(2), "teacher": None, "features": "salient"}
+    with explainer(layers=["conv"], **settings) as opened, pytest.raises(KdxError, match="HiResCAM at layer 'conv' is zero") as caught:
+        opened(images(), labels())
+    assert "normalisation that reads that layer" in caught.value.mend
+    with explainer(layers=["norm"], **settings) as opened:
+        assert math.isfinite(opened(images(), labels()).layers["norm"].rs.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "mend"),
+    [
+        ({"features": "salient", "keep": 0}, "share 0 of pixels", "0.5"),
+        ({"features": "salient", "keep": 1.5}, "share 1.5 of pixels", "0.5"),
+        ({"features": "salient", "noise": -1.0}, "noise -1.0", "0.01"),
+        ({"keep": 0.3}, "the features are raw", "--features salient"),
+        ({"noise": 0.1}, "the features are raw", "--features salient"),
+        (
+            {"features": "salient", **{role: f"{role}.onnx" for role in ("student", "base", "teacher")}},
+            "files of features hold no gradients",
+            "the networks themselves",
+        ),
+        (
+            {"features": "salient", "file": "it.explainer.onnx", "student": None, "base": None, "teacher": None},
+            "explainer file holds no gradients",
+            "the networks themselves",
+        ),
+    ],
+)
+def test_salient_features_that_there_cannot_be_are_refused_at_once(changes: dict[str, Any], said: str, mend: str) -> None:
+    with pytest.raises(KdxError) as caught:
+        explainer(**changes)
+    assert said in caught.value.problem and mend in caught.value.mend
+
+
 # ---- runtimes ----
 
 
@@ -419,7 +626,8 @@ class _Engines:
         self.built: dict[str, tuple[Any, Any]] = {}
 
     def build(self, path: Path, built: Path, *, batch: Any, image_size: Any) -> None:
-        self.built[built.name.split("-")[0]] = batch, image_size
+        role, _, rest = built.stem.partition("-")
+        self.built[role + Path(rest).suffix] = batch, image_size
         built.write_text(str(path))
 
     def open(self, path: Path, _: torch.device) -> OrtRunner:
@@ -609,7 +817,7 @@ def test_random_weights_are_told() -> None:
         assert {role: about["trained"] for role, about in opened.networks().items()} == {"teacher": True, "student": True, "base": False}
 
 
-@pytest.mark.parametrize("changes", [{"objective": "beauty"}, {"weighting": "grad"}])
+@pytest.mark.parametrize("changes", [{"objective": "beauty"}, {"weighting": "grad"}, {"features": "cooked"}])
 def test_a_programmers_mistake_is_a_value_error(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes.values()))):
         explainer(**changes)
