@@ -11,6 +11,7 @@ import typer.core
 
 from kdx.console import console
 from kdx.errors import KdxError
+from kdx.explainer import Features
 from kdx.runtime import RuntimeName
 from kdx.unicam import ObjectiveName, Weighting
 
@@ -192,6 +193,11 @@ def explain(
     device: DeviceOption = "auto",
     objective: Annotated[ObjectiveName, typer.Option(help="What the maps raise.")] = "relevance",
     weighting: Annotated[Weighting, typer.Option(help="One weight a channel, or one a position (HiRes).")] = "gap",
+    features: Annotated[
+        Features, typer.Option(help="What the scores are of: whole images, or those pixels that matter most to each network.")
+    ] = "raw",
+    keep: Annotated[float, typer.Option(help="Salient features: the share of pixels to keep; the rest is imputed.")] = 0.5,
+    noise: Annotated[float, typer.Option(help="Salient features: the deviation of noise on imputed pixels.")] = 0.0,
     reference: Annotated[int, typer.Option(min=0, help="Map every image among this many fixed images; 0: among its batch mates.")] = 0,
     split: Annotated[
         str | None, typer.Option(help="test, validation, train or all; by default test of the models' own data, all of other data.")
@@ -215,6 +221,9 @@ def explain(
         device=device,
         objective=objective,
         weighting=weighting,
+        features=features,
+        keep=keep,
+        noise=noise,
         reference_images=reference,
         split=split,
         permutations=permutations,

@@ -21,7 +21,7 @@ from kdx.arrays import MIN_IMAGES
 from kdx.console import progress
 from kdx.data import Dataset, class_balanced_sample, load_images, open_data, random_batches, split
 from kdx.errors import KdxError
-from kdx.explainer import Explainer, largest_size, paired_layers, without_references
+from kdx.explainer import Explainer, Features, largest_size, paired_layers, without_references
 from kdx.finished import LostResult
 from kdx.models_file import ModelsFile, parse_layers, read_models
 from kdx.runtime import RuntimeName, describe_file, is_file
@@ -31,6 +31,7 @@ from kdx.transfer import LayerScores, Measured, Pool, moved_among, roles_among
 from kdx.unicam import ObjectiveName, Weighting
 
 _CHANGES_NO_RESULT = ("chunk", "max_unreadable", "gallery")
+_OF_FEATURES = ("features", "keep", "noise")
 _OF_A_MODEL = ("reference", "sha256", "parameters", "preprocessing")
 _PACKAGES = ("kdx", "torch", "numpy", "scipy", "onnx", "onnxruntime", "zarr", "pyarrow", "pillow")
 
@@ -42,8 +43,8 @@ class Options:
     batch: images whose geometry makes one set of maps; chunk: images through a network at once (it changes no result).
     reference_images: m > 0 maps every image among the same m class-balanced images instead of its batch mates.
     split: ``test``, ``validation``, ``train`` or ``all``; None takes ``test`` of the data that the models were trained on, and all
-    of any other. max_unreadable: the share of corrupt images past which the run fails; one image always passes, unless the share
-    is 0. gallery: images shown in the report.
+    of any other. features, keep, noise: what the scores are of, as in `kdx.Explainer`. max_unreadable: the share of corrupt
+    images past which the run fails; one image always passes, unless the share is 0. gallery: images shown in the report.
     """
 
     batch: int = 64
@@ -54,6 +55,9 @@ class Options:
     weighting: Weighting = "gap"
     reference_images: int = 0
     split: str | None = None
+    features: Features = "raw"
+    keep: float = 0.5
+    noise: float = 0.0
     seed: int = 0
     permutations: int = 999
     confidence: float = 0.95
@@ -102,7 +106,7 @@ def run(
                 "models": {role: {key: about[key] for key in _OF_A_MODEL} for role, about in described.items()},
                 "layers": paired,
                 "image_size": size,
-                **{key: value for key, value in asdict(options).items() if key not in ("split", *_CHANGES_NO_RESULT)},
+                **_said_of(options),
             }
             rest = {
                 "kdx": version("kdx"),
@@ -145,6 +149,17 @@ def run(
                 show("Explaining", len(batches), len(batches), "batches")
         _finish(store, dataset, batches, options, size)
         return report.write(out)
+
+
+def _said_of(options: Options) -> dict[str, Any]:
+    """What a run's configuration says of its options: those that its results depend on.
+
+    Raw features go unsaid, so that runs from before there were others are still the same.
+    """
+    said = {key: value for key, value in asdict(options).items() if key not in ("split", *_OF_FEATURES, *_CHANGES_NO_RESULT)}
+    if options.features == "salient":
+        said["features"] = {"kind": options.features, "keep": options.keep, "noise": options.noise}
+    return said
 
 
 def _part(dataset: Dataset, named: ModelsFile, options: Options) -> tuple[str, NDArray[np.int64], NDArray[np.int64]]:
@@ -192,6 +207,9 @@ def _explainer(named: ModelsFile, layers: Mapping[str, str], options: Options, f
         weighting=options.weighting,
         chunk=options.chunk,
         folder=folder,
+        features=options.features,
+        keep=options.keep,
+        noise=options.noise,
     )
 
 
@@ -218,8 +236,9 @@ def _explain_batch(
     """Explain and store one batch; return its unreadable images."""
     images = load_images(dataset, indices, size)
     labels = torch.from_numpy(dataset.labels[images.kept])
-    permutations = permutation_table(len(labels), options.permutations, (options.seed, batch))
-    logits, measured = explainer.explain(images.pixels, labels, permutations)
+    seed = options.seed, batch
+    permutations = permutation_table(len(labels), options.permutations, seed)
+    logits, measured = explainer.explain(images.pixels, labels, permutations, seed)
     _check_classes(logits, len(dataset.classes))
     arrays: dict[str, NDArray[Any]] = {"index": images.kept}
     for role, rows in logits.items():
@@ -274,6 +293,7 @@ def _finish(store: Store, dataset: Dataset, batches: Sequence[NDArray[np.int64]]
     store.write_samples({"id": [dataset.ids[i] for i in index], **columns})
     store.write_scores(
         {
+            "features": configuration.get("features", {"kind": "raw"}),
             "accuracy": {role: _accuracy(columns[f"{role}_prediction"] == columns["label"], options.confidence) for role in roles},
             "layers": {layer: _as_json(pool.scores(n=len(index), confidence=options.confidence)) for layer, pool in pools.items()},
         }

@@ -131,16 +131,24 @@ def sign_test(a: int, b: int) -> float:
     return min(1.0, tail / whole)
 
 
+def kept_pixels(keep: float, noise: float) -> str:
+    """What a salient image is, in words."""
+    noisy = f" with noise of standard deviation {noise:g}" if noise else ""
+    return f"the top {100 * keep:.4g}% of pixels by HiResCAM kept, the rest imputed{noisy}"
+
+
 def read(
     layers: Mapping[str, tuple[str, Mapping[str, Entry], Mapping[str, Entry]]],
     accuracy: Mapping[str, Entry],
     discordant: tuple[int, int],
     confidence: float,
+    salient: str = "",
 ) -> Reading:
     """The plain-words reading of one run.
 
     ``layers`` maps each student layer to its teacher layer, its scores and its contrasts; ``accuracy`` maps the run's roles;
-    ``discordant`` counts the images that only the student and only the base named correctly. A run without a teacher has no score or
+    ``discordant`` counts the images that only the student and only the base named correctly; ``salient`` says what salient images
+    are, where the scores are of those (`kept_pixels`). A run without a teacher has no score or
     contrast that names one, and is read as a comparison of student and base. A direction is stated only where the
     interval excludes zero and the permutation p-value, where there is one, is at most 1 - confidence; everything else is said to be not
     settled by these images. No sentence claims a cause.
@@ -156,7 +164,7 @@ def read(
         ),
         _accuracy(accuracy, discordant, confidence),
         tuple(LayerReading(name, _layer(name, *rest, confidence)) for name, rest in layers.items()),
-        _cautions(min(batches, default=None), len(layers), max(map(len, every)), teacher),
+        _cautions(min(batches, default=None), len(layers), max(map(len, every)), teacher, salient),
     )
 
 
@@ -321,8 +329,13 @@ def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count:,} images"
 
 
-def _cautions(batches: int | None, layers: int, scores: int, teacher: bool) -> tuple[str, ...]:
+def _cautions(batches: int | None, layers: int, scores: int, teacher: bool, salient: str) -> tuple[str, ...]:
     said = []
+    if salient:
+        said.append(
+            f"The scores are of salient features: of each image, network and layer, {salient}. They say nothing of the other pixels. "
+            "The maps are those of the whole images."
+        )
     if batches is not None and batches < FEW_BATCHES:
         said.append(
             f"The scores rest on {batches} {'batch' if batches == 1 else 'batches'}. Intervals from so few are wide, and their own width "

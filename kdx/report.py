@@ -83,7 +83,7 @@ def table(run: Path) -> Table:
     run = Path(run)
     with mending(run):
         loaded = load(run)
-    title = f"Scores with {reading.percent(loaded.confidence, 0)} intervals"
+    title = f"Scores{' of salient features' if _salient(loaded) else ''} with {reading.percent(loaded.confidence, 0)} intervals"
     out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     out.add_column("score", no_wrap=True)
     for layer in loaded.layers:
@@ -126,6 +126,7 @@ def _page(run: FinishedRun, cards: list[gallery.Card], classes: Counter[int]) ->
         run.accuracy,
         (gained, lost),
         run.confidence,
+        _salient(run),
     )
     payload = {
         "colours": base64.b64encode(pictures.colours().tobytes()).decode("ascii"),
@@ -153,6 +154,7 @@ def _page(run: FinishedRun, cards: list[gallery.Card], classes: Counter[int]) ->
         pairs=list(run.layers.items()),
         tables=_tables(run),
         plots=_drawings(run, Markup),
+        salient=_salient(run),
         permutations=run.configuration.get("permutations"),
         batches=run.manifest["batches"],
         explained=int(images["explained"]),
@@ -176,6 +178,12 @@ def script_json(held: object) -> Any:
 
     text = json.dumps(held, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _salient(run: FinishedRun) -> str:
+    """What the salient images are that the scores are of; nothing where they are of whole images."""
+    features = run.configuration.get("features")
+    return reading.kept_pixels(float(features["keep"]), float(features["noise"])) if features else ""
 
 
 def _depends(reference_images: int) -> str:

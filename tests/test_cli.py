@@ -102,7 +102,7 @@ def test_every_option_of_explain_reaches_the_run(run: Any, monkeypatch: pytest.M
     monkeypatch.setattr(report, "table", lambda _: "the table")
     given = Options(
         batch=31, chunk=7, runtime="eager", device="cpu", objective="uniqueness", weighting="elementwise", reference_images=12, split="all",
-        permutations=5, confidence=0.9, max_unreadable=0.5, seed=3,
+        permutations=5, confidence=0.9, max_unreadable=0.5, seed=3, features="salient", keep=0.25, noise=0.1,
     )  # fmt: skip
     default = Options()
     unsaid = {"gallery"}  # no option sets it
@@ -198,6 +198,10 @@ def test_doctor_lists_every_probe_and_how_to_mend_the_broken(run: Any, monkeypat
         ("explain digits --models models.toml --out R --split half", "half"),
         ("explain digits --models models.toml --out R --device tpu", "tpu"),
         ("explain digits --models models.toml --out models.toml --permutations 0", "models.toml"),
+        ("explain digits --models models.toml --out R --features salient --keep 0", "share 0.0 of pixels"),
+        ("explain digits --models models.toml --out R --features salient --keep 1.5", "share 1.5 of pixels"),
+        ("explain digits --models models.toml --out R --features salient --noise -1", "noise -1.0"),
+        ("explain digits --models models.toml --out R --keep 0.3", "the features are raw"),
         ("distill no/such/folder --teacher TINY --student TINY --out R", "no/such/folder"),
         ("distill digits --teacher kdx:resnot --student TINY --out R", "resnot"),
         ("distill digits --teacher TINY --student nothing --out R", "nothing"),
@@ -254,6 +258,8 @@ def test_a_mistake_is_two_lines_and_status_2(command: str, said: str, run: Any, 
         ("explain digits --models m --out R --objective fame", "--objective"),
         ("explain digits --models m --out R --weighting none", "--weighting"),
         ("explain digits --models m --out R --confidence 1", "--confidence"),
+        ("explain digits --models m --out R --features cooked", "--features"),
+        ("explain digits --models m --out R --keep half", "--keep"),
         ("explain digits --models m --out R --reference -1", "--reference"),
         ("explain digits --models m", "--out"),
         ("explain --models m --out R", "data"),

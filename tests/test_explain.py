@@ -262,6 +262,82 @@ def test_in_reference_mode_a_map_does_not_depend_on_its_batch(folder: Path, tmp_
     assert np.abs(maps[9] - maps[16]).max() < 1e-3 * maps[9].max()
 
 
+# ---- salient features ----
+
+SALIENT = replace(OPTIONS, features="salient", keep=0.4, noise=0.05)
+
+
+@pytest.fixture(scope="module")
+def salient(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "salient"
+    run(folder, out, SALIENT)
+    return out
+
+
+def test_scores_are_of_salient_features_and_the_rest_of_whole_images(finished: Path, salient: Path) -> None:
+    raw, found = results(finished), results(salient)
+    changed = {key for key in raw if not same({key: found[key]}, {key: raw[key]})}
+    assert changed == {"scores", "table"}
+    scores, others = (json.loads((out / "scores.json").read_text()) for out in (salient, finished))
+    assert scores["features"] == {"kind": "salient", "keep": 0.4, "noise": 0.05} and others["features"] == {"kind": "raw"}
+    assert scores["accuracy"] == others["accuracy"]
+    for layer in ("layer2", "layer3"):
+        for name, score in scores["layers"][layer]["scores"].items():
+            assert score["value"] != others["layers"][layer]["scores"][name]["value"]
+
+
+def test_a_runs_scores_are_the_explainers(folder: Path, tmp_path: Path) -> None:
+    run(folder, tmp_path / "run", replace(SALIENT, batch=64, noise=0.0))
+    dataset = open_data(str(folder / "pictures"), CLASSES)
+    (batch,) = random_batches(dataset.labels, 64, 3)
+    trio = models_file.read_models(folder / "models.toml")
+    networks: dict[str, Any] = {role: trio.load(role) for role in ROLES}
+    with kdx.Explainer(**networks, layers=["layer2", "layer3"], runtime="eager", permutations=0, features="salient", keep=0.4) as explainer:
+        expected = explainer(load_images(dataset, batch, SIZE).pixels, torch.from_numpy(dataset.labels[batch]))
+    stored = json.loads((tmp_path / "run" / "scores.json").read_text())["layers"]
+    for layer, result in expected.layers.items():
+        assert {name: score["value"] for name, score in stored[layer]["scores"].items()} == pytest.approx(
+            {name: score.value for name, score in result.scores.items()}, abs=1e-9
+        )
+
+
+def test_a_stopped_run_of_salient_features_resumes_to_the_same_result(
+    folder: Path, salient: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Store, "write_batch", _stopping(store.Store.write_batch, "after a batch"))
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, tmp_path / "run", SALIENT)
+    run(folder, tmp_path / "run", SALIENT)
+    assert same(results(tmp_path / "run"), results(salient))
+
+
+@pytest.mark.parametrize("other", [OPTIONS, replace(SALIENT, keep=0.5), replace(SALIENT, noise=0.0)])
+def test_other_features_are_another_run(folder: Path, salient: Path, other: Options) -> None:
+    with pytest.raises(kdx.KdxError, match=r"another run \(it differs in features\)"):
+        run(folder, salient, other)
+
+
+def test_a_run_of_raw_features_is_what_it_was_before_there_were_others(finished: Path, salient: Path) -> None:
+    raw, scored = (json.loads((out / "manifest.json").read_text())["configuration"] for out in (finished, salient))
+    assert scored.pop("features") == {"kind": "salient", "keep": 0.4, "noise": 0.05}
+    assert raw == scored and not {"features", "keep", "noise"} & raw.keys()
+
+
+def test_the_page_says_whose_features_the_scores_are_of(finished: Path, salient: Path) -> None:
+    said = "the top 40% of pixels by HiResCAM kept, the rest imputed with noise of standard deviation 0.05"
+    page = (salient / "report.html").read_text()
+    assert f"The scores are of salient features: {said}." in page and "The maps are of whole images" in page
+    assert "salient" not in (finished / "report.html").read_text()
+
+
+def test_exported_files_have_no_salient_features(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text('base = "base.onnx"\nstudent = "student.onnx"\nlayers = ["layer2"]\n')
+    with pytest.raises(kdx.KdxError, match="hold no gradients"):
+        explain.run(str(folder / "pictures"), tmp_path / "models.toml", tmp_path / "run", (), SALIENT)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_corrupt_image_is_skipped_and_named(folder: Path, tmp_path: Path) -> None:
     pictures = torn(folder, tmp_path, 1)
     with pytest.raises(kdx.KdxError, match=r"1 of 30 images cannot be read.*torn0\.png"):

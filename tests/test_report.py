@@ -367,6 +367,30 @@ def test_random_weights_are_said(tmp_path: Path) -> None:
     assert "trained without the teacher. Its weights are random, wholly or in part." in page
 
 
+def test_salient_features_are_said_wherever_scores_are_read(tmp_path: Path, opened: Callable[..., Page]) -> None:
+    folder = make_run(tmp_path / "run")
+    edit(folder / "manifest.json", configuration__features={"kind": "salient", "keep": 0.5, "noise": 0.0})
+    report.write(folder)
+    page = opened(folder, width=400)
+    said = "the top 50% of pixels by HiResCAM kept, the rest imputed"
+    assert page.locator(".basis").inner_text().endswith(f"The scores are of salient features: {said}.")
+    assert said in page.locator(".definitions").inner_text() and said in page.locator(".cautions li").first.inner_text()
+    assert page.locator(".legend .note").inner_text().endswith("The maps are of whole images; the scores are of salient features.")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    assert str(report.table(folder).title) == "Scores of salient features with 95% intervals"
+
+
+@pytest.mark.parametrize(
+    ("keep", "noise", "said"),
+    [
+        (0.5, 0.0, "the top 50% of pixels by HiResCAM kept, the rest imputed"),
+        (0.125, 0.01, "the top 12.5% of pixels by HiResCAM kept, the rest imputed with noise of standard deviation 0.01"),
+    ],
+)
+def test_what_a_salient_image_is_in_words(keep: float, noise: float, said: str) -> None:
+    assert reading.kept_pixels(keep, noise) == said
+
+
 # ---------------------------------------------------------------- the pictures
 
 
@@ -619,6 +643,7 @@ def test_table_holds_every_score(run: Path) -> None:
         assert name in text
     text = text.replace("\N{NO-BREAK SPACE}", " ")
     assert "0.780 (0.750 to 0.810)" in text
+    assert text.startswith("Scores with 95% intervals")
     assert "FSS(S,T) − FSS(B,T)" in text and "+0.100 (0.070 to 0.130)" in text
 
 
