@@ -1,0 +1,50 @@
+"""``python -m kdx.kernels build``: the CUDA kernels' machine code ahead of time, for machines that have no compiler."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from kdx.errors import KdxError
+from kdx.kernels import cubins
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kdx.kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser("build", help="compile every kernel into the cache", description="Compiles every kernel into the cache.")
+    build.add_argument(
+        "--arch",
+        required=True,
+        help="architectures of the GPUs, as in sm_80,sm_90; machine code of one runs on later ones of its generation",
+    )
+    try:
+        build_all([name.strip() for name in parser.parse_args(arguments).arch.split(",")])
+    except KdxError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_all(architectures: list[str]) -> None:
+    """Every source for every architecture, with a line a kernel on what it takes; KdxError for an unknown architecture."""
+    compiler = cubins.compiler()
+    unknown = [name for name in architectures if name not in compiler.architectures]
+    if unknown:
+        raise KdxError(
+            f"{compiler.name} {compiler.version} does not compile for {', '.join(map(repr, unknown))}.",
+            f"It knows {', '.join(compiler.architectures)}.",
+        )
+    wanted = [(source, architecture) for source in cubins.names() for architecture in dict.fromkeys(architectures)]
+    print(f"{compiler.name} {compiler.version}, into {cubins.folder()}")
+    with ThreadPoolExecutor() as pool:
+        made = pool.map(lambda each: cubins.build(*each, compiler), wanted)
+        for (source, architecture), cubin in zip(wanted, made, strict=True):
+            for kernel, usage in sorted(cubin.usage.items()):
+                spilled = f", {usage.spilled} bytes spilled" if usage.spilled else ""
+                print(f"{source:12} {architecture:8} {kernel:28} {usage.registers:3} registers{spilled}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
