@@ -301,14 +301,12 @@ class _Runners:
 
     def _start(self, image_size: tuple[int, int]) -> None:
         """Every runner, or none."""
-        runners, gradients = {}, {}
-        for role in self._given:
-            if role in self._files:
-                path, file = self._files[role]
-                weights = file.networks["network"].weights
-                runners[role] = self._opened(path, f"{role}-{weights[:12]}", image_size if file.image_size is None else None)
-                continue
-            network, graph = self._networks[role]
+        runners: dict[str, Runner] = {}
+        gradients: dict[str, Runner] = {}
+        for role, (path, file) in self._files.items():
+            weights = file.networks["network"].weights
+            runners[role] = self._opened(path, f"{role}-{weights[:12]}", image_size if file.image_size is None else None)
+        for role, (network, graph) in self._networks.items():
             runners[role] = self._runner(role, graph, image_size)
             if self._salience is not None:
                 differentiable = GradientGraph(network.module, list(dict.fromkeys(graph.layers)), network.preprocessing)
