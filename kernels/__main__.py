@@ -39,7 +39,7 @@ def build_all(architectures: list[str]) -> None:
     wanted = [(source, architecture) for source in cubins.names() for architecture in dict.fromkeys(architectures)]
     print(f"{compiler.name} {compiler.version}, into {cubins.folder()}")
     with ThreadPoolExecutor() as pool:
-        made = pool.map(lambda each: cubins.build(*each, compiler), wanted)
+        made = pool.map(lambda each: cubins.build(each[0], each[1], compiler), wanted)
         for (source, architecture), cubin in zip(wanted, made, strict=True):
             for kernel, usage in sorted(cubin.usage.items()):
                 spilled = f", {usage.spilled} bytes spilled" if usage.spilled else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import runpy
 import subprocess
 import sys
@@ -41,7 +42,7 @@ class FakeCompiler:
     """Gives the text of the source, and counts."""
 
     name = "fake"
-    architectures = ("sm_80", "sm_86", "sm_90")
+    architectures: tuple[str, ...] = ("sm_80", "sm_86", "sm_90")
 
     def __init__(self, version: str = "1.0") -> None:
         self.version = version
@@ -313,7 +314,7 @@ def test_nvcc_comes_before_nvrtc_and_neither_is_an_error(tmp_path: Path, monkeyp
     library = stand_in(tmp_path)
     for name in ("PATH", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.setenv(name, str(tmp_path))
-    monkeypatch.setattr(cubins.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     cubins.compiler.cache_clear()
     try:
         with pytest.raises(KdxError, match="neither nvcc nor NVRTC is there"):
