@@ -142,6 +142,11 @@ def test_readmes_figures_are_the_stored_ones() -> None:
     assert readme.filled(text, json.loads(readme.RESULT.read_text())) == text
 
 
+def kernel_sources() -> set[str]:
+    """The CUDA C++ that an installed kdx compiles; what runs it without a GPU is the tests' own."""
+    return {f"kdx/kernels/{path.name}" for path in (ROOT / "kernels").iterdir() if path.suffix in (".cu", ".cuh")}
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dist")
@@ -155,7 +160,7 @@ def test_the_sdist_holds_every_module(built: Path) -> None:
     for module, path in sources().items():
         stored = module.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
         assert stored in names, stored
-    assert {"kdx/py.typed", "kdx/templates/report.html.j2", "LICENSE"} <= names
+    assert {"kdx/py.typed", "kdx/templates/report.html.j2", "LICENSE"} | kernel_sources() <= names
 
 
 def test_the_installed_wheel_works_outside_the_repository(built: Path, tmp_path: Path) -> None:
@@ -163,6 +168,7 @@ def test_the_installed_wheel_works_outside_the_repository(built: Path, tmp_path:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert not [name for name in names if name.split("/")[0] not in ("kdx", wheel.name.rsplit("-", 3)[0] + ".dist-info")]
+    assert kernel_sources() <= set(names)
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False, symlinks=True)
     python = environment / "bin" / "python"
