@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import platform
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -115,12 +113,22 @@ def _pycuda() -> str:
     return f"{installed}, driver {pycuda.driver.get_driver_version()}"
 
 
-def _nvcc() -> str:
-    path = shutil.which("nvcc")
-    if path is None:
-        raise RuntimeError("not on PATH")
-    lines = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True).stdout.strip().splitlines()
-    return lines[-1]
+def _cuda_compiler() -> str:
+    from kdx.kernels import cubins
+
+    compiler = cubins.compiler()
+    return f"{compiler.name} {compiler.version}, compiles for {', '.join(compiler.architectures)}"
+
+
+def _cuda_kernels() -> str:
+    import torch
+
+    from kdx.kernels import cubins, cuda
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("PyTorch sees no GPU")
+    cuda.launcher(torch.device("cuda"))  # compiles them, the first time
+    return f"run on {cubins.architecture(torch.cuda.get_device_capability())}, kept in {cubins.folder()}"
 
 
 _GPU_EXTRA = "pip install 'kdx[gpu]' (in place of kdx[cpu])"
@@ -133,7 +141,8 @@ _PROBES: dict[str, tuple[Callable[[], str], str]] = {
     "runtime tensorrt: TensorRT": (_tensorrt, _GPU_EXTRA),
     "runtime tensorrt: TensorRT-RTX": (_tensorrt_rtx, "pip install tensorrt-rtx-cu13; it builds engines on a machine without a GPU too"),
     "PyCUDA": (_pycuda, _GPU_EXTRA),
-    "nvcc": (_nvcc, "the CUDA toolkit; only for building kernels"),
+    "CUDA compiler": (_cuda_compiler, "the CUDA toolkit (nvcc on PATH), or PyTorch's CUDA build, which brings NVRTC"),
+    "CUDA kernels": (_cuda_kernels, f"a GPU, its driver, a CUDA compiler and PyCUDA: {_GPU_EXTRA}; without them PyTorch does the same"),
     "models timm:": (_timm, "pip install 'kdx[models]'"),
     "models torchvision:": (_torchvision, "pip install 'kdx[models]', of the build that matches PyTorch"),
 }

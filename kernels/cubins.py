@@ -216,8 +216,11 @@ class Nvcc:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        release = re.search(r"release \S+ V(\S+)", self._run("--version"))
-        self.version = release[1] if release else ""
+        said = self._run("--version")
+        release = re.search(r"release \S+ V(\S+)", said)
+        if release is None:
+            raise _refused(self.name, said or "error: no version", str(path))
+        self.version = release[1]
         self.architectures = tuple(self._run("--list-gpu-code").split())
 
     def compile(self, source: Path, architecture: str) -> tuple[bytes, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +15,9 @@ import torch
 
 from kdx import doctor
 from kdx.doctor import Finding, probe
+from kdx.errors import KdxError
 from kdx.export.engine import ARCHITECTURES
+from kdx.kernels import cubins, cuda
 
 
 def finding(name: str) -> Finding:
@@ -149,19 +150,36 @@ def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not found.works and found.found == "PyTorch sees no GPU" and "driver" in found.mend
 
 
-def test_nvcc_is_what_it_says_of_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_PROBES", {"nvcc": doctor._PROBES["nvcc"]})
-    nvcc = tmp_path / "nvcc"
-    monkeypatch.setattr(shutil, "which", lambda name: str(nvcc) if nvcc.exists() else None)
-    assert probe()[0].found == "not on PATH"
-    for script, expected in (
-        ("echo Cuda compiler; echo release 13.0", (True, "release 13.0")),
-        ("exit 3", (False, f"Command '['{nvcc}', '--version']' returned non-zero exit status 3")),
-    ):
-        nvcc.write_text(f"#!/bin/sh\n{script}\n")
-        nvcc.chmod(0o755)
-        (found,) = probe()
-        assert (found.works, found.found) == expected
-    nvcc.write_text("#!/bin/sh\n")  # says nothing
+def test_the_cuda_compiler_is_the_one_that_kernels_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_by = SimpleNamespace(name="nvcc", version="13.0.88", architectures=("sm_80", "sm_90"))
+    monkeypatch.setattr(doctor, "_PROBES", {"CUDA compiler": doctor._PROBES["CUDA compiler"]})
+    monkeypatch.setattr(cubins, "compiler", lambda: made_by)
+    assert probe() == [Finding("CUDA compiler", True, "nvcc 13.0.88, compiles for sm_80, sm_90")]
+
+    def none() -> cubins.Compiler:
+        raise KdxError("Nothing here compiles.", "Install it.")
+
+    monkeypatch.setattr(cubins, "compiler", none)
     (found,) = probe()
-    assert not found.works and found.found
+    assert (found.works, found.found) == (False, "Nothing here compiles") and "nvcc" in found.mend
+
+
+def test_cuda_kernels_work_when_a_gpu_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def launcher(device: torch.device) -> object:
+        opened.append(device)
+        if len(opened) > 1:
+            raise KdxError("PyCUDA does not load: libcuda.so.1.", "Install the driver.")
+        return object()
+
+    monkeypatch.setattr(doctor, "_PROBES", {"CUDA kernels": doctor._PROBES["CUDA kernels"]})
+    monkeypatch.setattr(cuda, "launcher", launcher)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [(found.works, found.found) for found in probe()] == [(False, "PyTorch sees no GPU")] and not opened
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert [(found.works, found.found) for found in probe()] == [(True, f"run on sm_86, kept in {cubins.folder()}")]
+    (found,) = probe()
+    assert not found.works and found.found.startswith("PyCUDA does not load: libcuda.so.1") and "kdx[gpu]" in found.mend
+    assert opened == [torch.device("cuda")] * 2

@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 # A file may import files of lower floors only.
 FLOORS = [
     {"kdx.errors"},
-    {"kdx.kernels", "kdx.console", "kdx.networks", "kdx.store", "kdx.doctor", "kdx.data"},
-    {"kdx.export", "kdx.arrays", "kdx.reading", "kdx.pictures"},
+    {"kdx.kernels", "kdx.console", "kdx.networks", "kdx.store", "kdx.data"},
+    {"kdx.export", "kdx.doctor", "kdx.arrays", "kdx.reading", "kdx.pictures"},
     {"kdx.rows"},
     {"kdx.runtime", "kdx.unicam", "kdx.scores", "kdx.layers", "kdx.finished", "kdx.hub", "kdx.programs"},
     {"kdx.models", "kdx.transfer", "kdx.gallery"},
