@@ -27,8 +27,8 @@ _TILE = 64
 """Side of a tile of distances."""
 _ROWS, _CHANNELS = 16, 128
 """Images and channels of a block that weighs."""
-_BLOCKS_EACH = 4
-"""Blocks that a multiprocessor is given, so that some wait for memory while others compute."""
+_BLOCKS_EACH = 8
+"""Blocks that a multiprocessor is given: more than it holds at once, so that all end at about the same time."""
 
 _ELEMENTS = 1 << 24
 """Elements that the Gram products of all blocks of columns may take before they are added up."""
@@ -247,7 +247,9 @@ def weights(d: Tensor, given: Tensor, target: Tensor, means: Tensor, objective: 
     """
     stack, n, channels = means.shape
     _check(d.shape == given.shape == target.shape == (stack, n, n), "distances must be [S, n, n] for means [S, n, C]")
-    _check(d.dtype == given.dtype == target.dtype == torch.float32 and means.dtype == torch.float64, "float32 distances, float64 means")
+    _check(
+        d.dtype == given.dtype == target.dtype == torch.float32 and means.dtype == torch.float64, "distances must be float32, means float64"
+    )
     matrices = torch.stack((d, given, target), 1)
     of = products(matrices)
     placed = (matrices, of.inner, of.rows, of.totals, of.squares)

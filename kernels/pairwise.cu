@@ -12,8 +12,8 @@
 //
 // A block has one 64 x 64 tile. Lanes run along a row, so a warp's request is 128 contiguous bytes whatever the width, and each
 // thread has sixteen loads under way before it uses the first: 16-byte loads would add nothing but a second path.
-// Sums: a tile leaves one partial for each of its rows and columns (a 32nd of the tile's bytes), which the caller adds up in order.
-// They are exact sums of the float32 distances: U-centring subtracts them again.
+// Sums: a tile leaves one partial for each of its rows and columns (1 KiB for a tile of 16), which the caller adds up in order. Every
+// distance is added in float64: U-centring subtracts the sums again, and what is left must not be their rounding.
 
 #include "reduce.cuh"
 

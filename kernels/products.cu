@@ -22,6 +22,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kGroup = 4;  // matrices
+constexpr double kRounding = 1e-14;
 
 // A value near the distances of a matrix: the mean of up to 32 of its first row, the same wherever it is taken.
 template <class T>
@@ -198,8 +199,9 @@ __device__ void close(
     }
     if (lane) return;
     const double size = n, off_diagonal = size * (size - 1);
-    const double found =
-        (pairs - 2 / (size - 2) * products + total_a * total_b / ((size - 1) * (size - 2))) / (size * (size - 3));
+    double found = pairs - 2 / (size - 2) * products + total_a * total_b / ((size - 1) * (size - 2));
+    if (a == b && found < kRounding * pairs) found = 0;  // a matrix that centring sends to zero
+    found /= size * (size - 3);
     inner[(batch * matrices + a) * matrices + b] = inner[(batch * matrices + b) * matrices + a] = found;
     if (a != b) return;
     totals[batch * matrices + a] = total_a + off_diagonal * shift_a;

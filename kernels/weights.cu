@@ -239,25 +239,25 @@ __device__ void weigh(
 
 }  // namespace
 
-#define KDX_PRODUCTS const double *inner, const double *rows, const double *totals, const double *squares
-#define KDX_MAXIMA const int *where, const int *count, const double *best, const double *picked
+#define KDX_PRODUCTS_IN const double *inner, const double *rows, const double *totals, const double *squares
+#define KDX_MAXIMA_IN const int *where, const int *count, const double *best, const double *picked
 
 // distances [S, 3, n, n]; out: where, best, picked [S, n], count [S, n] zero on entry. Grid ceil(S n/8).
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
-weights_maxima(const float* distances, KDX_PRODUCTS, int stack, int n, int* where, int* count, double* best, double* picked) {
+weights_maxima(const float* distances, KDX_PRODUCTS_IN, int stack, int n, int* where, int* count, double* best, double* picked) {
     maxima<false>({distances, nullptr, {inner, rows, totals, squares}, stack, n}, where, count, best, picked);
 }
 
 // inside [3, m, m], border [3, q, m]; out as above with S = q, n = m + 1.
 extern "C" __global__ void __launch_bounds__(32 * kWarps) query_maxima(
-    const float* inside, const float* border, KDX_PRODUCTS, int queries, int n, int* where, int* count, double* best, double* picked
+    const float* inside, const float* border, KDX_PRODUCTS_IN, int queries, int n, int* where, int* count, double* best, double* picked
 ) {
     maxima<true>({inside, border, {inner, rows, totals, squares}, queries, n}, where, count, best, picked);
 }
 
 // means [S, n, C]; out: weights [S, n, C], lap [S, n, n] or null, score and left [S]. Grid (S, ceil(n/16), ceil(C/128)).
 extern "C" __global__ void __launch_bounds__(32 * kWarps) weights_relevance(
-    const float* distances, KDX_PRODUCTS, int stack, int n, const double* means, int channels, double rounding, double* weights,
+    const float* distances, KDX_PRODUCTS_IN, int stack, int n, const double* means, int channels, double rounding, double* weights,
     double* lap, double* score, double* left
 ) {
     weigh<Relevance, false>(
@@ -266,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps) weights_relevance(
 }
 
 extern "C" __global__ void __launch_bounds__(32 * kWarps) weights_uniqueness(
-    const float* distances, KDX_PRODUCTS, KDX_MAXIMA, int stack, int n, const double* means, int channels, double rounding,
+    const float* distances, KDX_PRODUCTS_IN, KDX_MAXIMA_IN, int stack, int n, const double* means, int channels, double rounding,
     double* weights, double* lap, double* score, double* left
 ) {
     weigh<Uniqueness, false>(
@@ -277,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps) weights_uniqueness(
 
 // queries [q, C], references [m, C]; out: weights [q, C], score and left [q]. Grid (1, ceil(q/16), ceil(C/128)).
 extern "C" __global__ void __launch_bounds__(32 * kWarps) query_weights_relevance(
-    const float* inside, const float* border, KDX_PRODUCTS, int count_queries, int n, const double* queries, const double* references,
+    const float* inside, const float* border, KDX_PRODUCTS_IN, int count_queries, int n, const double* queries, const double* references,
     int channels, double rounding, double* weights, double* score, double* left
 ) {
     weigh<Relevance, true>(
@@ -287,7 +287,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps) query_weights_relevanc
 }
 
 extern "C" __global__ void __launch_bounds__(32 * kWarps) query_weights_uniqueness(
-    const float* inside, const float* border, KDX_PRODUCTS, KDX_MAXIMA, int count_queries, int n, const double* queries,
+    const float* inside, const float* border, KDX_PRODUCTS_IN, KDX_MAXIMA_IN, int count_queries, int n, const double* queries,
     const double* references, int channels, double rounding, double* weights, double* score, double* left
 ) {
     weigh<Uniqueness, true>(
