@@ -29,6 +29,7 @@ from kdx.data import load_images, open_data, random_batches
 from kdx.explain import Options
 from kdx.export.graphs import Preprocessing
 from kdx.networks import resnet
+from kdx.saliency import Salience
 from kdx.transfer import MAPS, ROLES
 
 CLASSES = ("cat", "dog", "owl")
@@ -310,6 +311,18 @@ def test_a_stopped_run_of_salient_features_resumes_to_the_same_result(
             run(folder, tmp_path / "run", SALIENT)
     run(folder, tmp_path / "run", SALIENT)
     assert same(results(tmp_path / "run"), results(salient))
+
+
+def test_noise_is_each_batchs_own(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def recorded(self: Salience, pixels: torch.Tensor, maps: torch.Tensor, seed: int = 0) -> torch.Tensor:
+        seeds.append(seed)
+        return pixels
+
+    monkeypatch.setattr(Salience, "images", recorded)
+    run(folder, tmp_path / "run", SALIENT)
+    assert len(set(seeds)) == len(seeds) == 4 * 2 * 3  # batches, layers and networks
 
 
 @pytest.mark.parametrize("other", [OPTIONS, replace(SALIENT, keep=0.5), replace(SALIENT, noise=0.0)])
