@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from kdx.comparison import compare
 from kdx.errors import KdxError
 from kdx.explainer import Explainer, Explanation, LayerResult
 from kdx.saliency import ClassMaps, grad_cam, hires_cam, impute, salient_images, top_mask, unicam_before
@@ -17,6 +18,7 @@ __all__ = [
     "Maps",
     "Reference",
     "Score",
+    "compare",
     "fss",
     "grad_cam",
     "hires_cam",

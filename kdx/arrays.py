@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,13 +44,16 @@ def like(result: Tensor, kind: Array) -> Any:
 def feature_map(array: Array, name: str) -> Tensor:
     """Features as [n, C, H, W]: [n, d] becomes [n, d, 1, 1]."""
     features = tensor(array, name)
-    if features.ndim not in (2, 4) or 0 in features.shape[1:]:
-        raise KdxError(
-            f"The {name} have shape {list(features.shape)}.", "Give feature maps [n, C, H, W] or vectors [n, d], with no size of zero."
-        )
-    if not features.is_floating_point():
-        raise KdxError(f"The {name} are {features.dtype}, not floating-point.", "Give them as float16, bfloat16, float32 or float64.")
+    check_features(tuple(features.shape), str(features.dtype), features.is_floating_point(), name)
     return features[:, :, None, None] if features.ndim == 2 else features
+
+
+def check_features(shape: Sequence[int], dtype: str, floating: bool, name: str) -> None:
+    """KdxError for what cannot be features of images."""
+    if len(shape) not in (2, 4) or 0 in shape[1:]:
+        raise KdxError(f"The {name} have shape {list(shape)}.", "Give feature maps [n, C, H, W] or vectors [n, d], with no size of zero.")
+    if not floating:
+        raise KdxError(f"The {name} are {dtype}, not floating-point.", "Give them as float16, bfloat16, float32 or float64.")
 
 
 def check_images(n: int) -> None:
@@ -93,21 +97,26 @@ def pixels(images: Array) -> Tensor:
 
 
 def rounding(x: Tensor) -> float:
-    """What rounding makes of distances between rows x [n, d], as a share of them.
+    """What rounding makes of distances between rows x [n, d], as a share of them."""
+    return rounding_of(x.dtype, x[0].numel())
 
-    Each entry is known to eps of its type, which d entries average out; the Gram product adds its own type's.
-    """
-    product = torch.promote_types(x.dtype, torch.float32)
-    return float(4 * (torch.finfo(x.dtype).eps / x[0].numel() ** 0.5 + torch.finfo(product).eps))
+
+def rounding_of(dtype: torch.dtype, d: int) -> float:
+    """`rounding` of rows [n, d]: each entry is known to eps of its type, which d entries average out; the Gram product adds its own."""
+    product = torch.promote_types(dtype, torch.float32)
+    return float(4 * (torch.finfo(dtype).eps / d**0.5 + torch.finfo(product).eps))
 
 
 def check_finite(x: Tensor, name: str) -> None:
     """KdxError naming the rows of x [n, ...] that hold NaN or infinity."""
-    finite = x.isfinite().flatten(1).all(1)
-    if not bool(finite.all()):
-        rows = (~finite).nonzero().flatten().tolist()
+    refuse_rows(torch.nonzero(~x.isfinite().flatten(1).all(1)).flatten(), name)
+
+
+def refuse_rows(rows: Tensor, name: str) -> None:
+    """KdxError where there are ``rows`` [k] that are not finite."""
+    if len(rows):
         raise KdxError(
-            f"The {name} are not finite in rows {', '.join(map(str, rows[:5]))}{' ...' if len(rows) > 5 else ''}.",
+            f"The {name} are not finite in rows {', '.join(map(str, rows[:5].tolist()))}{' ...' if len(rows) > 5 else ''}.",
             "Remove or repair those rows: NaN and infinity have no distances.",
         )
 
@@ -116,21 +125,31 @@ def check_distances(d: Tensor, x: Tensor, name: str) -> None:
     """KdxError where distances d from rows x are not finite: looked for in d, which is small, and in x only to name the rows."""
     if not bool(d.isfinite().all()):
         check_finite(x, name)
-        raise KdxError(f"The {name} are too large for their precision.", "Scale them down, or give them as float64.")
+        raise too_large(name)
+
+
+def too_large(name: str) -> KdxError:
+    return KdxError(f"The {name} are too large for their precision.", "Scale them down, or give them as float64.")
 
 
 def measured(d: Tensor, x: Tensor, name: str) -> Tensor:
-    """Distances d of rows x, checked: finite, and not all equal (an undefined correlation)."""
+    """Distances d [n, n] of rows x, checked: finite, and not all equal (an undefined correlation)."""
     check_distances(d, x, name)
     centred = geometry.u_centered(d)
-    if float(geometry.dot(centred, centred)) <= rounding(x) ** 2 * float(geometry.dot(d, d)):
-        if name == "target":
-            raise KdxError(
-                "The target sets all images equally far apart: they are of one class, or each of its own.",
-                "Give images of at least two classes, several of a class.",
-            )
-        raise KdxError(
-            f"The {name} are constant: all images are equally far from each other.",
-            "Look at the layer and the preprocessing; a dead layer has no geometry.",
-        )
+    check_varied(float(geometry.dot(centred, centred)), float(geometry.dot(d, d)), rounding(x), name)
     return d
+
+
+def check_varied(centred: float, raw: float, rounding: float, name: str) -> None:
+    """KdxError where all images are equally far apart: sum A_ij^2 of the centred distances is rounding of sum D_ij^2."""
+    if centred > rounding**2 * raw:
+        return
+    if name == "target":
+        raise KdxError(
+            "The target sets all images equally far apart: they are of one class, or each of its own.",
+            "Give images of at least two classes, several of a class.",
+        )
+    raise KdxError(
+        f"The {name} are constant: all images are equally far from each other.",
+        "Look at the layer and the preprocessing; a dead layer has no geometry.",
+    )

@@ -1,13 +1,14 @@
 """FSS and RS: how alike two networks' features are, and how relevant to the task, with their uncertainty.
 
 Everything here is a function of inner products of centred distance matrices. Over batches the inner products are
-summed and one ratio taken at the end (the mean of ratios would be biased); intervals come from a jackknife, over batches
-where there are several and over images where there is one; p-values from permutations of the images.
+summed and one ratio taken at the end (the mean of ratios would be biased). Intervals come from a jackknife: over batches where
+there are several; over images where there is one set of up to 256, whose matrices are held; over random parts of the images where
+there are more. p-values come from permutations of the images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,14 +21,29 @@ from torch import Tensor
 from kdx import arrays
 from kdx.arrays import Array
 from kdx.errors import KdxError
-from kdx.kernels import geometry
+from kdx.kernels import geometry, sweep
+from kdx.kernels.sweep import Rows
+from kdx.rows import Source, rows_of
 
 Estimator = Literal["unbiased", "biased"]
 Statistic = Callable[[Tensor], Tensor]
 """Inner products [..., k, k] -> values [...]."""
 
-_FEW_IMAGES = 128
+_FEW_IMAGES = 256
 """Up to about here one pass over n x n a permutation is quicker than a matrix product with its classes."""
+
+TARGET = "target"
+
+_CLASSES = 1024
+"""Up to so many distinct rows of an embedding, their distances are a table; `_LOOKED_AT` rows tell whether that is worth trying."""
+
+_LOOKED_AT = 4096
+
+_HELD = 256
+"""Up to so many images, matrices of all pairs are held; past it they are made in tiles."""
+
+_BYTES = 1 << 27
+"""Memory that batches take at once."""
 
 _EDGE = 1 - 1e-12
 """Fisher's z of a correlation of one is infinite; no float64 score is known closer than this."""
@@ -81,40 +97,46 @@ def _projected(products: Tensor) -> Tensor:
 
 
 def fss(
-    student: Array,
-    teacher: Array,
+    student: Source,
+    teacher: Source,
     estimator: Estimator = "unbiased",
     *,
+    batch: int | None = None,
     permutations: int = 999,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Score:
     """Feature similarity score: the (squared) distance correlation <A,B>/sqrt(<A,A><B,B>) of two networks' features.
 
-    student, teacher: features of the same images, [n, C, H, W] or [n, d], NumPy or PyTorch; channels may differ. Scaling
-    or rotating either changes nothing. ``unbiased`` (U-centring, range [-1, 1], about 0 for unrelated features) or ``biased``
-    (the V-statistic, in [0, 1], which reads about 1 for any two high-dimensional features of few images).
+    student, teacher: features of the same images, [n, C, H, W] or [n, d], NumPy or PyTorch, or on disk: numpy.memmap or a Zarr
+    array; channels may differ. Any number of images: past 256, distances are made in tiles and thrown away, so that memory grows
+    with n and not with its square. Scaling or rotating either changes nothing. ``unbiased`` (U-centring, range [-1, 1],
+    about 0 for unrelated features) or ``biased`` (the V-statistic, in [0, 1], which reads about 1 for any two high-dimensional
+    features of few images).
     Source: arXiv 2412.13943; Szekely and Rizzo, 2014.
 
-    Raises KdxError for n < 4, rows that do not match, constant or non-finite features.
+    batch: how many images' distances make one set; the images are dealt to batches at random, and inner products are summed over
+    batches. By default all images make one, which is exact. permutations: of the teacher's images, for the p-value (in batches, and
+    past 256 images, each turns random parts of them). confidence: of the interval. seed: of batches and permutations.
+
+    Raises KdxError for n < 4, rows that do not match, features of two types or on two devices, constant or non-finite features.
 
     >>> import numpy as np, kdx
     >>> features = np.random.default_rng(0).normal(size=(40, 8))
     >>> round(kdx.fss(features, -3 * features).value, 6)
     1.0
     """
-    x, y = arrays.feature_map(student, "student's features"), arrays.feature_map(teacher, "teacher's features")
-    arrays.check_same(y.shape[0], x.shape[0], "the teacher's features", "the student's")
-    named = (("student's features", x.flatten(1)), ("teacher's features", y.flatten(1)))
-    return _score(named, correlation, estimator, permutations, confidence, seed)
+    named = {"student's features": rows_of(student, "student's features"), "teacher's features": rows_of(teacher, "teacher's features")}
+    return _score(named, correlation, estimator, batch, permutations, confidence, seed)
 
 
 def rs(
-    features: Array,
+    features: Source,
     target: Array,
-    given: Array | None = None,
+    given: Source | None = None,
     estimator: Estimator = "unbiased",
     *,
+    batch: int | None = None,
     permutations: int = 999,
     confidence: float = 0.95,
     seed: int = 0,
@@ -131,71 +153,233 @@ def rs(
     1.0
     """
     statistic = correlation if given is None else semipartial
-    return _score(_relevance_inputs(features, target, given), statistic, estimator, permutations, confidence, seed)
+    return _score(_relevance_inputs(features, target, given), statistic, estimator, batch, permutations, confidence, seed)
 
 
 def partial_rs(
-    features: Array,
+    features: Source,
     target: Array,
-    given: Array,
+    given: Source,
     estimator: Estimator = "unbiased",
     *,
+    batch: int | None = None,
     permutations: int = 999,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Score:
     """Partial distance correlation of features and target: ``given`` is projected out of both (Szekely and Rizzo 2014). See `rs`."""
-    return _score(_relevance_inputs(features, target, given), partial, estimator, permutations, confidence, seed)
+    return _score(_relevance_inputs(features, target, given), partial, estimator, batch, permutations, confidence, seed)
 
 
-def _relevance_inputs(features: Array, target: Array, given: Array | None) -> tuple[tuple[str, Tensor], ...]:
-    x = arrays.feature_map(features, "features").flatten(1)
-    g = arrays.target_embedding(target, x.shape[0]).to(x.device)
-    if given is None:
-        return ("features", x), ("target", g)
-    y = arrays.feature_map(given, "given features").flatten(1)
-    arrays.check_same(y.shape[0], x.shape[0], "given features", "features")
-    return ("features", x), ("target", g), ("given features", y)
+def _relevance_inputs(features: Source, target: Array, given: Source | None) -> dict[str, Rows | Array]:
+    named: dict[str, Rows | Array] = {"features": rows_of(features, "features"), TARGET: target}
+    return named if given is None else named | {"given features": rows_of(given, "given features")}
 
 
 def _score(
-    named: Sequence[tuple[str, Tensor]], statistic: Statistic, estimator: Estimator, permutations: int, confidence: float, seed: int
+    named: Mapping[str, Rows | Array],
+    statistic: Statistic,
+    estimator: Estimator,
+    batch: int | None,
+    permutations: int,
+    confidence: float,
+    seed: int,
 ) -> Score:
-    """The score of one set of images, from (name, rows [n, d]) in the statistic's order; the second is what is permuted."""
+    """The score of rows and the target in the statistic's order; the second is what is permuted."""
+    moved = list(named)[1]
+    found = inner_products(named, [moved], estimator=estimator, batch=batch, permutations=permutations, seed=seed)
+    if len(named) == 3:
+        for index in (0, 1):
+            check_residual(found, index, 2)
+    products = found.products, found.left_out, permuted(found.products, 1, found.moved[moved])
+    values = (statistic(each).numpy(force=True) for each in products)
+    return summary(*values, n=found.n, batches=found.batches, estimator=estimator, confidence=confidence)
+
+
+@dataclass(frozen=True)
+class InnerProducts:
+    """What scores are made of: inner products of k centred matrices of n images, summed over batches where there are several.
+
+    names [k]: of the matrices. products [k, k]; left_out [units, k, k]: without each image, part of the images or batch; moved: a
+    matrix whose images are permuted -> its products [p, k] with all. raw [k]: <D,D> of the distances themselves; rounding [k]: of
+    them, as a share.
+    """
+
+    names: tuple[str, ...]
+    n: int
+    batches: int
+    products: Tensor
+    left_out: Tensor
+    moved: dict[str, Tensor]
+    raw: Tensor
+    rounding: Tensor
+
+
+def inner_products(
+    named: Mapping[str, Rows | Array],
+    moved: Collection[str],
+    *,
+    estimator: Estimator = "unbiased",
+    batch: int | None = None,
+    permutations: int = 999,
+    seed: int = 0,
+) -> InnerProducts:
+    """Inner products of features by name and, under TARGET, labels or an embedding; arguments and errors are those of `fss` and `rs`."""
     if estimator not in ("unbiased", "biased"):
         raise ValueError(f"estimator must be 'unbiased' or 'biased', not {estimator!r}")
-    n = named[0][1].shape[0]
+    if permutations < 0:
+        raise ValueError(f"permutations must be 0 or more, not {permutations}")
+    features = {name: rows for name, rows in named.items() if not isinstance(rows, Tensor | np.ndarray)}
+    first, *others = features
+    n, device, dtype = features[first].shape[0], torch.device(features[first].device), features[first].dtype
     arrays.check_images(n)
-    if len({rows.device for _, rows in named}) > 1:
-        raise KdxError("The features are on different devices.", "Move all of them to one device.")
+    for name in others:
+        rows = features[name]
+        arrays.check_same(rows.shape[0], n, name, first)
+        if rows.device != device:
+            raise KdxError(f"The {first} are on {device}, the {name} on {rows.device}.", "Move all of them to one device.")
+        if rows.dtype != dtype:
+            raise KdxError(f"The {first} are {dtype}, the {name} {rows.dtype}.", "Give all of them in one type.")
+    asked = _Asked(n, device, tuple(moved), estimator == "biased", permutations, seed)
     with torch.no_grad():
-        d = torch.stack([arrays.measured(geometry.distances(rows), rows, name) for name, rows in named])
-        centred = geometry.u_centered(d) if estimator == "unbiased" else geometry.double_centered(d)
-        products = geometry.products(centred)
-        if len(named) == 3:
-            _check_residual(products, geometry.products(d), max(arrays.rounding(rows) for _, rows in named))
-        left_out = geometry.leave_one_out(d, biased=estimator == "biased") if n > arrays.MIN_IMAGES else products[None]
-        moved = permuted(
-            products, 1, permutation_products(centred, d[1], centred[1], named[1][1], permutation_table(n, permutations, seed, d.device))
+        if batch is not None and batch < n:
+            return _batched(named, asked, batch)
+        return _held(named, asked) if n <= _HELD else _swept(named, asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    n: int
+    device: torch.device
+    moved: tuple[str, ...]
+    biased: bool
+    permutations: int
+    seed: int
+
+
+def _held(named: Mapping[str, Rows | Array], asked: _Asked) -> InnerProducts:
+    """Of so few images that their matrices are held, in float64; the jackknife leaves out an image."""
+    n, names = asked.n, tuple(named)
+    everyone = torch.arange(n, device=asked.device)
+    rows = [
+        arrays.target_embedding(each, n).to(asked.device) if isinstance(each, Tensor | np.ndarray) else each.read(everyone)
+        for each in named.values()
+    ]
+    d = torch.stack([arrays.measured(geometry.distances(each), each, name) for name, each in zip(names, rows, strict=True)])
+    centred = geometry.double_centered(d) if asked.biased else geometry.u_centered(d)
+    products = geometry.products(centred)
+    table = permutation_table(n, asked.permutations, asked.seed, asked.device)
+    return InnerProducts(
+        names,
+        n,
+        1,
+        products,
+        geometry.leave_one_out(d, asked.biased) if n > arrays.MIN_IMAGES else products[None],
+        {name: permutation_products(centred, d[i], centred[i], rows[i], table) for i, name in enumerate(names) if name in asked.moved},
+        geometry.products(d).diagonal(),
+        torch.tensor([arrays.rounding(each) for each in rows], dtype=torch.float64, device=asked.device),
+    )
+
+
+def _swept(named: Mapping[str, Rows | Array], asked: _Asked) -> InnerProducts:
+    """Of any number of images, in tiles; the jackknife leaves out one of `sweep.UNITS` random parts."""
+    names, matrices, rounding = _matrices(named, asked)
+    moved = {name: names.index(name) for name in asked.moved}
+    found = sweep.sweep(matrices, moved=[*moved.values()], permutations=asked.permutations, biased=asked.biased, seed=asked.seed)
+    raw = torch.stack([each.scale for each in matrices]) * asked.n / (asked.n - 3)
+    for name, own, whole, share in zip(names, found.products.diagonal().tolist(), raw.tolist(), rounding.tolist(), strict=True):
+        arrays.check_varied(own, whole, share, name)
+    moved_products = {name: found.moved[place] for name, place in moved.items()}
+    return InnerProducts(names, asked.n, 1, found.products, found.left_out, moved_products, raw, rounding)
+
+
+def _batched(named: Mapping[str, Rows | Array], asked: _Asked, size: int) -> InnerProducts:
+    """Summed over random batches, as many at once as memory allows; the jackknife leaves out a batch."""
+    from kdx.data import random_batches  # which reads images, and brings Pillow
+
+    names, matrices, rounding = _matrices(named, asked)
+    targets = [each for each in matrices if isinstance(each, sweep.Classes)]
+    # Where images have no classes, any dealing gives every batch a geometry.
+    classes = targets[0].codes.numpy(force=True) if targets else np.arange(asked.n) % 2
+    generator = np.random.default_rng(asked.seed)
+    batches = [torch.from_numpy(generator.permutation(batch)).to(asked.device) for batch in random_batches(classes, size, asked.seed)]
+    widths = [each.rows.shape[1] * 4 if isinstance(each, sweep.Measured) else 0 for each in matrices]
+    products, raw = [], []
+    moved = {name: torch.zeros(asked.permutations, len(names), dtype=torch.float64, device=asked.device) for name in asked.moved}
+    for some in _alike(batches, sum(widths), len(names)):
+        n = some.shape[1]
+        d = torch.stack([each.batches(some) for each in matrices], 1)
+        centred = geometry.double_centered(d) if asked.biased else geometry.u_centered(d)
+        products.append(geometry.products(centred))
+        raw.append(geometry.products(d).diagonal(dim1=1, dim2=2))
+        for i, name in enumerate(names):
+            share = products[-1][:, i, i] / raw[-1][:, i]
+            arrays.check_varied(float(share.min()), 1, float(rounding[i]), name)
+        turns = torch.from_numpy(generator.integers(n, size=(asked.permutations, len(some)))).to(asked.device)
+        for name, total in moved.items():
+            total += sweep.turned_products(centred, names.index(name), turns)
+    each = torch.cat(products)
+    total = each.sum(0)
+    return InnerProducts(names, asked.n, len(each), total, total - each, moved, torch.cat(raw).sum(0), rounding)
+
+
+def _alike(batches: Sequence[Tensor], width: int, matrices: int) -> Iterator[Tensor]:
+    """Batches of one size as indices [b, n], as many at a time as memory allows."""
+    for n in sorted({len(batch) for batch in batches}):
+        alike = torch.stack([batch for batch in batches if len(batch) == n])
+        yield from alike.split(max(1, _BYTES // (n * (width + matrices * n * 64))))
+
+
+def _matrices(named: Mapping[str, Rows | Array], asked: _Asked) -> tuple[tuple[str, ...], list[sweep.Matrix], Tensor]:
+    """(names, matrices, the rounding of each one's distances)."""
+    matrices = [
+        _target_matrix(each, asked.n, asked.device) if isinstance(each, Tensor | np.ndarray) else _measured(each, name)
+        for name, each in named.items()
+    ]
+    known = [(each.rows.dtype, each.rows.shape[1]) if isinstance(each, sweep.Measured) else (torch.float64, 1) for each in matrices]
+    rounding = torch.tensor([arrays.rounding_of(*each) for each in known], dtype=torch.float64, device=asked.device)
+    return tuple(named), matrices, rounding
+
+
+def _measured(rows: Rows, name: str) -> sweep.Measured:
+    found = sweep.Measured.of(rows)
+    suspect = torch.nonzero(~found.norms.isfinite()).flatten()
+    if len(suspect):
+        arrays.refuse_rows(suspect[[not bool(rows.read(row[None]).isfinite().all()) for row in suspect]], name)
+        raise arrays.too_large(name)
+    return found
+
+
+def _target_matrix(target: Array, n: int, device: torch.device) -> sweep.Matrix:
+    """Labels, and an embedding of few distinct rows, as classes; any other embedding as rows."""
+    known = arrays.tensor(target, TARGET).to(device)
+    arrays.check_same(known.shape[0] if known.ndim else 0, n, "the target", "features")
+    if known.ndim == 1 and not known.is_floating_point():
+        _, codes = known.unique(return_inverse=True)
+        return sweep.Classes(codes)
+    rows = arrays.target_embedding(known, n)
+    if len(rows[:_LOOKED_AT].unique(dim=0)) <= _CLASSES:
+        distinct, codes = rows.unique(dim=0, return_inverse=True)
+        if len(distinct) <= _CLASSES:
+            arrays.check_finite(distinct, TARGET)
+            return sweep.Classes(codes, geometry.distances(distinct))
+    return _measured(rows_of(rows, TARGET), TARGET)
+
+
+def check_residual(found: InnerProducts, explained: int, given: int) -> None:
+    """KdxError where the given matrix explains another up to rounding of their distances."""
+    own, cross, norm = (found.products[pair] for pair in ((explained, explained), (explained, given), (given, given)))
+    # A difference of inner products is known to 1e-16 of them, whatever the features' type.
+    floor = torch.maximum(found.rounding.max() ** 2 * found.raw[explained], 1e-13 * own)
+    if not bool(own - cross**2 / norm > floor):
+        raise KdxError(
+            f"The {found.names[explained]} hold nothing that the {found.names[given]} do not explain.",
+            "Compare two different networks or layers.",
         )
-    values = statistic(products), statistic(left_out), statistic(moved)
-    return summary(*(v.cpu().numpy() for v in values), n=n, batches=1, estimator=estimator, confidence=confidence)
-
-
-def _check_residual(products: Tensor, distances: Tensor, rounding: float) -> None:
-    """KdxError where the third matrix, the given one, explains the first or the second up to rounding of their distances."""
-    left = _projected(products)
-    for index, name in enumerate(("features", "target")):
-        # A difference of inner products is known to 1e-16 of them, whatever the features' type.
-        floor = torch.maximum(rounding**2 * distances[index, index], 1e-13 * products[index, index])
-        if not bool(left[index, index] > floor):
-            raise KdxError(f"The {name} hold nothing that the given features do not explain.", "Compare two different networks or layers.")
 
 
 def permutation_table(n: int, permutations: int, seed: int | Sequence[int], device: torch.device | None = None) -> Tensor:
     """Seeded permutations [permutations, n] of n images."""
-    if permutations < 0:
-        raise ValueError(f"permutations must be 0 or more, not {permutations}")
     generator = np.random.default_rng(seed)
     return torch.from_numpy(generator.permuted(np.tile(np.arange(n), (permutations, 1)), axis=1)).to(device)
 

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from kdx import arrays, scores
 from kdx.kernels import geometry
-from kdx.scores import Score, Statistic
+from kdx.scores import TARGET, Score, Statistic
 from kdx.unicam import Maps, Weighting, checked, feature_distances_among, target_distances_among, weighted
 
 ROLES = ("teacher", "student", "base")
 """In the order of every stack of matrices, which the target ends."""
 
-TARGET = "target"
 _LETTERS = {role: role[0].upper() for role in ROLES}
 
 MAPS: dict[str, tuple[str, str]] = {

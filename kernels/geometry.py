@@ -34,7 +34,10 @@ _BLOCK = 4096
 """Columns that a Gram product adds up in one go. A float32 sum loses digits as it grows; over 800,000 columns two of them."""
 
 _ELEMENTS = 1 << 24
-"""Elements that a step over pairs or permutations holds at a time."""
+"""Elements that a step over pairs holds at a time."""
+
+_CACHED = 1 << 18
+"""Elements that a step over permutations holds at a time: what the cache keeps, eight times as fast as what it does not."""
 
 
 # Distances
@@ -60,7 +63,8 @@ def _blocks(x: Tensor) -> Tensor:
     count = next((count for count in range(least, 4 * least) if d % count == 0), least)
     if d % count:
         x = torch.nn.functional.pad(x, (0, -d % count))
-    return x.unflatten(-1, (count, -1)).transpose(-2, -3)
+    blocks: Tensor = x.unflatten(-1, (count, -1)).transpose(-2, -3)
+    return blocks
 
 
 def distances(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -196,9 +200,10 @@ def permuted_products(matrices: Tensor, moved: Tensor, permutations: Tensor) -> 
     """
     n = moved.shape[-1]
     flat = matrices.flatten(1).T
-    parts = [
-        torch.take(moved, p[:, :, None] * n + p[:, None, :]).flatten(1) @ flat for p in permutations.split(max(1, _ELEMENTS // (n * n)))
-    ]
+    parts = []
+    for p in permutations.split(max(1, _CACHED // (n * n))):
+        rows = moved.index_select(0, p.flatten()).unflatten(0, p.shape)
+        parts.append(rows.gather(2, p[:, None, :].expand(-1, n, -1)).flatten(1) @ flat)
     return torch.cat(parts) / (n * (n - 3))
 
 
@@ -213,7 +218,7 @@ def permuted_class_products(matrices: Tensor, d: Tensor, classes: Tensor, permut
     first = one_hot.argmax(0)
     between = d[first][:, first][classes]
     parts = []
-    for p in permutations.split(max(1, _ELEMENTS // (n * count))):
+    for p in permutations.split(max(1, _CACHED // (n * count))):
         gathered = matrices @ one_hot[p].permute(1, 0, 2).flatten(1)
         parts.append((gathered.unflatten(2, (len(p), count)) * between[p].permute(1, 0, 2)).sum((1, 3)).T)
     return torch.cat(parts) / (n * (n - 3))

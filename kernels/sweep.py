@@ -71,7 +71,8 @@ class Measured:
         n, d = rows.shape
         step = max(1, min(TILE, _BYTES // (8 * d)))
         parts = [torch.arange(start, min(start + step, n), device=rows.device) for start in range(0, n, step)]
-        centre = geometry.wide(rows.read(parts[0])).mean(0)
+        some = geometry.wide(rows.read(parts[0]))
+        centre = some[some.isfinite().all(1)].mean(0)
         norms = [torch.linalg.vector_norm(geometry.wide(rows.read(part)) - centre, dim=1) for part in parts]
         return cls(rows, centre, torch.cat(norms).double().square())
 
@@ -80,6 +81,10 @@ class Measured:
         """The mean squared distance [], or somewhat more."""
         return 2 * self.norms.mean()
 
+    def batches(self, index: Tensor) -> Tensor:
+        """Distances [b, n, n] of images index [b, n] within each batch, in float64."""
+        return geometry.distances(self.rows.read(index.flatten()).unflatten(0, index.shape))
+
     def means(self) -> Tensor:
         """About each row's mean distance from the others [n]: they lie around the centre in many directions."""
         return (self.norms + self.norms.mean()).sqrt()
@@ -87,23 +92,37 @@ class Measured:
 
 @dataclass(frozen=True)
 class Classes:
-    """Rows of which many are equal: ``codes`` [n] tell which, ``distances`` [c, c] are between the distinct ones."""
+    """Rows of which many are equal: ``codes`` [n] tell which, ``distances`` [c, c] are between the distinct ones; None where these
+    are one-hot rows, all apart by the square root of 2."""
 
     codes: Tensor
-    distances: Tensor
+    distances: Tensor | None = None
 
-    def _shares(self) -> Tensor:
-        return torch.bincount(self.codes, minlength=len(self.distances)) / len(self.codes)
+    def tile(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+        """Distances [..., l, r] of the images ``left`` [..., l] from ``right`` [..., r]."""
+        rows, columns = self.codes[left][..., :, None], self.codes[right][..., None, :]
+        if self.distances is None:
+            return (rows != columns).to(dtype).mul_(2**0.5)
+        return self.distances.to(dtype)[rows, columns]
+
+    def batches(self, index: Tensor) -> Tensor:
+        """Distances [b, n, n] of images index [b, n] within each batch, in float64."""
+        return self.tile(index, index, torch.float64)
 
     @property
     def scale(self) -> Tensor:
         """The mean squared distance []."""
-        shares = self._shares().double()
-        return shares @ self.distances.double().square() @ shares
+        shares = self._shares()
+        return 2 * (1 - shares.square().sum()) if self.distances is None else shares @ self.distances.double().square() @ shares
 
     def means(self) -> Tensor:
         """Each row's mean distance from the others [n]."""
-        return (self.distances.double() @ self._shares().double())[self.codes]
+        shares = self._shares()
+        each = 2**0.5 * (1 - shares) if self.distances is None else self.distances.double() @ shares
+        return each[self.codes]
+
+    def _shares(self) -> Tensor:
+        return torch.bincount(self.codes).double() / len(self.codes)
 
 
 Matrix = Measured | Classes
@@ -139,8 +158,11 @@ def sweep(
     side of a tile; by default as many as memory allows, up to TILE. step: told (tiles done, tiles in all).
     """
     measured = [m for m in matrices if isinstance(m, Measured)]
-    n, device = len(matrices[0].means()), next((m.norms.device for m in measured), torch.device("cpu"))
-    side = tile or _side([m.rows for m in measured])
+    n, *others = (len(m.codes) if isinstance(m, Classes) else m.rows.shape[0] for m in matrices)
+    if any(other != n for other in others):
+        raise ValueError(f"the matrices are of {n} and {others} images")
+    device = next((m.norms.device for m in measured), torch.device("cpu"))
+    side = tile or _side(n, [m.rows for m in measured])
     generator = torch.Generator().manual_seed(seed)
     order = _shuffled(n, max((m.rows.run for m in measured), default=1), generator).to(device)
     tiles = order.split(side)
@@ -156,11 +178,25 @@ def sweep(
     return sums.found(biased)
 
 
-def _side(rows: Sequence[Rows]) -> int:
-    """Images a side: a power of two, whose transforms are the quickest. Each matrix's rows are held, and one's columns."""
+def turned_products(centred: Tensor, moved: int, turns: Tensor) -> Tensor:
+    """Inner products [p, k] of centred matrices [b, k, n, n] with those of ``moved``, summed over b batches, as turns [p, b] of its
+    images permute each batch; normalised as in `geometry.products`. Each batch stands in random order."""
+    n = centred.shape[-1]
+    spectra = torch.fft.rfft2(centred)
+    found = torch.fft.irfft2(spectra.conj() * spectra[:, moved : moved + 1], s=(n, n)).diagonal(dim1=-2, dim2=-1)
+    batch = torch.arange(len(centred), device=centred.device)
+    total: Tensor = found[batch, :, turns].sum(1)
+    return total / (n * (n - 3))
+
+
+def _side(n: int, rows: Sequence[Rows]) -> int:
+    """Images a side: a power of two, whose transforms are the quickest, and few enough that turning four tiles permutes well.
+
+    Each matrix's rows are held, and one's columns.
+    """
     widths = [r.shape[1] * r.dtype.itemsize for r in rows]
     side = TILE
-    while side > 16 and side * (sum(widths) + 2 * max(widths, default=0)) > _BYTES:
+    while side > 16 and (4 * side > n or side * (sum(widths) + 2 * max(widths, default=0)) > _BYTES):
         side //= 2
     return side
 
@@ -187,12 +223,10 @@ class _Drawn:
 
     def tile(self, left: Tensor, right: Tensor) -> Tensor:
         """[l, r] of the images ``left`` [l] and ``right`` [r]: the same images, or none in both."""
-        d = self._classes(self._matrix, left, right) if isinstance(self._matrix, Classes) else self._measured(self._matrix, left, right)
+        matrix = self._matrix
+        d = matrix.tile(left, right, self._dtype) if isinstance(matrix, Classes) else self._measured(matrix, left, right)
         d.sub_(self._offsets[left][:, None]).sub_(self._offsets[right])
         return d.fill_diagonal_(0) if left is right else d
-
-    def _classes(self, matrix: Classes, left: Tensor, right: Tensor) -> Tensor:
-        return matrix.distances.to(self._dtype)[matrix.codes[left]][:, matrix.codes[right]]
 
     def _measured(self, matrix: Measured, left: Tensor, right: Tensor) -> Tensor:
         if self._held is None or self._held[0] is not left:

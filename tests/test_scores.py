@@ -12,6 +12,9 @@ from torch import Tensor
 
 import kdx
 from kdx import scores
+from kdx.data import random_batches
+from kdx.kernels import geometry
+from kdx.rows import rows_of
 from tests import oracle
 
 
@@ -100,13 +103,72 @@ def test_the_permutation_p_value_counts_what_direct_permutation_counts() -> None
 
 
 def test_p_values_of_many_images_by_classes_are_those_by_pairs() -> None:
-    """Past a hundred images a class target is permuted by a product with its classes; an embedding with distinct rows is not."""
-    x, _, labels = oracle.features(n=160, classes=5)
+    """Past 256 images a class target is permuted by a product with its classes; an embedding with distinct rows is not."""
+    x, _, labels = oracle.features(n=270, classes=5)
     x = x + 30 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     one_hot = torch.nn.functional.one_hot(labels).double()
     blurred = one_hot + 1e-9 * torch.randn(one_hot.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     by_classes, by_pairs = kdx.rs(x, labels, permutations=199), kdx.rs(x, blurred, permutations=199)
     assert by_classes.p_value == by_pairs.p_value and by_classes.value == pytest.approx(by_pairs.value, abs=1e-6)
+
+
+def test_p_values_of_many_images_are_uniform_where_nothing_is_related() -> None:
+    """In tiles and in batches, where permutations turn parts of the images; the classes stand in order, as in a folder of folders."""
+    rng = np.random.default_rng(3)
+    labels = np.sort(rng.integers(0, 5, 260))
+    found = []
+    for i in range(60):
+        x, y = rng.normal(size=(260, 4)), rng.normal(size=(260, 3))
+        found += [kdx.fss(x, y, permutations=99, seed=i).p_value, kdx.rs(x, labels, permutations=99, seed=i).p_value]
+        found += [kdx.fss(x, y, permutations=99, seed=i, batch=26).p_value, kdx.rs(x, labels, batch=52, permutations=99, seed=i).p_value]
+    for quarter in np.array(found).reshape(-1, 4).T:
+        assert abs(np.mean(quarter <= 0.2) - 0.2) < 4 * np.sqrt(0.2 * 0.8 / 60)
+    related = rng.normal(size=(260, 4)) + np.eye(5)[labels][:, :4]
+    assert kdx.rs(related, labels).p_value == kdx.rs(related, labels, batch=52).p_value == 0.001
+
+
+def test_the_spread_of_turned_tiles_is_that_of_permutations() -> None:
+    """The same images as one set of 256, permuted outright, and as one of 257, in tiles: their null distributions agree."""
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(257, 6)), rng.normal(size=(257, 5))
+    spread = []
+    for n in (256, 257):
+        named = {"x": rows_of(x[:n], "x"), "y": rows_of(y[:n], "y")}
+        found = scores.inner_products(named, ["y"], permutations=1999)
+        values = scores.correlation(scores.permuted(found.products, 1, found.moved["y"]))
+        spread.append([float(values.mean()), float(values.std())])
+    assert abs(spread[0][0] - spread[1][0]) < 5 * spread[0][1] / 1999**0.5
+    assert spread[1][1] == pytest.approx(spread[0][1], rel=0.1)
+
+
+def test_more_images_than_are_held_at_once_continue_the_scores_below() -> None:
+    """One image more changes the means of computing everything, and the score by little."""
+    x, y, labels = oracle.features(n=257)
+    pairs = [
+        (kdx.rs(x[:256], labels[:256], y[:256], permutations=99), kdx.rs(x, labels, y, permutations=99)),
+        (kdx.fss(x[:256], y[:256], permutations=99), kdx.fss(x, y, permutations=99)),
+    ]
+    for held, swept in pairs:
+        assert swept.value == pytest.approx(held.value, abs=0.01)
+        assert swept.interval == pytest.approx(held.interval, abs=0.03)
+        assert swept.p_value == held.p_value
+
+
+def test_batches_are_pooled() -> None:
+    """One ratio of summed inner products; the jackknife leaves out batches."""
+    x, _, labels = oracle.features(n=60)
+    found = kdx.rs(x, labels, batch=20, permutations=0, seed=2)
+    parts = [torch.from_numpy(part) for part in random_batches(labels.numpy(), 20, 2)]
+    products = []
+    for part in parts:
+        d = torch.stack([geometry.distances(x[part].flatten(1)), geometry.distances(torch.nn.functional.one_hot(labels).double()[part])])
+        products.append(geometry.products(geometry.u_centered(d)))
+    total = torch.stack(products).sum(0)
+    assert found.value == pytest.approx(float(scores.correlation(total)), rel=1e-9)
+    left_out = scores.correlation(total - torch.stack(products)).numpy()
+    assert found.interval == pytest.approx(scores.jackknife_interval(found.value, left_out, 0.95), rel=1e-9)
+    assert (found.n, found.batches) == (60, 3)
+    assert kdx.rs(x, labels, batch=60) == kdx.rs(x, labels)
 
 
 def test_intervals_cover_the_truth() -> None:
@@ -134,6 +196,10 @@ def test_bad_input() -> None:
         kdx.fss(x[:3], y[:3])
     with pytest.raises(kdx.KdxError, match="18"):
         kdx.fss(x, y[:-1])
+    with pytest.raises(kdx.KdxError, match=r"float64.*float32"):
+        kdx.fss(x, y.float())
+    with pytest.raises(kdx.KdxError, match=r"cpu.*meta"):
+        kdx.fss(x, y.to("meta"))
     with pytest.raises(kdx.KdxError, match="constant"):
         kdx.fss(x, torch.zeros_like(y))
     with pytest.raises(kdx.KdxError, match="one class"):
@@ -145,11 +211,25 @@ def test_bad_input() -> None:
     one_hot = torch.nn.functional.one_hot(labels)
     for given in (one_hot.double(), one_hot.float(), 2.5 * one_hot.double()):
         with pytest.raises(kdx.KdxError, match="target hold nothing"):
-            kdx.partial_rs(x, labels, given)
+            kdx.partial_rs(x.to(given.dtype), labels, given)
     for wrong in (95, 0.0, 1.0):
         with pytest.raises(ValueError, match="confidence"):
             kdx.fss(x, y, confidence=wrong)
     with pytest.raises(ValueError, match="permutations"):
         kdx.fss(x, y, permutations=-1)
+    many, few = torch.randn(600, 3), torch.randn(600, 3)
+    many[[7, 500]] = torch.nan
+    with pytest.raises(kdx.KdxError, match="rows 7, 500"):
+        kdx.fss(few, many)
+    with pytest.raises(kdx.KdxError, match="too large"):
+        kdx.fss(few, 1e30 * few)
+    with pytest.raises(kdx.KdxError, match="constant"):
+        kdx.fss(few, torch.ones(600, 2))
+    with pytest.raises(kdx.KdxError, match="one class"):
+        kdx.rs(few, torch.zeros(600, dtype=torch.int64))
+    with pytest.raises(kdx.KdxError, match="one class"):
+        kdx.rs(few, torch.arange(600))
+    with pytest.raises(kdx.KdxError, match="features hold nothing"):
+        kdx.rs(few, torch.arange(600) % 3, 2 * few)
     with pytest.raises(ValueError, match="estimator"):
         kdx.fss(x, y, "unbaised")  # type: ignore[arg-type]

@@ -1,0 +1,221 @@
+"""Inner products over many images in tiles, against matrices that are held whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import dcor
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kdx.kernels import geometry, sweep
+from kdx.kernels.sweep import Classes, Measured
+from tests import oracle
+
+CLASSES = 5
+
+
+@dataclass
+class Stored:
+    """Rows in memory that remember what was read of them."""
+
+    tensor: Tensor
+    run: int = 1
+    most: int = 0
+    reads: list[Tensor] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.tensor.shape[0], self.tensor.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def read(self, index: Tensor) -> Tensor:
+        self.reads.append(index)
+        return self.tensor[index]
+
+
+def rows(n: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Two related sets of rows, one image far from the others and two the same, and labels."""
+    x, y, labels = oracle.features(n=n, classes=CLASSES)
+    x, y = x.flatten(1), y.flatten(1)
+    x[0] *= 10
+    x[3] = x[2]
+    return x.to(dtype), y.to(dtype), labels
+
+
+def matrices(n: int, dtype: torch.dtype = torch.float64) -> list[sweep.Matrix]:
+    x, y, labels = rows(n, dtype)
+    return [Measured.of(Stored(x)), Measured.of(Stored(y)), Classes(labels)]
+
+
+def whole(n: int, dtype: torch.dtype = torch.float64, biased: bool = False, part: Tensor | None = None) -> Tensor:
+    """The centred matrices [3, n, n] of the same, or of a part of the images."""
+    x, y, labels = rows(n, dtype)
+    d = torch.stack([geometry.distances(each) for each in (x, y, torch.nn.functional.one_hot(labels).double())])
+    if part is not None:
+        d = d[:, part][:, :, part]
+    return geometry.double_centered(d) if biased else geometry.u_centered(d)
+
+
+def inner(a: Tensor, biased: bool) -> Tensor:
+    n = a.shape[-1]
+    return geometry.products(a) * (n - 3) / n if biased else geometry.products(a)
+
+
+def ordered(n: int, tile: int, permutations: int, seed: int, run: int = 1) -> tuple[Tensor, Tensor]:
+    """The images in the sweep's order, and its permutations [p, n], by its own draws."""
+    generator = torch.Generator().manual_seed(seed)
+    order = sweep._shuffled(n, run, generator)
+    tiles = order.split(tile)
+    turns = [torch.randint(len(part), (permutations,), generator=generator) for part in tiles]
+    moved = torch.empty(permutations, n, dtype=torch.int64)
+    for p in range(permutations):
+        for part, turn in zip(tiles, turns, strict=True):
+            moved[p, part] = part.roll(-int(turn[p]))
+    return order, moved
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("n", "tile"), [(50, 16), (33, 33), (101, 64), (19, 6), (4, 4)])
+def test_products_are_those_of_whole_matrices(n: int, tile: int, biased: bool) -> None:
+    found = sweep.sweep(matrices(n), tile=tile, biased=biased)
+    assert oracle.error(found.products, inner(whole(n, biased=biased), biased)) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_products_of_narrow_rows(dtype: torch.dtype) -> None:
+    """Against matrices of the very same rounded rows: what the tiles add is float32's rounding alone."""
+    found = sweep.sweep(matrices(101, dtype), tile=32)
+    assert oracle.error(found.products, inner(whole(101, dtype), False)) < 1e-6
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_units_left_out(biased: bool) -> None:
+    n, units = 53, 7
+    found = sweep.sweep(matrices(n), tile=16, units=units, biased=biased, seed=3)
+    order, _ = ordered(n, 16, 0, 3)
+    for unit in range(units):
+        rest = order[torch.arange(n) % units != unit]
+        assert oracle.error(found.left_out[unit], inner(whole(n, biased=biased, part=rest), biased)) < 1e-12
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_turned_tiles_are_permuted_images(biased: bool) -> None:
+    n, tile, count = 53, 16, 6
+    found = sweep.sweep(matrices(n), moved=[1, 2], permutations=count, tile=tile, biased=biased, seed=5)
+    _, permutations = ordered(n, tile, count, 5)
+    assert len({tuple(p.tolist()) for p in permutations}) == count
+    a = whole(n, biased=biased)
+    for moved in (1, 2):
+        for p in range(count):
+            turned = a.clone()
+            turned[moved] = a[moved][permutations[p]][:, permutations[p]]
+            expected = inner(turned, biased)[moved]
+            others = [i for i in range(3) if i != moved]
+            assert oracle.error(found.moved[moved][p, others], expected[others]) < 1e-11
+
+
+def test_rows_stand_in_random_order_and_runs_stay_together() -> None:
+    order, _ = ordered(103, 16, 0, 0, run=10)
+    assert sorted(order.tolist()) == list(range(103))
+    runs = torch.unique_consecutive(order // 10)
+    assert len(runs) == 11 and not torch.equal(runs, torch.arange(11))
+    assert not torch.equal(runs, torch.unique_consecutive(ordered(103, 16, 0, 1, run=10)[0] // 10))
+
+
+def test_only_tiles_of_rows_are_read_at_a_time() -> None:
+    x, y, _ = rows(200)
+    a, b = Stored(x), Stored(y)
+    measured = [Measured.of(a), Measured.of(b)]
+    a.reads.clear()
+    sweep.sweep(measured, tile=32)
+    assert max(map(len, a.reads)) == 32
+    assert len(a.reads) == 7 * 8 // 2  # a tile's rows once, its columns once for each tile above the diagonal
+
+
+def test_a_tile_shrinks_where_rows_are_long() -> None:
+    wide = Stored(torch.zeros(4096, 1))
+    assert sweep._side(4096, [wide]) == sweep.TILE
+    long = Stored(torch.zeros(1, 1).expand(4096, 400_000))
+    side = sweep._side(4096, [long, long])
+    assert 16 <= side < sweep.TILE and 4 * 400_000 * 4 * side <= 1 << 28
+    assert sweep._side(600, [wide]) == 128  # four tiles at least, to turn
+
+
+def test_classes_are_their_one_hot_rows() -> None:
+    _, _, labels = rows(40)
+    embedding = torch.randn(CLASSES, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for rows_, classes in (
+        (torch.nn.functional.one_hot(labels).double(), Classes(labels)),
+        (embedding[labels], Classes(labels, geometry.distances(embedding))),
+    ):
+        d = geometry.distances(rows_)
+        index = torch.tensor([[3, 9, 1], [20, 21, 39]])
+        assert oracle.error(classes.batches(index), torch.stack([d[i][:, i] for i in index])) < 1e-12
+        assert oracle.error(classes.means(), d.mean(1)) < 1e-12
+        assert float(classes.scale) == pytest.approx(float(d.square().mean()), rel=1e-12)
+        by_rows = sweep.sweep([matrices(40)[0], Measured.of(Stored(rows_))], tile=16).products
+        assert oracle.error(sweep.sweep([matrices(40)[0], classes], tile=16).products, by_rows) < 1e-12
+
+
+def test_measured_rows() -> None:
+    x, _, _ = rows(50)
+    x[7, 3], x[11] = torch.nan, torch.inf
+    found = Measured.of(Stored(x))
+    assert torch.nonzero(~found.norms.isfinite()).flatten().tolist() == [7, 11]
+    fine = Measured.of(Stored(x[20:]))
+    assert oracle.error(fine.norms, (x[20:] - x[20:].mean(0)).square().sum(1)) < 1e-12
+    assert float(fine.scale) >= float(geometry.distances(x[20:]).square().mean())
+
+
+def test_batches_turned_together_are_permuted_batches() -> None:
+    x, y, labels = rows(48)
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randperm(48, generator=generator).view(4, 12)
+    d = torch.stack([each.batches(index) for each in (Measured.of(Stored(x)), Measured.of(Stored(y)), Classes(labels))], 1)
+    centred = geometry.u_centered(d)
+    turns = torch.randint(12, (5, 4), generator=generator)
+    for moved in range(3):
+        expected = torch.stack(
+            [
+                torch.stack(
+                    [
+                        torch.stack([geometry.dot(a, b[moved].roll((-int(turn), -int(turn)), (0, 1))) for a in b])
+                        for b, turn in zip(centred, row, strict=True)
+                    ]
+                ).sum(0)
+                for row in turns
+            ]
+        ) / (12 * 9)
+        assert oracle.error(sweep.turned_products(centred, moved, turns), expected) < 1e-12
+
+
+def test_matrices_of_different_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="images"):
+        sweep.sweep([matrices(20)[0], matrices(21)[1]])
+
+
+def test_progress_is_told() -> None:
+    told: list[tuple[int, int]] = []
+    sweep.sweep(matrices(50), tile=16, step=lambda done, total: told.append((done, total)))
+    assert told == [(done, 10) for done in range(1, 11)]
+
+
+def test_a_thousand_images_are_dcors() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1000, 64))
+    y = x @ rng.normal(size=(64, 64)) / 16 + rng.normal(size=(1000, 64))
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        measured = [Measured.of(Stored(torch.from_numpy(each).to(dtype))) for each in (x, y)]
+        for biased, expected in ((False, dcor.u_distance_correlation_sqr(x, y)), (True, dcor.distance_correlation_sqr(x, y))):
+            found = sweep.sweep(measured, biased=biased).products
+            assert float(found[0, 1] / (found[0, 0] * found[1, 1]).sqrt()) == pytest.approx(expected, abs=tolerance)
