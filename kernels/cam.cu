@@ -2,8 +2,8 @@
 //
 //     map_p = ReLU(sum_c w_c F_cp),    picture = bilinear resize of (map - min)/(max - min), or zero where the map is constant.
 //
-// Bytes: n C H W sizeof(T) read once, 4 n h w written, and 8 H W for the partial map of each share of the channels. Operations: 2 an element.
-// The floor is the bytes over the bandwidth.
+// Bytes: n C H W sizeof(T) read once, 4 n h w written, and 8 H W for the partial map of each share of the channels. Operations: 2 an
+// element. The floor is the bytes over the bandwidth.
 //
 // An image's features are read as a flat array of packs of 16 bytes. After lcm(pack, H W) elements, a period, packs fall on the same
 // positions of later channels. So a thread owns one pack of the period, steps by whole periods, and keeps its sums in registers,

@@ -31,7 +31,7 @@ _BLOCKS_EACH = 8
 """Blocks that a multiprocessor is given: more than it holds at once, so that all end at about the same time."""
 
 _ELEMENTS = 1 << 24
-"""Elements that the Gram products of all blocks of columns may take before they are added up."""
+"""Up to so many elements the Gram products of all blocks of columns are made at once: a small one alone does not fill the device."""
 
 _ROUNDING = (100 * torch.finfo(torch.float32).eps) ** 2
 """The share of a derivative's square that is rounding where R is all of A: `geometry.laplacian`'s rule. Its sums are here differences
@@ -141,18 +141,14 @@ def _gram(x: Tensor, y: Tensor) -> Tensor:
     """x y^T [B, q, m] in full float32, added up over the blocks of columns that `geometry` takes."""
     rows = geometry._blocks(x)
     columns = rows if x is y else geometry._blocks(y)
+    blocks = rows.shape[1]
     with _full_precision():
-        if len(x) > 1:  # a stack of views that no reshaping joins: block by block, without a copy
-            gram = torch.bmm(rows[:, 0], columns[:, 0].mT)
-            for block in range(1, rows.shape[1]):
-                gram.baddbmm_(rows[:, block], columns[:, block].mT)
-            return gram
-        step = max(1, _ELEMENTS // (x.shape[1] * y.shape[1]))
-        left, right = rows[0].split(step), columns[0].split(step)
-        total = torch.bmm(left[0], right[0].mT).sum(0, keepdim=True)
-        for some, others in zip(left[1:], right[1:], strict=True):
-            total += torch.bmm(some, others.mT).sum(0)
-        return total
+        if len(x) == 1 and 1 < blocks <= _ELEMENTS // (x.shape[1] * y.shape[1]):
+            return torch.bmm(rows[0], columns[0].mT).sum(0, keepdim=True)
+        gram = torch.bmm(rows[:, 0], columns[:, 0].mT)
+        for block in range(1, blocks):
+            gram.baddbmm_(rows[:, block], columns[:, block].mT)
+        return gram
 
 
 @contextmanager

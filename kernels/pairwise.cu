@@ -22,6 +22,7 @@ namespace {
 constexpr int kTile = 64;
 constexpr int kWarps = 8;
 constexpr int kTileRows = kTile / kWarps;  // of a warp
+constexpr int kBlocks = 4;                 // of a multiprocessor at least: left to itself, nvcc makes room for six, and spills
 
 struct Rows {
     const float* x;      // [count, d]
@@ -85,8 +86,9 @@ __device__ void add_up(const float (&tile)[kTile][kTile + 1], double* rows, int 
 }  // namespace
 
 // gram [B, n, n] in, distances out; x [B, n, d], norms [B, n]; sums [B, tiles, n]. Grid (B, tiles, tiles).
-extern "C" __global__ void __launch_bounds__(32 * kWarps)
-pairwise_symmetric(float* gram, const float* x, const float* norms, float near, int n, int d, double* sums) {
+extern "C" __global__ void __launch_bounds__(32 * kWarps, kBlocks) pairwise_symmetric(
+    float* gram, const float* x, const float* norms, float near, int n, int d, double* sums
+) {
     if (blockIdx.z < blockIdx.y) return;
     __shared__ float tile[kTile][kTile + 1];
     const int top = blockIdx.y * kTile, left = blockIdx.z * kTile;
@@ -110,7 +112,7 @@ pairwise_symmetric(float* gram, const float* x, const float* norms, float near, 
 }
 
 // gram [q, m] in, distances out; x [q, d], y [m, d]; row_sums [ceil(m/64), q], column_sums [ceil(q/64), m]. Grid (ceil(m/64), ceil(q/64)).
-extern "C" __global__ void __launch_bounds__(32 * kWarps) pairwise_cross(
+extern "C" __global__ void __launch_bounds__(32 * kWarps, kBlocks) pairwise_cross(
     float* gram, const float* x, const float* y, const float* norms_x, const float* norms_y, float near, int q, int m, int d,
     double* row_sums, double* column_sums
 ) {

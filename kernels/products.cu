@@ -10,8 +10,8 @@
 //                     Sixteen products of a pair of groups stay in registers. Leaves partial sums for each block, and row sums.
 //                     Bytes: sizeof(T) K n^2 a batch, once from memory; with more than four matrices a group is read again for each
 //                     group, by blocks that run side by side, mostly from L2. Operations: K(K+1)/2 + 3K in float64 an element.
-//                     The floor is the bytes over the bandwidth where float64 runs at half the rate of float32; where it runs at a
-//                     64th (consumer GPUs) the operations are about twice that.
+//                     The floor is the bytes over the bandwidth where float64 runs at half the rate of float32. Where it runs at a
+//                     64th (consumer GPUs), counting says that the operations take two to four times as long.
 // products_close      Adds the partial sums in order and puts the formula together. O(K^2 n) a batch.
 // products_bordered   The same for a set of m images with one more behind it, of which only distances to the m are given: n = m + 1,
 //                     without the matrices of n x n. O(K^2 m) a query.

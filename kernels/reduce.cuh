@@ -4,7 +4,7 @@
 
 #include "common.cuh"
 
-constexpr unsigned kWarp = 0xffffffff;
+constexpr unsigned kWarp = 0xffffffff;  // every lane
 
 // The sum over a warp, bit for bit the same in every lane.
 template <class T>

@@ -120,7 +120,7 @@ struct Uniqueness {
         *score = warp_sum(best);
         picked = warp_sum(picked);
         const double along = picked / p.bb;
-        const bool sound = n - along * picked > rounding * p.aa / p.rr * max(double(n), 1 / p.rr);
+        const bool sound = n - along * picked > rounding * p.aa / p.rr * n;  // of ||E||^2 = n
         return sound ? Combination{0, -2 * along, 1} : Combination{0, 0, 0};
     }
 
@@ -243,16 +243,17 @@ __device__ void weigh(
 #define KDX_MAXIMA_IN const int *where, const int *count, const double *best, const double *picked
 
 // distances [S, 3, n, n]; out: where, best, picked [S, n], count [S, n] zero on entry. Grid ceil(S n/8).
-extern "C" __global__ void __launch_bounds__(32 * kWarps)
-weights_maxima(const float* distances, KDX_PRODUCTS_IN, int stack, int n, int* where, int* count, double* best, double* picked) {
+extern "C" __global__ void __launch_bounds__(32 * kWarps, 2) weights_maxima(
+    const float* distances, KDX_PRODUCTS_IN, int stack, int n, int* where, int* count, double* best, double* picked
+) {
     maxima<false>({distances, nullptr, {inner, rows, totals, squares}, stack, n}, where, count, best, picked);
 }
 
 // inside [3, m, m], border [3, q, m]; out as above with S = q, n = m + 1.
-extern "C" __global__ void __launch_bounds__(32 * kWarps) query_maxima(
-    const float* inside, const float* border, KDX_PRODUCTS_IN, int queries, int n, int* where, int* count, double* best, double* picked
+extern "C" __global__ void __launch_bounds__(32 * kWarps, 2) query_maxima(
+    const float* inside, const float* border, KDX_PRODUCTS_IN, int stack, int n, int* where, int* count, double* best, double* picked
 ) {
-    maxima<true>({inside, border, {inner, rows, totals, squares}, queries, n}, where, count, best, picked);
+    maxima<true>({inside, border, {inner, rows, totals, squares}, stack, n}, where, count, best, picked);
 }
 
 // means [S, n, C]; out: weights [S, n, C], lap [S, n, n] or null, score and left [S]. Grid (S, ceil(n/16), ceil(C/128)).
@@ -277,21 +278,21 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps) weights_uniqueness(
 
 // queries [q, C], references [m, C]; out: weights [q, C], score and left [q]. Grid (1, ceil(q/16), ceil(C/128)).
 extern "C" __global__ void __launch_bounds__(32 * kWarps) query_weights_relevance(
-    const float* inside, const float* border, KDX_PRODUCTS_IN, int count_queries, int n, const double* queries, const double* references,
+    const float* inside, const float* border, KDX_PRODUCTS_IN, int stack, int n, const double* queries, const double* references,
     int channels, double rounding, double* weights, double* score, double* left
 ) {
     weigh<Relevance, true>(
-        {inside, border, {inner, rows, totals, squares}, count_queries, n}, {}, queries, references, channels, rounding, weights, nullptr,
+        {inside, border, {inner, rows, totals, squares}, stack, n}, {}, queries, references, channels, rounding, weights, nullptr,
         score, left
     );
 }
 
 extern "C" __global__ void __launch_bounds__(32 * kWarps) query_weights_uniqueness(
-    const float* inside, const float* border, KDX_PRODUCTS_IN, KDX_MAXIMA_IN, int count_queries, int n, const double* queries,
+    const float* inside, const float* border, KDX_PRODUCTS_IN, KDX_MAXIMA_IN, int stack, int n, const double* queries,
     const double* references, int channels, double rounding, double* weights, double* score, double* left
 ) {
     weigh<Uniqueness, true>(
-        {inside, border, {inner, rows, totals, squares}, count_queries, n}, {where, count, best, picked}, queries, references, channels,
+        {inside, border, {inner, rows, totals, squares}, stack, n}, {where, count, best, picked}, queries, references, channels,
         rounding, weights, nullptr, score, left
     );
 }

@@ -88,11 +88,12 @@ def test_distances_of_a_stack_of_strided_rows() -> None:
     assert oracle.error(found.rows, found.matrix.double().sum(2)) < 1e-14
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_wide_rows_add_up_in_blocks_of_columns(stacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stacked", "elements"), [(1, 125), (1, 124), (2, 125)])
+def test_wide_rows_add_up_in_blocks_of_columns(stacked: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once where that is small, or one after another."""
     monkeypatch.setattr(geometry, "_BLOCK", 32)
-    monkeypatch.setattr(fused, "_ELEMENTS", 100)
-    x = torch.stack([rows(5, 130), rows(5, 130, 7)])[: 2 if stacked else 1]
+    monkeypatch.setattr(fused, "_ELEMENTS", elements)
+    x = torch.stack([rows(5, 130, seed) for seed in range(stacked)])
     with running():
         assert oracle.error(fused.distances(x).matrix, torch.stack([reference.distances(r.double()) for r in x])) < SINGLE
 
@@ -254,6 +255,23 @@ def test_published_scores_weights_and_maps(case: str, objective: fused.Objective
 
 
 @pytest.mark.parametrize("objective", ["relevance", "uniqueness"])
+@pytest.mark.parametrize(("n", "dtype"), [(5, torch.float32), (33, torch.bfloat16), (111, torch.float16)])
+def test_from_features_to_maps_is_autograd_through_the_definition(n: int, dtype: torch.dtype, objective: fused.Objective) -> None:
+    x, y, labels = oracle.features(n=n, shape=(5, 3, 5), classes=2)
+    x, y, target = x.to(dtype), y.to(dtype), torch.nn.functional.one_hot(labels).float()
+    score, weights, maps = reference.unicam(x, y, target, objective)
+    with running():
+        wide = (f.flatten(1).float() for f in (x, y, target))
+        d, given, wanted = (fused.distances(f - f.mean(0)).matrix[None] for f in wide)
+        found = fused.weights(d, given, wanted, geometry.gap(x)[None], objective)
+        seen = fused.cam(x, found.channel_weights[0]).maps
+    tolerance = oracle.TOLERANCE["float32"]
+    assert oracle.error(found.score[0], score) < tolerance
+    assert oracle.error(found.channel_weights[0], weights) < tolerance
+    assert oracle.error(seen, maps) < tolerance
+
+
+@pytest.mark.parametrize("objective", ["relevance", "uniqueness"])
 def test_weights_of_duplicates_and_near_duplicates(objective: fused.Objective) -> None:
     """A pair at distance zero carries no gradient; one at 1e-6 of the others puts large opposite numbers into Lap."""
     x, y, labels = oracle.features(n=23, shape=(11, 3, 1))
@@ -303,13 +321,16 @@ def test_a_target_that_the_residual_already_follows_gives_no_map() -> None:
     assert found.score > 1 - 1e-9 and found.channel_weights.abs().max() == 0
 
 
+@pytest.mark.parametrize(("objective", "degree"), [("relevance", 0), ("uniqueness", 1)])
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
-def test_weights_of_features_of_any_scale(scale: float) -> None:
+def test_weights_of_features_of_any_scale(scale: float, objective: fused.Objective, degree: int) -> None:
+    """A gradient is of one degree less than its score."""
     d, given, target, means = geometries(19)
     with running():
-        plain = fused.weights(d, given, target, means).channel_weights
-        scaled = fused.weights(d * scale, given * scale, target, means * scale).channel_weights
-    assert oracle.error(scaled * scale, plain) < oracle.TOLERANCE["float32"]
+        plain = fused.weights(d, given, target, means, objective)
+        scaled = fused.weights(d * scale, given * scale, target, means * scale, objective)
+    assert oracle.error(scaled.score / scale**degree, plain.score) < oracle.TOLERANCE["float32"]
+    assert oracle.error(scaled.channel_weights / scale ** (degree - 1), plain.channel_weights) < oracle.TOLERANCE["float32"]
 
 
 # Queries among references
@@ -523,7 +544,6 @@ MISTAKES = [
     ("pairwise", check_pairwise, "= i < x.count && j < y.count ? gram", "= i <= x.count && j < y.count ? gram"),
     ("pairwise", check_pairwise, "k < d; k += 32", "k <= d; k += 32"),
     ("products", check_products, "begin + rows_each)", "begin + rows_each + 1)"),
-    ("products", check_products, "j < m; j += 32", "j + 1 < m; j += 32"),
     ("weights", check_weights, "j < count && i != j", "j <= count && i != j"),
     ("weights", check_weights, "j < n; j += 32) {\n        const double a", "j + 1 < n; j += 32) {\n        const double a"),
     ("cam", check_cam, "position < count; position", "position <= count; position"),
