@@ -1,0 +1,261 @@
+"""What the CUDA kernels are checked on and timed with: each wrapper's call, and what it must give by the definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdx.kernels import fused, geometry, imputation, reference
+from tests.oracle import TOLERANCE, error
+
+OBJECTIVES: tuple[fused.Objective, ...] = ("relevance", "uniqueness")
+
+BANDWIDTH_SHARE = 0.8
+"""Of a copy's bandwidth, the goal of the kernels that do little else than read."""
+
+IMPUTED_WITHIN = 1e-4
+"""Of the exact solution, for pixels in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A batch: images, the explained and the given model's features (C, H, W), the pictures' sides; and how many matrices or pictures
+    stand beside one another where a kernel takes a stack of them."""
+
+    images: int
+    explained: tuple[int, int, int]
+    given: tuple[int, int, int]
+    picture: tuple[int, int]
+    stack: int
+    classes: int
+
+
+CHECKED = (
+    Sizes(9, (5, 1, 1), (3, 2, 1), (5, 3), stack=1, classes=2),
+    Sizes(19, (33, 7, 7), (11, 5, 3), (31, 33), stack=5, classes=4),
+    Sizes(65, (130, 5, 3), (64, 4, 4), (20, 17), stack=2, classes=4),
+)
+"""Small enough for the definitions, which were never meant to be fast; not so small that a residual is mere rounding, of which
+`geometry.laplacian` makes zero and the definition a map."""
+
+RESNET50 = Sizes(256, (2048, 7, 7), (2048, 7, 7), (224, 224), stack=128, classes=10)
+"""Two ResNet-50 at layer4."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of the kernels and what it must give; and, where it has a floor, the bytes that it must move and what another library
+    must do besides."""
+
+    name: str
+    run: Callable[[], Sequence[Tensor]]
+    expected: Callable[[], Sequence[Tensor]]
+    tolerance: float = TOLERANCE["float32"]
+    bytes: int | None = None
+    besides: Callable[[], object] | None = None
+    goal: float | None = None
+    """The share of a copy's bandwidth that is wanted."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The largest error of a case's results over the largest value expected; it holds within the tolerance."""
+
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= self.tolerance  # and not where it is NaN
+
+
+def check(case: Case) -> Checked:
+    errors = [error(found.cpu(), expected.cpu()) for found, expected in zip(case.run(), case.expected(), strict=True)]
+    return Checked(case.name, max(errors, key=lambda each: (each != each, each)), case.tolerance)  # NaN is the worst
+
+
+# ---- what is compared with ----
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Features x of the explained and y of the given model [n, C, H, W], the target [n, e], and the float32 distances of each [3, n, n]."""
+
+    x: Tensor
+    y: Tensor
+    target: Tensor
+    distances: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, target: Tensor) -> Batch:
+        return cls(x, y, target, torch.stack([geometry.distances(each.flatten(1), torch.float32) for each in (x, y, target)]))
+
+    def among(self, images: Tensor) -> Batch:
+        return Batch(self.x[images], self.y[images], self.target[images], self.distances[:, images][:, :, images])
+
+
+@dataclass(frozen=True)
+class Definition:
+    """Distances of float64 rows, inner products of float64 distances, and a batch's score and channel weights by an objective."""
+
+    distances: Callable[[Tensor], Tensor]
+    products: Callable[[Tensor], Tensor]
+    weights: Callable[[Batch, fused.Objective], tuple[Tensor, Tensor]]
+
+
+def _reference_products(d: Tensor) -> Tensor:
+    batches = [[reference.u_centered(matrix) for matrix in batch] for batch in d.cpu()]
+    return torch.stack([torch.stack([torch.stack([reference.inner(a, b) for b in batch]) for a in batch]) for batch in batches])
+
+
+def _reference_weights(batch: Batch, objective: fused.Objective) -> tuple[Tensor, Tensor]:
+    score, weights, _ = reference.unicam(batch.x.cpu(), batch.y.cpu(), batch.target.cpu(), objective)
+    return score, weights
+
+
+def _closed_products(d: Tensor) -> Tensor:
+    return geometry.products(geometry.u_centered(d))
+
+
+def _closed_weights(batch: Batch, objective: fused.Objective) -> tuple[Tensor, Tensor]:
+    """From the very distances that the kernels get: by others' rounding, uniqueness may take the other of two maxima that are as
+    good as equal."""
+    d = batch.distances.double()
+    a, b, g = geometry.u_centered(d)
+    found = geometry.laplacian(d[0], a, b, g, geometry.OBJECTIVES[objective])
+    return found.score, geometry.gradient(found.lap, geometry.gap(batch.x))
+
+
+DEFINED = Definition(reference.distances, _reference_products, _reference_weights)
+CLOSED_FORM = Definition(geometry.distances, _closed_products, _closed_weights)
+"""For sizes at which the definitions do not fit into memory; itself compared with them by the tests."""
+
+
+# ---- the cases ----
+
+
+def cases(sizes: Sizes, device: torch.device, seed: int, definition: Definition = DEFINED) -> Iterator[Case]:
+    """Every wrapper, on inputs drawn from ``seed``."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    n, (channels, height, width) = sizes.images, sizes.explained
+    labels = (torch.arange(n) % sizes.classes).to(device)
+    x, y = (draw(n, *shape).add_(labels[:, None, None, None]).relu_() for shape in (sizes.explained, sizes.given))
+    batch = Batch.of(x, y, torch.nn.functional.one_hot(labels).float())
+    yield from _distance_cases(centred(x), definition)
+    orders = [torch.randperm(n, generator=generator).to(device) for _ in range(sizes.stack)]
+    yield _products_case(torch.stack([batch.distances[:, order][:, :, order] for order in orders]), definition)
+    for objective in OBJECTIVES:
+        yield _weights_case(batch, objective, definition)
+        yield _query_case(batch, objective, definition)
+    weights = draw(n, channels)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        yield _cam_case(x.to(dtype), weights, sizes.picture)
+    yield _imputation_case(draw(sizes.stack, 3, *sizes.picture).sigmoid(), draw(sizes.stack, height, width))
+
+
+def centred(features: Tensor) -> Tensor:
+    """Features as rows, less their mean, as `fused.distances` takes them."""
+    rows = features.flatten(1).float()
+    return rows - rows.mean(0)
+
+
+def _distance_cases(rows: Tensor, definition: Definition) -> Iterator[Case]:
+    n, norms = len(rows), rows.square().sum(1)
+    some, others = slice(0, -(-n // 2)), slice(-(-n // 2), n)
+
+    def tile() -> tuple[Tensor]:
+        return (fused.tile(rows[some], rows[others], norms[some], norms[others], diagonal=False).matrix,)
+
+    yield Case(
+        "pairwise",
+        lambda: (fused.distances(rows).matrix,),
+        lambda: (definition.distances(rows.double()),),
+        bytes=6 * 4 * n * n,
+        besides=lambda: rows @ rows.T,
+    )
+    yield Case(
+        "pairwise, a tile",
+        tile,
+        lambda: (definition.distances(rows.double())[some, others],),
+        bytes=2 * 4 * (n // 2) * -(-n // 2),
+        besides=lambda: rows[some] @ rows[others].T,
+    )
+
+
+def _products_case(d: Tensor, definition: Definition) -> Case:
+    def expected() -> tuple[Tensor]:
+        return (definition.products(d.double()),)
+
+    return Case("products", lambda: (fused.products(d).inner,), expected, bytes=d.nbytes, goal=BANDWIDTH_SHARE)
+
+
+def _weights_case(batch: Batch, objective: fused.Objective, definition: Definition) -> Case:
+    means = geometry.gap(batch.x)
+
+    def found() -> tuple[Tensor, Tensor]:
+        d, given, target = batch.distances[:, None]
+        of = fused.weights(d, given, target, means[None], objective)
+        return of.score[0], of.channel_weights[0]
+
+    moved = batch.distances.nbytes + 2 * means.nbytes
+    return Case(f"weights, {objective}", found, lambda: definition.weights(batch, objective), bytes=moved)
+
+
+def _query_case(batch: Batch, objective: fused.Objective, definition: Definition) -> Case:
+    """The last images as queries, each among the first."""
+    n, device = len(batch.x), batch.x.device
+    m = max(5, n // 2)
+    means = geometry.gap(batch.x)
+    inside, border = batch.distances[:, :m, :m].contiguous(), batch.distances[:, m:, :m].contiguous()
+
+    def found() -> tuple[Tensor, Tensor]:
+        among, to = (inside[0], inside[1], inside[2]), (border[0], border[1], border[2])
+        of = fused.query_weights(among, to, means[m:], means[:m], objective)
+        return of.score, of.channel_weights
+
+    def expected() -> tuple[Tensor, Tensor]:
+        references = torch.arange(m, device=device)
+        sets = (torch.cat([references, torch.tensor([query], device=device)]) for query in range(m, n))
+        scores, weights = zip(*(definition.weights(batch.among(images), objective) for images in sets), strict=True)
+        return torch.stack(scores), torch.stack([each[-1] for each in weights])
+
+    moved = inside.nbytes + border.nbytes + means.nbytes + means[m:].nbytes
+    return Case(f"weights of queries, {objective}", found, expected, bytes=moved)
+
+
+def _cam_case(features: Tensor, weights: Tensor, picture: tuple[int, int]) -> Case:
+    def found() -> tuple[Tensor, Tensor]:
+        of = fused.cam(features, weights, picture)
+        assert of.resized is not None
+        return of.maps, of.resized
+
+    def expected() -> tuple[Tensor, Tensor]:
+        maps = torch.einsum("nc,nchw->nhw", weights.double(), features.double()).relu()
+        low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+        scaled = (maps - low) / torch.where(high > low, high - low, 1)
+        return maps, torch.nn.functional.interpolate(scaled[:, None], picture, mode="bilinear")[:, 0]
+
+    n, _, height, width = features.shape
+    moved = features.nbytes + weights.nbytes + 4 * n * (height * width + picture[0] * picture[1])
+    kind = str(features.dtype).removeprefix("torch.")
+    # The features are exact in their own type, and everything after them is float32.
+    return Case(f"cam, {kind}", found, expected, bytes=moved, goal=BANDWIDTH_SHARE)
+
+
+def _imputation_case(images: Tensor, saliency: Tensor) -> Case:
+    """Half of each picture kept, as the upper half of a saliency map is."""
+    relevance = torch.nn.functional.interpolate(saliency[:, None], images.shape[2:], mode="bilinear")[:, 0].flatten(1)
+    kept = (relevance >= relevance.median(1, keepdim=True).values).unflatten(1, images.shape[2:])
+
+    def expected() -> tuple[Tensor]:
+        return (reference.imputed(images.double().cpu(), kept.cpu()),)
+
+    return Case("imputation", lambda: (imputation.impute(images, kept, backend="cuda"),), expected, IMPUTED_WITHIN)

@@ -1,0 +1,224 @@
+"""What benchmarks/gpu.py says of a GPU can be believed: its checks hold on the CPU's emulation, and fail where a kernel is broken."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import gpu
+from benchmarks.kernel_cases import CHECKED, CLOSED_FORM, Case, Checked, Sizes, cases, check
+from kdx.errors import KdxError
+from kdx.kernels import cubins, cuda
+from kdx.kernels.cuda import Argument, Size
+from tests.host import KERNELS, ORDERS, HostLauncher, KernelError, running
+from tests.oracle import TOLERANCE, error
+
+CPU = torch.device("cpu")
+SOURCES = ["cam", "imputation", "pairwise", "products", "weights"]
+
+
+@pytest.mark.parametrize(
+    "sizes", [*CHECKED[:2], pytest.param(CHECKED[2], marks=pytest.mark.slow)], ids=lambda sizes: f"{sizes.images} images"
+)
+def test_every_check_holds_on_the_cpu(sizes: Sizes) -> None:
+    with running(HostLauncher("shuffled", 1)):
+        found = [check(case) for case in cases(sizes, CPU, 1)]
+    assert len(found) == len({each.name for each in found}) >= 11
+    assert not [each for each in found if not each.holds]
+
+
+def test_the_checks_reach_every_kernel() -> None:
+    """Whatever the sources define is launched by some case."""
+    launched = set()
+
+    class Noting(HostLauncher):
+        def launch(self, source: str, kernel: str, grid: Size, block: Size, arguments: Sequence[Argument], shared: int = 0) -> None:
+            launched.add((source, kernel))
+            super().launch(source, kernel, grid, block, arguments, shared)
+
+    with running(Noting()):
+        for case in cases(CHECKED[0], CPU, 2):
+            case.run()
+    defined = {
+        (path.stem, name)
+        for path in KERNELS.glob("*.cu")
+        for name in re.findall(r'extern "C" __global__ void\s+(?:__launch_bounds__\(.*\)\s+)?(\w+)\(', path.read_text())
+    }
+    assert {source for source, _ in launched} == set(cubins.names()) == set(SOURCES)
+    assert defined - {("products", "products_float64")} <= launched
+
+
+def test_the_closed_form_of_large_sizes_is_the_definition() -> None:
+    for defined, closed in zip(cases(CHECKED[1], CPU, 3), cases(CHECKED[1], CPU, 3, CLOSED_FORM), strict=True):
+        if defined.name != "imputation":
+            for expected, found in zip(defined.expected(), closed.expected(), strict=True):
+                assert error(found, expected) < TOLERANCE["float32"], defined.name
+
+
+class Absent(HostLauncher):
+    """A launcher on which one source's kernels do nothing."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source = source
+
+    def launch(self, source: str, kernel: str, grid: Size, block: Size, arguments: Sequence[Argument], shared: int = 0) -> None:
+        if source != self.source:
+            super().launch(source, kernel, grid, block, arguments, shared)
+
+
+def fails(case: Case) -> bool:
+    try:
+        return not check(case).holds
+    except (KdxError, KernelError):
+        return True
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_kernel_that_does_nothing_fails_its_own_checks_alone(source: str) -> None:
+    with running(Absent(source)):
+        failed = {case.name for case in cases(CHECKED[0], CPU, 4) if fails(case)}
+    uses = {"weights": {"weights"}, "products": {"products", "weights"}}.get(source, {source})
+    expected = {case.name for case in cases(CHECKED[0], CPU, 4) if re.split(r"[ ,]", case.name)[0] in uses}
+    assert failed == expected and expected
+
+
+def test_a_kernel_without_its_barrier_fails_its_checks() -> None:
+    text = (KERNELS / "cam.cu").read_text()
+    broken = text.replace("__syncthreads();", "", 1)
+    assert broken != text
+    failed = False
+    for order in ORDERS:
+        with running(HostLauncher(order, changed={"cam.cu": broken})):
+            failed |= any(fails(case) for case in cases(CHECKED[1], CPU, 5) if case.name == "cam, float32")
+    assert failed
+
+
+def test_an_error_that_is_not_a_number_does_not_hold() -> None:
+    nan = torch.tensor([torch.nan, 1.0])
+    for values in ((nan, nan[1:]), (nan[1:], nan)):
+        case = Case("one", lambda values=values: values, lambda values=values: [torch.ones_like(value) for value in values])  # type: ignore[misc]
+        assert not check(case).holds
+    with pytest.raises(KdxError, match=r"The kernels are wrong here: one is off by 2\.0e-02, and 1e-03 is allowed"):
+        gpu.demand(Checked("one", 0.02, 1e-3))
+
+
+def test_the_whole_batch_is_the_published_method() -> None:
+    generator = torch.Generator().manual_seed(6)
+    target = torch.nn.functional.one_hot(torch.arange(13) % 3).float()
+    student, base = (torch.randn(13, 9, 3, 5, generator=generator).relu() for _ in range(2))
+    with running():
+        checked = gpu.compare(student, base, target, (6, 7))
+        weights, score, products, *maps = gpu.explained(student, base, target, (6, 7))
+    assert checked.error < TOLERANCE["float32"]
+    assert weights.shape == (2, 13, 9) and score.shape == (2,) and products.shape == (1, 3, 3)
+    assert [each.shape for each in maps] == [(13, 6, 7)] * 2
+
+
+# ---- the report ----
+
+
+class CpuClock(gpu.Clock):
+    def __init__(self, device: torch.device, samples: int) -> None:
+        self.device, self.samples = device, samples
+        self._swept = torch.zeros(1000)
+
+    def seconds(self, run: Callable[[], object]) -> list[float]:
+        found = []
+        for _ in range(self.samples):
+            start = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - start)
+        return found
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run writes, of a batch that the CPU can take in place of a GPU."""
+    result = tmp_path_factory.mktemp("run") / "results" / "gpu.json"
+    replaced: dict[str, Any] = {
+        "usable_gpu": lambda: CPU,
+        "Clock": CpuClock,
+        "RESNET50": Sizes(16, (4, 3, 3), (4, 3, 3), (32, 32), stack=2, classes=2),
+        "CHECKED": CHECKED[:1],
+        "NETWORK": "kdx:resnet,width=4,depth=1,classes=5",
+        "RESULT": result,
+    }
+    with pytest.MonkeyPatch.context() as patch, running():
+        for name, value in replaced.items():
+            patch.setattr(gpu, name, value)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        patch.setattr(torch.cuda, "get_device_name", lambda device=None: "An emulated GPU")
+        # Room for the differences of eight of the sixteen images.
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=6 * 9 * 9 * 4 * 36))
+        patch.setattr(cubins, "compiler", lambda: SimpleNamespace(name="nvcc", version="13.0"))
+        assert gpu.main(["--samples", "2", "--seed", "7"]) == 0
+    written: dict[str, Any] = json.loads(result.read_text())
+    return written
+
+
+def test_a_run_checks_times_and_writes(record: dict[str, Any]) -> None:
+    assert record["seed"] == 7 and record["environment"]["gpu"] == "An emulated GPU" and record["environment"]["architecture"] == "sm_90"
+    assert len(record["checks"]) == len(record["kernels"]) >= 11
+    assert all(each["error"] <= each["tolerance"] for each in record["checks"])
+    for row in record["kernels"]:
+        assert len(row["samples"]) == 2
+        if row["bytes"]:
+            assert row["floor"] >= row["bytes"] / record["bandwidth"]
+            assert row["share"] == pytest.approx(row["floor"] / np.median(row["samples"]))
+    assert record["batch"]["published images"] == 8
+    assert {"geometry", "passes, float32", "passes, float16", "published", "geometry beside published"} < set(record["batch"])
+    assert [goal["wanted"] for goal in record["goals"]] == [0.8, 0.8, 0.8, 0.8, 0.05, 100]
+
+
+def test_a_run_is_shown(record: dict[str, Any]) -> None:
+    console = Console(width=140)
+    with console.capture() as shown:
+        gpu.show(record, console)
+    text = shown.get()
+    assert "An emulated GPU" in text and "GB/s" in text and text.count("wanted") == 6
+    assert all(row["name"] in text for row in record["kernels"])
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_goals_hold_from_what_was_measured(holds: bool) -> None:
+    rows: list[dict[str, Any]] = [
+        {"name": "cam", "goal": 0.8, "share": 0.8 if holds else 0.79},
+        {"name": "weights", "goal": None, "share": 0.1},
+    ]
+    batch = {
+        "geometry": [1.0, 5.0, 9.0] if holds else [6.0],
+        "passes, float16": [90.0, 100.0, 120.0],
+        "published": [500.0],
+        "geometry beside published": [5.0] if holds else [5.1],
+        "published images": 64,
+    }
+    found = gpu.goals(rows, batch)
+    assert [goal["holds"] for goal in found] == [holds] * 3
+    assert found[1]["found"] == pytest.approx(0.05 if holds else 0.06)
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu, "RESULT", tmp_path / "gpu.json")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    assert "PyTorch sees none" in capsys.readouterr().err
+
+    def launcher(device: torch.device) -> cuda.Launcher:
+        raise KdxError("PyCUDA does not load.", "Install it.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda, "launcher", launcher)
+    assert gpu.main([]) == 2
+    assert "PyCUDA does not load" in capsys.readouterr().err and not (tmp_path / "gpu.json").exists()
