@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kGroup = 4;  // matrices
-constexpr double kRounding = 1e-14;
+constexpr double kRounding = 1e-14;  // of a sum of squares, when centring takes the rest away
 
 // A value near the distances of a matrix: the mean of up to 32 of its first row, the same wherever it is taken.
 template <class T>
