@@ -59,8 +59,8 @@ class Tile:
 class Products:
     """What one pass over K distance matrices gives, all float64.
 
-    inner: <A,B> of the U-centred matrices [B, K, K], <A,A> zero where centring leaves only rounding; rows: row sums of the distances [B, K, n]; totals: their sums [B, K];
-    squares: sum_ij D_ij^2 [B, K].
+    inner: <A,B> of the U-centred matrices [B, K, K], with <A,A> zero where centring leaves only rounding; rows: row sums of the
+    distances [B, K, n]; totals: their sums [B, K]; squares: sum_ij D_ij^2 [B, K].
     """
 
     inner: Tensor
