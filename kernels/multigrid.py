@@ -1,0 +1,490 @@
+"""Multigrid for the equations of linear imputation, batched over images, all channels of an image with one matrix.
+
+With weights k of 1/6 beside and 1/12 diagonally, s_p their sum inside the image, and u given at kept pixels,
+
+    s_p u_p - sum_q k_pq u_q = 0        at every pixel p that is not kept,
+
+which is symmetric and positive definite. A cycle relaxes (Gauss-Seidel in four colours), takes what is left to a grid of every other
+pixel, solves there in the same way, adds the interpolated correction and relaxes again. Coarse matrices are Galerkin products P^T A P,
+so that a cycle diverges for no mask; P is bilinear, zero at kept pixels, and on coarse grids as much smaller than bilinear as
+relaxing a constant makes it (after Dendy, "Black box multigrid", Journal of Computational Physics 48, 1982).
+
+The four colours are the parities of row and column. Each is stored as a plane of its own, flat and with a ring of zeros, so that a
+neighbour is a constant offset and a relaxation is a few passes over contiguous memory, few enough images at a time to stay in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdx.kernels import cuda
+
+OFFSETS = ((0, 0), (0, 1), (1, -1), (1, 0), (1, 1))
+"""A symmetric stencil holds at each point its diagonal and the weights, minus the matrix's entries, of these neighbours (row, column)."""
+
+NEIGHBOURS = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))
+
+Colour = tuple[int, int]
+
+COLOURS: tuple[Colour, ...] = ((0, 0), (0, 1), (1, 0), (1, 1))
+"""The parities of row and column, in the order in which they are relaxed."""
+
+_DENSE = 8
+"""A grid of no more rows and columns is solved directly."""
+
+_VALUES = 1 << 18
+"""Points of one colour, all channels counted, that are worked on at a time: what a cycle touches then stays in a processor's cache."""
+
+_THREADS = 256
+"""Of a block: a launch has a thread for every cell of a plane and channel."""
+
+
+# ---- planes ----
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a grid [..., n, height, width] lies in four planes [4, ..., length]: colour 2a + b holds the points (2i + a, 2j + b).
+
+    Rows of a plane are ``pitch`` apart, one cell more than it has columns, and images a row more than it has rows; these cells and
+    the margins at both ends are zero.
+    """
+
+    images: int
+    height: int
+    width: int
+
+    @property
+    def rows(self) -> int:
+        return (self.height + 1) // 2
+
+    @property
+    def columns(self) -> int:
+        return (self.width + 1) // 2
+
+    @property
+    def pitch(self) -> int:
+        return self.columns + 1
+
+    @property
+    def margin(self) -> int:
+        return self.pitch + 1
+
+    @property
+    def image(self) -> int:
+        """Cells from one image to the next."""
+        return (self.rows + 1) * self.pitch
+
+    @property
+    def length(self) -> int:
+        return self.images * self.image + 2 * self.margin
+
+    def zeros(self, *leading: int, like: Tensor) -> Planes:
+        return Planes(self, like.new_zeros(4, *leading, self.length))
+
+    def parts(self, cells: int) -> list[range]:
+        """The images in parts of no more cells a colour, but for a single image that has more."""
+        step = max(1, cells // self.image)
+        return [range(start, min(start + step, self.images)) for start in range(0, self.images, step)]
+
+
+class Planes:
+    """A field on a grid: ``data`` [4, ..., length], with the views of it that passes over it take."""
+
+    def __init__(self, layout: Layout, data: Tensor) -> None:
+        self.layout = layout
+        self.data = data
+        self._views: dict[tuple[int, int, int, range], Tensor] = {}
+
+    def at(self, images: range, y: int, x: int, rows: int = 0) -> Tensor:
+        """The points (2i + y, 2j + x) for all cells (i, j) of these images [..., cells], and of ``rows`` more rows at the end."""
+        key = (y, x, rows, images)
+        if (found := self._views.get(key)) is None:
+            layout = self.layout
+            start = layout.margin + images.start * layout.image + (y >> 1) * layout.pitch + (x >> 1)
+            found = self.data[2 * (y & 1) + (x & 1), ..., start : start + len(images) * layout.image + rows * layout.pitch]
+            self._views[key] = found
+        return found
+
+    def cells(self, colour: int) -> Tensor:
+        """The cells of a plane that hold points, as a view [..., n, rows, columns]."""
+        layout = self.layout
+        apart = self.data[colour, ..., layout.margin : -layout.margin].unflatten(-1, (layout.images, layout.rows + 1, layout.pitch))
+        return apart[..., : layout.rows, : layout.columns]
+
+    def split(self, grid: Tensor) -> Planes:
+        """Itself, filled from a grid [..., n, height, width]."""
+        for colour in range(4):
+            part = grid[..., colour >> 1 :: 2, colour & 1 :: 2]
+            self.cells(colour)[..., : part.shape[-2], : part.shape[-1]] = part
+        return self
+
+    def merge(self, grid: Tensor) -> Tensor:
+        """``grid`` [..., n, height, width], filled from its planes."""
+        for colour in range(4):
+            part = grid[..., colour >> 1 :: 2, colour & 1 :: 2]
+            part.copy_(self.cells(colour)[..., : part.shape[-2], : part.shape[-1]])
+        return grid
+
+
+# ---- matrices ----
+
+
+class Stencil:
+    """A symmetric matrix: its diagonal, and for every point and neighbour a weight, minus the entry that couples the two."""
+
+    def __init__(self, entries: Tensor) -> None:
+        """From grids [5, n, height, width], in the order of OFFSETS."""
+        self.layout = Layout(*entries.shape[1:])
+        self.data = entries.new_zeros(len(OFFSETS), 4, self.layout.length)
+        self.entries = [Planes(self.layout, data).split(entry) for data, entry in zip(self.data, entries, strict=True)]
+        self.diagonal = self.entries[0]
+
+    def weight(self, images: range, at: tuple[int, int], to: tuple[int, int]) -> Tensor:
+        """The weights [cells] between the points ``at`` (2i + a, 2j + b) and their neighbours at the offset ``to``."""
+        if to in OFFSETS:
+            return self.entries[OFFSETS.index(to)].at(images, *at)
+        backward = self.entries[OFFSETS.index((-to[0], -to[1]))]
+        return backward.at(images, at[0] + to[0], at[1] + to[1])
+
+    def interpolation(self) -> Planes:
+        """The scale of bilinear interpolation at each point: what an interpolated constant of one shall be there.
+
+        Between two coarse points it is the constant relaxed with the weights across summed up, amid four of them relaxed as it is;
+        beside a boundary where u is given it is less than one.
+        """
+        every = range(self.layout.images)
+        scale = self.layout.zeros(like=self.diagonal.data)
+        scale.at(every, 0, 0).copy_(self.diagonal.at(every, 0, 0) > 0)
+        for a, b in COLOURS[1:]:
+            along, across = torch.zeros_like(scale.at(every, a, b)), self.diagonal.at(every, a, b).clone()
+            for y, x in NEIGHBOURS:
+                weight = self.weight(every, (a, b), (y, x))
+                if (a and y) or (b and x):
+                    along += weight
+                else:
+                    across -= weight
+            positive = across > 0
+            scale.at(every, a, b).copy_(torch.where(positive, along / torch.where(positive, across, 1), 0).clamp_(0, 1))
+        return at_the_end(scale)
+
+
+def at_the_end(scale: Planes) -> Planes:
+    """Itself, doubled in a last row or column that has a coarse point on one side only."""
+    if scale.layout.height % 2 == 0:
+        scale.cells(2)[..., -1, :] *= 2
+        scale.cells(3)[..., -1, :] *= 2
+    if scale.layout.width % 2 == 0:
+        scale.cells(1)[..., -1] *= 2
+        scale.cells(3)[..., -1] *= 2
+    return scale
+
+
+def galerkin(entries: Sequence[Planes | float], scale: Planes) -> Tensor:
+    """P^T A P on the grid of every other point, as grids [5, n, rows, columns]; P_pI = scale_p tent(p - 2I).
+
+    entries: A's diagonal and weights in the order of OFFSETS; a number where it is the same at all points.
+    """
+    layout = scale.layout
+    coarse = scale.data.new_zeros(len(OFFSETS), layout.images, layout.rows, layout.columns)
+    parts = layout.parts(_VALUES)
+    part = Layout(len(parts[0]), layout.height, layout.width)
+    edges = [part.zeros(like=scale.data) for _ in OFFSETS]
+    for images in parts:
+        here = range(len(images))
+        for edge, entry, (y, x) in zip(edges, entries, OFFSETS, strict=True):
+            for a, b in COLOURS:
+                product = torch.mul(scale.at(images, a, b), scale.at(images, a + y, b + x), out=edge.at(here, a, b))
+                if isinstance(entry, Planes):
+                    product *= entry.at(images, a, b)
+        for number, (y, x) in enumerate(OFFSETS):
+            total = torch.zeros_like(edges[0].at(here, 0, 0))
+            for (row, column, which), share in _COMBINATION[number].items():
+                factor = entries[which]
+                total.add_(edges[which].at(here, row, column), alpha=share if isinstance(factor, Planes) else share * factor)
+            cells = total.unflatten(-1, (len(images), layout.rows + 1, layout.pitch))[:, : layout.rows, : layout.columns]
+            within = overlap(layout.rows, layout.columns, y, x)  # no weight leads out of the grid
+            coarse[number, images.start : images.stop][within] = cells[within]
+    return coarse
+
+
+def _combination(entry: int) -> dict[tuple[int, int, int], float]:
+    """(row, column, edge) -> what the edge from that place to its neighbour at OFFSETS[edge] adds to a coarse point's entry."""
+
+    def tent(y: int, x: int) -> float:
+        return max(0.0, 1 - abs(y) / 2) * max(0.0, 1 - abs(x) / 2)
+
+    (to_y, to_x), found = OFFSETS[entry], {}
+    for edge, (y, x) in enumerate(OFFSETS):
+        for row in range(-2, 3):
+            for column in range(-2, 3):
+                share = tent(row, column) * tent(row + y - 2 * to_y, column + x - 2 * to_x)
+                if edge:
+                    share += tent(row + y, column + x) * tent(row - 2 * to_y, column - 2 * to_x)
+                if share:  # a weight is minus an entry of the matrix
+                    found[row, column, edge] = share if (edge == 0) == (entry == 0) else -share
+    return found
+
+
+_COMBINATION = [_combination(entry) for entry in range(len(OFFSETS))]
+
+
+def overlap(height: int, width: int, y: int, x: int) -> tuple[slice, slice, slice]:
+    """The points of grids [n, height, width] that have a neighbour at (y, x)."""
+    return slice(None), slice(max(0, -y), height - max(0, y)), slice(max(0, -x), width - max(0, x))
+
+
+def weight_sum(height: int, width: int, like: Tensor) -> Tensor:
+    """s [height, width]: one, and less at the border of the image."""
+    total = like.new_zeros(1, height, width)
+    for y, x in NEIGHBOURS:
+        total[overlap(height, width, y, x)] += _weight(y, x)
+    return total[0]
+
+
+def _weight(y: int, x: int) -> float:
+    return 1 / 12 if y and x else 1 / 6
+
+
+# ---- grids ----
+
+
+class Grid:
+    """One grid: the unknowns u and a right side f, both [4, c, length], and the way to the next coarser grid.
+
+    entries, scale: as `galerkin` takes them. launcher: of the kernels in imputation.cu; without one, PyTorch does their work.
+    """
+
+    equations: str
+    """Of the kernels' two kinds, "pixels" or "points"."""
+
+    def __init__(
+        self,
+        channels: int,
+        entries: Sequence[Planes | float],
+        diagonal: Planes,
+        scale: Planes,
+        depth: int,
+        launcher: cuda.Launcher | None,
+    ) -> None:
+        layout, like = scale.layout, scale.data
+        self.layout = layout
+        self.u, self.f = layout.zeros(channels, like=like), layout.zeros(channels, like=like)
+        self.coarser = coarser(galerkin([diagonal, *entries], scale), channels, depth + 1, launcher)
+        # Of the coarse points around a point, one, two or four by its colour, each has the same share.
+        self.prolongation = scale
+        scale.data *= like.new_tensor((1, 1 / 2, 1 / 2, 1 / 4))[:, None]
+        self._share = Planes(layout, scale.data * diagonal.data)
+        self._launcher = launcher
+        self._channels = channels
+        self.parts = layout.parts(_VALUES // channels) if launcher is None else [range(layout.images)]
+        part = Layout(len(self.parts[0]), layout.height, layout.width)
+        self._left = part.zeros(channels, like=like)
+        self._spare = part.zeros(channels, like=like)  # colour 0: a sum, 1: sums of pairs, 2: the correction
+
+    def relax(self, images: range, colour: Colour) -> None:
+        """Solves the equations of one colour for its points."""
+        if self._launcher is not None:
+            self._launch(f"relax_{self.equations}", self.u.data, self.f.data, *self._factors(), np.int32(2 * colour[0] + colour[1]))
+        else:
+            self._relaxed(images, colour, self.u.at(images, *colour))
+
+    def restrict(self, images: range) -> Tensor:
+        """P^T (f - A u) [c, images, rows, columns], just after the last colour was relaxed, where nothing is left."""
+        left, here = self._left, range(len(images))
+        if self._launcher is not None:
+            self._launch(f"restrict_{self.equations}", self.u.data, self.f.data, *self._factors(), self._share.data, left.data)
+        else:
+            for colour in COLOURS[:3]:
+                change = self._relaxed(images, colour, left.at(here, *colour)).sub_(self.u.at(images, *colour))
+                change *= self._share.at(images, *colour)
+            total = left.at(here, 0, 0)
+            for y, x in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+                total += left.at(here, y, x)
+        return left.cells(0)[:, : len(images)]
+
+    def correct(self, images: range) -> None:
+        """u + P times the coarser grid's solution, but for the last colour, which is relaxed next, from the others alone."""
+        here, spare, u = range(len(images)), self._spare, self.u
+        self.coarser.fetch(images, spare.cells(2)[:, : len(images)])
+        if self._launcher is not None:
+            self._launch("correct", spare.data, self.prolongation.data, u.data)
+            return
+        own = spare.at(here, 1, 0)
+        u.at(images, 0, 0).addcmul_(own, self.prolongation.at(images, 0, 0))
+        for a, b in ((0, 1), (1, 0)):
+            both = torch.add(own, spare.at(here, 1 + 2 * a, 2 * b), out=spare.at(here, 0, 0))
+            u.at(images, a, b).addcmul_(both, self.prolongation.at(images, a, b))
+
+    def cycle(self) -> None:
+        """Takes u a step towards the solution."""
+        for images in self.parts:
+            for colour in COLOURS:
+                self.relax(images, colour)
+            self.coarser.load(images, self.restrict(images))
+        self.coarser.solve()
+        for images in self.parts:
+            self.correct(images)
+            for colour in reversed(COLOURS):
+                self.relax(images, colour)
+
+    def _relaxed(self, images: range, colour: Colour, out: Tensor) -> Tensor:
+        """Where the equations of one colour put its points."""
+        raise NotImplementedError
+
+    def _factors(self) -> tuple[Tensor, ...]:
+        """What the kernels take of the matrix."""
+        raise NotImplementedError
+
+    def _launch(self, kernel: str, *arguments: Tensor | np.generic) -> None:
+        assert self._launcher is not None
+        layout = self.layout
+        cells = layout.images * layout.image
+        suffix = "double" if self.u.data.dtype == torch.float64 else "float"
+        shape = tuple(np.int32(size) for size in (cells, layout.pitch, layout.margin, layout.length))
+        grid = (-(-cells // _THREADS), self._channels, 1)
+        self._launcher.launch("imputation", f"{kernel}_{suffix}", grid, (_THREADS, 1, 1), [*arguments, *shape])
+
+
+class PixelGrid(Grid):
+    """The pixels. The weights are the same everywhere, so that the eight neighbours cost six passes.
+
+    f is where u would be without its neighbours, f_p + sum_q k_pq u_q/s_p: at first the kept pixels and zeros.
+    """
+
+    equations = "pixels"
+
+    def __init__(self, unknown: Tensor, channels: int, launcher: cuda.Launcher | None = None) -> None:
+        """``unknown`` [n, h, w]: one at imputed pixels, zero at kept ones, of the type to compute in."""
+        layout = Layout(*unknown.shape)
+
+        def planes(grid: Tensor) -> Planes:
+            return layout.zeros(like=unknown).split(grid.expand(unknown.shape))
+
+        sums = weight_sum(layout.height, layout.width, unknown)
+        self._gain = planes(unknown / (12 * sums))
+        weights = [_weight(y, x) for y, x in OFFSETS[1:]]
+        super().__init__(channels, weights, planes(sums), at_the_end(planes(unknown)), 0, launcher)
+
+    def _factors(self) -> tuple[Tensor, ...]:
+        return (self._gain.data,)
+
+    def _relaxed(self, images: range, colour: Colour, out: Tensor) -> Tensor:
+        (a, b), u, here = colour, self.u, range(len(images))
+        # Diagonal neighbours in pairs side by side, with twice what stands between the two, in both rows at once.
+        pairs = torch.add(u.at(images, a - 1, b - 1, 1), u.at(images, a - 1, b + 1, 1), out=self._spare.at(here, 2 * a - 2, 1, 1))
+        pairs.add_(u.at(images, a - 1, b, 1), alpha=2)
+        total = torch.add(self._spare.at(here, 2 * a - 2, 1), self._spare.at(here, 2 * a, 1), out=self._spare.at(here, 0, 0))
+        total.add_(u.at(images, a, b - 1), alpha=2).add_(u.at(images, a, b + 1), alpha=2)
+        return torch.addcmul(self.f.at(images, a, b), self._gain.at(images, a, b), total, out=out)
+
+    def restart(self) -> Tensor:
+        """u [4, c, length], from which the equations start anew: f is what is left of them, and u is zero.
+
+        For f = 0 at the pixels to solve for. What is left is summed up from differences, which are exact where u is smooth: inside
+        a large hole it is far smaller than the rounding of u, and solved up to an error that is not.
+        """
+        for images in self.parts:
+            for a, b in COLOURS:
+                own, difference = self.u.at(images, a, b), self._spare.at(range(len(images)), 0, 0)
+                cells = self._spare.cells(0)
+                left = self.f.at(images, a, b).zero_()
+                for y, x in NEIGHBOURS:
+                    torch.sub(self.u.at(images, a + y, b + x), own, out=difference)
+                    if (edge := _without(a, y, self.layout.height)) is not None:
+                        cells[..., edge, :] = 0
+                    if (edge := _without(b, x, self.layout.width)) is not None:
+                        cells[..., edge] = 0
+                    left.add_(difference, alpha=12 * _weight(y, x))
+                left *= self._gain.at(images, a, b)
+        solved = self.u.data.clone()
+        self.u.data.zero_()
+        return solved
+
+
+def _without(parity: int, step: int, size: int) -> int | None:
+    """The row (or column) of a plane, the first or the last, whose neighbour at ``step`` is outside the image; None where all have one."""
+    if step < 0 and parity == 0:
+        return 0
+    return -1 if step > 0 and (size - parity) % 2 else None
+
+
+class CoarseGrid(Grid):
+    """A grid of corrections: every point has weights of its own, and u starts from zero."""
+
+    equations = "points"
+
+    def __init__(self, entries: Tensor, channels: int, depth: int, launcher: cuda.Launcher | None) -> None:
+        stencil = self._stencil = Stencil(entries)
+        super().__init__(channels, stencil.entries[1:], stencil.diagonal, stencil.interpolation(), depth, launcher)
+        # One visit of the second grid leaves too much for the others; it has a sixteenth of the pixels.
+        self._visits = 2 if depth == 2 else 1
+        diagonal = stencil.diagonal.data
+        positive = diagonal > 0  # a point whose pixels are all kept has an empty row, and stays zero
+        self._inverse = Planes(self.layout, torch.where(positive, 1 / torch.where(positive, diagonal, 1), 0))
+
+    def load(self, images: range, right: Tensor) -> None:
+        """f of these images, from a grid [c, images, height, width]."""
+        for colour, (a, b) in enumerate(COLOURS):
+            part = right[..., a::2, b::2]
+            self.f.cells(colour)[:, images.start : images.stop, : part.shape[-2], : part.shape[-1]] = part
+
+    def fetch(self, images: range, into: Tensor) -> None:
+        """u of these images, into a grid [c, images, height, width]."""
+        for colour, (a, b) in enumerate(COLOURS):
+            part = into[..., a::2, b::2]
+            part.copy_(self.u.cells(colour)[:, images.start : images.stop, : part.shape[-2], : part.shape[-1]])
+
+    def solve(self) -> None:
+        self.u.data.zero_()
+        for _ in range(self._visits):
+            self.cycle()
+
+    def _factors(self) -> tuple[Tensor, ...]:
+        return self._inverse.data, self._stencil.data
+
+    def _relaxed(self, images: range, colour: Colour, out: Tensor) -> Tensor:
+        total, sums = self.f.at(images, *colour), self._spare.at(range(len(images)), 0, 0)
+        for y, x in NEIGHBOURS:
+            there = self.u.at(images, colour[0] + y, colour[1] + x)
+            total = torch.addcmul(total, self._stencil.weight(images, colour, (y, x)), there, out=sums)
+        return torch.mul(total, self._inverse.at(images, *colour), out=out)
+
+
+class Coarsest:
+    """A small grid, solved by the inverse of its matrix."""
+
+    def __init__(self, entries: Tensor, channels: int) -> None:
+        _, n, h, w = entries.shape
+        place = torch.arange(h * w, device=entries.device).reshape(1, h, w)
+        matrix = entries.new_zeros(n, h * w, h * w, dtype=torch.float64)
+        for entry, (y, x) in zip(entries, OFFSETS, strict=True):
+            here, there = (place[overlap(h, w, *to)].flatten() for to in ((y, x), (-y, -x)))
+            values = entry[overlap(h, w, y, x)].flatten(1).double() * (-1 if y or x else 1)
+            matrix[:, here, there] = values
+            matrix[:, there, here] = values
+        # Points whose pixels are all kept have empty rows, and those that share a single unknown pixel equal ones.
+        diagonal = matrix.diagonal(dim1=1, dim2=2)
+        diagonal += torch.where(diagonal > 0, 1e-5 * diagonal, 1)
+        self._inverse = torch.linalg.inv(matrix).to(entries.dtype)
+        self._values = entries.new_zeros(channels, n, h, w)
+
+    def load(self, images: range, right: Tensor) -> None:
+        self._values[:, images.start : images.stop] = right
+
+    def fetch(self, images: range, into: Tensor) -> None:
+        into.copy_(self._values[:, images.start : images.stop])
+
+    def solve(self) -> None:
+        flat = self._values.flatten(2)  # [c, n, h w]
+        flat.copy_((self._inverse @ flat.permute(1, 2, 0)).permute(2, 0, 1))
+
+
+def coarser(entries: Tensor, channels: int, depth: int, launcher: cuda.Launcher | None) -> CoarseGrid | Coarsest:
+    """The grid of a matrix [5, n, h, w]."""
+    return Coarsest(entries, channels) if max(entries.shape[2:]) <= _DENSE else CoarseGrid(entries, channels, depth, launcher)
