@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -34,6 +35,8 @@ OLDEST = (7, 5)
 """The oldest compute capability that CUDA 13 compiles for."""
 
 _FORMAT = 1  # of an entry of the cache
+
+log = logging.getLogger("kdx")
 
 
 @dataclass(frozen=True)
@@ -115,18 +118,19 @@ def build(source: str, architecture: str, made_by: Compiler) -> Cubin:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with _locked(entry.with_suffix(".lock")):
             if (cubin := _read(entry)) is None:  # else another process made it meanwhile
-                code, log = made_by.compile(SOURCES / f"{source}.cu", architecture)
-                cubin = Cubin(code, usage(log))
+                log.info("%s compiles %s.cu for %s, once for this version of it", made_by.name, source, architecture)
+                code, said = made_by.compile(SOURCES / f"{source}.cu", architecture)
+                cubin = Cubin(code, usage(said))
                 _write(entry, cubin)
     except OSError as error:
         raise KdxError(f"The kernels cannot be kept in {entry.parent}: {error}.", "Name a folder in the variable KDX_CACHE.") from error
     return cubin
 
 
-def usage(log: str) -> dict[str, Usage]:
+def usage(said: str) -> dict[str, Usage]:
     """What each kernel takes, from what ptxas says with -v."""
     found = {}
-    for part in log.split("Compiling entry function '")[1:]:
+    for part in said.split("Compiling entry function '")[1:]:
         registers = re.search(r"Used (\d+) registers", part)
         if registers is None:
             raise ValueError(f"ptxas says nothing of registers: {part}")
