@@ -37,7 +37,7 @@ SECONDS = 60
 
 _BUILDS = Path(__file__).parents[1] / ".pytest_cache" / "kernels"
 _COMPILE = (
-    *("g++", "-std=c++17", "-O1", "-g", "-DKDX_HOST", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"),
+    *("g++", "-std=c++17", "-O1", "-g1", "-DKDX_HOST", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"),
     *("-fsanitize=address,undefined", "-fsanitize-sections=kdx_shared", "-fno-sanitize-recover=all"),
 )
 _KERNEL = re.compile(r'extern\s+"C"\s+__attribute__\s*\(\(used\)\)\s+void\s+(\w+)')
