@@ -146,18 +146,19 @@ def test_a_misaligned_vector_load_is_caught() -> None:
         launch(body, x[1:], out, threads=4)
 
 
-def test_a_local_array_is_guarded_after_a_barrier_too() -> None:
-    body = """(float* out, int at) {
-        float kept[4];
+@pytest.mark.parametrize(("memory", "said"), [("", "stack-buffer-overflow"), ("__shared__", "global-buffer-overflow")])
+def test_an_array_is_guarded_after_a_barrier_too(memory: str, said: str) -> None:
+    body = f"""(float* out, int at) {{
+        {memory} float kept[4];
         float* volatile place = kept;  // the compiler is not to know
-        for (int i = 0; i < 4; ++i) place[i] = i + threadIdx.x;
+        for (int i = 0; i < 4; ++i) place[i] = i + 1;
         __syncthreads();
         out[threadIdx.x] = place[at];
-    }"""
+    }}"""
     out = torch.zeros(64)
     launch(body, out, np.int32(3))
-    assert torch.equal(out, torch.arange(64.0) + 3)
-    with pytest.raises(KernelError, match="stack-buffer-overflow"):
+    assert torch.equal(out, torch.full((64,), 4.0))
+    with pytest.raises(KernelError, match=said):
         launch(body, out, np.int32(4))
 
 
