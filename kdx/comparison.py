@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from kdx import scores
 from kdx.arrays import Array
 from kdx.errors import KdxError
+from kdx.kernels.cuda import Backend
 from kdx.rows import Source, rows_of
 from kdx.scores import TARGET
 from kdx.transfer import LayerScores, maps_among, moved_among, pool, roles_among
@@ -20,13 +21,14 @@ def compare(
     permutations: int = 999,
     confidence: float = 0.95,
     seed: int = 0,
+    backend: Backend = "auto",
 ) -> dict[str, LayerScores]:
     """FSS and RS of every layer: how alike student and teacher are, and how relevant to the target is what each of them holds.
 
     features: layer -> role -> features of the same images, [n, C, H, W] or [n, d], as `kdx.fss` takes them; the roles are student and
     base, and the teacher where there is one. target: labels [n] or an embedding [n, e]. batch: how many images' distances make one
     set; by default all do, which is exact for any n (past 256, in tiles that are thrown away). permutations, confidence,
-    seed: as in `kdx.fss`.
+    seed, backend: as in `kdx.fss`.
 
     A layer's `scores` are those of `kdx.fss` and `kdx.rs` by name ("FSS(S,T)", "RS(S|B)" ...), its `contrasts` differences of two of
     them with intervals. Each network's distances are made once a layer, for all of these.
@@ -42,17 +44,26 @@ def compare(
     """
     if not features:
         raise KdxError("There are no features to compare.", "Give a layer's: {layer: {'student': ..., 'base': ...}}.")
-    return {layer: _layer(layer, given, target, batch, permutations, confidence, seed) for layer, given in features.items()}
+    return {layer: _layer(layer, given, target, batch, permutations, confidence, seed, backend) for layer, given in features.items()}
 
 
 def _layer(
-    layer: str, given: Mapping[str, Source], target: Array, batch: int | None, permutations: int, confidence: float, seed: int
+    layer: str,
+    given: Mapping[str, Source],
+    target: Array,
+    batch: int | None,
+    permutations: int,
+    confidence: float,
+    seed: int,
+    backend: Backend,
 ) -> LayerScores:
     roles = roles_among(given)
     names = {role: f"{role}'s features at {layer}" for role in roles} | {TARGET: TARGET}
     named = {names[role]: rows_of(given[role], names[role]) for role in roles}
     moved = {role: names[role] for role in moved_among(roles)}
-    found = scores.inner_products(named | {TARGET: target}, [*moved.values()], batch=batch, permutations=permutations, seed=seed)
+    found = scores.inner_products(
+        named | {TARGET: target}, [*moved.values()], batch=batch, permutations=permutations, seed=seed, backend=backend
+    )
     for explained, other in maps_among(roles).values():
         scores.check_residual(found, roles.index(explained), roles.index(other))
     products = {role: found.moved[name] for role, name in moved.items()}

@@ -200,7 +200,7 @@ def unicam_before(
     arrays.check_same(len(explained), len(batch), "explained features", "images")
     with torch.no_grad():
         placed = unicam.place(explained, given, target, objective, pooled=pooled, reference=reference)
-        cotangent = unicam.feature_gradient(placed, pooled=pooled)
+        cotangent = unicam.feature_gradient(placed)
         # Gradients of a score of many distances are small; a network in half precision would lose them.
         largest = cotangent.abs().max().clamp_min(torch.finfo(cotangent.dtype).tiny)
         found = []

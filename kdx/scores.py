@@ -21,7 +21,8 @@ from torch import Tensor
 from kdx import arrays
 from kdx.arrays import Array
 from kdx.errors import KdxError
-from kdx.kernels import geometry, sweep
+from kdx.kernels import dispatch, geometry, sweep
+from kdx.kernels.cuda import Backend
 from kdx.kernels.sweep import Rows
 from kdx.rows import Source, rows_of
 
@@ -105,6 +106,7 @@ def fss(
     permutations: int = 999,
     confidence: float = 0.95,
     seed: int = 0,
+    backend: Backend = "auto",
 ) -> Score:
     """Feature similarity score: the (squared) distance correlation <A,B>/sqrt(<A,A><B,B>) of two networks' features.
 
@@ -118,6 +120,7 @@ def fss(
     batch: how many images' distances make one set; the images are dealt to batches at random, and inner products are summed over
     batches. By default all images make one, which is exact. permutations: of the teacher's images, for the p-value (in batches, and
     past 256 images, each turns random parts of them). confidence: of the interval. seed: of batches and permutations.
+    backend: as in `kdx.unicam`.
 
     Raises KdxError for n < 4, rows that do not match, features of two types or on two devices, constant or non-finite features.
 
@@ -127,7 +130,7 @@ def fss(
     1.0
     """
     named = {"student's features": rows_of(student, "student's features"), "teacher's features": rows_of(teacher, "teacher's features")}
-    return _score(named, correlation, estimator, batch, permutations, confidence, seed)
+    return _score(named, correlation, estimator, batch, permutations, confidence, seed, backend)
 
 
 def rs(
@@ -140,6 +143,7 @@ def rs(
     permutations: int = 999,
     confidence: float = 0.95,
     seed: int = 0,
+    backend: Backend = "auto",
 ) -> Score:
     """Relevance score: the distance correlation of features with the target's geometry.
 
@@ -153,7 +157,7 @@ def rs(
     1.0
     """
     statistic = correlation if given is None else semipartial
-    return _score(_relevance_inputs(features, target, given), statistic, estimator, batch, permutations, confidence, seed)
+    return _score(_relevance_inputs(features, target, given), statistic, estimator, batch, permutations, confidence, seed, backend)
 
 
 def partial_rs(
@@ -166,9 +170,10 @@ def partial_rs(
     permutations: int = 999,
     confidence: float = 0.95,
     seed: int = 0,
+    backend: Backend = "auto",
 ) -> Score:
     """Partial distance correlation of features and target: ``given`` is projected out of both (Szekely and Rizzo 2014). See `rs`."""
-    return _score(_relevance_inputs(features, target, given), partial, estimator, batch, permutations, confidence, seed)
+    return _score(_relevance_inputs(features, target, given), partial, estimator, batch, permutations, confidence, seed, backend)
 
 
 def _relevance_inputs(features: Source, target: Array, given: Source | None) -> dict[str, Rows | Array]:
@@ -184,10 +189,11 @@ def _score(
     permutations: int,
     confidence: float,
     seed: int,
+    backend: Backend,
 ) -> Score:
     """The score of rows and the target in the statistic's order; the second is what is permuted."""
     moved = list(named)[1]
-    found = inner_products(named, [moved], estimator=estimator, batch=batch, permutations=permutations, seed=seed)
+    found = inner_products(named, [moved], estimator=estimator, batch=batch, permutations=permutations, seed=seed, backend=backend)
     if len(named) == 3:
         for index in (0, 1):
             check_residual(found, index, 2)
@@ -223,6 +229,7 @@ def inner_products(
     batch: int | None = None,
     permutations: int = 999,
     seed: int = 0,
+    backend: Backend = "auto",
 ) -> InnerProducts:
     """Inner products of features by name and, under TARGET, labels or an embedding; arguments and errors are those of `fss` and `rs`."""
     if estimator not in ("unbiased", "biased"):
@@ -240,7 +247,8 @@ def inner_products(
             raise KdxError(f"The {first} are on {device}, the {name} on {rows.device}.", "Move all of them to one device.")
         if rows.dtype != dtype:
             raise KdxError(f"The {first} are {dtype}, the {name} {rows.dtype}.", "Give all of them in one type.")
-    asked = _Asked(n, device, tuple(moved), estimator == "biased", permutations, seed)
+    ops = dispatch.chosen(torch.empty(0, dtype=dtype, device=device), backend)
+    asked = _Asked(n, device, tuple(moved), estimator == "biased", permutations, seed, ops)
     with torch.no_grad():
         if batch is not None and batch < n:
             return _batched(named, asked, batch)
@@ -255,6 +263,7 @@ class _Asked:
     biased: bool
     permutations: int
     seed: int
+    ops: dispatch.Torch
 
 
 def _held(named: Mapping[str, Rows | Array], asked: _Asked) -> InnerProducts:
@@ -265,7 +274,7 @@ def _held(named: Mapping[str, Rows | Array], asked: _Asked) -> InnerProducts:
         arrays.target_embedding(each, n).to(asked.device) if isinstance(each, Tensor | np.ndarray) else each.read(everyone)
         for each in named.values()
     ]
-    d = torch.stack([arrays.measured(geometry.distances(each), each, name) for name, each in zip(names, rows, strict=True)])
+    d = torch.stack([arrays.measured(asked.ops.distances(each), each, name) for name, each in zip(names, rows, strict=True)])
     centred = geometry.double_centered(d) if asked.biased else geometry.u_centered(d)
     products = geometry.products(centred)
     table = permutation_table(n, asked.permutations, asked.seed, asked.device)
@@ -285,7 +294,9 @@ def _swept(named: Mapping[str, Rows | Array], asked: _Asked) -> InnerProducts:
     """Of any number of images, in tiles; the jackknife leaves out one of `sweep.UNITS` random parts."""
     names, matrices, rounding = _matrices(named, asked)
     moved = {name: names.index(name) for name in asked.moved}
-    found = sweep.sweep(matrices, moved=[*moved.values()], permutations=asked.permutations, biased=asked.biased, seed=asked.seed)
+    found = sweep.sweep(
+        matrices, moved=[*moved.values()], permutations=asked.permutations, biased=asked.biased, seed=asked.seed, ops=asked.ops
+    )
     raw = torch.stack([each.scale for each in matrices]) * asked.n / (asked.n - 3)
     for name, own, whole, share in zip(names, found.products.diagonal().tolist(), raw.tolist(), rounding.tolist(), strict=True):
         arrays.check_varied(own, whole, share, name)
@@ -308,9 +319,9 @@ def _batched(named: Mapping[str, Rows | Array], asked: _Asked, size: int) -> Inn
     moved = {name: torch.zeros(asked.permutations, len(names), dtype=torch.float64, device=asked.device) for name in asked.moved}
     for some in _alike(batches, sum(widths), len(names)):
         n = some.shape[1]
-        d = torch.stack([each.batches(some) for each in matrices], 1)
+        d = torch.stack([each.batches(some, asked.ops) for each in matrices], 1)
         centred = geometry.double_centered(d) if asked.biased else geometry.u_centered(d)
-        products.append(geometry.products(centred))
+        products.append(geometry.products(centred) if asked.biased else asked.ops.products(d))
         raw.append(geometry.products(d).diagonal(dim1=1, dim2=2))
         for i, name in enumerate(names):
             share = products[-1][:, i, i] / raw[-1][:, i]

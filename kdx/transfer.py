@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdx import arrays, scores
-from kdx.kernels import geometry
+from kdx.kernels import dispatch, geometry
+from kdx.kernels.cuda import Backend
+from kdx.kernels.dispatch import Pairs
 from kdx.scores import TARGET, Score, Statistic
-from kdx.unicam import Maps, Weighting, checked, feature_distances_among, target_distances_among, weighted
+from kdx.unicam import Maps, Placed, Weighting, check_left, feature_distances_among, target_distances_among, weighted
 
 ROLES = ("teacher", "student", "base")
 """In the order of every stack of matrices, which the target ends."""
@@ -115,7 +117,7 @@ class References:
 
     @classmethod
     def of(cls, features: Mapping[str, Tensor], labels: Tensor) -> References:
-        return cls(features, _distances(features), labels, Target.of(labels))
+        return cls(features, _distances(features, dispatch.chosen(next(iter(features.values())))), labels, Target.of(labels))
 
 
 @dataclass(frozen=True)
@@ -142,36 +144,55 @@ def measure(
     permutations: Tensor,
     references: References | None = None,
     labels: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Measured:
     """Everything kdx says of one layer of one batch, from each role's features [n, C, H, W].
 
-    permutations [p, n]. references: maps in reference mode, where ``labels`` [n] place the batch among the references.
+    permutations [p, n]. references: maps in reference mode, where ``labels`` [n] place the batch among the references. backend: as
+    in `kdx.unicam`.
     """
     roles = roles_among(features)
-    d = _distances(features)
-    centred = geometry.u_centered(d)
-    products, moved, left_out = _products(roles, d, centred, target, permutations)
+    ops = dispatch.chosen(features[roles[0]], backend)
+    d = _distances(features, ops)
+    products, moved, left_out = _products(roles, d, geometry.u_centered(d), target, permutations)
+    means = {role: geometry.gap(features[role]) for role in roles}
     if references is None:
-        goal = target.centred
+        pairs = {role: Pairs(each) for role, each in zip(roles, d, strict=True)}
+        goal, behind = Pairs(target.distances), None
     else:
         assert labels is not None
         known = references.features
-        d = torch.stack(
-            [
-                feature_distances_among(known[role], features[role], references.distances[i], f"{role}'s features")
-                for i, role in enumerate(roles)
-            ]
-        )
-        centred, goal = (
-            geometry.u_centered(d),
-            geometry.u_centered(target_distances_among(references.labels, labels, references.target.distances)),
-        )
-    lap = checked(_laplacian(roles, d, centred, goal, objective), *(features[role].flatten(1) for role in roles))
+        pairs = {
+            role: feature_distances_among(known[role], features[role], references.distances[i], f"{role}'s features")
+            for i, role in enumerate(roles)
+        }
+        goal = target_distances_among(references.labels, labels, references.target.distances)
+        behind = {role: geometry.gap(known[role]) for role in roles}
+    among = maps_among(roles)
+    explained, given = zip(*among.values(), strict=True)
+    found = ops.explained(
+        [pairs[role] for role in explained],
+        [pairs[role] for role in given],
+        goal,
+        [means[role] for role in explained],
+        None if behind is None else [behind[role] for role in explained],
+        objective,
+        lap=weighting == "elementwise",
+    )
+    check_left(found.left, *(features[role].flatten(1) for role in roles))
     maps = {}
-    for index, (name, (role, _)) in enumerate(maps_among(roles).items()):
-        behind = None if references is None else references.features[role]
-        weights, cams = weighted(features[role], lap.lap[index], weighting, references=behind)
-        maps[name] = Maps(cams, weights, float(lap.score[index].mean()))
+    for index, (name, role) in enumerate(zip(among, explained, strict=True)):
+        placed = Placed(
+            features[role],
+            found.weights[index],
+            None if found.lap is None else found.lap[index],
+            float(found.score[index].mean()),
+            False,
+            None if references is None else references.features[role],
+            ops,
+        )
+        weights, cams = weighted(placed, weighting)
+        maps[name] = Maps(cams, weights, placed.score)
     return Measured(maps, products, moved, left_out)
 
 
@@ -187,16 +208,10 @@ def measure_distances(
         arrays.check_same(len(distances[role]), len(target.rows), f"the {role}'s distances", "the target")
     d = torch.stack([arrays.measured(distances[role].to(target.distances), distances[role], f"{role}'s features") for role in roles])
     centred = geometry.u_centered(d)
-    checked(_laplacian(roles, d, centred, target.centred), *distances.values())
-    return _products(roles, d, centred, target, permutations)
-
-
-def _laplacian(
-    roles: Sequence[str], d: Tensor, centred: Tensor, goal: Tensor, objective: geometry.Objective = geometry.relevance
-) -> geometry.Laplacian:
-    """That of each of the roles' maps, from their distances and U-centred matrices in the order of ``roles``."""
     explained, given = ([roles.index(role) for role in side] for side in zip(*maps_among(roles).values(), strict=True))
-    return geometry.laplacian(d[explained], centred[explained], centred[given], goal, objective)
+    left = geometry.laplacian(d[explained], centred[explained], centred[given], target.centred).left
+    check_left(left, *distances.values())
+    return _products(roles, d, centred, target, permutations)
 
 
 def _products(
@@ -214,10 +229,10 @@ def _products(
     return geometry.products(matrices), moved, left_out
 
 
-def _distances(features: Mapping[str, Tensor]) -> Tensor:
+def _distances(features: Mapping[str, Tensor], ops: dispatch.Torch) -> Tensor:
     """[r, n, n] in the order of ROLES."""
     rows = {role: features[role].flatten(1) for role in roles_among(features)}
-    return torch.stack([arrays.measured(geometry.distances(x), x, f"{role}'s features") for role, x in rows.items()])
+    return torch.stack([arrays.measured(ops.distances(x), x, f"{role}'s features") for role, x in rows.items()])
 
 
 @dataclass(frozen=True)

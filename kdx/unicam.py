@@ -12,8 +12,9 @@ from torch import Tensor
 from kdx import arrays
 from kdx.arrays import Array
 from kdx.errors import KdxError
-from kdx.kernels import geometry
-from kdx.kernels.geometry import Laplacian
+from kdx.kernels import dispatch, geometry
+from kdx.kernels.cuda import Backend
+from kdx.kernels.dispatch import Pairs
 
 Weighting = Literal["gap", "elementwise"]
 ObjectiveName = Literal["relevance", "uniqueness"]
@@ -53,7 +54,7 @@ class Reference:
         m = self.explained.shape[0]
         arrays.check_images(m)
         arrays.check_same(self.given.shape[0], m, "given features", "explained features")
-        x, y = (_rows(features, pooled) for features in (self.explained, self.given))
+        x, y = (rows_of(features, pooled) for features in (self.explained, self.given))
         g = arrays.target_embedding(target, m)
         self.distances = tuple(
             arrays.measured(geometry.distances(rows), rows, name)
@@ -70,6 +71,7 @@ def unicam(
     *,
     pooled: bool = False,
     reference: Reference | None = None,
+    backend: Backend = "auto",
 ) -> Maps:
     """UniCAM maps of ``explained``'s features given ``given``'s, in closed form: no backward pass, nothing of size n x n x d.
 
@@ -80,13 +82,14 @@ def unicam(
 
     explained, given: [n, C, H, W] or [n, d], float16 to float64, NumPy or PyTorch, on one device; channels and sizes may
     differ between the two. target: integer labels [n] or an embedding [n, e]. pooled: measure distances between spatial
-    means instead of whole features. reference: place each image among these instead of among its batch mates.
+    means instead of whole features. reference: place each image among these instead of among its batch mates. backend: ``torch``
+    or ``cuda``, the kernels for NVIDIA GPUs; ``auto`` takes the kernels for features on a GPU that can run them.
 
     A map says where the features sit that raise L; it does not say that the network's prediction depends on them, and
     in a plain batch it changes with the other images.
 
-    Raises KdxError for n < 4, one class, constant or non-finite features, rows that do not match, and features that
-    ``given`` explains wholly.
+    Raises KdxError for n < 4, one class, constant or non-finite features, rows that do not match, features that ``given``
+    explains wholly, and the backend ``cuda`` where it cannot run.
 
     >>> import numpy as np, kdx
     >>> rng = np.random.default_rng(0)
@@ -97,8 +100,9 @@ def unicam(
     """
     check_weighting(weighting)
     with torch.no_grad():
-        placed = place(explained, given, target, objective, pooled=pooled, reference=reference)
-        weights, maps = weighted(placed.features, placed.lap.lap, weighting, pooled=pooled, references=placed.references)
+        lap = weighting == "elementwise"
+        placed = place(explained, given, target, objective, pooled=pooled, reference=reference, backend=backend, lap=lap)
+        weights, maps = weighted(placed, weighting)
         return Maps(arrays.like(maps, explained), arrays.like(weights, explained), placed.score)
 
 
@@ -117,16 +121,28 @@ def check_weighting(weighting: str) -> None:
 
 @dataclass(frozen=True)
 class Placed:
-    """Explained features [n, C, H, W] with Lap of an objective among them, or [n, m+1, m+1] each behind ``references`` [m, C, H, W]."""
+    """An explained network's features [n, C, H, W] in the geometry of their batch, or behind ``references`` [m, C, H, W].
+
+    weights: of its channels [n, C], before those of pooled features are shared out to positions. lap: where it was asked for, the
+    gradient dL/dX = lap X among the images [n, n], or [n, m+1, m+1] of each image behind the references. score: L; in reference
+    mode its mean over the images. ops: what computes.
+    """
 
     features: Tensor
-    lap: Laplacian
+    weights: Tensor
+    lap: Tensor | None
+    score: float
+    pooled: bool
     references: Tensor | None
+    ops: dispatch.Torch
 
-    @property
-    def score(self) -> float:
-        """L; in reference mode its mean over the images."""
-        return float(self.lap.score.mean())
+    def gradient(self) -> Tensor:
+        """dL/dX [n, d] of the rows X that distances were measured between."""
+        assert self.lap is not None
+        return _row_gradient(rows_of(self.features, self.pooled), self.lap, self._behind())
+
+    def _behind(self) -> Tensor | None:
+        return None if self.references is None else rows_of(self.references, self.pooled)
 
 
 def place(
@@ -137,6 +153,8 @@ def place(
     *,
     pooled: bool,
     reference: Reference | None,
+    backend: Backend = "auto",
+    lap: bool = True,
 ) -> Placed:
     """The geometry of `unicam`, whose arguments these are: everything that is n x n."""
     features = arrays.feature_map(explained, "explained features")
@@ -148,88 +166,74 @@ def place(
     if not callable(objective) and objective not in geometry.OBJECTIVES:
         raise ValueError(f"objective must be one of {sorted(geometry.OBJECTIVES)} or a function of R, not {objective!r}")
     chosen = geometry.differentiated(objective) if callable(objective) else geometry.OBJECTIVES[objective]
-    if reference is not None:
-        if pooled != reference.pooled:
-            raise ValueError("pooled differs between the call and its reference set")
-        return _among(reference, features, others, target, chosen)
-    arrays.check_images(n)
-    x, y = _rows(features, pooled), _rows(others, pooled)
-    g = arrays.target_embedding(target, n).to(features.device)
-    d, e, h = (
-        arrays.measured(geometry.distances(rows), rows, name)
-        for rows, name in ((x, "explained features"), (y, "given features"), (g, "target"))
-    )
-    lap = geometry.laplacian(d, geometry.u_centered(d), geometry.u_centered(e), geometry.u_centered(h), chosen)
-    return Placed(features, checked(lap, x, y), None)
+    ops = dispatch.chosen(features, backend)
+    x, y = rows_of(features, pooled), rows_of(others, pooled)
+    if reference is None:
+        arrays.check_images(n)
+        g = arrays.target_embedding(target, n).to(features.device)
+        d, e, h = (
+            Pairs(arrays.measured(ops.distances(rows), rows, name))
+            for rows, name in ((x, "explained features"), (y, "given features"), (g, "target"))
+        )
+    elif pooled != reference.pooled:
+        raise ValueError("pooled differs between the call and its reference set")
+    else:
+        inside_x, inside_y, inside_g = reference.distances
+        labels = arrays.tensor(target, "target")
+        arrays.check_same(len(labels) if labels.ndim else 0, len(features), "the target", "features")
+        d = feature_distances_among(reference.explained, features, inside_x, "explained features", pooled)
+        e = feature_distances_among(reference.given, others, inside_y, "given features", pooled)
+        h = target_distances_among(reference.target, labels, inside_g)
+    behind = None if reference is None else reference.explained
+    means = None if behind is None else [geometry.gap(behind)]
+    found = ops.explained([d], [e], h, [geometry.gap(features)], means, chosen, lap=lap)
+    check_left(found.left, x, y)
+    return Placed(features, found.weights[0], None if found.lap is None else found.lap[0], float(found.score.mean()), pooled, behind, ops)
 
 
-def weighted(
-    features: Tensor, lap: Tensor, weighting: Weighting, *, pooled: bool = False, references: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(channel weights [n, C], maps [n, H, W]) of features [n, C, H, W] under lap [n, n], or [n, m+1, m+1] behind references."""
-
-    weights = _row_gradient(geometry.gap, features, lap, references)
-    if pooled:  # a spatial mean hands 1/(HW) of its gradient to every position alike, so both weightings agree
+def weighted(placed: Placed, weighting: Weighting) -> tuple[Tensor, Tensor]:
+    """(channel weights [n, C], maps [n, H, W]) of what was placed; elementwise weighting asks its Lap."""
+    features, weights = placed.features, placed.weights
+    if placed.pooled:  # a spatial mean hands 1/(HW) of its gradient to every position alike, so both weightings agree
         weights = weights / (features.shape[2] * features.shape[3])
     elif weighting == "elementwise":
-        maps = geometry.elementwise_cam(features, _row_gradient(_flat, features, lap, references))
+        maps = geometry.elementwise_cam(features, placed.gradient())
         return weights.to(maps.dtype), maps
-    maps = geometry.cam(features, weights)
+    maps = placed.ops.cam(features, weights)
     return weights.to(maps.dtype), maps
 
 
-def feature_gradient(placed: Placed, *, pooled: bool) -> Tensor:
+def feature_gradient(placed: Placed) -> Tensor:
     """dL/dF [n, C, H, W] of the explained features."""
-    features = placed.features
-    rows = _row_gradient(geometry.gap if pooled else _flat, features, placed.lap.lap, placed.references)
-    if pooled:
+    features, rows = placed.features, placed.gradient()
+    if placed.pooled:
         return (rows / (features.shape[2] * features.shape[3]))[:, :, None, None].expand(features.shape)
     return rows.reshape(features.shape)
 
 
-def _row_gradient(rows: Callable[[Tensor], Tensor], features: Tensor, lap: Tensor, references: Tensor | None) -> Tensor:
-    """dL/d(rows of the features) [n, k]."""
-    if references is None:
-        return geometry.gradient(lap, rows(features))
-    return geometry.query_gradient(lap, rows(features), rows(references))
+def _row_gradient(rows: Tensor, lap: Tensor, behind: Tensor | None) -> Tensor:
+    return geometry.gradient(lap, rows) if behind is None else geometry.query_gradient(lap, rows, behind)
 
 
-def checked(lap: Laplacian, *rows: Tensor) -> Laplacian:
-    """``lap`` where more than rounding is left to explain; KdxError where the given features explain everything.
+def check_left(left: Tensor, *rows: Tensor) -> None:
+    """KdxError where ``left`` = ||R||/||D|| is rounding: the given features explain everything.
 
     rows: the features that distances were measured between, whose type says what rounding is.
     """
-    if not bool((lap.left > max(map(arrays.rounding, rows))).all()):  # so that NaN fails
+    if not bool((left > max(map(arrays.rounding, rows))).all()):  # so that NaN fails
         raise KdxError(
             "The explained features hold nothing that the given features do not explain.",
             "Compare two different networks or layers; identical ones have no residual.",
         )
-    return lap
 
 
-def _flat(features: Tensor) -> Tensor:
-    return features.flatten(1)
+def rows_of(features: Tensor, pooled: bool) -> Tensor:
+    """The rows [n, d] that distances are measured between."""
+    return geometry.gap(features) if pooled else features.flatten(1)
 
 
-def _rows(features: Tensor, pooled: bool) -> Tensor:
-    return geometry.gap(features) if pooled else _flat(features)
-
-
-def _among(reference: Reference, features: Tensor, others: Tensor, target: Array, objective: geometry.Objective) -> Placed:
-    """Each query [q, ...] behind the reference set, as the last of m + 1 images: only the last row of Lap is needed."""
-    inside_x, inside_y, inside_g = reference.distances
-    d = feature_distances_among(reference.explained, features, inside_x, "explained features", reference.pooled)
-    e = feature_distances_among(reference.given, others, inside_y, "given features", reference.pooled)
-    labels = arrays.tensor(target, "target")
-    arrays.check_same(len(labels) if labels.ndim else 0, len(features), "the target", "features")
-    h = target_distances_among(reference.target, labels, inside_g)
-    lap = geometry.laplacian(d, geometry.u_centered(d), geometry.u_centered(e), geometry.u_centered(h), objective)
-    checked(lap, _rows(features, reference.pooled), _rows(others, reference.pooled))
-    return Placed(features, lap, reference.explained)
-
-
-def feature_distances_among(known: Tensor, queries: Tensor, inside: Tensor, name: str, pooled: bool = False) -> Tensor:
-    """Distances [q, m+1, m+1] of reference features [m, C, H, W] (inside [m, m]) and each query [q, C, H, W] behind them."""
+def feature_distances_among(known: Tensor, queries: Tensor, inside: Tensor, name: str, pooled: bool = False) -> Pairs:
+    """Distances of reference features [m, C, H, W] (inside [m, m]) and of each query [q, C, H, W] from them."""
     if queries.shape[1:] != known.shape[1:]:
         raise KdxError(
             f"The {name} are {list(queries.shape[1:])} an image, those of the reference set {list(known.shape[1:])}.",
@@ -237,11 +241,11 @@ def feature_distances_among(known: Tensor, queries: Tensor, inside: Tensor, name
         )
     if len(queries) == 0:
         raise KdxError(f"There are no rows of {name}.", "Give at least one query.")
-    rows = _rows(queries, pooled)
-    return _among_finite(inside, geometry.cross_distances(rows, _rows(known, pooled)), rows, name)
+    rows = rows_of(queries, pooled)
+    return _among_finite(inside, geometry.cross_distances(rows, rows_of(known, pooled)), rows, name)
 
 
-def target_distances_among(known: Tensor, target: Tensor, inside: Tensor) -> Tensor:
+def target_distances_among(known: Tensor, target: Tensor, inside: Tensor) -> Pairs:
     """The same for the targets, labels or embeddings of one kind."""
     if target.ndim == 0 or target.shape[1:] != known.shape[1:]:
         raise KdxError(
@@ -253,6 +257,6 @@ def target_distances_among(known: Tensor, target: Tensor, inside: Tensor) -> Ten
     return _among_finite(inside, geometry.cross_distances(rows[m:], rows[:m]), rows[m:], "target")
 
 
-def _among_finite(inside: Tensor, border: Tensor, rows: Tensor, name: str) -> Tensor:
+def _among_finite(inside: Tensor, border: Tensor, rows: Tensor, name: str) -> Pairs:
     arrays.check_distances(border, rows, name)
-    return geometry.bordered(inside, border)
+    return Pairs(inside, border)

@@ -139,8 +139,8 @@ def _symmetric(x: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:
     """x y^T [B, q, m] in full float32, added up over the blocks of columns that `geometry` takes."""
-    rows = geometry._blocks(x)
-    columns = rows if x is y else geometry._blocks(y)
+    rows = geometry.blocks(x)
+    columns = rows if x is y else geometry.blocks(y)
     blocks = rows.shape[1]
     with _full_precision():
         if len(x) == 1 and 1 < blocks <= _ELEMENTS // (x.shape[1] * y.shape[1]):
@@ -164,7 +164,7 @@ def _full_precision() -> Iterator[None]:
 
 
 def _near() -> np.float32:
-    return np.float32(geometry._REPAIR_BELOW[torch.float32])
+    return np.float32(geometry.REPAIR_BELOW[torch.float32])
 
 
 # Inner products

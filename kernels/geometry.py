@@ -23,7 +23,7 @@ from torch import Tensor
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(R [..., n, n], unit-norm G [..., n, n]) -> (score [...], dL/dR [..., n, n])."""
 
-_REPAIR_BELOW = {torch.float32: 1e-3, torch.float64: 1e-9}
+REPAIR_BELOW = {torch.float32: 1e-3, torch.float64: 1e-9}
 """D^2/(|x_i|^2 + |x_j|^2) under which a Gram product has lost too many digits; its rounding is about 1e-7 and 1e-16."""
 
 _TRACED_ZERO = 4e-6
@@ -54,7 +54,7 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _blocks(x: Tensor) -> Tensor:
+def blocks(x: Tensor) -> Tensor:
     """Rows [..., n, d] as [..., blocks, n, columns] of at most _BLOCK columns, with columns of zeros where they do not come out even."""
     d = x.shape[-1]
     if not isinstance(d, int) or d <= _BLOCK:  # a width that a traced graph leaves open is a target's, and small
@@ -63,8 +63,8 @@ def _blocks(x: Tensor) -> Tensor:
     count = next((count for count in range(least, 4 * least) if d % count == 0), least)
     if d % count:
         x = torch.nn.functional.pad(x, (0, -d % count))
-    blocks: Tensor = x.unflatten(-1, (count, -1)).transpose(-2, -3)
-    return blocks
+    parts: Tensor = x.unflatten(-1, (count, -1)).transpose(-2, -3)
+    return parts
 
 
 def distances(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -84,7 +84,7 @@ def distances(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def _traced_distances(x: Tensor) -> Tensor:
     """Squared distances [n, n] of centred rows [n, d] for a graph, which cannot hold the loop over pairs that the data chooses."""
-    rows = _blocks(x)
+    rows = blocks(x)
     gram = (rows @ rows.mT).sum(-3)
     hollow = _hollow(x.shape[-2], x)
     own = (gram * (1 - hollow)).sum(-1)
@@ -108,8 +108,8 @@ def centred_distances(x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor, dt
     Where x is y, an image is at distance zero from itself.
     """
     squared = x_norms[..., :, None] + y_norms[..., None, :]
-    rows = _blocks(x)
-    columns = rows if x is y else _blocks(y)
+    rows = blocks(x)
+    columns = rows if x is y else blocks(y)
     for block in range(rows.shape[-3]):
         squared.sub_(rows.select(-3, block) @ columns.select(-3, block).mT, alpha=2)
     if x is y:
@@ -122,7 +122,7 @@ def centred_distances(x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor, dt
 
 def _repair(squared: Tensor, x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor) -> None:
     """Squared distances of pairs closer than rounding, by direct difference."""
-    share = _REPAIR_BELOW[squared.dtype]
+    share = REPAIR_BELOW[squared.dtype]
     suspect = torch.nonzero(squared.amin(-1) < share * (x_norms + y_norms.amax(-1, keepdim=True)), as_tuple=True)
     if len(suspect[0]) == 0:
         return

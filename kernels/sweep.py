@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from kdx.kernels import geometry
+from kdx.kernels.dispatch import Torch
 
 TILE = 1024
 """Images a side of a tile, where rows are short enough."""
@@ -81,9 +82,9 @@ class Measured:
         """The mean squared distance [], or somewhat more."""
         return 2 * self.norms.mean()
 
-    def batches(self, index: Tensor) -> Tensor:
+    def batches(self, index: Tensor, ops: Torch) -> Tensor:
         """Distances [b, n, n] of images index [b, n] within each batch, in float64."""
-        return geometry.distances(self.rows.read(index.flatten()).unflatten(0, index.shape))
+        return ops.distances(self.rows.read(index.flatten()).unflatten(0, index.shape))
 
     def means(self) -> Tensor:
         """About each row's mean distance from the others [n]: they lie around the centre in many directions."""
@@ -105,7 +106,7 @@ class Classes:
             return (rows != columns).to(dtype).mul_(2**0.5)
         return self.distances.to(dtype)[rows, columns]
 
-    def batches(self, index: Tensor) -> Tensor:
+    def batches(self, index: Tensor, ops: Torch) -> Tensor:
         """Distances [b, n, n] of images index [b, n] within each batch, in float64."""
         return self.tile(index, index, torch.float64)
 
@@ -150,12 +151,13 @@ def sweep(
     seed: int = 0,
     tile: int | None = None,
     units: int = UNITS,
+    ops: Torch = Torch(),
     step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Swept:
     """Inner products over all images of k matrices of the same n >= 4 images.
 
     moved: the matrices whose images are permuted, ``permutations`` times. biased: double-centred instead of U-centred. tile: images a
-    side of a tile; by default as many as memory allows, up to TILE. step: told (tiles done, tiles in all).
+    side of a tile; by default as many as memory allows, up to TILE. ops: what makes distances. step: told (tiles done, tiles in all).
     """
     measured = [m for m in matrices if isinstance(m, Measured)]
     n, *others = (len(m.codes) if isinstance(m, Classes) else m.rows.shape[0] for m in matrices)
@@ -170,7 +172,7 @@ def sweep(
     wide = biased or any(m.rows.dtype == torch.float64 for m in measured)
     sums = _Sums(tiles, len(matrices), moved, turns, units, torch.float64 if wide else torch.float32)
     offsets = [torch.zeros_like(m.means()) if biased else m.means() - m.means().mean() / 2 for m in matrices]
-    drawn = [_Drawn(m, offset, sums.dtype) for m, offset in zip(matrices, offsets, strict=True)]
+    drawn = [_Drawn(m, offset, sums.dtype, ops) for m, offset in zip(matrices, offsets, strict=True)]
     total = len(tiles) * (len(tiles) + 1) // 2
     for done, (a, b) in enumerate(_pairs(len(tiles)), 1):
         sums.add(a, b, torch.stack([each.tile(tiles[a], tiles[b]) for each in drawn]))
@@ -215,8 +217,9 @@ def _pairs(tiles: int) -> Iterator[tuple[int, int]]:
 class _Drawn:
     """A matrix as tiles: distances less each row's and column's offset, zero where an image meets itself."""
 
-    def __init__(self, matrix: Matrix, offsets: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, matrix: Matrix, offsets: Tensor, dtype: torch.dtype, ops: Torch) -> None:
         self._matrix = matrix
+        self._ops = ops
         self._offsets = offsets.to(dtype)
         self._dtype = dtype
         self._held: tuple[Tensor, Tensor] | None = None
@@ -233,7 +236,7 @@ class _Drawn:
             self._held = left, self._rows(matrix, left)
         rows = self._held[1]
         columns = rows if left is right else self._rows(matrix, right)
-        return geometry.centred_distances(rows, columns, matrix.norms[left].to(rows), matrix.norms[right].to(rows), self._dtype)
+        return self._ops.centred_distances(rows, columns, matrix.norms[left].to(rows), matrix.norms[right].to(rows), self._dtype)
 
     def _rows(self, matrix: Measured, index: Tensor) -> Tensor:
         rows = geometry.wide(matrix.rows.read(index))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kdx.kernels import geometry, sweep
+from kdx.kernels.dispatch import Torch
 from kdx.kernels.sweep import Classes, Measured
 from tests import oracle
 
@@ -160,7 +161,7 @@ def test_classes_are_their_one_hot_rows() -> None:
     ):
         d = geometry.distances(rows_)
         index = torch.tensor([[3, 9, 1], [20, 21, 39]])
-        assert oracle.error(classes.batches(index), torch.stack([d[i][:, i] for i in index])) < 1e-12
+        assert oracle.error(classes.batches(index, Torch()), torch.stack([d[i][:, i] for i in index])) < 1e-12
         assert oracle.error(classes.means(), d.mean(1)) < 1e-12
         assert float(classes.scale) == pytest.approx(float(d.square().mean()), rel=1e-12)
         by_rows = sweep.sweep([matrices(40)[0], Measured.of(Stored(rows_))], tile=16).products
@@ -181,7 +182,7 @@ def test_batches_turned_together_are_permuted_batches() -> None:
     x, y, labels = rows(48)
     generator = torch.Generator().manual_seed(0)
     index = torch.randperm(48, generator=generator).view(4, 12)
-    d = torch.stack([each.batches(index) for each in (Measured.of(Stored(x)), Measured.of(Stored(y)), Classes(labels))], 1)
+    d = torch.stack([each.batches(index, Torch()) for each in (Measured.of(Stored(x)), Measured.of(Stored(y)), Classes(labels))], 1)
     centred = geometry.u_centered(d)
     turns = torch.randint(12, (5, 4), generator=generator)
     for moved in range(3):
