@@ -117,6 +117,12 @@ class Planes:
         apart = self.data[colour, ..., layout.margin : -layout.margin].unflatten(-1, (layout.images, layout.rows + 1, layout.pitch))
         return apart[..., : layout.rows, : layout.columns]
 
+    def largest(self) -> Tensor:
+        """The largest magnitude in each image [n], of a field [4, c, length]."""
+        margin = self.layout.margin
+        found: Tensor = self.data[..., margin:-margin].unflatten(-1, (self.layout.images, -1)).abs().amax((0, 1, 3))
+        return found
+
     def split(self, grid: Tensor) -> Planes:
         """Itself, filled from a grid [..., n, height, width]."""
         for colour in range(4):
@@ -383,28 +389,31 @@ class PixelGrid(Grid):
         total.add_(u.at(images, a, b - 1), alpha=2).add_(u.at(images, a, b + 1), alpha=2)
         return torch.addcmul(self.f.at(images, a, b), self._gain.at(images, a, b), total, out=out)
 
-    def restart(self) -> Tensor:
-        """u [4, c, length], from which the equations start anew: f is what is left of them, and u is zero.
+    def start(self, kept: Tensor) -> None:
+        """f and u from the kept pixels [c, n, h, w], zero elsewhere."""
+        self.f.split(kept)
+        self.u.data.copy_(self.f.data)
 
-        For f = 0 at the pixels to solve for. What is left is summed up from differences, which are exact where u is smooth: inside
-        a large hole it is far smaller than the rounding of u, and solved up to an error that is not.
+    def refine(self, solution: Planes) -> None:
+        """f becomes what is left of the equations at ``solution``, and u zero: the correction is solved for next.
+
+        What is left is summed up from differences, which are exact where the solution is smooth: inside a large hole it is far
+        smaller than the rounding of the pixels, and belongs to an error that is not.
         """
         for images in self.parts:
             for a, b in COLOURS:
-                own, difference = self.u.at(images, a, b), self._spare.at(range(len(images)), 0, 0)
+                own, difference = solution.at(images, a, b), self._spare.at(range(len(images)), 0, 0)
                 cells = self._spare.cells(0)
                 left = self.f.at(images, a, b).zero_()
                 for y, x in NEIGHBOURS:
-                    torch.sub(self.u.at(images, a + y, b + x), own, out=difference)
+                    torch.sub(solution.at(images, a + y, b + x), own, out=difference)
                     if (edge := _without(a, y, self.layout.height)) is not None:
                         cells[..., edge, :] = 0
                     if (edge := _without(b, x, self.layout.width)) is not None:
                         cells[..., edge] = 0
-                    left.add_(difference, alpha=12 * _weight(y, x))
+                    left.add_(difference, alpha=1 if y and x else 2)
                 left *= self._gain.at(images, a, b)
-        solved = self.u.data.clone()
         self.u.data.zero_()
-        return solved
 
 
 def _without(parity: int, step: int, size: int) -> int | None:

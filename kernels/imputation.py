@@ -1,0 +1,146 @@
+"""Noisy linear imputation: pixels that are not kept become the weighted mean of their neighbours.
+
+A model that sees zeros or the mean colour in place of removed pixels reads the mask's outline from them; imputed pixels show little
+of it. Source: Rong et al., "A Consistent and Efficient Evaluation Strategy for Attribution Methods", ICML 2022 (the ROAD benchmark).
+The definition is `reference.imputed`; the equations are solved in `multigrid.py`, in PyTorch or by the kernels of imputation.cu.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdx.errors import KdxError
+from kdx.kernels import cuda
+from kdx.kernels.multigrid import PixelGrid
+
+_VALUES = 5_000_000
+"""Pixels of all channels that are solved at once; the memory they take is some thirty times four bytes each."""
+
+_STAGES = 16
+"""Corrections of a solution, after which it is not going to converge. Three are usual."""
+
+_CYCLES = 2
+"""Of each correction."""
+
+_LEAST, _MOST = 0.03, 0.9
+"""A correction's own error, as a share of it: no less is trusted, since rounding adds up over large holes, and no more is left by cycles
+that converge."""
+
+
+def impute(
+    images: Tensor,
+    kept: Tensor,
+    *,
+    noise: float = 0.0,
+    seed: int = 0,
+    tolerance: float = 1e-5,
+    backend: cuda.Backend = "auto",
+) -> Tensor:
+    """Every pixel that is not kept, as the weighted mean of its eight neighbours, all of them solved for at once:
+
+        u_p = sum_q k_pq u_q / sum_q k_pq,        k_pq = 1/6 for a pixel beside p, 1/12 for a diagonal one,
+
+    with the sums over the neighbours inside the image, and u_q the pixel itself where it is kept.
+
+    images: [n, c, h, w], n >= 1, floating-point; half precision is solved in float32. kept: boolean [n, h, w], or [h, w] for all
+    images, the same in every channel. noise: the standard deviation of normal noise added to imputed pixels, in their units; drawn
+    with ``seed`` for the whole batch, so it is an image's only in its place. tolerance: the largest error of an imputed pixel,
+    estimated, as a share of the image's largest kept value. backend: who solves. Returns images of the same shape, type and
+    device, kept pixels unchanged bit for bit.
+
+    Imputed pixels lie between the smallest and the largest kept one. They are no reconstruction: inside a large hole they
+    tell nothing but the colours around it.
+
+    Raises KdxError for shapes or types that do not fit, an image with NaN or infinity or with no pixel kept, a negative noise, a
+    tolerance that is not positive, and one that is out of reach of the images' precision.
+
+    >>> import torch
+    >>> from kdx.kernels.imputation import impute
+    >>> image = torch.tensor([[0.0, 0.0, 1.0]]).expand(1, 1, 1, 3)
+    >>> impute(image, torch.tensor([[True, False, True]]))
+    tensor([[[[0.0000, 0.5000, 1.0000]]]])
+    """
+    kept = _checked(images, kept, noise, tolerance)
+    launcher = cuda.launcher(images.device) if cuda.runs(images, backend) else None
+    images = images.detach()
+    n, c, h, w = images.shape
+    result = torch.empty_like(images)
+    drawn = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)) if noise else None
+    step = max(1, _VALUES // (c * h * w))
+    for start in range(0, n, step):
+        part = slice(start, start + step)
+        wide = images[part].to(torch.promote_types(images.dtype, torch.float32))
+        imputed = _solved(wide, kept[part], tolerance, launcher, start)
+        if drawn is not None:
+            imputed += noise * drawn[part].to(imputed)
+        torch.where(kept[part, None], images[part], imputed.to(images.dtype), out=result[part])
+    return result
+
+
+def _solved(images: Tensor, kept: Tensor, tolerance: float, launcher: cuda.Launcher | None, first: int) -> Tensor:
+    """The solution [n, c, h, w] at the pixels that are not kept; ``first`` is the number of the first image.
+
+    Each stage solves for the error of the solution so far, by cycles that leave a small part of it. What they leave is estimated
+    from how much smaller one correction is than the one before: a residual alone says little, since the error that belongs to it
+    grows with the square of a hole's width.
+    """
+    one = kept.to(images.dtype)
+    grid = PixelGrid(1 - one, images.shape[1], launcher)
+    one = one[:, None]
+    given = images * one
+    allowed = tolerance * given.abs().amax((1, 2, 3))
+    mean = given.sum((2, 3), keepdim=True) / one.sum((2, 3), keepdim=True)
+    given -= mean * one
+    grid.start(given.transpose(0, 1))
+    solution = grid.layout.zeros(images.shape[1], like=images)
+    before = torch.full_like(allowed, torch.inf)
+    for _ in range(_STAGES):
+        for _ in range(_CYCLES):
+            grid.cycle()
+        solution.data += grid.u.data
+        correction = grid.u.largest()
+        left = (correction / before).nan_to_num(0).clamp_(_LEAST, _MOST)
+        converged = correction * left / (1 - left) <= allowed
+        if bool(before.isfinite().all()) and bool(converged.all()):
+            return solution.merge(torch.empty_like(images).transpose(0, 1)).transpose(0, 1).add_(mean)
+        before = correction
+        grid.refine(solution)
+    raise KdxError(
+        f"The imputation of {_rows(converged, first)} does not come within {tolerance:g} of its solution.",
+        "Give a larger tolerance, or images in float64.",
+    )
+
+
+def _checked(images: Tensor, kept: Tensor, noise: float, tolerance: float) -> Tensor:
+    """``kept`` as [n, h, w], or a KdxError."""
+    if images.ndim != 4 or not images.is_floating_point() or images.numel() == 0:
+        raise KdxError(
+            f"The images have shape {list(images.shape)} and type {images.dtype}.",
+            "Give at least one image: floating-point [n, channels, height, width].",
+        )
+    n, _, h, w = images.shape
+    if kept.dtype != torch.bool or tuple(kept.shape) not in ((n, h, w), (h, w)):
+        raise KdxError(
+            f"The mask has shape {list(kept.shape)} and type {kept.dtype}.", f"Give booleans [{n}, {h}, {w}], or [{h}, {w}] for all images."
+        )
+    if kept.device != images.device:
+        raise KdxError(f"The images are on {images.device} and the mask is on {kept.device}.", "Give both on one device.")
+    if not noise >= 0:  # so that NaN fails
+        raise KdxError(f"The noise {noise} is negative.", "Give a standard deviation, such as 0.01.")
+    if not tolerance > 0:
+        raise KdxError(f"The tolerance {tolerance} is not positive.", "Give a share of the largest pixel, such as 1e-5.")
+    kept = kept.expand(n, h, w)
+    if not bool((some := kept.flatten(1).any(1)).all()):
+        raise KdxError(f"The mask of {_rows(some)} keeps no pixel.", "Keep at least one pixel of every image.")
+    # A sum is quick, and not finite where a pixel is not; where it merely overflows the pixels are looked at.
+    if not bool(images.sum().isfinite()) and not bool((finite := images.isfinite().flatten(1).all(1)).all()):
+        raise KdxError(f"The pixels are not finite in {_rows(finite)}.", "Repair or remove those images.")
+    return kept
+
+
+def _rows(fine: Tensor, first: int = 0) -> str:
+    """The images that are not fine, by number."""
+    rows = (first + (~fine).nonzero().flatten()).tolist()
+    several = len(rows) > 1
+    return f"image{'s' if several else ''} {', '.join(map(str, rows[:5]))}{' ...' if len(rows) > 5 else ''}"
