@@ -137,10 +137,11 @@ class Gpu:
                 self._driver.Context.pop()
 
     def close(self) -> None:
-        """Gives back modules and context; PyCUDA complains of those that outlive its own end."""
+        """Gives back modules, stream and context; PyCUDA complains of those that outlive its own end."""
         self._functions.clear()
         self._modules.clear()
-        self._stream = self._context = None
+        self._stream = None
+        self._context.detach()  # one that is merely forgotten PyCUDA takes back as if it had made it
 
     def _packed(self, place: int, argument: Argument) -> np.generic:
         if argument is None:

@@ -34,7 +34,7 @@ class Driver(ModuleType):
         self.calls.append(("init",))
 
     def Device(self, index: int) -> SimpleNamespace:
-        context = SimpleNamespace(push=lambda: self.current.append(index))
+        context = SimpleNamespace(push=lambda: self.current.append(index), detach=lambda: self.calls.append(("detach", index)))
         return SimpleNamespace(retain_primary_context=lambda: context)
 
     def module_from_buffer(self, code: bytes) -> SimpleNamespace:
@@ -177,7 +177,7 @@ def test_a_closed_launcher_lets_go_of_everything(driver: Driver) -> None:
     gpu = opened()
     gpu.launch("one", "a", (1, 1, 1), (1, 1, 1), [])
     gpu.close()
-    assert not gpu._modules and not gpu._functions and gpu._context is None and gpu._stream is None
+    assert not gpu._modules and not gpu._functions and gpu._stream is None and driver.calls[-1] == ("detach", 0)
 
 
 # ---- choosing ----
