@@ -114,7 +114,7 @@ class Planes:
     def cells(self, colour: int) -> Tensor:
         """The cells of a plane that hold points, as a view [..., n, rows, columns]."""
         layout = self.layout
-        apart = self.data[colour, ..., layout.margin : -layout.margin].unflatten(-1, (layout.images, layout.rows + 1, layout.pitch))
+        apart: Tensor = self.data[colour, ..., layout.margin : -layout.margin].unflatten(-1, (layout.images, layout.rows + 1, layout.pitch))
         return apart[..., : layout.rows, : layout.columns]
 
     def largest(self) -> Tensor:

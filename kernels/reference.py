@@ -104,4 +104,5 @@ def imputed(image: Tensor, kept: Tensor) -> Tensor:
             for (v, u), weight in weights.items():
                 matrix[y * w + x, v * w + u] = -weight / sum(weights.values())
     right = torch.where(kept, image.double(), 0.0).reshape(c, h * w)
-    return torch.linalg.solve(matrix, right.T).T.reshape(c, h, w)
+    solution: Tensor = torch.linalg.solve(matrix, right.T)
+    return solution.T.reshape(c, h, w)

@@ -21,11 +21,11 @@ TOLERANCE = {
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 CASES = ("square", "wide", "two_class", "embedded", "small")
-_FILE = Path(__file__).parent / "data" / "unicam.npz"
+_DATA = Path(__file__).parent / "data"
 
 
-def load(case: str) -> dict[str, Any]:
-    with np.load(_FILE, allow_pickle=False) as content:
+def load(case: str, file: str = "unicam") -> dict[str, Any]:
+    with np.load(_DATA / f"{file}.npz", allow_pickle=False) as content:
         return {name.removeprefix(f"{case}/"): content[name] for name in content.files if name.startswith(f"{case}/")}
 
 
