@@ -22,7 +22,7 @@ from kdx import arrays, models, unicam
 from kdx.arrays import Array
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph, GradientGraph
-from kdx.kernels import geometry
+from kdx.kernels import geometry, imputation
 from kdx.models import Network
 from kdx.runtime import EagerRunner, FileRunner, Runner, TrtRunner, choose, is_file, open_file
 from kdx.unicam import Maps, ObjectiveName, Reference, Weighting
@@ -54,8 +54,6 @@ class Salience:
 
     def images(self, images: Tensor, maps: Tensor, seed: int = 0) -> Tensor:
         """Images [n, 3, h, w] of which the top share of their maps [n, H, W], resized to them, is kept and the rest imputed."""
-        from kdx.kernels import imputation
-
         kept = top_mask(unicam.scaled(maps, (images.shape[2], images.shape[3])), self.keep)
         return imputation.impute(images, kept.to(images.device), noise=self.noise, seed=seed)
 
@@ -280,8 +278,6 @@ def impute(images: Array, kept: Array, *, noise: float = 0.0, seed: int = 0) -> 
     >>> bool(np.abs(kdx.impute(ramp, kept) - ramp).max() < 1e-3)
     True
     """
-    from kdx.kernels import imputation
-
     found = arrays.tensor(images, "images")
     return arrays.like(imputation.impute(found, arrays.tensor(kept, "mask").to(found.device), noise=noise, seed=seed), images)
 
