@@ -177,12 +177,14 @@ def test_doctor_lists_every_probe_and_how_to_mend_the_broken(run: Any, monkeypat
     def broken() -> str:
         raise RuntimeError("[red]no such thing[/red]")
 
-    monkeypatch.setattr(doctor, "_PROBES", doctor._PROBES | {"nvcc": (broken, "mend [it]"), "Thing": (lambda: "one [two]", "unseen")})
+    monkeypatch.setattr(
+        doctor, "_PROBES", doctor._PROBES | {"CUDA compiler": (broken, "mend [it]"), "Thing": (lambda: "one [two]", "unseen")}
+    )
     status, out, err = run("doctor")
     assert (status, err) == (0, "")
     rows = {name: next(line for line in out.splitlines() if name in line) for name in doctor._PROBES}
-    assert rows["Python"].startswith("yes") and "[red]no such thing[/red]" in rows["nvcc"] and "mend [it]" in rows["nvcc"]
-    assert rows["nvcc"].startswith("no") and "one [two]" in rows["Thing"] and "unseen" not in rows["Thing"]
+    assert rows["Python"].startswith("yes") and "[red]no such thing[/red]" in rows["CUDA compiler"] and "mend [it]" in rows["CUDA compiler"]
+    assert rows["CUDA compiler"].startswith("no") and "one [two]" in rows["Thing"] and "unseen" not in rows["Thing"]
 
 
 # ---- mistakes ----
