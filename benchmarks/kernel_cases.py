@@ -100,11 +100,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Definition:
-    """Distances of float64 rows, inner products of float64 distances, and a batch's score and channel weights by an objective."""
+    """Distances of float64 rows, inner products of float64 distances, a batch's score and channel weights by an objective, and imputed
+    images [n, c, h, w]."""
 
     distances: Callable[[Tensor], Tensor]
     products: Callable[[Tensor], Tensor]
     weights: Callable[[Batch, fused.Objective], tuple[Tensor, Tensor]]
+    imputed: Callable[[Tensor, Tensor], Tensor]
 
 
 def _reference_products(d: Tensor) -> Tensor:
@@ -115,6 +117,10 @@ def _reference_products(d: Tensor) -> Tensor:
 def _reference_weights(batch: Batch, objective: fused.Objective) -> tuple[Tensor, Tensor]:
     score, weights, _ = reference.unicam(batch.x.cpu(), batch.y.cpu(), batch.target.cpu(), objective)
     return score, weights
+
+
+def _reference_imputed(images: Tensor, kept: Tensor) -> Tensor:
+    return torch.stack([reference.imputed(*each) for each in zip(images.cpu(), kept.cpu(), strict=True)])
 
 
 def _closed_products(d: Tensor) -> Tensor:
@@ -130,8 +136,12 @@ def _closed_weights(batch: Batch, objective: fused.Objective) -> tuple[Tensor, T
     return found.score, geometry.gradient(found.lap, geometry.gap(batch.x))
 
 
-DEFINED = Definition(reference.distances, _reference_products, _reference_weights)
-CLOSED_FORM = Definition(geometry.distances, _closed_products, _closed_weights)
+def _torch_imputed(images: Tensor, kept: Tensor) -> Tensor:
+    return imputation.impute(images.double(), kept, backend="torch")
+
+
+DEFINED = Definition(reference.distances, _reference_products, _reference_weights, _reference_imputed)
+IN_PYTORCH = Definition(geometry.distances, _closed_products, _closed_weights, _torch_imputed)
 """For sizes at which the definitions do not fit into memory; itself compared with them by the tests."""
 
 
@@ -158,7 +168,7 @@ def cases(sizes: Sizes, device: torch.device, seed: int, definition: Definition 
     weights = draw(n, channels)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         yield _cam_case(x.to(dtype), weights, sizes.picture)
-    yield _imputation_case(draw(sizes.stack, 3, *sizes.picture).sigmoid(), draw(sizes.stack, height, width))
+    yield _imputation_case(draw(sizes.stack, 3, *sizes.picture).sigmoid(), draw(sizes.stack, height, width), definition)
 
 
 def centred(features: Tensor) -> Tensor:
@@ -250,12 +260,12 @@ def _cam_case(features: Tensor, weights: Tensor, picture: tuple[int, int]) -> Ca
     return Case(f"cam, {kind}", found, expected, bytes=moved, goal=BANDWIDTH_SHARE)
 
 
-def _imputation_case(images: Tensor, saliency: Tensor) -> Case:
+def _imputation_case(images: Tensor, saliency: Tensor, definition: Definition) -> Case:
     """Half of each picture kept, as the upper half of a saliency map is."""
     relevance = torch.nn.functional.interpolate(saliency[:, None], images.shape[2:], mode="bilinear")[:, 0].flatten(1)
     kept = (relevance >= relevance.median(1, keepdim=True).values).unflatten(1, images.shape[2:])
 
-    def expected() -> tuple[Tensor]:
-        return (reference.imputed(images.double().cpu(), kept.cpu()),)
+    def found() -> tuple[Tensor]:
+        return (imputation.impute(images, kept, backend="cuda"),)
 
-    return Case("imputation", lambda: (imputation.impute(images, kept, backend="cuda"),), expected, IMPUTED_WITHIN)
+    return Case("imputation", found, lambda: (definition.imputed(images, kept),), IMPUTED_WITHIN)

@@ -136,6 +136,11 @@ def broken(source: str, old: str, new: str, order: Order = "forward", seed: int 
 # ---- compiling ----
 
 
+def kernels(source: Path) -> list[str]:
+    """The kernels that a file defines, those of its macros too."""
+    return _KERNEL.findall(_run(*_COMPILE, f"-I{source.parent}", f"-I{KERNELS}", "-E", "-P", "-x", "c++", str(source)))
+
+
 @functools.cache
 def _program(source: str, changed: tuple[tuple[str, str], ...]) -> Path:
     """The executable of one `.cu` file, from the cache by the text that it is made of."""
@@ -147,15 +152,16 @@ def _program(source: str, changed: tuple[tuple[str, str], ...]) -> Path:
         with _made(program) as folder:
             for name, text in texts.items():
                 (folder / name).write_text(text)
-            # In a namespace without a name, shared memory of a template is one section with that of a function.
-            start = f'#include "common.cuh"\n#include "host/launch.h"\nnamespace {{\n#include "{source}.cu"\n'
+            names = kernels(folder / f"{source}.cu")
+            assert names, f"{source}.cu has no kernel"
             unit = folder / "unit.cpp"
-            unit.write_text(f"{start}}}\n")
-            options = (*_COMPILE, f"-I{folder}", f"-I{KERNELS}")
-            kernels = _KERNEL.findall(_run(*options, "-E", "-P", str(unit)))
-            assert kernels, f"{source}.cu has no kernel"
-            unit.write_text(start + "".join(f"KDX_KERNEL({name})\n" for name in kernels) + "}\n")
-            _run(*options, str(unit), str(runner), "-o", str(folder / "made"))
+            # In a namespace without a name, shared memory of a template is one section with that of a function.
+            unit.write_text(
+                f'#include "common.cuh"\n#include "host/launch.h"\nnamespace {{\n#include "{source}.cu"\n'
+                + "".join(f"KDX_KERNEL({name})\n" for name in names)
+                + "}\n"
+            )
+            _run(*_COMPILE, f"-I{folder}", f"-I{KERNELS}", str(unit), str(runner), "-o", str(folder / "made"))
     return program
 
 
