@@ -26,9 +26,10 @@ from torch import Tensor
 from benchmarks.batch import NETWORK, quartiles
 from benchmarks.kernel_cases import CHECKED, IN_PYTORCH, RESNET50, Checked, cases, centred, check
 from benchmarks.readme import ROOT
-from kdx import explain, models
+from kdx import explain, models, scores, transfer
 from kdx.errors import KdxError
 from kdx.kernels import cubins, cuda, fused, geometry
+from kdx.transfer import Target
 from tests.oracle import TOLERANCE, error
 
 RESULT = ROOT / "benchmarks" / "results" / "gpu.json"
@@ -119,12 +120,21 @@ def compare(student: Tensor, base: Tensor, target: Tensor, picture: tuple[int, i
 
 
 def time_batch(clock: Clock, seed: int) -> dict[str, Any]:
-    """A batch's geometry, the forward passes in two precisions, and the published method on as many images as fit."""
+    """A batch's geometry by the kernels and as kdx measures it, with what surrounds the kernels there; the forward passes in two
+    precisions; and the published method on as many images as fit."""
     generator = torch.Generator(clock.device).manual_seed(seed)
     n, picture, device = RESNET50.images, RESNET50.picture, clock.device
-    target = torch.nn.functional.one_hot(torch.arange(n, device=device) % RESNET50.classes).float()
+    labels = torch.arange(n, device=device) % RESNET50.classes
+    target, aim = torch.nn.functional.one_hot(labels).float(), Target.of(labels)
     student, base = (torch.randn(n, *RESNET50.explained, generator=generator, device=device).relu_() for _ in range(2))
     found: dict[str, Any] = {"geometry": clock.seconds(lambda: explained(student, base, target, picture))}
+    for permutations in (0, 999):
+        table = scores.permutation_table(n, permutations, seed, device)
+
+        def measured(table: Tensor = table, student: Tensor = student, base: Tensor = base) -> object:
+            return transfer.measure({"student": student, "base": base}, aim, permutations=table)
+
+        found[f"kdx.transfer, {permutations} permutations"] = clock.seconds(measured)
     for name, dtype in (("float32", torch.float32), ("float16", torch.float16)):
         networks = [models.load(NETWORK).module.eval().to(device, dtype) for _ in range(2)]
         for network in networks:
