@@ -10,8 +10,9 @@ import functools
 import importlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -23,6 +24,9 @@ from kdx.kernels import cubins
 
 Backend = Literal["auto", "torch", "cuda"]
 _BACKENDS = get_args(Backend)
+
+_NON_BLOCKING = 1
+"""CU_STREAM_NON_BLOCKING: a stream that does not wait for the default one."""
 Size = tuple[int, int, int]
 Argument = Tensor | np.generic | None
 
@@ -91,7 +95,7 @@ def _not_cuda(device: torch.device) -> KdxError:
 
 
 class Gpu:
-    """The launcher of one device. PyTorch's context is taken for each launch and given back after it."""
+    """The launcher of one device."""
 
     def __init__(self, index: int) -> None:
         self.device = torch.device("cuda", index)
@@ -102,15 +106,21 @@ class Gpu:
                 f"CUDA kernels need {cubins.OLDEST[0]}.{cubins.OLDEST[1]}.",
                 "Choose the backend torch.",
             )
+        self.multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
         self._driver = _driver()
         # All of them, so that no call that has begun finds itself without a kernel.
         with ThreadPoolExecutor() as pool:
-            made = pool.map(lambda source: (source, cubins.load(source, self.capability).code), cubins.names())
-            self._code = dict(made)
-        self.multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
-        self._driver.init()
-        self._context = self._driver.Device(index).retain_primary_context()  # which PyTorch works in
-        self._modules: dict[str, Any] = {}
+            codes = dict(zip(cubins.names(), pool.map(self._code, cubins.names()), strict=True))
+        try:
+            self._driver.init()
+            self._context = self._driver.Device(index).retain_primary_context()  # which PyTorch works in
+            with self._current():
+                self._modules = {source: self._driver.module_from_buffer(code) for source, code in codes.items()}
+        except self._driver.Error as error:
+            raise KdxError(
+                f"The driver of {self.device} does not take the CUDA kernels: {first_line(error)}.",
+                "Install a driver as new as the CUDA toolkit that compiles them, or choose the backend torch.",
+            ) from error
         self._functions: dict[tuple[str, str], Any] = {}
         self._stream: tuple[Any, torch.cuda.Stream] | None = None  # one of PyCUDA's, as it and as PyTorch calls it
         self._lock = threading.Lock()
@@ -118,23 +128,21 @@ class Gpu:
     def launch(self, source: str, kernel: str, grid: Size, block: Size, arguments: Sequence[Argument], shared: int = 0) -> None:
         given = [self._packed(place, argument) for place, argument in enumerate(arguments)]
         current = torch.cuda.current_stream(self.device)
-        with self._lock:
-            self._context.push()
-            try:
-                function = self._function(source, kernel)
-                if current.cuda_stream == 0:
-                    function(*given, grid=grid, block=block, shared=shared)
-                    return
-                # PyCUDA launches on the default stream or on one that it made, so another one waits for it on both sides.
-                if self._stream is None:
-                    made = self._driver.Stream()
-                    self._stream = made, torch.cuda.ExternalStream(made.handle, device=self.device)
-                own, ours = self._stream
-                ours.wait_stream(current)
-                function(*given, grid=grid, block=block, shared=shared, stream=own)
-                current.wait_stream(ours)
-            finally:
-                self._driver.Context.pop()
+        with self._lock, self._current():
+            if (source, kernel) not in self._functions:
+                self._functions[source, kernel] = self._modules[source].get_function(kernel)
+            function = self._functions[source, kernel]
+            if current.cuda_stream == 0:
+                function(*given, grid=grid, block=block, shared=shared)
+                return
+            # PyCUDA launches on the default stream or on one that it made, which waits for this one, and this one for it.
+            if self._stream is None:
+                made = self._driver.Stream(_NON_BLOCKING)
+                self._stream = made, torch.cuda.ExternalStream(made.handle, device=self.device)
+            own, ours = self._stream
+            ours.wait_stream(current)
+            function(*given, grid=grid, block=block, shared=shared, stream=own)
+            current.wait_stream(ours)
 
     def close(self) -> None:
         """Gives back modules, stream and context; PyCUDA complains of those that outlive its own end."""
@@ -154,13 +162,17 @@ class Gpu:
             raise TypeError(f"argument {place} is a {type(argument).__name__}, neither a tensor nor a NumPy number")
         return argument
 
-    def _function(self, source: str, kernel: str) -> Any:
-        found = self._functions.get((source, kernel))
-        if found is None:
-            if source not in self._modules:
-                self._modules[source] = self._driver.module_from_buffer(self._code[source])
-            found = self._functions[source, kernel] = self._modules[source].get_function(kernel)
-        return found
+    def _code(self, source: str) -> bytes:
+        return cubins.load(source, self.capability).code
+
+    @contextmanager
+    def _current(self) -> Iterator[None]:
+        """PyTorch's context, for PyCUDA's calls."""
+        self._context.push()
+        try:
+            yield
+        finally:
+            self._driver.Context.pop()
 
 
 _gpus: dict[int, Gpu | KdxError] = {}

@@ -20,6 +20,10 @@ from kdx.kernels import cubins, cuda
 from kdx.kernels.cubins import Cubin
 
 
+class DriverError(Exception):
+    """pycuda.driver.Error, which is none of Python's own kinds."""
+
+
 class Driver(ModuleType):
     """What `kdx.kernels.cuda` uses of pycuda.driver, noting every call. A context is the device's, and all else wants it current."""
 
@@ -29,9 +33,12 @@ class Driver(ModuleType):
         self.current: list[int] = []
         self.Context = SimpleNamespace(pop=self.current.pop)
         self.fails = False
+        self.Error = DriverError
+        self.refuses = ""
 
     def init(self) -> None:
-        self.calls.append(("init",))
+        if self.refuses == "init":
+            raise DriverError("cuInit failed: no CUDA-capable device is detected")
 
     def Device(self, index: int) -> SimpleNamespace:
         context = SimpleNamespace(push=lambda: self.current.append(index), detach=lambda: self.calls.append(("detach", index)))
@@ -39,6 +46,8 @@ class Driver(ModuleType):
 
     def module_from_buffer(self, code: bytes) -> SimpleNamespace:
         device = self.current[-1]
+        if self.refuses == "module":
+            raise DriverError("cuModuleLoadDataEx failed: device kernel image is invalid -\nand a second line")
         self.calls.append(("module", device, code))
 
         def function(kernel: str) -> Callable[..., None]:
@@ -54,8 +63,8 @@ class Driver(ModuleType):
 
         return SimpleNamespace(get_function=function)
 
-    def Stream(self) -> SimpleNamespace:
-        self.calls.append(("stream", self.current[-1]))
+    def Stream(self, flags: int) -> SimpleNamespace:
+        self.calls.append(("stream", self.current[-1], flags))
         return SimpleNamespace(handle=1000 + self.current[-1])
 
     def launches(self) -> list[tuple[Any, ...]]:
@@ -128,12 +137,8 @@ def test_modules_are_loaded_once_a_device_for_its_own_architecture(driver: Drive
         gpu.launch("one", "b", (1, 1, 1), (1, 1, 1), [])
     loaded = [call[1:] for call in driver.calls if call[0] in ("module", "function")]
     assert loaded == [
-        (0, b"one (8, 6)"),
-        (0, b"one (8, 6)", "a"),
-        (0, b"one (8, 6)", "b"),
-        (1, b"one (9, 0)"),
-        (1, b"one (9, 0)", "a"),
-        (1, b"one (9, 0)", "b"),
+        *((0, b"one (8, 6)"), (0, b"two (8, 6)"), (1, b"one (9, 0)"), (1, b"two (9, 0)")),
+        *((0, b"one (8, 6)", "a"), (0, b"one (8, 6)", "b"), (1, b"one (9, 0)", "a"), (1, b"one (9, 0)", "b")),
     ]
     assert (first.multiprocessors, second.multiprocessors) == (82, 132)
     assert cuda.launcher(torch.device("cuda", 0)) is first and cuda.launcher(torch.device("cuda")) is second  # the current one
@@ -152,7 +157,7 @@ def test_another_stream_waits_for_the_kernel_and_the_kernel_for_it(driver: Drive
         gpu.launch("one", "a", (1, 1, 1), (1, 1, 1), [])
     assert [launch[-1]["stream"].handle for launch in driver.launches()] == [1001, 1001]
     assert Stream.waits == [(1001, 42), (42, 1001)] * 2
-    assert len([call for call in driver.calls if call[0] == "stream"]) == 1
+    assert [call for call in driver.calls if call[0] == "stream"] == [("stream", 1, 1)]  # one, which does not wait for the default stream
 
 
 def test_a_launch_that_fails_gives_the_context_back(driver: Driver) -> None:
@@ -217,9 +222,19 @@ def too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
 
 
+def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["pycuda.driver"], "refuses", "init")
+
+
+def older_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["pycuda.driver"], "refuses", "module")
+
+
 @pytest.mark.parametrize(
     ("lacking", "said"),
     [
+        (no_device, "The driver of cuda:0 does not take the CUDA kernels: cuInit failed: no CUDA-capable device is detected"),
+        (older_driver, "cuModuleLoadDataEx failed: device kernel image is invalid -\\."),
         (no_pycuda, r"The CUDA backend needs the package pycuda(.|\n)*pip install 'kdx\[gpu\]'"),
         (no_driver, "PyCUDA does not load: libcuda.so.1: cannot open shared object file"),
         (no_compiler, "neither nvcc nor NVRTC"),
