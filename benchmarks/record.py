@@ -1,0 +1,60 @@
+"""What every benchmark shares: paired rounds, fresh processes, and a record that names the machine."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdx import explain
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def paired(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each case, a round after the other, every second round in the opposite order."""
+    samples: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds):
+        for name, run in list(cases.items())[:: 1 if number % 2 == 0 else -1]:
+            start = time.perf_counter()
+            run()
+            samples[name].append(time.perf_counter() - start)
+    return samples
+
+
+def ratio(samples: Mapping[str, list[float]], over: str, under: str) -> list[float]:
+    """Quartiles of the ratio of two cases, round by round."""
+    return quartiles(np.array(samples[over]) / np.array(samples[under]))
+
+
+def quartiles(values: NDArray[np.float64] | list[float]) -> list[float]:
+    return [float(value) for value in np.quantile(values, (0.25, 0.5, 0.75))]
+
+
+def child(module: str, *arguments: str) -> Any:
+    """What a fresh process of a benchmark prints as JSON: nothing of this one's memory or warmth is its own."""
+    command = [sys.executable, "-m", module, *arguments]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def store(name: str, module: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a benchmark's record to results/NAME.json and return it."""
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    environment = explain.environment()
+    record = {"command": f"python -m {module}", "commit": described.stdout.strip(), "environment": environment, **found}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    return record
