@@ -70,7 +70,7 @@ class System:
     @classmethod
     def of(cls, image: Tensor, kept: Tensor) -> System:
         pixels, unknown = image.double().flatten(1).numpy().T, ~kept.numpy()
-        place = np.arange(unknown.size).reshape(unknown.shape)
+        place: NDArray[np.int64] = np.arange(unknown.size).reshape(unknown.shape)
         rows, columns, weights = [], [], []
         for y, x in ((0, 1), (1, 0), (1, 1), (1, -1)):
             here = place[: place.shape[0] - y, max(0, -x) : place.shape[1] - max(0, x)].ravel()

@@ -24,8 +24,8 @@ _CYCLES = 2
 """Of each correction."""
 
 _LEAST, _MOST = 0.03, 0.9
-"""A correction's own error, as a share of it: no less is trusted, since rounding adds up over large holes, and no more is left by cycles
-that converge."""
+"""What the cycles of a correction leave, as a share of it: no less is trusted, since rounding adds up over large holes, and no more is
+left by cycles that converge."""
 
 
 def impute(
@@ -89,22 +89,23 @@ def _solved(images: Tensor, kept: Tensor, tolerance: float, launcher: cuda.Launc
     grid = PixelGrid(1 - one, images.shape[1], launcher)
     one = one[:, None]
     given = images * one
-    allowed = tolerance * given.abs().amax((1, 2, 3))
+    allowed = tolerance * torch.maximum(given.amax((1, 2, 3)), -given.amin((1, 2, 3)))
     mean = given.sum((2, 3), keepdim=True) / one.sum((2, 3), keepdim=True)
     given -= mean * one
     grid.start(given.transpose(0, 1))
     solution = grid.layout.zeros(images.shape[1], like=images)
-    before = torch.full_like(allowed, torch.inf)
+    before = torch.full_like(allowed, torch.nan)
     for _ in range(_STAGES):
-        for _ in range(_CYCLES):
+        for cycles in range(1, _CYCLES + 1):
             grid.cycle()
-        solution.data += grid.u.data
-        correction = grid.u.largest()
-        left = (correction / before).nan_to_num(0).clamp_(_LEAST, _MOST)
-        converged = correction * left / (1 - left) <= allowed
-        if bool(before.isfinite().all()) and bool(converged.all()):
-            return solution.merge(torch.empty_like(images).transpose(0, 1)).transpose(0, 1).add_(mean)
+            correction = grid.u.largest()
+            left = (correction / before).nan_to_num(1).clamp(_LEAST, _MOST) ** (cycles / _CYCLES)
+            converged = correction * left / (1 - left) <= allowed
+            if bool(converged.all()):
+                solution.data += grid.u.data
+                return solution.merge(torch.empty_like(images).transpose(0, 1)).transpose(0, 1).add_(mean)
         before = correction
+        solution.data += grid.u.data
         grid.refine(solution)
     raise KdxError(
         f"The imputation of {_rows(converged, first)} does not come within {tolerance:g} of its solution.",

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -59,28 +60,28 @@ class Layout:
     height: int
     width: int
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return (self.height + 1) // 2
 
-    @property
+    @cached_property
     def columns(self) -> int:
         return (self.width + 1) // 2
 
-    @property
+    @cached_property
     def pitch(self) -> int:
         return self.columns + 1
 
-    @property
+    @cached_property
     def margin(self) -> int:
         return self.pitch + 1
 
-    @property
+    @cached_property
     def image(self) -> int:
         """Cells from one image to the next."""
         return (self.rows + 1) * self.pitch
 
-    @property
+    @cached_property
     def length(self) -> int:
         return self.images * self.image + 2 * self.margin
 
@@ -99,11 +100,11 @@ class Planes:
     def __init__(self, layout: Layout, data: Tensor) -> None:
         self.layout = layout
         self.data = data
-        self._views: dict[tuple[int, int, int, range], Tensor] = {}
+        self._views: dict[tuple[int, int, int, int, int], Tensor] = {}
 
     def at(self, images: range, y: int, x: int, rows: int = 0) -> Tensor:
         """The points (2i + y, 2j + x) for all cells (i, j) of these images [..., cells], and of ``rows`` more rows at the end."""
-        key = (y, x, rows, images)
+        key = (y, x, rows, images.start, images.stop)
         if (found := self._views.get(key)) is None:
             layout = self.layout
             start = layout.margin + images.start * layout.image + (y >> 1) * layout.pitch + (x >> 1)
@@ -120,8 +121,8 @@ class Planes:
     def largest(self) -> Tensor:
         """The largest magnitude in each image [n], of a field [4, c, length]."""
         margin = self.layout.margin
-        found: Tensor = self.data[..., margin:-margin].unflatten(-1, (self.layout.images, -1)).abs().amax((0, 1, 3))
-        return found
+        images = self.data[..., margin:-margin].unflatten(-1, (self.layout.images, -1))
+        return torch.maximum(images.amax((0, 1, 3)), -images.amin((0, 1, 3)))
 
     def split(self, grid: Tensor) -> Planes:
         """Itself, filled from a grid [..., n, height, width]."""
@@ -309,10 +310,14 @@ class Grid:
             for colour in COLOURS[:3]:
                 change = self._relaxed(images, colour, left.at(here, *colour)).sub_(self.u.at(images, *colour))
                 change *= self._share.at(images, *colour)
-            total = left.at(here, 0, 0)
-            for y, x in ((0, 1), (0, -1), (1, 0), (-1, 0)):
-                total += left.at(here, y, x)
+            self._gather(here)
         return left.cells(0)[:, : len(images)]
+
+    def _gather(self, here: range) -> None:
+        """Adds up what stands in ``_left`` around each coarse point."""
+        total = self._left.at(here, 0, 0)
+        for y, x in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+            total += self._left.at(here, y, x)
 
     def correct(self, images: range) -> None:
         """u + P times the coarser grid's solution, but for the last colour, which is relaxed next, from the others alone."""
@@ -327,12 +332,16 @@ class Grid:
             both = torch.add(own, spare.at(here, 1 + 2 * a, 2 * b), out=spare.at(here, 0, 0))
             u.at(images, a, b).addcmul_(both, self.prolongation.at(images, a, b))
 
+    def descend(self, images: range) -> Tensor:
+        """Relaxes every colour, and gives what is left to the coarser grid [c, images, rows, columns]."""
+        for colour in COLOURS:
+            self.relax(images, colour)
+        return self.restrict(images)
+
     def cycle(self) -> None:
         """Takes u a step towards the solution."""
         for images in self.parts:
-            for colour in COLOURS:
-                self.relax(images, colour)
-            self.coarser.load(images, self.restrict(images))
+            self.coarser.load(images, self.descend(images))
         self.coarser.solve()
         for images in self.parts:
             self.correct(images)
@@ -433,8 +442,10 @@ class CoarseGrid(Grid):
         super().__init__(channels, stencil.entries[1:], stencil.diagonal, stencil.interpolation(), depth, launcher)
         # One visit of the second grid leaves too much for the others; it has a sixteenth of the pixels.
         self._visits = 2 if depth == 2 else 1
+        self._zero = False
         diagonal = stencil.diagonal.data
         positive = diagonal > 0  # a point whose pixels are all kept has an empty row, and stays zero
+        self._terms: dict[tuple[range, Colour, tuple[Colour, ...]], list[tuple[Tensor, Tensor]]] = {}
         self._inverse = Planes(self.layout, torch.where(positive, 1 / torch.where(positive, diagonal, 1), 0))
 
     def load(self, images: range, right: Tensor) -> None:
@@ -451,18 +462,44 @@ class CoarseGrid(Grid):
 
     def solve(self) -> None:
         self.u.data.zero_()
+        self._zero = True
         for _ in range(self._visits):
             self.cycle()
+            self._zero = False
+
+    def descend(self, images: range) -> Tensor:
+        if not self._zero or self._launcher is not None:
+            return super().descend(images)
+        # Colours that were not relaxed yet add nothing, and what is left of an equation is what later ones brought: half the work.
+        here, spare = range(len(images)), self._spare.at(range(len(images)), 0, 0)
+        for number, colour in enumerate(COLOURS):
+            total = self._add(self.f.at(images, *colour), images, colour, COLOURS[:number], spare)
+            torch.mul(total, self._inverse.at(images, *colour), out=self.u.at(images, *colour))
+        for number, colour in enumerate(COLOURS[:3]):
+            left = self._left.at(here, *colour).zero_()
+            self._add(left, images, colour, COLOURS[number + 1 :], left).mul_(self.prolongation.at(images, *colour))
+        self._gather(here)
+        return self._left.cells(0)[:, : len(images)]
 
     def _factors(self) -> tuple[Tensor, ...]:
         return self._inverse.data, self._stencil.data
 
     def _relaxed(self, images: range, colour: Colour, out: Tensor) -> Tensor:
-        total, sums = self.f.at(images, *colour), self._spare.at(range(len(images)), 0, 0)
-        for y, x in NEIGHBOURS:
-            there = self.u.at(images, colour[0] + y, colour[1] + x)
-            total = torch.addcmul(total, self._stencil.weight(images, colour, (y, x)), there, out=sums)
+        total = self._add(self.f.at(images, *colour), images, colour, COLOURS, self._spare.at(range(len(images)), 0, 0))
         return torch.mul(total, self._inverse.at(images, *colour), out=out)
+
+    def _add(self, total: Tensor, images: range, colour: Colour, of: Sequence[Colour], out: Tensor) -> Tensor:
+        """``total`` + sum_q k_pq u_q over the neighbours of these colours."""
+        key = (images, colour, tuple(of))
+        if key not in self._terms:
+            self._terms[key] = [
+                (self._stencil.weight(images, colour, (y, x)), self.u.at(images, colour[0] + y, colour[1] + x))
+                for y, x in NEIGHBOURS
+                if ((colour[0] + y) & 1, (colour[1] + x) & 1) in of
+            ]
+        for weight, there in self._terms[key]:
+            total = torch.addcmul(total, weight, there, out=out)
+        return total
 
 
 class Coarsest:

@@ -16,8 +16,9 @@ from kdx.kernels.multigrid import COLOURS, OFFSETS, PixelGrid
 from tests import oracle
 from tests.host import ORDERS, HostLauncher, KernelError, Order, broken, running
 
-# What impute promises, and rounding to 11 and 8 bits where the images are so.
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+# Twice what impute estimates of its error, and rounding to 11 and 8 bits where the images are so.
+WITHIN = 2e-5
+TOLERANCE = {torch.float64: WITHIN, torch.float32: WITHIN, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
 def scattered(n: int, h: int, w: int, share: float, seed: int = 0) -> Tensor:
@@ -66,7 +67,7 @@ def test_the_dense_solution(mask: Callable[..., Tensor], h: int, w: int) -> None
     kept, x = mask(3, h, w), images(3, h, w)
     kept[:, 0, 0] = True
     expected = torch.stack([reference.imputed(*pair) for pair in zip(x, kept, strict=True)])
-    assert float((impute(x, kept) - expected).abs().max()) < 1e-5
+    assert float((impute(x, kept) - expected).abs().max()) < WITHIN
     assert float((impute(x.double(), kept, tolerance=1e-12) - expected).abs().max()) < 1e-11
 
 
@@ -77,7 +78,7 @@ def test_the_equations_hold_at_a_photograph_s_size(mask: Callable[..., Tensor], 
     kept, x = mask(2, 224, 224, share), images(2, 224, 224, c=1)
     exact = impute(x.double(), kept, tolerance=1e-13)
     assert float(left_of_the_equations(exact, kept).max()) < 1e-13
-    assert float((impute(x, kept) - exact).abs().max()) < 1e-5
+    assert float((impute(x, kept) - exact).abs().max()) < WITHIN
 
 
 def test_a_hole_of_half_a_million_pixels() -> None:
@@ -86,7 +87,7 @@ def test_a_hole_of_half_a_million_pixels() -> None:
     kept[0, 0, 200] = True
     exact = impute(x.double(), kept, tolerance=1e-12)
     assert float(left_of_the_equations(exact, kept).max()) < 1e-12
-    assert float((impute(x, kept) - exact).abs().max()) < 1e-5
+    assert float((impute(x, kept) - exact).abs().max()) < WITHIN
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
@@ -108,25 +109,25 @@ def test_imputed_pixels_lie_between_kept_ones() -> None:
     low = x.masked_fill(~kept[:, None], 2).amin((2, 3), keepdim=True)
     high = x.masked_fill(~kept[:, None], -2).amax((2, 3), keepdim=True)
     found = impute(x, kept)
-    assert bool(((found >= low - 1e-5) & (found <= high + 1e-5)).all())
+    assert bool(((found >= low - WITHIN) & (found <= high + WITHIN)).all())
 
 
 def test_the_solution_is_linear_in_the_kept_pixels_and_blind_to_the_others() -> None:
     kept, x, y = salient(2, 40, 33), images(2, 40, 33), images(2, 40, 33, seed=2)
-    assert float((impute(2 * x - 3 * y, kept) - (2 * impute(x, kept) - 3 * impute(y, kept))).abs().max()) < 6e-5
+    assert float((impute(2 * x - 3 * y, kept) - (2 * impute(x, kept) - 3 * impute(y, kept))).abs().max()) < 6 * WITHIN
     assert torch.equal(impute(x.where(kept[:, None], y), kept), impute(x, kept).where(~kept[:, None], x))
-    assert float((impute(1e4 * x, kept) / 1e4 - impute(x, kept)).abs().max()) < 1e-5
+    assert float((impute(1e4 * x, kept) / 1e4 - impute(x, kept)).abs().max()) < WITHIN
 
 
 def test_an_image_and_a_channel_alone_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     kept, x = torch.cat([salient(3, 50, 41), scattered(2, 50, 41, 0.02)]), images(5, 50, 41)
     whole = impute(x, kept)
     alone = torch.cat([impute(x[i : i + 1, j : j + 1], kept[i]) for i in range(5) for j in range(3)]).reshape(x.shape)
-    assert float((whole - alone).abs().max()) < 1e-5
+    assert float((whole - alone).abs().max()) < WITHIN
     monkeypatch.setattr(multigrid, "_VALUES", 3 * 2 * 26 * 22)  # two images at a time in a pass, and one left
-    assert float((impute(x, kept) - whole).abs().max()) < 1e-5
+    assert float((impute(x, kept) - whole).abs().max()) < WITHIN
     monkeypatch.setattr(imputation, "_VALUES", 2 * 3 * 50 * 41)  # and in a solution
-    assert float((impute(x, kept) - whole).abs().max()) < 1e-5
+    assert float((impute(x, kept) - whole).abs().max()) < WITHIN
 
 
 def test_noise() -> None:
@@ -244,7 +245,7 @@ def test_kernels_impute(h: int, w: int, share: float, order: Order) -> None:
     with running(HostLauncher(order)):
         found = impute(x, kept)
     expected = torch.stack([reference.imputed(*given) for given in zip(x, kept, strict=True)])
-    assert float((found - expected).abs().max()) < 1e-5
+    assert float((found - expected).abs().max()) < WITHIN
     assert torch.equal(found.masked_select(kept[:, None]), x.masked_select(kept[:, None]))
 
 
