@@ -12,22 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.readme import RESULT
-from kdx import explain, models, scores, transfer
+from benchmarks.record import child, paired, peak_bytes, quartiles, ratio, store
+from kdx import models, scores, transfer
 from kdx.export import onnx_file
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.export.onnx_file import Origin
@@ -69,18 +63,8 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
     features = passes()
     for _ in range(3):
         geometry(features)
-    samples: dict[str, list[float]] = {"passes": [], "explained": [], "geometry": []}
-    cases: list[tuple[str, Callable[[], object]]] = [
-        ("passes", passes),
-        ("explained", lambda: geometry(passes())),
-        ("geometry", lambda: geometry(features)),
-    ]
-    for number in range(rounds):
-        for name, run in cases if number % 2 == 0 else cases[::-1]:
-            start = time.perf_counter()
-            run()
-            samples[name].append(time.perf_counter() - start)
-    return {"samples": samples, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    cases = {"passes": passes, "explained": lambda: geometry(passes()), "geometry": lambda: geometry(features)}
+    return {"samples": paired(cases, rounds), "peak_bytes": peak_bytes()}
 
 
 def main() -> None:
@@ -91,34 +75,19 @@ def main() -> None:
     if options.folder is not None:
         print(json.dumps(measure(options.folder, options.rounds)))
         return
+    module = "benchmarks.batch"
     with tempfile.TemporaryDirectory() as name:
         export(Path(name))
-        command = [sys.executable, "-m", "benchmarks.batch", "--folder", name, "--rounds", str(options.rounds)]
-        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    ratios = np.array(found["samples"]["explained"]) / np.array(found["samples"]["passes"])
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
-    record = {
-        "case": f"ResNet-50, {SIDE} x {SIDE}, batch {BATCH}, {LAYER}",
-        "command": "python -m benchmarks.batch",
-        "commit": commit,
-        "environment": explain.environment(),
-        **found,
-        "ratio": quartiles(ratios),
-    }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(record, indent=1) + "\n")
-    table = Table("", "lower quartile", "median", "upper quartile", title=record["case"], box=None)
+        found = child(module, "--folder", name, "--rounds", str(options.rounds))
+    case = f"ResNet-50, {SIDE} x {SIDE}, batch {BATCH}, {LAYER}"
+    record = store("batch", module, {"case": case, **found, "ratio": ratio(found["samples"], "explained", "passes")})
+    table = Table("", "lower quartile", "median", "upper quartile", title=case, box=None)
     for label, key in (("two bare passes", "passes"), ("the same, explained", "explained"), ("geometry alone", "geometry")):
-        table.add_row(label, *(f"{value * 1e3:.1f} ms" for value in quartiles(np.array(found["samples"][key]))))
-    table.add_row("explained over bare", *(f"{value:.3f}" for value in quartiles(ratios)))
+        table.add_row(label, *(f"{value * 1e3:.1f} ms" for value in quartiles(found["samples"][key])))
+    table.add_row("explained over bare", *(f"{value:.3f}" for value in record["ratio"]))
     console = Console()
     console.print(table)
     console.print(f"Peak memory of the process: {found['peak_bytes'] / 1e9:.2f} GB. {record['environment']['processor']}.")
-    console.print("The result is stored; python -m benchmarks.readme puts it into the README.")
-
-
-def quartiles(values: np.ndarray) -> list[float]:
-    return [float(value) for value in np.quantile(values, (0.25, 0.5, 0.75))]
 
 
 if __name__ == "__main__":

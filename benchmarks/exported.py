@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.batch import BATCH, NETWORK, SIDE, quartiles
-from kdx import explain, models
+from benchmarks.batch import BATCH, NETWORK, SIDE
+from benchmarks.record import child, paired, peak_bytes, ratio, store
+from kdx import models
 from kdx.explainer import explainer_graph
 from kdx.export import onnx_file
 from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
@@ -29,7 +26,6 @@ from kdx.export.onnx_file import Origin
 from kdx.models import Network
 from kdx.runtime import OrtRunner
 
-RESULT = Path(__file__).parent / "results" / "exported.json"
 PREPROCESSING = Preprocessing((SIDE, SIDE), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 TO = ("layer4", "layer4.1", "layer3")
 """Where gradients are taken: the last block's output, its input, and the last stage's input."""
@@ -54,12 +50,12 @@ def export(folder: Path) -> dict[str, Any]:
         start = time.perf_counter()
         onnx_file.write(graph, folder / f"{name}.onnx", origin=origin, image_size=(SIDE, SIDE))
         seconds[name] = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of one network, before the pair
+        peak = peak_bytes()  # of one network, before the pair
     start = time.perf_counter()
     pair = explainer_graph({"student": student, "base": base}, {"layer4": "layer4"})
     onnx_file.write(pair, folder / "explainer.onnx", origin={"student": origin, "base": origin}, image_size=(SIDE, SIDE))
     seconds["explainer"] = time.perf_counter() - start
-    return {"seconds": seconds, "peak_bytes": peak, "peak_bytes_explainer": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {"seconds": seconds, "peak_bytes": peak, "peak_bytes_explainer": peak_bytes()}
 
 
 def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
@@ -67,25 +63,13 @@ def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
     images = torch.rand(BATCH, 3, SIDE, SIDE, generator=generator)
     target = torch.nn.functional.one_hot(torch.arange(BATCH) % 10).float()
     cotangent = torch.nn.functional.one_hot(torch.arange(BATCH), 1000).float()
-    samples: dict[str, list[float]] = {}
-
-    def paired(cases: dict[str, Callable[[], object]]) -> None:
-        for run in cases.values():
-            run()
-        for number in range(rounds):
-            for name in list(cases) if number % 2 == 0 else list(cases)[::-1]:
-                start = time.perf_counter()
-                cases[name]()
-                samples.setdefault(name, []).append(time.perf_counter() - start)
-
     with OrtRunner(folder / "student.onnx") as student, OrtRunner(folder / "base.onnx") as base:
         with OrtRunner(folder / "explainer.onnx") as explainer:
-            paired(
-                {
-                    "two passes": lambda: (student.infer(images), base.infer(images)),
-                    "explainer file": lambda: explainer.run({"images": images, "target": target}),
-                }
-            )
+            both = {
+                "two passes": lambda: (student.infer(images), base.infer(images)),
+                "explainer file": lambda: explainer.run({"images": images, "target": target}),
+            }
+            samples = paired(both, rounds)
         runners = {layer: OrtRunner(folder / f"gradients-{layer}.onnx") for layer in TO}
         feeds = {"images": images, "cotangent": cotangent}
         graphs = {layer: GradientGraph(network(0).module, [layer], PREPROCESSING) for layer in ("layer4", "layer3")}
@@ -97,17 +81,13 @@ def measure(folder: Path, rounds: int) -> dict[str, list[float]]:
         for layer, graph in graphs.items():
             cases[f"eager gradients to {layer}"] = lambda graph=graph: graph(images, cotangent)  # type: ignore[misc]
         cases["eager, a full backward pass"] = lambda: torch.autograd.grad(whole(pixels), pixels, cotangent)
-        paired(cases)
-    return samples
+        return samples | paired(cases, rounds)
 
 
 def ratios(samples: dict[str, list[float]]) -> dict[str, list[float]]:
     """Quartiles of what each case costs over its bare passes, pair by pair."""
-    found = {"explainer file": quartiles(np.array(samples["explainer file"]) / np.array(samples["two passes"]))}
-    for name in samples:
-        if "gradients" in name or "backward" in name:
-            found[name] = quartiles(np.array(samples[name]) / np.array(samples["one pass"]))
-    return found
+    found = {"explainer file": ratio(samples, "explainer file", "two passes")}
+    return found | {name: ratio(samples, name, "one pass") for name in samples if "gradients" in name or "backward" in name}
 
 
 def main() -> None:
@@ -118,23 +98,13 @@ def main() -> None:
     if options.folder is not None:
         print(json.dumps(export(options.folder)))
         return
+    module = "benchmarks.exported"
     with tempfile.TemporaryDirectory() as name:
-        command = [sys.executable, "-m", "benchmarks.exported", "--folder", name]
-        exported = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        exported = child(module, "--folder", name)
         sizes = {path.stem: path.stat().st_size for path in sorted(Path(name).glob("*.onnx"))}
         samples = measure(Path(name), options.rounds)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
-    record = {
-        "case": f"ResNet-50, {SIDE} x {SIDE}, batch {BATCH}",
-        "command": "python -m benchmarks.exported",
-        "commit": commit,
-        "environment": explain.environment(),
-        "export": exported,
-        "bytes": sizes,
-        "samples": samples,
-        "ratios": ratios(samples),
-    }
-    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+    found = {"case": f"ResNet-50, {SIDE} x {SIDE}, batch {BATCH}", "export": exported, "bytes": sizes, "samples": samples}
+    record = store("exported", module, {**found, "ratios": ratios(samples)})
     for case, (low, middle, high) in record["ratios"].items():
         print(f"{case:32} {middle:.3f} of the bare passes ({low:.3f} to {high:.3f})")
     print({key: round(value, 1) for key, value in exported["seconds"].items()}, f"peak {exported['peak_bytes'] / 1e9:.2f} GB")

@@ -11,7 +11,6 @@ no timing.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -23,16 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.batch import NETWORK, quartiles
+from benchmarks.batch import NETWORK
 from benchmarks.kernel_cases import CHECKED, IN_PYTORCH, RESNET50, Checked, cases, centred, check
-from benchmarks.readme import ROOT
-from kdx import explain, models, scores, transfer
+from benchmarks.record import quartiles, store
+from kdx import models, scores, transfer
 from kdx.errors import KdxError
 from kdx.kernels import cubins, cuda, fused, geometry
 from kdx.transfer import Target
 from tests.oracle import TOLERANCE, error
-
-RESULT = ROOT / "benchmarks" / "results" / "gpu.json"
 
 PASSES_SHARE, PUBLISHED_TIMES = 0.05, 100
 """The goals: a batch's geometry in this share of the two forward passes' time, and so many times as fast as the published method."""
@@ -202,13 +199,10 @@ def measure(device: torch.device, samples: int, seed: int) -> dict[str, Any]:
     capability, compiler = torch.cuda.get_device_capability(device), cubins.compiler()
     return {
         "case": f"ResNet-50, 224 x 224, batch {RESNET50.images}, layer4",
-        "command": "python -m benchmarks.gpu",
-        "commit": _said("git", "describe", "--always", "--dirty"),
-        "environment": explain.environment()
-        | {
-            "gpu": torch.cuda.get_device_name(device),
+        "device": {
+            "name": torch.cuda.get_device_name(device),
             "architecture": cubins.architecture(capability),
-            "driver": _said("nvidia-smi", f"--id={device.index}", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "driver": _driver_version(device),
             "cuda": torch.version.cuda,
             "compiler": f"{compiler.name} {compiler.version}",
         },
@@ -221,7 +215,9 @@ def measure(device: torch.device, samples: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _said(*command: str) -> str:
+def _driver_version(device: torch.device) -> str:
+    """As the driver's own tool says; empty where that is not there."""
+    command = ["nvidia-smi", f"--id={device.index}", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
@@ -233,15 +229,14 @@ def _median(samples: Sequence[float]) -> float:
 
 
 def show(record: dict[str, Any], console: Console) -> None:
-    environment = record["environment"]
-    table = Table("", "median", "quartiles", "floor", "floor over median", title=f"{environment['gpu']}, {record['case']}", box=None)
+    table = Table("", "median", "quartiles", "floor", "floor over median", title=f"{record['device']['name']}, {record['case']}", box=None)
     for row in record["kernels"]:
-        low, middle, high = (f"{value * 1e6:.1f}" for value in quartiles(np.array(row["samples"])))
+        low, middle, high = (f"{value * 1e6:.1f}" for value in quartiles(row["samples"]))
         floor = (f"{row['floor'] * 1e6:.1f} µs", f"{row['share']:.0%}") if "floor" in row else ("", "")
         table.add_row(row["name"], f"{middle} µs", f"{low} to {high}", *floor)
     for name, samples in record["batch"].items():
         if isinstance(samples, list):
-            low, middle, high = (f"{value * 1e3:.2f}" for value in quartiles(np.array(samples)))
+            low, middle, high = (f"{value * 1e3:.2f}" for value in quartiles(samples))
             table.add_row(name, f"{middle} ms", f"{low} to {high}", "", "")
     console.print(table)
     console.print(
@@ -259,13 +254,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=int(np.random.default_rng().integers(2**31)), help="of the inputs (another each run)")
     options = parser.parse_args(arguments)
     try:
-        record = measure(usable_gpu(), options.samples, options.seed)
+        found = measure(usable_gpu(), options.samples, options.seed)
     except KdxError as problem:
         print(problem, file=sys.stderr)
         return 2
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(record, indent=1) + "\n")
-    show(record, Console())
+    show(store("gpu", "benchmarks.gpu", found), Console())
     return 0
 
 

@@ -20,7 +20,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def paired(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each case, a round after the other, every second round in the opposite order."""
+    """Seconds of each case, a round after the other, every second round in the opposite order, after one run of each."""
+    for run in cases.values():
+        run()
     samples: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds):
         for name, run in list(cases.items())[:: 1 if number % 2 == 0 else -1]:
