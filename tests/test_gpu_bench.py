@@ -15,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import benchmarks.record
 from benchmarks import gpu
 from benchmarks.kernel_cases import CHECKED, IN_PYTORCH, Case, Checked, Sizes, cases, check
 from kdx.errors import KdxError
@@ -143,30 +144,30 @@ class CpuClock(gpu.Clock):
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a run writes, of a batch that the CPU can take in place of a GPU."""
-    result = tmp_path_factory.mktemp("run") / "results" / "gpu.json"
+    results = tmp_path_factory.mktemp("results")
     replaced: dict[str, Any] = {
         "usable_gpu": lambda: CPU,
         "Clock": CpuClock,
         "RESNET50": Sizes(12, (4, 3, 3), (4, 3, 3), (32, 32), stack=2, classes=2),
         "CHECKED": CHECKED[:1],
         "NETWORK": "kdx:resnet,width=4,depth=1,classes=5",
-        "RESULT": result,
     }
     with pytest.MonkeyPatch.context() as patch, running():
         for name, value in replaced.items():
             patch.setattr(gpu, name, value)
+        patch.setattr(benchmarks.record, "RESULTS", results)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(torch.cuda, "get_device_name", lambda device=None: "An emulated GPU")
         # Room for the differences of six of the twelve images.
         patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=6 * 7 * 7 * 4 * 36))
         patch.setattr(cubins, "compiler", lambda: SimpleNamespace(name="nvcc", version="13.0"))
         assert gpu.main(["--samples", "1", "--seed", "7"]) == 0
-    written: dict[str, Any] = json.loads(result.read_text())
+    written: dict[str, Any] = json.loads((results / "gpu.json").read_text())
     return written
 
 
 def test_a_run_checks_times_and_writes(record: dict[str, Any]) -> None:
-    assert record["seed"] == 7 and record["environment"]["gpu"] == "An emulated GPU" and record["environment"]["architecture"] == "sm_90"
+    assert record["seed"] == 7 and record["device"]["name"] == "An emulated GPU" and record["device"]["architecture"] == "sm_90"
     assert len(record["checks"]) == len(record["kernels"]) >= 11
     assert all(each["error"] <= each["tolerance"] for each in record["checks"])
     for row in record["kernels"]:
@@ -210,7 +211,7 @@ def test_goals_hold_from_what_was_measured(holds: bool) -> None:
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    monkeypatch.setattr(gpu, "RESULT", tmp_path / "gpu.json")
+    monkeypatch.setattr(benchmarks.record, "RESULTS", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 2
     assert "PyTorch sees none" in capsys.readouterr().err
