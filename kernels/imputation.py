@@ -91,7 +91,7 @@ def _solved(images: Tensor, kept: Tensor, tolerance: float, launcher: cuda.Launc
     given = images * one
     allowed = tolerance * torch.maximum(given.amax((1, 2, 3)), -given.amin((1, 2, 3)))
     mean = given.sum((2, 3), keepdim=True) / one.sum((2, 3), keepdim=True)
-    given -= mean * one
+    given.addcmul_(mean, one, value=-1)
     grid.start(given.transpose(0, 1))
     solution = grid.layout.zeros(images.shape[1], like=images)
     before = torch.full_like(allowed, torch.nan)
