@@ -207,7 +207,7 @@ class InnerProducts:
     """What scores are made of: inner products of k centred matrices of n images, summed over batches where there are several.
 
     names [k]: of the matrices. products [k, k]; left_out [units, k, k]: without each image, part of the images or batch; moved: a
-    matrix whose images are permuted -> its products [p, k] with all. raw [k]: <D,D> of the distances themselves; rounding [k]: of
+    matrix whose images are permuted -> its products [p, k] with the others. raw [k]: <D,D> of the distances themselves; rounding [k]: of
     them, as a share.
     """
 

@@ -134,7 +134,7 @@ class Swept:
     """The inner products of k matrices, normalised as in `geometry.products`.
 
     products [k, k]; left_out [units, k, k]: without each unit; moved: a matrix whose images were permuted -> its products [p, k]
-    with all matrices.
+    with the other matrices (its norm stays, and is not computed again).
     """
 
     products: Tensor
@@ -280,12 +280,12 @@ class _Sums:
             self._turned += self._turned_tile(a, b, d) * (1 if a == b else 2)
 
     def _turned_tile(self, a: int, b: int, d: Tensor) -> Tensor:
-        """sum_ij D_ij E_(i+s)(j+t) [moved, k, p] for each permutation's turns s and t of these two tiles."""
+        """sum_ij D_ij E_(i+s)(j+t) [moved, k, p] for each permutation's turns s and t of these two tiles; zero of a matrix with itself."""
         place = self._turns[a] * d.shape[2] + self._turns[b]
         spectra = torch.fft.rfft2(d)
-        found = torch.empty(len(self._moved), len(d), len(place), device=d.device, dtype=d.dtype)
+        found = torch.zeros(len(self._moved), len(d), len(place), device=d.device, dtype=d.dtype)
         for m, matrix in enumerate(self._moved):
-            for i in range(len(d)):
+            for i in (other for other in range(len(d)) if other != matrix):
                 found[m, i] = torch.fft.irfft2(spectra[i].conj() * spectra[matrix], s=d.shape[1:]).flatten()[place]
         return found
 

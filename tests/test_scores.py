@@ -48,6 +48,26 @@ def test_partial_is_dcors_on_random_data() -> None:
     assert kdx.partial_rs(x, y, z, permutations=0).value == pytest.approx(dcor.partial_distance_correlation(x, y, z), rel=1e-9)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=str)
+def test_every_estimator_is_dcors_at_a_thousand_images(dtype: torch.dtype, tolerance: float) -> None:
+    rng = np.random.default_rng(6)
+    x, labels = rng.normal(size=(1000, 64)), rng.integers(0, 6, 1000)
+    x[:, :6] += np.eye(6)[labels]
+    y = x @ rng.normal(size=(64, 64)) / 16 + rng.normal(size=(1000, 64))
+    g, narrow = np.eye(6)[labels], (torch.from_numpy(x).to(dtype), torch.from_numpy(y).to(dtype))
+    a, b, c = (dcor.u_centered(dcor.distances.pairwise_distances(rows)) for rows in (x, y, g))
+    residual = a - (a * b).sum() / (b * b).sum() * b
+    for found, expected in (
+        (kdx.fss(*narrow, permutations=0), dcor.u_distance_correlation_sqr(x, y)),
+        (kdx.fss(*narrow, "biased", permutations=0), dcor.distance_correlation_sqr(x, y)),
+        (kdx.rs(narrow[0], labels, permutations=0), dcor.u_distance_correlation_sqr(x, g)),
+        (kdx.rs(narrow[0], labels, estimator="biased", permutations=0), dcor.distance_correlation_sqr(x, g)),
+        (kdx.rs(narrow[0], labels, narrow[1], permutations=0), (residual * c).sum() / np.sqrt((residual**2).sum() * (c**2).sum())),
+        (kdx.partial_rs(narrow[0], labels, narrow[1], permutations=0), dcor.partial_distance_correlation(x, g, y)),
+    ):
+        assert found.value == pytest.approx(float(expected), abs=tolerance)
+
+
 @pytest.mark.parametrize("estimator", ["unbiased", "biased"])
 def test_scale_rotation_shift_and_order_change_nothing(estimator: str) -> None:
     x, y, labels = oracle.features()
