@@ -1,4 +1,4 @@
-// Multigrid cycles for linear imputation (kernels/multigrid.py has the mathematics and says how fields lie in memory).
+// Multigrid cycles for linear imputation (kernels/multigrid.py has the mathematics, kernels/stencils.py says how fields lie in memory).
 //
 // A field is four planes [4, channels, length], one for each parity of row and column; a plane's cell stands `margin` behind its
 // start, rows are `pitch` apart, and the cells between rows and images are zero. With colour 2a + b and a neighbour at (y, x),

@@ -8,257 +8,37 @@ which is symmetric and positive definite. A cycle relaxes (Gauss-Seidel in four 
 pixel, solves there in the same way, adds the interpolated correction and relaxes again. Coarse matrices are Galerkin products P^T A P,
 so that a cycle diverges for no mask; P is bilinear, zero at kept pixels, and on coarse grids as much smaller than bilinear as
 relaxing a constant makes it (after Dendy, "Black box multigrid", Journal of Computational Physics 48, 1982).
-
-The four colours are the parities of row and column. Each is stored as a plane of its own, flat and with a ring of zeros, so that a
-neighbour is a constant offset and a relaxation is a few passes over contiguous memory, few enough images at a time to stay in cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kdx.kernels import cuda
-
-OFFSETS = ((0, 0), (0, 1), (1, -1), (1, 0), (1, 1))
-"""A symmetric stencil holds at each point its diagonal and the weights, minus the matrix's entries, of these neighbours (row, column)."""
-
-NEIGHBOURS = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))
-
-Colour = tuple[int, int]
-
-COLOURS: tuple[Colour, ...] = ((0, 0), (0, 1), (1, 0), (1, 1))
-"""The parities of row and column, in the order in which they are relaxed."""
+from kdx.kernels.stencils import (
+    COLOURS,
+    NEIGHBOURS,
+    OFFSETS,
+    Colour,
+    Layout,
+    Planes,
+    Stencil,
+    at_the_end,
+    galerkin,
+    overlap,
+    pixel_weight,
+    weight_sum,
+)
 
 _DENSE = 8
 """A grid of no more rows and columns is solved directly."""
 
-_VALUES = 1 << 18
-"""Points of one colour, all channels counted, that are worked on at a time: what a cycle touches then stays in a processor's cache."""
-
 _THREADS = 256
 """Of a block: a launch has a thread for every cell of a plane and channel."""
-
-
-# ---- planes ----
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a grid [..., n, height, width] lies in four planes [4, ..., length]: colour 2a + b holds the points (2i + a, 2j + b).
-
-    Rows of a plane are ``pitch`` apart, one cell more than it has columns, and images a row more than it has rows; these cells and
-    the margins at both ends are zero.
-    """
-
-    images: int
-    height: int
-    width: int
-
-    @cached_property
-    def rows(self) -> int:
-        return (self.height + 1) // 2
-
-    @cached_property
-    def columns(self) -> int:
-        return (self.width + 1) // 2
-
-    @cached_property
-    def pitch(self) -> int:
-        return self.columns + 1
-
-    @cached_property
-    def margin(self) -> int:
-        return self.pitch + 1
-
-    @cached_property
-    def image(self) -> int:
-        """Cells from one image to the next."""
-        return (self.rows + 1) * self.pitch
-
-    @cached_property
-    def length(self) -> int:
-        return self.images * self.image + 2 * self.margin
-
-    def zeros(self, *leading: int, like: Tensor) -> Planes:
-        return Planes(self, like.new_zeros(4, *leading, self.length))
-
-    def parts(self, cells: int) -> list[range]:
-        """The images in parts of no more cells a colour, but for a single image that has more."""
-        step = max(1, cells // self.image)
-        return [range(start, min(start + step, self.images)) for start in range(0, self.images, step)]
-
-
-class Planes:
-    """A field on a grid: ``data`` [4, ..., length], with the views of it that passes over it take."""
-
-    def __init__(self, layout: Layout, data: Tensor) -> None:
-        self.layout = layout
-        self.data = data
-        self._views: dict[tuple[int, int, int, int, int], Tensor] = {}
-
-    def at(self, images: range, y: int, x: int, rows: int = 0) -> Tensor:
-        """The points (2i + y, 2j + x) for all cells (i, j) of these images [..., cells], and of ``rows`` more rows at the end."""
-        key = (y, x, rows, images.start, images.stop)
-        if (found := self._views.get(key)) is None:
-            layout = self.layout
-            start = layout.margin + images.start * layout.image + (y >> 1) * layout.pitch + (x >> 1)
-            found = self.data[2 * (y & 1) + (x & 1), ..., start : start + len(images) * layout.image + rows * layout.pitch]
-            self._views[key] = found
-        return found
-
-    def cells(self, colour: int) -> Tensor:
-        """The cells of a plane that hold points, as a view [..., n, rows, columns]."""
-        layout = self.layout
-        apart: Tensor = self.data[colour, ..., layout.margin : -layout.margin].unflatten(-1, (layout.images, layout.rows + 1, layout.pitch))
-        return apart[..., : layout.rows, : layout.columns]
-
-    def largest(self) -> Tensor:
-        """The largest magnitude in each image [n], of a field [4, c, length]."""
-        margin = self.layout.margin
-        images = self.data[..., margin:-margin].unflatten(-1, (self.layout.images, -1))
-        return torch.maximum(images.amax((0, 1, 3)), -images.amin((0, 1, 3)))
-
-    def split(self, grid: Tensor) -> Planes:
-        """Itself, filled from a grid [..., n, height, width]."""
-        for colour in range(4):
-            part = grid[..., colour >> 1 :: 2, colour & 1 :: 2]
-            self.cells(colour)[..., : part.shape[-2], : part.shape[-1]] = part
-        return self
-
-    def merge(self, grid: Tensor) -> Tensor:
-        """``grid`` [..., n, height, width], filled from its planes."""
-        for colour in range(4):
-            part = grid[..., colour >> 1 :: 2, colour & 1 :: 2]
-            part.copy_(self.cells(colour)[..., : part.shape[-2], : part.shape[-1]])
-        return grid
-
-
-# ---- matrices ----
-
-
-class Stencil:
-    """A symmetric matrix: its diagonal, and for every point and neighbour a weight, minus the entry that couples the two."""
-
-    def __init__(self, entries: Tensor) -> None:
-        """From grids [5, n, height, width], in the order of OFFSETS."""
-        self.layout = Layout(*entries.shape[1:])
-        self.data = entries.new_zeros(len(OFFSETS), 4, self.layout.length)
-        self.entries = [Planes(self.layout, data).split(entry) for data, entry in zip(self.data, entries, strict=True)]
-        self.diagonal = self.entries[0]
-
-    def weight(self, images: range, at: tuple[int, int], to: tuple[int, int]) -> Tensor:
-        """The weights [cells] between the points ``at`` (2i + a, 2j + b) and their neighbours at the offset ``to``."""
-        if to in OFFSETS:
-            return self.entries[OFFSETS.index(to)].at(images, *at)
-        backward = self.entries[OFFSETS.index((-to[0], -to[1]))]
-        return backward.at(images, at[0] + to[0], at[1] + to[1])
-
-    def interpolation(self) -> Planes:
-        """The scale of bilinear interpolation at each point: what an interpolated constant of one shall be there.
-
-        Between two coarse points it is the constant relaxed with the weights across summed up, amid four of them relaxed as it is;
-        beside a boundary where u is given it is less than one.
-        """
-        every = range(self.layout.images)
-        scale = self.layout.zeros(like=self.diagonal.data)
-        scale.at(every, 0, 0).copy_(self.diagonal.at(every, 0, 0) > 0)
-        for a, b in COLOURS[1:]:
-            along, across = torch.zeros_like(scale.at(every, a, b)), self.diagonal.at(every, a, b).clone()
-            for y, x in NEIGHBOURS:
-                weight = self.weight(every, (a, b), (y, x))
-                if (a and y) or (b and x):
-                    along += weight
-                else:
-                    across -= weight
-            positive = across > 0
-            scale.at(every, a, b).copy_(torch.where(positive, along / torch.where(positive, across, 1), 0).clamp_(0, 1))
-        return at_the_end(scale)
-
-
-def at_the_end(scale: Planes) -> Planes:
-    """Itself, doubled in a last row or column that has a coarse point on one side only."""
-    if scale.layout.height % 2 == 0:
-        scale.cells(2)[..., -1, :] *= 2
-        scale.cells(3)[..., -1, :] *= 2
-    if scale.layout.width % 2 == 0:
-        scale.cells(1)[..., -1] *= 2
-        scale.cells(3)[..., -1] *= 2
-    return scale
-
-
-def galerkin(entries: Sequence[Planes | float], scale: Planes) -> Tensor:
-    """P^T A P on the grid of every other point, as grids [5, n, rows, columns]; P_pI = scale_p tent(p - 2I).
-
-    entries: A's diagonal and weights in the order of OFFSETS; a number where it is the same at all points.
-    """
-    layout = scale.layout
-    coarse = scale.data.new_zeros(len(OFFSETS), layout.images, layout.rows, layout.columns)
-    parts = layout.parts(_VALUES)
-    part = Layout(len(parts[0]), layout.height, layout.width)
-    edges = [part.zeros(like=scale.data) for _ in OFFSETS]
-    for images in parts:
-        here = range(len(images))
-        for edge, entry, (y, x) in zip(edges, entries, OFFSETS, strict=True):
-            for a, b in COLOURS:
-                product = torch.mul(scale.at(images, a, b), scale.at(images, a + y, b + x), out=edge.at(here, a, b))
-                if isinstance(entry, Planes):
-                    product *= entry.at(images, a, b)
-        for number, (y, x) in enumerate(OFFSETS):
-            total = torch.zeros_like(edges[0].at(here, 0, 0))
-            for (row, column, which), share in _COMBINATION[number].items():
-                factor = entries[which]
-                total.add_(edges[which].at(here, row, column), alpha=share if isinstance(factor, Planes) else share * factor)
-            cells = total.unflatten(-1, (len(images), layout.rows + 1, layout.pitch))[:, : layout.rows, : layout.columns]
-            within = overlap(layout.rows, layout.columns, y, x)  # no weight leads out of the grid
-            coarse[number, images.start : images.stop][within] = cells[within]
-    return coarse
-
-
-def _combination(entry: int) -> dict[tuple[int, int, int], float]:
-    """(row, column, edge) -> what the edge from that place to its neighbour at OFFSETS[edge] adds to a coarse point's entry."""
-
-    def tent(y: int, x: int) -> float:
-        return max(0.0, 1 - abs(y) / 2) * max(0.0, 1 - abs(x) / 2)
-
-    (to_y, to_x), found = OFFSETS[entry], {}
-    for edge, (y, x) in enumerate(OFFSETS):
-        for row in range(-2, 3):
-            for column in range(-2, 3):
-                share = tent(row, column) * tent(row + y - 2 * to_y, column + x - 2 * to_x)
-                if edge:
-                    share += tent(row + y, column + x) * tent(row - 2 * to_y, column - 2 * to_x)
-                if share:  # a weight is minus an entry of the matrix
-                    found[row, column, edge] = share if (edge == 0) == (entry == 0) else -share
-    return found
-
-
-_COMBINATION = [_combination(entry) for entry in range(len(OFFSETS))]
-
-
-def overlap(height: int, width: int, y: int, x: int) -> tuple[slice, slice, slice]:
-    """The points of grids [n, height, width] that have a neighbour at (y, x)."""
-    return slice(None), slice(max(0, -y), height - max(0, y)), slice(max(0, -x), width - max(0, x))
-
-
-def weight_sum(height: int, width: int, like: Tensor) -> Tensor:
-    """s [height, width]: one, and less at the border of the image."""
-    total = like.new_zeros(1, height, width)
-    for y, x in NEIGHBOURS:
-        total[overlap(height, width, y, x)] += _weight(y, x)
-    return total[0]
-
-
-def _weight(y: int, x: int) -> float:
-    return 1 / 12 if y and x else 1 / 6
-
-
-# ---- grids ----
 
 
 class Grid:
@@ -289,7 +69,7 @@ class Grid:
         self._share = Planes(layout, scale.data * diagonal.data)
         self._launcher = launcher
         self._channels = channels
-        self.parts = layout.parts(_VALUES // channels) if launcher is None else [range(layout.images)]
+        self.parts = layout.parts(channels) if launcher is None else [range(layout.images)]
         part = Layout(len(self.parts[0]), layout.height, layout.width)
         self._left = part.zeros(channels, like=like)
         self._spare = part.zeros(channels, like=like)  # colour 0: a sum, 1: sums of pairs, 2: the correction
@@ -383,7 +163,7 @@ class PixelGrid(Grid):
 
         sums = weight_sum(layout.height, layout.width, unknown)
         self._gain = planes(unknown / (12 * sums))
-        weights = [_weight(y, x) for y, x in OFFSETS[1:]]
+        weights = [pixel_weight(y, x) for y, x in OFFSETS[1:]]
         super().__init__(channels, weights, planes(sums), at_the_end(planes(unknown)), 0, launcher)
 
     def _factors(self) -> tuple[Tensor, ...]:

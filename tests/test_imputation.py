@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from kdx.errors import KdxError
-from kdx.kernels import imputation, multigrid, reference
+from kdx.kernels import imputation, multigrid, reference, stencils
 from kdx.kernels.imputation import impute
-from kdx.kernels.multigrid import COLOURS, OFFSETS, PixelGrid
+from kdx.kernels.multigrid import PixelGrid
+from kdx.kernels.stencils import COLOURS, OFFSETS
 from tests import oracle
 from tests.host import ORDERS, HostLauncher, KernelError, Order, broken, running
 
@@ -124,7 +125,7 @@ def test_an_image_and_a_channel_alone_are_the_same(monkeypatch: pytest.MonkeyPat
     whole = impute(x, kept)
     alone = torch.cat([impute(x[i : i + 1, j : j + 1], kept[i]) for i in range(5) for j in range(3)]).reshape(x.shape)
     assert float((whole - alone).abs().max()) < WITHIN
-    monkeypatch.setattr(multigrid, "_VALUES", 3 * 2 * 26 * 22)  # two images at a time in a pass, and one left
+    monkeypatch.setattr(stencils, "_VALUES", 3 * 2 * 26 * 22)  # two images at a time in a pass, and one left
     assert float((impute(x, kept) - whole).abs().max()) < WITHIN
     monkeypatch.setattr(imputation, "_VALUES", 2 * 3 * 50 * 41)  # and in a solution
     assert float((impute(x, kept) - whole).abs().max()) < WITHIN
@@ -171,11 +172,11 @@ def test_coarse_matrices_are_galerkin_products() -> None:
     """P^T A P, multiplied out."""
     h, w, rows, columns = 19, 22, 10, 11
     unknown = (~scattered(1, h, w, 0.2)).double()
-    layout = multigrid.Layout(1, h, w)
-    sums = multigrid.weight_sum(h, w, unknown)
-    scale = multigrid.at_the_end(layout.zeros(like=unknown).split(unknown))
+    layout = stencils.Layout(1, h, w)
+    sums = stencils.weight_sum(h, w, unknown)
+    scale = stencils.at_the_end(layout.zeros(like=unknown).split(unknown))
     diagonal = layout.zeros(like=unknown).split(sums[None])
-    found = multigrid.galerkin([diagonal, 1 / 6, 1 / 12, 1 / 6, 1 / 12], scale)[:, 0]
+    found = stencils.galerkin([diagonal, 1 / 6, 1 / 12, 1 / 6, 1 / 12], scale)[:, 0]
 
     y, x = torch.cartesian_prod(torch.arange(h), torch.arange(w)).T
     i, j = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
