@@ -155,11 +155,11 @@ def _joint(
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
     """The part of the forward behind the cuts with its vector-Jacobian product, and the nodes that its inputs stand for."""
     behind = _behind(before, set(cuts.values()))
-    boundary = [images, cotangent]
-    for node in [*behind, *cuts.values(), end]:
-        for source in node.all_input_nodes if node in behind else [node]:
-            if source not in behind and source not in boundary:
-                boundary.append(source)
+    outside = dict.fromkeys([images, cotangent])
+    for node in (*behind, *cuts.values(), end):
+        sources = node.all_input_nodes if node in behind else [node]
+        outside |= dict.fromkeys(source for source in sources if source not in behind)
+    boundary = list(outside)
 
     def differentiate(*given: Tensor) -> tuple[Tensor, ...]:
         held: dict[fx.Node, Any] = dict(zip(boundary, given, strict=True))
@@ -206,16 +206,16 @@ def _let_derivatives_come_from(node: fx.Node, result: object, known: set[Any]) -
             waiting += [source for source, _ in function.next_functions]
 
 
-def _behind(graph: fx.Graph, cuts: set[fx.Node]) -> list[fx.Node]:
-    """The nodes that depend on a cut's values, in order, and all that reckon sizes: these follow from the inputs again."""
+def _behind(graph: fx.Graph, cuts: set[fx.Node]) -> dict[fx.Node, None]:
+    """The nodes that depend on a cut's values, as an ordered set, and all that reckon sizes: these follow from the inputs again."""
     values: set[fx.Node] = set()
-    found = []
+    found: dict[fx.Node, None] = {}
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         if isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
-            found.append(node)
+            found[node] = None
         elif any(source in cuts or source in values for source in node.all_input_nodes):
             values.add(node)
-            found.append(node)
+            found[node] = None
     return found
