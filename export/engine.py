@@ -11,23 +11,21 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import onnx
 import torch
 
 from kdx.errors import KdxError, first_line
 from kdx.export import onnx_file
-from kdx.export.onnx_file import Description
+from kdx.export.onnx_file import Description, Shape, tuples
 
 log = logging.getLogger("kdx")
 
 PackageName = Literal["tensorrt", "tensorrt_rtx"]
-Shape = tuple[int | str, ...]
 Batch = tuple[int, int, int]
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
@@ -224,7 +222,7 @@ def describe(path: Path) -> EngineDescription:
     try:
         held = json.loads(beside.read_text())
         file = Description.of(held.pop("file"))
-        return EngineDescription(file=file, **{key: _tuples(value) for key, value in held.items()})
+        return EngineDescription(file=file, **{key: tuples(value) for key, value in held.items()})
     except FileNotFoundError:
         raise KdxError(f"Beside {path} there is no {beside.name}.", "Keep the two files together, or build the engine again.") from None
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
@@ -399,12 +397,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _tuples(value: object) -> Any:
-    """JSON's lists as the tuples that they were."""
-    if isinstance(value, list):
-        return tuple(_tuples(item) for item in value)
-    if isinstance(value, Mapping):
-        return {key: _tuples(item) for key, item in cast("Mapping[str, object]", value).items()}
-    return value

@@ -24,11 +24,12 @@ from torch import Tensor
 from kdx.errors import KdxError, first_line
 from kdx.export import parity, trace
 from kdx.export.graphs import ExplainerGraph, FeatureGraph, GradientGraph, Preprocessing, WatchedNetwork
+from kdx.export.graphs import Graph as Graph
 from kdx.export.parity import ParityReport
 
-Graph = FeatureGraph | GradientGraph | ExplainerGraph
 Precision = Literal["fp32", "fp16", "bf16"]
 Shape = tuple[int | str, ...]
+"""Of an input or output; a symbol such as ``batch`` stands for one size in all of them."""
 
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -89,14 +90,14 @@ class Description:
             role: NetworkDescription(
                 **{
                     **about,
-                    "preprocessing": Preprocessing(**{key: _tuple(value) for key, value in about["preprocessing"].items()}),
+                    "preprocessing": Preprocessing(**{key: tuples(value) for key, value in about["preprocessing"].items()}),
                     "layers": tuple(about["layers"]),
                 }
             )
             for role, about in held["networks"].items()
         }
         shapes: dict[str, Any] = {what: {name: tuple(shape) for name, shape in held[what].items()} for what in ("inputs", "outputs")}
-        rest = {key: _tuple(value) for key, value in held.items() if key not in ("networks", "inputs", "outputs", "versions")}
+        rest = {key: tuples(value) for key, value in held.items() if key not in ("networks", "inputs", "outputs", "versions")}
         return cls(networks=networks, versions=dict(held["versions"]), **shapes, **rest)
 
     @property
@@ -190,6 +191,15 @@ def write(
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
     return report
+
+
+def tuples(value: object) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, list):
+        return tuple(tuples(item) for item in value)
+    if isinstance(value, dict):
+        return {key: tuples(item) for key, item in value.items()}
+    return value
 
 
 def describe(path: Path) -> Description:
@@ -362,10 +372,6 @@ def _check(path: Path, reference: str) -> None:
             f"The ONNX file of {reference} is not sound: {first_line(error)}.",
             "Please report the network; until it exports, run it with --runtime eager.",
         ) from error
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _versions() -> dict[str, str]:

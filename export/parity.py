@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from kdx.errors import KdxError, missing_package
 from kdx.export import rounded
-from kdx.export.graphs import ExplainerGraph, FeatureGraph, GradientGraph
-
-Graph = FeatureGraph | GradientGraph | ExplainerGraph
+from kdx.export.graphs import ExplainerGraph, GradientGraph, Graph
 
 TOLERANCE = 1e-4
 """Largest error of an output over its own largest value. Reordered float32 sums over a deep network stay near 1e-6."""

@@ -10,20 +10,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self, cast
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdx.errors import KdxError, first_line, missing_package
 from kdx.export import engine, onnx_file
-from kdx.export.onnx_file import Description
+from kdx.export.graphs import Graph
+from kdx.export.onnx_file import Description, Shape
 
 RuntimeName = Literal["auto", "eager", "onnx", "tensorrt"]
 RUNTIMES = ("auto", "eager", "onnx", "tensorrt")
 Provider = Literal["cpu", "cuda", "tensorrt"]
-Shape = tuple[int | str, ...]
 
 _CPU = torch.device("cpu")
 _PROVIDERS: dict[Provider, str] = {
@@ -38,19 +38,6 @@ _SHAPE_ARITHMETIC = (
     "ReduceProd ReduceSum ReduceMin ReduceMax"
 )
 """Operators that ONNX Runtime keeps on the CPU on purpose where they work on sizes. On features all of them have CUDA kernels."""
-
-
-class Graph(Protocol):
-    """What the graphs of `kdx.export.graphs` have in common: named tensors in, named tensors out."""
-
-    kind: str
-    layers: tuple[str, ...]
-
-    @property
-    def input_names(self) -> tuple[str, ...]: ...
-
-    @property
-    def output_names(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -99,27 +86,26 @@ class Runner(ABC):
 
 
 class EagerRunner(Runner):
-    """PyTorch, on any device that PyTorch has; graph: a module of `kdx.export.graphs`."""
+    """PyTorch, on any device that PyTorch has."""
 
     runtime = "eager"
 
     def __init__(self, graph: Graph, device: torch.device) -> None:
-        module = cast("nn.Module", graph)
         self.device = device
         self.kind = graph.kind
         self.layers = graph.layers
         self._inputs, self._outputs = graph.input_names, graph.output_names
         self._lock = threading.Lock()
-        self._module: nn.Module | None = module.eval().to(device)
-        numbers = next((held.dtype for held in (*module.parameters(), *module.buffers()) if held.is_floating_point()), torch.float32)
+        self._graph: Graph | None = graph.eval().to(device)
+        numbers = next((held.dtype for held in (*graph.parameters(), *graph.buffers()) if held.is_floating_point()), torch.float32)
         self._numbers = torch.promote_types(numbers, torch.float32)  # half precision is the network's own affair
 
     @property
-    def graph(self) -> nn.Module:
+    def graph(self) -> Graph:
         """What is run; ValueError where the runner is closed."""
-        if self._module is None:
+        if self._graph is None:
             raise ValueError("the runner is closed")
-        return self._module
+        return self._graph
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         graph = self.graph
@@ -129,7 +115,7 @@ class EagerRunner(Runner):
         return dict(zip(self._outputs, results, strict=True))
 
     def close(self) -> None:
-        self._module = None
+        self._graph = None
 
 
 class FileRunner(Runner):
@@ -138,7 +124,7 @@ class FileRunner(Runner):
     description: Description
     inputs: Mapping[str, Shape]
     outputs: Mapping[str, Shape]
-    """Shapes by name; a symbol such as ``batch`` stands for one size in all of them."""
+    """Shapes by name."""
 
     def _fed(self, feeds: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
         """The inputs as the runtime reads them, contiguous float32 on the device, and the size of each symbol."""

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from kdx.errors import KdxError
 from kdx.explainer import explainer_graph
 from kdx.export import onnx_file, parity
-from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
+from kdx.export.graphs import FeatureGraph, GradientGraph, Graph, Preprocessing
 from kdx.export.onnx_file import Origin
-from kdx.export.parity import Difference, Graph, ParityReport
+from kdx.export.parity import Difference, ParityReport
 from kdx.models import Network
 from kdx.networks import resnet
 
