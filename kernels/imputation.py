@@ -14,7 +14,7 @@ from kdx.errors import KdxError
 from kdx.kernels import cuda
 from kdx.kernels.multigrid import PixelGrid
 
-_VALUES = 5_000_000
+_VALUES = 2_500_000
 """Pixels of all channels that are solved at once; the memory they take is some thirty times four bytes each."""
 
 _STAGES = 16
