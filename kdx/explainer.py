@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -360,42 +360,40 @@ class _Runners:
         with torch.no_grad():
             labels, permutations = labels.to(self.choice.device), permutations.to(self.choice.device)
             target = Target.of(labels)
+            salient = {} if self._salience is None else self._salient_distances(self._salience, images, passed, seed)
             measured = {
                 layer: transfer.measure(
                     self._features(passed, layer),
                     target,
                     objective=self._objective,
                     weighting=self._weighting,
-                    permutations=permutations if self._salience is None else permutations[:0],
+                    permutations=permutations,
                     references=self._references.get(layer),
                     labels=labels,
+                    distances=salient.get(layer),
                 )
                 for layer in self._layers
             }
-            if self._salience is not None:
-                for layer, distances in self._salient_distances(self._salience, images, passed, seed):
-                    products, moved, left_out = transfer.measure_distances(distances, target, permutations)
-                    measured[layer] = replace(measured[layer], products=products, moved=moved, left_out=left_out)
         return {role: outputs.logits for role, outputs in passed.items()}, measured
 
     def _salient_distances(
         self, salience: Salience, images: Tensor, passed: Mapping[str, Outputs], seed: np.random.SeedSequence
-    ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Each layer with each role's distances [n, n] between its features, there, of its salient images."""
+    ) -> dict[str, dict[str, Tensor]]:
+        """At each layer, each role's distances [n, n] between its features of its salient images."""
         images = images.to(self.choice.device)
         ranked = {}
         for role, runner in self._gradients.items():
             logits = passed[role].logits
             ranked[role] = saliency.ranking_maps(runner, runner.layers, images, logits.argmax(1), logits.shape[1], self._chunk)
+        found: dict[str, dict[str, Tensor]] = {layer: {} for layer in self._layers}
         for layer in self._layers:
-            distances = {}
             # Seeds of their own: noise that two networks' images had in common would read as likeness.
             for role, own in zip(ranked, seed.spawn(len(ranked)), strict=True):
                 name = self._layer_of(role, layer)
                 shown = salience.images(images, ranked[role][name], int(own.generate_state(1)[0]))
                 rows = self._passed(role, shown).features[name].flatten(1)
-                distances[role] = arrays.measured(geometry.distances(rows), rows, f"{role}'s salient features")
-            yield layer, distances
+                found[layer][role] = arrays.measured(geometry.distances(rows), rows, f"{role}'s salient features")
+        return found
 
     def _infer(self, images: Tensor) -> dict[str, Outputs]:
         """One pass of each network."""

@@ -1,8 +1,8 @@
 """What passed from teacher to student at one layer: maps and scores, from one Gram product a network.
 
-Geometry of a batch is measured once (`measure`, or `measure_distances` where distances are at hand); scores over any number
-of batches are ratios of summed inner products (`Pool`). A computation has a student and a base, and a teacher or none:
-without one, the maps, scores and contrasts are those of the tables below that do not name it.
+Geometry of a batch is measured once (`measure`, or `measure_distances` for what scores need where distances are at hand);
+scores over any number of batches are ratios of summed inner products (`Pool`). A computation has a student and a base, and a
+teacher or none: without one, the maps, scores and contrasts are those of the tables below that do not name it.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class References:
 
     @classmethod
     def of(cls, features: Mapping[str, Tensor], labels: Tensor) -> References:
-        return cls(features, _distances(features, dispatch.chosen(next(iter(features.values())))), labels, Target.of(labels))
+        return cls(features, _distances(features, _chosen(features)), labels, Target.of(labels))
 
 
 @dataclass(frozen=True)
@@ -144,17 +144,34 @@ def measure(
     permutations: Tensor,
     references: References | None = None,
     labels: Tensor | None = None,
+    distances: Mapping[str, Tensor] | None = None,
     backend: Backend = "auto",
 ) -> Measured:
     """Everything kdx says of one layer of one batch, from each role's features [n, C, H, W].
 
-    permutations [p, n]. references: maps in reference mode, where ``labels`` [n] place the batch among the references. backend: as
-    in `kdx.unicam`.
+    permutations [p, n]. references: maps in reference mode, where ``labels`` [n] place the batch among the references. distances:
+    each role's [n, n] of other features of these images, which the inner products are then of. backend: as in `kdx.unicam`.
     """
-    roles = roles_among(features)
-    ops = dispatch.chosen(features[roles[0]], backend)
+    roles, ops = roles_among(features), _chosen(features, backend)
     d = _distances(features, ops)
-    products, moved, left_out = _products(roles, d, geometry.u_centered(d), target, permutations)
+    maps = _maps(features, d, target, objective, weighting, references, labels, ops)
+    if distances is None:
+        return Measured(maps, *_products(roles, d, geometry.u_centered(d), target, permutations))
+    return Measured(maps, *measure_distances(distances, target, permutations))
+
+
+def _maps(
+    features: Mapping[str, Tensor],
+    d: Tensor,
+    target: Target,
+    objective: geometry.Objective,
+    weighting: Weighting,
+    references: References | None,
+    labels: Tensor | None,
+    ops: dispatch.Torch,
+) -> dict[str, Maps]:
+    """The maps of `measure`, from features and the distances d [r, n, n] between them."""
+    roles = roles_among(features)
     means = {role: geometry.gap(features[role]) for role in roles}
     if references is None:
         pairs = {role: Pairs(each) for role, each in zip(roles, d, strict=True)}
@@ -193,13 +210,13 @@ def measure(
         )
         weights, cams = weighted(placed, weighting)
         maps[name] = Maps(cams, weights, placed.score)
-    return Measured(maps, products, moved, left_out)
+    return maps
 
 
 def measure_distances(
     distances: Mapping[str, Tensor], target: Target, permutations: Tensor
 ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-    """(products, moved, left_out) of `Measured`, from each role's distances [n, n]: what scores need of a batch, without features.
+    """The inner products of `Measured`, (products, moved, left_out), from each role's distances [n, n], without features.
 
     Raises KdxError for distances that are not finite, for ones that are all equal, and where one network's explain all of another's.
     """
@@ -227,6 +244,10 @@ def _products(
     }
     left_out = geometry.leave_one_out(torch.cat([d, target.distances[None]])) if len(target.rows) > arrays.MIN_IMAGES else None
     return geometry.products(matrices), moved, left_out
+
+
+def _chosen(features: Mapping[str, Tensor], backend: Backend = "auto") -> dispatch.Torch:
+    return dispatch.chosen(features["student"], backend)
 
 
 def _distances(features: Mapping[str, Tensor], ops: dispatch.Torch) -> Tensor:

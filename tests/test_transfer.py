@@ -136,6 +136,19 @@ def test_distances_alone_give_the_scores(teacher: bool) -> None:
     assert left_out is not None and expected.left_out is not None and oracle.error(left_out, expected.left_out) < 1e-12
 
 
+def test_maps_are_of_the_features_and_products_of_the_distances_given() -> None:
+    (features, labels), (others, _) = roles(), roles(seed=5)
+    target, permutations = Target.of(labels), scores.permutation_table(24, 49, 0)
+    maps = transfer.measure(features, target, permutations=permutations).maps
+    expected = transfer.measure(others, target, permutations=permutations)
+    distances = {role: torch.cdist(x.flatten(1), x.flatten(1)) for role, x in others.items()}
+    found = transfer.measure(features, target, permutations=permutations, distances=distances)
+    assert all(torch.equal(found.maps[name].maps, maps[name].maps) for name in maps)
+    assert oracle.error(found.products, expected.products) < 1e-12
+    assert all(oracle.error(found.moved[name], rows) < 1e-12 for name, rows in expected.moved.items())
+    assert found.left_out is not None and expected.left_out is not None and oracle.error(found.left_out, expected.left_out) < 1e-12
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
