@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from kdx.comparison import compare
 from kdx.errors import KdxError
 from kdx.explainer import Explainer, Explanation, LayerResult
-from kdx.saliency import ClassMaps, grad_cam, hires_cam, impute, salient_images, top_mask, unicam_before
+from kdx.saliency import ClassMaps, grad_cam, hires_cam, unicam_before
+from kdx.salient import impute, salient_images, top_mask
 from kdx.scores import Score, fss, partial_rs, rs
 from kdx.unicam import Maps, Reference, unicam
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdx import arrays, models, saliency, transfer
+from kdx import arrays, models, salient, transfer
 from kdx.arrays import Array
 from kdx.errors import KdxError
 from kdx.export import engine, onnx_file
@@ -23,8 +23,8 @@ from kdx.export.graphs import ExplainerGraph, FeatureGraph, GradientGraph
 from kdx.export.onnx_file import Description, NetworkDescription, Origin
 from kdx.kernels import geometry
 from kdx.models import Network
-from kdx.runtime import Choice, EagerRunner, FileRunner, Outputs, Runner, RuntimeName, choose, describe_file, is_file, open_file
-from kdx.saliency import Salience
+from kdx.runtime import Choice, EagerRunner, FileRunner, Outputs, Runner, RuntimeName, choose, describe_file, is_file, open_file, parts
+from kdx.salient import Salience
 from kdx.scores import Score, permutation_table
 from kdx.transfer import Measured, References, Target, roles_among
 from kdx.unicam import Maps, ObjectiveName, Weighting
@@ -360,7 +360,7 @@ class _Runners:
         with torch.no_grad():
             labels, permutations = labels.to(self.choice.device), permutations.to(self.choice.device)
             target = Target.of(labels)
-            salient = {} if self._salience is None else self._salient_distances(self._salience, images, passed, seed)
+            shown = {} if self._salience is None else self._salient_distances(self._salience, images, passed, seed)
             measured = {
                 layer: transfer.measure(
                     self._features(passed, layer),
@@ -370,7 +370,7 @@ class _Runners:
                     permutations=permutations,
                     references=self._references.get(layer),
                     labels=labels,
-                    distances=salient.get(layer),
+                    distances=shown.get(layer),
                 )
                 for layer in self._layers
             }
@@ -384,7 +384,7 @@ class _Runners:
         ranked = {}
         for role, runner in self._gradients.items():
             logits = passed[role].logits
-            ranked[role] = saliency.ranking_maps(runner, runner.layers, images, logits.argmax(1), logits.shape[1], self._chunk)
+            ranked[role] = salient.ranking_maps(runner, runner.layers, images, logits.argmax(1), logits.shape[1], self._chunk)
         found: dict[str, dict[str, Tensor]] = {layer: {} for layer in self._layers}
         for layer in self._layers:
             # Seeds of their own: noise that two networks' images had in common would read as likeness.
@@ -403,7 +403,7 @@ class _Runners:
     def _passed(self, role: str, images: Tensor) -> Outputs:
         """One pass of a role's network, ``chunk`` images at a time, and no more than an engine takes."""
         runner = self._runners[role]
-        return _joined([runner.infer(images[part]) for part in saliency.parts(runner, self._chunk, len(images))])
+        return _joined([runner.infer(images[part]) for part in parts(runner, self._chunk, len(images))])
 
     def _layer_of(self, role: str, layer: str) -> str:
         """What a role calls one of the student's layers."""

@@ -276,6 +276,14 @@ def open_file(path: Path, device: torch.device = _CPU) -> FileRunner:
     raise KdxError(f"{path} is neither an .onnx nor an .engine file.", "Give a file that kdx export wrote.")
 
 
+def parts(runner: Runner, chunk: int | None, n: int) -> Iterator[slice]:
+    """Parts of n images for a runner: of ``chunk`` images, and of no more than an engine takes."""
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be 1 or more, not {chunk}")
+    most = min([chunk or n, *([runner.engine.batch[2]] if isinstance(runner, TrtRunner) else [])])
+    return (slice(start, min(start + most, n)) for start in range(0, n, most))
+
+
 # ---- what the runners of files share ----
 
 

@@ -29,7 +29,7 @@ from kdx.data import load_images, open_data, random_batches
 from kdx.explain import Options
 from kdx.export.graphs import Preprocessing
 from kdx.networks import resnet
-from kdx.saliency import Salience
+from kdx.salient import Salience
 from kdx.transfer import MAPS, ROLES
 
 CLASSES = ("cat", "dog", "owl")

@@ -24,7 +24,7 @@ from kdx.explainer import Explanation, NetworkLike, _Runners
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.models import Network
 from kdx.runtime import Choice, OrtRunner
-from kdx.saliency import Salience
+from kdx.salient import Salience
 from kdx.scores import Score
 from kdx.transfer import MAPS
 

@@ -29,7 +29,7 @@ FLOORS = [
     {"kdx.runtime", "kdx.unicam", "kdx.scores", "kdx.layers", "kdx.finished", "kdx.hub", "kdx.programs"},
     {"kdx.models", "kdx.transfer", "kdx.gallery"},
     {"kdx.models_file", "kdx.saliency", "kdx.comparison"},
-    {"kdx.distill"},
+    {"kdx.distill", "kdx.salient"},
     {"kdx.explainer", "kdx.report"},
     {"kdx.explain"},
     {"kdx.files"},
@@ -105,7 +105,7 @@ def test_version_and_changelog_agree() -> None:
     assert version and newest and version[1] == newest[1] == kdx.__version__
 
 
-@pytest.mark.parametrize("module", ["unicam", "scores", "saliency", "comparison"])
+@pytest.mark.parametrize("module", ["unicam", "scores", "saliency", "salient", "comparison"])
 def test_docstring_examples(module: str) -> None:
     result = doctest.testmod(sys.modules[f"kdx.{module}"])  # kdx.unicam itself is the function
     assert result.attempted > 0 and result.failed == 0
