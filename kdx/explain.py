@@ -21,11 +21,12 @@ from kdx.arrays import MIN_IMAGES
 from kdx.console import progress
 from kdx.data import Dataset, class_balanced_sample, load_images, open_data, random_batches, split
 from kdx.errors import KdxError
-from kdx.explainer import Explainer, Features, largest_size, paired_layers, without_references
+from kdx.explainer import Explainer, Features, largest_size
 from kdx.finished import LostResult
 from kdx.models_file import ModelsFile, parse_layers, read_models
-from kdx.runtime import RuntimeName, describe_file, is_file
+from kdx.runtime import RuntimeName, is_file
 from kdx.scores import permutation_table
+from kdx.sources import describe_explainer, paired_layers, without_references
 from kdx.store import Batch, Store
 from kdx.transfer import LayerScores, Measured, Pool, moved_among, roles_among
 from kdx.unicam import ObjectiveName, Weighting
@@ -176,12 +177,7 @@ def _part(dataset: Dataset, named: ModelsFile, options: Options) -> tuple[str, N
 
 def _of_file(path: Path) -> ModelsFile:
     """What a models file would say of the networks in an explainer file."""
-    file = describe_file(path)
-    if file.kind != "explainer":
-        raise KdxError(
-            f"{path} is a file of {file.kind}, not an explainer.",
-            "Write one with kdx export --explainer, or name the files in a models file.",
-        )
+    file = describe_explainer(path)
     layers = tuple(f"{layer}={other}" for layer, other in paired_layers(file).items())
     base, student, teacher = (file.networks[role].reference if role in file.networks else None for role in ("base", "student", "teacher"))
     assert base is not None and student is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,6 +265,11 @@ def is_file(given: object) -> bool:
 def describe_file(path: Path) -> Description:
     """What a file that kdx exported says of itself, .onnx or .engine."""
     return engine.describe(path).file if path.suffix == ".engine" else onnx_file.describe(path)
+
+
+def layer_not_held(what: object, layer: str, held: Iterable[str]) -> KdxError:
+    """The error of a layer that was asked for of a file or runner that holds others."""
+    return KdxError(f"{what} does not hold the layer {layer!r}.", f"It holds {', '.join(held)}; export it with the layer.")
 
 
 def open_file(path: Path, device: torch.device = _CPU) -> FileRunner:

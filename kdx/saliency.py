@@ -22,7 +22,7 @@ from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.kernels import geometry
 from kdx.models import Network
-from kdx.runtime import EagerRunner, FileRunner, Runner, choose, is_file, open_file, parts
+from kdx.runtime import EagerRunner, FileRunner, Runner, choose, is_file, layer_not_held, open_file, parts
 from kdx.unicam import Maps, ObjectiveName, Reference, Weighting
 
 Differentiable = str | Path | Network | nn.Module | Runner
@@ -317,7 +317,7 @@ def _held(runner: Runner, name: str, layer: str | None) -> str:
     if layer is None and len(runner.layers) > 1:
         raise KdxError(f"{name} holds several layers.", f"Name one of {', '.join(runner.layers)}.")
     if layer is not None and layer not in runner.layers:
-        raise KdxError(f"{name} does not hold the layer {layer!r}.", f"It holds {', '.join(runner.layers)}; export it with the layer.")
+        raise layer_not_held(name, layer, runner.layers)
     return runner.layers[0] if layer is None else layer
 
 

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 import kdx
 from kdx import Explainer, KdxError
-from kdx.explainer import Explanation, NetworkLike, _Runners
+from kdx.explainer import Explanation
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.models import Network
 from kdx.runtime import Choice, OrtRunner
 from kdx.salient import Salience
 from kdx.scores import Score
+from kdx.sources import NetworkLike, Runners
 from kdx.transfer import MAPS
 
 LAYERS = {"conv1": "stem", "conv2": "conv2"}
@@ -464,9 +465,9 @@ def assert_scores_of_a_pair(found: Explanation, expected: Explanation) -> None:
 
 def test_tensorrt_runs_engines_of_gradients(gradients: Path, tmp_path: Path, salient: Explanation, monkeypatch: pytest.MonkeyPatch) -> None:
     engines = _Engines()
-    monkeypatch.setattr("kdx.explainer.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
-    monkeypatch.setattr("kdx.explainer.engine.build", engines.build)
-    monkeypatch.setattr("kdx.explainer.open_file", engines.open)
+    monkeypatch.setattr("kdx.sources.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
+    monkeypatch.setattr("kdx.sources.engine.build", engines.build)
+    monkeypatch.setattr("kdx.sources.open_file", engines.open)
     shutil.copytree(gradients, tmp_path, dirs_exist_ok=True)
     with explainer(runtime="tensorrt", folder=tmp_path, chunk=5, **pair()) as opened:
         assert_scores_of_a_pair(opened(images(), labels()), salient)
@@ -609,12 +610,12 @@ def test_onnx_and_engine_files_do_not_mix(folder: Path) -> None:
 def test_files_open_on_the_device_that_was_chosen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("meta")
     opened_on = []
-    monkeypatch.setattr("kdx.explainer.choose", lambda *_, **__: Choice("onnx", device, "for a test"))
-    monkeypatch.setattr("kdx.explainer.open_file", lambda path, chosen: opened_on.append(chosen))
+    monkeypatch.setattr("kdx.sources.choose", lambda *_, **__: Choice("onnx", device, "for a test"))
+    monkeypatch.setattr("kdx.sources.open_file", lambda path, chosen: opened_on.append(chosen))
     for given in (named(), files(folder)):
         with explainer(runtime="auto", folder=folder, **given) as opened:
             opened.open(SIZE)
-            assert isinstance(opened._source, _Runners)
+            assert isinstance(opened._source, Runners)
             opened._source._runners.clear()
     assert opened_on == [device] * 6
 
@@ -640,9 +641,9 @@ def test_tensorrt_runs_engines_of_the_exported_files(
     given: str, folder: Path, tmp_path: Path, explained: Explanation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines = _Engines()
-    monkeypatch.setattr("kdx.explainer.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
-    monkeypatch.setattr("kdx.explainer.engine.build", engines.build)
-    monkeypatch.setattr("kdx.explainer.open_file", engines.open)
+    monkeypatch.setattr("kdx.sources.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
+    monkeypatch.setattr("kdx.sources.engine.build", engines.build)
+    monkeypatch.setattr("kdx.sources.open_file", engines.open)
     sources: dict[str, Any] = {**files(folder)} if given == "files" else {**named()}
     with explainer(runtime="tensorrt", folder=tmp_path, chunk=5, **sources) as opened:
         assert_same(opened(images(), labels()), explained, 1e-4)
@@ -669,9 +670,9 @@ def test_onnx_asked_for_by_name_does_not_fall_back(tmp_path: Path) -> None:
 
 def test_the_temporary_folder_goes_with_the_explainer(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("kdx.explainer.onnx_file.holds", lambda *_: True)
+    monkeypatch.setattr("kdx.sources.onnx_file.holds", lambda *_: True)
     given = files(folder)
-    monkeypatch.setattr("kdx.explainer.open_file", lambda path, _: _in_its_folder(path, given))
+    monkeypatch.setattr("kdx.sources.open_file", lambda path, _: _in_its_folder(path, given))
     with explainer(runtime="onnx", **named()) as opened:
         assert list(tmp_path.iterdir()) == [], "none is made before it is needed"
         opened.open(SIZE)
@@ -690,7 +691,7 @@ def test_a_closed_explainer_does_not_run_and_holds_no_network(used: bool) -> Non
     with explainer() as opened:
         if used:
             opened(images(), labels())
-        assert isinstance(opened._source, _Runners)
+        assert isinstance(opened._source, Runners)
         held = weakref.ref(opened._source._networks["base"][0].module)
         assert held() is not None
     gc.collect()

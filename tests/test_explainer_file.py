@@ -403,7 +403,7 @@ def test_the_file_of_an_engine_gets_targets_as_wide_as_it_takes(pair: Written, m
     pixels, labels = images(16), torch.arange(16) % 3
     with Explainer(file=pair.path, permutations=9) as explainer:
         expected = explainer(pixels, labels)
-    monkeypatch.setattr("kdx.explainer.open_file", Narrow)
+    monkeypatch.setattr("kdx.sources.open_file", Narrow)
     with Explainer(file=pair.path, permutations=9) as explainer:
         found = explainer(pixels, labels)
         assert worst(found.layers["layer2"].distilled.maps, expected.layers["layer2"].distilled.maps) <= MAPS_AGREE
