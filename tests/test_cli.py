@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import typer.main
-from rich.console import Console
 
 import kdx.distill
 import kdx.explain
@@ -24,6 +23,8 @@ from kdx.errors import KdxError
 from kdx.explain import Options
 from kdx.export import onnx_file
 from kdx.export.parity import Difference, ParityReport
+from tests import commands
+from tests.commands import Run
 
 KDX = Path(sys.executable).parent / "kdx"
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
@@ -31,29 +32,10 @@ TINY = "kdx:resnet,width=2,depth=1,stages=1"
 PARITY = ParityReport({"logits": Difference(1e-7, 1e-8, 1e-7, 2.0, 1.0)}, 1e-4, (3,))
 
 
-@pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No line of an error or a help page is broken."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli, "console", Console(highlight=False))
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """``run(*arguments) -> (status, stdout, stderr)`` of the command line, in an empty current folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kdx", *map(str, arguments)])
-        status: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
-        return status or 0, out, err
-
-    return call
+    return commands.in_folder(tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -67,11 +49,11 @@ def models(tmp_path: Path) -> Path:
 # ---- help ----
 
 
-def test_the_version_is_the_packages(run: Any) -> None:
+def test_the_version_is_the_packages(run: Run) -> None:
     assert run("--version") == (0, f"kdx {kdx.__version__}\n", "")
 
 
-def test_the_commands_are_the_promised_ones(run: Any) -> None:
+def test_the_commands_are_the_promised_ones(run: Run) -> None:
     assert list(COMMANDS) == ["demo", "distill", "export", "explain", "report", "doctor"]
     for status, out, err in (run("--help"), run("-h")):
         assert status == 0 and err == ""
@@ -80,7 +62,7 @@ def test_the_commands_are_the_promised_ones(run: Any) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_names_every_option_and_argument(name: str, run: Any) -> None:
+def test_help_names_every_option_and_argument(name: str, run: Run) -> None:
     status, out, err = run(name, "--help")
     assert status == 0 and err == ""
     options = [option for parameter in COMMANDS[name].params for option in parameter.opts if option.startswith("-")]
@@ -91,7 +73,7 @@ def test_help_names_every_option_and_argument(name: str, run: Any) -> None:
 # ---- what a command hands on ----
 
 
-def test_every_option_of_explain_reaches_the_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_option_of_explain_reaches_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
     def explain(*positional: Any, **named: Any) -> Path:
@@ -119,7 +101,7 @@ def test_every_option_of_explain_reaches_the_run(run: Any, monkeypatch: pytest.M
     assert plain == ("D", Path("m.toml"), Path("R"), (), default)
 
 
-def test_every_option_of_distill_reaches_the_training(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_option_of_distill_reaches_the_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
     def distill(data: str, **named: Any) -> Path:
@@ -142,7 +124,7 @@ def test_every_option_of_distill_reaches_the_training(run: Any, monkeypatch: pyt
     }  # fmt: skip
 
 
-def test_export_writes_a_checked_file_that_says_what_it_is(run: Any, tmp_path: Path) -> None:
+def test_export_writes_a_checked_file_that_says_what_it_is(run: Run, tmp_path: Path) -> None:
     status, out, err = run("export", f"{TINY},classes=5", "--layer", "layer1", "-l", "conv1", "--out", tmp_path / "files")
     assert (status, err) == (0, "")
     (path,) = (tmp_path / "files").glob("*.onnx")
@@ -154,7 +136,7 @@ def test_export_writes_a_checked_file_that_says_what_it_is(run: Any, tmp_path: P
 
 
 @pytest.mark.parametrize("out", ["there/net.onnx", "there"])
-def test_export_of_a_role_of_a_models_file(out: str, run: Any, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_of_a_role_of_a_models_file(out: str, run: Run, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
     def write(graph: Any, path: Path, **named: Any) -> ParityReport:
@@ -173,7 +155,7 @@ def test_export_of_a_role_of_a_models_file(out: str, run: Any, models: Path, mon
     assert layers == ("layer1",) and named["classes"] == tuple("0123456789") and named["image_size"] == (32, 32)
 
 
-def test_doctor_lists_every_probe_and_how_to_mend_the_broken(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_lists_every_probe_and_how_to_mend_the_broken(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> str:
         raise RuntimeError("[red]no such thing[/red]")
 
@@ -242,7 +224,7 @@ def test_doctor_lists_every_probe_and_how_to_mend_the_broken(run: Any, monkeypat
         ("report no/such/run", "no/such/run"),
     ],
 )
-def test_a_mistake_is_two_lines_and_status_2(command: str, said: str, run: Any, models: Path) -> None:
+def test_a_mistake_is_two_lines_and_status_2(command: str, said: str, run: Run, models: Path) -> None:
     status, _, err = run(*command.replace("TINY", TINY).split())
     lines = err.splitlines()
     assert status == 2 and len(lines) == 2, err
@@ -276,13 +258,13 @@ def test_a_mistake_is_two_lines_and_status_2(command: str, said: str, run: Any, 
         ("paint", "paint"),
     ],
 )
-def test_a_wrong_option_is_named_with_status_2(command: str, said: str, run: Any) -> None:
+def test_a_wrong_option_is_named_with_status_2(command: str, said: str, run: Run) -> None:
     status, out, err = run(*command.split())
     assert status == 2 and out == ""
     assert said in err and "Traceback" not in err and "-h" in err
 
 
-def test_an_error_is_shown_as_it_is_written(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_shown_as_it_is_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: Path) -> None:
         raise KdxError("[red]no[/red] " + "long " * 60 + "line.", "Mend [/it].")
 
@@ -291,7 +273,7 @@ def test_an_error_is_shown_as_it_is_written(run: Any, monkeypatch: pytest.Monkey
     assert status == 2 and err == "Error: [red]no[/red] " + "long " * 60 + "line.\nMend [/it].\n"
 
 
-def test_a_bug_shows_itself(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_shows_itself(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: Path) -> None:
         raise ZeroDivisionError("a bug")
 
@@ -303,7 +285,7 @@ def test_a_bug_shows_itself(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- Ctrl-C ----
 
 
-def test_an_interrupt_is_status_130_and_one_sentence(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_is_status_130_and_one_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_: Path) -> None:
         raise KeyboardInterrupt
 

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import kdx
-from kdx import cli, explain, store
+from kdx import explain, store
 from kdx.data import load_images, open_data, random_batches
 from kdx.errors import KdxError
 from kdx.explainer import Explainer, explainer_graph
@@ -36,6 +36,7 @@ from kdx.networks import resnet
 from kdx.runtime import OrtRunner
 from kdx.scores import Score
 from kdx.transfer import MAPS, SCORES, map_score, maps_among, scores_among
+from tests import commands
 
 MAPS_AGREE = 1e-4
 """Of an output's largest value: both sides are float32, and a residual is a difference of what it is taken from."""
@@ -481,12 +482,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(pair: Written, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        arguments = ["kdx", "explain", pictures, "--models", pair.path, "--out", out, "--batch", 9, "--permutations", 19, "--seed", 3]
-        patch.setattr(sys, "argv", [*map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    assert not stop.value.code
+    arguments = [pictures, "--models", pair.path, "--out", out, "--batch", 9, "--permutations", 19, "--seed", 3]
+    assert commands.status_of("explain", *arguments) == 0
     return out
 
 

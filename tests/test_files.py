@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import kdx
-from kdx import cli, files
+from kdx import files
 from kdx.errors import KdxError
 from kdx.export import engine, onnx_file
 from kdx.export.graphs import GradientGraph
 from kdx.files import Options
 from kdx.models_file import read_models, write_models
 from kdx.networks import resnet
+from tests import commands
+from tests.commands import Run, left_in
 
 TINY = "kdx:resnet,width=3,depth=1,stages=2,classes=4"
 SIZE = "[preprocessing]\nsize = [12, 10]\nmean = [0.5]\nstd = [0.5]\n"
@@ -67,33 +67,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """``run(*arguments) -> (status, stdout, stderr)`` of ``kdx export``, in an empty current folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli, "console", Console(highlight=False))
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["kdx", "export", *map(str, arguments)])
-        status: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
-        return status or 0, out, err
-
-    return call
-
-
-def left_in(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return functools.partial(commands.in_folder(tmp_path, monkeypatch, capsys), "export")
 
 
 # ---- what is written ----
 
 
-def test_a_gradients_file_and_its_engine(run: Any, folder: Path, tmp_path: Path) -> None:
+def test_a_gradients_file_and_its_engine(run: Run, folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     model = f"{folder / 'models.toml'}:student"
     asked = ["--kind", "gradients", "--layer", "layer1", "--at", "layer2", "--to", "tensorrt", "--for", "sm_86", "--batch", "2:3:4"]
@@ -128,7 +110,7 @@ def test_a_gradients_file_and_its_engine(run: Any, folder: Path, tmp_path: Path)
     assert (again.batch, again.arch) == ((2, 2, 2), "sm_120")
 
 
-def test_an_explainer_file_of_a_models_file(run: Any, folder: Path, tmp_path: Path) -> None:
+def test_an_explainer_file_of_a_models_file(run: Run, folder: Path, tmp_path: Path) -> None:
     models = folder / "models.toml"
     roles = [text for role in ("student", "base") for text in (f"--{role}", f"{models}:{role}")]
     status, out, err = run("--explainer", *roles, "--layer", "layer2", "--out", "files")
@@ -205,13 +187,13 @@ def test_a_range_of_batches(text: str, batch: tuple[int, int, int]) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["features", "gradients"])
-def test_a_network_that_no_file_can_hold(run: Any, what: str, layer: str, said: str, kind: str, tmp_path: Path) -> None:
+def test_a_network_that_no_file_can_hold(run: Run, what: str, layer: str, said: str, kind: str, tmp_path: Path) -> None:
     status, out, err = run(f"tests.test_files:{what}", "--layer", layer, "--image-size", 8, "--kind", kind, "--out", tmp_path / "to")
     assert status == 2 and len(err.splitlines()) == 2 and err.startswith("Error: ") and said in err
     assert "Traceback" not in out + err and left_in(tmp_path) == []
 
 
-def test_a_student_that_is_the_base_is_refused(run: Any, folder: Path, tmp_path: Path) -> None:
+def test_a_student_that_is_the_base_is_refused(run: Run, folder: Path, tmp_path: Path) -> None:
     same = f"{folder / 'models.toml'}:base"
     status, _, err = run("--explainer", "--student", same, "--base", same, "--layer", "layer2")
     assert status == 2 and len(err.splitlines()) == 2 and "the same weights" in err and left_in(tmp_path) == []
@@ -219,7 +201,7 @@ def test_a_student_that_is_the_base_is_refused(run: Any, folder: Path, tmp_path:
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.ENOSPC, errno.EROFS])
 def test_a_folder_that_takes_no_file_is_a_mistake_with_a_mend(
-    run: Any, folder: Path, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+    run: Run, folder: Path, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: object) -> None:
         raise OSError(code, os.strerror(code))

@@ -29,6 +29,7 @@ from kdx.export.parity import Difference, ParityReport
 from kdx.models import weights_hash
 from kdx.networks import resnet
 from kdx.runtime import OrtRunner
+from tests.commands import left_in
 
 TOLERANCE = 1e-5
 """Of an output's largest value: float32 sums in another order, through at most seven convolutions."""
@@ -124,10 +125,6 @@ def assert_agrees(exported: Exported, images: Tensor) -> None:
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.shape == tuple(theirs.shape)
         assert np.abs(ours - theirs.numpy()).max() <= TOLERANCE * float(theirs.abs().max())
-
-
-def left_in(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 # ---- a file is its network ----

@@ -1,0 +1,45 @@
+"""The command line within this process, and what it leaves on disk."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from kdx import cli
+
+Run = Callable[..., tuple[int, str, str]]
+"""``run(*arguments) -> (status, stdout, stderr)``."""
+
+
+def status_of(*arguments: object) -> int:
+    """The exit status of ``kdx`` with these arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["kdx", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            assert stop.code is None or isinstance(stop.code, int)
+            return stop.code or 0
+    return 0
+
+
+def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """``kdx`` with ``folder`` as the current one; no line of an error or a help page is broken."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "console", Console(highlight=False))
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = status_of(*arguments)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def left_in(folder: Path) -> list[str]:
+    """Every file below ``folder``, by its path from there."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
