@@ -7,6 +7,8 @@ The definition is `reference.imputed`; the equations are solved in `multigrid.py
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor
 
@@ -67,14 +69,26 @@ def impute(
     n, c, h, w = images.shape
     result = torch.empty_like(images)
     drawn = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)) if noise else None
-    step = max(1, _VALUES // (c * h * w))
-    for start in range(0, n, step):
+    threads = min(n, torch.get_num_threads()) if images.device.type == "cpu" and launcher is None else 1
+    step = max(1, min(-(-n // threads), _VALUES // (threads * c * h * w)))
+
+    def solve(start: int) -> None:
         part = slice(start, start + step)
         wide = images[part].to(torch.promote_types(images.dtype, torch.float32))
         imputed = _solved(wide, kept[part], tolerance, launcher, start)
         if drawn is not None:
             imputed += noise * drawn[part].to(imputed)
         torch.where(kept[part, None], images[part], imputed.to(images.dtype), out=result[part])
+
+    starts = range(0, n, step)
+    if threads == 1:
+        for start in starts:
+            solve(start)
+        return result
+    # A solution is thousands of short passes. Threads with images of their own do not wait for one another after each of them.
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for _ in pool.map(solve, starts):
+            pass  # which raises what a thread raised
     return result
 
 

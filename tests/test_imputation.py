@@ -162,7 +162,7 @@ def test_mistakes() -> None:
         ((x, kept), {"noise": -1.0}, "negative"),
         ((x, kept), {"noise": float("nan")}, "negative"),
         ((x, kept), {"tolerance": 0.0}, "not positive"),
-        ((x, kept), {"tolerance": 1e-12}, "images 0, 1, 2 does not come within 1e-12"),
+        ((x, kept), {"tolerance": 1e-12}, "images? 0.*come within 1e-12"),
     ):
         with pytest.raises(KdxError, match=f"(?s){words}"):
             impute(*arguments, **options)  # type: ignore[arg-type]
