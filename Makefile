@@ -13,7 +13,7 @@ demo: $(VENV)/.installed-cpu ## Handwritten digits: distil, export, explain, rep
 	$(BIN)/kdx demo --out demo
 
 test: $(VENV)/.installed-dev ## The test suite (long tests: make test ARGS='-m slow')
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style and formatting
 	$(BIN)/ruff check .
@@ -26,8 +26,9 @@ format: $(VENV)/.installed-dev ## Format the code
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-dev ## Time an explained batch of ResNet-50 against two bare forward passes
-	$(BIN)/python -m benchmarks.batch
+bench: $(VENV)/.installed-dev ## Time everything against what bounds it, and fill in the README's tables
+	for name in batch scores imputation; do $(BIN)/python -m benchmarks.$$name || exit; done
+	$(BIN)/python -m benchmarks.readme
 
 clean: ## Delete the virtual environment and what the tools left
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

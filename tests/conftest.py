@@ -1,8 +1,12 @@
-"""What every test shares: torchvision on PyTorch builds that lack its operators, and one tolerance table."""
+"""What every test shares: torchvision on PyTorch builds that lack its operators, and one thread for each of several workers."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch looks; workers that share the cores wait for one another's threads otherwise
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
