@@ -21,7 +21,7 @@ import torch
 
 from kdx.errors import KdxError, first_line
 from kdx.export import onnx_file
-from kdx.export.onnx_file import Description, Shape, tuples
+from kdx.export.onnx_file import Description, Shape, tuples, unwritable, write_through
 
 log = logging.getLogger("kdx")
 
@@ -199,14 +199,12 @@ def build(
         partial.touch()  # so that a folder that cannot be written is known before the minutes that a build may take
         engine = _built(onnx_path, wanted, package, timing_cache or _timing_cache(wanted))
         described = replace(wanted, sha256=hashlib.sha256(engine).hexdigest())
-        _write(partial, engine)
-        _write(partial_beside, (json.dumps(asdict(described), indent=2) + "\n").encode())
+        write_through(partial, engine)
+        write_through(partial_beside, (json.dumps(asdict(described), indent=2) + "\n").encode())
         partial.replace(engine_path)
         partial_beside.replace(beside)
     except OSError as error:
-        raise KdxError(
-            f"{engine_path} cannot be written: {error.strerror or error}.", "Choose a folder that you may write to, on a disk with room."
-        ) from error
+        raise unwritable(engine_path, error) from error
     finally:
         for leftover in (partial, partial_beside):
             with suppress(OSError):
@@ -312,7 +310,7 @@ def _keep_timings(config: Any, path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write(partial, bytes(config.get_timing_cache().serialize()))
+        write_through(partial, bytes(config.get_timing_cache().serialize()))
         partial.replace(path)
     except OSError as error:  # the engine is built; only the next build is slower
         log.info("the timings of this build were not kept in %s: %s", path, error.strerror or error)
@@ -390,10 +388,3 @@ def _held(path: Path, wanted: EngineDescription) -> EngineDescription | None:
     except (KdxError, OSError):  # damaged, or another version's: to be built again
         return None
     return found if replace(found, sha256="") == wanted else None
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -184,9 +184,7 @@ def write(
         if stale:  # the file that was here may have been a larger one
             (path.parent / outside).unlink(missing_ok=True)
     except OSError as error:
-        raise KdxError(
-            f"{path} cannot be written: {error.strerror or error}.", "Choose a folder that you may write to, on a disk with room."
-        ) from error
+        raise unwritable(path, error) from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -357,10 +355,20 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
         onnx.external_data_helper.convert_model_to_external_data(outside, location=held.name, size_threshold=1024)
         onnx.external_data_helper.write_external_data_tensors(outside, str(path.parent))
         data = outside.SerializeToString(deterministic=True)
+    write_through(path, data)
+
+
+def write_through(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk, so that what is then renamed into place is whole."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def unwritable(path: Path, error: OSError) -> KdxError:
+    """The error of an export that its folder does not take."""
+    return KdxError(f"{path} cannot be written: {error.strerror or error}.", "Choose a folder that you may write to, on a disk with room.")
 
 
 def _check(path: Path, reference: str) -> None:
