@@ -22,7 +22,7 @@ from kdx.salient import Salience
 from kdx.scores import Score, permutation_table
 from kdx.sources import ExplainerFile, NetworkLike, Runners, without_gradients
 from kdx.transfer import Measured, roles_among
-from kdx.unicam import Maps, ObjectiveName, Weighting
+from kdx.unicam import Maps, ObjectiveName, Weighting, check_weighting
 
 Features = Literal["raw", "salient"]
 """What scores are measured on: networks' features of the images, or of each network's salient images."""
@@ -132,8 +132,9 @@ class Explainer:
             self._source = ExplainerFile(Path(file), self.layers, runtime, device, folder)
             self.layers, self.roles = self._source.layers, self._source.roles
             return
-        if objective not in geometry.OBJECTIVES or weighting not in get_args(Weighting):
-            raise ValueError(f"no objective {objective!r}" if objective not in geometry.OBJECTIVES else f"no weighting {weighting!r}")
+        if objective not in geometry.OBJECTIVES:
+            raise ValueError(f"no objective {objective!r}")
+        check_weighting(weighting)
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be 1 or more, not {chunk}")
         paired = [f"{layer}={other}" for layer, other in self.layers.items() if layer != other]

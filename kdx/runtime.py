@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from kdx.export.graphs import Graph
 from kdx.export.onnx_file import Description, Shape
 
 RuntimeName = Literal["auto", "eager", "onnx", "tensorrt"]
-RUNTIMES = ("auto", "eager", "onnx", "tensorrt")
+RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 Provider = Literal["cpu", "cuda", "tensorrt"]
 
 _CPU = torch.device("cpu")
