@@ -102,8 +102,8 @@ class Target:
     def of(cls, labels: Tensor) -> Target:
         arrays.check_images(len(labels))
         rows = arrays.target_embedding(labels, len(labels))
-        d = arrays.measured(geometry.distances(rows), rows, "target")
-        return cls(rows, d, geometry.u_centered(d))
+        d = geometry.distances(rows)
+        return cls(rows, d, _centred(d[None], {"target": rows})[0])
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ class References:
 
     @classmethod
     def of(cls, features: Mapping[str, Tensor], labels: Tensor) -> References:
-        return cls(features, _distances(features, _chosen(features)), labels, Target.of(labels))
+        distances, _ = _distances(features, _chosen(features))
+        return cls(features, distances, labels, Target.of(labels))
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,10 @@ def measure(
     each role's [n, n] of other features of these images, which the inner products are then of. backend: as in `kdx.unicam`.
     """
     roles, ops = roles_among(features), _chosen(features, backend)
-    d = _distances(features, ops)
+    d, centred = _distances(features, ops)
     maps = _maps(features, d, target, objective, weighting, references, labels, ops)
     if distances is None:
-        return Measured(maps, *_products(roles, d, geometry.u_centered(d), target, permutations))
+        return Measured(maps, *_products(roles, d, centred, target, permutations))
     return Measured(maps, *measure_distances(distances, target, permutations))
 
 
@@ -223,8 +224,8 @@ def measure_distances(
     roles = roles_among(distances)
     for role in roles:
         arrays.check_same(len(distances[role]), len(target.rows), f"the {role}'s distances", "the target")
-    d = torch.stack([arrays.measured(distances[role].to(target.distances), distances[role], f"{role}'s features") for role in roles])
-    centred = geometry.u_centered(d)
+    d = torch.stack([distances[role].to(target.distances) for role in roles])
+    centred = _centred(d, {f"{role}'s features": distances[role] for role in roles})
     explained, given = ([roles.index(role) for role in side] for side in zip(*maps_among(roles).values(), strict=True))
     left = geometry.laplacian(d[explained], centred[explained], centred[given], target.centred).left
     check_left(left, *distances.values())
@@ -250,10 +251,22 @@ def _chosen(features: Mapping[str, Tensor], backend: Backend = "auto") -> dispat
     return dispatch.chosen(features["student"], backend)
 
 
-def _distances(features: Mapping[str, Tensor], ops: dispatch.Torch) -> Tensor:
-    """[r, n, n] in the order of ROLES."""
-    rows = {role: features[role].flatten(1) for role in roles_among(features)}
-    return torch.stack([arrays.measured(ops.distances(x), x, f"{role}'s features") for role, x in rows.items()])
+def _distances(features: Mapping[str, Tensor], ops: dispatch.Torch) -> tuple[Tensor, Tensor]:
+    """Distances and U-centred distances, both [r, n, n] in the order of ROLES, checked."""
+    rows = {f"{role}'s features": features[role].flatten(1) for role in roles_among(features)}
+    d = torch.stack([ops.distances(x) for x in rows.values()])
+    return d, _centred(d, rows)
+
+
+def _centred(d: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+    """U-centred distances d [k, n, n] between the rows [n, ...] of each name, after the checks of `arrays.measured`."""
+    for each, (name, x) in zip(d, rows.items(), strict=True):
+        arrays.check_distances(each, x, name)
+    centred = geometry.u_centered(d)
+    sizes = zip(geometry.dot(centred, centred).tolist(), geometry.dot(d, d).tolist(), strict=True)
+    for (left, whole), (name, x) in zip(sizes, rows.items(), strict=True):
+        arrays.check_varied(left, whole, arrays.rounding(x), name)
+    return centred
 
 
 @dataclass(frozen=True)
