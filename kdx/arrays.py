@@ -15,6 +15,8 @@ from kdx.kernels import geometry
 
 Array = NDArray[Any] | Tensor
 
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 MIN_IMAGES = 4
 """The unbiased inner product divides by n(n - 3)."""
 
@@ -44,7 +46,7 @@ def like(result: Tensor, kind: Array) -> Any:
 def feature_map(array: Array, name: str) -> Tensor:
     """Features as [n, C, H, W]: [n, d] becomes [n, d, 1, 1]."""
     features = tensor(array, name)
-    check_features(tuple(features.shape), str(features.dtype), features.is_floating_point(), name)
+    check_features(tuple(features.shape), str(features.dtype), features.dtype in _FLOATING, name)
     return features[:, :, None, None] if features.ndim == 2 else features
 
 
@@ -53,7 +55,9 @@ def check_features(shape: Sequence[int], dtype: str, floating: bool, name: str) 
     if len(shape) not in (2, 4) or 0 in shape[1:]:
         raise KdxError(f"The {name} have shape {list(shape)}.", "Give feature maps [n, C, H, W] or vectors [n, d], with no size of zero.")
     if not floating:
-        raise KdxError(f"The {name} are {dtype}, not floating-point.", "Give them as float16, bfloat16, float32 or float64.")
+        raise KdxError(
+            f"The {name} are {dtype}, not floating-point numbers that kdx knows.", "Give them as float16, bfloat16, float32 or float64."
+        )
 
 
 def check_images(n: int) -> None:
@@ -74,7 +78,7 @@ def target_embedding(array: Array, n: int) -> Tensor:
     """Integer labels [n] or an embedding [n, e] as an embedding, labels as one-hot rows."""
     target = tensor(array, "target")
     check_same(target.shape[0] if target.ndim else 0, n, "the target", "features")
-    if target.ndim == 2:
+    if target.ndim == 2 and target.shape[1]:
         return target if target.is_floating_point() else target.double()
     if target.ndim != 1 or target.is_floating_point():
         raise KdxError(
@@ -115,8 +119,9 @@ def check_finite(x: Tensor, name: str) -> None:
 def refuse_rows(rows: Tensor, name: str) -> None:
     """KdxError where there are ``rows`` [k] that are not finite."""
     if len(rows):
+        named = f"{', '.join(map(str, rows[:5].tolist()))}{' ...' if len(rows) > 5 else ''}"
         raise KdxError(
-            f"The {name} are not finite in rows {', '.join(map(str, rows[:5].tolist()))}{' ...' if len(rows) > 5 else ''}.",
+            f"The {name} {'is' if name == 'target' else 'are'} not finite in rows {named}.",
             "Remove or repair those rows: NaN and infinity have no distances.",
         )
 

@@ -240,7 +240,7 @@ def random_batches(labels: NDArray[np.integer], size: int, seed: int) -> list[In
     """Every position of ``labels`` [N] in exactly one batch, at random, so that scores pooled over batches estimate the whole set's.
 
     Batches with even classes would not: they hold fewer pairs of one class than the set, and scores with the target come out low.
-    Only a batch without two classes, or without two images of one, which has no target geometry, is mended by swapping an image.
+    Only a batch without two images of one class beside two of others, which has no target geometry, is mended by swapping an image.
     ceil(N / size) batches, fewer where they would hold under four images; their sizes differ by one at most. No batch holds
     more than max(size, 7). KdxError for fewer than four images, for one class, for a size under four, and where no swap helps.
     """
@@ -257,15 +257,16 @@ def random_batches(labels: NDArray[np.integer], size: int, seed: int) -> list[In
     for batch in batches:
         if not _has_geometry(labels[batch]) and not _mend(batch, batches, labels):
             raise KdxError(
-                f"Batches of {len(batch)} of these {len(labels)} images do not all hold two classes and two images of one.",
+                f"Batches of {len(batch)} of these {len(labels)} images do not all hold two images of one class and two of others.",
                 "Give a larger --batch, or more images a class.",
             )
     return [np.sort(batch) for batch in batches]
 
 
 def _has_geometry(labels: NDArray[np.integer]) -> bool:
-    """Whether labels set some images apart and others not."""
-    return 1 < len(np.unique(labels)) < len(labels)
+    """Whether labels say more of pairs than of images: one image apart from all others, or all from all, centring takes for nothing."""
+    counts = np.unique(labels, return_counts=True)[1]
+    return len(counts) > 1 and counts.max() > 1 and not (len(counts) == 2 and counts.min() == 1)
 
 
 def _mend(batch: Indices, batches: Sequence[Indices], labels: NDArray[np.integer]) -> bool:

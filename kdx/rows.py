@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -39,8 +39,9 @@ def rows_of(source: Source, name: str) -> Rows:
         arrays.check_features(source.shape, str(dtype), dtype.kind == "f" and dtype.itemsize <= 8, name)
         return _OnDisk(source)
     if isinstance(source, Iterable) and not isinstance(source, str | bytes):
+        once = ", which can be read only once" if isinstance(source, Iterator) else ""
         raise KdxError(
-            f"The {name} are a {type(source).__name__}, and distances read them more than once.",
+            f"The {name} are a {type(source).__name__}, not an array{once}.",
             "Give an array, or for more than fits in memory a file: numpy.memmap or a Zarr array.",
         )
     raise TypeError(f"{name} must be a NumPy or Zarr array or a PyTorch tensor, not {type(source).__name__}")
@@ -82,7 +83,7 @@ class _OnDisk:
 
     @property
     def run(self) -> int:
-        """A chunk of a Zarr array is unpacked whole; of a memory-mapped file any row is as near."""
+        """A chunk of a Zarr array is unpacked whole; in a memory-mapped file any row is as near."""
         return 1 if isinstance(self.source, np.memmap) else int((self.source.shards or self.source.chunks)[0])
 
     def read(self, index: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from operator import index
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -195,8 +196,8 @@ def _score(
     moved = list(named)[1]
     found = inner_products(named, [moved], estimator=estimator, batch=batch, permutations=permutations, seed=seed, backend=backend)
     if len(named) == 3:
-        for index in (0, 1):
-            check_residual(found, index, 2)
+        for explained in (0, 1):
+            check_residual(found, explained, 2)
     products = found.products, found.left_out, permuted(found.products, 1, found.moved[moved])
     values = (statistic(each).numpy(force=True) for each in products)
     return summary(*values, n=found.n, batches=found.batches, estimator=estimator, confidence=confidence)
@@ -234,8 +235,12 @@ def inner_products(
     """Inner products of features by name and, under TARGET, labels or an embedding; arguments and errors are those of `fss` and `rs`."""
     if estimator not in ("unbiased", "biased"):
         raise ValueError(f"estimator must be 'unbiased' or 'biased', not {estimator!r}")
+    permutations, seed, batch = index(permutations), index(seed), None if batch is None else index(batch)
     if permutations < 0:
         raise ValueError(f"permutations must be 0 or more, not {permutations}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"the seed must lie between 0 and 2^63, not {seed}")
+    named = {name: _target(each) if name == TARGET else each for name, each in named.items()}
     features = {name: rows for name, rows in named.items() if not isinstance(rows, Tensor | np.ndarray)}
     first, *others = features
     n, device, dtype = features[first].shape[0], torch.device(features[first].device), features[first].dtype
@@ -298,22 +303,28 @@ def _swept(named: Mapping[str, Rows | Array], asked: _Asked) -> InnerProducts:
         matrices, moved=[*moved.values()], permutations=asked.permutations, biased=asked.biased, seed=asked.seed, ops=asked.ops
     )
     raw = torch.stack([each.scale for each in matrices]) * asked.n / (asked.n - 3)
-    for name, own, whole, share in zip(names, found.products.diagonal().tolist(), raw.tolist(), rounding.tolist(), strict=True):
-        arrays.check_varied(own, whole, share, name)
+    _check_varied(names, found.products, raw, rounding)
     moved_products = {name: found.moved[place] for name, place in moved.items()}
     return InnerProducts(names, asked.n, 1, found.products, found.left_out, moved_products, raw, rounding)
 
 
 def _batched(named: Mapping[str, Rows | Array], asked: _Asked, size: int) -> InnerProducts:
-    """Summed over random batches, as many at once as memory allows; the jackknife leaves out a batch."""
-    from kdx.data import random_batches  # which reads images, and brings Pillow
+    """Summed over random batches, as many at once as memory allows; the jackknife leaves out a batch.
 
+    Images are dealt blindly. A batch of one class has no geometry to add, and adds none: mending it would bias the sum.
+    """
+    if size < arrays.MIN_IMAGES:
+        raise KdxError(f"A batch of {size} is too small for pairwise geometry.", "Give 4 or more; scores are steady from 32 up.")
+    if size > sweep.TILE:
+        raise KdxError(
+            f"A batch of {size} images would hold matrices of {size} x {size}.",
+            f"Give {sweep.TILE} at most, or no batch: all images together are then taken in tiles.",
+        )
     names, matrices, rounding = _matrices(named, asked)
-    targets = [each for each in matrices if isinstance(each, sweep.Classes)]
-    # Where images have no classes, any dealing gives every batch a geometry.
-    classes = targets[0].codes.numpy(force=True) if targets else np.arange(asked.n) % 2
     generator = np.random.default_rng(asked.seed)
-    batches = [torch.from_numpy(generator.permutation(batch)).to(asked.device) for batch in random_batches(classes, size, asked.seed)]
+    count = max(1, min(-(-asked.n // size), asked.n // arrays.MIN_IMAGES))
+    shuffled = torch.from_numpy(generator.permutation(asked.n)).to(asked.device)
+    batches = [shuffled[start::count] for start in range(count)]
     widths = [each.rows.shape[1] * 4 if isinstance(each, sweep.Measured) else 0 for each in matrices]
     products, raw = [], []
     moved = {name: torch.zeros(asked.permutations, len(names), dtype=torch.float64, device=asked.device) for name in asked.moved}
@@ -323,15 +334,13 @@ def _batched(named: Mapping[str, Rows | Array], asked: _Asked, size: int) -> Inn
         centred = geometry.double_centered(d) if asked.biased else geometry.u_centered(d)
         products.append(geometry.products(centred) if asked.biased else asked.ops.products(d))
         raw.append(geometry.products(d).diagonal(dim1=1, dim2=2))
-        for i, name in enumerate(names):
-            share = products[-1][:, i, i] / raw[-1][:, i]
-            arrays.check_varied(float(share.min()), 1, float(rounding[i]), name)
         turns = torch.from_numpy(generator.integers(n, size=(asked.permutations, len(some)))).to(asked.device)
         for name, total in moved.items():
             total += sweep.turned_products(centred, names.index(name), turns)
-    each = torch.cat(products)
+    each, whole = torch.cat(products), torch.cat(raw).sum(0)
     total = each.sum(0)
-    return InnerProducts(names, asked.n, len(each), total, total - each, moved, torch.cat(raw).sum(0), rounding)
+    _check_varied(names, total, whole, rounding)
+    return InnerProducts(names, asked.n, len(each), total, total - each, moved, whole, rounding)
 
 
 def _alike(batches: Sequence[Tensor], width: int, matrices: int) -> Iterator[Tensor]:
@@ -352,6 +361,16 @@ def _matrices(named: Mapping[str, Rows | Array], asked: _Asked) -> tuple[tuple[s
     return tuple(named), matrices, rounding
 
 
+def _target(target: Any) -> Array:
+    """A target in memory; one in a Zarr array is small enough to read."""
+    return arrays.tensor(np.asarray(target[...]) if hasattr(target, "oindex") else target, TARGET)
+
+
+def _check_varied(names: Sequence[str], products: Tensor, raw: Tensor, rounding: Tensor) -> None:
+    for name, own, whole, share in zip(names, products.diagonal().tolist(), raw.tolist(), rounding.tolist(), strict=True):
+        arrays.check_varied(own, whole, share, name)
+
+
 def _measured(rows: Rows, name: str) -> sweep.Measured:
     found = sweep.Measured.of(rows)
     suspect = torch.nonzero(~found.norms.isfinite()).flatten()
@@ -369,10 +388,10 @@ def _target_matrix(target: Array, n: int, device: torch.device) -> sweep.Matrix:
         _, codes = known.unique(return_inverse=True)
         return sweep.Classes(codes)
     rows = arrays.target_embedding(known, n)
+    arrays.check_finite(rows, TARGET)
     if len(rows[:_LOOKED_AT].unique(dim=0)) <= _CLASSES:
         distinct, codes = rows.unique(dim=0, return_inverse=True)
         if len(distinct) <= _CLASSES:
-            arrays.check_finite(distinct, TARGET)
             return sweep.Classes(codes, geometry.distances(distinct))
     return _measured(rows_of(rows, TARGET), TARGET)
 

@@ -48,9 +48,9 @@ class Torch:
         """`geometry.distances`, in float64."""
         return geometry.distances(x)
 
-    def centred_distances(self, x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor, dtype: torch.dtype) -> Tensor:
-        """`geometry.centred_distances`."""
-        return geometry.centred_distances(x, y, x_norms, y_norms, dtype)
+    def centred_distances(self, x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor) -> Tensor:
+        """`geometry.centred_distances`, in float64."""
+        return geometry.centred_distances(x, y, x_norms, y_norms)
 
     def products(self, d: Tensor) -> Tensor:
         """Inner products [b, k, k] of the U-centred matrices of raw distances [b, k, n, n]."""
@@ -94,10 +94,10 @@ class Kernels(Torch):
         x = geometry.wide(x)
         return fused.distances(x - x.mean(-2, keepdim=True)).matrix.double()
 
-    def centred_distances(self, x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor, dtype: torch.dtype) -> Tensor:
+    def centred_distances(self, x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor) -> Tensor:
         if x.dtype == torch.float64:
-            return super().centred_distances(x, y, x_norms, y_norms, dtype)
-        return fused.tile(x, y, x_norms, y_norms, x is y).matrix.to(dtype)
+            return super().centred_distances(x, y, x_norms, y_norms)
+        return fused.tile(x, y, x_norms, y_norms, x is y).matrix.double()
 
     def products(self, d: Tensor) -> Tensor:
         return fused.products(d).inner

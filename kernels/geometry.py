@@ -26,6 +26,12 @@ Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 REPAIR_BELOW = {torch.float32: 1e-3, torch.float64: 1e-9}
 """D^2/(|x_i|^2 + |x_j|^2) under which a Gram product has lost too many digits; its rounding is about 1e-7 and 1e-16."""
 
+_MANY = 0.01
+"""Of all pairs. Past this share a Gram product in float64 is quicker than one difference after the other."""
+
+_EQUAL = 1e-14
+"""D^2/(|x_i|^2 + |x_j|^2) under which rows of float32 count as equal after a Gram product in float64."""
+
 _TRACED_ZERO = 4e-6
 """The same under which a traced graph, which repairs no pair, takes two rows as equal. The square root of mere rounding, left in
 place of zero, would be a thousandth of the norms, and a gradient divides by it."""
@@ -105,8 +111,30 @@ def cross_distances(x: Tensor, y: Tensor, dtype: torch.dtype = torch.float64) ->
 def centred_distances(x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """||x_i - y_j|| [..., q, m] of float32 or float64 rows x [..., q, d] and y [..., m, d], less one centre, and their squared norms.
 
-    Where x is y, an image is at distance zero from itself.
+    Where x is y, an image is at distance zero from itself. Pairs closer than rounding are taken by direct difference; where many
+    are, by a Gram product in float64.
     """
+    squared = _squared(x, y, x_norms, y_norms)
+    near = _near(squared, x_norms, y_norms)
+    if x.dtype == torch.float32 and len(near[0]) > _MANY * squared.numel():
+        x, y = (x.double(),) * 2 if x is y else (x.double(), y.double())
+        x_norms, y_norms = x.square().sum(-1), y.square().sum(-1)
+        squared = _squared(x, y, x_norms, y_norms)
+        # What is closer than this is not told from equal by rows of float32.
+        squared[squared < _EQUAL * (x_norms[..., :, None] + y_norms[..., None, :])] = 0
+    else:
+        *stack, row, column = near
+        step = max(1, _ELEMENTS // max(1, x.shape[-1]))
+        for start in range(0, len(row), step):
+            *at, i, j = (index[start : start + step] for index in (*stack, row, column))
+            squared[(*at, i, j)] = (x[(*at, i)] - y[(*at, j)]).square().sum(-1)
+    if x is y:
+        squared.diagonal(dim1=-2, dim2=-1).zero_()
+    return squared.clamp_min_(0).to(dtype).sqrt_()
+
+
+def _squared(x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor) -> Tensor:
+    """|x_i|^2 + |y_j|^2 - 2 x_i y_j [..., q, m], infinite where an image meets itself."""
     squared = x_norms[..., :, None] + y_norms[..., None, :]
     rows = blocks(x)
     columns = rows if x is y else blocks(y)
@@ -114,26 +142,16 @@ def centred_distances(x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor, dt
         squared.sub_(rows.select(-3, block) @ columns.select(-3, block).mT, alpha=2)
     if x is y:
         squared.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
-    _repair(squared, x, y, x_norms, y_norms)
-    if x is y:
-        squared.diagonal(dim1=-2, dim2=-1).zero_()
-    return squared.clamp_min_(0).to(dtype).sqrt_()
+    return squared
 
 
-def _repair(squared: Tensor, x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor) -> None:
-    """Squared distances of pairs closer than rounding, by direct difference."""
+def _near(squared: Tensor, x_norms: Tensor, y_norms: Tensor) -> tuple[Tensor, ...]:
+    """The indices of pairs whose squared distance [..., q, m] is mostly rounding."""
     share = REPAIR_BELOW[squared.dtype]
     suspect = torch.nonzero(squared.amin(-1) < share * (x_norms + y_norms.amax(-1, keepdim=True)), as_tuple=True)
-    if len(suspect[0]) == 0:
-        return
     *stack, row = suspect
-    near = squared[suspect] < share * (x_norms[suspect][:, None] + y_norms[tuple(stack)])
-    which, column = torch.nonzero(near, as_tuple=True)
-    step = max(1, _ELEMENTS // max(1, x.shape[-1]))
-    for start in range(0, len(which), step):
-        some, j = which[start : start + step], column[start : start + step]
-        at = tuple(index[some] for index in stack)
-        squared[(*at, row[some], j)] = (x[(*at, row[some])] - y[(*at, j)]).square().sum(-1)
+    found, column = torch.nonzero(squared[suspect] < share * (x_norms[suspect][:, None] + y_norms[tuple(stack)]), as_tuple=True)
+    return (*(index[found] for index in stack), row[found], column)
 
 
 # Centred matrices and their products

@@ -13,8 +13,9 @@ For images i, j in tiles I, J, each matrix's distances D_ij are made once, and e
   three transforms of a tile, however many permutations.
 
 Centring sends every matrix u_i + u_j (i != j) to zero. Such a part, near to the rows' means, is taken from each tile first, so that
-what is added up is small and nothing cancels at the end. Randomisation by a subgroup: Hemerik and Goeman, "Exact testing with
-random permutations", TEST 27 (2018).
+what is added up is small and nothing cancels at the end. Sums are float64, whatever the rows are: permutations that give the very
+same geometry must tie, and an image far from all others, of whose distances centring leaves little, must not drown theirs.
+Randomisation by a subgroup: Hemerik and Goeman, "Exact testing with random permutations", TEST 27 (2018).
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ TILE = 1024
 
 UNITS = 32
 """Parts that the jackknife leaves out in turn."""
+
+_RUNS = 16
+"""Runs of neighbouring rows in a tile, at least, where rows are best read in runs."""
 
 _BYTES = 1 << 28
 """Memory that the rows of a tile may take, over all matrices."""
@@ -71,9 +75,12 @@ class Measured:
     def of(cls, rows: Rows) -> Measured:
         n, d = rows.shape
         step = max(1, min(TILE, _BYTES // (8 * d)))
-        parts = [torch.arange(start, min(start + step, n), device=rows.device) for start in range(0, n, step)]
-        some = geometry.wide(rows.read(parts[0]))
-        centre = some[some.isfinite().all(1)].mean(0)
+        some = geometry.wide(rows.read(torch.arange(min(step, n), device=rows.device) * n // min(step, n)))
+        some = some[some.isfinite().all(1)]
+        # Among the images, and not between them and a few that are far from all others.
+        apart = torch.linalg.vector_norm(some - some.mean(0), dim=1)
+        centre = some[apart <= apart.nanmedian()].mean(0)
+        parts = (torch.arange(start, min(start + step, n), device=rows.device) for start in range(0, n, step))
         norms = [torch.linalg.vector_norm(geometry.wide(rows.read(part)) - centre, dim=1) for part in parts]
         return cls(rows, centre, torch.cat(norms).double().square())
 
@@ -99,27 +106,27 @@ class Classes:
     codes: Tensor
     distances: Tensor | None = None
 
-    def tile(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-        """Distances [..., l, r] of the images ``left`` [..., l] from ``right`` [..., r]."""
+    def tile(self, left: Tensor, right: Tensor) -> Tensor:
+        """Distances [..., l, r], in float64, of the images ``left`` [..., l] from ``right`` [..., r]."""
         rows, columns = self.codes[left][..., :, None], self.codes[right][..., None, :]
         if self.distances is None:
-            return (rows != columns).to(dtype).mul_(2**0.5)
-        return self.distances.to(dtype)[rows, columns]
+            return (rows != columns).double().mul_(2**0.5)
+        return self.distances[rows, columns]
 
     def batches(self, index: Tensor, ops: Torch) -> Tensor:
         """Distances [b, n, n] of images index [b, n] within each batch, in float64."""
-        return self.tile(index, index, torch.float64)
+        return self.tile(index, index)
 
     @property
     def scale(self) -> Tensor:
         """The mean squared distance []."""
         shares = self._shares()
-        return 2 * (1 - shares.square().sum()) if self.distances is None else shares @ self.distances.double().square() @ shares
+        return 2 * (1 - shares.square().sum()) if self.distances is None else shares @ self.distances.square() @ shares
 
     def means(self) -> Tensor:
         """Each row's mean distance from the others [n]."""
         shares = self._shares()
-        each = 2**0.5 * (1 - shares) if self.distances is None else self.distances.double() @ shares
+        each = 2**0.5 * (1 - shares) if self.distances is None else self.distances @ shares
         return each[self.codes]
 
     def _shares(self) -> Tensor:
@@ -166,13 +173,11 @@ def sweep(
     device = next((m.norms.device for m in measured), torch.device("cpu"))
     side = tile or _side(n, [m.rows for m in measured])
     generator = torch.Generator().manual_seed(seed)
-    order = _shuffled(n, max((m.rows.run for m in measured), default=1), generator).to(device)
-    tiles = order.split(side)
+    tiles = [part.to(device) for part in _dealt(n, side, max((m.rows.run for m in measured), default=1), generator)]
     turns = [torch.randint(len(part), (permutations,), generator=generator).to(device) for part in tiles]
-    wide = biased or any(m.rows.dtype == torch.float64 for m in measured)
-    sums = _Sums(tiles, len(matrices), moved, turns, units, torch.float64 if wide else torch.float32)
+    sums = _Sums(tiles, len(matrices), moved, turns, units)
     offsets = [torch.zeros_like(m.means()) if biased else m.means() - m.means().mean() / 2 for m in matrices]
-    drawn = [_Drawn(m, offset, sums.dtype, ops) for m, offset in zip(matrices, offsets, strict=True)]
+    drawn = [_Drawn(m, offset, ops) for m, offset in zip(matrices, offsets, strict=True)]
     total = len(tiles) * (len(tiles) + 1) // 2
     for done, (a, b) in enumerate(_pairs(len(tiles)), 1):
         sums.add(a, b, torch.stack([each.tile(tiles[a], tiles[b]) for each in drawn]))
@@ -203,11 +208,13 @@ def _side(n: int, rows: Sequence[Rows]) -> int:
     return side
 
 
-def _shuffled(n: int, run: int, generator: torch.Generator) -> Tensor:
-    """The images [n] in random order, ``run`` neighbours staying together."""
+def _dealt(n: int, side: int, run: int, generator: torch.Generator) -> list[Tensor]:
+    """The images [n] in random order, in tiles. ``run`` neighbours come into one tile, as long as that makes sixteen runs a tile:
+    images that are stored together may be alike, and turning a tile of one class would permute nothing."""
+    run = max(1, min(run, side // _RUNS))
     runs = torch.randperm(-(-n // run), generator=generator)
     order = (runs[:, None] * run + torch.arange(run)).flatten()
-    return order[order < n]
+    return [part[torch.randperm(len(part), generator=generator)] for part in order[order < n].split(side)]
 
 
 def _pairs(tiles: int) -> Iterator[tuple[int, int]]:
@@ -217,17 +224,16 @@ def _pairs(tiles: int) -> Iterator[tuple[int, int]]:
 class _Drawn:
     """A matrix as tiles: distances less each row's and column's offset, zero where an image meets itself."""
 
-    def __init__(self, matrix: Matrix, offsets: Tensor, dtype: torch.dtype, ops: Torch) -> None:
+    def __init__(self, matrix: Matrix, offsets: Tensor, ops: Torch) -> None:
         self._matrix = matrix
         self._ops = ops
-        self._offsets = offsets.to(dtype)
-        self._dtype = dtype
+        self._offsets = offsets
         self._held: tuple[Tensor, Tensor] | None = None
 
     def tile(self, left: Tensor, right: Tensor) -> Tensor:
         """[l, r] of the images ``left`` [l] and ``right`` [r]: the same images, or none in both."""
         matrix = self._matrix
-        d = matrix.tile(left, right, self._dtype) if isinstance(matrix, Classes) else self._measured(matrix, left, right)
+        d = matrix.tile(left, right) if isinstance(matrix, Classes) else self._measured(matrix, left, right)
         d.sub_(self._offsets[left][:, None]).sub_(self._offsets[right])
         return d.fill_diagonal_(0) if left is right else d
 
@@ -236,7 +242,7 @@ class _Drawn:
             self._held = left, self._rows(matrix, left)
         rows = self._held[1]
         columns = rows if left is right else self._rows(matrix, right)
-        return self._ops.centred_distances(rows, columns, matrix.norms[left].to(rows), matrix.norms[right].to(rows), self._dtype)
+        return self._ops.centred_distances(rows, columns, matrix.norms[left].to(rows), matrix.norms[right].to(rows))
 
     def _rows(self, matrix: Measured, index: Tensor) -> Tensor:
         rows = geometry.wide(matrix.rows.read(index))
@@ -246,17 +252,14 @@ class _Drawn:
 class _Sums:
     """What is added up over tiles."""
 
-    def __init__(
-        self, tiles: Sequence[Tensor], k: int, moved: Sequence[int], turns: Sequence[Tensor], units: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, tiles: Sequence[Tensor], k: int, moved: Sequence[int], turns: Sequence[Tensor], units: int) -> None:
         n, device = sum(map(len, tiles)), tiles[0].device
-        self.dtype = dtype
         self._moved, self._turns = list(moved), turns
         self._units = min(units, n)
         self._places = [slice(start, start + len(part)) for start, part in zip(range(0, n, len(tiles[0])), tiles, strict=True)]
         # Images stand in random order: any even dealing of their places to units is a random one.
         self._unit = torch.arange(n, device=device) % self._units
-        self._one_hot = [torch.nn.functional.one_hot(self._unit[place], self._units).to(dtype) for place in self._places]
+        self._one_hot = [torch.nn.functional.one_hot(self._unit[place], self._units).double() for place in self._places]
         self._pairs = torch.zeros(k, k, self._units, self._units, dtype=torch.float64, device=device)
         self._rows = torch.zeros(k, n, self._units, dtype=torch.float64, device=device)
         self._turned = torch.zeros(len(self._moved), k, len(turns[0]), dtype=torch.float64, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from kdx.data import Dataset, class_balanced_sample, load_images, open_data, random_batches, split
+from kdx.data import Dataset, _has_geometry, class_balanced_sample, load_images, open_data, random_batches, split
 from kdx.errors import KdxError
+from kdx.kernels import geometry
 
 
 def picture(
@@ -170,9 +172,21 @@ def test_batches_hold_every_image_once_and_each_has_target_geometry(seed: int) -
 
 def test_batches_of_many_classes_hold_pairs_and_of_a_rare_class_hold_it() -> None:
     """With about as many classes as images in a batch, even dealing would leave no two images of one class together."""
-    for labels in (np.repeat(np.arange(100), 20), np.repeat(np.arange(200), 2), np.repeat([0, 1], [120, 15])):
+    for labels in (np.repeat(np.arange(100), 20), np.repeat(np.arange(200), 2), np.repeat([0, 1], [120, 30])):
         for batch in random_batches(labels, 12, 0):
-            assert 1 < len(np.unique(labels[batch])) < len(batch)
+            most = np.unique(labels[batch], return_counts=True)[1].max()
+            assert 2 <= most <= len(batch) - 2
+
+
+def test_target_geometry_is_what_centring_leaves_of_the_classes() -> None:
+    """Of every way to divide four to seven images among classes: one image beside one class tells no more than none."""
+    for n in range(4, 8):
+        for labels in itertools.combinations_with_replacement(range(4), n):
+            d = geometry.distances(torch.nn.functional.one_hot(torch.tensor(labels)).double())
+            assert _has_geometry(np.array(labels)) == (float(geometry.u_centered(d).abs().max()) > 1e-9), labels
+
+
+def test_a_class_too_rare_for_batches_of_this_size_is_an_error() -> None:
     with pytest.raises(KdxError, match="larger --batch"):
         random_batches(np.repeat([0, 1], [99, 1]), 10, 0)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import dcor
 import numpy as np
 import pytest
 import torch
+import zarr
 from torch import Tensor
 
+import kdx
 from kdx.kernels import geometry, sweep
 from kdx.kernels.dispatch import Torch
 from kdx.kernels.sweep import Classes, Measured
@@ -75,14 +78,13 @@ def inner(a: Tensor, biased: bool) -> Tensor:
 def ordered(n: int, tile: int, permutations: int, seed: int, run: int = 1) -> tuple[Tensor, Tensor]:
     """The images in the sweep's order, and its permutations [p, n], by its own draws."""
     generator = torch.Generator().manual_seed(seed)
-    order = sweep._shuffled(n, run, generator)
-    tiles = order.split(tile)
+    tiles = sweep._dealt(n, tile, run, generator)
     turns = [torch.randint(len(part), (permutations,), generator=generator) for part in tiles]
     moved = torch.empty(permutations, n, dtype=torch.int64)
     for p in range(permutations):
         for part, turn in zip(tiles, turns, strict=True):
             moved[p, part] = part.roll(-int(turn[p]))
-    return order, moved
+    return torch.cat(tiles), moved
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -125,12 +127,53 @@ def test_turned_tiles_are_permuted_images(biased: bool) -> None:
             assert oracle.error(found.moved[moved][p, others], expected[others]) < 1e-11
 
 
-def test_rows_stand_in_random_order_and_runs_stay_together() -> None:
-    order, _ = ordered(103, 16, 0, 0, run=10)
-    assert sorted(order.tolist()) == list(range(103))
-    runs = torch.unique_consecutive(order // 10)
-    assert len(runs) == 11 and not torch.equal(runs, torch.arange(11))
-    assert not torch.equal(runs, torch.unique_consecutive(ordered(103, 16, 0, 1, run=10)[0] // 10))
+def test_rows_stand_in_random_order_and_runs_in_one_tile() -> None:
+    tiles = sweep._dealt(1003, 320, 20, torch.Generator().manual_seed(0))
+    assert sorted(torch.cat(tiles).tolist()) == list(range(1003))
+    assert [len(part) for part in tiles] == [320, 320, 320, 43]
+    assert len(tiles[0].div(20, rounding_mode="floor").unique()) <= 17  # sixteen runs, and the short one
+    for part in tiles[:3]:
+        assert not torch.equal(part, part.sort().values)
+    few = sweep._dealt(1000, 320, 1000, torch.Generator().manual_seed(0))[0]
+    assert len(few.div(20, rounding_mode="floor").unique()) == 16  # of one long run, sixteen pieces all the same
+
+
+def test_the_order_on_disk_does_not_matter(tmp_path: Path) -> None:
+    """Related features stored class by class in chunks of one class, as a folder of folders gives them: found out all the same."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(1024) // 256
+    x = torch.nn.functional.one_hot(labels, 8) + torch.randn(1024, 8, generator=generator)
+    stored = zarr.create_array(tmp_path / "x", shape=(1024, 8), chunks=(256, 8), dtype="f4")
+    stored[:] = x.numpy()
+    assert kdx.rs(stored, labels).p_value == 0.001
+    there, here = kdx.rs(stored, labels).interval, kdx.rs(x, labels).interval
+    assert there[1] - there[0] == pytest.approx(here[1] - here[0], rel=0.7)
+
+
+@pytest.mark.parametrize("n", [256, 257, 1100])
+def test_permutations_that_change_nothing_tie(n: int) -> None:
+    """Three images of one class, and features that tell only even images from odd: many permutations give the very same geometry."""
+    x = torch.zeros(n, 3)
+    x[::2] = torch.tensor([0.3, -1.7, 0.9])
+    labels = torch.zeros(n, dtype=torch.int64)
+    labels[[0, 2, 4]] = 1
+    assert kdx.rs(x, labels, permutations=1999).p_value == pytest.approx(0.25, abs=0.05)  # (1/2)^2, all three even or all odd
+
+
+@pytest.mark.parametrize("far", [1e3, 1e5])
+def test_one_image_far_from_all_others_does_not_drown_them(far: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 32, generator=generator, dtype=torch.float64)
+    y = x + torch.randn(300, 32, generator=generator, dtype=torch.float64)
+    x[7] *= far
+    y[7] *= far
+    assert kdx.fss(x.float(), y.float(), permutations=0).value == pytest.approx(kdx.fss(x, y, permutations=0).value, abs=1e-4)
+
+
+def test_equal_features_are_known_to_be_equal() -> None:
+    x = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    found = kdx.fss(x, 3 * x, permutations=0)
+    assert found.value == pytest.approx(1, abs=1e-9) and found.interval == pytest.approx((1, 1), abs=1e-6)
 
 
 def test_only_tiles_of_rows_are_read_at_a_time() -> None:
@@ -174,7 +217,7 @@ def test_measured_rows() -> None:
     found = Measured.of(Stored(x))
     assert torch.nonzero(~found.norms.isfinite()).flatten().tolist() == [7, 11]
     fine = Measured.of(Stored(x[20:]))
-    assert oracle.error(fine.norms, (x[20:] - x[20:].mean(0)).square().sum(1)) < 1e-12
+    assert oracle.error(fine.norms, (x[20:] - fine.centre).square().sum(1)) < 1e-12
     assert float(fine.scale) >= float(geometry.distances(x[20:]).square().mean())
 
 
