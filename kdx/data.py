@@ -255,7 +255,7 @@ def random_batches(labels: NDArray[np.integer], size: int, seed: int) -> list[In
     shuffled = np.random.default_rng(seed).permutation(len(labels)).astype(np.int64)
     batches = [shuffled[start::count] for start in range(count)]
     for batch in batches:
-        if not _has_geometry(labels[batch]) and not _mend(batch, batches, labels):
+        if not _mend(batch, batches, labels):
             raise KdxError(
                 f"Batches of {len(batch)} of these {len(labels)} images do not all hold two images of one class and two of others.",
                 "Give a larger --batch, or more images a class.",
@@ -263,20 +263,27 @@ def random_batches(labels: NDArray[np.integer], size: int, seed: int) -> list[In
     return [np.sort(batch) for batch in batches]
 
 
-def _has_geometry(labels: NDArray[np.integer]) -> bool:
-    """Whether labels say more of pairs than of images: one image apart from all others, or all from all, centring takes for nothing."""
-    counts = np.unique(labels, return_counts=True)[1]
-    return len(counts) > 1 and counts.max() > 1 and not (len(counts) == 2 and counts.min() == 1)
+def _lacking(labels: NDArray[np.integer]) -> int:
+    """Images to exchange until labels have a geometry: two of one class beside two of others. Centring takes one image apart from all
+    others, or all apart from all, for nothing."""
+    most = int(np.unique(labels, return_counts=True)[1].max())
+    return 1 if most == 1 else max(0, 2 - (len(labels) - most))
 
 
 def _mend(batch: Indices, batches: Sequence[Indices], labels: NDArray[np.integer]) -> bool:
-    """Swap one image of ``batch`` with one of another batch, in place, so that both have target geometry; whether it could be done."""
+    """Exchange images of ``batch`` with some of other batches, in place, until it has a geometry; whether it could be done."""
+    return all(_exchange(batch, batches, labels) for _ in range(_lacking(labels[batch])))
+
+
+def _exchange(batch: Indices, batches: Sequence[Indices], labels: NDArray[np.integer]) -> bool:
+    """One image, so that ``batch`` lacks fewer and the other batch no more; whether there is one."""
     for other in batches:
         if other is batch:
             continue
+        before = _lacking(labels[batch]), _lacking(labels[other])
         for i, j in itertools.product(range(len(batch)), range(len(other))):
             batch[i], other[j] = other[j], batch[i]
-            if _has_geometry(labels[batch]) and _has_geometry(labels[other]):
+            if _lacking(labels[batch]) < before[0] and _lacking(labels[other]) <= before[1]:
                 return True
             batch[i], other[j] = other[j], batch[i]
     return False
