@@ -179,8 +179,11 @@ def sweep(
     offsets = [torch.zeros_like(m.means()) if biased else m.means() - m.means().mean() / 2 for m in matrices]
     drawn = [_Drawn(m, offset, ops) for m, offset in zip(matrices, offsets, strict=True)]
     total = len(tiles) * (len(tiles) + 1) // 2
+    d = torch.empty(0, dtype=torch.float64, device=device)
     for done, (a, b) in enumerate(_pairs(len(tiles)), 1):
-        sums.add(a, b, torch.stack([each.tile(tiles[a], tiles[b]) for each in drawn]))
+        shape = (len(drawn), len(tiles[a]), len(tiles[b]))
+        d = d if d.shape == shape else d.new_empty(shape)  # memory that is touched already
+        sums.add(a, b, torch.stack([each.tile(tiles[a], tiles[b]) for each in drawn], out=d))
         step(done, total)
     return sums.found(biased)
 
@@ -255,32 +258,43 @@ class _Sums:
     def __init__(self, tiles: Sequence[Tensor], k: int, moved: Sequence[int], turns: Sequence[Tensor], units: int) -> None:
         n, device = sum(map(len, tiles)), tiles[0].device
         self._moved, self._turns = list(moved), turns
-        self._units = min(units, n)
         self._places = [slice(start, start + len(part)) for start, part in zip(range(0, n, len(tiles[0])), tiles, strict=True)]
-        # Images stand in random order: any even dealing of their places to units is a random one.
-        self._unit = torch.arange(n, device=device) % self._units
-        self._one_hot = [torch.nn.functional.one_hot(self._unit[place], self._units).double() for place in self._places]
-        self._pairs = torch.zeros(k, k, self._units, self._units, dtype=torch.float64, device=device)
-        self._rows = torch.zeros(k, n, self._units, dtype=torch.float64, device=device)
+        # Images stand in random order: parts of the order are random parts of the images.
+        units = min(units, n)
+        self._units = [slice(u * n // units, (u + 1) * n // units) for u in range(units)]
+        self._parts = [self._within(place) for place in self._places]
+        self._pairs = torch.zeros(k, k, units, units, dtype=torch.float64, device=device)
+        self._rows = torch.zeros(k, n, units, dtype=torch.float64, device=device)
         self._turned = torch.zeros(len(self._moved), k, len(turns[0]), dtype=torch.float64, device=device)
 
     def add(self, a: int, b: int, d: Tensor) -> None:
         """The tile d [k, l, r] of every matrix, in row a and column b >= a of tiles."""
-        left, right = self._one_hot[a], self._one_hot[b]
-        # One matrix after the other: a batched product of so few columns is many times slower.
-        for i, each in enumerate(d):
-            self._rows[i, self._places[a]] += each @ right
-            if a != b:
-                self._rows[i, self._places[b]] += each.T @ left
+        left, right = self._parts[a], self._parts[b]
+        for unit, part in right.items():
+            self._rows[:, self._places[a], unit] += d[:, :, part].sum(2)
+        if a != b:
+            for unit, part in left.items():
+                self._rows[:, self._places[b], unit] += d[:, part].sum(1)
         for i in range(len(d)):
             for j in range(i, len(d)):
-                split = (left.T @ (d[i] * d[j])) @ right
-                both = split + split.T if a != b else split
-                self._pairs[i, j] += both
-                if i != j:
-                    self._pairs[j, i] += both
+                product = d[i] * d[j]
+                columns = torch.stack([product[:, part].sum(1) for part in right.values()])
+                split = torch.stack([columns[:, part].sum(1) for part in left.values()])
+                self._add_pairs(i, j, list(left), list(right), split)
+                if a != b:
+                    self._add_pairs(i, j, list(right), list(left), split.T)
         if self._turned.numel():
             self._turned += self._turned_tile(a, b, d) * (1 if a == b else 2)
+
+    def _within(self, place: slice) -> dict[int, slice]:
+        """The units that have images at ``place``, and where in it."""
+        cut = {u: slice(max(unit.start, place.start), min(unit.stop, place.stop)) for u, unit in enumerate(self._units)}
+        return {u: slice(part.start - place.start, part.stop - place.start) for u, part in cut.items() if part.start < part.stop}
+
+    def _add_pairs(self, i: int, j: int, left: list[int], right: list[int], sums: Tensor) -> None:
+        """The sums [l, r] of D_i D_j over pairs of images of these units."""
+        for one, other in {(i, j), (j, i)}:
+            self._pairs[one, other, left[0] : left[-1] + 1, right[0] : right[-1] + 1] += sums
 
     def _turned_tile(self, a: int, b: int, d: Tensor) -> Tensor:
         """sum_ij D_ij E_(i+s)(j+t) [moved, k, p] for each permutation's turns s and t of these two tiles; zero of a matrix with itself."""
@@ -299,13 +313,14 @@ class _Sums:
 
         touched = self._pairs.sum(3) + self._pairs.sum(2) - self._pairs.diagonal(dim1=2, dim2=3)
         rest = rows[:, :, None] - self._rows
-        rest[:, torch.arange(n, device=rest.device), self._unit] = 0  # rows of the unit itself go too
+        for u, unit in enumerate(self._units):
+            rest[:, unit, u] = 0  # rows of the unit itself go too
         rest_totals = rest.sum(1).T
         left_out = geometry.combined(
             (pairs[:, :, None] - touched).movedim(2, 0),
             torch.einsum("inu,jnu->uij", rest, rest),
             rest_totals[:, :, None] * rest_totals[:, None, :],
-            n - torch.bincount(self._unit)[:, None, None],
+            torch.tensor([n - (unit.stop - unit.start) for unit in self._units], device=rest.device)[:, None, None],
             biased,
         )
         moved = {
