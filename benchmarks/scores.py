@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 from torch import Tensor
 
 import kdx
+from benchmarks import readme
 from benchmarks.record import child, paired, peak_bytes, quartiles, ratio, store
 from kdx.kernels import sweep
 from kdx.rows import rows_of
@@ -76,9 +77,9 @@ def large(rounds: int) -> dict[str, Any]:
         "score": lambda: kdx.rs(x, labels, y, permutations=0),
         "permutations": lambda: kdx.rs(x, labels, y),
     }
-    for run in cases.values():
-        run()
-    return {"samples": paired(cases, rounds), "side": side}
+    samples = paired(cases, rounds)
+    ratios = {"ratio": ratio(samples, "score", "bare"), "ratio_permutations": ratio(samples, "permutations", "bare")}
+    return {"n": LARGE[0], "d": LARGE[1], "side": side, "samples": samples, **ratios}
 
 
 def memory(n: int, d: int) -> dict[str, float]:
@@ -87,7 +88,7 @@ def memory(n: int, d: int) -> dict[str, float]:
     before = peak_bytes()
     start = time.perf_counter()
     kdx.rs(x, labels, y)
-    return {"seconds": time.perf_counter() - start, "over": peak_bytes() - before, "peak": peak_bytes()}
+    return {"n": n, "d": d, "seconds": time.perf_counter() - start, "over": peak_bytes() - before, "peak": peak_bytes()}
 
 
 def permutations(rounds: int) -> dict[str, Any]:
@@ -98,9 +99,10 @@ def permutations(rounds: int) -> dict[str, Any]:
         "features": lambda: kdx.fss(x, y, permutations=0),
         "features, 999": lambda: kdx.fss(x, y),
     }
-    for run in cases.values():
-        run()
-    return {"samples": paired(cases, rounds)}
+    samples = paired(cases, rounds)
+    with_, without = ({name: np.array(samples[f"{name}{end}"]) for name in ("classes", "features")} for end in (", 999", ""))
+    extra = {name: quartiles((with_[name] - without[name]) / without[name]) for name in without}
+    return {"n": MANY[0], "d": MANY[1], "samples": samples, "extra": extra}
 
 
 def batches() -> dict[str, float]:
@@ -113,7 +115,8 @@ def batches() -> dict[str, float]:
     middle = time.perf_counter()
     for part in torch.arange(n).split(64)[:-1]:
         kdx.compare({"layer": {role: rows[part] for role, rows in networks.items()}}, labels[part])
-    return {"one call": middle - start, "a call a batch": time.perf_counter() - middle}
+    end = time.perf_counter()
+    return {"one call": middle - start, "a call a batch": end - middle, "ratio": (end - middle) / (middle - start)}
 
 
 def dcor_holds(n: int) -> dict[str, float]:
@@ -132,13 +135,13 @@ def dcor_holds(n: int) -> dict[str, float]:
     middle = time.perf_counter()
     found = kdx.fss(x, y, permutations=0).value
     end = time.perf_counter()
-    return {"n": n, "dcor": middle - start, "kdx": end - middle, "difference": abs(found - float(value))}
+    return {"n": n, "d": DCOR_WIDTH, "dcor": middle - start, "kdx": end - middle, "difference": abs(found - float(value))}
 
 
 def dcor_limit() -> dict[str, float]:
     """The largest N of a series, each half again as large, that dcor can hold here."""
     held: dict[str, float] = {}
-    n = 8_000
+    n = 2_000
     while found := child("benchmarks.scores", "--case", f"dcor:{n}"):
         held, n = found, n * 3 // 2
     return held
@@ -172,41 +175,8 @@ def main() -> None:
         "batches": case("batches"),
         "dcor": dcor_limit(),
     }
-    show(store("scores", "benchmarks.scores", found))
-
-
-def show(record: dict[str, Any]) -> None:
-    table = Table("", "", box=None)
-    samples, held = record["large"]["samples"], record["large"]["memory"]
-    table.add_row(f"N = {LARGE[0]}, d = {LARGE[1]}, two models and classes: the bare Gram products", _seconds(samples["bare"]))
-    table.add_row("  the score over them", _times(ratio(samples, "score", "bare")))
-    table.add_row("  with 999 permutations", _times(ratio(samples, "permutations", "bare")))
-    table.add_row("  memory over the features", f"{held['over'] / 1e6:.0f} MB")
-    huge = record["huge"]
-    table.add_row(f"N = {HUGE[0]}, d = {HUGE[1]}, with 999 permutations", f"{huge['seconds']:.0f} s, {huge['peak'] / 1e9:.2f} GB in all")
-    samples = record["permutations"]["samples"]
-    for name in ("classes", "features"):
-        extra = (np.array(samples[f"{name}, 999"]) - np.array(samples[name])) / np.array(samples[name])
-        table.add_row(f"N = {MANY[0]}, d = {MANY[1]}: 999 permutations of {name} over the score itself", _times(quartiles(extra)))
-    each = record["batches"]
-    table.add_row(
-        "10,000 images in batches of 64, three models: one call", f"{each['one call']:.1f} s; a call a batch {each['a call a batch']:.1f} s"
-    )
-    most = record["dcor"]
-    if most:
-        table.add_row(
-            f"N = {most['n']:.0f}, d = {DCOR_WIDTH}, the most that dcor holds", f"dcor {most['dcor']:.0f} s, kdx {most['kdx']:.1f} s"
-        )
-    Console().print(table)
-
-
-def _seconds(samples: list[float]) -> str:
-    return f"{quartiles(samples)[1]:.2f} s"
-
-
-def _times(values: list[float]) -> str:
-    low, middle, high = values
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    record = store("scores", "benchmarks.scores", found)
+    Console().print(Markdown(readme.scores(record)))
 
 
 if __name__ == "__main__":
