@@ -8,9 +8,10 @@ import itertools
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from kdx.errors import KdxError
+from kdx.prefetch import Job, ahead, cores
 
 Indices = NDArray[np.int64]
 
@@ -330,25 +332,45 @@ def load_images(dataset: Dataset, indices: Sequence[int] | Indices, size: tuple[
     An image that is corrupt, truncated or too large to be safe (PIL's decompression bomb limit) is left out and named in
     ``unreadable`` with the reason; nothing is raised for it.
     """
-    chosen = np.asarray(indices, dtype=np.int64)
-    # The filters hold for all threads, so they are set here and not in each; PIL's remarks on odd files are of no use to a user.
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        warnings.simplefilter("ignore")
+    with decoded(dataset, [np.asarray(indices, dtype=np.int64)], size) as found:
+        return next(found)
+
+
+@contextmanager
+def decoded(dataset: Dataset, batches: Iterable[Indices], size: tuple[int, int], workers: int | None = None) -> Iterator[Iterator[Images]]:
+    """`load_images` of each batch, in order, decoded by ``workers`` threads while those before are in use.
+
+    No more than `kdx.prefetch.AHEAD` batches are held beyond the one that was taken. By default there is a thread a core; with 0 each
+    batch is decoded when it is asked for. The pixels are the same for any number: Pillow decodes and resizes without the interpreter's
+    lock, and each image is written to its own place.
+    """
+    # Filters hold for all threads, so they are set here and not in each; PIL's remarks on odd files are of no use to a user.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.|kdx\.data")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        decoded = list(pool.map(lambda index: _decode(dataset, int(index), size), chosen))
-    pixels = [image for image in decoded if not isinstance(image, str)]
-    kept = np.array([index for index, image in zip(chosen, decoded, strict=True) if not isinstance(image, str)], dtype=np.int64)
-    unreadable = tuple((dataset.ids[index], image) for index, image in zip(chosen, decoded, strict=True) if isinstance(image, str))
-    stacked = np.stack(pixels) if pixels else np.zeros((0, *size, 3), dtype=np.uint8)
-    return Images(torch.from_numpy(stacked).permute(0, 3, 1, 2).float().div(255).contiguous(), kept, unreadable)
+        with ahead((_job(dataset, batch, size) for batch in batches), cores() if workers is None else workers) as results:
+            yield results
 
 
-def _decode(dataset: Dataset, index: int, size: tuple[int, int]) -> NDArray[np.uint8] | str:
-    """Pixels [H, W, 3], or the reason there are none."""
-    try:
-        return np.asarray(fit(dataset.read(index), size))
-    except Exception as error:  # decoders raise SyntaxError, struct.error, MemoryError and more on damaged files
-        return f"{type(error).__name__}: {error}"
+def _job(dataset: Dataset, indices: Indices, size: tuple[int, int]) -> Job[Images]:
+    """A part an image, which fills its row of the pixels or says why it cannot."""
+    pixels = torch.empty(len(indices), 3, *size)
+    reasons: list[str] = [""] * len(indices)
+
+    def decode(row: int) -> None:
+        try:
+            levels = np.asarray(fit(dataset.read(int(indices[row])), size))  # [H, W, 3]
+        except Exception as error:  # decoders raise SyntaxError, struct.error, MemoryError and more on damaged files
+            reasons[row] = f"{type(error).__name__}: {error}"
+        else:
+            np.divide(levels.transpose(2, 0, 1), np.float32(255), out=pixels[row].numpy())
+
+    def result() -> Images:
+        bad = np.array([bool(reason) for reason in reasons], dtype=bool)
+        unreadable = tuple((dataset.ids[index], reason) for index, reason in zip(indices, reasons, strict=True) if reason)
+        return Images(pixels[torch.from_numpy(~bad)] if unreadable else pixels, indices[~bad], unreadable)
+
+    return Job([partial(decode, row) for row in range(len(indices))], result)
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -362,8 +384,9 @@ def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: EXIF orientation applied, alpha over white, 16-bit scaled, palettes and CMYK converted."""
-    image = ImageOps.exif_transpose(image)
+    """8-bit RGB: EXIF orientation applied, alpha over white, 16-bit scaled, palettes and CMYK converted. ``image`` itself may change."""
+    ImageOps.exif_transpose(image, in_place=True)  # a copy of the whole image otherwise, as is convert to the mode that it has
+    image.load()
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
         levels = np.clip(np.asarray(image, dtype=np.float64) / 257, 0, 255)  # 65535 / 257 = 255
         image = Image.fromarray(np.rint(levels).astype(np.uint8))
@@ -373,4 +396,4 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

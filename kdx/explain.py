@@ -19,11 +19,12 @@ from scipy import stats
 from kdx import report
 from kdx.arrays import MIN_IMAGES
 from kdx.console import progress
-from kdx.data import Dataset, class_balanced_sample, load_images, open_data, random_batches, split
+from kdx.data import Dataset, Images, class_balanced_sample, decoded, load_images, open_data, random_batches, split
 from kdx.errors import KdxError
 from kdx.explainer import Explainer, Features, largest_size
 from kdx.finished import LostResult
 from kdx.models_file import ModelsFile, parse_layers, read_models
+from kdx.runner import Precision
 from kdx.runtime import RuntimeName, is_file
 from kdx.scores import permutation_table
 from kdx.sources import describe_explainer, paired_layers, without_references
@@ -31,10 +32,10 @@ from kdx.store import Batch, Store
 from kdx.transfer import LayerScores, Measured, Pool, moved_among, roles_among
 from kdx.unicam import ObjectiveName, Weighting
 
-_CHANGES_NO_RESULT = ("chunk", "max_unreadable", "gallery")
+_CHANGES_NO_RESULT = ("chunk", "max_unreadable", "gallery", "workers")
 _OF_FEATURES = ("features", "keep", "noise")
 _OF_A_MODEL = ("reference", "sha256", "parameters", "preprocessing")
-_PACKAGES = ("kdx", "torch", "numpy", "scipy", "onnx", "onnxruntime", "zarr", "pyarrow", "pillow")
+_PACKAGES = ("kdx", "torch", "numpy", "scipy", "onnx", "onnxruntime", "openvino", "zarr", "pyarrow", "pillow")
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,15 @@ class Options:
     reference_images: m > 0 maps every image among the same m class-balanced images instead of its batch mates.
     split: ``test``, ``validation``, ``train`` or ``all``; None takes ``test`` of the data that the models were trained on, and all
     of any other. features, keep, noise: what the scores are of, as in `kdx.Explainer`. max_unreadable: the share of corrupt
-    images past which the run fails; one image always passes, unless the share is 0. gallery: images shown in the report.
+    images past which the run fails; one image always passes, unless the share is 0. gallery: images shown in the report. workers:
+    threads that decode the next batches while one is explained; None takes one a core, 0 decodes each batch in its turn.
     """
 
     batch: int = 64
     chunk: int | None = None
     runtime: RuntimeName = "auto"
     device: str = "auto"
+    precision: Precision = "float32"
     objective: ObjectiveName = "relevance"
     weighting: Weighting = "gap"
     reference_images: int = 0
@@ -64,6 +67,7 @@ class Options:
     confidence: float = 0.95
     max_unreadable: float = 0.01
     gallery: int = 60
+    workers: int | None = None
 
 
 def run(
@@ -142,10 +146,12 @@ def run(
             if len(references) and pending:
                 _use_references(explainer, dataset, references, size)
             unreadable: list[tuple[str, str]] = []
-            with progress() as show:
-                for done, batch in enumerate(pending, len(batches) - len(pending)):
+            planned = (indices[batches[batch]] for batch in pending)
+            with decoded(dataset, planned, size, options.workers) as found, progress() as show:
+                for done, (batch, images) in enumerate(zip(pending, found, strict=True), len(batches) - len(pending)):
                     show("Explaining", done, len(batches), "batches")
-                    unreadable += _explain_batch(store, explainer, dataset, indices[batches[batch]], batch, batches, options, size)
+                    _explain_batch(store, explainer, dataset, images, batch, batches, options)
+                    unreadable += images.unreadable
                     _check_unreadable(unreadable, len(indices), options.max_unreadable)  # early, not after the last batch
                 show("Explaining", len(batches), len(batches), "batches")
         _finish(store, dataset, batches, options, size)
@@ -155,9 +161,11 @@ def run(
 def _said_of(options: Options) -> dict[str, Any]:
     """What a run's configuration says of its options: those that its results depend on.
 
-    Raw features go unsaid, so that runs from before there were others are still the same.
+    Raw features and float32 go unsaid, so that runs from before there was anything else are still the same.
     """
-    said = {key: value for key, value in asdict(options).items() if key not in ("split", *_OF_FEATURES, *_CHANGES_NO_RESULT)}
+    said = {key: value for key, value in asdict(options).items() if key not in ("split", "precision", *_OF_FEATURES, *_CHANGES_NO_RESULT)}
+    if options.precision != "float32":
+        said["precision"] = options.precision
     if options.features == "salient":
         said["features"] = {"kind": options.features, "keep": options.keep, "noise": options.noise}
     return said
@@ -199,6 +207,7 @@ def _explainer(named: ModelsFile, layers: Mapping[str, str], options: Options, f
         layers=layers,
         runtime=options.runtime,
         device=options.device,
+        precision=options.precision,
         objective=options.objective,
         weighting=options.weighting,
         chunk=options.chunk,
@@ -223,14 +232,12 @@ def _explain_batch(
     store: Store,
     explainer: Explainer,
     dataset: Dataset,
-    indices: NDArray[np.int64],
+    images: Images,
     batch: int,
     batches: Sequence[NDArray[np.int64]],
     options: Options,
-    size: tuple[int, int],
-) -> tuple[tuple[str, str], ...]:
-    """Explain and store one batch; return its unreadable images."""
-    images = load_images(dataset, indices, size)
+) -> None:
+    """Explain and store one batch."""
     labels = torch.from_numpy(dataset.labels[images.kept])
     seed = options.seed, batch
     permutations = permutation_table(len(labels), options.permutations, seed)
@@ -245,7 +252,6 @@ def _explain_batch(
     maps = {layer: {name: value.maps.float().numpy(force=True) for name, value in found.maps.items()} for layer, found in measured.items()}
     most = max(map(len, batches))
     store.write_batch(batch, most, most * len(batches), maps, Batch(arrays, images.unreadable))
-    return images.unreadable
 
 
 def _check_unreadable(unreadable: Sequence[tuple[str, str]], total: int, limit: float) -> None:
