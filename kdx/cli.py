@@ -12,6 +12,7 @@ import typer.core
 from kdx.console import console
 from kdx.errors import KdxError
 from kdx.explainer import Features
+from kdx.runner import Precision
 from kdx.runtime import RuntimeName
 from kdx.unicam import ObjectiveName, Weighting
 
@@ -191,6 +192,7 @@ def explain(
     chunk: Annotated[int | None, typer.Option(min=1, help="Images through a network at once, to save memory; changes no result.")] = None,
     runtime: Annotated[RuntimeName, typer.Option(help="What executes the networks.")] = "auto",
     device: DeviceOption = "auto",
+    precision: Annotated[Precision, typer.Option(help="Of the networks; bfloat16 is openvino's, on a CPU that has it.")] = "float32",
     objective: Annotated[ObjectiveName, typer.Option(help="What the maps raise.")] = "relevance",
     weighting: Annotated[Weighting, typer.Option(help="One weight a channel, or one a position (HiRes).")] = "gap",
     features: Annotated[
@@ -208,6 +210,10 @@ def explain(
         float,
         typer.Option(min=0, max=1, help="The share of corrupt images past which the run fails; one image always passes, unless this is 0."),
     ] = 0.01,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Threads that decode ahead of the networks; by default one a core; changes no result.", show_default=False),
+    ] = None,
     seed: SeedOption = 0,
 ) -> None:
     """Explain a data set: two or four maps an image and layer, and scores with intervals, stored with a page that shows them."""
@@ -219,6 +225,7 @@ def explain(
         chunk=chunk,
         runtime=runtime,
         device=device,
+        precision=precision,
         objective=objective,
         weighting=weighting,
         features=features,
@@ -229,6 +236,7 @@ def explain(
         permutations=permutations,
         confidence=confidence,
         max_unreadable=max_unreadable,
+        workers=workers,
         seed=seed,
     )
     page = run(data, models, out, layer or (), options, command=["kdx", *sys.argv[1:]], announce=_say)
