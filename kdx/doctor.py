@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from kdx.errors import first_line
+from kdx.openvino import has_bfloat16
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,11 @@ def _torchvision() -> str:
     return str(torchvision.__version__)
 
 
+def _openvino() -> str:
+    installed = version("openvino")
+    return f"{installed}, float32 and bfloat16" if has_bfloat16() else f"{installed}, float32; this CPU has no bfloat16"
+
+
 def _tensorrt() -> str:
     installed = version("tensorrt")
     importlib.import_module("tensorrt")  # finds its libraries, or says which it does not
@@ -136,6 +142,7 @@ _PROBES: dict[str, tuple[Callable[[], str], str]] = {
     "Python": (platform.python_version, ""),
     "runtime eager: PyTorch": (_torch, "pip install kdx"),
     "runtime onnx: ONNX Runtime": (_onnxruntime, "pip install 'kdx[cpu]'"),
+    "runtime openvino: OpenVINO": (_openvino, "pip install 'kdx[openvino]'"),
     "GPU": (_gpu, "eager uses a GPU where PyTorch sees one: an NVIDIA driver and a CUDA build of PyTorch"),
     "runtime onnx on the GPU": (_cuda_provider, _GPU_EXTRA),
     "runtime tensorrt: TensorRT": (_tensorrt, _GPU_EXTRA),

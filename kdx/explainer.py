@@ -17,6 +17,7 @@ from kdx.errors import KdxError
 from kdx.export.graphs import ExplainerGraph, FeatureGraph
 from kdx.kernels import geometry
 from kdx.models import Network
+from kdx.runner import Precision
 from kdx.runtime import Choice, RuntimeName
 from kdx.salient import Salience
 from kdx.scores import Score, permutation_table
@@ -70,8 +71,8 @@ class Explainer:
 
     student, base, teacher: a model reference, a path of a file that ``kdx export`` wrote, a `kdx.models.Network`, or a
     PyTorch module (taken as it is, without preprocessing); the teacher may be left out. layers: names, shared by all, or a
-    mapping from the student's and base's layer to the teacher's. runtime: ``auto``, ``eager``, ``onnx`` or ``tensorrt``; the
-    last two export the networks once, into ``folder`` or a temporary one. What is in ``folder`` is used again, but for PyTorch
+    mapping from the student's and base's layer to the teacher's. runtime: ``auto``, ``eager``, ``onnx``, ``openvino`` or ``tensorrt``;
+    the last three export the networks once, into ``folder`` or a temporary one. What is in ``folder`` is used again, but for PyTorch
     modules, whose code has no name to know it by. objective, weighting: as in `kdx.unicam`. chunk: how many images go through
     a network at once (by default all of a batch, or 64 where an engine is built); it changes no result. permutations,
     confidence, seed: of the scores. file: an explainer file, which stands in place of the networks, the layers (all of its, where
@@ -82,8 +83,11 @@ class Explainer:
     ``keep`` is kept and the rest imputed with ``noise``. The maps are those of the raw features either way. Salient features
     cost a backward pass a network and a forward pass a layer more; exported files hold no gradients for them.
 
+    precision: of the networks. ``bfloat16`` is openvino's, on a CPU that has it; features then differ in their third digit, and what
+    is made of them stays float32.
+
     A context manager; `close` frees the networks. ``choice.why`` says in a line what ``auto`` chose and why. Where a network
-    cannot be exported, ``auto`` takes PyTorch and says so there; asked for by name, ``onnx`` and ``tensorrt`` raise.
+    cannot be exported, ``auto`` takes PyTorch and says so there; a runtime asked for by name raises.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Explainer:
         layers: str | Iterable[str] | Mapping[str, str] = (),
         runtime: RuntimeName = "auto",
         device: str = "auto",
+        precision: Precision = "float32",
         objective: ObjectiveName = "relevance",
         weighting: Weighting = "gap",
         chunk: int | None = None,
@@ -129,7 +134,7 @@ class Explainer:
                 )
             if salience is not None:
                 raise without_gradients("An explainer file holds")
-            self._source = ExplainerFile(Path(file), self.layers, runtime, device, folder)
+            self._source = ExplainerFile(Path(file), self.layers, runtime, device, precision=precision, folder=folder)
             self.layers, self.roles = self._source.layers, self._source.roles
             return
         if objective not in geometry.OBJECTIVES:
@@ -148,6 +153,7 @@ class Explainer:
             self.layers,
             runtime,
             device,
+            precision=precision,
             objective=geometry.OBJECTIVES[objective],
             weighting=weighting,
             chunk=chunk,

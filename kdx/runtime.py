@@ -1,16 +1,14 @@
-"""Where a graph executes: one protocol over PyTorch, ONNX Runtime and TensorRT."""
+"""Where a graph executes: PyTorch, ONNX Runtime, OpenVINO or TensorRT, and the choice between them."""
 
 from __future__ import annotations
 
 import importlib.util
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,8 +18,10 @@ from kdx.errors import KdxError, first_line, missing_package
 from kdx.export import engine, onnx_file
 from kdx.export.graphs import Graph
 from kdx.export.onnx_file import Description, Shape
+from kdx.openvino import OpenVinoRunner, check_precision
+from kdx.runner import PRECISIONS, FileRunner, Precision, Runner, check_names
 
-RuntimeName = Literal["auto", "eager", "onnx", "tensorrt"]
+RuntimeName = Literal["auto", "eager", "onnx", "openvino", "tensorrt"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 Provider = Literal["cpu", "cuda", "tensorrt"]
 
@@ -38,51 +38,6 @@ _SHAPE_ARITHMETIC = (
     "ReduceProd ReduceSum ReduceMin ReduceMax"
 )
 """Operators that ONNX Runtime keeps on the CPU on purpose where they work on sizes. On features all of them have CUDA kernels."""
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """One pass of a network: logits [n, classes] and each layer's feature [n, C, H, W]."""
-
-    logits: Tensor
-    features: dict[str, Tensor]
-
-
-class Runner(ABC):
-    """A graph ready to run: named tensors in, named tensors on ``device`` out. A context manager.
-
-    kind: ``features``, ``gradients`` or ``explainer``, which says what the names are (`kdx.export.graphs`).
-    """
-
-    runtime: str
-    device: torch.device
-    kind: str
-    layers: tuple[str, ...]
-
-    @abstractmethod
-    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One pass: every output by its name, without gradients. feeds: every input, of any number type, layout and device.
-
-        The results are the caller's: a later pass leaves them alone. Raises ValueError for names that are not the graph's
-        inputs and on a closed runner, KdxError for shapes that the runner does not take.
-        """
-
-    @abstractmethod
-    def close(self) -> None:
-        """Free what the runner holds; it cannot run afterwards."""
-
-    def infer(self, images: Tensor) -> Outputs:
-        """One pass of a features graph over images in [0, 1] [n, 3, h, w]."""
-        if self.kind != "features":
-            raise ValueError(f"a graph of {self.kind} has no features alone; use run")
-        found = self.run({"images": images})
-        return Outputs(found["logits"], {layer: found[layer] for layer in self.layers})
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
-        self.close()
 
 
 class EagerRunner(Runner):
@@ -109,37 +64,13 @@ class EagerRunner(Runner):
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         graph = self.graph
-        _check_names(feeds, self._inputs)
+        check_names(feeds, self._inputs)
         with self._lock, torch.no_grad():  # the graph hooks its layers for the length of a pass
             results = graph(*(feeds[name].to(self.device, self._numbers) for name in self._inputs))
         return dict(zip(self._outputs, results, strict=True))
 
     def close(self) -> None:
         self._graph = None
-
-
-class FileRunner(Runner):
-    """A file that kdx exported, in a runtime that reads and writes PyTorch's memory in place."""
-
-    description: Description
-    inputs: Mapping[str, Shape]
-    outputs: Mapping[str, Shape]
-    """Shapes by name."""
-
-    def _fed(self, feeds: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """The inputs as the runtime reads them, contiguous float32 on the device, and the size of each symbol."""
-        _check_names(feeds, self.inputs)
-        sizes: dict[str, int] = {}
-        for name, shape in self.inputs.items():
-            _check_shape(name, tuple(feeds[name].shape), shape, sizes)
-        return {name: feeds[name].detach().to(self.device, torch.float32).contiguous() for name in self.inputs}, sizes
-
-    def _empty(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        """Memory for every output."""
-        return {
-            name: torch.empty([sizes[size] if isinstance(size, str) else size for size in shape], device=self.device)
-            for name, shape in self.outputs.items()
-        }
 
 
 class OrtRunner(FileRunner):
@@ -270,15 +201,6 @@ def describe_file(path: Path) -> Description:
 def layer_not_held(what: object, layer: str, held: Iterable[str]) -> KdxError:
     """The error of a layer that was asked for of a file or runner that holds others."""
     return KdxError(f"{what} does not hold the layer {layer!r}.", f"It holds {', '.join(held)}; export it with the layer.")
-
-
-def open_file(path: Path, device: torch.device = _CPU) -> FileRunner:
-    """The runner of a file by its suffix: .onnx in ONNX Runtime, on the CPU or by CUDA as ``device`` says; .engine in TensorRT."""
-    if path.suffix == ".onnx":
-        return OrtRunner(path, "cpu" if device.type == "cpu" else "cuda", device)
-    if path.suffix == ".engine":
-        return TrtRunner(path, device)
-    raise KdxError(f"{path} is neither an .onnx nor an .engine file.", "Give a file that kdx export wrote.")
 
 
 def parts(runner: Runner, chunk: int | None, n: int) -> Iterator[slice]:
@@ -417,30 +339,6 @@ def _check_fit(path: Path, described: engine.EngineDescription, device: torch.de
     return package
 
 
-def _check_names(feeds: Mapping[str, Tensor], names: Collection[str]) -> None:
-    if set(feeds) != set(names):
-        raise ValueError(f"the graph takes {', '.join(names)}, and was given {', '.join(feeds) or 'nothing'}")
-
-
-def _check_shape(name: str, given: tuple[int, ...], shape: Shape, sizes: dict[str, int]) -> None:
-    """KdxError where an input does not fit; ``sizes`` learns what its symbols stand for."""
-    if len(given) == len(shape):
-        for size, expected in zip(given, shape, strict=True):
-            if isinstance(expected, str) and sizes.setdefault(expected, size) != size:
-                raise KdxError(f"The {expected} of {name} is {size}, and of another input {sizes[expected]}.", "Give both the same number.")
-        if all(isinstance(expected, str) or size == expected for size, expected in zip(given, shape, strict=True)):
-            if 0 in given:
-                raise KdxError(f"The input {name} is empty: its shape is {list(given)}.", "Give at least one image.")
-            return
-        if name == "images" and given[1] == shape[1]:
-            raise KdxError(
-                f"The file takes images of {shape[2]} x {shape[3]}, and was given {given[2]} x {given[3]}.",
-                "Resize the images, or export the network with a preprocessing size.",
-            )
-    wanted = ", ".join(str(size) for size in shape)
-    raise KdxError(f"The file takes {name} [{wanted}], and was given {list(given)}.", "Give it in that shape.")
-
-
 def _check_batch(sizes: Mapping[str, int], batch: engine.Batch) -> None:
     lowest, _, highest = batch
     if "batch" in sizes and not lowest <= sizes["batch"] <= highest:
@@ -455,18 +353,45 @@ def _check_batch(sizes: Mapping[str, int], batch: engine.Batch) -> None:
 
 @dataclass(frozen=True)
 class Choice:
-    """The runtime and device to use, and why in one line."""
+    """The runtime, device and precision to use, and why in one line."""
 
     runtime: str
     device: torch.device
     why: str
+    precision: Precision = "float32"
 
 
-def choose(runtime: RuntimeName, device: str = "auto", *, files: bool = False, engines: bool = False) -> Choice:
-    """Resolve ``auto``; a runtime or device asked for by name that cannot run here is a KdxError.
+def open_file(path: Path, choice: Choice) -> FileRunner:
+    """The runner of a file by its suffix: .onnx in OpenVINO or ONNX Runtime, as was chosen; .engine in TensorRT."""
+    if path.suffix == ".engine":
+        return TrtRunner(path, choice.device)
+    if path.suffix != ".onnx":
+        raise KdxError(f"{path} is neither an .onnx nor an .engine file.", "Give a file that kdx export wrote.")
+    if choice.runtime == "openvino":
+        return OpenVinoRunner(path, precision=choice.precision)
+    return OrtRunner(path, "cpu" if choice.device.type == "cpu" else "cuda", choice.device)
+
+
+def choose(
+    runtime: RuntimeName, device: str = "auto", *, precision: Precision = "float32", files: bool = False, engines: bool = False
+) -> Choice:
+    """Resolve ``auto``; a runtime, device or precision asked for by name that cannot run here is a KdxError.
 
     files: the networks are given as files, so PyTorch cannot run them. engines: as .engine files, so only TensorRT can.
     """
+    if precision not in PRECISIONS:
+        raise KdxError(f"There is no precision {precision!r}.", f"Choose one of {', '.join(PRECISIONS)}.")
+    found = _place(runtime, device, files, engines)
+    if found.runtime == "openvino":
+        check_precision(precision)
+        return replace(found, precision=precision, why=found.why if precision == "float32" else f"{found.why}, in {precision}")
+    if precision != "float32":
+        raise KdxError(f"The runtime {found.runtime} does not choose {precision}.", "Choose --runtime openvino, or leave --precision out.")
+    return found
+
+
+def _place(runtime: RuntimeName, device: str, files: bool, engines: bool) -> Choice:
+    """The runtime and device, whatever the precision."""
     if runtime not in RUNTIMES:
         raise KdxError(f"There is no runtime {runtime!r}.", f"Choose one of {', '.join(RUNTIMES)}.")
     cuda = torch.cuda.is_available()
@@ -474,7 +399,7 @@ def choose(runtime: RuntimeName, device: str = "auto", *, files: bool = False, e
     if device not in ("auto", "cpu", *gpus):
         raise KdxError(f"The device {device!r} cannot run here.", "Choose cpu, or see kdx doctor for what this machine can run.")
     why = "as asked" if runtime != "auto" else f"the networks are {'engines' if engines else 'ONNX files'}"
-    if engines and runtime in ("eager", "onnx"):
+    if engines and runtime in ("eager", "onnx", "openvino"):
         raise KdxError(f"An .engine file cannot run in {runtime}.", "Choose --runtime tensorrt, or give the ONNX file.")
     if files and runtime == "eager":
         raise KdxError("An .onnx file cannot run in PyTorch.", "Choose --runtime onnx, or give the network itself.")
@@ -484,7 +409,16 @@ def choose(runtime: RuntimeName, device: str = "auto", *, files: bool = False, e
             raise missing_package("tensorrt", "gpu", "The runtime tensorrt")
         chosen = torch.device("cuda" if device == "auto" else device)
         return Choice("tensorrt", chosen, f"tensorrt on {chosen}: {why}")
-    has_onnx = importlib.util.find_spec("onnxruntime") is not None
+    has_onnx, has_openvino = (importlib.util.find_spec(package) is not None for package in ("onnxruntime", "openvino"))
+    if runtime == "openvino":
+        if device.startswith("cuda"):
+            raise KdxError(f"OpenVINO runs on the CPU, not on {device}.", "Choose --device cpu, or another runtime.")
+        if not has_openvino:
+            raise missing_package("openvino", "openvino", "The runtime openvino")
+        return Choice("openvino", _CPU, f"openvino on the CPU: {why}")
+    on_cpu = device == "cpu" or (device == "auto" and (files or not cuda))
+    if runtime == "auto" and on_cpu and has_openvino and not has_onnx:
+        return Choice("openvino", _CPU, "openvino on the CPU: ONNX Runtime is not installed, and OpenVINO is")
     if runtime == "onnx" or files:
         if not has_onnx:
             raise missing_package("onnxruntime", "cpu", "The runtime onnx")
@@ -496,7 +430,7 @@ def choose(runtime: RuntimeName, device: str = "auto", *, files: bool = False, e
     if runtime == "eager":
         chosen = torch.device("cuda" if device == "auto" and cuda else "cpu" if device == "auto" else device)
         return Choice("eager", chosen, f"eager on {chosen}: as asked")
-    if device.startswith("cuda") or (device == "auto" and cuda):
+    if not on_cpu:
         return Choice("eager", torch.device("cuda" if device == "auto" else device), "eager on the GPU: PyTorch sees one")
     if has_onnx:
         return Choice("onnx", _CPU, "onnx on the CPU: no GPU in use, and ONNX Runtime is faster there than PyTorch")

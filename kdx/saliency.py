@@ -22,7 +22,8 @@ from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.kernels import geometry
 from kdx.models import Network
-from kdx.runtime import EagerRunner, FileRunner, Runner, choose, is_file, layer_not_held, open_file, parts
+from kdx.runner import FileRunner, Runner
+from kdx.runtime import EagerRunner, choose, is_file, layer_not_held, open_file, parts
 from kdx.unicam import Maps, ObjectiveName, Reference, Weighting
 
 Differentiable = str | Path | Network | nn.Module | Runner
@@ -301,7 +302,7 @@ def opened(given: Differentiable, layer: str | None, images: Tensor, device: str
         if at is not None:
             raise ValueError("a file has the place of its cotangent")
         path = Path(str(given))
-        with open_file(path, choose("auto", device, files=True, engines=path.suffix == ".engine").device) as runner:
+        with open_file(path, choose("auto", device, files=True, engines=path.suffix == ".engine")) as runner:
             yield runner, _held(runner, str(path), layer)
         return
     network, chosen = models.as_network(given), choose("eager", device).device

@@ -14,7 +14,7 @@ from kdx import arrays, unicam
 from kdx.arrays import Array
 from kdx.errors import KdxError
 from kdx.kernels import geometry, imputation
-from kdx.runtime import Runner
+from kdx.runner import Runner
 from kdx.saliency import Classes, Differentiable, chosen_classes, opened, passes, rows_text
 
 _CANCELLED = 3e-3

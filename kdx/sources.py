@@ -21,20 +21,9 @@ from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.export.onnx_file import Description, NetworkDescription, Origin
 from kdx.kernels import geometry
 from kdx.models import Network
-from kdx.runtime import (
-    Choice,
-    EagerRunner,
-    FileRunner,
-    Outputs,
-    Runner,
-    RuntimeName,
-    choose,
-    describe_file,
-    is_file,
-    layer_not_held,
-    open_file,
-    parts,
-)
+from kdx.openvino import rounds_geometry
+from kdx.runner import FileRunner, Outputs, Precision, Runner
+from kdx.runtime import Choice, EagerRunner, RuntimeName, choose, describe_file, is_file, layer_not_held, open_file, parts
 from kdx.salient import Salience
 from kdx.transfer import Measured, References, Target, roles_among
 from kdx.unicam import Maps, Weighting
@@ -57,6 +46,7 @@ class Runners:
         runtime: RuntimeName,
         device: str,
         *,
+        precision: Precision,
         objective: geometry.Objective,
         weighting: Weighting,
         chunk: int | None,
@@ -70,7 +60,7 @@ class Runners:
         self._chunk = chunk
         self._folder = _Folder(folder)
         self._salience = salience
-        self._may_fall_back = runtime == "auto"
+        self._may_fall_back = runtime == "auto" and precision == "float32"
         files = {role: Path(str(network)) for role, network in given.items() if is_file(network)}
         if files and salience is not None:
             raise without_gradients("Exported files of features hold")
@@ -79,7 +69,7 @@ class Runners:
             raise KdxError(f"Only the {' and '.join(files)} is given as an exported file.", "Give every network as a file, or none.")
         if len(suffixes) > 1:
             raise KdxError(f"The networks are given as {' and '.join(suffixes)} files.", "Give all of one kind.")
-        self.choice = choose(runtime, device, files=bool(files), engines=suffixes == [".engine"])
+        self.choice = choose(runtime, device, precision=precision, files=bool(files), engines=suffixes == [".engine"])
         self._files = {role: (path, describe_file(path)) for role, path in files.items()}
         if not layers:
             known = self._files["student"][1].layers if files else _sensible(models.as_network(given["student"]))
@@ -104,7 +94,7 @@ class Runners:
         try:
             self._start(image_size)
         except KdxError as error:
-            if not (self._may_fall_back and self.choice.runtime == "onnx" and self._networks):
+            if not (self._may_fall_back and self.choice.runtime in ("onnx", "openvino") and self._networks):
                 raise
             self.choice = Choice("eager", self.choice.device, f"eager on the CPU, since the export failed: {error.problem}")
             self._start(image_size)
@@ -222,7 +212,9 @@ class Runners:
 class ExplainerFile:
     """One file that holds the networks and the geometry."""
 
-    def __init__(self, path: Path, layers: Mapping[str, str], runtime: RuntimeName, device: str, folder: Path | None) -> None:
+    def __init__(
+        self, path: Path, layers: Mapping[str, str], runtime: RuntimeName, device: str, *, precision: Precision, folder: Path | None
+    ) -> None:
         file = describe_explainer(path)
         self._path, self._file, self._folder = path, file, _Folder(folder)
         self.roles = roles_among(file.networks)
@@ -231,7 +223,9 @@ class ExplainerFile:
             if held.get(layer) != other:
                 raise layer_not_held(path, _pair(layer, other), [_pair(*pair) for pair in held.items()])
         self.layers = dict(layers) or held
-        self.choice = choose(runtime, device, files=True, engines=path.suffix == ".engine")
+        self.choice = choose(runtime, device, precision=precision, files=True, engines=path.suffix == ".engine")
+        if self.choice.precision != "float32":
+            raise rounds_geometry(path)
         self._runner: FileRunner | None = None
 
     def open(self, image_size: tuple[int, int]) -> None:
@@ -310,7 +304,7 @@ def _opened(path: Path, choice: Choice, folder: _Folder, name: str, batch: Batch
         built = folder.path / f"{name}.engine"
         engine.build(path, built, batch=batch, image_size=image_size)
         path = built
-    return open_file(path, choice.device)
+    return open_file(path, choice)
 
 
 def describe_explainer(path: Path) -> Description:
