@@ -611,7 +611,7 @@ def test_files_open_on_the_device_that_was_chosen(folder: Path, monkeypatch: pyt
     device = torch.device("meta")
     opened_on = []
     monkeypatch.setattr("kdx.sources.choose", lambda *_, **__: Choice("onnx", device, "for a test"))
-    monkeypatch.setattr("kdx.sources.open_file", lambda path, chosen: opened_on.append(chosen))
+    monkeypatch.setattr("kdx.sources.open_file", lambda path, choice: opened_on.append(choice.device))
     for given in (named(), files(folder)):
         with explainer(runtime="auto", folder=folder, **given) as opened:
             opened.open(SIZE)
@@ -631,7 +631,7 @@ class _Engines:
         self.built[role + Path(rest).suffix] = batch, image_size
         built.write_text(str(path))
 
-    def open(self, path: Path, _: torch.device) -> OrtRunner:
+    def open(self, path: Path, _: Choice) -> OrtRunner:
         assert path.suffix == ".engine"
         return OrtRunner(Path(path.read_text()))
 

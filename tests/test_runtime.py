@@ -28,7 +28,9 @@ from kdx.export import engine, onnx_file
 from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
 from kdx.export.onnx_file import Origin
 from kdx.models import weights_hash
-from kdx.runtime import Choice, EagerRunner, OrtRunner, Runner, RuntimeName, TrtRunner, choose, open_file
+from kdx.openvino import OpenVinoRunner
+from kdx.runner import Runner
+from kdx.runtime import Choice, EagerRunner, OrtRunner, RuntimeName, TrtRunner, choose, open_file
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
@@ -74,13 +76,18 @@ def images(n: int, size: tuple[int, int] = (11, 9)) -> Tensor:
 # ---- runners ----
 
 
+def runners(network: nn.Module, path: Path) -> tuple[Runner, ...]:
+    return EagerRunner(graph(network), CPU), OrtRunner(path), OpenVinoRunner(path)
+
+
 @pytest.mark.parametrize("n", [1, 4, 7])
-def test_both_runners_give_the_networks_outputs(network: nn.Module, path: Path, n: int) -> None:
+def test_every_runner_gives_the_networks_outputs(network: nn.Module, path: Path, n: int) -> None:
     with torch.no_grad():
         logits, conv2, norm = graph(network)(images(n))
-    with EagerRunner(graph(network), CPU) as eager, OrtRunner(path) as ort:
-        assert eager.layers == ort.layers == ("conv2", "norm") and (eager.runtime, ort.runtime) == ("eager", "onnx")
-        for runner in (eager, ort):
+    assert [runner.runtime for runner in runners(network, path)] == ["eager", "onnx", "openvino"]
+    for each in runners(network, path):
+        with each as runner:
+            assert runner.layers == ("conv2", "norm")
             found = runner.infer(images(n))
             assert list(found.features) == ["conv2", "norm"]
             for ours, theirs in ((found.logits, logits), (found.features["conv2"], conv2), (found.features["norm"], norm)):
@@ -89,7 +96,7 @@ def test_both_runners_give_the_networks_outputs(network: nn.Module, path: Path, 
 
 
 def test_named_tensors_go_in_and_come_out(network: nn.Module, path: Path) -> None:
-    for runner in (EagerRunner(graph(network), CPU), OrtRunner(path)):
+    for runner in runners(network, path):
         found = runner.run({"images": images(5)})
         assert runner.kind == "features" and list(found) == ["logits", "conv2", "norm"]
         passed = runner.infer(images(5))
@@ -97,12 +104,12 @@ def test_named_tensors_go_in_and_come_out(network: nn.Module, path: Path) -> Non
         assert all(output.is_contiguous() for output in found.values())
 
 
-def test_images_of_any_number_type_and_layout_run_in_both(network: nn.Module, path: Path) -> None:
+def test_images_of_any_number_type_and_layout_run_in_all(network: nn.Module, path: Path) -> None:
     pixels = images(5)
     strided = pixels.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     every_other = torch.stack([pixels, -pixels], 1).flatten(0, 1)[::2]
     turned = pixels.flip(3).contiguous().flip(3)
-    for runner in (EagerRunner(graph(network), CPU), OrtRunner(path)):
+    for runner in runners(network, path):
         expected = runner.infer(pixels).logits
         for kind in (pixels.double(), strided, every_other, turned, torch.from_numpy(pixels.numpy().astype(np.float64))):
             found = runner.infer(kind).logits
@@ -117,11 +124,11 @@ def test_images_of_any_number_type_and_layout_run_in_both(network: nn.Module, pa
 
 
 def test_a_pass_leaves_the_results_of_earlier_ones_and_its_inputs_alone(network: nn.Module, path: Path) -> None:
-    first, second = OrtRunner(path), OrtRunner(path)
+    first, second, third = OrtRunner(path), OrtRunner(path), OpenVinoRunner(path)
     pixels = images(4)
-    found = [runner.infer(pixels) for runner in (first, second, EagerRunner(graph(network), CPU))]
+    found = [runner.infer(pixels) for runner in (first, second, third, EagerRunner(graph(network), CPU))]
     kept = [passed.features["norm"].clone() for passed in found]
-    for runner in (first, second):
+    for runner in (first, second, third):
         runner.infer(images(7))
         runner.infer(1 - pixels)
         runner.close()
@@ -130,7 +137,7 @@ def test_a_pass_leaves_the_results_of_earlier_ones_and_its_inputs_alone(network:
 
 
 def test_threads_share_a_runner(network: nn.Module, path: Path) -> None:
-    for runner in (EagerRunner(graph(network), CPU), OrtRunner(path)):
+    for runner in runners(network, path):
         expected = {n: runner.infer(images(n)).logits for n in range(1, 7)}
         with ThreadPoolExecutor(6) as pool:
             found = dict(zip(expected, pool.map(runner.infer, map(images, expected)), strict=True))
@@ -140,7 +147,7 @@ def test_threads_share_a_runner(network: nn.Module, path: Path) -> None:
 
 @pytest.mark.parametrize("feeds", [{}, {"image": images(2)}, {"images": images(2), "target": images(2)}], ids=len)
 def test_names_that_are_not_the_graphs_are_a_mistake(feeds: dict[str, Tensor], network: nn.Module, path: Path) -> None:
-    for runner in (EagerRunner(graph(network), CPU), OrtRunner(path)):
+    for runner in runners(network, path):
         with pytest.raises(ValueError, match="the graph takes images, and was given"):
             runner.run(feeds)
 
@@ -155,16 +162,18 @@ def test_names_that_are_not_the_graphs_are_a_mistake(feeds: dict[str, Tensor], n
     ],
 )
 def test_a_shape_that_the_file_does_not_take_is_an_error(shape: tuple[int, ...], said: str, path: Path) -> None:
-    with pytest.raises(KdxError, match=said):
-        OrtRunner(path).run({"images": torch.zeros(shape)})
+    for runner in (OrtRunner(path), OpenVinoRunner(path)):
+        with pytest.raises(KdxError, match=said):
+            runner.run({"images": torch.zeros(shape)})
 
 
 def test_a_file_for_any_size_takes_any(network: nn.Module, tmp_path: Path) -> None:
     resizing = FeatureGraph(network, ["norm"], Preprocessing((11, 9), (0.5,), (0.2,)))
     onnx_file.write(resizing, tmp_path / "a.onnx", origin=Origin("Small", "abc"), image_size=(13, 8))
-    for size in ((11, 9), (24, 31), (5, 4)):
-        found, expected = OrtRunner(tmp_path / "a.onnx").infer(images(3, size)), EagerRunner(resizing, CPU).infer(images(3, size))
-        torch.testing.assert_close(found.features["norm"], expected.features["norm"])
+    for runner in (OrtRunner(tmp_path / "a.onnx"), OpenVinoRunner(tmp_path / "a.onnx")):
+        for size in ((11, 9), (24, 31), (5, 4)):
+            found, expected = runner.infer(images(3, size)), EagerRunner(resizing, CPU).infer(images(3, size))
+            torch.testing.assert_close(found.features["norm"], expected.features["norm"])
 
 
 # ---- graphs with more inputs than the images ----
@@ -253,8 +262,7 @@ def test_a_runner_evaluates_whatever_mode_the_graph_is_in(network: nn.Module) ->
 
 
 def test_a_closed_runner_raises(network: nn.Module, path: Path) -> None:
-    runners: tuple[Runner, ...] = EagerRunner(graph(network), CPU), OrtRunner(path)
-    for runner in runners:
+    for runner in runners(network, path):
         with runner:
             runner.infer(images(1))
         with pytest.raises(ValueError, match="closed"):
@@ -267,8 +275,9 @@ def test_a_closed_runner_raises(network: nn.Module, path: Path) -> None:
 def test_a_runner_of_a_file_that_is_none_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("no network")
     for name in ("text.onnx", "absent.onnx"):
-        with pytest.raises(KdxError, match=name):
-            OrtRunner(tmp_path / name)
+        for kind in (OrtRunner, OpenVinoRunner):
+            with pytest.raises(KdxError, match=name):
+                kind(tmp_path / name)
 
 
 # ---- providers of ONNX Runtime ----
@@ -406,15 +415,16 @@ def test_an_engine_that_is_none_or_alone_is_an_error(built: Path, tmp_path: Path
 
 def test_a_file_is_opened_by_its_suffix(path: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with open_file(path) as runner:
+    here, gpu = Choice("onnx", CPU, ""), Choice("onnx", torch.device("cuda"), "")
+    with open_file(path, here) as runner:
         assert isinstance(runner, OrtRunner) and runner.device == CPU and runner.description.networks["network"].reference == "Small"
     for name, said in ((path, "provider cuda"), (built, "TensorRT")):
         with pytest.raises(KdxError, match=f"{said} runs on an NVIDIA GPU, and PyTorch sees none"):
-            open_file(name, torch.device("cuda"))
+            open_file(name, gpu)
     with pytest.raises(KdxError, match="TensorRT runs on an NVIDIA GPU, not on cpu"):
-        open_file(built)
+        open_file(built, here)
     with pytest.raises(KdxError, match=r"neither an \.onnx nor an \.engine file"):
-        open_file(tmp_path / "model.pt")
+        open_file(tmp_path / "model.pt", here)
 
 
 class FakeTensorRT:
@@ -570,7 +580,7 @@ def test_onnx_runtime_on_the_gpu_gives_the_cpus_numbers(network: nn.Module, path
         pytest.skip("needs onnxruntime-gpu")
     with OrtRunner(path, "cuda") as runner:
         check_on_gpu(runner, network)
-    with open_file(path, torch.device("cuda")) as opened:
+    with open_file(path, Choice("onnx", torch.device("cuda"), "")) as opened:
         assert opened.infer(images(3)).logits.is_cuda  # images on the CPU are copied
 
 
@@ -599,11 +609,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def _machine(
-    monkeypatch: pytest.MonkeyPatch, *, onnx: bool, cuda: bool, provider: bool = False, tensorrt: bool = True
+    monkeypatch: pytest.MonkeyPatch, *, onnx: bool, cuda: bool, provider: bool = False, tensorrt: bool = True, openvino: bool = False
 ) -> pytest.MonkeyPatch:
     real = importlib.util.find_spec
     some = real("math")
-    known = {"onnxruntime": onnx, "tensorrt": False, "tensorrt_rtx": tensorrt}
+    known = {"onnxruntime": onnx, "openvino": openvino, "tensorrt": False, "tensorrt_rtx": tensorrt}
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: (some if known[name] else None) if name in known else real(name, *rest)
     )
@@ -695,13 +705,63 @@ def test_onnx_runtime_takes_the_gpu_that_is_named_where_it_has_cuda(
     assert choose(name, files=files).device == CPU
 
 
+@pytest.mark.parametrize("onnx", [True, False])
+@pytest.mark.parametrize("cuda", [True, False])
+def test_openvino_runs_on_the_cpu_where_it_is_asked_for_or_alone(onnx: bool, cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    _machine(monkeypatch, onnx=onnx, cuda=cuda, openvino=True)
+    for device in ("auto", "cpu"):
+        for files in (False, True):
+            assert choose("openvino", device, files=files) == Choice("openvino", CPU, "openvino on the CPU: as asked")
+            found = choose("auto", device, files=files)
+            if device == "auto" and cuda and not files:
+                assert found.runtime == "eager"
+            elif onnx:
+                assert found.runtime == "onnx"
+            else:
+                assert found == Choice("openvino", CPU, "openvino on the CPU: ONNX Runtime is not installed, and OpenVINO is")
+    if cuda:
+        with pytest.raises(KdxError, match="OpenVINO runs on the CPU, not on cuda:1"):
+            choose("openvino", "cuda:1")
+        assert choose("auto", "cuda:1").runtime == "eager"
+        with pytest.raises(KdxError, match="package onnxruntime" if not onnx else "runs on the CPU only"):
+            choose("auto", "cuda:1", files=True)
+
+
+def test_openvino_that_is_not_installed_names_its_extra(machine: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KdxError, match="The runtime openvino needs the package openvino") as caught:
+        choose("openvino")
+    assert "kdx[openvino]" in caught.value.mend
+
+
+@pytest.mark.parametrize("name", ["auto", "eager", "onnx", "tensorrt"])
+def test_bfloat16_is_openvinos_alone(name: RuntimeName, monkeypatch: pytest.MonkeyPatch) -> None:
+    _machine(monkeypatch, onnx=True, cuda=name == "tensorrt", openvino=True)
+    monkeypatch.setattr("kdx.openvino.has_bfloat16", lambda: True)
+    with pytest.raises(KdxError, match=f"runtime {'onnx' if name == 'auto' else name} does not choose bfloat16") as caught:
+        choose(name, precision="bfloat16")
+    assert "--runtime openvino" in caught.value.mend
+    found = choose("openvino", precision="bfloat16")
+    assert (found.precision, found.why) == ("bfloat16", "openvino on the CPU: as asked, in bfloat16")
+    with pytest.raises(KdxError, match="There is no precision 'float16'"):
+        choose(name, precision="float16")  # type: ignore[arg-type]
+
+
+def test_a_cpu_without_bfloat16_does_not_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    _machine(monkeypatch, onnx=False, cuda=False, openvino=True)
+    monkeypatch.setattr("kdx.openvino.has_bfloat16", lambda: False)
+    for name in ("openvino", "auto"):
+        assert choose(name).precision == "float32"  # type: ignore[arg-type]
+        with pytest.raises(KdxError, match="This CPU does not compute in bfloat16"):
+            choose(name, precision="bfloat16")  # type: ignore[arg-type]
+
+
 def test_engines_run_in_tensorrt_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     _machine(monkeypatch, onnx=True, cuda=True)
     for name in ("auto", "tensorrt"):
         found = choose(name, files=True, engines=True)
         assert (found.runtime, found.device) == ("tensorrt", torch.device("cuda"))
     assert "the networks are engines" in choose("auto", engines=True).why
-    for name in ("eager", "onnx"):
+    for name in ("eager", "onnx", "openvino"):
         with pytest.raises(KdxError, match=f"An .engine file cannot run in {name}"):
             choose(name, files=True, engines=True)  # type: ignore[arg-type]
     _machine(monkeypatch, onnx=True, cuda=True, tensorrt=False)
@@ -719,7 +779,7 @@ def test_a_gpu_that_pytorch_does_not_see_is_an_error(device: str, monkeypatch: p
 
 def test_the_same_choice_compares_equal(machine: pytest.MonkeyPatch) -> None:
     assert choose("auto") == choose("auto", "auto") == Choice("onnx", CPU, choose("auto").why)
-    assert runtime.RUNTIMES == ("auto", "eager", "onnx", "tensorrt")
+    assert runtime.RUNTIMES == ("auto", "eager", "onnx", "openvino", "tensorrt")
 
 
 def test_without_onnx_runtime_a_file_cannot_be_opened(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
