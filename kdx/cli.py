@@ -212,7 +212,9 @@ def explain(
     ] = 0.01,
     workers: Annotated[
         int | None,
-        typer.Option(min=0, help="Threads that decode ahead of the networks; by default one a core; changes no result.", show_default=False),
+        typer.Option(
+            min=0, help="Threads that decode ahead of the networks; by default one a core; changes no result.", show_default=False
+        ),
     ] = None,
     seed: SeedOption = 0,
 ) -> None:
