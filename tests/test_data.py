@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from kdx.data import Dataset, _lacking, class_balanced_sample, load_images, open_data, random_batches, split
+from kdx.data import Dataset, _lacking, class_balanced_sample, decoded, load_images, open_data, random_batches, split
 from kdx.errors import KdxError
 from kdx.kernels import geometry
 
@@ -294,6 +295,44 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     assert images.unreadable[0][1].startswith("DecompressionBomb")
     (tmp_path / "b" / "0.png").unlink()
     assert load_images(open_data(str(tmp_path)), [0], (8, 8)).pixels.shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_decoded_ahead_are_those_decoded_alone(tmp_path: Path, workers: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (23, 9, 11, 3), dtype=np.uint8)
+    for index, pixels in enumerate(noise):
+        (tmp_path / "ab"[index % 2]).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "ab"[index % 2] / f"{index}.jpg")
+    (tmp_path / "a" / "4.jpg").write_bytes(b"no picture")
+    (tmp_path / "b" / "7.jpg").write_bytes(b"")
+    dataset = open_data(str(tmp_path))
+    batches = np.array_split(np.random.default_rng(1).permutation(23), 5)
+    with decoded(dataset, iter(batches), (8, 7), workers) as found:
+        ahead = list(found)
+    alone = [load_images(dataset, batch, (8, 7)) for batch in batches]
+    assert sorted(name for images in ahead for name, _ in images.unreadable) == ["a/4.jpg", "b/7.jpg"]
+    for one, other in zip(ahead, alone, strict=True):
+        assert torch.equal(one.pixels, other.pixels) and one.pixels.is_contiguous()
+        assert one.kept.tolist() == other.kept.tolist() and one.unreadable == other.unreadable
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_pixel_is_its_level_over_255(tmp_path: Path, orientation: int) -> None:
+    """Every level exactly, whether or not the decoder's memory is taken over."""
+    levels = np.arange(768, dtype=np.uint16).astype(np.uint8).reshape(16, 16, 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = np.rot90(levels, -1) if orientation == 6 else levels
+    expected = torch.from_numpy(np.ascontiguousarray(turned)).permute(2, 0, 1) / 255
+    assert torch.equal(torch.from_numpy(one(tmp_path, Image.fromarray(levels), exif=exif)), expected)
+
+
+def test_decoding_ahead_silences_pillow_alone(tmp_path: Path) -> None:
+    class_folders(tmp_path, {"a": 2, "b": 2})
+    with decoded(open_data(str(tmp_path)), [np.arange(2), np.arange(2, 4)], (8, 8)) as found:
+        next(found)
+        with pytest.warns(UserWarning, match="heard"):
+            warnings.warn("heard", stacklevel=1)
 
 
 def test_pixels_do_not_depend_on_the_chunk() -> None:

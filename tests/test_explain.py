@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -251,6 +252,32 @@ def test_how_many_images_go_through_a_network_at_once_changes_nothing(folder: Pa
     assert parts["samples"]["student_prediction"] == whole["samples"]["student_prediction"]
     for key in (key for key in whole if key.startswith("layer")):
         assert np.allclose(parts[key], whole[key], rtol=1e-3, atol=1e-5 * np.abs(whole[key]).max())
+
+
+def test_how_many_threads_decode_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    shutil.copytree(folder / "pictures", pictures)
+    (pictures / "dog" / "1.png").write_bytes(b"no picture")
+    found = {}
+    for workers in (0, 2, None):
+        out = tmp_path / f"run-{workers}"
+        run(folder, out, replace(OPTIONS, workers=workers), data=str(pictures))
+        found[workers] = results(out)
+    assert [image["id"] for image in found[0]["images"]["unreadable"]] == ["dog/1.png"]
+    assert same(found[2], found[0]) and same(found[None], found[0])
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_stopped_run_leaves_no_thread_and_resumes_with_any_number(
+    folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Store, "write_batch", _stopping(store.Store.write_batch, "after a batch"))
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, tmp_path / "run", replace(OPTIONS, workers=3 - workers))
+    assert not [thread for thread in threading.enumerate() if "kdx" in thread.name]
+    run(folder, tmp_path / "run", replace(OPTIONS, workers=workers))
+    assert same(results(tmp_path / "run"), results(finished))
 
 
 def test_in_reference_mode_a_map_does_not_depend_on_its_batch(folder: Path, tmp_path: Path) -> None:
