@@ -75,6 +75,7 @@ def test_ctrl_c_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "package", "extra"),
     [
         ("runtime onnx: ONNX Runtime", "onnxruntime", "kdx[cpu]"),
+        ("runtime openvino: OpenVINO", "openvino", "kdx[openvino]"),
         ("models timm:", "timm", "kdx[models]"),
         ("models torchvision:", "torchvision", "kdx[models]"),
     ],
@@ -83,6 +84,13 @@ def test_a_package_that_is_not_installed_names_its_extra(name: str, package: str
     monkeypatch.setitem(sys.modules, package, None)
     found = finding(name)
     assert not found.works and package in found.found and extra in found.mend
+
+
+@pytest.mark.parametrize(("has", "said"), [(True, "float32 and bfloat16"), (False, "float32; this CPU has no bfloat16")])
+def test_openvino_says_whether_the_cpu_has_bfloat16(has: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "has_bfloat16", lambda: has)
+    found = finding("runtime openvino: OpenVINO")
+    assert found.works and found.found == f"{version('openvino')}, {said}"
 
 
 def test_tensorrt_rtx_says_what_it_builds_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -750,9 +750,9 @@ def test_a_cpu_without_bfloat16_does_not_take_it(monkeypatch: pytest.MonkeyPatch
     _machine(monkeypatch, onnx=False, cuda=False, openvino=True)
     monkeypatch.setattr("kdx.openvino.has_bfloat16", lambda: False)
     for name in ("openvino", "auto"):
-        assert choose(name).precision == "float32"  # type: ignore[arg-type]
+        assert choose(name).precision == "float32"
         with pytest.raises(KdxError, match="This CPU does not compute in bfloat16"):
-            choose(name, precision="bfloat16")  # type: ignore[arg-type]
+            choose(name, precision="bfloat16")
 
 
 def test_engines_run_in_tensorrt_alone(monkeypatch: pytest.MonkeyPatch) -> None:
