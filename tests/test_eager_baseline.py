@@ -168,6 +168,7 @@ def test_a_broken_step_shows(way: Way, step: str, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # of PyTorch's own, as its compiler is imported
 def test_compiled_is_the_careful_way_at_any_number_of_images() -> None:
     student, base = pair(torch.float32)
     run = eager.compiled(student, base, "layer2")
