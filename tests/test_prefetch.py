@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_results_come_in_order_and_whole_whatever_a_part_takes(workers: int, dep
             time.sleep(waits[number, place])
             done.append(number * 10 + place)
 
-        return Job([lambda place=place: part(place) for place in range(number % 5)], lambda: sorted(done))  # type: ignore[misc]
+        return Job([partial(part, place) for place in range(number % 5)], lambda: sorted(done))
 
     with ahead((counting(number) for number in range(12)), workers, depth) as results:
         assert list(results) == [[number * 10 + place for place in range(number % 5)] for number in range(12)]
@@ -57,7 +58,7 @@ def test_no_more_than_depth_jobs_are_begun_beyond_those_taken(workers: int, dept
         nonlocal most
         for number in range(20):
             most = max(most, number + 1 - taken)
-            yield job(number, lambda number=number: done.append(number))  # type: ignore[misc]
+            yield job(number, partial(done.append, number))
 
     with ahead(jobs(), workers, depth) as results:
         for result in results:
@@ -79,7 +80,11 @@ def test_the_next_jobs_are_done_while_one_is_in_use() -> None:
 
 def test_parts_of_one_job_are_done_side_by_side() -> None:
     meeting = threading.Barrier(3)
-    with ahead([job(0, *[lambda: meeting.wait(SECONDS) and None] * 3)], workers=3) as results:
+
+    def meet() -> None:
+        meeting.wait(SECONDS)
+
+    with ahead([job(0, meet, meet, meet)], workers=3) as results:
         assert list(results) == [0]
 
 
@@ -115,7 +120,7 @@ def test_leaving_early_drops_what_has_not_begun_and_leaves_no_thread(error: type
         begun.append(number)
         released.wait(SECONDS)
 
-    parts = [lambda number=number: part(number) for number in range(50)]  # type: ignore[misc]
+    parts = [partial(part, number) for number in range(50)]
     with pytest.raises(error), ahead([job(0), job(1, *parts), job(2, *parts)], workers=2) as results:
         assert next(results) == 0
         until(lambda: len(begun) == 2)
