@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,15 @@ class OpenVinoRunner(FileRunner):
             raise ValueError("the runner is closed")
         inputs, sizes = self._fed(feeds)
         outputs = self._empty(sizes)
-        shared = {name: _shared(tensor) for name, tensor in (inputs | outputs).items()}
+        read, written = ([_shared(tensor) for tensor in tensors.values()] for tensors in (inputs, outputs))
         # A request a pass: it costs microseconds, and the next pass, or another thread's, writes to other memory.
         request = model.create_infer_request()
         try:
-            for name, tensor in shared.items():
-                request.set_tensor(name, tensor)
+            # By place: layers that are one tensor may have each other's names.
+            for place, tensor in enumerate(read):
+                request.set_input_tensor(place, tensor)
+            for place, tensor in enumerate(written):
+                request.set_output_tensor(place, tensor)
             request.infer()
         except RuntimeError as error:
             raise KdxError(f"OpenVINO cannot run {self._path}: {_said(error)}.", "Try smaller batches, or --runtime onnx.") from error
@@ -105,16 +108,17 @@ def _shared(tensor: Tensor) -> Any:
     return openvino.Tensor(tensor.numpy(), shared_memory=True)
 
 
-def _check_ports(path: Path, ports: Iterable[Any], shapes: Mapping[str, Shape]) -> None:
-    """KdxError where the graph's inputs or outputs are not those that the file says it has: passes write by these shapes."""
+def _check_ports(path: Path, ports: Sequence[Any], shapes: Mapping[str, Shape]) -> None:
+    """KdxError where the graph's inputs or outputs are not those, in order, that the file tells of: passes write by these shapes."""
     import openvino
 
-    found = {name: port for port in ports for name in port.get_names()}
-    for name, shape in shapes.items():
-        port = found.get(name)
-        told = openvino.PartialShape([-1 if isinstance(size, str) else size for size in shape])
-        if port is None or port.get_element_type() != openvino.Type.f32 or not port.get_partial_shape().compatible(told):
-            raise KdxError(f"{path} does not hold the {name} that it tells of.", "Export it again with kdx export.")
+    told = {name: openvino.PartialShape([-1 if isinstance(size, str) else size for size in shape]) for name, shape in shapes.items()}
+    fits = len(ports) == len(told) and all(
+        name in port.get_names() and port.get_element_type() == openvino.Type.f32 and port.get_partial_shape().compatible(shape)
+        for port, (name, shape) in zip(ports, told.items(), strict=True)
+    )
+    if not fits:
+        raise KdxError(f"{path} does not hold the {', '.join(told)} that it tells of.", "Export it again with kdx export.")
 
 
 def _said(error: RuntimeError) -> str:

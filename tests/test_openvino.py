@@ -166,7 +166,7 @@ def test_a_graph_that_is_not_as_the_file_tells_is_an_error(files: dict[str, Path
     outputs = {name: list(shape) for name, shape in onnx_file.describe(files["features"]).outputs.items()}
     assert OpenVinoRunner(told(outputs=outputs)).infer(images(2)).logits.shape == (2, 5)
     for wrong in ({**outputs, "layer9": ["batch", 5]}, {**outputs, "logits": ["batch", 6]}, {**outputs, "logits": ["batch", 5, 1]}):
-        with pytest.raises(KdxError, match=r"does not hold the (logits|layer9) that it tells of"):
+        with pytest.raises(KdxError, match=r"does not hold the logits, layer1, layer2.* that it tells of"):
             OpenVinoRunner(told(outputs=wrong))
     with pytest.raises(KdxError, match="does not hold the pixels that it tells of"):
         OpenVinoRunner(told(inputs={"pixels": ["batch", 3, "height", "width"]}))
