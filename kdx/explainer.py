@@ -83,8 +83,8 @@ class Explainer:
     ``keep`` is kept and the rest imputed with ``noise``. The maps are those of the raw features either way. Salient features
     cost a backward pass a network and a forward pass a layer more; exported files hold no gradients for them.
 
-    precision: of the networks. ``bfloat16`` is openvino's, on a CPU that has it; features then differ in their third digit, and what
-    is made of them stays float32.
+    precision: of the networks. ``bfloat16`` is openvino's, on a CPU that has it; features then keep two to three digits, and
+    what is made of them stays float32.
 
     A context manager; `close` frees the networks. ``choice.why`` says in a line what ``auto`` chose and why. Where a network
     cannot be exported, ``auto`` takes PyTorch and says so there; a runtime asked for by name raises.

@@ -177,7 +177,7 @@ def test_what_openvino_cannot_load_is_an_error_in_its_words(files: dict[str, Pat
     weight = next(each for each in model.graph.initializer if len(each.dims) == 4)
     weight.dims[1] += 1
     onnx.save(model, tmp_path / "a.onnx")
-    with pytest.raises(KdxError, match=r"OpenVINO cannot load .*a\.onnx: .*initializer does not match") as caught:
+    with pytest.raises(KdxError, match=r"OpenVINO cannot load .*a\.onnx: .*(does not|doesn't) match") as caught:
         OpenVinoRunner(tmp_path / "a.onnx")
     assert "Exception from" not in caught.value.problem
 
