@@ -1,0 +1,37 @@
+"""The benchmark of a folder of JPEGs, at a small size: it times whole runs, and memory is flat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from benchmarks import folder
+from kdx.data import open_data
+
+SMALL = "kdx:resnet,width=8,depth=1-1-1-1,classes=10,block=basic,stem=imagenet"
+
+
+def test_the_few_images_are_the_first_of_the_many(tmp_path: Path) -> None:
+    folder.draw(tmp_path, 11)
+    few, many = (open_data(str(tmp_path / name)) for name in ("few", "many"))
+    assert (len(few), len(many)) == (11, 44) and set(few.ids) < set(many.ids)
+    assert few.classes == tuple(sorted(folder.CLASSES))
+    assert {few.read(index).size for index in range(11)} == {folder.PICTURE}
+    with Image.open(tmp_path / "few" / few.ids[0]) as image:
+        assert image.format == "JPEG"
+
+
+@pytest.mark.slow
+def test_each_round_times_every_part_and_memory_is_flat() -> None:
+    found = folder.measure(100, 2, network=SMALL, side=64, batch=10)
+    assert {part: len(seconds) for part, seconds in found["samples"].items()} == dict.fromkeys(folder.PARTS, 2)
+    for part, count in (("decoding", 100), ("inference", 100), ("whole", 100), ("whole of more", 400)):
+        lower, median, upper = found["images_per_second"][part]
+        assert count / max(found["samples"][part]) <= lower <= median <= upper <= count / min(found["samples"][part])
+    assert found["ratios"]["whole over the slower"][0] > 1
+    batch = 10 * 3 * 64 * 64 * 4
+    assert found["peak_bytes"]["whole of more"] - found["peak_bytes"]["whole"] < 20 * batch  # it had 30 batches more
+    # Two maps of 2 x 2 an image, and its row: the pictures and the page do not grow.
+    assert 0 < found["bytes_per_1000_images"] < 1e6
