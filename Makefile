@@ -27,7 +27,7 @@ format: $(VENV)/.installed-dev ## Format the code
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-dev ## Time everything against what bounds it, and fill in the README's tables
-	for name in batch scores imputation; do $(BIN)/python -m benchmarks.$$name || exit; done
+	$(BIN)/python -m benchmarks.run $(ARGS)
 	$(BIN)/python -m benchmarks.readme
 
 clean: ## Delete the virtual environment and what the tools left

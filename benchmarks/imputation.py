@@ -2,39 +2,32 @@
 
 First scipy.sparse.linalg.spsolve as it comes, an image after the other, from its equations to its three right sides. Then the best of
 SciPy's SuperLU: its matrices assembled beforehand, the fastest of the orderings and types of number that it offers for these masks,
-on one core and with a thread a core. kdx is timed whole, from images to images. Masks: the top half of a random map of 7 x 7 or
-14 x 14 resized bilinearly, as saliency maps are, and pixels kept at random. Every solution is compared before anything is timed.
+on one core and with a thread a core. kdx is timed whole, from images to images. A mask is the top half of a random map of side x side
+resized bilinearly, as saliency maps are; of a map as large as the image it keeps pixels at random.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 from scipy import sparse
 from scipy.sparse.linalg import splu, spsolve
 from torch import Tensor
 
-from benchmarks.record import child, paired, quartiles, ratio, store
+from benchmarks.subject import Subject
 from kdx.kernels.imputation import impute
 
 IMAGES, SIDE, SHARE = 32, 224, 0.5
 WITHIN = 1e-4
 """Of a direct solution, every imputed pixel."""
-
-MASKS = {"top half of a 7 x 7 map": 7, "top half of a 14 x 14 map": 14, "half at random": SIDE}
-"""The side of the random map that each kind of mask is cut from."""
-
-CASES = {"spsolve": "spsolve", "direct": "the fastest ordering", "threads": "the same, a thread a core", "kdx": "kdx"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +37,10 @@ class Ordering:
     columns: str
     symmetric: bool
     dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.columns}{', symmetric mode' if self.symmetric else ''}, {self.dtype}"
 
     def solve(self, system: System) -> NDArray[Any]:
         """The imputed pixels [unknown, c] of an image."""
@@ -110,61 +107,38 @@ def fastest(systems: list[System]) -> Ordering:
     return min(ORDERINGS, key=seconds)
 
 
-def measure(mask: str, rounds: int) -> dict[str, Any]:
-    images, kept = draw(MASKS[mask])
+def subject(_: Path, *, side: int) -> Subject:
+    images, kept = draw(side)
     systems = [System.of(*each) for each in zip(images, kept, strict=True)]
     ordering = fastest(systems)
-    imputed = impute(images, kept)
-    worst = 0.0
-    for found, unknown, system in zip(imputed, ~kept, systems, strict=True):
-        worst = max(worst, float(np.abs(found[:, unknown].numpy().T - ORDERINGS[0].solve(system)).max()))
-    if not worst < WITHIN:
-        raise SystemExit(f"{mask}: a pixel is {worst:.1e} from the direct solution")
 
-    def threads() -> None:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(ordering.solve, systems))
-
-    def direct() -> None:
-        for system in systems:
-            ordering.solve(system)
-
-    def plain() -> None:
+    def spsolved() -> list[NDArray[Any]]:
+        found = []
         for image, mask in zip(images, kept, strict=True):
             system = System.of(image, mask)
-            spsolve(system.matrix, system.right)
+            found.append(spsolve(system.matrix, system.right))
+        return found
 
-    samples = paired({"spsolve": plain, "direct": direct, "threads": threads, "kdx": lambda: impute(images, kept)}, rounds)
-    return {
-        "ordering": f"{ordering.columns}{', symmetric mode' if ordering.symmetric else ''}, {ordering.dtype}",
-        "largest_difference": worst,
-        "samples": samples,
-        "ratios": {name: ratio(samples, name, "kdx") for name in CASES if name != "kdx"},
-    }
+    def on_threads() -> list[NDArray[Any]]:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            return list(pool.map(ordering.solve, systems))
 
+    def by_kdx() -> list[NDArray[Any]]:
+        return [found[:, ~mask].numpy().T for found, mask in zip(impute(images, kept), kept, strict=True)]
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--mask", choices=MASKS, help=argparse.SUPPRESS)  # the child's
-    options = parser.parse_args()
-    if options.mask is not None:
-        print(json.dumps(measure(options.mask, options.rounds)))
-        return
-    module = "benchmarks.imputation"
-    found = {mask: child(module, "--mask", mask, "--rounds", str(options.rounds)) for mask in MASKS}
-    record = store("imputation", module, {"case": f"{IMAGES} images of 3 x {SIDE} x {SIDE}, {SHARE:.0%} kept", "masks": found})
-    console = Console()
-    for mask, part in found.items():
-        table = Table("", "lower quartile", "median", "upper quartile", title=f"{record['case']}: {mask}", box=None)
-        for name, label in CASES.items():
-            table.add_row(label, *(f"{value * 1e3:.0f} ms" for value in quartiles(part["samples"][name])))
-        for name, values in part["ratios"].items():
-            table.add_row(f"{CASES[name]}, over kdx", *(f"{value:.1f}" for value in values))
-        console.print(table)
-        console.print(f"Direct: {part['ordering']}. Largest difference of a pixel: {part['largest_difference']:.1e}.\n")
-    console.print(record["environment"]["processor"])
+    return Subject(
+        {
+            "spsolve": lambda _: spsolved,
+            "the fastest ordering": lambda _: lambda: [ordering.solve(system) for system in systems],
+            "the same, a thread a core": lambda _: on_threads,
+            "kdx": lambda _: by_kdx,
+        },
+        lambda results: {"ordering": ordering.name} | _alike(results),
+    )
 
 
-if __name__ == "__main__":
-    main()
+def _alike(results: Mapping[str, list[NDArray[Any]]]) -> dict[str, float]:
+    worst = max(float(np.abs(found - known).max()) for found, known in zip(results["kdx"], results["spsolve"], strict=True))
+    if not worst < WITHIN:
+        raise SystemExit(f"a pixel is {worst:.1e} from the direct solution")
+    return {"largest difference of a pixel": worst}

@@ -20,10 +20,14 @@ RESULTS = Path(__file__).parent / "results"
 STATUS = Path("/proc/self/status")
 
 
-def paired(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each case, a round after the other, every second round in the opposite order, after one run of each."""
-    for run in cases.values():
-        run()
+def paired(
+    cases: Mapping[str, Callable[[], object]], rounds: int, check: Callable[[Mapping[str, Any]], object] = lambda _: None
+) -> dict[str, list[float]]:
+    """Seconds of each case, a round after the other, every second round in the opposite order.
+
+    One run of each comes first, and ``check`` sees what they returned before anything is timed.
+    """
+    check({name: run() for name, run in cases.items()})
     samples: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds):
         for name, run in list(cases.items())[:: 1 if number % 2 == 0 else -1]:
@@ -55,11 +59,15 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def origin(module: str) -> dict[str, Any]:
+    """Where figures come from: command, commit and the machine with its versions."""
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return {"command": f"python -m {module}", "commit": described.stdout.strip(), "environment": explain.environment()}
+
+
 def store(name: str, module: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """Write a benchmark's record to results/NAME.json and return it."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    environment = explain.environment()
-    record = {"command": f"python -m {module}", "commit": described.stdout.strip(), "environment": environment, **found}
+    record = {**origin(module), **found}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     return record

@@ -1,37 +1,27 @@
 """Scores of many images: against the bare Gram products of the same tiles, against dcor, and what permutations and batches add.
 
-Each case runs in a process of its own, on random features and ten classes; the score is RS(X|Y) with its interval. First of all, every
-estimator is compared with dcor at N = 1,000.
+On random features of two models and ten classes; the score is RS(X|Y) with its interval.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import resource
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from rich.console import Console
-from rich.markdown import Markdown
 from torch import Tensor
 
 import kdx
-from benchmarks import readme
-from benchmarks.record import child, paired, peak_bytes, quartiles, ratio, store
+from benchmarks.subject import Run, Subject, Work, demand_memory
 from kdx.kernels import sweep
 from kdx.rows import rows_of
 
 CLASSES = 10
-LARGE, HUGE, MANY = (10_000, 2048), (50_000, 512), (2_000, 2048)
-"""(N, d) of the case against Gram products, of the largest, and of the permutations'."""
-
-DCOR_WIDTH = 64
-"""d beside dcor, whose limit is N x N: its distances of wider rows take hours, not more memory."""
+WITHIN = 1e-9
+"""Of dcor's value, in float64."""
 
 
 def draw(n: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,143 +31,108 @@ def draw(n: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, y, torch.randint(CLASSES, (n,), generator=generator)
 
 
-def check() -> dict[str, float]:
-    """The largest difference from dcor of each estimator at N = 1,000, d = 64, in float64."""
+def one_score(_: Path, *, n: int, d: int, without: tuple[str, ...] = ()) -> Subject:
+    """The score against its tiles' Gram products, which nothing that measures distances can do without."""
+    x, y, labels = draw(n, d)
+
+    def bare(_: ExitStack) -> Run:
+        side = sweep._side(n, [rows_of(x, "x"), rows_of(y, "y")])
+
+        def run() -> None:
+            for rows in (x, y):
+                tiles = rows.split(side)
+                for a, left in enumerate(tiles):
+                    for right in tiles[a:]:
+                        left @ right.T
+
+        return run
+
+    ways = {
+        "bare products": bare,
+        "kdx": lambda _: lambda: kdx.rs(x, labels, y, permutations=0),
+        "kdx, 999 permutations": lambda _: lambda: kdx.rs(x, labels, y),
+    }
+    # Both products' halves, and the rows read once.
+    return Subject({name: way for name, way in ways.items() if name not in without}, work=Work(2.0 * n * n * d, 2 * 4.0 * n * d))
+
+
+def permutations(_: Path, *, n: int, d: int) -> Subject:
+    """What 999 permutations add, of classes and of features."""
+    x, y, labels = draw(n, d)
+    return Subject(
+        {
+            "RS": lambda _: lambda: kdx.rs(x, labels, permutations=0),
+            "RS, 999 permutations": lambda _: lambda: kdx.rs(x, labels),
+            "FSS": lambda _: lambda: kdx.fss(x, y, permutations=0),
+            "FSS, 999 permutations": lambda _: lambda: kdx.fss(x, y),
+        }
+    )
+
+
+def batches(_: Path, *, n: int, d: int, batch: int) -> Subject:
+    """Three models' images in batches, every score with its permutations: one call, and the same batch by batch."""
+    x, y, labels = draw(n, d)
+    networks = {"student": x, "base": y, "teacher": x - y.roll(1, 1)}
+
+    def batch_by_batch() -> None:
+        for part in torch.arange(n // batch * batch).split(batch):
+            kdx.compare({"layer": {role: rows[part] for role, rows in networks.items()}}, labels[part])
+
+    return Subject(
+        {"a call a batch": lambda _: batch_by_batch, "kdx": lambda _: lambda: kdx.compare({"layer": networks}, labels, batch=batch)}
+    )
+
+
+def beside_dcor(_: Path, *, n: int, d: int) -> Subject:
+    """FSS by dcor, whose distances come from n x n x d differences, and by kdx."""
+    x, y, _labels = (rows.double() for rows in draw(n, d))
+
+    def by_dcor(_: ExitStack) -> Run:
+        import dcor
+
+        demand_memory(1.1 * 8 * n * n * d, f"differences {n} x {n} x {d} in float64")
+        return lambda: float(dcor.u_distance_correlation_sqr(x.numpy(), y.numpy()))
+
+    ways = {"dcor": by_dcor, "kdx": lambda _: lambda: kdx.fss(x, y, permutations=0).value}
+    return Subject(ways, lambda results: _agree(results, "dcor"), Work(2.0 * n * n * d, 2 * 8.0 * n * d))
+
+
+def estimators(_: Path, *, n: int, d: int) -> Subject:
+    """Every estimator in float64 beside dcor's function for it; what is compared is the value."""
     import dcor
 
-    x, y, labels = draw(1000, 64)
+    x, y, labels = draw(n, d)
     x, y = x.double(), y.double()
     one_hot = torch.nn.functional.one_hot(labels).double()
     a, b, g = (rows.numpy() for rows in (x, y, one_hot))
-    pairs = {
-        "unbiased": (kdx.fss(x, y, permutations=0), dcor.u_distance_correlation_sqr(a, b)),
-        "biased": (kdx.fss(x, y, "biased", permutations=0), dcor.distance_correlation_sqr(a, b)),
-        "to classes": (kdx.rs(x, labels, permutations=0), dcor.u_distance_correlation_sqr(a, g)),
-        "partial": (kdx.partial_rs(x, labels, y, permutations=0), dcor.partial_distance_correlation(a, g, b)),
+    by_dcor: dict[str, Any] = {
+        "unbiased": partial(dcor.u_distance_correlation_sqr, a, b),
+        "biased": partial(dcor.distance_correlation_sqr, a, b),
+        "to classes": partial(dcor.u_distance_correlation_sqr, a, g),
+        "partial": partial(dcor.partial_distance_correlation, a, g, b),
     }
-    found = {name: abs(score.value - float(known)) for name, (score, known) in pairs.items()}
-    if max(found.values()) > 1e-9:
-        raise SystemExit(f"the scores differ from dcor's: {found}")
-    return found
-
-
-def large(rounds: int) -> dict[str, Any]:
-    x, y, labels = draw(*LARGE)
-    side = sweep._side(LARGE[0], [rows_of(x, "x"), rows_of(y, "y")])
-
-    def bare() -> None:
-        for rows in (x, y):
-            tiles = rows.split(side)
-            for a, left in enumerate(tiles):
-                for right in tiles[a:]:
-                    left @ right.T
-
-    cases: dict[str, Callable[[], object]] = {
-        "bare": bare,
-        "score": lambda: kdx.rs(x, labels, y, permutations=0),
-        "permutations": lambda: kdx.rs(x, labels, y),
+    by_kdx: dict[str, Any] = {
+        "unbiased": lambda: kdx.fss(x, y, permutations=0),
+        "biased": lambda: kdx.fss(x, y, "biased", permutations=0),
+        "to classes": lambda: kdx.rs(x, labels, permutations=0),
+        "partial": lambda: kdx.partial_rs(x, labels, y, permutations=0),
     }
-    samples = paired(cases, rounds)
-    ratios = {"ratio": ratio(samples, "score", "bare"), "ratio_permutations": ratio(samples, "permutations", "bare")}
-    return {"n": LARGE[0], "d": LARGE[1], "side": side, "samples": samples, **ratios}
+    return Subject(
+        {
+            "dcor": lambda _: lambda: {name: float(value()) for name, value in by_dcor.items()},
+            "kdx": lambda _: lambda: {name: score().value for name, score in by_kdx.items()},
+        },
+        lambda results: _agree(results, "dcor"),
+    )
 
 
-def memory(n: int, d: int) -> dict[str, float]:
-    """One score and its permutations in a process that did nothing else: seconds, and bytes over what held the features."""
-    x, y, labels = draw(n, d)
-    before = peak_bytes()
-    start = time.perf_counter()
-    kdx.rs(x, labels, y)
-    return {"n": n, "d": d, "seconds": time.perf_counter() - start, "over": peak_bytes() - before, "peak": peak_bytes()}
-
-
-def permutations(rounds: int) -> dict[str, Any]:
-    x, y, labels = draw(*MANY)
-    cases: dict[str, Callable[[], object]] = {
-        "classes": lambda: kdx.rs(x, labels, permutations=0),
-        "classes, 999": lambda: kdx.rs(x, labels),
-        "features": lambda: kdx.fss(x, y, permutations=0),
-        "features, 999": lambda: kdx.fss(x, y),
-    }
-    samples = paired(cases, rounds)
-    with_, without = ({name: np.array(samples[f"{name}{end}"]) for name in ("classes", "features")} for end in (", 999", ""))
-    extra = {name: quartiles((with_[name] - without[name]) / without[name]) for name in without}
-    return {"n": MANY[0], "d": MANY[1], "samples": samples, "extra": extra}
-
-
-def batches() -> dict[str, float]:
-    """Three models of 10,000 images in batches of 64, all scores with permutations: one call, and the same batch by batch."""
-    n, d = 10_000, 512
-    x, y, labels = draw(n, d)
-    networks = {"student": x, "base": y, "teacher": x - y.roll(1, 1)}
-    start = time.perf_counter()
-    kdx.compare({"layer": networks}, labels, batch=64)
-    middle = time.perf_counter()
-    for part in torch.arange(n).split(64)[:-1]:
-        kdx.compare({"layer": {role: rows[part] for role, rows in networks.items()}}, labels[part])
-    end = time.perf_counter()
-    return {"one call": middle - start, "a call a batch": end - middle, "ratio": (end - middle) / (middle - start)}
-
-
-def dcor_holds(n: int) -> dict[str, float]:
-    """dcor's score of n images beside kdx's; MemoryError, or an end by the system, where it cannot hold them."""
-    import dcor
-
-    known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(known["MemAvailable"].split()[0]) * 1024
-    resource.setrlimit(resource.RLIMIT_AS, (free, free))
-    x, y, _ = draw(n, DCOR_WIDTH)
-    start = time.perf_counter()
-    try:
-        value = dcor.u_distance_correlation_sqr(x.double().numpy(), y.double().numpy())
-    except MemoryError:
+def _agree(results: Mapping[str, Any], known: str) -> dict[str, float]:
+    if known not in results:
         return {}
-    middle = time.perf_counter()
-    found = kdx.fss(x, y, permutations=0).value
-    end = time.perf_counter()
-    return {"n": n, "d": DCOR_WIDTH, "dcor": middle - start, "kdx": end - middle, "difference": abs(found - float(value))}
-
-
-def dcor_limit() -> dict[str, float]:
-    """The largest N of a series, each half again as large, that dcor can hold here."""
-    held: dict[str, float] = {}
-    n = 2_000
-    while found := child("benchmarks.scores", "--case", f"dcor:{n}"):
-        held, n = found, n * 3 // 2
-    return held
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--case", help=argparse.SUPPRESS)  # a child's
-    options = parser.parse_args()
-    if options.case is not None:
-        name, _, size = options.case.partition(":")
-        run: dict[str, Callable[[], Any]] = {
-            "large": lambda: large(options.rounds),
-            "permutations": lambda: permutations(options.rounds),
-            "batches": batches,
-            "dcor": lambda: dcor_holds(int(size)),
-            "memory": lambda: memory(*map(int, size.split("x"))),
-        }
-        print(json.dumps(run[name]()))
-        return
-
-    def case(name: str) -> Any:
-        return child("benchmarks.scores", "--case", name, "--rounds", str(options.rounds))
-
-    found = {
-        "differences from dcor": check(),
-        "large": case("large") | {"memory": case(f"memory:{LARGE[0]}x{LARGE[1]}")},
-        "huge": case(f"memory:{HUGE[0]}x{HUGE[1]}"),
-        "permutations": case("permutations"),
-        "batches": case("batches"),
-        "dcor": dcor_limit(),
-    }
-    record = store("scores", "benchmarks.scores", found)
-    Console().print(Markdown(readme.scores(record)))
-
-
-if __name__ == "__main__":
-    main()
+    expected, found = results[known], results["kdx"]
+    if not isinstance(expected, dict):
+        expected, found = {"value": expected}, {"value": found}
+    figures = {f"{name}, off by": abs(found[name] - value) for name, value in expected.items()}
+    if not max(figures.values()) < WITHIN:
+        raise SystemExit(f"the scores differ from {known}'s: {figures}")
+    return figures

@@ -1,0 +1,149 @@
+"""A batch explained end to end, two maps and their scores, by kdx on each runtime and by what kdx is timed against.
+
+Two networks of one architecture, student and base, with weights of two seeds: random ones, which change no timing. Each way takes
+images in [0, 1] and gives both maps in [0, 1] in the images' size, FSS(S,B), RS(S|B) and RS(B|S); kdx adds 999 permutations,
+intervals, and RS of each network. ``bare passes`` are the two forward passes of kdx's ONNX files with nothing besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import eager
+from benchmarks.subject import Run, Subject, Way, Work, demand_memory
+from kdx import models, scores, transfer
+from kdx.export import onnx_file
+from kdx.export.graphs import FeatureGraph, Preprocessing
+from kdx.export.onnx_file import Origin
+from kdx.runner import Precision, Runner
+from kdx.runtime import OrtRunner
+from kdx.transfer import Target
+from kdx.unicam import scaled
+
+CLASSES = 4
+ROLES = ("student", "base")
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+WITHIN, WITHIN_BFLOAT16 = 1e-3, 5e-2
+"""Mean absolute difference of maps, whose values are from 0 to 1, that is allowed between any way and the first."""
+
+
+def prepare(folder: Path, *, network: str, layer: str, batch: int, side: int, **_: Any) -> None:
+    """Write both networks' weights and ONNX files."""
+    for seed, role in enumerate(ROLES):
+        torch.manual_seed(seed)
+        module = models.load(network).module
+        save_file(module.state_dict(), folder / f"{role}.safetensors")
+        graph = FeatureGraph(module, [layer], Preprocessing((side, side), MEAN, STD))
+        onnx_file.write(graph, folder / f"{role}.onnx", origin=Origin(network, "random"), image_size=(side, side))
+
+
+def subject(folder: Path, *, network: str, layer: str, batch: int, side: int, without: Sequence[str] = ()) -> Subject:
+    """without: ways that are left out."""
+    images = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(batch) % CLASSES
+    permutations = scores.permutation_table(batch, 999, 0)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    one_hot = torch.nn.functional.one_hot(labels).float()
+
+    def loaded() -> list[nn.Module]:
+        return [models.load(f"{network}@{folder / role}.safetensors").module for role in ROLES]
+
+    def published(_: ExitStack) -> Run:
+        student, base = loaded()
+        width = _width(student, layer, side)
+        demand_memory(5 * 4 * batch**2 * width, f"five tensors of {batch} x {batch} x {width:,} differences")
+        return lambda: eager.published(student, base, layer, (images - mean) / std, one_hot)
+
+    def fair(_: ExitStack) -> Run:
+        student, base = loaded()
+        return lambda: eager.fair(student, base, layer, (images - mean) / std, one_hot)
+
+    def compiled(_: ExitStack) -> Run:
+        student, base = loaded()
+        whole = eager.compiled(student, base, layer)
+        return lambda: whole((images - mean) / std, one_hot)
+
+    def kdx(make: Callable[[Path], Runner]) -> Way:
+        def opened(held: ExitStack) -> Run:
+            runners = {role: held.enter_context(make(folder / f"{role}.onnx")) for role in ROLES}
+            return lambda: explained({role: each.infer(images).features[layer] for role, each in runners.items()})
+
+        return opened
+
+    def explained(features: Mapping[str, Tensor]) -> eager.Found:
+        device = features["base"].device
+        found = transfer.measure(features, Target.of(labels.to(device)), permutations=permutations.to(device))
+        said = transfer.pool(found.products, found.moved, found.left_out, n=batch, roles=ROLES).scores
+        of = found.products
+        return eager.Found(
+            scaled(found.maps["distilled"].maps, (side, side)),
+            scaled(found.maps["residual"].maps, (side, side)),
+            float(of[0, 1] / (of[0, 0] * of[1, 1]).sqrt()),
+            said["RS(S|B)"].value,
+            said["RS(B|S)"].value,
+        )
+
+    def bare(held: ExitStack) -> Run:
+        runners = [held.enter_context(OrtRunner(folder / f"{role}.onnx")) for role in ROLES]
+        return lambda: [runner.infer(images) for runner in runners]
+
+    def openvino(precision: Precision) -> Way:
+        def make(path: Path) -> Runner:
+            from kdx.openvino import OpenVinoRunner
+
+            return OpenVinoRunner(path, precision=precision)
+
+        return kdx(make)
+
+    every: dict[str, Way] = {
+        "published": published,
+        "fair": fair,
+        "compiled": compiled,
+        "bare passes": bare,
+        "kdx": kdx(OrtRunner),
+        "kdx, OpenVINO": openvino("float32"),
+        "kdx, OpenVINO bf16": openvino("bfloat16"),
+        "kdx, ONNX Runtime CUDA": kdx(lambda path: OrtRunner(path, "cuda")),
+        "kdx, ONNX Runtime TensorRT": kdx(lambda path: OrtRunner(path, "tensorrt")),
+    }
+    return Subject({name: way for name, way in every.items() if name not in without}, _alike, _work(network, layer, images))
+
+
+def _alike(results: Mapping[str, Any]) -> dict[str, float]:
+    """Mean absolute difference of each way's maps, and the largest one of its scores, from the first way's."""
+    explained = {name: found for name, found in results.items() if isinstance(found, eager.Found)}
+    (first, known), *others = explained.items()
+    figures: dict[str, float] = {}
+    for name, found in others:
+        maps = max(float((getattr(found, each) - getattr(known, each)).abs().mean()) for each in ("distilled", "residual"))
+        values = max(abs(getattr(found, each) - getattr(known, each)) for each in ("fss", "rs_distilled", "rs_residual"))
+        figures |= {f"maps of {name}": maps, f"scores of {name}": values}
+        if not max(maps, values) < (WITHIN_BFLOAT16 if "bf16" in name else WITHIN):
+            raise SystemExit(f"{name} is not what {first} gives: maps differ by {maps:.1e} on average, scores by {values:.1e}")
+    return figures
+
+
+def _width(module: nn.Module, layer: str, side: int) -> int:
+    with torch.no_grad():
+        feature: Tensor = FeatureGraph(module, [layer], Preprocessing())(torch.zeros(1, 3, side, side))[1]
+        return feature.numel()
+
+
+def _work(network: str, layer: str, images: Tensor) -> Work:
+    """Two forward passes and two Gram products; images, weights, and features written and read once."""
+    module = models.load(network).module
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        module(images[:1])
+    n, d = len(images), _width(module, layer, images.shape[2])
+    weights = sum(parameter.numel() for parameter in module.parameters())
+    # A product of X by its own transpose is symmetric: half of it is enough.
+    operations = 2 * (n * counted.get_total_flops() + n * n * d)
+    return Work(operations, 4 * (images.numel() + 2 * (weights + 2 * n * d)))

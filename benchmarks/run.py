@@ -1,0 +1,216 @@
+"""The benchmark suite: kdx against the eager path and against everyone.
+
+    python -m benchmarks.run                 every case, and stores them in benchmarks/results/suite.jsonl
+    python -m benchmarks.run --quick         a few, in three minutes; nothing is stored
+    python -m benchmarks.run --case TEXT     those whose name contains TEXT
+    python -m benchmarks.run --against FILE  whether a ratio has become worse than the stored one
+
+Each case runs in a process of its own: a run of every way first, whose results are compared, then paired rounds in alternating order.
+Ratios are of the two times of one round. Peak memory is that of one more process a way, which runs that way once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import cold, explain, geometry, gradients, imputation, limits, scores
+from benchmarks.cases import CASES, Case
+from benchmarks.record import RESULTS, child, origin, peak_bytes, quartiles, ratio
+from benchmarks.subject import Subject, Work, timed
+
+SUITE = RESULTS / "suite.jsonl"
+ROUNDS, QUICK_ROUNDS = 5, 3
+WORSE = 1.1
+"""A ratio is worse where its quartiles and the stored ones are this far apart."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """subject: from a folder and a case's arguments. prepare: what fills the folder, once a case, in a process of its own."""
+
+    subject: Callable[..., Subject]
+    prepare: Callable[..., None] | None = None
+
+
+KINDS = {
+    "explain": Kind(explain.subject, explain.prepare),
+    "geometry": Kind(geometry.subject),
+    "scores": Kind(scores.one_score),
+    "estimators": Kind(scores.estimators),
+    "beside dcor": Kind(scores.beside_dcor),
+    "permutations": Kind(scores.permutations),
+    "batches": Kind(scores.batches),
+    "imputation": Kind(imputation.subject),
+    "gradients": Kind(gradients.subject, gradients.prepare),
+    "export": Kind(gradients.export),
+    "cold start": Kind(cold.subject, cold.prepare),
+}
+
+
+def run_case(case: Case, rounds: int, of: Mapping[str, float]) -> dict[str, Any]:
+    """The record of one case. of: the machine's limits."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def step(name: str, *arguments: str) -> Any:
+            return child("benchmarks.run", "--child", name, "--case", case.name, "--folder", folder, *arguments)
+
+        if KINDS[case.kind].prepare is not None:
+            step("prepare")
+        found = step("time", "--rounds", str(case.rounds or rounds))
+        peaks = {way: step("peak", "--way", way) for way in found["samples"]} if case.peaks else {}
+    samples, work = found["samples"], found.pop("work")
+    ratios = {way: ratio(samples, way, case.over) for way in samples if way != case.over and case.over in samples}
+    record: dict[str, Any] = {"case": case.name, "kind": case.kind, "given": dict(case.given), "over": case.over}
+    record |= {**found, "ratios": ratios, "peak_bytes": peaks}
+    if work is not None:
+        seconds = limits.floor(Work(**work), dict(of))
+        record |= {"floor": seconds, "over_floor": {way: quartiles(values)[1] / seconds for way, values in samples.items()}}
+    return {**record, "goals": [_held(goal, case, ratios) for goal in case.goals], "limits": dict(of), **origin("benchmarks.run")}
+
+
+def _held(goal: tuple[str, str, float], case: Case, ratios: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    way, bound, wanted = goal
+    found = ratios[way][1] if way in ratios else None
+    holds = None if found is None else found >= wanted if bound == "least" else found <= wanted
+    return {"ratio": f"{way} over {case.over}", "bound": bound, "wanted": wanted, "found": found, "holds": holds}
+
+
+# ---- a child ----
+
+
+def work_alone(options: argparse.Namespace) -> Any:
+    """What one process of a case does: prepares it, times it, or runs one way of it once."""
+    (case,) = (case for case in CASES if case.name == options.case[0])
+    kind, folder = KINDS[case.kind], options.folder
+    if options.child == "prepare":
+        assert kind.prepare is not None
+        kind.prepare(folder, **case.given)
+        return None
+    subject = kind.subject(folder, **case.given)
+    if options.child == "peak":
+        with ExitStack() as held:
+            subject.ways[options.way](held)()
+        return peak_bytes()
+    return timed(subject, options.rounds) | {"work": None if subject.work is None else vars(subject.work)}
+
+
+# ---- what is said and stored ----
+
+
+def tell(record: Mapping[str, Any], console: Console) -> None:
+    table = Table(
+        "", "median", f"over {record['over']}" if record["over"] else "", "over the floor", "peak", title=record["case"], box=None
+    )
+    for way, values in record["samples"].items():
+        low, middle, high = record["ratios"].get(way, (None,) * 3)
+        peak = record["peak_bytes"].get(way)
+        table.add_row(
+            way,
+            f"{quartiles(values)[1]:.3g} s",
+            "" if middle is None else f"{middle:.3g} ({low:.3g} to {high:.3g})",
+            f"{record['over_floor'][way]:.3g}" if "floor" in record else "",
+            "" if peak is None else f"{peak / 1e9:.2f} GB",
+        )
+    console.print(table)
+    for way, why in record["missing"].items():
+        console.print(f"  {way} cannot run here. {why}", style="dim", highlight=False)
+    for name, value in record["figures"].items():
+        console.print(f"  {name}: {value if isinstance(value, str | int) else format(value, '.1e')}", style="dim", highlight=False)
+    for goal in record["goals"]:
+        if goal["found"] is not None:
+            said = "holds" if goal["holds"] else "does not hold"
+            console.print(f"  {goal['ratio']}: {goal['found']:.3g}, at {goal['bound']} {goal['wanted']:.3g} is wanted: {said}")
+    console.print()
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The stored records by case, the newest of each."""
+    if not path.exists():
+        return {}
+    records = (json.loads(line) for line in path.read_text().splitlines())
+    return {record["case"]: record for record in records}
+
+
+def keep(record: Mapping[str, Any]) -> None:
+    """Store a record in place of the case's last one."""
+    records = read(SUITE) | {record["case"]: record}
+    known = [case.name for case in CASES]
+    RESULTS.mkdir(exist_ok=True)
+    SUITE.write_text("".join(json.dumps(records[name]) + "\n" for name in known if name in records))
+
+
+def worse(record: Mapping[str, Any], stored: Mapping[str, Any]) -> Iterable[str]:
+    """A line for each ratio to kdx's own time that is less by `WORSE` than the stored one, or of any other ratio more, quartiles apart."""
+    for way, (low, middle, high) in record["ratios"].items():
+        if way not in stored["ratios"]:
+            continue
+        was_low, was, was_high = stored["ratios"][way]
+        lost = high * WORSE < was_low if record["over"] == "kdx" else low > was_high * WORSE
+        if lost:
+            yield f"{record['case']}: {way} over {record['over']} was {was:.3g} and is {middle:.3g}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="a few cases, in three minutes; nothing is stored")
+    which.add_argument("--full", action="store_true", help="every case (the default), with --rounds")
+    which.add_argument("--case", action="append", metavar="TEXT", help="the cases whose name contains TEXT; may be repeated")
+    parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    parser.add_argument("--rounds", type=int, help=f"paired rounds; {ROUNDS}, or {QUICK_ROUNDS} of --quick")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="a suite.jsonl; status 1 where a ratio has become worse")
+    for hidden in ("--child", "--way"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child is not None:
+        print(json.dumps(work_alone(options)))
+        return
+    chosen = [case for case in CASES if (case.quick or not options.quick) and any(text in case.name for text in options.case or [""])]
+    if options.list:
+        print("\n".join(case.name for case in chosen))
+        return
+    if not chosen:
+        parser.error(f"no case has {' or '.join(options.case)} in its name; --list names them")
+    if options.rounds is not None and options.rounds < 1:
+        parser.error("--rounds must be 1 or more")
+    stored = read(options.against) if options.against else {}
+    if options.against and not stored:
+        parser.error(f"{options.against} holds no results")
+    run_all(chosen, options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS), stored, store=not options.quick)
+
+
+def run_all(cases: Sequence[Case], rounds: int, stored: Mapping[str, dict[str, Any]], *, store: bool) -> None:
+    console, start = Console(), time.perf_counter()
+    of = limits.limits()
+    console.print(
+        f"Limits: {of['operations'] / 1e9:.0f} GFLOP/s in float32 ({of['operations, one thread'] / 1e9:.0f} on one thread, "
+        f"{of['operations, bf16'] / 1e9:.0f} in bfloat16), {of['bytes'] / 1e9:.0f} GB/s.\n"
+    )
+    lost: list[str] = []
+    for case in cases:
+        record = run_case(case, rounds, of)
+        tell(record, console)
+        if store:
+            keep(record)
+        lost += worse(record, stored[case.name]) if case.name in stored else []
+    console.print(f"{len(cases)} cases in {time.perf_counter() - start:.0f} s.")
+    if lost:
+        console.print("\n".join(lost))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What a case times: several ways to one result, opened one by one, and the work that none of them can do without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import paired
+from kdx.errors import KdxError
+
+Run = Callable[[], Any]
+Way = Callable[[ExitStack], Run]
+"""Makes ready what is timed; what it holds is closed with the stack."""
+
+
+class Unavailable(Exception):
+    """This way cannot run here, for the reason that is its message."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations and bytes that a result needs, however it comes about: multiplications and additions both count; bytes are those of
+    weights, features and images, once each."""
+
+    operations: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Subject:
+    """ways: by name, in the order of the table. check: what a run of each returned -> differences and other figures by name;
+    SystemExit where the ways do not agree."""
+
+    ways: Mapping[str, Way]
+    check: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _: {}
+    work: Work | None = None
+
+
+def timed(subject: Subject, rounds: int) -> dict[str, Any]:
+    """Every way that runs here, in paired rounds: samples, what the check found, and why the others do not run."""
+    missing = {}
+    with ExitStack() as held:
+        runs = {}
+        for name, way in subject.ways.items():
+            try:
+                runs[name] = way(held)
+            except (Unavailable, KdxError) as error:
+                missing[name] = error.problem if isinstance(error, KdxError) else str(error)
+        figures: dict[str, Any] = {}
+        samples = paired(runs, rounds, lambda results: figures.update(subject.check(results)))
+    return {"samples": samples, "figures": figures, "missing": missing}
+
+
+def free_bytes() -> int:
+    """Memory that a process could still take."""
+    known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return 1024 * int(known["MemAvailable"].split()[0])
+
+
+def demand_memory(needed: float, what: str) -> None:
+    """Unavailable where ``needed`` bytes are more than is free."""
+    free = free_bytes()
+    if needed > free:
+        raise Unavailable(f"{what}: {needed / 2**30:.0f} GiB, and {free / 2**30:.0f} GiB are free")
