@@ -84,7 +84,8 @@ def test_every_option_of_explain_reaches_the_run(run: Run, monkeypatch: pytest.M
     monkeypatch.setattr(report, "table", lambda _: "the table")
     given = Options(
         batch=31, chunk=7, runtime="eager", device="cpu", objective="uniqueness", weighting="elementwise", reference_images=12, split="all",
-        precision="bfloat16", permutations=5, confidence=0.9, max_unreadable=0.5, seed=3, features="salient", keep=0.25, noise=0.1, workers=0,
+        precision="bfloat16", permutations=5, confidence=0.9, max_unreadable=0.5, seed=3, features="salient", keep=0.25, noise=0.1,
+        workers=0,
     )  # fmt: skip
     default = Options()
     unsaid = {"gallery"}  # no option sets it
