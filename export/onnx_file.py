@@ -23,8 +23,7 @@ from torch import Tensor
 
 from kdx.errors import KdxError, first_line
 from kdx.export import parity, trace
-from kdx.export.graphs import ExplainerGraph, FeatureGraph, GradientGraph, Preprocessing, WatchedNetwork
-from kdx.export.graphs import Graph as Graph
+from kdx.export.graphs import ExplainerGraph, FeatureGraph, GradientGraph, Graph, Preprocessing, WatchedNetwork
 from kdx.export.parity import ParityReport
 
 Precision = Literal["fp32", "fp16", "bf16"]

@@ -13,8 +13,8 @@ from kdx.errors import KdxError
 from kdx.explainer import explainer_graph, largest_size
 from kdx.export import engine, onnx_file
 from kdx.export.engine import Batch
-from kdx.export.graphs import FeatureGraph, GradientGraph
-from kdx.export.onnx_file import Graph, Origin, Precision, Shape
+from kdx.export.graphs import FeatureGraph, GradientGraph, Graph
+from kdx.export.onnx_file import Origin, Precision, Shape
 from kdx.export.parity import ParityReport
 from kdx.models import Network
 from kdx.models_file import load_any, parse_layers

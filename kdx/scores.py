@@ -403,7 +403,7 @@ def check_residual(found: InnerProducts, explained: int, given: int) -> None:
     floor = torch.maximum(found.rounding.max() ** 2 * found.raw[explained], 1e-13 * own)
     if not bool(own - cross**2 / norm > floor):
         raise KdxError(
-            f"The {found.names[explained]} hold nothing that the {found.names[given]} do not explain.",
+            f"Nothing is left of the {found.names[explained]} without what the {found.names[given]} explain.",
             "Compare two different networks or layers.",
         )
 

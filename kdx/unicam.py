@@ -222,7 +222,7 @@ def check_left(left: Tensor, *rows: Tensor) -> None:
     """
     if not bool((left > max(map(arrays.rounding, rows))).all()):  # so that NaN fails
         raise KdxError(
-            "The explained features hold nothing that the given features do not explain.",
+            "Nothing is left of the explained features without what the given features explain.",
             "Compare two different networks or layers; identical ones have no residual.",
         )
 

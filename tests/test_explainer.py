@@ -761,7 +761,7 @@ def spoiled() -> nn.Module:
 @pytest.mark.parametrize(
     ("changes", "pixels", "target", "said"),
     [
-        (*wrong(base=Small(1)), "hold nothing that the given features do not explain"),
+        (*wrong(base=Small(1)), "Nothing is left of the explained features"),
         (*wrong(base=spoiled()), "base's features are not finite"),
         ({}, images(), torch.full((N,), 2), "one class"),
         (*wrong(3), "at least 4 images; here are 3"),

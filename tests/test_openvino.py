@@ -17,7 +17,7 @@ from kdx import Explainer, KdxError, openvino
 from kdx.explain import Options, _said_of
 from kdx.explainer import Explanation, explainer_graph
 from kdx.export import onnx_file, parity
-from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
+from kdx.export.graphs import FeatureGraph, GradientGraph, Graph, Preprocessing
 from kdx.export.onnx_file import Origin
 from kdx.models import Network
 from kdx.networks import resnet
@@ -64,7 +64,7 @@ def files(networks: dict[str, Network], tmp_path_factory: pytest.TempPathFactory
     """A file of each kind."""
     folder = tmp_path_factory.mktemp("files")
     student = networks["student"]
-    graphs: dict[str, onnx_file.Graph] = {
+    graphs: dict[str, Graph] = {
         "features": FeatureGraph(student.module, list(LAYERS), OWN),
         "gradients": GradientGraph(student.module, list(LAYERS), OWN),
         "cotangent": GradientGraph(student.module, ["layer1"], OWN, "layer2"),

@@ -155,7 +155,7 @@ def test_maps_are_of_the_features_and_products_of_the_distances_given() -> None:
         (lambda d: d * float("nan"), "base's features are not finite"),
         (lambda d: 1 - torch.eye(len(d)), "base's features are constant"),
         (lambda d: d[1:, 1:], "23 rows of the base's distances and 24"),
-        (None, "hold nothing that the given features do not explain"),
+        (None, "Nothing is left of the explained features"),
     ],
 )
 def test_distances_without_scores_are_refused(spoil: Callable[[Tensor], Tensor] | None, said: str) -> None:
