@@ -236,7 +236,7 @@ def test_bad_input() -> None:
         kdx.rs(x, torch.ones_like(labels))
     with pytest.raises(kdx.KdxError, match="rows 2"):
         kdx.rs(x.index_fill(0, torch.tensor([2]), torch.nan), labels)
-    with pytest.raises(kdx.KdxError, match="nothing"):
+    with pytest.raises(kdx.KdxError, match="Nothing is left"):
         kdx.rs(x, labels, 2 * x)
     one_hot = torch.nn.functional.one_hot(labels)
     for given in (one_hot.double(), one_hot.float(), 2.5 * one_hot.double()):

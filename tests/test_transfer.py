@@ -196,5 +196,5 @@ def test_tables_among_all_roles_are_the_whole_tables() -> None:
 
 def test_equal_networks_are_refused() -> None:
     features, labels = roles()
-    with pytest.raises(kdx.KdxError, match="nothing"):
+    with pytest.raises(kdx.KdxError, match="Nothing is left"):
         transfer.measure(features | {"student": features["base"]}, Target.of(labels), permutations=scores.permutation_table(24, 0, 0))

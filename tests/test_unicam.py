@@ -181,7 +181,7 @@ def test_what_is_only_rounding_is_no_map(dtype: torch.dtype) -> None:
     x, _, labels = oracle.features(shape=(64, 9, 9))
     x = x.to(dtype)
     for given in ((3.3 * x.double()).to(dtype), x.flip(1)):
-        with pytest.raises(kdx.KdxError, match="nothing"):
+        with pytest.raises(kdx.KdxError, match="Nothing is left"):
             kdx.unicam(x, given, labels)
     with pytest.raises(kdx.KdxError, match="constant"):
         kdx.unicam(torch.eye(19, dtype=dtype), x, labels)
