@@ -642,5 +642,5 @@ def test_networks_of_other_classes_are_refused(folder: Path, tmp_path: Path) -> 
 def test_identical_student_and_base_are_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     shutil.copy(folder / "base.safetensors", tmp_path / "copy" / "student.safetensors")
-    with pytest.raises(kdx.KdxError, match="nothing that the given features do not explain"):
+    with pytest.raises(kdx.KdxError, match="Nothing is left of the explained features"):
         run(tmp_path / "copy", tmp_path / "run")
