@@ -29,16 +29,17 @@ class Curve:
 
 
 def curves(records: Records) -> dict[str, list[Curve]]:
-    """Curves of every way with three sizes or more, by what grows."""
+    """Curves of every way with three sizes or more, by what grows; without those that have none."""
 
     def width(given: Mapping[str, Any]) -> int:
         return int(given["channels"] * given["height"] * given["width"])
 
-    return {
+    found = {
         "images n of a batch, d = 100,352": _over(records, "geometry", lambda given: width(given) == 100_352, lambda given: given["n"]),
         "width d of a feature, n = 32": _over(records, "geometry", lambda given: given["n"] == 32, width),
         "images N of a score, d = 512": _over(records, "scores", lambda given: given["d"] == 512, lambda given: given["n"]),
     }
+    return {title: lines for title, lines in found.items() if lines}
 
 
 def _over(
@@ -66,6 +67,5 @@ def draw(records: Records, path: Path) -> None:
             axes.set_xlabel(title)
             axes.set_ylabel("seconds")
             axes.grid(True, which="both", alpha=0.2)
-            if lines:
-                axes.legend(frameon=False, fontsize="small")
+            axes.legend(frameon=False, fontsize="small")
         figure.savefig(path, metadata={"Date": None})

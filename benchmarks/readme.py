@@ -50,6 +50,8 @@ def ways(*kinds: str) -> Callable[[Records], str]:
 
     def table(records: Records) -> str:
         found = _of(records, *kinds)
+        if not found:
+            return f"No result of {', '.join(kinds)} is stored.\n"
         lines = ["| | median | ratio (quartiles) | peak memory |", "| --- | --- | --- | --- |"]
         for record in found.values():
             for way in record["samples"]:
