@@ -1,4 +1,4 @@
-"""What every test shares: torchvision on PyTorch builds that lack its operators, and one thread for each of several workers."""
+"""What every test shares: torchvision on PyTorch builds that lack its operators, dcor uncompiled, and one thread for each worker."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch looks; workers that share the cores wait for one another's threads otherwise
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import numba
 import torch
+
+# dcor compiles itself with Numba when it is imported, for half a minute, into a cache on disk that processes which start
+# together can spoil: whoever loads it then aborts. As an oracle dcor serves as plain Python. Numba's switch for that leaves
+# out guvectorize, which makes the functions for many pairs of rows at once; no test calls them.
+numba.config.DISABLE_JIT = True  # type: ignore[attr-defined]
+numba.guvectorize = lambda *_, **__: lambda function: function
 
 if importlib.util.find_spec("torchvision") and not hasattr(torch.ops.torchvision, "nms"):
     # torchvision's wheel is compiled for PyTorch's CUDA build. Beside another build its operators do not load, and its
