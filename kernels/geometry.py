@@ -42,7 +42,7 @@ _BLOCK = 4096
 _ELEMENTS = 1 << 24
 """Elements that a step over pairs holds at a time."""
 
-_COPIED = 1 << 22
+_COPIED = 1 << 21
 """Bytes of features that a step copies at a time, to centre or to widen them. A copy of all of them would go to new memory, and
 the system takes longer to find that than the products take: 3 times as long at n = 128, d = 100,352."""
 
@@ -125,10 +125,11 @@ def centred_distances(x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor, dt
 def _centred_gram(x: Tensor, mean: Tensor) -> Tensor:
     """<x_i - mean, x_j - mean> [..., n, n] of rows [..., n, d] about their mean [..., 1, d], a few blocks of columns at a time."""
     rows, means = blocks(x), blocks(mean)
-    step = max(1, _COPIED * rows.shape[-3] // rows.nbytes)
+    step = min(rows.shape[-3], max(1, _COPIED * rows.shape[-3] // rows.nbytes))
+    held = torch.empty_like(rows.narrow(-3, 0, step), memory_format=torch.contiguous_format)
     products = []
     for part, centre in zip(rows.split(step, -3), means.split(step, -3), strict=True):
-        centred = part - centre
+        centred = torch.sub(part, centre, out=held.narrow(-3, 0, part.shape[-3]))
         products.append((centred @ centred.mT).sum(-3))
     return torch.stack(products).sum(0)
 
@@ -371,8 +372,8 @@ def gap(features: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     flat = features.flatten(2)  # one axis: three times as fast as two
     if torch.compiler.is_compiling() or flat.dtype == dtype:
         return flat.mean(2, dtype=dtype)
-    step = max(1, _COPIED // max(1, flat[:1].numel() * dtype.itemsize))
-    return torch.cat([part.mean(2, dtype=dtype) for part in flat.split(step)])
+    held = flat.new_empty(min(len(flat), max(1, _COPIED // max(1, flat[:1].numel() * dtype.itemsize))), *flat.shape[1:], dtype=dtype)
+    return torch.cat([held[: len(part)].copy_(part).mean(2) for part in flat.split(len(held))])
 
 
 def gradient(lap: Tensor, x: Tensor) -> Tensor:
