@@ -15,14 +15,15 @@ VIT = "timm:vit_small_patch16_224"
 
 @dataclass(frozen=True)
 class Case:
-    """kind: a key of `benchmarks.run.KINDS`. given: its arguments. over: the way that every other's time is divided by. peaks: whether
-    each way's peak memory is measured, in a process of its own. quick: part of ``--quick``. rounds: where not as many as asked for.
-    goals: (way, most or least, ratio to ``over``) that the project wants."""
+    """kind: a key of `benchmarks.run.KINDS`. given: its arguments. over: the way that every other's time is divided by. ours: how the
+    names of kdx's own ways begin. peaks: whether each way's peak memory is measured, in a process of its own. quick: part of
+    ``--quick``. rounds: where not as many as asked for. goals: (way, most or least, ratio to ``over``) that the project wants."""
 
     name: str
     kind: str
     given: Mapping[str, Any]
     over: str = "kdx"
+    ours: tuple[str, ...] = ("kdx",)
     peaks: bool = False
     quick: bool = False
     rounds: int | None = None
@@ -90,6 +91,7 @@ CASES = [
         "permutations",
         {"n": 2000, "d": 2048},
         over="RS",
+        ours=("RS", "FSS"),
         goals=(("RS, 999 permutations", "most", 4.0),),
     ),
     Case("batches of 64, N=10,000", "batches", {"n": 10_000, "d": 512, "batch": 64}),
@@ -104,7 +106,8 @@ CASES = [
         "gradients",
         {"network": RESNET50, "layers": ("layer4", "layer4.1", "layer3"), "batch": 8, "side": 224},
         over="one pass",
+        ours=("file",),
     ),
-    Case("export resnet50", "export", {"network": RESNET50, "layer": "layer4", "side": 224}, rounds=1, over=""),
+    Case("export resnet50", "export", {"network": RESNET50, "layer": "layer4", "side": 224}, rounds=1, over="", ours=("",)),
     Case("cold start resnet18 x8", "cold start", {"network": RESNET18, "layer": "layer4", "batch": 8, "side": 224}, quick=True),
 ]

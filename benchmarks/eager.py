@@ -155,13 +155,19 @@ def fair(student: nn.Module, base: nn.Module, layer: str, images: Tensor, target
     return _found(*_careful_maps(features, others, target, (images.shape[2], images.shape[3])))
 
 
-def fair_geometry(explained: Tensor, given: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """`published_geometry` with care: the gradient of the explained features [n, C, H, W] alone, through torch.cdist."""
-    x = explained.detach().requires_grad_()
-    a, b = (_u_centred(_distances(rows)) for rows in (x.flatten(1), given.flatten(1)))
-    score = _correlation(_residual(a, b), _target_geometry(target))
-    (gradient,) = torch.autograd.grad(score, x)
-    return gradient.mean((2, 3)), score.detach()
+def fair_geometry(student: Tensor, base: Tensor, target: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """(channel weights of the distilled and the residual map, each [n, C]; FSS(S,B), RS(S|B) and RS(B|S) [3]) of features [n, C, H, W].
+
+    Distances once a network, through torch.cdist, and one backward pass for both maps: each objective is differentiated in its
+    explained network alone.
+    """
+    x, y = (features.detach().requires_grad_() for features in (student, base))
+    a, b = (_u_centred(_distances(rows)) for rows in (x.flatten(1), y.flatten(1)))
+    g = _target_geometry(target)
+    distilled, residual = _correlation(_residual(a, b.detach()), g), _correlation(_residual(b, a.detach()), g)
+    of_student, of_base = torch.autograd.grad(distilled + residual, (x, y))
+    scores = torch.stack([_correlation(a, b), distilled, residual]).detach()
+    return (of_student.mean((2, 3)), of_base.mean((2, 3))), scores
 
 
 def compiled(student: nn.Module, base: nn.Module, layer: str) -> Callable[[Tensor, Tensor], Found]:
@@ -195,17 +201,8 @@ def compiled(student: nn.Module, base: nn.Module, layer: str) -> Callable[[Tenso
 
 def _careful_maps(student: Tensor, base: Tensor, target: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Both maps [2, n, h, w] resized to ``size``, and FSS(S,B), RS(S|B) and RS(B|S) [3], of features [n, C, H, W]."""
-    x, y = (features.detach().requires_grad_() for features in (student, base))
-    a, b = (_u_centred(_distances(rows)) for rows in (x.flatten(1), y.flatten(1)))
-    g = _target_geometry(target)
-    # Each objective is differentiated in its explained network alone, so that one backward pass serves both.
-    distilled, residual = _correlation(_residual(a, b.detach()), g), _correlation(_residual(b, a.detach()), g)
-    gradients = torch.autograd.grad(distilled + residual, (x, y))
-    scores = torch.stack([_correlation(a, b), distilled, residual]).detach()
-    maps = [
-        torch.einsum("nc,nchw->nhw", gradient.mean((2, 3)), features).relu()
-        for gradient, features in zip(gradients, (student, base), strict=True)
-    ]
+    weights, scores = fair_geometry(student, base, target)
+    maps = [torch.einsum("nc,nchw->nhw", *pair).relu() for pair in zip(weights, (student, base), strict=True)]
     # The two networks' maps may differ in resolution.
     resized = [interpolate(_scaled(each)[:, None], size=size, mode="bilinear", align_corners=False)[:, 0] for each in maps]
     return torch.stack(resized), scores

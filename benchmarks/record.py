@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kdx import explain
@@ -19,22 +20,44 @@ from kdx import explain
 RESULTS = Path(__file__).parent / "results"
 STATUS = Path("/proc/self/status")
 
+WARMER, SETTLED = 2, 0.1
+"""A way runs at most so many times more before it is timed, until two runs in a row take the same within this share."""
+
 
 def paired(
     cases: Mapping[str, Callable[[], object]], rounds: int, check: Callable[[Mapping[str, Any]], object] = lambda _: None
 ) -> dict[str, list[float]]:
     """Seconds of each case, a round after the other, every second round in the opposite order.
 
-    One run of each comes first, and ``check`` sees what they returned before anything is timed.
+    One run of each comes first, and ``check`` sees what they returned before anything is timed. Where there are several rounds,
+    each then runs until it has settled.
     """
     check({name: run() for name, run in cases.items()})
+    if rounds > 1:
+        for run in cases.values():
+            _warm(run)
     samples: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds):
         for name, run in list(cases.items())[:: 1 if number % 2 == 0 else -1]:
-            start = time.perf_counter()
-            run()
-            samples[name].append(time.perf_counter() - start)
+            samples[name].append(_seconds(run))
     return samples
+
+
+def _warm(run: Callable[[], object]) -> None:
+    last = _seconds(run)
+    for _ in range(WARMER - 1):
+        before, last = last, _seconds(run)
+        if abs(last - before) < SETTLED * before:
+            return
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Of one run, to the end of what it left to a GPU."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def ratio(samples: Mapping[str, list[float]], over: str, under: str) -> list[float]:
@@ -56,13 +79,19 @@ def peak_bytes() -> int:
     """The most memory that this process has held. Linux lets getrusage start from what the parent held, and its status from nothing."""
     if STATUS.exists():
         return 1024 * int(STATUS.read_text().split("VmHWM:")[1].split()[0])
+    import resource  # Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def origin(module: str) -> dict[str, Any]:
-    """Where figures come from: command, commit and the machine with its versions."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {"command": f"python -m {module}", "commit": described.stdout.strip(), "environment": explain.environment()}
+    """Where figures come from: command, commit (empty where git or the repository is missing) and the machine with its versions."""
+    try:
+        described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        described = ""
+    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
+    return {"command": command, "commit": described, "environment": explain.environment()}
 
 
 def store(name: str, module: str, found: Mapping[str, Any]) -> dict[str, Any]:

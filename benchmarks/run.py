@@ -3,16 +3,19 @@
     python -m benchmarks.run                 every case, and stores them in benchmarks/results/suite.jsonl
     python -m benchmarks.run --quick         a few, in three minutes; nothing is stored
     python -m benchmarks.run --case TEXT     those whose name contains TEXT
-    python -m benchmarks.run --against FILE  whether a ratio has become worse than the stored one
+    python -m benchmarks.run --against FILE  whether a ratio has become worse than the stored one; nothing is stored
 
-Each case runs in a process of its own: a run of every way first, whose results are compared, then paired rounds in alternating order.
-Ratios are of the two times of one round. Peak memory is that of one more process a way, which runs that way once.
+Each case runs in a process of its own: a run of every way first, whose results are compared, then runs until their times have settled,
+then paired rounds in alternating order. Ratios are of the two times of one round. Peak memory is that of one more process a way, which
+runs that way once. A case that fails is told, and the others go on; the status is then 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -60,7 +63,7 @@ KINDS = {
 
 
 def run_case(case: Case, rounds: int, of: Mapping[str, float]) -> dict[str, Any]:
-    """The record of one case. of: the machine's limits."""
+    """The record of one case, without its origin. of: the machine's limits. Raises CalledProcessError where one of its processes fails."""
     with tempfile.TemporaryDirectory() as folder:
 
         def step(name: str, *arguments: str) -> Any:
@@ -72,12 +75,12 @@ def run_case(case: Case, rounds: int, of: Mapping[str, float]) -> dict[str, Any]
         peaks = {way: step("peak", "--way", way) for way in found["samples"]} if case.peaks else {}
     samples, work = found["samples"], found.pop("work")
     ratios = {way: ratio(samples, way, case.over) for way in samples if way != case.over and case.over in samples}
-    record: dict[str, Any] = {"case": case.name, "kind": case.kind, "given": dict(case.given), "over": case.over}
+    record: dict[str, Any] = {"case": case.name, "kind": case.kind, "given": dict(case.given), "over": case.over, "ours": case.ours}
     record |= {**found, "ratios": ratios, "peak_bytes": peaks}
     if work is not None:
-        seconds = limits.floor(Work(**work), dict(of))
-        record |= {"floor": seconds, "over_floor": {way: quartiles(values)[1] / seconds for way, values in samples.items()}}
-    return {**record, "goals": [_held(goal, case, ratios) for goal in case.goals], "limits": dict(of), **origin("benchmarks.run")}
+        floors = {way: limits.floor(Work(**work), of, bfloat16="bf16" in way) for way in samples}
+        record |= {"work": work, "over_floor": {way: quartiles(values)[1] / floors[way] for way, values in samples.items()}}
+    return {**record, "goals": [_held(goal, case, ratios) for goal in case.goals], "limits": dict(of)}
 
 
 def _held(goal: tuple[str, str, float], case: Case, ratios: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -103,7 +106,7 @@ def work_alone(options: argparse.Namespace) -> Any:
         with ExitStack() as held:
             subject.ways[options.way](held)()
         return peak_bytes()
-    return timed(subject, options.rounds) | {"work": None if subject.work is None else vars(subject.work)}
+    return timed(subject, options.rounds) | {"work": None if subject.work is None else vars(subject.work())}
 
 
 # ---- what is said and stored ----
@@ -120,7 +123,7 @@ def tell(record: Mapping[str, Any], console: Console) -> None:
             way,
             f"{quartiles(values)[1]:.3g} s",
             "" if middle is None else f"{middle:.3g} ({low:.3g} to {high:.3g})",
-            f"{record['over_floor'][way]:.3g}" if "floor" in record else "",
+            f"{record['over_floor'][way]:.3g}" if "over_floor" in record else "",
             "" if peak is None else f"{peak / 1e9:.2f} GB",
         )
     console.print(table)
@@ -148,18 +151,25 @@ def keep(record: Mapping[str, Any]) -> None:
     records = read(SUITE) | {record["case"]: record}
     known = [case.name for case in CASES]
     RESULTS.mkdir(exist_ok=True)
-    SUITE.write_text("".join(json.dumps(records[name]) + "\n" for name in known if name in records))
+    half = SUITE.with_suffix(".part")
+    half.write_text("".join(json.dumps(records[name]) + "\n" for name in known if name in records))
+    half.replace(SUITE)
 
 
 def worse(record: Mapping[str, Any], stored: Mapping[str, Any]) -> Iterable[str]:
-    """A line for each ratio to kdx's own time that is less by `WORSE` than the stored one, or of any other ratio more, quartiles apart."""
-    for way, (low, middle, high) in record["ratios"].items():
-        if way not in stored["ratios"]:
+    """A line for each way of kdx's that ran then and does not now, or whose ratio is more than the stored one by `WORSE`, quartiles
+    apart, and for each other way whose ratio to kdx's is less."""
+    over, ours = record["over"], tuple(record["ours"])
+    for way in stored["samples"]:
+        if way.startswith(ours) and way not in record["samples"]:
+            yield f"{record['case']}: {way} does not run: {record['missing'].get(way, 'it is gone')}"
+    for way, (was_low, was, was_high) in stored["ratios"].items():
+        if way not in record["ratios"]:
             continue
-        was_low, was, was_high = stored["ratios"][way]
-        lost = high * WORSE < was_low if record["over"] == "kdx" else low > was_high * WORSE
-        if lost:
-            yield f"{record['case']}: {way} over {record['over']} was {was:.3g} and is {middle:.3g}"
+        low, middle, high = record["ratios"][way]
+        slower = way.startswith(ours) and low > was_high * WORSE
+        if slower or (not way.startswith(ours) and over.startswith(ours) and high * WORSE < was_low):
+            yield f"{record['case']}: {way} over {over} was {was:.3g} and is {middle:.3g}"
 
 
 def main() -> None:
@@ -170,13 +180,17 @@ def main() -> None:
     which.add_argument("--case", action="append", metavar="TEXT", help="the cases whose name contains TEXT; may be repeated")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument("--rounds", type=int, help=f"paired rounds; {ROUNDS}, or {QUICK_ROUNDS} of --quick")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="a suite.jsonl; status 1 where a ratio has become worse")
+    parser.add_argument(
+        "--against", type=Path, metavar="FILE", help="a suite.jsonl; status 1 where a ratio has become worse; stores nothing"
+    )
     for hidden in ("--child", "--way"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
-        print(json.dumps(work_alone(options)))
+        with contextlib.redirect_stdout(sys.stderr):  # libraries print too
+            found = work_alone(options)
+        print(json.dumps(found))
         return
     chosen = [case for case in CASES if (case.quick or not options.quick) and any(text in case.name for text in options.case or [""])]
     if options.list:
@@ -189,11 +203,12 @@ def main() -> None:
     stored = read(options.against) if options.against else {}
     if options.against and not stored:
         parser.error(f"{options.against} holds no results")
-    run_all(chosen, options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS), stored, store=not options.quick)
+    sys.exit(run_all(chosen, options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS), stored, store=not (options.quick or stored)))
 
 
-def run_all(cases: Sequence[Case], rounds: int, stored: Mapping[str, dict[str, Any]], *, store: bool) -> None:
-    console, start = Console(), time.perf_counter()
+def run_all(cases: Sequence[Case], rounds: int, stored: Mapping[str, dict[str, Any]], *, store: bool) -> int:
+    """The exit status: 1 where a case failed or has become worse than ``stored``."""
+    console, start, begun = Console(), time.perf_counter(), origin("benchmarks.run")  # before a result is stored: that is a change
     of = limits.limits()
     console.print(
         f"Limits: {of['operations'] / 1e9:.0f} GFLOP/s in float32 ({of['operations, one thread'] / 1e9:.0f} on one thread, "
@@ -201,16 +216,23 @@ def run_all(cases: Sequence[Case], rounds: int, stored: Mapping[str, dict[str, A
     )
     lost: list[str] = []
     for case in cases:
-        record = run_case(case, rounds, of)
+        try:
+            record = run_case(case, rounds, of) | begun
+        except subprocess.CalledProcessError:
+            lost.append(f"{case.name}: failed; what it said stands above")
+            continue
         tell(record, console)
         if store:
             keep(record)
         lost += worse(record, stored[case.name]) if case.name in stored else []
     console.print(f"{len(cases)} cases in {time.perf_counter() - start:.0f} s.")
-    if lost:
-        console.print("\n".join(lost))
-        sys.exit(1)
+    for line in lost:
+        console.print(line, highlight=False)
+    return 1 if lost else 0
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,11 @@ class Work:
 @dataclass(frozen=True)
 class Subject:
     """ways: by name, in the order of the table. check: what a run of each returned -> differences and other figures by name;
-    SystemExit where the ways do not agree."""
+    SystemExit where the ways do not agree. work: counted when it is asked for, since counting may run a network."""
 
     ways: Mapping[str, Way]
     check: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _: {}
-    work: Work | None = None
+    work: Callable[[], Work] | None = None
 
 
 def timed(subject: Subject, rounds: int) -> dict[str, Any]:
@@ -54,9 +55,19 @@ def timed(subject: Subject, rounds: int) -> dict[str, Any]:
     return {"samples": samples, "figures": figures, "missing": missing}
 
 
-def free_bytes() -> int:
-    """Memory that a process could still take."""
-    known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+def demand_agreement(differences: Mapping[str, float], within: float) -> None:
+    """SystemExit that names every difference that is not below ``within``; one that is not a number is not."""
+    beyond = [f"{name} by {value:.1e}" for name, value in differences.items() if not value < within]
+    if beyond:
+        raise SystemExit(f"The ways do not agree within {within:g}: {', '.join(beyond)}.")
+
+
+def free_bytes() -> float:
+    """Memory that a process could still take; infinite where the system does not say."""
+    told = Path("/proc/meminfo")
+    if not told.exists():
+        return inf
+    known = dict(line.split(":") for line in told.read_text().splitlines())
     return 1024 * int(known["MemAvailable"].split()[0])
 
 

@@ -42,8 +42,8 @@ _BLOCK = 4096
 _ELEMENTS = 1 << 24
 """Elements that a step over pairs holds at a time."""
 
-_COPIED = 1 << 21
-"""Bytes of features that a step copies at a time, to centre or to widen them. A copy of all of them would go to new memory, and
+_COPIED = 1 << 20
+"""Bytes of features that a step on the CPU copies at a time for each thread, to centre or to widen them. A copy of all of them would go to new memory, and
 the system takes longer to find that than the products take: 3 times as long at n = 128, d = 100,352."""
 
 _CACHED = 1 << 18
@@ -125,13 +125,20 @@ def centred_distances(x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor, dt
 def _centred_gram(x: Tensor, mean: Tensor) -> Tensor:
     """<x_i - mean, x_j - mean> [..., n, n] of rows [..., n, d] about their mean [..., 1, d], a few blocks of columns at a time."""
     rows, means = blocks(x), blocks(mean)
-    step = min(rows.shape[-3], max(1, _COPIED * rows.shape[-3] // rows.nbytes))
+    step = _step(rows.shape[-3], rows.nbytes, x.device)
     held = torch.empty_like(rows.narrow(-3, 0, step), memory_format=torch.contiguous_format)
-    products = []
+    gram = x.new_zeros(*x.shape[:-1], x.shape[-2])
     for part, centre in zip(rows.split(step, -3), means.split(step, -3), strict=True):
         centred = torch.sub(part, centre, out=held.narrow(-3, 0, part.shape[-3]))
-        products.append((centred @ centred.mT).sum(-3))
-    return torch.stack(products).sum(0)
+        gram += (centred @ centred.mT).sum(-3)
+    return gram
+
+
+def _step(count: int, size: int, device: torch.device) -> int:
+    """How many of ``count`` parts, of ``size`` bytes together, a step copies: all on a GPU, whose memory PyTorch keeps."""
+    if device.type != "cpu":
+        return count
+    return min(count, max(1, _COPIED * torch.get_num_threads() * count // max(1, size)))
 
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:
@@ -370,9 +377,9 @@ def laplacian(d: Tensor, a: Tensor, b: Tensor, g: Tensor, objective: Objective =
 def gap(features: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """The spatial mean [n, C] of features [n, C, H, W], accumulated in ``dtype``."""
     flat = features.flatten(2)  # one axis: three times as fast as two
-    if torch.compiler.is_compiling() or flat.dtype == dtype:
+    if torch.compiler.is_compiling() or flat.dtype == dtype or flat.device.type != "cpu":
         return flat.mean(2, dtype=dtype)
-    held = flat.new_empty(min(len(flat), max(1, _COPIED // max(1, flat[:1].numel() * dtype.itemsize))), *flat.shape[1:], dtype=dtype)
+    held = flat.new_empty(_step(len(flat), flat.numel() * dtype.itemsize, flat.device), *flat.shape[1:], dtype=dtype)
     return torch.cat([held[: len(part)].copy_(part).mean(2) for part in flat.split(len(held))])
 
 

@@ -214,3 +214,25 @@ def test_scaled_maps_span_zero_to_one_and_constant_ones_vanish() -> None:
     found = geometry.scaled(maps)
     assert found[2].abs().max() == 0
     assert all(found[i].min() == 0 and found[i].max() == 1 for i in (0, 1, 3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [3 * 4096, 5 * 4099])
+def test_distances_of_wide_features_are_those_of_all_columns_at_once(
+    dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several steps, the last one shorter, and columns of zeros behind where they do not come out even; a stack, and rows not in order."""
+    generator = torch.Generator().manual_seed(3)
+    x = (5 + torch.randn(2, columns, 6, generator=generator)).to(dtype).mT
+    monkeypatch.setattr(geometry, "_COPIED", 2 * 2 * 6 * 4096 * geometry.wide(x).itemsize // torch.get_num_threads())
+    found = geometry.distances(x)
+    for each, rows in zip(found, x, strict=True):
+        assert oracle.error(each, reference.distances(rows.double())) < (1e-12 if dtype == torch.float64 else 1e-6)
+        assert torch.equal(each, each.T) and not each.diagonal().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_a_spatial_mean_is_of_all_places_whatever_a_step_holds(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = torch.randn(7, 5, 4, 3, generator=torch.Generator().manual_seed(4)).to(dtype).transpose(2, 3)
+    monkeypatch.setattr(geometry, "_COPIED", 3 * 5 * 12 * 8 // torch.get_num_threads())  # three images, and one at the end
+    assert oracle.error(geometry.gap(features), features.double().mean((2, 3))) < 1e-15

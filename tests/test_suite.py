@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import eager, explain, geometry, growth, imputation, limits, run, scores
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, Case
 from benchmarks.subject import Subject, Unavailable, Work, demand_memory, free_bytes, timed
 from kdx.errors import KdxError
 
@@ -30,8 +34,8 @@ def test_a_batch_is_explained_alike_in_every_way(tmp_path: Path) -> None:
     given: dict[str, Any] = {"network": NETWORK, "layer": "layer3", "batch": 8, "side": 32}
     explain.prepare(tmp_path, **given)
     found = timed(explain.subject(tmp_path, **given, without=("compiled",)), 1)
-    assert {"published", "fair", "bare passes", "kdx", "kdx, OpenVINO"} <= set(found["samples"])
-    assert {"maps of fair", "scores of kdx", "maps of kdx, OpenVINO"} <= set(found["figures"])
+    assert {"published", "fair", "fair, channels-last", "bare passes", "kdx", "kdx, OpenVINO"} <= set(found["samples"])
+    assert {"residual map of fair", "fss of kdx", "distilled map of kdx, OpenVINO"} <= set(found["figures"])
     assert all(reason for reason in found["missing"].values())
     if not torch.cuda.is_available():
         assert "GPU" in found["missing"]["kdx, ONNX Runtime CUDA"]
@@ -46,20 +50,32 @@ def test_geometry_and_scores_are_compared() -> None:
         assert timed(subject, 1)["figures"]
 
 
-@pytest.mark.parametrize("name", ["maps", "scores"])
-def test_a_way_that_gives_something_else_is_never_timed(name: str) -> None:
-    maps, moved = torch.rand(2, 4, 8, 8), (name == "maps", name == "scores")
+@pytest.mark.parametrize("wrong", [0.1, math.nan])
+@pytest.mark.parametrize("name", ["distilled", "residual", "fss", "rs_distilled", "rs_residual"])
+def test_an_explanation_that_is_another_one_is_never_timed(name: str, wrong: float) -> None:
+    maps = torch.rand(2, 4, 8, 8)
     one = eager.Found(maps[0], maps[1], 0.5, 0.4, 0.3)
-    other = eager.Found(maps[0] + 0.1 * moved[0], maps[1], 0.5 + 0.1 * moved[1], 0.4, 0.3)
-    with pytest.raises(SystemExit, match=f"other is not what one gives.*{name}"):
-        explain._alike({"one": one, "other": other})
-    weights = [(torch.rand(4, 3), 0.5)] * 2
-    with pytest.raises(SystemExit, match="other is not"):
-        geometry._alike({"kdx": weights, "other": [(2 * weights[0][0], 0.5)] * 2})
-    with pytest.raises(SystemExit, match="differ"):
-        scores._agree({"dcor": 0.5, "kdx": 0.5 + 1e-6}, "dcor")
-    with pytest.raises(SystemExit, match="direct solution"):
-        imputation._alike({"kdx": [maps[0].numpy()], "spsolve": [maps[1].numpy()]})
+    other = replace(one, **{name: getattr(one, name) + wrong})
+    assert explain._alike({"one": one, "same": one})
+    with pytest.raises(SystemExit, match=f"do not agree.*{name}.* of other by"):
+        explain._alike({"one": one, "same": one, "other": other})
+
+
+@pytest.mark.parametrize("wrong", [0.1, math.nan])
+@pytest.mark.parametrize("place", [0, 1])
+def test_figures_that_are_other_ones_are_never_timed(place: int, wrong: float) -> None:
+    both = [(torch.rand(4, 3), 0.5)] * 2
+    for other in ((both[0][0] + wrong, 0.5), (both[0][0], 0.5 + wrong)):
+        found = [other if place == index else each for index, each in enumerate(both)]
+        with pytest.raises(SystemExit, match="of other by"):
+            geometry._alike({"kdx": both, "other": found})
+    pair = {"first": 0.5, "second": 0.5}
+    with pytest.raises(SystemExit, match="off by"):
+        scores._agree({"dcor": pair, "kdx": pair | {list(pair)[place]: 0.5 + wrong}})
+    pixels = [np.zeros((3, 2)), np.zeros((3, 2))]
+    moved = [each + wrong * (place == index) for index, each in enumerate(pixels)]
+    with pytest.raises(SystemExit, match="a pixel of kdx by"):
+        imputation._alike({"spsolve": pixels, "another": pixels, "kdx": moved})
 
 
 def test_what_cannot_run_is_listed_with_its_reason() -> None:
@@ -77,23 +93,52 @@ def test_what_cannot_run_is_listed_with_its_reason() -> None:
 
 
 def test_a_floor_is_the_slower_of_operations_and_bytes() -> None:
-    of = {"operations": 1e9, "bytes": 1e8}
+    of = {"operations": 1e9, "operations, bf16": 4e9, "bytes": 1e8}
     assert limits.floor(Work(2e9, 1e8), of) == 2 and limits.floor(Work(1e9, 5e8), of) == 5
+    assert limits.floor(Work(8e9, 1e8), of, bfloat16=True) == 2
 
 
-def _record(over: str, ratios: dict[str, list[float]]) -> dict[str, Any]:
-    return {"case": "a case", "over": over, "ratios": ratios}
+def _record(over: str, ratios: dict[str, list[float]], ours: tuple[str, ...] = ("kdx",), missing: str = "") -> dict[str, Any]:
+    samples = {way: [1.0] for way in (*ratios, over) if way != missing}
+    kept = {} if missing == over else {way: values for way, values in ratios.items() if way != missing}
+    return {"case": "a case", "over": over, "ours": ours, "samples": samples, "ratios": kept, "missing": {missing: "It broke."}}
 
 
 def test_a_ratio_that_is_worse_is_told() -> None:
-    was = _record("kdx", {"published": [19, 20, 21], "gone": [1, 1, 1]})
-    assert not list(run.worse(_record("kdx", {"published": [18, 19.5, 20], "new": [1, 1, 1]}), was))
-    assert not list(run.worse(_record("kdx", {"published": [30, 31, 32]}), was))
-    (line,) = run.worse(_record("kdx", {"published": [9, 10, 11]}), was)
-    assert "was 20 and is 10" in line
-    was = _record("bare products", {"kdx": [1.4, 1.5, 1.6]})
-    assert not list(run.worse(_record("bare products", {"kdx": [1, 1.1, 1.2]}), was))
-    assert len(list(run.worse(_record("bare products", {"kdx": [1.9, 2, 2.1]}), was))) == 1
+    was = _record("kdx", {"published": [19, 20, 21], "kdx, another way": [0.9, 1, 1.1], "gone": [1, 1, 1]})
+    same: dict[str, list[float]] = {"published": [18, 19.5, 20], "kdx, another way": [0.9, 1, 1.1], "new": [1, 1, 1]}
+    assert not list(run.worse(_record("kdx", same), was))
+    assert not list(run.worse(_record("kdx", same | {"published": [30, 31, 32], "kdx, another way": [0.4, 0.5, 0.6]}), was))
+    (line,) = run.worse(_record("kdx", same | {"published": [9, 10, 11]}), was)
+    assert "published over kdx was 20 and is 10" in line
+    (line,) = run.worse(_record("kdx", same | {"kdx, another way": [1.4, 1.5, 1.6]}), was)
+    assert "another way over kdx was 1 and is 1.5" in line
+    for missing in ("kdx", "kdx, another way"):
+        (line,) = run.worse(_record("kdx", same, missing=missing), was)
+        assert f"{missing} does not run: It broke." in line
+    was = _record("bare products", {"kdx": [1.4, 1.5, 1.6], "dcor": [5, 5, 5]})
+    assert not list(run.worse(_record("bare products", {"kdx": [1, 1.1, 1.2], "dcor": [50, 50, 50]}), was))
+    assert len(list(run.worse(_record("bare products", {"kdx": [1.9, 2, 2.1], "dcor": [1, 1, 1]}), was))) == 1
+
+
+def test_a_case_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"n": 40, "d": 5}
+    monkeypatch.setattr(run, "CASES", [])
+    monkeypatch.setattr(
+        run.limits, "limits", lambda: dict.fromkeys(("operations", "operations, one thread", "operations, bf16", "bytes"), 1e9)
+    )
+
+    def child(_: str, *arguments: str) -> Any:
+        if "broken" in arguments:
+            raise subprocess.CalledProcessError(1, "python")
+        return timed(scores.permutations(Path(), **given), 2) | {"work": None}
+
+    monkeypatch.setattr(run, "child", child)
+    cases = [Case(name, "permutations", given, over="RS", ours=("RS", "FSS")) for name in ("broken", "whole")]
+    assert run.run_all(cases, 2, {}, store=False) == 1
+    said = capsys.readouterr().out
+    assert "broken: failed" in said and "RS, 999 permutations" in said
+    assert run.run_all(cases[1:], 2, {}, store=False) == 0
 
 
 def test_a_record_replaces_the_case_s_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
