@@ -124,9 +124,7 @@ def test_a_ratio_that_is_worse_is_told() -> None:
 def test_a_case_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     given = {"n": 40, "d": 5}
     monkeypatch.setattr(run, "CASES", [])
-    monkeypatch.setattr(
-        run.limits, "limits", lambda: dict.fromkeys(("operations", "operations, one thread", "operations, bf16", "bytes"), 1e9)
-    )
+    monkeypatch.setattr(limits, "limits", lambda: dict.fromkeys(("operations", "operations, one thread", "operations, bf16", "bytes"), 1e9))
 
     def child(_: str, *arguments: str) -> Any:
         if "broken" in arguments:
