@@ -16,15 +16,14 @@ VIT = "timm:vit_small_patch16_224"
 @dataclass(frozen=True)
 class Case:
     """kind: a key of `benchmarks.run.KINDS`. given: its arguments. over: the way that every other's time is divided by. ours: how the
-    names of kdx's own ways begin. peaks: whether each way's peak memory is measured, in a process of its own. quick: part of
-    ``--quick``. rounds: where not as many as asked for. goals: (way, most or least, ratio to ``over``) that the project wants."""
+    names of kdx's own ways begin. quick: part of ``--quick``. rounds: where not as many as asked for. goals: (way, most or least, ratio
+    to ``over``) that the project wants."""
 
     name: str
     kind: str
     given: Mapping[str, Any]
     over: str = "kdx"
     ours: tuple[str, ...] = ("kdx",)
-    peaks: bool = False
     quick: bool = False
     rounds: int | None = None
     goals: tuple[tuple[str, str, float], ...] = field(default=())
@@ -33,7 +32,7 @@ class Case:
 def _explain(label: str, network: str, layer: str, batch: int, **more: Any) -> Case:
     without = more.pop("without", ("compiled",))
     given = {"network": network, "layer": layer, "batch": batch, "side": 224, "without": without}
-    return Case(f"explain {label} {layer} x{batch}", "explain", given, peaks=True, **more)
+    return Case(f"explain {label} {layer} x{batch}", "explain", given, **more)
 
 
 def _geometry(n: int, channels: int, side: int, **more: Any) -> Case:
@@ -41,7 +40,6 @@ def _geometry(n: int, channels: int, side: int, **more: Any) -> Case:
         f"geometry n={n} {channels}x{side}x{side}",
         "geometry",
         {"n": n, "channels": channels, "height": side, "width": side},
-        peaks=True,
         **more,
     )
 
@@ -82,10 +80,9 @@ CASES = [
         "scores",
         {"n": 10_000, "d": 2048},
         over="bare products",
-        peaks=True,
         goals=(("kdx", "most", 2.0),),
     ),
-    Case("scores N=50,000 d=512", "scores", {"n": 50_000, "d": 512, "without": ("bare products", "kdx")}, peaks=True, rounds=1, over=""),
+    Case("scores N=50,000 d=512", "scores", {"n": 50_000, "d": 512, "without": ("bare products", "kdx")}, rounds=1, over=""),
     Case(
         "permutations N=2,000 d=2,048",
         "permutations",

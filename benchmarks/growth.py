@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,23 @@ class Curve:
 
 def curves(records: Records) -> dict[str, list[Curve]]:
     """Curves of every way with three sizes or more, by what grows; without those that have none."""
-
-    def width(given: Mapping[str, Any]) -> int:
-        return int(given["channels"] * given["height"] * given["width"])
-
     found = {
-        "images n of a batch, d = 100,352": _over(records, "geometry", lambda given: width(given) == 100_352, lambda given: given["n"]),
-        "width d of a feature, n = 32": _over(records, "geometry", lambda given: given["n"] == 32, width),
+        **{
+            f"images n of a batch, d = {d:,}": _over(records, "geometry", partial(_is_wide, d), lambda given: given["n"])
+            for d in (25_088, 100_352)
+        },
+        "width d of a feature, n = 32": _over(records, "geometry", lambda given: given["n"] == 32, _width),
         "images N of a score, d = 512": _over(records, "scores", lambda given: given["d"] == 512, lambda given: given["n"]),
     }
     return {title: lines for title, lines in found.items() if lines}
+
+
+def _width(given: Mapping[str, Any]) -> int:
+    return int(given["channels"] * given["height"] * given["width"])
+
+
+def _is_wide(d: int, given: Mapping[str, Any]) -> bool:
+    return _width(given) == d
 
 
 def _over(
@@ -54,13 +62,15 @@ def _over(
 
 
 def draw(records: Records, path: Path) -> None:
-    """The curves side by side, on logarithmic axes, as SVG."""
+    """The curves side by side, on logarithmic axes, as SVG; nothing where there are none."""
     import matplotlib
     from matplotlib.figure import Figure
 
     found = curves(records)
+    if not found:
+        return
     with matplotlib.rc_context({"svg.hashsalt": "kdx", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(12, 4), layout="constrained")
+        figure = Figure(figsize=(5 * len(found), 4), layout="constrained")
         for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(found))), found.items(), strict=True):
             for line in lines:
                 axes.loglog(line.sizes, line.seconds, marker="o", label=f"{line.label}: power {line.exponent:.2f}")

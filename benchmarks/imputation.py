@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from scipy import sparse
 from scipy.sparse.linalg import splu, spsolve
 from torch import Tensor
 
-from benchmarks.subject import Subject, demand_agreement
+from benchmarks.subject import Run, Subject, demand_agreement
 from kdx.kernels.imputation import impute
 
 IMAGES, SIDE, SHARE = 32, 224, 0.5
-WITHIN = 1e-4
-"""Of a direct solution, every imputed pixel."""
+WITHIN, WITHIN_SINGLE = 1e-4, 1e-3
+"""Of spsolve's solution, every imputed pixel: kdx's, and that of a direct solution which may be in float32."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,10 @@ def fastest(systems: list[System]) -> Ordering:
 
 def subject(_: Path, *, side: int) -> Subject:
     images, kept = draw(side)
-    systems = [System.of(*each) for each in zip(images, kept, strict=True)]
-    ordering = fastest(systems)
+
+    def assembled() -> tuple[Ordering, list[System]]:
+        systems = [System.of(*each) for each in zip(images, kept, strict=True)]
+        return fastest(systems), systems
 
     def spsolved() -> list[NDArray[Any]]:
         found = []
@@ -119,9 +122,14 @@ def subject(_: Path, *, side: int) -> Subject:
             found.append(spsolve(system.matrix, system.right))
         return found
 
-    def on_threads() -> list[NDArray[Any]]:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            return list(pool.map(ordering.solve, systems))
+    def in_turn(_: ExitStack) -> Run:
+        ordering, systems = assembled()
+        return lambda: [ordering.solve(system) for system in systems]
+
+    def on_threads(held: ExitStack) -> Run:
+        ordering, systems = assembled()
+        pool = held.enter_context(ThreadPoolExecutor(torch.get_num_threads()))
+        return lambda: list(pool.map(ordering.solve, systems))
 
     def by_kdx() -> list[NDArray[Any]]:
         return [found[:, ~mask].numpy().T for found, mask in zip(impute(images, kept), kept, strict=True)]
@@ -129,11 +137,11 @@ def subject(_: Path, *, side: int) -> Subject:
     return Subject(
         {
             "spsolve": lambda _: spsolved,
-            "the fastest ordering": lambda _: lambda: [ordering.solve(system) for system in systems],
-            "the same, a thread a core": lambda _: on_threads,
+            "the fastest ordering": in_turn,
+            "the same, a thread a core": on_threads,
             "kdx": lambda _: by_kdx,
         },
-        lambda results: {"ordering": ordering.name} | _alike(results),
+        _alike,
     )
 
 
@@ -144,5 +152,6 @@ def _alike(results: Mapping[str, list[NDArray[Any]]]) -> dict[str, float]:
         for name, found in results.items()
         if found is not direct
     }
-    demand_agreement(figures, WITHIN)
+    demand_agreement({name: value for name, value in figures.items() if name.endswith("kdx")}, WITHIN)
+    demand_agreement(figures, WITHIN_SINGLE)
     return figures

@@ -3,46 +3,58 @@ written here and nowhere else."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import growth
-from benchmarks.record import quartiles
+from benchmarks.cases import CASES
+from benchmarks.folder import MORE, PICTURE
+from benchmarks.growth import Records
+from benchmarks.record import RESULTS, quartiles
 from benchmarks.run import SUITE, read
 
 ROOT = Path(__file__).parents[1]
 README, PERFORMANCE, DRAWING = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "growth.svg"
 
-Records = Mapping[str, Mapping[str, Any]]
 NONE = "–"
+SHOWN = ("explain resnet50 layer4 x32", "explain resnet18 layer4 x32")
+"""The end-to-end cases of the README; the others are in docs/performance.md."""
 
 
-def explain(records: Records) -> str:
-    found = _of(records, "explain")
-    columns = {
-        "kdx": lambda record: _seconds(record, "kdx"),
-        "published eager path over kdx": lambda record: _ratio(record, "published"),
-        "fair eager path": lambda record: _ratio(record, "fair"),
-        "compiled": lambda record: _ratio(record, "compiled"),
-        "two bare passes": lambda record: _ratio(record, "bare passes", 3),
-        "kdx on OpenVINO": lambda record: _ratio(record, "kdx, OpenVINO"),
-        "in bfloat16": lambda record: _ratio(record, "kdx, OpenVINO bf16"),
-        "peak memory, kdx and published": lambda record: f"{_peak(record, 'kdx')}, {_peak(record, 'published')}",
-        "kdx over the floor": lambda record: _floor(record, "kdx"),
-    }
-    return _table("Explained end to end (side 224)", found, columns)
+def explain(*, shown: bool) -> Callable[[Records], str]:
+    """A table for each end-to-end case that is among the README's (shown) or is not."""
+
+    def tables(records: Records) -> str:
+        found = {name: record for name, record in _of(records, "explain").items() if (name in SHOWN) == shown}
+        parts = []
+        for name, record in found.items():
+            title = name.removeprefix("explain ").replace(" x", ", batch ")
+            lines = [f"| {title}, side 224 | median | times kdx's | peak memory | over the floor | maps differ by |", "| --- " * 6 + "|"]
+            for way in record["samples"]:
+                cells = (way, _seconds(record, way), _ratio(record, way), _peak(record, way), _floor(record, way), _difference(record, way))
+                lines.append(f"| {' | '.join(cells)} |")
+            parts.append("\n".join(lines))
+        known = {case.name for case in CASES if case.kind == "explain" and (case.name in SHOWN) == shown}
+        return _with_notes("\n\n".join(parts), found, known)
+
+    return tables
 
 
 def geometry(records: Records) -> str:
-    columns = {
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "kdx": lambda record: _seconds(record, "kdx"),
-        "published over kdx": lambda record: _ratio(record, "published"),
-        "fair over kdx": lambda record: _ratio(record, "fair"),
-        "peak memory of kdx": lambda record: _peak(record, "kdx"),
+        "published, times kdx's": lambda record: _ratio(record, "published"),
+        "fair, times kdx's": lambda record: _ratio(record, "fair"),
+        "peak memory of kdx, fair and published": lambda record: ", ".join(_peak(record, way) for way in ("kdx", "fair", "published")),
         "kdx over the floor": lambda record: _floor(record, "kdx"),
     }
-    return _table("Geometry alone, both maps", _of(records, "geometry"), columns)
+    found = _of(records, "geometry")
+    lines = [f"| Geometry alone, both maps | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    for name, record in found.items():
+        lines.append(f"| {name.removeprefix('geometry ')} | {' | '.join(column(record) for column in columns.values())} |")
+    return _with_notes("\n".join(lines), found, {case.name for case in CASES if case.kind == "geometry"})
 
 
 def ways(*kinds: str) -> Callable[[Records], str]:
@@ -50,17 +62,41 @@ def ways(*kinds: str) -> Callable[[Records], str]:
 
     def table(records: Records) -> str:
         found = _of(records, *kinds)
-        if not found:
-            return f"No result of {', '.join(kinds)} is stored.\n"
-        lines = ["| | median | ratio (quartiles) | peak memory |", "| --- | --- | --- | --- |"]
+        lines = ["| | median | ratio of times (quartiles) | peak memory |", "| --- | --- | --- | --- |"]
         for record in found.values():
             for way in record["samples"]:
-                ratio = _ratio(record, way, spread=True)
-                over = NONE if ratio == NONE else f"{ratio} of {record['over']}"
+                ratio = _ratio(record, way)
+                over = NONE if ratio == NONE else f"{ratio}, to {record['over']}"
                 lines.append(f"| {record['case']}: {way} | {_seconds(record, way)} | {over} | {_peak(record, way)} |")
-        return _with_notes("\n".join(lines), found)
+        return _with_notes("\n".join(lines) if found else "", found, {case.name for case in CASES if case.kind in kinds})
 
     return table
+
+
+def folder(_: Records) -> str:
+    """From the record of `benchmarks.folder`, whose parts are whole commands and no ways to one result."""
+    path = RESULTS / "folder.json"
+    if not path.exists():
+        return "No result is stored.\n"
+    record = json.loads(path.read_text())
+    images, speed, ratios = record["images"], record["images_per_second"], record["ratios"]
+    few, many = (record["peak_bytes"][part] / 1e9 for part in ("whole", "whole of more"))
+    rows = {
+        "decoding alone": "decoding",
+        "networks and geometry alone, of decoded images": "inference",
+        f"`kdx explain`, {images:,} images from start to page": "whole",
+        f"`kdx explain`, {MORE * images:,} images from start to page": "whole of more",
+        "`kdx explain`, each image more": "each image more",
+    }
+    lines = [f"| JPEGs of {PICTURE[0]} x {PICTURE[1]}, {record['case']}, batches of {record['batch']} | images a second |", "| --- | --- |"]
+    lines += [f"| {label} | {speed[part][1]:.1f} |" for label, part in rows.items()]
+    said = (
+        f"An image more takes {ratios['each image more over the slower'][1]:.3f} of the time of the slower part, and "
+        f"{ratios['each image more over the sum'][1]:.3f} of both parts' together, which share the cores. Peak memory: {few:.2f} GB at "
+        f"{images:,} images, {many:.2f} GB at {MORE * images:,}. {record['bytes_per_1000_images'] / 1e6:.2f} MB are written for "
+        f"1,000 images."
+    )
+    return "\n\n".join(["\n".join(lines), said, _machine(record)]) + "\n"
 
 
 def growing(records: Records) -> str:
@@ -73,12 +109,13 @@ def growing(records: Records) -> str:
 
 PAGES: dict[Path, dict[str, Callable[[Records], str]]] = {
     README: {
-        "explain": explain,
+        "explain": explain(shown=True),
         "geometry": geometry,
-        "scores": ways("scores", "permutations", "batches", "beside dcor"),
+        "scores": ways("scores", "estimators", "beside dcor", "permutations", "batches"),
         "imputation": ways("imputation"),
+        "folder": folder,
     },
-    PERFORMANCE: {"growth": growing, "files": ways("gradients", "export", "cold start")},
+    PERFORMANCE: {"explain": explain(shown=False), "growth": growing, "files": ways("gradients", "export", "cold start")},
 }
 
 
@@ -96,33 +133,55 @@ def _of(records: Records, *kinds: str) -> dict[str, Mapping[str, Any]]:
     return {name: record for name, record in records.items() if record["kind"] in kinds}
 
 
-def _table(title: str, records: Records, columns: Mapping[str, Callable[[Mapping[str, Any]], str]]) -> str:
-    lines = [f"| {title} | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+def _with_notes(table: str, records: Records, known: set[str]) -> str:
+    """The table; then which goals are not reached or not known, what is not stored of the ``known`` cases, what cannot run, and where."""
+    missed, unknown = (
+        [
+            f"{name}, {goal['ratio']} at {goal['bound']} {goal['wanted']:.3g}"
+            + ("" if goal["found"] is None else f" (found {goal['found']:.4g})")
+            for name, record in records.items()
+            for goal in record["goals"]
+            if goal["holds"] is holds
+        ]
+        for holds in (False, None)
+    )
+    missing: dict[str, list[str]] = {}
     for name, record in records.items():
-        label = name.removeprefix(f"{record['kind']} ").replace(" x", ", batch ") if record["kind"] == "explain" else name
-        lines.append(f"| {label} | {' | '.join(column(record) for column in columns.values())} |")
-    return _with_notes("\n".join(lines), records)
-
-
-def _with_notes(table: str, records: Records) -> str:
-    """The table, what of the goals is not reached, what cannot run, and on which machine."""
-    wanted = [
-        f"{name}, {goal['ratio']} at {goal['bound']} {goal['wanted']:.3g} (found {goal['found']:.3g})"
-        for name, record in records.items()
-        for goal in record["goals"]
-        if goal["holds"] is False
+        for way, why in record["missing"].items():
+            missing.setdefault(f"{way}: {why}", []).append(name)
+    not_stored = sorted(known - set(records))
+    notes = [
+        f"Wanted and not reached: {'; '.join(missed)}." if missed else "",
+        f"Wanted and not known: {'; '.join(unknown)}." if unknown else "",
+        f"No result is stored of {', '.join(not_stored)}." if not_stored else "",
+        *(f"Not run: {why.rstrip('.')}{_among(names, records)}." for why, names in sorted(missing.items())),
+        *sorted({_machine(record) for record in records.values()}),
+        _rounds(records),
     ]
-    missing = {f"{way}: {why}" for record in records.values() for way, why in record["missing"].items()}
-    notes = [f"Wanted and not reached: {'; '.join(wanted)}." if wanted else "", *(f"Not run: {each}" for each in sorted(missing))]
-    machines = {_machine(record) for record in records.values()}
-    return "\n\n".join([table, *filter(None, notes), *sorted(machines)]) + "\n"
+    return "\n\n".join(filter(None, [table, *notes])) + "\n"
+
+
+def _among(names: Sequence[str], records: Records) -> str:
+    return "" if len(names) == len(records) else f" ({', '.join(names)})"
+
+
+def _rounds(records: Records) -> str:
+    """How many rounds there were, and of which cases not so many as of most; and at which commits."""
+    cases: dict[int, list[str]] = {}
+    for name, record in records.items():
+        cases.setdefault(len(next(iter(record["samples"].values()))), []).append(name)
+    if not cases:
+        return ""
+    most = max(cases)
+    fewer = [f"{rounds} of {', '.join(names)}" for rounds, names in sorted(cases.items()) if rounds != most]
+    commits = sorted({record["commit"] for record in records.values()})
+    return f"Medians of {most} paired rounds{''.join(f', {each}' for each in fewer)}; at commit {', '.join(commits)}."
 
 
 def _machine(record: Mapping[str, Any]) -> str:
     environment = record["environment"]
     versions = f"PyTorch {environment['torch']}, ONNX Runtime {environment['onnxruntime']}"
-    rounds: Sequence[float] = next(iter(record["samples"].values()))
-    return f"{environment['processor']}, {environment['threads']} threads, {versions}; {len(rounds)} paired rounds, medians."
+    return f"{environment['processor']}, {environment['threads']} threads, {versions}."
 
 
 def _seconds(record: Mapping[str, Any], way: str) -> str:
@@ -132,11 +191,18 @@ def _seconds(record: Mapping[str, Any], way: str) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
-def _ratio(record: Mapping[str, Any], way: str, digits: int = 2, *, spread: bool = False) -> str:
+def _ratio(record: Mapping[str, Any], way: str) -> str:
+    """The median and the quartiles, to three digits."""
     if way not in record["ratios"]:
         return NONE
-    low, middle, high = (f"{value:.{max(0, digits - (value >= 10) - (value >= 100))}f}" for value in record["ratios"][way])
-    return f"{middle} ({low} to {high})" if spread else middle
+    low, middle, high = (f"{value:.{2 - min(2, int(value >= 10) + int(value >= 100))}f}" for value in record["ratios"][way])
+    return f"{middle} ({low} to {high})"
+
+
+def _difference(record: Mapping[str, Any], way: str) -> str:
+    """The larger of the two maps' mean absolute differences, of maps from 0 to 1, from the first way's."""
+    found = [record["figures"].get(f"{which} map of {way}") for which in ("distilled", "residual")]
+    return NONE if None in found else f"{max(found):.1g}"
 
 
 def _peak(record: Mapping[str, Any], way: str) -> str:

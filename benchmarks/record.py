@@ -1,4 +1,4 @@
-"""What every benchmark shares: paired rounds, fresh processes, and a record that names the machine."""
+"""What every benchmark shares: ratios, fresh processes, and a record that names the machine."""
 
 from __future__ import annotations
 
@@ -6,58 +6,17 @@ import json
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kdx import explain
 
 RESULTS = Path(__file__).parent / "results"
 STATUS = Path("/proc/self/status")
-
-WARMER, SETTLED = 2, 0.1
-"""A way runs at most so many times more before it is timed, until two runs in a row take the same within this share."""
-
-
-def paired(
-    cases: Mapping[str, Callable[[], object]], rounds: int, check: Callable[[Mapping[str, Any]], object] = lambda _: None
-) -> dict[str, list[float]]:
-    """Seconds of each case, a round after the other, every second round in the opposite order.
-
-    One run of each comes first, and ``check`` sees what they returned before anything is timed. Where there are several rounds,
-    each then runs until it has settled.
-    """
-    check({name: run() for name, run in cases.items()})
-    if rounds > 1:
-        for run in cases.values():
-            _warm(run)
-    samples: dict[str, list[float]] = {name: [] for name in cases}
-    for number in range(rounds):
-        for name, run in list(cases.items())[:: 1 if number % 2 == 0 else -1]:
-            samples[name].append(_seconds(run))
-    return samples
-
-
-def _warm(run: Callable[[], object]) -> None:
-    last = _seconds(run)
-    for _ in range(WARMER - 1):
-        before, last = last, _seconds(run)
-        if abs(last - before) < SETTLED * before:
-            return
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """Of one run, to the end of what it left to a GPU."""
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def ratio(samples: Mapping[str, list[float]], over: str, under: str) -> list[float]:

@@ -5,9 +5,9 @@
     python -m benchmarks.run --case TEXT     those whose name contains TEXT
     python -m benchmarks.run --against FILE  whether a ratio has become worse than the stored one; nothing is stored
 
-Each case runs in a process of its own: a run of every way first, whose results are compared, then runs until their times have settled,
-then paired rounds in alternating order. Ratios are of the two times of one round. Peak memory is that of one more process a way, which
-runs that way once. A case that fails is told, and the others go on; the status is then 1.
+Each way of a case runs in a process of its own (`benchmarks.workers`): once, and what the ways return is compared and their processes'
+peak memory read; then until their times have settled; then in paired rounds of alternating order. Ratios are of the two times of one
+round. A case that fails is told, and the others go on; the status is then 1.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,11 @@ from rich.table import Table
 
 from benchmarks import cold, explain, geometry, gradients, imputation, limits, scores
 from benchmarks.cases import CASES, Case
-from benchmarks.record import RESULTS, child, origin, peak_bytes, quartiles, ratio
-from benchmarks.subject import Subject, Work, timed
+from benchmarks.record import RESULTS, child, origin, quartiles, ratio
+from benchmarks.subject import Subject, Work
+from benchmarks.workers import Worker, paired, serve
 
+MODULE = "benchmarks.run"
 SUITE = RESULTS / "suite.jsonl"
 ROUNDS, QUICK_ROUNDS = 5, 3
 WORSE = 1.1
@@ -64,23 +68,33 @@ KINDS = {
 
 def run_case(case: Case, rounds: int, of: Mapping[str, float]) -> dict[str, Any]:
     """The record of one case, without its origin. of: the machine's limits. Raises CalledProcessError where one of its processes fails."""
-    with tempfile.TemporaryDirectory() as folder:
-
-        def step(name: str, *arguments: str) -> Any:
-            return child("benchmarks.run", "--child", name, "--case", case.name, "--folder", folder, *arguments)
-
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
+        arguments = ("--kind", case.kind, "--given", json.dumps(dict(case.given)), "--folder", folder)
         if KINDS[case.kind].prepare is not None:
-            step("prepare")
-        found = step("time", "--rounds", str(case.rounds or rounds))
-        peaks = {way: step("peak", "--way", way) for way in found["samples"]} if case.peaks else {}
-    samples, work = found["samples"], found.pop("work")
+            child(MODULE, "--child", "prepare", *arguments)
+        told = child(MODULE, "--child", "ways", *arguments)
+        opening = {way: held.enter_context(Worker(MODULE, "--child", "way", "--way", way, *arguments)) for way in told["ways"]}
+        reasons = {way: worker.opened() for way, worker in opening.items()}
+        workers = {way: worker for way, worker in opening.items() if reasons[way] is None}
+        first = {way: worker.run(Path(folder) / f"{number}.result") for number, (way, worker) in enumerate(workers.items())}
+        found = {
+            "figures": child(MODULE, "--child", "check", *arguments, "--ran", json.dumps(list(workers))),
+            "missing": {way: reason for way, reason in reasons.items() if reason is not None},
+            "samples": paired({way: partial(_seconds, worker) for way, worker in workers.items()}, case.rounds or rounds),
+            "peak_bytes": {way: one["peak_bytes"] for way, one in first.items()},
+        }
+    samples, work = found["samples"], told["work"]
     ratios = {way: ratio(samples, way, case.over) for way in samples if way != case.over and case.over in samples}
     record: dict[str, Any] = {"case": case.name, "kind": case.kind, "given": dict(case.given), "over": case.over, "ours": case.ours}
-    record |= {**found, "ratios": ratios, "peak_bytes": peaks}
+    record |= {**found, "ratios": ratios}
     if work is not None:
         floors = {way: limits.floor(Work(**work), of, bfloat16="bf16" in way) for way in samples}
         record |= {"work": work, "over_floor": {way: quartiles(values)[1] / floors[way] for way, values in samples.items()}}
     return {**record, "goals": [_held(goal, case, ratios) for goal in case.goals], "limits": dict(of)}
+
+
+def _seconds(worker: Worker) -> float:
+    return worker.run()["seconds"]
 
 
 def _held(goal: tuple[str, str, float], case: Case, ratios: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -93,20 +107,22 @@ def _held(goal: tuple[str, str, float], case: Case, ratios: Mapping[str, Sequenc
 # ---- a child ----
 
 
-def work_alone(options: argparse.Namespace) -> Any:
-    """What one process of a case does: prepares it, times it, or runs one way of it once."""
-    (case,) = (case for case in CASES if case.name == options.case[0])
-    kind, folder = KINDS[case.kind], options.folder
+def work_alone(options: argparse.Namespace, answer: Callable[[Any], None]) -> None:
+    """What one process of a case does: prepares it, names its ways, runs one of them, or compares what they returned."""
+    kind, folder, given = KINDS[options.kind], options.folder, json.loads(options.given)
     if options.child == "prepare":
         assert kind.prepare is not None
-        kind.prepare(folder, **case.given)
-        return None
-    subject = kind.subject(folder, **case.given)
-    if options.child == "peak":
-        with ExitStack() as held:
-            subject.ways[options.way](held)()
-        return peak_bytes()
-    return timed(subject, options.rounds) | {"work": None if subject.work is None else vars(subject.work())}
+        kind.prepare(folder, **given)
+        answer(None)
+        return
+    subject = kind.subject(folder, **given)
+    if options.child == "ways":
+        answer({"ways": list(subject.ways), "work": None if subject.work is None else vars(subject.work())})
+    elif options.child == "way":
+        serve(subject.ways[options.way], answer)
+    else:
+        ran = json.loads(options.ran)
+        answer(subject.check({way: pickle.loads((folder / f"{number}.result").read_bytes()) for number, way in enumerate(ran)}))
 
 
 # ---- what is said and stored ----
@@ -118,13 +134,12 @@ def tell(record: Mapping[str, Any], console: Console) -> None:
     )
     for way, values in record["samples"].items():
         low, middle, high = record["ratios"].get(way, (None,) * 3)
-        peak = record["peak_bytes"].get(way)
         table.add_row(
             way,
             f"{quartiles(values)[1]:.3g} s",
             "" if middle is None else f"{middle:.3g} ({low:.3g} to {high:.3g})",
             f"{record['over_floor'][way]:.3g}" if "over_floor" in record else "",
-            "" if peak is None else f"{peak / 1e9:.2f} GB",
+            f"{record['peak_bytes'][way] / 1e9:.2f} GB",
         )
     console.print(table)
     for way, why in record["missing"].items():
@@ -183,14 +198,14 @@ def main() -> None:
     parser.add_argument(
         "--against", type=Path, metavar="FILE", help="a suite.jsonl; status 1 where a ratio has become worse; stores nothing"
     )
-    for hidden in ("--child", "--way"):
+    for hidden in ("--child", "--kind", "--given", "--way", "--ran"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
+        answers = sys.stdout
         with contextlib.redirect_stdout(sys.stderr):  # libraries print too
-            found = work_alone(options)
-        print(json.dumps(found))
+            work_alone(options, lambda found: print(json.dumps(found), file=answers, flush=True))
         return
     chosen = [case for case in CASES if (case.quick or not options.quick) and any(text in case.name for text in options.case or [""])]
     if options.list:
@@ -208,7 +223,7 @@ def main() -> None:
 
 def run_all(cases: Sequence[Case], rounds: int, stored: Mapping[str, dict[str, Any]], *, store: bool) -> int:
     """The exit status: 1 where a case failed or has become worse than ``stored``."""
-    console, start, begun = Console(), time.perf_counter(), origin("benchmarks.run")  # before a result is stored: that is a change
+    console, start, begun = Console(), time.perf_counter(), origin(MODULE)  # before a result is stored: that is a change
     of = limits.limits()
     console.print(
         f"Limits: {of['operations'] / 1e9:.0f} GFLOP/s in float32 ({of['operations, one thread'] / 1e9:.0f} on one thread, "

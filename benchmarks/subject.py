@@ -9,9 +9,6 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import paired
-from kdx.errors import KdxError
-
 Run = Callable[[], Any]
 Way = Callable[[ExitStack], Run]
 """Makes ready what is timed; what it holds is closed with the stack."""
@@ -38,21 +35,6 @@ class Subject:
     ways: Mapping[str, Way]
     check: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _: {}
     work: Callable[[], Work] | None = None
-
-
-def timed(subject: Subject, rounds: int) -> dict[str, Any]:
-    """Every way that runs here, in paired rounds: samples, what the check found, and why the others do not run."""
-    missing = {}
-    with ExitStack() as held:
-        runs = {}
-        for name, way in subject.ways.items():
-            try:
-                runs[name] = way(held)
-            except (Unavailable, KdxError) as error:
-                missing[name] = error.problem if isinstance(error, KdxError) else str(error)
-        figures: dict[str, Any] = {}
-        samples = paired(runs, rounds, lambda results: figures.update(subject.check(results)))
-    return {"samples": samples, "figures": figures, "missing": missing}
 
 
 def demand_agreement(differences: Mapping[str, float], within: float) -> None:

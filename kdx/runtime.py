@@ -272,6 +272,8 @@ def _session(onnxruntime: Any, path: Path, provider: Provider, stream: _Stream |
     """
     name = _PROVIDERS[provider]
     options = onnxruntime.SessionOptions()
+    # Its threads would go on looking for work after a pass, and keep cores from the other network's, the geometry and the decoders.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     settings: dict[str, str] = {}
     if stream is not None:
         if name not in onnxruntime.get_available_providers():

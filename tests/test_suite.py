@@ -6,7 +6,9 @@ import inspect
 import json
 import math
 import subprocess
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,25 @@ import torch
 
 from benchmarks import eager, explain, geometry, growth, imputation, limits, run, scores
 from benchmarks.cases import CASES, Case
-from benchmarks.subject import Subject, Unavailable, Work, demand_memory, free_bytes, timed
+from benchmarks.subject import Subject, Unavailable, Work, demand_memory, free_bytes
+from benchmarks.workers import Worker, paired, serve
 from kdx.errors import KdxError
 
 NETWORK = "kdx:resnet,width=8,depth=1-1-1-1,classes=10"
+
+
+def compared(subject: Subject) -> dict[str, Any]:
+    """Every way that runs here, once and in this process: what the check says of their results, and why the others do not run."""
+    results, missing = {}, {}
+    with ExitStack() as held:
+        for name, way in subject.ways.items():
+            try:
+                results[name] = way(held)()
+            except Unavailable as error:
+                missing[name] = str(error)
+            except KdxError as error:
+                missing[name] = error.problem
+    return {"ran": set(results), "figures": subject.check(results), "missing": missing}
 
 
 def test_every_case_is_of_a_kind_that_takes_its_arguments() -> None:
@@ -33,8 +50,8 @@ def test_every_case_is_of_a_kind_that_takes_its_arguments() -> None:
 def test_a_batch_is_explained_alike_in_every_way(tmp_path: Path) -> None:
     given: dict[str, Any] = {"network": NETWORK, "layer": "layer3", "batch": 8, "side": 32}
     explain.prepare(tmp_path, **given)
-    found = timed(explain.subject(tmp_path, **given, without=("compiled",)), 1)
-    assert {"published", "fair", "fair, channels-last", "bare passes", "kdx", "kdx, OpenVINO"} <= set(found["samples"])
+    found = compared(explain.subject(tmp_path, **given, without=("compiled",)))
+    assert {"published", "fair", "fair, channels-last", "bare passes", "kdx", "kdx, OpenVINO"} <= found["ran"]
     assert {"residual map of fair", "fss of kdx", "distilled map of kdx, OpenVINO"} <= set(found["figures"])
     assert all(reason for reason in found["missing"].values())
     if not torch.cuda.is_available():
@@ -47,7 +64,7 @@ def test_geometry_and_scores_are_compared() -> None:
         scores.beside_dcor(Path(), n=40, d=5),
         scores.estimators(Path(), n=40, d=5),
     ):
-        assert timed(subject, 1)["figures"]
+        assert compared(subject)["figures"]
 
 
 @pytest.mark.parametrize("wrong", [0.1, math.nan])
@@ -78,18 +95,56 @@ def test_figures_that_are_other_ones_are_never_timed(place: int, wrong: float) -
         imputation._alike({"spsolve": pixels, "another": pixels, "kdx": moved})
 
 
-def test_what_cannot_run_is_listed_with_its_reason() -> None:
+def test_what_cannot_run_says_why() -> None:
     def refused(_: object) -> Any:
         raise KdxError("There is no such device.", "Buy one.")
 
     def full(_: object) -> Any:
         demand_memory(2 * free_bytes(), "a matrix")
 
-    found = timed(Subject({"here": lambda _: lambda: 1, "refused": refused, "full": full}), 3)
-    assert len(found["samples"]["here"]) == 3 and list(found["samples"]) == ["here"]
-    assert found["missing"]["refused"] == "There is no such device." and found["missing"]["full"].startswith("a matrix: ")
-    with pytest.raises(Unavailable, match="GiB are free"):
-        full(None)
+    said: list[Any] = []
+    for way in (refused, full):
+        serve(way, said.append)
+    assert said[0] == {"missing": "There is no such device."} and said[1]["missing"].startswith("a matrix: ")
+    assert said[1]["missing"].endswith("GiB are free")
+
+
+def test_rounds_alternate_after_each_way_has_settled() -> None:
+    called: list[str] = []
+    times = {"steady": iter([1.0] * 9), "falling": iter([9.0, 5.0, 2.0, 2.0, 2.0])}
+
+    def run(name: str) -> float:
+        called.append(name)
+        return next(times[name])
+
+    found = paired({name: partial(run, name) for name in times}, 3)
+    assert called[:4] == ["steady", "steady", "falling", "falling"]
+    assert called[4:] == ["steady", "falling", "falling", "steady", "steady", "falling"]
+    assert found == {"steady": [1, 1, 1], "falling": [2, 2, 2]}
+    called.clear()
+    times = {"steady": iter([1.0]), "falling": iter([9.0])}
+    assert paired({name: partial(run, name) for name in times}, 1) == {"steady": [1], "falling": [9]} and len(called) == 2
+
+
+def test_a_case_runs_each_way_in_its_process() -> None:
+    given = {"n": 8, "channels": 6, "height": 3, "width": 4}
+    case = Case("a small batch", "geometry", given, goals=(("published", "least", 1e9), ("absent", "least", 1)))
+    record = run.run_case(case, 2, {"operations": 1e9, "operations, bf16": 1e9, "bytes": 1e12})
+    assert {way: len(seconds) for way, seconds in record["samples"].items()} == {"published": 2, "fair": 2, "kdx": 2}
+    assert record["ratios"].keys() == {"published", "fair"} and not record["missing"]
+    assert 0 <= record["figures"]["residual score of fair"] < geometry.WITHIN
+    assert all(5e7 < peak < 5e9 for peak in record["peak_bytes"].values())
+    assert record["work"]["operations"] == 2 * 8 * 8 * 72
+    assert record["over_floor"]["kdx"] == pytest.approx(np.median(record["samples"]["kdx"]) / (2 * 8 * 8 * 72 / 1e9))
+    assert [goal["holds"] for goal in record["goals"]] == [False, None]
+
+
+def test_a_process_that_fails_fails_its_case() -> None:
+    wrong = ("--kind", "geometry", "--given", "{}", "--folder", ".", "--way", "kdx")
+    with Worker("benchmarks.run", "--child", "way", *wrong) as worker, pytest.raises(subprocess.CalledProcessError):
+        worker.opened()
+    with pytest.raises(subprocess.CalledProcessError):
+        run.run_case(Case("wrong", "geometry", {"n": "many"}), 1, {})
 
 
 def test_a_floor_is_the_slower_of_operations_and_bytes() -> None:
@@ -122,21 +177,21 @@ def test_a_ratio_that_is_worse_is_told() -> None:
 
 
 def test_a_case_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    given = {"n": 40, "d": 5}
-    monkeypatch.setattr(run, "CASES", [])
     monkeypatch.setattr(limits, "limits", lambda: dict.fromkeys(("operations", "operations, one thread", "operations, bf16", "bytes"), 1e9))
+    whole = _record("kdx", {"published": [19, 20, 21]}) | {"peak_bytes": {"kdx": 1e9, "published": 1e9}, "figures": {}, "goals": []}
 
-    def child(_: str, *arguments: str) -> Any:
-        if "broken" in arguments:
+    def run_case(case: Case, *_: object) -> dict[str, Any]:
+        if case.name == "broken":
             raise subprocess.CalledProcessError(1, "python")
-        return timed(scores.permutations(Path(), **given), 2) | {"work": None}
+        return whole
 
-    monkeypatch.setattr(run, "child", child)
-    cases = [Case(name, "permutations", given, over="RS", ours=("RS", "FSS")) for name in ("broken", "whole")]
+    monkeypatch.setattr(run, "run_case", run_case)
+    cases = [Case(name, "geometry", {}) for name in ("broken", "a case")]
     assert run.run_all(cases, 2, {}, store=False) == 1
     said = capsys.readouterr().out
-    assert "broken: failed" in said and "RS, 999 permutations" in said
+    assert "broken: failed" in said and "published" in said
     assert run.run_all(cases[1:], 2, {}, store=False) == 0
+    assert run.run_all(cases[1:], 2, {"a case": _record("kdx", {"published": [29, 30, 31]})}, store=False) == 1
 
 
 def test_a_record_replaces_the_case_s_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
