@@ -69,11 +69,16 @@ def draw(records: Records, path: Path) -> None:
     found = curves(records)
     if not found:
         return
+    colours = {label: f"C{number}" for number, label in enumerate(sorted({line.label for lines in found.values() for line in lines}))}
     with matplotlib.rc_context({"svg.hashsalt": "kdx", "svg.fonttype": "none"}):
         figure = Figure(figsize=(5 * len(found), 4), layout="constrained")
         for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(found))), found.items(), strict=True):
             for line in lines:
-                axes.loglog(line.sizes, line.seconds, marker="o", label=f"{line.label}: power {line.exponent:.2f}")
+                label = f"{line.label}: power {line.exponent:.2f}"
+                axes.loglog(line.sizes, line.seconds, marker="o", color=colours[line.label], label=label)
+            sizes = sorted({size for line in lines for size in line.sizes})
+            axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            axes.set_xticks([], minor=True)
             axes.set_xlabel(title)
             axes.set_ylabel("seconds")
             axes.grid(True, which="both", alpha=0.2)

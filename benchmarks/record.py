@@ -44,13 +44,20 @@ def peak_bytes() -> int:
 
 
 def origin(module: str) -> dict[str, Any]:
-    """Where figures come from: command, commit (empty where git or the repository is missing) and the machine with its versions."""
+    """Where figures come from: command, commit (``-dirty`` where the code is another; empty without git or a repository) and the
+    machine with its versions."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(RESULTS.parents[1]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
     try:
-        described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
+        commit = git("rev-parse", "--short", "HEAD")
+        if git("status", "--porcelain", "--untracked-files=no", "--", "kdx", "benchmarks", ":!benchmarks/results"):
+            commit += "-dirty"
     except FileNotFoundError:
-        described = ""
-    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
-    return {"command": command, "commit": described, "environment": explain.environment()}
+        commit = ""
+    return {"command": shlex.join(["python", "-m", module, *sys.argv[1:]]), "commit": commit, "environment": explain.environment()}
 
 
 def store(name: str, module: str, found: Mapping[str, Any]) -> dict[str, Any]:
