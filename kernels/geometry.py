@@ -43,8 +43,8 @@ _ELEMENTS = 1 << 24
 """Elements that a step over pairs holds at a time."""
 
 _COPIED = 1 << 20
-"""Bytes of features that a step on the CPU copies at a time for each thread, to centre or to widen them. A copy of all of them would go to new memory, and
-the system takes longer to find that than the products take: 3 times as long at n = 128, d = 100,352."""
+"""Bytes of features that a step on the CPU copies at a time for each thread, to centre or to widen them. A copy of all would go to new
+memory, and the system takes longer to find that than the products take: 3 times as long at n = 128, d = 100,352."""
 
 _CACHED = 1 << 18
 """Elements that a step over permutations holds at a time: what the cache keeps, eight times as fast as what it does not."""
