@@ -1,12 +1,12 @@
 """The benchmark suite: kdx against the eager path and against everyone.
 
     python -m benchmarks.run                 every case, and stores them in benchmarks/results/suite.jsonl
-    python -m benchmarks.run --quick         a few, in three minutes; nothing is stored
+    python -m benchmarks.run --quick         a few, in some minutes; nothing is stored
     python -m benchmarks.run --case TEXT     those whose name contains TEXT
     python -m benchmarks.run --against FILE  whether a ratio has become worse than the stored one; nothing is stored
 
 Each way of a case runs in a process of its own (`benchmarks.workers`): once, and what the ways return is compared and their processes'
-peak memory read; then until their times have settled; then in paired rounds of alternating order. Ratios are of the two times of one
+peak memory read; then twice to warm up; then in paired rounds of alternating order. Ratios are of the two times of one
 round. A case that fails is told, and the others go on; the status is then 1.
 """
 
@@ -190,7 +190,7 @@ def worse(record: Mapping[str, Any], stored: Mapping[str, Any]) -> Iterable[str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="a few cases, in three minutes; nothing is stored")
+    which.add_argument("--quick", action="store_true", help="a few cases, in some minutes; nothing is stored")
     which.add_argument("--full", action="store_true", help="every case (the default), with --rounds")
     which.add_argument("--case", action="append", metavar="TEXT", help="the cases whose name contains TEXT; may be repeated")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
@@ -223,7 +223,7 @@ def main() -> None:
 
 def run_all(cases: Sequence[Case], rounds: int, stored: Mapping[str, dict[str, Any]], *, store: bool) -> int:
     """The exit status: 1 where a case failed or has become worse than ``stored``."""
-    console, start, begun = Console(), time.perf_counter(), origin(MODULE)  # before a result is stored: that is a change
+    console, start, begun = Console(), time.perf_counter(), origin(MODULE)
     of = limits.limits()
     console.print(
         f"Limits: {of['operations'] / 1e9:.0f} GFLOP/s in float32 ({of['operations, one thread'] / 1e9:.0f} on one thread, "

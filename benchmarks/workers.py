@@ -26,8 +26,8 @@ from kdx.errors import KdxError
 BRIEF = 0.2
 """Seconds that a way runs at least in a round, again and again if need be: the first run after a wait is that of a machine that sleeps."""
 
-WARMER, SETTLED = 2, 0.1
-"""A way runs at most so many times more before it is timed, until two runs in a row take the same within this share."""
+WARMER = 2
+"""Times that a way runs once more before it is timed."""
 
 
 class Worker:
@@ -96,14 +96,11 @@ def serve(way: Way, answer: Callable[[Any], None]) -> None:
 
 def paired(seconds: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each way, a round after the other, every second round in the opposite order. Where there are several rounds, each
-    way runs until it has settled first."""
+    way is warmed up first."""
     if rounds > 1:
         for run in seconds.values():
-            last = run()
-            for _ in range(WARMER - 1):
-                before, last = last, run()
-                if abs(last - before) < SETTLED * before:
-                    break
+            for _ in range(WARMER):
+                run()
     samples: dict[str, list[float]] = {name: [] for name in seconds}
     for number in range(rounds):
         for name, run in list(seconds.items())[:: 1 if number % 2 == 0 else -1]:

@@ -157,8 +157,8 @@ def _squares(gram: Tensor, x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tenso
     squared = _squared(gram, x_norms, y_norms, x is y)
     near = _near(squared, x_norms, y_norms)
     if x.dtype == torch.float32 and len(near[0]) > _MANY * squared.numel():
-        left = x.double() - centre
-        right = left if x is y else y.double() - centre
+        left = x.double().sub_(centre)
+        right = left if x is y else y.double().sub_(centre)
         x_norms, y_norms = left.square().sum(-1), right.square().sum(-1)
         squared = _squared(_gram(left, right), x_norms, y_norms, x is y)
         # What is closer than this is not told from equal by rows of float32.

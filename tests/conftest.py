@@ -11,9 +11,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch looks; workers that sh
 import numba
 import torch
 
-# dcor compiles itself with Numba when it is imported, for half a minute, into a cache on disk that processes which start
-# together can spoil: whoever loads it then aborts. As an oracle dcor serves as plain Python. Numba's switch for that leaves
-# out guvectorize, which makes the functions for many pairs of rows at once; no test calls them.
+# dcor compiles itself with Numba when it is imported, for half a minute, into a cache on disk, and workers that started together
+# have aborted while they imported it. As an oracle dcor serves as plain Python. Numba's switch for that leaves out guvectorize,
+# which makes the functions for many pairs of rows at once; no test calls them.
 numba.config.DISABLE_JIT = True  # type: ignore[attr-defined]
 numba.guvectorize = lambda *_, **__: lambda function: function
 

@@ -109,7 +109,7 @@ def test_what_cannot_run_says_why() -> None:
     assert said[1]["missing"].endswith("GiB are free")
 
 
-def test_rounds_alternate_after_each_way_has_settled() -> None:
+def test_rounds_alternate_after_each_way_is_warm() -> None:
     called: list[str] = []
     times = {"steady": iter([1.0] * 9), "falling": iter([9.0, 5.0, 2.0, 2.0, 2.0])}
 
