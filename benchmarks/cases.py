@@ -73,7 +73,7 @@ CASES = [
     _geometry(128, 256, 56),
     # Scores of many images
     Case("scores N=1,000 beside dcor", "estimators", {"n": 1000, "d": 64}, quick=True),
-    Case("scores N=4,500 beside dcor", "beside dcor", {"n": 4500, "d": 64}),
+    Case("scores N=4,500 beside dcor", "beside dcor", {"n": 4500, "d": 64}, rounds=1),
     *(Case(f"scores N={n:,} d=512", "scores", {"n": n, "d": 512}, over="bare products") for n in (2_500, 5_000, 10_000)),
     Case(
         "scores N=10,000 d=2,048",
@@ -106,5 +106,5 @@ CASES = [
         ours=("file",),
     ),
     Case("export resnet50", "export", {"network": RESNET50, "layer": "layer4", "side": 224}, rounds=1, over="", ours=("",)),
-    Case("cold start resnet18 x8", "cold start", {"network": RESNET18, "layer": "layer4", "batch": 8, "side": 224}, quick=True),
+    Case("cold start resnet18 x8", "cold start", {"network": RESNET18, "layer": "layer4", "batch": 8, "side": 224}),
 ]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import eager
-from benchmarks.subject import Run, Subject, Unavailable, Way, Work, demand_agreement, demand_memory
+from benchmarks.subject import Run, Subject, Unavailable, Way, Work, demand_agreement, demand_differences
 from kdx import models, scores, transfer
 from kdx.errors import first_line
 from kdx.export import onnx_file
@@ -61,11 +61,7 @@ def subject(folder: Path, *, network: str, layer: str, batch: int, side: int, wi
 
     def published(_: ExitStack) -> Run:
         student, base = loaded()
-        width = _width(student, layer, side)
-        kept = 2 * batch * _kept(student, side)
-        demand_memory(
-            5 * 4 * batch**2 * width + kept, f"five tensors of {batch} x {batch} x {width:,} differences, and what both passes keep"
-        )
+        demand_differences(batch, _width(student, layer, side), kept=2 * batch * _kept(student, side))
         return lambda: eager.published(student, base, layer, (images - mean) / std, one_hot)
 
     def fair(_: ExitStack) -> Run:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import eager
-from benchmarks.subject import Run, Subject, Way, Work, demand_agreement, demand_memory
+from benchmarks.subject import Run, Subject, Way, Work, demand_agreement, demand_differences
 from kdx import scores, transfer
 from kdx.transfer import Target
 
@@ -36,7 +36,7 @@ def subject(_: Path, *, n: int, channels: int, height: int, width: int) -> Subje
     d = channels * height * width
 
     def published(_: ExitStack) -> Run:
-        demand_memory(5 * 4.0 * n * n * d, f"five tensors of {n} x {n} x {d:,} differences")
+        demand_differences(n, d)
         given = (student, base), (base, student)
         return lambda: [(weights, float(score)) for weights, score in (eager.published_geometry(x, y, one_hot) for x, y in given)]
 

@@ -1,7 +1,7 @@
 """The benchmark suite: kdx against the eager path and against everyone.
 
     python -m benchmarks.run                 every case, and stores them in benchmarks/results/suite.jsonl
-    python -m benchmarks.run --quick         a few, in some minutes; nothing is stored
+    python -m benchmarks.run --quick         a few, in three minutes on two cores; nothing is stored
     python -m benchmarks.run --case TEXT     those whose name contains TEXT
     python -m benchmarks.run --against FILE  whether a ratio has become worse than the stored one; nothing is stored
 
@@ -119,7 +119,7 @@ def work_alone(options: argparse.Namespace, answer: Callable[[Any], None]) -> No
     if options.child == "ways":
         answer({"ways": list(subject.ways), "work": None if subject.work is None else vars(subject.work())})
     elif options.child == "way":
-        serve(subject.ways[options.way], answer)
+        serve(partial(subject.opened, options.way), answer)
     else:
         ran = json.loads(options.ran)
         answer(subject.check({way: pickle.loads((folder / f"{number}.result").read_bytes()) for number, way in enumerate(ran)}))
@@ -190,7 +190,7 @@ def worse(record: Mapping[str, Any], stored: Mapping[str, Any]) -> Iterable[str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="a few cases, in some minutes; nothing is stored")
+    which.add_argument("--quick", action="store_true", help="a few cases, in three minutes on two cores; nothing is stored")
     which.add_argument("--full", action="store_true", help="every case (the default), with --rounds")
     which.add_argument("--case", action="append", metavar="TEXT", help="the cases whose name contains TEXT; may be repeated")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")

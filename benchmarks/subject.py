@@ -9,6 +9,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from kdx.errors import KdxError
+
 Run = Callable[[], Any]
 Way = Callable[[ExitStack], Run]
 """Makes ready what is timed; what it holds is closed with the stack."""
@@ -36,6 +38,13 @@ class Subject:
     check: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _: {}
     work: Callable[[], Work] | None = None
 
+    def opened(self, name: str, held: ExitStack) -> Run:
+        """One way, ready to be timed. Unavailable where it cannot run here."""
+        try:
+            return self.ways[name](held)
+        except KdxError as error:
+            raise Unavailable(error.problem) from error
+
 
 def demand_agreement(differences: Mapping[str, float], within: float) -> None:
     """SystemExit that names every difference that is not below ``within``; one that is not a number is not."""
@@ -51,6 +60,12 @@ def free_bytes() -> float:
         return inf
     known = dict(line.split(":") for line in told.read_text().splitlines())
     return 1024 * int(known["MemAvailable"].split()[0])
+
+
+def demand_differences(n: int, d: int, kept: float = 0) -> None:
+    """`demand_memory` of the published path: five tensors n x n x d, and the bytes that its two forward passes keep."""
+    what = f"five tensors of {n} x {n} x {d:,} differences{', and what both passes keep' if kept else ''}"
+    demand_memory(5 * 4.0 * n * n * d + kept, what)
 
 
 def demand_memory(needed: float, what: str) -> None:

@@ -21,7 +21,6 @@ import torch
 
 from benchmarks.record import peak_bytes
 from benchmarks.subject import Unavailable, Way
-from kdx.errors import KdxError
 
 BRIEF = 0.2
 """Seconds that a way runs at least in a round, again and again if need be: the first run after a wait is that of a machine that sleeps."""
@@ -75,8 +74,8 @@ def serve(way: Way, answer: Callable[[Any], None]) -> None:
     with ExitStack() as held:
         try:
             run = way(held)
-        except (Unavailable, KdxError) as error:
-            answer({"missing": error.problem if isinstance(error, KdxError) else str(error)})
+        except Unavailable as error:
+            answer({"missing": str(error)})
             return
         answer({"missing": None})
         for line in sys.stdin:
