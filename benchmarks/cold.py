@@ -35,4 +35,7 @@ def subject(folder: Path, *, network: str, layer: str, batch: int, side: int) ->
         arguments = [str(folder), layer, str(batch), str(side), network]
         subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=Path(__file__).parents[1])
 
-    return Subject({"published": lambda _: lambda: process(_PYTORCH), "kdx": lambda _: lambda: process(_KDX)})
+    return Subject(
+        {"published": lambda _: lambda: process(_PYTORCH), "kdx": lambda _: lambda: process(_KDX)},
+        work=lambda: explain.work(network, layer, batch, side),
+    )

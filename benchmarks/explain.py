@@ -127,7 +127,7 @@ def subject(folder: Path, *, network: str, layer: str, batch: int, side: int, wi
         "kdx, ONNX Runtime CUDA": kdx(lambda path: OrtRunner(path, "cuda")),
         "kdx, ONNX Runtime TensorRT": kdx(lambda path: OrtRunner(path, "tensorrt")),
     }
-    return Subject({name: way for name, way in every.items() if name not in without}, _alike, lambda: _work(network, layer, images))
+    return Subject({name: way for name, way in every.items() if name not in without}, _alike, lambda: work(network, layer, batch, side))
 
 
 def _alike(results: Mapping[str, Any]) -> dict[str, float]:
@@ -168,13 +168,21 @@ def _kept(module: nn.Module, side: int) -> int:
     return sum(found)
 
 
-def _work(network: str, layer: str, images: Tensor) -> Work:
+def work(network: str, layer: str, batch: int, side: int) -> Work:
     """Two forward passes and two Gram products; images, weights, and features written and read once."""
     module = models.load(network).module
-    with torch.no_grad(), FlopCounterMode(display=False) as counted:
-        module(images[:1])
-    n, d = len(images), _width(module, layer, images.shape[2])
-    weights = sum(parameter.numel() for parameter in module.parameters())
+    once, d = forward_work(module, batch, side), _width(module, layer, side)
     # A product of X by its own transpose is symmetric: half of it is enough.
-    operations = 2 * (n * counted.get_total_flops() + n * n * d)
-    return Work(operations, 4 * (images.numel() + 2 * (weights + 2 * n * d)))
+    return Work(2 * (once.operations + batch**2 * d), 2 * (once.bytes + 4 * 2 * batch * d) - _image_bytes(batch, side))
+
+
+def forward_work(module: nn.Module, batch: int, side: int) -> Work:
+    """One forward pass; images and weights read once."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        module(torch.zeros(1, 3, side, side))
+    weights = sum(parameter.numel() for parameter in module.parameters())
+    return Work(batch * counted.get_total_flops(), 4 * weights + _image_bytes(batch, side))
+
+
+def _image_bytes(batch: int, side: int) -> int:
+    return 4 * batch * 3 * side**2

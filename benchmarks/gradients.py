@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.explain import MEAN, STD
+from benchmarks.explain import MEAN, STD, forward_work
 from benchmarks.subject import Run, Subject, Way, demand_agreement
 from kdx import models
 from kdx.explainer import explainer_graph
@@ -93,7 +93,7 @@ def subject(folder: Path, *, network: str, layers: tuple[str, ...], batch: int, 
         demand_agreement(figures, WITHIN)
         return figures
 
-    return Subject(ways, alike)
+    return Subject(ways, alike, lambda: forward_work(load(network, side).module, batch, side))
 
 
 def export(folder: Path, *, network: str, layer: str, side: int) -> Subject:

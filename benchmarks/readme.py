@@ -62,12 +62,13 @@ def ways(*kinds: str) -> Callable[[Records], str]:
 
     def table(records: Records) -> str:
         found = _of(records, *kinds)
-        lines = ["| | median | ratio of times (quartiles) | peak memory |", "| --- | --- | --- | --- |"]
+        lines = ["| | median | ratio of times (quartiles) | peak memory | over the floor |", "| --- " * 5 + "|"]
         for record in found.values():
             for way in record["samples"]:
                 ratio = _ratio(record, way)
                 over = NONE if ratio == NONE else f"{ratio}, to {record['over']}"
-                lines.append(f"| {record['case']}: {way} | {_seconds(record, way)} | {over} | {_peak(record, way)} |")
+                label = f"{record['case']}: {way}{_file(record, way)}"
+                lines.append(f"| {label} | {_seconds(record, way)} | {over} | {_peak(record, way)} | {_floor(record, way)} |")
         return _with_notes("\n".join(lines) if found else "", found, {case.name for case in CASES if case.kind in kinds})
 
     return table
@@ -207,6 +208,12 @@ def _difference(record: Mapping[str, Any], way: str) -> str:
 
 def _peak(record: Mapping[str, Any], way: str) -> str:
     return f"{record['peak_bytes'][way] / 1e9:.2f} GB" if way in record["peak_bytes"] else NONE
+
+
+def _file(record: Mapping[str, Any], way: str) -> str:
+    """What a way that writes a file says of its size."""
+    size = record["figures"].get(f"{way}, bytes")
+    return "" if size is None else f", {size / 1e6:.1f} MB"
 
 
 def _floor(record: Mapping[str, Any], way: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +56,15 @@ def one_score(_: Path, *, n: int, d: int, without: tuple[str, ...] = ()) -> Subj
     return Subject({name: way for name, way in ways.items() if name not in without}, work=lambda: Work(2.0 * n * n * d, 2 * 4.0 * n * d))
 
 
-def permutations(_: Path, *, n: int, d: int) -> Subject:
-    """What 999 permutations add, of classes and of features."""
+def permutations(_: Path, *, score: str, n: int, d: int) -> Subject:
+    """What 999 permutations add to RS, which are of classes, and to FSS, which are of features."""
     x, y, labels = draw(n, d)
+    run = {"RS": partial(kdx.rs, x, labels), "FSS": partial(kdx.fss, x, y)}[score]
+    features = {"RS": 1, "FSS": 2}[score]
     return Subject(
-        {
-            "RS": lambda _: lambda: kdx.rs(x, labels, permutations=0),
-            "RS, 999 permutations": lambda _: lambda: kdx.rs(x, labels),
-            "FSS": lambda _: lambda: kdx.fss(x, y, permutations=0),
-            "FSS, 999 permutations": lambda _: lambda: kdx.fss(x, y),
-        }
+        {score: lambda _: partial(run, permutations=0), f"{score}, 999 permutations": lambda _: run},
+        # Half of a product for each network, and its rows read once.
+        work=lambda: Work(features * 1.0 * n * n * d, features * 4.0 * n * d),
     )
 
 
@@ -78,7 +78,8 @@ def batches(_: Path, *, n: int, d: int, batch: int) -> Subject:
             kdx.compare({"layer": {role: rows[part] for role, rows in networks.items()}}, labels[part])
 
     return Subject(
-        {"a call a batch": lambda _: batch_by_batch, "kdx": lambda _: lambda: kdx.compare({"layer": networks}, labels, batch=batch)}
+        {"a call a batch": lambda _: batch_by_batch, "kdx": lambda _: lambda: kdx.compare({"layer": networks}, labels, batch=batch)},
+        work=lambda: Work(len(networks) * 1.0 * n * batch * d, len(networks) * 4.0 * n * d),
     )
 
 
@@ -123,6 +124,7 @@ def estimators(_: Path, *, n: int, d: int) -> Subject:
             "kdx": lambda _: lambda: {name: score().value for name, score in by_kdx.items()},
         },
         _agree,
+        lambda: Work(2.0 * n * n * d, 2 * 8.0 * n * d),
     )
 
 
