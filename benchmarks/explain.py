@@ -22,11 +22,11 @@ from benchmarks import eager
 from benchmarks.subject import Run, Subject, Unavailable, Way, Work, demand_agreement, demand_differences
 from kdx import models, scores, transfer
 from kdx.errors import first_line
-from kdx.export import onnx_file
+from kdx.export import engine, onnx_file
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.export.onnx_file import Origin
 from kdx.runner import Precision, Runner
-from kdx.runtime import OrtRunner
+from kdx.runtime import OrtRunner, TrtRunner
 from kdx.transfer import Target
 from kdx.unicam import scaled
 
@@ -115,6 +115,11 @@ def subject(folder: Path, *, network: str, layer: str, batch: int, side: int, wi
 
         return kdx(make)
 
+    def tensorrt(path: Path) -> Runner:
+        built = path.with_suffix(".engine")
+        engine.build(path, built, batch=(batch, batch, batch))
+        return TrtRunner(built)
+
     every: dict[str, Way] = {
         "published": published,
         "fair": fair,
@@ -126,6 +131,7 @@ def subject(folder: Path, *, network: str, layer: str, batch: int, side: int, wi
         "kdx, OpenVINO bf16": openvino("bfloat16"),
         "kdx, ONNX Runtime CUDA": kdx(lambda path: OrtRunner(path, "cuda")),
         "kdx, ONNX Runtime TensorRT": kdx(lambda path: OrtRunner(path, "tensorrt")),
+        "kdx, TensorRT": kdx(tensorrt),
     }
     return Subject({name: way for name, way in every.items() if name not in without}, _alike, lambda: work(network, layer, batch, side))
 

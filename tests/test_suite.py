@@ -53,7 +53,8 @@ def test_a_batch_is_explained_alike_in_every_way(tmp_path: Path) -> None:
     assert {"residual map of fair", "fss of kdx", "distilled map of kdx, OpenVINO"} <= set(found["figures"])
     assert all(reason for reason in found["missing"].values())
     if not torch.cuda.is_available():
-        assert "GPU" in found["missing"]["kdx, ONNX Runtime CUDA"]
+        for runtime in ("ONNX Runtime CUDA", "ONNX Runtime TensorRT", "TensorRT"):
+            assert "GPU" in found["missing"][f"kdx, {runtime}"]
 
 
 def test_geometry_and_scores_are_compared() -> None:
