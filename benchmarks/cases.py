@@ -60,7 +60,7 @@ CASES = [
     _explain("resnet18", RESNET18, "layer4", 8, quick=True),
     _explain("resnet18", RESNET18, "layer2", 8),
     _explain("resnet50", RESNET50, "layer3", 8),
-    _explain("resnet50", RESNET50, "layer4", 128, rounds=1),
+    _explain("resnet50", RESNET50, "layer4", 128),
     _explain("mobilenetv3", MOBILENET, "blocks.6", 32),
     _explain("vgg16_bn", VGG16, "features.43", 8),
     _explain("vit_small", VIT, "blocks.11", 8),
@@ -73,7 +73,7 @@ CASES = [
     _geometry(128, 256, 56),
     # Scores of many images
     Case("scores N=1,000 beside dcor", "estimators", {"n": 1000, "d": 64}, quick=True),
-    Case("scores N=4,500 beside dcor", "beside dcor", {"n": 4500, "d": 64}, rounds=1),
+    Case("scores N=4,500 beside dcor", "beside dcor", {"n": 4500, "d": 64}),
     *(Case(f"scores N={n:,} d=512", "scores", {"n": n, "d": 512}, over="bare products") for n in (2_500, 5_000, 10_000)),
     Case(
         "scores N=10,000 d=2,048",
