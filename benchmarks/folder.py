@@ -112,9 +112,10 @@ def infer(folder: Path, batch: int) -> dict[str, float]:
         explainer.open(size)
 
         def one(number: int) -> int:
-            images = held[number % len(held)]
-            labels = torch.from_numpy(dataset.labels[images.kept])
-            _, measured = explainer.explain(images.pixels, labels, permutation_table(len(labels), Options.permutations, (0, number)))
+            images, count = held[number % len(held)], len(batches[number])  # the first batches are the largest
+            labels = torch.from_numpy(dataset.labels[images.kept[:count]])
+            table = permutation_table(count, Options.permutations, (0, number))
+            _, measured = explainer.explain(images.pixels[:count], labels, table)
             for layer in measured.values():
                 for found in layer.maps.values():
                     found.maps.numpy(force=True)  # on a GPU a batch is done when its maps are here

@@ -217,7 +217,10 @@ def _file(record: Mapping[str, Any], way: str) -> str:
 
 
 def _floor(record: Mapping[str, Any], way: str) -> str:
-    return f"{record['over_floor'][way]:.2g}" if way in record.get("over_floor", {}) else NONE
+    if way not in record.get("over_floor", {}):
+        return NONE
+    times = record["over_floor"][way]
+    return f"{times:.2g}" if times < 10 else f"{times:,.0f}"
 
 
 def main() -> None:
