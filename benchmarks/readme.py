@@ -97,7 +97,9 @@ def folder(_: Records) -> str:
         f"{images:,} images, {many:.2f} GB at {MORE * images:,}. {record['bytes_per_1000_images'] / 1e6:.2f} MB are written for "
         f"1,000 images."
     )
-    return "\n\n".join(["\n".join(lines), said, _machine(record)]) + "\n"
+    rounds = len(record["samples"]["whole"])
+    taken = f"Medians of {rounds} rounds" if rounds > 1 else "One round"
+    return "\n\n".join(["\n".join(lines), said, _machine(record), f"{taken}; at commit {record['commit']}."]) + "\n"
 
 
 def growing(records: Records) -> str:
