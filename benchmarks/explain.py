@@ -20,15 +20,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import eager
 from benchmarks.subject import Run, Subject, Unavailable, Way, Work, demand_agreement, demand_differences
-from kdx import models, scores, transfer
+from kdx import models
+from kdx.choices import Precision
 from kdx.errors import first_line
+from kdx.explain.layer import measure
 from kdx.export import engine, onnx_file
+from kdx.export.description import Origin
 from kdx.export.graphs import FeatureGraph, Preprocessing
-from kdx.export.onnx_file import Origin
-from kdx.runner import Precision, Runner
-from kdx.runtime import OrtRunner, TrtRunner
-from kdx.transfer import Target
-from kdx.unicam import scaled
+from kdx.features.target import Target
+from kdx.maps.scaling import scaled
+from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
+from kdx.runtimes.runner import Runner
+from kdx.runtimes.tensorrt import TensorRtRunner
+from kdx.scores import uncertainty
+from kdx.scores.pool import pooled_scores
 
 CLASSES = 4
 ROLES = ("student", "base")
@@ -52,7 +57,7 @@ def subject(folder: Path, *, network: str, layer: str, batch: int, side: int, wi
     """without: ways that are left out."""
     images = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(batch) % CLASSES
-    permutations = scores.permutation_table(batch, 999, 0)
+    permutations = uncertainty.permutation_table(batch, 999, 0)
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     one_hot = torch.nn.functional.one_hot(labels).float()
 
@@ -92,8 +97,8 @@ def subject(folder: Path, *, network: str, layer: str, batch: int, side: int, wi
 
     def explained(features: Mapping[str, Tensor]) -> eager.Found:
         device = features["base"].device
-        found = transfer.measure(features, Target.of(labels.to(device)), permutations=permutations.to(device))
-        said = transfer.pool(found.products, found.moved, found.left_out, n=batch, roles=ROLES).scores
+        found = measure(features, Target.of(labels.to(device)), permutations=permutations.to(device))
+        said = pooled_scores(found.products, found.permuted, found.left_out, n=batch, roles=ROLES).scores
         of = found.products
         return eager.Found(
             scaled(found.maps["distilled"].maps, (side, side)).cpu(),
@@ -104,12 +109,12 @@ def subject(folder: Path, *, network: str, layer: str, batch: int, side: int, wi
         )
 
     def bare(held: ExitStack) -> Run:
-        runners = [held.enter_context(OrtRunner(folder / f"{role}.onnx")) for role in ROLES]
+        runners = [held.enter_context(OnnxRuntimeRunner(folder / f"{role}.onnx")) for role in ROLES]
         return lambda: [runner.infer(images) for runner in runners]
 
     def openvino(precision: Precision) -> Way:
         def make(path: Path) -> Runner:
-            from kdx.openvino import OpenVinoRunner
+            from kdx.runtimes.openvino import OpenVinoRunner
 
             return OpenVinoRunner(path, precision=precision)
 
@@ -118,7 +123,7 @@ def subject(folder: Path, *, network: str, layer: str, batch: int, side: int, wi
     def tensorrt(path: Path) -> Runner:
         built = path.with_suffix(".engine")
         engine.build(path, built, batch=(batch, batch, batch))
-        return TrtRunner(built)
+        return TensorRtRunner(built)
 
     every: dict[str, Way] = {
         "published": published,
@@ -126,11 +131,11 @@ def subject(folder: Path, *, network: str, layer: str, batch: int, side: int, wi
         "fair, channels-last": channels_last,
         "compiled": compiled,
         "bare passes": bare,
-        "kdx": kdx(OrtRunner),
+        "kdx": kdx(OnnxRuntimeRunner),
         "kdx, OpenVINO": openvino("float32"),
         "kdx, OpenVINO bf16": openvino("bfloat16"),
-        "kdx, ONNX Runtime CUDA": kdx(lambda path: OrtRunner(path, "cuda")),
-        "kdx, ONNX Runtime TensorRT": kdx(lambda path: OrtRunner(path, "tensorrt")),
+        "kdx, ONNX Runtime CUDA": kdx(lambda path: OnnxRuntimeRunner(path, "cuda")),
+        "kdx, ONNX Runtime TensorRT": kdx(lambda path: OnnxRuntimeRunner(path, "tensorrt")),
         "kdx, TensorRT": kdx(tensorrt),
     }
     return Subject({name: way for name, way in every.items() if name not in without}, _alike, lambda: work(network, layer, batch, side))

@@ -111,12 +111,12 @@ def network(family: str, seed: int) -> tuple[nn.Module, Any]:
 def measure(family: str) -> list[dict[str, Any]]:
     """A row for each kind: the layer, parity, megabytes, seconds, and the architectures that an engine was built for."""
     from kdx.errors import KdxError
-    from kdx.explainer import explainer_graph
+    from kdx.explain.graph import explainer_graph
     from kdx.export import engine, onnx_file
+    from kdx.export.description import Origin
     from kdx.export.graphs import FeatureGraph, GradientGraph
-    from kdx.export.onnx_file import Origin
-    from kdx.layers import sensible_layers
     from kdx.models import Network
+    from kdx.models.feature_layers import sensible_layers
 
     torch.set_num_threads(1)
     module, preprocessing = network(family, 0)
@@ -140,7 +140,7 @@ def measure(family: str) -> list[dict[str, Any]]:
                     origin = Origin(family, "random")
                 report = onnx_file.write(graph, path, origin=origin, image_size=preprocessing.size)
             except KdxError as error:
-                row["failed"] = f"{error.problem} {error.mend}"
+                row["failed"] = f"{error.problem} {error.hint}"
                 continue
             row |= {"seconds": time.perf_counter() - start, "megabytes": path.stat().st_size / 1e6}
             row |= {"largest_error": max(each.max if each.smooth is None else each.smooth for each in report.outputs.values())}
@@ -182,7 +182,7 @@ def table(held: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    from kdx.explain import environment
+    from kdx.runs.environment import environment
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=list(FAMILIES))

@@ -33,12 +33,14 @@ from safetensors.torch import save_file
 
 import kdx
 from benchmarks.record import child, peak_bytes, quartiles, store
-from kdx import explain, models
-from kdx.data import Dataset, decoded, open_data, random_batches
-from kdx.explain import Options
+from kdx import models
+from kdx.commands import explain
+from kdx.data.batches import random_batches
+from kdx.data.dataset import Dataset, open_data
+from kdx.data.images import decoded
 from kdx.export.graphs import Preprocessing
-from kdx.models_file import read_models, write_models
-from kdx.scores import permutation_table
+from kdx.models.models_file import read_models, write_models
+from kdx.runs.run import RunOptions
 
 MODULE = "benchmarks.folder"
 NETWORK = "kdx:resnet,width=64,depth=2-2-2-2,classes=10,block=basic,stem=imagenet"
@@ -114,8 +116,7 @@ def infer(folder: Path, batch: int) -> dict[str, float]:
         def one(number: int) -> int:
             images, count = held[number % len(held)], len(batches[number])  # the first batches are the largest
             labels = torch.from_numpy(dataset.labels[images.kept[:count]])
-            table = permutation_table(count, Options.permutations, (0, number))
-            _, measured = explainer.explain(images.pixels[:count], labels, table)
+            _, measured = explainer.explain(images.pixels[:count], labels, (0, number))
             for layer in measured.values():
                 for found in layer.maps.values():
                     found.maps.numpy(force=True)  # on a GPU a batch is done when its maps are here
@@ -131,7 +132,7 @@ def whole(folder: Path, batch: int, data: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=folder) as name:
         out = Path(name) / "run"
         start = time.perf_counter()
-        explain.run(str(folder / data), folder / "models.toml", out, (), Options(batch=batch), networks=folder / "networks")
+        explain.run(str(folder / data), folder / "models.toml", out, (), RunOptions(batch=batch), networks=folder / "networks")
         seconds = time.perf_counter() - start
         images = json.loads((out / "manifest.json").read_text())["images"]["explained"]
         growing = [path for path in (out / "maps.zarr").rglob("*") if path.is_file()] + [out / "samples.parquet"]  # the rest does not

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from benchmarks import eager
 from benchmarks.subject import Run, Subject, Way, Work, demand_agreement, demand_differences
-from kdx import scores, transfer
-from kdx.transfer import Target
+from kdx.explain.layer import measure
+from kdx.features.target import Target
+from kdx.scores import uncertainty
 
 CLASSES = 4
 WITHIN = 1e-3
@@ -48,11 +49,11 @@ def subject(_: Path, *, n: int, channels: int, height: int, width: int) -> Subje
         return run
 
     def kdx(_: ExitStack) -> Run:
-        table = scores.permutation_table(n, 0, 0)
+        table = uncertainty.permutation_table(n, 0, 0)
         target = Target.of(labels)
 
         def run() -> Both:
-            found = transfer.measure({"student": student, "base": base}, target, permutations=table).maps
+            found = measure({"student": student, "base": base}, target, permutations=table).maps
             return [(found[name].weights, found[name].score) for name in ("distilled", "residual")]
 
         return run

@@ -26,10 +26,12 @@ from benchmarks import eager
 from benchmarks.cases import RESNET50 as NETWORK
 from benchmarks.kernel_cases import CHECKED, IN_PYTORCH, RESNET50, Checked, cases, centred, check
 from benchmarks.record import quartiles, store
-from kdx import models, scores, transfer
+from kdx import models
 from kdx.errors import KdxError
+from kdx.explain import layer
+from kdx.features.target import Target
 from kdx.kernels import cubins, cuda, fused, geometry
-from kdx.transfer import Target
+from kdx.scores import uncertainty
 from tests.oracle import TOLERANCE, error
 
 PASSES_SHARE, PUBLISHED_TIMES = 0.05, 100
@@ -114,10 +116,10 @@ def time_batch(clock: Clock, seed: int) -> dict[str, Any]:
     student, base = (torch.randn(n, *RESNET50.explained, generator=generator, device=device).relu_() for _ in range(2))
     found: dict[str, Any] = {"geometry": clock.seconds(lambda: explained(student, base, target, picture))}
     for permutations in (0, 999):
-        table = scores.permutation_table(n, permutations, seed, device)
+        table = uncertainty.permutation_table(n, permutations, seed, device)
 
         def measured(table: Tensor = table, student: Tensor = student, base: Tensor = base) -> object:
-            return transfer.measure({"student": student, "base": base}, aim, permutations=table)
+            return layer.measure({"student": student, "base": base}, aim, permutations=table)
 
         found[f"kdx.transfer, {permutations} permutations"] = clock.seconds(measured)
     for name, dtype in (("float32", torch.float32), ("float16", torch.float16)):

@@ -16,12 +16,12 @@ from torch import Tensor
 from benchmarks.explain import MEAN, STD, forward_work
 from benchmarks.subject import Run, Subject, Way, demand_agreement
 from kdx import models
-from kdx.explainer import explainer_graph
+from kdx.explain.graph import explainer_graph
 from kdx.export import onnx_file
+from kdx.export.description import Origin
 from kdx.export.graphs import FeatureGraph, GradientGraph, Graph, Preprocessing
-from kdx.export.onnx_file import Origin
-from kdx.models import Network
-from kdx.runtime import OrtRunner
+from kdx.models.network import Network
+from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
 
 WITHIN = 1e-2
 """Mean difference of gradients from PyTorch's, as a share of their mean magnitude: where an activation is all but zero, rounding decides
@@ -47,12 +47,12 @@ def subject(folder: Path, *, network: str, layers: tuple[str, ...], batch: int, 
     picked = torch.arange(batch)
 
     def one_pass(held: ExitStack) -> Run:
-        runner = held.enter_context(OrtRunner(folder / "features.onnx"))
+        runner = held.enter_context(OnnxRuntimeRunner(folder / "features.onnx"))
         return lambda: runner.infer(images)
 
     def file(layer: str) -> Way:
         def opened(held: ExitStack) -> Run:
-            runner = held.enter_context(OrtRunner(folder / f"{layer}.onnx"))
+            runner = held.enter_context(OnnxRuntimeRunner(folder / f"{layer}.onnx"))
             classes = runner.outputs["logits"][1]
             assert isinstance(classes, int)
             cotangent = torch.nn.functional.one_hot(picked, classes).float()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx import explain
+from kdx.runs.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 STATUS = Path("/proc/self/status")
@@ -57,7 +57,7 @@ def origin(module: str) -> dict[str, Any]:
             commit += "-dirty"
     except FileNotFoundError:
         commit = ""
-    return {"command": shlex.join(["python", "-m", module, *sys.argv[1:]]), "commit": commit, "environment": explain.environment()}
+    return {"command": shlex.join(["python", "-m", module, *sys.argv[1:]]), "commit": commit, "environment": environment()}
 
 
 def store(name: str, module: str, found: Mapping[str, Any]) -> dict[str, Any]:

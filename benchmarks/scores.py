@@ -16,8 +16,8 @@ from torch import Tensor
 
 import kdx
 from benchmarks.subject import Run, Subject, Unavailable, Work, demand_agreement, demand_memory
-from kdx.kernels import sweep
-from kdx.rows import rows_of
+from kdx.features.rows import rows_of
+from kdx.kernels import tiles
 
 CLASSES = 10
 WITHIN = 1e-9
@@ -36,13 +36,13 @@ def one_score(_: Path, *, n: int, d: int, without: tuple[str, ...] = ()) -> Subj
     x, y, labels = draw(n, d)
 
     def bare(_: ExitStack) -> Run:
-        side = sweep._side(n, [rows_of(x, "x"), rows_of(y, "y")])
+        side = tiles._side(n, [rows_of(x, "x"), rows_of(y, "y")])
 
         def run() -> None:
             for rows in (x, y):
-                tiles = rows.split(side)
-                for a, left in enumerate(tiles):
-                    for right in tiles[a:]:
+                parts = rows.split(side)
+                for a, left in enumerate(parts):
+                    for right in parts[a:]:
                         left @ right.T
 
         return run

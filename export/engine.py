@@ -19,14 +19,15 @@ from typing import Any, Literal
 import onnx
 import torch
 
+from kdx.disk import unwritable, write_through
 from kdx.errors import KdxError, first_line
-from kdx.export import onnx_file
-from kdx.export.onnx_file import Description, Shape, tuples, unwritable, write_through
+from kdx.export import description
+from kdx.export.description import Description, Shape, shapes, tuples
 
 log = logging.getLogger("kdx")
 
 PackageName = Literal["tensorrt", "tensorrt_rtx"]
-Batch = tuple[int, int, int]
+BatchRange = tuple[int, int, int]
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 """What TensorRT-RTX builds for, with or without such a GPU in the machine. On sm_75 it multiplies matrices in float16 only."""
@@ -50,7 +51,7 @@ class EngineDescription:
     file: Description
     inputs: dict[str, Shape]
     outputs: dict[str, Shape]
-    batch: Batch
+    batch: BatchRange
     package: PackageName
     version: str
     arch: str
@@ -69,7 +70,7 @@ class EngineDescription:
 
 
 @dataclass(frozen=True)
-class Target:
+class BuildTarget:
     """The package that builds, the GPU that it builds for, and why in one line."""
 
     package: PackageName
@@ -78,7 +79,7 @@ class Target:
     why: str
 
 
-def choose_target(arch: str | None = None) -> Target:
+def choose_target(arch: str | None = None) -> BuildTarget:
     """Who builds for whom: a named architecture is TensorRT-RTX's, this machine's own GPU is TensorRT's where that is installed.
 
     Only TensorRT-RTX builds for a GPU that is not there. TensorRT times its kernels on the GPU it builds for, so it gets that
@@ -91,18 +92,18 @@ def choose_target(arch: str | None = None) -> Target:
                 f"TensorRT-RTX does not build for {arch!r}.",
                 f"Name one of {known}; for another GPU, build on a machine that has it, without naming an architecture.",
             )
-        return Target("tensorrt_rtx", arch, None, f"TensorRT-RTX, which builds for {arch} without such a GPU")
+        return BuildTarget("tensorrt_rtx", arch, None, f"TensorRT-RTX, which builds for {arch} without such a GPU")
     if not torch.cuda.is_available():
         raise KdxError("An engine is for one kind of GPU, and PyTorch sees none here.", f"Name the architecture to build for: {known}.")
     here = "sm_{}{}".format(*torch.cuda.get_device_capability())
     if importlib.util.find_spec("tensorrt") is not None:
         gpu = torch.cuda.get_device_name()
-        return Target("tensorrt", here, gpu, f"TensorRT, timed on the {gpu} here")
+        return BuildTarget("tensorrt", here, gpu, f"TensorRT, timed on the {gpu} here")
     if here not in ARCHITECTURES:
         raise KdxError(
             f"An engine for {here} needs the package tensorrt, which is not installed.", f"Install it with: {_INSTALL['tensorrt']}"
         )
-    return Target("tensorrt_rtx", here, None, f"TensorRT-RTX for the {here} here, since TensorRT is not installed")
+    return BuildTarget("tensorrt_rtx", here, None, f"TensorRT-RTX for the {here} here, since TensorRT is not installed")
 
 
 def load_package(name: PackageName) -> Any:
@@ -147,7 +148,7 @@ def build(
     onnx_path: Path,
     engine_path: Path,
     *,
-    batch: Batch,
+    batch: BatchRange,
     arch: str | None = None,
     image_size: tuple[int, int] | None = None,
     tf32: bool = False,
@@ -169,15 +170,15 @@ def build(
 
     Raises KdxError for a file, sizes or an architecture that cannot be built, and for a folder that cannot be written.
     """
-    file = onnx_file.describe(onnx_path)
+    file = description.describe(onnx_path)
     check_batch(batch, file.kind)
     target = choose_target(arch)
     package = load_package(target.package)
     model = onnx.load(onnx_path, load_external_data=False)
     wanted = EngineDescription(
         file=file,
-        inputs={name: _sized(file, name, shape, image_size) for name, shape in onnx_file.shapes(model.graph.input).items()},
-        outputs={name: _sized(file, name, shape, image_size) for name, shape in onnx_file.shapes(model.graph.output).items()},
+        inputs={name: _sized(file, name, shape, image_size) for name, shape in shapes(model.graph.input).items()},
+        outputs={name: _sized(file, name, shape, image_size) for name, shape in shapes(model.graph.output).items()},
         batch=batch,
         package=target.package,
         version=package.__version__,
@@ -238,9 +239,6 @@ def load(path: Path) -> tuple[EngineDescription, bytes]:
     return described, engine
 
 
-# ---- the build ----
-
-
 def _built(onnx_path: Path, wanted: EngineDescription, package: Any, timings: Path) -> bytes:
     with _building:  # the messages are the process's
         heard = messages(wanted.package)
@@ -261,10 +259,10 @@ def _built(onnx_path: Path, wanted: EngineDescription, package: Any, timings: Pa
         config.add_optimization_profile(_profile(builder, wanted))
         engine = builder.build_serialized_network(network, config)
         if engine is None:
-            mend = "Run the file with --runtime onnx, or choose a smaller batch."
+            hint = "Run the file with --runtime onnx, or choose a smaller batch."
             if wanted.arch == "sm_75" and wanted.package == "tensorrt_rtx":
-                mend = "On sm_75 TensorRT-RTX multiplies matrices in float16 only: export the network in that, or use --runtime onnx."
-            raise KdxError(f"TensorRT cannot build {onnx_path}: {heard.last()}.", mend)
+                hint = "On sm_75 TensorRT-RTX multiplies matrices in float16 only: export the network in that, or use --runtime onnx."
+            raise KdxError(f"TensorRT cannot build {onnx_path}: {heard.last()}.", hint)
         if wanted.package == "tensorrt":
             _keep_timings(config, timings)
         return bytes(engine)
@@ -319,10 +317,7 @@ def _keep_timings(config: Any, path: Path) -> None:
             partial.unlink()
 
 
-# ---- shapes, digests, files ----
-
-
-def check_batch(batch: Batch, kind: str) -> None:
+def check_batch(batch: BatchRange, kind: str) -> None:
     """KdxError where an engine of a file of this kind cannot take batches of (min, best, max) images."""
     lowest, best, highest = batch
     if not 1 <= lowest <= best <= highest:

@@ -58,10 +58,10 @@ def as_map(feature: object, layer: str, image: tuple[int, int]) -> Tensor:
     """
     if not isinstance(feature, Tensor) or not feature.is_floating_point() or feature.ndim not in (2, 3, 4):
         kind = f"a tensor {list(feature.shape)}" if isinstance(feature, Tensor) else type(feature).__name__
-        mend = "Choose a layer whose output is one floating-point tensor [n, C, H, W], tokens [n, L, C] or a vector [n, C]."
+        hint = "Choose a layer whose output is one floating-point tensor [n, C, H, W], tokens [n, L, C] or a vector [n, C]."
         if isinstance(feature, list | tuple) and len(feature) > 1:
-            mend = f"Name one of its {len(feature)} as {layer}[0] and so on."
-        raise KdxError(f"The output of layer {layer!r} is {kind}, not one feature map.", mend)
+            hint = f"Name one of its {len(feature)} as {layer}[0] and so on."
+        raise KdxError(f"The output of layer {layer!r} is {kind}, not one feature map.", hint)
     if feature.ndim == 4:
         _, a, b, c = feature.shape
         channels_last = c > max(a, b) and _has_aspect(a, b, image) and not _has_aspect(b, c, image)

@@ -6,33 +6,26 @@ import copy
 import io
 import json
 import logging
-import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self
 
 import onnx
 import torch
-from google.protobuf.message import DecodeError
 from torch import Tensor
 
+from kdx.choices import FilePrecision
+from kdx.disk import unwritable, write_through
 from kdx.errors import KdxError, first_line
 from kdx.export import parity, trace
-from kdx.export.graphs import ExplainerGraph, FeatureGraph, GradientGraph, Graph, Preprocessing, WatchedNetwork
+from kdx.export.description import FILE_PRECISIONS, METADATA_PREFIX, Description, NetworkDescription, Origin, shapes, versions
+from kdx.export.graphs import ExplainerGraph, GradientGraph, Graph, WatchedNetwork
 from kdx.export.parity import ParityReport
 
-Precision = Literal["fp32", "fp16", "bf16"]
-Shape = tuple[int | str, ...]
-"""Of an input or output; a symbol such as ``batch`` stands for one size in all of them."""
-
-PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-_PREFIX = "kdx."
 _TRACE_BATCH = 5
 """A batch size equal to another dimension (three channels, say) would be merged with it, so the trace takes a rare one."""
 
@@ -43,68 +36,6 @@ _LARGEST = 2**31 - 2**20
 """Bytes up to which weights are in the file itself; Protocol Buffers end at 2 GiB."""
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a network comes from: the reference that names it, and a hash that names its weights."""
-
-    reference: str
-    weights: str
-
-
-@dataclass(frozen=True)
-class NetworkDescription:
-    """What a file says of a network in it."""
-
-    reference: str
-    weights: str
-    parameters: int
-    preprocessing: Preprocessing
-    layers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a file written by kdx says of itself.
-
-    networks: by role in an explainer file, else one by the name ``network``. at: the layer of a gradients file's cotangent, None
-    for the logits. scores: the names, in order, of an explainer file's scores. image_size: None where images of any size are
-    taken. inputs, outputs: shapes by name, in which ``batch``, ``height``, ``width`` and ``embedding`` stand for any number.
-    """
-
-    kind: str
-    networks: dict[str, NetworkDescription]
-    classes: tuple[str, ...]
-    precision: str
-    at: str | None
-    scores: tuple[str, ...]
-    image_size: tuple[int, int] | None
-    inputs: dict[str, Shape]
-    outputs: dict[str, Shape]
-    versions: dict[str, str]
-
-    @classmethod
-    def of(cls, held: Mapping[str, Any]) -> Self:
-        """From `dataclasses.asdict` of one after its way through JSON; KeyError, TypeError or ValueError where it is none."""
-        networks = {
-            role: NetworkDescription(
-                **{
-                    **about,
-                    "preprocessing": Preprocessing(**{key: tuples(value) for key, value in about["preprocessing"].items()}),
-                    "layers": tuple(about["layers"]),
-                }
-            )
-            for role, about in held["networks"].items()
-        }
-        shapes: dict[str, Any] = {what: {name: tuple(shape) for name, shape in held[what].items()} for what in ("inputs", "outputs")}
-        rest = {key: tuples(value) for key, value in held.items() if key not in ("networks", "inputs", "outputs", "versions")}
-        return cls(networks=networks, versions=dict(held["versions"]), **shapes, **rest)
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The layers that outputs are named after: the student's, where there are several networks."""
-        return self.networks["student" if "student" in self.networks else "network"].layers
-
-
 def write(
     graph: Graph,
     path: Path,
@@ -112,7 +43,7 @@ def write(
     origin: Origin | Mapping[str, Origin],
     image_size: tuple[int, int],
     classes: tuple[str, ...] = (),
-    precision: Precision = "fp32",
+    precision: FilePrecision = "fp32",
     tolerance: float = parity.TOLERANCE,
 ) -> ParityReport:
     """Export ``graph`` to ``path``, compare the file with PyTorch, and return the report.
@@ -132,7 +63,7 @@ def write(
     resizes = all(network.preprocessing.size is not None for network in networks.values())
     # Traced at a size that neither equals another nor the one resized to, so that no dimension is merged with another.
     traced = (image_size[0] + 3, image_size[1] + 7) if resizes else image_size
-    typed = graph if precision == "fp32" else _converted(graph, PRECISIONS[precision])
+    typed = graph if precision == "fp32" else _converted(graph, FILE_PRECISIONS[precision])
     beside = path.with_name(f"{path.name}.parity.json")
     partial: Path | None = None
     try:
@@ -161,7 +92,7 @@ def write(
             image_size=None if resizes else image_size,
             inputs=shapes(model.graph.input),
             outputs=shapes(model.graph.output),
-            versions=_versions(),
+            versions=versions(),
         )
         _describe_in(model, asdict(description))
         staged = partial / path.name
@@ -188,50 +119,6 @@ def write(
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
     return report
-
-
-def tuples(value: object) -> Any:
-    """JSON's lists as the tuples that they were."""
-    if isinstance(value, list):
-        return tuple(tuples(item) for item in value)
-    if isinstance(value, dict):
-        return {key: tuples(item) for key, item in value.items()}
-    return value
-
-
-def describe(path: Path) -> Description:
-    """What the file at ``path`` says of itself; KdxError where it is no ONNX file or none of kdx's."""
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except FileNotFoundError:
-        raise KdxError(f"There is no file {path}.", "Check the path, or export the network with kdx export.") from None
-    except (DecodeError, OSError) as error:
-        raise KdxError(f"{path} is not a readable ONNX file.", "Export it again with kdx export.") from error
-    try:
-        held = {entry.key.removeprefix(_PREFIX): entry.value for entry in model.metadata_props if entry.key.startswith(_PREFIX)}
-        entries = {key: json.loads(value) for key, value in held.items()}
-        entries.pop("parity")
-        return Description.of(entries)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise KdxError(
-            f"{path} was not written by this version of kdx: its metadata lacks or garbles {first_line(error)}.",
-            "Export it again with kdx export.",
-        ) from None
-
-
-def holds(path: Path, graph: FeatureGraph | GradientGraph, weights: str) -> bool:
-    """Whether the file at ``path`` is ``graph`` in float32 with the weights of this hash, exported by these versions."""
-    if not path.exists():
-        return False
-    try:
-        found = describe(path)
-    except KdxError:  # damaged, or another version's: to be written again
-        return False
-    if (found.kind, found.precision, found.versions) != (graph.kind, "fp32", _versions()):
-        return False
-    network = found.networks["network"]
-    at = graph.at if isinstance(graph, GradientGraph) else None
-    return (network.weights, network.layers, network.preprocessing, found.at) == (weights, graph.layers, graph.preprocessing, at)
 
 
 def _networks(graph: Graph) -> dict[str, WatchedNetwork]:
@@ -274,11 +161,11 @@ def _exported(graph: Graph, inputs: dict[str, Tensor], resizes: bool, reference:
         raise
     except Exception as error:  # the exporter raises whatever the network's own code does under tracing
         cause = first_line(error.__cause__ or error)
-        mend = "Run it with --runtime eager, or choose other layers."
+        hint = "Run it with --runtime eager, or choose other layers."
         if cause.startswith("Constraints violated"):  # torch.export's words for a size that the forward turns into a number
             cause = "its forward pass fixes the batch or the image size"
-            mend = "Take sizes from images.shape, not by len() or int(); until then, run it with --runtime eager."
-        raise KdxError(f"{reference} cannot be exported: {cause}.", mend) from error
+            hint = "Take sizes from images.shape, not by len() or int(); until then, run it with --runtime eager."
+        raise KdxError(f"{reference} cannot be exported: {cause}.", hint) from error
     assert exported is not None
     model = exported.model_proto
     _name_dimensions(model, names)
@@ -316,17 +203,9 @@ def _agree_on_types(model: onnx.ModelProto) -> None:
                     stated[name].type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
 
 
-def shapes(values: Any) -> dict[str, Shape]:
-    """The shapes by name of a graph's inputs or outputs."""
-    return {
-        value.name: tuple(size.dim_param if size.HasField("dim_param") else size.dim_value for size in value.type.tensor_type.shape.dim)
-        for value in values
-    }
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No word from the exporter: it warns of its own deprecated calls and dumps graphs; what the user can mend it raises."""
+    """No word from the exporter: it warns of its own deprecated calls and dumps graphs; what a user can fix it raises."""
     logger = logging.getLogger("torch")
     level = logger.level
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
@@ -340,7 +219,7 @@ def _quiet() -> Iterator[None]:
 
 def _describe_in(model: onnx.ModelProto, entries: Mapping[str, object]) -> None:
     for key, value in entries.items():
-        model.metadata_props.add(key=_PREFIX + key, value=json.dumps(value))
+        model.metadata_props.add(key=METADATA_PREFIX + key, value=json.dumps(value))
 
 
 def _save(model: onnx.ModelProto, path: Path) -> None:
@@ -357,19 +236,6 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
     write_through(path, data)
 
 
-def write_through(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk, so that what is then renamed into place is whole."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def unwritable(path: Path, error: OSError) -> KdxError:
-    """The error of an export that its folder does not take."""
-    return KdxError(f"{path} cannot be written: {error.strerror or error}.", "Choose a folder that you may write to, on a disk with room.")
-
-
 def _check(path: Path, reference: str) -> None:
     """KdxError where the file breaks ONNX's own rules, which ONNX Runtime is lenient about and TensorRT is not."""
     try:
@@ -379,9 +245,3 @@ def _check(path: Path, reference: str) -> None:
             f"The ONNX file of {reference} is not sound: {first_line(error)}.",
             "Please report the network; until it exports, run it with --runtime eager.",
         ) from error
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {package: version(package) for package in ("kdx", "torch", "onnx", "onnxscript")}

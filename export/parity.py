@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdx.errors import KdxError, missing_package
-from kdx.export import rounded
+from kdx.export import half_precision
 from kdx.export.graphs import ExplainerGraph, GradientGraph, Graph
 
 TOLERANCE = 1e-4
@@ -230,7 +230,7 @@ def _session(path: Path) -> Any:
     except ImportError:
         raise missing_package("onnxruntime", "cpu", "Checking an exported file") from None
     options = onnxruntime.SessionOptions()
-    model = rounded.simulated(path)
+    model = half_precision.simulated(path)
     if model is not None:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it would join the roundings
     try:

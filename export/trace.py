@@ -25,7 +25,7 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kdx.errors import KdxError
-from kdx.export import forms
+from kdx.export import decompositions
 from kdx.export.graphs import GradientGraph, WatchedNetwork
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -169,7 +169,7 @@ def _joint(
         known: set[Any] = set()
         for node in behind:
             args, kwargs = fx.map_arg((node.args, node.kwargs), held.__getitem__)
-            operator: Any = forms.FORMS.get(node.target, node.target)
+            operator: Any = decompositions.FORMS.get(node.target, node.target)
             _come_from(node)
             held[node] = operator(*args, **kwargs)
             _let_derivatives_come_from(node, held[node], known)
@@ -180,7 +180,7 @@ def _joint(
     mode = next(fake.fake_mode for fake in fakes if isinstance(fake, torch._subclasses.FakeTensor))
     with mode, enable_python_dispatcher(), traceback.preserve_node_meta():
         with torch.enable_grad():
-            joint = make_fx(differentiate, decomposition_table=forms.BACKWARD, _allow_non_fake_inputs=True)(*fakes)
+            joint = make_fx(differentiate, decomposition_table=decompositions.BACKWARD, _allow_non_fake_inputs=True)(*fakes)
         joint.graph.eliminate_dead_code()
         if any(isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable for node in joint.graph.nodes):
             # Some derivatives are written with in-place operators, and a program has none.

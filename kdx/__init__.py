@@ -1,14 +1,20 @@
 """kdx shows what a student network learned from its teacher, and measures it."""
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from kdx.comparison import compare
-from kdx.errors import KdxError
-from kdx.explainer import Explainer, Explanation, LayerResult
-from kdx.saliency import ClassMaps, grad_cam, hires_cam, unicam_before
-from kdx.salient import impute, salient_images, top_mask
-from kdx.scores import Score, fss, partial_rs, rs
-from kdx.unicam import Maps, Reference, unicam
+if TYPE_CHECKING:
+    from kdx.errors import KdxError
+    from kdx.explain.explainer import Explainer, Explanation, LayerResult
+    from kdx.maps.class_maps import ClassMaps, grad_cam, hires_cam
+    from kdx.maps.earlier_layers import unicam_before
+    from kdx.maps.salient_images import impute, salient_images, top_mask
+    from kdx.maps.unicam import Maps, ReferenceSet, unicam
+    from kdx.scores.compare import compare
+    from kdx.scores.metrics import fss, partial_rs, rs
+    from kdx.scores.score import Score
+
+    __version__: str
 
 __all__ = [
     "ClassMaps",
@@ -17,7 +23,7 @@ __all__ = [
     "KdxError",
     "LayerResult",
     "Maps",
-    "Reference",
+    "ReferenceSet",
     "Score",
     "compare",
     "fss",
@@ -32,13 +38,51 @@ __all__ = [
     "unicam_before",
 ]
 
-if TYPE_CHECKING:
-    __version__: str
-else:
+_HOMES = {
+    "ClassMaps": "maps.class_maps",
+    "Explainer": "explain.explainer",
+    "Explanation": "explain.explainer",
+    "KdxError": "errors",
+    "LayerResult": "explain.explainer",
+    "Maps": "maps.unicam",
+    "ReferenceSet": "maps.unicam",
+    "Score": "scores.score",
+    "compare": "scores.compare",
+    "fss": "scores.metrics",
+    "grad_cam": "maps.class_maps",
+    "hires_cam": "maps.class_maps",
+    "impute": "maps.salient_images",
+    "partial_rs": "scores.metrics",
+    "rs": "scores.metrics",
+    "salient_images": "maps.salient_images",
+    "top_mask": "maps.salient_images",
+    "unicam": "maps.unicam",
+    "unicam_before": "maps.earlier_layers",
+}
+"""The module of each public name. It is imported when the name is first used, since PyTorch takes seconds to load."""
 
-    def __getattr__(name: str) -> str:
-        if name == "__version__":  # when asked for, since a checkout that is not installed has none
-            from importlib.metadata import version
+_FOLDERS = ("data", "distill", "explain", "export", "features", "kernels", "maps", "models", "report", "runs", "runtimes", "scores")
 
-            return version("kdx")
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(f"kdx.{_HOMES[name]}"), name)
+    elif name in _FOLDERS:
+        return import_module(f"kdx.{name}")
+    elif name == "__version__":  # looked up on demand, since a checkout that is not installed has no version
+        from importlib.metadata import version
+
+        value = version("kdx")
+    elif name == "Reference":
+        import warnings
+
+        warnings.warn("kdx.Reference is now kdx.ReferenceSet", DeprecationWarning, stacklevel=2)
+        return import_module("kdx.maps.unicam").ReferenceSet
+    else:
         raise AttributeError(f"module 'kdx' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

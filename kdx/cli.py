@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 import typer.core
 
-from kdx.console import console
+from kdx.choices import Features, FileFormat, FileKind, FilePrecision, ObjectiveName, Precision, RuntimeName, Weighting
 from kdx.errors import KdxError
-from kdx.explainer import Features
-from kdx.runner import Precision
-from kdx.runtime import RuntimeName
-from kdx.unicam import ObjectiveName, Weighting
+from kdx.progress import console
 
 
 class _Commands(typer.core.TyperGroup):
@@ -65,7 +62,7 @@ def demo(
     seed: SeedOption = 0,
 ) -> None:
     """Handwritten digits: distil, export, explain, report. About a minute on two cores."""
-    from kdx.demo import run, table
+    from kdx.commands.demo import run, table
 
     runs = run(out, seed=seed, announce=_say)
     console.print(table(runs))
@@ -128,7 +125,7 @@ def export(
         typer.Option("--layer", "-l", help="A layer whose features the file gives; repeat for more.", show_default=False),
     ] = None,
     kind: Annotated[
-        Literal["features", "gradients", "explainer"],
+        FileKind,
         typer.Option(
             help="features: logits and features; gradients: the gradients at the layers too; explainer: two networks and their maps."
         ),
@@ -140,9 +137,9 @@ def export(
     at: Annotated[
         str | None, typer.Option(help="gradients: the layer whose gradient goes in, in place of the logits'.", show_default=False)
     ] = None,
-    to: Annotated[Literal["onnx", "tensorrt"], typer.Option(help="tensorrt: an engine of the ONNX file as well.")] = "onnx",
+    to: Annotated[FileFormat, typer.Option(help="tensorrt: an engine of the ONNX file as well.")] = "onnx",
     precision: Annotated[
-        Literal["fp32", "fp16", "bf16"], typer.Option(help="Of the networks; what goes in and out, and the geometry, are float32.")
+        FilePrecision, typer.Option(help="Of the networks; what goes in and out, and the geometry, are float32.")
     ] = "fp32",
     batch: Annotated[
         str | None,
@@ -157,10 +154,11 @@ def export(
     image_size: Annotated[int | None, typer.Option(min=1, help="The side that images are resized to; the model's own by default.")] = None,
 ) -> None:
     """Write networks as a file that other runtimes execute, with their gradients or their maps inside, checked against PyTorch."""
-    from kdx import files
+    from kdx.commands import export as command
 
     named = {"network": model, "student": student, "base": base, "teacher": teacher}
-    options = files.Options(at, precision, image_size, to, None if batch is None else files.parse_batch(batch), arch, tf32)
+    batches = None if batch is None else command.parse_batch(batch)
+    options = command.ExportOptions(at, precision, image_size, to, batches, arch, tf32)
     with console.status("") as status:
 
         def announce(step: str) -> None:
@@ -168,7 +166,7 @@ def export(
             if not console.is_terminal:
                 _say(step)
 
-        exported = files.export(
+        exported = command.export(
             {role: reference for role, reference in named.items() if reference is not None},
             layer or (),
             "explainer" if explainer else kind,
@@ -219,10 +217,11 @@ def explain(
     seed: SeedOption = 0,
 ) -> None:
     """Explain a data set: two or four maps an image and layer, and scores with intervals, stored with a page that shows them."""
-    from kdx import report
-    from kdx.explain import Options, run
+    from kdx.commands.explain import run
+    from kdx.report.page import scores_table
+    from kdx.runs.run import RunOptions
 
-    options = Options(
+    options = RunOptions(
         batch=batch,
         chunk=chunk,
         runtime=runtime,
@@ -242,16 +241,16 @@ def explain(
         seed=seed,
     )
     page = run(data, models, out, layer or (), options, command=["kdx", *sys.argv[1:]], announce=_say)
-    console.print(report.table(out))
+    console.print(scores_table(out))
     _say(f"The page: {page}")
 
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
     """Write the page again, from what the run stored."""
-    from kdx import report as pages
+    from kdx.report.page import write_page
 
-    _say(f"The page: {pages.write(run)}")
+    _say(f"The page: {write_page(run)}")
 
 
 @app.command()
@@ -260,12 +259,12 @@ def doctor() -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from kdx.doctor import probe
+    from kdx.commands.doctor import probe
 
-    table = Table("", "", "found", "to mend", box=None, pad_edge=False)
+    table = Table("", "", "found", "hint", box=None, pad_edge=False)
     for finding in probe():
         mark = "[green]yes[/]" if finding.works else "[yellow]no[/]"
-        table.add_row(mark, finding.name, escape(finding.found), "" if finding.works else escape(finding.mend))
+        table.add_row(mark, finding.name, escape(finding.found), "" if finding.works else escape(finding.hint))
     console.print(table)
 
 
@@ -307,5 +306,5 @@ def main() -> None:
         app()
     except KdxError as error:
         _complain(f"Error: {error.problem}", style="bold red")
-        _complain(error.mend)
+        _complain(error.hint)
         sys.exit(2)

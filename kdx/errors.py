@@ -1,22 +1,30 @@
-"""The one error that kdx raises for what a user can mend."""
+"""The one error that kdx raises for what a user can fix."""
 
 from __future__ import annotations
 
+import warnings
+
 
 class KdxError(Exception):
-    """A mistake in what a user gave, or a limit of the machine: what is wrong, and how to mend it.
+    """A mistake in what a user gave, or a limit of the machine: what is wrong, and how to fix it.
 
     Both are one sentence. The command line prints them without a traceback and exits with status 2;
     a programmer's mistake (a wrong type, a wrong keyword) stays ``TypeError`` or ``ValueError``.
     """
 
-    def __init__(self, problem: str, mend: str) -> None:
-        super().__init__(problem, mend)
+    def __init__(self, problem: str, hint: str) -> None:
+        super().__init__(problem, hint)
         self.problem = problem
-        self.mend = mend
+        self.hint = hint
+
+    @property
+    def mend(self) -> str:
+        """The old name of ``hint``."""
+        warnings.warn("KdxError.mend is now KdxError.hint", DeprecationWarning, stacklevel=2)
+        return self.hint
 
     def __str__(self) -> str:
-        return f"{self.problem}\n{self.mend}"
+        return f"{self.problem}\n{self.hint}"
 
 
 def missing_package(package: str, extra: str, purpose: str) -> KdxError:

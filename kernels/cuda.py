@@ -55,7 +55,7 @@ def launcher(device: torch.device) -> Launcher:
         raise _not_cuda(device)
     found = _gpu(torch.cuda.current_device() if device.index is None else device.index)
     if isinstance(found, KdxError):
-        raise KdxError(found.problem, found.mend)
+        raise KdxError(found.problem, found.hint)
     return found
 
 

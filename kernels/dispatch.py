@@ -41,7 +41,7 @@ class Explained:
     lap: Tensor | None
 
 
-class Torch:
+class TorchBackend:
     """By PyTorch, on any device."""
 
     def distances(self, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Torch:
         return geometry.cam(features, weights)
 
 
-class Kernels(Torch):
+class CudaBackend(TorchBackend):
     """By the CUDA kernels; what they have no part in stays PyTorch's: float64, objectives of a user's own, Lap in reference mode."""
 
     def distances(self, x: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class Kernels(Torch):
         return super().cam(features, weights) if features.dtype == torch.float64 else fused.cam(features, weights).maps
 
 
-def chosen(x: Tensor, backend: Backend = "auto") -> Torch:
+def chosen(x: Tensor, backend: Backend = "auto") -> TorchBackend:
     """What computes a call on ``x``: the kernels on a CUDA tensor that they can run on, else PyTorch.
 
     ``torch`` and ``cuda`` choose by name; KdxError where the kernels cannot run, as on float64.
@@ -140,8 +140,8 @@ def chosen(x: Tensor, backend: Backend = "auto") -> Torch:
     if x.dtype == torch.float64:
         if backend == "cuda":
             raise KdxError("The CUDA kernels measure distances in float32, and these features are float64.", "Choose the backend torch.")
-        return Torch()
-    return Kernels() if cuda.runs(x, backend) else Torch()
+        return TorchBackend()
+    return CudaBackend() if cuda.runs(x, backend) else TorchBackend()
 
 
 def _stacked(

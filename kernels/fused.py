@@ -70,7 +70,7 @@ class Products:
 
 
 @dataclass(frozen=True)
-class Weights:
+class ChannelWeights:
     """Channel weights [S, n, C], score L and left = ||R||/||D|| [S], all float64; lap [S, n, n] where it was asked for."""
 
     channel_weights: Tensor
@@ -235,7 +235,9 @@ def _empty_products(count: int, matrices: int, n: int, device: torch.device) -> 
 # Weights
 
 
-def weights(d: Tensor, given: Tensor, target: Tensor, means: Tensor, objective: Objective = "relevance", *, lap: bool = False) -> Weights:
+def weights(
+    d: Tensor, given: Tensor, target: Tensor, means: Tensor, objective: Objective = "relevance", *, lap: bool = False
+) -> ChannelWeights:
     """Channel weights Lap means of a stack of batches, the score and what is left: `geometry.laplacian` and `geometry.gradient`.
 
     d, given, target: float32 distances [S, n, n] of the explained features, the given ones and the target; means: float64 spatial means
@@ -255,7 +257,7 @@ def weights(d: Tensor, given: Tensor, target: Tensor, means: Tensor, objective: 
     grid = (stack, -(-n // _ROWS), -(-channels // _CHANNELS))
     results = (found, matrix, score, left)
     _launch(d, "weights", f"weights_{objective}", grid, *placed, *extra, stack, n, means.contiguous(), channels, _ROUNDING, *results)
-    return Weights(found, score, left, matrix)
+    return ChannelWeights(found, score, left, matrix)
 
 
 def query_weights(

@@ -248,16 +248,16 @@ def combined(pairs: Tensor, row_products: Tensor, total_products: Tensor, n: int
     return (pairs - 2 * row_products / (n - 2) + total_products / ((n - 1) * (n - 2))) / (n * (n - 3))
 
 
-def permuted_products(matrices: Tensor, moved: Tensor, permutations: Tensor) -> Tensor:
-    """<A_k, B_p> for centred matrices [k, n, n] and ``moved`` B [n, n] with its images permuted: permutations [p, n] -> [p, k].
+def permuted_products(matrices: Tensor, permuted: Tensor, permutations: Tensor) -> Tensor:
+    """<A_k, B_p> for centred matrices [k, n, n] and ``permuted`` B [n, n] with its images permuted: permutations [p, n] -> [p, k].
 
     Normalised as in `products`; permuting the images of a centred matrix commutes with centring.
     """
-    n = moved.shape[-1]
+    n = permuted.shape[-1]
     flat = matrices.flatten(1).T
     parts = []
     for p in permutations.split(max(1, _CACHED // (n * n))):
-        rows = moved.index_select(0, p.flatten()).unflatten(0, p.shape)
+        rows = permuted.index_select(0, p.flatten()).unflatten(0, p.shape)
         parts.append(rows.gather(2, p[:, None, :].expand(-1, n, -1)).flatten(1) @ flat)
     return torch.cat(parts) / (n * (n - 3))
 

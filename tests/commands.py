@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from kdx import cli
+from kdx.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
 """``run(*arguments) -> (status, stdout, stderr)``."""
@@ -20,7 +21,7 @@ def status_of(*arguments: object) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["kdx", *map(str, arguments)])
         try:
-            cli.main()
+            main()
         except SystemExit as stop:
             assert stop.code is None or isinstance(stop.code, int)
             return stop.code or 0

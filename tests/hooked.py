@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from kdx.export import onnx_file
+from kdx.export.description import Origin
 from kdx.export.graphs import GradientGraph, Preprocessing
-from kdx.export.onnx_file import Origin
-from kdx.saliency import ClassMaps
+from kdx.maps.class_maps import ClassMaps
 
 SIZE = (13, 9)
 CLASSES = 5

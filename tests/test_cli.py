@@ -17,17 +17,20 @@ import typer.main
 
 import kdx.distill
 import kdx.explain
-from kdx import cli, doctor, report
+from kdx.cli import app
+from kdx.commands import doctor
 from kdx.distill import Settings
 from kdx.errors import KdxError
-from kdx.explain import Options
 from kdx.export import onnx_file
+from kdx.export.description import describe
 from kdx.export.parity import Difference, ParityReport
+from kdx.report import page
+from kdx.runs.run import RunOptions
 from tests import commands
 from tests.commands import Run
 
 KDX = Path(sys.executable).parent / "kdx"
-COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 TINY = "kdx:resnet,width=2,depth=1,stages=1"
 PARITY = ParityReport({"logits": Difference(1e-7, 1e-8, 1e-7, 2.0, 1.0)}, 1e-4, (3,))
 
@@ -80,14 +83,14 @@ def test_every_option_of_explain_reaches_the_run(run: Run, monkeypatch: pytest.M
         seen.append((positional, named))
         return Path("R/report.html")
 
-    monkeypatch.setattr(kdx.explain, "run", explain)
-    monkeypatch.setattr(report, "table", lambda _: "the table")
-    given = Options(
+    monkeypatch.setattr("kdx.commands.explain.run", explain)
+    monkeypatch.setattr(page, "scores_table", lambda _: "the table")
+    given = RunOptions(
         batch=31, chunk=7, runtime="eager", device="cpu", objective="uniqueness", weighting="elementwise", reference_images=12, split="all",
         precision="bfloat16", permutations=5, confidence=0.9, max_unreadable=0.5, seed=3, features="salient", keep=0.25, noise=0.1,
         workers=0,
     )  # fmt: skip
-    default = Options()
+    default = RunOptions()
     unsaid = {"gallery"}  # no option sets it
     assert {field for field in vars(default) if getattr(given, field) == getattr(default, field)} == unsaid
     names = {"reference_images": "reference"}
@@ -131,7 +134,7 @@ def test_export_writes_a_checked_file_that_says_what_it_is(run: Run, tmp_path: P
     (path,) = (tmp_path / "files").glob("*.onnx")
     assert path.name == "resnet.features.onnx" and str(path) in out
     assert "layer1 [batch, 2, 32, 32]" in out and "largest error" in out
-    found = onnx_file.describe(path)
+    found = describe(path)
     assert (found.layers, found.kind, found.networks["network"].preprocessing.size) == (("layer1", "conv1"), "features", (32, 32))
     assert sorted(each.name for each in path.parent.iterdir()) == [path.name, f"{path.name}.parity.json"]
 
@@ -148,7 +151,7 @@ def test_export_of_a_role_of_a_models_file(out: str, run: Run, models: Path, mon
 
     monkeypatch.setattr(onnx_file, "write", write)
     shapes = {"inputs": {"images": ("batch", 3, "height", "width")}, "outputs": {"logits": ("batch", 10)}}
-    monkeypatch.setattr(onnx_file, "describe", lambda _: SimpleNamespace(**shapes))
+    monkeypatch.setattr("kdx.commands.export.describe", lambda _: SimpleNamespace(**shapes))
     status, said, _ = run("export", f"{models}:student", "-l", "layer1", "--out", out)
     assert status == 0 and "0.3 MB" in said and PARITY.summary() in said and "images [batch, 3, height, width]" in said
     path, layers, named = seen[0]
@@ -161,12 +164,12 @@ def test_doctor_lists_every_probe_and_how_to_mend_the_broken(run: Run, monkeypat
         raise RuntimeError("[red]no such thing[/red]")
 
     monkeypatch.setattr(
-        doctor, "_PROBES", doctor._PROBES | {"CUDA compiler": (broken, "mend [it]"), "Thing": (lambda: "one [two]", "unseen")}
+        doctor, "_PROBES", doctor._PROBES | {"CUDA compiler": (broken, "hint [it]"), "Thing": (lambda: "one [two]", "unseen")}
     )
     status, out, err = run("doctor")
     assert (status, err) == (0, "")
     rows = {name: next(line for line in out.splitlines() if name in line) for name in doctor._PROBES}
-    assert rows["Python"].startswith("yes") and "[red]no such thing[/red]" in rows["CUDA compiler"] and "mend [it]" in rows["CUDA compiler"]
+    assert rows["Python"].startswith("yes") and "[red]no such thing[/red]" in rows["CUDA compiler"] and "hint [it]" in rows["CUDA compiler"]
     assert rows["CUDA compiler"].startswith("no") and "one [two]" in rows["Thing"] and "unseen" not in rows["Thing"]
 
 
@@ -186,7 +189,7 @@ def test_doctor_lists_every_probe_and_how_to_mend_the_broken(run: Run, monkeypat
         ("explain digits --models models.toml --out R --features salient --keep 0", "share 0.0 of pixels"),
         ("explain digits --models models.toml --out R --features salient --keep 1.5", "share 1.5 of pixels"),
         ("explain digits --models models.toml --out R --features salient --noise -1", "noise -1.0"),
-        ("explain digits --models models.toml --out R --keep 0.3", "the features are raw"),
+        ("explain digits --models models.toml --out R --keep 0.3", "apply only to salient features"),
         ("distill no/such/folder --teacher TINY --student TINY --out R", "no/such/folder"),
         ("distill digits --teacher kdx:resnot --student TINY --out R", "resnot"),
         ("distill digits --teacher TINY --student nothing --out R", "nothing"),
@@ -198,7 +201,7 @@ def test_doctor_lists_every_probe_and_how_to_mend_the_broken(run: Run, monkeypat
         ("export kdx:resnot --layer layer1", "resnot"),
         ("export models.toml:pupil --layer layer1", "pupil"),
         ("export none.toml:student --layer layer1", "none.toml"),
-        ("export kdx.networks:resnet,width=2 --layer layer1", "does not say what size of image"),
+        ("export kdx.models.resnet:resnet,width=2 --layer layer1", "does not say what size of image"),
         ("export --layer layer1", "holds one network"),
         ("export TINY --student TINY --layer layer1", "holds one network"),
         ("export TINY --teacher TINY --layer layer1", "holds one network"),
@@ -269,7 +272,7 @@ def test_an_error_is_shown_as_it_is_written(run: Run, monkeypatch: pytest.Monkey
     def fails(_: Path) -> None:
         raise KdxError("[red]no[/red] " + "long " * 60 + "line.", "Mend [/it].")
 
-    monkeypatch.setattr(report, "write", fails)
+    monkeypatch.setattr(page, "write_page", fails)
     status, _, err = run("report", "R")
     assert status == 2 and err == "Error: [red]no[/red] " + "long " * 60 + "line.\nMend [/it].\n"
 
@@ -278,7 +281,7 @@ def test_a_bug_shows_itself(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: Path) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(report, "write", fails)
+    monkeypatch.setattr(page, "write_page", fails)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         run("report", "R")
 
@@ -290,7 +293,7 @@ def test_an_interrupt_is_status_130_and_one_sentence(run: Run, monkeypatch: pyte
     def interrupted(_: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report, "write", interrupted)
+    monkeypatch.setattr(page, "write_page", interrupted)
     assert run("report", "R") == (130, "", "Stopped. The same command takes up where this one was.\n")
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import kdx
 from kdx.kernels import geometry
-from kdx.scores import Score
+from kdx.scores.score import Score
 from tests.test_transfer import roles
 
 

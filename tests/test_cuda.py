@@ -256,7 +256,7 @@ def test_what_is_lacking_is_raised_or_said_once(
     for _ in range(2):
         with pytest.raises(KdxError, match=said) as raised:
             cuda.runs(tensor(), "cuda")
-        assert raised.value.problem in line and raised.value.mend
+        assert raised.value.problem in line and raised.value.hint
         with pytest.raises(KdxError, match=said):
             cuda.launcher(tensor().device)
 

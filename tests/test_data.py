@@ -13,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from kdx.data import Dataset, _lacking, class_balanced_sample, decoded, load_images, open_data, random_batches, split
+from kdx.data.batches import _lacking, class_balanced_sample, random_batches, split
+from kdx.data.dataset import Dataset, open_data
+from kdx.data.images import decoded, load_images
 from kdx.errors import KdxError
 from kdx.kernels import geometry
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kdx import demo, explain
+from kdx.commands import demo, explain
 from kdx.distill import DEMO, distill
-from kdx.explain import Options
+from kdx.runs.run import RunOptions
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ def seeds(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> li
         out = tmp_path_factory.mktemp(f"seed{seed}")
         settings = replace(DEMO["kd"], seed=seed)
         models = distill("digits", teacher=DEMO["teacher"], student=DEMO["student"], out=out / "models", settings=settings)
-        explain.run("digits", models, out / "run", options=Options(seed=seed, runtime="eager"), announce=lambda line: None)
+        explain.run("digits", models, out / "run", options=RunOptions(seed=seed, runtime="eager"), announce=lambda line: None)
         found.append(read(out / "run"))
     return found
 

@@ -9,9 +9,10 @@ import pytest
 from torch import Tensor
 
 import kdx
-from kdx import scores, transfer
+from kdx.explain.layer import LayerReferences, measure
+from kdx.features.target import Target
 from kdx.kernels import dispatch
-from kdx.transfer import References, Target
+from kdx.scores import uncertainty
 from tests import oracle
 from tests.host import HostLauncher, running
 from tests.test_transfer import roles
@@ -55,7 +56,7 @@ def test_maps(launches: list[str], objective: Any, weighting: Any) -> None:
 @pytest.mark.parametrize("objective", ["relevance", "uniqueness"])
 def test_maps_among_references(launches: list[str], objective: Any) -> None:
     x, y, labels = features(24)
-    reference = kdx.Reference(x[:16], y[:16], labels[:16])
+    reference = kdx.ReferenceSet(x[:16], y[:16], labels[:16])
     expected = kdx.unicam(x[16:], y[16:], labels[16:], objective, reference=reference, backend="torch")
     found = kdx.unicam(x[16:], y[16:], labels[16:], objective, reference=reference, backend="cuda")
     assert f"query_weights_{objective}" in launches
@@ -73,7 +74,7 @@ def test_what_has_no_kernel_is_pytorchs(launches: list[str]) -> None:
     found = kdx.unicam(x, y, labels, largest, backend="cuda")
     assert set(launches) == {"pairwise_symmetric", "cam_float32"}
     assert oracle.error(found.maps, expected.maps) < CLOSE
-    reference = kdx.Reference(x[:16], y[:16], labels[:16])
+    reference = kdx.ReferenceSet(x[:16], y[:16], labels[:16])
     asked: dict[str, Any] = {"weighting": "elementwise", "reference": reference}
     among = [kdx.unicam(x[16:], y[16:], labels[16:], backend=backend, **asked) for backend in ("torch", "cuda")]
     assert oracle.error(among[1].maps, among[0].maps) < CLOSE
@@ -84,11 +85,11 @@ def test_a_batch_of_three_networks(launches: list[str], references: bool) -> Non
     """Four maps at once: the networks with as many channels share a launch."""
     given, labels = roles(24)
     given = {role: value.float() for role, value in given.items()}
-    known = References.of({role: value[:12] for role, value in given.items()}, labels[:12]) if references else None
+    known = LayerReferences.of({role: value[:12] for role, value in given.items()}, labels[:12]) if references else None
     launches.clear()
-    table = scores.permutation_table(24, 19, 0)
+    table = uncertainty.permutation_table(24, 19, 0)
     expected, found = (
-        transfer.measure(given, Target.of(labels), permutations=table, references=known, labels=labels, backend=backend)
+        measure(given, Target.of(labels), permutations=table, references=known, labels=labels, backend=backend)
         for backend in ("torch", "cuda")
     )
     assert launches.count("weights_relevance") == (0 if references else 2)
@@ -124,7 +125,7 @@ def test_float64_is_pytorchs(launches: list[str]) -> None:
 
 def test_the_kernels_are_refused_where_they_cannot_run() -> None:
     x, y, labels = features()
-    assert type(dispatch.chosen(x)) is type(dispatch.chosen(x, "torch")) is dispatch.Torch
+    assert type(dispatch.chosen(x)) is type(dispatch.chosen(x, "torch")) is dispatch.TorchBackend
     for call in (
         lambda: kdx.unicam(x, y, labels, backend="cuda"),
         lambda: kdx.rs(x, labels, backend="cuda"),

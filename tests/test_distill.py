@@ -18,10 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kdx import models, models_file
+from kdx import models
 from kdx.distill import METHODS, Outputs, Progress, Settings, attention_transfer, distill, kd
 from kdx.distill import train as training
 from kdx.errors import KdxError
+from kdx.export.graphs import FeatureGraph
+from kdx.models import models_file
 
 Array = NDArray[np.float64]
 
@@ -157,8 +159,9 @@ def test_what_a_run_leaves(finished: Path) -> None:
 
 
 def test_recorded_accuracies_are_of_the_test_split(finished: Path) -> None:
-    from kdx.data import load_images, open_data, split
-    from kdx.export.graphs import FeatureGraph
+    from kdx.data.batches import split
+    from kdx.data.dataset import open_data
+    from kdx.data.images import load_images
 
     file = models_file.read_models(finished / "models.toml")
     digits = open_data("digits")
@@ -244,9 +247,9 @@ def test_students_share_teacher_and_base(finished: Path, tmp_path: Path) -> None
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     file = models_file.read_models(path)
     assert file.layers == ("layer2", "layer1")
-    assert file.teacher == f"{TEACHER},classes=10@teacher.safetensors"  # the folder can be moved
-    moved = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-moved")
-    assert models_file.read_models(moved / "models.toml").load("teacher").parameters == file.load("teacher").parameters
+    assert file.teacher == f"{TEACHER},classes=10@teacher.safetensors"  # the folder can be permuted
+    permuted = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-permuted")
+    assert models_file.read_models(permuted / "models.toml").load("teacher").parameters == file.load("teacher").parameters
     with pytest.raises(KdxError, match="another configuration: seed differs"):
         distill("digits", teacher=teacher, student=STUDENT, out=tmp_path / "other", settings=replace(settings, seed=1), base=shared)
     with pytest.raises(KdxError, match="no base checkpoint"):

@@ -1,4 +1,4 @@
-"""Every probe is guarded: whatever one raises is its own finding, with its mend, and the others go on."""
+"""Every probe is guarded: whatever one raises is its own finding, with its hint, and the others go on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import onnxruntime
 import pytest
 import torch
 
-from kdx import doctor
-from kdx.doctor import Finding, probe
+from kdx.commands import doctor
+from kdx.commands.doctor import Finding, probe
 from kdx.errors import KdxError
 from kdx.export.engine import ARCHITECTURES
 from kdx.kernels import cubins, cuda
@@ -36,7 +36,7 @@ def test_every_finding_has_a_name_of_its_own_and_one_line() -> None:
     found = probe()
     assert [each.name for each in found] == list(doctor._PROBES) and len(found) > 5
     assert all("\n" not in each.found and each.found for each in found)
-    assert all(each.works or each.mend for each in found)
+    assert all(each.works or each.hint for each in found)
 
 
 @pytest.mark.parametrize("name", list(doctor._PROBES))
@@ -57,9 +57,9 @@ def test_a_probe_that_raises_is_reported_with_its_mend(name: str, error: Excepti
     def fine() -> str:
         return "found"
 
-    mends = {each: f"mend {each}" for each in doctor._PROBES}
-    monkeypatch.setattr(doctor, "_PROBES", {each: (broken if each == name else fine, mend) for each, mend in mends.items()})
-    assert probe() == [Finding(each, False, said, mend) if each == name else Finding(each, True, "found") for each, mend in mends.items()]
+    hints = {each: f"hint {each}" for each in doctor._PROBES}
+    monkeypatch.setattr(doctor, "_PROBES", {each: (broken if each == name else fine, hint) for each, hint in hints.items()})
+    assert probe() == [Finding(each, False, said, hint) if each == name else Finding(each, True, "found") for each, hint in hints.items()]
 
 
 def test_ctrl_c_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_ctrl_c_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_package_that_is_not_installed_names_its_extra(name: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     found = finding(name)
-    assert not found.works and package in found.found and extra in found.mend
+    assert not found.works and package in found.found and extra in found.hint
 
 
 @pytest.mark.parametrize(("has", "said"), [(True, "float32 and bfloat16"), (False, "float32; this CPU has no bfloat16")])
@@ -99,7 +99,7 @@ def test_tensorrt_rtx_says_what_it_builds_for(monkeypatch: pytest.MonkeyPatch) -
     assert set(found.found.split(" for ")[1].split(", ")) == set(ARCHITECTURES)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     found = finding("runtime tensorrt: TensorRT-RTX")
-    assert not found.works and "tensorrt_rtx" in found.found and "tensorrt-rtx-cu13" in found.mend
+    assert not found.works and "tensorrt_rtx" in found.found and "tensorrt-rtx-cu13" in found.hint
 
 
 def test_a_tensorrt_without_its_libraries_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +137,7 @@ def test_a_provider_works_when_a_session_of_it_starts(
     monkeypatch.setattr(doctor, "_PROBES", {"one": doctor._PROBES["runtime onnx on the GPU"]})
     (found,) = probe()
     assert found.works == starts and said in found.found and len(sessions) == (compiled and gpu)
-    assert starts or "kdx[gpu]" in found.mend
+    assert starts or "kdx[gpu]" in found.hint
 
 
 @pytest.mark.parametrize(("name", "package"), [("runtime tensorrt: TensorRT", "tensorrt"), ("PyCUDA", "pycuda")])
@@ -149,13 +149,13 @@ def test_the_gpus_packages_are_not_found_where_their_metadata_is_not(name: str, 
     monkeypatch.setattr(doctor, "version", absent)
     monkeypatch.setattr(doctor, "_PROBES", {name: doctor._PROBES[name]})
     (found,) = probe()
-    assert (found.works, found.found) == (False, "not installed") and "kdx[gpu]" in found.mend
+    assert (found.works, found.found) == (False, "not installed") and "kdx[gpu]" in found.hint
 
 
 def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = finding("GPU")
-    assert not found.works and found.found == "PyTorch sees no GPU" and "driver" in found.mend
+    assert not found.works and found.found == "PyTorch sees no GPU" and "driver" in found.hint
 
 
 def test_the_cuda_compiler_is_the_one_that_kernels_get(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_the_cuda_compiler_is_the_one_that_kernels_get(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(cubins, "compiler", none)
     (found,) = probe()
-    assert (found.works, found.found) == (False, "Nothing here compiles") and "nvcc" in found.mend
+    assert (found.works, found.found) == (False, "Nothing here compiles") and "nvcc" in found.hint
 
 
 def test_cuda_kernels_work_when_a_gpu_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,5 +189,5 @@ def test_cuda_kernels_work_when_a_gpu_takes_them(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
     assert [(found.works, found.found) for found in probe()] == [(True, f"run on sm_86, kept in {cubins.folder()}")]
     (found,) = probe()
-    assert not found.works and found.found.startswith("PyCUDA does not load: libcuda.so.1") and "kdx[gpu]" in found.mend
+    assert not found.works and found.found.startswith("PyCUDA does not load: libcuda.so.1") and "kdx[gpu]" in found.hint
     assert opened == [torch.device("cuda")] * 2

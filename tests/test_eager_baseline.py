@@ -13,7 +13,7 @@ from benchmarks import eager
 from benchmarks.eager import Found
 from kdx.export.graphs import FeatureGraph
 from kdx.kernels import reference
-from kdx.networks import resnet
+from kdx.models.resnet import resnet
 from tests import hooked, oracle
 
 Way = Callable[[nn.Module, nn.Module, str, Tensor, Tensor], Found]

@@ -20,10 +20,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from kdx.errors import KdxError
 from kdx.export import engine, onnx_file
+from kdx.export.description import Origin, describe
 from kdx.export.engine import EngineDescription
 from kdx.export.graphs import FeatureGraph, Preprocessing
-from kdx.export.onnx_file import Origin
-from kdx.networks import resnet
+from kdx.models.resnet import resnet
 
 BATCH = (1, 5, 9)
 VERSION = "1.7.1.116"
@@ -98,7 +98,7 @@ def test_an_engine_is_built_for_a_gpu_that_is_not_here(fixed: Path, tmp_path: Pa
     assert found.inputs == {"images": ("batch", 3, 16, 12)}
     assert found.outputs == {"logits": ("batch", 7), "layer1": ("batch", 4, 16, 12), "layer2": ("batch", 8, 8, 6)}
     assert (found.kind, found.layers, found.batch) == ("features", ("layer1", "layer2"), BATCH)
-    assert found.file == onnx_file.describe(fixed)
+    assert found.file == describe(fixed)
     assert engine.describe(path) == found and engine.load(path) == (found, path.read_bytes())
 
 
@@ -239,7 +239,7 @@ def test_anything_that_differs_is_built(
 def test_an_unknown_architecture_is_an_error_that_names_the_known(arch: str, fixed: Path, tmp_path: Path) -> None:
     with pytest.raises(KdxError) as caught:
         engine.build(fixed, tmp_path / "a.engine", batch=BATCH, arch=arch)
-    assert repr(arch) in caught.value.problem and all(known in caught.value.mend for known in engine.ARCHITECTURES)
+    assert repr(arch) in caught.value.problem and all(known in caught.value.hint for known in engine.ARCHITECTURES)
     assert left_in(tmp_path) == []
 
 
@@ -279,7 +279,7 @@ def test_a_node_that_tensorrt_does_not_take_is_named(
     path = handmade(tmp_path / "model.onnx", fixed, nodes, {"scale": (4,)}, width=4 if last[0] is NORM else 5)
     with pytest.raises(KdxError, match=said) as caught:
         engine.build(path, tmp_path / "a.engine", batch=BATCH, arch="sm_86")
-    assert "\n" not in caught.value.problem and caught.value.mend
+    assert "\n" not in caught.value.problem and caught.value.hint
     assert left_in(tmp_path) == ["model.onnx"]
     assert capfd.readouterr() == ("", "")
 
@@ -297,7 +297,7 @@ def test_an_sm_75_multiplies_in_float16_only(fixed: Path, tmp_path: Path) -> Non
     path = handmade(tmp_path / "wide.onnx", fixed, product, {"weight": (3, 4)})
     with pytest.raises(KdxError, match="FP32 GEMM is not supported") as caught:
         engine.build(path, tmp_path / "a.engine", batch=BATCH, arch="sm_75")
-    assert "float16" in caught.value.mend
+    assert "float16" in caught.value.hint
     half = [
         helper.make_node("Cast", ["images"], ["x"], to=TensorProto.FLOAT16),
         helper.make_node("Cast", ["weight"], ["w"], to=TensorProto.FLOAT16),
@@ -417,25 +417,25 @@ def test_where_nobody_can_build_the_error_says_what_to_do(monkeypatch: pytest.Mo
     _machine(monkeypatch, None, tensorrt=True)
     with pytest.raises(KdxError, match="sees none here") as caught:
         engine.choose_target()
-    assert "sm_86" in caught.value.mend
+    assert "sm_86" in caught.value.hint
     _machine(monkeypatch, (9, 0), tensorrt=False)
     with pytest.raises(KdxError, match="An engine for sm_90 needs the package tensorrt") as caught:
         engine.choose_target()
-    assert "kdx[gpu]" in caught.value.mend
+    assert "kdx[gpu]" in caught.value.hint
 
 
-@pytest.mark.parametrize(("name", "mend"), [("tensorrt_rtx", "tensorrt-rtx-cu13"), ("tensorrt", "kdx[gpu]")])
-def test_a_package_that_is_missing_or_broken_names_its_mend(name: Any, mend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "hint"), [("tensorrt_rtx", "tensorrt-rtx-cu13"), ("tensorrt", "kdx[gpu]")])
+def test_a_package_that_is_missing_or_broken_names_its_mend(name: Any, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(KdxError, match=f"The package {name} cannot be loaded") as caught:
         engine.load_package(name)
-    assert mend in caught.value.mend
+    assert hint in caught.value.hint
     monkeypatch.delitem(sys.modules, name)
     (tmp_path / f"{name}.py").write_text("raise OSError('libnvinfer.so.11: cannot open shared object file')")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(KdxError, match=r"libnvinfer\.so\.11: cannot open") as caught:
         engine.load_package(name)
-    assert mend in caught.value.mend
+    assert hint in caught.value.hint
 
 
 # ---- TensorRT's timings ----

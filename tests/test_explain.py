@@ -25,17 +25,24 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import kdx
-from kdx import explain, models_file, report, scores, store
-from kdx.data import load_images, open_data, random_batches
-from kdx.explain import Options
+from kdx.commands import explain
+from kdx.data.batches import random_batches
+from kdx.data.dataset import open_data
+from kdx.data.images import load_images
 from kdx.export.graphs import Preprocessing
-from kdx.networks import resnet
-from kdx.salient import Salience
-from kdx.transfer import MAPS, ROLES
+from kdx.maps.salient_images import Salience
+from kdx.models import models_file
+from kdx.models.feature_layers import parse_layers
+from kdx.models.resnet import resnet
+from kdx.report.page import write_page
+from kdx.roles import MAPS, ROLES
+from kdx.runs import store
+from kdx.runs.run import RunOptions, _part
+from kdx.scores import uncertainty
 
 CLASSES = ("cat", "dog", "owl")
 SIZE = (12, 12)
-OPTIONS = Options(batch=9, permutations=19, runtime="eager", seed=3, gallery=6)
+OPTIONS = RunOptions(batch=9, permutations=19, runtime="eager", seed=3, gallery=6)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,7 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def run(folder: Path, out: Path, options: Options = OPTIONS, data: str | None = None, layers: tuple[str, ...] = ()) -> Path:
+def run(folder: Path, out: Path, options: RunOptions = OPTIONS, data: str | None = None, layers: tuple[str, ...] = ()) -> Path:
     return explain.run(data or str(folder / "pictures"), folder / "models.toml", out, layers, options, announce=lambda line: None)
 
 
@@ -185,10 +192,10 @@ def test_batches_are_permuted_each_in_its_own_way(folder: Path, tmp_path: Path, 
     tables: list[torch.Tensor] = []
 
     def recorded(*arguments: Any) -> torch.Tensor:
-        tables.append(scores.permutation_table(*arguments))
+        tables.append(uncertainty.permutation_table(*arguments))
         return tables[-1]
 
-    monkeypatch.setattr(explain, "permutation_table", recorded)
+    monkeypatch.setattr("kdx.explain.explainer.permutation_table", recorded)
     run(folder, tmp_path / "run")
     assert len(tables) == 4 and not torch.equal(tables[1], tables[2]) and tables[1].shape == tables[2].shape
 
@@ -353,7 +360,7 @@ def test_noise_is_each_batchs_own(folder: Path, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("other", [OPTIONS, replace(SALIENT, keep=0.5), replace(SALIENT, noise=0.0)])
-def test_other_features_are_another_run(folder: Path, salient: Path, other: Options) -> None:
+def test_other_features_are_another_run(folder: Path, salient: Path, other: RunOptions) -> None:
     with pytest.raises(kdx.KdxError, match=r"another run \(it differs in features\)"):
         run(folder, salient, other)
 
@@ -489,11 +496,11 @@ def test_a_teachers_layer_without_a_teacher_is_refused(folder: Path, pair: Path,
 )
 def test_layers_that_are_none_are_refused(names: tuple[str, ...], said: str) -> None:
     with pytest.raises(kdx.KdxError, match=said):
-        models_file.parse_layers(names)
+        parse_layers(names)
 
 
 def test_layers_are_paired() -> None:
-    assert models_file.parse_layers(("a", "b=c", "d=a=b")) == {"a": "a", "b": "c", "d": "a=b"}
+    assert parse_layers(("a", "b=c", "d=a=b")) == {"a": "a", "b": "c", "d": "a=b"}
 
 
 def test_who_names_no_layer_is_told_which_there_are(folder: Path, tmp_path: Path) -> None:
@@ -501,7 +508,7 @@ def test_who_names_no_layer_is_told_which_there_are(folder: Path, tmp_path: Path
     (folder / "bare.toml").write_text("".join(line for line in text.splitlines(keepends=True) if not line.startswith("layers")))
     with pytest.raises(kdx.KdxError, match=r"No layer was named") as caught:
         explain.run(str(folder / "pictures"), folder / "bare.toml", tmp_path / "run", (), OPTIONS)
-    assert "layer2, layer3" in caught.value.mend and not (tmp_path / "run").exists()
+    assert "layer2, layer3" in caught.value.hint and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("spelling", ["pictures", "./pictures", "pictures/", "other/../pictures", "{absolute}"])
@@ -511,8 +518,8 @@ def test_a_models_file_knows_its_data_however_it_is_spelt(folder: Path, monkeypa
     data = spelling.format(absolute=folder / "pictures")
     for recorded in ("pictures/", str(folder / "pictures")):
         named = replace(models_file.read_models(folder / "models.toml"), data=recorded)
-        assert explain._part(open_data(data), named, OPTIONS)[0] == "test"
-    assert explain._part(open_data(data), replace(named, data="other"), OPTIONS)[0] == "all"
+        assert _part(open_data(data), named, OPTIONS)[0] == "test"
+    assert _part(open_data(data), replace(named, data="other"), OPTIONS)[0] == "all"
 
 
 def test_random_weights_are_announced(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: list[str]) -> None:
@@ -523,7 +530,7 @@ def test_random_weights_are_announced(folder: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(models_file.ModelsFile, "load", untrained)
     explain.run(str(folder / "pictures"), folder / "models.toml", tmp_path / "run", (), OPTIONS, announce=quiet.append)
-    assert [line.partition(",")[0] for line in quiet if "random" in line] == ["The base has random weights"]
+    assert [line.partition(",")[0] for line in quiet if "random" in line] == ["Some or all weights of the base are random: kdx:resnet"]
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["random_weights"] == ["base"]
 
 
@@ -564,8 +571,8 @@ def test_what_a_finished_run_lost_is_computed_again(
     if how == "torn":
         (out / name).write_bytes(b"{")
     with pytest.raises(kdx.KdxError) as caught:
-        report.write(out)
-    assert "Run the same kdx explain command again" in caught.value.mend
+        write_page(out)
+    assert "Run the same kdx explain command again" in caught.value.hint
     explain.run(str(folder / "pictures"), folder / "models.toml", out, (), OPTIONS, announce=quiet.append)
     assert any("computed again" in line for line in quiet)
     assert same(results(out), results(finished))
@@ -575,8 +582,8 @@ def test_a_run_has_one_writer_and_a_dead_one_is_none(folder: Path, finished: Pat
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     code = f"""if True:
-        import pathlib, time, kdx.store
-        held = kdx.store._locked(pathlib.Path({str(out)!r}))
+        import pathlib, time, kdx.disk
+        held = kdx.disk.lock_folder(pathlib.Path({str(out)!r}))
         print("held", flush=True)
         time.sleep(600)"""
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 import kdx
 from kdx import Explainer, KdxError
-from kdx.explainer import Explanation
+from kdx.explain.explainer import Explanation
+from kdx.explain.networks import NetworkLike, Runners
 from kdx.export.graphs import FeatureGraph, Preprocessing
-from kdx.models import Network
-from kdx.runtime import Choice, OrtRunner
-from kdx.salient import Salience
-from kdx.scores import Score
-from kdx.sources import NetworkLike, Runners
-from kdx.transfer import MAPS
+from kdx.maps.salient_images import Salience
+from kdx.models.network import Network
+from kdx.roles import MAPS
+from kdx.runtimes.choice import Choice
+from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
+from kdx.scores.score import Score
 
 LAYERS = {"conv1": "stem", "conv2": "conv2"}
 SIZE = (11, 9)
@@ -422,7 +423,7 @@ def test_noise_is_each_networks_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Salience, "images", recorded)
     with explainer(features="salient") as opened:
         for batch in range(2):
-            opened.explain(images(), labels(), torch.empty(0, N, dtype=torch.int64), (3, batch))
+            opened.explain(images(), labels(), (3, batch))
     assert len(seeds) == len(set(seeds)) == 2 * len(LAYERS) * 3
 
 
@@ -465,9 +466,9 @@ def assert_scores_of_a_pair(found: Explanation, expected: Explanation) -> None:
 
 def test_tensorrt_runs_engines_of_gradients(gradients: Path, tmp_path: Path, salient: Explanation, monkeypatch: pytest.MonkeyPatch) -> None:
     engines = _Engines()
-    monkeypatch.setattr("kdx.sources.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
-    monkeypatch.setattr("kdx.sources.engine.build", engines.build)
-    monkeypatch.setattr("kdx.sources.open_file", engines.open)
+    monkeypatch.setattr("kdx.explain.networks.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
+    monkeypatch.setattr("kdx.explain.exported.engine.build", engines.build)
+    monkeypatch.setattr("kdx.explain.exported.open_file", engines.open)
     shutil.copytree(gradients, tmp_path, dirs_exist_ok=True)
     with explainer(runtime="tensorrt", folder=tmp_path, chunk=5, **pair()) as opened:
         assert_scores_of_a_pair(opened(images(), labels()), salient)
@@ -506,19 +507,19 @@ def test_a_layer_that_ranks_no_pixels_is_named() -> None:
     settings: dict[str, Any] = {"student": Normed(1), "base": Normed(2), "teacher": None, "features": "salient"}
     with explainer(layers=["conv"], **settings) as opened, pytest.raises(KdxError, match="HiResCAM at layer 'conv' is zero") as caught:
         opened(images(), labels())
-    assert "normalisation that reads that layer" in caught.value.mend
+    assert "normalisation that reads that layer" in caught.value.hint
     with explainer(layers=["norm"], **settings) as opened:
         assert math.isfinite(opened(images(), labels()).layers["norm"].rs.value)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said", "mend"),
+    ("changes", "said", "hint"),
     [
         ({"features": "salient", "keep": 0}, "share 0 of pixels", "0.5"),
         ({"features": "salient", "keep": 1.5}, "share 1.5 of pixels", "0.5"),
         ({"features": "salient", "noise": -1.0}, "noise -1.0", "0.01"),
-        ({"keep": 0.3}, "the features are raw", "--features salient"),
-        ({"noise": 0.1}, "the features are raw", "--features salient"),
+        ({"keep": 0.3}, "apply only to salient features", "--features salient"),
+        ({"noise": 0.1}, "apply only to salient features", "--features salient"),
         (
             {"features": "salient", **{role: f"{role}.onnx" for role in ("student", "base", "teacher")}},
             "files of features hold no gradients",
@@ -526,15 +527,15 @@ def test_a_layer_that_ranks_no_pixels_is_named() -> None:
         ),
         (
             {"features": "salient", "file": "it.explainer.onnx", "student": None, "base": None, "teacher": None},
-            "explainer file holds no gradients",
+            "explainer file contains no gradients",
             "the networks themselves",
         ),
     ],
 )
-def test_salient_features_that_there_cannot_be_are_refused_at_once(changes: dict[str, Any], said: str, mend: str) -> None:
+def test_salient_features_that_there_cannot_be_are_refused_at_once(changes: dict[str, Any], said: str, hint: str) -> None:
     with pytest.raises(KdxError) as caught:
         explainer(**changes)
-    assert said in caught.value.problem and mend in caught.value.mend
+    assert said in caught.value.problem and hint in caught.value.hint
 
 
 # ---- runtimes ----
@@ -570,7 +571,7 @@ def test_three_files_give_what_eager_gives(folder: Path, explained: Explanation)
 def test_a_layer_that_a_file_does_not_hold_is_named(folder: Path) -> None:
     with pytest.raises(KdxError, match="does not hold the layer 'norm'") as caught:
         explainer(runtime="auto", layers=["norm"], **files(folder))
-    assert "conv2" in caught.value.mend
+    assert "conv2" in caught.value.hint
 
 
 class Smooth(Small):
@@ -610,8 +611,8 @@ def test_onnx_and_engine_files_do_not_mix(folder: Path) -> None:
 def test_files_open_on_the_device_that_was_chosen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("meta")
     opened_on = []
-    monkeypatch.setattr("kdx.sources.choose", lambda *_, **__: Choice("onnx", device, "for a test"))
-    monkeypatch.setattr("kdx.sources.open_file", lambda path, choice: opened_on.append(choice.device))
+    monkeypatch.setattr("kdx.explain.networks.choose", lambda *_, **__: Choice("onnx", device, "for a test"))
+    monkeypatch.setattr("kdx.explain.exported.open_file", lambda path, choice: opened_on.append(choice.device))
     for given in (named(), files(folder)):
         with explainer(runtime="auto", folder=folder, **given) as opened:
             opened.open(SIZE)
@@ -631,9 +632,9 @@ class _Engines:
         self.built[role + Path(rest).suffix] = batch, image_size
         built.write_text(str(path))
 
-    def open(self, path: Path, _: Choice) -> OrtRunner:
+    def open(self, path: Path, _: Choice) -> OnnxRuntimeRunner:
         assert path.suffix == ".engine"
-        return OrtRunner(Path(path.read_text()))
+        return OnnxRuntimeRunner(Path(path.read_text()))
 
 
 @pytest.mark.parametrize("given", ["networks", "files"])
@@ -641,9 +642,9 @@ def test_tensorrt_runs_engines_of_the_exported_files(
     given: str, folder: Path, tmp_path: Path, explained: Explanation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines = _Engines()
-    monkeypatch.setattr("kdx.sources.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
-    monkeypatch.setattr("kdx.sources.engine.build", engines.build)
-    monkeypatch.setattr("kdx.sources.open_file", engines.open)
+    monkeypatch.setattr("kdx.explain.networks.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
+    monkeypatch.setattr("kdx.explain.exported.engine.build", engines.build)
+    monkeypatch.setattr("kdx.explain.exported.open_file", engines.open)
     sources: dict[str, Any] = {**files(folder)} if given == "files" else {**named()}
     with explainer(runtime="tensorrt", folder=tmp_path, chunk=5, **sources) as opened:
         assert_same(opened(images(), labels()), explained, 1e-4)
@@ -670,9 +671,9 @@ def test_onnx_asked_for_by_name_does_not_fall_back(tmp_path: Path) -> None:
 
 def test_the_temporary_folder_goes_with_the_explainer(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("kdx.sources.onnx_file.holds", lambda *_: True)
+    monkeypatch.setattr("kdx.explain.networks.holds", lambda *_: True)
     given = files(folder)
-    monkeypatch.setattr("kdx.sources.open_file", lambda path, _: _in_its_folder(path, given))
+    monkeypatch.setattr("kdx.explain.exported.open_file", lambda path, _: _in_its_folder(path, given))
     with explainer(runtime="onnx", **named()) as opened:
         assert list(tmp_path.iterdir()) == [], "none is made before it is needed"
         opened.open(SIZE)
@@ -681,9 +682,9 @@ def test_the_temporary_folder_goes_with_the_explainer(folder: Path, tmp_path: Pa
     opened.close()
 
 
-def _in_its_folder(path: Path, given: dict[str, Path]) -> OrtRunner:
+def _in_its_folder(path: Path, given: dict[str, Path]) -> OnnxRuntimeRunner:
     assert path.parent.is_dir() and path.parent.name.startswith("kdx-")
-    return OrtRunner(given[path.name.split("-")[0]])
+    return OnnxRuntimeRunner(given[path.name.split("-")[0]])
 
 
 @pytest.mark.parametrize("used", [True, False])
@@ -780,7 +781,7 @@ def spoiled() -> nn.Module:
 def test_what_has_no_explanation_is_an_error_that_says_so(changes: dict[str, Any], pixels: Any, target: Any, said: str) -> None:
     with explainer(**changes) as opened, pytest.raises(KdxError) as caught:
         opened(pixels, target)
-    assert said in caught.value.problem and caught.value.mend
+    assert said in caught.value.problem and caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -801,14 +802,14 @@ def test_what_has_no_explanation_is_an_error_that_says_so(changes: dict[str, Any
 def test_what_cannot_run_is_refused_at_once(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(KdxError) as caught:
         explainer(**changes)
-    assert said in caught.value.problem and caught.value.mend
+    assert said in caught.value.problem and caught.value.hint
 
 
 def test_who_names_no_layer_is_told_which_there_are(folder: Path) -> None:
     for settings in ({}, files(folder) | {"runtime": "auto"}):
         with pytest.raises(KdxError, match="No layer was named") as caught:
             explainer(layers=[], **settings)
-        assert "conv2" in caught.value.mend and "stem" not in caught.value.mend
+        assert "conv2" in caught.value.hint and "stem" not in caught.value.hint
 
 
 def test_random_weights_are_told() -> None:

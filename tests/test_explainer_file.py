@@ -23,19 +23,25 @@ from PIL import Image
 from torch import Tensor, nn
 
 import kdx
-from kdx import explain, store
-from kdx.data import load_images, open_data, random_batches
+from kdx.choices import FilePrecision
+from kdx.commands import explain
+from kdx.data.batches import random_batches
+from kdx.data.dataset import open_data
+from kdx.data.images import load_images
 from kdx.errors import KdxError
-from kdx.explainer import Explainer, explainer_graph
+from kdx.explain.explainer import Explainer
+from kdx.explain.graph import explainer_graph
 from kdx.export import engine, onnx_file, parity
+from kdx.export.description import Origin, describe
 from kdx.export.graphs import ExplainerGraph, FeatureGraph, Preprocessing
-from kdx.export.onnx_file import Origin, Precision
 from kdx.kernels import reference
-from kdx.models import Network
-from kdx.networks import resnet
-from kdx.runtime import OrtRunner
-from kdx.scores import Score
-from kdx.transfer import MAPS, SCORES, map_score, maps_among, scores_among
+from kdx.models.network import Network
+from kdx.models.resnet import resnet
+from kdx.roles import MAPS, ROLES, SCORES, maps_among, scores_among
+from kdx.runs import store
+from kdx.runs.run import RunOptions
+from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
+from kdx.scores.score import Score
 from tests import commands
 
 MAPS_AGREE = 1e-4
@@ -88,7 +94,7 @@ def written(
     networks: dict[str, Network],
     layers: dict[str, str],
     size: tuple[int, int],
-    precision: Precision = "fp32",
+    precision: FilePrecision = "fp32",
     tolerance: float = parity.TOLERANCE,
 ) -> Written:
     graph = explainer_graph(networks, layers)
@@ -195,7 +201,7 @@ def assert_explained(file: Written, pixels: Tensor, target: Tensor) -> None:
             assert (
                 np.abs(found[f"{layer}/{name}/scaled"] - expected.scaled((pixels.shape[2], pixels.shape[3])).numpy()).max() <= FAINT_AGREE
             )
-        scores = dict(zip(onnx_file.describe(file.path).scores, found[f"{layer}/scores"].tolist(), strict=True))
+        scores = dict(zip(describe(file.path).scores, found[f"{layer}/scores"].tolist(), strict=True))
         assert scores == pytest.approx(by_definition(features, target), abs=SCORES_AGREE)
 
 
@@ -235,7 +241,7 @@ def test_four_images_have_scores_and_no_maps(which: str, request: pytest.Fixture
     few, more = (file.run(images(n, FIXED if which == "pair" else (16, 12), seed=4), one_hot(n, 2)) for n in (4, 16))
     _, layers = file.eager(images(4, FIXED if which == "pair" else (16, 12), seed=4))
     for layer, features in layers.items():
-        assert dict(zip(onnx_file.describe(file.path).scores, few[f"{layer}/scores"].tolist(), strict=True)) == pytest.approx(
+        assert dict(zip(describe(file.path).scores, few[f"{layer}/scores"].tolist(), strict=True)) == pytest.approx(
             by_definition(features, one_hot(4, 2)), abs=SCORES_AGREE
         )
         for name in maps_among(file.roles):
@@ -243,7 +249,7 @@ def test_four_images_have_scores_and_no_maps(which: str, request: pytest.Fixture
 
 
 def test_what_it_says_of_itself(trio: Written, pair: Written) -> None:
-    found = onnx_file.describe(trio.path)
+    found = describe(trio.path)
     assert (found.kind, found.layers, found.scores, found.image_size) == ("explainer", ("layer1", "relu"), tuple(SCORES), None)
     assert found.networks["teacher"].layers == ("layer2", "layer1.0.bn2") and found.at is None
     for role, each in trio.networks.items():
@@ -255,7 +261,7 @@ def test_what_it_says_of_itself(trio: Written, pair: Written) -> None:
     assert shapes["layer1/missed/maps"] == ("batch", 8, 6) and shapes["layer1/missed/weights"] == ("batch", 12)
     assert shapes["layer1/distilled/scaled"] == ("batch", "height", "width")
     assert shapes["layer1/scores"] == (9,) and shapes["layer1/distances"] == (3, "batch", "batch")
-    alone = onnx_file.describe(pair.path)
+    alone = describe(pair.path)
     assert (alone.classes, alone.image_size) == (CLASSES, FIXED)
     assert alone.scores == ("RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)")
     assert alone.outputs["layer2/distilled/scaled"] == ("batch", *FIXED)
@@ -315,7 +321,7 @@ def test_onnx_runtime_alone_makes_the_maps(trio: Written, tmp_path: Path) -> Non
         found = {name.replace("|", "/"): content[name] for name in content.files}
     _, layers = trio.eager(pixels)
     for layer, features in layers.items():
-        for name, (explained, given) in MAPS.items():
+        for name, (explained, given) in maps_among(ROLES).items():
             expected = kdx.unicam(features[explained], features[given], labels)
             assert worst(found[f"{layer}/{name}/maps"], expected.maps) <= MAPS_AGREE
 
@@ -353,7 +359,7 @@ def test_a_file_explains_as_its_networks_do(which: str, request: pytest.FixtureR
             assert worst(getattr(got, name).maps, getattr(known, name).maps) <= MAPS_AGREE
             assert worst(getattr(got, name).weights, getattr(known, name).weights) <= MAPS_AGREE
             assert getattr(got, name).score == pytest.approx(getattr(known, name).score, abs=SCORES_AGREE)
-            assert getattr(got, name).score == pytest.approx(got.scores[map_score(name)].value, abs=SCORES_AGREE)
+            assert getattr(got, name).score == pytest.approx(got.scores[MAPS[name].score].value, abs=SCORES_AGREE)
         assert got.scores.keys() == known.scores.keys() and got.contrasts.keys() == known.contrasts.keys()
         for name, score in known.scores.items():
             assert got.scores[name].value == pytest.approx(score.value, abs=SCORES_AGREE)
@@ -394,7 +400,7 @@ def test_an_embedding_of_the_labels_is_the_labels(pair: Written) -> None:
 
 
 def test_the_file_of_an_engine_gets_targets_as_wide_as_it_takes(pair: Written, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Narrow(OrtRunner):
+    class Narrow(OnnxRuntimeRunner):
         """Its target has seven columns, as an engine's has a number of them."""
 
         def __init__(self, path: Path, *_: object) -> None:
@@ -404,7 +410,7 @@ def test_the_file_of_an_engine_gets_targets_as_wide_as_it_takes(pair: Written, m
     pixels, labels = images(16), torch.arange(16) % 3
     with Explainer(file=pair.path, permutations=9) as explainer:
         expected = explainer(pixels, labels)
-    monkeypatch.setattr("kdx.sources.open_file", Narrow)
+    monkeypatch.setattr("kdx.explain.exported.open_file", Narrow)
     with Explainer(file=pair.path, permutations=9) as explainer:
         found = explainer(pixels, labels)
         assert worst(found.layers["layer2"].distilled.maps, expected.layers["layer2"].distilled.maps) <= MAPS_AGREE
@@ -421,7 +427,7 @@ def features_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said", "mend"),
+    ("settings", "said", "hint"),
     [
         ({"layers": "layer3"}, "does not hold the layer 'layer3'", "It holds layer1=layer2, relu=layer1.0.bn2"),
         ({"layers": {"layer1": "layer3"}}, "does not hold the layer 'layer1=layer3'", "It holds layer1=layer2"),
@@ -432,10 +438,10 @@ def features_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"runtime": "eager"}, "cannot run in PyTorch", "--runtime onnx"),
     ],
 )
-def test_what_a_file_cannot_do_is_an_error(trio: Written, settings: dict[str, Any], said: str, mend: str) -> None:
+def test_what_a_file_cannot_do_is_an_error(trio: Written, settings: dict[str, Any], said: str, hint: str) -> None:
     with pytest.raises(KdxError) as caught:
         Explainer(file=trio.path, **settings)
-    assert said in caught.value.problem and mend in caught.value.mend
+    assert said in caught.value.problem and hint in caught.value.hint
 
 
 def test_files_that_are_no_explainer_are_refused(features_file: Path, trio: Written, tmp_path: Path) -> None:
@@ -445,7 +451,7 @@ def test_files_that_are_no_explainer_are_refused(features_file: Path, trio: Writ
         Explainer(student=trio.path, base=trio.path, layers="layer2")
     with pytest.raises(KdxError, match="There is no file"):
         Explainer(file=tmp_path / "none.onnx")
-    with pytest.raises(ValueError, match="holds its networks: no student, base beside it"):
+    with pytest.raises(ValueError, match="contains its networks; do not give student, base"):
         Explainer(file=trio.path, student=trio.networks["student"], base=trio.networks["base"])
 
 
@@ -524,7 +530,7 @@ def test_kdx_explain_of_a_file_is_a_run_like_any_other(pair: Written, pictures: 
 
 
 def test_a_stopped_run_of_a_file_resumes(pair: Written, pictures: Path, finished: Path, tmp_path: Path) -> None:
-    options = explain.Options(batch=9, permutations=19, seed=3)
+    options = RunOptions(batch=9, permutations=19, seed=3)
     arguments: Any = (str(pictures), pair.path, tmp_path / "run", (), options)
     lines: list[str] = []
 
@@ -557,7 +563,7 @@ def test_what_a_run_of_a_file_cannot_do_is_said_before_anything_is_written(
     pair: Written, pictures: Path, tmp_path: Path, change: dict[str, Any], layers: tuple[str, ...], said: str
 ) -> None:
     with pytest.raises(KdxError, match=said):
-        explain.run(str(pictures), pair.path, tmp_path / "run", layers, replace(explain.Options(batch=9), **change))
+        explain.run(str(pictures), pair.path, tmp_path / "run", layers, replace(RunOptions(batch=9), **change))
     assert not (tmp_path / "run").exists()
 
 
@@ -583,7 +589,7 @@ def test_in_float16_the_geometry_is_float32s(half: Written) -> None:
     networks = {role: FeatureGraph(each.module.half(), ["layer2"]) for role, each in _copies(half).items()}
     with torch.no_grad():
         features = {role: graph(pixels)[1] for role, graph in networks.items()}
-    scores = dict(zip(onnx_file.describe(half.path).scores, found["layer2/scores"].tolist(), strict=True))
+    scores = dict(zip(describe(half.path).scores, found["layer2/scores"].tolist(), strict=True))
     assert scores == pytest.approx(by_definition(features, target), abs=2e-3)  # the networks' own rounding, of 11 bits
     distances = torch.stack([reference.distances(features[role].double().flatten(1)) for role in half.roles])
     assert worst(found["layer2/distances"], distances) <= 2e-3
@@ -616,4 +622,4 @@ def test_an_engine_of_an_explainer_takes_targets_of_one_width(
     assert found.kind == "explainer" and found.inputs == {"images": ("batch", 3, *(size or FIXED)), "target": ("batch", classes)}
     assert found.outputs[f"{found.layers[0]}/distilled/scaled"] == ("batch", *(size or FIXED))
     assert found.outputs[f"{found.layers[0]}/distances"] == (len(file.roles), "batch", "batch")
-    assert found.file == onnx_file.describe(file.path) and (tmp_path / "x.engine").read_bytes()[:4] == b"vtrt"
+    assert found.file == describe(file.path) and (tmp_path / "x.engine").read_bytes()[:4] == b"vtrt"

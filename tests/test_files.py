@@ -15,13 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import kdx
-from kdx import files
+from kdx.choices import FileKind, FilePrecision
+from kdx.commands import export as command
+from kdx.commands.export import ExportOptions, _batch, export, parse_batch
 from kdx.errors import KdxError
 from kdx.export import engine, onnx_file
+from kdx.export.description import describe
 from kdx.export.graphs import GradientGraph
-from kdx.files import Options
-from kdx.models_file import read_models, write_models
-from kdx.networks import resnet
+from kdx.models.models_file import read_models, write_models
+from kdx.models.resnet import resnet
 from tests import commands
 from tests.commands import Run, left_in
 
@@ -91,7 +93,7 @@ def test_a_gradients_file_and_its_engine(run: Run, folder: Path, tmp_path: Path)
     for line in ("cotangent [batch, 6, 6, 5]", "gradient/layer1 [batch, 3, 12, 10]", "that of the ONNX file", "largest error"):
         assert line in out
     path = tmp_path / "to" / "resnet-student.gradients.onnx"
-    found = onnx_file.describe(path)
+    found = describe(path)
     student = read_models(folder / "models.toml").load("student")
     about = found.networks["network"]
     assert (found.kind, found.at, found.classes) == ("gradients", "layer2", ("a", "b", "c", "d"))
@@ -118,7 +120,7 @@ def test_an_explainer_file_of_a_models_file(run: Run, folder: Path, tmp_path: Pa
     name = "resnet-student-given-resnet-base.explainer.onnx"
     assert left_in(tmp_path) == [f"files/{name}", f"files/{name}.parity.json"]
     assert "layer2/distilled/maps [batch, 6, 5]" in out and "target [batch, embedding]" in out
-    found = onnx_file.describe(tmp_path / "files" / name)
+    found = describe(tmp_path / "files" / name)
     known = read_models(models)
     assert {role: about.weights for role, about in found.networks.items()} == {
         role: known.load(role).weights_hash for role in ("student", "base")
@@ -141,37 +143,37 @@ def test_an_explainer_file_of_a_models_file(run: Run, folder: Path, tmp_path: Pa
     ],
 )
 def test_where_a_file_goes_and_what_it_is_called(
-    out: str, precision: onnx_file.Precision, path: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    out: str, precision: FilePrecision, path: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     network = {"network": f"{TINY}@{folder / 'student.safetensors'}"}
-    (exported,) = files.export(
-        network, ["layer2"], "features", Path(out), Options(precision=precision, image_size=11), announce=lambda line: None
+    (exported,) = export(
+        network, ["layer2"], "features", Path(out), ExportOptions(precision=precision, image_size=11), announce=lambda line: None
     )
     assert exported.path == Path(path) and left_in(tmp_path) == [path, f"{path}.parity.json"]
     assert exported.bytes == (tmp_path / path).stat().st_size and exported.parity and exported.seconds > 0
-    found = onnx_file.describe(exported.path)
+    found = describe(exported.path)
     assert (found.precision, found.networks["network"].preprocessing.size) == (precision, (11, 11))
     assert (exported.inputs, exported.outputs) == (found.inputs, found.outputs)
 
 
 def test_an_engine_of_an_explainer_starts_at_four_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine for fewer would give maps of nothing."""
-    assert files._batch("explainer") == (4, 32, 64) and files._batch("features") == (1, 32, 64)
+    assert _batch("explainer") == (4, 32, 64) and _batch("features") == (1, 32, 64)
     with pytest.raises(KdxError, match="its engine cannot take batches of 1"):
-        files.export(
+        export(
             {"student": "a", "base": "b"},
             ["l"],
             "explainer",
             Path(),
-            Options(to="tensorrt", batch=(1, 4, 8), arch="sm_86"),
+            ExportOptions(to="tensorrt", batch=(1, 4, 8), arch="sm_86"),
             announce=lambda line: None,
         )
 
 
 @pytest.mark.parametrize(("text", "batch"), [("1:32:64", (1, 32, 64)), ("8", (8, 8, 8)), ("4:4:4", (4, 4, 4))])
 def test_a_range_of_batches(text: str, batch: tuple[int, int, int]) -> None:
-    assert files.parse_batch(text) == batch
+    assert parse_batch(text) == batch
 
 
 # ---- what is refused ----
@@ -216,20 +218,20 @@ def test_what_does_not_go_together_is_said_before_anything_is_loaded(monkeypatch
     def load(reference: str) -> None:
         raise AssertionError(f"{reference} was loaded")
 
-    monkeypatch.setattr(files, "load_any", load)
+    monkeypatch.setattr(command, "load_any", load)
     one, two = {"network": "a"}, {"student": "a", "base": "b"}
-    cases: list[tuple[dict[str, str], files.Kind, Options, str]] = [
-        ({}, "features", Options(), "holds one network"),
-        (one | two, "features", Options(), "holds one network"),
-        (one | two, "explainer", Options(), "a student and a base"),
-        ({"student": "a"}, "explainer", Options(), "a student and a base"),
-        ({"base": "a", "teacher": "b"}, "explainer", Options(), "a student and a base"),
-        (two, "explainer", Options(at="x"), "has no cotangent"),
-        (one, "features", Options(at="x"), "has no cotangent"),
-        (one, "features", Options(to="tensorrt", arch="sm_1"), "does not build for 'sm_1'"),
-        (one, "features", Options(to="tensorrt", arch="sm_86", batch=(4, 2, 8)), "from 4 to 8, best 2"),
+    cases: list[tuple[dict[str, str], FileKind, ExportOptions, str]] = [
+        ({}, "features", ExportOptions(), "holds one network"),
+        (one | two, "features", ExportOptions(), "holds one network"),
+        (one | two, "explainer", ExportOptions(), "a student and a base"),
+        ({"student": "a"}, "explainer", ExportOptions(), "a student and a base"),
+        ({"base": "a", "teacher": "b"}, "explainer", ExportOptions(), "a student and a base"),
+        (two, "explainer", ExportOptions(at="x"), "has no cotangent"),
+        (one, "features", ExportOptions(at="x"), "has no cotangent"),
+        (one, "features", ExportOptions(to="tensorrt", arch="sm_1"), "does not build for 'sm_1'"),
+        (one, "features", ExportOptions(to="tensorrt", arch="sm_86", batch=(4, 2, 8)), "from 4 to 8, best 2"),
     ]
     for references, kind, options, said in cases:
         with pytest.raises(KdxError, match=said):
-            files.export(references, ["layer1"], kind, Path("nowhere"), options, announce=lambda line: None)
+            export(references, ["layer1"], kind, Path("nowhere"), options, announce=lambda line: None)
     assert not Path("nowhere").exists()

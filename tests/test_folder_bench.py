@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import folder
-from kdx.data import open_data
+from kdx.data.dataset import open_data
 
 SMALL = "kdx:resnet,width=8,depth=1-1-1-1,classes=10,block=basic,stem=imagenet"
 

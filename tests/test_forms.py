@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from kdx.export import forms
+from kdx.export import decompositions
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ def passed(function: Callable[..., Any], args: Sequence[Any], **kwargs: Any) -> 
 
 
 def agree(operator: Any, *args: Any, tolerance: float = 1e-12, **kwargs: Any) -> None:
-    for ours, theirs in zip(passed(forms.FORMS[operator], args, **kwargs), passed(operator, args, **kwargs), strict=True):
+    for ours, theirs in zip(passed(decompositions.FORMS[operator], args, **kwargs), passed(operator, args, **kwargs), strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         scale = float(theirs.detach().abs().max()) if theirs.numel() else 0.0
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * max(scale, 1e-30))
@@ -136,7 +136,7 @@ def test_resizing(size: tuple[int, int] | None, factors: tuple[float, float] | N
 
 def test_nearest_by_a_factor_steps_by_the_factor_also_where_the_sizes_divide() -> None:
     agree(aten.upsample_nearest2d.vec, normal(2, 3, 3, 3), None, (3.3, 3.3))
-    assert forms.FORMS[aten.upsample_nearest2d.vec](normal(1, 1, 3, 3), None, (3.3, 3.3)).shape == (1, 1, 9, 9)
+    assert decompositions.FORMS[aten.upsample_nearest2d.vec](normal(1, 1, 3, 3), None, (3.3, 3.3)).shape == (1, 1, 9, 9)
 
 
 def test_the_networks_own_resizing_is_what_the_forms_stand_for() -> None:
@@ -145,7 +145,7 @@ def test_the_networks_own_resizing_is_what_the_forms_stand_for() -> None:
     for again, factors in ((None, (1.5, 1.3)), (True, None)):
         size = None if factors else (7, 9)
         theirs = torch.nn.functional.interpolate(x, scale_factor=(1.5, 1.3), mode="bilinear", recompute_scale_factor=again)
-        torch.testing.assert_close(forms.FORMS[aten.upsample_bilinear2d.vec](x, size, False, factors), theirs)
+        torch.testing.assert_close(decompositions.FORMS[aten.upsample_bilinear2d.vec](x, size, False, factors), theirs)
 
 
 # ---- normalisation ----
@@ -160,7 +160,7 @@ def test_normalisations(affine: bool, shape: tuple[int, ...]) -> None:
     ours, theirs = (
         [passed(lambda x, run=run: run(x, *channel, mean, var, 0.1, 1e-3), [x])][0]
         for run in (
-            forms.FORMS[aten._native_batch_norm_legit_no_training.default],
+            decompositions.FORMS[aten._native_batch_norm_legit_no_training.default],
             aten._native_batch_norm_legit_no_training.default,
         )
     )
@@ -186,7 +186,7 @@ def test_statistics_of_half_precision_are_taken_in_single(dtype: torch.dtype) ->
         (aten.rms_norm.default, (x, (50,), weight)),
         (aten.group_norm.default, (x, 2, *channel)),
     ):
-        ours = forms.FORMS[operator](*args)
+        ours = decompositions.FORMS[operator](*args)
         exact = operator(*(given.double() if isinstance(given, Tensor) else given for given in args))
         assert ours.dtype == dtype
         torch.testing.assert_close(ours.double(), exact, rtol=0, atol=HALF[dtype] * float(exact.abs().max()))
@@ -203,7 +203,7 @@ def test_half_precision_stays_half_precision_and_agrees_with_double(dtype: torch
         (aten.upsample_bilinear2d.vec, ((9, 13), False, None)),
         (aten.upsample_nearest2d.vec, ((9, 13), None)),
     ):
-        for ours, exact in zip(passed(forms.FORMS[operator], (x, *args)), passed(operator, (x.double(), *args)), strict=True):
+        for ours, exact in zip(passed(decompositions.FORMS[operator], (x, *args)), passed(operator, (x.double(), *args)), strict=True):
             assert ours.dtype == dtype
             torch.testing.assert_close(ours.double(), exact, rtol=0, atol=HALF[dtype] * float(exact.detach().abs().max()))
 
@@ -231,13 +231,13 @@ def test_a_query_that_sees_nothing_gets_zeros() -> None:
     seen[2] = False
     q, k, v = normal(2, 4, 5, 3), normal(2, 4, 7, 3, seed=1), normal(2, 4, 7, 6, seed=2)
     attend(q, k, v, attn_mask=seen)
-    assert not forms.FORMS[aten.scaled_dot_product_attention.default](q, k, v, seen)[:, :, 2].any()
+    assert not decompositions.FORMS[aten.scaled_dot_product_attention.default](q, k, v, seen)[:, :, 2].any()
 
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_attention_in_half_precision(dtype: torch.dtype) -> None:
     q, k, v = (normal(2, 3, 9, 16, seed=seed, dtype=dtype) for seed in (1, 2, 3))
-    ours = forms.FORMS[aten.scaled_dot_product_attention.default](q * 8, k * 8, v)
+    ours = decompositions.FORMS[aten.scaled_dot_product_attention.default](q * 8, k * 8, v)
     exact = aten.scaled_dot_product_attention.default((q * 8).double(), (k * 8).double(), v.double())
     assert ours.dtype == dtype
     torch.testing.assert_close(ours.double(), exact, rtol=0, atol=HALF[dtype] * float(exact.abs().max()))
@@ -260,12 +260,12 @@ def test_padding_that_crops_is_left_to_pytorch() -> None:
 
 def test_copies_and_views() -> None:
     source = normal(3, 1, 5, seed=1)
-    (gradient,) = passed(lambda x: forms.FORMS[aten.copy.default](torch.zeros(2, 3, 4, 5, dtype=torch.float64), x), [source])[1:]
-    assert torch.equal(forms.FORMS[aten.copy.default](torch.zeros(2, 3, 4, 5), source), source.float().expand(2, 3, 4, 5))
+    (gradient,) = passed(lambda x: decompositions.FORMS[aten.copy.default](torch.zeros(2, 3, 4, 5, dtype=torch.float64), x), [source])[1:]
+    assert torch.equal(decompositions.FORMS[aten.copy.default](torch.zeros(2, 3, 4, 5), source), source.float().expand(2, 3, 4, 5))
     torch.testing.assert_close(gradient, normal(2, 3, 4, 5, 1, seed=7)[..., 0].sum((0, 2))[:, None])
     agree(aten.view.default, normal(2, 3, 4).contiguous(), (6, -1))
     assert torch.equal(
-        forms.FORMS[aten.view.default](normal(2, 3, 4).transpose(1, 2), (6, 4)), normal(2, 3, 4).transpose(1, 2).reshape(6, 4)
+        decompositions.FORMS[aten.view.default](normal(2, 3, 4).transpose(1, 2), (6, 4)), normal(2, 3, 4).transpose(1, 2).reshape(6, 4)
     )
 
 
@@ -325,7 +325,7 @@ def test_the_input_gradient_of_convolutions_along_one_and_three_axes(shape: tupl
 def convolution_gradients(x: Tensor, weight: Tensor, *geometry: Any) -> None:
     gradient = normal(*aten.convolution.default(x, weight, None, *geometry).shape, seed=5)
     args = gradient, x, weight, None, *geometry, [True, False, False]
-    ours, none, nothing = forms.BACKWARD[aten.convolution_backward.default](*args)
+    ours, none, nothing = decompositions.BACKWARD[aten.convolution_backward.default](*args)
     assert none is nothing is None
     torch.testing.assert_close(ours, aten.convolution_backward.default(*args)[0], rtol=1e-10, atol=1e-10)
 
@@ -334,7 +334,7 @@ def convolution_gradients(x: Tensor, weight: Tensor, *geometry: Any) -> None:
 def test_a_convolution_whose_weights_depend_on_the_image_is_left_as_it_is(output_mask: tuple[bool, ...]) -> None:
     x, weight = normal(1, 2, 5, 5), normal(3, 2, 3, 3)
     args = (normal(1, 3, 3, 3), x, weight, [3], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, output_mask)
-    assert forms.BACKWARD[aten.convolution_backward.default](*args) is NotImplemented
+    assert decompositions.BACKWARD[aten.convolution_backward.default](*args) is NotImplemented
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
@@ -346,7 +346,7 @@ def test_the_gradient_of_slices(dim: int, start: int, end: int, step: int) -> No
     x = normal(9, 9, 9)
     gradient = normal(*aten.slice.Tensor(x, dim, start, end, step).shape, seed=1)
     args = gradient, list(x.shape), dim, start, end, step
-    assert torch.equal(forms.BACKWARD[aten.slice_backward.default](*args), aten.slice_backward.default(*args))
+    assert torch.equal(decompositions.BACKWARD[aten.slice_backward.default](*args), aten.slice_backward.default(*args))
 
 
 @pytest.mark.parametrize("dim", [0, 1, -1])
@@ -355,7 +355,7 @@ def test_the_gradient_of_selections(dim: int, index: int) -> None:
     x = normal(3, 4, 5)
     gradient = normal(*x.select(dim, index).shape, seed=1)
     args = gradient, list(x.shape), dim, index
-    assert torch.equal(forms.BACKWARD[aten.select_backward.default](*args), aten.select_backward.default(*args))
+    assert torch.equal(decompositions.BACKWARD[aten.select_backward.default](*args), aten.select_backward.default(*args))
 
 
 ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
@@ -394,7 +394,7 @@ def test_derivatives_of_activations_as_traced(activation: Callable[[Tensor], Ten
 
     x = torch.cat([normal(2, 4, 5) * 3, torch.zeros(2, 4, 1), torch.full((2, 4, 1), 3.0), torch.full((2, 4, 1), -3.0)], -1).double()
     shape = activation(x).shape
-    traced = make_fx(both, decomposition_table=forms.BACKWARD)(normal(*x.shape, seed=1), normal(*shape, seed=2))
+    traced = make_fx(both, decomposition_table=decompositions.BACKWARD)(normal(*x.shape, seed=1), normal(*shape, seed=2))
     cotangent = normal(*shape, seed=3)
     torch.testing.assert_close(traced(x, cotangent), both(x, cotangent), rtol=1e-7, atol=1e-12)  # eager hardsigmoid has a float32 1/6
     names = [str(node.target) for node in traced.graph.nodes if node.op == "call_function"]

@@ -183,12 +183,12 @@ def test_products_are_the_definition(batches: int, count: int, n: int, dtype: to
 def test_products_at_any_strides() -> None:
     d = matrices(2, 3, 13).float()
     memory = torch.full((3, 2, 171), torch.nan)
-    moved = memory[:, :, 1:170].transpose(0, 1).unflatten(2, (13, 13))
-    moved.copy_(d)
-    assert moved.stride(0) == 171 and moved.data_ptr() % 16
+    permuted = memory[:, :, 1:170].transpose(0, 1).unflatten(2, (13, 13))
+    permuted.copy_(d)
+    assert permuted.stride(0) == 171 and permuted.data_ptr() % 16
     with running():
         found = fused.products(d).inner
-        assert torch.equal(fused.products(moved).inner, found)
+        assert torch.equal(fused.products(permuted).inner, found)
         assert torch.equal(fused.products(d.mT).inner, found)
         assert torch.equal(fused.products(d[:, :1].expand(2, 2, 13, 13)).inner, found[:, :1, :1].expand(2, 2, 2))
 

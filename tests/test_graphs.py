@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing, as_map, find_layer
-from kdx.networks import resnet
+from kdx.models.resnet import resnet
 
 MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)
 
@@ -137,7 +137,7 @@ def test_a_misspelt_layer_names_its_near_matches(name: str) -> None:
     network = resnet(4, 1, 5)
     with pytest.raises(KdxError) as caught:
         find_layer(network, name)
-    near = caught.value.mend.removeprefix("Near matches: ").removesuffix(".").split(", ")
+    near = caught.value.hint.removeprefix("Near matches: ").removesuffix(".").split(", ")
     assert {"layr2": "layer2", "layer22": "layer2", "layer1.0.con1": "layer1.0.conv1"}[name] in near
     assert all(find_layer(network, match) for match in near)
 
@@ -147,7 +147,7 @@ def test_the_root_and_the_wholly_unknown_name_layers_that_exist(name: str) -> No
     network = resnet(4, 1, 5)
     with pytest.raises(KdxError, match=f"no layer '{name}'") as caught:
         find_layer(network, name)
-    for match in caught.value.mend.removeprefix("Near matches: ").removesuffix(".").split(", "):
+    for match in caught.value.hint.removeprefix("Near matches: ").removesuffix(".").split(", "):
         assert find_layer(network, match)
 
 
@@ -323,7 +323,7 @@ def test_a_layer_of_several_outputs_wants_a_number_that_there_is() -> None:
     images = torch.rand(3, 3, 7, 6)
     with pytest.raises(KdxError) as caught:
         FeatureGraph(Pair(), ["pair"])(images)
-    assert "is list, not one feature map" in caught.value.problem and "pair[0]" in caught.value.mend
+    assert "is list, not one feature map" in caught.value.problem and "pair[0]" in caught.value.hint
     with pytest.raises(KdxError, match=r"There is no 'pair\[2\]': pair has 2 outputs"):
         FeatureGraph(Pair(), ["pair[2]"])(images)
     with pytest.raises(KdxError, match=r"no layer 'par\[0\]'"):

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kdx import models, models_file
+from kdx import models
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph, Preprocessing
-from kdx.networks import resnet
+from kdx.models import models_file
+from kdx.models.resnet import resnet
 
 SMALL = "kdx:resnet,width=4,depth=1,classes=3"
 

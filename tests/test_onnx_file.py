@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from kdx.errors import KdxError
-from kdx.export import engine, onnx_file, parity
+from kdx.export import description, engine, onnx_file, parity
+from kdx.export.description import Description, NetworkDescription, Origin, describe, holds
 from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
-from kdx.export.onnx_file import NetworkDescription, Origin
 from kdx.export.parity import Difference, ParityReport
-from kdx.models import weights_hash
-from kdx.networks import resnet
-from kdx.runtime import OrtRunner
+from kdx.models.network import weights_hash
+from kdx.models.resnet import resnet
+from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
 from tests.commands import left_in
 
 TOLERANCE = 1e-5
@@ -158,11 +158,11 @@ def test_exporting_leaves_the_networks_weights_and_gradients_alone(resizing: Exp
 
 
 def test_a_file_says_what_was_written(resizing: Exported, fixed: Exported) -> None:
-    found = onnx_file.describe(resizing.path)
+    found = describe(resizing.path)
     network = resizing.graph.network
     parameters = sum(parameter.numel() for parameter in network.parameters())
     layers = ("layer3", "layer1.0.conv2")
-    assert found == onnx_file.Description(
+    assert found == Description(
         kind="features",
         networks={"network": NetworkDescription("a:network", weights_hash(network), parameters, PREPROCESSING, layers)},
         classes=("zero", "één", "<b>"),
@@ -176,8 +176,8 @@ def test_a_file_says_what_was_written(resizing: Exported, fixed: Exported) -> No
     )
     assert found.layers == layers
     assert found.versions["torch"] == torch.__version__ and set(found.versions) == {"kdx", "torch", "onnx", "onnxscript"}
-    assert onnx_file.describe(fixed.path).image_size == (12, 12)
-    assert onnx_file.describe(fixed.path).networks["network"].preprocessing == Preprocessing()
+    assert describe(fixed.path).image_size == (12, 12)
+    assert describe(fixed.path).networks["network"].preprocessing == Preprocessing()
     model = onnx.load(resizing.path)
     assert [output.name for output in model.graph.output] == ["logits", "layer3", "layer1.0.conv2"]
     assert [entry.name for entry in model.graph.input] == ["images"]
@@ -196,17 +196,17 @@ def test_the_parity_report_is_returned_stored_beside_and_inside(resizing: Export
 def test_a_file_holds_its_graph_and_no_other(resizing: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, path = resizing.graph, resizing.path
     weights = weights_hash(graph.network)
-    assert onnx_file.holds(path, graph, weights)
+    assert holds(path, graph, weights)
     changed = copy.deepcopy(graph.network)
     with torch.no_grad():
         next(changed.parameters()).view(-1)[0] += 1e-3
-    assert not onnx_file.holds(path, graph, weights_hash(changed))
-    assert not onnx_file.holds(path, FeatureGraph(graph.network, ["layer3"], PREPROCESSING), weights)
-    assert not onnx_file.holds(path, FeatureGraph(graph.network, ["layer1.0.conv2", "layer3"], PREPROCESSING), weights)
-    assert not onnx_file.holds(path, FeatureGraph(graph.network, graph.layers, Preprocessing((15, 13))), weights)
-    assert not onnx_file.holds(path.with_name("none.onnx"), graph, weights)
-    monkeypatch.setattr(onnx_file, "_versions", lambda: {"kdx": "0.0"})
-    assert not onnx_file.holds(path, graph, weights)
+    assert not holds(path, graph, weights_hash(changed))
+    assert not holds(path, FeatureGraph(graph.network, ["layer3"], PREPROCESSING), weights)
+    assert not holds(path, FeatureGraph(graph.network, ["layer1.0.conv2", "layer3"], PREPROCESSING), weights)
+    assert not holds(path, FeatureGraph(graph.network, graph.layers, Preprocessing((15, 13))), weights)
+    assert not holds(path.with_name("none.onnx"), graph, weights)
+    monkeypatch.setattr(description, "versions", lambda: {"kdx": "0.0"})
+    assert not holds(path, graph, weights)
 
 
 def test_a_damaged_file_is_an_error_to_read_and_one_to_write_again(resizing: Exported, tmp_path: Path) -> None:
@@ -215,9 +215,9 @@ def test_a_damaged_file_is_an_error_to_read_and_one_to_write_again(resizing: Exp
     for damaged in (content[:-17], content[: len(content) // 2], content[:5], b"", b"PK\x03\x04 not a protobuf at all", b"\x00" * 99):
         path.write_bytes(damaged)
         with pytest.raises(KdxError) as caught:
-            onnx_file.describe(path)
-        assert "damaged.onnx" in caught.value.problem and "kdx export" in caught.value.mend
-        assert not onnx_file.holds(path, resizing.graph, weights_hash(resizing.graph.network))
+            describe(path)
+        assert "damaged.onnx" in caught.value.problem and "kdx export" in caught.value.hint
+        assert not holds(path, resizing.graph, weights_hash(resizing.graph.network))
 
 
 def test_another_programs_file_and_no_file_are_told_apart(tmp_path: Path) -> None:
@@ -225,11 +225,11 @@ def test_another_programs_file_and_no_file_are_told_apart(tmp_path: Path) -> Non
     graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [value], [value])
     onnx.save(onnx.helper.make_model(graph), tmp_path / "foreign.onnx")
     with pytest.raises(KdxError, match="was not written by this version of kdx"):
-        onnx_file.describe(tmp_path / "foreign.onnx")
+        describe(tmp_path / "foreign.onnx")
     with pytest.raises(KdxError, match="There is no file"):
-        onnx_file.describe(tmp_path / "absent.onnx")
+        describe(tmp_path / "absent.onnx")
     with pytest.raises(KdxError, match="not a readable ONNX file"):
-        onnx_file.describe(tmp_path)
+        describe(tmp_path)
 
 
 # ---- what is never left behind ----
@@ -256,7 +256,7 @@ def test_a_failed_export_says_why_and_leaves_nothing(
             image_size=(8, 8),
             tolerance=tolerance,
         )
-    assert said in caught.value.problem and "eager" in caught.value.mend and "\n" not in caught.value.problem
+    assert said in caught.value.problem and "eager" in caught.value.hint and "\n" not in caught.value.problem
     assert left_in(tmp_path) == []
     assert capfd.readouterr() == ("", "")
 
@@ -359,7 +359,7 @@ def test_a_gradients_file_is_autograd(differentiated: Any, at: str | None, n: in
 @pytest.mark.parametrize("at", [None, "layer2"])
 def test_a_gradients_file_says_where_its_cotangent_goes(differentiated: Any, at: str | None) -> None:
     path, _ = differentiated(at)
-    found = onnx_file.describe(path)
+    found = describe(path)
     assert (found.kind, found.at, found.layers, found.image_size) == ("gradients", at, ("layer1", "conv1"), None)
     assert found.inputs["cotangent"] == (("batch", 5) if at is None else ("batch", 8, 8, 7))
     assert found.outputs["gradient/layer1"] == found.outputs["layer1"] == ("batch", 4, 15, 13)
@@ -407,7 +407,7 @@ def test_weights_over_the_limit_go_beside_the_file(tmp_path: Path, monkeypatch: 
     first = path.read_bytes(), beside.read_bytes()
     write()  # onnx's own writer would append
     assert (path.read_bytes(), beside.read_bytes()) == first
-    assert onnx_file.describe(path).networks["network"].weights == "w"
+    assert describe(path).networks["network"].weights == "w"
     assert_agrees(Exported(path, graph, ParityReport({}, None, ())), torch.rand(3, 3, 12, 10))
     pytest.importorskip("tensorrt_rtx")
     engine.build(path, tmp_path / "net.engine", batch=(1, 2, 3), arch="sm_86")
@@ -438,7 +438,7 @@ def test_a_full_disk_leaves_nothing_half_written(outside: bool, tmp_path: Path, 
     path.write_bytes(b"earlier")
     with pytest.raises(KdxError) as caught:
         onnx_file.write(FeatureGraph(Plain(), ["conv"]), path, origin=Origin("r", ""), image_size=(8, 8))
-    assert "cannot be written: No space left on device" in caught.value.problem and "disk with room" in caught.value.mend
+    assert "cannot be written: No space left on device" in caught.value.problem and "disk with room" in caught.value.hint
     assert left_in(tmp_path) == ["m.onnx"] and path.read_bytes() == b"earlier"
 
 
@@ -473,21 +473,21 @@ def test_a_file_in_half_precision_holds_its_weights_so(halves: dict[str, Exporte
     assert large == {HALF[precision]}
     for value in (*model.graph.input, *model.graph.output):
         assert value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-    found = onnx_file.describe(path)
-    assert found.precision == precision and found.outputs == onnx_file.describe(halves["fp32"].path).outputs
-    assert not onnx_file.holds(path, halves[precision].graph, "")
+    found = describe(path)
+    assert found.precision == precision and found.outputs == describe(halves["fp32"].path).outputs
+    assert not holds(path, halves[precision].graph, "")
 
 
 def test_float16_runs_on_the_cpu_and_bfloat16_says_where_it_does_not(halves: dict[str, Exported]) -> None:
     images = torch.rand(3, 3, 20, 11, generator=torch.Generator().manual_seed(0))
-    with OrtRunner(halves["fp16"].path) as runner, OrtRunner(halves["fp32"].path) as exact:
+    with OnnxRuntimeRunner(halves["fp16"].path) as runner, OnnxRuntimeRunner(halves["fp32"].path) as exact:
         found, expected = runner.infer(images), exact.infer(images)
     assert found.features["layer2"].dtype == torch.float32
     for ours, theirs in ((found.logits, expected.logits), (found.features["layer2"], expected.features["layer2"])):
         assert 0 < float((ours - theirs).abs().max()) <= 1e-2 * float(theirs.abs().max())
     with pytest.raises(KdxError) as caught:
-        OrtRunner(halves["bf16"].path).infer(images)
-    assert "ONNX Runtime cannot" in caught.value.problem and caught.value.mend
+        OnnxRuntimeRunner(halves["bf16"].path).infer(images)
+    assert "ONNX Runtime cannot" in caught.value.problem and caught.value.hint
 
 
 @pytest.mark.parametrize("precision", HALF)

@@ -13,17 +13,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdx import Explainer, KdxError, openvino
-from kdx.explain import Options, _said_of
-from kdx.explainer import Explanation, explainer_graph
+from kdx import Explainer, KdxError
+from kdx.explain.explainer import Explanation
+from kdx.explain.graph import explainer_graph
 from kdx.export import onnx_file, parity
+from kdx.export.description import Origin, describe
 from kdx.export.graphs import FeatureGraph, GradientGraph, Graph, Preprocessing
-from kdx.export.onnx_file import Origin
-from kdx.models import Network
-from kdx.networks import resnet
-from kdx.openvino import OpenVinoRunner
-from kdx.runtime import Choice, EagerRunner, OrtRunner, open_file
-from kdx.transfer import MAPS
+from kdx.models.network import Network
+from kdx.models.resnet import resnet
+from kdx.roles import MAPS
+from kdx.runs.run import RunOptions, _stated
+from kdx.runtimes import openvino
+from kdx.runtimes.choice import Choice, open_file
+from kdx.runtimes.eager import EagerRunner
+from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
+from kdx.runtimes.openvino import OpenVinoRunner
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
@@ -122,7 +126,7 @@ def test_a_file_gives_what_pytorch_gives(kind: str, n: int, files: dict[str, Pat
 
 def test_an_explainer_file_gives_what_onnx_runtime_gives(files: dict[str, Path]) -> None:
     feeds = fed("explainer", 16)
-    with OrtRunner(files["explainer"]) as ort, OpenVinoRunner(files["explainer"]) as runner:
+    with OnnxRuntimeRunner(files["explainer"]) as ort, OpenVinoRunner(files["explainer"]) as runner:
         expected, found = ort.run(feeds), runner.run(feeds)
     assert list(found) == list(expected) and len(found) == 10
     for name, values in expected.items():
@@ -163,7 +167,7 @@ def test_a_graph_that_is_not_as_the_file_tells_is_an_error(files: dict[str, Path
         onnx.save(model, tmp_path / "a.onnx")
         return tmp_path / "a.onnx"
 
-    outputs = {name: list(shape) for name, shape in onnx_file.describe(files["features"]).outputs.items()}
+    outputs = {name: list(shape) for name, shape in describe(files["features"]).outputs.items()}
     assert OpenVinoRunner(told(outputs=outputs)).infer(images(2)).logits.shape == (2, 5)
     for wrong in ({**outputs, "layer9": ["batch", 5]}, {**outputs, "logits": ["batch", 6]}, {**outputs, "logits": ["batch", 5, 1]}):
         with pytest.raises(KdxError, match=r"does not hold the logits, layer1, layer2.* that it tells of"):
@@ -186,7 +190,7 @@ def test_without_the_package_a_file_cannot_be_opened(files: dict[str, Path], mon
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(KdxError, match="The runtime openvino needs the package openvino") as caught:
         OpenVinoRunner(files["features"])
-    assert "kdx[openvino]" in caught.value.mend
+    assert "kdx[openvino]" in caught.value.hint
 
 
 def test_bfloat16_on_a_cpu_without_it_is_an_error(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +236,7 @@ def test_the_explainer_says_the_same_in_openvino(networks: dict[str, Network], f
 
 @needs_bfloat16
 def test_bfloat16_is_used_where_it_is_asked_for_and_only_there(files: dict[str, Path]) -> None:
-    expected = OrtRunner(files["features"]).infer(images(9))
+    expected = OnnxRuntimeRunner(files["features"]).infer(images(9))
     for precision in ("float32", "bfloat16"):
         with open_file(files["features"], Choice("openvino", CPU, "", precision)) as runner:
             found = runner.infer(images(9))
@@ -257,5 +261,5 @@ def test_maps_and_scores_of_bfloat16_features_agree(networks: dict[str, Network]
 
 
 def test_a_runs_configuration_tells_of_bfloat16_and_not_of_float32() -> None:
-    assert "precision" not in _said_of(Options())
-    assert _said_of(Options(precision="bfloat16")) == {**_said_of(Options()), "precision": "bfloat16"}
+    assert "precision" not in _stated(RunOptions())
+    assert _stated(RunOptions(precision="bfloat16")) == {**_stated(RunOptions()), "precision": "bfloat16"}

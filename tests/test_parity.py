@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
+from kdx.choices import FilePrecision
 from kdx.errors import KdxError
-from kdx.explainer import explainer_graph
+from kdx.explain.graph import explainer_graph
 from kdx.export import onnx_file, parity
+from kdx.export.description import Origin
 from kdx.export.graphs import FeatureGraph, GradientGraph, Graph, Preprocessing
-from kdx.export.onnx_file import Origin
 from kdx.export.parity import Difference, ParityReport
-from kdx.models import Network
-from kdx.networks import resnet
+from kdx.models.network import Network
+from kdx.models.resnet import resnet
 
 SIZE = (9, 7)
 GOOD = Difference(1e-7, 1e-8, 1e-7, 1.0, 1.0)
@@ -92,7 +93,7 @@ def test_without_onnx_runtime_the_error_names_the_extra(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(KdxError) as caught:
         parity.compare(tmp_path / "m.onnx", features(), SIZE)
-    assert "onnxruntime" in caught.value.problem and "kdx[cpu]" in caught.value.mend
+    assert "onnxruntime" in caught.value.problem and "kdx[cpu]" in caught.value.hint
 
 
 # ---- a report ----
@@ -357,7 +358,7 @@ def test_a_file_whose_gradient_is_a_hundredth_off_fails(file: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_file_in_half_precision_is_told_from_another_networks(precision: onnx_file.Precision, tmp_path: Path) -> None:
+def test_a_file_in_half_precision_is_told_from_another_networks(precision: FilePrecision, tmp_path: Path) -> None:
     path = tmp_path / "half.onnx"
     report = onnx_file.write(features(), path, origin=Origin("a:b", ""), image_size=SIZE, precision=precision)
     assert report.tolerance is None and min(found.cosine for found in report.outputs.values()) > 0.999

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from kdx.prefetch import AHEAD, Job, ahead, cores
+from kdx.data.prefetch import AHEAD, Job, ahead, cores
 
 SECONDS = 20  # that a thread is waited for, far more than it needs
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kdx import models
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph, Preprocessing
-from kdx.networks import resnet
+from kdx.models.resnet import resnet
 
 
 def saved(network: nn.Module, path: Path, images: Tensor, dynamic: bool = True) -> Path:

@@ -22,10 +22,13 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from rich.console import Console
 
-from kdx import finished, gallery, pictures, reading, report
 from kdx.errors import KdxError
-from kdx.reading import BALANCE, LIKENESS, Entry
-from kdx.transfer import CONTRASTS, MAPS, SCORES
+from kdx.report import gallery, overlays, plots, wording
+from kdx.report import page as page_module
+from kdx.report.page import _TABLES, scores_table, script_json, write_page
+from kdx.roles import BALANCE, CONTRASTS, LIKENESS, MAPS, READING_ORDER, SCORES
+from kdx.runs.record import Entry
+from kdx.scores import uncertainty
 from tests.runs import KINDS, edit, entry, make_run
 
 HOSTILE = "<script>alert(1)</script>"
@@ -54,7 +57,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_run(tmp_path_factory.mktemp("plain") / "run")
-    report.write(folder)
+    write_page(folder)
     return folder
 
 
@@ -82,7 +85,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         images__unreadable=[{"id": HOSTILE, "reason": "bad \ud800 <b>bytes</b>"}],
         environment__processor=HOSTILE,
     )
-    report.write(folder)
+    write_page(folder)
     return folder
 
 
@@ -278,14 +281,14 @@ def test_page_policy_and_size(run: Path) -> None:
     assert not re.search(r"url\(\s*['\"]?(?!#)", page)
     assert len(page) < 600_000
     first = (run / "report.html").read_bytes()
-    report.write(run)
+    write_page(run)
     assert (run / "report.html").read_bytes() == first
     assert not list(run.glob(".*")) and not list((run / "overlays").glob(".*"))
 
 
 @pytest.mark.parametrize("text", ["</script>", "<!--", "]]>", "\u2028\u2029", "&lt;", "é\ud800"])
 def test_script_json_is_safe_and_exact(text: str) -> None:
-    written = report.script_json({text: [text]})
+    written = script_json({text: [text]})
     assert json.loads(written) == {text: [text]}
     assert not set("<>&") & set(written)
     assert written.isascii()
@@ -293,7 +296,7 @@ def test_script_json_is_safe_and_exact(text: str) -> None:
 
 def test_colours_have_contrast() -> None:
     """Text at 4.5 to 1 on every ground it stands on, in both themes (WCAG AA)."""
-    style = (Path(report.__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")
+    style = (Path(page_module.__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")
     themes = [
         dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6});", block)) for block in re.findall(r"color-scheme: \w+;(.*?)}", style, re.DOTALL)
     ]
@@ -325,7 +328,7 @@ def test_without_pictures_and_with_unreadable_images(tmp_path: Path, opened: Cal
     folder = make_run(tmp_path / "run", gallery=0, layers={"layer1": "layer1"}, images=8)
     edit(folder / "manifest.json", images__unreadable=[{"id": "broken.png", "reason": "truncated"}], method=None)
     shutil.rmtree(folder / "overlays")
-    report.write(folder)
+    write_page(folder)
     page = opened(folder)
     assert "kept no pictures" in page.locator("#gallery .empty").inner_text()
     page.get_by_text("1 image could not be read and is in none of the numbers").click()
@@ -336,7 +339,7 @@ def test_without_pictures_and_with_unreadable_images(tmp_path: Path, opened: Cal
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without a teacher."""
     folder = make_run(tmp_path_factory.mktemp("pair") / "run", teacher=False)
-    report.write(folder)
+    write_page(folder)
     return folder
 
 
@@ -354,7 +357,7 @@ def test_without_a_teacher_nothing_speaks_of_one(pair: Path, opened: Callable[..
     assert page.locator(".card").first.locator(".verdicts tr th").all_inner_texts() == ["base", "student"]
     assert {path.stem.split("_")[-1] for path in (pair / "overlays").glob("*_*.png")} == {"distilled", "residual"}
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(report.table(pair))
+    console.print(scores_table(pair))
     table = console.export_text()
     assert "RS(S|B) − RS(B|S)" in table and "T" not in table
 
@@ -362,7 +365,7 @@ def test_without_a_teacher_nothing_speaks_of_one(pair: Path, opened: Callable[..
 def test_random_weights_are_said(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", images=8, gallery=0)
     edit(folder / "manifest.json", random_weights=["base"])
-    page = report.write(folder).read_text()
+    page = write_page(folder).read_text()
     assert page.count("Its weights are random") == 1
     assert "trained without the teacher. Its weights are random, wholly or in part." in page
 
@@ -370,14 +373,14 @@ def test_random_weights_are_said(tmp_path: Path) -> None:
 def test_salient_features_are_said_wherever_scores_are_read(tmp_path: Path, opened: Callable[..., Page]) -> None:
     folder = make_run(tmp_path / "run")
     edit(folder / "manifest.json", configuration__features={"kind": "salient", "keep": 0.5, "noise": 0.0})
-    report.write(folder)
+    write_page(folder)
     page = opened(folder, width=400)
     said = "the top 50% of pixels by HiResCAM kept, the rest imputed"
     assert page.locator(".basis").inner_text().endswith(f"The scores are of salient features: {said}.")
     assert said in page.locator(".definitions").inner_text() and said in page.locator(".cautions li").first.inner_text()
     assert page.locator(".legend .note").inner_text().endswith("The maps are of whole images; the scores are of salient features.")
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
-    assert str(report.table(folder).title) == "Scores of salient features with 95% intervals"
+    assert str(scores_table(folder).title) == "Scores of salient features with 95% intervals"
 
 
 @pytest.mark.parametrize(
@@ -388,7 +391,7 @@ def test_salient_features_are_said_wherever_scores_are_read(tmp_path: Path, open
     ],
 )
 def test_what_a_salient_image_is_in_words(keep: float, noise: float, said: str) -> None:
-    assert reading.kept_pixels(keep, noise) == said
+    assert wording.kept_pixels(keep, noise) == said
 
 
 # ---------------------------------------------------------------- the pictures
@@ -425,15 +428,15 @@ def test_composites_follow_the_formula(hostile: Path) -> None:
     large = np.repeat(np.repeat(image, 3, axis=0), 3, axis=1)  # 48 pixels to 144
     value = _slow_resize(_slow_scale(np.asarray(array[3])[::2, ::2]), *large.shape[:2])
     expected = np.empty_like(large)
-    table = pictures.colours()
+    table = overlays.colours()
     for i, j in itertools.product(*map(range, value.shape)):
-        a = float(pictures.OPACITY * value[i, j])
+        a = float(overlays.OPACITY * value[i, j])
         for c in range(3):
             expected[i, j, c] = round((1 - a) * float(large[i, j, c]) + a * float(table[round(255 * value[i, j]), c]))
-    drawn = pictures.composite(large, pictures.scaled(np.asarray(array[3])[::2, ::2]))
+    drawn = overlays.composite(large, overlays.scaled_for_display(np.asarray(array[3])[::2, ::2]))
     assert np.abs(drawn.astype(int) - expected.astype(int)).max() <= 1
     whole = np.asarray(Image.open(hostile / "overlays" / f"00003_{name}_residual.png"))
-    assert np.array_equal(whole, pictures.composite(large, pictures.scaled(np.asarray(array[3]))))
+    assert np.array_equal(whole, overlays.composite(large, overlays.scaled_for_display(np.asarray(array[3]))))
 
 
 def test_scaled_keeps_zero_and_never_divides_by_nothing() -> None:
@@ -441,10 +444,10 @@ def test_scaled_keeps_zero_and_never_divides_by_nothing() -> None:
     maps[1] = 7
     maps[2, 1, 2] = np.nan
     maps[3] = np.arange(15, dtype=np.float32).reshape(3, 5) * 1e-30
-    out = pictures.scaled(maps)
+    out = overlays.scaled_for_display(maps)
     assert not out[:3].any()
     assert out[3].min() == 0 and out[3].max() == 1
-    assert np.array_equal(pictures.composite(np.full((6, 6, 3), 9, np.uint8), out[0]), np.full((6, 6, 3), 9, np.uint8))
+    assert np.array_equal(overlays.composite(np.full((6, 6, 3), 9, np.uint8), out[0]), np.full((6, 6, 3), 9, np.uint8))
 
 
 def test_large_maps_and_images_are_made_small() -> None:
@@ -459,8 +462,8 @@ def test_large_maps_and_images_are_made_small() -> None:
 
 def test_plot_takes_colours_from_the_page_and_text_as_text() -> None:
     points = {"a<b>$x$ &": {"FSS(S,T)": (0.5, (0.4, 0.6)), "FSS(B,T)": (math.nan, (math.nan, math.nan))}}
-    svg = pictures.plot(points, pictures.SIMILARITY, "one")
-    assert svg == pictures.plot(points, pictures.SIMILARITY, "one")
+    svg = plots.plot(points, plots.SIMILARITY, "one")
+    assert svg == plots.plot(points, plots.SIMILARITY, "one")
     assert "a&lt;b&gt;$x$ &amp;" in svg
     assert "var(--student)" in svg and "currentColor" in svg and "#0102" not in svg
     assert "NaN" not in svg and "nan" not in svg
@@ -475,16 +478,16 @@ def _points(*values: float, half: float = 0.01) -> dict[str, dict[str, tuple[flo
 )
 def test_an_axis_holds_its_intervals_and_zero_unless_they_would_be_lost_on_it(values: tuple[float, float], zero: bool) -> None:
     points = _points(*values)
-    low, high = pictures.limits(points, pictures.SIMILARITY, from_zero=False)
+    low, high = plots.limits(points, plots.SIMILARITY, from_zero=False)
     assert low < min(values) - 0.01 and high > max(values) + 0.01
     assert (low <= 0 <= high) == zero
     assert zero or max(values) - min(values) + 0.02 > 0.45 * (high - low) or high - low < 0.06
-    from_zero = pictures.limits(points, pictures.SIMILARITY)
+    from_zero = plots.limits(points, plots.SIMILARITY)
     assert from_zero[0] <= 0 <= from_zero[1] and (not zero or from_zero == (low, high))
 
 
 def test_an_axis_of_nothing_is_an_axis() -> None:
-    assert pictures.limits(_points(math.nan, math.nan), pictures.SIMILARITY, from_zero=False) == pytest.approx((-0.008, 0.208))
+    assert plots.limits(_points(math.nan, math.nan), plots.SIMILARITY, from_zero=False) == pytest.approx((-0.008, 0.208))
 
 
 # ---------------------------------------------------------------- the words
@@ -503,11 +506,11 @@ def _without_teacher(numbers: Any) -> Any:
     }
 
 
-ACCURACY = {role: Entry.of(entry(0.9, 0.02, None, n=450)) for role in finished.ROLES}
+ACCURACY = {role: Entry.of(entry(0.9, 0.02, None, n=450)) for role in READING_ORDER}
 
 
-def _said(numbers: Any, topic: str = "Likeness") -> reading.Statement:
-    (layer,) = reading.read(numbers, ACCURACY, (12, 5), 0.95).layers
+def _said(numbers: Any, topic: str = "Likeness") -> wording.Statement:
+    (layer,) = wording.read(numbers, ACCURACY, (12, 5), 0.95).layers
     return next(statement for statement in layer.statements if statement.topic == topic)
 
 
@@ -554,10 +557,10 @@ def test_what_cannot_be_computed_is_said() -> None:
 
 
 def test_accuracy_is_compared_image_by_image() -> None:
-    def said(gained: int, lost: int) -> reading.Statement:
-        return reading.read(_numbers((0.1, 0.01)), ACCURACY, (gained, lost), 0.95).accuracy[0]
+    def said(gained: int, lost: int) -> wording.Statement:
+        return wording.read(_numbers((0.1, 0.01)), ACCURACY, (gained, lost), 0.95).accuracy[0]
 
-    assert reading.sign_test(12, 5) == pytest.approx(0.143463, abs=1e-6)  # scipy.stats.binomtest(5, 17).pvalue
+    assert uncertainty.sign_test(12, 5) == pytest.approx(0.143463, abs=1e-6)  # scipy.stats.binomtest(5, 17).pvalue
     assert "not settled by these images" in said(12, 5).verdict
     assert "the student is more accurate than the base" in said(20, 3).verdict
     assert "the base is more accurate than the student" in said(3, 20).verdict
@@ -567,7 +570,7 @@ def test_accuracy_is_compared_image_by_image() -> None:
 def test_headline_counts_layers() -> None:
     def headline(*differences: tuple[float, float]) -> str:
         layers = {f"layer{i}": _numbers(d)["layer3"] for i, d in enumerate(differences)}
-        return reading.read(layers, ACCURACY, (1, 0), 0.95).headline
+        return wording.read(layers, ACCURACY, (1, 0), 0.95).headline
 
     up, down, open_ = (0.1, 0.05), (-0.1, 0.05), (0.0, 0.05)
     assert headline(up) == "At layer0 the student’s features are closer to the teacher’s than the base’s are."
@@ -581,9 +584,9 @@ def test_headline_counts_layers() -> None:
 def test_without_a_teacher_student_and_base_are_compared() -> None:
     accuracy = {role: ACCURACY[role] for role in ("base", "student")}
 
-    def read(*differences: tuple[float, float]) -> reading.Reading:
+    def read(*differences: tuple[float, float]) -> wording.Reading:
         layers = {f"layer{i}": _numbers(d)["layer3"] for i, d in enumerate(differences)}
-        return reading.read(_without_teacher(layers), accuracy, (1, 0), 0.95)
+        return wording.read(_without_teacher(layers), accuracy, (1, 0), 0.95)
 
     up, down, open_ = (0.1, 0.05), (-0.1, 0.05), (0.0, 0.05)
     more = "the student says more about the labels beyond the base than the base does beyond the student"
@@ -599,18 +602,18 @@ def test_without_a_teacher_student_and_base_are_compared() -> None:
 
 def test_the_tables_that_words_and_pictures_name_are_the_ones_computed() -> None:
     assert [" - ".join(pair) for pair in CONTRASTS] == [LIKENESS, BALANCE]
-    assert [kind.name for kind in pictures.KINDS] == list(MAPS)
-    for kind in pictures.KINDS:
+    assert [kind.name for kind in MAPS.values()] == list(MAPS)
+    for kind in MAPS.values():
         assert kind.score == f"RS({kind.symbol.replace(' ', '')})" and kind.score in SCORES
-        assert kind.symbol == " | ".join(role[0].upper() for role in MAPS[kind.name])
-    told = [name for _, _, names in report._TABLES for name in names]
+        assert kind.symbol == " | ".join(role[0].upper() for role in (kind.explained, kind.given))
+    told = [name for _, _, names in _TABLES for name in names]
     assert sorted(told) == sorted([*SCORES, LIKENESS, BALANCE])
 
 
 def test_cautions() -> None:
     def cautions(batches: int) -> str:
         scores = {name: Entry.of(entry(0.5, 0.1, batches=batches)) for name in SCORES}
-        return " ".join(reading.read(_numbers((0.1, 0.01), **scores), ACCURACY, (1, 0), 0.95).cautions)
+        return " ".join(wording.read(_numbers((0.1, 0.01), **scores), ACCURACY, (1, 0), 0.95).cautions)
 
     assert "rest on 7 batches" in cautions(7)
     assert "batches" not in cautions(200)
@@ -628,7 +631,7 @@ def test_cautions() -> None:
     ],
 )
 def test_numbers_never_round_a_bound_to_zero(value: float, interval: tuple[float, float], expected: tuple[str, str]) -> None:
-    assert reading.span(Entry(value, interval)) == expected
+    assert wording.span(Entry(value, interval)) == expected
 
 
 # ---------------------------------------------------------------- the terminal, and what goes wrong
@@ -636,7 +639,7 @@ def test_numbers_never_round_a_bound_to_zero(value: float, interval: tuple[float
 
 def test_table_holds_every_score(run: Path) -> None:
     console = Console(width=120, record=True, quiet=False, file=(run / "table.txt").open("w"))
-    console.print(report.table(run))
+    console.print(scores_table(run))
     text = console.export_text()
     console.file.close()
     for name in SCORES:
@@ -680,9 +683,9 @@ def _without(name: str) -> Callable[[Path], None]:
 def test_a_run_that_cannot_be_read_says_so_and_how_to_mend_it(tmp_path: Path, spoil: Callable[[Path], Any], said: str) -> None:
     folder = make_run(tmp_path / "run", images=8, gallery=4)
     spoil(folder)
-    for function in (report.write,) if "distilled" in said or ".png" in said else (report.write, report.table):
+    for function in (write_page,) if "distilled" in said or ".png" in said else (write_page, scores_table):
         with pytest.raises(KdxError) as caught:
             function(folder)
         assert said in caught.value.problem
-        assert caught.value.mend.endswith((".", "kdx"))
+        assert caught.value.hint.endswith((".", "kdx"))
     assert not (folder / "report.html").exists()

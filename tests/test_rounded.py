@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from kdx.export import rounded
+from kdx.export import half_precision
 
 KINDS: dict[str, tuple[int, Any, float]] = {
     "float16": (TensorProto.FLOAT16, np.float16, 2**-10),
@@ -55,7 +55,7 @@ def test_every_operators_result_is_rounded(name: str, tmp_path: Path) -> None:
         helper.make_node("Cast", ["power"], ["y"], to=TensorProto.FLOAT),
     ]
     kinds = dict.fromkeys(("half", "product", "sum", "third", "share", "power"), kind)
-    model = rounded.simulated(saved(tmp_path / "half.onnx", nodes, kinds, weights))
+    model = half_precision.simulated(saved(tmp_path / "half.onnx", nodes, kinds, weights))
     assert model is not None
 
     x = rng.normal(size=(4, 3)).astype(np.float32)
@@ -81,7 +81,9 @@ def test_what_the_file_keeps_in_float32_is_not_rounded(tmp_path: Path) -> None:
         helper.make_node("Exp", ["product"], ["y"]),
     ]
     weights = {"w": np.linspace(-1, 1, 15).reshape(3, 5).astype(np.float16)}
-    model = rounded.simulated(saved(tmp_path / "mixed.onnx", nodes, {"wide": TensorProto.FLOAT, "product": TensorProto.FLOAT}, weights))
+    model = half_precision.simulated(
+        saved(tmp_path / "mixed.onnx", nodes, {"wide": TensorProto.FLOAT, "product": TensorProto.FLOAT}, weights)
+    )
     assert model is not None
     x = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)
     assert np.allclose(run(model, x), np.exp(x @ weights["w"].astype(np.float32)), rtol=1e-6)
@@ -94,7 +96,7 @@ def test_the_simulation_holds_no_half_precision_but_between_its_two_casts(tmp_pa
         helper.make_node("MatMul", ["half", "w"], ["product"]),
         helper.make_node("Cast", ["product"], ["y"], to=TensorProto.FLOAT),
     ]
-    model = rounded.simulated(saved(tmp_path / "b.onnx", nodes, dict.fromkeys(("half", "product"), TensorProto.BFLOAT16), weights))
+    model = half_precision.simulated(saved(tmp_path / "b.onnx", nodes, dict.fromkeys(("half", "product"), TensorProto.BFLOAT16), weights))
     assert model is not None
     graph = onnx.load_from_string(model).graph
     assert [tensor.data_type for tensor in graph.initializer] == [TensorProto.FLOAT]
@@ -104,4 +106,4 @@ def test_the_simulation_holds_no_half_precision_but_between_its_two_casts(tmp_pa
 
 def test_a_file_in_float32_needs_none(tmp_path: Path) -> None:
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
-    assert rounded.simulated(saved(tmp_path / "float.onnx", nodes, {}, {"w": np.ones((3, 5), np.float32)})) is None
+    assert half_precision.simulated(saved(tmp_path / "float.onnx", nodes, {}, {"w": np.ones((3, 5), np.float32)})) is None

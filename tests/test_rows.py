@@ -10,7 +10,7 @@ import torch
 import zarr
 
 import kdx
-from kdx.rows import Source, rows_of
+from kdx.features.rows import Source, rows_of
 from tests import oracle
 
 

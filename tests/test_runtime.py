@@ -22,15 +22,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdx import runtime
+from kdx.choices import RUNTIMES, RuntimeName
 from kdx.errors import KdxError
 from kdx.export import engine, onnx_file
+from kdx.export.description import Origin
 from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
-from kdx.export.onnx_file import Origin
-from kdx.models import weights_hash
-from kdx.openvino import OpenVinoRunner
-from kdx.runner import Runner
-from kdx.runtime import Choice, EagerRunner, OrtRunner, RuntimeName, TrtRunner, choose, open_file
+from kdx.models.network import weights_hash
+from kdx.runtimes.choice import Choice, choose, open_file
+from kdx.runtimes.eager import EagerRunner
+from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner, _session, _strays
+from kdx.runtimes.openvino import OpenVinoRunner
+from kdx.runtimes.runner import Runner
+from kdx.runtimes.tensorrt import TensorRtRunner
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
@@ -77,7 +80,7 @@ def images(n: int, size: tuple[int, int] = (11, 9)) -> Tensor:
 
 
 def runners(network: nn.Module, path: Path) -> tuple[Runner, ...]:
-    return EagerRunner(graph(network), CPU), OrtRunner(path), OpenVinoRunner(path)
+    return EagerRunner(graph(network), CPU), OnnxRuntimeRunner(path), OpenVinoRunner(path)
 
 
 @pytest.mark.parametrize("n", [1, 4, 7])
@@ -124,7 +127,7 @@ def test_images_of_any_number_type_and_layout_run_in_all(network: nn.Module, pat
 
 
 def test_a_pass_leaves_the_results_of_earlier_ones_and_its_inputs_alone(network: nn.Module, path: Path) -> None:
-    first, second, third = OrtRunner(path), OrtRunner(path), OpenVinoRunner(path)
+    first, second, third = OnnxRuntimeRunner(path), OnnxRuntimeRunner(path), OpenVinoRunner(path)
     pixels = images(4)
     found = [runner.infer(pixels) for runner in (first, second, third, EagerRunner(graph(network), CPU))]
     kept = [passed.features["norm"].clone() for passed in found]
@@ -162,7 +165,7 @@ def test_names_that_are_not_the_graphs_are_a_mistake(feeds: dict[str, Tensor], n
     ],
 )
 def test_a_shape_that_the_file_does_not_take_is_an_error(shape: tuple[int, ...], said: str, path: Path) -> None:
-    for runner in (OrtRunner(path), OpenVinoRunner(path)):
+    for runner in (OnnxRuntimeRunner(path), OpenVinoRunner(path)):
         with pytest.raises(KdxError, match=said):
             runner.run({"images": torch.zeros(shape)})
 
@@ -170,7 +173,7 @@ def test_a_shape_that_the_file_does_not_take_is_an_error(shape: tuple[int, ...],
 def test_a_file_for_any_size_takes_any(network: nn.Module, tmp_path: Path) -> None:
     resizing = FeatureGraph(network, ["norm"], Preprocessing((11, 9), (0.5,), (0.2,)))
     onnx_file.write(resizing, tmp_path / "a.onnx", origin=Origin("Small", "abc"), image_size=(13, 8))
-    for runner in (OrtRunner(tmp_path / "a.onnx"), OpenVinoRunner(tmp_path / "a.onnx")):
+    for runner in (OnnxRuntimeRunner(tmp_path / "a.onnx"), OpenVinoRunner(tmp_path / "a.onnx")):
         for size in ((11, 9), (24, 31), (5, 4)):
             found, expected = runner.infer(images(3, size)), EagerRunner(resizing, CPU).infer(images(3, size))
             torch.testing.assert_close(found.features["norm"], expected.features["norm"])
@@ -204,10 +207,10 @@ def two_inputs(path: Path, tmp_path: Path) -> Path:
 
 def test_every_input_is_bound_by_its_name(two_inputs: Path, path: Path) -> None:
     cotangent = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).double().T  # not contiguous, and wide
-    with OrtRunner(two_inputs) as runner:
+    with OnnxRuntimeRunner(two_inputs) as runner:
         assert (runner.kind, runner.layers) == ("gradients", ("conv2", "norm"))
         found = runner.run({"cotangent": cotangent, "images": images(6)})
-        torch.testing.assert_close(found["gradient/conv2"], OrtRunner(path).infer(images(6)).logits * cotangent.float())
+        torch.testing.assert_close(found["gradient/conv2"], OnnxRuntimeRunner(path).infer(images(6)).logits * cotangent.float())
         with pytest.raises(ValueError, match="a graph of gradients has no features alone"):
             runner.infer(images(6))
         with pytest.raises(ValueError, match="takes images, cotangent"):
@@ -236,13 +239,13 @@ def test_outputs_that_cannot_be_sized_or_typed_are_an_error(path: Path, tmp_path
     model.graph.output[1].type.tensor_type.shape.dim[0].dim_param = "unknown"
     onnx.save(model, tmp_path / "sized.onnx")
     with pytest.raises(KdxError, match=r"conv2 of .*sized\.onnx has a dimension 'unknown' that no input has"):
-        OrtRunner(tmp_path / "sized.onnx")
+        OnnxRuntimeRunner(tmp_path / "sized.onnx")
     model = onnx.load(path)
     model.graph.node.append(onnx.helper.make_node("Cast", ["logits"], ["wide"], to=onnx.TensorProto.DOUBLE))
     model.graph.output.append(onnx.helper.make_tensor_value_info("wide", onnx.TensorProto.DOUBLE, ["batch", 5]))
     onnx.save(model, tmp_path / "typed.onnx")
     with pytest.raises(KdxError, match=r"wide of .*typed\.onnx is a tensor\(double\), not float32"):
-        OrtRunner(tmp_path / "typed.onnx")
+        OnnxRuntimeRunner(tmp_path / "typed.onnx")
 
 
 def test_a_network_in_float64_runs_in_eager_on_float32_images() -> None:
@@ -275,7 +278,7 @@ def test_a_closed_runner_raises(network: nn.Module, path: Path) -> None:
 def test_a_runner_of_a_file_that_is_none_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("no network")
     for name in ("text.onnx", "absent.onnx"):
-        for kind in (OrtRunner, OpenVinoRunner):
+        for kind in (OnnxRuntimeRunner, OpenVinoRunner):
             with pytest.raises(KdxError, match=name):
                 kind(tmp_path / name)
 
@@ -327,34 +330,34 @@ STREAM: Any = SimpleNamespace(device=torch.device("cuda", 1), handle=4711)
 @pytest.mark.parametrize("tf32", [False, True])
 def test_a_providers_session_runs_on_the_gpu_and_stream_of_the_runner(tf32: bool) -> None:
     fake = FakeOnnxRuntime()
-    runtime._session(fake, Path("a.onnx"), "cuda", STREAM, tf32)
+    _session(fake, Path("a.onnx"), "cuda", STREAM, tf32)
     (name, settings), *rest = fake.providers
     assert name == "CUDAExecutionProvider" and not rest  # no CPU provider to fall back to
     assert settings == {"device_id": "1", "user_compute_stream": "4711", "use_tf32": str(int(tf32))}
     fake = FakeOnnxRuntime("TensorrtExecutionProvider")
-    runtime._session(fake, Path("a.onnx"), "tensorrt", STREAM, False)
+    _session(fake, Path("a.onnx"), "tensorrt", STREAM, False)
     assert fake.providers == [("TensorrtExecutionProvider", {"device_id": "1", "user_compute_stream": "4711"})]
 
 
 @pytest.mark.parametrize(
-    ("fake", "said", "mend"),
+    ("fake", "said", "hint"),
     [
         (FakeOnnxRuntime(compiled=False), "has no provider cuda", "kdx[gpu]"),
         (FakeOnnxRuntime("CPUExecutionProvider"), "provider cuda does not start", "library"),
         (FakeOnnxRuntime(stray="NonMaxSuppression"), "does not run the NonMaxSuppression node 'n' of a.onnx", "eager"),
     ],
 )
-def test_a_provider_that_does_not_run_the_network_is_an_error(fake: FakeOnnxRuntime, said: str, mend: str) -> None:
+def test_a_provider_that_does_not_run_the_network_is_an_error(fake: FakeOnnxRuntime, said: str, hint: str) -> None:
     with pytest.raises(KdxError) as caught:
-        runtime._session(fake, Path("a.onnx"), "cuda", STREAM, False)
-    assert said in caught.value.problem and mend in caught.value.mend
+        _session(fake, Path("a.onnx"), "cuda", STREAM, False)
+    assert said in caught.value.problem and hint in caught.value.hint
 
 
 def test_an_onnx_runtime_that_cannot_say_where_it_runs_is_an_error() -> None:
     fake = FakeOnnxRuntime()
     del fake.InferenceSession.get_provider_graph_assignment_info
     with pytest.raises(KdxError, match="does not say what runs on the GPU"):
-        runtime._session(fake, Path("a.onnx"), "cuda", STREAM, False)
+        _session(fake, Path("a.onnx"), "cuda", STREAM, False)
 
 
 def test_the_installed_onnx_runtime_says_where_each_node_runs(path: Path) -> None:
@@ -363,8 +366,8 @@ def test_the_installed_onnx_runtime_says_where_each_node_runs(path: Path) -> Non
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     parts = session.get_provider_graph_assignment_info()
-    assert runtime._strays(parts, "CPUExecutionProvider") == []
-    strays = runtime._strays(parts, "CUDAExecutionProvider")
+    assert _strays(parts, "CPUExecutionProvider") == []
+    strays = _strays(parts, "CUDAExecutionProvider")
     assert any("Conv node" in stray for stray in strays) and not any("Add node" in stray for stray in strays)
 
 
@@ -372,11 +375,11 @@ def test_the_installed_onnx_runtime_says_where_each_node_runs(path: Path) -> Non
 def test_a_gpus_provider_without_a_gpu_is_an_error(provider: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(KdxError, match=f"provider {provider} runs on an NVIDIA GPU, and PyTorch sees none"):
-        OrtRunner(path, provider)
+        OnnxRuntimeRunner(path, provider)
     with pytest.raises(KdxError, match="not on cpu"):
-        OrtRunner(path, provider, CPU)
+        OnnxRuntimeRunner(path, provider, CPU)
     with pytest.raises(ValueError, match="cpu does not run on cuda"):
-        OrtRunner(path, "cpu", torch.device("cuda"))
+        OnnxRuntimeRunner(path, "cpu", torch.device("cuda"))
 
 
 # ---- engines ----
@@ -392,9 +395,9 @@ def built(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_engine_without_a_driver_is_an_error_and_no_crash(built: Path) -> None:
     """In a process of its own, which TensorRT's runtime would end."""
     code = (
-        "import sys, torch; from pathlib import Path; from kdx.runtime import TrtRunner; from kdx.errors import KdxError\n"
+        "import sys, torch; from pathlib import Path; from kdx.runtimes.tensorrt import TensorRtRunner; from kdx.errors import KdxError\n"
         "torch.cuda.is_available = lambda: False\n"
-        "try: TrtRunner(Path(sys.argv[1]))\n"
+        "try: TensorRtRunner(Path(sys.argv[1]))\n"
         "except KdxError as error: print(error.problem)\n"
         "print('tensorrt_rtx' in sys.modules)"
     )
@@ -405,19 +408,21 @@ def test_an_engine_without_a_driver_is_an_error_and_no_crash(built: Path) -> Non
 
 def test_an_engine_that_is_none_or_alone_is_an_error(built: Path, tmp_path: Path) -> None:
     with pytest.raises(KdxError, match="There is no file"):
-        TrtRunner(tmp_path / "absent.engine")
+        TensorRtRunner(tmp_path / "absent.engine")
     (tmp_path / "alone.engine").write_bytes(built.read_bytes())
     with pytest.raises(KdxError, match=r"there is no alone\.engine\.json"):
-        TrtRunner(tmp_path / "alone.engine")
+        TensorRtRunner(tmp_path / "alone.engine")
     with pytest.raises(KdxError, match="TensorRT runs on an NVIDIA GPU, not on cpu"):
-        TrtRunner(built, CPU)
+        TensorRtRunner(built, CPU)
 
 
 def test_a_file_is_opened_by_its_suffix(path: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     here, gpu = Choice("onnx", CPU, ""), Choice("onnx", torch.device("cuda"), "")
     with open_file(path, here) as runner:
-        assert isinstance(runner, OrtRunner) and runner.device == CPU and runner.description.networks["network"].reference == "Small"
+        assert (
+            isinstance(runner, OnnxRuntimeRunner) and runner.device == CPU and runner.description.networks["network"].reference == "Small"
+        )
     for name, said in ((path, "provider cuda"), (built, "TensorRT")):
         with pytest.raises(KdxError, match=f"{said} runs on an NVIDIA GPU, and PyTorch sees none"):
             open_file(name, gpu)
@@ -476,8 +481,8 @@ class FakeStream:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with an sm_86, whose memory is the CPU's."""
-    monkeypatch.setattr(runtime, "_gpu", lambda device, who: CPU)
-    monkeypatch.setattr(runtime, "_Stream", FakeStream)
+    monkeypatch.setattr("kdx.runtimes.tensorrt.gpu_device", lambda device, who: CPU)
+    monkeypatch.setattr("kdx.runtimes.tensorrt.CudaStream", FakeStream)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
@@ -490,7 +495,7 @@ def test_an_engine_reads_and_writes_pytorchs_memory(n: int, network: nn.Module, 
     gpu.setattr(engine, "load_package", lambda name: fake)
     gpu.setattr(engine, "messages", lambda name: SimpleNamespace(errors=[]))
     expected = EagerRunner(graph(network), CPU).infer(images(n))
-    with TrtRunner(built) as runner:
+    with TensorRtRunner(built) as runner:
         assert (runner.runtime, runner.kind, runner.layers) == ("tensorrt", "features", ("conv2", "norm"))
         assert runner.description.networks["network"].reference == "Small" and runner.engine.arch == "sm_86"
         for pixels in (images(n), images(n).double(), images(n).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
@@ -511,9 +516,9 @@ def test_a_batch_outside_the_engines_profile_is_an_error_that_names_it(
 ) -> None:
     gpu.setattr(engine, "load_package", lambda name: FakeTensorRT(network))
     gpu.setattr(engine, "messages", lambda name: SimpleNamespace(errors=[]))
-    with TrtRunner(built) as runner, pytest.raises(KdxError, match=f"takes batches of 2 to 6 images, and was given {n}") as caught:
+    with TensorRtRunner(built) as runner, pytest.raises(KdxError, match=f"takes batches of 2 to 6 images, and was given {n}") as caught:
         runner.infer(images(n))
-    assert f"batches of {n}" in caught.value.mend
+    assert f"batches of {n}" in caught.value.hint
 
 
 @pytest.mark.parametrize(("refuses", "said"), [("engine", "cannot load"), ("context", "cannot load"), ("shape", "cannot run the engine")])
@@ -524,7 +529,7 @@ def test_what_tensorrt_refuses_is_an_error_with_its_words(
     gpu.setattr(engine, "load_package", lambda name: FakeTensorRT(network, refuses))
     gpu.setattr(engine, "messages", lambda name: heard)
     with pytest.raises(KdxError, match=f"{said}.*out of memory"):
-        TrtRunner(built).infer(images(3))
+        TensorRtRunner(built).infer(images(3))
 
 
 @pytest.mark.parametrize(
@@ -543,7 +548,7 @@ def test_an_engine_for_another_gpu_or_version_is_an_error(
     gpu.setattr(engine, "load_package", lambda name: FakeTensorRT(network))
     gpu.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with pytest.raises(KdxError, match=said):
-        TrtRunner(built)
+        TensorRtRunner(built)
 
 
 # ---- with a GPU ----
@@ -578,7 +583,7 @@ def check_on_gpu(runner: Runner, network: nn.Module) -> None:
 def test_onnx_runtime_on_the_gpu_gives_the_cpus_numbers(network: nn.Module, path: Path) -> None:
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("needs onnxruntime-gpu")
-    with OrtRunner(path, "cuda") as runner:
+    with OnnxRuntimeRunner(path, "cuda") as runner:
         check_on_gpu(runner, network)
     with open_file(path, Choice("onnx", torch.device("cuda"), "")) as opened:
         assert opened.infer(images(3)).logits.is_cuda  # images on the CPU are copied
@@ -591,11 +596,11 @@ def test_an_engine_on_the_gpu_gives_the_cpus_numbers(network: nn.Module, path: P
     except KdxError as error:
         pytest.skip(error.problem)
     engine.build(path, tmp_path / "a.engine", batch=(2, 5, 6))
-    with TrtRunner(tmp_path / "a.engine") as runner:
+    with TensorRtRunner(tmp_path / "a.engine") as runner:
         check_on_gpu(runner, network)
         with pytest.raises(KdxError, match="batches of 2 to 6"):
             runner.infer(images(7))
-    with TrtRunner(tmp_path / "a.engine") as first, TrtRunner(tmp_path / "a.engine") as second:
+    with TensorRtRunner(tmp_path / "a.engine") as first, TensorRtRunner(tmp_path / "a.engine") as second:
         torch.testing.assert_close(first.infer(images(4)).logits, second.infer(images(4)).logits)
 
 
@@ -692,7 +697,7 @@ def test_a_choice_that_cannot_run_is_an_error_with_its_mend(
     with pytest.raises(KdxError) as caught:
         choose(name, device, files=files)
     assert FAILS[case] in caught.value.problem
-    assert caught.value.mend and ("kdx[cpu]" in caught.value.mend) == ("package onnxruntime" in caught.value.problem)
+    assert caught.value.hint and ("kdx[cpu]" in caught.value.hint) == ("package onnxruntime" in caught.value.problem)
 
 
 @pytest.mark.parametrize(("name", "files"), [("onnx", False), ("onnx", True), ("auto", True)])
@@ -730,16 +735,16 @@ def test_openvino_runs_on_the_cpu_where_it_is_asked_for_or_alone(onnx: bool, cud
 def test_openvino_that_is_not_installed_names_its_extra(machine: pytest.MonkeyPatch) -> None:
     with pytest.raises(KdxError, match="The runtime openvino needs the package openvino") as caught:
         choose("openvino")
-    assert "kdx[openvino]" in caught.value.mend
+    assert "kdx[openvino]" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["auto", "eager", "onnx", "tensorrt"])
 def test_bfloat16_is_openvinos_alone(name: RuntimeName, monkeypatch: pytest.MonkeyPatch) -> None:
     _machine(monkeypatch, onnx=True, cuda=name == "tensorrt", openvino=True)
-    monkeypatch.setattr("kdx.openvino.has_bfloat16", lambda: True)
+    monkeypatch.setattr("kdx.runtimes.openvino.has_bfloat16", lambda: True)
     with pytest.raises(KdxError, match=f"runtime {'onnx' if name == 'auto' else name} does not choose bfloat16") as caught:
         choose(name, precision="bfloat16")
-    assert "--runtime openvino" in caught.value.mend
+    assert "--runtime openvino" in caught.value.hint
     found = choose("openvino", precision="bfloat16")
     assert (found.precision, found.why) == ("bfloat16", "openvino on the CPU: as asked, in bfloat16")
     with pytest.raises(KdxError, match="There is no precision 'float16'"):
@@ -748,7 +753,7 @@ def test_bfloat16_is_openvinos_alone(name: RuntimeName, monkeypatch: pytest.Monk
 
 def test_a_cpu_without_bfloat16_does_not_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     _machine(monkeypatch, onnx=False, cuda=False, openvino=True)
-    monkeypatch.setattr("kdx.openvino.has_bfloat16", lambda: False)
+    monkeypatch.setattr("kdx.runtimes.openvino.has_bfloat16", lambda: False)
     for name in ("openvino", "auto"):
         assert choose(name).precision == "float32"
         with pytest.raises(KdxError, match="This CPU does not compute in bfloat16"):
@@ -767,7 +772,7 @@ def test_engines_run_in_tensorrt_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     _machine(monkeypatch, onnx=True, cuda=True, tensorrt=False)
     with pytest.raises(KdxError, match="needs the package tensorrt") as caught:
         choose("tensorrt")
-    assert "kdx[gpu]" in caught.value.mend
+    assert "kdx[gpu]" in caught.value.hint
 
 
 @pytest.mark.parametrize("device", ["cuda:x", "cuda:-1", "cuda:2", "cuda:", "cudax"])
@@ -779,11 +784,11 @@ def test_a_gpu_that_pytorch_does_not_see_is_an_error(device: str, monkeypatch: p
 
 def test_the_same_choice_compares_equal(machine: pytest.MonkeyPatch) -> None:
     assert choose("auto") == choose("auto", "auto") == Choice("onnx", CPU, choose("auto").why)
-    assert runtime.RUNTIMES == ("auto", "eager", "onnx", "openvino", "tensorrt")
+    assert RUNTIMES == ("auto", "eager", "onnx", "openvino", "tensorrt")
 
 
 def test_without_onnx_runtime_a_file_cannot_be_opened(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(KdxError) as caught:
-        OrtRunner(path)
-    assert "onnxruntime" in caught.value.problem and "kdx[cpu]" in caught.value.mend
+        OnnxRuntimeRunner(path)
+    assert "onnxruntime" in caught.value.problem and "kdx[cpu]" in caught.value.hint

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 import kdx
 from kdx import KdxError
 from kdx.export import onnx_file
+from kdx.export.description import Origin
 from kdx.export.engine import EngineDescription
 from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
-from kdx.export.onnx_file import Origin
 from kdx.kernels import reference
-from kdx.models import Network
-from kdx.networks import resnet
-from kdx.runtime import EagerRunner, OrtRunner, TrtRunner
-from kdx.saliency import ClassMaps
+from kdx.maps.class_maps import ClassMaps
+from kdx.models.network import Network
+from kdx.models.resnet import resnet
+from kdx.runtimes.eager import EagerRunner
+from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
+from kdx.runtimes.tensorrt import TensorRtRunner
 from tests import oracle
 from tests.hooked import CLASSES, SIZE, Blocks, Net, batch, by_hand, exported, hooked, weighed
 
@@ -176,7 +178,7 @@ def test_a_file_gives_what_pytorch_gives(tmp_path: Path) -> None:
                 found = method(given, images, "conv2", asked, chunk=3)
                 agree(found, expected, oracle.TOLERANCE["float32"])
                 assert torch.equal(found.classes, expected.classes)
-        with OrtRunner(path) as runner:
+        with OnnxRuntimeRunner(path) as runner:
             expected = by_hand(network, normalized, "conv1", torch.zeros(8).long(), weighting)
             agree(method(runner, images, "conv1", 0), expected, oracle.TOLERANCE["float32"])
             method(runner, images, "conv2")  # and is still open
@@ -184,7 +186,7 @@ def test_a_file_gives_what_pytorch_gives(tmp_path: Path) -> None:
                 method(runner, images, "conv2", 5)
 
 
-class Engine(TrtRunner):
+class Engine(TensorRtRunner):
     """What is asked of an engine of at most three images, run by PyTorch."""
 
     def __init__(self, graph: GradientGraph) -> None:
@@ -192,6 +194,7 @@ class Engine(TrtRunner):
         self.inputs = {"images": ("batch", 3, *SIZE), "cotangent": ("batch", CLASSES)}
         self.outputs = {"logits": ("batch", CLASSES)}
         self.engine = cast("EngineDescription", SimpleNamespace(batch=(1, 2, 3)))
+        self.description = cast("Any", SimpleNamespace(at=graph.at))
         self.inside = EagerRunner(graph, CPU)
         self.taken: list[int] = []
 
@@ -355,7 +358,7 @@ def test_an_earlier_layers_maps_among_references(weighting: Any) -> None:
     network, images = Net().double().eval(), batch(13)
     given, known = teacher_features(), 9
     _, _, _, later = straight(network, images, "conv1", "conv3", "relevance", weighting)
-    among = kdx.Reference(later[:known], given[:known], LABELS[:known])
+    among = kdx.ReferenceSet(later[:known], given[:known], LABELS[:known])
     queries = slice(known, None)
     found = kdx.unicam_before(
         network, images[queries], "conv1", later[queries], given[queries], LABELS[queries], weighting=weighting, at="conv3", reference=among

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import kdx
 from kdx import KdxError
 from kdx.export.graphs import GradientGraph
-from kdx.runtime import EagerRunner
+from kdx.runtimes.eager import EagerRunner
 from tests import oracle
 from tests.hooked import CLASSES, SIZE, Blocks, Net, batch, by_hand, exported
 
@@ -152,7 +152,7 @@ def test_a_layer_whose_maps_are_zero_but_for_rounding_ranks_no_pixels(network: n
     images = batch(dtype=torch.float32, size=(12, 9))
     with pytest.raises(KdxError, match=f"HiResCAM at layer '{layer}' is zero everywhere") as caught:
         kdx.salient_images(network, images, layer)
-    assert "normalisation that reads that layer" in caught.value.mend
+    assert "normalisation that reads that layer" in caught.value.hint
 
 
 def test_the_normalisation_that_follows_ranks_pixels() -> None:

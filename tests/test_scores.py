@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import kdx
-from kdx import scores
+from kdx.features.rows import rows_of
 from kdx.kernels import geometry
-from kdx.rows import rows_of
+from kdx.scores import inner_products, uncertainty
+from kdx.scores.score import correlation
 from tests import oracle
 
 
@@ -109,7 +110,7 @@ def test_the_permutation_p_value_counts_what_direct_permutation_counts() -> None
     x, y, labels = oracle.features(seed=2, n=13)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     x = 0.05 * x + noise
-    table = scores.permutation_table(13, 60, 7)
+    table = uncertainty.permutation_table(13, 60, 7)
     cases: list[tuple[kdx.Score, Callable[[Tensor], kdx.Score]]] = [
         (kdx.fss(x, y, permutations=60, seed=7), lambda p: kdx.fss(x, y[p], permutations=0)),
         (kdx.rs(x, labels, permutations=60, seed=7), lambda p: kdx.rs(x, labels[p], permutations=0)),
@@ -153,8 +154,8 @@ def test_the_spread_of_turned_tiles_is_that_of_permutations() -> None:
     spread = []
     for n in (256, 257):
         named = {"x": rows_of(x[:n], "x"), "y": rows_of(y[:n], "y")}
-        found = scores.inner_products(named, ["y"], permutations=1999)
-        values = scores.correlation(scores.permuted(found.products, 1, found.moved["y"]))
+        found = inner_products.inner_products(named, ["y"], permutations=1999)
+        values = correlation(uncertainty.with_permuted(found.products, 1, found.permuted["y"]))
         spread.append([float(values.mean()), float(values.std())])
     assert abs(spread[0][0] - spread[1][0]) < 0.2 * spread[0][1]
     assert spread[1][1] == pytest.approx(spread[0][1], rel=0.1)
@@ -183,9 +184,9 @@ def test_batches_are_pooled() -> None:
         d = torch.stack([geometry.distances(x[part].flatten(1)), geometry.distances(torch.nn.functional.one_hot(labels).double()[part])])
         products.append(geometry.products(geometry.u_centered(d)))
     total = torch.stack(products).sum(0)
-    assert found.value == pytest.approx(float(scores.correlation(total)), rel=1e-9)
-    left_out = scores.correlation(total - torch.stack(products)).numpy()
-    assert found.interval == pytest.approx(scores.jackknife_interval(found.value, left_out, 0.95), rel=1e-9)
+    assert found.value == pytest.approx(float(correlation(total)), rel=1e-9)
+    left_out = correlation(total - torch.stack(products)).numpy()
+    assert found.interval == pytest.approx(uncertainty.jackknife_interval(found.value, left_out, 0.95), rel=1e-9)
     assert (found.n, found.batches) == (60, 3)
     assert kdx.rs(x, labels, batch=60) == kdx.rs(x, labels)
 

@@ -89,9 +89,9 @@ def test_figures_that_are_other_ones_are_never_timed(place: int, wrong: float) -
     with pytest.raises(SystemExit, match="off by"):
         scores._agree({"dcor": pair, "kdx": pair | {list(pair)[place]: 0.5 + wrong}})
     pixels = [np.zeros((3, 2)), np.zeros((3, 2))]
-    moved = [each + wrong * (place == index) for index, each in enumerate(pixels)]
+    permuted = [each + wrong * (place == index) for index, each in enumerate(pixels)]
     with pytest.raises(SystemExit, match="a pixel of kdx by"):
-        imputation._alike({"spsolve": pixels, "another": pixels, "kdx": moved})
+        imputation._alike({"spsolve": pixels, "another": pixels, "kdx": permuted})
 
 
 def test_what_cannot_run_says_why() -> None:

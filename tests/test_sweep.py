@@ -13,9 +13,9 @@ import zarr
 from torch import Tensor
 
 import kdx
-from kdx.kernels import geometry, sweep
-from kdx.kernels.dispatch import Torch
-from kdx.kernels.sweep import Classes, Measured
+from kdx.kernels import geometry, tiles
+from kdx.kernels.dispatch import TorchBackend
+from kdx.kernels.tiles import ClassDistances, FeatureDistances
 from tests import oracle
 
 CLASSES = 5
@@ -56,9 +56,9 @@ def rows(n: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Te
     return x.to(dtype), y.to(dtype), labels
 
 
-def matrices(n: int, dtype: torch.dtype = torch.float64) -> list[sweep.Matrix]:
+def matrices(n: int, dtype: torch.dtype = torch.float64) -> list[tiles.Matrix]:
     x, y, labels = rows(n, dtype)
-    return [Measured.of(Stored(x)), Measured.of(Stored(y)), Classes(labels)]
+    return [FeatureDistances.of(Stored(x)), FeatureDistances.of(Stored(y)), ClassDistances(labels)]
 
 
 def whole(n: int, dtype: torch.dtype = torch.float64, biased: bool = False, part: Tensor | None = None) -> Tensor:
@@ -78,33 +78,33 @@ def inner(a: Tensor, biased: bool) -> Tensor:
 def ordered(n: int, tile: int, permutations: int, seed: int, run: int = 1) -> tuple[Tensor, Tensor]:
     """The images in the sweep's order, and its permutations [p, n], by its own draws."""
     generator = torch.Generator().manual_seed(seed)
-    tiles = sweep._dealt(n, tile, run, generator)
-    turns = [torch.randint(len(part), (permutations,), generator=generator) for part in tiles]
-    moved = torch.empty(permutations, n, dtype=torch.int64)
+    dealt = tiles._dealt(n, tile, run, generator)
+    turns = [torch.randint(len(part), (permutations,), generator=generator) for part in dealt]
+    permuted = torch.empty(permutations, n, dtype=torch.int64)
     for p in range(permutations):
-        for part, turn in zip(tiles, turns, strict=True):
-            moved[p, part] = part.roll(-int(turn[p]))
-    return torch.cat(tiles), moved
+        for part, turn in zip(dealt, turns, strict=True):
+            permuted[p, part] = part.roll(-int(turn[p]))
+    return torch.cat(dealt), permuted
 
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("n", "tile"), [(50, 16), (33, 33), (101, 64), (19, 6), (4, 4)])
 def test_products_are_those_of_whole_matrices(n: int, tile: int, biased: bool) -> None:
-    found = sweep.sweep(matrices(n), tile=tile, biased=biased)
+    found = tiles.sweep(matrices(n), tile=tile, biased=biased)
     assert oracle.error(found.products, inner(whole(n, biased=biased), biased)) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_products_of_narrow_rows(dtype: torch.dtype) -> None:
     """Against matrices of the very same rounded rows: what the tiles add is float32's rounding alone."""
-    found = sweep.sweep(matrices(101, dtype), tile=32)
+    found = tiles.sweep(matrices(101, dtype), tile=32)
     assert oracle.error(found.products, inner(whole(101, dtype), False)) < 1e-6
 
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_units_left_out(biased: bool) -> None:
     n, units = 53, 7
-    found = sweep.sweep(matrices(n), tile=16, units=units, biased=biased, seed=3)
+    found = tiles.sweep(matrices(n), tile=16, units=units, biased=biased, seed=3)
     order, _ = ordered(n, 16, 0, 3)
     for unit in range(units):
         rest = torch.cat([order[: unit * n // units], order[(unit + 1) * n // units :]])
@@ -114,27 +114,27 @@ def test_units_left_out(biased: bool) -> None:
 @pytest.mark.parametrize("biased", [False, True])
 def test_turned_tiles_are_permuted_images(biased: bool) -> None:
     n, tile, count = 53, 16, 6
-    found = sweep.sweep(matrices(n), moved=[1, 2], permutations=count, tile=tile, biased=biased, seed=5)
+    found = tiles.sweep(matrices(n), permuted=[1, 2], permutations=count, tile=tile, biased=biased, seed=5)
     _, permutations = ordered(n, tile, count, 5)
     assert len({tuple(p.tolist()) for p in permutations}) == count
     a = whole(n, biased=biased)
-    for moved in (1, 2):
+    for permuted in (1, 2):
         for p in range(count):
             turned = a.clone()
-            turned[moved] = a[moved][permutations[p]][:, permutations[p]]
-            expected = inner(turned, biased)[moved]
-            others = [i for i in range(3) if i != moved]
-            assert oracle.error(found.moved[moved][p, others], expected[others]) < 1e-11
+            turned[permuted] = a[permuted][permutations[p]][:, permutations[p]]
+            expected = inner(turned, biased)[permuted]
+            others = [i for i in range(3) if i != permuted]
+            assert oracle.error(found.permuted[permuted][p, others], expected[others]) < 1e-11
 
 
 def test_rows_stand_in_random_order_and_runs_in_one_tile() -> None:
-    tiles = sweep._dealt(1003, 320, 20, torch.Generator().manual_seed(0))
-    assert sorted(torch.cat(tiles).tolist()) == list(range(1003))
-    assert [len(part) for part in tiles] == [320, 320, 320, 43]
-    assert len(tiles[0].div(20, rounding_mode="floor").unique()) <= 17  # sixteen runs, and the short one
-    for part in tiles[:3]:
+    dealt = tiles._dealt(1003, 320, 20, torch.Generator().manual_seed(0))
+    assert sorted(torch.cat(dealt).tolist()) == list(range(1003))
+    assert [len(part) for part in dealt] == [320, 320, 320, 43]
+    assert len(dealt[0].div(20, rounding_mode="floor").unique()) <= 17  # sixteen runs, and the short one
+    for part in dealt[:3]:
         assert not torch.equal(part, part.sort().values)
-    few = sweep._dealt(1000, 320, 1000, torch.Generator().manual_seed(0))[0]
+    few = tiles._dealt(1000, 320, 1000, torch.Generator().manual_seed(0))[0]
     assert len(few.div(20, rounding_mode="floor").unique()) == 16  # of one long run, sixteen pieces all the same
 
 
@@ -179,44 +179,44 @@ def test_equal_features_are_known_to_be_equal() -> None:
 def test_only_tiles_of_rows_are_read_at_a_time() -> None:
     x, y, _ = rows(200)
     a, b = Stored(x), Stored(y)
-    measured = [Measured.of(a), Measured.of(b)]
+    measured = [FeatureDistances.of(a), FeatureDistances.of(b)]
     a.reads.clear()
-    sweep.sweep(measured, tile=32)
+    tiles.sweep(measured, tile=32)
     assert max(map(len, a.reads)) == 32
     assert len(a.reads) == 7 * 8 // 2  # a tile's rows once, its columns once for each tile above the diagonal
 
 
 def test_a_tile_shrinks_where_rows_are_long() -> None:
     wide = Stored(torch.zeros(4096, 1))
-    assert sweep._side(4096, [wide]) == sweep.TILE
+    assert tiles._side(4096, [wide]) == tiles.TILE
     long = Stored(torch.zeros(1, 1).expand(4096, 400_000))
-    side = sweep._side(4096, [long, long])
-    assert 16 <= side < sweep.TILE and 4 * 400_000 * 4 * side <= 1 << 28
-    assert sweep._side(600, [wide]) == 128  # four tiles at least, to turn
+    side = tiles._side(4096, [long, long])
+    assert 16 <= side < tiles.TILE and 4 * 400_000 * 4 * side <= 1 << 28
+    assert tiles._side(600, [wide]) == 128  # four tiles at least, to turn
 
 
 def test_classes_are_their_one_hot_rows() -> None:
     _, _, labels = rows(40)
     embedding = torch.randn(CLASSES, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for rows_, classes in (
-        (torch.nn.functional.one_hot(labels).double(), Classes(labels)),
-        (embedding[labels], Classes(labels, geometry.distances(embedding))),
+        (torch.nn.functional.one_hot(labels).double(), ClassDistances(labels)),
+        (embedding[labels], ClassDistances(labels, geometry.distances(embedding))),
     ):
         d = geometry.distances(rows_)
         index = torch.tensor([[3, 9, 1], [20, 21, 39]])
-        assert oracle.error(classes.batches(index, Torch()), torch.stack([d[i][:, i] for i in index])) < 1e-12
+        assert oracle.error(classes.batches(index, TorchBackend()), torch.stack([d[i][:, i] for i in index])) < 1e-12
         assert oracle.error(classes.means(), d.mean(1)) < 1e-12
         assert float(classes.scale) == pytest.approx(float(d.square().mean()), rel=1e-12)
-        by_rows = sweep.sweep([matrices(40)[0], Measured.of(Stored(rows_))], tile=16).products
-        assert oracle.error(sweep.sweep([matrices(40)[0], classes], tile=16).products, by_rows) < 1e-12
+        by_rows = tiles.sweep([matrices(40)[0], FeatureDistances.of(Stored(rows_))], tile=16).products
+        assert oracle.error(tiles.sweep([matrices(40)[0], classes], tile=16).products, by_rows) < 1e-12
 
 
 def test_measured_rows() -> None:
     x, _, _ = rows(50)
     x[7, 3], x[11] = torch.nan, torch.inf
-    found = Measured.of(Stored(x))
+    found = FeatureDistances.of(Stored(x))
     assert torch.nonzero(~found.norms.isfinite()).flatten().tolist() == [7, 11]
-    fine = Measured.of(Stored(x[20:]))
+    fine = FeatureDistances.of(Stored(x[20:]))
     assert oracle.error(fine.norms, (x[20:] - fine.centre).square().sum(1)) < 1e-12
     assert float(fine.scale) >= float(geometry.distances(x[20:]).square().mean())
 
@@ -225,32 +225,38 @@ def test_batches_turned_together_are_permuted_batches() -> None:
     x, y, labels = rows(48)
     generator = torch.Generator().manual_seed(0)
     index = torch.randperm(48, generator=generator).view(4, 12)
-    d = torch.stack([each.batches(index, Torch()) for each in (Measured.of(Stored(x)), Measured.of(Stored(y)), Classes(labels))], 1)
+    d = torch.stack(
+        [
+            each.batches(index, TorchBackend())
+            for each in (FeatureDistances.of(Stored(x)), FeatureDistances.of(Stored(y)), ClassDistances(labels))
+        ],
+        1,
+    )
     centred = geometry.u_centered(d)
     turns = torch.randint(12, (5, 4), generator=generator)
-    for moved in range(3):
+    for permuted in range(3):
         expected = torch.stack(
             [
                 torch.stack(
                     [
-                        torch.stack([geometry.dot(a, b[moved].roll((-int(turn), -int(turn)), (0, 1))) for a in b])
+                        torch.stack([geometry.dot(a, b[permuted].roll((-int(turn), -int(turn)), (0, 1))) for a in b])
                         for b, turn in zip(centred, row, strict=True)
                     ]
                 ).sum(0)
                 for row in turns
             ]
         ) / (12 * 9)
-        assert oracle.error(sweep.turned_products(centred, moved, turns), expected) < 1e-12
+        assert oracle.error(tiles.turned_products(centred, permuted, turns), expected) < 1e-12
 
 
 def test_matrices_of_different_images_are_refused() -> None:
     with pytest.raises(ValueError, match="images"):
-        sweep.sweep([matrices(20)[0], matrices(21)[1]])
+        tiles.sweep([matrices(20)[0], matrices(21)[1]])
 
 
 def test_progress_is_told() -> None:
     told: list[tuple[int, int]] = []
-    sweep.sweep(matrices(50), tile=16, step=lambda done, total: told.append((done, total)))
+    tiles.sweep(matrices(50), tile=16, step=lambda done, total: told.append((done, total)))
     assert told == [(done, 10) for done in range(1, 11)]
 
 
@@ -259,7 +265,7 @@ def test_a_thousand_images_are_dcors() -> None:
     x = rng.normal(size=(1000, 64))
     y = x @ rng.normal(size=(64, 64)) / 16 + rng.normal(size=(1000, 64))
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
-        measured = [Measured.of(Stored(torch.from_numpy(each).to(dtype))) for each in (x, y)]
+        measured = [FeatureDistances.of(Stored(torch.from_numpy(each).to(dtype))) for each in (x, y)]
         for biased, expected in ((False, dcor.u_distance_correlation_sqr(x, y)), (True, dcor.distance_correlation_sqr(x, y))):
-            found = sweep.sweep(measured, biased=biased).products
+            found = tiles.sweep(measured, biased=biased).products
             assert float(found[0, 1] / (found[0, 0] * found[1, 1]).sqrt()) == pytest.approx(expected, abs=tolerance)

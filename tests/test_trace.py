@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 from kdx.errors import KdxError
 from kdx.export import trace
 from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
-from kdx.networks import resnet
+from kdx.models.resnet import resnet
 
 TOLERANCE = 1e-5
 """Of an output's largest value: float32 sums in another order."""

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 import kdx
-from kdx import scores, transfer
-from kdx.data import random_batches
-from kdx.transfer import Target
+from kdx.data.batches import random_batches
+from kdx.explain.layer import LayerMeasurement, measure, measure_distances
+from kdx.features.target import Target
+from kdx.roles import CONTRASTS, MAPS, ROLES, SCORES, contrasts_among, maps_among, roles_among, scores_among
+from kdx.scores import uncertainty
+from kdx.scores.pool import Pool, pooled_scores
+from kdx.scores.score import correlation
 from tests import oracle
 
 
@@ -24,9 +28,9 @@ def roles(n: int = 24, seed: int = 0, classes: int = 4) -> tuple[dict[str, Tenso
     return {"teacher": teacher, "student": student, "base": base}, labels
 
 
-def measured(n: int = 24, seed: int = 0, permutations: int = 49) -> tuple[dict[str, Tensor], Tensor, transfer.Measured]:
+def measured(n: int = 24, seed: int = 0, permutations: int = 49) -> tuple[dict[str, Tensor], Tensor, LayerMeasurement]:
     features, labels = roles(n, seed)
-    return features, labels, transfer.measure(features, Target.of(labels), permutations=scores.permutation_table(n, permutations, 0))
+    return features, labels, measure(features, Target.of(labels), permutations=uncertainty.permutation_table(n, permutations, 0))
 
 
 def test_maps_are_unicams() -> None:
@@ -46,7 +50,7 @@ def test_maps_are_unicams() -> None:
 def test_scores_are_fss_and_rs_with_their_intervals_and_p_values() -> None:
     f, labels, found = measured()
     t, s, b = f["teacher"], f["student"], f["base"]
-    pooled = transfer.pool(found.products, found.moved, found.left_out, n=24)
+    pooled = pooled_scores(found.products, found.permuted, found.left_out, n=24)
     expected = {
         "RS(T)": kdx.rs(t, labels, permutations=49),
         "RS(S)": kdx.rs(s, labels, permutations=49),
@@ -70,9 +74,9 @@ def test_scores_are_fss_and_rs_with_their_intervals_and_p_values() -> None:
 
 def test_pooling_is_one_ratio_of_summed_products() -> None:
     batches = [measured(20, seed)[2] for seed in range(5)]
-    pool = transfer.Pool()
+    pool = Pool()
     for m in batches:
-        pool.add(m.products, m.moved, m.left_out)
+        pool.add(m.products, m.permuted, m.left_out)
     pooled = pool.scores(n=100)
     products = sum(m.products for m in batches)
     assert isinstance(products, Tensor)
@@ -80,7 +84,7 @@ def test_pooling_is_one_ratio_of_summed_products() -> None:
     assert found.value == pytest.approx(float(products[0, 1] / (products[0, 0] * products[1, 1]).sqrt()))
     assert (found.n, found.batches) == (100, 5)
     # The jackknife's units are the batches: leaving each out in turn, on Fisher's z scale.
-    left = torch.stack([scores.correlation(sum(m.products for m in batches if m is not out)[:2, :2].flip(0, 1)) for out in batches])  # type: ignore[index]
+    left = torch.stack([correlation(sum(m.products for m in batches if m is not out)[:2, :2].flip(0, 1)) for out in batches])  # type: ignore[index]
     z = torch.atanh(left)
     error = float((4 / 5 * (z - z.mean()).square().sum()).sqrt()) * 2.7764451
     centre = float(torch.atanh(torch.tensor(found.value, dtype=torch.float64)))
@@ -92,10 +96,10 @@ def test_pooling_is_one_ratio_of_summed_products() -> None:
 def test_pooled_scores_over_a_runs_batches_converge_to_the_whole_sets() -> None:
     """480 images of eight classes in batches of 16: nine in ten intervals hold the whole set's scores, over six plans."""
     features, labels = roles(480, classes=8)
-    whole = transfer.pool(*_parts(features, labels, torch.arange(480)), n=480)
+    whole = pooled_scores(*_parts(features, labels, torch.arange(480)), n=480)
     held = []
     for seed in range(6):
-        pool = transfer.Pool()
+        pool = Pool()
         for batch in random_batches(labels.numpy(), 16, seed):
             pool.add(*_parts(features, labels, torch.from_numpy(batch)))
         pooled = pool.scores(n=480)
@@ -107,17 +111,17 @@ def test_pooled_scores_over_a_runs_batches_converge_to_the_whole_sets() -> None:
 
 
 def _parts(features: dict[str, Tensor], labels: Tensor, part: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-    found = transfer.measure(
+    found = measure(
         {role: value[part] for role, value in features.items()},
         Target.of(labels[part]),
-        permutations=scores.permutation_table(len(part), 9, 0),
+        permutations=uncertainty.permutation_table(len(part), 9, 0),
     )
-    return found.products, found.moved, found.left_out
+    return found.products, found.permuted, found.left_out
 
 
 def test_without_permutations_there_is_no_p_value() -> None:
     _, _, found = measured(permutations=0)
-    assert transfer.pool(found.products, found.moved, found.left_out, n=24).scores["RS(S)"].p_value is None
+    assert pooled_scores(found.products, found.permuted, found.left_out, n=24).scores["RS(S)"].p_value is None
 
 
 @pytest.mark.parametrize("teacher", [True, False])
@@ -125,27 +129,27 @@ def test_distances_alone_give_the_scores(teacher: bool) -> None:
     features, labels = roles()
     if not teacher:
         del features["teacher"]
-    target, permutations = Target.of(labels), scores.permutation_table(24, 49, 0)
-    expected = transfer.measure(features, target, permutations=permutations)
+    target, permutations = Target.of(labels), uncertainty.permutation_table(24, 49, 0)
+    expected = measure(features, target, permutations=permutations)
     distances = {role: torch.cdist(x.flatten(1), x.flatten(1)) for role, x in features.items()}
-    products, moved, left_out = transfer.measure_distances(distances, target, permutations)
+    products, permuted, left_out = measure_distances(distances, target, permutations)
     assert oracle.error(products, expected.products) < 1e-12
-    assert moved.keys() == expected.moved.keys() == ({"teacher", "target"} if teacher else {"target"})
-    for name, rows in moved.items():
-        assert oracle.error(rows, expected.moved[name]) < 1e-12
+    assert permuted.keys() == expected.permuted.keys() == ({"teacher", "target"} if teacher else {"target"})
+    for name, rows in permuted.items():
+        assert oracle.error(rows, expected.permuted[name]) < 1e-12
     assert left_out is not None and expected.left_out is not None and oracle.error(left_out, expected.left_out) < 1e-12
 
 
 def test_maps_are_of_the_features_and_products_of_the_distances_given() -> None:
     (features, labels), (others, _) = roles(), roles(seed=5)
-    target, permutations = Target.of(labels), scores.permutation_table(24, 49, 0)
-    maps = transfer.measure(features, target, permutations=permutations).maps
-    expected = transfer.measure(others, target, permutations=permutations)
+    target, permutations = Target.of(labels), uncertainty.permutation_table(24, 49, 0)
+    maps = measure(features, target, permutations=permutations).maps
+    expected = measure(others, target, permutations=permutations)
     distances = {role: torch.cdist(x.flatten(1), x.flatten(1)) for role, x in others.items()}
-    found = transfer.measure(features, target, permutations=permutations, distances=distances)
+    found = measure(features, target, permutations=permutations, distances=distances)
     assert all(torch.equal(found.maps[name].maps, maps[name].maps) for name in maps)
     assert oracle.error(found.products, expected.products) < 1e-12
-    assert all(oracle.error(found.moved[name], rows) < 1e-12 for name, rows in expected.moved.items())
+    assert all(oracle.error(found.permuted[name], rows) < 1e-12 for name, rows in expected.permuted.items())
     assert found.left_out is not None and expected.left_out is not None and oracle.error(found.left_out, expected.left_out) < 1e-12
 
 
@@ -163,19 +167,19 @@ def test_distances_without_scores_are_refused(spoil: Callable[[Tensor], Tensor] 
     distances = {role: torch.cdist(x.flatten(1), x.flatten(1)).float() for role, x in features.items()}
     distances["base"] = spoil(distances["base"]) if spoil else 2 * distances["student"]
     with pytest.raises(kdx.KdxError, match=said):
-        transfer.measure_distances(distances, Target.of(labels), scores.permutation_table(24, 0, 0))
+        measure_distances(distances, Target.of(labels), uncertainty.permutation_table(24, 0, 0))
 
 
 def test_without_a_teacher_the_rest_stays_as_it_is() -> None:
     features, labels, whole = measured()
     del features["teacher"]
-    found = transfer.measure(features, Target.of(labels), permutations=scores.permutation_table(24, 49, 0))
+    found = measure(features, Target.of(labels), permutations=uncertainty.permutation_table(24, 49, 0))
     assert list(found.maps) == ["distilled", "residual"]
     for name, maps in found.maps.items():
         assert oracle.error(maps.maps, whole.maps[name].maps) < 1e-12
-    expected = transfer.pool(whole.products, whole.moved, whole.left_out, n=24)
-    pool = transfer.Pool(features)
-    pool.add(found.products, found.moved, found.left_out)
+    expected = pooled_scores(whole.products, whole.permuted, whole.left_out, n=24)
+    pool = Pool(features)
+    pool.add(found.products, found.permuted, found.left_out)
     pooled = pool.scores(n=24)
     assert list(pooled.scores) == ["RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)"]
     for name, score in pooled.scores.items():
@@ -186,15 +190,15 @@ def test_without_a_teacher_the_rest_stays_as_it_is() -> None:
 
 
 def test_tables_among_all_roles_are_the_whole_tables() -> None:
-    assert transfer.maps_among(transfer.ROLES) == transfer.MAPS and transfer.scores_among(transfer.ROLES) == transfer.SCORES
-    assert transfer.contrasts_among(transfer.ROLES) == transfer.CONTRASTS
-    assert transfer.roles_among({"base": 0, "teacher": 0, "student": 0}) == transfer.ROLES
+    assert maps_among(ROLES) == {name: (kind.explained, kind.given) for name, kind in MAPS.items()} and scores_among(ROLES) == SCORES
+    assert contrasts_among(ROLES) == CONTRASTS
+    assert roles_among({"base": 0, "teacher": 0, "student": 0}) == ROLES
     for present in ({"teacher", "student"}, {"student", "base", "tutor"}, set[str]()):
-        with pytest.raises(ValueError, match="a student, a base and perhaps a teacher"):
-            transfer.roles_among(present)
+        with pytest.raises(ValueError, match="student, base and optionally teacher"):
+            roles_among(present)
 
 
 def test_equal_networks_are_refused() -> None:
     features, labels = roles()
     with pytest.raises(kdx.KdxError, match="Nothing is left"):
-        transfer.measure(features | {"student": features["base"]}, Target.of(labels), permutations=scores.permutation_table(24, 0, 0))
+        measure(features | {"student": features["base"]}, Target.of(labels), permutations=uncertainty.permutation_table(24, 0, 0))

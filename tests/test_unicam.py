@@ -43,9 +43,9 @@ def test_labels_and_their_one_hot_rows_are_one_target() -> None:
 def test_a_permutation_of_the_batch_permutes_the_maps() -> None:
     x, y, labels = oracle.features()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    plain, moved = kdx.unicam(x, y, labels), kdx.unicam(x[order], y[order], labels[order])
-    assert oracle.error(moved.maps, plain.maps[order]) < 1e-12
-    assert oracle.error(moved.weights, plain.weights[order]) < 1e-12
+    plain, permuted = kdx.unicam(x, y, labels), kdx.unicam(x[order], y[order], labels[order])
+    assert oracle.error(permuted.maps, plain.maps[order]) < 1e-12
+    assert oracle.error(permuted.weights, plain.weights[order]) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
@@ -75,7 +75,7 @@ def test_an_objective_of_ones_own() -> None:
 def test_reference_mode_is_the_plain_mode_with_one_query_behind_the_references(objective: str, weighting: str, pooled: bool) -> None:
     x, y, labels = oracle.features(n=16)
     known, queries = slice(0, 11), slice(11, 16)
-    among = kdx.Reference(x[known], y[known], labels[known], pooled=pooled)
+    among = kdx.ReferenceSet(x[known], y[known], labels[known], pooled=pooled)
     options = {"objective": objective, "weighting": weighting, "pooled": pooled}
     found = kdx.unicam(x[queries], y[queries], labels[queries], reference=among, **options)  # type: ignore[arg-type]
     for query in range(5):
@@ -87,7 +87,7 @@ def test_reference_mode_is_the_plain_mode_with_one_query_behind_the_references(o
 
 def test_a_map_among_references_does_not_depend_on_its_batch_mates() -> None:
     x, y, labels = oracle.features(n=21)
-    among = kdx.Reference(x[:9], y[:9], labels[:9])
+    among = kdx.ReferenceSet(x[:9], y[:9], labels[:9])
     alone = kdx.unicam(x[20:], y[20:], labels[20:], reference=among)
     beside = kdx.unicam(x[9:], y[9:], labels[9:], reference=among)
     assert oracle.error(beside.maps[-1:], alone.maps) < 1e-12
@@ -168,7 +168,7 @@ def test_bad_input_says_what_is_wrong(change: str, said: str) -> None:
 
 def test_queries_of_another_layer_or_kind_of_target_are_refused() -> None:
     x, y, labels = oracle.features()
-    among = kdx.Reference(x[:9], y[:9], labels[:9])
+    among = kdx.ReferenceSet(x[:9], y[:9], labels[:9])
     with pytest.raises(kdx.KdxError, match="same layer"):
         kdx.unicam(x[9:, :-1], y[9:], labels[9:], reference=among)
     with pytest.raises(kdx.KdxError, match="target"):
@@ -199,14 +199,14 @@ def test_near_duplicates_keep_their_weights(scale: float) -> None:
 
 def test_among_references_bad_input_is_refused() -> None:
     x, y, labels = oracle.features()
-    among = kdx.Reference(x[:9], y[:9], labels[:9])
+    among = kdx.ReferenceSet(x[:9], y[:9], labels[:9])
     for wrong in (labels[9:10], labels[9:12], labels[9]):
         with pytest.raises(kdx.KdxError, match="target"):
             kdx.unicam(x[9:], y[9:], wrong, reference=among)
     with pytest.raises(kdx.KdxError, match="rows 1"):
         kdx.unicam(x[9:].index_fill(0, torch.tensor([1]), torch.nan), y[9:], labels[9:], reference=among)
     with pytest.raises(kdx.KdxError, match="too large"):
-        kdx.unicam(x[9:].float() * 1e30, y[9:].float(), labels[9:], reference=kdx.Reference(x[:9].float(), y[:9].float(), labels[:9]))
+        kdx.unicam(x[9:].float() * 1e30, y[9:].float(), labels[9:], reference=kdx.ReferenceSet(x[:9].float(), y[:9].float(), labels[:9]))
     with pytest.raises(kdx.KdxError, match="at least one"):
         kdx.unicam(x[:0], y[:0], labels[:0], reference=among)
 

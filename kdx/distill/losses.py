@@ -22,7 +22,7 @@ class Outputs:
     features: tuple[Tensor, ...] = ()
 
 
-class Weights(Protocol):
+class LossWeights(Protocol):
     """The settings that losses read; ``kdx.distill.Settings`` has them."""
 
     @property
@@ -67,15 +67,12 @@ def _unit(attention: Tensor) -> Tensor:
     return functional.normalize(attention.flatten(1))
 
 
-# ---- methods ----
-
-
-def _kd(student: Outputs, teacher: Outputs, labels: Tensor, settings: Weights) -> Tensor:
+def _kd(student: Outputs, teacher: Outputs, labels: Tensor, settings: LossWeights) -> Tensor:
     hard = functional.cross_entropy(student.logits, labels)
     return (1 - settings.alpha) * hard + settings.alpha * kd(student.logits, teacher.logits, settings.temperature)
 
 
-def _at(student: Outputs, teacher: Outputs, labels: Tensor, settings: Weights) -> Tensor:
+def _at(student: Outputs, teacher: Outputs, labels: Tensor, settings: LossWeights) -> Tensor:
     hard = functional.cross_entropy(student.logits, labels)
     return hard + settings.beta / 2 * attention_transfer(student.features, teacher.features)
 
@@ -85,7 +82,7 @@ class Method:
     """A way to distil: what it is, its loss, and whether the loss reads features (else no layer is computed for it)."""
 
     description: str
-    loss: Callable[[Outputs, Outputs, Tensor, Weights], Tensor]
+    loss: Callable[[Outputs, Outputs, Tensor, LossWeights], Tensor]
     uses_features: bool = False
 
 

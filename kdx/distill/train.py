@@ -17,19 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdx import console, models, models_file
-from kdx import data as datasets
+from kdx import models, progress
+from kdx.data.batches import class_balanced_sample, split
+from kdx.data.dataset import Dataset, Indices, open_data
+from kdx.data.images import load_images
 from kdx.distill import checkpoints
 from kdx.distill.losses import METHODS, Outputs
 from kdx.distill.settings import Progress, Report, Settings
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph, Preprocessing, find_layer
+from kdx.models import models_file
+from kdx.models.feature_layers import parse_layers
+from kdx.models.reference import ModelReference
 
 _CACHE_BYTES = 1_000_000_000
 _WARM_UP = 0.1  # share of the steps over which the learning rate rises
-
-
-# ---- the three networks ----
 
 
 def distill(
@@ -81,17 +83,17 @@ class _Run:
     out: Path
     settings: Settings
     device: torch.device
-    dataset: datasets.Dataset
+    dataset: Dataset
     images: Mapping[str, _Split]
     preprocessing: Preprocessing
-    teacher: models.Reference
-    student: models.Reference
+    teacher: ModelReference
+    student: ModelReference
     given: bool
     """Whether the teacher is taken as it is."""
 
     @classmethod
     def prepare(cls, data: str, out: Path, settings: Settings, device: torch.device, teacher: str, student: str) -> _Run:
-        dataset = datasets.open_data(data)
+        dataset = open_data(data)
         # Local folders and files are written in full: a models file finds them from wherever it is.
         references = [models.parse_reference(reference).located().with_classes(len(dataset.classes)) for reference in (teacher, student)]
         if references[1].source == "pt2":
@@ -99,10 +101,10 @@ class _Run:
         master = models.load(str(references[0]))
         given = references[0].weights is not None or (references[0].source in ("hf", "pt2") and master.trained)
         preprocessing = _preprocessing(master, settings)
-        splits = datasets.split(dataset, settings.seed)
+        splits = split(dataset, settings.seed)
         some = splits["train"]
         if settings.student_images is not None:
-            some = some[datasets.class_balanced_sample(dataset.labels[some], settings.student_images, settings.seed)]
+            some = some[class_balanced_sample(dataset.labels[some], settings.student_images, settings.seed)]
         out.mkdir(parents=True, exist_ok=True)
         images = {name: _Split(dataset, indices, preprocessing.size or (0, 0)) for name, indices in (splits | {"student": some}).items()}
         for name, held in images.items():
@@ -173,7 +175,7 @@ def _pairs(run: _Run, layers: Sequence[str] | None) -> list[tuple[str, str]]:
     """The student's and the teacher's layer of each pair."""
     student, teacher = run.network("student"), run.network("teacher")
     if layers is not None:
-        pairs = list(models_file.parse_layers(layers).items())
+        pairs = list(parse_layers(layers).items())
         for ours, theirs in pairs:
             find_layer(student, ours)
             find_layer(teacher, theirs)
@@ -316,11 +318,8 @@ def _tell_unreadable(run: _Run) -> bool:
     if unreadable:
         name, reason = next(iter(unreadable.items()))
         count = "1 image is" if len(unreadable) == 1 else f"{len(unreadable)} images are"
-        console.console.print(f"{count} left out because unreadable, first {name}: {reason}", markup=False, soft_wrap=True)
+        progress.console.print(f"{count} left out because unreadable, first {name}: {reason}", markup=False, soft_wrap=True)
     return bool(unreadable)
-
-
-# ---- one network ----
 
 
 def _train(run: _Run, name: str, split: str, recipe: Mapping[str, Any], trained: Trained, report: Report) -> None:
@@ -421,12 +420,12 @@ def _augmented(pixels: Tensor, settings: Settings, generator: np.random.Generato
 class _Split:
     """The images of a split: decoded once into memory where they fit, else when they are read."""
 
-    def __init__(self, dataset: datasets.Dataset, indices: datasets.Indices, size: tuple[int, int]) -> None:
+    def __init__(self, dataset: Dataset, indices: Indices, size: tuple[int, int]) -> None:
         self.dataset, self.indices, self.size = dataset, indices, size
         self.unreadable: dict[str, str] = {}  # why, by id
         self.pixels: Tensor | None = None  # uint8 [n, 3, H, W]
         if len(indices) * size[0] * size[1] * 3 < _CACHE_BYTES:
-            loaded = [datasets.load_images(dataset, part, size) for part in np.array_split(indices, len(indices) // 512 + 1)]
+            loaded = [load_images(dataset, part, size) for part in np.array_split(indices, len(indices) // 512 + 1)]
             self.pixels = torch.cat([images.pixels.mul(255).round().byte() for images in loaded])
             self.indices = np.concatenate([images.kept for images in loaded])
             self.unreadable = {name: reason for images in loaded for name, reason in images.unreadable}
@@ -434,16 +433,13 @@ class _Split:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, positions: datasets.Indices) -> tuple[Tensor, Tensor]:
+    def read(self, positions: Indices) -> tuple[Tensor, Tensor]:
         """Images [n, 3, H, W] in [0, 1] and labels [n]; an image that cannot be read is left out."""
         if self.pixels is not None:
             return self.pixels[torch.from_numpy(positions)].float().div(255), torch.from_numpy(self.dataset.labels[self.indices[positions]])
-        images = datasets.load_images(self.dataset, self.indices[positions], self.size)
+        images = load_images(self.dataset, self.indices[positions], self.size)
         self.unreadable |= dict(images.unreadable)
         return images.pixels, torch.from_numpy(self.dataset.labels[images.kept])
-
-
-# ---- seeds and progress ----
 
 
 @contextmanager
@@ -456,7 +452,7 @@ def _seeded(device: torch.device, seed: int, which: int) -> Iterator[None]:
 
 @contextmanager
 def _console() -> Iterator[Report]:
-    with console.progress() as show:
+    with progress.progress() as show:
         yield lambda progress: show(progress.network, progress.epoch, progress.epochs, _line(progress))
 
 

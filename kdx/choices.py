@@ -1,0 +1,27 @@
+"""The names that options take. They are here, away from PyTorch, so that the command line can list them at once."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+RuntimeName = Literal["auto", "eager", "onnx", "openvino", "tensorrt"]
+RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
+
+Precision = Literal["float32", "bfloat16"]
+"""The number format in which a runtime computes a network. Inputs and outputs are float32 either way."""
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+FilePrecision = Literal["fp32", "fp16", "bf16"]
+"""The number format of the networks in an exported file. Inputs, outputs and the geometry are float32."""
+
+FileKind = Literal["features", "gradients", "explainer"]
+FileFormat = Literal["onnx", "tensorrt"]
+
+ObjectiveName = Literal["relevance", "uniqueness"]
+"""What a UniCAM map raises: the relevance to the target, or what only the explained network has."""
+
+Weighting = Literal["gap", "elementwise"]
+"""How a map weights features: one weight per channel, or one per position (HiRes)."""
+
+Features = Literal["raw", "salient"]
+"""What scores are measured on: each network's features of the images, or of its own salient images."""

@@ -1,0 +1,1 @@
+"""What each command does. `kdx.cli` is the thin layer above."""

@@ -1,0 +1,73 @@
+"""The demonstration: handwritten digits, from training to the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from kdx.commands import explain
+from kdx.disk import read_json
+from kdx.distill import DEMO, distill
+from kdx.report import wording
+from kdx.runs.record import Entry
+from kdx.runs.run import RunOptions
+
+_SHOWN = ("FSS(S,T)", "FSS(B,T)", "FSS(S,T) - FSS(B,T)", "RS(S|B)", "RS(B|S)", "RS(S|B) - RS(B|S)")
+
+
+def run(out: Path, *, seed: int = 0, announce: Callable[[str], None] = print) -> dict[str, Path]:
+    """Train a teacher, a base and a student with each method, explain both students; a run's folder a method.
+
+    The second student has the first one's teacher and base, so that the two runs differ in the method alone.
+    """
+    runs = {}
+    teacher, base = DEMO["teacher"], None
+    for method in ("kd", "at"):
+        announce(
+            f"Distilling digits with {method}: a teacher, a base and a student." if base is None else f"Distilling digits with {method}."
+        )
+        folder = out / method / "models"
+        models = distill(
+            "digits", teacher=teacher, student=DEMO["student"], out=folder, settings=replace(DEMO[method], seed=seed), base=base
+        )
+        teacher, base = f"{DEMO['teacher']}@{(folder / 'teacher.safetensors').resolve()}", folder / "base.safetensors"
+        runs[method] = out / method / "run"
+        explain.run(
+            "digits",
+            models,
+            runs[method],
+            options=RunOptions(seed=seed),
+            networks=out / "networks",
+            command=["kdx", "explain", "digits", "--models", str(models), "--out", str(runs[method]), "--seed", str(seed)],
+            announce=announce,
+        )
+    return runs
+
+
+def table(runs: dict[str, Path]) -> Table:
+    """What the methods did side by side: accuracies, and per layer how like the teacher and how relevant, with 95% intervals."""
+    scores = {method: read_json(folder / "scores.json") for method, folder in runs.items()}
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="What the students learned, with 95% intervals", title_justify="left")
+    for heading in ("", "", *(f"student by {method}" for method in runs)):
+        shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for role in ("teacher", "base", "student"):
+        shown.add_row("accuracy", role, *(_cell(content["accuracy"][role]) for content in scores.values()), end_section=role == "student")
+    first, *_ = scores.values()
+    for layer in first["layers"]:
+        for name in _SHOWN:
+            entries = ((content["layers"][layer]["scores"] | content["layers"][layer]["contrasts"])[name] for content in scores.values())
+            cells = [_cell(entry, sign=" - " in name) for entry in entries]
+            shown.add_row(
+                layer if name == _SHOWN[0] else "", name.replace(" - ", " \N{MINUS SIGN} "), *cells, end_section=name == _SHOWN[-1]
+            )
+    return shown
+
+
+def _cell(entry: dict[str, Any], sign: bool = False) -> str:
+    value, interval = wording.span(Entry(entry["value"], tuple(entry["interval"])), 3, sign)
+    return f"{value} ({interval})"

@@ -1,0 +1,154 @@
+"""What this machine can run, and what to install for the rest. Every probe is guarded: none can stop the others."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from kdx.errors import first_line
+from kdx.kernels import cubins, cuda
+from kdx.runtimes.openvino import has_bfloat16
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked for: whether it works, what was found, and what to do where it does not."""
+
+    name: str
+    works: bool
+    found: str
+    hint: str = ""
+
+
+def probe() -> list[Finding]:
+    """Every finding, in the order in which they matter."""
+    return [_guarded(name, look, hint) for name, (look, hint) in _PROBES.items()]
+
+
+def _guarded(name: str, look: Callable[[], str], hint: str) -> Finding:
+    try:
+        return Finding(name, True, look())
+    except PackageNotFoundError:
+        return Finding(name, False, "not installed", hint)
+    except Exception as error:  # a broken package may raise anything on import; that is the finding
+        return Finding(name, False, first_line(error), hint)
+
+
+def _torch() -> str:
+    import torch
+
+    return f"{torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("PyTorch sees no GPU")
+    properties = torch.cuda.get_device_properties(0)
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+
+
+def _onnxruntime() -> str:
+    import onnxruntime
+
+    return f"{onnxruntime.__version__}, {', '.join(p.removesuffix('ExecutionProvider') for p in onnxruntime.get_available_providers())}"
+
+
+def _cuda_provider() -> str:
+    import onnxruntime
+    import torch
+
+    name = "CUDAExecutionProvider"
+    if name not in onnxruntime.get_available_providers():
+        raise RuntimeError("the ONNX Runtime here is built for the CPU only")
+    if not torch.cuda.is_available():
+        raise RuntimeError("PyTorch sees no GPU")
+    onnxruntime.preload_dlls()  # CUDA's libraries come with PyTorch
+    session = onnxruntime.InferenceSession(_one_node(), providers=[name])  # what is compiled in need not start
+    if session.get_providers()[0] != name:
+        raise RuntimeError("its CUDA provider does not start: the log above names the library that it misses")
+    return "starts"
+
+
+def _one_node() -> bytes:
+    """The smallest network: y = relu(x)."""
+    from onnx import TensorProto, helper
+
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y"))
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "one", [x], [y])
+    network: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
+    return network
+
+
+def _timm() -> str:
+    import timm
+
+    return str(timm.__version__)
+
+
+def _torchvision() -> str:
+    import torchvision
+
+    return str(torchvision.__version__)
+
+
+def _openvino() -> str:
+    installed = version("openvino")
+    return f"{installed}, float32 and bfloat16" if has_bfloat16() else f"{installed}, float32; this CPU has no bfloat16"
+
+
+def _tensorrt() -> str:
+    installed = version("tensorrt")
+    importlib.import_module("tensorrt")  # finds its libraries, or says which it does not
+    return installed
+
+
+def _tensorrt_rtx() -> str:
+    package = importlib.import_module("tensorrt_rtx")
+    built = [f"sm_{name[2:]}" for name in package.ComputeCapability.__members__ if name.startswith("SM")]
+    return f"{package.__version__}, builds engines for {', '.join(built)}"
+
+
+def _pycuda() -> str:
+    installed = version("pycuda")
+    import pycuda.driver
+
+    return f"{installed}, driver {pycuda.driver.get_driver_version()}"
+
+
+def _cuda_compiler() -> str:
+
+    compiler = cubins.compiler()
+    return f"{compiler.name} {compiler.version}, compiles for {', '.join(compiler.architectures)}"
+
+
+def _cuda_kernels() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("PyTorch sees no GPU")
+    cuda.launcher(torch.device("cuda"))  # compiles them, the first time
+    return f"run on {cubins.architecture(torch.cuda.get_device_capability())}, kept in {cubins.folder()}"
+
+
+_GPU_EXTRA = "pip install 'kdx[gpu]' (in place of kdx[cpu])"
+
+_PROBES: dict[str, tuple[Callable[[], str], str]] = {
+    "Python": (platform.python_version, ""),
+    "runtime eager: PyTorch": (_torch, "pip install kdx"),
+    "runtime onnx: ONNX Runtime": (_onnxruntime, "pip install 'kdx[cpu]'"),
+    "runtime openvino: OpenVINO": (_openvino, "pip install 'kdx[openvino]'"),
+    "GPU": (_gpu, "eager uses a GPU where PyTorch sees one: an NVIDIA driver and a CUDA build of PyTorch"),
+    "runtime onnx on the GPU": (_cuda_provider, _GPU_EXTRA),
+    "runtime tensorrt: TensorRT": (_tensorrt, _GPU_EXTRA),
+    "runtime tensorrt: TensorRT-RTX": (_tensorrt_rtx, "pip install tensorrt-rtx-cu13; it builds engines on a machine without a GPU too"),
+    "PyCUDA": (_pycuda, _GPU_EXTRA),
+    "CUDA compiler": (_cuda_compiler, "the CUDA toolkit (nvcc on PATH), or PyTorch's CUDA build, which brings NVRTC"),
+    "CUDA kernels": (_cuda_kernels, f"a GPU, its driver, a CUDA compiler and PyCUDA: {_GPU_EXTRA}; without them PyTorch does the same"),
+    "models timm:": (_timm, "pip install 'kdx[models]'"),
+    "models torchvision:": (_torchvision, "pip install 'kdx[models]', of the build that matches PyTorch"),
+}

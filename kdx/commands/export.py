@@ -1,0 +1,171 @@
+"""From model references to files that other runtimes execute: what ``kdx export`` does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kdx import models
+from kdx.choices import FileFormat, FileKind, FilePrecision
+from kdx.errors import KdxError
+from kdx.explain.graph import explainer_graph, largest_size
+from kdx.export import engine, onnx_file
+from kdx.export.description import Origin, Shape, describe
+from kdx.export.engine import BatchRange
+from kdx.export.graphs import FeatureGraph, GradientGraph, Graph
+from kdx.export.parity import ParityReport
+from kdx.models.feature_layers import parse_layers
+from kdx.models.models_file import load_any
+from kdx.models.network import Network
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `export` writes.
+
+    at: the layer of a gradients file's cotangent, by default the logits. image_size: the side that images are resized to
+    inside the file, by default the network's own. to: ``tensorrt`` builds an engine of the ONNX file too, for batches of
+    (min, best, max) images of that size (by default (1, 32, 64), and (4, 32, 64) of an explainer), on the GPU here or on the
+    architecture ``arch``, such as sm_86. tf32: whether an engine may round products to TensorFloat-32.
+    """
+
+    at: str | None = None
+    precision: FilePrecision = "fp32"
+    image_size: int | None = None
+    to: FileFormat = "onnx"
+    batch: BatchRange | None = None
+    arch: str | None = None
+    tf32: bool = False
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written: its shapes by name, its bytes, and the seconds that it took. An engine has no parity report."""
+
+    path: Path
+    bytes: int
+    inputs: dict[str, Shape]
+    outputs: dict[str, Shape]
+    parity: ParityReport | None
+    seconds: float
+
+
+def export(
+    references: dict[str, str],
+    layers: Sequence[str],
+    kind: FileKind,
+    out: Path,
+    options: ExportOptions = ExportOptions(),
+    *,
+    announce: Callable[[str], None] = print,
+) -> list[Exported]:
+    """Write the file of a kind, and its engine where one is asked for, into the folder ``out`` or to the path ``out`` (.onnx).
+
+    references: the model reference (or ``MODELS.toml:ROLE``) of ``network``, or for an explainer file of ``student``, ``base`` and
+    perhaps ``teacher``, where a layer may be ``student_layer=teacher_layer``. ``network`` may also be an .onnx file that kdx wrote:
+    its engine is built. Raises KdxError for anything that a user can fix.
+    """
+    given = references.get("network", "")
+    if given.endswith(".onnx"):
+        if options.to != "tensorrt":
+            raise KdxError(f"{given} is an ONNX file already.", "Build its engine with --to tensorrt.")
+        if set(references) != {"network"} or layers or options.at or options.precision != "fp32" or options.image_size:
+            raise KdxError(
+                f"What {given} holds is settled.", "Name it alone, with --for, --batch and --tf32; for another file, export its network."
+            )
+        return [_engine(Path(given), out if out.suffix == ".engine" else out / f"{Path(given).stem}.engine", options, announce)]
+    _check_asked(set(references), kind, options)
+    announce(f"Loading {' and '.join(references.values())}")
+    loaded = {role: load_any(reference) for role, reference in references.items()}
+    networks = {role: _resized(network, options.image_size) for role, (network, _) in loaded.items()}
+    known = networks.get("network") or networks["student"]
+    if not layers:
+        raise KdxError("No layer was named.", f"Name one or more with --layer; this network has {', '.join(models.layers(known))}.")
+    graph = _graph(networks, layers, kind, options.at)
+    path = out if out.suffix == ".onnx" else out / f"{_stem(networks, kind, options.precision)}.onnx"
+    announce(f"Exporting {path.name} and comparing it with PyTorch")
+    start = time.perf_counter()
+    report = onnx_file.write(
+        graph,
+        path,
+        origin={role: Origin(network.reference, network.weights_hash) for role, network in networks.items()},
+        image_size=largest_size(network.preprocessing.size for network in networks.values()),
+        classes=next(classes for _, classes in loaded.values()),
+        precision=options.precision,
+    )
+    written = describe(path)
+    exported = [Exported(path, _bytes(path), written.inputs, written.outputs, report, time.perf_counter() - start)]
+    if options.to == "tensorrt":
+        exported.append(_engine(path, path.with_suffix(".engine"), options, announce))
+    return exported
+
+
+def parse_batch(text: str) -> BatchRange:
+    """``MIN:BEST:MAX``, or one number for all three."""
+    try:
+        lowest, best, highest = (int(part) for part in (text.split(":") if ":" in text else [text] * 3))
+    except ValueError:
+        raise KdxError(f"{text!r} is no range of batches.", "Write MIN:BEST:MAX, for example 1:32:64.") from None
+    return lowest, best, highest
+
+
+def _check_asked(roles: set[str], kind: FileKind, options: ExportOptions) -> None:
+    """KdxError for what does not go together, before the minutes that an export takes."""
+    if kind == "explainer" and roles - {"teacher"} != {"student", "base"}:
+        raise KdxError(
+            "An explainer file holds a student and a base, and perhaps their teacher.", "Name them with --student, --base and --teacher."
+        )
+    if kind != "explainer" and roles != {"network"}:
+        raise KdxError(
+            f"A file of {kind} holds one network.", "Name it alone, without --student, --base and --teacher; or choose --kind explainer."
+        )
+    if kind != "gradients" and options.at is not None:
+        raise KdxError(f"A file of {kind} has no cotangent.", "Leave --at out, or choose --kind gradients.")
+    if options.to == "tensorrt":
+        engine.check_batch(options.batch or _batch(kind), kind)
+        engine.choose_target(options.arch)
+
+
+def _batch(kind: str) -> BatchRange:
+    return (engine.LEAST_EXPLAINED if kind == "explainer" else 1), 32, 64
+
+
+def _graph(networks: dict[str, Network], layers: Sequence[str], kind: FileKind, at: str | None) -> Graph:
+    if kind == "explainer":
+        return explainer_graph(networks, parse_layers(layers))
+    network = networks["network"]
+    if kind == "features":
+        return FeatureGraph(network.module, layers, network.preprocessing)
+    return GradientGraph(network.module, layers, network.preprocessing, at)
+
+
+def _resized(network: Network, side: int | None) -> Network:
+    if side is not None:
+        return replace(network, preprocessing=replace(network.preprocessing, size=(side, side)))
+    if network.preprocessing.size is None:
+        raise KdxError(f"{network.reference} does not say what size of image it takes.", "Give --image-size.")
+    return network
+
+
+def _stem(networks: dict[str, Network], kind: FileKind, precision: FilePrecision) -> str:
+    name = "-given-".join(models.file_name(networks[role].reference) for role in ("network", "student", "base") if role in networks)
+    return f"{name}.{kind}" + ("" if precision == "fp32" else f".{precision}")
+
+
+def _bytes(path: Path) -> int:
+    outside = path.with_name(f"{path.name}.data")
+    return path.stat().st_size + (outside.stat().st_size if outside.exists() else 0)
+
+
+def _engine(onnx_path: Path, path: Path, options: ExportOptions, announce: Callable[[str], None]) -> Exported:
+    target = engine.choose_target(options.arch)
+    announce(f"Building {path.name} by {target.why}")
+    start = time.perf_counter()
+    file = describe(onnx_path)
+    size: tuple[int, int] | None = None
+    if file.image_size is None:
+        size = largest_size(network.preprocessing.size for network in file.networks.values())
+    built = engine.build(onnx_path, path, batch=options.batch or _batch(file.kind), arch=options.arch, image_size=size, tf32=options.tf32)
+    return Exported(path, path.stat().st_size, built.inputs, built.outputs, None, time.perf_counter() - start)

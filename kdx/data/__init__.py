@@ -1,0 +1,1 @@
+"""Data references, splits, batches and decoding."""

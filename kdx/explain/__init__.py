@@ -1,0 +1,1 @@
+"""The Explainer: the networks and the layers of one comparison."""

@@ -1,0 +1,53 @@
+"""The settings that `kdx.Explainer` and a run share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from kdx.choices import Features, ObjectiveName, Precision, RuntimeName, Weighting
+from kdx.errors import KdxError
+from kdx.kernels import geometry
+from kdx.maps.salient_images import Salience
+from kdx.maps.unicam import check_weighting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the networks are executed, and which maps and scores are computed. `kdx.Explainer` documents each setting.
+
+    Raises ValueError for an unknown objective, weighting or kind of features and for a chunk below 1, and KdxError for ``keep`` and
+    ``noise`` out of range, or given without salient features.
+    """
+
+    runtime: RuntimeName = "auto"
+    device: str = "auto"
+    precision: Precision = "float32"
+    objective: ObjectiveName = "relevance"
+    weighting: Weighting = "gap"
+    chunk: int | None = None
+    permutations: int = 999
+    confidence: float = 0.95
+    seed: int = 0
+    features: Features = "raw"
+    keep: float = 0.5
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.objective not in geometry.OBJECTIVES:
+            raise ValueError(f"no objective {self.objective!r}")
+        check_weighting(self.weighting)
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk must be 1 or more, not {self.chunk}")
+        if self.features not in get_args(Features):
+            raise ValueError(f"no features {self.features!r}")
+        if Salience(self.keep, self.noise) != Salience() and self.features == "raw":
+            raise KdxError(
+                "`keep` and `noise` apply only to salient features.",
+                "Choose salient features (--features salient), or leave keep and noise out.",
+            )
+
+    @property
+    def salience(self) -> Salience | None:
+        """What salient images keep, or None for raw features."""
+        return Salience(self.keep, self.noise) if self.features == "salient" else None

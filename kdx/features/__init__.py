@@ -1,0 +1,1 @@
+"""Features: arrays in and out, rows on disk, and targets."""

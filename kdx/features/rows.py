@@ -1,0 +1,111 @@
+"""Features as rows [n, d], read where they lie: in memory, memory-mapped by NumPy, or in a Zarr array."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdx.errors import KdxError
+from kdx.features import arrays
+from kdx.kernels import tiles
+from kdx.kernels.tiles import Rows
+
+if TYPE_CHECKING:
+    import zarr
+
+    Source = arrays.Array | zarr.Array[Any]
+else:
+    Source = Any
+"""Features [n, d] or [n, C, H, W]: a NumPy array, memory-mapped or not, a PyTorch tensor, or a Zarr array."""
+
+
+def rows_of(source: Source, name: str) -> Rows:
+    """``source`` as rows, an image each; nothing of a file is read yet.
+
+    Raises KdxError for another shape, a size of zero, numbers that are not floating-point, and what can be read only once.
+    """
+    if isinstance(source, Tensor):
+        return _InMemory(arrays.feature_map(source, name).flatten(1))
+    if isinstance(source, np.ndarray) and not isinstance(source, np.memmap):
+        return _InMemory(arrays.feature_map(source, name).flatten(1))
+    if isinstance(source, np.memmap) or hasattr(source, "oindex"):
+        dtype = np.dtype(source.dtype)
+        arrays.check_features(source.shape, str(dtype), dtype.kind == "f" and dtype.itemsize <= 8, name)
+        return _OnDisk(source)
+    if isinstance(source, Iterable) and not isinstance(source, str | bytes):
+        once = ", which can be read only once" if isinstance(source, Iterator) else ""
+        raise KdxError(
+            f"The {name} are a {type(source).__name__}, not an array{once}.",
+            "Give an array, or for more than fits in memory a file: numpy.memmap or a Zarr array.",
+        )
+    raise TypeError(f"{name} must be a NumPy or Zarr array or a PyTorch tensor, not {type(source).__name__}")
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    tensor: Tensor
+    run = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.tensor.shape[0], self.tensor.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def read(self, index: Tensor) -> Tensor:
+        return self.tensor.index_select(0, index)
+
+
+@dataclass(frozen=True)
+class _OnDisk:
+    source: Any
+    device = torch.device("cpu")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.source.shape[0], prod(self.source.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.from_numpy(np.empty(0, np.dtype(self.source.dtype).newbyteorder("="))).dtype
+
+    @property
+    def run(self) -> int:
+        """A chunk of a Zarr array is unpacked whole; in a memory-mapped file any row is as near."""
+        return 1 if isinstance(self.source, np.memmap) else int((self.source.shards or self.source.chunks)[0])
+
+    def read(self, index: Tensor) -> Tensor:
+        wanted = index.numpy()
+        order = np.argsort(wanted)
+        rows = self._sorted(wanted[order])
+        result = np.empty((len(wanted), self.shape[1]), rows.dtype.newbyteorder("="))
+        result[order] = rows.reshape(result.shape)
+        return torch.from_numpy(result)
+
+    def _sorted(self, index: NDArray[np.int64]) -> NDArray[Any]:
+        first, last = int(index[0]), int(index[-1])
+        if last - first == len(index) - 1:
+            return np.asarray(self.source[first : last + 1])
+        return np.asarray(self.source[index] if isinstance(self.source, np.memmap) else self.source.oindex[index])
+
+
+def feature_distances(rows: Rows, name: str) -> tiles.FeatureDistances:
+    found = tiles.FeatureDistances.of(rows)
+    suspect = torch.nonzero(~found.norms.isfinite()).flatten()
+    if len(suspect):
+        arrays.refuse_rows(suspect[[not bool(rows.read(row[None]).isfinite().all()) for row in suspect]], name)
+        raise arrays.too_large(name)
+    return found

@@ -1,0 +1,1 @@
+"""Maps: UniCAM, Grad-CAM, HiResCAM and salient images."""

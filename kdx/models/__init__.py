@@ -1,0 +1,7 @@
+"""Networks: model references, weights, advised layers, and the models file."""
+
+from kdx.models.network import Network, as_network, layers, load, weights_hash
+from kdx.models.reference import ModelReference, file_name, parse_reference
+from kdx.models.weights import load_weights
+
+__all__ = ["ModelReference", "Network", "as_network", "file_name", "layers", "load", "load_weights", "parse_reference", "weights_hash"]

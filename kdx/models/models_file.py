@@ -1,0 +1,200 @@
+"""The models file: a distillation's networks by reference, and what was recorded with them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kdx.errors import KdxError, first_line
+from kdx.export.graphs import Preprocessing
+from kdx.models.network import Network, load
+from kdx.roles import READING_ORDER
+
+T = TypeVar("T")
+
+_REQUIRED = ("base", "student")
+
+
+@dataclass(frozen=True)
+class ModelsFile:
+    """The models of a distillation, as a models file names them, and what was recorded with them. There may be no teacher."""
+
+    path: Path
+    base: str
+    student: str
+    teacher: str | None = None
+    layers: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    preprocessing: Preprocessing | None = None
+    data: str | None = None
+    seed: int | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def references(self) -> dict[str, str]:
+        """The reference of each role that the file names: teacher, base, student."""
+        named = {role: getattr(self, role) for role in READING_ORDER}
+        return {role: reference for role, reference in named.items() if reference is not None}
+
+    def load(self, role: str) -> Network:
+        """The network of a role (teacher, base, student): weights beside the file, preprocessing as the file says.
+
+        Raises KdxError where the file names no teacher and the teacher is asked for.
+        """
+        if role not in READING_ORDER:
+            raise ValueError(f"role is one of {READING_ORDER}, not {role!r}")
+        if role not in self.references:
+            raise _unnamed(self.path, [role])
+        network = load(self.references[role], classes=len(self.classes) or None, folder=self.path.parent)
+        return network if self.preprocessing is None else replace(network, preprocessing=self.preprocessing)
+
+
+def load_any(model: str) -> tuple[Network, tuple[str, ...]]:
+    """The network of a model reference, or of ``MODELS.toml:ROLE``, and the names of its classes (none where nothing names them)."""
+    path, colon, role = model.rpartition(":")
+    if not (colon and path.endswith(".toml")):
+        return load(model), ()
+    if role not in READING_ORDER:
+        raise KdxError(f"{role!r} in {model!r} is not a role.", f"Choose one of: {', '.join(READING_ORDER)}.")
+    file = read_models(path)
+    return file.load(role), file.classes
+
+
+def read_models(path: Path | str) -> ModelsFile:
+    """Read a models file (TOML).
+
+    ``base`` and ``student`` are model references. Optional: ``teacher`` (another one), ``layers`` (a layer, or
+    ``student_layer=teacher_layer``), ``classes`` (their names), the tables ``[preprocessing]`` (size, mean, std),
+    ``[data]`` (reference, seed) and ``[training]`` (anything). KdxError for a file that is missing, is not TOML, lacks
+    base or student, or has a key that is not one of these.
+    """
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise KdxError(
+            f"The models file {path} cannot be read: {reason}.", "Give the models.toml that kdx distill wrote, or write one."
+        ) from error
+    _only_keys(path, "", content, (*READING_ORDER, "layers", "classes", "preprocessing", "data", "training"))
+    missing = [role for role in _REQUIRED if role not in content]
+    if missing:
+        raise _unnamed(path, missing)
+    data = _table(path, content, "data", ("reference", "seed"))
+    return ModelsFile(
+        path,
+        **{role: _check(path, role, content[role], str) for role in READING_ORDER if role in content},
+        layers=_strings(path, content, "layers"),
+        classes=_strings(path, content, "classes"),
+        preprocessing=_preprocessing(path, content),
+        data=None if "reference" not in data else _check(path, "data.reference", data["reference"], str),
+        seed=None if "seed" not in data else _check(path, "data.seed", data["seed"], int),
+        training=_check(path, "training", content.get("training", {}), dict),
+    )
+
+
+def write_models(
+    path: Path | str,
+    *,
+    base: str,
+    student: str,
+    teacher: str | None = None,
+    layers: Sequence[str] = (),
+    classes: Sequence[str] = (),
+    preprocessing: Preprocessing | None = None,
+    data: str | None = None,
+    seed: int | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> ModelsFile:
+    """Write a models file that ``read_models`` reads, whole or not at all; returns what it holds."""
+    lines = [f"{role} = {_toml(value)}" for role, value in zip(READING_ORDER, (teacher, base, student), strict=True) if value is not None]
+    lines += [f"{key} = {_toml(list(values))}" for key, values in (("layers", layers), ("classes", classes)) if values]
+    if preprocessing is not None:
+        values = {"size": preprocessing.size, "mean": preprocessing.mean, "std": preprocessing.std}
+        lines += _toml_table("preprocessing", values)
+    lines += _toml_table("data", {"reference": data, "seed": seed})
+    lines += _toml_table("training", training or {})
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("\n".join(lines) + "\n", "utf-8")
+    temporary.replace(path)
+    return read_models(path)
+
+
+def _unnamed(path: Path, roles: Sequence[str]) -> KdxError:
+    return KdxError(f"The models file {path} names no {' and no '.join(roles)}.", f'Add a line such as {roles[0]} = "timm:resnet18@w.pt".')
+
+
+def _only_keys(path: Path, table: str, content: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
+            raise KdxError(f"The models file {path} has an unknown key {table}{key!r}.", hint)
+
+
+def _check(path: Path, key: str, value: Any, kind: type[T]) -> T:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise KdxError(f"{key!r} in the models file {path} is not {_KINDS[kind]}.", "See the example in the documentation of models files.")
+    return value
+
+
+_KINDS: dict[type, str] = {str: "text", int: "a whole number", dict: "a table", list: "a list"}
+
+
+def _strings(path: Path, content: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    return tuple(_check(path, key, value, str) for value in _check(path, key, content.get(key, []), list))
+
+
+def _table(path: Path, content: Mapping[str, Any], key: str, known: Sequence[str]) -> dict[str, Any]:
+    table: dict[str, Any] = _check(path, key, content.get(key, {}), dict)
+    _only_keys(path, f"{key}.", table, known)
+    return table
+
+
+def _preprocessing(path: Path, content: Mapping[str, Any]) -> Preprocessing | None:
+    if "preprocessing" not in content:
+        return None
+    table = _table(path, content, "preprocessing", ("size", "mean", "std"))
+    size: Any = table.get("size")
+    mean: Any = table.get("mean", [0.0])
+    std: Any = table.get("std", [1.0])
+    sound = size is None or (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size))
+    for values in (mean, std):
+        sound = sound and isinstance(values, list) and len(values) in (1, 3) and all(isinstance(value, (int, float)) for value in values)
+    if not sound or 0 in std:
+        raise KdxError(
+            f"The table [preprocessing] of the models file {path} is not sound.",
+            "It has size = [height, width], and mean and std with one number, or one a channel; no std is 0.",
+        )
+    return Preprocessing(None if size is None else (size[0], size[1]), tuple(map(float, mean)), tuple(map(float, std)))
+
+
+def _toml_table(name: str, values: Mapping[str, Any]) -> list[str]:
+    held = [
+        f"{key if re.fullmatch(r'[A-Za-z0-9_-]+', key) else _toml(key)} = {_toml(value)}"
+        for key, value in values.items()
+        if value is not None
+    ]
+    return ["", f"[{name}]", *held] if held else []
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return repr(float(value))  # float() because numpy's repr names its type; repr is TOML's for inf and nan too
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml(str(key))} = {_toml(item)}" for key, item in value.items() if item is not None) + "}"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's but for DEL
+    return str(int(value))

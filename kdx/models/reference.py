@@ -1,0 +1,105 @@
+"""Model references: SOURCE:NAME[,key=value,...][@weights]."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from kdx.errors import KdxError
+
+_GRAMMAR = (
+    "Write SOURCE:NAME[,key=value,...][@weights], for example timm:resnet18,num_classes=10@student.safetensors, or a path of a .pt2 file."
+)
+
+Value = bool | int | float | str | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """A model reference taken apart; ``str`` puts it together again. The source of a program is ``pt2``, its name the path."""
+
+    source: str
+    name: str
+    arguments: Mapping[str, Value] = field(default_factory=dict)
+    weights: str | None = None
+
+    def __str__(self) -> str:
+        arguments = "".join(f",{key}={written(value)}" for key, value in self.arguments.items())
+        source = "" if self.source == "pt2" else f"{self.source}:"
+        return f"{source}{self.name}{arguments}" + (f"@{self.weights}" if self.weights else "")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it names weights that exist: its own, a library's, a checkpoint's. A factory may have loaded some, and counts."""
+        if self.source in ("timm", "torchvision", "kdx", "hf") and self.weights is None:
+            return bool(self.arguments.get("pretrained", self.source == "hf"))
+        return True
+
+    def with_classes(self, classes: int) -> ModelReference:
+        """The reference with its number of classes said, where its source has an argument for it and it does not say yet."""
+        key = {"timm": "num_classes", "torchvision": "num_classes", "kdx": "classes", "hf": "num_labels"}.get(self.source)
+        if key is None or key in self.arguments:
+            return self
+        return replace(self, arguments={**self.arguments, key: classes})
+
+    def with_weights(self, weights: str | None) -> ModelReference:
+        """The reference to the same architecture with other weights; nothing pretrained is fetched for it."""
+        arguments = {key: value for key, value in self.arguments.items() if key != "pretrained"}
+        return replace(self, arguments=arguments, weights=weights)
+
+    def located(self, folder: Path | None = None) -> ModelReference:
+        """The reference with the file or folder that it names written in full; ``folder`` (or else the current one) is where it starts."""
+        path = (folder or Path()) / Path(self.name).expanduser()
+        if self.source == "pt2" or (self.source == "hf" and (self.name.startswith((".", "/", "~")) or path.is_dir())):
+            return replace(self, name=str(path.resolve()))
+        return self
+
+
+def parse_reference(reference: str) -> ModelReference:
+    """``SOURCE:NAME[,key=value,...][@weights]``, or a path that ends in .pt2, taken apart; KdxError when it is neither.
+
+    Values are read as true or false, int, float, whole numbers joined by hyphens (``3-4-6-3``, a tuple), or text.
+    """
+    head, _, weights = reference.strip().partition("@")
+    if head.endswith(".pt2"):
+        return ModelReference("pt2", head, {}, weights or None)
+    source, colon, rest = head.partition(":")
+    name, *pairs = (part.strip() for part in rest.split(","))
+    if not (source and colon and name) or (not weights and reference.rstrip().endswith("@")):
+        raise KdxError(f"{reference!r} is not a model reference.", _GRAMMAR)
+    arguments: dict[str, Value] = {}
+    for pair in pairs:
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or not key.isidentifier() or not value or key in arguments:
+            raise KdxError(f"{pair!r} in the model reference {reference!r} is not one more key=value.", _GRAMMAR)
+        arguments[key] = _read(value)
+    return ModelReference(source, name, arguments, weights or None)
+
+
+def _read(text: str) -> Value:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if re.fullmatch(r"\d+(-\d+)+", text):
+        return tuple(int(part) for part in text.split("-"))
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def written(value: Value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def file_name(reference: str) -> str:
+    """A name for files made from a model: ``timm:resnet18,num_classes=10@runs/s.safetensors`` -> ``resnet18-s``."""
+    parsed = parse_reference(reference)
+    name = {"pt2": Path(parsed.name).stem, "hf": Path(parsed.name).name}.get(parsed.source, parsed.name)
+    if parsed.weights is not None:
+        name = f"{name}-{Path(parsed.weights).stem}"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

@@ -1,0 +1,142 @@
+"""Where networks come from: timm, torchvision, Hugging Face, programs, and your own factories."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from kdx.errors import KdxError, first_line, missing_package
+from kdx.export.graphs import Preprocessing
+from kdx.models import exported_program, hugging_face, resnet
+from kdx.models.reference import ModelReference, Value
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+_HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+T = TypeVar("T")
+
+
+def _construct(reference: ModelReference, factory: Callable[..., Any], arguments: Mapping[str, Value], hint: str) -> nn.Module:
+    try:
+        module = factory(**arguments)
+    except KdxError:
+        raise
+    except Exception as error:  # anything can go wrong in another package's or the user's code; the cause stays attached
+        raise KdxError(f"{reference.source}:{reference.name} could not be built: {first_line(error)}.", hint) from error
+    if not isinstance(module, nn.Module):
+        kind = type(module).__name__
+        raise KdxError(
+            f"{reference.source}:{reference.name} gives a {kind}, not a torch.nn.Module.", "Name a factory that returns the network."
+        )
+    return module
+
+
+def _from_timm(reference: ModelReference, arguments: dict[str, Value]) -> tuple[nn.Module, Preprocessing]:
+    try:
+        import timm
+    except ImportError as error:
+        raise missing_package("timm", "models", f"The model reference {str(reference)!r}") from error
+    if not timm.is_model(reference.name):
+        raise _unknown("timm", reference.name, timm.list_models())
+    module = _construct(
+        reference,
+        lambda **extra: timm.create_model(reference.name, **{"pretrained": False, **extra}),
+        arguments,
+        "Check the arguments against timm.create_model; pretrained=true needs the network or a warm cache.",
+    )
+    preprocessing = timm_preprocessing(module)
+    side = arguments.get("img_size")  # which the pretrained configuration does not know of
+    return module, replace(preprocessing, size=(side, side)) if isinstance(side, int) else preprocessing
+
+
+def timm_preprocessing(module: nn.Module) -> Preprocessing:
+    config = getattr(module, "pretrained_cfg", {})
+    _, height, width = config.get("input_size", (3, 224, 224))
+    return Preprocessing((height, width), tuple(config.get("mean", _IMAGENET[0])), tuple(config.get("std", _IMAGENET[1])))
+
+
+def _from_torchvision(reference: ModelReference, arguments: dict[str, Value]) -> tuple[nn.Module, Preprocessing]:
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise missing_package("torchvision", "models", f"The model reference {str(reference)!r}") from error
+    names = models.list_models(module=models)  # the classifiers: detectors and the like are in modules below
+    if reference.name not in names:
+        raise _unknown("torchvision", reference.name, names)
+    weights = "DEFAULT" if arguments.pop("pretrained", False) else None
+    if reference.name in ("inception_v3", "googlenet"):
+        arguments.setdefault("init_weights", weights is None)
+    module = _construct(
+        reference,
+        lambda **extra: models.get_model(reference.name, weights=weights, **extra),
+        arguments,
+        "Check the arguments against torchvision.models; pretrained=true needs the network or a warm cache, and keeps the classes.",
+    )
+    size = 299 if reference.name == "inception_v3" else 224
+    return module, Preprocessing((size, size), *_IMAGENET)
+
+
+def _from_kdx(reference: ModelReference, arguments: dict[str, Value]) -> tuple[nn.Module, Preprocessing]:
+
+    if reference.name != "resnet":
+        raise _unknown("kdx", reference.name, ["resnet"])
+    module = _construct(reference, resnet.resnet, arguments, "It takes width, depth, classes, stages, block and stem.")
+    return module, Preprocessing((32, 32), *_HALF)
+
+
+def from_factory(reference: ModelReference, arguments: dict[str, Value]) -> tuple[nn.Module, Preprocessing]:
+    if str(Path.cwd()) not in sys.path and "" not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
+    sources = ", ".join(source for source in SOURCES if source != "pt2")
+    try:
+        module = importlib.import_module(reference.source)
+    except ModuleNotFoundError as error:
+        if error.name and not (reference.source == error.name or reference.source.startswith(f"{error.name}.")):
+            raise KdxError(f"Importing {reference.source!r} failed: it needs {error.name!r}.", f"Install {error.name}.") from error
+        near = difflib.get_close_matches(reference.source, SOURCES, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise KdxError(
+            f"{reference.source!r} is neither a source of models nor a module that can be imported.",
+            f"{hint}Use one of {sources}, or a module from an installed package or the current folder.",
+        ) from error
+    except Exception as error:  # the user's own module runs here
+        raise KdxError(f"Importing {reference.source!r} failed: {first_line(error)}.", "Mend the module; python -m shows where.") from error
+    factory = getattr(module, reference.name, None)
+    if not callable(factory):
+        raise _unknown(reference.source, reference.name, [name for name, value in vars(module).items() if callable(value)])
+    network = _construct(reference, factory, arguments, "Give the factory arguments that it takes.")
+    preprocessing = getattr(network, "preprocessing", None)
+    return network, preprocessing if isinstance(preprocessing, Preprocessing) else Preprocessing()
+
+
+def _from_hub(reference: ModelReference, arguments: dict[str, Value]) -> tuple[nn.Module, Preprocessing, bool]:
+    pretrained = bool(arguments.pop("pretrained", reference.weights is None))
+    return hugging_face.load_classifier(reference.name, arguments, pretrained=pretrained)
+
+
+def _from_program(reference: ModelReference, _arguments: dict[str, Value]) -> tuple[nn.Module, Preprocessing]:
+    return exported_program.load_program(Path(reference.name))
+
+
+SOURCES: dict[
+    str, Callable[[ModelReference, dict[str, Value]], tuple[nn.Module, Preprocessing] | tuple[nn.Module, Preprocessing, bool]]
+] = {
+    "timm": _from_timm,
+    "torchvision": _from_torchvision,
+    "kdx": _from_kdx,
+    "hf": _from_hub,
+    "pt2": _from_program,
+}
+
+
+def _unknown(source: str, name: str, names: Sequence[str]) -> KdxError:
+    near = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
+    return KdxError(f"{source} has no model {name!r}.", f"Near matches: {', '.join(near)}." if near else "Check the name and its spelling.")

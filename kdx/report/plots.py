@@ -1,0 +1,153 @@
+"""Scores over layers as inline SVG."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdx import roles
+
+# matplotlib writes plain colours into its SVG. Each of these stands for a colour that the page decides (light or dark), and is
+# exchanged for the style sheet's name after drawing; no drawing of ours uses them otherwise.
+_PAGE_COLOURS = {
+    "#010203": "currentColor",
+    "#010204": "var(--teacher)",
+    "#010205": "var(--base)",
+    "#010206": "var(--student)",
+    "#010207": "var(--surface)",
+}
+
+_COLOUR_OF = {name: code for code, name in _PAGE_COLOURS.items()}
+
+_INK = _COLOUR_OF["currentColor"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of marks in a drawing: the score's name, what a reader calls it, whose colour it takes, and its mark."""
+
+    score: str
+    label: str
+    role: str
+    marker: str
+    filled: bool = True
+
+
+_MARKERS = {"teacher": "D", "student": "o", "base": "s"}
+
+
+def _series(score: str, label: str, role: str, filled: bool = True) -> Series:
+    return Series(score, label, role, _MARKERS[role], filled)
+
+
+SIMILARITY = tuple(_series(name, score.label, score.matrices[0]) for name, score in roles.SIMILARITY.items())
+RELEVANCE = tuple(_series(name, score.label, score.label) for name, score in roles.RELEVANCE.items())
+BEYOND = tuple(
+    _series(kind.score, f"{kind.explained} beyond {kind.given} ({kind.name})", kind.explained, filled=kind.name != "new")
+    for kind in roles.MAPS.values()
+)
+
+Points = Mapping[str, Mapping[str, tuple[float, tuple[float, float]]]]
+"""layer -> score -> (value, interval)."""
+
+_NARROWEST = 0.05  # of an axis without zero; a smaller difference should look small
+
+_WIDTH, _HEADING, _ROW, _GAP, _AXIS, _MARGIN = 360, 22, 15, 12, 26, 18
+
+
+def plot(points: Points, series: Sequence[Series], prefix: str, *, from_zero: bool = True) -> str:
+    """Scores over layers as inline SVG: a group a layer in the run's order, a mark a score, a bar for its interval.
+
+    The axis is that of `limits`, with a line at zero where zero is on it.
+
+    The drawing is transparent, takes its ink from the text around it and the networks' colours from the page, and is the same,
+    byte for byte, for the same numbers. ``prefix`` keeps its ids apart from another drawing's on the page. A number that is not
+    finite is left out.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    group = _HEADING + _ROW * len(series) + _GAP
+    height = group * len(points) + _AXIS
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "kdx", "font.size": 11, "axes.edgecolor": _INK, "text.color": _INK}
+    # A glyph that matplotlib's own font lacks is drawn by the browser's; its warning says nothing to the reader.
+    with rc_context(settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        figure = Figure(figsize=(_WIDTH / 72, height / 72), dpi=72)
+        figure.patch.set_alpha(0)
+        axes = figure.add_axes((_MARGIN / _WIDTH, _AXIS / height, 1 - 2 * _MARGIN / _WIDTH, 1 - _AXIS / height))
+        axes.patch.set_alpha(0)
+        axes.set(xlim=limits(points, series, from_zero), ylim=(group * len(points), 0), yticks=[])
+        for side in ("left", "right", "top"):
+            axes.spines[side].set_visible(False)
+        axes.spines["bottom"].set_alpha(0.35)
+        axes.tick_params(axis="x", length=0, labelcolor=_INK, pad=6)
+        axes.locator_params(axis="x", nbins=6)
+        axes.grid(axis="x", color=_INK, alpha=0.1, linewidth=1)
+        axes.set_axisbelow(True)
+        for row, (layer, scores) in enumerate(points.items()):
+            top = group * row
+            if row:
+                axes.axhline(top, color=_INK, alpha=0.18, linewidth=1)
+            if axes.get_xlim()[0] <= 0:
+                # Not through the layer's name.
+                axes.plot([0, 0], [top + _HEADING - 2, top + group], color=_INK, alpha=0.5, linewidth=1)
+            axes.text(
+                0, top + _HEADING - 5, _elided(layer), transform=axes.get_yaxis_transform(), parse_math=False, weight="bold", va="baseline"
+            )
+            for line, one in enumerate(series):
+                value, (low, high) = scores[one.score]
+                if not all(map(math.isfinite, (value, low, high))):
+                    continue
+                y, colour = top + _HEADING + _ROW * (line + 0.5), _COLOUR_OF[f"var(--{one.role})"]
+                axes.plot([low, high], [y, y], color=colour, linewidth=2.5, alpha=0.55, solid_capstyle="round")
+                face = colour if one.filled else _COLOUR_OF["var(--surface)"]
+                axes.plot([value], [y], one.marker, color=colour, markerfacecolor=face, markersize=7 - 1.5 * (one.marker == "D"), mew=1.6)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}, transparent=True)
+    return _for_page(out.getvalue(), prefix)
+
+
+def limits(points: Points, series: Sequence[Series], from_zero: bool = True) -> tuple[float, float]:
+    """The ends of the axis: zero, what a score is read against, and all intervals.
+
+    Without ``from_zero`` the axis leaves zero out where the intervals would fill less than half of it: a reader then asks which score
+    is higher, and an axis from zero would hardly show it.
+    """
+    ends = [x for scores in points.values() for one in series for x in _ends(*scores[one.score])]
+    low, high = max(min(ends, default=0.0), -1.0), min(max(ends, default=0.0), 1.0)
+    if from_zero or high - low >= 0.5 * high:
+        low, high = min(low, 0.0), max(high, 0.2)
+    elif high - low < _NARROWEST:
+        middle = (low + high) / 2
+        low, high = middle - _NARROWEST / 2, middle + _NARROWEST / 2
+    pad = 0.04 * (high - low)
+    return low - pad, high + pad
+
+
+def _ends(value: float, interval: tuple[float, float]) -> Iterator[float]:
+    yield from filter(math.isfinite, (value, *interval))
+
+
+def _elided(name: str, most: int = 46) -> str:
+    """A long layer path with its middle left out, and nothing in it that an SVG cannot hold."""
+    name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
+
+
+def _for_page(svg: str, prefix: str) -> str:
+    """The drawing without its file header, with the page's colours and fonts and ids of its own."""
+    svg = svg[svg.index("<svg") :]
+    for code, name in _PAGE_COLOURS.items():
+        svg = svg.replace(code, name)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'(href="|url\()#', rf"\g<1>#{prefix}-", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

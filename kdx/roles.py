@@ -1,0 +1,121 @@
+"""Roles, maps, scores and contrasts: their names and what they mean.
+
+This is the only place that defines them. A computation has a student and a base, and it may have a teacher. Without a teacher, the
+maps, scores and contrasts are those that do not name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+TARGET = "target"
+"""The name of the target's matrix beside the matrices of the roles."""
+
+ROLES = ("teacher", "student", "base")
+"""The order of every stack of matrices. The target's matrix comes last."""
+
+READING_ORDER = ("teacher", "base", "student")
+"""The order in which a reader meets the roles: in tables, in records and in a models file."""
+
+LETTERS = {role: role[0].upper() for role in ROLES}
+
+
+@dataclass(frozen=True)
+class MapKind:
+    """A kind of map: UniCAM of the explained role's features given the other role's features."""
+
+    name: str
+    explained: str
+    given: str
+    meaning: str
+
+    @property
+    def symbol(self) -> str:
+        return f"{LETTERS[self.explained]} | {LETTERS[self.given]}"
+
+    @property
+    def score(self) -> str:
+        """The name of the score of the same two roles."""
+        return f"RS({LETTERS[self.explained]}|{LETTERS[self.given]})"
+
+
+MAPS: dict[str, MapKind] = {
+    kind.name: kind
+    for kind in (
+        MapKind("distilled", "student", "base", "What the student has and the base does not."),
+        MapKind("residual", "base", "student", "What the base has and the student does not."),
+        MapKind("missed", "teacher", "student", "What the teacher has and the student does not."),
+        MapKind("new", "student", "teacher", "What the student has and the teacher does not."),
+    )
+}
+
+
+StatisticName = Literal["correlation", "semipartial"]
+
+
+@dataclass(frozen=True)
+class Definition:
+    """How a score is computed: a statistic of the named matrices (roles, or TARGET).
+
+    permuted: the matrix whose images are permuted for the p-value. It is the target, or the teacher where there is no target.
+    label: the score in words.
+    """
+
+    statistic: StatisticName
+    matrices: tuple[str, ...]
+    permuted: str
+    label: str
+
+
+SIMILARITY: dict[str, Definition] = {
+    f"FSS({LETTERS[role]},T)": Definition("correlation", (role, "teacher"), "teacher", f"{role} and teacher")
+    for role in ("student", "base")
+}
+RELEVANCE: dict[str, Definition] = {f"RS({LETTERS[role]})": Definition("correlation", (role, TARGET), TARGET, role) for role in ROLES}
+CONDITIONAL: dict[str, Definition] = {
+    kind.score: Definition(
+        "semipartial", (kind.explained, TARGET, kind.given), TARGET, f"{kind.name}: {kind.explained} beyond {kind.given}"
+    )
+    for kind in MAPS.values()
+}
+SCORES: dict[str, Definition] = SIMILARITY | RELEVANCE | CONDITIONAL
+
+CONTRASTS: tuple[tuple[str, str], ...] = (("FSS(S,T)", "FSS(B,T)"), ("RS(S|B)", "RS(B|S)"))
+"""Pairs of scores whose difference shows an effect of distillation."""
+
+
+def contrast_name(more: str, less: str) -> str:
+    return f"{more} - {less}"
+
+
+LIKENESS, BALANCE = (contrast_name(more, less) for more, less in CONTRASTS)
+"""LIKENESS: is the student closer to the teacher than the base is? BALANCE: which of student and base is more relevant beyond the other?"""
+
+
+def roles_among(present: Collection[str]) -> tuple[str, ...]:
+    """The roles present, in the order of ROLES. Raises ValueError without a student or a base, and for any other name."""
+    if not {"student", "base"} <= set(present) <= set(ROLES):
+        raise ValueError(f"the roles are student, base and optionally teacher, not {', '.join(present) or 'none'}")
+    return tuple(role for role in ROLES if role in present)
+
+
+def maps_among(roles: Collection[str]) -> dict[str, tuple[str, str]]:
+    """The explained and the given role of each map that these roles make."""
+    return {name: (kind.explained, kind.given) for name, kind in MAPS.items() if {kind.explained, kind.given} <= set(roles)}
+
+
+def scores_among(roles: Collection[str]) -> dict[str, Definition]:
+    """The scores that these roles have."""
+    return {name: definition for name, definition in SCORES.items() if set(definition.matrices) <= {*roles, TARGET}}
+
+
+def contrasts_among(roles: Collection[str]) -> tuple[tuple[str, str], ...]:
+    """The contrasts whose two scores these roles have."""
+    return tuple(pair for pair in CONTRASTS if set(pair) <= scores_among(roles).keys())
+
+
+def permuted_among(roles: Collection[str]) -> tuple[str, ...]:
+    """The matrices whose images are permuted for the p-values of these roles' scores."""
+    return tuple(dict.fromkeys(definition.permuted for definition in scores_among(roles).values()))

@@ -1,0 +1,1 @@
+"""A run over a data set: plan, infer, store, read back."""

@@ -1,0 +1,332 @@
+"""A run over a data set: plan batches, infer, measure, store; resumes where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdx.data.batches import class_balanced_sample, random_batches, split
+from kdx.data.dataset import Dataset, open_data
+from kdx.data.images import Images, decoded, load_images
+from kdx.errors import KdxError
+from kdx.explain.explainer import Explainer
+from kdx.explain.explainer_file import describe_explainer, paired_layers, without_references
+from kdx.explain.graph import largest_size
+from kdx.explain.settings import Settings
+from kdx.features.arrays import MIN_IMAGES
+from kdx.models.feature_layers import parse_layers
+from kdx.models.models_file import ModelsFile, read_models
+from kdx.progress import progress
+from kdx.roles import roles_among
+from kdx.runs.environment import environment, now
+from kdx.runs.record import from_arrays, scores_as_json, to_arrays
+from kdx.runs.store import BatchRecord, Store
+from kdx.runtimes.choice import is_file
+from kdx.scores.pool import Pool
+from kdx.scores.uncertainty import accuracy
+
+_RECORDED = ("batch", "runtime", "device", "objective", "weighting", "reference_images", "seed", "permutations", "confidence")
+"""The options that a run's configuration always states. The others change no result, or are stated only if they are not the default."""
+
+_OF_A_MODEL = ("reference", "sha256", "parameters", "preprocessing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Settings):
+    """How a run explains: the settings of `kdx.Explainer` and those below.
+
+    batch: images whose geometry makes one set of maps.
+    reference_images: with m > 0, every image is mapped among the same m class-balanced images instead of its batch mates.
+    split: ``test``, ``validation``, ``train`` or ``all``. None takes ``test`` of the data that the models were trained on, and all of any
+    other data. max_unreadable: the share of corrupt images above which the run fails; one image always passes, unless the share is 0.
+    gallery: images shown in the report. workers: threads that decode the next batches while one is explained; None takes one per core,
+    0 decodes each batch when it is needed.
+    """
+
+    batch: int = 64
+    reference_images: int = 0
+    split: str | None = None
+    max_unreadable: float = 0.01
+    gallery: int = 60
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a run explains: images in batches, by networks, at layers."""
+
+    data: str
+    models: ModelsFile
+    dataset: Dataset
+    split: str
+    indices: NDArray[np.int64]  # of the images to explain
+    batches: list[NDArray[np.int64]]  # positions in ``indices``
+    references: NDArray[np.int64]
+    layers: dict[str, str]
+    options: RunOptions
+
+    @property
+    def widest(self) -> int:
+        return max(map(len, self.batches))
+
+
+def explain_dataset(
+    data: str,
+    models: Path,
+    out: Path,
+    layers: Sequence[str] = (),
+    options: RunOptions = RunOptions(),
+    *,
+    networks: Path | None = None,
+    command: Sequence[str] = (),
+    restart: bool = False,
+    announce: Callable[[str], None] = print,
+) -> None:
+    """Explain ``data`` by the networks of a models file, or by an explainer file, and leave the record of it in the folder ``out``.
+
+    layers: names shared by the networks, or ``student_layer=teacher_layer``; by default those of the models file.
+    networks: the folder for exported networks, by default out/networks. A run that was stopped resumes, with the same result. A complete
+    run is not computed again, unless ``restart`` asks for it.
+
+    Raises KdxError for anything that a user can fix, before anything is written where possible.
+    """
+    plan = _plan(data, models, layers, options)
+    with ExitStack() as stack:
+        with _explainer(plan, networks or out / "networks") as explainer:
+            described = explainer.networks()
+            size = largest_size(network["image_size"] for network in described.values())
+            store = stack.enter_context(Store.begin(out, _configuration(plan, described, size), _context(plan, command)))
+            if store.complete and not restart:
+                announce(f"{out} is already complete; its page is written again.")
+                return
+            if store.complete:
+                store.restart()
+            explainer.open(size)
+            announce(f"Runtime {explainer.choice.why}.")
+            store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
+            store.manifest["random_weights"] = [role for role, about in described.items() if not about["trained"]]
+            for role in store.manifest["random_weights"]:
+                announce(f"Some or all weights of the {role} are random: {described[role]['reference']}.")
+            if len(plan.references):
+                store.manifest["reference_ids"] = [plan.dataset.ids[index] for index in plan.references]
+            _infer(store, explainer, plan, size, announce)
+        _finish(store, plan, size)
+
+
+def _plan(data: str, models: Path, layers: Sequence[str], options: RunOptions) -> _Plan:
+    if options.reference_images and options.reference_images < MIN_IMAGES:
+        raise KdxError(f"A reference set of {options.reference_images} is too small.", f"Give --reference {MIN_IMAGES} or more, or 0.")
+    named = _of_file(models) if is_file(models) else read_models(models)
+    dataset = open_data(data, named.classes or None)
+    share, indices, pool = _part(dataset, named, options)
+    paired = parse_layers(layers or named.layers)
+    batches = random_batches(dataset.labels[indices], options.batch, options.seed)
+    references = pool[:0]
+    if options.reference_images:
+        references = pool[class_balanced_sample(dataset.labels[pool], options.reference_images, options.seed)]
+    return _Plan(data, named, dataset, share, indices, batches, references, paired, options)
+
+
+def _configuration(plan: _Plan, described: Mapping[str, Mapping[str, Any]], size: tuple[int, int]) -> dict[str, Any]:
+    """Everything that a run's results depend on."""
+    return {
+        "data": plan.data,
+        "split": plan.split,
+        "fingerprint": plan.dataset.fingerprint,
+        "split_seed": plan.models.seed,
+        "models": {role: {key: about[key] for key in _OF_A_MODEL} for role, about in described.items()},
+        "layers": plan.layers,
+        "image_size": size,
+        **_stated(plan.options),
+    }
+
+
+def _stated(options: RunOptions) -> dict[str, Any]:
+    """The options in a run's configuration. Defaults added later are omitted so that older runs still match."""
+    stated = {key: getattr(options, key) for key in _RECORDED}
+    if options.precision != "float32":
+        stated["precision"] = options.precision
+    if options.features == "salient":
+        stated["features"] = {"kind": options.features, "keep": options.keep, "noise": options.noise}
+    return stated
+
+
+def _context(plan: _Plan, command: Sequence[str]) -> dict[str, Any]:
+    """What a manifest states beside the configuration."""
+    return {
+        "kdx": version("kdx"),
+        "created": now(),
+        "command": list(command),
+        "environment": environment(),
+        "classes": list(plan.dataset.classes),
+        "method": plan.models.training.get("method"),
+        "batches": len(plan.batches),
+    }
+
+
+def _infer(store: Store, explainer: Explainer, plan: _Plan, size: tuple[int, int], announce: Callable[[str], None]) -> None:
+    """Explain and store every batch that is not stored yet."""
+    total = len(plan.batches)
+    pending = [batch for batch in range(total) if not store.has(batch)]
+    if pending and len(pending) < total:
+        announce(f"Resuming: {total - len(pending)} of {total} batches are done.")
+    if len(plan.references) and pending:
+        _use_references(explainer, plan.dataset, plan.references, size)
+    unreadable: list[tuple[str, str]] = []
+    planned = (plan.indices[plan.batches[batch]] for batch in pending)
+    with decoded(plan.dataset, planned, size, plan.options.workers) as results, progress() as show:
+        for done, (batch, images) in enumerate(zip(pending, results, strict=True), total - len(pending)):
+            show("Explaining", done, total, "batches")
+            _explain_batch(store, explainer, plan, batch, images)
+            unreadable += images.unreadable
+            _check_unreadable(unreadable, len(plan.indices), plan.options.max_unreadable)  # early, not after the last batch
+        show("Explaining", total, total, "batches")
+
+
+def _part(dataset: Dataset, named: ModelsFile, options: RunOptions) -> tuple[str, NDArray[np.int64], NDArray[np.int64]]:
+    """The split to explain, its indices, and those that a reference set is taken from: training images, where there are any."""
+    own = named.data is not None and Path(dataset.reference).resolve() == Path(named.data).resolve()  # however the folder is spelt
+    share = options.split or ("test" if own else "all")
+    if share == "all":
+        return share, np.arange(len(dataset)), np.arange(len(dataset))
+    parts = split(dataset, named.seed if named.seed is not None else options.seed)
+    if share not in parts:
+        raise KdxError(f"There is no split {share!r}.", f"Choose one of {', '.join(parts)}, all.")
+    return share, parts[share], parts["train"]
+
+
+def _of_file(path: Path) -> ModelsFile:
+    """What a models file would say of the networks in an explainer file."""
+    file = describe_explainer(path)
+    layers = tuple(f"{layer}={other}" for layer, other in paired_layers(file).items())
+    base, student, teacher = (file.networks[role].reference if role in file.networks else None for role in ("base", "student", "teacher"))
+    assert base is not None and student is not None
+    return ModelsFile(path, base, student, teacher, layers, file.classes)
+
+
+def _explainer(plan: _Plan, folder: Path) -> Explainer:
+    named = plan.models
+    if is_file(named.path):
+        if plan.options.reference_images:
+            raise without_references()
+        return Explainer.of({}, plan.layers, plan.options, folder=folder, file=named.path)
+    networks = {
+        role: named.path.parent / reference if is_file(reference) else named.load(role) for role, reference in named.references.items()
+    }
+    return Explainer.of(networks, plan.layers, plan.options, folder=folder)
+
+
+def _use_references(explainer: Explainer, dataset: Dataset, chosen: NDArray[np.int64], size: tuple[int, int]) -> None:
+    images = load_images(dataset, chosen, size)
+    if images.unreadable:
+        name, reason = images.unreadable[0]
+        raise KdxError(
+            f"The reference image {name} cannot be read ({reason}).", "Repair or remove it, or choose others with another --seed."
+        )
+    explainer.use_references(images.pixels, torch.from_numpy(dataset.labels[images.kept]))
+
+
+def _explain_batch(store: Store, explainer: Explainer, plan: _Plan, batch: int, images: Images) -> None:
+    """Explain and store one batch."""
+    labels = torch.from_numpy(plan.dataset.labels[images.kept])
+    logits, measurements = explainer.explain(images.pixels, labels, (plan.options.seed, batch))
+    _check_classes(logits, len(plan.dataset.classes))
+    arrays: dict[str, NDArray[Any]] = {"index": images.kept}
+    for role, rows in logits.items():
+        confidence, prediction = rows.float().softmax(1).max(1)
+        arrays[f"{role}_prediction"], arrays[f"{role}_confidence"] = prediction.numpy(force=True), confidence.numpy(force=True)
+    for layer, measurement in measurements.items():
+        arrays |= to_arrays(layer, measurement, keep_left_out=len(plan.batches) == 1)
+    maps = {
+        layer: {name: value.maps.float().numpy(force=True) for name, value in measurement.maps.items()}
+        for layer, measurement in measurements.items()
+    }
+    store.write_batch(batch, plan.widest, plan.widest * len(plan.batches), maps, BatchRecord(arrays, images.unreadable))
+
+
+def _check_unreadable(unreadable: Sequence[tuple[str, str]], total: int, limit: float) -> None:
+    if len(unreadable) > (max(1, limit * total) if limit else 0):
+        name, reason = unreadable[0]
+        raise KdxError(
+            f"{len(unreadable)} of {total} images cannot be read, the first being {name} ({reason}).",
+            "Repair or remove them, or allow more with --max-unreadable.",
+        )
+
+
+def _check_classes(logits: Mapping[str, torch.Tensor], classes: int) -> None:
+    for role, rows in logits.items():
+        if rows.shape[1] != classes:
+            raise KdxError(
+                f"The {role} predicts {rows.shape[1]} classes, and the data has {classes}.",
+                "Name the networks' classes in their order, in the models file: classes = [...].",
+            )
+
+
+def _finish(store: Store, plan: _Plan, size: tuple[int, int]) -> None:
+    """Write scores and samples from the batches' records, the gallery's pictures, and the end of the manifest."""
+    dataset, options = plan.dataset, plan.options
+    roles = roles_among(store.manifest["configuration"]["models"])
+    columns, pools, unreadable = _gathered(store, plan, roles)
+    planned = sum(map(len, plan.batches))
+    _check_unreadable(unreadable, planned, options.max_unreadable)
+    index = columns.pop("index")
+    columns["label"] = dataset.labels[index]
+    store.write_samples({"id": [dataset.ids[i] for i in index], **columns})
+    store.write_scores(
+        {
+            "features": store.manifest["configuration"].get("features", {"kind": "raw"}),
+            "accuracy": {role: accuracy(columns[f"{role}_prediction"] == columns["label"], options.confidence) for role in roles},
+            "layers": {layer: scores_as_json(pool.scores(n=len(index), confidence=options.confidence)) for layer, pool in pools.items()},
+        }
+    )
+    chosen = _gallery(columns, roles, options)
+    shown = load_images(dataset, index[chosen], size)
+    for row, pixels in zip(columns["row"][chosen], shown.pixels, strict=True):
+        store.write_picture(int(row), pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
+    store.finish(
+        {
+            "finished": now(),
+            "images": {
+                "planned": planned,
+                "explained": len(index),
+                "unreadable": [{"id": name, "reason": reason} for name, reason in unreadable],
+            },
+        }
+    )
+
+
+def _gathered(store: Store, plan: _Plan, roles: Sequence[str]) -> tuple[dict[str, NDArray[Any]], dict[str, Pool], list[tuple[str, str]]]:
+    """From the records of all batches: the columns of the samples, each layer's pool of inner products, and the unreadable images."""
+    pools = {layer: Pool(roles) for layer in plan.layers}
+    parts: list[dict[str, NDArray[Any]]] = []
+    unreadable: list[tuple[str, str]] = []
+    for batch in range(len(plan.batches)):
+        record = store.read_batch(batch)
+        unreadable += record.unreadable
+        for layer, pool in pools.items():
+            pool.add(*from_arrays(record.arrays, layer, roles))
+        count = len(record.arrays["index"])
+        place = {"row": batch * plan.widest + np.arange(count), "batch": np.full(count, batch)}
+        parts.append(place | {name: values for name, values in record.arrays.items() if "/" not in name})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, pools, unreadable
+
+
+def _gallery(columns: Mapping[str, NDArray[Any]], roles: Sequence[str], options: RunOptions) -> NDArray[np.int64]:
+    """Positions of the gallery's images: class-balanced, a third of them from images that some network gets wrong."""
+    wrong = np.flatnonzero(np.any([columns[f"{role}_prediction"] != columns["label"] for role in roles], axis=0))
+    picked: NDArray[np.int64] = np.empty(0, np.int64)
+    if len(wrong):
+        picked = wrong[class_balanced_sample(columns["label"][wrong], max(1, options.gallery // 3), options.seed)]
+    rest = np.setdiff1d(np.arange(len(columns["label"])), picked)
+    more = min(options.gallery - len(picked), len(rest))
+    if more > 0:
+        picked = np.concatenate([picked, rest[class_balanced_sample(columns["label"][rest], more, options.seed)]])
+    return np.sort(picked)

@@ -1,0 +1,1 @@
+"""Where a network executes: PyTorch, ONNX Runtime, OpenVINO or TensorRT."""

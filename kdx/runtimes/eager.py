@@ -1,0 +1,62 @@
+"""PyTorch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kdx.export.graphs import FeatureGraph, GradientGraph, Graph
+from kdx.runtimes.runner import Runner, check_names
+
+
+class EagerRunner(Runner):
+    """PyTorch, on any device that PyTorch has."""
+
+    runtime = "eager"
+
+    def __init__(self, graph: Graph, device: torch.device) -> None:
+        self.device = device
+        self.kind = graph.kind
+        self.layers = graph.layers
+        self._inputs, self._outputs = graph.input_names, graph.output_names
+        self._lock = threading.Lock()
+        self._graph: Graph | None = graph.eval().to(device)
+        numbers = next((held.dtype for held in (*graph.parameters(), *graph.buffers()) if held.is_floating_point()), torch.float32)
+        self._numbers = torch.promote_types(numbers, torch.float32)  # half precision is the network's own affair
+
+    @property
+    def graph(self) -> Graph:
+        """What is run; ValueError where the runner is closed."""
+        if self._graph is None:
+            raise ValueError("the runner is closed")
+        return self._graph
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        graph = self.graph
+        check_names(feeds, self._inputs)
+        with self._lock, torch.no_grad():  # the graph hooks its layers for the length of a pass
+            results = graph(*(feeds[name].to(self.device, self._numbers) for name in self._inputs))
+        return dict(zip(self._outputs, results, strict=True))
+
+    @property
+    def cotangent_layer(self) -> str | None:
+        return self._gradient_graph().at
+
+    def class_count(self, images: Tensor) -> int:
+        return self.logits(images[:1]).shape[1]
+
+    def logits(self, images: Tensor) -> Tensor:
+        graph = self._gradient_graph()
+        forward = EagerRunner(FeatureGraph(graph.network, (), graph.preprocessing), self.device)  # without a backward pass
+        return forward.run({"images": images})["logits"]
+
+    def _gradient_graph(self) -> GradientGraph:
+        if not isinstance(self.graph, GradientGraph):
+            raise ValueError(f"a graph of {self.kind} has no cotangent")
+        return self.graph
+
+    def close(self) -> None:
+        self._graph = None

@@ -1,0 +1,163 @@
+"""ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdx.errors import KdxError, first_line, missing_package
+from kdx.export.description import Shape, describe
+from kdx.runtimes.cuda_stream import CPU, CudaStream, gpu_device
+from kdx.runtimes.runner import FileRunner
+
+Provider = Literal["cpu", "cuda", "tensorrt"]
+
+_PROVIDERS: dict[Provider, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+GPU_PACKAGE = "Install it in place of onnxruntime: pip uninstall onnxruntime, then pip install 'kdx[gpu]'"
+
+_SHAPE_ARITHMETIC = (
+    "Shape Size Gather Slice Concat Squeeze Unsqueeze Cast Add Sub Mul Div Mod Neg Abs Floor Ceil Round Min Max Equal Less "
+    "LessOrEqual Greater GreaterOrEqual Not And Or Where Range ConstantOfShape Expand Reshape Identity Constant "
+    "ReduceProd ReduceSum ReduceMin ReduceMax"
+)
+"""Operators that ONNX Runtime keeps on the CPU on purpose where they work on sizes. On features all of them have CUDA kernels."""
+
+
+class OnnxRuntimeRunner(FileRunner):
+    """ONNX Runtime, by one of its execution providers: ``cpu``, ``cuda``, or ``tensorrt`` (of TensorRT 10).
+
+    Inputs and outputs are bound by address, so on a GPU nothing is copied to the host. tf32: whether a GPU may round products
+    to TensorFloat-32, which costs three digits; the tensorrt provider has no such switch and may always.
+
+    Raises KdxError where the file is none of kdx's, and where the provider is not compiled in, does not start, or leaves
+    part of the network to the CPU.
+    """
+
+    runtime = "onnx"
+
+    def __init__(self, path: Path, provider: Provider = "cpu", device: torch.device | None = None, *, tf32: bool = False) -> None:
+        try:
+            import onnxruntime
+        except ImportError:
+            raise missing_package("onnxruntime", "cpu", "The runtime onnx") from None
+        self.device = CPU if provider == "cpu" else gpu_device(device, f"ONNX Runtime's provider {provider}")
+        if device is not None and device.type != self.device.type:
+            raise ValueError(f"the provider {provider} does not run on {device}")
+        self.description = describe(path)
+        self.kind = self.description.kind
+        self.layers = self.description.layers
+        self._path = path
+        self._stream = None if provider == "cpu" else CudaStream(self.device)
+        self._session: Any = _session(onnxruntime, path, provider, self._stream, tf32)
+        self.inputs = _float_shapes(path, self._session.get_inputs())
+        self.outputs = _float_shapes(path, self._session.get_outputs())
+        known = {size for shape in self.inputs.values() for size in shape}
+        for name, shape in self.outputs.items():
+            for size in shape:
+                if isinstance(size, str) and size not in known:
+                    raise KdxError(
+                        f"The output {name} of {path} has a dimension {size!r} that no input has.", "Export it again with kdx export."
+                    )
+
+    def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        session = self._session
+        if session is None:
+            raise ValueError("the runner is closed")
+        inputs, sizes = self._fed(feeds)
+        outputs = self._empty(sizes)
+        place = self.device.type, self.device.index or 0
+        binding = session.io_binding()
+        for name, tensor in inputs.items():
+            binding.bind_input(name, *place, np.float32, tuple(tensor.shape), tensor.data_ptr())
+        for name, tensor in outputs.items():
+            binding.bind_output(name, *place, np.float32, tuple(tensor.shape), tensor.data_ptr())
+        try:
+            if self._stream is None:
+                session.run_with_iobinding(binding)
+            else:
+                with self._stream.taken():
+                    session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's exceptions share no other base
+            raise KdxError(
+                f"ONNX Runtime cannot run {self._path}: {first_line(error)}.", "Try smaller batches, or --runtime eager."
+            ) from error
+        return outputs
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _session(onnxruntime: Any, path: Path, provider: Provider, stream: CudaStream | None, tf32: bool) -> Any:
+    """A session in which the provider runs the whole network, or a KdxError.
+
+    ONNX Runtime's own switch for that, session.disable_cpu_ep_fallback, also refuses the arithmetic on sizes that ONNX Runtime
+    itself keeps on the CPU, so the session is asked where it put each node.
+    """
+    name = _PROVIDERS[provider]
+    options = onnxruntime.SessionOptions()
+    # Its threads would go on looking for work after a pass, and keep cores from the other network's, the geometry and the decoders.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    settings: dict[str, str] = {}
+    if stream is not None:
+        if name not in onnxruntime.get_available_providers():
+            raise KdxError(f"The ONNX Runtime that is installed has no provider {provider}.", GPU_PACKAGE)
+        if not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"):
+            raise KdxError(
+                f"ONNX Runtime {onnxruntime.__version__} does not say what runs on the GPU.", "pip install --upgrade onnxruntime-gpu"
+            )
+        onnxruntime.preload_dlls()  # CUDA's libraries come with PyTorch
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        options.log_severity_level = 3  # it warns of the sizes that it keeps on the CPU
+        settings = {"device_id": str(stream.device.index), "user_compute_stream": str(stream.handle)}
+        if provider == "cuda":
+            settings["use_tf32"] = str(int(tf32))
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=[(name, settings)])
+    except Exception as error:  # ONNX Runtime's exceptions share no other base
+        raise KdxError(f"ONNX Runtime cannot load {path}: {first_line(error)}.", "Export it again with kdx export.") from error
+    session.disable_fallback()
+    if session.get_providers()[0] != name:
+        raise KdxError(
+            f"ONNX Runtime's provider {provider} does not start here.",
+            "Its log above names the library that it misses; kdx doctor says what this machine can run.",
+        )
+    if stream is not None and (strays := _strays(session.get_provider_graph_assignment_info(), name)):
+        raise KdxError(
+            f"ONNX Runtime's provider {provider} does not run {strays[0]} of {path}.",
+            "Choose --device cpu, or --runtime eager for the GPU.",
+        )
+    return session
+
+
+def _strays(parts: Collection[Any], name: str) -> list[str]:
+    """The nodes that another provider runs, but for arithmetic on sizes."""
+    return [
+        f"the {node.op_type} node {node.name!r}"
+        for part in parts
+        if part.ep_name != name
+        for node in part.get_nodes()
+        if node.op_type not in _SHAPE_ARITHMETIC.split()
+    ]
+
+
+def _float_shapes(path: Path, values: Collection[Any]) -> dict[str, Shape]:
+    for value in values:
+        if value.type != "tensor(float)":
+            raise KdxError(f"{value.name} of {path} is a {value.type}, not float32.", "Export it again with kdx export.")
+    return {value.name: tuple(value.shape) for value in values}
+
+
+def has_cuda_provider() -> bool:
+    import onnxruntime
+
+    return _PROVIDERS["cuda"] in onnxruntime.get_available_providers()

@@ -1,0 +1,85 @@
+"""Permutations, the jackknife, and exact intervals and tests of counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor
+
+from kdx.kernels import geometry
+
+_FEW_IMAGES = 256
+"""Up to about here one pass over n x n a permutation is quicker than a matrix product with its classes."""
+
+_EDGE = 1 - 1e-12
+"""Fisher's z of a correlation of one is infinite; no float64 score is known closer than this."""
+
+
+def permutation_table(n: int, permutations: int, seed: int | Sequence[int], device: torch.device | None = None) -> Tensor:
+    """Seeded permutations [permutations, n] of n images."""
+    generator = np.random.default_rng(seed)
+    return torch.from_numpy(generator.permuted(np.tile(np.arange(n), (permutations, 1)), axis=1)).to(device)
+
+
+def permutation_products(matrices: Tensor, d: Tensor, centred: Tensor, rows: Tensor, permutations: Tensor) -> Tensor:
+    """Inner products [p, k] of centred matrices with ``centred`` (of distances d, of rows [n, e]) under permutations of its images."""
+    if len(permutations) == 0:
+        return matrices.new_zeros(0, len(matrices))
+    n = rows.shape[0]
+    if rows.shape[1] <= n:
+        distinct, classes = rows.unique(dim=0, return_inverse=True)
+        if n > _FEW_IMAGES and 4 * len(distinct) <= n:
+            return geometry.permuted_class_products(matrices, d, classes, permutations)
+    return geometry.permuted_products(matrices, centred, permutations)
+
+
+def with_permuted(products: Tensor, permuted: int, rows: Tensor) -> Tensor:
+    """Inner products [p, k, k] under permutations of matrix ``permuted``, whose products with all matrices became rows [p, k]."""
+    result = products.expand(len(rows), *products.shape).clone()
+    own = products[permuted, permuted]
+    result[:, permuted, :] = rows
+    result[:, :, permuted] = rows
+    result[:, permuted, permuted] = own  # permuting a matrix leaves its norm
+    return result
+
+
+def jackknife_interval(value: float, left_out: NDArray[np.float64], confidence: float, *, fisher: bool = True) -> tuple[float, float]:
+    """value +/- t_{u-1} * sqrt((u-1)/u * sum (theta_i - mean)^2) over u units left out in turn; u < 2 says nothing.
+
+    On Fisher's z scale (the interval stays inside [-1, 1]) unless ``fisher`` is False, as for a difference of scores.
+    """
+    units = len(left_out)
+    if units < 2 or not np.isfinite(left_out).all():
+        return (-1.0, 1.0) if fisher else (-2.0, 2.0)
+    replicates = np.arctanh(np.clip(left_out, -_EDGE, _EDGE)) if fisher else left_out
+    error = np.sqrt((units - 1) / units * np.square(replicates - replicates.mean()).sum())
+    reach = float(stats.t.ppf(0.5 + confidence / 2, units - 1) * error)
+    if not fisher:
+        return value - reach, value + reach
+    centre = np.arctanh(np.clip(value, -_EDGE, _EDGE))
+    return float(np.tanh(centre - reach)), float(np.tanh(centre + reach))
+
+
+def accuracy(right: NDArray[np.bool_], confidence: float) -> dict[str, Any]:
+    """The share of images predicted right, with Wilson's interval."""
+    interval = stats.binomtest(int(right.sum()), len(right)).proportion_ci(confidence, method="wilson")
+    return {
+        "value": float(right.mean()),
+        "interval": [float(interval.low), float(interval.high)],
+        "correct": int(right.sum()),
+        "n": len(right),
+    }
+
+
+def sign_test(a: int, b: int) -> float:
+    """Exact two-sided p-value of the sign test (McNemar's exact test) on a against b discordant images; 1 where there are none."""
+    n = a + b
+    tail: int = 2 * sum(math.comb(n, k) for k in range(min(a, b) + 1))
+    whole: int = 2**n
+    return min(1.0, tail / whole)

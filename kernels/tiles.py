@@ -1,0 +1,338 @@
+"""Inner products of distance matrices over N images, exact, in tiles of the upper triangle that are thrown away: O(N x tile) memory.
+
+For images i, j in tiles I, J, each matrix's distances D_ij are made once, and everything that scores need of all pairs is added up:
+
+- sum D E for every two matrices and the row sums of D, each split by *units*, equal random parts of the images. From these come
+  the inner products of the U-centred (or double-centred) matrices, of all images and of all but one unit (the jackknife);
+- the same under permutations of one matrix's images. Images stand in random order, and a permutation turns those of each tile
+  by a random number of places. These permutations are a group, so p-values from random ones among them are exact, and the sums for
+  all turns s of a tile's rows and t of its columns are one cross-correlation,
+
+      sum_ij D_ij E_(i+s)(j+t) = IDFT2(conj(DFT2 D) DFT2 E)_st:
+
+  three transforms of a tile, however many permutations.
+
+Centring sends every matrix u_i + u_j (i != j) to zero. Such a part, near to the rows' means, is taken from each tile first, so that
+what is added up is small and nothing cancels at the end. Sums are float64, whatever the rows are: permutations that give the very
+same geometry must tie, and an image far from all others, of whose distances centring leaves little, must not drown theirs.
+Randomisation by a subgroup: Hemerik and Goeman, "Exact testing with random permutations", TEST 27 (2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kdx.kernels import geometry
+from kdx.kernels.dispatch import TorchBackend
+
+TILE = 1024
+"""Images a side of a tile, where rows are short enough."""
+
+UNITS = 32
+"""Parts that the jackknife leaves out in turn."""
+
+_RUNS = 16
+"""Runs of neighbouring rows in a tile, at least, where rows are best read in runs."""
+
+_BYTES = 1 << 28
+"""Memory that the rows of a tile may take, over all matrices."""
+
+
+class Rows(Protocol):
+    """Rows [n, d] that distances are measured between: in memory, or read from where they lie."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def run(self) -> int:
+        """How many neighbouring rows are best read together."""
+
+    def read(self, index: Tensor) -> Tensor:
+        """Rows [k, d] of the images ``index`` [k], on the device."""
+
+
+@dataclass(frozen=True)
+class FeatureDistances:
+    """Rows, read once: ``norms`` [n] are their squared distances from ``centre`` [d], in float64; not finite where a row is not."""
+
+    rows: Rows
+    centre: Tensor
+    norms: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows) -> FeatureDistances:
+        n, d = rows.shape
+        step = max(1, min(TILE, _BYTES // (8 * d)))
+        some = geometry.wide(rows.read(torch.arange(min(step, n), device=rows.device) * n // min(step, n)))
+        some = some[some.isfinite().all(1)]
+        # Among the images, and not between them and a few that are far from all others.
+        apart = torch.linalg.vector_norm(some - some.mean(0), dim=1)
+        centre = some[apart <= apart.nanmedian()].mean(0)
+        parts = (torch.arange(start, min(start + step, n), device=rows.device) for start in range(0, n, step))
+        norms = [torch.linalg.vector_norm(geometry.wide(rows.read(part)) - centre, dim=1) for part in parts]
+        return cls(rows, centre, torch.cat(norms).double().square())
+
+    @property
+    def scale(self) -> Tensor:
+        """The mean squared distance [], or somewhat more."""
+        return 2 * self.norms.mean()
+
+    def batches(self, index: Tensor, ops: TorchBackend) -> Tensor:
+        """Distances [b, n, n] of images index [b, n] within each batch, in float64."""
+        return ops.distances(self.rows.read(index.flatten()).unflatten(0, index.shape))
+
+    def means(self) -> Tensor:
+        """About each row's mean distance from the others [n]: they lie around the centre in many directions."""
+        return (self.norms + self.norms.mean()).sqrt()
+
+
+@dataclass(frozen=True)
+class ClassDistances:
+    """Rows of which many are equal: ``codes`` [n] tell which, ``distances`` [c, c] are between the distinct ones; None where these
+    are one-hot rows, all apart by the square root of 2."""
+
+    codes: Tensor
+    distances: Tensor | None = None
+
+    def tile(self, left: Tensor, right: Tensor) -> Tensor:
+        """Distances [..., l, r], in float64, of the images ``left`` [..., l] from ``right`` [..., r]."""
+        rows, columns = self.codes[left][..., :, None], self.codes[right][..., None, :]
+        if self.distances is None:
+            return (rows != columns).double().mul_(2**0.5)
+        return self.distances[rows, columns]
+
+    def batches(self, index: Tensor, ops: TorchBackend) -> Tensor:
+        """Distances [b, n, n] of images index [b, n] within each batch, in float64."""
+        return self.tile(index, index)
+
+    @property
+    def scale(self) -> Tensor:
+        """The mean squared distance []."""
+        shares = self._shares()
+        return 2 * (1 - shares.square().sum()) if self.distances is None else shares @ self.distances.square() @ shares
+
+    def means(self) -> Tensor:
+        """Each row's mean distance from the others [n]."""
+        shares = self._shares()
+        each = 2**0.5 * (1 - shares) if self.distances is None else self.distances @ shares
+        return each[self.codes]
+
+    def _shares(self) -> Tensor:
+        return torch.bincount(self.codes).double() / len(self.codes)
+
+
+Matrix = FeatureDistances | ClassDistances
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The inner products of k matrices, normalised as in `geometry.products`.
+
+    products [k, k]; left_out [units, k, k]: without each unit; permuted: a matrix whose images were permuted -> its products [p, k]
+    with the other matrices (its norm stays, and is not computed again).
+    """
+
+    products: Tensor
+    left_out: Tensor
+    permuted: dict[int, Tensor]
+
+
+def sweep(
+    matrices: Sequence[Matrix],
+    *,
+    permuted: Sequence[int] = (),
+    permutations: int = 0,
+    biased: bool = False,
+    seed: int = 0,
+    tile: int | None = None,
+    units: int = UNITS,
+    ops: TorchBackend = TorchBackend(),
+    step: Callable[[int, int], None] = lambda done, total: None,
+) -> Swept:
+    """Inner products over all images of k matrices of the same n >= 4 images.
+
+    permuted: the matrices whose images are permuted, ``permutations`` times. biased: double-centred instead of U-centred. tile: images a
+    side of a tile; by default as many as memory allows, up to TILE. ops: what makes distances. step: told (tiles done, tiles in all).
+    """
+    measured = [m for m in matrices if isinstance(m, FeatureDistances)]
+    n, *others = (len(m.codes) if isinstance(m, ClassDistances) else m.rows.shape[0] for m in matrices)
+    if any(other != n for other in others):
+        raise ValueError(f"the matrices are of {n} and {others} images")
+    device = next((m.norms.device for m in measured), torch.device("cpu"))
+    side = tile or _side(n, [m.rows for m in measured])
+    generator = torch.Generator().manual_seed(seed)
+    tiles = [part.to(device) for part in _dealt(n, side, max((m.rows.run for m in measured), default=1), generator)]
+    turns = [torch.randint(len(part), (permutations,), generator=generator).to(device) for part in tiles]
+    sums = _Sums(tiles, len(matrices), permuted, turns, units)
+    offsets = [torch.zeros_like(m.means()) if biased else m.means() - m.means().mean() / 2 for m in matrices]
+    drawn = [_Drawn(m, offset, ops) for m, offset in zip(matrices, offsets, strict=True)]
+    total = len(tiles) * (len(tiles) + 1) // 2
+    d = torch.empty(0, dtype=torch.float64, device=device)
+    for done, (a, b) in enumerate(_pairs(len(tiles)), 1):
+        shape = (len(drawn), len(tiles[a]), len(tiles[b]))
+        d = d if d.shape == shape else d.new_empty(shape)  # memory that is touched already
+        sums.add(a, b, torch.stack([each.tile(tiles[a], tiles[b]) for each in drawn], out=d))
+        step(done, total)
+    return sums.found(biased)
+
+
+def turned_products(centred: Tensor, permuted: int, turns: Tensor) -> Tensor:
+    """Inner products [p, k] of centred matrices [b, k, n, n] with those of ``permuted``, summed over b batches, as turns [p, b] of its
+    images permute each batch; normalised as in `geometry.products`. Each batch stands in random order."""
+    n = centred.shape[-1]
+    spectra = torch.fft.rfft2(centred)
+    found = torch.fft.irfft2(spectra.conj() * spectra[:, permuted : permuted + 1], s=(n, n)).diagonal(dim1=-2, dim2=-1)
+    batch = torch.arange(len(centred), device=centred.device)
+    total: Tensor = found[batch, :, turns].sum(1)
+    return total / (n * (n - 3))
+
+
+def _side(n: int, rows: Sequence[Rows]) -> int:
+    """Images a side: a power of two, whose transforms are the quickest, and few enough that turning four tiles permutes well.
+
+    Each matrix's rows are held, and one's columns.
+    """
+    widths = [r.shape[1] * r.dtype.itemsize for r in rows]
+    side = TILE
+    while side > 16 and (4 * side > n or side * (sum(widths) + 2 * max(widths, default=0)) > _BYTES):
+        side //= 2
+    return side
+
+
+def _dealt(n: int, side: int, run: int, generator: torch.Generator) -> list[Tensor]:
+    """The images [n] in random order, in tiles. ``run`` neighbours come into one tile, as long as that makes sixteen runs a tile:
+    images that are stored together may be alike, and turning a tile of one class would permute nothing."""
+    run = max(1, min(run, side // _RUNS))
+    runs = torch.randperm(-(-n // run), generator=generator)
+    order = (runs[:, None] * run + torch.arange(run)).flatten()
+    return [part[torch.randperm(len(part), generator=generator)] for part in order[order < n].split(side)]
+
+
+def _pairs(tiles: int) -> Iterator[tuple[int, int]]:
+    return ((a, b) for a in range(tiles) for b in range(a, tiles))
+
+
+class _Drawn:
+    """A matrix as tiles: distances less each row's and column's offset, zero where an image meets itself."""
+
+    def __init__(self, matrix: Matrix, offsets: Tensor, ops: TorchBackend) -> None:
+        self._matrix = matrix
+        self._ops = ops
+        self._offsets = offsets
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    def tile(self, left: Tensor, right: Tensor) -> Tensor:
+        """[l, r] of the images ``left`` [l] and ``right`` [r]: the same images, or none in both."""
+        matrix = self._matrix
+        d = matrix.tile(left, right) if isinstance(matrix, ClassDistances) else self._measured(matrix, left, right)
+        d.sub_(self._offsets[left][:, None]).sub_(self._offsets[right])
+        return d.fill_diagonal_(0) if left is right else d
+
+    def _measured(self, matrix: FeatureDistances, left: Tensor, right: Tensor) -> Tensor:
+        if self._held is None or self._held[0] is not left:
+            self._held = left, self._rows(matrix, left)
+        rows = self._held[1]
+        columns = rows if left is right else self._rows(matrix, right)
+        return self._ops.centred_distances(rows, columns, matrix.norms[left].to(rows), matrix.norms[right].to(rows))
+
+    def _rows(self, matrix: FeatureDistances, index: Tensor) -> Tensor:
+        rows = geometry.wide(matrix.rows.read(index))
+        return rows.sub_(matrix.centre)
+
+
+class _Sums:
+    """What is added up over tiles."""
+
+    def __init__(self, tiles: Sequence[Tensor], k: int, permuted: Sequence[int], turns: Sequence[Tensor], units: int) -> None:
+        n, device = sum(map(len, tiles)), tiles[0].device
+        self._permuted, self._turns = list(permuted), turns
+        self._places = [slice(start, start + len(part)) for start, part in zip(range(0, n, len(tiles[0])), tiles, strict=True)]
+        # Images stand in random order: parts of the order are random parts of the images.
+        units = min(units, n)
+        self._units = [slice(u * n // units, (u + 1) * n // units) for u in range(units)]
+        self._parts = [self._within(place) for place in self._places]
+        self._pairs = torch.zeros(k, k, units, units, dtype=torch.float64, device=device)
+        self._rows = torch.zeros(k, n, units, dtype=torch.float64, device=device)
+        self._turned = torch.zeros(len(self._permuted), k, len(turns[0]), dtype=torch.float64, device=device)
+
+    def add(self, a: int, b: int, d: Tensor) -> None:
+        """The tile d [k, l, r] of every matrix, in row a and column b >= a of tiles."""
+        left, right = self._parts[a], self._parts[b]
+        for unit, part in right.items():
+            self._rows[:, self._places[a], unit] += d[:, :, part].sum(2)
+        if a != b:
+            for unit, part in left.items():
+                self._rows[:, self._places[b], unit] += d[:, part].sum(1)
+        for i in range(len(d)):
+            for j in range(i, len(d)):
+                product = d[i] * d[j]
+                columns = torch.stack([product[:, part].sum(1) for part in right.values()])
+                split = torch.stack([columns[:, part].sum(1) for part in left.values()])
+                self._add_pairs(i, j, list(left), list(right), split)
+                if a != b:
+                    self._add_pairs(i, j, list(right), list(left), split.T)
+        if self._turned.numel():
+            self._turned += self._turned_tile(a, b, d) * (1 if a == b else 2)
+
+    def _within(self, place: slice) -> dict[int, slice]:
+        """The units that have images at ``place``, and where in it."""
+        cut = {u: slice(max(unit.start, place.start), min(unit.stop, place.stop)) for u, unit in enumerate(self._units)}
+        return {u: slice(part.start - place.start, part.stop - place.start) for u, part in cut.items() if part.start < part.stop}
+
+    def _add_pairs(self, i: int, j: int, left: list[int], right: list[int], sums: Tensor) -> None:
+        """The sums [l, r] of D_i D_j over pairs of images of these units."""
+        for one, other in {(i, j), (j, i)}:
+            self._pairs[one, other, left[0] : left[-1] + 1, right[0] : right[-1] + 1] += sums
+
+    def _turned_tile(self, a: int, b: int, d: Tensor) -> Tensor:
+        """sum_ij D_ij E_(i+s)(j+t) [permuted, k, p] for each permutation's turns s and t of two tiles; 0 for a matrix with itself."""
+        place = self._turns[a] * d.shape[2] + self._turns[b]
+        spectra = torch.fft.rfft2(d)
+        found = torch.zeros(len(self._permuted), len(d), len(place), device=d.device, dtype=d.dtype)
+        for m, matrix in enumerate(self._permuted):
+            for i in (other for other in range(len(d)) if other != matrix):
+                found[m, i] = torch.fft.irfft2(spectra[i].conj() * spectra[matrix], s=d.shape[1:]).flatten()[place]
+        return found
+
+    def found(self, biased: bool) -> Swept:
+        rows, n = self._rows.sum(2), self._rows.shape[1]
+        pairs, totals = self._pairs.sum((2, 3)), rows.sum(1)
+        products = geometry.combined(pairs, rows @ rows.T, totals[:, None] * totals, n, biased)
+
+        touched = self._pairs.sum(3) + self._pairs.sum(2) - self._pairs.diagonal(dim1=2, dim2=3)
+        rest = rows[:, :, None] - self._rows
+        for u, unit in enumerate(self._units):
+            rest[:, unit, u] = 0  # rows of the unit itself go too
+        rest_totals = rest.sum(1).T
+        left_out = geometry.combined(
+            (pairs[:, :, None] - touched).movedim(2, 0),
+            torch.einsum("inu,jnu->uij", rest, rest),
+            rest_totals[:, :, None] * rest_totals[:, None, :],
+            torch.tensor([n - (unit.stop - unit.start) for unit in self._units], device=rest.device)[:, None, None],
+            biased,
+        )
+        permuted = {
+            matrix: geometry.combined(turned.T, self._turned_rows(rows, matrix), totals * totals[matrix], n, biased)
+            for matrix, turned in zip(self._permuted, self._turned, strict=True)
+        }
+        return Swept(products, left_out, permuted)
+
+    def _turned_rows(self, rows: Tensor, matrix: int) -> Tensor:
+        """sum_i r_i s_pi(i) [p, k] of the row sums [k, n] with those of ``matrix``, permuted."""
+        found = rows.new_zeros(len(self._turns[0]), len(rows))
+        for place, turns in zip(self._places, self._turns, strict=True):
+            spectra = torch.fft.rfft(rows[:, place])
+            found += torch.fft.irfft(spectra.conj() * spectra[matrix], n=place.stop - place.start)[:, turns].T
+        return found
