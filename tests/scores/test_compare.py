@@ -9,7 +9,7 @@ from torch import Tensor
 import kdx
 from kdx.kernels import geometry
 from kdx.scores.score import Score
-from tests.test_transfer import roles
+from tests.explain.test_layer import roles
 
 
 def layers(n: int) -> tuple[dict[str, dict[str, Tensor]], Tensor]:

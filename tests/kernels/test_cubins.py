@@ -203,7 +203,7 @@ print(cubins.build("one", "sm_90", Slow()).code.decode())
 
 
 def process(sources: Path, calls: Path, seconds: float) -> subprocess.Popen[str]:
-    arguments = [str(sources), str(calls), str(seconds), str(Path(__file__).parents[1])]
+    arguments = [str(sources), str(calls), str(seconds), str(Path(__file__).parents[2])]
     return subprocess.Popen([sys.executable, "-c", _PROCESS, *arguments], stdout=subprocess.PIPE, text=True)
 
 

@@ -14,8 +14,8 @@ from kdx.features.target import Target
 from kdx.kernels import dispatch
 from kdx.scores import uncertainty
 from tests import oracle
+from tests.explain.test_layer import roles
 from tests.host import HostLauncher, running
-from tests.test_transfer import roles
 
 CLOSE = oracle.TOLERANCE["float32"]
 

@@ -29,7 +29,7 @@ from kdx.report.page import _TABLES, scores_table, script_json, write_page
 from kdx.roles import BALANCE, CONTRASTS, LIKENESS, MAPS, READING_ORDER, SCORES
 from kdx.runs.record import Entry
 from kdx.scores import uncertainty
-from tests.runs import KINDS, edit, entry, make_run
+from tests.made_runs import KINDS, edit, entry, make_run
 
 HOSTILE = "<script>alert(1)</script>"
 READ_ALPHA = """c => {

@@ -42,7 +42,7 @@ from kdx.runs import store
 from kdx.runs.run import RunOptions
 from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
 from kdx.scores.score import Score
-from tests import commands
+from tests import command_line as commands
 
 MAPS_AGREE = 1e-4
 """Of an output's largest value: both sides are float32, and a residual is a difference of what it is taken from."""

@@ -26,8 +26,8 @@ from kdx.export.description import describe
 from kdx.export.parity import Difference, ParityReport
 from kdx.report import page
 from kdx.runs.run import RunOptions
-from tests import commands
-from tests.commands import Run
+from tests import command_line as commands
+from tests.command_line import Run
 
 KDX = Path(sys.executable).parent / "kdx"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]

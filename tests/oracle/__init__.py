@@ -21,7 +21,7 @@ TOLERANCE = {
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 CASES = ("square", "wide", "two_class", "embedded", "small")
-_DATA = Path(__file__).parent / "data"
+_DATA = Path(__file__).parent
 
 
 def load(case: str, file: str = "unicam") -> dict[str, Any]:

@@ -24,8 +24,8 @@ from kdx.export.description import describe
 from kdx.export.graphs import GradientGraph
 from kdx.models.models_file import read_models, write_models
 from kdx.models.resnet import resnet
-from tests import commands
-from tests.commands import Run, left_in
+from tests import command_line as commands
+from tests.command_line import Run, left_in
 
 TINY = "kdx:resnet,width=3,depth=1,stages=2,classes=4"
 SIZE = "[preprocessing]\nsize = [12, 10]\nmean = [0.5]\nstd = [0.5]\n"
@@ -190,7 +190,9 @@ def test_a_range_of_batches(text: str, batch: tuple[int, int, int]) -> None:
 )
 @pytest.mark.parametrize("kind", ["features", "gradients"])
 def test_a_network_that_no_file_can_hold(run: Run, what: str, layer: str, said: str, kind: str, tmp_path: Path) -> None:
-    status, out, err = run(f"tests.test_files:{what}", "--layer", layer, "--image-size", 8, "--kind", kind, "--out", tmp_path / "to")
+    status, out, err = run(
+        f"tests.commands.test_export:{what}", "--layer", layer, "--image-size", 8, "--kind", kind, "--out", tmp_path / "to"
+    )
     assert status == 2 and len(err.splitlines()) == 2 and err.startswith("Error: ") and said in err
     assert "Traceback" not in out + err and left_in(tmp_path) == []
 

@@ -29,7 +29,7 @@ from kdx.export.parity import Difference, ParityReport
 from kdx.models.network import weights_hash
 from kdx.models.resnet import resnet
 from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
-from tests.commands import left_in
+from tests.command_line import left_in
 
 TOLERANCE = 1e-5
 """Of an output's largest value: float32 sums in another order, through at most seven convolutions."""
