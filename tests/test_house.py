@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import kdx
+from kdx.models import models_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,11 +124,64 @@ def test_docstring_examples(module: str) -> None:
     assert result.attempted > 0 and result.failed == 0
 
 
-def test_readmes_python_example_runs(tmp_path: Path) -> None:
+def test_public_names_are_loaded_on_demand() -> None:
+    """`import kdx` loads nothing heavy, `dir` lists the public names alone, and each of them is what its annotation names."""
+    code = "import sys, kdx; print(len(sys.modules)); print('torch' in sys.modules, dir(kdx) == sorted(kdx.__all__))"
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines[1] == "False True"
+    declared = {
+        alias.name: node.module
+        for statement in ast.parse(Path(kdx.__file__).read_text()).body
+        if isinstance(statement, ast.If)
+        for node in statement.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(declared) == sorted(kdx.__all__)
+    for name, module in declared.items():
+        assert getattr(kdx, name) is getattr(importlib.import_module(str(module)), name)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = kdx.nonsense
+    with pytest.warns(DeprecationWarning, match="ReferenceSet"):
+        assert kdx.Reference is kdx.ReferenceSet
+
+
+def test_files_are_short() -> None:
+    """A file is one idea. One that is longer than 400 lines states here why it is not divided."""
+    reasons: dict[str, str] = {}
+    tracked = subprocess.run(["git", "ls-files", "*.py", "*.cu", "*.cuh", "*.js"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lengths = {name: len((ROOT / name).read_text().splitlines()) for name in tracked.split() if (ROOT / name).exists()}
+    assert {name for name, length in lengths.items() if length > 400} == set(reasons)
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) < 1200
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    """The networks of `make demo`, with random weights."""
+    from safetensors.torch import save_file
+
+    from kdx.distill import DEMO
+
+    folder = tmp_path / "demo" / "kd" / "models"
+    folder.mkdir(parents=True)
+    references = {}
+    for role, reference in (("teacher", DEMO["teacher"]), ("base", DEMO["student"]), ("student", DEMO["student"])):
+        network = kdx.models.load(reference, classes=10)
+        save_file({name: tensor.contiguous() for name, tensor in network.module.state_dict().items()}, folder / f"{role}.safetensors")
+        references[role] = f"{reference},classes=10@{role}.safetensors"
+    preprocessing = kdx.models.load(DEMO["student"]).preprocessing
+    models_file.write_models(folder / "models.toml", **references, preprocessing=preprocessing)
+    return tmp_path
+
+
+def test_readmes_python_example_runs(demo: Path) -> None:
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert len(examples) >= 1
     for example in examples:
-        result = subprocess.run([sys.executable, "-W", "error", "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
+        result = subprocess.run([sys.executable, "-W", "error", "-c", example], cwd=demo, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
 
 
