@@ -1,10 +1,11 @@
-"""Files written whole or not at all, and the lock of a folder."""
+"""Atomic writes, lock files and the cache folder."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,25 +14,42 @@ from kdx.errors import KdxError
 log = logging.getLogger("kdx")
 
 
-def lock_folder(folder: Path) -> IO[bytes]:
-    """The folder's lock file, open and locked until it is closed; KdxError where another process has it locked."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("wb")
-    except OSError as error:
-        raise KdxError(f"{folder} cannot be written: {error.strerror}.", "Make the folder writable, or choose another --out.") from error
-    try:
-        import fcntl  # which Windows has not
+def cache_folder() -> Path:
+    """The folder of kdx's caches: KDX_CACHE, else ``kdx`` in the platform's cache folder."""
+    chosen = os.environ.get("KDX_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdx"
 
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+def lock_file(path: Path, *, wait: bool) -> IO[bytes]:
+    """Open the lock file ``path`` and lock it until it is closed or the process ends.
+
+    If another process holds the lock, waits for it, or raises BlockingIOError if ``wait`` is false. On a system that cannot lock
+    files, the file is only opened, and a warning is logged.
+    """
+    lock = path.open("wb")
+    try:
+        import fcntl  # Windows does not have it
+
+        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
+        raise
+    except (ImportError, OSError) as error:  # some network file systems do not lock; a single process needs no lock
+        log.warning("%s cannot be locked (%s): write to it from one process at a time.", path.parent, error)
+    return lock
+
+
+def lock_folder(folder: Path) -> IO[bytes]:
+    """Open and lock the folder's lock file until it is closed; KdxError if another process has locked it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return lock_file(folder / ".lock", wait=False)
+    except BlockingIOError:
         raise KdxError(
             f"Another process is writing the run in {folder}.", "Wait until it ends, or stop it; or choose another --out."
         ) from None
-    except (ImportError, OSError) as error:  # nor have some network file systems; a run alone in its folder needs no lock
-        log.warning("%s cannot be locked (%s): write to it from one process at a time.", folder, error)
-    return lock
+    except OSError as error:
+        raise KdxError(f"{folder} cannot be written: {error.strerror}.", "Make the folder writable, or choose another --out.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -45,15 +63,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """``content`` at ``path``, or what was there before: never half of it."""
+    """`replace_file` with a KdxError in place of the OSError."""
+    try:
+        replace_file(path, content)
+    except OSError as error:
+        raise KdxError(f"{path} cannot be written: {error.strerror}.", "Make room on the disk, or make the folder writable.") from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write ``content`` to a file beside ``path`` and rename it: ``path`` holds the old or the new content, never a part. OSError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise KdxError(f"{path} cannot be written: {error.strerror}.", "Make room on the disk, or make the folder writable.") from error
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def write_through(path: Path, data: bytes) -> None:

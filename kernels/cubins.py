@@ -18,13 +18,13 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
+from kdx.disk import cache_folder, lock_file, replace_file
 from kdx.errors import KdxError
 
 SOURCES = Path(__file__).parent
@@ -75,8 +75,7 @@ def names() -> list[str]:
 
 def folder() -> Path:
     """Where entries are kept: KDX_CACHE, else the platform's folder for caches."""
-    chosen = os.environ.get("KDX_CACHE")
-    return (Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdx") / "cubins"
+    return cache_folder() / "cubins"
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -116,7 +115,7 @@ def build(source: str, architecture: str, made_by: Compiler) -> Cubin:
         return cubin
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(entry.with_suffix(".lock")):
+        with lock_file(entry.with_suffix(".lock"), wait=True):
             if (cubin := _read(entry)) is None:  # else another process made it meanwhile
                 log.info("%s compiles %s.cu for %s, once for this version of it", made_by.name, source, architecture)
                 code, said = made_by.compile(SOURCES / f"{source}.cu", architecture)
@@ -179,19 +178,7 @@ def _read(path: Path) -> Cubin | None:
 def _write(path: Path, cubin: Cubin) -> None:
     """One line of JSON, then the machine code; in place at once and whole."""
     said = {"sha256": hashlib.sha256(cubin.code).hexdigest(), "usage": {name: asdict(each) for name, each in cubin.usage.items()}}
-    part = path.with_suffix(".part")  # one name, since the lock is held: what a killed process left is written over
-    part.write_bytes(json.dumps(said).encode() + b"\n" + cubin.code)
-    part.replace(path)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """The lock of one entry, which ends with the process that holds it."""
-    import fcntl  # which Windows has not
-
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    replace_file(path, json.dumps(said).encode() + b"\n" + cubin.code)
 
 
 # ---- compilers ----
