@@ -8,7 +8,6 @@ import importlib
 import importlib.util
 import json
 import logging
-import os
 import re
 import threading
 from contextlib import suppress
@@ -19,7 +18,7 @@ from typing import Any, Literal
 import onnx
 import torch
 
-from kdx.disk import unwritable, write_through
+from kdx.disk import cache_folder, replace_file, staging, write_through
 from kdx.errors import KdxError, first_line
 from kdx.export import description
 from kdx.export.description import Description, Shape, shapes, tuples
@@ -191,25 +190,11 @@ def build(
     if (found := _held(engine_path, wanted)) is not None:
         return found
     log.info("engine of %s: %s", onnx_path.name, target.why)
-    beside = description_path(engine_path)
-    partial, partial_beside = (path.with_name(f".{path.name}.partial") for path in (engine_path, beside))
-    try:
-        engine_path.parent.mkdir(parents=True, exist_ok=True)
-        if engine_path.is_dir():
-            raise IsADirectoryError(0, "Is a directory")
-        partial.touch()  # so that a folder that cannot be written is known before the minutes that a build may take
+    with staging(engine_path) as folder:  # before the build, whose minutes a folder that cannot be written would waste
         engine = _built(onnx_path, wanted, package, timing_cache or _timing_cache(wanted))
         described = replace(wanted, sha256=hashlib.sha256(engine).hexdigest())
-        write_through(partial, engine)
-        write_through(partial_beside, (json.dumps(asdict(described), indent=2) + "\n").encode())
-        partial.replace(engine_path)
-        partial_beside.replace(beside)
-    except OSError as error:
-        raise unwritable(engine_path, error) from error
-    finally:
-        for leftover in (partial, partial_beside):
-            with suppress(OSError):
-                leftover.unlink()
+        write_through(folder / engine_path.name, engine)
+        write_through(folder / description_path(engine_path).name, (json.dumps(asdict(described), indent=2) + "\n").encode())
     return described
 
 
@@ -289,9 +274,8 @@ def _refused(onnx_path: Path, parser: Any, heard: Any) -> KdxError:
 
 
 def _timing_cache(wanted: EngineDescription) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     gpu = re.sub(r"\W+", "-", wanted.gpu or wanted.arch)
-    return folder / "kdx" / f"timings-{wanted.version}-{gpu}.cache"
+    return cache_folder() / f"timings-{wanted.version}-{gpu}.cache"
 
 
 def _take_timings(config: Any, path: Path) -> None:
@@ -305,16 +289,10 @@ def _take_timings(config: Any, path: Path) -> None:
 
 
 def _keep_timings(config: Any, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_through(partial, bytes(config.get_timing_cache().serialize()))
-        partial.replace(path)
+        replace_file(path, bytes(config.get_timing_cache().serialize()))
     except OSError as error:  # the engine is built; only the next build is slower
-        log.info("the timings of this build were not kept in %s: %s", path, error.strerror or error)
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+        log.info("The timings of this build were not kept in %s: %s", path, error.strerror or error)
 
 
 def check_batch(batch: BatchRange, kind: str) -> None:

@@ -6,8 +6,6 @@ import copy
 import io
 import json
 import logging
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kdx.choices import FilePrecision
-from kdx.disk import unwritable, write_through
+from kdx.disk import staging, unwritable, write_through
 from kdx.errors import KdxError, first_line
 from kdx.export import parity, trace
 from kdx.export.description import FILE_PRECISIONS, METADATA_PREFIX, Description, NetworkDescription, Origin, shapes, versions
@@ -58,44 +56,15 @@ def write(
     """
     graph = graph.eval()
     origins = {"network": origin} if isinstance(origin, Origin) else dict(origin)
-    name = " and ".join(each.reference for each in origins.values())
-    networks = _networks(graph)
-    resizes = all(network.preprocessing.size is not None for network in networks.values())
-    # Traced at a size that neither equals another nor the one resized to, so that no dimension is merged with another.
-    traced = (image_size[0] + 3, image_size[1] + 7) if resizes else image_size
-    typed = graph if precision == "fp32" else _converted(graph, FILE_PRECISIONS[precision])
-    beside = path.with_name(f"{path.name}.parity.json")
-    partial: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(0, "Is a directory")
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-        inputs = parity.inputs(graph, _TRACE_BATCH, traced, seed=0)
-        model = _exported(typed, inputs, resizes, name)
-        description = Description(
-            kind=graph.kind,
-            networks={
-                role: NetworkDescription(
-                    origins[role].reference,
-                    origins[role].weights,
-                    sum(parameter.numel() for parameter in network.parameters()),
-                    network.preprocessing,
-                    network.layers,
-                )
-                for role, network in networks.items()
-            },
-            classes=classes,
-            precision=precision,
-            at=graph.at if isinstance(graph, GradientGraph) else None,
-            scores=tuple(graph.scores) if isinstance(graph, ExplainerGraph) else (),
-            image_size=None if resizes else image_size,
-            inputs=shapes(model.graph.input),
-            outputs=shapes(model.graph.output),
-            versions=versions(),
-        )
-        _describe_in(model, asdict(description))
-        staged = partial / path.name
+    name = " and ".join(origin.reference for origin in origins.values())
+    resizes = all(network.preprocessing.size is not None for network in _networks(graph).values())
+    with staging(path) as folder:
+        # Traced at a size that neither equals another nor the one resized to, so that no dimension is merged with another.
+        traced_size = (image_size[0] + 3, image_size[1] + 7) if resizes else image_size
+        inputs = parity.inputs(graph, _TRACE_BATCH, traced_size, seed=0)
+        model = _exported(_converted(graph, precision), inputs, resizes, name)
+        _add_metadata(model, asdict(_description(graph, model, origins, classes, precision, None if resizes else image_size)))
+        staged = folder / path.name
         _save(model, staged)
         _check(staged, name)
         report = parity.compare(staged, graph, image_size, tolerance if precision == "fp32" else None)
@@ -104,34 +73,73 @@ def write(
                 f"The ONNX file of {name} does not agree with PyTorch: {report.worst()}.",
                 "Please report the network; until it exports, run it with --runtime eager.",
             )
-        _describe_in(model, {"parity": report.as_dict()})
+        _add_metadata(model, {"parity": report.as_dict()})
         _save(model, staged)
-        (partial / beside.name).write_text(json.dumps(report.as_dict(), indent=2) + "\n")
-        outside = f"{path.name}.data"
-        stale = not (partial / outside).exists()
-        for file in sorted(partial.iterdir(), key=lambda file: file == staged):  # the file itself comes last
-            file.replace(path.parent / file.name)
-        if stale:  # the file that was here may have been a larger one
-            (path.parent / outside).unlink(missing_ok=True)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+        write_through(folder / f"{path.name}.parity.json", (json.dumps(report.as_dict(), indent=2) + "\n").encode())
+        has_weights_file = _weights_path(staged).exists()
+    if not has_weights_file:
+        _remove_weights_of_earlier_file(path)
     return report
 
 
+def _description(
+    graph: Graph,
+    model: onnx.ModelProto,
+    origins: Mapping[str, Origin],
+    classes: tuple[str, ...],
+    precision: FilePrecision,
+    image_size: tuple[int, int] | None,
+) -> Description:
+    networks = {
+        role: NetworkDescription(
+            reference=origins[role].reference,
+            weights=origins[role].weights,
+            parameters=sum(parameter.numel() for parameter in network.parameters()),
+            preprocessing=network.preprocessing,
+            layers=network.layers,
+        )
+        for role, network in _networks(graph).items()
+    }
+    return Description(
+        kind=graph.kind,
+        networks=networks,
+        classes=classes,
+        precision=precision,
+        at=graph.at if isinstance(graph, GradientGraph) else None,
+        scores=tuple(graph.scores) if isinstance(graph, ExplainerGraph) else (),
+        image_size=image_size,
+        inputs=shapes(model.graph.input),
+        outputs=shapes(model.graph.output),
+        versions=versions(),
+    )
+
+
+def _weights_path(path: Path) -> Path:
+    """Where the weights of the file at ``path`` are if they do not fit into it."""
+    return path.with_name(f"{path.name}.data")
+
+
+def _remove_weights_of_earlier_file(path: Path) -> None:
+    try:
+        _weights_path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
 def _networks(graph: Graph) -> dict[str, WatchedNetwork]:
+    """The graph's networks by role; the only one is named ``network``."""
     if isinstance(graph, ExplainerGraph):
         return {role: graph.network(role) for role in graph.roles}
     return {"network": graph}
 
 
-def _converted(graph: Graph, dtype: torch.dtype) -> Graph:
-    """A copy whose networks compute in ``dtype``. What is done to the images before them stays float32."""
+def _converted(graph: Graph, precision: FilePrecision) -> Graph:
+    """The graph with its networks in ``precision``; a copy unless that is float32. Preprocessing stays float32."""
+    if precision == "fp32":
+        return graph
     graph = copy.deepcopy(graph)
     for network in _networks(graph).values():
-        network.network.to(dtype)
+        network.network.to(FILE_PRECISIONS[precision])
     return graph
 
 
@@ -217,7 +225,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _describe_in(model: onnx.ModelProto, entries: Mapping[str, object]) -> None:
+def _add_metadata(model: onnx.ModelProto, entries: Mapping[str, object]) -> None:
     for key, value in entries.items():
         model.metadata_props.add(key=METADATA_PREFIX + key, value=json.dumps(value))
 
@@ -226,11 +234,11 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
     if sum(len(tensor.raw_data) for tensor in model.graph.initializer) <= _LARGEST:
         data = model.SerializeToString(deterministic=True)
     else:
-        held = path.with_name(f"{path.name}.data")
-        held.unlink(missing_ok=True)  # onnx appends
+        weights = _weights_path(path)
+        weights.unlink(missing_ok=True)  # onnx appends
         outside = onnx.ModelProto()
         outside.CopyFrom(model)
-        onnx.external_data_helper.convert_model_to_external_data(outside, location=held.name, size_threshold=1024)
+        onnx.external_data_helper.convert_model_to_external_data(outside, location=weights.name, size_threshold=1024)
         onnx.external_data_helper.write_external_data_tensors(outside, str(path.parent))
         data = outside.SerializeToString(deterministic=True)
     write_through(path, data)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from contextlib import suppress
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,7 +70,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     try:
         replace_file(path, content)
     except OSError as error:
-        raise KdxError(f"{path} cannot be written: {error.strerror}.", "Make room on the disk, or make the folder writable.") from error
+        raise unwritable(path, error) from error
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -83,8 +86,31 @@ def replace_file(path: Path, content: bytes) -> None:
         raise
 
 
+@contextmanager
+def staging(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``path`` for writing ``path`` and the files that belong to it, under their final names.
+
+    When the block ends, the files move into the folder of ``path``, with ``path`` last. If the block raises, they are removed and
+    earlier files stay as they were. Raises KdxError for an OSError, also one raised in the block.
+    """
+    folder: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(0, "Is a directory")
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        yield folder
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+            file.replace(path.parent / file.name)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def write_through(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk, so that what is then renamed into place is whole."""
+    """Write a file and wait until the disk has it, so that a file that is renamed into place is whole even after a power failure."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -92,5 +118,5 @@ def write_through(path: Path, data: bytes) -> None:
 
 
 def unwritable(path: Path, error: OSError) -> KdxError:
-    """The error of an export that its folder does not take."""
+    """The KdxError for a file that cannot be written."""
     return KdxError(f"{path} cannot be written: {error.strerror or error}.", "Choose a folder that you may write to, on a disk with room.")
