@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,16 +46,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """``content`` at ``path``, or what was there before: never half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``. The file that the block writes there replaces ``path`` when the block ends.
+
+    An exception in the block keeps the old file and removes the temporary one. An OSError becomes a KdxError.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
+        yield temporary
+        temporary.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise KdxError(f"{path} cannot be written: {error.strerror}.", "Make room on the disk, or make the folder writable.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path``, so that an interruption leaves the old file and never half of the new one."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_through(path: Path, data: bytes) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kdx.disk import replacing
 from kdx.errors import KdxError
 
 
@@ -31,7 +30,8 @@ def resume(path: Path, recipe: Mapping[str, Any], network: nn.Module, optimizer:
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write a state file, whole or not at all."""
-    _write_whole(path, functools.partial(torch.save, state))
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def finished(path: Path, recipe: Mapping[str, Any]) -> bool:
@@ -69,14 +69,5 @@ def save(path: Path, state: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> 
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    _write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={"recipe": _written(recipe)}))
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"recipe": _written(recipe)})
