@@ -94,10 +94,10 @@ def distill(
     device: DeviceOption = "auto",
 ) -> None:
     """Train a teacher (or take one), a base and a student, and write a models file for kdx explain."""
-    from kdx.distill import Settings
+    from kdx.distill import TrainingSettings
     from kdx.distill import distill as train
 
-    settings = Settings(
+    settings = TrainingSettings(
         method=method,
         epochs=epochs,
         batch=batch,

@@ -65,25 +65,43 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """`replace_file` with a KdxError in place of the OSError."""
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """`replacing`, with the OSError as it is."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        replace_file(path, content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``. The file that the block writes there replaces ``path`` when the block ends.
+
+    ``path`` holds the old or the new content, never a part. An exception in the block keeps the old file and removes the temporary one.
+    An OSError becomes a KdxError.
+    """
+    try:
+        with _replacing(path) as temporary:
+            yield temporary
     except OSError as error:
         raise unwritable(path, error) from error
 
 
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` as a whole (`replacing`)."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def replace_file(path: Path, content: bytes) -> None:
-    """Write ``content`` to a file beside ``path`` and rename it: ``path`` holds the old or the new content, never a part. OSError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink()
-        raise
+    """`write_atomic` that raises the OSError itself."""
+    with _replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 @contextmanager

@@ -1,7 +1,24 @@
 """Training a teacher, a base and a student: losses, the loop, and the demonstration's recipe."""
 
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
 from kdx.distill.losses import METHODS, Method, Outputs, attention_transfer, kd
-from kdx.distill.settings import DEMO, Progress, Settings
+from kdx.distill.settings import DEMO, EpochResult, TrainingSettings
 from kdx.distill.train import distill
 
-__all__ = ["DEMO", "METHODS", "Method", "Outputs", "Progress", "Settings", "attention_transfer", "distill", "kd"]
+__all__ = ["DEMO", "METHODS", "EpochResult", "Method", "Outputs", "TrainingSettings", "attention_transfer", "distill", "kd"]
+
+_OLD_NAMES = {"Progress": EpochResult, "Settings": TrainingSettings}
+
+if not TYPE_CHECKING:  # type checkers would accept any name otherwise
+
+    def __getattr__(name: str) -> object:
+        """The classes under their old names."""
+        if name not in _OLD_NAMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        renamed = _OLD_NAMES[name]
+        warnings.warn(f"kdx.distill.{name} is now kdx.distill.{renamed.__name__}", DeprecationWarning, stacklevel=2)
+        return renamed

@@ -1,41 +1,44 @@
-"""Finished weights and the states of unfinished training, each with the recipe that all its numbers follow from."""
+"""Files of finished weights and of unfinished trainings. Each stores its recipe: everything that its numbers depend on."""
 
 from __future__ import annotations
 
-import functools
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kdx.disk import replacing
 from kdx.errors import KdxError
 
 
 def resume(path: Path, recipe: Mapping[str, Any], network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state to go on from, copied into network and optimizer; a fresh one where there is no file."""
+    """Load the state file at ``path`` into network and optimizer, and return the state; without a file, the state of epoch 0.
+
+    Raises KdxError for a file that cannot be read or that belongs to another recipe.
+    """
     if not path.exists():
-        return {"recipe": _written(recipe), "epoch": 0, "best_score": [-1.0, 0.0]}
+        return {"recipe": _to_json(recipe), "epoch": 0, "best_score": [-1.0, 0.0]}
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # written whole or not at all, so anything else here is another program's doing
+    except Exception as error:  # kdx writes it atomically, so another program has changed it
         raise KdxError(f"The state file {path} cannot be read.", "Remove it to train this network from the start.") from error
-    _same_recipe(path, state["recipe"], recipe)
+    _check_recipe(path, state["recipe"], recipe)
     network.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a state file, whole or not at all."""
-    _write_whole(path, functools.partial(torch.save, state))
+    """Write a state file atomically."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
-def finished(path: Path, recipe: Mapping[str, Any]) -> bool:
-    """Whether ``path`` holds weights of this recipe; KdxError when they are of another."""
+def is_finished(path: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether ``path`` contains weights of this recipe; KdxError when they belong to another one."""
     import safetensors
 
     if not path.is_file():
@@ -45,38 +48,29 @@ def finished(path: Path, recipe: Mapping[str, Any]) -> bool:
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
         raise KdxError(f"{path} cannot be read as safetensors.", "Remove it to train this network again.") from error
-    _same_recipe(path, metadata.get("recipe", "{}"), recipe)
+    _check_recipe(path, metadata.get("recipe", "{}"), recipe)
     return True
 
 
-def _same_recipe(path: Path, held: str, recipe: Mapping[str, Any]) -> None:
-    if held == _written(recipe):
+def _check_recipe(path: Path, stored: str, recipe: Mapping[str, Any]) -> None:
+    if stored == _to_json(recipe):
         return
-    before = json.loads(held)
-    differing = [key for key in {**recipe, **before} if before.get(key) != recipe.get(key)]
+    stored_recipe = json.loads(stored)
+    differing = [key for key in {**recipe, **stored_recipe} if stored_recipe.get(key) != recipe.get(key)]
     raise KdxError(
-        f"{path} is of another configuration: {', '.join(differing)} differ{'s' if len(differing) == 1 else ''}.",
-        "Give another output folder, or the same data, references and settings.",
+        f"{path} belongs to another configuration: {', '.join(differing)} differ{'s' if len(differing) == 1 else ''}.",
+        "Choose another output folder, or give the same data, references and settings as before.",
     )
 
 
-def _written(recipe: Mapping[str, Any]) -> str:
+def _to_json(recipe: Mapping[str, Any]) -> str:
     return json.dumps(recipe, sort_keys=True)
 
 
-def save(path: Path, state: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> None:
-    """Write finished weights with their recipe, whole or not at all."""
+def save_weights(path: Path, state: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> None:
+    """Write finished weights with their recipe as safetensors, atomically."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    _write_whole(path, lambda temporary: save_file(tensors, temporary, metadata={"recipe": _written(recipe)}))
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"recipe": _to_json(recipe)})

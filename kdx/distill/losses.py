@@ -1,4 +1,4 @@
-"""What a student is trained to match: a short function a method, and the table of methods.
+"""Distillation losses, one short function per method, and the table of methods.
 
 A new method is one function ``(student, teacher, labels, settings) -> loss`` and one entry in ``METHODS``.
 """
@@ -16,14 +16,14 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a network gave for a batch: logits [n, classes] and one feature map [n, C, H, W] a layer."""
+    """The outputs of a network for a batch: logits [n, classes] and one feature map [n, C, H, W] per layer."""
 
     logits: Tensor
     features: tuple[Tensor, ...] = ()
 
 
-class LossWeights(Protocol):
-    """The settings that losses read; ``kdx.distill.Settings`` has them."""
+class LossSettings(Protocol):
+    """The settings that losses read; `kdx.distill.TrainingSettings` has them."""
 
     @property
     def temperature(self) -> float: ...
@@ -33,10 +33,14 @@ class LossWeights(Protocol):
     def beta(self) -> float: ...
 
 
+LOSS_SETTINGS = ("temperature", "alpha", "beta")
+"""The names of the settings in `LossSettings`: a student's weights depend on them."""
+
+
 def kd(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """Soft targets (Hinton, Vinyals & Dean 2015): T^2 mean_i KL(softmax(t_i / T) || softmax(s_i / T)); logits [n, classes].
 
-    T^2 keeps the size of the gradient when the temperature T changes. At least 0, and 0 where the softmaxes agree.
+    The factor T^2 keeps the size of the gradient when the temperature T changes. The loss is at least 0, and 0 where the softmaxes agree.
     """
     student = functional.log_softmax(student_logits / temperature, dim=1)
     teacher = functional.log_softmax(teacher_logits / temperature, dim=1)
@@ -48,7 +52,7 @@ def attention_transfer(student_features: Sequence[Tensor], teacher_features: Seq
 
     Q is the mean over channels of the squared feature, flattened to [n, H W] and scaled to unit L2 norm, so a feature's
     scale and number of channels do not matter. Where the teacher's resolution differs, its attention is resized
-    (bilinear) to the student's.
+    (bilinear) to the student's. Raises ValueError if the numbers of layers differ.
     """
     losses = []
     for student, teacher in zip(student_features, teacher_features, strict=True):
@@ -67,22 +71,22 @@ def _unit(attention: Tensor) -> Tensor:
     return functional.normalize(attention.flatten(1))
 
 
-def _kd(student: Outputs, teacher: Outputs, labels: Tensor, settings: LossWeights) -> Tensor:
+def _kd(student: Outputs, teacher: Outputs, labels: Tensor, settings: LossSettings) -> Tensor:
     hard = functional.cross_entropy(student.logits, labels)
     return (1 - settings.alpha) * hard + settings.alpha * kd(student.logits, teacher.logits, settings.temperature)
 
 
-def _at(student: Outputs, teacher: Outputs, labels: Tensor, settings: LossWeights) -> Tensor:
+def _at(student: Outputs, teacher: Outputs, labels: Tensor, settings: LossSettings) -> Tensor:
     hard = functional.cross_entropy(student.logits, labels)
     return hard + settings.beta / 2 * attention_transfer(student.features, teacher.features)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to distil: what it is, its loss, and whether the loss reads features (else no layer is computed for it)."""
+    """A distillation method: a description, its loss, and whether the loss reads features (otherwise no layer is computed)."""
 
     description: str
-    loss: Callable[[Outputs, Outputs, Tensor, LossWeights], Tensor]
+    loss: Callable[[Outputs, Outputs, Tensor, LossSettings], Tensor]
     uses_features: bool = False
 
 

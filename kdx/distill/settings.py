@@ -1,4 +1,4 @@
-"""How the networks of a distillation are trained, what is told of it, and the demonstration's recipe."""
+"""Training settings, the result of an epoch, and the demonstration's recipe."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from kdx.errors import KdxError
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How the networks are trained; the teacher's training reads ``teacher_epochs`` (else ``epochs``) and no loss setting.
+class TrainingSettings:
+    """How the networks of a distillation are trained.
 
     ``student_images`` trains base and student on a class-balanced part of the train split only; the teacher always has all of it.
-    ``augment`` shifts each image by up to a twelfth of its size, ``flip`` mirrors half of them. ``image_size`` is (height, width).
+    ``teacher_epochs`` is the number of epochs of the teacher, by default ``epochs``. ``temperature``, ``alpha`` and ``beta`` belong to
+    the distillation losses and do not change the teacher's training. ``augment`` shifts each image by up to a twelfth of its size,
+    ``flip`` mirrors half of them. ``image_size`` is (height, width).
+
+    Raises KdxError for an unknown method and for a setting out of range.
     """
 
     method: str = "kd"
@@ -41,7 +45,7 @@ class Settings:
             near = difflib.get_close_matches(self.method, METHODS, n=1)
             hint = f"Did you mean {near[0]}? " if near else ""
             raise KdxError(f"There is no distillation method {self.method!r}.", f"{hint}Choose one of: {', '.join(METHODS)}.")
-        sound = {
+        in_range = {
             "epochs": self.epochs >= 1,
             "teacher_epochs": self.teacher_epochs is None or self.teacher_epochs >= 1,
             "batch": self.batch >= 2,
@@ -55,15 +59,14 @@ class Settings:
             "student_images": self.student_images is None or self.student_images >= 2,
             "image_size": self.image_size is None or min(self.image_size) >= 1,
         }
-        for name, fine in sound.items():
-            if not fine:
-                raise KdxError(
-                    f"The training setting {name} cannot be {getattr(self, name)!r}.", _RANGES.get(name, "Give a number above 0.")
-                )
+        for name, is_in_range in in_range.items():
+            if not is_in_range:
+                hint = _RANGES.get(name, "Give a number above 0.")
+                raise KdxError(f"The training setting {name} cannot be {getattr(self, name)!r}.", hint)
 
 
 _RANGES = {
-    "batch": "Give a batch of 2 or more: batch normalisation needs them.",
+    "batch": "Give a batch of 2 or more, because batch normalisation needs it.",
     "optimizer": "Choose sgd or adamw.",
     "weight_decay": "Give 0 or more.",
     "alpha": "Give a number from 0 (labels only) to 1 (teacher only).",
@@ -74,10 +77,10 @@ _RANGES = {
 
 
 @dataclass(frozen=True)
-class Progress:
-    """One epoch of one network is done: the mean training loss and the accuracy on the validation split.
+class EpochResult:
+    """The mean training loss and the accuracy on the validation split after one epoch of the training of ``network`` (a role).
 
-    Both are None for a network that was finished before and is kept as it is.
+    Both are None for a network that an earlier run finished.
     """
 
     network: str
@@ -87,9 +90,9 @@ class Progress:
     accuracy: float | None = None
 
 
-Report = Callable[[Progress], None]
+EpochCallback = Callable[[EpochResult], None]
 
-_DEMO_SETTINGS = Settings(epochs=80, teacher_epochs=8, batch=32, augment=True, student_images=80, image_size=(24, 24))
+_DEMO_SETTINGS = TrainingSettings(epochs=80, teacher_epochs=8, batch=32, augment=True, student_images=80, image_size=(24, 24))
 
 DEMO: dict[str, Any] = {
     "data": "digits",
@@ -98,4 +101,4 @@ DEMO: dict[str, Any] = {
     "kd": _DEMO_SETTINGS,
     "at": replace(_DEMO_SETTINGS, method="at"),
 }
-"""The demonstration: a small student that sees ten images a class, under a teacher that has seen ten times as many."""
+"""The demonstration: a small student that sees eight images per class, under a teacher that has seen the whole train split."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kdx.disk import write_atomic
 from kdx.errors import KdxError, first_line
 from kdx.export.graphs import Preprocessing
 from kdx.models.network import Network, load
@@ -122,9 +122,7 @@ def write_models(
     lines += _toml_table("data", {"reference": data, "seed": seed})
     lines += _toml_table("training", training or {})
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("\n".join(lines) + "\n", "utf-8")
-    temporary.replace(path)
+    write_atomic(path, ("\n".join(lines) + "\n").encode())
     return read_models(path)
 
 

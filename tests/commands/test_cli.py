@@ -19,7 +19,7 @@ import kdx.distill
 import kdx.explain
 from kdx.cli import app
 from kdx.commands import doctor
-from kdx.distill import Settings
+from kdx.distill import TrainingSettings
 from kdx.errors import KdxError
 from kdx.export import onnx_file
 from kdx.export.description import describe
@@ -119,7 +119,7 @@ def test_every_option_of_distill_reaches_the_training(run: Run, monkeypatch: pyt
     )
     status, out, _ = run(*command.split())
     assert status == 0 and "kdx explain digits --models [o]/models.toml" in out
-    assert seen[0]["settings"] == Settings(
+    assert seen[0]["settings"] == TrainingSettings(
         method="at", epochs=2, batch=9, learning_rate=0.5, temperature=2.0, alpha=0.25, beta=10.0, seed=6, augment=True, flip=True,
         student_images=40, image_size=(8, 8),
     )  # fmt: skip

@@ -1,0 +1,57 @@
+"""The images that a training reads: splits, cached in memory where they fit, and augmentation."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kdx.data.dataset import Dataset, Indices
+from kdx.data.images import load_images
+from kdx.distill.settings import TrainingSettings
+
+CACHE_BYTES = 1_000_000_000
+"""A split whose decoded pixels (uint8) take fewer bytes stays in memory. A larger one is decoded again in every epoch."""
+
+
+class SplitImages:
+    """The images of a split: decoded once and cached where they fit into ``CACHE_BYTES``, otherwise decoded when they are read."""
+
+    def __init__(self, dataset: Dataset, indices: Indices, size: tuple[int, int]) -> None:
+        self.dataset, self.indices, self.size = dataset, indices, size
+        self.unreadable: dict[str, str] = {}
+        """The reason for each unreadable image, by its id."""
+        self.pixels: Tensor | None = None
+        """The cache, uint8 [n, 3, H, W]."""
+        if len(indices) * size[0] * size[1] * 3 < CACHE_BYTES:
+            parts = [load_images(dataset, part, size) for part in np.array_split(indices, len(indices) // 512 + 1)]
+            self.pixels = torch.cat([images.pixels.mul(255).round().byte() for images in parts])
+            self.indices = np.concatenate([images.kept for images in parts])
+            self.unreadable = {name: reason for images in parts for name, reason in images.unreadable}
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, positions: Indices) -> tuple[Tensor, Tensor]:
+        """Images [n, 3, H, W] in [0, 1] and labels [n]. An image that cannot be read is left out."""
+        if self.pixels is not None:
+            return self.pixels[torch.from_numpy(positions)].float().div(255), torch.from_numpy(self.dataset.labels[self.indices[positions]])
+        images = load_images(self.dataset, self.indices[positions], self.size)
+        self.unreadable |= dict(images.unreadable)
+        return images.pixels, torch.from_numpy(self.dataset.labels[images.kept])
+
+
+def augmented(pixels: Tensor, settings: TrainingSettings, generator: np.random.Generator) -> Tensor:
+    """Images [n, 3, H, W], each shifted (with its edge repeated) if ``settings.augment``, and mirrored with probability 1/2 if
+    ``settings.flip``."""
+    count, _, height, width = pixels.shape
+    if settings.augment:
+        reach = max(1, min(height, width) // 12)
+        padded = functional.pad(pixels, (reach, reach, reach, reach), mode="replicate")
+        tops, lefts = generator.integers(0, 2 * reach + 1, (2, count))
+        pixels = torch.stack([padded[i, :, tops[i] : tops[i] + height, lefts[i] : lefts[i] + width] for i in range(count)])
+    if settings.flip:
+        mirrored = torch.from_numpy(generator.random(count) < 0.5)
+        pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
+    return pixels

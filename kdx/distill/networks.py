@@ -1,0 +1,182 @@
+"""The networks of a distillation: references, initial and trained weights, recipes, layer pairs, and checks before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from kdx import models
+from kdx.data.batches import class_balanced_sample, split
+from kdx.data.dataset import Dataset, open_data
+from kdx.distill.data import SplitImages
+from kdx.distill.seeding import seeded
+from kdx.distill.settings import TrainingSettings
+from kdx.errors import KdxError
+from kdx.export.graphs import FeatureGraph, Preprocessing, find_layer
+from kdx.models.feature_layers import parse_layers
+from kdx.models.reference import ModelReference
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What the trainings of teacher, base and student share."""
+
+    folder: Path
+    settings: TrainingSettings
+    device: torch.device
+    dataset: Dataset
+    images: Mapping[str, SplitImages]
+    """The splits train, validation and test, and under ``student`` the images that base and student are trained on."""
+    preprocessing: Preprocessing
+    teacher: ModelReference
+    student: ModelReference
+    teacher_is_trained: bool
+    """Whether the teacher comes with weights and is not trained here."""
+
+    @classmethod
+    def prepare(cls, data: str, folder: Path, settings: TrainingSettings, device: torch.device, teacher: str, student: str) -> Distillation:
+        """Open the data, load the teacher and decode the splits; KdxError for what cannot be trained."""
+        dataset = open_data(data)
+        # Local folders and files become absolute paths, so that the models file is valid from any folder.
+        teacher_reference, student_reference = (
+            models.parse_reference(reference).located().with_classes(len(dataset.classes)) for reference in (teacher, student)
+        )
+        if student_reference.source == "pt2":
+            raise KdxError(f"{student} is a program for inference and cannot be trained.", "Name the student's architecture instead.")
+        network = models.load(str(teacher_reference))
+        has_own_weights = teacher_reference.source in ("hf", "pt2") and network.trained
+        preprocessing = _preprocessing(network, settings)
+        splits = split(dataset, settings.seed)
+        student_indices = splits["train"]
+        if settings.student_images is not None:
+            labels = dataset.labels[student_indices]
+            student_indices = student_indices[class_balanced_sample(labels, settings.student_images, settings.seed)]
+        folder.mkdir(parents=True, exist_ok=True)
+        size = preprocessing.size or (0, 0)
+        images = {name: SplitImages(dataset, indices, size) for name, indices in (splits | {"student": student_indices}).items()}
+        for name, part in images.items():
+            if len(part) < 2:
+                raise KdxError(
+                    f"The {name} split of {data} has {len(part)} readable images.", "Give more images: every split needs at least two."
+                )
+        return cls(
+            folder,
+            settings,
+            device,
+            dataset,
+            images,
+            preprocessing,
+            teacher_reference,
+            student_reference,
+            teacher_is_trained=teacher_reference.weights is not None or has_own_weights,
+        )
+
+    def reference(self, role: str) -> ModelReference:
+        """The reference of a role's architecture; base and student have the same."""
+        return self.teacher if role == "teacher" else self.student
+
+    def weights_path(self, role: str) -> Path:
+        """Where the trained weights of a role are."""
+        return self.folder / f"{role}.safetensors"
+
+    def initial_network(self, role: str) -> nn.Module:
+        """The network of a role with its initial weights, which are the same for base and student."""
+        with seeded(self.device, self.settings.seed, int(role == "teacher")):
+            module = models.load(str(self.reference(role))).module
+        return module.to(self.device)
+
+    def trained_network(self, role: str) -> nn.Module:
+        """The network of a role with its trained weights, for evaluation only."""
+        module = models.load(str(self.reference(role).with_weights(f"{role}.safetensors")), folder=self.folder).module
+        return module.to(self.device).requires_grad_(False)
+
+    def graph(self, module: nn.Module, layers: Sequence[str] = ()) -> FeatureGraph:
+        """The graph of a network and its layers. Images are decoded at their final size, so the graph does not resize them."""
+        return FeatureGraph(module, layers, replace(self.preprocessing, size=None)).to(self.device)
+
+    def epochs(self, role: str) -> int:
+        """The number of epochs of a role's training."""
+        return self.settings.teacher_epochs or self.settings.epochs if role == "teacher" else self.settings.epochs
+
+    def recipe(self, role: str) -> dict[str, Any]:
+        """Everything that the weights of the teacher or the base depend on."""
+        settings, reference = self.settings, self.reference(role)
+        common = ("batch", "optimizer", "learning_rate", "weight_decay", "seed", "augment", "flip")
+        return {
+            "data": self.dataset.fingerprint,
+            "architecture": str(reference.with_weights(None)),
+            "initial": models.weights_hash(self.initial_network(role)) if reference.is_trained else None,
+            "epochs": self.epochs(role),
+            "images": None if role == "teacher" else settings.student_images,
+            "size": list(self.preprocessing.size or ()),
+            "mean": list(self.preprocessing.mean),
+            "std": list(self.preprocessing.std),
+            **{key: getattr(settings, key) for key in common},
+        }
+
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """The reason for each unreadable image of any split, by its id."""
+        return {name: reason for part in self.images.values() for name, reason in part.unreadable.items()}
+
+
+def _preprocessing(teacher: models.Network, settings: TrainingSettings) -> Preprocessing:
+    size = settings.image_size or teacher.preprocessing.size
+    if size is None:
+        raise KdxError(f"{teacher.reference} does not state the size of its images.", "Give the image size.")
+    return replace(teacher.preprocessing, size=size)
+
+
+def layer_pairs(distillation: Distillation, layers: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Pairs (student's layer, teacher's layer): those of ``layers``, or else the layers that both networks have by name.
+
+    Without a common name, the pair is the last layer of each. Raises KdxError for a layer that a network does not have.
+    """
+    student, teacher = distillation.initial_network("student"), distillation.initial_network("teacher")
+    if layers is not None:
+        pairs = list(parse_layers(layers).items())
+        for student_layer, teacher_layer in pairs:
+            find_layer(student, student_layer)
+            find_layer(teacher, teacher_layer)
+        return pairs
+    size = distillation.preprocessing.size
+    student_layers, teacher_layers = models.layers(student, size), models.layers(teacher, size)
+    common = [(name, name) for name in student_layers if name in teacher_layers]
+    return common or list(zip(student_layers[-1:], teacher_layers[-1:], strict=False))
+
+
+def check_networks(distillation: Distillation) -> None:
+    """Raise KdxError for weights or logits that are not finite and for numbers of classes that do not match.
+
+    Without this check they would appear only when the student meets the teacher, after hours of training.
+    """
+    classes = len(distillation.dataset.classes)
+    widths = {}
+    for role in ("teacher", "student"):
+        module = distillation.initial_network(role)
+        for key, tensor in module.state_dict().items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise KdxError(
+                    f"The weights of the {role} are not finite numbers: {key}.", "Give weights from a training that did not diverge."
+                )
+        graph = distillation.graph(module).eval()
+        with torch.no_grad():
+            logits = graph(distillation.images["validation"].read(np.arange(2))[0].to(distillation.device))[0]
+        if not torch.isfinite(logits).all():
+            raise KdxError(
+                f"The {role}'s logits are not finite numbers.", "Give sound weights, and the preprocessing they were trained with."
+            )
+        widths[role] = logits.shape[1]
+        if logits.shape[1] < classes:
+            raise KdxError(f"The {role} has {logits.shape[1]} classes, the data {classes}.", "Give the network the data's classes.")
+    if widths["teacher"] != widths["student"]:
+        raise KdxError(
+            f"The teacher has {widths['teacher']} classes and the student {widths['student']}.",
+            f"Both need the {classes} classes of the data.",
+        )

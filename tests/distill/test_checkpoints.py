@@ -1,0 +1,65 @@
+"""Checkpoints: recipes that differ are refused, and files are replaced atomically."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdx.distill import TrainingSettings, distill
+from kdx.distill.checkpoints import is_finished, resume, save_state, save_weights
+from kdx.errors import KdxError
+from tests.distill.small import QUICK, STUDENT, TEACHER, Interruption, stop_at
+
+
+@pytest.mark.parametrize(
+    ("student", "settings", "message"),
+    [
+        (STUDENT, replace(QUICK, learning_rate=0.01), "teacher.safetensors .*: learning_rate differs"),
+        (STUDENT, replace(QUICK, epochs=4), "base.safetensors .*: epochs differs"),
+        (STUDENT, replace(QUICK, alpha=0.5), "student.safetensors .*: alpha differs"),
+        (TEACHER, QUICK, "base.safetensors .*: architecture differs"),
+    ],
+)
+def test_a_folder_of_another_configuration_is_refused(finished: Path, student: str, settings: TrainingSettings, message: str) -> None:
+    with pytest.raises(KdxError, match=message):
+        distill("digits", teacher=TEACHER, student=student, out=finished, settings=settings, report=lambda result: None)
+
+
+def test_a_state_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Interruption):
+        distill("digits", teacher=TEACHER, student=STUDENT, out=tmp_path, settings=QUICK, report=stop_at("teacher", 1))
+    with pytest.raises(KdxError, match=r"teacher.state.pt .*: batch differs"):
+        distill("digits", teacher=TEACHER, student=STUDENT, out=tmp_path, settings=replace(QUICK, batch=64))
+
+
+def test_an_unreadable_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "student.state.pt"
+    path.write_bytes(b"not a checkpoint")
+    network = torch.nn.Linear(1, 1)
+    with pytest.raises(KdxError, match="cannot be read"):
+        resume(path, {}, network, torch.optim.SGD(network.parameters(), 0.1))
+    with pytest.raises(KdxError, match="cannot be read as safetensors"):
+        is_finished(path, {})
+
+
+def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
+    weights, state = tmp_path / "student.safetensors", tmp_path / "student.state.pt"
+    save_weights(weights, {"weight": torch.ones(2)}, {"seed": 0})
+    save_state(state, {"epoch": 1})
+    before = weights.read_bytes(), state.read_bytes()
+    with pytest.raises(Exception, match="pickle"):
+        save_state(state, {"epoch": lambda: 2})
+    with pytest.raises(TypeError, match="JSON serializable"):
+        save_weights(weights, {"weight": torch.zeros(2)}, {"seed": object()})
+    assert (weights.read_bytes(), state.read_bytes()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [weights.name, state.name]
+    assert is_finished(weights, {"seed": 0})
+
+
+def test_a_checkpoint_in_a_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(KdxError, match="cannot be written"):
+        save_state(tmp_path / "out" / "student.state.pt", {"epoch": 1})
