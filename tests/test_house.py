@@ -176,7 +176,8 @@ def demo(tmp_path: Path) -> Path:
         save_file({name: tensor.contiguous() for name, tensor in network.module.state_dict().items()}, folder / f"{role}.safetensors")
         references[role] = f"{reference},classes=10@{role}.safetensors"
     preprocessing = kdx.models.load(DEMO["student"]).preprocessing
-    models_file.write_models(folder / "models.toml", **references, preprocessing=preprocessing)
+    base, student, teacher = (references[role] for role in ("base", "student", "teacher"))
+    models_file.write_models(folder / "models.toml", base=base, student=student, teacher=teacher, preprocessing=preprocessing)
     return tmp_path
 
 
