@@ -19,7 +19,7 @@ from kdx.distill.seeding import seeded
 from kdx.distill.settings import TrainingSettings
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph, Preprocessing, find_layer
-from kdx.models.feature_layers import parse_layers
+from kdx.models.layer_pairs import parse_layers
 from kdx.models.reference import ModelReference
 
 

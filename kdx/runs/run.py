@@ -22,7 +22,7 @@ from kdx.explain.explainer_file import describe_explainer, paired_layers, withou
 from kdx.explain.graph import largest_size
 from kdx.explain.settings import Settings
 from kdx.features.arrays import MIN_IMAGES
-from kdx.models.feature_layers import parse_layers
+from kdx.models.layer_pairs import parse_layers
 from kdx.models.models_file import ModelsFile, read_models
 from kdx.progress import progress
 from kdx.roles import roles_among
