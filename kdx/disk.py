@@ -58,7 +58,9 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        raise KdxError(f"{path} cannot be written: {error.strerror}.", "Make room on the disk, or make the folder writable.") from error
+        raise KdxError(
+            f"{path} cannot be written: {error.strerror or error}.", "Make room on the disk, or make the folder writable."
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

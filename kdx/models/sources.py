@@ -65,7 +65,7 @@ def _from_timm(reference: ModelReference, arguments: dict[str, Value]) -> Source
         reference,
         lambda **extra: timm.create_model(reference.name, **{"pretrained": False, **extra}),
         arguments,
-        "Check the arguments against timm.create_model; pretrained=true needs the network or a warm cache.",
+        "Check the arguments against timm.create_model; pretrained=true needs an internet connection or a cache.",
     )
     preprocessing = timm_preprocessing(module)
     side = arguments.get("img_size")  # timm's configuration describes the pretrained size, not this argument
@@ -94,7 +94,7 @@ def _from_torchvision(reference: ModelReference, arguments: dict[str, Value]) ->
         reference,
         lambda **extra: models.get_model(reference.name, weights=weights, **extra),
         arguments,
-        "Check the arguments against torchvision.models; pretrained=true needs the network or a warm cache, and keeps the classes.",
+        "Check the arguments against torchvision.models; pretrained=true keeps the classes and needs an internet connection or a cache.",
     )
     size = 299 if reference.name == "inception_v3" else 224
     return SourceNetwork(module, Preprocessing((size, size), *_IMAGENET))
