@@ -16,7 +16,7 @@ from kdx.export.description import Origin, Shape, describe
 from kdx.export.engine import BatchRange
 from kdx.export.graphs import FeatureGraph, GradientGraph, Graph
 from kdx.export.parity import ParityReport
-from kdx.models.feature_layers import parse_layers
+from kdx.models.layer_pairs import parse_layers
 from kdx.models.models_file import load_any
 from kdx.models.network import Network
 

@@ -1,1 +1,1 @@
-"""Data references, splits, batches and decoding."""
+"""Data references, splits, batches, and decoding with prefetching."""

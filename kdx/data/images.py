@@ -1,4 +1,4 @@
-"""Decoded images."""
+"""Decoding of images into tensors, one batch at a time or prefetched by threads."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from kdx.data.dataset import Dataset, Indices
-from kdx.data.prefetch import Job, ahead, cores
+from kdx.data.pixels import fit
+from kdx.data.prefetch import Job, available_cores, prefetch
 
 
 @dataclass(frozen=True)
 class Images:
-    """Decoded images: ``pixels`` [n, 3, H, W] float32 in [0, 1], the indices that were kept, and what could not be read, and why."""
+    """Decoded images: ``pixels`` [n, 3, H, W] float32 in [0, 1], their indices ``kept``, and (id, reason) of each unreadable image."""
 
     pixels: Tensor
     kept: Indices
@@ -27,33 +28,33 @@ class Images:
 
 
 def load_images(dataset: Dataset, indices: Sequence[int] | Indices, size: tuple[int, int]) -> Images:
-    """Decode images, in order: RGB, shorter side resized (bicubic, antialiased) to cover ``size`` = (height, width), centre crop.
+    """Decode images, in order, as RGB, resized (bicubic, antialiased) to cover ``size`` = (height, width), and cropped at the centre.
 
-    An image that is corrupt, truncated or too large to be safe (PIL's decompression bomb limit) is left out and named in
-    ``unreadable`` with the reason; nothing is raised for it.
+    An image that is corrupt, truncated or too large to be safe (PIL's decompression bomb limit) raises no error. It is left out
+    and listed in ``unreadable`` with the reason.
     """
-    with decoded(dataset, [np.asarray(indices, dtype=np.int64)], size) as found:
-        return next(found)
+    with decoded(dataset, [np.asarray(indices, dtype=np.int64)], size) as batches:
+        return next(batches)
 
 
 @contextmanager
 def decoded(dataset: Dataset, batches: Iterable[Indices], size: tuple[int, int], workers: int | None = None) -> Iterator[Iterator[Images]]:
-    """`load_images` of each batch, in order, decoded by ``workers`` threads while those before are in use.
+    """`load_images` of each batch, in order, decoded by ``workers`` threads while earlier batches are in use.
 
-    No more than `kdx.prefetch.AHEAD` batches are held beyond the one that was taken. By default there is a thread a core; with 0 each
-    batch is decoded when it is asked for. The pixels are the same for any number: Pillow decodes and resizes without the interpreter's
-    lock, and each image is written to its own place.
+    At most `kdx.data.prefetch.PREFETCH_DEPTH` batches are decoded in advance. By default there is one thread per core; with 0, each
+    batch is decoded when it is taken. The pixels are the same for any number of threads: Pillow decodes and resizes without the
+    interpreter's lock, and each image is written to its own row.
     """
-    # Filters hold for all threads, so they are set here and not in each; PIL's remarks on odd files are of no use to a user.
+    # Warning filters apply to all threads, so they are set once here. PIL's warnings about unusual files do not help a user.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.|kdx\.data")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with ahead((_job(dataset, batch, size) for batch in batches), cores() if workers is None else workers) as results:
+        with prefetch((_job(dataset, batch, size) for batch in batches), available_cores() if workers is None else workers) as results:
             yield results
 
 
 def _job(dataset: Dataset, indices: Indices, size: tuple[int, int]) -> Job[Images]:
-    """A part an image, which fills its row of the pixels or says why it cannot."""
+    """One task per image, which fills its row of the pixels or records why it cannot."""
     pixels = torch.empty(len(indices), 3, *size)
     reasons: list[str] = [""] * len(indices)
 
@@ -66,18 +67,8 @@ def _job(dataset: Dataset, indices: Indices, size: tuple[int, int]) -> Job[Image
             np.divide(levels.transpose(2, 0, 1), np.float32(255), out=pixels[row].numpy())
 
     def result() -> Images:
-        bad = np.array([bool(reason) for reason in reasons], dtype=bool)
+        failed = np.array([bool(reason) for reason in reasons], dtype=bool)
         unreadable = tuple((dataset.ids[index], reason) for index, reason in zip(indices, reasons, strict=True) if reason)
-        return Images(pixels[torch.from_numpy(~bad)] if unreadable else pixels, indices[~bad], unreadable)
+        return Images(pixels[torch.from_numpy(~failed)] if unreadable else pixels, indices[~failed], unreadable)
 
     return Job([partial(decode, row) for row in range(len(indices))], result)
-
-
-def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """``image`` resized (bicubic, antialiased) so that it just covers ``size`` = (height, width), then cropped at its centre."""
-    height, width = size
-    scale = max(height / image.height, width / image.width)
-    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    resized = image if covering == image.size else image.resize(covering, Image.Resampling.BICUBIC)
-    left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
-    return resized.crop((left, top, left + width, top + height))

@@ -1,4 +1,4 @@
-"""Results ahead of whoever takes them: computed by threads, in order, and never many at once."""
+"""Bounded, ordered prefetching on a thread pool."""
 
 from __future__ import annotations
 
@@ -12,64 +12,66 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-AHEAD = 2
-"""Jobs in work beyond the one that was taken last: with one alone, threads would idle while its last parts are done."""
+PREFETCH_DEPTH = 2
+"""Jobs that are computed beyond the one whose result was taken last. With one job, threads would idle while its last tasks finish."""
 
 
 @dataclass(frozen=True)
 class Job(Generic[T]):
-    """Parts that threads do in any order, and the result, to be asked for once all of them are done."""
+    """Tasks that threads run in any order, and a function that returns the result once all of them are done."""
 
-    parts: Sequence[Callable[[], None]]
+    tasks: Sequence[Callable[[], None]]
     result: Callable[[], T]
 
 
 @contextmanager
-def ahead(jobs: Iterable[Job[T]], workers: int, depth: int = AHEAD) -> Iterator[Iterator[T]]:
-    """The jobs' results, in order, while ``workers`` threads do the parts of the next ``depth`` jobs.
+def prefetch(jobs: Iterable[Job[T]], workers: int, depth: int = PREFETCH_DEPTH) -> Iterator[Iterator[T]]:
+    """The results of the jobs, in order, while ``workers`` threads run the tasks of the next ``depth`` jobs.
 
-    Each job is drawn from ``jobs`` as its work begins, so that what it holds is bounded too. With 0 workers a job is done when its
-    result is asked for, by who asks. What a part raises is raised there as well. On leaving, parts that have not begun are dropped
-    and the others waited for: no thread outlives the block.
+    Each job is drawn from ``jobs`` when its tasks start, so the memory of the jobs is bounded too. With 0 workers, the thread that
+    takes a result runs its job at that moment. An exception in a task is raised where its result is taken. When the block ends, tasks
+    that have not started are dropped and running ones are waited for: no thread outlives the block.
 
-    Threads, not processes: they suit parts that release the interpreter's lock, share memory, and end with their process.
+    These are threads and not processes: the tasks release the interpreter's lock, threads share memory, and they end with their process.
+
+    Raises ValueError for a negative number of workers and for a depth below 1.
     """
     if workers < 0 or depth < 1:
         raise ValueError(f"workers must be 0 or more, and depth 1 or more, not {workers} and {depth}")
     if workers == 0:
-        yield (_done(job) for job in jobs)
+        yield (_run(job) for job in jobs)
         return
     pool = ThreadPoolExecutor(workers, thread_name_prefix="kdx-prefetch")
     try:
-        yield _taken(iter(jobs), pool, depth)
+        yield _prefetched(iter(jobs), pool, depth)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
+def available_cores() -> int:
+    """The number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _done(job: Job[T]) -> T:
-    for part in job.parts:
-        part()
+def _run(job: Job[T]) -> T:
+    for task in job.tasks:
+        task()
     return job.result()
 
 
-def _taken(jobs: Iterator[Job[T]], pool: ThreadPoolExecutor, depth: int) -> Iterator[T]:
-    begun: deque[tuple[Job[T], list[Future[None]]]] = deque()
+def _prefetched(jobs: Iterator[Job[T]], pool: ThreadPoolExecutor, depth: int) -> Iterator[T]:
+    started: deque[tuple[Job[T], list[Future[None]]]] = deque()
 
-    def begin() -> None:
+    def start_next() -> None:
         job = next(jobs, None)
         if job is not None:
-            begun.append((job, [pool.submit(part) for part in job.parts]))
+            started.append((job, [pool.submit(task) for task in job.tasks]))
 
     for _ in range(depth):
-        begin()
-    while begun:
-        job, parts = begun.popleft()
-        for part in parts:
-            part.result()
-        begin()
+        start_next()
+    while started:
+        job, futures = started.popleft()
+        for future in futures:
+            future.result()
+        start_next()
         yield job.result()

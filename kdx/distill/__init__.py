@@ -1,4 +1,4 @@
-"""Training a teacher, a base and a student: losses, the loop, and the demonstration's recipe."""
+"""Training a teacher, a base and a student: losses, the loop, and the demonstration's settings."""
 
 from __future__ import annotations
 

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from kdx import models
-from kdx.data.batches import class_balanced_sample, split
 from kdx.data.dataset import Dataset, open_data
+from kdx.data.splits import class_balanced_sample, stratified_splits
 from kdx.distill.data import SplitImages
 from kdx.distill.seeding import seeded
 from kdx.distill.settings import TrainingSettings
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph, Preprocessing, find_layer
-from kdx.models.feature_layers import parse_layers
+from kdx.models.layer_pairs import parse_layers
 from kdx.models.reference import ModelReference
 
 
@@ -52,7 +52,7 @@ class Distillation:
         network = models.load(str(teacher_reference))
         has_own_weights = teacher_reference.source in ("hf", "pt2") and network.trained
         preprocessing = _preprocessing(network, settings)
-        splits = split(dataset, settings.seed)
+        splits = stratified_splits(dataset, settings.seed)
         student_indices = splits["train"]
         if settings.student_images is not None:
             labels = dataset.labels[student_indices]

@@ -1,4 +1,4 @@
-"""Training settings, the result of an epoch, and the demonstration's recipe."""
+"""Training settings, the result of an epoch, and the demonstration's settings."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ class TrainingSettings:
         }
         for name, is_in_range in in_range.items():
             if not is_in_range:
-                hint = _RANGES.get(name, "Give a number above 0.")
+                hint = _RANGE_HINTS.get(name, "Give a number above 0.")
                 raise KdxError(f"The training setting {name} cannot be {getattr(self, name)!r}.", hint)
 
 
-_RANGES = {
+_RANGE_HINTS = {
     "batch": "Give a batch of 2 or more, because batch normalisation needs it.",
     "optimizer": "Choose sgd or adamw.",
     "weight_decay": "Give 0 or more.",

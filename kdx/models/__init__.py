@@ -1,4 +1,4 @@
-"""Networks: model references, weights, advised layers, and the models file."""
+"""Networks: model references, weights, layers worth explaining, and the models file."""
 
 from kdx.models.network import Network, as_network, layers, load, weights_hash
 from kdx.models.reference import ModelReference, file_name, parse_reference

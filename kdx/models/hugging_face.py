@@ -1,4 +1,4 @@
-"""Image classifiers of Hugging Face transformers: a folder that ``save_pretrained`` wrote, or a name on the hub."""
+"""Image classifiers of Hugging Face transformers, from a folder that ``save_pretrained`` wrote or by a name on the hub."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ _KNOWN_STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do
 
 
 def load_classifier(name: str, arguments: Mapping[str, Any], *, pretrained: bool) -> tuple[nn.Module, Preprocessing, bool]:
-    """The network of a name or folder (its full path), its preprocessing, and whether all its weights are trained.
+    """The network of a name or folder (an absolute path), its preprocessing, and whether all its weights are trained.
 
-    ``arguments`` change the configuration; ``revision`` names a version on the hub. Weights are read from safetensors only and no
-    code that a repository brings is run. A head that the checkpoint lacks, or has for another number of classes, is new and random;
-    without ``pretrained`` everything is. Raises KdxError for what is missing, unreadable or no image classifier.
+    ``arguments`` change the configuration; ``revision`` names a version on the hub. Weights are read from safetensors only, and no
+    code from a repository is executed. A head that the checkpoint lacks, or has for another number of classes, is new and random;
+    without ``pretrained`` all weights are. Raises KdxError for a network that is missing, unreadable, or not an image classifier.
     """
     try:
         import transformers
     except ImportError as error:
         raise missing_package("transformers", "models", f"The model reference 'hf:{name}'") from error
     arguments = dict(arguments)
-    place = {"revision": str(arguments.pop("revision"))} if "revision" in arguments else {}
+    version = {"revision": str(arguments.pop("revision"))} if "revision" in arguments else {}
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise KdxError(f"There is no folder {name}.", "Give a folder that save_pretrained wrote, or a name on the Hugging Face hub.")
     with _quiet(), _explained(name):
-        try:  # the cache first: with it nothing waits for a network that may not be there
-            config, unused = _config(transformers, name, arguments, local_files_only=True, **place)
+        try:  # the cache first, so that a cached model needs no internet connection
+            config, unused = _config(transformers, name, arguments, local_files_only=True, **version)
         except OSError:
-            config, unused = _config(transformers, name, arguments, **place)
+            config, unused = _config(transformers, name, arguments, **version)
         if unused:
             raise KdxError(
-                f"The configuration of hf:{name} has no {', '.join(unused)}.", "Leave it out; num_labels and revision are common."
+                f"The configuration of hf:{name} has no {', '.join(unused)}.", "Leave it out; num_labels and revision are common arguments."
             )
         auto = transformers.AutoModelForImageClassification
         if not pretrained:
             module, trained = auto.from_config(config, dtype=torch.float32, trust_remote_code=False), False
         else:
-            module, found = auto.from_pretrained(
+            module, report = auto.from_pretrained(
                 name,
                 config=config,
                 dtype=torch.float32,
@@ -52,53 +52,55 @@ def load_classifier(name: str, arguments: Mapping[str, Any], *, pretrained: bool
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                **place,
+                **version,
             )
-            trained = not _new_weights(name, module, found)
-        return module, _preprocessing(transformers, name, config, place), trained
+            trained = not _new_weights(name, module, report)
+        return module, _preprocessing(transformers, name, config, version), trained
 
 
-def _config(transformers: Any, name: str, arguments: Mapping[str, Any], **place: Any) -> tuple[Any, Mapping[str, Any]]:
-    config, unused = transformers.AutoConfig.from_pretrained(name, return_unused_kwargs=True, trust_remote_code=False, **arguments, **place)
+def _config(transformers: Any, name: str, arguments: Mapping[str, Any], **version: Any) -> tuple[Any, Mapping[str, Any]]:
+    config, unused = transformers.AutoConfig.from_pretrained(
+        name, return_unused_kwargs=True, trust_remote_code=False, **arguments, **version
+    )
     return config, {key: value for key, value in unused.items() if key in arguments}
 
 
-def _new_weights(name: str, module: nn.Module, found: Mapping[str, Any]) -> list[str]:
-    """The parameters that are not the checkpoint's; KdxError where they are of more than the head."""
-    absent = [key for key in found["missing_keys"] if not key.endswith("num_batches_tracked")]
-    new = sorted({*absent, *(key if isinstance(key, str) else key[0] for key in found["mismatched_keys"])})
+def _new_weights(name: str, module: nn.Module, report: Mapping[str, Any]) -> list[str]:
+    """The parameters that are not from the checkpoint; KdxError if any of them is outside the head."""
+    absent = [key for key in report["missing_keys"] if not key.endswith("num_batches_tracked")]
+    new = sorted({*absent, *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])})
     backbone = [key for key in new if key.startswith(f"{getattr(module, 'base_model_prefix', '')}.")]
     if backbone:
         raise KdxError(
-            f"The weights of hf:{name} are not its configuration's: {len(backbone)} are missing or reshaped, such as {backbone[0]}.",
+            f"The weights of hf:{name} do not fit its configuration: {len(backbone)} are missing or reshaped, such as {backbone[0]}.",
             "Save the network again with save_pretrained.",
         )
     return new
 
 
-def _preprocessing(transformers: Any, name: str, config: Any, place: Mapping[str, Any]) -> Preprocessing:
+def _preprocessing(transformers: Any, name: str, config: Any, version: Mapping[str, Any]) -> Preprocessing:
     from transformers.utils.hub import cached_file
 
-    if not cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **place):
+    if not cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **version):
         side = getattr(config, "image_size", None)
         height, width = side if isinstance(side, (list, tuple)) else (side, side)
         return Preprocessing((height, width) if height and width else None)
-    processor = transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **place)
-    return preprocessing_of(name, processor.to_dict())
+    processor = transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **version)
+    return _processor_preprocessing(name, processor.to_dict())
 
 
-def preprocessing_of(name: str, steps: Mapping[str, Any]) -> Preprocessing:
-    """What an image processor's settings do to images in [0, 1]; KdxError for steps that ``Preprocessing`` does not have.
+def _processor_preprocessing(name: str, steps: Mapping[str, Any]) -> Preprocessing:
+    """The ``Preprocessing`` of images in [0, 1] that equals an image processor's steps; KdxError for steps that it does not have.
 
-    Its pixels are 0 to 255, so its own factor is undone. As for every source, images come at the final size: what a crop after a
-    larger resize would cut off stays.
+    The processor's pixels are 0 to 255, so its rescale factor is undone. As for every source, images are resized to the final size,
+    so the border that a crop after a larger resize would cut off remains.
     """
-    other = [key for key, value in steps.items() if key.startswith("do_") and value and key not in _KNOWN_STEPS]
+    unknown = [key for key, value in steps.items() if key.startswith("do_") and value and key not in _KNOWN_STEPS]
     crops = bool(steps.get("do_center_crop"))
-    if other or (crops and not steps.get("do_resize")):
+    if unknown or (crops and not steps.get("do_resize")):
         raise KdxError(
-            f"The image processor of hf:{name} has a step that kdx has not: {(other or ['a crop without a resize'])[0]}.",
-            "Give a factory of your own that does it inside the network.",
+            f"The image processor of hf:{name} has a step that kdx does not have: {(unknown or ['a crop without a resize'])[0]}.",
+            "Give a factory of your own whose network contains the step.",
         )
     scale = 255 * float(steps["rescale_factor"]) if steps.get("do_rescale") else 255.0
     offset = float(bool(steps.get("do_rescale")) and bool(steps.get("rescale_offset")))  # EfficientNet's pixels are -1 to 1
@@ -128,13 +130,13 @@ def _size(name: str, size: Any) -> tuple[int, int]:
     elif isinstance(size, int):
         return size, size
     raise KdxError(
-        f"The image processor of hf:{name} does not say one size: {size}.", "Give it a height and a width, or a shortest_edge alone."
+        f"The image processor of hf:{name} does not state a single size: {size}.", "Set its height and width, or only its shortest_edge."
     )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's bars and load reports: what matters of them is an error of ours."""
+    """Silence the library's progress bars and load reports. kdx raises an error for everything in them that matters."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -150,6 +152,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
+    """Turn the library's exceptions into KdxError."""
     try:
         yield
     except KdxError:
@@ -158,17 +161,17 @@ def _explained(name: str) -> Iterator[None]:
         raise KdxError(
             f"hf:{name} cannot be read: {first_line(error)}.",
             "Give a folder with config.json and model.safetensors, as save_pretrained writes it; "
-            "without a network a name works only if its files are in the cache.",
+            "without an internet connection a name works only if its files are in the cache.",
         ) from error
-    except ImportError as error:  # the library names its own module; why it failed is at the end of the chain
+    except ImportError as error:  # the library names its own module; the reason is at the end of the chain of causes
         cause: BaseException = error
         while cause.__cause__ or cause.__context__:
             cause = cause.__cause__ or cause.__context__ or cause
         raise KdxError(
             f"hf:{name} needs a package that cannot be imported: {first_line(cause)}.",
-            "Mend its installation; torchvision must be built for the PyTorch that runs here.",
+            "Reinstall it; torchvision must be built for the PyTorch that runs here.",
         ) from error
-    except Exception as error:  # anything can go wrong in another package's code; the cause stays attached
+    except Exception as error:  # code of another package runs here; the cause stays attached
         raise KdxError(
             f"hf:{name} could not be built: {first_line(error)}.",
             "Name an image classifier of transformers, with arguments of its configuration.",

@@ -1,4 +1,4 @@
-"""The models file: a distillation's networks by reference, and what was recorded with them."""
+"""The models file (TOML): the networks of a distillation by reference, with their layers, classes, preprocessing and training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _REQUIRED = ("base", "student")
 
 @dataclass(frozen=True)
 class ModelsFile:
-    """The models of a distillation, as a models file names them, and what was recorded with them. There may be no teacher."""
+    """The contents of a models file. The teacher is optional."""
 
     path: Path
     base: str
@@ -40,24 +40,24 @@ class ModelsFile:
     @property
     def references(self) -> dict[str, str]:
         """The reference of each role that the file names: teacher, base, student."""
-        named = {role: getattr(self, role) for role in READING_ORDER}
-        return {role: reference for role, reference in named.items() if reference is not None}
+        references = {role: getattr(self, role) for role in READING_ORDER}
+        return {role: reference for role, reference in references.items() if reference is not None}
 
     def load(self, role: str) -> Network:
-        """The network of a role (teacher, base, student): weights beside the file, preprocessing as the file says.
+        """The network of a role (teacher, base, student), with weights relative to the file and the file's preprocessing if it has one.
 
-        Raises KdxError where the file names no teacher and the teacher is asked for.
+        Raises KdxError for the teacher if the file does not name one.
         """
         if role not in READING_ORDER:
             raise ValueError(f"role is one of {READING_ORDER}, not {role!r}")
         if role not in self.references:
-            raise _unnamed(self.path, [role])
+            raise _missing_roles(self.path, [role])
         network = load(self.references[role], classes=len(self.classes) or None, folder=self.path.parent)
         return network if self.preprocessing is None else replace(network, preprocessing=self.preprocessing)
 
 
 def load_any(model: str) -> tuple[Network, tuple[str, ...]]:
-    """The network of a model reference, or of ``MODELS.toml:ROLE``, and the names of its classes (none where nothing names them)."""
+    """The network of a model reference or of ``MODELS.toml:ROLE``, and the names of its classes; without a models file these are ()."""
     path, colon, role = model.rpartition(":")
     if not (colon and path.endswith(".toml")):
         return load(model), ()
@@ -70,10 +70,10 @@ def load_any(model: str) -> tuple[Network, tuple[str, ...]]:
 def read_models(path: Path | str) -> ModelsFile:
     """Read a models file (TOML).
 
-    ``base`` and ``student`` are model references. Optional: ``teacher`` (another one), ``layers`` (a layer, or
-    ``student_layer=teacher_layer``), ``classes`` (their names), the tables ``[preprocessing]`` (size, mean, std),
-    ``[data]`` (reference, seed) and ``[training]`` (anything). KdxError for a file that is missing, is not TOML, lacks
-    base or student, or has a key that is not one of these.
+    ``base`` and ``student`` are model references. Optional keys are ``teacher`` (a model reference), ``layers`` (a list of ``layer``
+    or ``student_layer=teacher_layer``), ``classes`` (a list of names), and the tables ``[preprocessing]`` (size, mean, std),
+    ``[data]`` (reference, seed) and ``[training]`` (anything). Raises KdxError for a file that is missing, is not TOML, lacks
+    base or student, or has any other key.
     """
     path = Path(path)
     try:
@@ -86,7 +86,7 @@ def read_models(path: Path | str) -> ModelsFile:
     _only_keys(path, "", content, (*READING_ORDER, "layers", "classes", "preprocessing", "data", "training"))
     missing = [role for role in _REQUIRED if role not in content]
     if missing:
-        raise _unnamed(path, missing)
+        raise _missing_roles(path, missing)
     data = _table(path, content, "data", ("reference", "seed"))
     return ModelsFile(
         path,
@@ -113,7 +113,7 @@ def write_models(
     seed: int | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> ModelsFile:
-    """Write a models file that ``read_models`` reads, whole or not at all; returns what it holds."""
+    """Write a models file atomically and return its contents, as ``read_models`` reads them. Entries that are None are left out."""
     lines = [f"{role} = {_toml(value)}" for role, value in zip(READING_ORDER, (teacher, base, student), strict=True) if value is not None]
     lines += [f"{key} = {_toml(list(values))}" for key, values in (("layers", layers), ("classes", classes)) if values]
     if preprocessing is not None:
@@ -126,7 +126,7 @@ def write_models(
     return read_models(path)
 
 
-def _unnamed(path: Path, roles: Sequence[str]) -> KdxError:
+def _missing_roles(path: Path, roles: Sequence[str]) -> KdxError:
     return KdxError(f"The models file {path} names no {' and no '.join(roles)}.", f'Add a line such as {roles[0]} = "timm:resnet18@w.pt".')
 
 
@@ -140,7 +140,7 @@ def _only_keys(path: Path, table: str, content: Mapping[str, Any], known: Sequen
 
 def _check(path: Path, key: str, value: Any, kind: type[T]) -> T:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise KdxError(f"{key!r} in the models file {path} is not {_KINDS[kind]}.", "See the example in the documentation of models files.")
+        raise KdxError(f"{key!r} in the models file {path} is not {_KINDS[kind]}.", "See the example of a models file in the README.")
     return value
 
 
@@ -164,35 +164,35 @@ def _preprocessing(path: Path, content: Mapping[str, Any]) -> Preprocessing | No
     size: Any = table.get("size")
     mean: Any = table.get("mean", [0.0])
     std: Any = table.get("std", [1.0])
-    sound = size is None or (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size))
+    valid = size is None or (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size))
     for values in (mean, std):
-        sound = sound and isinstance(values, list) and len(values) in (1, 3) and all(isinstance(value, (int, float)) for value in values)
-    if not sound or 0 in std:
+        valid = valid and isinstance(values, list) and len(values) in (1, 3) and all(isinstance(value, (int, float)) for value in values)
+    if not valid or 0 in std:
         raise KdxError(
-            f"The table [preprocessing] of the models file {path} is not sound.",
-            "It has size = [height, width], and mean and std with one number, or one a channel; no std is 0.",
+            f"The table [preprocessing] of the models file {path} is not valid.",
+            "Write size = [height, width], and mean and std with one number or one per channel, where no std is 0.",
         )
     return Preprocessing(None if size is None else (size[0], size[1]), tuple(map(float, mean)), tuple(map(float, std)))
 
 
 def _toml_table(name: str, values: Mapping[str, Any]) -> list[str]:
-    held = [
+    lines = [
         f"{key if re.fullmatch(r'[A-Za-z0-9_-]+', key) else _toml(key)} = {_toml(value)}"
         for key, value in values.items()
         if value is not None
     ]
-    return ["", f"[{name}]", *held] if held else []
+    return ["", f"[{name}]", *lines] if lines else []
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        return repr(float(value))  # float() because numpy's repr names its type; repr is TOML's for inf and nan too
+        return repr(float(value))  # float() because NumPy's repr contains the type; Python's inf and nan are valid TOML
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_toml(str(key))} = {_toml(item)}" for key, item in value.items() if item is not None) + "}"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's but for DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML has JSON's escapes, and also requires one for DEL
     return str(int(value))

@@ -1,4 +1,4 @@
-"""A network with its preprocessing, loaded from a reference or given as an object."""
+"""A network with its preprocessing, loaded from a reference or taken from an object."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch import nn
 from kdx.export.graphs import Preprocessing
 from kdx.models.feature_layers import sensible_layers
 from kdx.models.reference import parse_reference
-from kdx.models.sources import SOURCES, from_factory, timm_preprocessing
+from kdx.models.sources import build, timm_preprocessing
 from kdx.models.weights import load_weights
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network in eval mode, with what it does to images in [0, 1] first."""
+    """A network in eval mode, with the preprocessing that it applies to images in [0, 1]."""
 
     reference: str
     module: nn.Module
     preprocessing: Preprocessing
     trained: bool = True
-    """False where the reference leaves weights random, and where a checkpoint's head is of other classes."""
+    """False if weights are random: the reference names none, or the checkpoint's head is for other classes."""
 
     @property
     def weights_hash(self) -> str:
-        """``weights_hash(module)`` of the weights as they are now."""
+        """``weights_hash(module)`` of the current weights."""
         return weights_hash(self.module)
 
     @property
@@ -39,7 +39,7 @@ class Network:
 
 
 def weights_hash(module: nn.Module) -> str:
-    """The SHA-256, in hexadecimal, of every parameter and buffer: name, type, shape and bytes, in order of name."""
+    """The SHA-256, in hexadecimal, of the name, type, shape and bytes of every parameter and buffer, in the order of the names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -50,47 +50,46 @@ def weights_hash(module: nn.Module) -> str:
 def load(reference: str, *, classes: int | None = None, folder: Path | None = None) -> Network:
     """The network that a model reference names, in eval mode.
 
-    ``timm:NAME`` and ``torchvision:NAME`` have random weights unless the reference says ``pretrained=true`` or ends in
-    ``@weights``; ``kdx:resnet`` is the residual network that comes with kdx; in ``package.module:factory`` the factory is
-    any callable that returns an ``nn.Module``, from an installed package or the current folder. ``hf:NAME`` is an image classifier of
-    Hugging Face transformers, by its name on the hub or its folder (``hf:./folder``), with its weights unless it says
-    ``pretrained=false``; a path of a ``.pt2`` file is a program that ``torch.export.save`` wrote. Weights are
-    ``.safetensors``, or ``.pt`` and ``.pth`` (read with weights_only). Paths are relative to ``folder`` or else to the current folder.
-    ``classes`` is the number of classes where the reference does not say it; a factory of your own and a program are not told.
+    ``timm:NAME`` and ``torchvision:NAME`` have random weights unless the reference contains ``pretrained=true`` or ends in
+    ``@weights``. ``kdx:resnet`` is the residual network that comes with kdx. In ``package.module:factory`` the factory is any callable
+    that returns an ``nn.Module``, from an installed package or the current folder. ``hf:NAME`` is an image classifier of Hugging Face
+    transformers, by its name on the hub or its folder (``hf:./folder``), with its weights unless the reference contains
+    ``pretrained=false``. A path of a ``.pt2`` file is a program that ``torch.export.save`` wrote. Weights are ``.safetensors``, or
+    ``.pt`` and ``.pth`` (read with weights_only). Paths are relative to ``folder``, by default the current folder. ``classes`` is the
+    number of classes if the reference does not set it; a factory of the user and a program do not receive it.
 
-    Preprocessing: timm's as in its configuration; torchvision's is ImageNet's; kdx's is 32 x 32, mean and deviation 0.5;
-    hf's as in its preprocessor_config.json; a program's is its size alone;
-    a factory's module may carry a ``Preprocessing`` as its attribute ``preprocessing``, else nothing is done.
+    The preprocessing is the configuration's for timm, ImageNet's for torchvision, 32 x 32 with mean and deviation 0.5 for kdx, that of
+    preprocessor_config.json for hf, and the image size only for a program. A factory's module may carry a ``Preprocessing`` as its
+    attribute ``preprocessing``; otherwise the preprocessing does nothing.
 
     Raises KdxError for a reference that is malformed or names nothing, for arguments the model does not take, and for
-    weights that are missing, unreadable, or another network's.
+    weights that are missing, unreadable, or belong to another network.
     """
     parsed = parse_reference(reference)
     if classes is not None:
         parsed = parsed.with_classes(classes)
-    build = SOURCES.get(parsed.source, from_factory)
     arguments = dict(parsed.arguments)
     if parsed.weights:
-        arguments.pop("pretrained", None)  # its own weights replace them at once
-    module, preprocessing, *complete = build(parsed.located(folder), arguments)
+        arguments.pop("pretrained", None)  # the weights file replaces them immediately
+    module, preprocessing, complete = build(parsed.located(folder), arguments)
     if parsed.weights:
         path = Path(parsed.weights).expanduser()
         load_weights(module, path if folder is None else folder / path)
-    return Network(str(parsed), module.eval(), preprocessing, parsed.is_trained and (bool(parsed.weights) or all(complete)))
+    return Network(str(parsed), module.eval(), preprocessing, parsed.is_trained and (bool(parsed.weights) or complete))
 
 
-def as_network(given: str | Path | Network | nn.Module) -> Network:
-    """A network of the caller's own, in eval mode: a reference is loaded, and what is given as an object is copied, since its
-    mode and device are its owner's. A bare module has no preprocessing."""
-    if isinstance(given, nn.Module):
-        given = Network(type(given).__name__, given, Preprocessing())
-    if isinstance(given, Network):
-        return replace(given, module=copy.deepcopy(given.module).eval())
-    return load(str(given))
+def as_network(network: str | Path | Network | nn.Module) -> Network:
+    """A network in eval mode that belongs to the caller: a reference is loaded, and an object is copied, because its owner decides its
+    mode and device. A bare module has no preprocessing."""
+    if isinstance(network, nn.Module):
+        network = Network(type(network).__name__, network, Preprocessing())
+    if isinstance(network, Network):
+        return replace(network, module=copy.deepcopy(network.module).eval())
+    return load(str(network))
 
 
 def layers(model: nn.Module | Network, size: tuple[int, int] | None = None) -> list[str]:
-    """`kdx.layers.sensible_layers` of a network, on an image of ``size`` or else of the network's own, or 224 x 224."""
+    """`kdx.models.feature_layers.sensible_layers` of a network, on an image of ``size``, by default the network's own or 224 x 224."""
     if isinstance(model, Network):
         return sensible_layers(model.module, size or model.preprocessing.size or (224, 224))
     return sensible_layers(model, size or _own_size(model) or (224, 224))

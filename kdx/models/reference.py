@@ -11,7 +11,7 @@ from pathlib import Path
 from kdx.errors import KdxError
 
 _GRAMMAR = (
-    "Write SOURCE:NAME[,key=value,...][@weights], for example timm:resnet18,num_classes=10@student.safetensors, or a path of a .pt2 file."
+    "Write SOURCE:NAME[,key=value,...][@weights], for example timm:resnet18,num_classes=10@student.safetensors, or the path of a .pt2 file."
 )
 
 Value = bool | int | float | str | tuple[int, ...]
@@ -19,7 +19,7 @@ Value = bool | int | float | str | tuple[int, ...]
 
 @dataclass(frozen=True)
 class ModelReference:
-    """A model reference taken apart; ``str`` puts it together again. The source of a program is ``pt2``, its name the path."""
+    """The parts of a model reference; ``str`` joins them again. A program has the source ``pt2``, and its path as the name."""
 
     source: str
     name: str
@@ -27,31 +27,35 @@ class ModelReference:
     weights: str | None = None
 
     def __str__(self) -> str:
-        arguments = "".join(f",{key}={written(value)}" for key, value in self.arguments.items())
+        arguments = "".join(f",{key}={_format_value(value)}" for key, value in self.arguments.items())
         source = "" if self.source == "pt2" else f"{self.source}:"
         return f"{source}{self.name}{arguments}" + (f"@{self.weights}" if self.weights else "")
 
     @property
     def is_trained(self) -> bool:
-        """Whether it names weights that exist: its own, a library's, a checkpoint's. A factory may have loaded some, and counts."""
+        """Whether the reference names existing weights: a file, a library's, or a checkpoint's.
+
+        True for a factory, which may have loaded some.
+        """
         if self.source in ("timm", "torchvision", "kdx", "hf") and self.weights is None:
             return bool(self.arguments.get("pretrained", self.source == "hf"))
         return True
 
     def with_classes(self, classes: int) -> ModelReference:
-        """The reference with its number of classes said, where its source has an argument for it and it does not say yet."""
+        """The reference with the number of classes as an argument, if its source has such an argument and the reference does not set it."""
         key = {"timm": "num_classes", "torchvision": "num_classes", "kdx": "classes", "hf": "num_labels"}.get(self.source)
         if key is None or key in self.arguments:
             return self
         return replace(self, arguments={**self.arguments, key: classes})
 
     def with_weights(self, weights: str | None) -> ModelReference:
-        """The reference to the same architecture with other weights; nothing pretrained is fetched for it."""
+        """The reference to the same architecture with other weights, without ``pretrained``, so that nothing is downloaded."""
         arguments = {key: value for key, value in self.arguments.items() if key != "pretrained"}
         return replace(self, arguments=arguments, weights=weights)
 
     def located(self, folder: Path | None = None) -> ModelReference:
-        """The reference with the file or folder that it names written in full; ``folder`` (or else the current one) is where it starts."""
+        """The reference with the absolute path of the file or folder that it names. A relative path starts at ``folder``, by default the
+        current folder."""
         path = (folder or Path()) / Path(self.name).expanduser()
         if self.source == "pt2" or (self.source == "hf" and (self.name.startswith((".", "/", "~")) or path.is_dir())):
             return replace(self, name=str(path.resolve()))
@@ -59,9 +63,9 @@ class ModelReference:
 
 
 def parse_reference(reference: str) -> ModelReference:
-    """``SOURCE:NAME[,key=value,...][@weights]``, or a path that ends in .pt2, taken apart; KdxError when it is neither.
+    """The parts of ``SOURCE:NAME[,key=value,...][@weights]``, or of a path that ends in .pt2; KdxError if it is neither.
 
-    Values are read as true or false, int, float, whole numbers joined by hyphens (``3-4-6-3``, a tuple), or text.
+    A value is true or false, an int, a float, whole numbers joined by hyphens (``3-4-6-3``, a tuple), or text.
     """
     head, _, weights = reference.strip().partition("@")
     if head.endswith(".pt2"):
@@ -74,12 +78,12 @@ def parse_reference(reference: str) -> ModelReference:
     for pair in pairs:
         key, equals, value = (part.strip() for part in pair.partition("="))
         if not equals or not key.isidentifier() or not value or key in arguments:
-            raise KdxError(f"{pair!r} in the model reference {reference!r} is not one more key=value.", _GRAMMAR)
-        arguments[key] = _read(value)
+            raise KdxError(f"{pair!r} in the model reference {reference!r} is not a new key=value.", _GRAMMAR)
+        arguments[key] = _parse_value(value)
     return ModelReference(source, name, arguments, weights or None)
 
 
-def _read(text: str) -> Value:
+def _parse_value(text: str) -> Value:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     if re.fullmatch(r"\d+(-\d+)+", text):
@@ -90,14 +94,14 @@ def _read(text: str) -> Value:
     return text
 
 
-def written(value: Value) -> str:
+def _format_value(value: Value) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def file_name(reference: str) -> str:
-    """A name for files made from a model: ``timm:resnet18,num_classes=10@runs/s.safetensors`` -> ``resnet18-s``."""
+    """A file name for files made from a model, without a suffix: ``timm:resnet18,num_classes=10@runs/s.safetensors`` -> ``resnet18-s``."""
     parsed = parse_reference(reference)
     name = {"pt2": Path(parsed.name).stem, "hf": Path(parsed.name).name}.get(parsed.source, parsed.name)
     if parsed.weights is not None:

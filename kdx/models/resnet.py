@@ -1,4 +1,4 @@
-"""The residual networks that come with kdx: enough to distil and explain without another package."""
+"""Residual networks that come with kdx, so that distillation and explanation work without another package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kdx.errors import KdxError
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut."""
+    """Two 3 x 3 convolutions with a shortcut."""
 
     expansion = 1
 
@@ -32,7 +32,7 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """1 x 1, 3 x 3 (where the stride is) and 1 x 1 convolutions beside a shortcut; four times as wide outside as inside."""
+    """1 x 1, 3 x 3 (with the stride) and 1 x 1 convolutions with a shortcut; the output is four times as wide as the 3 x 3."""
 
     expansion = 4
 
@@ -59,7 +59,7 @@ _BLOCKS: dict[str, type[BasicBlock] | type[BottleneckBlock]] = {"basic": BasicBl
 
 
 class ResidualNetwork(nn.Module):
-    """Stem, stages ``layer1`` ... ``layerN`` that each halve the resolution but the first, mean over positions, ``fc``."""
+    """A stem, stages ``layer1`` ... ``layerN`` that each halve the resolution except the first, mean over positions, and ``fc``."""
 
     def __init__(self, width: int, depths: Sequence[int], classes: int, block: str, stem: str) -> None:
         super().__init__()
@@ -68,15 +68,15 @@ class ResidualNetwork(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
-        kind = _BLOCKS[block]
+        block_type = _BLOCKS[block]
         channels = width
         self.stages: list[str] = []
         for stage, depth in enumerate(depths):
             inner = width * 2**stage
             blocks = []
             for index in range(depth):
-                blocks.append(kind(channels, inner, 2 if stage and not index else 1))
-                channels = inner * kind.expansion
+                blocks.append(block_type(channels, inner, 2 if stage and not index else 1))
+                channels = inner * block_type.expansion
             self.stages.append(f"layer{stage + 1}")
             self.add_module(self.stages[-1], nn.Sequential(*blocks))
         self.fc = nn.Linear(channels, classes)
@@ -99,11 +99,10 @@ def resnet(
 ) -> ResidualNetwork:
     """A residual network (He et al. 2016) with torchvision's layer names: images [n, 3, H, W] -> logits [n, classes].
 
-    ``width`` is the first stage's width, doubled by each stage after it; ``depth`` is the number of blocks of every
-    stage, or of each one (then its length is the number of stages, and ``stages`` is not used). The small stem keeps
-    the resolution; the imagenet stem divides it by four. ResNet-50 is
-    ``resnet(64, (3, 4, 6, 3), 1000, block="bottleneck", stem="imagenet")``, to the last parameter. Weights are
-    random (He et al. 2015).
+    ``width`` is the width of the first stage; each later stage doubles it. ``depth`` is the number of blocks of every stage, or a
+    sequence with the number of blocks of each stage; then its length is the number of stages, and ``stages`` is not used. The small
+    stem keeps the resolution; the imagenet stem divides it by four. ``resnet(64, (3, 4, 6, 3), 1000, block="bottleneck",
+    stem="imagenet")`` is ResNet-50 with exactly the same parameters. Weights are random (He et al. 2015).
 
     Raises KdxError for a size below 1 and for an unknown block or stem.
     """
@@ -111,7 +110,7 @@ def resnet(
     if not depths or any(not isinstance(size, int) or size < 1 for size in (width, classes, *depths)):
         raise KdxError(
             f"A residual network cannot have width {width}, depth {depth}, {stages} stages and {classes} classes.",
-            "Give whole numbers from 1 up; a depth for each stage is written 3-4-6-3 in a model reference.",
+            "Give whole numbers of at least 1; in a model reference, depths per stage are written 3-4-6-3.",
         )
     if block not in _BLOCKS:
         raise KdxError(f"There is no residual block {block!r}.", f"Choose one of: {', '.join(_BLOCKS)}.")

@@ -1,4 +1,4 @@
-"""Weights files."""
+"""Weights files: safetensors, and PyTorch files that contain tensors only."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from kdx.errors import KdxError, first_line
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Copy a weights file into ``module``; KdxError when it is missing, unreadable, or another network's."""
-    loaded = _read_weights(path)
+    """Copy a weights file into ``module``. Raises KdxError if the file is missing, unreadable, or belongs to another network."""
+    weights = _read_weights(path)
     expected = module.state_dict()
-    # Files from before BatchNorm counted its batches lack the counters, which no prediction uses.
-    missing = [name for name in expected if name not in loaded and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in loaded if name not in expected]
+    # Old files lack the batch counters of BatchNorm, which no prediction uses.
+    missing = [name for name in expected if name not in weights and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in weights if name not in expected]
     differing = [
-        f"{name} is {list(loaded[name].shape)} in the file and {list(tensor.shape)} in the network"
+        f"{name} is {list(weights[name].shape)} in the file and {list(tensor.shape)} in the network"
         for name, tensor in expected.items()
-        if name in loaded and loaded[name].shape != tensor.shape
+        if name in weights and weights[name].shape != tensor.shape
     ]
-    faults = [_some("it lacks", missing), _some("it has beside them", unexpected), _some("shapes differ:", differing)]
+    faults = [_excerpt("it lacks", missing), _excerpt("it also has", unexpected), _excerpt("shapes differ:", differing)]
     if any(faults):
         raise KdxError(
-            f"{path} does not hold this network's weights: {'; '.join(filter(None, faults))}.",
+            f"{path} does not contain this network's weights: {'; '.join(filter(None, faults))}.",
             "Name the architecture the weights were saved from, with its arguments (such as the number of classes).",
         )
-    module.load_state_dict(loaded, strict=False)
+    module.load_state_dict(weights, strict=False)
 
 
-def _some(heading: str, items: Sequence[str], count: int = 3) -> str:
+def _excerpt(heading: str, items: Sequence[str], count: int = 3) -> str:
     if not items:
         return ""
     more = f" and {len(items) - count} more" if len(items) > count else ""
@@ -44,10 +44,11 @@ def _some(heading: str, items: Sequence[str], count: int = 3) -> str:
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise KdxError(f"{path.name!r} is not a kind of weights file that kdx reads.", "Give a .safetensors, .pt or .pth file.")
+        raise KdxError(f"{path.name!r} is not a weights file that kdx can read.", "Give a .safetensors, .pt or .pth file.")
     if not path.is_file():
         raise KdxError(
-            f"There is no weights file {path}.", "Check the path after the @; it is relative to the models file, or to the current folder."
+            f"There is no weights file {path}.",
+            "Check the path after the @, which is relative to the models file or to the current folder.",
         )
     loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     for wrapper in ("state_dict", "model"):
@@ -55,9 +56,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             loaded = loaded[wrapper]
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise KdxError(
-            f"{path} does not hold a state dict.", "Save the network's state_dict(), by itself or under the key state_dict or model."
+            f"{path} does not contain a state dict.", "Save the network's state_dict(), by itself or under the key state_dict or model."
         )
-    parallel = all(name.startswith("module.") for name in loaded)  # saved from inside DataParallel
+    parallel = all(name.startswith("module.") for name in loaded)  # saved from a DataParallel wrapper
     return {name.removeprefix("module.") if parallel else name: value for name, value in loaded.items()}
 
 
@@ -79,5 +80,5 @@ def _read_torch(path: Path) -> Any:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise KdxError(
             f"{path} cannot be read as tensors: {first_line(error)}.",
-            "Save only the state dict (kdx unpickles nothing), or copy the file again if it is damaged.",
+            "Save only the state dict, because kdx does not unpickle objects; copy the file again if it is damaged.",
         ) from error

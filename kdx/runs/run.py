@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdx.data.batches import class_balanced_sample, random_batches, split
+from kdx.data.batches import random_batches
 from kdx.data.dataset import Dataset, open_data
 from kdx.data.images import Images, decoded, load_images
+from kdx.data.splits import class_balanced_sample, stratified_splits
 from kdx.errors import KdxError
 from kdx.explain.explainer import Explainer
 from kdx.explain.explainer_file import describe_explainer, paired_layers, without_references
 from kdx.explain.graph import largest_size
 from kdx.explain.settings import Settings
 from kdx.features.arrays import MIN_IMAGES
-from kdx.models.feature_layers import parse_layers
+from kdx.models.layer_pairs import parse_layers
 from kdx.models.models_file import ModelsFile, read_models
 from kdx.progress import progress
 from kdx.roles import roles_among
@@ -197,7 +198,7 @@ def _part(dataset: Dataset, named: ModelsFile, options: RunOptions) -> tuple[str
     share = options.split or ("test" if own else "all")
     if share == "all":
         return share, np.arange(len(dataset)), np.arange(len(dataset))
-    parts = split(dataset, named.seed if named.seed is not None else options.seed)
+    parts = stratified_splits(dataset, named.seed if named.seed is not None else options.seed)
     if share not in parts:
         raise KdxError(f"There is no split {share!r}.", f"Choose one of {', '.join(parts)}, all.")
     return share, parts[share], parts["train"]

@@ -34,13 +34,13 @@ def test_a_run_writes_weights_and_a_models_file(finished: Path) -> None:
 
 
 def test_recorded_accuracies_are_measured_on_the_test_split(finished: Path) -> None:
-    from kdx.data.batches import split
     from kdx.data.dataset import open_data
     from kdx.data.images import load_images
+    from kdx.data.splits import stratified_splits
 
     file = models_file.read_models(finished / "models.toml")
     digits = open_data("digits")
-    test = split(digits, 0)["test"]
+    test = stratified_splits(digits, 0)["test"]
     network = file.load("teacher")
     with torch.no_grad():
         logits = FeatureGraph(network.module, [], network.preprocessing)(load_images(digits, test, (8, 8)).pixels)[0]

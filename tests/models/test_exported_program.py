@@ -1,4 +1,4 @@
-"""Programs (.pt2): the network that was exported comes back, and nothing that a file brings is run."""
+"""Programs (.pt2): loading returns the exported network and executes no code from the file."""
 
 from __future__ import annotations
 
@@ -72,24 +72,29 @@ def test_paths_weights_and_names(program: Path, tmp_path: Path, monkeypatch: pyt
     assert models.file_name("runs/a b.pt2") == "a-b" and models.file_name("runs/net.pt2@w.pt") == "net-w"
 
 
-def test_a_program_of_one_batch_size_says_how_to_export_it(network: nn.Module, tmp_path: Path) -> None:
-    with pytest.raises(KdxError, match=r"a batch of 2 images alone.*\n.*dynamic_shapes"):
+def test_a_program_of_one_batch_size_is_refused_with_a_hint(network: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(KdxError, match=r"only batches of 2 images.*\n.*dynamic_shapes"):
         models.load(str(saved(network, tmp_path / "net.pt2", torch.rand(2, 3, 16, 16), dynamic=False)))
 
 
-def test_files_that_are_no_program(program: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_programs_are_refused(program: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.pt2").write_bytes(program.read_bytes()[:3000])
     torch.save({}, tmp_path / "weights.pt2")
     (tmp_path / "empty.pt2").touch()
-    for name, says in (("cut", "cannot be read"), ("weights", "holds no model.json"), ("empty", "cannot be read"), ("none", "There is no")):
-        with pytest.raises(KdxError, match=says):
+    for name, message in (
+        ("cut", "cannot be read"),
+        ("weights", "contains no model.json"),
+        ("empty", "cannot be read"),
+        ("none", "There is no"),
+    ):
+        with pytest.raises(KdxError, match=message):
             models.load(str(tmp_path / f"{name}.pt2"))
 
 
-# ---- what a hostile file could bring ----
+# ---- hostile files ----
 
 
-def changed(program: Path, out: Path, change: Callable[[dict[str, Any]], None], record: str = "models/model.json") -> str:
+def edited(program: Path, out: Path, change: Callable[[dict[str, Any]], None], record: str = "models/model.json") -> str:
     """The program with one JSON record changed."""
     with zipfile.ZipFile(program) as source, zipfile.ZipFile(out, "w") as target:
         for name in source.namelist():
@@ -103,7 +108,7 @@ def changed(program: Path, out: Path, change: Callable[[dict[str, Any]], None], 
 
 
 class Bomb:
-    """Unpickling one creates a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -157,7 +162,7 @@ def structure(name: str) -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (call("torch.os.system"), "calls 'torch.os.system'"),
         (call("_operator.methodcaller"), "calls '_operator.methodcaller'"),
@@ -165,19 +170,19 @@ def structure(name: str) -> Callable[[dict[str, Any]], None]:
         (call("torch.ops.aten.add.__class__"), "__class__"),
         (call("torch.ops.aten.no_such.default"), "no_such"),
         (call("#own.thing"), "#own.thing"),
-        (rename, "is no name"),
-        (size("__import__('os').system('true')"), "no arithmetic"),
-        (size("Symbol('s0', positive=print(1))"), "no arithmetic"),
-        (size("Mul('open(1)', 2)"), "no arithmetic"),
-        (size("[s0 for s0 in (1,)]"), "no arithmetic"),
-        (structure("collections.defaultdict"), "takes or gives a collections.defaultdict"),
+        (rename, "is not a plain name"),
+        (size("__import__('os').system('true')"), "not arithmetic"),
+        (size("Symbol('s0', positive=print(1))"), "not arithmetic"),
+        (size("Mul('open(1)', 2)"), "not arithmetic"),
+        (size("[s0 for s0 in (1,)]"), "not arithmetic"),
+        (structure("collections.defaultdict"), "takes or returns a collections.defaultdict"),
     ],
 )
-def test_a_graph_that_is_more_than_data_is_refused(
-    program: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], says: str
+def test_a_graph_with_more_than_data_is_refused(
+    program: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
-    with pytest.raises(KdxError, match=says):
-        models.load(changed(program, tmp_path / "net.pt2", change))
+    with pytest.raises(KdxError, match=message):
+        models.load(edited(program, tmp_path / "net.pt2", change))
 
 
 def test_guards_are_not_run_and_pickled_tensors_are_refused(program: Path, tmp_path: Path) -> None:
@@ -190,9 +195,9 @@ def test_guards_are_not_run_and_pickled_tensors_are_refused(program: Path, tmp_p
     def elsewhere(value: dict[str, Any]) -> None:
         next(iter(value["config"].values()))["path_name"] = "custom_obj_0"
 
-    loaded = models.load(changed(program, tmp_path / "guard.pt2", guard))
+    loaded = models.load(edited(program, tmp_path / "guard.pt2", guard))
     with torch.no_grad():
         assert loaded.module(torch.rand(2, 3, 24, 16)).shape == (2, 3)
     for number, change in enumerate((pickled, elsewhere)):
         with pytest.raises(KdxError, match="tensors are pickled"):
-            models.load(changed(program, tmp_path / f"{number}.pt2", change, "weights_config.json"))
+            models.load(edited(program, tmp_path / f"{number}.pt2", change, "weights_config.json"))

@@ -1,4 +1,4 @@
-"""Hugging Face references: loaded networks against the originals, preprocessing against the image processors themselves."""
+"""Hugging Face references: loaded networks against the saved ones, and preprocessing against the image processors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IMAGES = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torc
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test asks the hub, not even for a name that is in no cache."""
+    """No test contacts the hub, not even for a name that is not in the cache."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -63,7 +63,7 @@ def logits(network: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("build", [residual, transformer])
-def test_a_folder_gives_the_network_that_was_saved(tmp_path: Path, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_a_folder_returns_the_saved_network(tmp_path: Path, build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     network = build()
     saved(network, tmp_path / "net")
     loaded = models.load(f"hf:{tmp_path / 'net'}", classes=4)
@@ -75,7 +75,7 @@ def test_a_folder_gives_the_network_that_was_saved(tmp_path: Path, build: Any, m
     assert models.file_name("hf:./net") == "net" and models.file_name("hf:microsoft/resnet-18@runs/s.pt") == "resnet-18-s"
 
 
-def test_weights_of_its_own_replace_the_checkpoints(tmp_path: Path) -> None:
+def test_a_weights_file_replaces_the_checkpoint(tmp_path: Path) -> None:
     saved(residual(), tmp_path / "net")
     other = residual()
     save_file(other.state_dict(), tmp_path / "w.safetensors")
@@ -103,7 +103,7 @@ def test_a_checkpoint_without_parts_of_the_backbone_is_refused(tmp_path: Path) -
         models.load(f"hf:{folder}")
 
 
-def test_nothing_is_unpickled_and_no_code_of_a_repository_runs(tmp_path: Path) -> None:
+def test_nothing_is_unpickled_and_no_code_of_a_repository_is_executed(tmp_path: Path) -> None:
     folder = saved(residual(), tmp_path / "net")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -117,11 +117,13 @@ def test_nothing_is_unpickled_and_no_code_of_a_repository_runs(tmp_path: Path) -
         models.load(f"hf:{folder}")
 
 
-def test_what_a_reference_gets_wrong_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_in_a_reference_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(residual(), tmp_path / "net")
     with pytest.raises(KdxError, match=r"There is no folder .*nowhere"):
         models.load("hf:./nowhere")
-    with pytest.raises(KdxError, match=r"no-one/no-such-network cannot be read.*\n.*without a network a name works only .* the cache"):
+    with pytest.raises(
+        KdxError, match=r"no-one/no-such-network cannot be read.*\n.*without an internet connection a name works only .* the cache"
+    ):
         models.load("hf:no-one/no-such-network")
     with pytest.raises(KdxError, match="has no wide"):
         models.load(f"hf:{folder},wide=3")
@@ -159,8 +161,8 @@ PROCESSORS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", PROCESSORS)
-def test_preprocessing_is_the_image_processors(tmp_path: Path, kind: str) -> None:
-    """On images that are of its size already, so that no two ways of resizing are compared."""
+def test_the_preprocessing_equals_the_image_processor(tmp_path: Path, kind: str) -> None:
+    """On images that have the final size already, so that resizing is not compared."""
     build, settings = PROCESSORS[kind]
     processor = build(**settings)
     folder = saved(residual(), tmp_path / "net", processor)
@@ -172,21 +174,21 @@ def test_preprocessing_is_the_image_processors(tmp_path: Path, kind: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("build", "settings", "says"),
+    ("build", "settings", "message"),
     [
-        (transformers.ViTImageProcessor, {"size": {"longest_edge": 32}}, "does not say one size"),
-        (transformers.ViTImageProcessor, {"size": {"shortest_edge": 32, "longest_edge": 64}}, "does not say one size"),
-        (transformers.MobileViTImageProcessor, {}, "a step that kdx has not: do_flip_channel_order"),
+        (transformers.ViTImageProcessor, {"size": {"longest_edge": 32}}, "does not state a single size"),
+        (transformers.ViTImageProcessor, {"size": {"shortest_edge": 32, "longest_edge": 64}}, "does not state a single size"),
+        (transformers.MobileViTImageProcessor, {}, "a step that kdx does not have: do_flip_channel_order"),
         (transformers.CLIPImageProcessor, {"do_resize": False}, "a crop without a resize"),
     ],
 )
-def test_preprocessing_that_kdx_has_not_is_refused(tmp_path: Path, build: Any, settings: dict[str, Any], says: str) -> None:
+def test_preprocessing_that_kdx_does_not_have_is_refused(tmp_path: Path, build: Any, settings: dict[str, Any], message: str) -> None:
     folder = saved(residual(), tmp_path / "net", build(**settings))
-    with pytest.raises(KdxError, match=says):
+    with pytest.raises(KdxError, match=message):
         models.load(f"hf:{folder}")
 
 
-def test_without_a_processor_the_configuration_says_the_size(tmp_path: Path) -> None:
+def test_without_a_processor_the_size_is_that_of_the_configuration(tmp_path: Path) -> None:
     assert models.load(f"hf:{saved(transformer(), tmp_path / 'vit')}").preprocessing == Preprocessing((32, 32))
     assert models.load(f"hf:{saved(residual(), tmp_path / 'net')}").preprocessing == Preprocessing()
 
@@ -201,10 +203,10 @@ def test_layers_are_the_stages_and_the_blocks() -> None:
     network = transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**shape))
     assert models.layers(network, (32, 32)) == [f"dinov2.encoder.layer.{index}" for index in range(3)]
     network = transformers.MobileNetV2ForImageClassification(transformers.MobileNetV2Config(depth_multiplier=0.35))
-    assert [name for name in models.layers(network, (64, 64)) if name.count(".") > 2] == []  # blocks, not the convolutions in them
+    assert [name for name in models.layers(network, (64, 64)) if name.count(".") > 2] == []  # blocks, not their convolutions
 
 
-def test_a_reference_with_a_slash_is_read_and_written_alike() -> None:
+def test_writing_a_reference_with_a_slash_is_the_inverse_of_reading_it() -> None:
     parsed = models.parse_reference("hf:microsoft/resnet-18,revision=main@w.pt")
     assert (parsed.source, parsed.name, parsed.weights) == ("hf", "microsoft/resnet-18", "w.pt")
     assert str(parsed) == "hf:microsoft/resnet-18,revision=main@w.pt"

@@ -32,7 +32,7 @@ from kdx.data.images import load_images
 from kdx.export.graphs import Preprocessing
 from kdx.maps.salient_images import Salience
 from kdx.models import models_file
-from kdx.models.feature_layers import parse_layers
+from kdx.models.layer_pairs import parse_layers
 from kdx.models.resnet import resnet
 from kdx.report.page import write_page
 from kdx.roles import MAPS, ROLES

@@ -1,0 +1,81 @@
+"""The layers worth explaining, of library networks and of custom networks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from kdx import models
+from kdx.errors import KdxError
+from kdx.export.graphs import FeatureGraph
+
+
+@pytest.mark.parametrize(
+    ("reference", "size", "expected"),
+    [
+        ("kdx:resnet,width=4", (16, 16), ["layer1", "layer2", "layer3"]),
+        ("timm:resnet18", (64, 64), ["layer1", "layer2", "layer3", "layer4"]),
+        ("timm:resnet18d", (64, 64), ["layer1", "layer2", "layer3", "layer4"]),
+        ("torchvision:resnet18", (64, 64), ["layer1", "layer2", "layer3", "layer4"]),
+        ("timm:vit_tiny_patch16_224", None, [f"blocks.{index}" for index in range(12)]),
+        ("timm:mobilenetv3_small_100", (64, 64), [f"blocks.{index}" for index in range(6)]),
+        ("timm:mixer_s32_224", None, [f"blocks.{index}" for index in range(8)]),
+        ("timm:swin_s3_tiny_224", None, [f"layers.{index}" for index in range(4)]),
+        ("timm:pit_ti_224", None, [f"transformers.{index}.blocks" for index in range(3)]),
+        ("timm:convnext_atto", (64, 64), [f"stages.{index}" for index in range(4)]),
+        ("torchvision:densenet121", (64, 64), [f"features.denseblock{index}" for index in range(1, 5)]),
+        ("torchvision:regnet_y_400mf", (64, 64), [f"trunk_output.block{index}" for index in range(1, 5)]),
+    ],
+)
+def test_layers_are_the_stages(reference: str, size: tuple[int, int] | None, expected: list[str]) -> None:
+    network = models.load(reference, classes=10)
+    layers = models.layers(network, size)
+    assert layers == expected
+    image = torch.rand(1, 3, *(size or network.preprocessing.size or (224, 224)))
+    with torch.no_grad():
+        FeatureGraph(network.module, layers)(image)  # raises if a layer is not one map
+
+
+def test_layers_of_a_plain_sequence_are_one_per_resolution() -> None:
+    network = models.load("timm:vgg11_bn,num_classes=10").module.get_submodule("features")
+    assert models.layers(nn.Sequential(network, nn.Flatten()), (64, 64)) == [f"0.{index}" for index in (1, 5, 12, 19, 26)]
+    assert models.layers(network, (64, 64)) == ["1", "5", "12", "19", "26"]
+
+
+class Joined(nn.Module):
+    """Branches at two resolutions that are joined, so the output is not that of a child."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fine = nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.AvgPool2d(2))
+        self.coarse = nn.Sequential(nn.AvgPool2d(2), nn.Sequential(nn.Conv2d(channels, 4, 1)))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.fine(features), self.coarse(features)], 1)
+
+
+class Listed(nn.Module):
+    """Blocks in a ModuleList, which itself never runs, and an unused branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Joined(3), Joined(8), Joined(8)])
+        self.unused = Joined(3)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            images = block(images)
+        logits: torch.Tensor = self.head(images.mean((2, 3)))
+        return logits
+
+
+def test_layers_of_a_custom_network() -> None:
+    network = Listed()
+    network.blocks[0].eval()
+    assert models.layers(network, (32, 24)) == ["blocks.1", "blocks.2"]  # the first is the stem: it takes the image
+    assert network.training and not network.blocks[0].training  # modes are unchanged
+    assert not any(module._forward_hooks for module in network.modules())
+    with pytest.raises(KdxError, match="does not run on an image of 2 x 2"):
+        models.layers(network, (2, 2))
