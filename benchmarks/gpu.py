@@ -85,14 +85,14 @@ def time_kernels(clock: Clock, seed: int) -> tuple[float, list[dict[str, Any]]]:
 # ---- a batch, whole ----
 
 
-def explained(student: Tensor, base: Tensor, target: Tensor, picture: tuple[int, int]) -> list[Tensor]:
+def explained(student: Tensor, base: Tensor, target: Tensor) -> list[Tensor]:
     """All that the kernels do for features [n, C, H, W] of two networks and a target [n, e]: the channel weights of the distilled and
-    of the residual maps [2, n, C], their scores [2], every inner product, and both maps resized to ``picture``."""
-    d = torch.stack([fused.distances(centred(each)).matrix for each in (student, base, target)])
+    of the residual maps [2, n, C], their scores [2], every inner product, and both maps."""
+    d = torch.stack([fused.distances(centred(each)) for each in (student, base, target)])
     means = torch.stack([geometry.gap(student), geometry.gap(base)])
     of = fused.weights(d[[0, 1]], d[[1, 0]], d[[2, 2]], means)
-    maps = [fused.cam(each, weights, picture).resized for each, weights in zip((student, base), of.channel_weights, strict=True)]
-    return [of.channel_weights, of.score, fused.products(d[None]).inner, *(each for each in maps if each is not None)]
+    maps = [fused.cam(each, weights) for each, weights in zip((student, base), of.channel_weights, strict=True)]
+    return [of.channel_weights, of.score, fused.products(d[None]).inner, *maps]
 
 
 def published(student: Tensor, base: Tensor, target: Tensor) -> Tensor:
@@ -100,9 +100,9 @@ def published(student: Tensor, base: Tensor, target: Tensor) -> Tensor:
     return torch.stack([eager.published_geometry(x, y, target)[0] for x, y in ((student, base), (base, student))])
 
 
-def compare(student: Tensor, base: Tensor, target: Tensor, picture: tuple[int, int]) -> Checked:
+def compare(student: Tensor, base: Tensor, target: Tensor) -> Checked:
     """The channel weights of `explained` against those of `published`, whose float32 differences and backward pass round too."""
-    found, expected = explained(student, base, target, picture)[0], published(student, base, target)
+    found, expected = explained(student, base, target)[0], published(student, base, target)
     return Checked("the published method", error(found.cpu(), expected.cpu()), 10 * TOLERANCE["float32"])
 
 
@@ -114,7 +114,7 @@ def time_batch(clock: Clock, seed: int) -> dict[str, Any]:
     labels = torch.arange(n, device=device) % RESNET50.classes
     target, aim = torch.nn.functional.one_hot(labels).float(), Target.of(labels)
     student, base = (torch.randn(n, *RESNET50.explained, generator=generator, device=device).relu_() for _ in range(2))
-    found: dict[str, Any] = {"geometry": clock.seconds(lambda: explained(student, base, target, picture))}
+    found: dict[str, Any] = {"geometry": clock.seconds(lambda: explained(student, base, target))}
     for permutations in (0, 999):
         table = uncertainty.permutation_table(n, permutations, seed, device)
 
@@ -140,10 +140,10 @@ def time_batch(clock: Clock, seed: int) -> dict[str, Any]:
     # Five times all differences stand there at once, as `eager.published` says, beside what PyTorch keeps.
     few = next(n // by for by in (1, 2, 4, 8, 16) if 6 * (n // by) ** 2 * each < memory)
     student, base, target = student[:few], base[:few], target[:few]
-    demand(compare(student, base, target, picture))
+    demand(compare(student, base, target))
     found["published images"] = few
     found["published"] = clock.seconds(lambda: published(student, base, target))
-    found["geometry beside published"] = clock.seconds(lambda: explained(student, base, target, picture))
+    found["geometry beside published"] = clock.seconds(lambda: explained(student, base, target))
     return found
 
 

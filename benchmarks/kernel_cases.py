@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdx.choices import ObjectiveName
 from kdx.kernels import fused, geometry, imputation, reference
 from tests.oracle import TOLERANCE, error
 
-OBJECTIVES: tuple[fused.Objective, ...] = ("relevance", "uniqueness")
+OBJECTIVES: tuple[ObjectiveName, ...] = ("relevance", "uniqueness")
 
 BANDWIDTH_SHARE = 0.8
 """Of a copy's bandwidth, the goal of the kernels that do little else than read."""
@@ -105,7 +106,7 @@ class Definition:
 
     distances: Callable[[Tensor], Tensor]
     products: Callable[[Tensor], Tensor]
-    weights: Callable[[Batch, fused.Objective], tuple[Tensor, Tensor]]
+    weights: Callable[[Batch, ObjectiveName], tuple[Tensor, Tensor]]
     imputed: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -114,7 +115,7 @@ def _reference_products(d: Tensor) -> Tensor:
     return torch.stack([torch.stack([torch.stack([reference.inner(a, b) for b in batch]) for a in batch]) for batch in batches])
 
 
-def _reference_weights(batch: Batch, objective: fused.Objective) -> tuple[Tensor, Tensor]:
+def _reference_weights(batch: Batch, objective: ObjectiveName) -> tuple[Tensor, Tensor]:
     score, weights, _ = reference.unicam(batch.x.cpu(), batch.y.cpu(), batch.target.cpu(), objective)
     return score, weights
 
@@ -127,7 +128,7 @@ def _closed_products(d: Tensor) -> Tensor:
     return geometry.products(geometry.u_centered(d))
 
 
-def _closed_weights(batch: Batch, objective: fused.Objective) -> tuple[Tensor, Tensor]:
+def _closed_weights(batch: Batch, objective: ObjectiveName) -> tuple[Tensor, Tensor]:
     """From the very distances that the kernels get: by others' rounding, uniqueness may take the other of two maxima that are as
     good as equal."""
     d = batch.distances.double()
@@ -167,7 +168,7 @@ def cases(sizes: Sizes, device: torch.device, seed: int, definition: Definition 
         yield _query_case(batch, objective, definition)
     weights = draw(n, channels)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        yield _cam_case(x.to(dtype), weights, sizes.picture)
+        yield _cam_case(x.to(dtype), weights)
     yield _imputation_case(draw(sizes.stack, 3, *sizes.picture).sigmoid(), draw(sizes.stack, height, width), definition)
 
 
@@ -182,11 +183,11 @@ def _distance_cases(rows: Tensor, definition: Definition) -> Iterator[Case]:
     some, others = slice(0, -(-n // 2)), slice(-(-n // 2), n)
 
     def tile() -> tuple[Tensor]:
-        return (fused.tile(rows[some], rows[others], norms[some], norms[others], diagonal=False).matrix,)
+        return (fused.centred_distances(rows[some], rows[others], norms[some], norms[others]),)
 
     yield Case(
         "pairwise",
-        lambda: (fused.distances(rows).matrix,),
+        lambda: (fused.distances(rows),),
         lambda: (definition.distances(rows.double()),),
         bytes=6 * 4 * n * n,
         besides=lambda: rows @ rows.T,
@@ -207,7 +208,7 @@ def _products_case(d: Tensor, definition: Definition) -> Case:
     return Case("products", lambda: (fused.products(d).inner,), expected, bytes=d.nbytes, goal=BANDWIDTH_SHARE)
 
 
-def _weights_case(batch: Batch, objective: fused.Objective, definition: Definition) -> Case:
+def _weights_case(batch: Batch, objective: ObjectiveName, definition: Definition) -> Case:
     means = geometry.gap(batch.x)
 
     def found() -> tuple[Tensor, Tensor]:
@@ -219,7 +220,7 @@ def _weights_case(batch: Batch, objective: fused.Objective, definition: Definiti
     return Case(f"weights, {objective}", found, lambda: definition.weights(batch, objective), bytes=moved)
 
 
-def _query_case(batch: Batch, objective: fused.Objective, definition: Definition) -> Case:
+def _query_case(batch: Batch, objective: ObjectiveName, definition: Definition) -> Case:
     """The last images as queries, each among the first."""
     n, device = len(batch.x), batch.x.device
     m = max(5, n // 2)
@@ -241,23 +242,15 @@ def _query_case(batch: Batch, objective: fused.Objective, definition: Definition
     return Case(f"weights of queries, {objective}", found, expected, bytes=moved)
 
 
-def _cam_case(features: Tensor, weights: Tensor, picture: tuple[int, int]) -> Case:
-    def found() -> tuple[Tensor, Tensor]:
-        of = fused.cam(features, weights, picture)
-        assert of.resized is not None
-        return of.maps, of.resized
-
-    def expected() -> tuple[Tensor, Tensor]:
-        maps = torch.einsum("nc,nchw->nhw", weights.double(), features.double()).relu()
-        low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-        scaled = (maps - low) / torch.where(high > low, high - low, 1)
-        return maps, torch.nn.functional.interpolate(scaled[:, None], picture, mode="bilinear")[:, 0]
+def _cam_case(features: Tensor, weights: Tensor) -> Case:
+    def expected() -> tuple[Tensor]:
+        return (torch.einsum("nc,nchw->nhw", weights.double(), features.double()).relu(),)
 
     n, _, height, width = features.shape
-    moved = features.nbytes + weights.nbytes + 4 * n * (height * width + picture[0] * picture[1])
+    moved = features.nbytes + weights.nbytes + 4 * n * height * width
     kind = str(features.dtype).removeprefix("torch.")
     # The features are exact in their own type, and everything after them is float32.
-    return Case(f"cam, {kind}", found, expected, bytes=moved, goal=BANDWIDTH_SHARE)
+    return Case(f"cam, {kind}", lambda: (fused.cam(features, weights),), expected, bytes=moved, goal=BANDWIDTH_SHARE)
 
 
 def _imputation_case(images: Tensor, saliency: Tensor, definition: Definition) -> Case:

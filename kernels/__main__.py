@@ -1,4 +1,4 @@
-"""``python -m kdx.kernels build``: the CUDA kernels' machine code ahead of time, for machines that have no compiler."""
+"""``python -m kdx.kernels build``: compile the CUDA kernels ahead of time, for machines without a compiler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     build.add_argument(
         "--arch",
         required=True,
-        help="architectures of the GPUs, as in sm_80,sm_90; machine code of one runs on later ones of its generation",
+        help="architectures of the GPUs, such as sm_80,sm_90; machine code also runs on later architectures of the same generation",
     )
     try:
         build_all([name.strip() for name in parser.parse_args(arguments).arch.split(",")])
@@ -28,19 +28,19 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_all(architectures: list[str]) -> None:
-    """Every source for every architecture, with a line a kernel on what it takes; KdxError for an unknown architecture."""
+    """Compile every source for every architecture and print a line per kernel with its usage; KdxError for an unknown architecture."""
     compiler = cubins.compiler()
     unknown = [name for name in architectures if name not in compiler.architectures]
     if unknown:
         raise KdxError(
             f"{compiler.name} {compiler.version} does not compile for {', '.join(map(repr, unknown))}.",
-            f"It knows {', '.join(compiler.architectures)}.",
+            f"Choose among {', '.join(compiler.architectures)}.",
         )
-    wanted = [(source, architecture) for source in cubins.names() for architecture in dict.fromkeys(architectures)]
+    builds = [(source, architecture) for source in cubins.names() for architecture in dict.fromkeys(architectures)]
     print(f"{compiler.name} {compiler.version}, into {cubins.folder()}")
     with ThreadPoolExecutor() as pool:
-        made = pool.map(lambda each: cubins.build(each[0], each[1], compiler), wanted)
-        for (source, architecture), cubin in zip(wanted, made, strict=True):
+        results = pool.map(lambda names: cubins.build(names[0], names[1], compiler), builds)
+        for (source, architecture), cubin in zip(builds, results, strict=True):
             for kernel, usage in sorted(cubin.usage.items()):
                 spilled = f", {usage.spilled} bytes spilled" if usage.spilled else ""
                 print(f"{source:12} {architecture:8} {kernel:28} {usage.registers:3} registers{spilled}")

@@ -1,7 +1,7 @@
-// What every kernel file includes: the half-precision types, and the one dynamic shared buffer.
+// Included by every kernel file: the half-precision types, and the dynamic shared buffer.
 //
 // nvcc and NVRTC compile the kernels for a GPU. g++ (with KDX_HOST) compiles the same files for the CPU, where the tests
-// run them thread by thread: host/cuda.h says which part of CUDA C++ it knows.
+// run them thread by thread; host/cuda.h is the part of CUDA C++ that is available there.
 
 #pragma once
 

@@ -1,6 +1,6 @@
-"""Where a kernel runs: on PyTorch's device, context, stream and memory, launched through PyCUDA.
+"""Launches of kernels through PyCUDA, on PyTorch's device, context, stream and memory.
 
-Wrappers ask `runs` whether a call goes to CUDA or stays in PyTorch, and launch with `launcher(tensor.device).launch(...)`.
+`runs` decides whether a call goes to CUDA or stays in PyTorch; `launcher(tensor.device).launch(...)` launches a kernel.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Backend = Literal["auto", "torch", "cuda"]
 _BACKENDS = get_args(Backend)
 
 _NON_BLOCKING = 1
-"""CU_STREAM_NON_BLOCKING: a stream that does not wait for the default one."""
+"""CU_STREAM_NON_BLOCKING: a stream that does not wait for the default stream."""
 Size = tuple[int, int, int]
 Argument = Tensor | np.generic | None
 
@@ -34,41 +34,41 @@ log = logging.getLogger("kdx")
 
 
 class Launcher(Protocol):
-    """What wrappers launch kernels with."""
+    """Launches kernels."""
 
     multiprocessors: int
-    """Of the device, to choose grids by."""
+    """The number of the device's multiprocessors, by which wrappers choose grids."""
 
     def launch(self, source: str, kernel: str, grid: Size, block: Size, arguments: Sequence[Argument], shared: int = 0) -> None:
-        """Runs ``kernel`` of ``source``.cu after all that the current stream has been given.
+        """Run ``kernel`` of ``source``.cu after everything that is already on the current stream.
 
-        grid, block: blocks, and threads of a block, along x, y, z. arguments: tensors on the launcher's device, which the kernel
-        takes as the address of their first element; None, a null pointer; NumPy numbers of the kernel's very types.
-        shared: bytes of dynamic shared memory.
+        grid, block: the number of blocks, and of threads per block, along x, y, z. arguments: tensors on the launcher's device, which
+        the kernel receives as the address of their first element; None, which is a null pointer; and NumPy numbers of exactly the
+        kernel's types. shared: bytes of dynamic shared memory.
         """
         ...
 
 
 def launcher(device: torch.device) -> Launcher:
-    """The launcher of a CUDA device; KdxError where kernels cannot run on it."""
+    """The launcher of a CUDA device; KdxError if kernels cannot run on it."""
     if device.type != "cuda":
         raise _not_cuda(device)
-    found = _gpu(torch.cuda.current_device() if device.index is None else device.index)
-    if isinstance(found, KdxError):
-        raise KdxError(found.problem, found.hint)
-    return found
+    gpu = _gpu(torch.cuda.current_device() if device.index is None else device.index)
+    if isinstance(gpu, KdxError):
+        raise KdxError(gpu.problem, gpu.hint)
+    return gpu
 
 
 def runs(x: Tensor, backend: Backend = "auto") -> bool:
-    """Whether a call on ``x`` goes to the CUDA kernels; else it stays in PyTorch.
+    """Whether a call on ``x`` goes to the CUDA kernels; otherwise it stays in PyTorch.
 
-    auto: on a CUDA tensor wherever the kernels can run; where they cannot, one line of the log says why. ``cuda`` raises a
-    KdxError instead. The kernels stay out of traced graphs and of recorded gradients, which see only PyTorch.
+    auto: true for a CUDA tensor if the kernels can run on its device; if they cannot, the reason is logged once. cuda: raises a
+    KdxError instead. The kernels are not used in traced graphs and for recorded gradients.
     """
     if backend == "torch" or (backend == "auto" and (torch.compiler.is_compiling() or not x.is_cuda)):
         return False
     if backend not in _BACKENDS:
-        raise ValueError(f"backend is one of {', '.join(_BACKENDS)}, not {backend!r}")
+        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, not {backend!r}")
     try:
         if torch.compiler.is_compiling():
             raise KdxError("The CUDA kernels cannot be traced into a graph.", "Choose the backend torch.")
@@ -78,13 +78,13 @@ def runs(x: Tensor, backend: Backend = "auto") -> bool:
     except KdxError as obstacle:
         if backend == "cuda":
             raise
-        _say_once(x.device, obstacle.problem)
+        _log_once(x.device, obstacle.problem)
         return False
     return True
 
 
 @functools.cache
-def _say_once(device: torch.device, problem: str) -> None:
+def _log_once(device: torch.device, problem: str) -> None:
     log.warning("PyTorch in place of the CUDA kernels on %s: %s", device, problem)
 
 
@@ -108,48 +108,49 @@ class Gpu:
             )
         self.multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
         self._driver = _driver()
-        # All of them, so that no call that has begun finds itself without a kernel.
+        # Compile all sources now, so that no call fails halfway for lack of a kernel.
         with ThreadPoolExecutor() as pool:
             codes = dict(zip(cubins.names(), pool.map(self._code, cubins.names()), strict=True))
         try:
             self._driver.init()
-            self._context = self._driver.Device(index).retain_primary_context()  # which PyTorch works in
+            self._context = self._driver.Device(index).retain_primary_context()  # the context that PyTorch uses
             with self._current():
                 self._modules = {source: self._driver.module_from_buffer(code) for source, code in codes.items()}
         except self._driver.Error as error:
             raise KdxError(
-                f"The driver of {self.device} does not take the CUDA kernels: {first_line(error)}.",
+                f"The driver of {self.device} does not load the CUDA kernels: {first_line(error)}.",
                 "Install a driver as new as the CUDA toolkit that compiles them, or choose the backend torch.",
             ) from error
         self._functions: dict[tuple[str, str], Any] = {}
-        self._stream: tuple[Any, torch.cuda.Stream] | None = None  # one of PyCUDA's, as it and as PyTorch calls it
+        self._stream: tuple[Any, torch.cuda.Stream] | None = None  # one stream, as PyCUDA and as PyTorch name it
         self._lock = threading.Lock()
 
     def launch(self, source: str, kernel: str, grid: Size, block: Size, arguments: Sequence[Argument], shared: int = 0) -> None:
-        given = [self._packed(place, argument) for place, argument in enumerate(arguments)]
+        packed = [self._packed(place, argument) for place, argument in enumerate(arguments)]
         current = torch.cuda.current_stream(self.device)
         with self._lock, self._current():
             if (source, kernel) not in self._functions:
                 self._functions[source, kernel] = self._modules[source].get_function(kernel)
             function = self._functions[source, kernel]
             if current.cuda_stream == 0:
-                function(*given, grid=grid, block=block, shared=shared)
+                function(*packed, grid=grid, block=block, shared=shared)
                 return
-            # PyCUDA launches on the default stream or on one that it made, which waits for this one, and this one for it.
+            # PyCUDA launches only on the default stream or on a stream that it made. That stream waits for the current one before the
+            # kernel, and the current one waits for it after.
             if self._stream is None:
-                made = self._driver.Stream(_NON_BLOCKING)
-                self._stream = made, torch.cuda.ExternalStream(made.handle, device=self.device)
-            own, ours = self._stream
-            ours.wait_stream(current)
-            function(*given, grid=grid, block=block, shared=shared, stream=own)
-            current.wait_stream(ours)
+                stream = self._driver.Stream(_NON_BLOCKING)
+                self._stream = stream, torch.cuda.ExternalStream(stream.handle, device=self.device)
+            stream, same_in_pytorch = self._stream
+            same_in_pytorch.wait_stream(current)
+            function(*packed, grid=grid, block=block, shared=shared, stream=stream)
+            current.wait_stream(same_in_pytorch)
 
     def close(self) -> None:
-        """Gives back modules, stream and context; PyCUDA complains of those that outlive its own end."""
+        """Release modules, stream and context; PyCUDA warns about any that are left when it ends itself."""
         self._functions.clear()
         self._modules.clear()
         self._stream = None
-        self._context.detach()  # one that is merely forgotten PyCUDA takes back as if it had made it
+        self._context.detach()  # without this call, PyCUDA would release the context as if it had made it
 
     def _packed(self, place: int, argument: Argument) -> np.generic:
         if argument is None:
@@ -167,7 +168,7 @@ class Gpu:
 
     @contextmanager
     def _current(self) -> Iterator[None]:
-        """PyTorch's context, for PyCUDA's calls."""
+        """Make PyTorch's context current, for PyCUDA's calls."""
         self._context.push()
         try:
             yield
@@ -180,7 +181,7 @@ _opening = threading.Lock()
 
 
 def _gpu(index: int) -> Gpu | KdxError:
-    """A device's launcher, or why it has none; found out once."""
+    """The launcher of a device, or the reason why it has none; determined once."""
     with _opening:
         if index not in _gpus:
             try:
@@ -193,12 +194,12 @@ def _gpu(index: int) -> Gpu | KdxError:
 
 
 def _driver() -> Any:
-    """pycuda.driver, or the KdxError that says why it is not there."""
+    """The module pycuda.driver; KdxError if it cannot be imported."""
     try:
         return importlib.import_module("pycuda.driver")
     except ModuleNotFoundError:
         raise missing_package("pycuda", "gpu", "The CUDA backend") from None
-    except ImportError as error:  # the driver's library
+    except ImportError as error:  # the driver's library is missing
         raise KdxError(
-            f"PyCUDA does not load: {first_line(error)}.", "Install the NVIDIA driver; kdx doctor says what is missing."
+            f"PyCUDA does not load: {first_line(error)}.", "Install the NVIDIA driver; kdx doctor shows what is missing."
         ) from error

@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from kdx.choices import ObjectiveName
 from kdx.errors import KdxError
 from kdx.kernels import cuda, fused, geometry
 from kdx.kernels.cuda import Backend
@@ -92,12 +93,12 @@ class CudaBackend(TorchBackend):
         if x.dtype == torch.float64:
             return super().distances(x)
         x = geometry.wide(x)
-        return fused.distances(x - x.mean(-2, keepdim=True)).matrix.double()
+        return fused.distances(x - x.mean(-2, keepdim=True)).double()
 
     def centred_distances(self, x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor) -> Tensor:
         if x.dtype == torch.float64:
             return super().centred_distances(x, y, x_norms, y_norms)
-        return fused.tile(x, y, x_norms, y_norms, x is y).matrix.double()
+        return fused.centred_distances(x, y, x_norms, y_norms).double()
 
     def products(self, d: Tensor) -> Tensor:
         return fused.products(d).inner
@@ -113,7 +114,7 @@ class CudaBackend(TorchBackend):
         *,
         lap: bool,
     ) -> Explained:
-        names: tuple[fused.Objective, ...] = get_args(fused.Objective)
+        names: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
         name = next((name for name in names if geometry.OBJECTIVES[name] is objective), None)
         if name is None or (lap and references is not None):
             return super().explained(d, given, target, means, references, objective, lap=lap)
@@ -129,7 +130,7 @@ class CudaBackend(TorchBackend):
         return Explained([found.channel_weights for found in each], score, left, None)
 
     def cam(self, features: Tensor, weights: Tensor) -> Tensor:
-        return super().cam(features, weights) if features.dtype == torch.float64 else fused.cam(features, weights).maps
+        return super().cam(features, weights) if features.dtype == torch.float64 else fused.cam(features, weights)
 
 
 def chosen(x: Tensor, backend: Backend = "auto") -> TorchBackend:
@@ -145,7 +146,7 @@ def chosen(x: Tensor, backend: Backend = "auto") -> TorchBackend:
 
 
 def _stacked(
-    d: Sequence[Pairs], given: Sequence[Pairs], target: Pairs, means: Sequence[Tensor], objective: fused.Objective, lap: bool
+    d: Sequence[Pairs], given: Sequence[Pairs], target: Pairs, means: Sequence[Tensor], objective: ObjectiveName, lap: bool
 ) -> Explained:
     """One launch for all the networks that have the same number of channels."""
     weights: list[Tensor] = [means[0]] * len(d)

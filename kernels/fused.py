@@ -1,9 +1,9 @@
-"""The geometry on a GPU: each function one or two launches of the kernels beside this file, with the results of `geometry.py`.
+"""The geometry on a GPU: each function makes one or two launches of the kernels in this folder and returns the results of `geometry.py`.
 
-Distances are float32 and everything made of them float64. Nothing here depends on the order in which blocks run: the same call
-gives the same bits. Tensors of one call are on one device; whether it can run the kernels is `cuda.runs`'s to say.
+Distances are float32, and everything computed from them is float64. Nothing depends on the order in which blocks run: the same call
+gives the same bits. All tensors of a call are on one device; `cuda.runs` tells whether the kernels can run there.
 
-A wrong shape or type is a ValueError: users' mistakes are found before.
+A wrong shape or type is a ValueError: callers check what users give before they call.
 """
 
 from __future__ import annotations
@@ -12,54 +12,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import gcd
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kdx.choices import ObjectiveName
 from kdx.kernels import cuda, geometry
-
-Objective = Literal["relevance", "uniqueness"]
 
 _THREADS = 256
 _TILE = 64
 """Side of a tile of distances."""
 _ROWS, _CHANNELS = 16, 128
-"""Images and channels of a block that weighs."""
-_BLOCKS_EACH = 8
-"""Blocks that a multiprocessor is given: more than it holds at once, so that all end at about the same time."""
+"""Images and channels per block of the weights kernels."""
+_BLOCKS_PER_MULTIPROCESSOR = 8
+"""More blocks than a multiprocessor runs at once, so that all multiprocessors finish at about the same time."""
 
 _ELEMENTS = 1 << 24
-"""Up to so many elements the Gram products of all blocks of columns are made at once: a small one alone does not fill the device."""
+"""Up to this many elements, the Gram products of all blocks of columns are computed at once: a small product alone does not fill the
+device."""
 
 _ROUNDING = (100 * torch.finfo(torch.float32).eps) ** 2
-"""The share of a derivative's square that is rounding where R is all of A: `geometry.laplacian`'s rule. Its sums are here differences
-of float64 inner products, and its distances float32."""
-
-
-@dataclass(frozen=True)
-class Distances:
-    """Distances [..., n, n] in float32, symmetric bit for bit, and their row sums [..., n] in float64."""
-
-    matrix: Tensor
-    rows: Tensor
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Distances [q, m] in float32 with the sums of its rows [q] and columns [m] in float64."""
-
-    matrix: Tensor
-    rows: Tensor
-    columns: Tensor
+"""The share of a derivative's squared norm that is rounding if R is all of A, as in `geometry.laplacian`. Here its sums are differences
+of float64 inner products, and its distances are float32."""
 
 
 @dataclass(frozen=True)
 class Products:
-    """What one pass over K distance matrices gives, all float64.
+    """The results of one pass over K distance matrices, all float64.
 
-    inner: <A,B> of the U-centred matrices [B, K, K], with <A,A> zero where centring leaves only rounding; rows: row sums of the
+    inner: <A,B> of the U-centred matrices [B, K, K], with <A,A> zero if centring leaves only rounding; rows: row sums of the
     distances [B, K, n]; totals: their sums [B, K]; squares: sum_ij D_ij^2 [B, K].
     """
 
@@ -71,7 +53,7 @@ class Products:
 
 @dataclass(frozen=True)
 class ChannelWeights:
-    """Channel weights [S, n, C], score L and left = ||R||/||D|| [S], all float64; lap [S, n, n] where it was asked for."""
+    """Channel weights [S, n, C], score L and left = ||R||/||D|| [S], all float64; lap [S, n, n] if requested."""
 
     channel_weights: Tensor
     score: Tensor
@@ -88,57 +70,48 @@ class QueryWeights:
     left: Tensor
 
 
-@dataclass(frozen=True)
-class Cam:
-    """Maps [n, H, W] after ReLU, and scaled to [0, 1] and resized [n, h, w] where a size was given; float32."""
-
-    maps: Tensor
-    resized: Tensor | None
-
-
 # Distances
 
 
-def distances(x: Tensor) -> Distances:
-    """||x_i - x_j|| of float32 rows x [n, d] or [B, n, d], less their mean: `geometry.distances`."""
+def distances(x: Tensor) -> Tensor:
+    """Float32 ||x_i - x_j|| [..., n, n] of float32 rows x [n, d] or [B, n, d], minus their mean: `geometry.distances`.
+
+    Symmetric bit for bit.
+    """
     _check(x.ndim in (2, 3) and x.dtype == torch.float32, "x must be float32 [n, d] or [B, n, d]")
     rows = x.reshape(-1, *x.shape[-2:]).contiguous()
-    matrix, sums = _symmetric(rows, rows.square().sum(-1))
-    return Distances(matrix.view(*x.shape[:-1], x.shape[-2]), sums.view(x.shape[:-1]))
+    return _symmetric(rows, rows.square().sum(-1)).view(*x.shape[:-1], x.shape[-2])
 
 
-def tile(x: Tensor, y: Tensor, norms_x: Tensor, norms_y: Tensor, diagonal: bool) -> Tile:
-    """||x_i - y_j|| of float32 rows x [q, d] and y [m, d], less one centre, with their squared norms: `geometry.centred_distances`.
+def centred_distances(x: Tensor, y: Tensor, norms_x: Tensor, norms_y: Tensor) -> Tensor:
+    """Float32 ||x_i - y_j|| [q, m] of float32 rows x [q, d] and y [m, d], minus one centre, with their squared norms.
 
-    diagonal: y is x, and every image at distance zero from itself.
+    As `geometry.centred_distances`: if x is y, each image is at distance zero from itself.
     """
     _check(x.ndim == y.ndim == 2 and x.dtype == y.dtype == torch.float32, "x and y must be float32 [q, d] and [m, d]")
-    _check(x.shape[1] == y.shape[1], "x and y must be of one width")
+    _check(x.shape[1] == y.shape[1], "x and y must have the same width")
+    same = x is y
     x, norms_x = x.contiguous(), norms_x.float().contiguous()
-    if diagonal:
-        matrix, sums = _symmetric(x[None], norms_x[None])
-        return Tile(matrix[0], sums[0], sums[0])
+    if same:
+        return _symmetric(x[None], norms_x[None])[0]
     y, norms_y = y.contiguous(), norms_y.float().contiguous()
     (q, d), m = x.shape, y.shape[0]
-    gram = _gram(x[None], y[None])[0]
-    grid = (-(-m // _TILE), -(-q // _TILE), 1)
-    rows, columns = (torch.empty(shape, dtype=torch.float64, device=x.device) for shape in ((grid[0], q), (grid[1], m)))
-    _launch(x, "pairwise", "pairwise_cross", grid, gram, x, y, norms_x, norms_y, _near(), q, m, d, rows, columns)
-    return Tile(gram, rows.sum(0), columns.sum(0))
+    matrix = _gram(x[None], y[None])[0]
+    _launch(x, "pairwise", "pairwise_cross", (-(-m // _TILE), -(-q // _TILE), 1), matrix, x, y, norms_x, norms_y, _near(), q, m, d)
+    return matrix
 
 
-def _symmetric(x: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances [B, n, n] and their row sums [B, n] of contiguous rows x [B, n, d]."""
+def _symmetric(x: Tensor, norms: Tensor) -> Tensor:
+    """Distances [B, n, n] of contiguous rows x [B, n, d]."""
     count, n, d = x.shape
-    gram = _gram(x, x)
+    matrices = _gram(x, x)
     tiles = -(-n // _TILE)
-    sums = torch.empty(count, tiles, n, dtype=torch.float64, device=x.device)
-    _launch(x, "pairwise", "pairwise_symmetric", (count, tiles, tiles), gram, x, norms, _near(), n, d, sums)
-    return gram, sums.sum(1)
+    _launch(x, "pairwise", "pairwise_symmetric", (count, tiles, tiles), matrices, x, norms, _near(), n, d)
+    return matrices
 
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:
-    """x y^T [B, q, m] in full float32, added up over the blocks of columns that `geometry` takes."""
+    """x y^T [B, q, m] in full float32, summed over the same blocks of columns as in `geometry`."""
     rows = geometry.blocks(x)
     columns = rows if x is y else geometry.blocks(y)
     blocks = rows.shape[1]
@@ -153,7 +126,7 @@ def _gram(x: Tensor, y: Tensor) -> Tensor:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Matrix products without TF32, whose ten bits would be all that is left of a distance."""
+    """Matrix products without TF32, which would leave ten bits of a distance."""
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
     settings.fp32_precision = "ieee"
@@ -172,7 +145,8 @@ def _near() -> np.float32:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Sums over distances less a typical one of each matrix: products in parts [B, chunks, K, K], rows [B, K, n], what was taken [B, K]."""
+    """Sums over distances minus a typical distance per matrix: partial products [B, chunks, K, K], row sums [B, K, n], and the typical
+    distances [B, K]."""
 
     partial: Tensor
     rows: Tensor
@@ -182,28 +156,31 @@ class _Sums:
 def products(d: Tensor) -> Products:
     """Every <A,B> of the U-centred matrices of raw distances d [B, K, n, n], float32 or float64: `geometry.products` of `u_centered`.
 
-    d: symmetric with zero diagonals, n >= 4. Any strides of its first two dimensions; others cost a copy.
+    d: symmetric with zero diagonals, n >= 4. The first two dimensions may have any strides; the others must be contiguous, or are copied.
     """
     _check(d.ndim == 4 and d.shape[-1] == d.shape[-2] and d.dtype in (torch.float32, torch.float64), "d must be [B, K, n, n]")
     _check(d.shape[-1] >= 4, "U-centring needs four images")
     count, matrices, n, _ = d.shape
     sums = _sums(d)
-    found = _empty_products(count, matrices, n, d.device)
+    results = _empty_products(count, matrices, n, d.device)
     chunks = sums.partial.shape[1]
     grid = (count, _warps(_pairs(matrices)), 1)
-    _launch(d, "products", "products_close", grid, sums.partial, sums.rows, sums.shifts, matrices, n, chunks, *found)
-    return Products(*found)
+    _launch(d, "products", "products_close", grid, sums.partial, sums.rows, sums.shifts, matrices, n, chunks, *results)
+    return Products(*results)
 
 
 def _bordered_products(inside: Tensor, border: Tensor) -> Products:
-    """`products` for each of q queries behind m images: inside [K, m, m] among them, border [K, q, m] to them; B = q and n = m + 1."""
+    """`products` of each of q queries after m images, with B = q and n = m + 1.
+
+    inside: the distances [K, m, m] among the images; border: [K, q, m] from queries to images.
+    """
     matrices, q, m = border.shape
     sums = _sums(inside[None])
-    found = _empty_products(q, matrices, m + 1, border.device)
+    results = _empty_products(q, matrices, m + 1, border.device)
     chunks = sums.partial.shape[1]
     grid = (q, _warps(_pairs(matrices)), 1)
-    _launch(border, "products", "products_bordered", grid, sums.partial, sums.rows, sums.shifts, border, matrices, m, chunks, *found)
-    return Products(*found)
+    _launch(border, "products", "products_bordered", grid, sums.partial, sums.rows, sums.shifts, border, matrices, m, chunks, *results)
+    return Products(*results)
 
 
 def _sums(d: Tensor) -> _Sums:
@@ -212,9 +189,9 @@ def _sums(d: Tensor) -> _Sums:
     if d.stride(-1) != 1 or d.stride(-2) != n:
         d = d.contiguous()
     pairs = _pairs(-(-matrices // 4))
-    chunks = max(1, min(-(-n // 8), -(-_wanted(d) // (count * pairs))))
-    each = 8 * -(-n // (8 * chunks))
-    chunks = -(-n // each)
+    chunks = max(1, min(-(-n // 8), -(-_full_grid(d) // (count * pairs))))
+    rows_per_block = 8 * -(-n // (8 * chunks))
+    chunks = -(-n // rows_per_block)
     steps = [d.data_ptr(), n * d.element_size(), d.stride(0) * d.element_size(), d.stride(1) * d.element_size()]
     wide = all(step % 16 == 0 for step in steps)
     sizes = ((count, chunks, matrices, matrices), (count, matrices, n), (count, matrices))
@@ -222,7 +199,7 @@ def _sums(d: Tensor) -> _Sums:
     kernel = "products_float32" if d.dtype == torch.float32 else "products_float64"
     strides = (np.int64(d.stride(0)), np.int64(d.stride(1)))
     grid = (count * pairs, chunks, 1)
-    _launch(d, "products", kernel, grid, d, *strides, matrices, n, wide, pairs, each, sums.partial, sums.rows, sums.shifts)
+    _launch(d, "products", kernel, grid, d, *strides, matrices, n, wide, pairs, rows_per_block, sums.partial, sums.rows, sums.shifts)
     return sums
 
 
@@ -236,12 +213,12 @@ def _empty_products(count: int, matrices: int, n: int, device: torch.device) -> 
 
 
 def weights(
-    d: Tensor, given: Tensor, target: Tensor, means: Tensor, objective: Objective = "relevance", *, lap: bool = False
+    d: Tensor, given: Tensor, target: Tensor, means: Tensor, objective: ObjectiveName = "relevance", *, lap: bool = False
 ) -> ChannelWeights:
-    """Channel weights Lap means of a stack of batches, the score and what is left: `geometry.laplacian` and `geometry.gradient`.
+    """Channel weights Lap means, score and left of a stack of batches: `geometry.laplacian` and `geometry.gradient`.
 
-    d, given, target: float32 distances [S, n, n] of the explained features, the given ones and the target; means: float64 spatial means
-    of the explained features [S, n, C]. lap: give Lap as well. n >= 4.
+    d, given, target: float32 distances [S, n, n] of the explained features, of the given features and of the target; means: float64
+    spatial means of the explained features [S, n, C]. lap: return Lap as well. n >= 4.
     """
     stack, n, channels = means.shape
     _check(d.shape == given.shape == target.shape == (stack, n, n), "distances must be [S, n, n] for means [S, n, C]")
@@ -249,15 +226,15 @@ def weights(
         d.dtype == given.dtype == target.dtype == torch.float32 and means.dtype == torch.float64, "distances must be float32, means float64"
     )
     matrices = torch.stack((d, given, target), 1)
-    of = products(matrices)
-    placed = (matrices, of.inner, of.rows, of.totals, of.squares)
-    extra = _maxima("weights_maxima", placed, stack, n) if objective == "uniqueness" else ()
-    found, score, left = (means.new_empty(size) for size in ((stack, n, channels), (stack,), (stack,)))
+    sums = products(matrices)
+    inputs = (matrices, sums.inner, sums.rows, sums.totals, sums.squares)
+    maxima = _maxima("weights_maxima", inputs, stack, n) if objective == "uniqueness" else ()
+    channel_weights, score, left = (means.new_empty(size) for size in ((stack, n, channels), (stack,), (stack,)))
     matrix = means.new_empty(stack, n, n) if lap else None
     grid = (stack, -(-n // _ROWS), -(-channels // _CHANNELS))
-    results = (found, matrix, score, left)
-    _launch(d, "weights", f"weights_{objective}", grid, *placed, *extra, stack, n, means.contiguous(), channels, _ROUNDING, *results)
-    return ChannelWeights(found, score, left, matrix)
+    results = (channel_weights, matrix, score, left)
+    _launch(d, "weights", f"weights_{objective}", grid, *inputs, *maxima, stack, n, means.contiguous(), channels, _ROUNDING, *results)
+    return ChannelWeights(channel_weights, score, left, matrix)
 
 
 def query_weights(
@@ -265,13 +242,13 @@ def query_weights(
     border: tuple[Tensor, Tensor, Tensor],
     queries: Tensor,
     references: Tensor,
-    objective: Objective = "relevance",
+    objective: ObjectiveName = "relevance",
 ) -> QueryWeights:
-    """Each query's row of `weights` where it stands behind the references, as `geometry.bordered` places it.
+    """Each query's row of `weights`, if the query is the last image after the references, as in `geometry.bordered`.
 
-    inside: float32 distances [m, m] among references of explained features, given ones and target; border: [q, m] from queries to
-    references; queries [q, C] and references [m, C]: float64 spatial means of the explained features. m >= 3. Relevance takes O(q m)
-    besides the references' own products, uniqueness O(q m^2).
+    inside: float32 distances [m, m] among the references, of the explained features, the given features and the target; border: the
+    same [q, m] from queries to references; queries [q, C] and references [m, C]: float64 spatial means of the explained features.
+    m >= 3. In addition to the references' own products, relevance takes O(q m) and uniqueness O(q m^2).
     """
     (q, channels), m = queries.shape, references.shape[0]
     _check(all(matrix.shape == (m, m) and matrix.dtype == torch.float32 for matrix in inside), "inside must be float32 [m, m]")
@@ -279,61 +256,59 @@ def query_weights(
     _check(references.shape[1] == channels and queries.dtype == references.dtype == torch.float64, "means must be float64 [., C]")
     _check(m >= 3, "U-centring needs four images")
     among, to = torch.stack(inside), torch.stack(border)
-    of = _bordered_products(among, to)
-    placed = (among, to, of.inner, of.rows, of.totals, of.squares)
-    extra = _maxima("query_maxima", placed, q, m + 1) if objective == "uniqueness" else ()
-    found, score, left = (queries.new_empty(size) for size in ((q, channels), (q,), (q,)))
+    sums = _bordered_products(among, to)
+    inputs = (among, to, sums.inner, sums.rows, sums.totals, sums.squares)
+    maxima = _maxima("query_maxima", inputs, q, m + 1) if objective == "uniqueness" else ()
+    channel_weights, score, left = (queries.new_empty(size) for size in ((q, channels), (q,), (q,)))
     means = (queries.contiguous(), references.contiguous())
     grid = (1, -(-q // _ROWS), -(-channels // _CHANNELS))
-    results = (found, score, left)
-    _launch(to, "weights", f"query_weights_{objective}", grid, *placed, *extra, q, m + 1, *means, channels, _ROUNDING, *results)
-    return QueryWeights(found, score, left)
+    results = (channel_weights, score, left)
+    _launch(to, "weights", f"query_weights_{objective}", grid, *inputs, *maxima, q, m + 1, *means, channels, _ROUNDING, *results)
+    return QueryWeights(channel_weights, score, left)
 
 
-def _maxima(kernel: str, placed: tuple[Tensor, ...], stack: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Each row's first maximum of R: its column and how many rows have theirs in a column [S, n], R and B there [S, n]."""
-    device = placed[0].device
-    where = torch.empty(stack, n, dtype=torch.int32, device=device)
-    count = torch.zeros_like(where)
-    best, picked = (torch.empty(stack, n, dtype=torch.float64, device=device) for _ in range(2))
-    _launch(where, "weights", kernel, (_warps(stack * n), 1, 1), *placed, stack, n, where, count, best, picked)
-    return where, count, best, picked
+def _maxima(kernel: str, inputs: tuple[Tensor, ...], stack: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The first maximum of each row of R: its column [S, n], the number of maxima in each column [S, n], and R and B there [S, n]."""
+    device = inputs[0].device
+    column = torch.empty(stack, n, dtype=torch.int32, device=device)
+    count = torch.zeros_like(column)
+    residual, given = (torch.empty(stack, n, dtype=torch.float64, device=device) for _ in range(2))
+    _launch(column, "weights", kernel, (_warps(stack * n), 1, 1), *inputs, stack, n, column, count, residual, given)
+    return column, count, residual, given
 
 
 # Maps
 
 
-def cam(features: Tensor, channel_weights: Tensor, size: tuple[int, int] | None = None) -> Cam:
-    """ReLU(sum_c a_ic F_ic) of float32, float16 or bfloat16 features [n, C, H, W] and weights [n, C], in one read of the features.
+def cam(features: Tensor, channel_weights: Tensor) -> Tensor:
+    """Float32 maps ReLU(sum_c a_ic F_ic) [n, H, W] of float32, float16 or bfloat16 features [n, C, H, W] and weights [n, C].
 
-    size: (h, w) that maps are resized to (bilinear) after they are scaled to [0, 1] one by one; a constant map becomes zero.
-    As `geometry.cam`, `geometry.scaled` and `torch.nn.functional.interpolate` with align_corners=False.
+    Reads the features once. As `geometry.cam`.
     """
     kernel = {torch.float32: "cam_float32", torch.float16: "cam_float16", torch.bfloat16: "cam_bfloat16"}.get(features.dtype)
     _check(features.ndim == 4 and kernel is not None, "features must be float32, float16 or bfloat16 [n, C, H, W]")
     _check(channel_weights.shape == features.shape[:2], "weights must be [n, C]")
     features, channel_weights = features.contiguous(), channel_weights.float().contiguous()
     n, channels, height, width = features.shape
-    plan = _plan(features, _wanted(features))
+    plan = _plan(features, _full_grid(features))
     partial = torch.empty(n, plan.splits, height, width, device=features.device)
     finished = torch.zeros(n, dtype=torch.int32, device=features.device)
     maps = torch.empty(n, height, width, device=features.device)
-    resized = torch.empty(n, *size, device=features.device) if size else None
-    shape = (channels, height, width, plan.period, plan.lanes, plan.each, plan.wide)
-    results = (partial, finished, maps, resized, *(size or (0, 0)))
-    _launch(features, "cam", str(kernel), (n, plan.slices, plan.splits), features, channel_weights, *shape, *results)
-    return Cam(maps, resized)
+    shape = (channels, height, width, plan.period, plan.lanes, plan.periods_per_block, plan.wide)
+    grid = (n, plan.slices, plan.splits)
+    _launch(features, "cam", str(kernel), grid, features, channel_weights, *shape, partial, finished, maps)
+    return maps
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How blocks share an image: see cam.cu. period and lanes in packs, each in periods."""
+    """How blocks share an image, as described in cam.cu. period and lanes count packs."""
 
     wide: bool
     period: int
     lanes: int
     slices: int
-    each: int
+    periods_per_block: int
     splits: int
 
 
@@ -348,24 +323,26 @@ def _plan(features: Tensor, blocks: int) -> _Plan:
     lanes = min(period, _THREADS)
     slices = -(-period // lanes)
     periods = -(-channels * positions // (pack * period))
-    # As many blocks as are wanted, as long as each thread has four packs.
+    # As many blocks as fill the device, if each thread then has four packs at least.
     splits = max(1, min(-(-blocks // (n * slices)), periods // (4 * (_THREADS // lanes))))
-    each = -(-periods // splits)
-    return _Plan(wide, period, lanes, slices, each, -(-periods // each))
+    periods_per_block = -(-periods // splits)
+    return _Plan(wide, period, lanes, slices, periods_per_block, -(-periods // periods_per_block))
 
 
 # Launches
 
 
 def _launch(on: Tensor, source: str, kernel: str, grid: tuple[int, int, int], *arguments: Tensor | np.generic | float | None) -> None:
-    """Launches a kernel on a tensor's device. Python's integers go as int, its other numbers as double."""
-    given = [np.int32(value) if isinstance(value, int) else np.float64(value) if isinstance(value, float) else value for value in arguments]
-    cuda.launcher(on.device).launch(source, kernel, grid, (_THREADS, 1, 1), given)
+    """Launch a kernel on a tensor's device. Python integers become int32, other Python numbers float64."""
+    packed = [
+        np.int32(value) if isinstance(value, int) else np.float64(value) if isinstance(value, float) else value for value in arguments
+    ]
+    cuda.launcher(on.device).launch(source, kernel, grid, (_THREADS, 1, 1), packed)
 
 
-def _wanted(on: Tensor) -> int:
-    """Blocks that fill the device."""
-    return _BLOCKS_EACH * cuda.launcher(on.device).multiprocessors
+def _full_grid(on: Tensor) -> int:
+    """The number of blocks that fills the device."""
+    return _BLOCKS_PER_MULTIPROCESSOR * cuda.launcher(on.device).multiprocessors
 
 
 def _pairs(count: int) -> int:
@@ -373,7 +350,7 @@ def _pairs(count: int) -> int:
 
 
 def _warps(count: int) -> int:
-    """Blocks with a warp for each of so many."""
+    """The number of blocks that have ``count`` warps."""
     return -(-count // (_THREADS // 32))
 
 

@@ -1,4 +1,4 @@
-// Sums over a warp, in an order that does not depend on scheduling; and loads of several elements at once.
+// Sums over a warp in an order that does not depend on scheduling, and loads of several elements at once.
 
 #pragma once
 
@@ -14,8 +14,8 @@ __device__ __forceinline__ T warp_sum(T value) {
     return value;
 }
 
-// Four sums over a warp: lane l comes back with that of value[l / 8]. Lanes trade the half that they need not keep, so this takes
-// six shuffles where four single sums take twenty.
+// Four sums over a warp: lane l returns the sum of value[l / 8]. Lanes exchange the half that they do not need, so this takes six
+// shuffles instead of the twenty of four single sums.
 __device__ __forceinline__ double warp_sum_of_four(const double (&value)[4]) {
     const int lane = threadIdx.x % 32;
     const bool high = lane & 16, odd = lane & 8;
@@ -28,7 +28,7 @@ __device__ __forceinline__ double warp_sum_of_four(const double (&value)[4]) {
     return sum;
 }
 
-// W neighbours in memory, aligned to their whole size so that one instruction loads them.
+// W neighbours in memory, aligned to their total size so that one instruction loads them.
 template <class T, int W>
 struct alignas(sizeof(T) * W) Pack {
     T value[W];

@@ -1,26 +1,26 @@
-"""Inner products of distance matrices over N images, exact, in tiles of the upper triangle that are thrown away: O(N x tile) memory.
+"""Exact inner products of distance matrices over N images, in tiles of the upper triangle, with O(N x tile) memory.
 
-For images i, j in tiles I, J, each matrix's distances D_ij are made once, and everything that scores need of all pairs is added up:
+For images i, j in tiles I, J, the distances D_ij of each matrix are computed once. Everything that scores need of all pairs is summed:
 
-- sum D E for every two matrices and the row sums of D, each split by *units*, equal random parts of the images. From these come
-  the inner products of the U-centred (or double-centred) matrices, of all images and of all but one unit (the jackknife);
-- the same under permutations of one matrix's images. Images stand in random order, and a permutation turns those of each tile
-  by a random number of places. These permutations are a group, so p-values from random ones among them are exact, and the sums for
-  all turns s of a tile's rows and t of its columns are one cross-correlation,
+- sum D E for every two matrices, and the row sums of D, each split by *units*, which are equal random parts of the images. They give
+  the inner products of the U-centred (or double-centred) matrices, over all images and over all except one unit (the jackknife);
+- the same under permutations of one matrix's images. The images are in random order, and a permutation turns the images of each tile
+  by a random number of places. These permutations are a group, so p-values from random members of the group are exact, and the sums
+  for all turns s of a tile's rows and t of its columns are one cross-correlation,
 
       sum_ij D_ij E_(i+s)(j+t) = IDFT2(conj(DFT2 D) DFT2 E)_st:
 
-  three transforms of a tile, however many permutations.
+  three transforms per tile for any number of permutations.
 
-Centring sends every matrix u_i + u_j (i != j) to zero. Such a part, near to the rows' means, is taken from each tile first, so that
-what is added up is small and nothing cancels at the end. Sums are float64, whatever the rows are: permutations that give the very
-same geometry must tie, and an image far from all others, of whose distances centring leaves little, must not drown theirs.
+Centring sends every matrix u_i + u_j (i != j) to zero. Such a matrix, close to the rows' means, is subtracted from each tile first, so
+that the terms are small and nothing cancels at the end. Sums are float64 for rows of any type: permutations that give exactly the
+same geometry must tie, and an image far from all others, whose distances almost vanish in centring, must not drown the other images.
 Randomisation by a subgroup: Hemerik and Goeman, "Exact testing with random permutations", TEST 27 (2018).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,20 +31,20 @@ from kdx.kernels import geometry
 from kdx.kernels.dispatch import TorchBackend
 
 TILE = 1024
-"""Images a side of a tile, where rows are short enough."""
+"""Images per side of a tile, at most."""
 
 UNITS = 32
-"""Parts that the jackknife leaves out in turn."""
+"""The number of parts that the jackknife leaves out in turn."""
 
 _RUNS = 16
-"""Runs of neighbouring rows in a tile, at least, where rows are best read in runs."""
+"""The least number of runs of neighbouring rows in a tile, if rows are best read in runs."""
 
 _BYTES = 1 << 28
-"""Memory that the rows of a tile may take, over all matrices."""
+"""Memory that the rows of a tile may take, for all matrices together."""
 
 
 class Rows(Protocol):
-    """Rows [n, d] that distances are measured between: in memory, or read from where they lie."""
+    """Rows [n, d] between which distances are measured, in memory or on disk."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -57,15 +57,15 @@ class Rows(Protocol):
 
     @property
     def run(self) -> int:
-        """How many neighbouring rows are best read together."""
+        """The number of neighbouring rows that are best read together."""
 
     def read(self, index: Tensor) -> Tensor:
-        """Rows [k, d] of the images ``index`` [k], on the device."""
+        """The rows [k, d] of the images ``index`` [k], on the device."""
 
 
 @dataclass(frozen=True)
 class FeatureDistances:
-    """Rows, read once: ``norms`` [n] are their squared distances from ``centre`` [d], in float64; not finite where a row is not."""
+    """Rows with their squared distances ``norms`` [n] from ``centre`` [d], in float64; a norm is not finite if its row is not."""
 
     rows: Rows
     centre: Tensor
@@ -75,18 +75,18 @@ class FeatureDistances:
     def of(cls, rows: Rows) -> FeatureDistances:
         n, d = rows.shape
         step = max(1, min(TILE, _BYTES // (8 * d)))
-        some = geometry.wide(rows.read(torch.arange(min(step, n), device=rows.device) * n // min(step, n)))
-        some = some[some.isfinite().all(1)]
-        # Among the images, and not between them and a few that are far from all others.
-        apart = torch.linalg.vector_norm(some - some.mean(0), dim=1)
-        centre = some[apart <= apart.nanmedian()].mean(0)
+        sample = geometry.wide(rows.read(torch.arange(min(step, n), device=rows.device) * n // min(step, n)))
+        sample = sample[sample.isfinite().all(1)]
+        # The centre must be among the images, not between them and a few images that are far from all others.
+        radius = torch.linalg.vector_norm(sample - sample.mean(0), dim=1)
+        centre = sample[radius <= radius.nanmedian()].mean(0)
         parts = (torch.arange(start, min(start + step, n), device=rows.device) for start in range(0, n, step))
         norms = [torch.linalg.vector_norm(geometry.wide(rows.read(part)) - centre, dim=1) for part in parts]
         return cls(rows, centre, torch.cat(norms).double().square())
 
     @property
     def scale(self) -> Tensor:
-        """The mean squared distance [], or somewhat more."""
+        """An upper estimate [] of the mean squared distance."""
         return 2 * self.norms.mean()
 
     def batches(self, index: Tensor, ops: TorchBackend) -> Tensor:
@@ -94,20 +94,22 @@ class FeatureDistances:
         return ops.distances(self.rows.read(index.flatten()).unflatten(0, index.shape))
 
     def means(self) -> Tensor:
-        """About each row's mean distance from the others [n]: they lie around the centre in many directions."""
+        """Approximate mean distance of each row from the others [n], as if they were around the centre in all directions."""
         return (self.norms + self.norms.mean()).sqrt()
 
 
 @dataclass(frozen=True)
 class ClassDistances:
-    """Rows of which many are equal: ``codes`` [n] tell which, ``distances`` [c, c] are between the distinct ones; None where these
-    are one-hot rows, all apart by the square root of 2."""
+    """Rows of few distinct kinds: ``codes`` [n] number the kind of each row, and ``distances`` [c, c] are between the kinds.
+
+    None stands for one-hot rows, whose distances are all the square root of 2.
+    """
 
     codes: Tensor
     distances: Tensor | None = None
 
     def tile(self, left: Tensor, right: Tensor) -> Tensor:
-        """Distances [..., l, r], in float64, of the images ``left`` [..., l] from ``right`` [..., r]."""
+        """Distances [..., l, r] in float64 between the images ``left`` [..., l] and ``right`` [..., r]."""
         rows, columns = self.codes[left][..., :, None], self.codes[right][..., None, :]
         if self.distances is None:
             return (rows != columns).double().mul_(2**0.5)
@@ -126,8 +128,8 @@ class ClassDistances:
     def means(self) -> Tensor:
         """Each row's mean distance from the others [n]."""
         shares = self._shares()
-        each = 2**0.5 * (1 - shares) if self.distances is None else self.distances @ shares
-        return each[self.codes]
+        means = 2**0.5 * (1 - shares) if self.distances is None else self.distances @ shares
+        return means[self.codes]
 
     def _shares(self) -> Tensor:
         return torch.bincount(self.codes).double() / len(self.codes)
@@ -140,8 +142,8 @@ Matrix = FeatureDistances | ClassDistances
 class Swept:
     """The inner products of k matrices, normalised as in `geometry.products`.
 
-    products [k, k]; left_out [units, k, k]: without each unit; permuted: a matrix whose images were permuted -> its products [p, k]
-    with the other matrices (its norm stays, and is not computed again).
+    products [k, k]; left_out [units, k, k]: without each unit; permuted: maps the number of a permuted matrix to its products [p, k]
+    with the other matrices (its norm does not change, and is not computed again).
     """
 
     products: Tensor
@@ -156,53 +158,51 @@ def sweep(
     permutations: int = 0,
     biased: bool = False,
     seed: int = 0,
-    tile: int | None = None,
-    units: int = UNITS,
     ops: TorchBackend = TorchBackend(),
-    step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Swept:
     """Inner products over all images of k matrices of the same n >= 4 images.
 
-    permuted: the matrices whose images are permuted, ``permutations`` times. biased: double-centred instead of U-centred. tile: images a
-    side of a tile; by default as many as memory allows, up to TILE. ops: what makes distances. step: told (tiles done, tiles in all).
+    permuted: the numbers of the matrices whose images are permuted, ``permutations`` times. biased: double-centred instead of
+    U-centred. ops: the backend that computes distances. Raises ValueError if the matrices differ in their number of images.
     """
     measured = [m for m in matrices if isinstance(m, FeatureDistances)]
     n, *others = (len(m.codes) if isinstance(m, ClassDistances) else m.rows.shape[0] for m in matrices)
     if any(other != n for other in others):
         raise ValueError(f"the matrices are of {n} and {others} images")
     device = next((m.norms.device for m in measured), torch.device("cpu"))
-    side = tile or _side(n, [m.rows for m in measured])
+    side = _side(n, [m.rows for m in measured])
     generator = torch.Generator().manual_seed(seed)
-    tiles = [part.to(device) for part in _dealt(n, side, max((m.rows.run for m in measured), default=1), generator)]
+    tiles = [part.to(device) for part in _shuffled_tiles(n, side, max((m.rows.run for m in measured), default=1), generator)]
     turns = [torch.randint(len(part), (permutations,), generator=generator).to(device) for part in tiles]
-    sums = _Sums(tiles, len(matrices), permuted, turns, units)
+    sums = _Sums(tiles, len(matrices), permuted, turns)
     offsets = [torch.zeros_like(m.means()) if biased else m.means() - m.means().mean() / 2 for m in matrices]
-    drawn = [_Drawn(m, offset, ops) for m, offset in zip(matrices, offsets, strict=True)]
-    total = len(tiles) * (len(tiles) + 1) // 2
+    shifted = [_ShiftedMatrix(m, offset, ops) for m, offset in zip(matrices, offsets, strict=True)]
     d = torch.empty(0, dtype=torch.float64, device=device)
-    for done, (a, b) in enumerate(_pairs(len(tiles)), 1):
-        shape = (len(drawn), len(tiles[a]), len(tiles[b]))
-        d = d if d.shape == shape else d.new_empty(shape)  # memory that is touched already
-        sums.add(a, b, torch.stack([each.tile(tiles[a], tiles[b]) for each in drawn], out=d))
-        step(done, total)
-    return sums.found(biased)
+    for a, b in _pairs(len(tiles)):
+        shape = (len(shifted), len(tiles[a]), len(tiles[b]))
+        d = d if d.shape == shape else d.new_empty(shape)  # reuse memory that is already mapped
+        sums.add(a, b, torch.stack([matrix.tile(tiles[a], tiles[b]) for matrix in shifted], out=d))
+    return sums.combined(biased)
 
 
 def turned_products(centred: Tensor, permuted: int, turns: Tensor) -> Tensor:
-    """Inner products [p, k] of centred matrices [b, k, n, n] with those of ``permuted``, summed over b batches, as turns [p, b] of its
-    images permute each batch; normalised as in `geometry.products`. Each batch stands in random order."""
+    """Inner products [p, k] of centred matrices [b, k, n, n] with the matrix number ``permuted``, summed over b batches.
+
+    Permutation p turns the images of ``permuted`` in batch b by turns [p, b] places. The images of each batch must be in random order.
+    Normalised as in `geometry.products`.
+    """
     n = centred.shape[-1]
     spectra = torch.fft.rfft2(centred)
-    found = torch.fft.irfft2(spectra.conj() * spectra[:, permuted : permuted + 1], s=(n, n)).diagonal(dim1=-2, dim2=-1)
+    products = torch.fft.irfft2(spectra.conj() * spectra[:, permuted : permuted + 1], s=(n, n)).diagonal(dim1=-2, dim2=-1)
     batch = torch.arange(len(centred), device=centred.device)
-    total: Tensor = found[batch, :, turns].sum(1)
+    total: Tensor = products[batch, :, turns].sum(1)
     return total / (n * (n - 3))
 
 
 def _side(n: int, rows: Sequence[Rows]) -> int:
-    """Images a side: a power of two, whose transforms are the quickest, and few enough that turning four tiles permutes well.
+    """Images per side of a tile: a power of two, whose transforms are the fastest, with at least four tiles so that turns permute well.
 
-    Each matrix's rows are held, and one's columns.
+    A tile keeps the rows of every matrix and the columns of one matrix in memory.
     """
     widths = [r.shape[1] * r.dtype.itemsize for r in rows]
     side = TILE
@@ -211,9 +211,12 @@ def _side(n: int, rows: Sequence[Rows]) -> int:
     return side
 
 
-def _dealt(n: int, side: int, run: int, generator: torch.Generator) -> list[Tensor]:
-    """The images [n] in random order, in tiles. ``run`` neighbours come into one tile, as long as that makes sixteen runs a tile:
-    images that are stored together may be alike, and turning a tile of one class would permute nothing."""
+def _shuffled_tiles(n: int, side: int, run: int, generator: torch.Generator) -> list[Tensor]:
+    """The images [n] in random order, in tiles.
+
+    ``run`` neighbours come into one tile, but a tile has at least sixteen runs: images that are stored together may be alike, and
+    turning a tile of one class would permute nothing.
+    """
     run = max(1, min(run, side // _RUNS))
     runs = torch.randperm(-(-n // run), generator=generator)
     order = (runs[:, None] * run + torch.arange(run)).flatten()
@@ -224,26 +227,26 @@ def _pairs(tiles: int) -> Iterator[tuple[int, int]]:
     return ((a, b) for a in range(tiles) for b in range(a, tiles))
 
 
-class _Drawn:
-    """A matrix as tiles: distances less each row's and column's offset, zero where an image meets itself."""
+class _ShiftedMatrix:
+    """A matrix as tiles: distances minus the offsets of row and column, and zero on the diagonal."""
 
     def __init__(self, matrix: Matrix, offsets: Tensor, ops: TorchBackend) -> None:
         self._matrix = matrix
         self._ops = ops
         self._offsets = offsets
-        self._held: tuple[Tensor, Tensor] | None = None
+        self._left: tuple[Tensor, Tensor] | None = None  # the images of the tile's rows, and their features
 
     def tile(self, left: Tensor, right: Tensor) -> Tensor:
-        """[l, r] of the images ``left`` [l] and ``right`` [r]: the same images, or none in both."""
+        """The tile [l, r] of the images ``left`` [l] and ``right`` [r], which are the same tensor or have no image in common."""
         matrix = self._matrix
         d = matrix.tile(left, right) if isinstance(matrix, ClassDistances) else self._measured(matrix, left, right)
         d.sub_(self._offsets[left][:, None]).sub_(self._offsets[right])
         return d.fill_diagonal_(0) if left is right else d
 
     def _measured(self, matrix: FeatureDistances, left: Tensor, right: Tensor) -> Tensor:
-        if self._held is None or self._held[0] is not left:
-            self._held = left, self._rows(matrix, left)
-        rows = self._held[1]
+        if self._left is None or self._left[0] is not left:
+            self._left = left, self._rows(matrix, left)
+        rows = self._left[1]
         columns = rows if left is right else self._rows(matrix, right)
         return self._ops.centred_distances(rows, columns, matrix.norms[left].to(rows), matrix.norms[right].to(rows))
 
@@ -253,14 +256,14 @@ class _Drawn:
 
 
 class _Sums:
-    """What is added up over tiles."""
+    """Sums over tiles."""
 
-    def __init__(self, tiles: Sequence[Tensor], k: int, permuted: Sequence[int], turns: Sequence[Tensor], units: int) -> None:
+    def __init__(self, tiles: Sequence[Tensor], k: int, permuted: Sequence[int], turns: Sequence[Tensor]) -> None:
         n, device = sum(map(len, tiles)), tiles[0].device
         self._permuted, self._turns = list(permuted), turns
         self._places = [slice(start, start + len(part)) for start, part in zip(range(0, n, len(tiles[0])), tiles, strict=True)]
-        # Images stand in random order: parts of the order are random parts of the images.
-        units = min(units, n)
+        # The images are in random order, so consecutive parts are random parts.
+        units = min(UNITS, n)
         self._units = [slice(u * n // units, (u + 1) * n // units) for u in range(units)]
         self._parts = [self._within(place) for place in self._places]
         self._pairs = torch.zeros(k, k, units, units, dtype=torch.float64, device=device)
@@ -268,7 +271,7 @@ class _Sums:
         self._turned = torch.zeros(len(self._permuted), k, len(turns[0]), dtype=torch.float64, device=device)
 
     def add(self, a: int, b: int, d: Tensor) -> None:
-        """The tile d [k, l, r] of every matrix, in row a and column b >= a of tiles."""
+        """Add the tile d [k, l, r] of every matrix, in row a and column b >= a of tiles."""
         left, right = self._parts[a], self._parts[b]
         for unit, part in right.items():
             self._rows[:, self._places[a], unit] += d[:, :, part].sum(2)
@@ -287,26 +290,27 @@ class _Sums:
             self._turned += self._turned_tile(a, b, d) * (1 if a == b else 2)
 
     def _within(self, place: slice) -> dict[int, slice]:
-        """The units that have images at ``place``, and where in it."""
+        """The units that have images at ``place``, and their positions in it."""
         cut = {u: slice(max(unit.start, place.start), min(unit.stop, place.stop)) for u, unit in enumerate(self._units)}
         return {u: slice(part.start - place.start, part.stop - place.start) for u, part in cut.items() if part.start < part.stop}
 
     def _add_pairs(self, i: int, j: int, left: list[int], right: list[int], sums: Tensor) -> None:
-        """The sums [l, r] of D_i D_j over pairs of images of these units."""
-        for one, other in {(i, j), (j, i)}:
-            self._pairs[one, other, left[0] : left[-1] + 1, right[0] : right[-1] + 1] += sums
+        """Add the sums [l, r] of D_i D_j over pairs of images of these units."""
+        for first, second in {(i, j), (j, i)}:
+            self._pairs[first, second, left[0] : left[-1] + 1, right[0] : right[-1] + 1] += sums
 
     def _turned_tile(self, a: int, b: int, d: Tensor) -> Tensor:
         """sum_ij D_ij E_(i+s)(j+t) [permuted, k, p] for each permutation's turns s and t of two tiles; 0 for a matrix with itself."""
         place = self._turns[a] * d.shape[2] + self._turns[b]
         spectra = torch.fft.rfft2(d)
-        found = torch.zeros(len(self._permuted), len(d), len(place), device=d.device, dtype=d.dtype)
+        sums = torch.zeros(len(self._permuted), len(d), len(place), device=d.device, dtype=d.dtype)
         for m, matrix in enumerate(self._permuted):
             for i in (other for other in range(len(d)) if other != matrix):
-                found[m, i] = torch.fft.irfft2(spectra[i].conj() * spectra[matrix], s=d.shape[1:]).flatten()[place]
-        return found
+                sums[m, i] = torch.fft.irfft2(spectra[i].conj() * spectra[matrix], s=d.shape[1:]).flatten()[place]
+        return sums
 
-    def found(self, biased: bool) -> Swept:
+    def combined(self, biased: bool) -> Swept:
+        """The inner products from the sums."""
         rows, n = self._rows.sum(2), self._rows.shape[1]
         pairs, totals = self._pairs.sum((2, 3)), rows.sum(1)
         products = geometry.combined(pairs, rows @ rows.T, totals[:, None] * totals, n, biased)
@@ -314,7 +318,7 @@ class _Sums:
         touched = self._pairs.sum(3) + self._pairs.sum(2) - self._pairs.diagonal(dim1=2, dim2=3)
         rest = rows[:, :, None] - self._rows
         for u, unit in enumerate(self._units):
-            rest[:, unit, u] = 0  # rows of the unit itself go too
+            rest[:, unit, u] = 0  # the rows of the unit itself are left out too
         rest_totals = rest.sum(1).T
         left_out = geometry.combined(
             (pairs[:, :, None] - touched).movedim(2, 0),
@@ -330,9 +334,9 @@ class _Sums:
         return Swept(products, left_out, permuted)
 
     def _turned_rows(self, rows: Tensor, matrix: int) -> Tensor:
-        """sum_i r_i s_pi(i) [p, k] of the row sums [k, n] with those of ``matrix``, permuted."""
-        found = rows.new_zeros(len(self._turns[0]), len(rows))
+        """sum_i r_i s_pi(i) [p, k] of the row sums [k, n] and the permuted row sums of ``matrix``."""
+        products = rows.new_zeros(len(self._turns[0]), len(rows))
         for place, turns in zip(self._places, self._turns, strict=True):
             spectra = torch.fft.rfft(rows[:, place])
-            found += torch.fft.irfft(spectra.conj() * spectra[matrix], n=place.stop - place.start)[:, turns].T
-        return found
+            products += torch.fft.irfft(spectra.conj() * spectra[matrix], n=place.stop - place.start)[:, turns].T
+        return products

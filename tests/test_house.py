@@ -94,7 +94,7 @@ def test_kernels_know_nothing_of_models_or_files() -> None:
     }
     for module, path in sources().items():
         if module.startswith("kdx.kernels"):
-            others = {name for name in imports(path) if name != "kdx.errors" and not name.startswith("kdx.kernels")}
+            others = {name for name in imports(path) if name not in ("kdx.choices", "kdx.errors") and not name.startswith("kdx.kernels")}
             if module in MACHINERY:  # files of the cache, and processes of compilers
                 others -= {"kdx.disk"}
                 others -= sys.stdlib_module_names | {name for name in others if name.split(".")[0] in sys.stdlib_module_names}

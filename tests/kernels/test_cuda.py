@@ -1,4 +1,4 @@
-"""Which calls go to CUDA, and how PyCUDA is called there: by a stand-in for its driver, since no test has a GPU."""
+"""Which calls go to CUDA, and how PyCUDA is called: tested with a stand-in for its driver, because tests have no GPU."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from kdx.kernels.cubins import Cubin
 
 
 class DriverError(Exception):
-    """pycuda.driver.Error, which is none of Python's own kinds."""
+    """Stands for pycuda.driver.Error, which is not one of Python's own exceptions."""
 
 
 class Driver(ModuleType):
-    """What `kdx.kernels.cuda` uses of pycuda.driver, noting every call. A context is the device's, and all else wants it current."""
+    """The part of pycuda.driver that `kdx.kernels.cuda` uses. It records calls, which need the device's context to be current."""
 
     def __init__(self) -> None:
         super().__init__("pycuda.driver")
@@ -72,7 +72,7 @@ class Driver(ModuleType):
 
 
 class Stream:
-    """A stream of PyTorch's, with what it was made to wait for."""
+    """A stream of PyTorch that records its waits."""
 
     waits: list[tuple[int, int]] = []  # noqa: RUF012
 
@@ -100,18 +100,18 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(atexit, "register", lambda function: None)
     monkeypatch.setattr(cuda, "_gpus", {})
     monkeypatch.setattr(Stream, "waits", [])
-    cuda._say_once.cache_clear()
+    cuda._log_once.cache_clear()
     yield driver
     assert not driver.current, "a context was left on the stack"
 
 
 def tensor(index: int = 0, requires_grad: bool = False) -> Tensor:
-    """As far as `runs` looks at it."""
+    """The attributes of a tensor that `runs` reads."""
     return cast(Tensor, SimpleNamespace(is_cuda=True, device=torch.device("cuda", index), requires_grad=requires_grad))
 
 
 def opened(index: int = 0) -> cuda.Gpu:
-    """A launcher that takes the CPU's tensors for its own."""
+    """A launcher that accepts CPU tensors."""
     gpu = cuda.launcher(torch.device("cuda", index))
     assert isinstance(gpu, cuda.Gpu)
     gpu.device = torch.device("cpu")
@@ -121,7 +121,7 @@ def opened(index: int = 0) -> cuda.Gpu:
 # ---- launching ----
 
 
-def test_arguments_go_over_as_addresses_and_numbers(driver: Driver) -> None:
+def test_arguments_are_passed_as_addresses_and_numbers(driver: Driver) -> None:
     x = torch.arange(12.0).reshape(3, 4)
     opened().launch("one", "kernel", (7, 2, 1), (128, 1, 1), [x, x[1:], None, np.int32(3), np.float32(0.5), np.int64(-1)], 512)
     ((device, kernel, arguments, shape),) = driver.launches()
@@ -130,7 +130,7 @@ def test_arguments_go_over_as_addresses_and_numbers(driver: Driver) -> None:
     assert list(arguments) == expected and [type(each) for each in arguments] == [type(each) for each in expected]
 
 
-def test_modules_are_loaded_once_a_device_for_its_own_architecture(driver: Driver) -> None:
+def test_modules_are_loaded_once_per_device_for_its_own_architecture(driver: Driver) -> None:
     first, second = opened(0), opened(1)
     for gpu in (first, second, first):
         gpu.launch("one", "a", (1, 1, 1), (1, 1, 1), [])
@@ -141,7 +141,7 @@ def test_modules_are_loaded_once_a_device_for_its_own_architecture(driver: Drive
         *((0, b"one (8, 6)", "a"), (0, b"one (8, 6)", "b"), (1, b"one (9, 0)", "a"), (1, b"one (9, 0)", "b")),
     ]
     assert (first.multiprocessors, second.multiprocessors) == (82, 132)
-    assert cuda.launcher(torch.device("cuda", 0)) is first and cuda.launcher(torch.device("cuda")) is second  # the current one
+    assert cuda.launcher(torch.device("cuda", 0)) is first and cuda.launcher(torch.device("cuda")) is second  # the current device
     assert [launch[:2] for launch in driver.launches()] == [(0, "a"), (0, "b"), (1, "a"), (1, "b"), (0, "a"), (0, "b")]
 
 
@@ -150,17 +150,17 @@ def test_the_default_stream_is_launched_on_itself(driver: Driver) -> None:
     assert "stream" not in driver.launches()[0][-1] and not Stream.waits
 
 
-def test_another_stream_waits_for_the_kernel_and_the_kernel_for_it(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_and_another_stream_wait_for_each_other(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = opened(1)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(42))
     for _ in range(2):
         gpu.launch("one", "a", (1, 1, 1), (1, 1, 1), [])
     assert [launch[-1]["stream"].handle for launch in driver.launches()] == [1001, 1001]
     assert Stream.waits == [(1001, 42), (42, 1001)] * 2
-    assert [call for call in driver.calls if call[0] == "stream"] == [("stream", 1, 1)]  # one, which does not wait for the default stream
+    assert [call for call in driver.calls if call[0] == "stream"] == [("stream", 1, 1)]  # it does not wait for the default stream
 
 
-def test_a_launch_that_fails_gives_the_context_back(driver: Driver) -> None:
+def test_a_failed_launch_releases_the_context(driver: Driver) -> None:
     gpu = opened()
     driver.fails = True
     with pytest.raises(RuntimeError, match="launch failed"):
@@ -168,7 +168,7 @@ def test_a_launch_that_fails_gives_the_context_back(driver: Driver) -> None:
     assert not driver.current
 
 
-def test_what_a_kernel_cannot_take_is_a_programmers_mistake(driver: Driver) -> None:
+def test_wrong_arguments_are_programming_errors(driver: Driver) -> None:
     gpu = opened()
     with pytest.raises(ValueError, match="argument 1 is on meta, and the kernel runs on cpu"):
         gpu.launch("one", "a", (1, 1, 1), (1, 1, 1), [np.int32(1), torch.empty(1, device="meta")])
@@ -178,7 +178,7 @@ def test_what_a_kernel_cannot_take_is_a_programmers_mistake(driver: Driver) -> N
     assert not driver.launches()
 
 
-def test_a_closed_launcher_lets_go_of_everything(driver: Driver) -> None:
+def test_a_closed_launcher_releases_everything(driver: Driver) -> None:
     gpu = opened()
     gpu.launch("one", "a", (1, 1, 1), (1, 1, 1), [])
     gpu.close()
@@ -188,7 +188,7 @@ def test_a_closed_launcher_lets_go_of_everything(driver: Driver) -> None:
 # ---- choosing ----
 
 
-def test_a_cuda_tensor_runs_and_any_other_stays(driver: Driver) -> None:
+def test_cuda_tensors_run_and_others_stay(driver: Driver) -> None:
     assert cuda.runs(tensor()) and cuda.runs(tensor(), "cuda") and not cuda.runs(tensor(), "torch")
     cpu = torch.zeros(1)
     assert not cuda.runs(cpu) and not cuda.runs(cpu, "torch")
@@ -213,7 +213,7 @@ def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(source: str, capability: tuple[int, int]) -> Cubin:
-        raise KdxError("Nothing here compiles the CUDA kernels: neither nvcc nor NVRTC is there.", "Install one.")
+        raise KdxError("The CUDA kernels cannot be compiled: neither nvcc nor NVRTC is installed.", "Install one.")
 
     monkeypatch.setattr(cubins, "load", load)
 
@@ -231,9 +231,9 @@ def older_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lacking", "said"),
+    ("lacking", "message"),
     [
-        (no_device, "The driver of cuda:0 does not take the CUDA kernels: cuInit failed: no CUDA-capable device is detected"),
+        (no_device, "The driver of cuda:0 does not load the CUDA kernels: cuInit failed: no CUDA-capable device is detected"),
         (older_driver, "cuModuleLoadDataEx failed: device kernel image is invalid -\\."),
         (no_pycuda, r"The CUDA backend needs the package pycuda(.|\n)*pip install 'kdx\[gpu\]'"),
         (no_driver, "PyCUDA does not load: libcuda.so.1: cannot open shared object file"),
@@ -241,9 +241,9 @@ def older_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         (too_old, r"GPU 0 has compute capability 7\.0, and the CUDA kernels need 7\.5"),
     ],
 )
-def test_what_is_lacking_is_raised_or_said_once(
+def test_an_obstacle_is_raised_or_logged_once(
     lacking: Callable[[pytest.MonkeyPatch], None],
-    said: str,
+    message: str,
     driver: Driver,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -254,19 +254,19 @@ def test_what_is_lacking_is_raised_or_said_once(
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("PyTorch in place of the CUDA kernels on cuda:0: ")
     for _ in range(2):
-        with pytest.raises(KdxError, match=said) as raised:
+        with pytest.raises(KdxError, match=message) as raised:
             cuda.runs(tensor(), "cuda")
         assert raised.value.problem in line and raised.value.hint
-        with pytest.raises(KdxError, match=said):
+        with pytest.raises(KdxError, match=message):
             cuda.launcher(tensor().device)
 
 
-def test_what_a_device_lacks_is_found_out_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_obstacle_of_a_device_is_determined_once(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def load(source: str, capability: tuple[int, int]) -> Cubin:
         calls.append(source)
-        raise KdxError("It does not compile.", "Mend it.")
+        raise KdxError("It does not compile.", "Fix it.")
 
     monkeypatch.setattr(cubins, "load", load)
     assert not cuda.runs(tensor())
@@ -291,7 +291,7 @@ def test_a_traced_graph_stays_in_pytorch(driver: Driver, monkeypatch: pytest.Mon
 
 
 def test_choosing_can_itself_be_traced() -> None:
-    """A function that asks for CUDA is exported as its PyTorch path, whole."""
+    """A function that checks for CUDA is exported as its PyTorch path."""
 
     class Doubled(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdx.kernels import geometry, reference
+from kdx.kernels import distances, geometry, reference
 from tests import oracle
 
 
@@ -42,19 +42,19 @@ def test_closed_form_is_autograd_through_the_features(objective: str, weighting:
     rows = (geometry.gap(x), geometry.gap(y)) if pooled else (x, y)
     lap = laplacian(*rows, target, objective)
     gap = geometry.gradient(lap.lap, geometry.gap(x)) / (x.shape[2] * x.shape[3] if pooled else 1)
-    found = (
+    actual = (
         geometry.elementwise_cam(x, geometry.gradient(lap.lap, x.flatten(1)))
         if weighting == "elementwise" and not pooled
         else geometry.cam(x, gap)
     )
     tolerance = oracle.TOLERANCE["float64"]
     assert oracle.error(lap.score, score) < tolerance
-    if n == 4 and objective == "relevance":  # one dimension is left beside B, so L cannot change
-        assert gap.abs().max() == 0 and found.abs().max() == 0
+    if n == 4 and objective == "relevance":  # one dimension remains besides B, so L cannot change
+        assert gap.abs().max() == 0 and actual.abs().max() == 0
         assert weights.abs().max() < 1e-14 * abs(float(score))
         return
     assert oracle.error(gap, weights) < tolerance
-    assert oracle.error(found, maps) < tolerance
+    assert oracle.error(actual, maps) < tolerance
 
 
 def test_any_objective_by_autograd_on_the_residual() -> None:
@@ -67,17 +67,17 @@ def test_any_objective_by_autograd_on_the_residual() -> None:
 
 
 def test_distances_of_near_duplicates_far_from_the_origin() -> None:
-    """A Gram product alone loses these: their distance is 1e-6 of their norm."""
+    """A Gram product alone loses them: their distance is 1e-6 of their norm."""
     generator = torch.Generator().manual_seed(0)
     x = 1e3 + torch.randn(9, 33, generator=generator, dtype=torch.float64)
     x[4] = x[2] + 1e-3 * torch.randn(33, generator=generator, dtype=torch.float64)
     x[7] = x[2]
     single = x.float()
     expected = reference.distances(single.double())
-    found = geometry.distances(single)
-    assert found[7, 2] == 0
-    assert oracle.error(found, expected) < 1e-6
-    assert float((found[4, 2] - expected[4, 2]).abs() / expected[4, 2]) < 1e-5
+    actual = geometry.distances(single)
+    assert actual[7, 2] == 0
+    assert oracle.error(actual, expected) < 1e-6
+    assert float((actual[4, 2] - expected[4, 2]).abs() / expected[4, 2]) < 1e-5
 
 
 def test_cross_distances_are_blocks_of_distances() -> None:
@@ -91,9 +91,9 @@ def test_cross_distances_are_blocks_of_distances() -> None:
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_leaving_out_is_computing_without(biased: bool) -> None:
+def test_leave_one_out_is_computing_without_the_image(biased: bool) -> None:
     d = torch.stack([geometry.distances(f.flatten(1)) for f in oracle.features(n=11)[:2]])
-    found = geometry.leave_one_out(d, biased=biased)
+    products = geometry.leave_one_out(d, biased=biased)
     for m in range(11):
         kept = [i for i in range(11) if i != m]
         inside = [matrix[kept][:, kept] for matrix in d]
@@ -103,7 +103,7 @@ def test_leaving_out_is_computing_without(biased: bool) -> None:
         else:
             a, b = (reference.u_centered(matrix) for matrix in inside)
             expected = torch.stack([reference.inner(p, q) for p in (a, b) for q in (a, b)]).view(2, 2)
-        assert oracle.error(found[m], expected) < 1e-10
+        assert oracle.error(products[m], expected) < 1e-10
 
 
 def test_permuted_products_are_products_of_permuted_matrices() -> None:
@@ -128,7 +128,6 @@ def test_correlations_are_the_definitions(case: str) -> None:
         x, t, y = (defined(matrix) for matrix in d)
         assert oracle.error(geometry.correlation(a, b), reference.correlation(x, y)) < 1e-9
         assert oracle.error(geometry.semipartial(a, g, b), reference.semipartial(x, t, y)) < 1e-9
-        assert oracle.error(geometry.partial(a, g, b), reference.partial(x, t, y)) < 1e-9
 
 
 def test_stacks_are_their_members() -> None:
@@ -138,9 +137,9 @@ def test_stacks_are_their_members() -> None:
     a = geometry.u_centered(d)
     both = geometry.laplacian(d, a, a.flip(0), target)
     for index in range(2):
-        one = geometry.laplacian(d[index], a[index], a[1 - index], target)
-        assert oracle.error(both.lap[index], one.lap) < 1e-14
-        assert oracle.error(both.score[index], one.score) < 1e-12
+        alone = geometry.laplacian(d[index], a[index], a[1 - index], target)
+        assert oracle.error(both.lap[index], alone.lap) < 1e-14
+        assert oracle.error(both.score[index], alone.score) < 1e-12
 
 
 def test_float32_survives_features_of_any_scale() -> None:
@@ -159,7 +158,7 @@ def test_float32_survives_features_of_any_scale() -> None:
 
 
 class _Explained(torch.nn.Module):
-    """The closed form as a graph, in float32 throughout, as runtimes without float64 need it."""
+    """The closed form as a graph in float32 only, as runtimes without float64 need it."""
 
     def forward(self, x: Tensor, y: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         d, e, h = (geometry.distances(rows.flatten(1), torch.float32) for rows in (x, y, target))
@@ -182,12 +181,12 @@ def test_traceable_with_a_dynamic_batch() -> None:
 
     program = torch.export.export(_Explained(), inputs(7), dynamic_shapes=({0: batch},) * 3)
     for n in (4, 13):
-        for found, expected in zip(program.module()(*inputs(n)), _Explained()(*inputs(n)), strict=True):
-            assert oracle.error(found, expected) < 1e-5
+        for actual, expected in zip(program.module()(*inputs(n)), _Explained()(*inputs(n)), strict=True):
+            assert oracle.error(actual, expected) < 1e-5
 
 
 def test_nothing_of_size_n_by_n_by_d() -> None:
-    """The largest tensor that any step makes holds no more than features do, or n x n."""
+    """No step makes a tensor with more elements than the features or an n x n matrix."""
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
@@ -208,12 +207,12 @@ def test_nothing_of_size_n_by_n_by_d() -> None:
     assert seen.elements <= max(x.numel(), 31 * 31)
 
 
-def test_scaled_maps_span_zero_to_one_and_constant_ones_vanish() -> None:
+def test_scaled_maps_span_zero_to_one_and_constant_maps_become_zero() -> None:
     maps = torch.rand(5, 3, 7, generator=torch.Generator().manual_seed(0)) + 2
     maps[2] = 4.0
-    found = geometry.scaled(maps)
-    assert found[2].abs().max() == 0
-    assert all(found[i].min() == 0 and found[i].max() == 1 for i in (0, 1, 3, 4))
+    scaled = geometry.scaled(maps)
+    assert scaled[2].abs().max() == 0
+    assert all(scaled[i].min() == 0 and scaled[i].max() == 1 for i in (0, 1, 3, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -221,18 +220,20 @@ def test_scaled_maps_span_zero_to_one_and_constant_ones_vanish() -> None:
 def test_distances_of_wide_features_are_those_of_all_columns_at_once(
     dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Several steps, the last one shorter, and columns of zeros behind where they do not come out even; a stack, and rows not in order."""
+    """Several steps with a shorter last one, padding with columns of zeros, a stack, and strided rows."""
     generator = torch.Generator().manual_seed(3)
     x = (5 + torch.randn(2, columns, 6, generator=generator)).to(dtype).mT
-    monkeypatch.setattr(geometry, "_COPIED", 2 * 2 * 6 * 4096 * geometry.wide(x).itemsize // torch.get_num_threads())
-    found = geometry.distances(x)
-    for each, rows in zip(found, x, strict=True):
-        assert oracle.error(each, reference.distances(rows.double())) < (1e-12 if dtype == torch.float64 else 1e-6)
-        assert torch.equal(each, each.T) and not each.diagonal().any()
+    monkeypatch.setattr(distances, "_COPIED", 2 * 2 * 6 * 4096 * geometry.wide(x).itemsize // torch.get_num_threads())
+    actual = geometry.distances(x)
+    for matrix, rows in zip(actual, x, strict=True):
+        assert oracle.error(matrix, reference.distances(rows.double())) < (1e-12 if dtype == torch.float64 else 1e-6)
+        assert torch.equal(matrix, matrix.T) and not matrix.diagonal().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
-def test_a_spatial_mean_is_of_all_places_whatever_a_step_holds(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spatial_mean_covers_all_places_at_any_step_size(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     features = torch.randn(7, 5, 4, 3, generator=torch.Generator().manual_seed(4)).to(dtype).transpose(2, 3)
-    monkeypatch.setattr(geometry, "_COPIED", 3 * 5 * 12 * 8 // torch.get_num_threads())  # three images, and one at the end
+    monkeypatch.setattr(
+        distances, "_COPIED", 3 * 5 * 12 * 8 // torch.get_num_threads()
+    )  # steps of three images, and one image in the last step
     assert oracle.error(geometry.gap(features), features.double().mean((2, 3))) < 1e-15

@@ -20,7 +20,7 @@ def centred(x: object, how: str = "u") -> torch.Tensor:
 
 @pytest.mark.parametrize("case", oracle.CASES)
 @pytest.mark.parametrize(("name", "objective"), [("relevance", "relevance"), ("unique", "uniqueness")])
-def test_unicam_is_the_published_one(case: str, name: str, objective: str) -> None:
+def test_unicam_agrees_with_the_published_code(case: str, name: str, objective: str) -> None:
     known = oracle.load(case)
     x, y, target = (torch.from_numpy(known[key]) for key in ("x", "y", "target"))
     score, weights, maps = reference.unicam(x, y, target, objective)
@@ -30,7 +30,7 @@ def test_unicam_is_the_published_one(case: str, name: str, objective: str) -> No
 
 
 @pytest.mark.parametrize("case", oracle.CASES)
-def test_scores_are_the_published_ones_and_dcors(case: str) -> None:
+def test_scores_agree_with_the_published_code_and_dcor(case: str) -> None:
     known = oracle.load(case)
     a, b, g = (centred(known[key]) for key in ("x", "y", "target"))
     for result, key in (
@@ -46,8 +46,8 @@ def test_scores_are_the_published_ones_and_dcors(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", oracle.CASES)
-def test_the_published_biased_score_is_ours_but_for_its_epsilons(case: str) -> None:
-    """It scales rows to unit length and adds 1e-12 under the root of distances and 1e-9 under that of the denominator."""
+def test_the_published_biased_score_is_ours_except_for_its_epsilons(case: str) -> None:
+    """The published code scales rows to unit length, and adds 1e-12 under the root of distances and 1e-9 under that of the denominator."""
     known = oracle.load(case)
 
     def double_centred(key: str) -> torch.Tensor:
@@ -61,7 +61,7 @@ def test_the_published_biased_score_is_ours_but_for_its_epsilons(case: str) -> N
     assert oracle.error(reference.correlation(a, b), known["dcor_biased_normalized_xy"]) < 1e-5
 
 
-def test_against_dcor_on_random_data() -> None:
+def test_scores_of_random_data_agree_with_dcor() -> None:
     rng = np.random.default_rng(3)
     for n, d, e in ((7, 1, 3), (23, 5, 2), (41, 19, 111)):
         x, y, z = rng.normal(size=(n, d)), rng.normal(size=(n, e)), rng.exponential(size=(n, 4))

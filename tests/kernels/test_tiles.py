@@ -1,7 +1,8 @@
-"""Inner products over many images in tiles, against matrices that are held whole."""
+"""Inner products over many images in tiles, against whole matrices."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,11 +24,10 @@ CLASSES = 5
 
 @dataclass
 class Stored:
-    """Rows in memory that remember what was read of them."""
+    """Rows in memory that record what was read."""
 
     tensor: Tensor
     run: int = 1
-    most: int = 0
     reads: list[Tensor] = field(default_factory=list)
 
     @property
@@ -48,7 +48,7 @@ class Stored:
 
 
 def rows(n: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """Two related sets of rows, one image far from the others and two the same, and labels."""
+    """Two related sets of rows and labels; one image is far from the others, and two images are equal."""
     x, y, labels = oracle.features(n=n, classes=CLASSES)
     x, y = x.flatten(1), y.flatten(1)
     x[0] *= 10
@@ -62,7 +62,7 @@ def matrices(n: int, dtype: torch.dtype = torch.float64) -> list[tiles.Matrix]:
 
 
 def whole(n: int, dtype: torch.dtype = torch.float64, biased: bool = False, part: Tensor | None = None) -> Tensor:
-    """The centred matrices [3, n, n] of the same, or of a part of the images."""
+    """The centred matrices [3, n, n] of all images, or of a part of them."""
     x, y, labels = rows(n, dtype)
     d = torch.stack([geometry.distances(each) for each in (x, y, torch.nn.functional.one_hot(labels).double())])
     if part is not None:
@@ -75,47 +75,59 @@ def inner(a: Tensor, biased: bool) -> Tensor:
     return geometry.products(a) * (n - 3) / n if biased else geometry.products(a)
 
 
-def ordered(n: int, tile: int, permutations: int, seed: int, run: int = 1) -> tuple[Tensor, Tensor]:
-    """The images in the sweep's order, and its permutations [p, n], by its own draws."""
+def ordered(n: int, side: int, permutations: int, seed: int, run: int = 1) -> tuple[Tensor, Tensor]:
+    """The images in the order of `tiles.sweep`, and its permutations [p, n], from the same random numbers."""
     generator = torch.Generator().manual_seed(seed)
-    dealt = tiles._dealt(n, tile, run, generator)
-    turns = [torch.randint(len(part), (permutations,), generator=generator) for part in dealt]
+    parts = tiles._shuffled_tiles(n, side, run, generator)
+    turns = [torch.randint(len(part), (permutations,), generator=generator) for part in parts]
     permuted = torch.empty(permutations, n, dtype=torch.int64)
     for p in range(permutations):
-        for part, turn in zip(dealt, turns, strict=True):
+        for part, turn in zip(parts, turns, strict=True):
             permuted[p, part] = part.roll(-int(turn[p]))
-    return torch.cat(dealt), permuted
+    return torch.cat(parts), permuted
+
+
+@pytest.fixture
+def set_side(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets the number of images per side of a tile."""
+    return lambda side: monkeypatch.setattr(tiles, "_side", lambda n, rows: side)
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("n", "tile"), [(50, 16), (33, 33), (101, 64), (19, 6), (4, 4)])
-def test_products_are_those_of_whole_matrices(n: int, tile: int, biased: bool) -> None:
-    found = tiles.sweep(matrices(n), tile=tile, biased=biased)
-    assert oracle.error(found.products, inner(whole(n, biased=biased), biased)) < 1e-12
+@pytest.mark.parametrize(("n", "side"), [(50, 16), (33, 33), (101, 64), (19, 6), (4, 4)])
+def test_products_are_those_of_whole_matrices(n: int, side: int, biased: bool, set_side: Callable[[int], None]) -> None:
+    set_side(side)
+    swept = tiles.sweep(matrices(n), biased=biased)
+    assert oracle.error(swept.products, inner(whole(n, biased=biased), biased)) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_products_of_narrow_rows(dtype: torch.dtype) -> None:
-    """Against matrices of the very same rounded rows: what the tiles add is float32's rounding alone."""
-    found = tiles.sweep(matrices(101, dtype), tile=32)
-    assert oracle.error(found.products, inner(whole(101, dtype), False)) < 1e-6
+def test_products_of_narrow_rows(dtype: torch.dtype, set_side: Callable[[int], None]) -> None:
+    """Against matrices of the same rounded rows: the tiles add only the rounding of float32."""
+    set_side(32)
+    swept = tiles.sweep(matrices(101, dtype))
+    assert oracle.error(swept.products, inner(whole(101, dtype), False)) < 1e-6
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_units_left_out(biased: bool) -> None:
+def test_units_left_out(biased: bool, set_side: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     n, units = 53, 7
-    found = tiles.sweep(matrices(n), tile=16, units=units, biased=biased, seed=3)
+    set_side(16)
+    monkeypatch.setattr(tiles, "UNITS", units)
+    swept = tiles.sweep(matrices(n), biased=biased, seed=3)
+    assert len(swept.left_out) == units
     order, _ = ordered(n, 16, 0, 3)
     for unit in range(units):
         rest = torch.cat([order[: unit * n // units], order[(unit + 1) * n // units :]])
-        assert oracle.error(found.left_out[unit], inner(whole(n, biased=biased, part=rest), biased)) < 1e-12
+        assert oracle.error(swept.left_out[unit], inner(whole(n, biased=biased, part=rest), biased)) < 1e-12
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_turned_tiles_are_permuted_images(biased: bool) -> None:
-    n, tile, count = 53, 16, 6
-    found = tiles.sweep(matrices(n), permuted=[1, 2], permutations=count, tile=tile, biased=biased, seed=5)
-    _, permutations = ordered(n, tile, count, 5)
+def test_turned_tiles_are_permuted_images(biased: bool, set_side: Callable[[int], None]) -> None:
+    n, side, count = 53, 16, 6
+    set_side(side)
+    swept = tiles.sweep(matrices(n), permuted=[1, 2], permutations=count, biased=biased, seed=5)
+    _, permutations = ordered(n, side, count, 5)
     assert len({tuple(p.tolist()) for p in permutations}) == count
     a = whole(n, biased=biased)
     for permuted in (1, 2):
@@ -124,35 +136,35 @@ def test_turned_tiles_are_permuted_images(biased: bool) -> None:
             turned[permuted] = a[permuted][permutations[p]][:, permutations[p]]
             expected = inner(turned, biased)[permuted]
             others = [i for i in range(3) if i != permuted]
-            assert oracle.error(found.permuted[permuted][p, others], expected[others]) < 1e-11
+            assert oracle.error(swept.permuted[permuted][p, others], expected[others]) < 1e-11
 
 
-def test_rows_stand_in_random_order_and_runs_in_one_tile() -> None:
-    dealt = tiles._dealt(1003, 320, 20, torch.Generator().manual_seed(0))
-    assert sorted(torch.cat(dealt).tolist()) == list(range(1003))
-    assert [len(part) for part in dealt] == [320, 320, 320, 43]
-    assert len(dealt[0].div(20, rounding_mode="floor").unique()) <= 17  # sixteen runs, and the short one
-    for part in dealt[:3]:
+def test_rows_are_in_random_order_and_runs_in_one_tile() -> None:
+    parts = tiles._shuffled_tiles(1003, 320, 20, torch.Generator().manual_seed(0))
+    assert sorted(torch.cat(parts).tolist()) == list(range(1003))
+    assert [len(part) for part in parts] == [320, 320, 320, 43]
+    assert len(parts[0].div(20, rounding_mode="floor").unique()) <= 17  # sixteen runs and the short run
+    for part in parts[:3]:
         assert not torch.equal(part, part.sort().values)
-    few = tiles._dealt(1000, 320, 1000, torch.Generator().manual_seed(0))[0]
-    assert len(few.div(20, rounding_mode="floor").unique()) == 16  # of one long run, sixteen pieces all the same
+    pieces = tiles._shuffled_tiles(1000, 320, 1000, torch.Generator().manual_seed(0))[0]
+    assert len(pieces.div(20, rounding_mode="floor").unique()) == 16  # one long run is divided into sixteen pieces
 
 
 def test_the_order_on_disk_does_not_matter(tmp_path: Path) -> None:
-    """Related features stored class by class in chunks of one class, as a folder of folders gives them: found out all the same."""
+    """Related features are recognised even if they are stored class by class, in chunks of one class, as folders of classes give them."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(1024) // 256
     x = torch.nn.functional.one_hot(labels, 8) + torch.randn(1024, 8, generator=generator)
     stored = zarr.create_array(tmp_path / "x", shape=(1024, 8), chunks=(256, 8), dtype="f4")
     stored[:] = x.numpy()
     assert kdx.rs(stored, labels).p_value == 0.001
-    there, here = kdx.rs(stored, labels).interval, kdx.rs(x, labels).interval
-    assert there[1] - there[0] == pytest.approx(here[1] - here[0], rel=0.7)
+    on_disk, in_memory = kdx.rs(stored, labels).interval, kdx.rs(x, labels).interval
+    assert on_disk[1] - on_disk[0] == pytest.approx(in_memory[1] - in_memory[0], rel=0.7)
 
 
 @pytest.mark.parametrize("n", [256, 257, 1100])
 def test_permutations_that_change_nothing_tie(n: int) -> None:
-    """Three images of one class, and features that tell only even images from odd: many permutations give the very same geometry."""
+    """One class has three images, and features only separate even from odd images: many permutations give exactly the same geometry."""
     x = torch.zeros(n, 3)
     x[::2] = torch.tensor([0.3, -1.7, 0.9])
     labels = torch.zeros(n, dtype=torch.int64)
@@ -170,23 +182,24 @@ def test_one_image_far_from_all_others_does_not_drown_them(far: float) -> None:
     assert kdx.fss(x.float(), y.float(), permutations=0).value == pytest.approx(kdx.fss(x, y, permutations=0).value, abs=1e-4)
 
 
-def test_equal_features_are_known_to_be_equal() -> None:
+def test_equal_features_score_one() -> None:
     x = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
-    found = kdx.fss(x, 3 * x, permutations=0)
-    assert found.value == pytest.approx(1, abs=1e-9) and found.interval == pytest.approx((1, 1), abs=1e-6)
+    score = kdx.fss(x, 3 * x, permutations=0)
+    assert score.value == pytest.approx(1, abs=1e-9) and score.interval == pytest.approx((1, 1), abs=1e-6)
 
 
-def test_only_tiles_of_rows_are_read_at_a_time() -> None:
+def test_only_tiles_of_rows_are_read_at_a_time(set_side: Callable[[int], None]) -> None:
     x, y, _ = rows(200)
     a, b = Stored(x), Stored(y)
     measured = [FeatureDistances.of(a), FeatureDistances.of(b)]
     a.reads.clear()
-    tiles.sweep(measured, tile=32)
+    set_side(32)
+    tiles.sweep(measured)
     assert max(map(len, a.reads)) == 32
-    assert len(a.reads) == 7 * 8 // 2  # a tile's rows once, its columns once for each tile above the diagonal
+    assert len(a.reads) == 7 * 8 // 2  # each tile's rows once, and its columns once per tile above the diagonal
 
 
-def test_a_tile_shrinks_where_rows_are_long() -> None:
+def test_a_tile_shrinks_if_rows_are_long() -> None:
     wide = Stored(torch.zeros(4096, 1))
     assert tiles._side(4096, [wide]) == tiles.TILE
     long = Stored(torch.zeros(1, 1).expand(4096, 400_000))
@@ -195,7 +208,8 @@ def test_a_tile_shrinks_where_rows_are_long() -> None:
     assert tiles._side(600, [wide]) == 128  # four tiles at least, to turn
 
 
-def test_classes_are_their_one_hot_rows() -> None:
+def test_classes_are_their_one_hot_rows(set_side: Callable[[int], None]) -> None:
+    set_side(16)
     _, _, labels = rows(40)
     embedding = torch.randn(CLASSES, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for rows_, classes in (
@@ -207,18 +221,18 @@ def test_classes_are_their_one_hot_rows() -> None:
         assert oracle.error(classes.batches(index, TorchBackend()), torch.stack([d[i][:, i] for i in index])) < 1e-12
         assert oracle.error(classes.means(), d.mean(1)) < 1e-12
         assert float(classes.scale) == pytest.approx(float(d.square().mean()), rel=1e-12)
-        by_rows = tiles.sweep([matrices(40)[0], FeatureDistances.of(Stored(rows_))], tile=16).products
-        assert oracle.error(tiles.sweep([matrices(40)[0], classes], tile=16).products, by_rows) < 1e-12
+        by_rows = tiles.sweep([matrices(40)[0], FeatureDistances.of(Stored(rows_))]).products
+        assert oracle.error(tiles.sweep([matrices(40)[0], classes]).products, by_rows) < 1e-12
 
 
 def test_measured_rows() -> None:
     x, _, _ = rows(50)
     x[7, 3], x[11] = torch.nan, torch.inf
-    found = FeatureDistances.of(Stored(x))
-    assert torch.nonzero(~found.norms.isfinite()).flatten().tolist() == [7, 11]
-    fine = FeatureDistances.of(Stored(x[20:]))
-    assert oracle.error(fine.norms, (x[20:] - fine.centre).square().sum(1)) < 1e-12
-    assert float(fine.scale) >= float(geometry.distances(x[20:]).square().mean())
+    distances = FeatureDistances.of(Stored(x))
+    assert torch.nonzero(~distances.norms.isfinite()).flatten().tolist() == [7, 11]
+    finite = FeatureDistances.of(Stored(x[20:]))
+    assert oracle.error(finite.norms, (x[20:] - finite.centre).square().sum(1)) < 1e-12
+    assert float(finite.scale) >= float(geometry.distances(x[20:]).square().mean())
 
 
 def test_batches_turned_together_are_permuted_batches() -> None:
@@ -254,18 +268,12 @@ def test_matrices_of_different_images_are_refused() -> None:
         tiles.sweep([matrices(20)[0], matrices(21)[1]])
 
 
-def test_progress_is_told() -> None:
-    told: list[tuple[int, int]] = []
-    tiles.sweep(matrices(50), tile=16, step=lambda done, total: told.append((done, total)))
-    assert told == [(done, 10) for done in range(1, 11)]
-
-
-def test_a_thousand_images_are_dcors() -> None:
+def test_a_thousand_images_agree_with_dcor() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1000, 64))
     y = x @ rng.normal(size=(64, 64)) / 16 + rng.normal(size=(1000, 64))
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
         measured = [FeatureDistances.of(Stored(torch.from_numpy(each).to(dtype))) for each in (x, y)]
         for biased, expected in ((False, dcor.u_distance_correlation_sqr(x, y)), (True, dcor.distance_correlation_sqr(x, y))):
-            found = tiles.sweep(measured, biased=biased).products
-            assert float(found[0, 1] / (found[0, 0] * found[1, 1]).sqrt()) == pytest.approx(expected, abs=tolerance)
+            products = tiles.sweep(measured, biased=biased).products
+            assert float(products[0, 1] / (products[0, 0] * products[1, 1]).sqrt()) == pytest.approx(expected, abs=tolerance)

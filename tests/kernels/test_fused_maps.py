@@ -1,0 +1,72 @@
+"""The kernels of maps, run on the CPU, against the definition and the PyTorch geometry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kdx.kernels import fused, geometry
+from tests import oracle
+from tests.host import HostLauncher, Order, running
+from tests.kernels.inputs import SINGLE
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 1, 1), torch.float32),
+        ((2049, 1, 1), torch.float32),
+        ((64, 7, 7), torch.float32),
+        ((64, 7, 7), torch.bfloat16),
+        ((2049, 3, 5), torch.float16),
+        ((2048, 3, 5), torch.float16),
+        ((3, 17, 17), torch.float32),
+        ((4, 56, 56), torch.float32),
+        ((3, 56, 56), torch.float16),
+    ],
+)
+def test_maps_are_those_of_the_geometry(shape: tuple[int, int, int], dtype: torch.dtype, order: Order) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, *shape, generator=generator).to(dtype)
+    weights = torch.randn(2, shape[0], generator=generator, dtype=torch.float64)
+    with running(HostLauncher(order)):
+        maps = fused.cam(features, weights)
+    expected = (weights[:, :, None, None] * features.double()).sum(1).relu()
+    assert oracle.error(maps, expected) < SINGLE
+    assert oracle.error(maps, geometry.cam(features, weights)) < 10 * SINGLE
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 40])
+def test_maps_by_few_blocks_and_by_many(multiprocessors: int) -> None:
+    features = torch.randn(1, 320, 7, 7, generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(1, 320, generator=torch.Generator().manual_seed(1))
+    launcher = HostLauncher(multiprocessors=multiprocessors)
+    with running(launcher):
+        maps = fused.cam(features, weights)
+    assert oracle.error(maps, geometry.cam(features.double(), weights)) < SINGLE
+
+
+def test_maps_of_strided_and_misaligned_features() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, weights = torch.randn(3, 12, 5, 7, generator=generator), torch.randn(3, 24, generator=generator)[:, ::2]
+    shifted = torch.empty(features.numel() + 1)[1:].view(features.shape).copy_(features)
+    assert shifted.data_ptr() % 16
+    expected = geometry.cam(features.double(), weights)
+    with running():
+        for variant in (features, features.contiguous(memory_format=torch.channels_last), shifted):
+            assert oracle.error(fused.cam(variant, weights), expected) < SINGLE
+
+
+def test_a_constant_map_is_constant() -> None:
+    features = torch.randn(3, 5, 7, 7, generator=torch.Generator().manual_seed(0))
+    features[1] = 2.0
+    with running():
+        assert (fused.cam(features, torch.ones(3, 5))[1] == 10).all()
+
+
+def test_nan_stays_in_a_map() -> None:
+    features = torch.ones(1, 3, 2, 2)
+    features[0, 1, 0, 1] = torch.nan
+    with running():
+        map_ = fused.cam(features, torch.ones(1, 3))[0]
+    assert map_[0, 1].isnan() and map_[[0, 1, 1], [0, 0, 1]].isfinite().all()
