@@ -318,7 +318,7 @@ def _tell_unreadable(run: _Run) -> bool:
     if unreadable:
         name, reason = next(iter(unreadable.items()))
         count = "1 image is" if len(unreadable) == 1 else f"{len(unreadable)} images are"
-        progress.console.print(f"{count} left out because unreadable, first {name}: {reason}", markup=False, soft_wrap=True)
+        progress.console().print(f"{count} left out because unreadable, first {name}: {reason}", markup=False, soft_wrap=True)
     return bool(unreadable)
 
 
