@@ -1,4 +1,4 @@
-"""The names that options take. They are here, away from PyTorch, so that the command line can list them at once."""
+"""The values that options accept. This module does not import PyTorch, so that the command line can list them quickly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ RuntimeName = Literal["auto", "eager", "onnx", "openvino", "tensorrt"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 
 Precision = Literal["float32", "bfloat16"]
-"""The number format in which a runtime computes a network. Inputs and outputs are float32 either way."""
+"""The number format in which a runtime computes a network. Inputs and outputs are always float32."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 FilePrecision = Literal["fp32", "fp16", "bf16"]
@@ -18,10 +18,10 @@ FileKind = Literal["features", "gradients", "explainer"]
 FileFormat = Literal["onnx", "tensorrt"]
 
 ObjectiveName = Literal["relevance", "uniqueness"]
-"""What a UniCAM map raises: the relevance to the target, or what only the explained network has."""
+"""The score whose gradient weights a UniCAM map: relevance to the target, or uniqueness, which is what only the explained network has."""
 
 Weighting = Literal["gap", "elementwise"]
-"""How a map weights features: one weight per channel, or one per position (HiRes)."""
+"""How a map weights features: ``gap`` has one weight per channel, ``elementwise`` one per position (HiRes)."""
 
 Features = Literal["raw", "salient"]
-"""What scores are measured on: each network's features of the images, or of its own salient images."""
+"""The features that scores compare: each network's features of the images, or of its own salient images."""

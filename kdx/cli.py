@@ -1,10 +1,10 @@
-"""The command line: one thin function a command."""
+"""The command line: one thin function per command. Everything heavy is imported inside the functions, so that help and errors are quick."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
@@ -13,15 +13,23 @@ from kdx.choices import Features, FileFormat, FileKind, FilePrecision, Objective
 from kdx.errors import KdxError
 from kdx.progress import console
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kdx.commands.export import Exported
+
+_RESUMABLE = ("demo", "distill", "explain")
+"""The commands that continue a stopped run when they are called again."""
+
 
 class _Commands(typer.core.TyperGroup):
-    """Meets Ctrl-C before typer does, which would exit without a word."""
+    """Handles Ctrl-C before typer does, which would exit without a message."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            _complain("Stopped. The same command takes up where this one was.")
+            _print_error("Stopped. Run the same command again to resume." if ctx.invoked_subcommand in _RESUMABLE else "Stopped.")
             sys.exit(130)
 
 
@@ -35,24 +43,26 @@ app = typer.Typer(
 )
 
 
+DataArgument = Annotated[str, typer.Argument(help="A folder with one folder per class, cifar10:FOLDER, or digits.")]
 LayerOption = Annotated[
-    list[str] | None, typer.Option("--layer", "-l", help="A layer, or STUDENT_LAYER=TEACHER_LAYER; repeat for more.", show_default=False)
+    list[str] | None,
+    typer.Option("--layer", "-l", help="A layer, or STUDENT_LAYER=TEACHER_LAYER. Repeat the option for more layers.", show_default=False),
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seeds every random choice; the manifest records it.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU where there is one.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every random choice. The manifest records it.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, a GPU by number such as cuda:1, or auto, which prefers a GPU.")]
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         import kdx
 
-        _say(f"kdx {kdx.__version__}")
+        typer.echo(f"kdx {kdx.__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version and stop.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None: ...
 
 
@@ -61,39 +71,41 @@ def demo(
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("kdx-demo"),
     seed: SeedOption = 0,
 ) -> None:
-    """Handwritten digits: distil, export, explain, report. About a minute on two cores."""
+    """Distil, export, explain and report on handwritten digits. Takes about a minute on two cores."""
     from kdx.commands.demo import run, table
 
-    runs = run(out, seed=seed, announce=_say)
-    console.print(table(runs))
+    runs = run(out, seed=seed, announce=typer.echo)
+    console().print(table(runs))
     for method, folder in runs.items():
-        _say(f"The page of the student distilled with {method}: {folder / 'report.html'}")
+        typer.echo(f"The page of the student distilled with {method}: {folder / 'report.html'}")
 
 
 @app.command()
 def distill(
-    data: Annotated[str, typer.Argument(help="A folder of class folders, cifar10:FOLDER, or digits.")],
-    teacher: Annotated[str, typer.Option(help="Model reference; with @weights it is taken as it is, else trained first.")],
+    data: DataArgument,
+    teacher: Annotated[
+        str, typer.Option(help="Model reference of the teacher. With @weights it is used as it is; otherwise it is trained.")
+    ],
     student: Annotated[str, typer.Option(help="Model reference of the student, and of the base.")],
-    out: Annotated[Path, typer.Option(help="The folder for checkpoints and the models file.")],
+    out: Annotated[Path, typer.Option(help="The folder for the checkpoints and the models file.")],
     method: Annotated[str, typer.Option(help="kd (Hinton 2015) or at (attention transfer).")] = "kd",
     layer: LayerOption = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 30,
-    batch: Annotated[int, typer.Option(min=2)] = 64,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 0.1,
-    temperature: Annotated[float, typer.Option(help="kd: softens both networks' logits.")] = 4.0,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, per network.")] = 30,
+    batch: Annotated[int, typer.Option(min=2, help="Images per training step.")] = 64,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="The largest learning rate of the schedule.")] = 0.1,
+    temperature: Annotated[float, typer.Option(help="kd: divides the logits of both networks.")] = 4.0,
     alpha: Annotated[float, typer.Option(min=0, max=1, help="kd: the teacher's share of the loss.")] = 0.9,
     beta: Annotated[float, typer.Option(help="at: the weight of the attention loss.")] = 1000.0,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Images are resized to a square of this side; the teacher's own by default.")
+        int | None, typer.Option(min=1, help="Resize images to a square of this side; by default the teacher's own size.")
     ] = None,
-    augment: Annotated[bool, typer.Option("--augment", help="Shift the training images a little.")] = False,
+    augment: Annotated[bool, typer.Option("--augment", help="Shift the training images by a few pixels.")] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the training images.")] = False,
-    student_images: Annotated[int | None, typer.Option(min=2, help="Train base and student on this many images only.")] = None,
+    student_images: Annotated[int | None, typer.Option(min=2, help="Train base and student on only this many images.")] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
 ) -> None:
-    """Train a teacher (or take one), a base and a student, and write a models file for kdx explain."""
+    """Train a teacher (or use an existing one), a base and a student, and write a models file for kdx explain."""
     from kdx.distill import TrainingSettings
     from kdx.distill import distill as train
 
@@ -112,111 +124,134 @@ def distill(
         image_size=None if image_size is None else (image_size, image_size),
     )
     models = train(data, teacher=teacher, student=student, out=out, settings=settings, layers=layer, device=device)
-    _say(f"Models file: {models}\nNext: kdx explain {data} --models {models} --out RUN")
+    typer.echo(f"Models file: {models}\nNext: kdx explain {data} --models {models} --out RUN")
 
 
 @app.command()
 def export(
     model: Annotated[
-        str | None, typer.Argument(help="A model reference, MODELS.toml:ROLE, or an .onnx file to build an engine of.", show_default=False)
+        str | None,
+        typer.Argument(help="A model reference, MODELS.toml:ROLE, or an .onnx file from which to build an engine.", show_default=False),
     ] = None,
     layer: Annotated[
         list[str] | None,
-        typer.Option("--layer", "-l", help="A layer whose features the file gives; repeat for more.", show_default=False),
+        typer.Option("--layer", "-l", help="A layer whose features the file outputs. Repeat the option for more.", show_default=False),
     ] = None,
     kind: Annotated[
         FileKind,
         typer.Option(
-            help="features: logits and features; gradients: the gradients at the layers too; explainer: two networks and their maps."
+            help="features: logits and features; gradients: also the gradients at the layers; explainer: two networks and their maps."
         ),
     ] = "features",
     explainer: Annotated[bool, typer.Option("--explainer", help="The same as --kind explainer.")] = False,
     student: Annotated[str | None, typer.Option(help="explainer: the student.", show_default=False)] = None,
     base: Annotated[str | None, typer.Option(help="explainer: the base.", show_default=False)] = None,
-    teacher: Annotated[str | None, typer.Option(help="explainer: the teacher, if it is to be in the file.", show_default=False)] = None,
+    teacher: Annotated[str | None, typer.Option(help="explainer: the teacher, which may be left out.", show_default=False)] = None,
     at: Annotated[
-        str | None, typer.Option(help="gradients: the layer whose gradient goes in, in place of the logits'.", show_default=False)
+        str | None,
+        typer.Option(help="gradients: the layer whose gradient is the input, instead of the logits' gradient.", show_default=False),
     ] = None,
-    to: Annotated[FileFormat, typer.Option(help="tensorrt: an engine of the ONNX file as well.")] = "onnx",
+    to: Annotated[FileFormat, typer.Option(help="tensorrt: also build an engine from the ONNX file.")] = "onnx",
     precision: Annotated[
-        FilePrecision, typer.Option(help="Of the networks; what goes in and out, and the geometry, are float32.")
+        FilePrecision, typer.Option(help="Number format of the networks. Inputs, outputs and the geometry are float32.")
     ] = "fp32",
     batch: Annotated[
         str | None,
-        typer.Option(help="tensorrt: MIN:BEST:MAX images at once; 1:32:64 by default, 4:32:64 for an explainer.", show_default=False),
+        typer.Option(
+            help="tensorrt: images per batch as MIN:BEST:MAX; by default 1:32:64, or 4:32:64 for an explainer.", show_default=False
+        ),
     ] = None,
     arch: Annotated[
         str | None,
-        typer.Option("--for", help="tensorrt: the GPU to build for, such as sm_86; the one here by default.", show_default=False),
+        typer.Option("--for", help="tensorrt: the GPU to build for, such as sm_86; by default this machine's.", show_default=False),
     ] = None,
-    tf32: Annotated[bool, typer.Option("--tf32", help="tensorrt: allow TensorFloat-32, faster and with three digits less.")] = False,
+    tf32: Annotated[
+        bool, typer.Option("--tf32", help="tensorrt: allow TensorFloat-32, which is faster and has three digits fewer.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="The folder, or the .onnx file, to write.")] = Path(),
-    image_size: Annotated[int | None, typer.Option(min=1, help="The side that images are resized to; the model's own by default.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Resize images to a square of this side; by default the model's own size.")
+    ] = None,
 ) -> None:
-    """Write networks as a file that other runtimes execute, with their gradients or their maps inside, checked against PyTorch."""
+    """Export networks to a file for other runtimes, optionally with their gradients or maps inside, and check it against PyTorch."""
     from kdx.commands import export as command
 
-    named = {"network": model, "student": student, "base": base, "teacher": teacher}
+    references = {"network": model, "student": student, "base": base, "teacher": teacher}
     batches = None if batch is None else command.parse_batch(batch)
     options = command.ExportOptions(at, precision, image_size, to, batches, arch, tf32)
-    with console.status("") as status:
+    with console().status("") as status:
 
         def announce(step: str) -> None:
             status.update(step)
-            if not console.is_terminal:
-                _say(step)
+            if not console().is_terminal:
+                typer.echo(step)
 
-        exported = command.export(
-            {role: reference for role, reference in named.items() if reference is not None},
+        files = command.export(
+            {role: reference for role, reference in references.items() if reference is not None},
             layer or (),
             "explainer" if explainer else kind,
             out,
             options,
             announce=announce,
         )
-    for each in exported:
-        console.print(_exported(each))
+    for file in files:
+        console().print(_file_table(file))
 
 
 @app.command()
 def explain(
-    data: Annotated[str, typer.Argument(help="A folder of class folders, cifar10:FOLDER, or digits.")],
+    data: DataArgument,
     models: Annotated[
-        Path, typer.Option(help="The models file that names student and base, and the teacher where there is one; or an explainer file.")
+        Path, typer.Option(help="The models file, which names the student, the base and optionally the teacher; or an explainer file.")
     ],
-    out: Annotated[Path, typer.Option(help="The run's folder; a stopped run there is taken up again.")],
+    out: Annotated[Path, typer.Option(help="The folder of the run. A stopped run there is resumed.")],
     layer: LayerOption = None,
     batch: Annotated[int, typer.Option(min=4, help="Images whose pairwise geometry makes one set of maps.")] = 64,
-    chunk: Annotated[int | None, typer.Option(min=1, help="Images through a network at once, to save memory; changes no result.")] = None,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="Images per pass of a network, to save memory. It does not change the results.")
+    ] = None,
     runtime: Annotated[RuntimeName, typer.Option(help="What executes the networks.")] = "auto",
     device: DeviceOption = "auto",
-    precision: Annotated[Precision, typer.Option(help="Of the networks; bfloat16 is openvino's, on a CPU that has it.")] = "float32",
-    objective: Annotated[ObjectiveName, typer.Option(help="What the maps raise.")] = "relevance",
-    weighting: Annotated[Weighting, typer.Option(help="One weight a channel, or one a position (HiRes).")] = "gap",
+    precision: Annotated[
+        Precision, typer.Option(help="Number format of the networks. bfloat16 needs the runtime openvino and a CPU that supports it.")
+    ] = "float32",
+    objective: Annotated[
+        ObjectiveName, typer.Option(help="What the maps explain: relevance to the target, or uniqueness of the explained network.")
+    ] = "relevance",
+    weighting: Annotated[
+        Weighting, typer.Option(help="gap: one weight per channel; elementwise: one weight per position (HiRes).")
+    ] = "gap",
     features: Annotated[
-        Features, typer.Option(help="What the scores are of: whole images, or those pixels that matter most to each network.")
+        Features, typer.Option(help="What the scores compare: whole images, or the pixels that matter most to each network.")
     ] = "raw",
-    keep: Annotated[float, typer.Option(help="Salient features: the share of pixels to keep; the rest is imputed.")] = 0.5,
-    noise: Annotated[float, typer.Option(help="Salient features: the deviation of noise on imputed pixels.")] = 0.0,
-    reference: Annotated[int, typer.Option(min=0, help="Map every image among this many fixed images; 0: among its batch mates.")] = 0,
+    keep: Annotated[float, typer.Option(help="salient: the share of pixels to keep. The other pixels are imputed.")] = 0.5,
+    noise: Annotated[float, typer.Option(help="salient: the standard deviation of the noise on imputed pixels.")] = 0.0,
+    reference: Annotated[
+        int, typer.Option(min=0, help="Map every image among this many fixed images. 0: among the images of its batch.")
+    ] = 0,
     split: Annotated[
-        str | None, typer.Option(help="test, validation, train or all; by default test of the models' own data, all of other data.")
+        str | None,
+        typer.Option(help="test, validation, train or all. By default test for the data of kdx distill, and all for other data."),
     ] = None,
-    permutations: Annotated[int, typer.Option(min=0, help="Permutations for p-values.")] = 999,
-    confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the intervals.")] = 0.95,
+    permutations: Annotated[int, typer.Option(min=0, help="Permutations per p-value.")] = 999,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Confidence level of the intervals.")] = 0.95,
     max_unreadable: Annotated[
         float,
-        typer.Option(min=0, max=1, help="The share of corrupt images past which the run fails; one image always passes, unless this is 0."),
+        typer.Option(
+            min=0, max=1, help="The share of corrupt images above which the run fails. One image is always allowed, unless this is 0."
+        ),
     ] = 0.01,
     workers: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Threads that decode ahead of the networks; by default one a core; changes no result.", show_default=False
+            min=0,
+            help="Threads that decode images while the networks run; by default one per core. It does not change the results.",
+            show_default=False,
         ),
     ] = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Explain a data set: two or four maps an image and layer, and scores with intervals, stored with a page that shows them."""
+    """Explain a data set. Stores two or four maps per image and layer, scores with intervals, and a page that shows them."""
     from kdx.commands.explain import run
     from kdx.report.page import scores_table
     from kdx.runs.run import RunOptions
@@ -240,71 +275,71 @@ def explain(
         workers=workers,
         seed=seed,
     )
-    page = run(data, models, out, layer or (), options, command=["kdx", *sys.argv[1:]], announce=_say)
-    console.print(scores_table(out))
-    _say(f"The page: {page}")
+    page = run(data, models, out, layer or (), options, command=["kdx", *sys.argv[1:]], announce=typer.echo)
+    console().print(scores_table(out))
+    typer.echo(f"The page: {page}")
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
-    """Write the page again, from what the run stored."""
+def report(run: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
+    """Write the page of a run again, from the stored results."""
     from kdx.report.page import write_page
 
-    _say(f"The page: {write_page(run)}")
+    typer.echo(f"The page: {write_page(run)}")
 
 
 @app.command()
 def doctor() -> None:
-    """What this machine can run, and what to install for the rest."""
+    """List what this machine can run, and what to install for the rest."""
     from rich.markup import escape
     from rich.table import Table
 
     from kdx.commands.doctor import probe
 
-    table = Table("", "", "found", "hint", box=None, pad_edge=False)
+    table = Table("", "", "result", "hint", box=None, pad_edge=False)
     for finding in probe():
         mark = "[green]yes[/]" if finding.works else "[yellow]no[/]"
-        table.add_row(mark, finding.name, escape(finding.found), "" if finding.works else escape(finding.hint))
-    console.print(table)
+        table.add_row(mark, finding.name, escape(finding.result), "" if finding.works else escape(finding.hint))
+    console().print(table)
 
 
-def _exported(file: Any) -> Any:
-    """A file that was written as a table: a line a fact."""
+def _file_table(file: Exported) -> Table:
+    """A description of an exported file, one line per property."""
     from rich.table import Table
     from rich.text import Text
 
-    def shapes(named: dict[str, tuple[int | str, ...]]) -> str:
-        return "\n".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in named.items())
+    def shapes(tensors: dict[str, tuple[int | str, ...]]) -> str:
+        return "\n".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in tensors.items())
 
     table = Table(box=None, show_header=False, pad_edge=False)
-    facts = {
+    properties = {
         "file": str(file.path),
         "size": f"{file.bytes / 1e6:.1f} MB",
         "inputs": shapes(file.inputs),
         "outputs": shapes(file.outputs),
-        "parity": "that of the ONNX file" if file.parity is None else file.parity.summary(),
+        "parity": "as for the ONNX file" if file.parity is None else file.parity.summary(),
         "time": f"{file.seconds:.1f} s",
     }
-    for name, value in facts.items():
+    for name, value in properties.items():
         table.add_row(name, Text(value, overflow="fold"))
     return table
 
 
-def _say(line: str) -> None:
-    console.print(line, markup=False, soft_wrap=True)
-
-
-def _complain(line: str, style: str | None = None) -> None:
+def _print_error(line: str, style: str | None = None) -> None:
     from rich.console import Console
 
     Console(stderr=True, highlight=False).print(line, style=style, markup=False, soft_wrap=True)
 
 
 def main() -> None:
-    """The entry point: a KdxError is two sentences and exit status 2, Ctrl-C is 130, anything else is a bug and shows itself."""
+    """The entry point. A KdxError prints two sentences and exits with 2, and Ctrl-C exits with 130. Any other exception is a bug."""
     try:
         app()
     except KdxError as error:
-        _complain(f"Error: {error.problem}", style="bold red")
-        _complain(error.hint)
+        _print_error(f"Error: {error.problem}", style="bold red")
+        _print_error(error.hint)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,10 +6,10 @@ import warnings
 
 
 class KdxError(Exception):
-    """A mistake in what a user gave, or a limit of the machine: what is wrong, and how to fix it.
+    """A mistake in a user's input, or a limit of the machine.
 
-    Both are one sentence. The command line prints them without a traceback and exits with status 2;
-    a programmer's mistake (a wrong type, a wrong keyword) stays ``TypeError`` or ``ValueError``.
+    problem: what is wrong. hint: how to fix it. Each is one sentence. The command line prints them without a traceback and exits
+    with status 2. A programmer's mistake (a wrong type, a wrong keyword) stays ``TypeError`` or ``ValueError``.
     """
 
     def __init__(self, problem: str, hint: str) -> None:
@@ -28,11 +28,11 @@ class KdxError(Exception):
 
 
 def missing_package(package: str, extra: str, purpose: str) -> KdxError:
-    """The error for an optional package that is not installed, naming the extra that brings it."""
+    """The error for an optional package that is not installed. It names the extra that installs it."""
     return KdxError(f"{purpose} needs the package {package}, which is not installed.", f"Install it with: pip install 'kdx[{extra}]'")
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says in its first line, to stand in a sentence of ours."""
+    """The first line of another library's message, without its full stop, to quote in an error."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

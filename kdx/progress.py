@@ -1,49 +1,66 @@
-"""What long work shows: progress bars on a terminal, plain lines elsewhere."""
+"""Progress of long work: bars on a terminal, plain lines elsewhere. Rich is imported only when something is shown."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-console = Console(highlight=False)
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
 
 Show = Callable[[str, int, int, str], None]
-"""show(what, done, total, note): ``what`` has come to ``done`` of ``total``."""
+"""show(task, done, total, note): ``done`` of ``total`` steps of the task are complete."""
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+@cache
+def console() -> Console:
+    """The console on standard output, for tables, status lines and progress bars."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
 @contextmanager
 def progress() -> Iterator[Show]:
-    """A bar for each ``what`` that is shown; where there is no terminal, its last line and one every ten seconds."""
-    if console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as bars:
-            tasks: dict[str, TaskID] = {}
-
-            def advance(what: str, done: int, total: int, note: str) -> None:
-                if what not in tasks:
-                    tasks[what] = bars.add_task(what, total=total, note="")
-                bars.update(tasks[what], completed=done, note=note)
-
-            yield advance
+    """One bar per task on a terminal. Elsewhere a line every ten seconds, and one at the end of each task."""
+    if console().is_terminal:
+        with _bars() as show:
+            yield show
         return
     last = time.monotonic()
 
-    def line(what: str, done: int, total: int, note: str) -> None:
+    def line(task: str, done: int, total: int, note: str) -> None:
         nonlocal last
         if done == total or time.monotonic() - last > _SECONDS_BETWEEN_LINES:
             last = time.monotonic()
-            console.print(f"{what} {done}/{total} {note}".rstrip(), markup=False, soft_wrap=True)
+            console().print(f"{task} {done}/{total} {note}".rstrip(), markup=False, soft_wrap=True)
 
     yield line
+
+
+@contextmanager
+def _bars() -> Iterator[Show]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console()) as bars:
+        ids: dict[str, TaskID] = {}
+
+        def advance(task: str, done: int, total: int, note: str) -> None:
+            if task not in ids:
+                ids[task] = bars.add_task(task, total=total, note="")
+            bars.update(ids[task], completed=done, note=note)
+
+        yield advance

@@ -1,4 +1,4 @@
-"""The command line within this process, and what it leaves on disk."""
+"""Runs the command line within this process, and lists the files that it leaves."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ def status_of(*arguments: object) -> int:
 
 
 def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """``kdx`` with ``folder`` as the current one; no line of an error or a help page is broken."""
+    """``kdx`` with ``folder`` as the current folder, and lines of 200 columns so that errors and help pages do not wrap."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli, "console", Console(highlight=False))
+    console = Console(highlight=False)
+    monkeypatch.setattr(cli, "console", lambda: console)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         status = status_of(*arguments)

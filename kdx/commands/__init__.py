@@ -1,1 +1,1 @@
-"""What each command does. `kdx.cli` is the thin layer above."""
+"""The work of each command. `kdx.cli` is the thin layer above."""

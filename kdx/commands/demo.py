@@ -1,4 +1,4 @@
-"""The demonstration: handwritten digits, from training to the page."""
+"""`kdx demo`: handwritten digits, from training to the page."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _SHOWN = ("FSS(S,T)", "FSS(B,T)", "FSS(S,T) - FSS(B,T)", "RS(S|B)", "RS(B|S)", "
 
 
 def run(out: Path, *, seed: int = 0, announce: Callable[[str], None] = print) -> dict[str, Path]:
-    """Train a teacher, a base and a student with each method, explain both students; a run's folder a method.
+    """Train a teacher, a base and one student per distillation method, and explain both students. Returns the run's folder per method.
 
-    The second student has the first one's teacher and base, so that the two runs differ in the method alone.
+    Both students have the same teacher and base, so that the runs differ only in the method.
     """
     runs = {}
     teacher, base = DEMO["teacher"], None
@@ -50,22 +50,22 @@ def run(out: Path, *, seed: int = 0, announce: Callable[[str], None] = print) ->
 
 
 def table(runs: dict[str, Path]) -> Table:
-    """What the methods did side by side: accuracies, and per layer how like the teacher and how relevant, with 95% intervals."""
+    """The methods side by side: accuracies, and per layer the similarity to the teacher and the relevance, with 95% intervals."""
     scores = {method: read_json(folder / "scores.json") for method, folder in runs.items()}
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="What the students learned, with 95% intervals", title_justify="left")
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="What the students learned, with 95% intervals", title_justify="left")
     for heading in ("", "", *(f"student by {method}" for method in runs)):
-        shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+        result.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for role in ("teacher", "base", "student"):
-        shown.add_row("accuracy", role, *(_cell(content["accuracy"][role]) for content in scores.values()), end_section=role == "student")
+        result.add_row("accuracy", role, *(_cell(content["accuracy"][role]) for content in scores.values()), end_section=role == "student")
     first, *_ = scores.values()
     for layer in first["layers"]:
         for name in _SHOWN:
             entries = ((content["layers"][layer]["scores"] | content["layers"][layer]["contrasts"])[name] for content in scores.values())
             cells = [_cell(entry, sign=" - " in name) for entry in entries]
-            shown.add_row(
+            result.add_row(
                 layer if name == _SHOWN[0] else "", name.replace(" - ", " \N{MINUS SIGN} "), *cells, end_section=name == _SHOWN[-1]
             )
-    return shown
+    return result
 
 
 def _cell(entry: dict[str, Any], sign: bool = False) -> str:

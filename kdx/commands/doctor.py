@@ -1,4 +1,4 @@
-"""What this machine can run, and what to install for the rest. Every probe is guarded: none can stop the others."""
+"""`kdx doctor`: probes what this machine can run. A probe that raises is reported and does not stop the others."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from kdx.runtimes.openvino import has_bfloat16
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked for: whether it works, what was found, and what to do where it does not."""
+    """The outcome of one probe. result: a version, a description or the error. hint: what to do if it does not work."""
 
     name: str
     works: bool
-    found: str
+    result: str
     hint: str = ""
 
 
 def probe() -> list[Finding]:
-    """Every finding, in the order in which they matter."""
-    return [_guarded(name, look, hint) for name, (look, hint) in _PROBES.items()]
+    """Every probe's finding, most important first."""
+    return [_guarded(name, check, hint) for name, (check, hint) in _PROBES.items()]
 
 
-def _guarded(name: str, look: Callable[[], str], hint: str) -> Finding:
+def _guarded(name: str, check: Callable[[], str], hint: str) -> Finding:
     try:
-        return Finding(name, True, look())
+        return Finding(name, True, check())
     except PackageNotFoundError:
         return Finding(name, False, "not installed", hint)
-    except Exception as error:  # a broken package may raise anything on import; that is the finding
+    except Exception as error:  # a broken package may raise anything on import
         return Finding(name, False, first_line(error), hint)
 
 
@@ -68,9 +68,9 @@ def _cuda_provider() -> str:
     if not torch.cuda.is_available():
         raise RuntimeError("PyTorch sees no GPU")
     onnxruntime.preload_dlls()  # CUDA's libraries come with PyTorch
-    session = onnxruntime.InferenceSession(_one_node(), providers=[name])  # what is compiled in need not start
+    session = onnxruntime.InferenceSession(_one_node(), providers=[name])  # a provider that is compiled in may still fail to start
     if session.get_providers()[0] != name:
-        raise RuntimeError("its CUDA provider does not start: the log above names the library that it misses")
+        raise RuntimeError("its CUDA provider does not start: the log above names the missing library")
     return "starts"
 
 
@@ -103,7 +103,7 @@ def _openvino() -> str:
 
 def _tensorrt() -> str:
     installed = version("tensorrt")
-    importlib.import_module("tensorrt")  # finds its libraries, or says which it does not
+    importlib.import_module("tensorrt")  # loads its libraries, or names the missing one
     return installed
 
 
@@ -121,7 +121,6 @@ def _pycuda() -> str:
 
 
 def _cuda_compiler() -> str:
-
     compiler = cubins.compiler()
     return f"{compiler.name} {compiler.version}, compiles for {', '.join(compiler.architectures)}"
 
@@ -131,7 +130,7 @@ def _cuda_kernels() -> str:
 
     if not torch.cuda.is_available():
         raise RuntimeError("PyTorch sees no GPU")
-    cuda.launcher(torch.device("cuda"))  # compiles them, the first time
+    cuda.launcher(torch.device("cuda"))  # compiles the kernels at the first call
     return f"run on {cubins.architecture(torch.cuda.get_device_capability())}, kept in {cubins.folder()}"
 
 
@@ -142,13 +141,13 @@ _PROBES: dict[str, tuple[Callable[[], str], str]] = {
     "runtime eager: PyTorch": (_torch, "pip install kdx"),
     "runtime onnx: ONNX Runtime": (_onnxruntime, "pip install 'kdx[cpu]'"),
     "runtime openvino: OpenVINO": (_openvino, "pip install 'kdx[openvino]'"),
-    "GPU": (_gpu, "eager uses a GPU where PyTorch sees one: an NVIDIA driver and a CUDA build of PyTorch"),
+    "GPU": (_gpu, "the runtime eager uses a GPU that PyTorch sees: it needs an NVIDIA driver and a CUDA build of PyTorch"),
     "runtime onnx on the GPU": (_cuda_provider, _GPU_EXTRA),
     "runtime tensorrt: TensorRT": (_tensorrt, _GPU_EXTRA),
-    "runtime tensorrt: TensorRT-RTX": (_tensorrt_rtx, "pip install tensorrt-rtx-cu13; it builds engines on a machine without a GPU too"),
+    "runtime tensorrt: TensorRT-RTX": (_tensorrt_rtx, "pip install tensorrt-rtx-cu13; it also builds engines on a machine without a GPU"),
     "PyCUDA": (_pycuda, _GPU_EXTRA),
-    "CUDA compiler": (_cuda_compiler, "the CUDA toolkit (nvcc on PATH), or PyTorch's CUDA build, which brings NVRTC"),
-    "CUDA kernels": (_cuda_kernels, f"a GPU, its driver, a CUDA compiler and PyCUDA: {_GPU_EXTRA}; without them PyTorch does the same"),
+    "CUDA compiler": (_cuda_compiler, "the CUDA toolkit (nvcc on PATH), or a CUDA build of PyTorch, which includes NVRTC"),
+    "CUDA kernels": (_cuda_kernels, f"a GPU, its driver, a CUDA compiler and PyCUDA: {_GPU_EXTRA}; without them PyTorch computes the same"),
     "models timm:": (_timm, "pip install 'kdx[models]'"),
-    "models torchvision:": (_torchvision, "pip install 'kdx[models]', of the build that matches PyTorch"),
+    "models torchvision:": (_torchvision, "pip install 'kdx[models]', in the build that matches PyTorch"),
 }

@@ -21,17 +21,17 @@ def run(
     command: Sequence[str] = (),
     announce: Callable[[str], None] = print,
 ) -> Path:
-    """`kdx.runs.run.explain_dataset`, whose arguments these are, then the page of the run, whose path is returned.
+    """Explain a data set with `kdx.runs.run.explain_dataset`, which has the same arguments, and write the run's page. Returns its path.
 
-    A complete run of which a file was lost is computed again.
+    If a file of a complete run is missing or damaged, the run is computed again.
     """
 
-    def explained(restart: bool) -> Path:
+    def explain_and_write(restart: bool) -> Path:
         explain_dataset(data, models, out, layers, options, networks=networks, command=command, restart=restart, announce=announce)
         return write_page(out)
 
     try:
-        return explained(restart=False)
+        return explain_and_write(restart=False)
     except LostResult as error:
         announce(f"{error.problem} It is computed again.")
-        return explained(restart=True)
+        return explain_and_write(restart=True)

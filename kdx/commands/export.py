@@ -1,4 +1,4 @@
-"""From model references to files that other runtimes execute: what ``kdx export`` does."""
+"""`kdx export`: writes the networks of model references as files for other runtimes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from kdx.models.network import Network
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What `export` writes.
+    """The properties of the files that `export` writes.
 
-    at: the layer of a gradients file's cotangent, by default the logits. image_size: the side that images are resized to
-    inside the file, by default the network's own. to: ``tensorrt`` builds an engine of the ONNX file too, for batches of
-    (min, best, max) images of that size (by default (1, 32, 64), and (4, 32, 64) of an explainer), on the GPU here or on the
-    architecture ``arch``, such as sm_86. tf32: whether an engine may round products to TensorFloat-32.
+    at: the layer of a gradients file's cotangent, by default the logits. image_size: the side of the square to which the file resizes
+    images, by default the network's own size. to: ``tensorrt`` also builds an engine from the ONNX file. batch: the engine's (min, best,
+    max) images per pass, by default (1, 32, 64), or (4, 32, 64) for an explainer. arch: the architecture of the engine's GPU, such as
+    sm_86, by default that of this machine. tf32: whether the engine may round products to TensorFloat-32.
     """
 
     at: str | None = None
@@ -42,7 +42,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written: its shapes by name, its bytes, and the seconds that it took. An engine has no parity report."""
+    """A file that was written: its size in bytes, its shapes by name, and the seconds that it took. An engine has no parity report."""
 
     path: Path
     bytes: int
@@ -61,33 +61,34 @@ def export(
     *,
     announce: Callable[[str], None] = print,
 ) -> list[Exported]:
-    """Write the file of a kind, and its engine where one is asked for, into the folder ``out`` or to the path ``out`` (.onnx).
+    """Export networks to a file of a kind, and optionally build its engine. ``out`` is a folder, or the path of the .onnx file.
 
-    references: the model reference (or ``MODELS.toml:ROLE``) of ``network``, or for an explainer file of ``student``, ``base`` and
-    perhaps ``teacher``, where a layer may be ``student_layer=teacher_layer``. ``network`` may also be an .onnx file that kdx wrote:
-    its engine is built. Raises KdxError for anything that a user can fix.
+    references: the model reference (or ``MODELS.toml:ROLE``) of ``network``. For an explainer file, those of ``student``, ``base`` and
+    optionally ``teacher``; a layer may then be ``student_layer=teacher_layer``. ``network`` may also be an .onnx file that kdx wrote, from
+    which an engine is built. Raises KdxError for anything that the user can fix.
     """
-    given = references.get("network", "")
-    if given.endswith(".onnx"):
+    file = references.get("network", "")
+    if file.endswith(".onnx"):
         if options.to != "tensorrt":
-            raise KdxError(f"{given} is an ONNX file already.", "Build its engine with --to tensorrt.")
+            raise KdxError(f"{file} is an ONNX file already.", "Build its engine with --to tensorrt.")
         if set(references) != {"network"} or layers or options.at or options.precision != "fp32" or options.image_size:
             raise KdxError(
-                f"What {given} holds is settled.", "Name it alone, with --for, --batch and --tf32; for another file, export its network."
+                f"The networks, layers and numbers of {file} are fixed.",
+                "Name it alone, with --for, --batch and --tf32; for another file, export its network.",
             )
-        return [_engine(Path(given), out if out.suffix == ".engine" else out / f"{Path(given).stem}.engine", options, announce)]
-    _check_asked(set(references), kind, options)
+        return [_build_engine(Path(file), out if out.suffix == ".engine" else out / f"{Path(file).stem}.engine", options, announce)]
+    _check_options(set(references), kind, options)
     announce(f"Loading {' and '.join(references.values())}")
     loaded = {role: load_any(reference) for role, reference in references.items()}
     networks = {role: _resized(network, options.image_size) for role, (network, _) in loaded.items()}
-    known = networks.get("network") or networks["student"]
     if not layers:
-        raise KdxError("No layer was named.", f"Name one or more with --layer; this network has {', '.join(models.layers(known))}.")
+        network = networks.get("network") or networks["student"]
+        raise KdxError("No layer was named.", f"Name one or more with --layer; this network has {', '.join(models.layers(network))}.")
     graph = _graph(networks, layers, kind, options.at)
     path = out if out.suffix == ".onnx" else out / f"{_stem(networks, kind, options.precision)}.onnx"
     announce(f"Exporting {path.name} and comparing it with PyTorch")
     start = time.perf_counter()
-    report = onnx_file.write(
+    parity = onnx_file.write(
         graph,
         path,
         origin={role: Origin(network.reference, network.weights_hash) for role, network in networks.items()},
@@ -95,10 +96,10 @@ def export(
         classes=next(classes for _, classes in loaded.values()),
         precision=options.precision,
     )
-    written = describe(path)
-    exported = [Exported(path, _bytes(path), written.inputs, written.outputs, report, time.perf_counter() - start)]
+    description = describe(path)
+    exported = [Exported(path, _size(path), description.inputs, description.outputs, parity, time.perf_counter() - start)]
     if options.to == "tensorrt":
-        exported.append(_engine(path, path.with_suffix(".engine"), options, announce))
+        exported.append(_build_engine(path, path.with_suffix(".engine"), options, announce))
     return exported
 
 
@@ -107,19 +108,20 @@ def parse_batch(text: str) -> BatchRange:
     try:
         lowest, best, highest = (int(part) for part in (text.split(":") if ":" in text else [text] * 3))
     except ValueError:
-        raise KdxError(f"{text!r} is no range of batches.", "Write MIN:BEST:MAX, for example 1:32:64.") from None
+        raise KdxError(f"{text!r} is not a range of batches.", "Write MIN:BEST:MAX, for example 1:32:64.") from None
     return lowest, best, highest
 
 
-def _check_asked(roles: set[str], kind: FileKind, options: ExportOptions) -> None:
-    """KdxError for what does not go together, before the minutes that an export takes."""
+def _check_options(roles: set[str], kind: FileKind, options: ExportOptions) -> None:
+    """KdxError for options that contradict each other, before an export that may take minutes."""
     if kind == "explainer" and roles - {"teacher"} != {"student", "base"}:
         raise KdxError(
-            "An explainer file holds a student and a base, and perhaps their teacher.", "Name them with --student, --base and --teacher."
+            "An explainer file contains a student and a base, and optionally their teacher.",
+            "Name them with --student, --base and --teacher.",
         )
     if kind != "explainer" and roles != {"network"}:
         raise KdxError(
-            f"A file of {kind} holds one network.", "Name it alone, without --student, --base and --teacher; or choose --kind explainer."
+            f"A file of {kind} contains one network.", "Name it alone, without --student, --base and --teacher; or choose --kind explainer."
         )
     if kind != "gradients" and options.at is not None:
         raise KdxError(f"A file of {kind} has no cotangent.", "Leave --at out, or choose --kind gradients.")
@@ -145,7 +147,7 @@ def _resized(network: Network, side: int | None) -> Network:
     if side is not None:
         return replace(network, preprocessing=replace(network.preprocessing, size=(side, side)))
     if network.preprocessing.size is None:
-        raise KdxError(f"{network.reference} does not say what size of image it takes.", "Give --image-size.")
+        raise KdxError(f"{network.reference} does not specify an image size.", "Give --image-size.")
     return network
 
 
@@ -154,14 +156,14 @@ def _stem(networks: dict[str, Network], kind: FileKind, precision: FilePrecision
     return f"{name}.{kind}" + ("" if precision == "fp32" else f".{precision}")
 
 
-def _bytes(path: Path) -> int:
-    outside = path.with_name(f"{path.name}.data")
-    return path.stat().st_size + (outside.stat().st_size if outside.exists() else 0)
+def _size(path: Path) -> int:
+    weights = path.with_name(f"{path.name}.data")  # beside a file of more than 2 GB
+    return path.stat().st_size + (weights.stat().st_size if weights.exists() else 0)
 
 
-def _engine(onnx_path: Path, path: Path, options: ExportOptions, announce: Callable[[str], None]) -> Exported:
+def _build_engine(onnx_path: Path, path: Path, options: ExportOptions, announce: Callable[[str], None]) -> Exported:
     target = engine.choose_target(options.arch)
-    announce(f"Building {path.name} by {target.why}")
+    announce(f"Building {path.name} with {target.why}")
     start = time.perf_counter()
     file = describe(onnx_path)
     size: tuple[int, int] | None = None

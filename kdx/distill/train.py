@@ -188,7 +188,7 @@ def _print_unreadable(distillation: Distillation) -> bool:
     if unreadable:
         name, reason = next(iter(unreadable.items()))
         count = "1 image is" if len(unreadable) == 1 else f"{len(unreadable)} images are"
-        progress.console.print(f"{count} left out because unreadable, first {name}: {reason}", markup=False, soft_wrap=True)
+        progress.console().print(f"{count} left out because unreadable, first {name}: {reason}", markup=False, soft_wrap=True)
     return bool(unreadable)
 
 

@@ -1,4 +1,4 @@
-"""The Explainer: student, base and teacher and their layers, ready to say of any batch what passed between them."""
+"""The Explainer: compares student, base and optional teacher on any batch, layer by layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from kdx.choices import Features, ObjectiveName, Precision, RuntimeName, Weighti
 from kdx.errors import KdxError
 from kdx.explain.explainer_file import ExplainerFile
 from kdx.explain.layer import LayerMeasurement
-from kdx.explain.networks import NetworkLike, Runners
+from kdx.explain.network_set import NetworkRecord, NetworkSet
+from kdx.explain.networks import NetworkLike, NetworkRunners
 from kdx.explain.settings import Settings
 from kdx.features import arrays
 from kdx.features.arrays import Array
@@ -29,11 +30,12 @@ from kdx.scores.uncertainty import permutation_table
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What passed between the networks at one layer: maps, scores by name, differences of scores.
+    """The comparison of the networks at one layer.
 
-    distilled: the student's features that the base's do not explain; residual: the base's that the student's do not;
-    missed: the teacher's that the student's do not; new: the student's that the teacher's do not. Without a teacher the
-    last two are None, and no score or difference names it.
+    distilled, residual, missed, new: the maps (`kdx.roles.MAPS`). The student's features that the base's do not explain, the base's
+    that the student's do not, the teacher's that the student's do not, and the student's that the teacher's do not. Without a teacher
+    the last two are None, and no score or contrast involves it.
+    scores: by name (`kdx.roles.SCORES`). contrasts: the differences of two scores by name, each with its confidence interval.
     """
 
     distilled: Maps
@@ -45,47 +47,47 @@ class LayerResult:
 
     @property
     def fss(self) -> Score:
-        """FSS(S,T), how alike student and teacher are. Raises KdxError where there is no teacher."""
+        """FSS(S,T): the similarity of the student's and the teacher's features. Raises KdxError without a teacher."""
         if "FSS(S,T)" not in self.scores:
             raise KdxError("FSS compares the student with its teacher, and there is none.", "Give kdx.Explainer a teacher.")
         return self.scores["FSS(S,T)"]
 
     @property
     def rs(self) -> Score:
-        """RS(S), how relevant the student's features are to the target."""
+        """RS(S): the relevance of the student's features to the target."""
         return self.scores["RS(S)"]
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """One batch explained: a LayerResult a layer, and each role's logits [n, classes]."""
+    """The explanation of one batch: a LayerResult per layer, and each role's logits [n, classes]."""
 
     layers: dict[str, LayerResult]
     logits: dict[str, Any]
 
 
 class Explainer:
-    """Explains batches of images by two or three networks: ``explainer(images, labels) -> Explanation``.
+    """Explains batches of images with two or three networks: ``explainer(images, labels) -> Explanation``.
 
-    student, base, teacher: a model reference, a path of a file that ``kdx export`` wrote, a `kdx.models.Network`, or a
-    PyTorch module (taken as it is, without preprocessing); the teacher may be left out. layers: names, shared by all, or a
-    mapping from the student's and base's layer to the teacher's. runtime: ``auto``, ``eager``, ``onnx``, ``openvino`` or ``tensorrt``;
-    the last three export the networks once, into ``folder`` or a temporary one. What is in ``folder`` is used again, but for PyTorch
-    modules, whose code has no name to know it by. objective, weighting: as in `kdx.unicam`. chunk: how many images go through
-    a network at once (by default all of a batch, or 64 where an engine is built); it changes no result. permutations,
-    confidence, seed: of the scores. file: an explainer file, which stands in place of the networks, the layers (all of its, where
-    none is named), the objective and the weighting.
+    student, base, teacher: a model reference, the path of a file that ``kdx export`` wrote, a `kdx.models.Network`, or a PyTorch
+    module (used as it is, without preprocessing). The teacher is optional.
+    layers: names that all networks share, or a mapping from the student's and base's layer to the teacher's.
+    runtime: ``auto``, ``eager``, ``onnx``, ``openvino`` or ``tensorrt``. The last three export the networks once, into ``folder`` or a
+    temporary folder. Files in ``folder`` are used again, except for PyTorch modules, whose code no reference identifies.
+    device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    precision: the number format of the networks. ``bfloat16`` needs the runtime openvino and a CPU that supports it. Features then
+    keep two to three digits; maps and scores are computed from them in float32.
+    objective, weighting: as in `kdx.unicam`.
+    chunk: images per pass of a network, by default the whole batch, or 64 for an engine. It does not change the results.
+    permutations, confidence, seed: for the p-values and intervals of the scores.
+    file: an explainer file. It replaces the networks, the objective and the weighting; its layers are the default.
+    features: ``raw``, or ``salient`` for scores, contrasts and p-values of salient features, as published. At each layer these are a
+    network's features of its own salient images (`kdx.salient_images`, for the class that it predicts), in which the share ``keep`` of
+    the pixels is kept and the rest is imputed with ``noise``. The maps are always those of the raw features. Salient features cost one
+    backward pass per network and one forward pass per layer more. Exported files contain no gradients for them.
 
-    features: ``raw``, or ``salient`` for scores, contrasts and p-values of salient features, as published: at each layer, a
-    network's features of its own salient images (`kdx.salient_images`, of the class that it predicts), of which the share
-    ``keep`` is kept and the rest imputed with ``noise``. The maps are those of the raw features either way. Salient features
-    cost a backward pass a network and a forward pass a layer more; exported files hold no gradients for them.
-
-    precision: of the networks. ``bfloat16`` is openvino's, on a CPU that has it; features then keep two to three digits, and
-    what is made of them stays float32.
-
-    A context manager; `close` frees the networks. ``choice.why`` says in a line what ``auto`` chose and why. Where a network
-    cannot be exported, ``auto`` takes PyTorch and says so there; a runtime asked for by name raises.
+    A context manager; `close` frees the networks. ``choice.why`` states in one line what ``auto`` chose and why. If a network cannot
+    be exported, ``auto`` falls back to PyTorch and states it there; any other runtime raises KdxError.
     """
 
     def __init__(
@@ -124,8 +126,8 @@ class Explainer:
             keep=keep,
             noise=noise,
         )
-        named = {"teacher": teacher, "student": student, "base": base}
-        networks = {role: network for role, network in named.items() if network is not None}
+        roles = {"teacher": teacher, "student": student, "base": base}
+        networks = {role: network for role, network in roles.items() if network is not None}
         self._set_up(networks, layers, settings, folder, None if file is None else Path(file))
 
     @classmethod
@@ -138,7 +140,7 @@ class Explainer:
         folder: Path | None = None,
         file: Path | None = None,
     ) -> Self:
-        """An explainer of networks by role, or of an explainer file, with settings that are at hand as one object."""
+        """An explainer of networks by role, or of an explainer file, from one Settings object."""
         explainer = cls.__new__(cls)
         explainer._set_up(networks, layers, settings, folder, file)
         return explainer
@@ -153,51 +155,52 @@ class Explainer:
     ) -> None:
         if isinstance(layers, str):
             layers = [layers]
-        self.layers = dict(layers) if isinstance(layers, Mapping) else {layer: layer for layer in layers}
+        pairs = dict(layers) if isinstance(layers, Mapping) else {layer: layer for layer in layers}
         self.settings = settings
-        self._source: Runners | ExplainerFile
-        if file is not None:
-            if networks:
-                raise ValueError(f"an explainer file contains its networks; do not give {', '.join(networks)} as well")
-            self._source = ExplainerFile(file, self.layers, settings, folder)
-            self.layers, self.roles = self._source.layers, self._source.roles
-            return
-        self.roles = roles_among(networks)
-        self._source = Runners({role: networks[role] for role in self.roles}, self.layers, settings, folder)
+        self._networks: NetworkSet
+        if file is None:
+            self._networks = NetworkRunners({role: networks[role] for role in roles_among(networks)}, pairs, settings, folder)
+        elif networks:
+            raise ValueError(f"an explainer file contains its networks; do not give {', '.join(networks)} as well")
+        else:
+            self._networks = ExplainerFile(file, pairs, settings, folder)
+        self.layers, self.roles = self._networks.layers, self._networks.roles
 
     @property
     def choice(self) -> Choice:
-        """The runtime and device, and why."""
-        return self._source.choice
+        """The runtime and device, and the reason."""
+        return self._networks.choice
 
     def open(self, image_size: tuple[int, int]) -> None:
-        """Make ready for images of this size; the first call does it too. Under onnx this exports the networks."""
-        self._source.open(image_size)
+        """Prepare for images of this size, as the first call does otherwise. For every runtime but eager this exports the networks."""
+        self._networks.open(image_size)
 
-    def networks(self) -> dict[str, dict[str, Any]]:
-        """What is known of each role's network: reference, weights' SHA-256, parameter count, preprocessing, the image size
-        that it takes (None where any will do), and whether its weights are trained ones, as far as can be told."""
-        return self._source.networks()
+    def networks(self) -> dict[str, NetworkRecord]:
+        """The record of each role's network: its reference, hash, parameter count, preprocessing, image size and whether it is trained."""
+        return self._networks.networks()
 
     def use_references(self, images: Array, labels: Array) -> None:
-        """Switch to reference mode: every later image is mapped among these m images, whatever stands beside it in its batch."""
+        """Switch to reference mode: every later image is mapped among these m images instead of its batch mates.
+
+        images [m, 3, h, w] in [0, 1]. labels [m]. An explainer file has no reference mode and raises KdxError.
+        """
         arrays.check_same(len(labels), len(images), "reference labels", "reference images")
-        self._source.use_references(arrays.pixels(images), arrays.tensor(labels, "reference labels"))
+        self._networks.use_references(arrays.pixels(images), arrays.tensor(labels, "reference labels"))
 
     def explain(
         self, images: Tensor, labels: Tensor, seed: int | Sequence[int] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
         """Each role's logits [n, classes] and one LayerMeasurement per layer, from images [n, 3, h, w] in [0, 1] and labels [n] or [n, e].
 
-        seed: seeds the permutations of the p-values and the noise in salient images; by default it is the explainer's own. Calling the
-        explainer turns the same numbers into scores.
+        seed: of the permutations for p-values and of the noise in salient images; by default the explainer's own. Calling the
+        explainer turns the same measurements into scores.
         """
         seed = self.settings.seed if seed is None else seed
         permutations = permutation_table(len(labels), self.settings.permutations, seed)
-        return self._source.explain(arrays.pixels(images), labels, permutations, np.random.SeedSequence(seed))
+        return self._networks.explain(arrays.pixels(images), labels, permutations, np.random.SeedSequence(seed))
 
     def __call__(self, images: Array, labels: Array) -> Explanation:
-        """Maps and scores of one batch: images [n, 3, h, w] in [0, 1], labels [n] or embedding [n, e], NumPy or PyTorch."""
+        """Maps and scores of one batch: images [n, 3, h, w] in [0, 1], and labels [n] or an embedding [n, e], from NumPy or PyTorch."""
         batch, target = arrays.tensor(images, "images"), arrays.tensor(labels, "target")
         arrays.check_images(len(batch))
         arrays.check_same(len(target), len(batch), "the target", "images")
@@ -221,7 +224,7 @@ class Explainer:
         return LayerResult(maps["distilled"], maps["residual"], maps.get("missed"), maps.get("new"), summary.scores, summary.contrasts)
 
     def close(self) -> None:
-        self._source.close()
+        self._networks.close()
 
     def __enter__(self) -> Self:
         return self

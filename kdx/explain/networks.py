@@ -1,10 +1,9 @@
-"""An Explainer's source: one runner per network."""
+"""An Explainer's networks, each with its own runner."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 from kdx import models
 from kdx.disk import log
 from kdx.errors import KdxError
-from kdx.explain.explainer_file import without_gradients
-from kdx.explain.exported import ENGINE_IMAGES, ExportFolder, about_file, about_network, open_exported
+from kdx.explain.explainer_file import no_gradients
+from kdx.explain.exported import ENGINE_IMAGES, ExportFolder, open_exported
 from kdx.explain.layer import LayerMeasurement, LayerReferences, measure
+from kdx.explain.network_set import NetworkRecord
 from kdx.explain.settings import Settings
 from kdx.export import onnx_file
 from kdx.export.description import Description, Origin, holds
@@ -27,75 +27,73 @@ from kdx.maps.salient_images import Salience, ranking_maps
 from kdx.models.network import Network
 from kdx.runtimes.choice import Choice, choose, describe_file, is_file
 from kdx.runtimes.eager import EagerRunner
-from kdx.runtimes.runner import NetworkOutputs, Runner, layer_not_held, parts
+from kdx.runtimes.runner import NetworkOutputs, Runner, missing_layer, parts
 
 NetworkLike = str | Path | Network | nn.Module
 
 
-class Runners:
-    """A runner a network, and the geometry of the features that they give."""
+class NetworkRunners:
+    """One runner per network, plus the distance geometry of their features.
 
-    def __init__(self, given: Mapping[str, NetworkLike], layers: Mapping[str, str], settings: Settings, folder: Path | None) -> None:
-        paired = [f"{layer}={other}" for layer, other in layers.items() if layer != other]
-        if "teacher" not in given and paired:
-            raise KdxError(
-                f"{paired[0]} pairs a layer with one of the teacher's, and there is no teacher.", "Name the layer alone, or give a teacher."
-            )
-        self._given = given
-        self._layers = layers
+    networks: by role, all as exported files or none. layers: the student's and base's layer to the teacher's. folder: where exported
+    files and engines are written; a temporary folder by default.
+    """
+
+    def __init__(self, networks: Mapping[str, NetworkLike], layers: Mapping[str, str], settings: Settings, folder: Path | None) -> None:
+        _check_pairs(networks, layers)
+        self.roles = tuple(networks)
+        self.layers = dict(layers)
+        self._networks = networks
         self._settings = settings
         self._folder = ExportFolder(folder)
         self._salience = settings.salience
         self._may_fall_back = settings.runtime == "auto" and settings.precision == "float32"
-        files = {role: Path(str(network)) for role, network in given.items() if is_file(network)}
-        if files and self._salience is not None:
-            raise without_gradients("Exported files of features hold")
-        suffixes = sorted({path.suffix for path in files.values()})
-        if files and len(files) < len(given):
-            raise KdxError(f"Only the {' and '.join(files)} is given as an exported file.", "Give every network as a file, or none.")
-        if len(suffixes) > 1:
-            raise KdxError(f"The networks are given as {' and '.join(suffixes)} files.", "Give all of one kind.")
+        paths = {role: Path(str(network)) for role, network in networks.items() if is_file(network)}
+        _check_files(networks, paths, settings)
         self.choice = choose(
-            settings.runtime, settings.device, precision=settings.precision, files=bool(files), engines=suffixes == [".engine"]
+            settings.runtime,
+            settings.device,
+            precision=settings.precision,
+            files=bool(paths),
+            engines=any(path.suffix == ".engine" for path in paths.values()),
         )
-        self._files = {role: (path, describe_file(path)) for role, path in files.items()}
+        self._files = {role: (path, describe_file(path)) for role, path in paths.items()}
         if not layers:
-            known = self._files["student"][1].layers if files else _sensible(models.as_network(given["student"]))
-            raise KdxError("No layer was named.", f"Name one or more of the student's: {', '.join(known)}.")
+            suggested = self._files["student"][1].layers if paths else _suggested_layers(models.as_network(networks["student"]))
+            raise KdxError("No layer was named.", f"Name one or more of the student's: {', '.join(suggested)}.")
+        for role, (path, file) in self._files.items():
+            _check_layers(path, file, self._layers_of(role))
+        self._graphs: dict[str, tuple[Network, FeatureGraph]] = {}
+        if not paths:
+            for role, network in networks.items():
+                loaded = models.as_network(network)
+                self._graphs[role] = loaded, FeatureGraph(loaded.module, self._layers_of(role), loaded.preprocessing)
         self._references: dict[str, LayerReferences] = {}
         self._runners: dict[str, Runner] = {}
         self._gradients: dict[str, Runner] = {}
-        self._networks: dict[str, tuple[Network, FeatureGraph]] = {}
-        for role, network in given.items():
-            wanted = self._layers_of(role)
-            if files:
-                _check_holds(*self._files[role], wanted)
-            else:
-                loaded = models.as_network(network)
-                self._networks[role] = loaded, FeatureGraph(loaded.module, wanted, loaded.preprocessing)
 
     def open(self, image_size: tuple[int, int]) -> None:
         if self._runners:
             return
-        if not self._given:
+        if not self._networks:
             raise ValueError("the explainer is closed")
         try:
             self._start(image_size)
         except KdxError as error:
-            if not (self._may_fall_back and self.choice.runtime in ("onnx", "openvino") and self._networks):
+            if not (self._may_fall_back and self.choice.runtime in ("onnx", "openvino") and self._graphs):
                 raise
             self.choice = Choice("eager", self.choice.device, f"eager on the CPU, since the export failed: {error.problem}")
             self._start(image_size)
         log.info("runtime: %s", self.choice.why)
 
     def _start(self, image_size: tuple[int, int]) -> None:
-        """Every runner, or none."""
+        """Start every runner. After an error none is kept."""
         runners: dict[str, Runner] = {}
         gradients: dict[str, Runner] = {}
         for role, (path, file) in self._files.items():
             weights = file.networks["network"].weights
-            runners[role] = self._opened(path, f"{role}-{weights[:12]}", image_size if file.image_size is None else None)
-        for role, (network, graph) in self._networks.items():
+            runners[role] = self._open_file(path, f"{role}-{weights[:12]}", image_size if file.image_size is None else None)
+        for role, (network, graph) in self._graphs.items():
             runners[role] = self._runner(role, graph, image_size)
             if self._salience is not None:
                 differentiable = GradientGraph(network.module, list(dict.fromkeys(graph.layers)), network.preprocessing)
@@ -103,118 +101,140 @@ class Runners:
         self._runners, self._gradients = runners, gradients
 
     def _runner(self, role: str, graph: FeatureGraph | GradientGraph, image_size: tuple[int, int]) -> Runner:
-        """The runner of a graph of a role's network, which the runtimes of files have exported first."""
+        """The runner of a graph of a role's network. For every runtime but PyTorch the graph is exported, unless its file is there."""
         if self.choice.runtime == "eager":
             return EagerRunner(graph, self.choice.device)
-        network, _ = self._networks[role]
+        network, _ = self._graphs[role]
         suffix = ".onnx" if graph.kind == "features" else f".{graph.kind}.onnx"
         path = self._folder.path / f"{role}-{network.weights_hash[:12]}{suffix}"
-        # Modules with equal weights may differ in their code; a reference says which code it is.
-        bare = isinstance(self._given[role], nn.Module)
+        # Modules with equal weights may differ in their code. A model reference identifies the code as well.
+        is_module = isinstance(self._networks[role], nn.Module)
         size = network.preprocessing.size
-        if bare or not holds(path, graph, network.weights_hash):
+        if is_module or not holds(path, graph, network.weights_hash):
             onnx_file.write(graph, path, origin=Origin(network.reference, network.weights_hash), image_size=size or image_size)
-        return self._opened(path, path.stem, image_size if size else None)
+        return self._open_file(path, path.stem, image_size if size else None)
 
-    def _opened(self, path: Path, name: str, image_size: tuple[int, int] | None) -> Runner:
+    def _open_file(self, path: Path, name: str, image_size: tuple[int, int] | None) -> Runner:
         most = self._settings.chunk or ENGINE_IMAGES
         return open_exported(path, self.choice, self._folder, name, (1, most, most), image_size)
 
-    def networks(self) -> dict[str, dict[str, Any]]:
-        held = {role: about_file(file.networks["network"], file) for role, (_, file) in self._files.items()}
-        return held | {role: about_network(network, network.weights_hash, network.trained) for role, (network, _) in self._networks.items()}
+    def networks(self) -> dict[str, NetworkRecord]:
+        files = {role: NetworkRecord.of_file(file.networks["network"], file) for role, (_, file) in self._files.items()}
+        return files | {role: NetworkRecord.of_network(network) for role, (network, _) in self._graphs.items()}
 
     def use_references(self, images: Tensor, labels: Tensor) -> None:
-        known, passed = labels.to(self.choice.device), self._infer(images)
-        self._references = {layer: LayerReferences.of(self._features(passed, layer), known) for layer in self._layers}
+        labels, outputs = labels.to(self.choice.device), self._infer(images)
+        self._references = {layer: LayerReferences.of(self._features(outputs, layer), labels) for layer in self.layers}
 
     def explain(
         self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence
     ) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
-        passed = self._infer(images)
+        outputs = self._infer(images)
         with torch.no_grad():
             labels, permutations = labels.to(self.choice.device), permutations.to(self.choice.device)
             target = Target.of(labels)
-            shown = {} if self._salience is None else self._salient_distances(self._salience, images, passed, seed)
-            measured = {
+            distances = {} if self._salience is None else self._salient_distances(self._salience, images, outputs, seed)
+            measurements = {
                 layer: measure(
-                    self._features(passed, layer),
+                    self._features(outputs, layer),
                     target,
                     objective=geometry.OBJECTIVES[self._settings.objective],
                     weighting=self._settings.weighting,
                     permutations=permutations,
                     references=self._references.get(layer),
                     labels=labels,
-                    distances=shown.get(layer),
+                    distances=distances.get(layer),
                 )
-                for layer in self._layers
+                for layer in self.layers
             }
-        return {role: outputs.logits for role, outputs in passed.items()}, measured
+        return {role: passed.logits for role, passed in outputs.items()}, measurements
 
     def _salient_distances(
-        self, salience: Salience, images: Tensor, passed: Mapping[str, NetworkOutputs], seed: np.random.SeedSequence
+        self, salience: Salience, images: Tensor, outputs: Mapping[str, NetworkOutputs], seed: np.random.SeedSequence
     ) -> dict[str, dict[str, Tensor]]:
-        """At each layer, each role's distances [n, n] between its features of its salient images."""
+        """Per layer and role: the distances [n, n] between the role's features of its own salient images."""
         images = images.to(self.choice.device)
-        ranked = {}
+        rankings = {}
         for role, runner in self._gradients.items():
-            logits = passed[role].logits
-            ranked[role] = ranking_maps(runner, runner.layers, images, logits.argmax(1), logits.shape[1], self._settings.chunk)
-        found: dict[str, dict[str, Tensor]] = {layer: {} for layer in self._layers}
-        for layer in self._layers:
-            # Seeds of their own: noise that two networks' images had in common would read as likeness.
-            for role, own in zip(ranked, seed.spawn(len(ranked)), strict=True):
+            logits = outputs[role].logits
+            rankings[role] = ranking_maps(runner, runner.layers, images, logits.argmax(1), logits.shape[1], self._settings.chunk)
+        distances: dict[str, dict[str, Tensor]] = {layer: {} for layer in self.layers}
+        for layer in self.layers:
+            # Each network has its own seed: noise that two networks' images share would raise their similarity.
+            for role, noise_seed in zip(rankings, seed.spawn(len(rankings)), strict=True):
                 name = self._layer_of(role, layer)
-                shown = salience.images(images, ranked[role][name], int(own.generate_state(1)[0]))
-                rows = self._passed(role, shown).features[name].flatten(1)
-                found[layer][role] = arrays.measured(geometry.distances(rows), rows, f"{role}'s salient features")
-        return found
+                salient = salience.images(images, rankings[role][name], int(noise_seed.generate_state(1)[0]))
+                rows = self._run(role, salient).features[name].flatten(1)
+                distances[layer][role] = arrays.measured(geometry.distances(rows), rows, f"{role}'s salient features")
+        return distances
 
     def _infer(self, images: Tensor) -> dict[str, NetworkOutputs]:
-        """One pass of each network."""
+        """One pass of every network."""
         self.open((images.shape[2], images.shape[3]))
-        return {role: self._passed(role, images) for role in self._runners}
+        return {role: self._run(role, images) for role in self._runners}
 
-    def _passed(self, role: str, images: Tensor) -> NetworkOutputs:
-        """One pass of a role's network, ``chunk`` images at a time, and no more than an engine takes."""
+    def _run(self, role: str, images: Tensor) -> NetworkOutputs:
+        """One pass of a role's network, in chunks of at most ``chunk`` images and of at most an engine's batch."""
         runner = self._runners[role]
-        return _joined([runner.infer(images[part]) for part in parts(runner, self._settings.chunk, len(images))])
+        return _concatenated([runner.infer(images[part]) for part in parts(runner, self._settings.chunk, len(images))])
 
     def _layer_of(self, role: str, layer: str) -> str:
-        """What a role calls one of the student's layers."""
-        return self._layers[layer] if role == "teacher" else layer
+        """A role's own name of a student's layer."""
+        return self.layers[layer] if role == "teacher" else layer
 
     def _layers_of(self, role: str) -> tuple[str, ...]:
-        return tuple(self._layer_of(role, layer) for layer in self._layers)
+        return tuple(self._layer_of(role, layer) for layer in self.layers)
 
-    def _features(self, passed: Mapping[str, NetworkOutputs], layer: str) -> dict[str, Tensor]:
-        return {role: outputs.features[self._layer_of(role, layer)] for role, outputs in passed.items()}
+    def _features(self, outputs: Mapping[str, NetworkOutputs], layer: str) -> dict[str, Tensor]:
+        """Every role's features at a student's layer."""
+        return {role: passed.features[self._layer_of(role, layer)] for role, passed in outputs.items()}
 
     def close(self) -> None:
         for runner in (*self._runners.values(), *self._gradients.values()):
             runner.close()
-        self._given, self._files, self._networks, self._references = {}, {}, {}, {}
+        self._networks, self._files, self._graphs, self._references = {}, {}, {}, {}
         self._folder.close()
 
 
-def _check_holds(path: Path, file: Description, layers: Iterable[str]) -> None:
+def _check_pairs(networks: Mapping[str, NetworkLike], layers: Mapping[str, str]) -> None:
+    """KdxError for a layer with a teacher's layer if there is no teacher."""
+    pairs = [f"{layer}={other}" for layer, other in layers.items() if layer != other]
+    if "teacher" not in networks and pairs:
+        raise KdxError(
+            f"{pairs[0]} pairs a layer with one of the teacher's, and there is no teacher.", "Name the layer alone, or give a teacher."
+        )
+
+
+def _check_files(networks: Mapping[str, NetworkLike], paths: Mapping[str, Path], settings: Settings) -> None:
+    """KdxError for exported files that do not serve: for salient features, beside other networks, or of both kinds."""
+    if paths and settings.salience is not None:
+        raise no_gradients("Exported files of features contain no gradients, which salient features need.")
+    if paths and len(paths) < len(networks):
+        raise KdxError(f"Only the {' and '.join(paths)} is an exported file.", "Give every network as a file, or none.")
+    suffixes = sorted({path.suffix for path in paths.values()})
+    if len(suffixes) > 1:
+        raise KdxError(f"The networks are {' and '.join(suffixes)} files.", "Give files of one kind.")
+
+
+def _check_layers(path: Path, file: Description, layers: Iterable[str]) -> None:
+    """KdxError for a file that is not one of features, or does not contain one of the layers."""
     if file.kind != "features":
-        raise KdxError(f"{path} is a file of {file.kind}, and features are asked for.", "Export it with --kind features.")
+        raise KdxError(f"{path} is a file of {file.kind}, not of features.", "Export it with --kind features.")
     for layer in layers:
         if layer not in file.layers:
-            raise layer_not_held(path, layer, file.layers)
+            raise missing_layer(path, layer, file.layers)
 
 
-def _sensible(network: Network) -> Iterable[str]:
-    """The layers to advise: the sensible ones, or all where the network does not run on an image of the size that it seems to take."""
+def _suggested_layers(network: Network) -> Iterable[str]:
+    """The layers to suggest; all of them if the network does not run on an image of the size that it seems to take."""
     try:
         return models.layers(network)
     except KdxError:
         return [name for name, _ in network.module.named_modules() if name]
 
 
-def _joined(pieces: list[NetworkOutputs]) -> NetworkOutputs:
-    if len(pieces) == 1:
-        return pieces[0]
-    features = {layer: torch.cat([piece.features[layer] for piece in pieces]) for layer in pieces[0].features}
-    return NetworkOutputs(torch.cat([piece.logits for piece in pieces]), features)
+def _concatenated(outputs: list[NetworkOutputs]) -> NetworkOutputs:
+    if len(outputs) == 1:
+        return outputs[0]
+    features = {layer: torch.cat([part.features[layer] for part in outputs]) for layer in outputs[0].features}
+    return NetworkOutputs(torch.cat([part.logits for part in outputs]), features)

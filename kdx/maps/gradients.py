@@ -24,7 +24,7 @@ from kdx.kernels import geometry
 from kdx.models.network import Network
 from kdx.runtimes.choice import choose, is_file, open_file
 from kdx.runtimes.eager import EagerRunner
-from kdx.runtimes.runner import Runner, layer_not_held, parts
+from kdx.runtimes.runner import Runner, missing_layer, parts
 
 Differentiable = str | Path | Network | nn.Module | Runner
 """A model reference, a path of a file exported with its gradients, a network, a PyTorch module (taken as it is, without
@@ -103,7 +103,7 @@ def _held(runner: Runner, name: str, layer: str | None) -> str:
     if layer is None and len(runner.layers) > 1:
         raise KdxError(f"{name} holds several layers.", f"Name one of {', '.join(runner.layers)}.")
     if layer is not None and layer not in runner.layers:
-        raise layer_not_held(name, layer, runner.layers)
+        raise missing_layer(name, layer, runner.layers)
     return runner.layers[0] if layer is None else layer
 
 

@@ -1,4 +1,4 @@
-"""The machine and the packages that a run used."""
+"""The machine and the packages of a run."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ _PACKAGES = ("kdx", "torch", "numpy", "scipy", "onnx", "onnxruntime", "openvino"
 
 
 def environment() -> dict[str, Any]:
-    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform(), "processor": _processor()}
+    """Python, platform, processor, the versions of the installed packages, the number of threads, and the GPU if there is one."""
+    entries: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform(), "processor": _processor()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            entries[package] = version(package)
         except PackageNotFoundError:
             continue
-    found["threads"] = torch.get_num_threads()
+    entries["threads"] = torch.get_num_threads()
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        entries["gpu"] = torch.cuda.get_device_name()
+    return entries
 
 
 def _processor() -> str:
-    """The processor's name, which Python's platform module leaves out on Linux."""
+    """The name of the processor. Python's platform module does not return it on Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -36,4 +37,5 @@ def _processor() -> str:
 
 
 def now() -> str:
+    """The local time, in ISO 8601 with seconds and the offset from UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")

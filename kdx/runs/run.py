@@ -1,10 +1,10 @@
-"""A run over a data set: plan batches, infer, measure, store; resumes where it stopped."""
+"""A run over a data set: plans batches, runs the networks, measures and stores. A stopped run resumes where it stopped."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from kdx.data.images import Images, decoded, load_images
 from kdx.data.splits import class_balanced_sample, stratified_splits
 from kdx.errors import KdxError
 from kdx.explain.explainer import Explainer
-from kdx.explain.explainer_file import describe_explainer, paired_layers, without_references
+from kdx.explain.explainer_file import describe_explainer, no_reference_mode, paired_layers
 from kdx.explain.graph import largest_size
+from kdx.explain.network_set import NetworkRecord
 from kdx.explain.settings import Settings
 from kdx.features.arrays import MIN_IMAGES
 from kdx.models.layer_pairs import parse_layers
@@ -36,8 +37,6 @@ from kdx.scores.uncertainty import accuracy
 
 _RECORDED = ("batch", "runtime", "device", "objective", "weighting", "reference_images", "seed", "permutations", "confidence")
 """The options that a run's configuration always states. The others change no result, or are stated only if they are not the default."""
-
-_OF_A_MODEL = ("reference", "sha256", "parameters", "preprocessing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +61,18 @@ class RunOptions(Settings):
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a run explains: images in batches, by networks, at layers."""
+    """What a run explains: which images in which batches, with which networks, at which layers.
+
+    indices: the images to explain, as rows of the data set. batches: positions in ``indices``. references: the reference images, as
+    rows of the data set.
+    """
 
     data: str
     models: ModelsFile
     dataset: Dataset
     split: str
-    indices: NDArray[np.int64]  # of the images to explain
-    batches: list[NDArray[np.int64]]  # positions in ``indices``
+    indices: NDArray[np.int64]
+    batches: list[NDArray[np.int64]]
     references: NDArray[np.int64]
     layers: dict[str, str]
     options: RunOptions
@@ -91,20 +94,20 @@ def explain_dataset(
     restart: bool = False,
     announce: Callable[[str], None] = print,
 ) -> None:
-    """Explain ``data`` by the networks of a models file, or by an explainer file, and leave the record of it in the folder ``out``.
+    """Explain ``data`` with the networks of a models file, or with an explainer file, and store the run in the folder ``out``.
 
-    layers: names shared by the networks, or ``student_layer=teacher_layer``; by default those of the models file.
-    networks: the folder for exported networks, by default out/networks. A run that was stopped resumes, with the same result. A complete
-    run is not computed again, unless ``restart`` asks for it.
+    layers: names that the networks share, or ``student_layer=teacher_layer``; by default those of the models file.
+    networks: the folder for exported networks, by default out/networks. command: the command line, for the manifest. restart: compute a
+    complete run again. A stopped run resumes, with the same result.
 
-    Raises KdxError for anything that a user can fix, before anything is written where possible.
+    Raises KdxError for anything that the user can fix, if possible before anything is written.
     """
     plan = _plan(data, models, layers, options)
     with ExitStack() as stack:
         with _explainer(plan, networks or out / "networks") as explainer:
-            described = explainer.networks()
-            size = largest_size(network["image_size"] for network in described.values())
-            store = stack.enter_context(Store.begin(out, _configuration(plan, described, size), _context(plan, command)))
+            records = explainer.networks()
+            size = largest_size(record.image_size for record in records.values())
+            store = stack.enter_context(Store.begin(out, _configuration(plan, records, size), _context(plan, command)))
             if store.complete and not restart:
                 announce(f"{out} is already complete; its page is written again.")
                 return
@@ -113,9 +116,9 @@ def explain_dataset(
             explainer.open(size)
             announce(f"Runtime {explainer.choice.why}.")
             store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
-            store.manifest["random_weights"] = [role for role, about in described.items() if not about["trained"]]
+            store.manifest["random_weights"] = [role for role, record in records.items() if not record.trained]
             for role in store.manifest["random_weights"]:
-                announce(f"Some or all weights of the {role} are random: {described[role]['reference']}.")
+                announce(f"Some or all weights of the {role} are random: {records[role].reference}.")
             if len(plan.references):
                 store.manifest["reference_ids"] = [plan.dataset.ids[index] for index in plan.references]
             _infer(store, explainer, plan, size, announce)
@@ -125,43 +128,53 @@ def explain_dataset(
 def _plan(data: str, models: Path, layers: Sequence[str], options: RunOptions) -> _Plan:
     if options.reference_images and options.reference_images < MIN_IMAGES:
         raise KdxError(f"A reference set of {options.reference_images} is too small.", f"Give --reference {MIN_IMAGES} or more, or 0.")
-    named = _of_file(models) if is_file(models) else read_models(models)
-    dataset = open_data(data, named.classes or None)
-    share, indices, pool = _part(dataset, named, options)
-    paired = parse_layers(layers or named.layers)
+    models_file = _from_explainer_file(models) if is_file(models) else read_models(models)
+    dataset = open_data(data, models_file.classes or None)
+    share, indices, pool = _choose_split(dataset, models_file, options)
+    pairs = parse_layers(layers or models_file.layers)
     batches = random_batches(dataset.labels[indices], options.batch, options.seed)
     references = pool[:0]
     if options.reference_images:
         references = pool[class_balanced_sample(dataset.labels[pool], options.reference_images, options.seed)]
-    return _Plan(data, named, dataset, share, indices, batches, references, paired, options)
+    return _Plan(data, models_file, dataset, share, indices, batches, references, pairs, options)
 
 
-def _configuration(plan: _Plan, described: Mapping[str, Mapping[str, Any]], size: tuple[int, int]) -> dict[str, Any]:
+def _configuration(plan: _Plan, records: Mapping[str, NetworkRecord], size: tuple[int, int]) -> dict[str, Any]:
     """Everything that a run's results depend on."""
     return {
         "data": plan.data,
         "split": plan.split,
         "fingerprint": plan.dataset.fingerprint,
         "split_seed": plan.models.seed,
-        "models": {role: {key: about[key] for key in _OF_A_MODEL} for role, about in described.items()},
+        "models": {role: _identity(record) for role, record in records.items()},
         "layers": plan.layers,
         "image_size": size,
-        **_stated(plan.options),
+        **_recorded_options(plan.options),
     }
 
 
-def _stated(options: RunOptions) -> dict[str, Any]:
+def _identity(record: NetworkRecord) -> dict[str, Any]:
+    """What identifies a network in a run's configuration."""
+    return {
+        "reference": record.reference,
+        "sha256": record.sha256,
+        "parameters": record.parameters,
+        "preprocessing": asdict(record.preprocessing),
+    }
+
+
+def _recorded_options(options: RunOptions) -> dict[str, Any]:
     """The options in a run's configuration. Defaults added later are omitted so that older runs still match."""
-    stated = {key: getattr(options, key) for key in _RECORDED}
+    recorded = {key: getattr(options, key) for key in _RECORDED}
     if options.precision != "float32":
-        stated["precision"] = options.precision
+        recorded["precision"] = options.precision
     if options.features == "salient":
-        stated["features"] = {"kind": options.features, "keep": options.keep, "noise": options.noise}
-    return stated
+        recorded["features"] = {"kind": options.features, "keep": options.keep, "noise": options.noise}
+    return recorded
 
 
 def _context(plan: _Plan, command: Sequence[str]) -> dict[str, Any]:
-    """What a manifest states beside the configuration."""
+    """The part of a manifest that does not affect the results."""
     return {
         "kdx": version("kdx"),
         "created": now(),
@@ -188,24 +201,24 @@ def _infer(store: Store, explainer: Explainer, plan: _Plan, size: tuple[int, int
             show("Explaining", done, total, "batches")
             _explain_batch(store, explainer, plan, batch, images)
             unreadable += images.unreadable
-            _check_unreadable(unreadable, len(plan.indices), plan.options.max_unreadable)  # early, not after the last batch
+            _check_unreadable(unreadable, len(plan.indices), plan.options.max_unreadable)  # now, not after the last batch
         show("Explaining", total, total, "batches")
 
 
-def _part(dataset: Dataset, named: ModelsFile, options: RunOptions) -> tuple[str, NDArray[np.int64], NDArray[np.int64]]:
-    """The split to explain, its indices, and those that a reference set is taken from: training images, where there are any."""
-    own = named.data is not None and Path(dataset.reference).resolve() == Path(named.data).resolve()  # however the folder is spelt
+def _choose_split(dataset: Dataset, models: ModelsFile, options: RunOptions) -> tuple[str, NDArray[np.int64], NDArray[np.int64]]:
+    """The split to explain, its indices, and the indices from which a reference set is drawn: the train split, or all of the data."""
+    own = models.data is not None and Path(dataset.reference).resolve() == Path(models.data).resolve()  # two paths may name one folder
     share = options.split or ("test" if own else "all")
     if share == "all":
         return share, np.arange(len(dataset)), np.arange(len(dataset))
-    parts = stratified_splits(dataset, named.seed if named.seed is not None else options.seed)
+    parts = stratified_splits(dataset, models.seed if models.seed is not None else options.seed)
     if share not in parts:
         raise KdxError(f"There is no split {share!r}.", f"Choose one of {', '.join(parts)}, all.")
     return share, parts[share], parts["train"]
 
 
-def _of_file(path: Path) -> ModelsFile:
-    """What a models file would say of the networks in an explainer file."""
+def _from_explainer_file(path: Path) -> ModelsFile:
+    """The contents of a models file for the networks in an explainer file."""
     file = describe_explainer(path)
     layers = tuple(f"{layer}={other}" for layer, other in paired_layers(file).items())
     base, student, teacher = (file.networks[role].reference if role in file.networks else None for role in ("base", "student", "teacher"))
@@ -214,23 +227,24 @@ def _of_file(path: Path) -> ModelsFile:
 
 
 def _explainer(plan: _Plan, folder: Path) -> Explainer:
-    named = plan.models
-    if is_file(named.path):
+    models = plan.models
+    if is_file(models.path):
         if plan.options.reference_images:
-            raise without_references()
-        return Explainer.of({}, plan.layers, plan.options, folder=folder, file=named.path)
+            raise no_reference_mode()
+        return Explainer.of({}, plan.layers, plan.options, folder=folder, file=models.path)
     networks = {
-        role: named.path.parent / reference if is_file(reference) else named.load(role) for role, reference in named.references.items()
+        role: models.path.parent / reference if is_file(reference) else models.load(role) for role, reference in models.references.items()
     }
     return Explainer.of(networks, plan.layers, plan.options, folder=folder)
 
 
-def _use_references(explainer: Explainer, dataset: Dataset, chosen: NDArray[np.int64], size: tuple[int, int]) -> None:
-    images = load_images(dataset, chosen, size)
+def _use_references(explainer: Explainer, dataset: Dataset, references: NDArray[np.int64], size: tuple[int, int]) -> None:
+    images = load_images(dataset, references, size)
     if images.unreadable:
         name, reason = images.unreadable[0]
         raise KdxError(
-            f"The reference image {name} cannot be read ({reason}).", "Repair or remove it, or choose others with another --seed."
+            f"The reference image {name} cannot be read ({reason}).",
+            "Repair or remove it, or choose other reference images with another --seed.",
         )
     explainer.use_references(images.pixels, torch.from_numpy(dataset.labels[images.kept]))
 
@@ -272,10 +286,10 @@ def _check_classes(logits: Mapping[str, torch.Tensor], classes: int) -> None:
 
 
 def _finish(store: Store, plan: _Plan, size: tuple[int, int]) -> None:
-    """Write scores and samples from the batches' records, the gallery's pictures, and the end of the manifest."""
+    """Write the scores and samples from the batches' records, the pictures of the gallery, and the rest of the manifest."""
     dataset, options = plan.dataset, plan.options
     roles = roles_among(store.manifest["configuration"]["models"])
-    columns, pools, unreadable = _gathered(store, plan, roles)
+    columns, pools, unreadable = _collect(store, plan, roles)
     planned = sum(map(len, plan.batches))
     _check_unreadable(unreadable, planned, options.max_unreadable)
     index = columns.pop("index")
@@ -288,9 +302,9 @@ def _finish(store: Store, plan: _Plan, size: tuple[int, int]) -> None:
             "layers": {layer: scores_as_json(pool.scores(n=len(index), confidence=options.confidence)) for layer, pool in pools.items()},
         }
     )
-    chosen = _gallery(columns, roles, options)
-    shown = load_images(dataset, index[chosen], size)
-    for row, pixels in zip(columns["row"][chosen], shown.pixels, strict=True):
+    gallery = _gallery(columns, roles, options)
+    pictures = load_images(dataset, index[gallery], size)
+    for row, pixels in zip(columns["row"][gallery], pictures.pixels, strict=True):
         store.write_picture(int(row), pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
     store.finish(
         {
@@ -304,8 +318,8 @@ def _finish(store: Store, plan: _Plan, size: tuple[int, int]) -> None:
     )
 
 
-def _gathered(store: Store, plan: _Plan, roles: Sequence[str]) -> tuple[dict[str, NDArray[Any]], dict[str, Pool], list[tuple[str, str]]]:
-    """From the records of all batches: the columns of the samples, each layer's pool of inner products, and the unreadable images."""
+def _collect(store: Store, plan: _Plan, roles: Sequence[str]) -> tuple[dict[str, NDArray[Any]], dict[str, Pool], list[tuple[str, str]]]:
+    """Collects the records of all batches: the columns of the samples, each layer's pool of inner products, the unreadable images."""
     pools = {layer: Pool(roles) for layer in plan.layers}
     parts: list[dict[str, NDArray[Any]]] = []
     unreadable: list[tuple[str, str]] = []
@@ -315,13 +329,13 @@ def _gathered(store: Store, plan: _Plan, roles: Sequence[str]) -> tuple[dict[str
         for layer, pool in pools.items():
             pool.add(*from_arrays(record.arrays, layer, roles))
         count = len(record.arrays["index"])
-        place = {"row": batch * plan.widest + np.arange(count), "batch": np.full(count, batch)}
-        parts.append(place | {name: values for name, values in record.arrays.items() if "/" not in name})
+        position = {"row": batch * plan.widest + np.arange(count), "batch": np.full(count, batch)}
+        parts.append(position | {name: values for name, values in record.arrays.items() if "/" not in name})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, pools, unreadable
 
 
 def _gallery(columns: Mapping[str, NDArray[Any]], roles: Sequence[str], options: RunOptions) -> NDArray[np.int64]:
-    """Positions of the gallery's images: class-balanced, a third of them from images that some network gets wrong."""
+    """The rows of the gallery's images: balanced over classes, a third of them misclassified by at least one network."""
     wrong = np.flatnonzero(np.any([columns[f"{role}_prediction"] != columns["label"] for role in roles], axis=0))
     picked: NDArray[np.int64] = np.empty(0, np.int64)
     if len(wrong):

@@ -1,9 +1,9 @@
-"""The choice of a runtime and a device."""
+"""The choice of a runtime and a device, and the runner of an exported file."""
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,19 +19,19 @@ from kdx.runtimes.runner import FileRunner
 from kdx.runtimes.tensorrt import TensorRtRunner
 
 
-def is_file(given: object) -> bool:
-    """Whether a network is given as a file that ``kdx export`` wrote, by its path."""
-    return isinstance(given, str | Path) and str(given).endswith((".onnx", ".engine"))
+def is_file(network: object) -> bool:
+    """Whether ``network`` is the path of an exported file, .onnx or .engine."""
+    return isinstance(network, str | Path) and str(network).endswith((".onnx", ".engine"))
 
 
 def describe_file(path: Path) -> Description:
-    """What a file that kdx exported says of itself, .onnx or .engine."""
+    """The description inside an exported file, .onnx or .engine."""
     return engine.describe(path).file if path.suffix == ".engine" else describe(path)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The runtime, device and precision to use, and why in one line."""
+    """The runtime, device and precision to use, and the reason in one line."""
 
     runtime: str
     device: torch.device
@@ -40,7 +40,7 @@ class Choice:
 
 
 def open_file(path: Path, choice: Choice) -> FileRunner:
-    """The runner of a file by its suffix: .onnx in OpenVINO or ONNX Runtime, as was chosen; .engine in TensorRT."""
+    """The runner of an exported file: TensorRT's for .engine, and OpenVINO's or ONNX Runtime's for .onnx, as chosen."""
     if path.suffix == ".engine":
         return TensorRtRunner(path, choice.device)
     if path.suffix != ".onnx":
@@ -53,63 +53,78 @@ def open_file(path: Path, choice: Choice) -> FileRunner:
 def choose(
     runtime: RuntimeName, device: str = "auto", *, precision: Precision = "float32", files: bool = False, engines: bool = False
 ) -> Choice:
-    """Resolve ``auto``; a runtime, device or precision asked for by name that cannot run here is a KdxError.
+    """The runtime and device that execute the networks. ``auto`` is resolved; everything else is checked.
 
-    files: the networks are given as files, so PyTorch cannot run them. engines: as .engine files, so only TensorRT can.
+    files: the networks are exported files, which PyTorch cannot run. engines: they are .engine files, which only TensorRT can run.
+
+    Raises KdxError for an unknown runtime, device or precision, and for one that cannot run here.
     """
     if precision not in PRECISIONS:
         raise KdxError(f"There is no precision {precision!r}.", f"Choose one of {', '.join(PRECISIONS)}.")
-    found = _place(runtime, device, files, engines)
-    if found.runtime == "openvino":
-        check_precision(precision)
-        return replace(found, precision=precision, why=found.why if precision == "float32" else f"{found.why}, in {precision}")
-    if precision != "float32":
-        raise KdxError(f"The runtime {found.runtime} does not choose {precision}.", "Choose --runtime openvino, or leave --precision out.")
-    return found
-
-
-def _place(runtime: RuntimeName, device: str, files: bool, engines: bool) -> Choice:
-    """The runtime and device, whatever the precision."""
     if runtime not in RUNTIMES:
         raise KdxError(f"There is no runtime {runtime!r}.", f"Choose one of {', '.join(RUNTIMES)}.")
-    cuda = torch.cuda.is_available()
-    gpus = ("cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))) if cuda else ()
-    if device not in ("auto", "cpu", *gpus):
+    if device not in ("auto", "cpu", *_gpus()):
         raise KdxError(f"The device {device!r} cannot run here.", "Choose cpu, or see kdx doctor for what this machine can run.")
-    why = "as asked" if runtime != "auto" else f"the networks are {'engines' if engines else 'ONNX files'}"
-    if engines and runtime in ("eager", "onnx", "openvino"):
-        raise KdxError(f"An .engine file cannot run in {runtime}.", "Choose --runtime tensorrt, or give the ONNX file.")
-    if files and runtime == "eager":
+    chosen, reason = _automatic(device, files, engines) if runtime == "auto" else (runtime, "as requested")
+    if engines and chosen != "tensorrt":
+        raise KdxError(f"An .engine file cannot run in {chosen}.", "Choose --runtime tensorrt, or give the ONNX file.")
+    if files and chosen == "eager":
         raise KdxError("An .onnx file cannot run in PyTorch.", "Choose --runtime onnx, or give the network itself.")
-    if runtime == "tensorrt" or engines:
+    place = _device_for(chosen, device)
+    if chosen == "openvino":
+        check_precision(precision)
+    elif precision != "float32":
+        raise KdxError(f"The runtime {chosen} does not support {precision}.", "Choose --runtime openvino, or leave --precision out.")
+    where = "the CPU" if place == CPU else str(place)
+    return Choice(chosen, place, f"{chosen} on {where}: {reason}" + ("" if precision == "float32" else f", in {precision}"), precision)
+
+
+def _automatic(device: str, files: bool, engines: bool) -> tuple[RuntimeName, str]:
+    """The runtime for ``auto``, and the reason: PyTorch on a GPU; on the CPU the first that is installed of onnx, openvino and eager."""
+    if engines:
+        return "tensorrt", "the networks are engines"
+    on_cpu = device == "cpu" or (device == "auto" and (files or not _gpus()))
+    if on_cpu and _installed("openvino") and not _installed("onnxruntime"):
+        return "openvino", "ONNX Runtime is not installed, and OpenVINO is"
+    if files:
+        return "onnx", "the networks are ONNX files"
+    if not on_cpu:
+        return "eager", "PyTorch sees a GPU"
+    if _installed("onnxruntime"):
+        return "onnx", "no GPU is in use, and ONNX Runtime is faster than PyTorch on a CPU"
+    return "eager", "ONNX Runtime is not installed (pip install 'kdx[cpu]' makes it faster)"
+
+
+def _device_for(runtime: RuntimeName, device: str) -> torch.device:
+    """The device on which a runtime executes, or a KdxError if it is not installed or cannot use ``device``."""
+    if runtime == "tensorrt":
         check_gpu("cuda" if device == "auto" else device, "TensorRT")
-        if not any(importlib.util.find_spec(package) for package in ("tensorrt", "tensorrt_rtx")):
+        if not (_installed("tensorrt") or _installed("tensorrt_rtx")):
             raise missing_package("tensorrt", "gpu", "The runtime tensorrt")
-        chosen = torch.device("cuda" if device == "auto" else device)
-        return Choice("tensorrt", chosen, f"tensorrt on {chosen}: {why}")
-    has_onnx, has_openvino = (importlib.util.find_spec(package) is not None for package in ("onnxruntime", "openvino"))
+        return torch.device("cuda" if device == "auto" else device)
     if runtime == "openvino":
         if device.startswith("cuda"):
             raise KdxError(f"OpenVINO runs on the CPU, not on {device}.", "Choose --device cpu, or another runtime.")
-        if not has_openvino:
+        if not _installed("openvino"):
             raise missing_package("openvino", "openvino", "The runtime openvino")
-        return Choice("openvino", CPU, f"openvino on the CPU: {why}")
-    on_cpu = device == "cpu" or (device == "auto" and (files or not cuda))
-    if runtime == "auto" and on_cpu and has_openvino and not has_onnx:
-        return Choice("openvino", CPU, "openvino on the CPU: ONNX Runtime is not installed, and OpenVINO is")
-    if runtime == "onnx" or files:
-        if not has_onnx:
+        return CPU
+    if runtime == "onnx":
+        if not _installed("onnxruntime"):
             raise missing_package("onnxruntime", "cpu", "The runtime onnx")
-        if device.startswith("cuda"):
-            if not has_cuda_provider():
-                raise KdxError("The ONNX Runtime that is installed runs on the CPU only.", GPU_PACKAGE)
-            return Choice("onnx", torch.device(device), f"onnx on {device}: {why}")
-        return Choice("onnx", CPU, f"onnx on the CPU: {why}")
-    if runtime == "eager":
-        chosen = torch.device("cuda" if device == "auto" and cuda else "cpu" if device == "auto" else device)
-        return Choice("eager", chosen, f"eager on {chosen}: as asked")
-    if not on_cpu:
-        return Choice("eager", torch.device("cuda" if device == "auto" else device), "eager on the GPU: PyTorch sees one")
-    if has_onnx:
-        return Choice("onnx", CPU, "onnx on the CPU: no GPU in use, and ONNX Runtime is faster there than PyTorch")
-    return Choice("eager", CPU, "eager on the CPU: ONNX Runtime is not installed (pip install 'kdx[cpu]' makes it faster)")
+        if device.startswith("cuda") and not has_cuda_provider():
+            raise KdxError("The installed ONNX Runtime runs only on the CPU.", GPU_PACKAGE)
+        return CPU if device == "auto" else torch.device(device)
+    if device == "auto":
+        return torch.device("cuda") if _gpus() else CPU
+    return torch.device(device)
+
+
+def _gpus() -> tuple[str, ...]:
+    """The names of the GPUs that PyTorch sees; none on a machine without one."""
+    if not torch.cuda.is_available():
+        return ()
+    return ("cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count())))
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

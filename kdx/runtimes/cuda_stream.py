@@ -1,4 +1,4 @@
-"""A CUDA stream per runner."""
+"""One CUDA stream per runner."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ CPU = torch.device("cpu")
 
 
 class CudaStream:
-    """A stream of a runner's own on the GPU, for one pass at a time.
+    """A runner's own stream on the GPU, for one pass at a time.
 
-    Its own, since ONNX Runtime takes one at the start and for good, and TensorRT synchronises at every pass on the default one.
-    The pass waits for what PyTorch's current stream has still to do, and that stream then waits for the pass: memory that
-    PyTorch reuses afterwards is free by then.
+    The default stream does not serve: ONNX Runtime takes its stream once, when a session starts, and TensorRT synchronises at every
+    pass on the default stream. A pass waits for the pending work of PyTorch's current stream, and that stream then waits for the pass,
+    so that PyTorch may reuse the memory afterwards.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -38,6 +38,7 @@ class CudaStream:
 
     @contextmanager
     def taken(self) -> Iterator[int]:
+        """The stream's handle, for one pass."""
         with self._lock, torch.cuda.device(self.device):
             current = torch.cuda.current_stream(self.device)
             self._stream.wait_stream(current)
@@ -47,17 +48,17 @@ class CudaStream:
                 current.wait_stream(self._stream)
 
 
-def gpu_device(device: torch.device | None, who: str) -> torch.device:
-    """The GPU asked for, or PyTorch's current one, with its number; KdxError where there is none."""
-    check_gpu("cuda" if device is None else str(device), who)
+def gpu_device(device: torch.device | None, user: str) -> torch.device:
+    """``device``, or PyTorch's current GPU, with its number. KdxError, which names the ``user``, where there is no GPU."""
+    check_gpu("cuda" if device is None else str(device), user)
     return torch.device("cuda", torch.cuda.current_device() if device is None or device.index is None else device.index)
 
 
-def check_gpu(device: str, who: str) -> None:
+def check_gpu(device: str, user: str) -> None:
     if not device.startswith("cuda"):
-        raise KdxError(f"{who} runs on an NVIDIA GPU, not on {device}.", "Choose --device cuda, or another runtime.")
+        raise KdxError(f"{user} runs on an NVIDIA GPU, not on {device}.", "Choose --device cuda, or another runtime.")
     if not torch.cuda.is_available():
         raise KdxError(
-            f"{who} runs on an NVIDIA GPU, and PyTorch sees none.",
-            "Choose --runtime onnx or eager on the CPU; kdx doctor says what is missing.",
+            f"{user} runs on an NVIDIA GPU, and PyTorch sees none.",
+            "Choose --runtime onnx or eager on the CPU; kdx doctor lists what is missing.",
         )

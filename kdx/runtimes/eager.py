@@ -1,4 +1,4 @@
-"""PyTorch."""
+"""The runtime eager: PyTorch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kdx.runtimes.runner import Runner, check_names
 
 
 class EagerRunner(Runner):
-    """PyTorch, on any device that PyTorch has."""
+    """PyTorch, on any device that it supports."""
 
     runtime = "eager"
 
@@ -24,12 +24,13 @@ class EagerRunner(Runner):
         self._inputs, self._outputs = graph.input_names, graph.output_names
         self._lock = threading.Lock()
         self._graph: Graph | None = graph.eval().to(device)
-        numbers = next((held.dtype for held in (*graph.parameters(), *graph.buffers()) if held.is_floating_point()), torch.float32)
-        self._numbers = torch.promote_types(numbers, torch.float32)  # half precision is the network's own affair
+        tensors = (*graph.parameters(), *graph.buffers())
+        dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+        self._dtype = torch.promote_types(dtype, torch.float32)  # a network in half precision casts its inputs itself
 
     @property
     def graph(self) -> Graph:
-        """What is run; ValueError where the runner is closed."""
+        """The graph that runs. Raises ValueError on a closed runner."""
         if self._graph is None:
             raise ValueError("the runner is closed")
         return self._graph
@@ -37,9 +38,9 @@ class EagerRunner(Runner):
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         graph = self.graph
         check_names(feeds, self._inputs)
-        with self._lock, torch.no_grad():  # the graph hooks its layers for the length of a pass
-            results = graph(*(feeds[name].to(self.device, self._numbers) for name in self._inputs))
-        return dict(zip(self._outputs, results, strict=True))
+        with self._lock, torch.no_grad():  # during a pass the graph has hooks on its layers
+            outputs = graph(*(feeds[name].to(self.device, self._dtype) for name in self._inputs))
+        return dict(zip(self._outputs, outputs, strict=True))
 
     @property
     def cotangent_layer(self) -> str | None:

@@ -1,4 +1,4 @@
-"""ONNX Runtime."""
+"""The runtime onnx: ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _SHAPE_ARITHMETIC = (
     "LessOrEqual Greater GreaterOrEqual Not And Or Where Range ConstantOfShape Expand Reshape Identity Constant "
     "ReduceProd ReduceSum ReduceMin ReduceMax"
 )
-"""Operators that ONNX Runtime keeps on the CPU on purpose where they work on sizes. On features all of them have CUDA kernels."""
+"""Operators that ONNX Runtime keeps on the CPU when they compute with sizes. All of them have CUDA kernels for features."""
 
 
 class OnnxRuntimeRunner(FileRunner):
-    """ONNX Runtime, by one of its execution providers: ``cpu``, ``cuda``, or ``tensorrt`` (of TensorRT 10).
+    """ONNX Runtime, with one of its execution providers: ``cpu``, ``cuda``, or ``tensorrt`` (TensorRT 10).
 
-    Inputs and outputs are bound by address, so on a GPU nothing is copied to the host. tf32: whether a GPU may round products
-    to TensorFloat-32, which costs three digits; the tensorrt provider has no such switch and may always.
+    Inputs and outputs are bound by address, so that nothing is copied to the host on a GPU. tf32: whether a GPU may round products
+    to TensorFloat-32, which costs three digits. The tensorrt provider has no such switch and always may.
 
-    Raises KdxError where the file is none of kdx's, and where the provider is not compiled in, does not start, or leaves
-    part of the network to the CPU.
+    Raises KdxError if kdx did not write the file, and if the provider is not compiled in, does not start, or leaves part of the
+    network to the CPU.
     """
 
     runtime = "onnx"
@@ -61,10 +61,10 @@ class OnnxRuntimeRunner(FileRunner):
         self._session: Any = _session(onnxruntime, path, provider, self._stream, tf32)
         self.inputs = _float_shapes(path, self._session.get_inputs())
         self.outputs = _float_shapes(path, self._session.get_outputs())
-        known = {size for shape in self.inputs.values() for size in shape}
+        symbols = {size for shape in self.inputs.values() for size in shape}
         for name, shape in self.outputs.items():
             for size in shape:
-                if isinstance(size, str) and size not in known:
+                if isinstance(size, str) and size not in symbols:
                     raise KdxError(
                         f"The output {name} of {path} has a dimension {size!r} that no input has.", "Export it again with kdx export."
                     )
@@ -73,8 +73,8 @@ class OnnxRuntimeRunner(FileRunner):
         session = self._session
         if session is None:
             raise ValueError("the runner is closed")
-        inputs, sizes = self._fed(feeds)
-        outputs = self._empty(sizes)
+        inputs, sizes = self._prepared(feeds)
+        outputs = self._empty_outputs(sizes)
         place = self.device.type, self.device.index or 0
         binding = session.io_binding()
         for name, tensor in inputs.items():
@@ -98,26 +98,27 @@ class OnnxRuntimeRunner(FileRunner):
 
 
 def _session(onnxruntime: Any, path: Path, provider: Provider, stream: CudaStream | None, tf32: bool) -> Any:
-    """A session in which the provider runs the whole network, or a KdxError.
+    """A session whose provider runs the whole network, or a KdxError.
 
-    ONNX Runtime's own switch for that, session.disable_cpu_ep_fallback, also refuses the arithmetic on sizes that ONNX Runtime
-    itself keeps on the CPU, so the session is asked where it put each node.
+    ONNX Runtime has a switch for that, session.disable_cpu_ep_fallback. It also refuses the arithmetic on sizes that ONNX Runtime
+    itself keeps on the CPU, so this function reads the provider of each node from the session instead.
     """
     name = _PROVIDERS[provider]
     options = onnxruntime.SessionOptions()
-    # Its threads would go on looking for work after a pass, and keep cores from the other network's, the geometry and the decoders.
+    # Otherwise its threads spin after a pass, and take cores from the other network, the geometry and the decoders.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     settings: dict[str, str] = {}
     if stream is not None:
         if name not in onnxruntime.get_available_providers():
-            raise KdxError(f"The ONNX Runtime that is installed has no provider {provider}.", GPU_PACKAGE)
+            raise KdxError(f"The installed ONNX Runtime has no provider {provider}.", GPU_PACKAGE)
         if not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"):
             raise KdxError(
-                f"ONNX Runtime {onnxruntime.__version__} does not say what runs on the GPU.", "pip install --upgrade onnxruntime-gpu"
+                f"ONNX Runtime {onnxruntime.__version__} does not report which nodes run on the GPU.",
+                "Upgrade it: pip install --upgrade onnxruntime-gpu",
             )
         onnxruntime.preload_dlls()  # CUDA's libraries come with PyTorch
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        options.log_severity_level = 3  # it warns of the sizes that it keeps on the CPU
+        options.log_severity_level = 3  # errors only: it warns about the arithmetic on sizes
         settings = {"device_id": str(stream.device.index), "user_compute_stream": str(stream.handle)}
         if provider == "cuda":
             settings["use_tf32"] = str(int(tf32))
@@ -129,7 +130,7 @@ def _session(onnxruntime: Any, path: Path, provider: Provider, stream: CudaStrea
     if session.get_providers()[0] != name:
         raise KdxError(
             f"ONNX Runtime's provider {provider} does not start here.",
-            "Its log above names the library that it misses; kdx doctor says what this machine can run.",
+            "Its log above names the missing library; kdx doctor lists what this machine can run.",
         )
     if stream is not None and (strays := _strays(session.get_provider_graph_assignment_info(), name)):
         raise KdxError(
@@ -140,7 +141,7 @@ def _session(onnxruntime: Any, path: Path, provider: Provider, stream: CudaStrea
 
 
 def _strays(parts: Collection[Any], name: str) -> list[str]:
-    """The nodes that another provider runs, but for arithmetic on sizes."""
+    """The nodes that another provider runs, except arithmetic on sizes."""
     return [
         f"the {node.op_type} node {node.name!r}"
         for part in parts

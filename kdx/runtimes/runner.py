@@ -1,4 +1,4 @@
-"""What every runtime gives: a graph ready to run, named tensors in and named tensors out."""
+"""The interface of every runtime: a graph that is ready to run, with named tensors as inputs and outputs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from kdx.export.description import Description, Shape
 
 @dataclass(frozen=True)
 class NetworkOutputs:
-    """One pass of a network: logits [n, classes] and each layer's feature [n, C, H, W]."""
+    """One pass of a network: logits [n, classes] and the feature [n, C, H, W] of each layer."""
 
     logits: Tensor
     features: dict[str, Tensor]
 
 
 class Runner(ABC):
-    """A graph ready to run: named tensors in, named tensors on ``device`` out. A context manager.
+    """A graph that is ready to run. Inputs are named tensors; outputs are named tensors on ``device``. A context manager.
 
-    kind: ``features``, ``gradients`` or ``explainer``, which says what the names are (`kdx.export.graphs`).
+    kind: ``features``, ``gradients`` or ``explainer``. It determines the names of the inputs and outputs (`kdx.export.graphs`).
     """
 
     runtime: str
@@ -36,40 +36,42 @@ class Runner(ABC):
 
     @abstractmethod
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One pass: every output by its name, without gradients. feeds: every input, of any number type, layout and device.
+        """One pass: every output by its name, without gradients.
 
-        The results are the caller's: a later pass leaves them alone. Raises ValueError for names that are not the graph's
-        inputs and on a closed runner, KdxError for shapes that the runner does not take.
+        feeds: every input by its name, of any number type, layout and device. Later passes do not change the results.
+
+        Raises ValueError for names that are not the graph's inputs and on a closed runner, and KdxError for shapes that the
+        runner does not take.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Free what the runner holds; it cannot run afterwards."""
+        """Free the network. The runner cannot run afterwards; a second call does nothing."""
 
     @property
     def max_batch(self) -> int | None:
-        """The most images that one pass takes; None if any number will do."""
+        """The largest number of images per pass; None for no limit."""
         return None
 
     @property
     @abstractmethod
     def cotangent_layer(self) -> str | None:
-        """Of a gradients graph: the layer whose cotangent goes in, or None for the logits'."""
+        """For a gradients graph: the layer whose cotangent is an input, or None for the logits' cotangent."""
 
     @abstractmethod
     def class_count(self, images: Tensor) -> int:
-        """Of a gradients graph: the number of classes that the network has. A runner that does not know it runs the first image."""
+        """For a gradients graph: the number of classes. A runner that does not know it runs the first image."""
 
     @abstractmethod
     def logits(self, images: Tensor) -> Tensor:
-        """Of a gradients graph: the logits [n, classes], which need no cotangent."""
+        """For a gradients graph: the logits [n, classes], which do not depend on the cotangent."""
 
     def infer(self, images: Tensor) -> NetworkOutputs:
-        """One pass of a features graph over images in [0, 1] [n, 3, h, w]."""
+        """One pass of a features graph over images [n, 3, h, w] in [0, 1]."""
         if self.kind != "features":
-            raise ValueError(f"a graph of {self.kind} has no features alone; use run")
-        found = self.run({"images": images})
-        return NetworkOutputs(found["logits"], {layer: found[layer] for layer in self.layers})
+            raise ValueError(f"a graph of {self.kind} is not one of features; use run")
+        outputs = self.run({"images": images})
+        return NetworkOutputs(outputs["logits"], {layer: outputs[layer] for layer in self.layers})
 
     def __enter__(self) -> Self:
         return self
@@ -79,7 +81,7 @@ class Runner(ABC):
 
 
 class FileRunner(Runner):
-    """A file that kdx exported, in a runtime that reads and writes PyTorch's memory in place."""
+    """The runner of an exported file, in a runtime that reads and writes PyTorch's memory in place."""
 
     description: Description
     inputs: Mapping[str, Shape]
@@ -94,19 +96,19 @@ class FileRunner(Runner):
         return int(self.outputs["logits"][1])
 
     def logits(self, images: Tensor) -> Tensor:
-        # A file has one graph, so the gradients are computed too. The logits do not depend on the cotangent.
+        # A file has one graph, so this pass also computes the gradients. The logits do not depend on the cotangent.
         return self.run({"images": images, "cotangent": images.new_zeros(len(images), self.class_count(images))})["logits"]
 
-    def _fed(self, feeds: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """The inputs as the runtime reads them, contiguous float32 on the device, and the size of each symbol."""
+    def _prepared(self, feeds: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """The inputs as the runtime reads them, contiguous float32 on the device, and the size of each symbolic dimension."""
         check_names(feeds, self.inputs)
         sizes: dict[str, int] = {}
         for name, shape in self.inputs.items():
             _check_shape(name, tuple(feeds[name].shape), shape, sizes)
         return {name: feeds[name].detach().to(self.device, torch.float32).contiguous() for name in self.inputs}, sizes
 
-    def _empty(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        """Memory for every output."""
+    def _empty_outputs(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        """Uninitialised memory for every output."""
         return {
             name: torch.empty([sizes[size] if isinstance(size, str) else size for size in shape], device=self.device)
             for name, shape in self.outputs.items()
@@ -115,35 +117,35 @@ class FileRunner(Runner):
 
 def check_names(feeds: Mapping[str, Tensor], names: Collection[str]) -> None:
     if set(feeds) != set(names):
-        raise ValueError(f"the graph takes {', '.join(names)}, and was given {', '.join(feeds) or 'nothing'}")
+        raise ValueError(f"the graph takes {', '.join(names)}, not {', '.join(feeds) or 'nothing'}")
 
 
-def _check_shape(name: str, given: tuple[int, ...], shape: Shape, sizes: dict[str, int]) -> None:
-    """KdxError where an input does not fit; ``sizes`` learns what its symbols stand for."""
-    if len(given) == len(shape):
-        for size, expected in zip(given, shape, strict=True):
+def _check_shape(name: str, actual: tuple[int, ...], shape: Shape, sizes: dict[str, int]) -> None:
+    """KdxError for an input that does not fit. Adds the sizes of the shape's symbols to ``sizes``."""
+    if len(actual) == len(shape):
+        for size, expected in zip(actual, shape, strict=True):
             if isinstance(expected, str) and sizes.setdefault(expected, size) != size:
-                raise KdxError(f"The {expected} of {name} is {size}, and of another input {sizes[expected]}.", "Give both the same number.")
-        if all(isinstance(expected, str) or size == expected for size, expected in zip(given, shape, strict=True)):
-            if 0 in given:
-                raise KdxError(f"The input {name} is empty: its shape is {list(given)}.", "Give at least one image.")
+                raise KdxError(f"The {expected} of {name} is {size}, and that of another input is {sizes[expected]}.", "Make them equal.")
+        if all(isinstance(expected, str) or size == expected for size, expected in zip(actual, shape, strict=True)):
+            if 0 in actual:
+                raise KdxError(f"The input {name} is empty: its shape is {list(actual)}.", "Give at least one image.")
             return
-        if name == "images" and given[1] == shape[1]:
+        if name == "images" and actual[1] == shape[1]:
             raise KdxError(
-                f"The file takes images of {shape[2]} x {shape[3]}, and was given {given[2]} x {given[3]}.",
+                f"The file takes images of {shape[2]} x {shape[3]}, not {actual[2]} x {actual[3]}.",
                 "Resize the images, or export the network with a preprocessing size.",
             )
-    wanted = ", ".join(str(size) for size in shape)
-    raise KdxError(f"The file takes {name} [{wanted}], and was given {list(given)}.", "Give it in that shape.")
+    expected_shape = ", ".join(str(size) for size in shape)
+    raise KdxError(f"The file takes {name} [{expected_shape}], not {list(actual)}.", "Give an input of that shape.")
 
 
-def layer_not_held(what: object, layer: str, held: Iterable[str]) -> KdxError:
-    """The error of a layer that was asked for of a file or runner that holds others."""
-    return KdxError(f"{what} does not hold the layer {layer!r}.", f"It holds {', '.join(held)}; export it with the layer.")
+def missing_layer(source: object, layer: str, layers: Iterable[str]) -> KdxError:
+    """The error for a layer that a file or runner, the ``source``, does not contain."""
+    return KdxError(f"{source} does not hold the layer {layer!r}.", f"It holds {', '.join(layers)}; export it with the layer.")
 
 
 def parts(runner: Runner, chunk: int | None, n: int) -> Iterator[slice]:
-    """Slices of n images: of ``chunk`` images each, and of no more than the runner takes at once."""
+    """Slices of n images, each of at most ``chunk`` images and of at most the number that the runner takes."""
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be 1 or more, not {chunk}")
     most = min(size for size in (chunk or n, runner.max_batch or n))

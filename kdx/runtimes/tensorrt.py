@@ -1,4 +1,4 @@
-"""TensorRT."""
+"""The runtime tensorrt: TensorRT or TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from kdx.runtimes.runner import FileRunner
 class TensorRtRunner(FileRunner):
     """An engine that `kdx.export.engine` built, in TensorRT or TensorRT-RTX, on a GPU.
 
-    Raises KdxError where PyTorch sees no GPU, the package or its version is another than the builder's, the engine was
-    built for another GPU, or it does not belong to the description beside it.
+    Raises KdxError if PyTorch sees no GPU, if the installed package or its version differs from the builder's, if the engine was
+    built for another GPU, and if it does not belong to the description beside it.
     """
 
     runtime = "tensorrt"
@@ -30,19 +30,18 @@ class TensorRtRunner(FileRunner):
         self.kind = self.engine.kind
         self.layers = self.engine.layers
         self.inputs, self.outputs = self.engine.inputs, self.engine.outputs
-        # Before anything of TensorRT's: without a driver its runtime ends the process as it reads an engine.
+        # Check the GPU first: without a driver TensorRT's runtime ends the process when it reads an engine.
         self.device = gpu_device(device, "TensorRT")
         package = _check_fit(path, self.engine, self.device)
         _, serialized = engine.load(path)
-        heard = engine.messages(self.engine.package)
-        heard.errors.clear()
+        self._log = engine.messages(self.engine.package)
+        self._log.errors.clear()
         with torch.cuda.device(self.device):
-            self._runtime: Any = package.Runtime(heard)
+            self._runtime: Any = package.Runtime(self._log)
             self._engine: Any = self._runtime.deserialize_cuda_engine(serialized)
             self._context: Any = self._engine and self._engine.create_execution_context()
         if self._context is None:
-            raise KdxError(f"TensorRT cannot load {path}: {heard.last()}.", "Build it again on this machine with kdx export.")
-        self._heard = heard
+            raise KdxError(f"TensorRT cannot load {path}: {self._log.last()}.", "Build it again on this machine with kdx export.")
         self._stream = CudaStream(self.device)
 
     @property
@@ -52,36 +51,36 @@ class TensorRtRunner(FileRunner):
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self._context is None:
             raise ValueError("the runner is closed")
-        inputs, sizes = self._fed(feeds)
+        inputs, sizes = self._prepared(feeds)
         _check_batch(sizes, self.engine.batch)
-        outputs = self._empty(sizes)
-        with self._stream.taken() as stream:  # the context holds one pass's shapes and addresses
-            self._heard.errors.clear()
-            taken = [self._context.set_input_shape(name, tuple(tensor.shape)) for name, tensor in inputs.items()]
-            taken += [self._context.set_tensor_address(name, tensor.data_ptr()) for name, tensor in (inputs | outputs).items()]
-            done = all(taken) and self._context.execute_async_v3(stream)
+        outputs = self._empty_outputs(sizes)
+        with self._stream.taken() as stream:  # the context stores the shapes and addresses of one pass
+            self._log.errors.clear()
+            accepted = [self._context.set_input_shape(name, tuple(tensor.shape)) for name, tensor in inputs.items()]
+            accepted += [self._context.set_tensor_address(name, tensor.data_ptr()) for name, tensor in (inputs | outputs).items()]
+            done = all(accepted) and self._context.execute_async_v3(stream)
         if not done:
-            raise KdxError(f"TensorRT cannot run the engine: {self._heard.last()}.", "Try smaller batches, or build the engine again.")
+            raise KdxError(f"TensorRT cannot run the engine: {self._log.last()}.", "Try smaller batches, or build the engine again.")
         return outputs
 
     def close(self) -> None:
         if self._context is not None:
-            self._stream.synchronize()  # a context may not go while it runs
-        self._context = self._engine = self._runtime = None  # in this order: each belongs to the next
+            self._stream.synchronize()  # a context must not be freed while it runs
+        self._context = self._engine = self._runtime = None  # in this order: each belongs to the next one
 
 
-def _check_fit(path: Path, described: engine.EngineDescription, device: torch.device) -> Any:
-    """The package that the engine runs in; KdxError where the engine was built for another GPU or version."""
+def _check_fit(path: Path, description: engine.EngineDescription, device: torch.device) -> Any:
+    """The package that runs the engine. KdxError if the engine was built for another GPU or version."""
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     gpu = torch.cuda.get_device_name(device)
-    if arch != described.arch or described.gpu not in (None, gpu):
+    if arch != description.arch or description.gpu not in (None, gpu):
         raise KdxError(
-            f"{path} was built for {described.gpu or described.arch}, and {device} is {gpu} ({arch}).", "Build it again for this GPU."
+            f"{path} was built for {description.gpu or description.arch}, and {device} is {gpu} ({arch}).", "Build it again for this GPU."
         )
-    package = engine.load_package(described.package)
-    if package.__version__ != described.version:
+    package = engine.load_package(description.package)
+    if package.__version__ != description.version:
         raise KdxError(
-            f"{path} was built by {described.package} {described.version}, and {package.__version__} is installed.",
+            f"{path} was built by {description.package} {description.version}, and {package.__version__} is installed.",
             "Build it again with kdx export.",
         )
     return package
@@ -91,6 +90,6 @@ def _check_batch(sizes: Mapping[str, int], batch: engine.BatchRange) -> None:
     lowest, _, highest = batch
     if "batch" in sizes and not lowest <= sizes["batch"] <= highest:
         raise KdxError(
-            f"The engine takes batches of {lowest} to {highest} images, and was given {sizes['batch']}.",
+            f"The engine takes batches of {lowest} to {highest} images, not {sizes['batch']}.",
             f"Give batches of {lowest} to {highest}, or build an engine for batches of {sizes['batch']}.",
         )

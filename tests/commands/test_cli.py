@@ -201,10 +201,10 @@ def test_doctor_lists_every_probe_and_how_to_mend_the_broken(run: Run, monkeypat
         ("export kdx:resnot --layer layer1", "resnot"),
         ("export models.toml:pupil --layer layer1", "pupil"),
         ("export none.toml:student --layer layer1", "none.toml"),
-        ("export kdx.models.resnet:resnet,width=2 --layer layer1", "does not say what size of image"),
-        ("export --layer layer1", "holds one network"),
-        ("export TINY --student TINY --layer layer1", "holds one network"),
-        ("export TINY --teacher TINY --layer layer1", "holds one network"),
+        ("export kdx.models.resnet:resnet,width=2 --layer layer1", "does not specify an image size"),
+        ("export --layer layer1", "contains one network"),
+        ("export TINY --student TINY --layer layer1", "contains one network"),
+        ("export TINY --teacher TINY --layer layer1", "contains one network"),
         ("export TINY --explainer --student TINY --base TINY --layer layer1", "a student and a base"),
         ("export TINY --explainer --layer layer1", "a student and a base"),
         ("export --explainer --student TINY --layer layer1", "a student and a base"),
@@ -216,14 +216,14 @@ def test_doctor_lists_every_probe_and_how_to_mend_the_broken(run: Run, monkeypat
         ("export TINY --layer layer1 --kind gradients --at layer1", "are both at layer 'layer1'"),
         ("export TINY --layer layer1 --kind gradients --at layer8", "layer8"),
         ("export TINY --layer layer1 --kind gradients --at conv1", "does not depend on layer 'layer1'"),
-        ("export TINY --layer layer1 --batch many", "'many' is no range of batches"),
-        ("export TINY --layer layer1 --batch 1:2", "'1:2' is no range of batches"),
+        ("export TINY --layer layer1 --batch many", "'many' is not a range of batches"),
+        ("export TINY --layer layer1 --batch 1:2", "'1:2' is not a range of batches"),
         ("export TINY --layer layer1 --to tensorrt --for sm_86 --batch 9:3:1", "from 9 to 1, best 3"),
         ("export TINY --layer layer1 --to tensorrt --for sm_86 --batch 0", "from 0 to 0"),
         ("export TINY --layer layer1 --to tensorrt --for sm_99", "does not build for 'sm_99'"),
         ("export none.onnx --to tensorrt --for sm_86", "There is no file none.onnx"),
         ("export none.onnx", "is an ONNX file already"),
-        ("export none.onnx --to tensorrt --for sm_86 --layer layer1", "is settled"),
+        ("export none.onnx --to tensorrt --for sm_86 --layer layer1", "are fixed"),
         ("explain digits --models none.onnx --out R", "There is no file none.onnx"),
         ("report no/such/run", "no/such/run"),
     ],
@@ -289,16 +289,30 @@ def test_a_bug_shows_itself(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- Ctrl-C ----
 
 
-def test_an_interrupt_is_status_130_and_one_sentence(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "function", "message"),
+    [
+        ("demo", "kdx.commands.demo.run", "Stopped. Run the same command again to resume."),
+        ("distill D --teacher t --student s --out O", "kdx.distill.distill", "Stopped. Run the same command again to resume."),
+        ("explain D --models m --out R", "kdx.commands.explain.run", "Stopped. Run the same command again to resume."),
+        ("export t --layer a", "kdx.commands.export.export", "Stopped."),
+        ("report R", "kdx.report.page.write_page", "Stopped."),
+        ("doctor", "kdx.commands.doctor.probe", "Stopped."),
+    ],
+)
+def test_an_interrupt_is_status_130_and_promises_no_more_than_the_command_keeps(
+    command: str, function: str, message: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(page, "write_page", interrupted)
-    assert run("report", "R") == (130, "", "Stopped. The same command takes up where this one was.\n")
+    monkeypatch.setattr(function, interrupted)
+    status, _, err = run(*command.split())
+    assert (status, err) == (130, f"{message}\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ctrl_c_in_training_leaves_what_the_same_command_takes_up(tmp_path: Path) -> None:
+def test_ctrl_c_in_training_leaves_a_state_to_resume_from(tmp_path: Path) -> None:
     command = f"distill digits --teacher {TINY} --student {TINY} --out O --epochs 500 --image-size 8 --batch 400"
     process = subprocess.Popen(
         [KDX, *command.split()],
@@ -316,5 +330,5 @@ def test_ctrl_c_in_training_leaves_what_the_same_command_takes_up(tmp_path: Path
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err == "Stopped. The same command takes up where this one was.\n"
+    assert err == "Stopped. Run the same command again to resume.\n"
     assert state.exists() and not (tmp_path / "O" / "models.toml").exists()

@@ -1,4 +1,4 @@
-"""Every probe is guarded: whatever one raises is its own finding, with its hint, and the others go on."""
+"""The probes of `kdx doctor`: probed reports its own error with a hint, and none stops the others."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from kdx.export.engine import ARCHITECTURES
 from kdx.kernels import cubins, cuda
 
 
-def finding(name: str) -> Finding:
-    (found,) = [found for found in probe() if found.name == name]
-    return found
+def finding_of(name: str) -> Finding:
+    (match,) = [finding for finding in probe() if finding.name == name]
+    return match
 
 
-def test_what_is_here_is_found_as_its_packages_say() -> None:
-    assert finding("Python") == Finding("Python", True, platform.python_version())
-    assert finding("runtime eager: PyTorch").found.split(",")[0] == torch.__version__
-    assert finding("runtime onnx: ONNX Runtime").found.startswith(f"{version('onnxruntime')}, ")
-    assert "CPU" in finding("runtime onnx: ONNX Runtime").found
+def test_the_results_are_the_packages_own_versions() -> None:
+    assert finding_of("Python") == Finding("Python", True, platform.python_version())
+    assert finding_of("runtime eager: PyTorch").result.split(",")[0] == torch.__version__
+    assert finding_of("runtime onnx: ONNX Runtime").result.startswith(f"{version('onnxruntime')}, ")
+    assert "CPU" in finding_of("runtime onnx: ONNX Runtime").result
 
 
-def test_every_finding_has_a_name_of_its_own_and_one_line() -> None:
-    found = probe()
-    assert [each.name for each in found] == list(doctor._PROBES) and len(found) > 5
-    assert all("\n" not in each.found and each.found for each in found)
-    assert all(each.works or each.hint for each in found)
+def test_every_finding_has_a_name_and_one_line() -> None:
+    findings = probe()
+    assert [finding.name for finding in findings] == list(doctor._PROBES) and len(findings) > 5
+    assert all("\n" not in finding.result and finding.result for finding in findings)
+    assert all(finding.works or finding.hint for finding in findings)
 
 
 @pytest.mark.parametrize("name", list(doctor._PROBES))
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (ImportError("libcuda.so.1: cannot open\nsecond line"), "libcuda.so.1: cannot open"),
         (PackageNotFoundError("x"), "not installed"),
@@ -50,19 +50,21 @@ def test_every_finding_has_a_name_of_its_own_and_one_line() -> None:
         (subprocess.TimeoutExpired("nvcc", 20), "Command 'nvcc' timed out after 20 seconds"),
     ],
 )
-def test_a_probe_that_raises_is_reported_with_its_mend(name: str, error: Exception, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_raises_is_reported_with_its_hint(name: str, error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> str:
         raise error
 
     def fine() -> str:
-        return "found"
+        return "works"
 
-    hints = {each: f"hint {each}" for each in doctor._PROBES}
-    monkeypatch.setattr(doctor, "_PROBES", {each: (broken if each == name else fine, hint) for each, hint in hints.items()})
-    assert probe() == [Finding(each, False, said, hint) if each == name else Finding(each, True, "found") for each, hint in hints.items()]
+    hints = {probed: f"hint {probed}" for probed in doctor._PROBES}
+    monkeypatch.setattr(doctor, "_PROBES", {probed: (broken if probed == name else fine, hint) for probed, hint in hints.items()})
+    assert probe() == [
+        Finding(probed, False, message, hint) if probed == name else Finding(probed, True, "works") for probed, hint in hints.items()
+    ]
 
 
-def test_ctrl_c_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_is_not_reported_as_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> str:
         raise KeyboardInterrupt
 
@@ -82,36 +84,36 @@ def test_ctrl_c_is_no_finding(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_package_that_is_not_installed_names_its_extra(name: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    found = finding(name)
-    assert not found.works and package in found.found and extra in found.hint
+    finding = finding_of(name)
+    assert not finding.works and package in finding.result and extra in finding.hint
 
 
-@pytest.mark.parametrize(("has", "said"), [(True, "float32 and bfloat16"), (False, "float32; this CPU has no bfloat16")])
-def test_openvino_says_whether_the_cpu_has_bfloat16(has: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("has", "formats"), [(True, "float32 and bfloat16"), (False, "float32; this CPU has no bfloat16")])
+def test_openvino_states_whether_the_cpu_has_bfloat16(has: bool, formats: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "has_bfloat16", lambda: has)
-    found = finding("runtime openvino: OpenVINO")
-    assert found.works and found.found == f"{version('openvino')}, {said}"
+    finding = finding_of("runtime openvino: OpenVINO")
+    assert finding.works and finding.result == f"{version('openvino')}, {formats}"
 
 
-def test_tensorrt_rtx_says_what_it_builds_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = finding("runtime tensorrt: TensorRT-RTX")
-    assert found.works and found.found.startswith(f"{version('tensorrt-rtx-cu13')}, builds engines for ")
-    assert set(found.found.split(" for ")[1].split(", ")) == set(ARCHITECTURES)
+def test_tensorrt_rtx_lists_the_architectures_that_it_builds_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = finding_of("runtime tensorrt: TensorRT-RTX")
+    assert finding.works and finding.result.startswith(f"{version('tensorrt-rtx-cu13')}, builds engines for ")
+    assert set(finding.result.split(" for ")[1].split(", ")) == set(ARCHITECTURES)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    found = finding("runtime tensorrt: TensorRT-RTX")
-    assert not found.works and "tensorrt_rtx" in found.found and "tensorrt-rtx-cu13" in found.hint
+    finding = finding_of("runtime tensorrt: TensorRT-RTX")
+    assert not finding.works and "tensorrt_rtx" in finding.result and "tensorrt-rtx-cu13" in finding.hint
 
 
-def test_a_tensorrt_without_its_libraries_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensorrt_without_its_libraries_names_the_missing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.11: cannot open shared object file')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(doctor, "version", lambda name: "11.4.0")
-    found = finding("runtime tensorrt: TensorRT")
-    assert not found.works and found.found == "libnvinfer.so.11: cannot open shared object file"
+    finding = finding_of("runtime tensorrt: TensorRT")
+    assert not finding.works and finding.result == "libnvinfer.so.11: cannot open shared object file"
 
 
 @pytest.mark.parametrize(
-    ("compiled", "gpu", "starts", "said"),
+    ("compiled", "gpu", "starts", "message"),
     [
         (False, True, False, "built for the CPU only"),
         (True, False, False, "PyTorch sees no GPU"),
@@ -120,14 +122,14 @@ def test_a_tensorrt_without_its_libraries_says_which(tmp_path: Path, monkeypatch
     ],
 )
 def test_a_provider_works_when_a_session_of_it_starts(
-    compiled: bool, gpu: bool, starts: bool, said: str, monkeypatch: pytest.MonkeyPatch
+    compiled: bool, gpu: bool, starts: bool, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu, cuda = "CPUExecutionProvider", "CUDAExecutionProvider"
     real = onnxruntime.InferenceSession
     sessions: list[object] = []
 
     def session(network: bytes, providers: list[str]) -> object:
-        sessions.append(real(network, providers=[cpu]))  # the network is one
+        sessions.append(real(network, providers=[cpu]))  # the network is valid
         return SimpleNamespace(get_providers=lambda: [cuda, cpu] if starts else [cpu])
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
@@ -135,30 +137,30 @@ def test_a_provider_works_when_a_session_of_it_starts(
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     monkeypatch.setattr(doctor, "_PROBES", {"one": doctor._PROBES["runtime onnx on the GPU"]})
-    (found,) = probe()
-    assert found.works == starts and said in found.found and len(sessions) == (compiled and gpu)
-    assert starts or "kdx[gpu]" in found.hint
+    (finding,) = probe()
+    assert finding.works == starts and message in finding.result and len(sessions) == (compiled and gpu)
+    assert starts or "kdx[gpu]" in finding.hint
 
 
 @pytest.mark.parametrize(("name", "package"), [("runtime tensorrt: TensorRT", "tensorrt"), ("PyCUDA", "pycuda")])
-def test_the_gpus_packages_are_not_found_where_their_metadata_is_not(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(asked: str) -> str:
-        assert asked == package
-        raise PackageNotFoundError(asked)
+def test_gpu_packages_without_metadata_are_not_installed(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(distribution: str) -> str:
+        assert distribution == package
+        raise PackageNotFoundError(distribution)
 
     monkeypatch.setattr(doctor, "version", absent)
     monkeypatch.setattr(doctor, "_PROBES", {name: doctor._PROBES[name]})
-    (found,) = probe()
-    assert (found.works, found.found) == (False, "not installed") and "kdx[gpu]" in found.hint
+    (finding,) = probe()
+    assert (finding.works, finding.result) == (False, "not installed") and "kdx[gpu]" in finding.hint
 
 
-def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = finding("GPU")
-    assert not found.works and found.found == "PyTorch sees no GPU" and "driver" in found.hint
+    finding = finding_of("GPU")
+    assert not finding.works and finding.result == "PyTorch sees no GPU" and "driver" in finding.hint
 
 
-def test_the_cuda_compiler_is_the_one_that_kernels_get(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cuda_compiler_is_the_one_that_compiles_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     made_by = SimpleNamespace(name="nvcc", version="13.0.88", architectures=("sm_80", "sm_90"))
     monkeypatch.setattr(doctor, "_PROBES", {"CUDA compiler": doctor._PROBES["CUDA compiler"]})
     monkeypatch.setattr(cubins, "compiler", lambda: made_by)
@@ -168,11 +170,11 @@ def test_the_cuda_compiler_is_the_one_that_kernels_get(monkeypatch: pytest.Monke
         raise KdxError("Nothing here compiles.", "Install it.")
 
     monkeypatch.setattr(cubins, "compiler", none)
-    (found,) = probe()
-    assert (found.works, found.found) == (False, "Nothing here compiles") and "nvcc" in found.hint
+    (finding,) = probe()
+    assert (finding.works, finding.result) == (False, "Nothing here compiles") and "nvcc" in finding.hint
 
 
-def test_cuda_kernels_work_when_a_gpu_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_kernels_work_when_a_gpu_loads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
 
     def launcher(device: torch.device) -> object:
@@ -184,10 +186,10 @@ def test_cuda_kernels_work_when_a_gpu_takes_them(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(doctor, "_PROBES", {"CUDA kernels": doctor._PROBES["CUDA kernels"]})
     monkeypatch.setattr(cuda, "launcher", launcher)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert [(found.works, found.found) for found in probe()] == [(False, "PyTorch sees no GPU")] and not opened
+    assert [(finding.works, finding.result) for finding in probe()] == [(False, "PyTorch sees no GPU")] and not opened
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
-    assert [(found.works, found.found) for found in probe()] == [(True, f"run on sm_86, kept in {cubins.folder()}")]
-    (found,) = probe()
-    assert not found.works and found.found.startswith("PyCUDA does not load: libcuda.so.1") and "kdx[gpu]" in found.hint
+    assert [(finding.works, finding.result) for finding in probe()] == [(True, f"run on sm_86, kept in {cubins.folder()}")]
+    (finding,) = probe()
+    assert not finding.works and finding.result.startswith("PyCUDA does not load: libcuda.so.1") and "kdx[gpu]" in finding.hint
     assert opened == [torch.device("cuda")] * 2

@@ -90,7 +90,7 @@ def test_a_gradients_file_and_its_engine(run: Run, folder: Path, tmp_path: Path)
         "resnet-student.gradients.onnx.parity.json",
     ]
     assert left_in(tmp_path / "to") == written
-    for line in ("cotangent [batch, 6, 6, 5]", "gradient/layer1 [batch, 3, 12, 10]", "that of the ONNX file", "largest error"):
+    for line in ("cotangent [batch, 6, 6, 5]", "gradient/layer1 [batch, 3, 12, 10]", "as for the ONNX file", "largest error"):
         assert line in out
     path = tmp_path / "to" / "resnet-student.gradients.onnx"
     found = describe(path)
@@ -223,8 +223,8 @@ def test_what_does_not_go_together_is_said_before_anything_is_loaded(monkeypatch
     monkeypatch.setattr(command, "load_any", load)
     one, two = {"network": "a"}, {"student": "a", "base": "b"}
     cases: list[tuple[dict[str, str], FileKind, ExportOptions, str]] = [
-        ({}, "features", ExportOptions(), "holds one network"),
-        (one | two, "features", ExportOptions(), "holds one network"),
+        ({}, "features", ExportOptions(), "contains one network"),
+        (one | two, "features", ExportOptions(), "contains one network"),
         (one | two, "explainer", ExportOptions(), "a student and a base"),
         ({"student": "a"}, "explainer", ExportOptions(), "a student and a base"),
         ({"base": "a", "teacher": "b"}, "explainer", ExportOptions(), "a student and a base"),

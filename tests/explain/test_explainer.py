@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import kdx
 from kdx import Explainer, KdxError
 from kdx.explain.explainer import Explanation
-from kdx.explain.networks import NetworkLike, Runners
+from kdx.explain.networks import NetworkLike, NetworkRunners
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.maps.salient_images import Salience
 from kdx.models.network import Network
@@ -522,7 +522,7 @@ def test_a_layer_that_ranks_no_pixels_is_named() -> None:
         ({"noise": 0.1}, "apply only to salient features", "--features salient"),
         (
             {"features": "salient", **{role: f"{role}.onnx" for role in ("student", "base", "teacher")}},
-            "files of features hold no gradients",
+            "files of features contain no gradients",
             "the networks themselves",
         ),
         (
@@ -546,7 +546,7 @@ def test_onnx_gives_what_eager_gives(folder: Path, explained: Explanation) -> No
     assert len([name for name in modified if name.endswith(".onnx")]) == 3
     with explainer(runtime="onnx", folder=folder, chunk=5, **named()) as opened:
         found = opened(images(), labels())
-        assert opened.choice.runtime == "onnx" and "as asked" in opened.choice.why
+        assert opened.choice.runtime == "onnx" and "as requested" in opened.choice.why
     assert_same(found, explained, 1e-4)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == modified, "the files are kept, not written again"
 
@@ -560,12 +560,12 @@ def test_three_files_give_what_eager_gives(folder: Path, explained: Explanation)
     with explainer(runtime="auto", **given | {"base": str(given["base"])}) as opened:
         assert_same(opened(images(), labels()), explained, 1e-4)
         assert opened.choice.why == "onnx on the CPU: the networks are ONNX files"
-        described = opened.networks()
+        records = opened.networks()
     with explainer() as opened:
         expected = opened.networks()
-    for role in described:
-        assert {**described[role], "image_size": None} == expected[role]
-        assert described[role]["image_size"] == SIZE
+    for role in records:
+        assert replace(records[role], image_size=None) == expected[role]
+        assert records[role].image_size == SIZE
 
 
 def test_a_layer_that_a_file_does_not_hold_is_named(folder: Path) -> None:
@@ -594,7 +594,7 @@ def test_a_module_of_equal_weights_and_other_code_is_another_network(tmp_path: P
 
 @pytest.mark.parametrize("role", ["student", "base", "teacher"])
 def test_files_and_networks_do_not_mix(role: str) -> None:
-    with pytest.raises(KdxError, match=f"Only the {role} is given as an exported file"):
+    with pytest.raises(KdxError, match=f"Only the {role} is an exported file"):
         explainer(**{role: "there/is/none.onnx"})
 
 
@@ -604,7 +604,7 @@ def test_files_do_not_run_in_eager(folder: Path) -> None:
 
 
 def test_onnx_and_engine_files_do_not_mix(folder: Path) -> None:
-    with pytest.raises(KdxError, match=r"given as \.engine and \.onnx files"):
+    with pytest.raises(KdxError, match=r"The networks are \.engine and \.onnx files"):
         explainer(runtime="auto", **files(folder) | {"base": "base.engine"})
 
 
@@ -616,8 +616,8 @@ def test_files_open_on_the_device_that_was_chosen(folder: Path, monkeypatch: pyt
     for given in (named(), files(folder)):
         with explainer(runtime="auto", folder=folder, **given) as opened:
             opened.open(SIZE)
-            assert isinstance(opened._source, Runners)
-            opened._source._runners.clear()
+            assert isinstance(opened._networks, NetworkRunners)
+            opened._networks._runners.clear()
     assert opened_on == [device] * 6
 
 
@@ -692,11 +692,11 @@ def test_a_closed_explainer_does_not_run_and_holds_no_network(used: bool) -> Non
     with explainer() as opened:
         if used:
             opened(images(), labels())
-        assert isinstance(opened._source, Runners)
-        held = weakref.ref(opened._source._networks["base"][0].module)
-        assert held() is not None
+        assert isinstance(opened._networks, NetworkRunners)
+        module = weakref.ref(opened._networks._graphs["base"][0].module)
+        assert module() is not None
     gc.collect()
-    assert held() is None
+    assert module() is None
     with pytest.raises(ValueError, match="closed"):
         opened(images(), labels())
 
@@ -735,7 +735,7 @@ def test_a_network_brings_its_preprocessing(explained: Explanation) -> None:
     large = (images() * 0.5 + 0.25).repeat_interleave(2, 2).repeat_interleave(2, 3)
     with explainer(**given) as opened:
         assert_same(opened(large, labels()), explained, 1e-4)
-        assert {entry["image_size"] for entry in opened.networks().values()} == {SIZE}
+        assert {record.image_size for record in opened.networks().values()} == {SIZE}
 
 
 def test_layers_by_one_name_are_the_mapping_onto_themselves() -> None:
@@ -816,7 +816,7 @@ def test_random_weights_are_told() -> None:
     given = named()
     given["base"] = replace(given["base"], trained=False)
     with explainer(**given) as opened:
-        assert {role: about["trained"] for role, about in opened.networks().items()} == {"teacher": True, "student": True, "base": False}
+        assert {role: record.trained for role, record in opened.networks().items()} == {"teacher": True, "student": True, "base": False}
 
 
 @pytest.mark.parametrize("changes", [{"objective": "beauty"}, {"weighting": "grad"}, {"features": "cooked"}])

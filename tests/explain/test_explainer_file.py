@@ -376,7 +376,7 @@ def test_a_file_says_what_its_networks_are(trio: Written, pair: Written) -> None
         with ours, theirs:
             known = theirs.networks()
             if file is pair:  # the file takes one size, the networks any
-                known = {role: about | {"image_size": FIXED} for role, about in known.items()}
+                known = {role: replace(record, image_size=FIXED) for role, record in known.items()}
             assert ours.networks() == known
             assert (ours.layers, ours.roles, ours.choice.runtime) == (theirs.layers, theirs.roles, "onnx")
 
@@ -447,7 +447,7 @@ def test_what_a_file_cannot_do_is_an_error(trio: Written, settings: dict[str, An
 def test_files_that_are_no_explainer_are_refused(features_file: Path, trio: Written, tmp_path: Path) -> None:
     with pytest.raises(KdxError, match="is a file of features, not an explainer"):
         Explainer(file=features_file)
-    with pytest.raises(KdxError, match="is a file of explainer, and features are asked for"):
+    with pytest.raises(KdxError, match="is a file of explainer, not of features"):
         Explainer(student=trio.path, base=trio.path, layers="layer2")
     with pytest.raises(KdxError, match="There is no file"):
         Explainer(file=tmp_path / "none.onnx")

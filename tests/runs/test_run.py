@@ -37,7 +37,7 @@ from kdx.models.resnet import resnet
 from kdx.report.page import write_page
 from kdx.roles import MAPS, ROLES
 from kdx.runs import store
-from kdx.runs.run import RunOptions, _part
+from kdx.runs.run import RunOptions, _choose_split
 from kdx.scores import uncertainty
 
 CLASSES = ("cat", "dog", "owl")
@@ -380,7 +380,7 @@ def test_the_page_says_whose_features_the_scores_are_of(finished: Path, salient:
 
 def test_exported_files_have_no_salient_features(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "models.toml").write_text('base = "base.onnx"\nstudent = "student.onnx"\nlayers = ["layer2"]\n')
-    with pytest.raises(kdx.KdxError, match="hold no gradients"):
+    with pytest.raises(kdx.KdxError, match="contain no gradients"):
         explain.run(str(folder / "pictures"), tmp_path / "models.toml", tmp_path / "run", (), SALIENT)
     assert not (tmp_path / "run").exists()
 
@@ -518,8 +518,8 @@ def test_a_models_file_knows_its_data_however_it_is_spelt(folder: Path, monkeypa
     data = spelling.format(absolute=folder / "pictures")
     for recorded in ("pictures/", str(folder / "pictures")):
         named = replace(models_file.read_models(folder / "models.toml"), data=recorded)
-        assert _part(open_data(data), named, OPTIONS)[0] == "test"
-    assert _part(open_data(data), replace(named, data="other"), OPTIONS)[0] == "all"
+        assert _choose_split(open_data(data), named, OPTIONS)[0] == "test"
+    assert _choose_split(open_data(data), replace(named, data="other"), OPTIONS)[0] == "all"
 
 
 def test_random_weights_are_announced(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: list[str]) -> None:

@@ -22,7 +22,7 @@ from kdx.export.graphs import FeatureGraph, GradientGraph, Graph, Preprocessing
 from kdx.models.network import Network
 from kdx.models.resnet import resnet
 from kdx.roles import MAPS
-from kdx.runs.run import RunOptions, _stated
+from kdx.runs.run import RunOptions, _recorded_options
 from kdx.runtimes import openvino
 from kdx.runtimes.choice import Choice, open_file
 from kdx.runtimes.eager import EagerRunner
@@ -170,9 +170,9 @@ def test_a_graph_that_is_not_as_the_file_tells_is_an_error(files: dict[str, Path
     outputs = {name: list(shape) for name, shape in describe(files["features"]).outputs.items()}
     assert OpenVinoRunner(told(outputs=outputs)).infer(images(2)).logits.shape == (2, 5)
     for wrong in ({**outputs, "layer9": ["batch", 5]}, {**outputs, "logits": ["batch", 6]}, {**outputs, "logits": ["batch", 5, 1]}):
-        with pytest.raises(KdxError, match=r"does not hold the logits, layer1, layer2.* that it tells of"):
+        with pytest.raises(KdxError, match=r"does not have the logits, layer1, layer2.* of its description"):
             OpenVinoRunner(told(outputs=wrong))
-    with pytest.raises(KdxError, match="does not hold the pixels that it tells of"):
+    with pytest.raises(KdxError, match="does not have the pixels of its description"):
         OpenVinoRunner(told(inputs={"pixels": ["batch", 3, "height", "width"]}))
 
 
@@ -261,5 +261,5 @@ def test_maps_and_scores_of_bfloat16_features_agree(networks: dict[str, Network]
 
 
 def test_a_runs_configuration_tells_of_bfloat16_and_not_of_float32() -> None:
-    assert "precision" not in _stated(RunOptions())
-    assert _stated(RunOptions(precision="bfloat16")) == {**_stated(RunOptions()), "precision": "bfloat16"}
+    assert "precision" not in _recorded_options(RunOptions())
+    assert _recorded_options(RunOptions(precision="bfloat16")) == {**_recorded_options(RunOptions()), "precision": "bfloat16"}

@@ -151,16 +151,16 @@ def test_threads_share_a_runner(network: nn.Module, path: Path) -> None:
 @pytest.mark.parametrize("feeds", [{}, {"image": images(2)}, {"images": images(2), "target": images(2)}], ids=len)
 def test_names_that_are_not_the_graphs_are_a_mistake(feeds: dict[str, Tensor], network: nn.Module, path: Path) -> None:
     for runner in runners(network, path):
-        with pytest.raises(ValueError, match="the graph takes images, and was given"):
+        with pytest.raises(ValueError, match="the graph takes images, not"):
             runner.run(feeds)
 
 
 @pytest.mark.parametrize(
     ("shape", "said"),
     [
-        ((2, 3, 9, 11), "takes images of 11 x 9, and was given 9 x 11"),
-        ((2, 1, 11, 9), r"takes images \[batch, 3, 11, 9\], and was given \[2, 1, 11, 9\]"),
-        ((3, 11, 9), r"takes images \[batch, 3, 11, 9\], and was given \[3, 11, 9\]"),
+        ((2, 3, 9, 11), "takes images of 11 x 9, not 9 x 11"),
+        ((2, 1, 11, 9), r"takes images \[batch, 3, 11, 9\], not \[2, 1, 11, 9\]"),
+        ((3, 11, 9), r"takes images \[batch, 3, 11, 9\], not \[3, 11, 9\]"),
         ((0, 3, 11, 9), "images is empty"),
     ],
 )
@@ -211,13 +211,13 @@ def test_every_input_is_bound_by_its_name(two_inputs: Path, path: Path) -> None:
         assert (runner.kind, runner.layers) == ("gradients", ("conv2", "norm"))
         found = runner.run({"cotangent": cotangent, "images": images(6)})
         torch.testing.assert_close(found["gradient/conv2"], OnnxRuntimeRunner(path).infer(images(6)).logits * cotangent.float())
-        with pytest.raises(ValueError, match="a graph of gradients has no features alone"):
+        with pytest.raises(ValueError, match="a graph of gradients is not one of features"):
             runner.infer(images(6))
         with pytest.raises(ValueError, match="takes images, cotangent"):
             runner.run({"images": images(6)})
-        with pytest.raises(KdxError, match="The batch of cotangent is 5, and of another input 6"):
+        with pytest.raises(KdxError, match="The batch of cotangent is 5, and that of another input is 6"):
             runner.run({"images": images(6), "cotangent": torch.zeros(5, 5)})
-        with pytest.raises(KdxError, match=r"takes cotangent \[batch, 5\], and was given \[6, 4\]"):
+        with pytest.raises(KdxError, match=r"takes cotangent \[batch, 5\], not \[6, 4\]"):
             runner.run({"images": images(6), "cotangent": torch.zeros(6, 4)})
 
 
@@ -356,7 +356,7 @@ def test_a_provider_that_does_not_run_the_network_is_an_error(fake: FakeOnnxRunt
 def test_an_onnx_runtime_that_cannot_say_where_it_runs_is_an_error() -> None:
     fake = FakeOnnxRuntime()
     del fake.InferenceSession.get_provider_graph_assignment_info
-    with pytest.raises(KdxError, match="does not say what runs on the GPU"):
+    with pytest.raises(KdxError, match="does not report which nodes run on the GPU"):
         _session(fake, Path("a.onnx"), "cuda", STREAM, False)
 
 
@@ -481,7 +481,7 @@ class FakeStream:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with an sm_86, whose memory is the CPU's."""
-    monkeypatch.setattr("kdx.runtimes.tensorrt.gpu_device", lambda device, who: CPU)
+    monkeypatch.setattr("kdx.runtimes.tensorrt.gpu_device", lambda device, user: CPU)
     monkeypatch.setattr("kdx.runtimes.tensorrt.CudaStream", FakeStream)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
@@ -516,7 +516,7 @@ def test_a_batch_outside_the_engines_profile_is_an_error_that_names_it(
 ) -> None:
     gpu.setattr(engine, "load_package", lambda name: FakeTensorRT(network))
     gpu.setattr(engine, "messages", lambda name: SimpleNamespace(errors=[]))
-    with TensorRtRunner(built) as runner, pytest.raises(KdxError, match=f"takes batches of 2 to 6 images, and was given {n}") as caught:
+    with TensorRtRunner(built) as runner, pytest.raises(KdxError, match=f"takes batches of 2 to 6 images, not {n}") as caught:
         runner.infer(images(n))
     assert f"batches of {n}" in caught.value.hint
 
@@ -659,8 +659,8 @@ FAILS = {
     ("onnx", "auto", False, False, False): "needs the package onnxruntime",
     ("onnx", "auto", False, False, True): "needs the package onnxruntime",
     ("auto", "auto", True, False, False): "needs the package onnxruntime",
-    ("onnx", "cuda", False, True, True): "runs on the CPU only",
-    ("auto", "cuda", True, True, True): "runs on the CPU only",
+    ("onnx", "cuda", False, True, True): "runs only on the CPU",
+    ("auto", "cuda", True, True, True): "runs only on the CPU",
     ("tensorrt", "auto", False, True, False): "TensorRT runs on an NVIDIA GPU, and PyTorch sees none",
     ("tensorrt", "cpu", False, True, True): "TensorRT runs on an NVIDIA GPU, not on cpu",
     ("trt", "auto", False, True, True): "There is no runtime 'trt'",
@@ -683,7 +683,7 @@ def test_a_choice_that_can_run_is_the_one_asked_for_or_the_best(
     assert (found.runtime, str(found.device)) == RUNS[case]
     assert found.why.startswith(found.runtime) and "\n" not in found.why
     if name != "auto":
-        assert "as asked" in found.why
+        assert "as requested" in found.why
     elif found.runtime == "eager" and not cuda:  # never in silence
         assert "not installed" in found.why and "kdx[cpu]" in found.why
 
@@ -716,7 +716,7 @@ def test_openvino_runs_on_the_cpu_where_it_is_asked_for_or_alone(onnx: bool, cud
     _machine(monkeypatch, onnx=onnx, cuda=cuda, openvino=True)
     for device in ("auto", "cpu"):
         for files in (False, True):
-            assert choose("openvino", device, files=files) == Choice("openvino", CPU, "openvino on the CPU: as asked")
+            assert choose("openvino", device, files=files) == Choice("openvino", CPU, "openvino on the CPU: as requested")
             found = choose("auto", device, files=files)
             if device == "auto" and cuda and not files:
                 assert found.runtime == "eager"
@@ -728,7 +728,7 @@ def test_openvino_runs_on_the_cpu_where_it_is_asked_for_or_alone(onnx: bool, cud
         with pytest.raises(KdxError, match="OpenVINO runs on the CPU, not on cuda:1"):
             choose("openvino", "cuda:1")
         assert choose("auto", "cuda:1").runtime == "eager"
-        with pytest.raises(KdxError, match="package onnxruntime" if not onnx else "runs on the CPU only"):
+        with pytest.raises(KdxError, match="package onnxruntime" if not onnx else "runs only on the CPU"):
             choose("auto", "cuda:1", files=True)
 
 
@@ -742,11 +742,11 @@ def test_openvino_that_is_not_installed_names_its_extra(machine: pytest.MonkeyPa
 def test_bfloat16_is_openvinos_alone(name: RuntimeName, monkeypatch: pytest.MonkeyPatch) -> None:
     _machine(monkeypatch, onnx=True, cuda=name == "tensorrt", openvino=True)
     monkeypatch.setattr("kdx.runtimes.openvino.has_bfloat16", lambda: True)
-    with pytest.raises(KdxError, match=f"runtime {'onnx' if name == 'auto' else name} does not choose bfloat16") as caught:
+    with pytest.raises(KdxError, match=f"runtime {'onnx' if name == 'auto' else name} does not support bfloat16") as caught:
         choose(name, precision="bfloat16")
     assert "--runtime openvino" in caught.value.hint
     found = choose("openvino", precision="bfloat16")
-    assert (found.precision, found.why) == ("bfloat16", "openvino on the CPU: as asked, in bfloat16")
+    assert (found.precision, found.why) == ("bfloat16", "openvino on the CPU: as requested, in bfloat16")
     with pytest.raises(KdxError, match="There is no precision 'float16'"):
         choose(name, precision="float16")  # type: ignore[arg-type]
 

@@ -1,0 +1,76 @@
+"""The interface of an Explainer's networks, and the record of a single network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+from torch import Tensor
+
+from kdx.explain.layer import LayerMeasurement
+from kdx.export.description import Description, NetworkDescription
+from kdx.export.graphs import Preprocessing
+from kdx.models.network import Network
+from kdx.runtimes.choice import Choice
+
+
+@dataclass(frozen=True)
+class NetworkRecord:
+    """What is known about the network of a role.
+
+    reference: the model reference that names it. sha256: the hash of its weights. parameters: how many it has. preprocessing: what it
+    does to its images. image_size: the (height, width) that it takes, or None for any. trained: False if some weights are known to
+    be random.
+    """
+
+    reference: str
+    sha256: str
+    parameters: int
+    preprocessing: Preprocessing
+    image_size: tuple[int, int] | None
+    trained: bool
+
+    @classmethod
+    def of_network(cls, network: Network) -> Self:
+        size = network.preprocessing.size
+        return cls(network.reference, network.weights_hash, network.parameters, network.preprocessing, size, network.trained)
+
+    @classmethod
+    def of_file(cls, network: NetworkDescription, file: Description) -> Self:
+        """The record of a network in an exported file. The file may take one image size even if the network does not resize."""
+        size = network.preprocessing.size or file.image_size
+        return cls(network.reference, network.weights, network.parameters, network.preprocessing, size, True)
+
+
+class NetworkSet(Protocol):
+    """The networks of an Explainer, and the measurements of what they compute: one runner per network, or one explainer file.
+
+    roles: in the order of `kdx.roles.ROLES`. layers: the student's and base's layer to the teacher's. choice: the runtime and device,
+    and the reason.
+    """
+
+    roles: tuple[str, ...]
+    layers: dict[str, str]
+    choice: Choice
+
+    def open(self, image_size: tuple[int, int]) -> None:
+        """Prepare for images of this size. A second call does nothing."""
+
+    def networks(self) -> dict[str, NetworkRecord]:
+        """The record of each role's network."""
+
+    def use_references(self, images: Tensor, labels: Tensor) -> None:
+        """Map every later image among these images instead of its batch mates."""
+
+    def explain(
+        self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence
+    ) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
+        """Each role's logits [n, classes], and one measurement per layer.
+
+        images [n, 3, h, w] in [0, 1]. labels [n], or an embedding [n, e]. permutations [p, n] of the images. seed: of the noise in
+        salient images.
+        """
+
+    def close(self) -> None:
+        """Free the networks and delete temporary files."""

@@ -1,0 +1,35 @@
+"""KdxError: its two sentences, its deprecated name, and the helpers that write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from kdx.errors import KdxError, first_line, missing_package
+
+
+def test_an_error_has_a_problem_and_a_hint() -> None:
+    error = KdxError("The batch is empty.", "Give at least one image.")
+    assert (error.problem, error.hint) == ("The batch is empty.", "Give at least one image.")
+    assert error.args == ("The batch is empty.", "Give at least one image.")
+    assert str(error) == "The batch is empty.\nGive at least one image."
+
+
+def test_the_old_name_of_the_hint_works_and_warns() -> None:
+    error = KdxError("The batch is empty.", "Give at least one image.")
+    with pytest.warns(DeprecationWarning, match=r"KdxError\.mend is now KdxError\.hint") as warnings:
+        assert error.mend == error.hint
+    assert warnings[0].filename == __file__, "the warning points at the caller"
+
+
+def test_a_missing_package_names_its_extra() -> None:
+    error = missing_package("onnxruntime", "cpu", "The runtime onnx")
+    assert error.problem == "The runtime onnx needs the package onnxruntime, which is not installed."
+    assert error.hint == "Install it with: pip install 'kdx[cpu]'"
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [("one line", "one line"), ("\n first.\nsecond", "first"), ("", "ValueError"), (" \n ", "ValueError"), ("ends...", "ends")],
+)
+def test_the_first_line_of_another_librarys_message(message: str, line: str) -> None:
+    assert first_line(ValueError(message)) == line
