@@ -218,7 +218,7 @@ def explain(
 ) -> None:
     """Explain a data set: two or four maps an image and layer, and scores with intervals, stored with a page that shows them."""
     from kdx.commands.explain import run
-    from kdx.report.page import scores_table
+    from kdx.report.terminal import scores_table
     from kdx.runs.run import RunOptions
 
     options = RunOptions(

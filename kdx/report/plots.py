@@ -8,9 +8,13 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdx import roles
+from kdx.runs.record import RunRecord
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 # matplotlib writes plain colours into its SVG. Each of these stands for a colour that the page decides (light or dark), and is
 # exchanged for the style sheet's name after drawing; no drawing of ours uses them otherwise.
@@ -52,12 +56,43 @@ BEYOND = tuple(
     for kind in roles.MAPS.values()
 )
 
+_DRAWINGS = (
+    ("fss", "Likeness to the teacher (FSS)", SIMILARITY, False),
+    ("rs", "Relevance to the labels (RS)", RELEVANCE, True),
+    ("beyond", "Relevance beyond another network", BEYOND, True),
+)
+"""Prefix, title, series of each drawing, and whether its axis always includes zero."""
+
 Points = Mapping[str, Mapping[str, tuple[float, tuple[float, float]]]]
 """layer -> score -> (value, interval)."""
 
 _NARROWEST = 0.05  # of an axis without zero; a smaller difference should look small
 
 _WIDTH, _HEADING, _ROW, _GAP, _AXIS, _MARGIN = 360, 22, 15, 12, 26, 18
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A drawing for the page. ``zero``: whether zero is on the axis."""
+
+    title: str
+    series: list[Series]
+    svg: Markup
+    zero: bool
+
+
+def drawings(run: RunRecord) -> list[Drawing]:
+    """The drawings that the run has scores for."""
+    from markupsafe import Markup
+
+    points = {layer: {name: (entry.value, entry.interval) for name, entry in scores.items()} for layer, scores in run.scores.items()}
+    result = []
+    for prefix, title, all_series, from_zero in _DRAWINGS:
+        series = [line for line in all_series if line.score in run.score_names]
+        if series:
+            svg = Markup(plot(points, series, prefix, from_zero=from_zero))  # matplotlib has escaped the names
+            result.append(Drawing(title, series, svg, zero=limits(points, series, from_zero)[0] <= 0))
+    return result
 
 
 def plot(points: Points, series: Sequence[Series], prefix: str, *, from_zero: bool = True) -> str:

@@ -25,9 +25,12 @@ from rich.console import Console
 from kdx.errors import KdxError
 from kdx.report import gallery, overlays, plots, wording
 from kdx.report import page as page_module
-from kdx.report.page import _TABLES, scores_table, script_json, write_page
+from kdx.report.page import script_json, write_page
+from kdx.report.tables import TABLES
+from kdx.report.terminal import scores_table
 from kdx.roles import BALANCE, CONTRASTS, LIKENESS, MAPS, READING_ORDER, SCORES
 from kdx.runs.record import Entry
+from kdx.runs.schema import layer_file_names
 from kdx.scores import uncertainty
 from tests.made_runs import KINDS, edit, entry, make_run
 
@@ -271,7 +274,7 @@ def test_hostile_layers_have_plain_file_names(hostile: Path) -> None:
     assert len(written) == 8
     assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,100}", name) for name in written)
     # Names that one file system or another would merge stay apart.
-    assert len({name.lower() for name in gallery._file_names(["a/b", "a-b", "a:b", "A-B", "..", "con", ""]).values()}) == 7
+    assert len({name.lower() for name in layer_file_names(["a/b", "a-b", "a:b", "A-B", "..", "con", ""]).values()}) == 7
 
 
 def test_page_policy_and_size(run: Path) -> None:
@@ -421,7 +424,7 @@ def _slow_resize(map_: NDArray[np.float64], height: int, width: int) -> NDArray[
 
 def test_composites_follow_the_formula(hostile: Path) -> None:
     layer = ODD
-    name = gallery._file_names(list(json.loads((hostile / "manifest.json").read_text())["configuration"]["layers"]))[layer]
+    name = layer_file_names(list(json.loads((hostile / "manifest.json").read_text())["configuration"]["layers"]))[layer]
     array = zarr.open_group(hostile / "maps.zarr", mode="r")[f"{layer}/residual"]
     assert isinstance(array, zarr.Array)
     image = np.asarray(Image.open(hostile / "overlays" / "00003.png").convert("RGB"))
@@ -453,7 +456,7 @@ def test_scaled_keeps_zero_and_never_divides_by_nothing() -> None:
 def test_large_maps_and_images_are_made_small() -> None:
     rng = np.random.default_rng(0)
     packed = gallery._packed(rng.random((130, 65)).astype(np.float32))
-    assert packed is not None and packed[:2] == [64, 32]
+    assert packed is not None and packed[:2] == (64, 32)
     photo = Image.fromarray(rng.integers(0, 255, (400, 700, 3), dtype=np.uint8))
     assert gallery._shrunk(photo).size == (320, 183)
     assert gallery._data_uri(gallery._shrunk(photo)).startswith("data:image/jpeg")
@@ -606,7 +609,7 @@ def test_the_tables_that_words_and_pictures_name_are_the_ones_computed() -> None
     for kind in MAPS.values():
         assert kind.score == f"RS({kind.symbol.replace(' ', '')})" and kind.score in SCORES
         assert kind.symbol == " | ".join(role[0].upper() for role in (kind.explained, kind.given))
-    told = [name for _, _, names in _TABLES for name in names]
+    told = [name for _, _, names in TABLES for name in names]
     assert sorted(told) == sorted([*SCORES, LIKENESS, BALANCE])
 
 
@@ -671,7 +674,7 @@ def _without(name: str) -> Callable[[Path], None]:
         (_without("maps.zarr"), "no maps.zarr"),
         (_without("maps.zarr/layer3"), "layer3/distilled"),
         (lambda f: (f / "manifest.json").write_text("{"), "not readable as JSON"),
-        (lambda f: (f / "manifest.json").write_text("[]"), "does not hold"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "is not a JSON object"),
         (lambda f: (f / "samples.parquet").write_bytes(b"PAR1"), "samples.parquet"),
         (lambda f: (f / "overlays" / "00002.png").write_bytes(b"no"), "00002.png"),
         (lambda f: edit(f / "manifest.json", status="running", images__explained=3), "not finished: 3 of 8 images"),

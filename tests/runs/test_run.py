@@ -36,7 +36,7 @@ from kdx.models.feature_layers import parse_layers
 from kdx.models.resnet import resnet
 from kdx.report.page import write_page
 from kdx.roles import MAPS, ROLES
-from kdx.runs import store
+from kdx.runs import schema, store
 from kdx.runs.run import RunOptions, _part
 from kdx.scores import uncertainty
 
@@ -224,7 +224,7 @@ def _stopping(write: Any, stop: str) -> Any:
             raise KeyboardInterrupt
         write(self, batch, *rest)
         if batch == 1 and stop == "between maps and record":
-            self._progress(batch).unlink()
+            schema.batch_path(self.folder, batch).unlink()
             raise KeyboardInterrupt
         if batch == 1 and stop == "after a batch":
             raise KeyboardInterrupt
