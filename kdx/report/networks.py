@@ -23,11 +23,11 @@ class NetworkCard:
 
 
 _MEANINGS = {
-    "teacher": "The network whose knowledge was to be passed on.",
-    "base": "The student’s architecture, trained without the teacher.",
-    "student": "The same architecture, trained under the teacher.",
+    "teacher": "The student learned from this network.",
+    "base": "This network has the student’s architecture and was trained without the teacher.",
+    "student": "This network has the base’s architecture and learned from the teacher.",
 }
-_MEANINGS_WITHOUT_TEACHER = {"base": "The network that the student is compared with.", "student": "The network under study."}
+_MEANINGS_WITHOUT_TEACHER = {"base": "The student is compared with this network.", "student": "The run explains this network."}
 
 
 def network_cards(run: RunRecord) -> list[NetworkCard]:
@@ -41,7 +41,7 @@ def network_cards(run: RunRecord) -> list[NetworkCard]:
         cards.append(
             NetworkCard(
                 role,
-                f"{meanings[role]} Its weights are random, wholly or in part." if network.random_weights else meanings[role],
+                f"{meanings[role]} Some or all of its weights are random." if network.random_weights else meanings[role],
                 network.reference,
                 f"{network.parameters:,}" if network.parameters else "not recorded",
                 share,
