@@ -253,7 +253,7 @@ def explain(
 ) -> None:
     """Explain a data set. Stores two or four maps per image and layer, scores with intervals, and a page that shows them."""
     from kdx.commands.explain import run
-    from kdx.report.page import scores_table
+    from kdx.report.terminal import scores_table
     from kdx.runs.run import RunOptions
 
     options = RunOptions(

@@ -1,4 +1,4 @@
-"""A synthetic run folder, as ``kdx explain`` leaves one: complete, small, and the same for the same arguments."""
+"""Synthetic run folders: complete, small, and the same for the same arguments."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ import pyarrow.parquet
 import zarr
 from PIL import Image, ImageDraw, ImageFont
 
+from kdx.runs import schema
+
 SCORES = ("FSS(S,T)", "FSS(B,T)", "RS(T)", "RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)", "RS(T|S)", "RS(S|T)")
 KINDS = ("distilled", "residual", "missed", "new")
+
+SCRIPT = "<script>alert(1)</script>"
+"""A name that is an attack."""
+
+ODD_LAYER = "block/<b>&\"$x^2$ ü--'.9"
 
 
 def make_run(
@@ -28,13 +35,13 @@ def make_run(
     seed: int = 0,
     teacher: bool = True,
 ) -> Path:
-    """Write a run of ``images`` images of ``size`` (width, height), the first ``gallery`` of them pictured; give its folder back."""
+    """Write a run of ``images`` images of ``size`` (width, height) with pictures of the first ``gallery`` of them; return its folder."""
     roles = ("teacher", "base", "student") if teacher else ("base", "student")
     kinds = KINDS if teacher else KINDS[:2]
     layers = {"layer1": "layer1", "layer3": "layer3"} if layers is None else dict(layers)
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "overlays").mkdir(exist_ok=True)
+    schema.picture_path(folder, 0).parent.mkdir(exist_ok=True)
     labels = np.arange(images) % len(classes)
     predictions = {
         role: np.where(rng.random(images) < right, labels, (labels + 1) % len(classes))
@@ -42,27 +49,27 @@ def make_run(
         if role in roles
     }
     columns: dict[str, Any] = {
-        "row": np.arange(images),
-        "id": [f"image-{i:05d}" for i in range(images)],
-        "label": labels,
-        "batch": np.arange(images) // 20,
+        schema.ROW: np.arange(images),
+        schema.ID: [f"image-{i:05d}" for i in range(images)],
+        schema.LABEL: labels,
+        schema.BATCH: np.arange(images) // 20,
     }
     for role, predicted in predictions.items():
-        columns[f"{role}_prediction"] = predicted
-        columns[f"{role}_confidence"] = 0.5 + 0.5 * rng.random(images)
-    pa.parquet.write_table(pa.table(columns), folder / "samples.parquet")
+        columns[schema.prediction_column(role)] = predicted
+        columns[schema.confidence_column(role)] = 0.5 + 0.5 * rng.random(images)
+    pa.parquet.write_table(pa.table(columns), folder / schema.SAMPLES)
 
-    group = zarr.open_group(folder / "maps.zarr", mode="w")
+    group = zarr.open_group(folder / schema.MAPS, mode="w")
     for depth, layer in enumerate(layers):
         side = max(4, 16 >> depth)
         for kind in kinds:
             maps = _blobs(rng, images, side)
             if kind == "new" and depth == 0:
                 maps[0] = 0
-            group.create_array(f"{layer}/{kind}", data=maps, chunks=(20, side, side))
+            group.create_array(schema.map_path(layer, kind), data=maps, chunks=(20, side, side))
 
     for row in range(min(gallery, images)):
-        _image(str(classes[labels[row]])[:1], size, rng).save(folder / "overlays" / f"{row:05d}.png")
+        _image(str(classes[labels[row]])[:1], size, rng).save(schema.picture_path(folder, row))
 
     models = {
         role: {"reference": f"timm:{name}@weights/{role}.safetensors", "sha256": f"{seed:064x}", "parameters": parameters}
@@ -71,8 +78,8 @@ def make_run(
     }
     manifest = {
         "kdx": "0.1.0",
-        "format": 1,
-        "status": "complete",
+        "format": schema.FORMAT,
+        "status": schema.COMPLETE,
         "created": "2026-03-01T10:00:00+00:00",
         "finished": "2026-03-01T10:01:04+00:00",
         "command": ["kdx", "explain", "digits", "--models", "models file.json", "--out", "run"],
@@ -99,15 +106,41 @@ def make_run(
         "batches": -(-images // 20),
         "method": "kd",
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / schema.MANIFEST).write_text(json.dumps(manifest))
     accuracy = {}
     for role, predicted in predictions.items():
         correct = int((predicted == labels).sum())
         share = correct / images
         half = 1.96 * (share * (1 - share) / images) ** 0.5
         accuracy[role] = {"value": share, "interval": [max(0, share - half), min(1, share + half)], "correct": correct, "n": images}
-    held = {"accuracy": accuracy, "layers": {layer: _scores(depth, len(layers), images, teacher) for depth, layer in enumerate(layers)}}
-    (folder / "scores.json").write_text(json.dumps(held))
+    scores = {"accuracy": accuracy, "layers": {layer: _scores(depth, len(layers), images, teacher) for depth, layer in enumerate(layers)}}
+    (folder / schema.SCORES).write_text(json.dumps(scores))
+    return folder
+
+
+def make_hostile_run(folder: Path) -> Path:
+    """Write a run in which every name is an attack, far too long, or both; return its folder."""
+    long = "features." + "denseblock4_denselayer16_" * 6
+    make_run(
+        folder,
+        classes=(SCRIPT, "</title><img src=x onerror=alert(2)>", "a\u2028b--><!--", "w" * 150),
+        layers={ODD_LAYER: "<i>layer4</i>", long: long},
+        images=16,
+        gallery=8,
+        size=(48, 30),
+    )
+    ids = [f"</script><script>alert({i})</script>{'x' * 90}" for i in range(16)]
+    table = pa.parquet.read_table(folder / schema.SAMPLES)
+    pa.parquet.write_table(table.set_column(table.column_names.index(schema.ID), schema.ID, pa.array(ids)), folder / schema.SAMPLES)
+    edit(
+        folder / schema.MANIFEST,
+        method="<u>kd</u>",
+        command=["kdx", SCRIPT, "it's"],
+        configuration__data=SCRIPT,
+        configuration__models__teacher__reference="timm:" + "r" * 200 + SCRIPT,
+        images__unreadable=[{"id": SCRIPT, "reason": "bad \ud800 <b>bytes</b>"}],
+        environment__processor=SCRIPT,
+    )
     return folder
 
 
@@ -117,19 +150,19 @@ def entry(value: float, half: float, p_value: float | None = 0.001, n: int = 40,
 
 
 def edit(file: Path, **changes: Any) -> None:
-    """Change keys of a JSON file; a key's ``__`` stands for a step down, None as value stays None."""
-    held = json.loads(file.read_text())
+    """Change keys of a JSON file. ``__`` separates the levels of a nested key."""
+    content = json.loads(file.read_text())
     for path, value in changes.items():
         *above, last = path.split("__")
-        place = held
-        for step in above:
-            place = place[step]
-        place[last] = value
-    file.write_text(json.dumps(held))
+        parent = content
+        for key in above:
+            parent = parent[key]
+        parent[last] = value
+    file.write_text(json.dumps(content))
 
 
 def _scores(depth: int, layers: int, n: int, teacher: bool) -> dict[str, Any]:
-    """The student nearer to the teacher the deeper the layer; at the first layer nothing is settled."""
+    """The student is closer to the teacher at deeper layers; at the first layer no difference is significant."""
     gain = 0.09 * depth / max(1, layers - 1)
     values = (0.78 + gain, 0.77, 0.62 + 0.1 * depth, 0.55 + 0.1 * depth, 0.5 + 0.09 * depth, 0.02 + 2 * gain, 0.03, 0.08 + gain, 0.05)
     halves = (0.03, 0.035, 0.04, 0.05, 0.05, 0.04, 0.04, 0.05, 0.02)
@@ -139,12 +172,12 @@ def _scores(depth: int, layers: int, n: int, teacher: bool) -> dict[str, Any]:
         "RS(S|B) - RS(B|S)": entry(2 * gain - 0.01, 0.05, None, n),
     }
     if not teacher:
-        scores, contrasts = ({name: one for name, one in held.items() if "T" not in name} for held in (scores, contrasts))
+        scores, contrasts = ({name: number for name, number in table.items() if "T" not in name} for table in (scores, contrasts))
     return {"scores": scores, "contrasts": contrasts}
 
 
 def _blobs(rng: np.random.Generator, n: int, side: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Smooth maps, zero over much of their area as rectified maps are."""
+    """Smooth maps that are zero over much of their area, like rectified maps."""
     y, x = np.mgrid[:side, :side] / (side - 1)
     total = np.zeros((n, side, side))
     for _ in range(3):
@@ -154,7 +187,7 @@ def _blobs(rng: np.random.Generator, n: int, side: int) -> np.ndarray[Any, np.dt
 
 
 def _image(letter: str, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """A bright letter on a dark ground, a little noise."""
+    """A bright letter on a dark background with a little noise."""
     image = Image.new("L", size, 16)
     font = ImageFont.load_default(0.85 * size[1])
     ImageDraw.Draw(image).text((size[0] / 2, size[1] / 2), letter, fill=235, font=font, anchor="mm")

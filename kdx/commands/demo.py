@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from kdx.commands import explain
-from kdx.disk import read_json
 from kdx.distill import DEMO, distill
 from kdx.report import wording
-from kdx.runs.record import Entry
+from kdx.runs.record import Entry, read_run
 from kdx.runs.run import RunOptions
 
 _SHOWN = ("FSS(S,T)", "FSS(B,T)", "FSS(S,T) - FSS(B,T)", "RS(S|B)", "RS(B|S)", "RS(S|B) - RS(B|S)")
@@ -51,16 +49,15 @@ def run(out: Path, *, seed: int = 0, announce: Callable[[str], None] = print) ->
 
 def table(runs: dict[str, Path]) -> Table:
     """The methods side by side: accuracies, and per layer the similarity to the teacher and the relevance, with 95% intervals."""
-    scores = {method: read_json(folder / "scores.json") for method, folder in runs.items()}
+    records = [read_run(folder) for folder in runs.values()]
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="What the students learned, with 95% intervals", title_justify="left")
     for heading in ("", "", *(f"student by {method}" for method in runs)):
         result.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for role in ("teacher", "base", "student"):
-        result.add_row("accuracy", role, *(_cell(content["accuracy"][role]) for content in scores.values()), end_section=role == "student")
-    first, *_ = scores.values()
-    for layer in first["layers"]:
+        result.add_row("accuracy", role, *(_cell(record.networks[role].accuracy) for record in records), end_section=role == "student")
+    for layer in records[0].layers:
         for name in _SHOWN:
-            entries = ((content["layers"][layer]["scores"] | content["layers"][layer]["contrasts"])[name] for content in scores.values())
+            entries = ((record.scores[layer] | record.contrasts[layer])[name] for record in records)
             cells = [_cell(entry, sign=" - " in name) for entry in entries]
             result.add_row(
                 layer if name == _SHOWN[0] else "", name.replace(" - ", " \N{MINUS SIGN} "), *cells, end_section=name == _SHOWN[-1]
@@ -68,6 +65,6 @@ def table(runs: dict[str, Path]) -> Table:
     return result
 
 
-def _cell(entry: dict[str, Any], sign: bool = False) -> str:
-    value, interval = wording.span(Entry(entry["value"], tuple(entry["interval"])), 3, sign)
+def _cell(entry: Entry, sign: bool = False) -> str:
+    value, interval = wording.span(entry, 3, sign)
     return f"{value} ({interval})"

@@ -1,1 +1,1 @@
-"""The page of a run, its pictures and its words."""
+"""The page of a run, its pictures and its text, and the table for a terminal."""

@@ -1,16 +1,13 @@
-"""The gallery of a run: its images with their maps, for the page, and the composites under ``overlays/``."""
+"""The gallery of a run: its images with their maps, for the page and as composites under ``overlays/``."""
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import math
-import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,102 +15,118 @@ from PIL import Image
 
 from kdx.disk import write_atomic
 from kdx.report import overlays
-from kdx.roles import MAPS
-from kdx.runs.record import FinishedRun
+from kdx.roles import MAPS, MapKind
+from kdx.runs.record import RunRecord
+from kdx.runs.schema import layer_file_names, overlay_path, pictured_rows
 
 _LONGEST_EDGE = 320  # of an image on the page, in pixels
 
-_PICTURE_EDGE = 112  # composites of smaller images are enlarged by a whole factor to about this
+_COMPOSITE_EDGE = 112  # composites of smaller images are enlarged by an integer factor to about this size, in pixels
 
-_MAP_EDGE = 64  # of a map on the page; larger maps are averaged down to it
+_MAP_EDGE = 64  # of a map on the page; larger maps are averaged down to this size
 
-_LOSSLESS = 24_000  # bytes up to which an image stays PNG on the page
+_LOSSLESS = 24_000  # an image of at most this many bytes stays PNG on the page
+
+_PIXELATED = 96  # the page shows images up to this size with square pixels
+
+PackedMap = tuple[int, int, str]
+"""Height, width and base64 of one byte per position."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    role: str
+    class_name: str
+    right: bool
+    confidence: float
 
 
 @dataclass(frozen=True)
 class Card:
-    """One image of the gallery."""
+    """One image of the gallery. ``image`` is a data URI of width x height pixels."""
 
     id: str
     label: int
     label_name: str
-    image: str  # data URI
+    image: str
     width: int
     height: int
-    verdicts: list[dict[str, Any]]  # a dict a network: role, prediction, right, confidence
-    maps: list[list[list[Any] | None]]  # [layer][kind] -> [h, w, base64 of h*w bytes], None where the map is zero everywhere
+    predictions: list[Prediction]
+    maps: list[list[PackedMap | None]]  # [layer][kind]; None where the map is constant
 
 
-def kinds(run: FinishedRun) -> tuple[str, ...]:
-    """The maps that the run has."""
-    return tuple(kind.name for kind in MAPS.values() if kind.score in run.score_names)
+@dataclass(frozen=True)
+class Gallery:
+    """Cards in the run's order, and the kinds of map and the classes that they have."""
+
+    cards: list[Card]
+    kinds: list[MapKind]
+    classes: list[tuple[int, str, int]]  # (class, name, number of cards)
+
+    @property
+    def pixelated(self) -> bool:
+        """Whether every image is so small that its pixels should appear as squares."""
+        return all(max(card.width, card.height) <= _PIXELATED for card in self.cards)
+
+    @property
+    def opacity(self) -> int:
+        """The opacity of a map over its image, in percent."""
+        return round(100 * overlays.OPACITY)
+
+    @property
+    def gradient(self) -> str:
+        """The colour scale as the stops of a CSS gradient, drawn over grey as a map is drawn over an image."""
+        grey = np.full((1, 1, 3), 128, np.uint8)
+        steps = [overlays.composite(grey, np.full((1, 1), t))[0, 0] for t in np.linspace(0, 1, 13)]
+        return ", ".join(f"rgb({r} {g} {b})" for r, g, b in steps)
 
 
-def cards(run: FinishedRun) -> tuple[list[Card], Counter[int]]:
-    """The cards of the images that the run kept pictures of, in the run's order; their composites are written on the way."""
-    import zarr
+def make_gallery(run: RunRecord) -> Gallery:
+    """The gallery of the images that the run has pictures of. Writes their composites under ``overlays/``.
 
-    kept = sorted((run.folder / "overlays").glob("*.png"))
-    wanted = {int(path.stem): path for path in kept if re.fullmatch(r"[0-9]{5,}", path.stem)}
-    samples = {int(sample["row"]): sample for sample in run.samples}
-    rows = [row for row in sorted(wanted) if row in samples]
-    group = zarr.open_group(run.folder / "maps.zarr", mode="r")
-    maps: dict[tuple[str, str], NDArray[np.float32]] = {}
-    for layer in run.layers:
-        for kind in kinds(run):
-            array = group[f"{layer}/{kind}"]
-            if not isinstance(array, zarr.Array) or array.ndim != 3:
-                raise ValueError(f"maps.zarr holds no maps [N, h, w] at {layer}/{kind}")
-            if rows and rows[-1] >= array.shape[0]:
-                raise ValueError(f"maps.zarr holds {array.shape[0]} maps at {layer}/{kind}, and there is a picture for row {rows[-1]}")
-            maps[layer, kind] = (
-                overlays.scaled_for_display(np.asarray(array.oindex[np.array(rows)])) if rows else np.empty((0, 1, 1), np.float32)
-            )
-    names = _file_names(list(run.layers))
-    found = []
+    Raises LostResult where a picture or a map is missing or damaged.
+    """
+    kinds = [kind for kind in MAPS.values() if kind.score in run.score_names]
+    positions = {int(row): position for position, row in enumerate(run.samples.rows)}
+    rows = [row for row in pictured_rows(run.folder) if row in positions]
+    maps = {(layer, kind.name): overlays.scaled_for_display(run.maps(layer, kind.name, rows)) for layer in run.layers for kind in kinds}
+    layer_names = layer_file_names(list(run.layers))
+    cards = []
     for place, row in enumerate(rows):
-        with Image.open(wanted[row]) as opened:
-            image = opened.convert("RGB")
-        large = _enlarged(image)
-        for (layer, kind), scaled in maps.items():
-            picture = Image.fromarray(overlays.composite(np.asarray(large), scaled[place]))
-            write_atomic(
-                run.folder / "overlays" / f"{wanted[row].stem}_{names[layer]}_{kind}.png", _encoded(picture, "PNG", compress_level=1)
-            )
-        sample = samples[row]
-        label = int(sample["label"])
-        verdicts = [
-            {
-                "role": role,
-                "prediction": run.class_name(int(sample[f"{role}_prediction"])),
-                "right": int(sample[f"{role}_prediction"]) == label,
-                "confidence": float(sample[f"{role}_confidence"]),
-            }
-            for role in run.roles
-        ]
-        shown = _shrunk(image)
-        packed = [[_packed(maps[layer, kind][place]) for kind in kinds(run)] for layer in run.layers]
-        found.append(Card(str(sample["id"]), label, run.class_name(label), _data_uri(shown), *shown.size, verdicts, packed))
-    return found, Counter(card.label for card in found)
+        picture = run.picture(row)
+        of_image = {key: stack[place] for key, stack in maps.items()}
+        for (layer, kind), map_ in of_image.items():
+            _write_composite(overlay_path(run.folder, row, layer_names[layer], kind), picture, map_)
+        packed = [[_packed(of_image[layer, kind.name]) for kind in kinds] for layer in run.layers]
+        cards.append(_card(run, positions[row], picture, packed))
+    counts = Counter(card.label for card in cards)
+    return Gallery(cards, kinds, [(label, run.class_name(label), count) for label, count in sorted(counts.items())])
 
 
-def _file_names(layers: Sequence[str]) -> dict[str, str]:
-    """A file-name part for each layer: its own name where every file system takes it, else a shortened one with a digest."""
-    lower = Counter(layer.lower() for layer in layers)
-    names = {}
-    for layer in layers:
-        # Two names that differ in case alone are one file on some systems.
-        if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}", layer) and lower[layer.lower()] == 1:
-            names[layer] = layer
-        else:
-            digest = hashlib.sha256(layer.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-            names[layer] = f"{re.sub(r'[^A-Za-z0-9]+', '-', layer)[:60].strip('-') or 'layer'}-{digest}"
-    return names
+def _card(run: RunRecord, position: int, picture: Image.Image, maps: list[list[PackedMap | None]]) -> Card:
+    samples = run.samples
+    label = int(samples.labels[position])
+    predictions = [
+        Prediction(
+            role,
+            run.class_name(int(samples.predictions[role][position])),
+            bool(samples.correct(role)[position]),
+            float(samples.confidences[role][position]),
+        )
+        for role in run.roles
+    ]
+    shown = _shrunk(picture)
+    return Card(samples.ids[position], label, run.class_name(label), _data_uri(shown), *shown.size, predictions, maps)
+
+
+def _write_composite(path: Path, picture: Image.Image, map_: NDArray[np.float32]) -> None:
+    composite = Image.fromarray(overlays.composite(np.asarray(_enlarged(picture)), map_))
+    write_atomic(path, _encoded(composite, "PNG", compress_level=1))
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    """A small image with its pixels repeated, so that a smooth map over it has room."""
-    factor = math.ceil(_PICTURE_EDGE / max(image.size))
+    """A small image with its pixels repeated, so that a smooth map over it is visible."""
+    factor = math.ceil(_COMPOSITE_EDGE / max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) if factor > 1 else image
 
 
@@ -125,24 +138,24 @@ def _shrunk(image: Image.Image) -> Image.Image:
     return small
 
 
-def _encoded(image: Image.Image, format_: str, **options: Any) -> bytes:
+def _encoded(image: Image.Image, format_: str, **options: int | bool) -> bytes:
     out = io.BytesIO()
     image.save(out, format=format_, **options)
     return out.getvalue()
 
 
 def _data_uri(image: Image.Image) -> str:
-    """The image as PNG where that is small, else as whichever of PNG and JPEG is smaller."""
-    held, kind = _encoded(image, "PNG", optimize=True), "png"
-    if len(held) > _LOSSLESS:
+    """The image as PNG where that is small, else as PNG or JPEG, whichever is smaller."""
+    data, kind = _encoded(image, "PNG", optimize=True), "png"
+    if len(data) > _LOSSLESS:
         jpeg = _encoded(image, "JPEG", quality=86)
-        if len(jpeg) < len(held):
-            held, kind = jpeg, "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(held).decode('ascii')}"
+        if len(jpeg) < len(data):
+            data, kind = jpeg, "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def _packed(map_: NDArray[np.float32]) -> list[Any] | None:
-    """A scaled map for the page: height, width and one byte a place; None where nothing is there."""
+def _packed(map_: NDArray[np.float32]) -> PackedMap | None:
+    """A map that is scaled for display, as the page's script reads it; None where it is zero everywhere."""
     if not map_.any():
         return None
     height, width = map_.shape
@@ -152,4 +165,4 @@ def _packed(map_: NDArray[np.float32]) -> list[Any] | None:
         map_ = np.asarray(Image.fromarray(map_).resize(size, Image.Resampling.BOX))
         height, width = map_.shape
     quantised = np.rint(np.clip(map_, 0, 1) * 255).astype(np.uint8)
-    return [height, width, base64.b64encode(quantised.tobytes()).decode("ascii")]
+    return height, width, base64.b64encode(quantised.tobytes()).decode("ascii")

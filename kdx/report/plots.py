@@ -1,4 +1,4 @@
-"""Scores over layers as inline SVG."""
+"""Draws the scores of all layers as inline SVG."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdx import roles
+from kdx.runs.record import RunRecord
 
-# matplotlib writes plain colours into its SVG. Each of these stands for a colour that the page decides (light or dark), and is
-# exchanged for the style sheet's name after drawing; no drawing of ours uses them otherwise.
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.axes import Axes
+
+# matplotlib writes plain colours into its SVG. Each of these stands for a colour of the page's theme (light or dark) and is
+# replaced by the style sheet's name after drawing. Drawings use these colours for nothing else.
 _PAGE_COLOURS = {
     "#010203": "currentColor",
     "#010204": "var(--teacher)",
@@ -29,7 +34,7 @@ _INK = _COLOUR_OF["currentColor"]
 
 @dataclass(frozen=True)
 class Series:
-    """One line of marks in a drawing: the score's name, what a reader calls it, whose colour it takes, and its mark."""
+    """One score in a drawing: its name, its label in the key, the role whose colour it has, and its marker."""
 
     score: str
     label: str
@@ -52,22 +57,52 @@ BEYOND = tuple(
     for kind in roles.MAPS.values()
 )
 
+_DRAWINGS = (
+    ("fss", "Likeness to the teacher (FSS)", SIMILARITY, False),
+    ("rs", "Relevance to the labels (RS)", RELEVANCE, True),
+    ("beyond", "Relevance beyond another network", BEYOND, True),
+)
+"""Prefix, title, series of each drawing, and whether its axis always includes zero."""
+
 Points = Mapping[str, Mapping[str, tuple[float, tuple[float, float]]]]
 """layer -> score -> (value, interval)."""
 
-_NARROWEST = 0.05  # of an axis without zero; a smaller difference should look small
+_NARROWEST = 0.05  # the shortest axis without zero, so that a smaller difference looks small
 
 _WIDTH, _HEADING, _ROW, _GAP, _AXIS, _MARGIN = 360, 22, 15, 12, 26, 18
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """A drawing for the page. ``zero``: whether zero is on the axis."""
+
+    title: str
+    series: list[Series]
+    svg: Markup
+    zero: bool
+
+
+def drawings(run: RunRecord) -> list[Drawing]:
+    """The drawings that the run has scores for."""
+    from markupsafe import Markup
+
+    points = {layer: {name: (entry.value, entry.interval) for name, entry in scores.items()} for layer, scores in run.scores.items()}
+    result = []
+    for prefix, title, all_series, from_zero in _DRAWINGS:
+        series = [line for line in all_series if line.score in run.score_names]
+        if series:
+            svg = Markup(plot(points, series, prefix, from_zero=from_zero))  # matplotlib has escaped the names
+            result.append(Drawing(title, series, svg, zero=limits(points, series, from_zero)[0] <= 0))
+    return result
+
+
 def plot(points: Points, series: Sequence[Series], prefix: str, *, from_zero: bool = True) -> str:
-    """Scores over layers as inline SVG: a group a layer in the run's order, a mark a score, a bar for its interval.
+    """Scores as inline SVG: one group per layer in the run's order, with one mark per score and a bar for its interval.
 
-    The axis is that of `limits`, with a line at zero where zero is on it.
+    `limits` defines the axis. It has a line at zero where it includes zero.
 
-    The drawing is transparent, takes its ink from the text around it and the networks' colours from the page, and is the same,
-    byte for byte, for the same numbers. ``prefix`` keeps its ids apart from another drawing's on the page. A number that is not
-    finite is left out.
+    The drawing is transparent. It takes its ink from the surrounding text and the networks' colours from the page, and it is byte for
+    byte the same for the same numbers. ``prefix`` makes its ids unique on the page. A score that is not finite is not drawn.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -75,7 +110,7 @@ def plot(points: Points, series: Sequence[Series], prefix: str, *, from_zero: bo
     group = _HEADING + _ROW * len(series) + _GAP
     height = group * len(points) + _AXIS
     settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "kdx", "font.size": 11, "axes.edgecolor": _INK, "text.color": _INK}
-    # A glyph that matplotlib's own font lacks is drawn by the browser's; its warning says nothing to the reader.
+    # The browser draws a glyph that matplotlib's own font lacks, so matplotlib's warning does not matter.
     with rc_context(settings), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         figure = Figure(figsize=(_WIDTH / 72, height / 72), dpi=72)
@@ -95,31 +130,34 @@ def plot(points: Points, series: Sequence[Series], prefix: str, *, from_zero: bo
             if row:
                 axes.axhline(top, color=_INK, alpha=0.18, linewidth=1)
             if axes.get_xlim()[0] <= 0:
-                # Not through the layer's name.
+                # The line starts below the layer's name.
                 axes.plot([0, 0], [top + _HEADING - 2, top + group], color=_INK, alpha=0.5, linewidth=1)
             axes.text(
                 0, top + _HEADING - 5, _elided(layer), transform=axes.get_yaxis_transform(), parse_math=False, weight="bold", va="baseline"
             )
-            for line, one in enumerate(series):
-                value, (low, high) = scores[one.score]
-                if not all(map(math.isfinite, (value, low, high))):
-                    continue
-                y, colour = top + _HEADING + _ROW * (line + 0.5), _COLOUR_OF[f"var(--{one.role})"]
-                axes.plot([low, high], [y, y], color=colour, linewidth=2.5, alpha=0.55, solid_capstyle="round")
-                face = colour if one.filled else _COLOUR_OF["var(--surface)"]
-                axes.plot([value], [y], one.marker, color=colour, markerfacecolor=face, markersize=7 - 1.5 * (one.marker == "D"), mew=1.6)
+            for line, score in enumerate(series):
+                _draw_score(axes, score, *scores[score.score], y=top + _HEADING + _ROW * (line + 0.5))
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}, transparent=True)
     return _for_page(out.getvalue(), prefix)
 
 
-def limits(points: Points, series: Sequence[Series], from_zero: bool = True) -> tuple[float, float]:
-    """The ends of the axis: zero, what a score is read against, and all intervals.
+def _draw_score(axes: Axes, series: Series, value: float, interval: tuple[float, float], y: float) -> None:
+    if not all(map(math.isfinite, (value, *interval))):
+        return
+    colour = _COLOUR_OF[f"var(--{series.role})"]
+    axes.plot(interval, [y, y], color=colour, linewidth=2.5, alpha=0.55, solid_capstyle="round")
+    face = colour if series.filled else _COLOUR_OF["var(--surface)"]
+    axes.plot([value], [y], series.marker, color=colour, markerfacecolor=face, markersize=7 - 1.5 * (series.marker == "D"), mew=1.6)
 
-    Without ``from_zero`` the axis leaves zero out where the intervals would fill less than half of it: a reader then asks which score
-    is higher, and an axis from zero would hardly show it.
+
+def limits(points: Points, series: Sequence[Series], from_zero: bool = True) -> tuple[float, float]:
+    """The ends of the axis, which includes all intervals and zero, the reference of every score.
+
+    Without ``from_zero`` the axis omits zero where the intervals would fill less than half of it. The question is then which score is
+    higher, and an axis from zero would hardly show the answer.
     """
-    ends = [x for scores in points.values() for one in series for x in _ends(*scores[one.score])]
+    ends = [x for scores in points.values() for line in series for x in _ends(*scores[line.score])]
     low, high = max(min(ends, default=0.0), -1.0), min(max(ends, default=0.0), 1.0)
     if from_zero or high - low >= 0.5 * high:
         low, high = min(low, 0.0), max(high, 0.2)
@@ -135,13 +173,13 @@ def _ends(value: float, interval: tuple[float, float]) -> Iterator[float]:
 
 
 def _elided(name: str, most: int = 46) -> str:
-    """A long layer path with its middle left out, and nothing in it that an SVG cannot hold."""
+    """The name of a layer without characters that are invalid in SVG; an ellipsis replaces the middle of a long name."""
     name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
 
 
 def _for_page(svg: str, prefix: str) -> str:
-    """The drawing without its file header, with the page's colours and fonts and ids of its own."""
+    """The drawing without its file header, with the page's colours and with unique ids."""
     svg = svg[svg.index("<svg") :]
     for code, name in _PAGE_COLOURS.items():
         svg = svg.replace(code, name)

@@ -1,4 +1,4 @@
-"""A run's numbers in plain words: what they say, what they leave open, and what they cannot say."""
+"""The scores of a run in plain words: which differences they support, which they do not settle, and what they cannot show."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from kdx.runs.record import Entry
 from kdx.scores.uncertainty import sign_test
 
 FEW_BATCHES = 20
+"""With fewer batches than this, the page warns that the intervals are wide."""
 
-_OF_DIFFERENCE = "interval of the difference"
+_DIFFERENCE_INTERVAL = "interval of the difference"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number under a statement, as text: its name, value, interval, and p-value or nothing."""
+    """A number beside a statement, as text. ``interval`` and ``p`` are empty where the number does not have them."""
 
     name: str
     value: str
@@ -27,7 +28,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Statement:
-    """One thing the numbers say, or leave open: the words, and the numbers they rest on."""
+    """A sentence about the scores, with the numbers it is based on. ``settled``: whether it states a direction."""
 
     topic: str
     verdict: str
@@ -37,18 +38,22 @@ class Statement:
     @property
     def text(self) -> str:
         """Words and numbers in one line."""
-        held = (" ".join(part for part in (f.name, f.value, f"({f.interval})" if f.interval else "", f.p) if part) for f in self.figures)
-        return f"{self.verdict} {'; '.join(held)}".strip()
+        numbers = (" ".join(part for part in (f.name, f.value, f"({f.interval})" if f.interval else "", f.p) if part) for f in self.figures)
+        return f"{self.verdict} {'; '.join(numbers)}".strip()
 
 
 @dataclass(frozen=True)
 class LayerReading:
+    """The statements about one layer."""
+
     layer: str
     statements: tuple[Statement, ...]
 
 
 @dataclass(frozen=True)
 class Reading:
+    """The statements about a run: a headline, the accuracies, each layer, and what a reader must not conclude."""
+
     headline: str
     accuracy: tuple[Statement, ...]
     layers: tuple[LayerReading, ...]
@@ -66,8 +71,8 @@ def number(value: float, digits: int = 2, sign: bool = False) -> str:
 def span(entry: Entry, digits: int | None = None, sign: bool = False) -> tuple[str, str]:
     """Value and interval as text, such as ``("0.91", "0.89 to 0.93")``.
 
-    Without ``digits`` two decimals, or as many (at most four) as it takes that a narrow interval has a width and that a bound
-    beside zero does not read as zero.
+    Without ``digits`` there are two decimals, or up to four where a narrow interval would otherwise have equal bounds, or where a
+    bound close to zero would otherwise be printed as zero.
     """
     if digits is None:
         low, high = entry.interval
@@ -81,7 +86,7 @@ def span(entry: Entry, digits: int | None = None, sign: bool = False) -> tuple[s
 
 
 def probability(p: float) -> str:
-    """A p-value to three decimals, or two from 0.1 on; never as zero."""
+    """A p-value with three decimals, or with two from 0.1 on; never printed as zero."""
     if p < 0.0005:
         return "p < 0.001"
     return f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
@@ -93,9 +98,9 @@ def percent(x: float, digits: int = 1) -> str:
 
 
 def kept_pixels(keep: float, noise: float) -> str:
-    """What a salient image is, in words."""
-    noisy = f" with noise of standard deviation {noise:g}" if noise else ""
-    return f"the top {100 * keep:.4g}% of pixels by HiResCAM kept, the rest imputed{noisy}"
+    """How a salient image is made, as a clause."""
+    with_noise = f" with noise of standard deviation {noise:g}" if noise else ""
+    return f"the top {100 * keep:.4g}% of pixels by HiResCAM are kept and the rest are imputed{with_noise}"
 
 
 def read(
@@ -105,38 +110,43 @@ def read(
     confidence: float,
     salient: str = "",
 ) -> Reading:
-    """The plain-words reading of one run.
+    """The scores of one run in plain words.
 
-    ``layers`` maps each student layer to its teacher layer, its scores and its contrasts; ``accuracy`` maps the run's roles;
-    ``discordant`` counts the images that only the student and only the base named correctly; ``salient`` says what salient images
-    are, where the scores are of those (`kept_pixels`). A run without a teacher has no score or
-    contrast that names one, and is read as a comparison of student and base. A direction is stated only where the
-    interval excludes zero and the permutation p-value, where there is one, is at most 1 - confidence; everything else is said to be not
-    settled by these images. No sentence claims a cause.
+    layers: each student layer -> (teacher layer, scores, contrasts). accuracy: role -> accuracy. discordant: the number of images that
+    only the student, and that only the base, classifies correctly. salient: how salient images are made (`kept_pixels`) where the
+    scores describe them, else empty.
+
+    A run without a teacher has no score or contrast of a teacher; its statements compare student and base. A statement has a direction
+    only where the interval excludes zero and the permutation p-value, if there is one, is at most 1 - confidence. Every other statement
+    is that these images do not settle the question. No sentence claims a cause.
     """
-    every = [scores for _, scores, _ in layers.values()]
-    batches = [e.batches for scores in every for e in scores.values() if e.batches is not None]
+    scores_of_layers = [scores for _, scores, _ in layers.values()]
+    batches = [entry.batches for scores in scores_of_layers for entry in scores.values() if entry.batches is not None]
     teacher = "teacher" in accuracy
     return Reading(
         _headline(
             {name: contrasts[LIKENESS if teacher else BALANCE] for name, (_, _, contrasts) in layers.items()},
-            _CLOSER if teacher else _SAYS_MORE,
+            _CLOSER if teacher else _MORE_RELEVANT,
             confidence,
         ),
         _accuracy(accuracy, discordant, confidence),
         tuple(LayerReading(name, _layer(name, *rest, confidence)) for name, rest in layers.items()),
-        _cautions(min(batches, default=None), len(layers), max(map(len, every)), teacher, salient),
+        _cautions(min(batches, default=None), len(layers), max(map(len, scores_of_layers)), teacher, salient),
     )
 
 
 @dataclass(frozen=True)
 class _Question:
-    """What the headline asks of every layer, as clauses: the answers above and below zero, and the open question twice."""
+    """The question that the headline answers per layer, as clauses.
+
+    above, below: the answers where the contrast is above or below zero. unsettled: the question itself, where no layer answers it.
+    unsettled_rest: the question in short, after an answer for other layers.
+    """
 
     above: str
     below: str
-    open_: str
-    rest: str
+    unsettled: str
+    unsettled_rest: str
 
 
 _CLOSER = _Question(
@@ -146,27 +156,27 @@ _CLOSER = _Question(
     "which of the two is closer",
 )
 
-_SAYS_MORE = _Question(
-    "the student says more about the labels beyond the base than the base does beyond the student",
-    "the base says more about the labels beyond the student than the student does beyond the base",
-    "whether the student or the base says more about the labels beyond the other",
-    "which of the two says more",
+_MORE_RELEVANT = _Question(
+    "what the student has beyond the base is more relevant to the labels than what the base has beyond the student",
+    "what the base has beyond the student is more relevant to the labels than what the student has beyond the base",
+    "whether the student or the base is more relevant to the labels beyond the other",
+    "which of the two is more relevant beyond the other",
 )
 
 
 def _headline(contrasts: Mapping[str, Entry], question: _Question, confidence: float) -> str:
-    above = [name for name, e in contrasts.items() if e.settled(confidence) and e.sign > 0]
-    below = [name for name, e in contrasts.items() if e.settled(confidence) and e.sign < 0]
-    open_ = [name for name in contrasts if name not in above and name not in below]
+    above = [name for name, entry in contrasts.items() if entry.settled(confidence) and entry.sign > 0]
+    below = [name for name, entry in contrasts.items() if entry.settled(confidence) and entry.sign < 0]
+    unsettled = [name for name in contrasts if name not in above and name not in below]
     parts = []
     if above:
         parts.append(f"{_at(above, contrasts)} {question.above}")
     if below:
         parts.append(f"{_at(below, contrasts)} {question.below}")
-    if open_ and not parts:
-        return f"{_at(open_, contrasts)} these images do not settle {question.open_}."
-    if open_:
-        parts.append(f"{_at(open_, contrasts)} it is not settled by these images {question.rest}")
+    if unsettled and not parts:
+        return f"{_at(unsettled, contrasts)} these images do not settle {question.unsettled}."
+    if unsettled:
+        parts.append(f"{_at(unsettled, contrasts)} these images do not settle {question.unsettled_rest}")
     return "; ".join(part if i == 0 else part[0].lower() + part[1:] for i, part in enumerate(parts)) + "."
 
 
@@ -184,17 +194,17 @@ def _accuracy(accuracy: Mapping[str, Entry], discordant: tuple[int, int], confid
     ]
     gained, lost = discordant
     if gained + lost == 0:
-        verdict = "The student and the base are right and wrong on the same images: which is more accurate is not settled by them."
+        verdict = "The student and the base are right and wrong on the same images, so these images do not settle which is more accurate."
         return (Statement("Accuracy", verdict, tuple(figures), False),)
     p = sign_test(gained, lost)
     figures.append(Figure("exact sign test", "", "", probability(p)))
-    split = f"student alone is right on {_images(gained)}, the base alone on {lost:,}"
+    split = f"only the student is right on {_images(gained)}, only the base on {lost:,}"
     settled = p <= 1 - confidence + 1e-12
     if settled:
         better, worse = ("student", "base") if gained > lost else ("base", "student")
-        verdict = f"On images like these the {better} is more accurate than the {worse}: the {split}."
+        verdict = f"On images like these the {better} is more accurate than the {worse}: {split}."
     else:
-        verdict = f"Whether the student or the base is more accurate is not settled by these images: the {split}."
+        verdict = f"These images do not settle whether the student or the base is more accurate: {split}."
     return (Statement("Accuracy", verdict, tuple(figures), settled),)
 
 
@@ -220,22 +230,18 @@ def _likeness(layer: str, teacher_layer: str, scores: Mapping[str, Entry], contr
     student, base = scores["FSS(S,T)"], scores["FSS(B,T)"]
     figures = (_figure("FSS(S,T)", student), _figure("FSS(B,T)", base), _figure("difference", contrast, sign=True))
     if not (student.known and base.known and contrast.known):
-        return Statement("Likeness", f"How alike the features at {layer} are to the teacher’s could not be computed.", figures, False)
+        return Statement("Likeness", f"The likeness of the features at {layer} to the teacher’s could not be computed.", figures, False)
     theirs = "the teacher’s" if layer == teacher_layer else f"the teacher’s at {teacher_layer}"
     settled = contrast.settled(confidence)
     if settled:
         relation = "closer to" if contrast.sign > 0 else "further from"
-        verdict = (
-            f"The student’s features at {layer} are {relation} {theirs} than the base’s are. {_why(contrast, confidence, _OF_DIFFERENCE)}"
-        )
+        verdict = f"The student’s features at {layer} are {relation} {theirs} than the base’s are."
     else:
-        verdict = (
-            f"Whether the student’s or the base’s features at {layer} are closer to {theirs} is not settled by these images. "
-            f"{_why(contrast, confidence, _OF_DIFFERENCE)}"
-        )
-    unlike = [f"the {role}’s" for role, entry in (("student", student), ("base", base)) if not entry.settled(confidence)]
-    if unlike:
-        verdict += f" That {' and '.join(unlike)} features are like the teacher’s at all is not settled either."
+        verdict = f"These images do not settle whether the student’s or the base’s features at {layer} are closer to {theirs}."
+    verdict = f"{verdict} {_why(contrast, confidence, _DIFFERENCE_INTERVAL)}"
+    unsettled = [f"the {role}’s" for role, entry in (("student", student), ("base", base)) if not entry.settled(confidence)]
+    if unsettled:
+        verdict += f" These images do not settle whether {' and '.join(unsettled)} features are like the teacher’s at all."
     return Statement("Likeness", verdict, figures, settled)
 
 
@@ -247,15 +253,16 @@ def _beyond(topic: str, explained: str, given: str, score: str, scores: Mapping[
     settled = entry.settled(confidence)
     if not settled:
         verdict = (
-            f"Whether the {explained}’s features say something about the labels that the {given}’s do not is not settled by these images. "
+            f"These images do not settle whether the {explained}’s features are relevant to the labels beyond the {given}’s. "
             f"{_why(entry, confidence)}"
         )
     elif entry.sign > 0:
-        verdict = f"The {explained}’s features say something about the labels that the {given}’s do not. {_why(entry, confidence)}"
+        verdict = f"The {explained}’s features are relevant to the labels beyond the {given}’s. {_why(entry, confidence)}"
     else:
         level = percent(confidence, 0)
         verdict = (
-            f"What the {explained}’s features have beyond the {given}’s runs against the labels: the {level} interval lies below zero."
+            f"Beyond the {given}’s features, the {explained}’s features are negatively related to the labels: "
+            f"the {level} interval lies below zero."
         )
     return Statement(topic, verdict, figures, settled)
 
@@ -263,14 +270,14 @@ def _beyond(topic: str, explained: str, given: str, score: str, scores: Mapping[
 def _balance(contrast: Entry, confidence: float) -> Statement:
     figures = (_figure("difference", contrast, sign=True),)
     if not contrast.known:
-        return Statement("Balance", "The difference between the two could not be computed from these images.", figures, False)
+        return Statement("Balance", "The difference between RS(S|B) and RS(B|S) could not be computed from these images.", figures, False)
     settled = contrast.settled(confidence)
     if settled:
         more, less = ("student", "base") if contrast.sign > 0 else ("base", "student")
-        verdict = f"The {more} says more about the labels beyond the {less} than the {less} does beyond the {more}."
+        verdict = f"What the {more} has beyond the {less} is more relevant to the labels than what the {less} has beyond the {more}."
     else:
-        verdict = "Which of the two says more about the labels beyond the other is not settled by these images."
-    verdict = f"{verdict} {_why(contrast, confidence, _OF_DIFFERENCE)}"
+        verdict = "These images do not settle whether the student or the base is more relevant to the labels beyond the other."
+    verdict = f"{verdict} {_why(contrast, confidence, _DIFFERENCE_INTERVAL)}"
     return Statement("Balance", verdict, figures, settled)
 
 
@@ -278,13 +285,14 @@ def _figure(name: str, entry: Entry, sign: bool = False) -> Figure:
     return Figure(name, *span(entry, sign=sign), "" if entry.p_value is None else probability(entry.p_value))
 
 
-def _why(entry: Entry, confidence: float, what: str = "interval") -> str:
-    level = f"The {percent(confidence, 0)} {what}"
+def _why(entry: Entry, confidence: float, interval: str = "interval") -> str:
+    """The reason why a statement has a direction or not."""
+    subject = f"The {percent(confidence, 0)} {interval}"
     if entry.sign == 0:
-        return f"{level} includes zero."
+        return f"{subject} includes zero."
     if not entry.settled(confidence):
-        return f"{level} excludes zero, but the permutation test does not speak against chance."
-    return f"{level} excludes zero."
+        return f"{subject} excludes zero, but the permutation test is not significant."
+    return f"{subject} excludes zero."
 
 
 def _images(count: int) -> str:
@@ -292,29 +300,29 @@ def _images(count: int) -> str:
 
 
 def _cautions(batches: int | None, layers: int, scores: int, teacher: bool, salient: str) -> tuple[str, ...]:
-    said = []
+    cautions = []
     if salient:
-        said.append(
-            f"The scores are of salient features: of each image, network and layer, {salient}. They say nothing of the other pixels. "
-            "The maps are those of the whole images."
+        cautions.append(
+            f"The scores describe salient features: for each image, network and layer, {salient}. They do not describe the other "
+            "pixels. The maps describe the whole images."
         )
     if batches is not None and batches < FEW_BATCHES:
-        said.append(
-            f"The scores rest on {batches} {'batch' if batches == 1 else 'batches'}. Intervals from so few are wide, and their own width "
-            "is uncertain; more images would narrow them."
+        cautions.append(
+            f"The scores are based on {batches} {'batch' if batches == 1 else 'batches'}. Intervals from so few batches are wide, and "
+            "their width is itself uncertain. More images would narrow them."
         )
-    said.append(
-        f"Every interval and p-value stands for one score alone. Over {layers} {'layer' if layers == 1 else 'layers'} with {scores} "
-        "scores each, some can speak against zero by chance."
+    cautions.append(
+        f"Each interval and p-value refers to one score alone. Over {layers} {'layer' if layers == 1 else 'layers'} with {scores} "
+        "scores each, some can exclude zero or be significant by chance."
     )
     if teacher:
-        said.append(
-            "The numbers describe one teacher, one base and one student on these images. A base and a student also differ by the chance "
-            "of their training, so a difference here does not show, by itself, that the teacher caused it."
+        cautions.append(
+            "The numbers describe one teacher, one base and one student on these images. A base and a student also differ because "
+            "training is random, so a difference here does not show, by itself, that the teacher caused it."
         )
     else:
-        said.append(
-            "The numbers describe one base and one student on these images. Any two networks differ by the chance of their training, so "
-            "a difference here does not show, by itself, what caused it."
+        cautions.append(
+            "The numbers describe one base and one student on these images. Any two networks differ because training is random, so a "
+            "difference here does not show, by itself, what caused it."
         )
-    return tuple(said)
+    return tuple(cautions)

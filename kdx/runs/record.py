@@ -1,151 +1,36 @@
-"""A finished run, read back from its folder."""
+"""A complete run, read back from its folder."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
+import numpy as np
 from numpy.typing import NDArray
 
 from kdx.errors import KdxError
-from kdx.explain.layer import LayerMeasurement
-from kdx.roles import READING_ORDER, permuted_among
-from kdx.runs.store import FORMAT
-from kdx.scores.pool import LayerScores
+from kdx.roles import READING_ORDER, contrast_name, contrasts_among, scores_among
+from kdx.runs import schema
+from kdx.runs.schema import Manifest, StoredScore, StoredScores, UnreadableImage
 
-_AGAIN = "Run the same kdx explain command again; it computes what is missing."
+if TYPE_CHECKING:
+    from PIL import Image
+
+_RUN_AGAIN = "Run the same kdx explain command again; it computes what is missing."
 
 
 class LostResult(KdxError):
-    """A file of a complete run is missing, or does not hold what the run wrote; the same run writes it again."""
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A complete run as its folder holds it. Roles, scores and contrasts are those that the run has, in a reader's order."""
-
-    folder: Path
-    manifest: dict[str, Any]
-    roles: tuple[str, ...]
-    accuracy: dict[str, Entry]
-    correct: dict[str, tuple[int, int]]  # role -> (correct, n)
-    layers: dict[str, str]  # student layer -> teacher layer
-    scores: dict[str, dict[str, Entry]]  # layer -> name -> entry; every layer has the same names
-    contrasts: dict[str, dict[str, Entry]]
-    samples: list[dict[str, Any]]
-
-    @property
-    def configuration(self) -> dict[str, Any]:
-        configuration: dict[str, Any] = self.manifest["configuration"]
-        return configuration
-
-    @property
-    def score_names(self) -> tuple[str, ...]:
-        return tuple(next(iter(self.scores.values())))
-
-    @property
-    def contrast_names(self) -> tuple[str, ...]:
-        return tuple(next(iter(self.contrasts.values())))
-
-    @property
-    def confidence(self) -> float:
-        return float(self.configuration["confidence"])
-
-    def class_name(self, index: int) -> str:
-        """A class by number; a network may predict one that the data set has no name for."""
-        names = self.manifest["classes"]
-        return str(names[index]) if 0 <= index < len(names) else f"class {index}"
-
-
-@contextlib.contextmanager
-def run_errors(run: Path) -> Iterator[None]:
-    """What is missing inside a run's files is the folder's fault, not the program's: say so with the hint."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise LostResult(f"The run in {run} cannot be read: {what}.", _AGAIN) from error
-
-
-def read_run(run: Path) -> FinishedRun:
-    if not run.is_dir():
-        raise KdxError(f"There is no run folder at {run}.", "Give the folder that kdx explain wrote, the one named with --out.")
-    manifest = _json(run, "manifest.json")
-    written = manifest.get("format")
-    if isinstance(written, int) and written > FORMAT:
-        raise KdxError(
-            f"The run in {run} was written in format {written}, and this kdx reads format {FORMAT}.",
-            "Upgrade kdx: pip install --upgrade kdx",
-        )
-    if written != FORMAT:
-        raise KdxError(f"{run / 'manifest.json'} is not the manifest of a run.", "Give the folder that kdx explain wrote.")
-    if manifest.get("status") != "complete":
-        images = manifest.get("images") or {}
-        done = f": {images['explained']} of {images['planned']} images are explained" if {"explained", "planned"} <= set(images) else ""
-        raise KdxError(f"The run in {run} is not finished{done}.", "Run the same kdx explain command again; it resumes where it stopped.")
-    stored = _json(run, "scores.json")
-    for name in ("samples.parquet", "maps.zarr"):
-        if not (run / name).exists():
-            raise LostResult(f"The run in {run} has no {name}.", _AGAIN)
-    roles = tuple(role for role in READING_ORDER if role in manifest["configuration"]["models"])
-    layers = {str(student): str(teacher) for student, teacher in manifest["configuration"]["layers"].items()}
-    return FinishedRun(
-        run,
-        manifest,
-        roles,
-        {role: Entry.of(stored["accuracy"][role]) for role in roles},
-        {role: (int(stored["accuracy"][role]["correct"]), int(stored["accuracy"][role]["n"])) for role in roles},
-        layers,
-        _entries(stored, layers, "scores"),
-        _entries(stored, layers, "contrasts"),
-        _samples(run, roles),
-    )
-
-
-def _entries(stored: Mapping[str, Any], layers: Mapping[str, str], kind: str) -> dict[str, dict[str, Entry]]:
-    """The scores or contrasts of each layer; KeyError where a layer lacks one that the first has."""
-    names = stored["layers"][next(iter(layers))][kind]
-    return {layer: {name: Entry.of(stored["layers"][layer][kind][name]) for name in names} for layer in layers}
-
-
-def _json(run: Path, name: str) -> dict[str, Any]:
-    path = run / name
-    if not path.is_file():
-        raise LostResult(f"The run in {run} has no {name}.", _AGAIN)
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LostResult(f"{path} is not readable as JSON ({error}).", _AGAIN) from error
-    if not isinstance(held, dict):
-        raise LostResult(f"{path} does not hold what a run writes there.", _AGAIN)
-    return held
-
-
-def _samples(run: Path, roles: Sequence[str]) -> list[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    columns = ["row", "id", "label", *(f"{role}_{what}" for role in roles for what in ("prediction", "confidence"))]
-    try:
-        held = pyarrow.parquet.read_table(run / "samples.parquet", columns=columns)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"samples.parquet: {error}") from error
-    missing = [name for name in columns if name not in held.column_names]
-    if missing:
-        raise ValueError(f"samples.parquet has no column {missing[0]}")
-    rows: list[dict[str, Any]] = held.to_pylist()
-    return rows
+    """A file of a complete run is missing or damaged. The same run writes it again."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One number of ``scores.json``: a score or a contrast, its interval, and what it rests on."""
+    """One number of scores.json: an accuracy, a score or a contrast, with its interval and the basis of both."""
 
     value: float
     interval: tuple[float, float]
@@ -155,7 +40,7 @@ class Entry:
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Entry:
-        """The entry as stored; a null becomes NaN. Raises KeyError, TypeError or ValueError where it is not an entry at all."""
+        """The entry as stored; null becomes NaN. Raises KeyError, TypeError or ValueError where ``stored`` is not an entry."""
         low, high = (math.nan if x is None else float(x) for x in stored["interval"])
         value = math.nan if stored["value"] is None else float(stored["value"])
         return cls(value, (low, high), stored.get("p_value"), stored.get("n"), stored.get("batches"))
@@ -167,39 +52,230 @@ class Entry:
 
     @property
     def sign(self) -> int:
-        """1 where the whole interval lies above zero, -1 below, 0 where it includes zero or is not known."""
+        """1 where the whole interval lies above zero, -1 where it lies below, 0 where it includes zero or is not known."""
         low, high = self.interval
         return int(low > 0) - int(high < 0) if self.known else 0
 
     def settled(self, confidence: float) -> bool:
-        """Whether interval and permutation test, where there is one, both speak against zero at this confidence."""
+        """Whether the interval excludes zero and the permutation test, if the entry has one, rejects chance at this confidence."""
         return self.sign != 0 and (self.p_value is None or self.p_value <= 1 - confidence + 1e-12)
 
 
-def to_arrays(layer: str, found: LayerMeasurement, keep_left_out: bool) -> dict[str, NDArray[Any]]:
-    """What pooling needs of a batch's layer, under names that hold the layer behind a slash."""
-    arrays = {f"products/{layer}": found.products.numpy(force=True)}
-    arrays |= {f"moved_{name}/{layer}": rows.numpy(force=True) for name, rows in found.permuted.items()}
-    if keep_left_out and found.left_out is not None:
-        arrays[f"left_out/{layer}"] = found.left_out.numpy(force=True)
-    return arrays
+@dataclass(frozen=True)
+class NetworkRecord:
+    """One network of a run. ``parameters`` is None where the number is not known; ``correct`` counts among ``n`` images."""
+
+    reference: str
+    parameters: int | None
+    random_weights: bool
+    accuracy: Entry
+    correct: int
+    n: int
 
 
-def from_arrays(
-    arrays: Mapping[str, NDArray[Any]], layer: str, roles: Sequence[str]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
-    moved = {name: torch.from_numpy(arrays[f"moved_{name}/{layer}"]) for name in permuted_among(roles)}
-    left_out = arrays.get(f"left_out/{layer}")
-    return torch.from_numpy(arrays[f"products/{layer}"]), moved, None if left_out is None else torch.from_numpy(left_out)
+@dataclass(frozen=True)
+class Samples:
+    """The images of a run, in the order of samples.parquet. Predictions and confidences [n] per role."""
+
+    rows: NDArray[np.int64]
+    ids: list[str]
+    labels: NDArray[np.int64]
+    predictions: dict[str, NDArray[np.int64]]
+    confidences: dict[str, NDArray[np.floating]]
+
+    def correct(self, role: str) -> NDArray[np.bool_]:
+        return np.asarray(self.predictions[role] == self.labels)
 
 
-def scores_as_json(found: LayerScores) -> dict[str, Any]:
-    scores = {
-        name: {"value": s.value, "interval": s.interval, "p_value": s.p_value, "n": s.n, "batches": s.batches}
-        for name, s in found.scores.items()
-    }
-    counts = {"n": found.scores["RS(S)"].n, "batches": found.scores["RS(S)"].batches}
-    contrasts = {
-        name: {"value": value, "interval": interval, "p_value": None, **counts} for name, (value, interval) in found.contrasts.items()
-    }
-    return {"scores": scores, "contrasts": contrasts}
+@dataclass(frozen=True)
+class RunRecord:
+    """A complete run. Roles are in READING_ORDER; scores and contrasts are those that the run's roles have, the same at every layer."""
+
+    folder: Path
+    manifest: Manifest  # as stored
+    data: str
+    split: str | None
+    method: str | None
+    classes: list[str]
+    networks: dict[str, NetworkRecord]
+    layers: dict[str, str]  # student layer -> teacher layer
+    scores: dict[str, dict[str, Entry]]  # layer -> name -> entry
+    contrasts: dict[str, dict[str, Entry]]
+    samples: Samples
+    confidence: float
+    permutations: int | None
+    reference_images: int
+    salient: tuple[float, float] | None  # the keep and noise of salient features; None for raw features
+    batches: int
+    explained: int
+    unreadable: list[UnreadableImage]
+    kdx: str
+    date: str
+    command: list[str]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return tuple(self.networks)
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        return tuple(next(iter(self.scores.values())))
+
+    @property
+    def contrast_names(self) -> tuple[str, ...]:
+        return tuple(next(iter(self.contrasts.values())))
+
+    def class_name(self, index: int) -> str:
+        """The name of a class. A network may predict a class that the data set has no name for."""
+        return self.classes[index] if 0 <= index < len(self.classes) else f"class {index}"
+
+    def maps(self, layer: str, kind: str, rows: Sequence[int]) -> NDArray[np.float32]:
+        """The maps [len(rows), h, w] of these rows at their stored resolution. Raises LostResult where the run does not have them."""
+        import zarr
+
+        path = schema.map_path(layer, kind)
+        with _damage_is_lost_result(self.folder):
+            array = zarr.open_group(self.folder / schema.MAPS, mode="r")[path]
+            if not isinstance(array, zarr.Array) or array.ndim != 3:
+                raise ValueError(f"maps.zarr has no array of maps [N, h, w] at {path}")
+            if rows and max(rows) >= array.shape[0]:
+                raise ValueError(f"maps.zarr has {array.shape[0]} maps at {path}, and there is a picture for row {max(rows)}")
+            return np.asarray(array.oindex[np.array(rows)]) if rows else np.empty((0, *array.shape[1:]), np.float32)
+
+    def picture(self, row: int) -> Image.Image:
+        """The picture of a gallery image, in RGB. Raises LostResult where it is missing or damaged."""
+        from PIL import Image
+
+        with _damage_is_lost_result(self.folder), Image.open(schema.picture_path(self.folder, row)) as picture:
+            return picture.convert("RGB")
+
+
+def read_run(folder: Path) -> RunRecord:
+    """The complete run in a folder.
+
+    Raises LostResult where a file of it is missing or damaged, and KdxError where there is no run, where the run is not complete, or
+    where a newer kdx wrote it.
+    """
+    if not folder.is_dir():
+        raise KdxError(f"There is no run folder at {folder}.", "Give the folder that kdx explain wrote, the one named with --out.")
+    with _damage_is_lost_result(folder):
+        manifest = _complete_manifest(folder)
+        stored = cast(StoredScores, _json(folder, schema.SCORES))
+        for name in (schema.SAMPLES, schema.MAPS):
+            if not (folder / name).exists():
+                raise LostResult(f"The run in {folder} has no {name}.", _RUN_AGAIN)
+        configuration, images = manifest["configuration"], manifest["images"]
+        roles = [role for role in READING_ORDER if role in configuration["models"]]
+        layers = {str(student): str(teacher) for student, teacher in configuration["layers"].items()}
+        contrasts = [contrast_name(*pair) for pair in contrasts_among(roles)]
+        features = configuration.get("features")
+        return RunRecord(
+            folder=folder,
+            manifest=manifest,
+            data=str(configuration["data"]),
+            split=configuration.get("split"),
+            method=manifest.get("method"),
+            classes=[str(name) for name in manifest["classes"]],
+            networks={role: _network(role, manifest, stored["accuracy"][role]) for role in roles},
+            layers=layers,
+            scores={layer: _entries(stored["layers"][layer]["scores"], scores_among(roles)) for layer in layers},
+            contrasts={layer: _entries(stored["layers"][layer]["contrasts"], contrasts) for layer in layers},
+            samples=_samples(folder, roles),
+            confidence=float(configuration["confidence"]),
+            permutations=configuration.get("permutations"),
+            reference_images=int(configuration["reference_images"] or 0),
+            salient=(float(features["keep"]), float(features["noise"])) if features else None,
+            batches=int(manifest["batches"]),
+            explained=int(images["explained"]),
+            unreadable=list(images.get("unreadable") or []),
+            kdx=str(manifest["kdx"]),
+            date=str(manifest.get("finished") or manifest["created"])[:10],
+            command=[str(part) for part in manifest["command"]],
+        )
+
+
+@contextlib.contextmanager
+def _damage_is_lost_result(folder: Path) -> Iterator[None]:
+    """Raise LostResult for an error that a damaged file causes: the folder is at fault, not the program."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise LostResult(f"The run in {folder} cannot be read: {reason}.", _RUN_AGAIN) from error
+
+
+def _complete_manifest(folder: Path) -> Manifest:
+    manifest = _json(folder, schema.MANIFEST)
+    written = manifest.get("format")
+    if isinstance(written, int) and written > schema.FORMAT:
+        raise KdxError(
+            f"The run in {folder} was written in format {written}, and this kdx reads format {schema.FORMAT}.",
+            "Upgrade kdx: pip install --upgrade kdx",
+        )
+    if written != schema.FORMAT:
+        raise KdxError(f"{folder / schema.MANIFEST} is not the manifest of a run.", "Give the folder that kdx explain wrote.")
+    if manifest.get("status") != schema.COMPLETE:
+        images = manifest.get("images") or {}
+        done = f": {images['explained']} of {images['planned']} images are explained" if {"explained", "planned"} <= set(images) else ""
+        raise KdxError(
+            f"The run in {folder} is not finished{done}.", "Run the same kdx explain command again; it resumes where it stopped."
+        )
+    return cast(Manifest, manifest)
+
+
+def _json(folder: Path, name: str) -> dict[str, Any]:
+    file = folder / name
+    if not file.is_file():
+        raise LostResult(f"The run in {folder} has no {name}.", _RUN_AGAIN)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LostResult(f"{file} is not readable as JSON ({error}).", _RUN_AGAIN) from error
+    if not isinstance(content, dict):
+        raise LostResult(f"{file} is not a JSON object.", _RUN_AGAIN)
+    return content
+
+
+def _network(role: str, manifest: Manifest, accuracy: Mapping[str, Any]) -> NetworkRecord:
+    stored = manifest["configuration"]["models"][role]
+    random_weights = role in manifest.get("random_weights", [])
+    return NetworkRecord(
+        str(stored["reference"]),
+        stored.get("parameters"),
+        random_weights,
+        Entry.of(accuracy),
+        int(accuracy["correct"]),
+        int(accuracy["n"]),
+    )
+
+
+def _entries(stored: Mapping[str, StoredScore], names: Iterable[str]) -> dict[str, Entry]:
+    """The entries of these names. Raises KeyError where one is missing."""
+    return {name: Entry.of(stored[name]) for name in names}
+
+
+def _samples(folder: Path, roles: Sequence[str]) -> Samples:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = [
+        schema.ROW,
+        schema.ID,
+        schema.LABEL,
+        *(column(role) for role in roles for column in (schema.prediction_column, schema.confidence_column)),
+    ]
+    try:
+        table = pyarrow.parquet.read_table(folder / schema.SAMPLES, columns=columns)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"samples.parquet: {error}") from error
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise ValueError(f"samples.parquet has no column {missing[0]}")
+    arrays = {name: table[name].to_numpy() for name in columns if name != schema.ID}
+    return Samples(
+        arrays[schema.ROW],
+        [str(name) for name in table[schema.ID].to_pylist()],
+        arrays[schema.LABEL],
+        {role: arrays[schema.prediction_column(role)] for role in roles},
+        {role: arrays[schema.confidence_column(role)] for role in roles},
+    )

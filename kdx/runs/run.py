@@ -28,15 +28,13 @@ from kdx.models.layer_pairs import parse_layers
 from kdx.models.models_file import ModelsFile, read_models
 from kdx.progress import progress
 from kdx.roles import roles_among
+from kdx.runs import schema
 from kdx.runs.environment import environment, now
-from kdx.runs.record import from_arrays, scores_as_json, to_arrays
-from kdx.runs.store import BatchRecord, Store
+from kdx.runs.schema import BatchRecord, Configuration, Context, Features, LayerProducts, StoredNetwork, StoredOptions
+from kdx.runs.store import Store
 from kdx.runtimes.choice import is_file
 from kdx.scores.pool import Pool
 from kdx.scores.uncertainty import accuracy
-
-_RECORDED = ("batch", "runtime", "device", "objective", "weighting", "reference_images", "seed", "permutations", "confidence")
-"""The options that a run's configuration always states. The others change no result, or are stated only if they are not the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +102,7 @@ def explain_dataset(
     """
     plan = _plan(data, models, layers, options)
     with ExitStack() as stack:
-        with _explainer(plan, networks or out / "networks") as explainer:
+        with _explainer(plan, networks or out / schema.NETWORKS) as explainer:
             records = explainer.networks()
             size = largest_size(record.image_size for record in records.values())
             store = stack.enter_context(Store.begin(out, _configuration(plan, records, size), _context(plan, command)))
@@ -139,7 +137,7 @@ def _plan(data: str, models: Path, layers: Sequence[str], options: RunOptions) -
     return _Plan(data, models_file, dataset, share, indices, batches, references, pairs, options)
 
 
-def _configuration(plan: _Plan, records: Mapping[str, NetworkRecord], size: tuple[int, int]) -> dict[str, Any]:
+def _configuration(plan: _Plan, records: Mapping[str, NetworkRecord], size: tuple[int, int]) -> Configuration:
     """Everything that a run's results depend on."""
     return {
         "data": plan.data,
@@ -153,7 +151,7 @@ def _configuration(plan: _Plan, records: Mapping[str, NetworkRecord], size: tupl
     }
 
 
-def _identity(record: NetworkRecord) -> dict[str, Any]:
+def _identity(record: NetworkRecord) -> StoredNetwork:
     """What identifies a network in a run's configuration."""
     return {
         "reference": record.reference,
@@ -163,9 +161,19 @@ def _identity(record: NetworkRecord) -> dict[str, Any]:
     }
 
 
-def _recorded_options(options: RunOptions) -> dict[str, Any]:
+def _recorded_options(options: RunOptions) -> StoredOptions:
     """The options in a run's configuration. Defaults added later are omitted so that older runs still match."""
-    recorded = {key: getattr(options, key) for key in _RECORDED}
+    recorded: StoredOptions = {
+        "batch": options.batch,
+        "runtime": options.runtime,
+        "device": options.device,
+        "objective": options.objective,
+        "weighting": options.weighting,
+        "reference_images": options.reference_images,
+        "seed": options.seed,
+        "permutations": options.permutations,
+        "confidence": options.confidence,
+    }
     if options.precision != "float32":
         recorded["precision"] = options.precision
     if options.features == "salient":
@@ -173,7 +181,7 @@ def _recorded_options(options: RunOptions) -> dict[str, Any]:
     return recorded
 
 
-def _context(plan: _Plan, command: Sequence[str]) -> dict[str, Any]:
+def _context(plan: _Plan, command: Sequence[str]) -> Context:
     """The part of a manifest that does not affect the results."""
     return {
         "kdx": version("kdx"),
@@ -254,17 +262,20 @@ def _explain_batch(store: Store, explainer: Explainer, plan: _Plan, batch: int, 
     labels = torch.from_numpy(plan.dataset.labels[images.kept])
     logits, measurements = explainer.explain(images.pixels, labels, (plan.options.seed, batch))
     _check_classes(logits, len(plan.dataset.classes))
-    arrays: dict[str, NDArray[Any]] = {"index": images.kept}
+    columns: dict[str, NDArray[Any]] = {schema.INDEX: images.kept}
     for role, rows in logits.items():
         confidence, prediction = rows.float().softmax(1).max(1)
-        arrays[f"{role}_prediction"], arrays[f"{role}_confidence"] = prediction.numpy(force=True), confidence.numpy(force=True)
-    for layer, measurement in measurements.items():
-        arrays |= to_arrays(layer, measurement, keep_left_out=len(plan.batches) == 1)
+        columns[schema.prediction_column(role)] = prediction.numpy(force=True)
+        columns[schema.confidence_column(role)] = confidence.numpy(force=True)
+    products = {
+        layer: LayerProducts(measurement.products, measurement.permuted, measurement.left_out if len(plan.batches) == 1 else None)
+        for layer, measurement in measurements.items()
+    }
     maps = {
         layer: {name: value.maps.float().numpy(force=True) for name, value in measurement.maps.items()}
         for layer, measurement in measurements.items()
     }
-    store.write_batch(batch, plan.widest, plan.widest * len(plan.batches), maps, BatchRecord(arrays, images.unreadable))
+    store.write_batch(batch, plan.widest, plan.widest * len(plan.batches), maps, BatchRecord(columns, products, images.unreadable))
 
 
 def _check_unreadable(unreadable: Sequence[tuple[str, str]], total: int, limit: float) -> None:
@@ -292,29 +303,32 @@ def _finish(store: Store, plan: _Plan, size: tuple[int, int]) -> None:
     columns, pools, unreadable = _collect(store, plan, roles)
     planned = sum(map(len, plan.batches))
     _check_unreadable(unreadable, planned, options.max_unreadable)
-    index = columns.pop("index")
-    columns["label"] = dataset.labels[index]
-    store.write_samples({"id": [dataset.ids[i] for i in index], **columns})
+    index = columns.pop(schema.INDEX)
+    columns[schema.LABEL] = dataset.labels[index]
+    store.write_samples({schema.ID: [dataset.ids[i] for i in index], **columns})
+    raw: Features = {"kind": "raw"}
     store.write_scores(
         {
-            "features": store.manifest["configuration"].get("features", {"kind": "raw"}),
-            "accuracy": {role: accuracy(columns[f"{role}_prediction"] == columns["label"], options.confidence) for role in roles},
-            "layers": {layer: scores_as_json(pool.scores(n=len(index), confidence=options.confidence)) for layer, pool in pools.items()},
+            "features": store.manifest["configuration"].get("features", raw),
+            "accuracy": {
+                role: accuracy(columns[schema.prediction_column(role)] == columns[schema.LABEL], options.confidence) for role in roles
+            },
+            "layers": {
+                layer: schema.stored_layer(pool.scores(n=len(index), confidence=options.confidence)) for layer, pool in pools.items()
+            },
         }
     )
     gallery = _gallery(columns, roles, options)
     pictures = load_images(dataset, index[gallery], size)
-    for row, pixels in zip(columns["row"][gallery], pictures.pixels, strict=True):
+    for row, pixels in zip(columns[schema.ROW][gallery], pictures.pixels, strict=True):
         store.write_picture(int(row), pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
     store.finish(
+        now(),
         {
-            "finished": now(),
-            "images": {
-                "planned": planned,
-                "explained": len(index),
-                "unreadable": [{"id": name, "reason": reason} for name, reason in unreadable],
-            },
-        }
+            "planned": planned,
+            "explained": len(index),
+            "unreadable": [{"id": name, "reason": reason} for name, reason in unreadable],
+        },
     )
 
 
@@ -327,21 +341,21 @@ def _collect(store: Store, plan: _Plan, roles: Sequence[str]) -> tuple[dict[str,
         record = store.read_batch(batch)
         unreadable += record.unreadable
         for layer, pool in pools.items():
-            pool.add(*from_arrays(record.arrays, layer, roles))
-        count = len(record.arrays["index"])
-        position = {"row": batch * plan.widest + np.arange(count), "batch": np.full(count, batch)}
-        parts.append(position | {name: values for name, values in record.arrays.items() if "/" not in name})
+            pool.add(*record.layers[layer])
+        count = len(record.columns[schema.INDEX])
+        position = {schema.ROW: batch * plan.widest + np.arange(count), schema.BATCH: np.full(count, batch)}
+        parts.append(position | record.columns)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, pools, unreadable
 
 
 def _gallery(columns: Mapping[str, NDArray[Any]], roles: Sequence[str], options: RunOptions) -> NDArray[np.int64]:
     """The rows of the gallery's images: balanced over classes, a third of them misclassified by at least one network."""
-    wrong = np.flatnonzero(np.any([columns[f"{role}_prediction"] != columns["label"] for role in roles], axis=0))
+    wrong = np.flatnonzero(np.any([columns[schema.prediction_column(role)] != columns[schema.LABEL] for role in roles], axis=0))
     picked: NDArray[np.int64] = np.empty(0, np.int64)
     if len(wrong):
-        picked = wrong[class_balanced_sample(columns["label"][wrong], max(1, options.gallery // 3), options.seed)]
-    rest = np.setdiff1d(np.arange(len(columns["label"])), picked)
+        picked = wrong[class_balanced_sample(columns[schema.LABEL][wrong], max(1, options.gallery // 3), options.seed)]
+    rest = np.setdiff1d(np.arange(len(columns[schema.LABEL])), picked)
     more = min(options.gallery - len(picked), len(rest))
     if more > 0:
-        picked = np.concatenate([picked, rest[class_balanced_sample(columns["label"][rest], more, options.seed)]])
+        picked = np.concatenate([picked, rest[class_balanced_sample(columns[schema.LABEL][rest], more, options.seed)]])
     return np.sort(picked)

@@ -24,7 +24,7 @@ from kdx.errors import KdxError
 from kdx.export import onnx_file
 from kdx.export.description import describe
 from kdx.export.parity import Difference, ParityReport
-from kdx.report import page
+from kdx.report import page, terminal
 from kdx.runs.run import RunOptions
 from tests import command_line as commands
 from tests.command_line import Run
@@ -84,7 +84,7 @@ def test_every_option_of_explain_reaches_the_run(run: Run, monkeypatch: pytest.M
         return Path("R/report.html")
 
     monkeypatch.setattr("kdx.commands.explain.run", explain)
-    monkeypatch.setattr(page, "scores_table", lambda _: "the table")
+    monkeypatch.setattr(terminal, "scores_table", lambda _: "the table")
     given = RunOptions(
         batch=31, chunk=7, runtime="eager", device="cpu", objective="uniqueness", weighting="elementwise", reference_images=12, split="all",
         precision="bfloat16", permutations=5, confidence=0.9, max_unreadable=0.5, seed=3, features="salient", keep=0.25, noise=0.1,

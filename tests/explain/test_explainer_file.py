@@ -514,7 +514,7 @@ def test_kdx_explain_of_a_file_is_a_run_like_any_other(pair: Written, pictures: 
         assert held["preprocessing"] == json.loads(json.dumps(asdict(each.preprocessing)))
     assert set(configuration["models"]) == {"student", "base"}
     page = (finished / "report.html").read_text()
-    assert "What sets the student apart from the base" in page and "its teacher" not in page
+    assert "How the student differs from the base" in page and "its teacher" not in page
     dataset = open_data(str(pictures), CLASSES)
     samples = pq.read_table(finished / "samples.parquet").to_pylist()
     group = zarr.open_group(finished / "maps.zarr", mode="r")

@@ -36,7 +36,7 @@ from kdx.models.layer_pairs import parse_layers
 from kdx.models.resnet import resnet
 from kdx.report.page import write_page
 from kdx.roles import MAPS, ROLES
-from kdx.runs import store
+from kdx.runs import schema, store
 from kdx.runs.run import RunOptions, _choose_split
 from kdx.scores import uncertainty
 
@@ -224,7 +224,7 @@ def _stopping(write: Any, stop: str) -> Any:
             raise KeyboardInterrupt
         write(self, batch, *rest)
         if batch == 1 and stop == "between maps and record":
-            self._progress(batch).unlink()
+            schema.batch_path(self.folder, batch).unlink()
             raise KeyboardInterrupt
         if batch == 1 and stop == "after a batch":
             raise KeyboardInterrupt
@@ -372,9 +372,9 @@ def test_a_run_of_raw_features_is_what_it_was_before_there_were_others(finished:
 
 
 def test_the_page_says_whose_features_the_scores_are_of(finished: Path, salient: Path) -> None:
-    said = "the top 40% of pixels by HiResCAM kept, the rest imputed with noise of standard deviation 0.05"
+    said = "the top 40% of pixels by HiResCAM are kept and the rest are imputed with noise of standard deviation 0.05"
     page = (salient / "report.html").read_text()
-    assert f"The scores are of salient features: {said}." in page and "The maps are of whole images" in page
+    assert f"The scores describe salient features: {said}." in page and "The maps describe whole images" in page
     assert "salient" not in (finished / "report.html").read_text()
 
 
@@ -462,7 +462,7 @@ def test_without_a_teacher_the_rest_stays_as_it_is(folder: Path, pair: Path, fin
         assert len(list(csv.DictReader(file))) == 2 * (4 + 1)
     assert {path.stem.split("_")[-1] for path in (out / "overlays").glob("*_*.png")} == {"distilled", "residual"}
     page = (out / "report.html").read_text()
-    assert "What sets the student apart from the base" in page and "its teacher" not in page
+    assert "How the student differs from the base" in page and "its teacher" not in page
 
 
 def test_a_stopped_run_without_a_teacher_resumes(folder: Path, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,14 @@
 "use strict";
-// One script, in the head, so that a stored theme is there before the first paint; the rest waits for the document.
+// The script is in the head so that a stored theme applies before the first paint. Everything else waits for the document.
 (() => {
   const root = document.documentElement;
   const PER_PAGE = 12;
-  const CANVAS = 144; // longer edge of a drawn map, in pixels; the browser scales it to the tile
+  const CANVAS = 144; // longer edge of a map's canvas, in pixels; the browser scales the canvas to the tile
 
-  // Storage can be refused to a page opened from disk; the theme then lasts as long as the page.
-  const remembered = () => { try { return localStorage.getItem("kdx-theme"); } catch { return null; } };
-  const remember = (theme) => { try { localStorage.setItem("kdx-theme", theme); } catch { /* nothing to keep it in */ } };
-  const stored = remembered();
+  // A browser can refuse storage to a page opened from disk. The theme then lasts until the page is closed.
+  const readTheme = () => { try { return localStorage.getItem("kdx-theme"); } catch { return null; } };
+  const storeTheme = (theme) => { try { localStorage.setItem("kdx-theme", theme); } catch { /* no storage */ } };
+  const stored = readTheme();
   if (stored === "dark" || stored === "light") root.dataset.theme = stored;
 
   const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
@@ -20,7 +20,7 @@
     const show = () => button.setAttribute("aria-pressed", String(dark()));
     button.addEventListener("click", () => {
       root.dataset.theme = dark() ? "light" : "dark";
-      remember(root.dataset.theme);
+      storeTheme(root.dataset.theme);
       show();
     });
     system.addEventListener("change", show);
@@ -31,29 +31,29 @@
   function copyButton() {
     const button = document.getElementById("copy");
     const command = document.getElementById("command");
-    const said = document.getElementById("copied");
+    const status = document.getElementById("copied");
     button.hidden = false;
     button.addEventListener("click", async () => {
-      let done = true;
+      let copied = true;
       try {
         await navigator.clipboard.writeText(command.textContent);
       } catch {
-        // Without a clipboard the command is selected, one key from copied.
+        // Without access to the clipboard the command is selected, so that one key copies it.
         getSelection().selectAllChildren(command);
-        done = false;
+        copied = false;
       }
-      button.textContent = done ? "Copied" : "Selected";
-      said.textContent = done ? "Command copied" : "Command selected";
-      setTimeout(() => { button.textContent = "Copy"; said.textContent = ""; }, 2000);
+      button.textContent = copied ? "Copied" : "Selected";
+      status.textContent = copied ? "Command copied" : "Command selected";
+      setTimeout(() => { button.textContent = "Copy"; status.textContent = ""; }, 2000);
     });
   }
 
-  // Bilinear, pixel centres aligned, edges held: the same formula as the pictures under overlays/.
+  // Bilinear interpolation with aligned pixel centres and repeated edges: the formula of the pictures under overlays/.
   function taps(size, out) {
     return Array.from({ length: out }, (_, i) => {
-      const place = Math.min(Math.max(((i + 0.5) * size) / out - 0.5, 0), size - 1);
-      const below = Math.floor(place);
-      return [below, Math.min(below + 1, size - 1), place - below];
+      const position = Math.min(Math.max(((i + 0.5) * size) / out - 0.5, 0), size - 1);
+      const below = Math.floor(position);
+      return [below, Math.min(below + 1, size - 1), position - below];
     });
   }
 
@@ -62,33 +62,33 @@
     canvas.width = Math.max(1, Math.round(ratio >= 1 ? CANVAS : CANVAS * ratio));
     canvas.height = Math.max(1, Math.round(ratio >= 1 ? CANVAS / ratio : CANVAS));
     const context = canvas.getContext("2d");
-    const picture = context.createImageData(canvas.width, canvas.height);
+    const pixels = context.createImageData(canvas.width, canvas.height);
     const columns = taps(width, canvas.width);
-    let at = 0;
+    let offset = 0;
     for (const [top, bottom, down] of taps(height, canvas.height)) {
       for (const [left, right, along] of columns) {
         const above = value[top * width + left] * (1 - along) + value[top * width + right] * along;
         const under = value[bottom * width + left] * (1 - along) + value[bottom * width + right] * along;
         const t = Math.round(above * (1 - down) + under * down);
-        picture.data.set([colours[3 * t], colours[3 * t + 1], colours[3 * t + 2], t], at);
-        at += 4;
+        pixels.data.set([colours[3 * t], colours[3 * t + 1], colours[3 * t + 2], t], offset);
+        offset += 4;
       }
     }
-    context.putImageData(picture, 0, 0);
+    context.putImageData(pixels, 0, 0);
   }
 
   function gallery() {
     const { colours: packed, layers, kinds, maps } = JSON.parse(document.getElementById("payload").textContent);
     const colours = bytes(packed);
-    const holder = document.getElementById("cards");
-    const cards = [...holder.children];
+    const container = document.getElementById("cards");
+    const cards = [...container.children];
     const buttons = [...document.querySelectorAll("[data-layer]")];
     const classes = document.getElementById("class");
     const outcome = document.getElementById("outcome");
     const opacity = document.getElementById("opacity");
     const more = document.getElementById("more");
     const empty = document.getElementById("empty");
-    const explained = Number(holder.dataset.explained).toLocaleString("en");
+    const explained = Number(container.dataset.explained).toLocaleString("en");
     let layer = buttons.findIndex((button) => button.getAttribute("aria-pressed") === "true");
     let limit = PER_PAGE;
 
@@ -120,7 +120,7 @@
       card.tiles.forEach(({ canvas, caption, kind }, k) => {
         const map = maps[index][layer][k];
         canvas.hidden = !map;
-        caption.textContent = map ? kind : `${kind}: nothing here`;
+        caption.textContent = map ? kind : `${kind}: empty map`;
         canvas.setAttribute("aria-label", `${kind} features of ${card.dataset.id} at ${layers[layer]}`);
         if (map) draw(canvas, map, colours, image.width / image.height);
       });
@@ -128,23 +128,23 @@
     }
 
     function render() {
-      const wanted = outcome.value.split(" ").filter(Boolean).map((part) => part.split(":"));
-      const fits = (card) =>
-        (classes.value === "" || card.dataset.label === classes.value) && wanted.every(([role, verdict]) => card.dataset[role] === verdict);
-      let found = 0;
+      const conditions = outcome.value.split(" ").filter(Boolean).map((part) => part.split(":"));
+      const matches = (card) =>
+        (classes.value === "" || card.dataset.label === classes.value) && conditions.every(([role, verdict]) => card.dataset[role] === verdict);
+      let count = 0;
       cards.forEach((card, index) => {
-        const fit = fits(card);
-        found += fit;
-        card.hidden = !fit || found > limit;
+        const match = matches(card);
+        count += match;
+        card.hidden = !match || count > limit;
         if (!card.hidden) paint(card, index);
       });
-      const shown = Math.min(found, limit);
-      const filtered = classes.value !== "" || wanted.length > 0;
+      const filtered = classes.value !== "" || conditions.length > 0;
       document.getElementById("count").textContent =
-        `Showing ${shown} of ${found} ${filtered ? "that fit, among" : "images,"} ${filtered ? `${cards.length} kept` : "kept"} from the ${explained} explained.`;
-      empty.hidden = found > 0;
-      more.hidden = found <= limit;
-      more.textContent = `Show ${Math.min(PER_PAGE, found - limit)} more`;
+        `Showing ${Math.min(count, limit)} of ${count} ${filtered ? "matching images" : "images"}. ` +
+        `The gallery contains ${cards.length} of the ${explained} explained images.`;
+      empty.hidden = count > 0;
+      more.hidden = count <= limit;
+      more.textContent = `Show ${Math.min(PER_PAGE, count - limit)} more`;
     }
 
     const refilter = () => { limit = PER_PAGE; render(); };
@@ -156,14 +156,14 @@
     classes.addEventListener("change", refilter);
     outcome.addEventListener("change", refilter);
     opacity.addEventListener("input", () => {
-      holder.style.setProperty("--opacity", opacity.value / 100);
+      container.style.setProperty("--opacity", opacity.value / 100);
       document.getElementById("opacity-value").textContent = `${opacity.value}%`;
     });
     more.addEventListener("click", () => {
       const before = cards.filter((card) => !card.hidden).length;
       limit += PER_PAGE;
       render();
-      // The button moves away or goes; the reader's place is the first image it brought.
+      // The button moves or disappears, so the focus goes to the first of the new images.
       const first = cards.filter((card) => !card.hidden)[before];
       first.tabIndex = -1;
       first.focus({ preventScroll: true });
@@ -176,7 +176,7 @@
     });
     const controls = document.getElementById("controls");
     controls.addEventListener("submit", (event) => event.preventDefault());
-    // A reloaded page must not keep filters in the form that the cards do not show.
+    // After a reload, the form must not keep filters that the cards do not apply.
     controls.reset();
     controls.hidden = false;
     render();

@@ -1,0 +1,69 @@
+"""The scores and contrasts of a run in tables, one table per question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdx.report import wording
+from kdx.roles import BALANCE, CONDITIONAL, LIKENESS, RELEVANCE, SCORES, SIMILARITY
+from kdx.runs.record import Entry, RunRecord
+
+TABLES = (
+    ("Likeness to the teacher", "FSS", (*SIMILARITY, LIKENESS)),
+    ("Relevance to the labels", "RS", (*RELEVANCE,)),
+    ("Relevance beyond another network", "RS(·|·)", (*CONDITIONAL, BALANCE)),
+)
+"""Title, symbol and names of each table: the scores, then their contrast."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A score or a contrast: its name with a true minus sign, and its meaning."""
+
+    name: str
+    meaning: str
+    contrast: bool
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number as text; ``p`` is empty for a number without a p-value."""
+
+    value: str
+    interval: str
+    p: str
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    title: str
+    symbol: str
+    columns: list[Column]
+    rows: list[tuple[str, list[Cell]]]  # (layer, one cell per column)
+
+
+def names_by_table(run: RunRecord) -> list[tuple[str, str, list[str]]]:
+    """Title, symbol and names of each table that the run has scores for, with the scores and contrasts that the run has."""
+    present = {*run.score_names, *run.contrast_names}
+    tables = [(title, symbol, [name for name in names if name in present]) for title, symbol, names in TABLES]
+    return [table for table in tables if table[-1]]
+
+
+def score_tables(run: RunRecord) -> list[ScoreTable]:
+    tables = []
+    for title, symbol, names in names_by_table(run):
+        columns = [_column(name) for name in names]
+        rows = [
+            (layer, [_cell((run.scores[layer] | run.contrasts[layer])[name], sign=name in run.contrast_names) for name in names])
+            for layer in run.layers
+        ]
+        tables.append(ScoreTable(title, symbol, columns, rows))
+    return tables
+
+
+def _column(name: str) -> Column:
+    return Column(name.replace(" - ", " − "), SCORES[name].label if name in SCORES else "difference", name not in SCORES)
+
+
+def _cell(entry: Entry, sign: bool) -> Cell:
+    return Cell(*wording.span(entry, 3, sign), "" if entry.p_value is None else wording.probability(entry.p_value))

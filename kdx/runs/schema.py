@@ -1,0 +1,292 @@
+"""The schema of a run's folder: the names of files, JSON keys, columns, Zarr paths and arrays, and the format number.
+
+No other module defines them. `kdx.runs.run` and `kdx.runs.store` write a folder in this schema; `kdx.runs.record` reads it.
+
+    manifest.json    everything needed to repeat the run, and whether it is complete
+    samples.parquet  one row per image
+    maps.zarr        LAYER/{distilled,residual,missed,new} [rows, h, w], one chunk per batch (the last two only with a teacher)
+    scores.json      accuracies, and per layer the scores and contrasts; scores.csv holds the scores and contrasts as a table
+    report.html      the page
+    overlays/        the gallery's pictures: ROW.png is an image, ROW_LAYER_KIND.png a map over it
+    networks/        the networks as the runtime executes them
+    progress/        one file per finished batch, until the run is complete
+    .lock            locked by the process that writes; empty
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NotRequired, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdx.scores.pool import LayerScores
+
+FORMAT = 1
+
+# ---------------------------------------------------------------- the files
+
+
+MANIFEST = "manifest.json"
+SAMPLES = "samples.parquet"
+MAPS = "maps.zarr"
+SCORES = "scores.json"
+SCORES_TABLE = "scores.csv"
+PAGE = "report.html"
+NETWORKS = "networks"
+
+_OVERLAYS = "overlays"
+
+PROGRESS = "progress"
+
+
+def batch_path(run: Path, batch: int) -> Path:
+    """The file of a finished batch."""
+    return run / PROGRESS / f"{batch:05d}.npz"
+
+
+def picture_path(run: Path, row: int) -> Path:
+    """The picture of a gallery image. ``row`` is the image's row in maps.zarr and its value of the column ``row`` in samples.parquet."""
+    return run / _OVERLAYS / f"{row:05d}.png"
+
+
+def pictured_rows(run: Path) -> list[int]:
+    """The rows of the gallery images, in ascending order."""
+    stems = (path.stem for path in (run / _OVERLAYS).glob("*.png"))
+    return sorted(int(stem) for stem in stems if re.fullmatch(r"[0-9]{5,}", stem))
+
+
+def overlay_path(run: Path, row: int, layer_name: str, kind: str) -> Path:
+    """The picture of a map over its image. ``layer_name`` is the layer's name from `layer_file_names`."""
+    return run / _OVERLAYS / f"{row:05d}_{layer_name}_{kind}.png"
+
+
+def may_precede_manifest(name: str) -> bool:
+    """Whether a folder with this file and without a manifest may become a run's: a run killed at its start, or the system, left it."""
+    return name in (".DS_Store", ".lock", NETWORKS) or name.startswith(f".{MANIFEST}.")
+
+
+def layer_file_names(layers: Sequence[str]) -> dict[str, str]:
+    """A part of a file name per layer: the layer's own name where every file system accepts it, else a short form with a digest."""
+    lower = Counter(layer.lower() for layer in layers)
+    names = {}
+    for layer in layers:
+        # Some file systems do not distinguish names that differ only in case.
+        if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}", layer) and lower[layer.lower()] == 1:
+            names[layer] = layer
+        else:
+            digest = hashlib.sha256(layer.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+            names[layer] = f"{re.sub(r'[^A-Za-z0-9]+', '-', layer)[:60].strip('-') or 'layer'}-{digest}"
+    return names
+
+
+def map_path(layer: str, kind: str) -> str:
+    """The path of an array in maps.zarr: maps [rows, h, w], indexed by the column ``row`` of samples.parquet."""
+    return f"{layer}/{kind}"
+
+
+# ---------------------------------------------------------------- manifest.json
+
+
+class StoredNetwork(TypedDict):
+    reference: str
+    sha256: str
+    parameters: int | None
+    preprocessing: NotRequired[Any]
+
+
+class Features(TypedDict):
+    """The features that the scores are of: ``kind`` raw, or salient with its two parameters."""
+
+    kind: str
+    keep: NotRequired[float]
+    noise: NotRequired[float]
+
+
+class StoredOptions(TypedDict):
+    """The options that a run's results depend on. ``precision`` and ``features`` are omitted at their defaults, float32 and raw."""
+
+    batch: int
+    runtime: str
+    device: str
+    objective: str
+    weighting: str
+    reference_images: int
+    seed: int
+    permutations: int
+    confidence: float
+    precision: NotRequired[str]
+    features: NotRequired[Features]
+
+
+class Configuration(StoredOptions):
+    """Everything that a run's results depend on."""
+
+    data: str
+    split: str
+    fingerprint: str
+    split_seed: int | None
+    models: dict[str, StoredNetwork]
+    layers: dict[str, str]
+    image_size: Sequence[int]
+
+
+class UnreadableImage(TypedDict):
+    id: str
+    reason: str
+
+
+class ImageCounts(TypedDict):
+    planned: int
+    explained: int
+    unreadable: list[UnreadableImage]
+
+
+class Context(TypedDict):
+    """The part of a manifest that the results do not depend on."""
+
+    kdx: str
+    created: str
+    command: list[str]
+    environment: dict[str, Any]
+    classes: list[str]
+    method: str | None
+    batches: int
+
+
+class Manifest(Context):
+    format: int
+    status: str
+    configuration: Configuration
+    random_weights: NotRequired[list[str]]
+    reference_ids: NotRequired[list[str]]
+    finished: NotRequired[str]
+    images: NotRequired[ImageCounts]
+
+
+RUNNING, COMPLETE = "running", "complete"
+"""The values of a manifest's ``status``."""
+
+
+# ---------------------------------------------------------------- scores.json and scores.csv
+
+
+class StoredScore(TypedDict):
+    value: float
+    interval: Sequence[float]
+    p_value: float | None
+    n: int
+    batches: int
+
+
+class StoredLayer(TypedDict):
+    scores: dict[str, StoredScore]
+    contrasts: dict[str, StoredScore]
+
+
+class StoredScores(TypedDict):
+    features: Features
+    accuracy: dict[str, dict[str, Any]]  # role -> value, interval, correct, n: see `kdx.scores.uncertainty.accuracy`
+    layers: dict[str, StoredLayer]
+
+
+def stored_layer(layer: LayerScores) -> StoredLayer:
+    """The scores and contrasts of a layer as scores.json holds them."""
+    scores: dict[str, StoredScore] = {
+        name: {"value": score.value, "interval": score.interval, "p_value": score.p_value, "n": score.n, "batches": score.batches}
+        for name, score in layer.scores.items()
+    }
+    n, batches = scores["RS(S)"]["n"], scores["RS(S)"]["batches"]
+    contrasts: dict[str, StoredScore] = {
+        name: {"value": value, "interval": interval, "p_value": None, "n": n, "batches": batches}
+        for name, (value, interval) in layer.contrasts.items()
+    }
+    return {"scores": scores, "contrasts": contrasts}
+
+
+SCORES_TABLE_COLUMNS = ("layer", "score", "value", "low", "high", "p_value", "n", "batches")
+
+
+def scores_table_rows(scores: StoredScores) -> Iterator[tuple[Any, ...]]:
+    """The rows of scores.csv: every score and contrast of every layer."""
+    for layer, entry in scores["layers"].items():
+        for name, score in (entry["scores"] | entry["contrasts"]).items():
+            yield layer, name, score["value"], *score["interval"], score["p_value"], score["n"], score["batches"]
+
+
+# ---------------------------------------------------------------- samples.parquet and progress/
+
+
+ID, ROW, BATCH, LABEL = "id", "row", "batch", "label"
+"""Columns of samples.parquet: the image's name, the row of its maps in maps.zarr, its batch, and its class."""
+
+INDEX = "index"
+"""The column of a batch's file that holds each image's index in the data set."""
+
+
+def prediction_column(role: str) -> str:
+    return f"{role}_prediction"
+
+
+def confidence_column(role: str) -> str:
+    return f"{role}_confidence"
+
+
+class LayerProducts(NamedTuple):
+    """The inner products that a batch adds to a layer's pool: the arguments of `kdx.scores.pool.Pool.add`."""
+
+    products: torch.Tensor
+    permuted: dict[str, torch.Tensor]
+    left_out: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class BatchRecord:
+    """What a finished batch stores besides its maps.
+
+    columns: INDEX and each role's prediction and confidence, one row per readable image.
+    layers: the inner products per layer. unreadable: the name and the reason for each image that could not be read.
+    """
+
+    columns: dict[str, NDArray[Any]]
+    layers: dict[str, LayerProducts]
+    unreadable: tuple[tuple[str, str], ...]
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays of the batch's file. An array of a layer has the name KIND/LAYER.
+
+        On disk the kind of permuted products is ``moved_NAME``, the name that older runs gave it, so that they can still resume.
+        """
+        arrays = dict(self.columns)
+        for layer, of_layer in self.layers.items():
+            arrays[f"products/{layer}"] = of_layer.products.numpy(force=True)
+            arrays |= {f"moved_{name}/{layer}": products.numpy(force=True) for name, products in of_layer.permuted.items()}
+            if of_layer.left_out is not None:
+                arrays[f"left_out/{layer}"] = of_layer.left_out.numpy(force=True)
+        return arrays | {"unreadable": np.array(self.unreadable, dtype=np.str_).reshape(-1, 2)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> BatchRecord:
+        """The record of a batch from the arrays of its file, the inverse of `arrays`."""
+        columns = {name: values for name, values in arrays.items() if "/" not in name and name != "unreadable"}
+        by_layer: dict[str, dict[str, torch.Tensor]] = {}
+        for name, values in arrays.items():
+            kind, slash, layer = name.partition("/")
+            if slash:
+                by_layer.setdefault(layer, {})[kind] = torch.from_numpy(values)
+        layers = {
+            layer: LayerProducts(
+                kinds["products"],
+                {kind.removeprefix("moved_"): products for kind, products in kinds.items() if kind.startswith("moved_")},
+                kinds.get("left_out"),
+            )
+            for layer, kinds in by_layer.items()
+        }
+        return cls(columns, layers, tuple((str(name), str(reason)) for name, reason in arrays["unreadable"]))
