@@ -1,7 +1,7 @@
 """The geometry on a GPU: each function makes one or two launches of the kernels in this folder and returns the results of `geometry.py`.
 
 Distances are float32, and everything computed from them is float64. Nothing depends on the order in which blocks run: the same call
-gives the same bits. All tensors of a call are on one device; `cuda.runs` tells whether the kernels can run there.
+gives the same bits. All tensors of a call are on one device; `cuda.runs` decides whether the kernels can run there.
 
 A wrong shape or type is a ValueError: callers check what users give before they call.
 """
