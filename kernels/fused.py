@@ -1,7 +1,7 @@
 """The geometry on a GPU: each function makes one or two launches of the kernels in this folder and returns the results of `geometry.py`.
 
 Distances are float32, and everything computed from them is float64. Nothing depends on the order in which blocks run: the same call
-gives the same bits. All tensors of a call are on one device; `cuda.runs` tells whether the kernels can run there.
+gives the same bits. All tensors of a call are on one device; `cuda.runs` decides whether the kernels can run there.
 
 A wrong shape or type is a ValueError: callers check what users give before they call.
 """
@@ -41,12 +41,12 @@ of float64 inner products, and its distances are float32."""
 class Products:
     """The results of one pass over K distance matrices, all float64.
 
-    inner: <A,B> of the U-centred matrices [B, K, K], with <A,A> zero if centring leaves only rounding; rows: row sums of the
+    inner: <A,B> of the U-centred matrices [B, K, K], with <A,A> zero if centring leaves only rounding; row_sums: of the
     distances [B, K, n]; totals: their sums [B, K]; squares: sum_ij D_ij^2 [B, K].
     """
 
     inner: Tensor
-    rows: Tensor
+    row_sums: Tensor
     totals: Tensor
     squares: Tensor
 
@@ -149,7 +149,7 @@ class _Sums:
     distances [B, K]."""
 
     partial: Tensor
-    rows: Tensor
+    row_sums: Tensor
     shifts: Tensor
 
 
@@ -164,8 +164,8 @@ def products(d: Tensor) -> Products:
     sums = _sums(d)
     results = _empty_products(count, matrices, n, d.device)
     chunks = sums.partial.shape[1]
-    grid = (count, _warps(_pairs(matrices)), 1)
-    _launch(d, "products", "products_close", grid, sums.partial, sums.rows, sums.shifts, matrices, n, chunks, *results)
+    grid = (count, _warps(_pair_count(matrices)), 1)
+    _launch(d, "products", "products_close", grid, sums.partial, sums.row_sums, sums.shifts, matrices, n, chunks, *results)
     return Products(*results)
 
 
@@ -178,8 +178,8 @@ def _bordered_products(inside: Tensor, border: Tensor) -> Products:
     sums = _sums(inside[None])
     results = _empty_products(q, matrices, m + 1, border.device)
     chunks = sums.partial.shape[1]
-    grid = (q, _warps(_pairs(matrices)), 1)
-    _launch(border, "products", "products_bordered", grid, sums.partial, sums.rows, sums.shifts, border, matrices, m, chunks, *results)
+    grid = (q, _warps(_pair_count(matrices)), 1)
+    _launch(border, "products", "products_bordered", grid, sums.partial, sums.row_sums, sums.shifts, border, matrices, m, chunks, *results)
     return Products(*results)
 
 
@@ -188,7 +188,7 @@ def _sums(d: Tensor) -> _Sums:
     count, matrices, n, _ = d.shape
     if d.stride(-1) != 1 or d.stride(-2) != n:
         d = d.contiguous()
-    pairs = _pairs(-(-matrices // 4))
+    pairs = _pair_count(-(-matrices // 4))
     chunks = max(1, min(-(-n // 8), -(-_full_grid(d) // (count * pairs))))
     rows_per_block = 8 * -(-n // (8 * chunks))
     chunks = -(-n // rows_per_block)
@@ -199,14 +199,14 @@ def _sums(d: Tensor) -> _Sums:
     kernel = "products_float32" if d.dtype == torch.float32 else "products_float64"
     strides = (np.int64(d.stride(0)), np.int64(d.stride(1)))
     grid = (count * pairs, chunks, 1)
-    _launch(d, "products", kernel, grid, d, *strides, matrices, n, wide, pairs, rows_per_block, sums.partial, sums.rows, sums.shifts)
+    _launch(d, "products", kernel, grid, d, *strides, matrices, n, wide, pairs, rows_per_block, sums.partial, sums.row_sums, sums.shifts)
     return sums
 
 
 def _empty_products(count: int, matrices: int, n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sizes = ((count, matrices, matrices), (count, matrices, n), (count, matrices), (count, matrices))
-    inner, rows, totals, squares = (torch.empty(size, dtype=torch.float64, device=device) for size in sizes)
-    return inner, rows, totals, squares
+    inner, row_sums, totals, squares = (torch.empty(size, dtype=torch.float64, device=device) for size in sizes)
+    return inner, row_sums, totals, squares
 
 
 # Weights
@@ -227,7 +227,7 @@ def weights(
     )
     matrices = torch.stack((d, given, target), 1)
     sums = products(matrices)
-    inputs = (matrices, sums.inner, sums.rows, sums.totals, sums.squares)
+    inputs = (matrices, sums.inner, sums.row_sums, sums.totals, sums.squares)
     maxima = _maxima("weights_maxima", inputs, stack, n) if objective == "uniqueness" else ()
     channel_weights, score, left = (means.new_empty(size) for size in ((stack, n, channels), (stack,), (stack,)))
     matrix = means.new_empty(stack, n, n) if lap else None
@@ -257,7 +257,7 @@ def query_weights(
     _check(m >= 3, "U-centring needs four images")
     among, to = torch.stack(inside), torch.stack(border)
     sums = _bordered_products(among, to)
-    inputs = (among, to, sums.inner, sums.rows, sums.totals, sums.squares)
+    inputs = (among, to, sums.inner, sums.row_sums, sums.totals, sums.squares)
     maxima = _maxima("query_maxima", inputs, q, m + 1) if objective == "uniqueness" else ()
     channel_weights, score, left = (queries.new_empty(size) for size in ((q, channels), (q,), (q,)))
     means = (queries.contiguous(), references.contiguous())
@@ -345,7 +345,7 @@ def _full_grid(on: Tensor) -> int:
     return _BLOCKS_PER_MULTIPROCESSOR * cuda.launcher(on.device).multiprocessors
 
 
-def _pairs(count: int) -> int:
+def _pair_count(count: int) -> int:
     return count * (count + 1) // 2
 
 

@@ -1,29 +1,29 @@
-// Multigrid cycles for linear imputation (kernels/multigrid.py has the mathematics, kernels/stencils.py says how fields lie in memory).
+// Multigrid cycles for linear imputation. The mathematics is in kernels/multigrid.py, the layout of fields in kernels/stencils.py.
 //
-// A field is four planes [4, channels, length], one for each parity of row and column; a plane's cell stands `margin` behind its
-// start, rows are `pitch` apart, and the cells between rows and images are zero. With colour 2a + b and a neighbour at (y, x),
-// the neighbour is in the plane of (a + y, b + x) modulo 2, moved by (a + y, b + x) halved and rounded down.
-// Factors that all channels share are [4, length]; the weights of a coarse matrix are [5, 4, length]: its diagonal, and what
-// couples a point with the neighbours at (0, 1), (1, -1), (1, 0), (1, 1).
+// A field is four planes [4, channels, length], one per parity of row and column. The cells of a plane start `margin` after its
+// beginning, rows are `pitch` apart, and the cells between rows and between images are zero. For colour 2a + b, the neighbour at (y, x)
+// is in the plane of (a + y, b + x) modulo 2, moved by (a + y, b + x) halved and rounded down.
+// Factors that all channels share are [4, length]. The weights of a coarse matrix are [5, 4, length]: its diagonal, and the weights
+// between a point and its neighbours at (0, 1), (1, -1), (1, 0), (1, 1).
 //
 // A thread has one cell of one channel. Points of a colour have no neighbour of their own colour, so a launch never reads what
 // it writes, and no thread waits for another: the launches are the barriers.
 //
-//   kernel      reads and writes a value of a colour's plane            floor for 32 x 3 x 224 x 224 in float32 at 4 TB/s
-//   relax       3 planes of u, f, gain/3, and writes u; 10 operations    5.3 planes of 4.9 MB: 7 us; a sweep is four of them
+//   kernel      reads and writes per value of a colour's plane           floor for 32 x 3 x 224 x 224 in float32 at 4 TB/s
+//   relax       3 planes of u, f, gain/3, and writes u; 10 operations    5.3 planes of 4.9 MB: 7 us; all colours take four launches
 //   restrict    4 planes of u, 3 of f and of factors, writes one         10 planes: 12 us (the five residuals that a thread
-//                                                                        sums up are read from cache; 60 operations)
-//   correct     3 planes of u twice, the correction, factors            8 planes: 10 us
+//                                                                        adds are read from cache; 60 operations)
+//   correct     3 planes of u twice, the correction, factors             8 planes: 10 us
 //
-// On a grid of pixels the weights are 1/6 and 1/12 and `scale` holds unknown/(12 s). On a coarse one they are read, 5/3 planes
-// more, and `scale` is the inverse of the diagonal; these grids have a quarter, a sixteenth, ... of the pixels, and what they cost
-// is the launches.
+// On the grid of pixels, the weights are 1/6 and 1/12, and `scale` is unknown/(12 s). On a coarse grid, the weights are read, which
+// is 5/3 planes more, and `scale` is the inverse of the diagonal. Coarse grids have a quarter, a sixteenth, ... of the pixels, so their
+// cost is that of the launches.
 
 #include "common.cuh"
 
 namespace {
 
-// A cell of one channel: what finds its neighbours.
+// A cell of one channel, with the strides to its neighbours.
 struct Place {
     int cell, channel, channels, pitch, margin, length;
 
@@ -38,13 +38,13 @@ struct Place {
     }
 };
 
-// The weights 1/6 and 1/12, twelvefold.
+// The equations of pixels: weights of 1/6 and 1/12, multiplied by twelve.
 template <class T>
 struct Pixels {
     const T* f;
     const T* scale;
 
-    // f_p + sum_q k_pq u_q/s_p at the point (a, b) of a cell: where its equation puts u.
+    // f_p + sum_q k_pq u_q/s_p at the point (a, b) of a cell: the value of u that solves its equation.
     __device__ T relaxed(const T* u, Place at, int a, int b) const {
         const T beside = u[at.own(a, b - 1)] + u[at.own(a, b + 1)] + u[at.own(a - 1, b)] + u[at.own(a + 1, b)];
         const T diagonal = u[at.own(a - 1, b - 1)] + u[at.own(a - 1, b + 1)] + u[at.own(a + 1, b - 1)] + u[at.own(a + 1, b + 1)];
@@ -52,6 +52,7 @@ struct Pixels {
     }
 };
 
+// The equations of the points of a coarse grid.
 template <class T>
 struct Points {
     const T* f;
@@ -60,7 +61,7 @@ struct Points {
 
     __device__ T weight(Place at, int entry, int a, int b) const { return weights[4LL * entry * at.length + at.shared(a, b)]; }
 
-    // (f_p + sum_q k_pq u_q)/d_p. A neighbour to the left or above holds the weight that couples it.
+    // (f_p + sum_q k_pq u_q)/d_p. The weight of a neighbour to the left or above is stored at that neighbour.
     __device__ T relaxed(const T* u, Place at, int a, int b) const {
         T sum = f[at.own(a, b)];
         sum += weight(at, 1, a, b) * u[at.own(a, b + 1)] + weight(at, 1, a, b - 1) * u[at.own(a, b - 1)];
@@ -77,23 +78,23 @@ __device__ void relax(Equations equations, T* u, Place at, int colour) {
     u[at.own(a, b)] = equations.relaxed(u, at, a, b);
 }
 
-// What a point gives the coarse points around it; share is the prolongation times the diagonal, zero between images.
+// The contribution of a point to the coarse points around it; share is the prolongation times the diagonal, zero between images.
 template <class T, class Equations>
-__device__ T given(Equations equations, const T* u, const T* share, Place at, int a, int b) {
+__device__ T contribution(Equations equations, const T* u, const T* share, Place at, int a, int b) {
     const T factor = share[at.shared(a, b)];
     return factor == 0 ? T(0) : factor * (equations.relaxed(u, at, a, b) - u[at.own(a, b)]);
 }
 
-// The last colour was relaxed last, and has nothing left.
+// The last colour was relaxed last, so its residual is zero.
 template <class T, class Equations>
 __device__ void restrict(Equations equations, const T* u, const T* share, T* right, Place at) {
     const Place left = at.moved(0, -1), above = at.moved(-1, 0);
-    right[at.own(0, 0)] = given(equations, u, share, at, 0, 0) + given(equations, u, share, at, 0, 1) +
-                          given(equations, u, share, left, 0, 1) + given(equations, u, share, at, 1, 0) +
-                          given(equations, u, share, above, 1, 0);
+    right[at.own(0, 0)] = contribution(equations, u, share, at, 0, 0) + contribution(equations, u, share, at, 0, 1) +
+                          contribution(equations, u, share, left, 0, 1) + contribution(equations, u, share, at, 1, 0) +
+                          contribution(equations, u, share, above, 1, 0);
 }
 
-// The last colour is relaxed next, from the others alone. The correction is the third plane of its field.
+// The last colour is relaxed next, from the other colours only. The correction is the third plane of its field.
 template <class T>
 __device__ void correct(const T* correction, const T* prolongation, T* u, Place at) {
     const T own = correction[at.own(1, 0)];
@@ -104,7 +105,7 @@ __device__ void correct(const T* correction, const T* prolongation, T* u, Place 
 
 }  // namespace
 
-// One thread a cell, one row of blocks a channel.
+// One thread per cell, one row of blocks per channel.
 #define KDX_PLACE                                                                                               \
     const int cell = blockIdx.x * blockDim.x + threadIdx.x;                                                     \
     if (cell >= cells) return;                                                                                  \

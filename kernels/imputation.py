@@ -1,7 +1,7 @@
 """Noisy linear imputation: pixels that are not kept become the weighted mean of their neighbours.
 
-A model that sees zeros or the mean colour in place of removed pixels reads the mask's outline from them; imputed pixels show little
-of it. Source: Rong et al., "A Consistent and Efficient Evaluation Strategy for Attribution Methods", ICML 2022 (the ROAD benchmark).
+If removed pixels were zeros or the mean colour, a model could read the mask's outline from them; imputed pixels show little of it.
+Source: Rong et al., "A Consistent and Efficient Evaluation Strategy for Attribution Methods", ICML 2022 (the ROAD benchmark).
 The definition is `reference.imputed`; the equations are solved in `multigrid.py`, in PyTorch or by the kernels of imputation.cu.
 """
 
@@ -15,17 +15,17 @@ from kdx.kernels import cuda
 from kdx.kernels.multigrid import PixelGrid
 
 _VALUES = 2_500_000
-"""Pixels of all channels that are solved at once; the memory they take is some thirty times four bytes each."""
+"""Pixels, in all channels, that are solved at once. Each takes about thirty times four bytes of memory."""
 
 _STAGES = 16
-"""Corrections of a solution, after which it is not going to converge. Three are usual."""
+"""The most corrections of a solution. Three are usual; after this many, it will not converge."""
 
 _CYCLES = 2
-"""Of each correction."""
+"""Cycles per correction."""
 
 _LEAST, _MOST = 0.03, 0.9
-"""What the cycles of a correction leave, as a share of it: no less is trusted, since rounding adds up over large holes, and no more is
-left by cycles that converge."""
+"""Bounds of the share of a correction that its cycles leave. A smaller share is not trusted, because rounding accumulates over large
+holes; cycles that converge leave no larger share."""
 
 
 def impute(
@@ -37,23 +37,23 @@ def impute(
     tolerance: float = 5e-5,
     backend: cuda.Backend = "auto",
 ) -> Tensor:
-    """Every pixel that is not kept, as the weighted mean of its eight neighbours, all of them solved for at once:
+    """Replace every pixel that is not kept by the weighted mean of its eight neighbours, by solving for all of them at once:
 
         u_p = sum_q k_pq u_q / sum_q k_pq,        k_pq = 1/6 for a pixel beside p, 1/12 for a diagonal one,
 
-    with the sums over the neighbours inside the image, and u_q the pixel itself where it is kept.
+    with sums over the neighbours inside the image, and u_q the pixel itself if it is kept.
 
     images: [n, c, h, w], n >= 1, floating-point; half precision is solved in float32. kept: boolean [n, h, w], or [h, w] for all
-    images, the same in every channel. noise: the standard deviation of normal noise added to imputed pixels, in their units; drawn
-    with ``seed`` for the whole batch, so it is an image's only in its place. tolerance: the largest error of an imputed pixel,
-    estimated, as a share of the image's largest kept value. backend: who solves. Returns images of the same shape, type and
-    device, kept pixels unchanged bit for bit.
+    images, the same in every channel. noise: the standard deviation of normal noise added to imputed pixels, in their units. It is drawn
+    with ``seed`` for the whole batch, so the noise of an image depends on its place in the batch. tolerance: the largest estimated error
+    of an imputed pixel, as a share of the image's largest kept value. backend: what solves the equations. Returns images of the same
+    shape, type and device, with kept pixels unchanged bit for bit.
 
-    Imputed pixels lie between the smallest and the largest kept one. They are no reconstruction: inside a large hole they
-    tell nothing but the colours around it.
+    Imputed pixels are between the smallest and the largest kept pixel. They are not a reconstruction: inside a large hole they show
+    only the colours around it.
 
-    Raises KdxError for shapes or types that do not fit, an image with NaN or infinity or with no pixel kept, a negative noise, a
-    tolerance that is not positive, and one that is out of reach of the images' precision.
+    Raises KdxError if shapes or types do not fit, if an image has NaN or infinity or keeps no pixel, if the noise is negative, if the
+    tolerance is not positive, or if the precision of the images is too low to reach it.
 
     >>> import torch
     >>> from kdx.kernels.imputation import impute
@@ -81,26 +81,26 @@ def impute(
 def _solved(images: Tensor, kept: Tensor, tolerance: float, launcher: cuda.Launcher | None, first: int) -> Tensor:
     """The solution [n, c, h, w] at the pixels that are not kept; ``first`` is the number of the first image.
 
-    Each stage solves for the error of the solution so far, by cycles that leave a small part of it. What they leave is estimated
-    from how much smaller one correction is than the one before: a residual alone says little, since the error that belongs to it
-    grows with the square of a hole's width.
+    Each stage solves for the error of the current solution, by cycles that leave a small share of it. This share is estimated from the
+    ratio of one correction to the previous one: a residual alone is not enough, because the error that belongs to it grows with the
+    square of a hole's width.
     """
-    one = kept.to(images.dtype)
-    grid = PixelGrid(1 - one, images.shape[1], launcher)
-    one = one[:, None]
-    given = images * one
-    allowed = tolerance * torch.maximum(given.amax((1, 2, 3)), -given.amin((1, 2, 3)))
-    mean = given.sum((2, 3), keepdim=True) / one.sum((2, 3), keepdim=True)
-    given.addcmul_(mean, one, value=-1)
-    grid.start(given.transpose(0, 1))
+    mask = kept.to(images.dtype)
+    grid = PixelGrid(1 - mask, images.shape[1], launcher)
+    mask = mask[:, None]
+    pixels = images * mask
+    allowed = tolerance * torch.maximum(pixels.amax((1, 2, 3)), -pixels.amin((1, 2, 3)))
+    mean = pixels.sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True)
+    pixels.addcmul_(mean, mask, value=-1)
+    grid.start(pixels.transpose(0, 1))
     solution = grid.layout.zeros(images.shape[1], like=images)
     before = torch.full_like(allowed, torch.nan)
     for _ in range(_STAGES):
         for cycles in range(1, _CYCLES + 1):
             grid.cycle()
             correction = grid.u.largest()
-            left = (correction / before).nan_to_num(1).clamp(_LEAST, _MOST) ** (cycles / _CYCLES)
-            converged = correction * left / (1 - left) <= allowed
+            share = (correction / before).nan_to_num(1).clamp(_LEAST, _MOST) ** (cycles / _CYCLES)
+            converged = correction * share / (1 - share) <= allowed
             if bool(converged.all()):
                 solution.data += grid.u.data
                 return solution.merge(torch.empty_like(images).transpose(0, 1)).transpose(0, 1).add_(mean)
@@ -132,16 +132,16 @@ def _checked(images: Tensor, kept: Tensor, noise: float, tolerance: float) -> Te
     if not tolerance > 0:
         raise KdxError(f"The tolerance {tolerance} is not positive.", "Give a share of the largest pixel, such as 5e-5.")
     kept = kept.expand(n, h, w)
-    if not bool((some := kept.flatten(1).any(1)).all()):
-        raise KdxError(f"The mask of {_rows(some)} keeps no pixel.", "Keep at least one pixel of every image.")
-    # A sum is quick, and not finite where a pixel is not; where it merely overflows the pixels are looked at.
+    if not bool((nonempty := kept.flatten(1).any(1)).all()):
+        raise KdxError(f"The mask of {_rows(nonempty)} keeps no pixel.", "Keep at least one pixel of every image.")
+    # A sum is fast, and not finite if a pixel is not finite. It may also overflow, so the pixels are then checked.
     if not bool(images.sum().isfinite()) and not bool((finite := images.isfinite().flatten(1).all(1)).all()):
         raise KdxError(f"The pixels are not finite in {_rows(finite)}.", "Repair or remove those images.")
     return kept
 
 
-def _rows(fine: Tensor, first: int = 0) -> str:
-    """The images that are not fine, by number."""
-    rows = (first + (~fine).nonzero().flatten()).tolist()
+def _rows(valid: Tensor, first: int = 0) -> str:
+    """The numbers of the images that are not valid."""
+    rows = (first + (~valid).nonzero().flatten()).tolist()
     several = len(rows) > 1
     return f"image{'s' if several else ''} {', '.join(map(str, rows[:5]))}{' ...' if len(rows) > 5 else ''}"

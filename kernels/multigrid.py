@@ -1,13 +1,13 @@
-"""Multigrid for the equations of linear imputation, batched over images, all channels of an image with one matrix.
+"""Multigrid for the equations of linear imputation, batched over images; the channels of an image share one matrix.
 
-With weights k of 1/6 beside and 1/12 diagonally, s_p their sum inside the image, and u given at kept pixels,
+With weights k of 1/6 for pixels beside and 1/12 for diagonal ones, s_p their sum inside the image, and u known at kept pixels,
 
     s_p u_p - sum_q k_pq u_q = 0        at every pixel p that is not kept,
 
-which is symmetric and positive definite. A cycle relaxes (Gauss-Seidel in four colours), takes what is left to a grid of every other
-pixel, solves there in the same way, adds the interpolated correction and relaxes again. Coarse matrices are Galerkin products P^T A P,
-so that a cycle diverges for no mask; P is bilinear, zero at kept pixels, and on coarse grids as much smaller than bilinear as
-relaxing a constant makes it (after Dendy, "Black box multigrid", Journal of Computational Physics 48, 1982).
+which is symmetric and positive definite. A cycle relaxes (Gauss-Seidel in four colours), restricts the residual to a grid of every
+other pixel, solves there in the same way, adds the interpolated correction and relaxes again. Coarse matrices are Galerkin products
+P^T A P, so that no mask makes a cycle diverge. P is bilinear and zero at kept pixels; on coarse grids it is scaled by the relaxed
+constant (after Dendy, "Black box multigrid", Journal of Computational Physics 48, 1982).
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from kdx.kernels.stencils import (
 )
 
 _DENSE = 8
-"""A grid of no more rows and columns is solved directly."""
+"""A grid with at most this many rows and columns is solved directly."""
 
 _THREADS = 256
-"""Of a block: a launch has a thread for every cell of a plane and channel."""
+"""Threads per block. A launch has one thread per cell of a plane and channel."""
 
 
 class Grid:
-    """One grid: the unknowns u and a right side f, both [4, c, length], and the way to the next coarser grid.
+    """One grid: the unknowns u and the right side f, both [4, c, length], and the next coarser grid.
 
-    entries, scale: as `galerkin` takes them. launcher: of the kernels in imputation.cu; without one, PyTorch does their work.
+    entries, scale: as in `galerkin`. launcher: launches the kernels of imputation.cu; None computes in PyTorch.
     """
 
     equations: str
-    """Of the kernels' two kinds, "pixels" or "points"."""
+    """The kind of the kernels, "pixels" or "points"."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Grid:
         self.layout = layout
         self.u, self.f = layout.zeros(channels, like=like), layout.zeros(channels, like=like)
         self.coarser = coarser(galerkin([diagonal, *entries], scale), channels, depth + 1, launcher)
-        # Of the coarse points around a point, one, two or four by its colour, each has the same share.
+        # A point has one, two or four coarse points around it, by its colour; each has the same share.
         self.prolongation = scale
         scale.data *= like.new_tensor((1, 1 / 2, 1 / 2, 1 / 4))[:, None]
         self._share = Planes(layout, scale.data * diagonal.data)
@@ -71,36 +71,36 @@ class Grid:
         self._channels = channels
         self.parts = layout.parts(channels) if launcher is None else [range(layout.images)]
         part = Layout(len(self.parts[0]), layout.height, layout.width)
-        self._left = part.zeros(channels, like=like)
+        self._residual = part.zeros(channels, like=like)
         self._spare = part.zeros(channels, like=like)  # colour 0: a sum, 1: sums of pairs, 2: the correction
 
     def relax(self, images: range, colour: Colour) -> None:
-        """Solves the equations of one colour for its points."""
+        """Solve the equations of one colour for its points."""
         if self._launcher is not None:
             self._launch(f"relax_{self.equations}", self.u.data, self.f.data, *self._factors(), np.int32(2 * colour[0] + colour[1]))
         else:
             self._relaxed(images, colour, self.u.at(images, *colour))
 
     def restrict(self, images: range) -> Tensor:
-        """P^T (f - A u) [c, images, rows, columns], just after the last colour was relaxed, where nothing is left."""
-        left, here = self._left, range(len(images))
+        """P^T (f - A u) [c, images, rows, columns]. The last colour was just relaxed, so its residual is zero."""
+        residual, here = self._residual, range(len(images))
         if self._launcher is not None:
-            self._launch(f"restrict_{self.equations}", self.u.data, self.f.data, *self._factors(), self._share.data, left.data)
+            self._launch(f"restrict_{self.equations}", self.u.data, self.f.data, *self._factors(), self._share.data, residual.data)
         else:
             for colour in COLOURS[:3]:
-                change = self._relaxed(images, colour, left.at(here, *colour)).sub_(self.u.at(images, *colour))
+                change = self._relaxed(images, colour, residual.at(here, *colour)).sub_(self.u.at(images, *colour))
                 change *= self._share.at(images, *colour)
             self._gather(here)
-        return left.cells(0)[:, : len(images)]
+        return residual.cells(0)[:, : len(images)]
 
     def _gather(self, here: range) -> None:
-        """Adds up what stands in ``_left`` around each coarse point."""
-        total = self._left.at(here, 0, 0)
+        """Sum the residuals around each coarse point."""
+        total = self._residual.at(here, 0, 0)
         for y, x in ((0, 1), (0, -1), (1, 0), (-1, 0)):
-            total += self._left.at(here, y, x)
+            total += self._residual.at(here, y, x)
 
     def correct(self, images: range) -> None:
-        """u + P times the coarser grid's solution, but for the last colour, which is relaxed next, from the others alone."""
+        """Add P times the coarser grid's solution to u, except for the last colour, which is relaxed next from the other colours only."""
         here, spare, u = range(len(images)), self._spare, self.u
         self.coarser.fetch(images, spare.cells(2)[:, : len(images)])
         if self._launcher is not None:
@@ -113,13 +113,13 @@ class Grid:
             u.at(images, a, b).addcmul_(both, self.prolongation.at(images, a, b))
 
     def descend(self, images: range) -> Tensor:
-        """Relaxes every colour, and gives what is left to the coarser grid [c, images, rows, columns]."""
+        """Relax every colour, and return the restricted residual [c, images, rows, columns] for the coarser grid."""
         for colour in COLOURS:
             self.relax(images, colour)
         return self.restrict(images)
 
     def cycle(self) -> None:
-        """Takes u a step towards the solution."""
+        """Move u one step towards the solution."""
         for images in self.parts:
             self.coarser.load(images, self.descend(images))
         self.coarser.solve()
@@ -129,11 +129,11 @@ class Grid:
                 self.relax(images, colour)
 
     def _relaxed(self, images: range, colour: Colour, out: Tensor) -> Tensor:
-        """Where the equations of one colour put its points."""
+        """The values that solve the equations of one colour for its points."""
         raise NotImplementedError
 
     def _factors(self) -> tuple[Tensor, ...]:
-        """What the kernels take of the matrix."""
+        """The matrix, as the kernels take it."""
         raise NotImplementedError
 
     def _launch(self, kernel: str, *arguments: Tensor | np.generic) -> None:
@@ -147,15 +147,15 @@ class Grid:
 
 
 class PixelGrid(Grid):
-    """The pixels. The weights are the same everywhere, so that the eight neighbours cost six passes.
+    """The grid of pixels. The weights are the same everywhere, so the eight neighbours cost six passes.
 
-    f is where u would be without its neighbours, f_p + sum_q k_pq u_q/s_p: at first the kept pixels and zeros.
+    The solution of an equation is f_p + sum_q k_pq u_q/s_p, with f at first the kept pixels, and zero elsewhere.
     """
 
     equations = "pixels"
 
     def __init__(self, unknown: Tensor, channels: int, launcher: cuda.Launcher | None = None) -> None:
-        """``unknown`` [n, h, w]: one at imputed pixels, zero at kept ones, of the type to compute in."""
+        """``unknown`` [n, h, w]: one at imputed pixels, zero at kept pixels, in the type to compute in."""
         layout = Layout(*unknown.shape)
 
         def planes(grid: Tensor) -> Planes:
@@ -171,7 +171,7 @@ class PixelGrid(Grid):
 
     def _relaxed(self, images: range, colour: Colour, out: Tensor) -> Tensor:
         (a, b), u, here = colour, self.u, range(len(images))
-        # Diagonal neighbours in pairs side by side, with twice what stands between the two, in both rows at once.
+        # Pairs of diagonal neighbours in a row, plus twice the neighbour between them, for the rows above and below at once.
         pairs = torch.add(u.at(images, a - 1, b - 1, 1), u.at(images, a - 1, b + 1, 1), out=self._spare.at(here, 2 * a - 2, 1, 1))
         pairs.add_(u.at(images, a - 1, b, 1), alpha=2)
         total = torch.add(self._spare.at(here, 2 * a - 2, 1), self._spare.at(here, 2 * a, 1), out=self._spare.at(here, 0, 0))
@@ -179,63 +179,63 @@ class PixelGrid(Grid):
         return torch.addcmul(self.f.at(images, a, b), self._gain.at(images, a, b), total, out=out)
 
     def start(self, kept: Tensor) -> None:
-        """f and u from the kept pixels [c, n, h, w], zero elsewhere."""
+        """Set f and u from the kept pixels [c, n, h, w], which are zero elsewhere."""
         self.f.split(kept)
         self.u.data.copy_(self.f.data)
 
     def refine(self, solution: Planes) -> None:
-        """f becomes what is left of the equations at ``solution``, and u zero: the correction is solved for next.
+        """Set f to the residual of the equations at ``solution``, and u to zero, to solve for the correction next.
 
-        What is left is summed up from differences, which are exact where the solution is smooth: inside a large hole it is far
-        smaller than the rounding of the pixels, and belongs to an error that is not.
+        The residual is a sum of differences, which are exact where the solution is smooth. Inside a large hole, it is far smaller than
+        the rounding of the pixels, but the error that belongs to it is not.
         """
         for images in self.parts:
             for a, b in COLOURS:
                 own, difference = solution.at(images, a, b), self._spare.at(range(len(images)), 0, 0)
                 cells = self._spare.cells(0)
-                left = self.f.at(images, a, b).zero_()
+                residual = self.f.at(images, a, b).zero_()
                 for y, x in NEIGHBOURS:
                     torch.sub(solution.at(images, a + y, b + x), own, out=difference)
                     if (edge := _without(a, y, self.layout.height)) is not None:
                         cells[..., edge, :] = 0
                     if (edge := _without(b, x, self.layout.width)) is not None:
                         cells[..., edge] = 0
-                    left.add_(difference, alpha=1 if y and x else 2)
-                left *= self._gain.at(images, a, b)
+                    residual.add_(difference, alpha=1 if y and x else 2)
+                residual *= self._gain.at(images, a, b)
         self.u.data.zero_()
 
 
 def _without(parity: int, step: int, size: int) -> int | None:
-    """The row (or column) of a plane, the first or the last, whose neighbour at ``step`` is outside the image; None where all have one."""
+    """The first or last row (or column) of a plane if its neighbour at ``step`` is outside the image; None if there is no such row."""
     if step < 0 and parity == 0:
         return 0
     return -1 if step > 0 and (size - parity) % 2 else None
 
 
 class CoarseGrid(Grid):
-    """A grid of corrections: every point has weights of its own, and u starts from zero."""
+    """A grid of corrections: every point has its own weights, and u starts from zero."""
 
     equations = "points"
 
     def __init__(self, entries: Tensor, channels: int, depth: int, launcher: cuda.Launcher | None) -> None:
         stencil = self._stencil = Stencil(entries)
         super().__init__(channels, stencil.entries[1:], stencil.diagonal, stencil.interpolation(), depth, launcher)
-        # One visit of the second grid leaves too much for the others; it has a sixteenth of the pixels.
+        # One visit of the second grid, which has a sixteenth of the pixels, would leave too large an error.
         self._visits = 2 if depth == 2 else 1
         self._zero = False
         diagonal = stencil.diagonal.data
-        positive = diagonal > 0  # a point whose pixels are all kept has an empty row, and stays zero
+        positive = diagonal > 0  # a point whose pixels are all kept has an empty row and stays zero
         self._terms: dict[tuple[range, Colour, tuple[Colour, ...]], list[tuple[Tensor, Tensor]]] = {}
         self._inverse = Planes(self.layout, torch.where(positive, 1 / torch.where(positive, diagonal, 1), 0))
 
     def load(self, images: range, right: Tensor) -> None:
-        """f of these images, from a grid [c, images, height, width]."""
+        """Set f of these images from a grid [c, images, height, width]."""
         for colour, (a, b) in enumerate(COLOURS):
             part = right[..., a::2, b::2]
             self.f.cells(colour)[:, images.start : images.stop, : part.shape[-2], : part.shape[-1]] = part
 
     def fetch(self, images: range, into: Tensor) -> None:
-        """u of these images, into a grid [c, images, height, width]."""
+        """Copy u of these images into a grid [c, images, height, width]."""
         for colour, (a, b) in enumerate(COLOURS):
             part = into[..., a::2, b::2]
             part.copy_(self.u.cells(colour)[:, images.start : images.stop, : part.shape[-2], : part.shape[-1]])
@@ -250,16 +250,17 @@ class CoarseGrid(Grid):
     def descend(self, images: range) -> Tensor:
         if not self._zero or self._launcher is not None:
             return super().descend(images)
-        # Colours that were not relaxed yet add nothing, and what is left of an equation is what later ones brought: half the work.
+        # u starts from zero: colours that were not relaxed yet add nothing, and the residual comes from later colours only. This halves
+        # the work.
         here, spare = range(len(images)), self._spare.at(range(len(images)), 0, 0)
         for number, colour in enumerate(COLOURS):
             total = self._add(self.f.at(images, *colour), images, colour, COLOURS[:number], spare)
             torch.mul(total, self._inverse.at(images, *colour), out=self.u.at(images, *colour))
         for number, colour in enumerate(COLOURS[:3]):
-            left = self._left.at(here, *colour).zero_()
-            self._add(left, images, colour, COLOURS[number + 1 :], left).mul_(self.prolongation.at(images, *colour))
+            residual = self._residual.at(here, *colour).zero_()
+            self._add(residual, images, colour, COLOURS[number + 1 :], residual).mul_(self.prolongation.at(images, *colour))
         self._gather(here)
-        return self._left.cells(0)[:, : len(images)]
+        return self._residual.cells(0)[:, : len(images)]
 
     def _factors(self) -> tuple[Tensor, ...]:
         return self._inverse.data, self._stencil.data
@@ -277,8 +278,8 @@ class CoarseGrid(Grid):
                 for y, x in NEIGHBOURS
                 if ((colour[0] + y) & 1, (colour[1] + x) & 1) in of
             ]
-        for weight, there in self._terms[key]:
-            total = torch.addcmul(total, weight, there, out=out)
+        for weight, neighbour in self._terms[key]:
+            total = torch.addcmul(total, weight, neighbour, out=out)
         return total
 
 
@@ -294,7 +295,7 @@ class Coarsest:
             values = entry[overlap(h, w, y, x)].flatten(1).double() * (-1 if y or x else 1)
             matrix[:, here, there] = values
             matrix[:, there, here] = values
-        # Points whose pixels are all kept have empty rows, and those that share a single unknown pixel equal ones.
+        # Points whose pixels are all kept have empty rows, and points that share a single unknown pixel have equal rows.
         diagonal = matrix.diagonal(dim1=1, dim2=2)
         diagonal += torch.where(diagonal > 0, 1e-5 * diagonal, 1)
         self._inverse = torch.linalg.inv(matrix).to(entries.dtype)

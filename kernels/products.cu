@@ -1,20 +1,20 @@
-// Inner products of U-centred distance matrices from the raw distances, read once; no centred matrix is written.
+// Inner products of U-centred distance matrices from the raw distances, which are read once. No centred matrix is written.
 //
 //     <A,B> = (sum_ij D_ij E_ij - 2/(n-2) sum_i r_i s_i + t u/((n-1)(n-2))) / (n(n-3)),
 //
-// with r, s the row sums of D, E and t, u their totals. The difference cancels most of its terms where distances are large beside
-// their spread. Centring removes a constant off the diagonal, so one near the distances (`typical`) is subtracted from each matrix
-// first, and every sum is float64: a product of two float32 is exact there.
+// with r, s the row sums of D, E and t, u their totals. If distances are large beside their spread, the difference cancels most of its
+// terms. Centring removes a constant off the diagonal, so a constant close to the distances (`typical`) is subtracted from each matrix
+// first, and every sum is float64, in which a product of two float32 numbers is exact.
 //
-// products_{float32,float64}  For K matrices in groups of four: a block has some rows and a pair of groups, a warp a row at a time.
-//                     Sixteen products of a pair of groups stay in registers. Leaves partial sums for each block, and row sums.
-//                     Bytes: sizeof(T) K n^2 a batch, once from memory; with more than four matrices a group is read again for each
-//                     group, by blocks that run side by side, mostly from L2. Operations: K(K+1)/2 + 3K in float64 an element.
-//                     The floor is the bytes over the bandwidth where float64 runs at half the rate of float32. Where it runs at a
-//                     64th (consumer GPUs), counting says that the operations take two to four times as long.
-// products_close      Adds the partial sums in order and puts the formula together. O(K^2 n) a batch.
-// products_bordered   The same for a set of m images with one more behind it, of which only distances to the m are given: n = m + 1,
-//                     without the matrices of n x n. O(K^2 m) a query.
+// products_{float32,float64}  For K matrices in groups of four: a block has some rows and a pair of groups, a warp has one row at a
+//                     time. Sixteen products of a pair of groups stay in registers. Writes partial sums per block, and row sums.
+//                     Bytes: sizeof(T) K n^2 per batch, once from memory; with more than four matrices, a group is read again for each
+//                     group, by blocks that run side by side, mostly from L2. Operations: K(K+1)/2 + 3K in float64 per element.
+//                     If float64 runs at half the rate of float32, the floor is the bytes over the bandwidth. If it runs at a 64th
+//                     (consumer GPUs), the operations take two to four times as long by count.
+// products_close      Adds the partial sums in order and evaluates the formula. O(K^2 n) per batch.
+// products_bordered   The same for a set of m images and one more image, with only its distances to the m: n = m + 1, without the
+//                     n x n matrices. O(K^2 m) per query.
 
 #include "reduce.cuh"
 
@@ -22,16 +22,16 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kGroup = 4;  // matrices
-constexpr double kRounding = 1e-14;  // of a sum of squares, when centring takes the rest away
+constexpr double kRounding = 1e-14;  // of a sum of squares: less than this after centring counts as zero
 
-// A value near the distances of a matrix: the mean of up to 32 of its first row, the same wherever it is taken.
+// A value close to the distances of a matrix: the mean of up to 32 distances of its first row, the same in every block.
 template <class T>
 __device__ double typical(const T* d, int n) {
     const int j = threadIdx.x % 32 + 1;
     return warp_sum(j < n ? double(d[j]) : 0.0) / min(n - 1, 32);
 }
 
-// Distances of up to four matrices in one row, less their typical values, zero on the diagonal and where there is no matrix.
+// Distances of up to four matrices in one row, minus their typical values; zero on the diagonal and for missing matrices.
 template <class T, int W>
 struct Group {
     const T* d;
@@ -45,15 +45,15 @@ struct Group {
         for (int k = 0; k < kGroup; ++k) shift[k] = k < count ? typical(d + k * stride, n) : 0.0;
     }
 
-    __device__ void read(Pack<T, W> (&found)[kGroup], long long at) const {
+    __device__ void read(Pack<T, W> (&packs)[kGroup], long long at) const {
 #pragma unroll
         for (int k = 0; k < kGroup; ++k)
-            if (k < count) found[k] = load<W>(d + k * stride + at);
+            if (k < count) packs[k] = load<W>(d + k * stride + at);
     }
 
-    __device__ void shifted(double (&value)[kGroup], const Pack<T, W> (&found)[kGroup], int w, bool diagonal) const {
+    __device__ void shifted(double (&value)[kGroup], const Pack<T, W> (&packs)[kGroup], int w, bool diagonal) const {
 #pragma unroll
-        for (int k = 0; k < kGroup; ++k) value[k] = k < count && !diagonal ? double(found[k].value[w]) - shift[k] : 0.0;
+        for (int k = 0; k < kGroup; ++k) value[k] = k < count && !diagonal ? double(packs[k].value[w]) - shift[k] : 0.0;
     }
 };
 
@@ -65,12 +65,12 @@ __device__ void within(double (&product)[kGroup][kGroup], const Group<T, W>& gro
         double row[kGroup] = {};
 #pragma unroll 2
         for (int j = lane * W; j < n; j += 32 * W) {
-            Pack<T, W> found[kGroup];
-            group.read(found, (long long)i * n + j);
+            Pack<T, W> packs[kGroup];
+            group.read(packs, (long long)i * n + j);
 #pragma unroll
             for (int w = 0; w < W; ++w) {
                 double value[kGroup];
-                group.shifted(value, found, w, i == j + w);
+                group.shifted(value, packs, w, i == j + w);
 #pragma unroll
                 for (int a = 0; a < kGroup; ++a) {
                     row[a] += value[a];
@@ -92,14 +92,14 @@ __device__ void across(
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int i = begin + warp; i < end; i += kWarps) {
         for (int j = lane * W; j < n; j += 32 * W) {
-            Pack<T, W> one[kGroup], other[kGroup];
-            left.read(one, (long long)i * n + j);
-            right.read(other, (long long)i * n + j);
+            Pack<T, W> left_packs[kGroup], right_packs[kGroup];
+            left.read(left_packs, (long long)i * n + j);
+            right.read(right_packs, (long long)i * n + j);
 #pragma unroll
             for (int w = 0; w < W; ++w) {
                 double x[kGroup], y[kGroup];
-                left.shifted(x, one, w, i == j + w);
-                right.shifted(y, other, w, i == j + w);
+                left.shifted(x, left_packs, w, i == j + w);
+                right.shifted(y, right_packs, w, i == j + w);
 #pragma unroll
                 for (int a = 0; a < kGroup; ++a)
 #pragma unroll
@@ -117,12 +117,12 @@ __device__ void pair_at(int place, int& p, int& q) {
 
 template <class T, int W>
 __device__ void sum_rows(
-    const T* d, long long batch_stride, long long matrix_stride, int matrices, int n, int pairs, int rows_each, double* partial,
+    const T* d, long long batch_stride, long long matrix_stride, int matrices, int n, int pairs, int rows_per_block, double* partial,
     double* rows, double* shifts
 ) {
     __shared__ double warps[kWarps][kGroup * kGroup];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int batch = blockIdx.x / pairs, begin = blockIdx.y * rows_each, end = min(n, begin + rows_each);
+    const int batch = blockIdx.x / pairs, begin = blockIdx.y * rows_per_block, end = min(n, begin + rows_per_block);
     int p, q;
     pair_at(blockIdx.x % pairs, p, q);
     d += batch * batch_stride;
@@ -135,7 +135,7 @@ __device__ void sum_rows(
         for (int k = 0; k < kGroup; ++k)
             if (blockIdx.y == 0 && threadIdx.x == 0 && k < group.count) shifts[first + k] = group.shift[k];
     } else {
-        constexpr int half = (W + 1) / 2;  // of a pack: eight whole ones would spill registers
+        constexpr int half = (W + 1) / 2;  // of a pack: eight whole packs would spill registers
         const Group<T, half> left(d, matrix_stride, p * kGroup, matrices, n), right(d, matrix_stride, q * kGroup, matrices, n);
         across(product, left, right, n, begin, end);
     }
@@ -152,7 +152,8 @@ __device__ void sum_rows(
     partial[(((long long)batch * gridDim.y + blockIdx.y) * matrices + a) * matrices + b] = sum;
 }
 
-// One pair of matrices a warp. ``rows`` are of the images [0, m) less typical distances; a border adds one image at distances b.
+// One pair of matrices per warp. ``rows`` are sums over the images [0, m) of distances minus typical ones. BORDERED adds one image,
+// whose distances to the m are ``border``.
 template <bool BORDERED>
 __device__ void close(
     const double* partial, const double* rows, const double* shifts, const float* border, int matrices, int m, int chunks,
@@ -199,10 +200,10 @@ __device__ void close(
     }
     if (lane) return;
     const double size = n, off_diagonal = size * (size - 1);
-    double found = pairs - 2 / (size - 2) * products + total_a * total_b / ((size - 1) * (size - 2));
-    if (a == b && found < kRounding * pairs) found = 0;  // a matrix that centring sends to zero
-    found /= size * (size - 3);
-    inner[(batch * matrices + a) * matrices + b] = inner[(batch * matrices + b) * matrices + a] = found;
+    double product = pairs - 2 / (size - 2) * products + total_a * total_b / ((size - 1) * (size - 2));
+    if (a == b && product < kRounding * pairs) product = 0;  // a matrix that centring sends to zero
+    product /= size * (size - 3);
+    inner[(batch * matrices + a) * matrices + b] = inner[(batch * matrices + b) * matrices + a] = product;
     if (a != b) return;
     totals[batch * matrices + a] = total_a + off_diagonal * shift_a;
     squares[batch * matrices + a] = pairs + shift_a * (2 * total_a + off_diagonal * shift_a);
@@ -215,13 +216,13 @@ __device__ void close(
 // ``wide``: rows start at multiples of 16 bytes. Grid (B group pairs, chunks).
 #define KDX_PRODUCTS(name, T)                                                                                                        \
     extern "C" __global__ void __launch_bounds__(32 * kWarps, 2) name(                                                               \
-        const T* d, long long batch_stride, long long matrix_stride, int matrices, int n, int wide, int pairs, int rows_each,        \
+        const T* d, long long batch_stride, long long matrix_stride, int matrices, int n, int wide, int pairs, int rows_per_block,        \
         double* partial, double* rows, double* shifts                                                                                \
     ) {                                                                                                                              \
         if (wide)                                                                                                                    \
-            sum_rows<T, 16 / sizeof(T)>(d, batch_stride, matrix_stride, matrices, n, pairs, rows_each, partial, rows, shifts);       \
+            sum_rows<T, 16 / sizeof(T)>(d, batch_stride, matrix_stride, matrices, n, pairs, rows_per_block, partial, rows, shifts);       \
         else                                                                                                                         \
-            sum_rows<T, 1>(d, batch_stride, matrix_stride, matrices, n, pairs, rows_each, partial, rows, shifts);                    \
+            sum_rows<T, 1>(d, batch_stride, matrix_stride, matrices, n, pairs, rows_per_block, partial, rows, shifts);                    \
     }
 KDX_PRODUCTS(products_float32, float)
 KDX_PRODUCTS(products_float64, double)

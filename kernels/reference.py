@@ -1,6 +1,6 @@
-"""The definitions, in float64 and in the order of the paper; slow on purpose, and never optimised.
+"""The definitions in float64, in the order of the paper; slow on purpose, and never optimised.
 
-This is what tests and benchmarks compare with. Distances come from a broadcast of n x n x d differences and
+Tests and benchmarks compare with them. Distances come from a broadcast of n x n x d differences and
 gradients from autograd through the features, as in the published method: "On Explaining Knowledge Distillation:
 Measuring and Visualising the Knowledge Transfer Process" (Adhane, Dehshibi, Vetter, Masip, Roig; WACV 2025,
 arXiv 2412.13943). Distance correlation: Szekely and Rizzo, "Partial distance correlation with methods for
@@ -29,7 +29,7 @@ def u_centered(d: Tensor) -> Tensor:
 
 
 def double_centered(d: Tensor) -> Tensor:
-    """D_ij less the means of its row and its column, plus the grand mean: the biased (V-statistic) centring."""
+    """D_ij minus the means of its row and its column, plus the grand mean: the biased (V-statistic) centring."""
     return d - d.mean(0, keepdim=True) - d.mean(1, keepdim=True) + d.mean()
 
 

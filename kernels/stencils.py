@@ -1,7 +1,7 @@
-"""Symmetric matrices of nine points on grids of images, and how fields on such grids lie in memory.
+"""Symmetric nine-point matrices on grids of images, and the memory layout of fields on such grids.
 
-The points of a grid have four colours, the parities of row and column. Each colour is stored as a plane of its own, flat and with a
-ring of zeros, so that a neighbour is a constant offset and work on one colour is a few passes over contiguous memory.
+The points of a grid have four colours, the parities of row and column. Each colour is stored as a flat plane with a ring of zeros, so
+that a neighbour is at a constant offset, and work on one colour is a few passes over contiguous memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 OFFSETS = ((0, 0), (0, 1), (1, -1), (1, 0), (1, 1))
-"""A symmetric stencil holds at each point its diagonal and the weights, minus the matrix's entries, of these neighbours (row, column)."""
+"""Offsets (row, column) of the entries that a symmetric stencil stores at each point: its diagonal, and the weights of four neighbours.
+A weight is minus the entry of the matrix."""
 
 NEIGHBOURS = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))
 
@@ -24,7 +25,7 @@ COLOURS: tuple[Colour, ...] = ((0, 0), (0, 1), (1, 0), (1, 1))
 """The parities of row and column, in the order in which they are relaxed."""
 
 _VALUES = 1 << 18
-"""Points of one colour, all channels counted, that are worked on at a time: what a cycle touches then stays in a processor's cache."""
+"""Points of one colour, in all channels, that are processed at a time, so that the data of a cycle stays in the processor's cache."""
 
 
 # ---- planes ----
@@ -32,10 +33,10 @@ _VALUES = 1 << 18
 
 @dataclass(frozen=True)
 class Layout:
-    """How a grid [..., n, height, width] lies in four planes [4, ..., length]: colour 2a + b holds the points (2i + a, 2j + b).
+    """The layout of a grid [..., n, height, width] as four planes [4, ..., length]: colour 2a + b has the points (2i + a, 2j + b).
 
-    Rows of a plane are ``pitch`` apart, one cell more than it has columns, and images a row more than it has rows; these cells and
-    the margins at both ends are zero.
+    Rows of a plane are ``pitch`` apart, one cell more than the number of columns, and images are one row more apart than the number of
+    rows; these extra cells and the margins at both ends are zero.
     """
 
     images: int
@@ -71,13 +72,13 @@ class Layout:
         return Planes(self, like.new_zeros(4, *leading, self.length))
 
     def parts(self, channels: int = 1) -> list[range]:
-        """The images in parts that are worked on one after the other."""
+        """The images in parts that are processed one after the other."""
         step = max(1, _VALUES // (channels * self.image))
         return [range(start, min(start + step, self.images)) for start in range(0, self.images, step)]
 
 
 class Planes:
-    """A field on a grid: ``data`` [4, ..., length], with the views of it that passes over it take."""
+    """A field on a grid: ``data`` [4, ..., length], with cached views for passes over it."""
 
     def __init__(self, layout: Layout, data: Tensor) -> None:
         self.layout = layout
@@ -87,34 +88,34 @@ class Planes:
     def at(self, images: range, y: int, x: int, rows: int = 0) -> Tensor:
         """The points (2i + y, 2j + x) for all cells (i, j) of these images [..., cells], and of ``rows`` more rows at the end."""
         key = (y, x, rows, images.start, images.stop)
-        if (found := self._views.get(key)) is None:
+        if (view := self._views.get(key)) is None:
             layout = self.layout
             start = layout.margin + images.start * layout.image + (y >> 1) * layout.pitch + (x >> 1)
-            found = self.data[2 * (y & 1) + (x & 1), ..., start : start + len(images) * layout.image + rows * layout.pitch]
-            self._views[key] = found
-        return found
+            view = self.data[2 * (y & 1) + (x & 1), ..., start : start + len(images) * layout.image + rows * layout.pitch]
+            self._views[key] = view
+        return view
 
     def cells(self, colour: int) -> Tensor:
-        """The cells of a plane that hold points, as a view [..., n, rows, columns]."""
+        """The cells of a plane that are points, as a view [..., n, rows, columns]."""
         layout = self.layout
-        apart: Tensor = self.data[colour, ..., layout.margin : -layout.margin].unflatten(-1, (layout.images, layout.rows + 1, layout.pitch))
-        return apart[..., : layout.rows, : layout.columns]
+        cells: Tensor = self.data[colour, ..., layout.margin : -layout.margin].unflatten(-1, (layout.images, layout.rows + 1, layout.pitch))
+        return cells[..., : layout.rows, : layout.columns]
 
     def largest(self) -> Tensor:
-        """The largest magnitude in each image [n], of a field [4, c, length]."""
+        """The largest magnitude per image [n] of a field [4, c, length]."""
         margin = self.layout.margin
         images = self.data[..., margin:-margin].unflatten(-1, (self.layout.images, -1))
         return torch.maximum(images.amax((0, 1, 3)), -images.amin((0, 1, 3)))
 
     def split(self, grid: Tensor) -> Planes:
-        """Itself, filled from a grid [..., n, height, width]."""
+        """Fill the planes from a grid [..., n, height, width]; returns self."""
         for colour in range(4):
             part = grid[..., colour >> 1 :: 2, colour & 1 :: 2]
             self.cells(colour)[..., : part.shape[-2], : part.shape[-1]] = part
         return self
 
     def merge(self, grid: Tensor) -> Tensor:
-        """``grid`` [..., n, height, width], filled from its planes."""
+        """Fill ``grid`` [..., n, height, width] from the planes; returns ``grid``."""
         for colour in range(4):
             part = grid[..., colour >> 1 :: 2, colour & 1 :: 2]
             part.copy_(self.cells(colour)[..., : part.shape[-2], : part.shape[-1]])
@@ -125,10 +126,10 @@ class Planes:
 
 
 class Stencil:
-    """A symmetric matrix: its diagonal, and for every point and neighbour a weight, minus the entry that couples the two."""
+    """A symmetric matrix: its diagonal, and a weight per point and neighbour, which is minus the entry of the two."""
 
     def __init__(self, entries: Tensor) -> None:
-        """From grids [5, n, height, width], in the order of OFFSETS."""
+        """entries: grids [5, n, height, width], in the order of OFFSETS."""
         self.layout = Layout(*entries.shape[1:])
         self.data = entries.new_zeros(len(OFFSETS), 4, self.layout.length)
         self.entries = [Planes(self.layout, data).split(entry) for data, entry in zip(self.data, entries, strict=True)]
@@ -142,10 +143,10 @@ class Stencil:
         return backward.at(images, at[0] + to[0], at[1] + to[1])
 
     def interpolation(self) -> Planes:
-        """The scale of bilinear interpolation at each point: what an interpolated constant of one shall be there.
+        """The scale of bilinear interpolation at each point: the value there of an interpolated constant of one.
 
-        Between two coarse points it is the constant relaxed with the weights across summed up, amid four of them relaxed as it is;
-        beside a boundary where u is given it is less than one.
+        Between two coarse points, it is the relaxed constant with the weights across the line summed; between four coarse points, the
+        relaxed constant. Beside a boundary where u is known, it is less than one.
         """
         every = range(self.layout.images)
         scale = self.layout.zeros(like=self.diagonal.data)
@@ -164,7 +165,7 @@ class Stencil:
 
 
 def at_the_end(scale: Planes) -> Planes:
-    """Itself, doubled in a last row or column that has a coarse point on one side only."""
+    """Double ``scale`` in a last row or column that has a coarse point on one side only; returns ``scale``."""
     if scale.layout.height % 2 == 0:
         scale.cells(2)[..., -1, :] *= 2
         scale.cells(3)[..., -1, :] *= 2
@@ -177,7 +178,7 @@ def at_the_end(scale: Planes) -> Planes:
 def galerkin(entries: Sequence[Planes | float], scale: Planes) -> Tensor:
     """P^T A P on the grid of every other point, as grids [5, n, rows, columns]; P_pI = scale_p tent(p - 2I).
 
-    entries: A's diagonal and weights in the order of OFFSETS; a number where it is the same at all points.
+    entries: A's diagonal and weights in the order of OFFSETS; a number if the value is the same at all points.
     """
     layout = scale.layout
     coarse = scale.data.new_zeros(len(OFFSETS), layout.images, layout.rows, layout.columns)
@@ -197,18 +198,18 @@ def galerkin(entries: Sequence[Planes | float], scale: Planes) -> Tensor:
                 factor = entries[which]
                 total.add_(edges[which].at(here, row, column), alpha=share if isinstance(factor, Planes) else share * factor)
             cells = total.unflatten(-1, (len(images), layout.rows + 1, layout.pitch))[:, : layout.rows, : layout.columns]
-            within = overlap(layout.rows, layout.columns, y, x)  # no weight leads out of the grid
+            within = overlap(layout.rows, layout.columns, y, x)  # weights to neighbours outside the grid are left out
             coarse[number, images.start : images.stop][within] = cells[within]
     return coarse
 
 
 def _combination(entry: int) -> dict[tuple[int, int, int], float]:
-    """(row, column, edge) -> what the edge from that place to its neighbour at OFFSETS[edge] adds to a coarse point's entry."""
+    """(row, column, edge) -> the share of the edge from that place to its neighbour at OFFSETS[edge] in a coarse point's entry."""
 
     def tent(y: int, x: int) -> float:
         return max(0.0, 1 - abs(y) / 2) * max(0.0, 1 - abs(x) / 2)
 
-    (to_y, to_x), found = OFFSETS[entry], {}
+    (to_y, to_x), shares = OFFSETS[entry], {}
     for edge, (y, x) in enumerate(OFFSETS):
         for row in range(-2, 3):
             for column in range(-2, 3):
@@ -216,8 +217,8 @@ def _combination(entry: int) -> dict[tuple[int, int, int], float]:
                 if edge:
                     share += tent(row + y, column + x) * tent(row - 2 * to_y, column - 2 * to_x)
                 if share:  # a weight is minus an entry of the matrix
-                    found[row, column, edge] = share if (edge == 0) == (entry == 0) else -share
-    return found
+                    shares[row, column, edge] = share if (edge == 0) == (entry == 0) else -share
+    return shares
 
 
 _COMBINATION = [_combination(entry) for entry in range(len(OFFSETS))]
@@ -229,7 +230,7 @@ def overlap(height: int, width: int, y: int, x: int) -> tuple[slice, slice, slic
 
 
 def weight_sum(height: int, width: int, like: Tensor) -> Tensor:
-    """s [height, width]: one, and less at the border of the image."""
+    """s [height, width]: one inside the image, and less at its border."""
     total = like.new_zeros(1, height, width)
     for y, x in NEIGHBOURS:
         total[overlap(height, width, y, x)] += pixel_weight(y, x)
@@ -237,5 +238,5 @@ def weight_sum(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def pixel_weight(y: int, x: int) -> float:
-    """k of a neighbour at (y, x)."""
+    """The weight k of a neighbour at (y, x)."""
     return 1 / 12 if y and x else 1 / 6

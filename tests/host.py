@@ -1,8 +1,8 @@
-"""The kernels on the CPU: g++ compiles the very `.cu` files, and a launcher runs them on CPU tensors.
+"""The kernels on the CPU: g++ compiles the same `.cu` files, and a launcher runs them on CPU tensors.
 
-`running` puts it in the place of the GPU's launcher, so that a test calls a wrapper of `kdx.kernels` and compares what comes back.
-Every launch is a process of its own, under the address and undefined-behaviour sanitizers, on copies of the tensors' memory
-of exact size. kernels/host/launch.cpp says what is caught and what is not.
+`running` replaces the GPU's launcher with it, so that a test calls a wrapper of `kdx.kernels` and compares the results. Every launch is
+a separate process, under the address and undefined-behaviour sanitizers, on copies of the tensors' memory of exactly their size.
+kernels/host/launch.cpp describes which errors are detected and which are not.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from kdx.kernels import cuda
 
 Order = Literal["forward", "reverse", "shuffled"]
 ORDERS: tuple[Order, ...] = ("forward", "reverse", "shuffled")
-"""Of blocks, and of the threads of a block between two points where they wait for one another."""
+"""Orders of blocks, and of the threads of a block between two points where they wait for one another."""
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 SECONDS = 60
-"""After which a launch counts as hung."""
+"""The time after which a launch counts as hung."""
 
 _BUILDS = Path(__file__).parents[1] / ".pytest_cache" / "kernels"
 _COMPILE = (
@@ -44,14 +44,14 @@ _KERNEL = re.compile(r'extern\s+"C"\s+__attribute__\s*\(\(used\)\)\s+void\s+(\w+
 
 
 class KernelError(Exception):
-    """A launch that the sanitizers or the emulation stopped, with what they say of it."""
+    """A launch that the sanitizers or the emulation stopped, with their message."""
 
 
 class HostLauncher:
     """`kdx.kernels.cuda.Launcher` on the CPU.
 
-    changed: file name to text, in place of files of kernels/ or beside them. multiprocessors: as wrappers choose grids by; few,
-    so that a block of a small test has several pieces of work. Raises KernelError where a launch is stopped.
+    changed: maps file names to texts, which replace files of kernels/ or add to them. multiprocessors: the number by which wrappers
+    choose grids; small, so that a block of a small test has several pieces of work. Raises KernelError if a launch is stopped.
     """
 
     def __init__(self, order: Order = "forward", seed: int = 0, changed: Mapping[str, str] | None = None, multiprocessors: int = 3) -> None:
@@ -85,11 +85,11 @@ class HostLauncher:
         sizes = [len(memories), *(memory.nbytes() for memory in memories.values())]
         head = [kernel, *grid, *block, shared, self.order, self.seed, *sizes, len(arguments), *words]
         views = [torch.empty(0, dtype=torch.uint8).set_(memory).numpy() for memory in memories.values()]
-        given = b"".join([" ".join(map(str, head)).encode() + b"\n", *(view.tobytes() for view in views)])
+        sent = b"".join([" ".join(map(str, head)).encode() + b"\n", *(view.tobytes() for view in views)])
         environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
         try:
             done = subprocess.run(
-                [_program(source, self._changed)], input=given, env=environment, timeout=SECONDS, capture_output=True, check=False
+                [_program(source, self._changed)], input=sent, env=environment, timeout=SECONDS, capture_output=True, check=False
             )
         except subprocess.TimeoutExpired:
             raise KernelError(f"{kernel} of {source}.cu does not end") from None
@@ -103,9 +103,9 @@ class HostLauncher:
 
 @contextmanager
 def running(launcher: HostLauncher | None = None) -> Iterator[HostLauncher]:
-    """CPU tensors run on ``launcher`` wherever kdx would launch on a GPU, unless PyTorch is asked for.
+    """Run CPU tensors on ``launcher`` where kdx would launch on a GPU, except with the backend torch.
 
-    Memory from torch.empty is NaN meanwhile, so that an element that a kernel does not write shows.
+    Memory from torch.empty is NaN in the meantime, so that elements that a kernel does not write are detected.
     """
     launcher = launcher or HostLauncher()
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -121,13 +121,13 @@ def running(launcher: HostLauncher | None = None) -> Iterator[HostLauncher]:
 
 
 def broken(source: str, old: str, new: str, order: Order = "forward", seed: int = 0, file: str | None = None) -> HostLauncher:
-    """A launcher for a kernel with one piece of its text replaced; compiled at once, since the change must compile.
+    """A launcher for a kernel with one piece of its text replaced. It is compiled at once, because the change must compile.
 
-    source: a file's stem ("cam"); file: the file to change where that is a header which it includes ("reduce.cuh").
+    source: the stem of a file ("cam"); file: the file to change, if it is a header ("reduce.cuh").
     """
     name = file or f"{source}.cu"
     text = (KERNELS / name).read_text()
-    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {name}"
+    assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {name}"
     launcher = HostLauncher(order, seed, {name: text.replace(old, new)})
     _program(source, launcher._changed)
     return launcher
@@ -137,13 +137,13 @@ def broken(source: str, old: str, new: str, order: Order = "forward", seed: int 
 
 
 def kernels(source: Path) -> list[str]:
-    """The kernels that a file defines, those of its macros too."""
+    """The kernels that a file defines, including those of its macros."""
     return _KERNEL.findall(_run(*_COMPILE, f"-I{source.parent}", f"-I{KERNELS}", "-E", "-P", "-x", "c++", str(source)))
 
 
 @functools.cache
 def _program(source: str, changed: tuple[tuple[str, str], ...]) -> Path:
-    """The executable of one `.cu` file, from the cache by the text that it is made of."""
+    """The executable of one `.cu` file, from a cache whose key is the text of all its sources."""
     texts = {path.name: path.read_text() for path in (*KERNELS.glob("*.cuh"), KERNELS / f"{source}.cu") if path.exists()} | dict(changed)
     runner = _runner()
     key = hashlib.sha256("\0".join([runner.name, source, *_COMPILE, *(text for pair in sorted(texts.items()) for text in pair)]).encode())
@@ -155,7 +155,7 @@ def _program(source: str, changed: tuple[tuple[str, str], ...]) -> Path:
             names = kernels(folder / f"{source}.cu")
             assert names, f"{source}.cu has no kernel"
             unit = folder / "unit.cpp"
-            # In a namespace without a name, shared memory of a template is one section with that of a function.
+            # In an anonymous namespace, shared memory of templates is in the same section as that of functions.
             unit.write_text(
                 f'#include "common.cuh"\n#include "host/launch.h"\nnamespace {{\n#include "{source}.cu"\n'
                 + "".join(f"KDX_KERNEL({name})\n" for name in names)
@@ -181,7 +181,7 @@ def _runner() -> Path:
 
 @contextmanager
 def _made(target: Path) -> Iterator[Path]:
-    """A folder in which ``made`` is written, which then takes the target's place at once, and whole."""
+    """A folder in which the caller writes the file ``made``, which is then renamed to the target."""
     _BUILDS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=_BUILDS) as folder:
         yield Path(folder)

@@ -1,5 +1,5 @@
 // The part of CUDA C++ that the kernels use, for g++. Threads are fibers of one process (launch.cpp), so plain memory
-// accesses need no guard and an atomic is an ordinary read and write: a fiber gives way only where threads wait for one another.
+// accesses need no guard and an atomic is an ordinary read and write: a fiber yields only where threads wait for one another.
 
 #pragma once
 
@@ -11,12 +11,12 @@
 
 #define __device__
 #define __host__
-#define __global__ __attribute__((used))  // tests/host.py finds kernels by it
+#define __global__ __attribute__((used))  // tests/host.py recognises kernels by it
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __constant__ static const
-// One block runs at a time, so a static variable is what its threads share. Its section is filled before every block.
+// One block runs at a time, so static variables are shared by its threads. Their section is filled before every block.
 #define __shared__ static __attribute__((section("kdx_shared")))
 
 struct uint3 {
@@ -92,8 +92,8 @@ inline __half::__half(float x) {
     const uint32_t all = kdx_bits<uint32_t>(x), size = all & 0x7fffffff;
     bits = uint16_t(all >> 16 & 0x8000);
     if (size > 0x7f800000) bits = 0x7fff;             // not a number
-    else if (size >= 0x477ff000) bits |= 0x7c00;      // half a step above 65504, and more
-    else if (size < 0x38800000) bits |= uint16_t(nearbyintf(ldexpf(fabsf(x), 24)));  // below 2^-14 steps are 2^-24
+    else if (size >= 0x477ff000) bits |= 0x7c00;      // at least half a step above 65504
+    else if (size < 0x38800000) bits |= uint16_t(nearbyintf(ldexpf(fabsf(x), 24)));  // below 2^-14, steps are 2^-24
     else bits |= uint16_t((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
 }
 
@@ -162,27 +162,27 @@ inline unsigned atomicMin(unsigned* at, unsigned x) { return kdx_exchange(at, mi
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-// Where threads wait for one another
+// Operations in which threads wait for one another
 
 namespace kdx::host {
 
 void* dynamic_shared();
 
-/// Waits until every thread of the block has come to this barrier.
+/// Waits until every thread of the block has reached this barrier.
 void barrier(const char* file, int line);
 
-/// What the lanes that meet have posted, and which they are.
+/// The values that the lanes of a warp operation post, and the mask of these lanes.
 struct Meeting {
     uint64_t posted[32];
     unsigned lanes;
 };
 
-/// Waits until every lane of the mask that has not exited has come to the same operation with the same mask.
+/// Waits until every lane of the mask that has not exited has reached the same operation with the same mask.
 Meeting meet(const char* operation, unsigned mask, uint64_t posted);
 
 unsigned lane();
 
-/// A value from the lane ``source`` of a meeting; an error where that lane was not there.
+/// The value of the lane ``source`` of a meeting; an error if that lane does not take part.
 uint64_t value_of(const Meeting& meeting, unsigned source);
 
 template <class T, class Source>
@@ -192,8 +192,8 @@ T shuffle(const char* operation, unsigned mask, T value, int width, Source sourc
     memcpy(&posted, &value, sizeof value);
     const Meeting meeting = meet(operation, mask, posted);
     const int own = int(lane()), start = own & ~(width - 1), from = source(own, start);
-    const uint64_t found = value_of(meeting, unsigned(from < start || from >= start + width ? own : from));
-    memcpy(&value, &found, sizeof value);
+    const uint64_t received = value_of(meeting, unsigned(from < start || from >= start + width ? own : from));
+    memcpy(&value, &received, sizeof value);
     return value;
 }
 

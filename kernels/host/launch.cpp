@@ -1,11 +1,12 @@
-// One launch of a kernel on the CPU: reads it from standard input, runs it, writes every tensor's memory to standard output.
+// One launch of a kernel on the CPU: reads it from standard input, runs it, and writes the memory of every tensor to standard output.
 //
-// Blocks run one after another. A block's threads are fibers; one runs until it waits at a barrier or for its warp, and then
-// the order chooses the next of those that can run: the first, the last, or any. A kernel that misses a barrier, or leans on
-// the order of blocks, gives wrong results in one of the orders. Tensors are heap copies of their exact size, so that the address
-// sanitizer finds an access beside one, and shared memory is filled with NaN before every block.
+// Blocks run one after another. The threads of a block are fibers. A fiber runs until it waits at a barrier or for its warp; then the
+// order chooses the next fiber that can run: the first, the last, or a random one. A kernel that lacks a barrier, or depends on the
+// order of blocks, gives wrong results in one of the orders. Tensors are heap copies of their exact size, so that the address sanitizer
+// detects an access outside, and shared memory is filled with NaN before every block.
 //
-// What cannot show here: a missing memory fence, since every thread sees each write at once, and blocks that wait for one another.
+// Two errors cannot be detected here: a missing memory fence, because every thread sees each write at once, and blocks that wait for
+// one another.
 
 #include "launch.h"
 
@@ -29,7 +30,7 @@ uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace kdx::host {
 
-// A failure names the block and the thread, and ends the process
+// Failures: the message names the block and the thread, and the process ends
 
 struct Thread;
 static Thread* current = nullptr;
@@ -50,7 +51,7 @@ void fail(const char* problem, ...) {
 constexpr size_t stack_bytes = 256 << 10;
 
 struct Wait {
-    const char* what = nullptr;  // a warp operation, or the file of a barrier; null while the thread can run
+    const char* what = nullptr;  // the name of a warp operation, or the file of a barrier; null while the thread can run
     int line = 0;                // of the barrier
     unsigned mask = 0;           // of the warp operation; 0 at a barrier
     bool operator==(const Wait& other) const {
@@ -64,7 +65,7 @@ struct Thread {
     uint3 index;
     bool exited;
     Wait wait;
-    Meeting meeting;    // posted[own lane] on the way in, everything on the way out
+    Meeting meeting;    // on entry posted[own lane], on return the values of all lanes
     void* stack = nullptr;
     void* resume[5];
     unsigned lane() const { return number % 32; }
@@ -75,14 +76,14 @@ static const void* scheduler_stack;
 static size_t scheduler_stack_bytes;
 static std::unique_ptr<Call> kernel;
 
-// The stacks change by the compiler's own jump: the library's functions would clear what the sanitizer knows of a stack.
+// Stacks are switched by the compiler's own jump: the library's functions would clear the sanitizer's records of a stack.
 __attribute__((noinline, noreturn, no_sanitize("address", "undefined"))) static void jump(void** to) { __builtin_longjmp(to, 1); }
 
 __attribute__((noinline, no_sanitize("address", "undefined"))) static void change(void** from, void** to) {
     if (!__builtin_setjmp(from)) jump(to);
 }
 
-static void give_way() {
+static void yield_to_scheduler() {
     Thread& own = *current;
     void* sanitizer;
     __sanitizer_start_switch_fiber(&sanitizer, scheduler_stack, scheduler_stack_bytes);
@@ -92,13 +93,13 @@ static void give_way() {
 
 static ucontext_t started;
 
-/// A fiber's life: once around for every block.
-static void live() {
+/// The loop of a fiber: one iteration per block.
+static void run_fiber() {
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
     for (;;) {
         kernel->run();
         current->exited = true;
-        give_way();
+        yield_to_scheduler();
     }
 }
 
@@ -118,7 +119,7 @@ static void run(Thread& thread) {
         started.uc_stack.ss_sp = thread.stack;
         started.uc_stack.ss_size = stack_bytes;
         started.uc_link = nullptr;
-        makecontext(&started, live, 0);
+        makecontext(&started, run_fiber, 0);
     }
     __sanitizer_start_switch_fiber(&sanitizer, thread.stack, stack_bytes);
     first ? begin() : change(scheduler, thread.resume);
@@ -130,7 +131,7 @@ static void run(Thread& thread) {
 
 static std::vector<std::unique_ptr<Thread>> threads;  // of the block that runs
 
-/// Numbers by which the next is chosen, the smallest first.
+/// Ranks by which the next thread or block is chosen, the smallest first.
 struct Order {
     std::string name;
     std::mt19937_64 random;
@@ -151,7 +152,7 @@ static void wake(Thread& thread) {
 void barrier(const char* file, int line) {
     current->wait = {file, line, 0};
     ++at_barrier;
-    give_way();
+    yield_to_scheduler();
 }
 
 Meeting meet(const char* operation, unsigned mask, uint64_t posted) {
@@ -159,7 +160,7 @@ Meeting meet(const char* operation, unsigned mask, uint64_t posted) {
     if (!(mask >> own.lane() & 1)) fail("%s by a lane that its mask does not name", operation);
     own.wait = {operation, 0, mask};
     own.meeting.posted[own.lane()] = posted;
-    give_way();
+    yield_to_scheduler();
     return own.meeting;
 }
 
@@ -170,14 +171,14 @@ uint64_t value_of(const Meeting& meeting, unsigned source) {
     return meeting.posted[source];
 }
 
-/// Lets the lanes go that wait for the mask of ``one``, where they are all there.
-static void hold_meeting(Thread& one) {
-    const unsigned first = one.number - one.lane();
+/// Wakes the lanes in the mask of the operation at which ``waiting`` waits, if all of them have arrived.
+static void try_meeting(Thread& waiting) {
+    const unsigned first = waiting.number - waiting.lane();
     Meeting meeting{};
     for (unsigned lane = 0; lane < 32 && first + lane < threads.size(); ++lane) {
         Thread& thread = *threads[first + lane];
-        if (!(one.wait.mask >> lane & 1) || thread.exited) continue;
-        if (!(thread.wait == one.wait)) return;
+        if (!(waiting.wait.mask >> lane & 1) || thread.exited) continue;
+        if (!(thread.wait == waiting.wait)) return;
         meeting.posted[lane] = thread.meeting.posted[lane];
         meeting.lanes |= 1u << lane;
     }
@@ -188,25 +189,25 @@ static void hold_meeting(Thread& one) {
         }
 }
 
-/// An exited lane is waited for no longer.
-static void hold_meetings_of_warp(const Thread& exited) {
+/// After a lane has exited, the other lanes of its warp no longer wait for it.
+static void try_meetings_of_warp(const Thread& exited) {
     const size_t first = exited.number - exited.lane();
     for (size_t number = first; number < std::min(first + 32, threads.size()); ++number)
-        if (threads[number]->wait.mask) hold_meeting(*threads[number]);
+        if (threads[number]->wait.mask) try_meeting(*threads[number]);
 }
 
-[[noreturn]] static void fail_of_divergence() {
-    std::map<std::string, size_t> found;
-    for (const auto& thread : threads) ++found[thread->exited ? "exited" : "at " + thread->wait.text()];
-    std::string said;
-    for (const auto& [what, count] : found) said += (said.empty() ? "" : ", ") + std::to_string(count) + " " + what;
-    fail("the threads of block (%u, %u, %u) wait for one another: %s", blockIdx.x, blockIdx.y, blockIdx.z, said.c_str());
+[[noreturn]] static void fail_for_divergence() {
+    std::map<std::string, size_t> states;
+    for (const auto& thread : threads) ++states[thread->exited ? "exited" : "at " + thread->wait.text()];
+    std::string counts;
+    for (const auto& [state, count] : states) counts += (counts.empty() ? "" : ", ") + std::to_string(count) + " " + state;
+    fail("the threads of block (%u, %u, %u) wait for one another: %s", blockIdx.x, blockIdx.y, blockIdx.z, counts.c_str());
 }
 
 static void pass_barrier() {
-    if (at_barrier < threads.size()) fail_of_divergence();
+    if (at_barrier < threads.size()) fail_for_divergence();
     for (const auto& thread : threads)
-        if (!(thread->wait == threads[0]->wait)) fail_of_divergence();
+        if (!(thread->wait == threads[0]->wait)) fail_for_divergence();
     at_barrier = 0;
     for (const auto& thread : threads) wake(*thread);
 }
@@ -217,14 +218,14 @@ static size_t dynamic_bytes;
 
 void* dynamic_shared() { return dynamic.get(); }
 
-/// Bytes of 255 are NaN in every floating type. The section holds the sanitizer's own gaps too, which only it may not write.
-__attribute__((no_sanitize("address"))) static void forget_shared() {
+/// Bytes of 255 are NaN in every floating type. The section also contains the gaps of the sanitizer, so this function is not checked.
+__attribute__((no_sanitize("address"))) static void fill_shared() {
     for (volatile unsigned char* at = __start_kdx_shared; at != __stop_kdx_shared; ++at) *at = 0xff;
     for (size_t i = 0; i < dynamic_bytes; ++i) dynamic[i] = 0xff;
 }
 
 static void run_block() {
-    forget_shared();
+    fill_shared();
     for (const auto& thread : threads) {
         thread->exited = false;
         wake(*thread);
@@ -236,9 +237,9 @@ static void run_block() {
         run(thread);
         if (thread.exited) {
             --left;
-            hold_meetings_of_warp(thread);
+            try_meetings_of_warp(thread);
         } else if (thread.wait.mask) {
-            hold_meeting(thread);
+            try_meeting(thread);
         }
     }
 }
@@ -246,8 +247,8 @@ static void run_block() {
 // A launch
 
 static std::map<std::string, Kernel::Bind>& kernels() {
-    static std::map<std::string, Kernel::Bind> known;
-    return known;
+    static std::map<std::string, Kernel::Bind> registered;
+    return registered;
 }
 
 Kernel::Kernel(const char* name, Bind bind) { kernels()[name] = bind; }
@@ -302,13 +303,13 @@ static void launch() {
             argument.address = memories[which].start + number();
         }
     }
-    getchar();  // the end of the line, after which the tensors' bytes stand
+    getchar();  // the end of the line; the bytes of the tensors follow
     for (const Memory& memory : memories)
         if (fread(memory.start, 1, memory.bytes, stdin) != memory.bytes) fail("the launch ends early");
 
-    const auto found = kernels().find(name);
-    if (found == kernels().end()) fail("no kernel %s", name.c_str());
-    kernel.reset(found->second(arguments.data(), arguments.size()));
+    const auto entry = kernels().find(name);
+    if (entry == kernels().end()) fail("no kernel %s", name.c_str());
+    kernel.reset(entry->second(arguments.data(), arguments.size()));
 
     for (unsigned z = 0; z < blockDim.z; ++z)
         for (unsigned y = 0; y < blockDim.y; ++y)
@@ -333,5 +334,5 @@ static void launch() {
 
 int main() {
     kdx::host::launch();
-    _exit(0);  // fibers still stand on their stacks
+    _exit(0);  // without destructors: fibers still have frames on their stacks
 }

@@ -1,5 +1,5 @@
-// How a kernel that g++ has compiled is named and called: its arguments are checked against what it takes.
-// Every kernel's test compiles this, so it includes little.
+// Registers and calls a kernel that g++ has compiled, and checks the arguments against its parameters.
+// Every kernel's test compiles this file, so it includes little.
 
 #pragma once
 
@@ -13,7 +13,7 @@ namespace kdx::host {
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* problem, ...);
 
-/// One argument of a launch: an address with the type of the tensor behind it ("null" without one), or a number's bytes.
+/// One argument of a launch: the address and type of a tensor ("null" without a tensor), or the bytes of a number.
 struct Argument {
     bool pointer;
     char type[16];
@@ -21,7 +21,7 @@ struct Argument {
     unsigned char bytes[8];
 };
 
-/// The tensor and number types that a C++ type stands for; none named where a pointer takes any.
+/// The names of the tensor or number types that fit a C++ type; no name if a pointer takes any type.
 template <class T>
 constexpr const char* types[2] = {nullptr, nullptr};
 template <>
@@ -46,20 +46,20 @@ template <>
 constexpr const char* types<bool>[2] = {"bool", nullptr};
 
 template <class P>
-P taken(const Argument& given, size_t place) {
+P converted(const Argument& argument, size_t place) {
     constexpr bool pointer = std::is_pointer_v<P>;
     const auto expected = types<std::remove_cv_t<std::remove_pointer_t<P>>>;
-    bool fits = pointer && (!expected[0] || !strcmp(given.type, "null"));
-    for (int i = 0; i < 2; ++i) fits = fits || (expected[i] && !strcmp(given.type, expected[i]));
-    if (given.pointer != pointer || !fits)
-        fail("argument %zu is %s %s and the kernel takes %s%s", place, given.pointer ? "a tensor of" : "the number", given.type,
+    bool fits = pointer && (!expected[0] || !strcmp(argument.type, "null"));
+    for (int i = 0; i < 2; ++i) fits = fits || (expected[i] && !strcmp(argument.type, expected[i]));
+    if (argument.pointer != pointer || !fits)
+        fail("argument %zu is %s %s and the kernel takes %s%s", place, argument.pointer ? "a tensor of" : "the number", argument.type,
              pointer ? "a pointer to " : "", expected[0] ? expected[0] : "anything");
     if constexpr (pointer) {
-        return static_cast<P>(given.address);
+        return static_cast<P>(argument.address);
     } else {
         P value;
-        static_assert(sizeof value <= sizeof given.bytes);
-        memcpy(&value, given.bytes, sizeof value);
+        static_assert(sizeof value <= sizeof argument.bytes);
+        memcpy(&value, argument.bytes, sizeof value);
         return value;
     }
 }
@@ -76,20 +76,20 @@ struct CallOf : Call {
     std::tuple<P...> arguments;
 
     template <size_t... place>
-    CallOf(void (*kernel)(P...), const Argument* given, std::index_sequence<place...>)
-        : kernel(kernel), arguments{taken<P>(given[place], place)...} {}
+    CallOf(void (*kernel)(P...), const Argument* values, std::index_sequence<place...>)
+        : kernel(kernel), arguments{converted<P>(values[place], place)...} {}
     void run() const override { std::apply(kernel, arguments); }
 };
 
 template <class... P>
-Call* call(void (*kernel)(P...), const Argument* given, size_t count) {
+Call* call(void (*kernel)(P...), const Argument* arguments, size_t count) {
     if (count != sizeof...(P)) fail("%zu arguments for a kernel that takes %zu", count, sizeof...(P));
-    return new CallOf<P...>(kernel, given, std::index_sequence_for<P...>{});
+    return new CallOf<P...>(kernel, arguments, std::index_sequence_for<P...>{});
 }
 
-/// Makes a kernel known by its name.
+/// Registers a kernel by its name.
 struct Kernel {
-    using Bind = Call* (*)(const Argument* given, size_t count);
+    using Bind = Call* (*)(const Argument* arguments, size_t count);
     Kernel(const char* name, Bind bind);
 };
 
@@ -97,4 +97,4 @@ struct Kernel {
 
 #define KDX_KERNEL(name)                                                                           \
     static const kdx::host::Kernel name##_kernel{                                                  \
-        #name, [](const kdx::host::Argument* given, size_t count) { return kdx::host::call(name, given, count); }};
+        #name, [](const kdx::host::Argument* arguments, size_t count) { return kdx::host::call(name, arguments, count); }};

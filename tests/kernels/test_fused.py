@@ -69,7 +69,7 @@ def check_pairwise() -> None:
 def check_products() -> None:
     d = matrices(1, 5, 33)
     actual = fused.products(d.float())
-    assert oracle.error(actual.inner, defined(d)) < EXACT and oracle.error(actual.rows, d.sum(-1)) < 1e-14
+    assert oracle.error(actual.inner, defined(d)) < EXACT and oracle.error(actual.row_sums, d.sum(-1)) < 1e-14
 
 
 def check_weights() -> None:
@@ -86,17 +86,17 @@ def check_cam() -> None:
 
 BARRIER = "__syncthreads();"
 MISTAKES = [
-    # Missing barriers. That before an image's blocks are counted is not among them: blocks run one at a time here.
+    # Missing barriers. The barrier before the count of an image's blocks is not among them, because blocks run one at a time here.
     ("pairwise", check_pairwise, f"top, left, diagonal);\n    {BARRIER}", "top, left, diagonal);"),
     ("products", check_products, BARRIER, ""),
     ("weights", check_weights, f"{BARRIER}  // the combinations are written; w is read", ""),
     ("weights", check_weights, f"{BARRIER}\n        if (!present)", "if (!present)"),
     ("cam", check_cam, f"{BARRIER}\n    // Element e", ""),
     ("cam", check_cam, f"- 1;\n    {BARRIER}", "- 1;"),
-    # One too many, one too few
+    # Off by one
     ("pairwise", check_pairwise, "= i < x.count && j < y.count ? gram", "= i <= x.count && j < y.count ? gram"),
     ("pairwise", check_pairwise, "k < d; k += 32", "k <= d; k += 32"),
-    ("products", check_products, "begin + rows_each)", "begin + rows_each + 1)"),
+    ("products", check_products, "begin + rows_per_block)", "begin + rows_per_block + 1)"),
     ("weights", check_weights, "j < count && i != j", "j <= count && i != j"),
     ("weights", check_weights, "j < n; j += 32) {\n        const double a", "j + 1 < n; j += 32) {\n        const double a"),
     ("cam", check_cam, "position < count; position", "position <= count; position"),

@@ -65,7 +65,7 @@ def test_centred_distances_of_rows_from_themselves_are_distances() -> None:
         assert torch.equal(fused.centred_distances(x, x, norms, norms), fused.distances(x))
 
 
-def test_what_is_not_a_number_is_not_hidden() -> None:
+def test_nan_is_not_hidden() -> None:
     x = rows(5, 7)
     x[3, 2] = torch.nan
     with running():

@@ -29,7 +29,7 @@ def test_products_are_the_definition(batches: int, count: int, n: int, dtype: to
         actual = fused.products(d.to(dtype))
     assert oracle.error(actual.inner, defined(d)) < EXACT
     assert oracle.error(actual.inner, geometry.products(geometry.u_centered(d))) < EXACT
-    assert oracle.error(actual.rows, d.sum(-1)) < 1e-14
+    assert oracle.error(actual.row_sums, d.sum(-1)) < 1e-14
     assert oracle.error(actual.totals, d.sum((-1, -2))) < 1e-14
     assert oracle.error(actual.squares, d.square().sum((-1, -2))) < 1e-14
 
@@ -49,13 +49,13 @@ def test_products_at_any_strides() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_products_of_distances_that_are_large_beside_their_spread(dtype: torch.dtype) -> None:
-    """Of ten thousand equal parts of a sum of squares, one is left."""
+    """Centring leaves a ten-thousandth of the sum of squares."""
     d = (1e3 * (1 - torch.eye(33, dtype=torch.float64)) + matrices(1, 3, 33)).to(dtype).double()
     with running():
         assert oracle.error(fused.products(d.to(dtype)).inner, defined(d)) < EXACT
 
 
-def test_what_centring_sends_to_zero_is_zero() -> None:
+def test_a_matrix_that_centring_sends_to_zero_has_norm_zero() -> None:
     u = torch.rand(9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     added = (u[:, None] + u[None, :]).fill_diagonal_(0)
     with running():

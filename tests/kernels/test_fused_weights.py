@@ -23,7 +23,7 @@ def test_weights_are_the_laplacian_of_the_geometry(n: int, count: int, channels:
         actual = fused.weights(d, given, target, means, objective, lap=True)
     expected = laplacian(d, given, target, objective)
     assert actual.lap is not None
-    if n == 4 and objective == "relevance":  # one dimension is left beside B, so L cannot change
+    if n == 4 and objective == "relevance":  # one dimension remains besides B, so L cannot change
         assert actual.lap.abs().max() == 0 and actual.channel_weights.abs().max() == 0 and expected.lap.abs().max() == 0
     assert oracle.error(actual.score, expected.score) < EXACT
     assert oracle.error(actual.left, expected.left) < EXACT
@@ -34,7 +34,7 @@ def test_weights_are_the_laplacian_of_the_geometry(n: int, count: int, channels:
 @pytest.mark.parametrize("objective", ["relevance", "uniqueness"])
 @pytest.mark.parametrize("case", oracle.CASES)
 def test_published_scores_weights_and_maps(case: str, objective: ObjectiveName) -> None:
-    """The kernels in a row, from features to maps."""
+    """All kernels one after another, from features to maps."""
     known = oracle.load(case)
     name = "unique" if objective == "uniqueness" else objective
     x, y, g = (torch.from_numpy(known[key]).float() for key in ("x", "y", "target"))
@@ -69,7 +69,7 @@ def test_from_features_to_maps_is_autograd_through_the_definition(n: int, dtype:
 
 @pytest.mark.parametrize("objective", ["relevance", "uniqueness"])
 def test_weights_of_duplicates_and_near_duplicates(objective: ObjectiveName) -> None:
-    """A pair at distance zero carries no gradient; one at 1e-6 of the others puts large opposite numbers into Lap."""
+    """A pair at distance zero carries no gradient; a pair a million times closer than others puts large opposite numbers into Lap."""
     x, y, labels = oracle.features(n=23, shape=(11, 3, 1))
     x[7] = x[2]
     x[9] = x[4] + 1e-6 * x[5]
@@ -107,7 +107,7 @@ def test_features_that_explain_nothing_or_everything_leave_nothing(objective: Ob
 
 
 def test_a_target_that_the_residual_already_follows_gives_no_map() -> None:
-    """L is at its maximum there, and what is left of its derivative is the rounding of float32 distances."""
+    """L is at its maximum, and its derivative is only the rounding of float32 distances."""
     d, given, _, means = geometries(9)
     a, b = (geometry.u_centered(matrix.double()) for matrix in (d, given))
     along = geometry.residual(a, b)
@@ -120,7 +120,7 @@ def test_a_target_that_the_residual_already_follows_gives_no_map() -> None:
 @pytest.mark.parametrize(("objective", "degree"), [("relevance", 0), ("uniqueness", 1)])
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_weights_of_features_of_any_scale(scale: float, objective: ObjectiveName, degree: int) -> None:
-    """A gradient is of one degree less than its score."""
+    """The degree of a gradient is one less than the degree of its score."""
     d, given, target, means = geometries(19)
     with running():
         plain = fused.weights(d, given, target, means, objective)
@@ -143,7 +143,7 @@ def test_query_weights_are_the_last_row_of_the_bordered_geometry(
     d, given, target = (geometry.bordered(i.double(), b.double()) for i, b in zip(inside, border, strict=True))
     expected = laplacian(d, given, target, objective)
     g = geometry.u_centered(target)
-    sound = geometry.dot(g, g) > 1e-9  # more than the rounding of a target that centring sends to zero
+    sound = geometry.dot(g, g) > 1e-9  # above the rounding of a target that centring sends to zero
     assert sound.any()
     assert oracle.error(actual.score[sound], expected.score[sound]) < EXACT
     assert oracle.error(actual.left, expected.left) < EXACT

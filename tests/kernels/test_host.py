@@ -1,4 +1,4 @@
-"""The emulation itself: known answers, and kernels with one mistake each that must be caught."""
+"""The emulation itself: known results, and kernels with one mistake each that must be detected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __device__ float block_sum(float x) {
     return warp_sum(threadIdx.x < warps ? parts[threadIdx.x] : 0.f);
 }
 
-// out = sum x, by any number of blocks, each going through x in tiles that it reads backwards
+// out = sum x, by any number of blocks; each block reads its tiles of x backwards
 extern "C" __global__ void __launch_bounds__(128) total(const float* __restrict__ x, float* out, int n) {
     KDX_DYNAMIC_SHARED(float, tile);
     float sum = 0;
@@ -54,7 +54,7 @@ def total(text: str, order: Order, seed: int = 0, shared: int = 128 * 4) -> tupl
 
 
 def launch(body: str, *arguments: Tensor | np.generic | None, threads: int = 64, blocks: int = 1, order: Order = "forward") -> None:
-    """One kernel, given as its parameters and body."""
+    """Launch one kernel from the text of its parameters and body."""
     HostLauncher(order, changed={"one.cu": f'#include "common.cuh"\nextern "C" __global__ void one{body}'}).launch(
         "one", "one", (blocks, 1, 1), (threads, 1, 1), arguments
     )
@@ -74,11 +74,11 @@ def test_a_missing_barrier_is_caught(barrier: str) -> None:
         out, expected = total(text, order)
         if not torch.equal(out, expected):
             return
-    pytest.fail(f"no order shows that the barrier is missing: {barrier}")
+    pytest.fail(f"no order detects the missing barrier: {barrier}")
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("i < n ? x[i]", "i <= n ? x[i]", "heap-buffer-overflow"),
         ("atomicAdd(out, sum)", "atomicAdd(out + 2, sum)", "heap-buffer-overflow"),
@@ -100,9 +100,9 @@ def test_a_missing_barrier_is_caught(barrier: str) -> None:
         ),
     ],
 )
-def test_a_mistake_is_caught_and_named(old: str, new: str, said: str) -> None:
+def test_a_mistake_is_caught_and_named(old: str, new: str, message: str) -> None:
     assert REDUCTION.count(old) == 1
-    with pytest.raises(KernelError, match=said):
+    with pytest.raises(KernelError, match=message):
         total(REDUCTION.replace(old, new), "forward")
 
 
@@ -146,11 +146,11 @@ def test_a_misaligned_vector_load_is_caught() -> None:
         launch(body, x[1:], out, threads=4)
 
 
-@pytest.mark.parametrize(("memory", "said"), [("", "stack-buffer-overflow"), ("__shared__", "global-buffer-overflow")])
-def test_an_array_is_guarded_after_a_barrier_too(memory: str, said: str) -> None:
+@pytest.mark.parametrize(("memory", "message"), [("", "stack-buffer-overflow"), ("__shared__", "global-buffer-overflow")])
+def test_an_array_is_guarded_after_a_barrier_too(memory: str, message: str) -> None:
     body = f"""(float* out, int at) {{
         {memory} float kept[4];
-        float* volatile place = kept;  // the compiler is not to know
+        float* volatile place = kept;  // hidden from the compiler
         for (int i = 0; i < 4; ++i) place[i] = i + 1;
         __syncthreads();
         out[threadIdx.x] = place[at];
@@ -158,19 +158,20 @@ def test_an_array_is_guarded_after_a_barrier_too(memory: str, said: str) -> None
     out = torch.zeros(64)
     launch(body, out, np.int32(3))
     assert torch.equal(out, torch.full((64,), 4.0))
-    with pytest.raises(KernelError, match=said):
+    with pytest.raises(KernelError, match=message):
         launch(body, out, np.int32(4))
 
 
-def test_a_block_that_leans_on_the_one_before_it_is_caught() -> None:
-    """Every block takes the ticket of its number only where blocks run in order."""
-    found = {}
+def test_a_block_that_depends_on_the_previous_block_is_caught() -> None:
+    """A block draws the ticket of its own number only if blocks run in order."""
+    drawn = {}
     for order in ORDERS:
         tickets, out = torch.zeros(1, dtype=torch.int32), torch.zeros(7, dtype=torch.int32)
         launch("(int* tickets, int* out) { out[blockIdx.x] = atomicAdd(tickets, 1); }", tickets, out, threads=1, blocks=7, order=order)
         assert tickets == 7 and torch.equal(out.sort().values, torch.arange(7, dtype=torch.int32))
-        found[order] = out.tolist()
-    assert found["forward"] == [*range(7)] and found["reverse"] == [*range(7)][::-1] and found["shuffled"] not in list(found.values())[:2]
+        drawn[order] = out.tolist()
+    assert drawn["forward"] == [*range(7)] and drawn["reverse"] == [*range(7)][::-1]
+    assert drawn["shuffled"] not in (drawn["forward"], drawn["reverse"])
 
 
 def test_a_seed_repeats_its_order() -> None:
@@ -183,7 +184,7 @@ def test_a_seed_repeats_its_order() -> None:
     assert drawn(1) == drawn(1) != drawn(2)
 
 
-def test_three_dimensions_count_as_on_the_device() -> None:
+def test_three_dimensions_are_numbered_as_on_the_device() -> None:
     out = torch.full((3, 2, 2, 4, 3, 2), -1, dtype=torch.int32)
     text = """#include "common.cuh"
     extern "C" __global__ void one(int* out) {
@@ -195,8 +196,8 @@ def test_three_dimensions_count_as_on_the_device() -> None:
     assert torch.equal(out.flatten(), torch.arange(out.numel(), dtype=torch.int32))
 
 
-def test_warp_operations_are_those_of_the_manual() -> None:
-    """On 48 threads, so that the second warp is half a warp."""
+def test_warp_operations_agree_with_the_manual() -> None:
+    """With 48 threads, so that the second warp is half a warp."""
     out = torch.zeros(8, 48, dtype=torch.int64)
     launch(
         """(long long* out) {
@@ -228,12 +229,12 @@ def test_warp_operations_are_those_of_the_manual() -> None:
     assert torch.equal(out[7], torch.where(lane % 2 == 1, torch.tensor([0xAAAAAAAA] * 32 + [0xAAAA] * 16), 0))
 
 
-def test_a_shuffle_from_a_lane_that_is_not_there_is_caught() -> None:
+def test_a_shuffle_from_an_absent_lane_is_caught() -> None:
     with pytest.raises(KernelError, match="reads lane 20, which does not take part"):
         launch("(int* out) { *out = __shfl_sync(0xffffffff, 1, 20); }", torch.zeros(1, dtype=torch.int32), threads=8)
 
 
-def test_atomics_give_the_old_value_and_leave_the_result() -> None:
+def test_atomics_return_the_old_value_and_store_the_result() -> None:
     counts = torch.tensor([0, 50, 50, -5], dtype=torch.int32)
     sums, wide = torch.zeros(1), torch.zeros(2, dtype=torch.float64)
     launch(
@@ -254,35 +255,35 @@ def test_atomics_give_the_old_value_and_leave_the_result() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "__half"), (torch.bfloat16, "__nv_bfloat16")])
-def test_half_precision_is_pytorchs_bit_for_bit(dtype: torch.dtype, name: str) -> None:
-    """All 65536 of them to float32 and back, and float32 between them, at the ties and beside the ties, to the nearest."""
+def test_half_precision_agrees_with_pytorch_bit_for_bit(dtype: torch.dtype, name: str) -> None:
+    """All 65536 values to float32 and back, and float32 values at and beside the ties between them, rounded to nearest."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     finite = every[every.isfinite()].float().sort().values
     ties = (finite[1:].double() + finite[:-1].double()).div(2).float()
-    given = torch.cat([every.float(), ties, ties.nextafter(torch.tensor(9e9)), ties.nextafter(torch.tensor(-9e9))])
-    given = torch.cat([given, torch.tensor([65519.996, 65520.0, 3.4e38, 1e-45, -1e-45, torch.inf, -torch.inf])])
-    wide, narrow = torch.zeros(len(every)), torch.zeros(len(given), dtype=dtype)
+    values = torch.cat([every.float(), ties, ties.nextafter(torch.tensor(9e9)), ties.nextafter(torch.tensor(-9e9))])
+    values = torch.cat([values, torch.tensor([65519.996, 65520.0, 3.4e38, 1e-45, -1e-45, torch.inf, -torch.inf])])
+    wide, narrow = torch.zeros(len(every)), torch.zeros(len(values), dtype=dtype)
     launch(
-        f"""(const {name}* every, float* wide, int n, const float* given, {name}* narrow, int m) {{
+        f"""(const {name}* every, float* wide, int n, const float* values, {name}* narrow, int m) {{
             for (int i = threadIdx.x; i < n; i += blockDim.x) wide[i] = float(every[i]);
-            for (int i = threadIdx.x; i < m; i += blockDim.x) narrow[i] = given[i];
+            for (int i = threadIdx.x; i < m; i += blockDim.x) narrow[i] = values[i];
         }}""",
-        *(every, wide, np.int32(len(every)), given, narrow, np.int32(len(given))),
+        *(every, wide, np.int32(len(every)), values, narrow, np.int32(len(values))),
     )
     assert torch.equal(wide.nan_to_num(7e37).view(torch.int32), every.float().nan_to_num(7e37).view(torch.int32))
-    expected = given.to(dtype)
+    expected = values.to(dtype)
     assert torch.equal(narrow.isnan(), expected.isnan())
     assert torch.equal(narrow[~narrow.isnan()].view(torch.int16), expected[~expected.isnan()].view(torch.int16))
 
 
-def test_views_of_one_memory_stay_so() -> None:
+def test_views_of_one_memory_stay_views() -> None:
     x = torch.arange(8.0)
     launch("(const float* x, float* y, int n) { if (threadIdx.x < n) y[threadIdx.x] = 2 * x[threadIdx.x]; }", x, x[4:], np.int32(4))
     assert x.tolist() == [0, 1, 2, 3, 0, 2, 4, 6]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([torch.zeros(1, dtype=torch.float64), np.int32(1)], "argument 0 is a tensor of float64 .* a pointer to float32"),
         ([torch.zeros(1), np.int64(1)], "argument 1 is the number int64 .* takes int32"),
@@ -291,14 +292,14 @@ def test_views_of_one_memory_stay_so() -> None:
         ([None, np.int32(1)], "null pointer"),
     ],
 )
-def test_arguments_are_checked_against_the_kernel(arguments: list[Tensor | np.generic | None], said: str) -> None:
-    with pytest.raises(KernelError, match=said):
+def test_arguments_are_checked_against_the_kernel(arguments: list[Tensor | np.generic | None], message: str) -> None:
+    with pytest.raises(KernelError, match=message):
         launch("(float* x, int n) { x[n - 1] = 1; }", *arguments, threads=1)
 
 
-def test_a_launch_that_no_device_takes_is_refused() -> None:
-    for blocks, threads, said in ((0, 1, "the grid has a size"), (1, 1025, "the block has a size")):
-        with pytest.raises(KernelError, match=said):
+def test_an_impossible_launch_is_refused() -> None:
+    for blocks, threads, message in ((0, 1, "the grid has a size"), (1, 1025, "the block has a size")):
+        with pytest.raises(KernelError, match=message):
             launch("(float* x) { *x = 1; }", torch.zeros(1), blocks=blocks, threads=threads)
     with pytest.raises(KernelError, match="no kernel other"):
         HostLauncher(changed={"one.cu": '#include "common.cuh"\nextern "C" __global__ void one() {}'}).launch(
@@ -321,6 +322,6 @@ def test_running_replaces_the_gpu_and_fills_new_memory() -> None:
     assert (cuda.launcher, cuda.runs) == before and not torch.are_deterministic_algorithms_enabled()
 
 
-def test_broken_changes_a_text_that_stands_once() -> None:
-    with pytest.raises(AssertionError, match="stands 0 times"):
+def test_broken_changes_a_text_that_occurs_once() -> None:
+    with pytest.raises(AssertionError, match="occurs 0 times"):
         host.broken("cam", "no such text", "", file="common.cuh")

@@ -1,4 +1,4 @@
-"""Linear imputation against the published code, against a dense solution, and by its properties; its kernels against PyTorch."""
+"""Linear imputation against the published code and a dense solution, its properties, and its kernels against PyTorch."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from kdx.kernels.stencils import COLOURS, OFFSETS
 from tests import oracle
 from tests.host import ORDERS, HostLauncher, KernelError, Order, broken, running
 
-# Twice what impute estimates of its error, and rounding to 11 and 8 bits where the images are so.
+# The tolerance of impute, and the rounding of images to 11 and 8 bits.
 WITHIN = 5e-5
 TOLERANCE = {torch.float64: WITHIN, torch.float32: WITHIN, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
 def scattered(n: int, h: int, w: int, share: float, seed: int = 0) -> Tensor:
-    """Masks [n, h, w] that keep each pixel with this probability, and the first one."""
+    """Masks [n, h, w] that keep each pixel with probability ``share``, and always the first pixel."""
     kept = torch.rand(n, h, w, generator=torch.Generator().manual_seed(seed)) < share
     kept[:, 0, 0] = True
     return kept
 
 
 def salient(n: int, h: int, w: int, share: float = 0.5, side: int = 7, seed: int = 0) -> Tensor:
-    """The top ``share`` of a coarse random map that is resized bilinearly."""
+    """The top ``share`` of a bilinearly resized coarse random map."""
     coarse = torch.rand(n, 1, side, side, generator=torch.Generator().manual_seed(seed))
     maps = torch.nn.functional.interpolate(coarse, (h, w), mode="bilinear")[:, 0]
     return maps > maps.flatten(1).quantile(1 - share, dim=1)[:, None, None]
 
 
 def corners(n: int, h: int, w: int) -> Tensor:
-    """Two opposite corners: the largest hole that still has an answer other than a constant."""
+    """Masks that keep two opposite corners: the largest hole whose solution is not constant."""
     kept = torch.zeros(n, h, w, dtype=torch.bool)
     kept[:, 0, 0] = kept[:, -1, -1] = True
     return kept
@@ -47,7 +47,7 @@ def images(n: int, h: int, w: int, c: int = 3, seed: int = 1) -> Tensor:
     return torch.rand(n, c, h, w, generator=torch.Generator().manual_seed(seed))
 
 
-def left_of_the_equations(x: Tensor, kept: Tensor) -> Tensor:
+def residual(x: Tensor, kept: Tensor) -> Tensor:
     """The largest difference between a pixel that is not kept and the mean of its neighbours, [n], in float64."""
     kernel = torch.tensor([[1.0, 2, 1], [2, 0, 2], [1, 2, 1]], dtype=torch.float64)[None, None] / 12
     flat = x.double().flatten(0, 1)[:, None]
@@ -58,13 +58,13 @@ def left_of_the_equations(x: Tensor, kept: Tensor) -> Tensor:
 @pytest.mark.parametrize("case", range(4))
 def test_published_imputed_pixels(case: int) -> None:
     known = {name: torch.from_numpy(value) for name, value in oracle.load(str(case), "imputation").items()}
-    found = impute(known["image"][None], known["mask"][None] > 0)
-    assert float((found[0].double() - known["imputed"]).abs().max()) < 1e-4
+    imputed = impute(known["image"][None], known["mask"][None] > 0)
+    assert float((imputed[0].double() - known["imputed"]).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("mask", [partial(scattered, share=0.5), partial(scattered, share=0.03), salient, corners])
 @pytest.mark.parametrize(("h", "w"), [(19, 23), (1, 37), (31, 1), (2, 17), (24, 16), (1, 2), (3, 3)])
-def test_the_dense_solution(mask: Callable[..., Tensor], h: int, w: int) -> None:
+def test_agrees_with_the_dense_solution(mask: Callable[..., Tensor], h: int, w: int) -> None:
     kept, x = mask(3, h, w), images(3, h, w)
     kept[:, 0, 0] = True
     expected = torch.stack([reference.imputed(*pair) for pair in zip(x, kept, strict=True)])
@@ -74,30 +74,30 @@ def test_the_dense_solution(mask: Callable[..., Tensor], h: int, w: int) -> None
 
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.99])
 @pytest.mark.parametrize("mask", [scattered, salient])
-def test_the_equations_hold_at_a_photograph_s_size(mask: Callable[..., Tensor], share: float) -> None:
-    """In float64 to a tolerance that leaves them nothing but rounding, and in float32 the same solution."""
+def test_the_equations_hold_at_the_size_of_a_photograph(mask: Callable[..., Tensor], share: float) -> None:
+    """The equations hold within rounding in float64, and float32 gives the same solution."""
     kept, x = mask(2, 224, 224, share), images(2, 224, 224, c=1)
     exact = impute(x.double(), kept, tolerance=1e-13)
-    assert float(left_of_the_equations(exact, kept).max()) < 1e-13
+    assert float(residual(exact, kept).max()) < 1e-13
     assert float((impute(x, kept) - exact).abs().max()) < WITHIN
 
 
 def test_a_hole_of_half_a_million_pixels() -> None:
-    """Rounding of pixels in float32 would leave an error of a thousandth here."""
+    """The rounding of float32 pixels alone would leave an error of a thousandth here."""
     kept, x = corners(1, 512, 512), images(1, 512, 512, c=1)
     kept[0, 0, 200] = True
     exact = impute(x.double(), kept, tolerance=1e-12)
-    assert float(left_of_the_equations(exact, kept).max()) < 1e-12
+    assert float(residual(exact, kept).max()) < 1e-12
     assert float((impute(x, kept) - exact).abs().max()) < WITHIN
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 def test_types_and_kept_pixels(dtype: torch.dtype) -> None:
     kept, x = salient(3, 45, 38), images(3, 45, 38).to(dtype)
-    found = impute(x.transpose(2, 3).contiguous().transpose(2, 3), kept)
-    assert found.dtype == dtype and found.shape == x.shape
-    assert torch.equal(found.masked_select(kept[:, None]), x.masked_select(kept[:, None]))
-    assert float((found.double() - impute(x.double(), kept)).abs().max()) < TOLERANCE[dtype]
+    imputed = impute(x.transpose(2, 3).contiguous().transpose(2, 3), kept)
+    assert imputed.dtype == dtype and imputed.shape == x.shape
+    assert torch.equal(imputed.masked_select(kept[:, None]), x.masked_select(kept[:, None]))
+    assert float((imputed.double() - impute(x.double(), kept)).abs().max()) < TOLERANCE[dtype]
 
 
 def test_all_pixels_kept() -> None:
@@ -105,29 +105,29 @@ def test_all_pixels_kept() -> None:
     assert torch.equal(impute(x, torch.ones(9, 14, dtype=torch.bool)), x)
 
 
-def test_imputed_pixels_lie_between_kept_ones() -> None:
+def test_imputed_pixels_are_between_kept_pixels() -> None:
     kept, x = salient(4, 61, 50, share=0.2), images(4, 61, 50)
     low = x.masked_fill(~kept[:, None], 2).amin((2, 3), keepdim=True)
     high = x.masked_fill(~kept[:, None], -2).amax((2, 3), keepdim=True)
-    found = impute(x, kept)
-    assert bool(((found >= low - WITHIN) & (found <= high + WITHIN)).all())
+    imputed = impute(x, kept)
+    assert bool(((imputed >= low - WITHIN) & (imputed <= high + WITHIN)).all())
 
 
-def test_the_solution_is_linear_in_the_kept_pixels_and_blind_to_the_others() -> None:
+def test_the_solution_is_linear_in_the_kept_pixels_and_independent_of_the_others() -> None:
     kept, x, y = salient(2, 40, 33), images(2, 40, 33), images(2, 40, 33, seed=2)
     assert float((impute(2 * x - 3 * y, kept) - (2 * impute(x, kept) - 3 * impute(y, kept))).abs().max()) < 6 * WITHIN
     assert torch.equal(impute(x.where(kept[:, None], y), kept), impute(x, kept).where(~kept[:, None], x))
     assert float((impute(1e4 * x, kept) / 1e4 - impute(x, kept)).abs().max()) < WITHIN
 
 
-def test_an_image_and_a_channel_alone_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_images_and_channels_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     kept, x = torch.cat([salient(3, 50, 41), scattered(2, 50, 41, 0.02)]), images(5, 50, 41)
     whole = impute(x, kept)
     alone = torch.cat([impute(x[i : i + 1, j : j + 1], kept[i]) for i in range(5) for j in range(3)]).reshape(x.shape)
     assert float((whole - alone).abs().max()) < WITHIN
-    monkeypatch.setattr(stencils, "_VALUES", 3 * 2 * 26 * 22)  # two images at a time in a pass, and one left
+    monkeypatch.setattr(stencils, "_VALUES", 3 * 2 * 26 * 22)  # two images at a time in a pass, and then one
     assert float((impute(x, kept) - whole).abs().max()) < WITHIN
-    monkeypatch.setattr(imputation, "_VALUES", 2 * 3 * 50 * 41)  # and in a solution
+    monkeypatch.setattr(imputation, "_VALUES", 2 * 3 * 50 * 41)  # the same in a solution
     assert float((impute(x, kept) - whole).abs().max()) < WITHIN
 
 
@@ -169,14 +169,14 @@ def test_mistakes() -> None:
 
 
 def test_coarse_matrices_are_galerkin_products() -> None:
-    """P^T A P, multiplied out."""
+    """Against P^T A P with full matrices."""
     h, w, rows, columns = 19, 22, 10, 11
     unknown = (~scattered(1, h, w, 0.2)).double()
     layout = stencils.Layout(1, h, w)
     sums = stencils.weight_sum(h, w, unknown)
     scale = stencils.at_the_end(layout.zeros(like=unknown).split(unknown))
     diagonal = layout.zeros(like=unknown).split(sums[None])
-    found = stencils.galerkin([diagonal, 1 / 6, 1 / 12, 1 / 6, 1 / 12], scale)[:, 0]
+    coarse = stencils.galerkin([diagonal, 1 / 6, 1 / 12, 1 / 6, 1 / 12], scale)[:, 0]
 
     y, x = torch.cartesian_prod(torch.arange(h), torch.arange(w)).T
     i, j = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
@@ -190,7 +190,7 @@ def test_coarse_matrices_are_galerkin_products() -> None:
     expected = prolongation.T @ matrix @ prolongation
 
     steps = (i - i[:, None]), (j - j[:, None])
-    for entry, (row, column) in zip(found, OFFSETS, strict=True):
+    for entry, (row, column) in zip(coarse, OFFSETS, strict=True):
         coupled = (steps[0] == row) & (steps[1] == column)
         here = coupled.any(1)
         sign = 1 if (row, column) == (0, 0) else -1
@@ -204,10 +204,10 @@ def test_coarse_matrices_are_galerkin_products() -> None:
 
 
 def pair(launcher: HostLauncher, dtype: torch.dtype = torch.float32) -> list[PixelGrid]:
-    """The same grids twice, in PyTorch and on kernels, filled with the same random numbers; sizes odd and even, two coarse grids."""
+    """The same grids in PyTorch and on kernels, filled with the same random numbers; odd and even sizes, two coarse grids."""
     unknown = (~scattered(2, 37, 34, 0.3)).to(dtype)
-    found = [PixelGrid(unknown, 3), PixelGrid(unknown, 3, launcher)]
-    for grid in found:
+    grids = [PixelGrid(unknown, 3), PixelGrid(unknown, 3, launcher)]
+    for grid in grids:
         generator = torch.Generator().manual_seed(0)
         level: object = grid
         while isinstance(level, multigrid.Grid):
@@ -215,39 +215,39 @@ def pair(launcher: HostLauncher, dtype: torch.dtype = torch.float32) -> list[Pix
             for planes in (level.u, level.f):
                 planes.split(torch.rand(shape, generator=generator, dtype=dtype))
             level = level.coarser
-    return found
+    return grids
 
 
-def difference(expected: multigrid.Grid, found: multigrid.Grid) -> float:
-    """After each step of a cycle, on both: relaxation of every colour, restriction, correction."""
-    (images,), worst = found.parts, 0.0
+def difference(expected: multigrid.Grid, actual: multigrid.Grid) -> float:
+    """The largest error after each step of a cycle: relaxation of every colour, restriction, correction."""
+    (images,), worst = actual.parts, 0.0
     for colour in COLOURS:
         expected.relax(images, colour)
-        found.relax(images, colour)
-        worst = max(worst, oracle.error(found.u.data, expected.u.data))
-    worst = max(worst, oracle.error(found.restrict(images), expected.restrict(images)))
+        actual.relax(images, colour)
+        worst = max(worst, oracle.error(actual.u.data, expected.u.data))
+    worst = max(worst, oracle.error(actual.restrict(images), expected.restrict(images)))
     expected.correct(images)
-    found.correct(images)
-    return max(worst, oracle.error(found.u.data, expected.u.data))
+    actual.correct(images)
+    return max(worst, oracle.error(actual.u.data, expected.u.data))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("order", ORDERS)
-def test_kernels_do_what_pytorch_does(order: Order, dtype: torch.dtype) -> None:
-    expected, found = pair(HostLauncher(order), dtype)
+def test_kernels_agree_with_pytorch(order: Order, dtype: torch.dtype) -> None:
+    expected, actual = pair(HostLauncher(order), dtype)
     tolerance = 50 * torch.finfo(dtype).eps
-    assert difference(expected, found) < tolerance
-    assert difference(expected.coarser, found.coarser) < tolerance  # type: ignore[arg-type]
+    assert difference(expected, actual) < tolerance
+    assert difference(expected.coarser, actual.coarser) < tolerance  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("h", "w", "share", "order"), [(19, 15, 0.1, "shuffled"), (7, 12, 0.5, "reverse")])
-def test_kernels_impute(h: int, w: int, share: float, order: Order) -> None:
+def test_imputation_by_kernels(h: int, w: int, share: float, order: Order) -> None:
     kept, x = scattered(2, h, w, share), images(2, h, w)
     with running(HostLauncher(order)):
-        found = impute(x, kept)
-    expected = torch.stack([reference.imputed(*given) for given in zip(x, kept, strict=True)])
-    assert float((found - expected).abs().max()) < WITHIN
-    assert torch.equal(found.masked_select(kept[:, None]), x.masked_select(kept[:, None]))
+        imputed = impute(x, kept)
+    expected = torch.stack([reference.imputed(*pair) for pair in zip(x, kept, strict=True)])
+    assert float((imputed - expected).abs().max()) < WITHIN
+    assert torch.equal(imputed.masked_select(kept[:, None]), x.masked_select(kept[:, None]))
 
 
 @pytest.mark.parametrize(
@@ -259,10 +259,10 @@ def test_kernels_impute(h: int, w: int, share: float, order: Order) -> None:
         ("if (cell >= cells) return;", ""),
     ],
 )
-def test_a_broken_kernel_is_noticed(old: str, new: str) -> None:
-    expected, found = pair(broken("imputation", old, new))
+def test_a_broken_kernel_is_detected(old: str, new: str) -> None:
+    expected, actual = pair(broken("imputation", old, new))
     try:
-        worst = max(difference(expected, found), difference(expected.coarser, found.coarser))  # type: ignore[arg-type]
+        worst = max(difference(expected, actual), difference(expected.coarser, actual.coarser))  # type: ignore[arg-type]
     except KernelError:
         return
     assert worst > 1e-3

@@ -1,4 +1,4 @@
-"""The published numbers, and the one table of tolerances."""
+"""The published numbers, and the table of tolerances for all tests."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 TOLERANCE = {
-    # Both sides in float64: what is left is the order of sums, over at most 1e4 terms, divided by a residual of 0.1.
+    # Both sides in float64: the error comes from the order of sums over at most 1e4 terms, divided by a residual of 0.1.
     "float64": 1e-9,
-    # float32 features and Gram products (1e-7), divided by a residual that can be a hundredth of what it is taken from.
+    # float32 features and Gram products (1e-7), divided by a residual that can be a hundredth of the matrix before projection.
     "float32": 1e-3,
     # Features rounded to 11 and 8 bits; the geometry above them is float32.
     "float16": 2e-2,
@@ -30,7 +30,7 @@ def load(case: str, file: str = "unicam") -> dict[str, Any]:
 
 
 def error(result: Any, expected: Any) -> float:
-    """The largest absolute error over the largest expected value (over one where all are zero); NaN where either holds one."""
+    """The largest absolute error over the largest expected value (over one if all are zero); NaN if either side has a NaN."""
     result, expected = (
         value.double() if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value, dtype=np.float64))
         for value in (result, expected)
@@ -42,7 +42,7 @@ def error(result: Any, expected: Any) -> float:
 def features(
     seed: int = 0, n: int = 19, shape: tuple[int, ...] = (11, 5, 3), other: tuple[int, ...] = (7, 4, 3), classes: int = 4
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Odd-sized related features of two networks [n, C, H, W] in float64, and labels that they know something about."""
+    """Odd-sized related features of two networks [n, C, H, W] in float64, and labels to which both are related."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
     common = torch.randn(n, 6, generator=generator, dtype=torch.float64) + labels[:, None]
