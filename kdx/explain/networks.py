@@ -23,6 +23,7 @@ from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.features import arrays
 from kdx.features.target import Target
 from kdx.kernels import geometry
+from kdx.kernels.dispatch import BatchDistances, TorchBackend
 from kdx.maps.salient_images import Salience, ranking_maps
 from kdx.models.network import Network
 from kdx.runtimes.choice import Choice, choose, describe_file, is_file
@@ -144,7 +145,6 @@ class Runners:
                     weighting=self._settings.weighting,
                     permutations=permutations,
                     references=self._references.get(layer),
-                    labels=labels,
                     distances=shown.get(layer),
                 )
                 for layer in self._layers
@@ -153,21 +153,21 @@ class Runners:
 
     def _salient_distances(
         self, salience: Salience, images: Tensor, passed: Mapping[str, NetworkOutputs], seed: np.random.SeedSequence
-    ) -> dict[str, dict[str, Tensor]]:
+    ) -> dict[str, dict[str, BatchDistances]]:
         """At each layer, each role's distances [n, n] between its features of its salient images."""
         images = images.to(self.choice.device)
         ranked = {}
         for role, runner in self._gradients.items():
             logits = passed[role].logits
             ranked[role] = ranking_maps(runner, runner.layers, images, logits.argmax(1), logits.shape[1], self._settings.chunk)
-        found: dict[str, dict[str, Tensor]] = {layer: {} for layer in self._layers}
+        found: dict[str, dict[str, BatchDistances]] = {layer: {} for layer in self._layers}
         for layer in self._layers:
             # Seeds of their own: noise that two networks' images had in common would read as likeness.
             for role, own in zip(ranked, seed.spawn(len(ranked)), strict=True):
                 name = self._layer_of(role, layer)
                 shown = salience.images(images, ranked[role][name], int(own.generate_state(1)[0]))
                 rows = self._passed(role, shown).features[name].flatten(1)
-                found[layer][role] = arrays.measured(geometry.distances(rows), rows, f"{role}'s salient features")
+                found[layer][role] = arrays.checked_distances({f"{role}'s salient features": rows}, TorchBackend())[0]
         return found
 
     def _infer(self, images: Tensor) -> dict[str, NetworkOutputs]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kdx.features import arrays
-from kdx.features.arrays import Array
+from kdx.features.arrays import ArrayT
 from kdx.kernels import geometry
 
 
-def scaled(maps: Array, size: tuple[int, int] | None = None) -> Any:
+def scaled(maps: ArrayT, size: tuple[int, int] | None = None) -> ArrayT:
     """Maps [n, H, W] min-max scaled to [0, 1] image by image, then resized (bilinear) to ``size`` (H, W) where given."""
     found = geometry.scaled(arrays.tensor(maps, "maps"))
     if size is not None:
