@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from kdx.data.dataset import Dataset, Indices
 from kdx.errors import KdxError
-
-_SMALLEST_BATCH = 4  # U-centred geometry needs four images
+from kdx.features.arrays import MIN_IMAGES, batches_of, check_batch_size
 
 
 def split(dataset: Dataset, seed: int) -> dict[str, Indices]:
@@ -48,15 +47,12 @@ def random_batches(labels: NDArray[np.integer], size: int, seed: int) -> list[In
     more than max(size, 7). KdxError for fewer than four images, for one class, for a size under four, and where no swap helps.
     """
     labels = np.asarray(labels)
-    if size < _SMALLEST_BATCH:
-        raise KdxError(f"A batch of {size} is too small for pairwise geometry.", "Give a batch of 4 or more; scores are steady from 32 up.")
-    if len(labels) < _SMALLEST_BATCH:
+    check_batch_size(size)
+    if len(labels) < MIN_IMAGES:
         raise KdxError(f"{len(labels)} images are too few for pairwise geometry.", "Give 4 images or more; scores are steady from 32 up.")
     if len(np.unique(labels)) < 2:
         raise KdxError("All the images are of one class, and relevance compares classes.", "Give images of two classes or more.")
-    count = max(1, min(-(-len(labels) // size), len(labels) // _SMALLEST_BATCH))
-    shuffled = np.random.default_rng(seed).permutation(len(labels)).astype(np.int64)
-    batches = [shuffled[start::count] for start in range(count)]
+    batches = batches_of(np.random.default_rng(seed).permutation(len(labels)).astype(np.int64), size)
     for batch in batches:
         if not _repair(batch, batches, labels):
             raise KdxError(
