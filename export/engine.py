@@ -22,6 +22,7 @@ from kdx.disk import cache_folder, replace_file, staging, write_through
 from kdx.errors import KdxError, first_line
 from kdx.export import description
 from kdx.export.description import Description, Shape, shapes, tuples
+from kdx.features.arrays import MIN_IMAGES
 
 log = logging.getLogger("kdx")
 
@@ -31,7 +32,7 @@ BatchRange = tuple[int, int, int]
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 """What TensorRT-RTX builds for, with or without such a GPU in the machine. On sm_75 it multiplies matrices in float16 only."""
 _INSTALL: dict[PackageName, str] = {"tensorrt": "pip install 'kdx[gpu]'", "tensorrt_rtx": "pip install tensorrt-rtx-cu13"}
-LEAST_EXPLAINED = 4
+LEAST_EXPLAINED = MIN_IMAGES
 """Images that the geometry of an explainer file needs."""
 
 _building = threading.Lock()

@@ -1,9 +1,10 @@
-"""The geometry by PyTorch or by the CUDA kernels, chosen once a call: the same functions, the same results within their rounding."""
+"""The geometry in PyTorch or in the CUDA kernels. Both backends have the same functions, whose results agree within rounding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import get_args
 
 import torch
@@ -15,35 +16,55 @@ from kdx.kernels import cuda, fused, geometry
 from kdx.kernels.cuda import Backend
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Distances of every pair of images [n, n]; in reference mode those ``inside`` a reference set [m, m] and, as ``border`` [q, m], of
-    each query from the set. All float64."""
+@dataclass(frozen=True, eq=False)
+class BatchDistances:
+    """Distances between the images of a batch, and the same U-centred: both [..., n, n], float64."""
+
+    raw: Tensor
+    centred: Tensor
+
+    def __getitem__(self, index: int) -> BatchDistances:
+        """One matrix of a stack."""
+        return BatchDistances(self.raw[index], self.centred[index])
+
+    def select(self, indices: Sequence[int]) -> BatchDistances:
+        """These matrices of a stack, as a stack."""
+        return BatchDistances(torch.stack([self.raw[i] for i in indices]), torch.stack([self.centred[i] for i in indices]))
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceDistances:
+    """Distances in reference mode, float64: ``inside`` the reference set [m, m], and as ``border`` [q, m] from each query to the set."""
 
     inside: Tensor
-    border: Tensor | None = None
+    border: Tensor
 
-    def matrices(self) -> Tensor:
-        """[n, n], or [q, m+1, m+1] with each query behind the references."""
-        return self.inside if self.border is None else geometry.bordered(self.inside, self.border)
+    @cached_property
+    def raw(self) -> Tensor:
+        """[q, m+1, m+1]: one matrix per query, which is the last row and column behind the references."""
+        return geometry.bordered(self.inside, self.border)
+
+    @cached_property
+    def centred(self) -> Tensor:
+        return geometry.u_centered(self.raw)
 
 
-@dataclass(frozen=True)
-class Explained:
-    """What UniCAM says of a stack of s explained networks.
+@dataclass(frozen=True, eq=False)
+class UnicamWeights:
+    """UniCAM's channel weights of s explained networks, each given another network.
 
-    weights: s of [n, C], each network's own channels; score L and left = ||R||/||D||: [s], or [s, q] in reference mode; lap: as in
-    `geometry.laplacian`, where it was asked for.
+    weights: s tensors [n, C], where C is each network's number of channels. score: the objective L, and residual_share: ||R||/||D||;
+    both [s], or [s, q] in reference mode. laplacians: `geometry.laplacian` [s, n, n] or [s, q, m+1, m+1], None if not requested.
     """
 
     weights: list[Tensor]
     score: Tensor
-    left: Tensor
-    lap: Tensor | None
+    residual_share: Tensor
+    laplacians: Tensor | None
 
 
 class TorchBackend:
-    """By PyTorch, on any device."""
+    """PyTorch, on any device."""
 
     def distances(self, x: Tensor) -> Tensor:
         """`geometry.distances`, in float64."""
@@ -57,29 +78,48 @@ class TorchBackend:
         """Inner products [b, k, k] of the U-centred matrices of raw distances [b, k, n, n]."""
         return geometry.products(geometry.u_centered(d))
 
-    def explained(
+    def channel_weights(
         self,
-        d: Sequence[Pairs],
-        given: Sequence[Pairs],
-        target: Pairs,
+        explained: BatchDistances,
+        given: BatchDistances,
+        target: BatchDistances,
         means: Sequence[Tensor],
-        references: Sequence[Tensor] | None,
         objective: geometry.Objective,
         *,
-        lap: bool,
-    ) -> Explained:
-        """Channel weights of s explained networks, one given network each, under one target.
+        laplacians: bool,
+    ) -> UnicamWeights:
+        """Channel weights of s explained networks among the images of a batch.
 
-        means: spatial means [n, C] of each explained network's features; references: the same of the reference set [m, C].
+        explained, given: stacks [s, n, n]. target: [n, n]. means: the spatial means [n, C] of each explained network's features.
+        laplacians: whether the result contains them.
         """
-        a, b = (torch.stack([pairs.matrices() for pairs in side]) for side in (d, given))
-        u = geometry.u_centered
-        found = geometry.laplacian(a, u(a), u(b), u(target.matrices()), objective)
-        if references is None:
-            weights = [geometry.gradient(*pair) for pair in zip(found.lap, means, strict=True)]
-        else:
-            weights = [geometry.query_gradient(*three) for three in zip(found.lap, means, references, strict=True)]
-        return Explained(weights, found.score, found.left, found.lap if lap else None)
+        solution = geometry.laplacian(explained.raw, explained.centred, given.centred, target.centred, objective)
+        weights = [geometry.gradient(lap, rows) for lap, rows in zip(solution.lap, means, strict=True)]
+        return UnicamWeights(weights, solution.score, solution.left, solution.lap if laplacians else None)
+
+    def query_channel_weights(
+        self,
+        explained: Sequence[ReferenceDistances],
+        given: Sequence[ReferenceDistances],
+        target: ReferenceDistances,
+        means: Sequence[Tensor],
+        reference_means: Sequence[Tensor],
+        objective: geometry.Objective,
+        *,
+        laplacians: bool,
+    ) -> UnicamWeights:
+        """Channel weights of s explained networks in reference mode.
+
+        means, reference_means: the spatial means of each explained network's features, of the queries [q, C] and of the reference
+        images [m, C]. The rest is as in `channel_weights`.
+        """
+        raw, centred = torch.stack([d.raw for d in explained]), torch.stack([d.centred for d in explained])
+        solution = geometry.laplacian(raw, centred, torch.stack([d.centred for d in given]), target.centred, objective)
+        weights = [
+            geometry.query_gradient(lap, queries, references)
+            for lap, queries, references in zip(solution.lap, means, reference_means, strict=True)
+        ]
+        return UnicamWeights(weights, solution.score, solution.left, solution.lap if laplacians else None)
 
     def cam(self, features: Tensor, weights: Tensor) -> Tensor:
         """`geometry.cam`."""
@@ -87,7 +127,7 @@ class TorchBackend:
 
 
 class CudaBackend(TorchBackend):
-    """By the CUDA kernels; what they have no part in stays PyTorch's: float64, objectives of a user's own, Lap in reference mode."""
+    """The CUDA kernels. PyTorch computes what no kernel covers: float64, a user's own objective, and Laplacians in reference mode."""
 
     def distances(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float64:
@@ -103,40 +143,56 @@ class CudaBackend(TorchBackend):
     def products(self, d: Tensor) -> Tensor:
         return fused.products(d).inner
 
-    def explained(
+    def channel_weights(
         self,
-        d: Sequence[Pairs],
-        given: Sequence[Pairs],
-        target: Pairs,
+        explained: BatchDistances,
+        given: BatchDistances,
+        target: BatchDistances,
         means: Sequence[Tensor],
-        references: Sequence[Tensor] | None,
         objective: geometry.Objective,
         *,
-        lap: bool,
-    ) -> Explained:
-        names: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
-        name = next((name for name in names if geometry.OBJECTIVES[name] is objective), None)
-        if name is None or (lap and references is not None):
-            return super().explained(d, given, target, means, references, objective, lap=lap)
-        if references is None:
-            return _stacked(d, given, target, means, name, lap)
-        each = [
+        laplacians: bool,
+    ) -> UnicamWeights:
+        name = _kernel_objective(objective)
+        if name is None:
+            return super().channel_weights(explained, given, target, means, objective, laplacians=laplacians)
+        return _stacked_weights(explained.raw.float(), given.raw.float(), target.raw.float(), means, name, laplacians)
+
+    def query_channel_weights(
+        self,
+        explained: Sequence[ReferenceDistances],
+        given: Sequence[ReferenceDistances],
+        target: ReferenceDistances,
+        means: Sequence[Tensor],
+        reference_means: Sequence[Tensor],
+        objective: geometry.Objective,
+        *,
+        laplacians: bool,
+    ) -> UnicamWeights:
+        name = _kernel_objective(objective)
+        if name is None or laplacians:
+            return super().query_channel_weights(explained, given, target, means, reference_means, objective, laplacians=laplacians)
+        results = [
             fused.query_weights(
-                _float32(x.inside, y.inside, target.inside), _float32(x.border, y.border, target.border), queries, behind, name
+                (x.inside.float(), y.inside.float(), target.inside.float()),
+                (x.border.float(), y.border.float(), target.border.float()),
+                queries,
+                references,
+                name,
             )
-            for x, y, queries, behind in zip(d, given, means, references, strict=True)
+            for x, y, queries, references in zip(explained, given, means, reference_means, strict=True)
         ]
-        score, left = (torch.stack(values) for values in zip(*((found.score, found.left) for found in each), strict=True))
-        return Explained([found.channel_weights for found in each], score, left, None)
+        score, share = (torch.stack(values) for values in zip(*((result.score, result.left) for result in results), strict=True))
+        return UnicamWeights([result.channel_weights for result in results], score, share, None)
 
     def cam(self, features: Tensor, weights: Tensor) -> Tensor:
         return super().cam(features, weights) if features.dtype == torch.float64 else fused.cam(features, weights)
 
 
 def chosen(x: Tensor, backend: Backend = "auto") -> TorchBackend:
-    """What computes a call on ``x``: the kernels on a CUDA tensor that they can run on, else PyTorch.
+    """The backend for a call on features ``x``: the kernels for a CUDA tensor that they can run on, else PyTorch.
 
-    ``torch`` and ``cuda`` choose by name; KdxError where the kernels cannot run, as on float64.
+    ``torch`` and ``cuda`` choose by name. Raises KdxError for ``cuda`` where the kernels cannot run, and for ``cuda`` on float64.
     """
     if x.dtype == torch.float64:
         if backend == "cuda":
@@ -145,25 +201,26 @@ def chosen(x: Tensor, backend: Backend = "auto") -> TorchBackend:
     return CudaBackend() if cuda.runs(x, backend) else TorchBackend()
 
 
-def _stacked(
-    d: Sequence[Pairs], given: Sequence[Pairs], target: Pairs, means: Sequence[Tensor], objective: ObjectiveName, lap: bool
-) -> Explained:
-    """One launch for all the networks that have the same number of channels."""
-    weights: list[Tensor] = [means[0]] * len(d)
-    score, left = (means[0].new_empty(len(d)) for _ in range(2))
-    laps = [means[0]] * len(d)
+def _kernel_objective(objective: geometry.Objective) -> ObjectiveName | None:
+    """The name of an objective that the kernels compute."""
+    names: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
+    return next((name for name in names if geometry.OBJECTIVES[name] is objective), None)
+
+
+def _stacked_weights(
+    explained: Tensor, given: Tensor, target: Tensor, means: Sequence[Tensor], objective: ObjectiveName, laplacians: bool
+) -> UnicamWeights:
+    """`TorchBackend.channel_weights` of float32 distances, by one launch for all networks with the same number of channels."""
+    weights: list[Tensor] = [means[0]] * len(means)
+    score, share = (means[0].new_empty(len(means)) for _ in range(2))
+    laps = [means[0]] * len(means)
     for channels in {rows.shape[1] for rows in means}:
-        which = [i for i, rows in enumerate(means) if rows.shape[1] == channels]
-        x, y, g = (torch.stack([side[i].inside for i in which]).float() for side in (d, given, [target] * len(d)))
-        found = fused.weights(x, y, g, torch.stack([means[i] for i in which]), objective, lap=lap)
-        score[which], left[which] = found.score, found.left
-        for place, i in enumerate(which):
-            weights[i] = found.channel_weights[place]
-            if found.lap is not None:
-                laps[i] = found.lap[place]
-    return Explained(weights, score, left, torch.stack(laps) if lap else None)
-
-
-def _float32(a: Tensor | None, b: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    assert a is not None and b is not None and c is not None
-    return a.float(), b.float(), c.float()
+        networks = [i for i, rows in enumerate(means) if rows.shape[1] == channels]
+        d, e, g, rows = (torch.stack([side[i] for i in networks]) for side in (explained, given, [target] * len(means), means))
+        result = fused.weights(d, e, g, rows, objective, lap=laplacians)
+        score[networks], share[networks] = result.score, result.left
+        for place, i in enumerate(networks):
+            weights[i] = result.channel_weights[place]
+            if result.lap is not None:
+                laps[i] = result.lap[place]
+    return UnicamWeights(weights, score, share, torch.stack(laps) if laplacians else None)

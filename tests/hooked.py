@@ -92,18 +92,18 @@ def hooked(network: nn.Module, images: Tensor, *layers: str) -> tuple[Tensor, ..
     return logits, *(kept[layer] for layer in layers)
 
 
-def weighed(feature: Tensor, gradient: Tensor, weighting: str) -> tuple[Tensor, Tensor]:
+def cam_of_gradient(feature: Tensor, gradient: Tensor, weighting: str) -> tuple[Tensor, Tensor]:
     weights = gradient.mean((2, 3))
     terms = weights[:, :, None, None] * feature if weighting == "gap" else gradient * feature
     return weights.detach(), terms.sum(1).clamp_min(0).detach()
 
 
-def by_hand(network: nn.Module, images: Tensor, layer: str, classes: Tensor | None, weighting: str) -> ClassMaps:
+def by_hand(network: nn.Module, images: Tensor, layer: str, classes: Tensor | None, weighting: str) -> ClassMaps[Tensor]:
     """As published: hooks and one backward pass of the chosen logits' sum."""
     logits, feature = hooked(network, images, layer)
     classes = logits.argmax(1) if classes is None else classes
     (gradient,) = torch.autograd.grad(logits[torch.arange(len(images)), classes].sum(), feature)
-    weights, maps = weighed(feature, gradient, weighting)
+    weights, maps = cam_of_gradient(feature, gradient, weighting)
     return ClassMaps(maps, weights, classes, logits.detach())
 
 

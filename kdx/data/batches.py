@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from kdx.data.dataset import Indices
 from kdx.errors import KdxError
-
-_SMALLEST_BATCH = 4  # U-centred geometry needs four images
+from kdx.features.arrays import MIN_IMAGES, batches_of, check_batch_size
 
 
 def random_batches(labels: NDArray[np.integer], size: int, seed: int) -> list[Indices]:
@@ -26,15 +25,12 @@ def random_batches(labels: NDArray[np.integer], size: int, seed: int) -> list[In
     Raises KdxError for fewer than four images, for a single class, for a size below four, and if no swap helps.
     """
     labels = np.asarray(labels)
-    if size < _SMALLEST_BATCH:
-        raise KdxError(f"A batch of {size} is too small for pairwise geometry.", "Give a batch of 4 or more; scores are steady from 32.")
-    if len(labels) < _SMALLEST_BATCH:
+    check_batch_size(size)
+    if len(labels) < MIN_IMAGES:
         raise KdxError(f"{len(labels)} images are too few for pairwise geometry.", "Give 4 images or more; scores are steady from 32.")
     if len(np.unique(labels)) < 2:
         raise KdxError("All images have the same class, and relevance compares classes.", "Give images of two classes or more.")
-    count = max(1, min(-(-len(labels) // size), len(labels) // _SMALLEST_BATCH))
-    shuffled = np.random.default_rng(seed).permutation(len(labels)).astype(np.int64)
-    batches = [shuffled[start::count] for start in range(count)]
+    batches = batches_of(np.random.default_rng(seed).permutation(len(labels)).astype(np.int64), size)
     for batch in batches:
         if not _swap_until_valid(batch, batches, labels):
             raise KdxError(

@@ -24,7 +24,7 @@ from kdx.maps.unicam import Maps
 from kdx.roles import roles_among
 from kdx.runtimes.choice import Choice
 from kdx.scores.pool import pooled_scores
-from kdx.scores.score import Score
+from kdx.scores.score import Contrast, Score
 from kdx.scores.uncertainty import permutation_table
 
 
@@ -38,12 +38,12 @@ class LayerResult:
     scores: by name (`kdx.roles.SCORES`). contrasts: the differences of two scores by name, each with its confidence interval.
     """
 
-    distilled: Maps
-    residual: Maps
-    missed: Maps | None
-    new: Maps | None
+    distilled: Maps[Any]
+    residual: Maps[Any]
+    missed: Maps[Any] | None
+    new: Maps[Any] | None
     scores: dict[str, Score]
-    contrasts: dict[str, tuple[float, tuple[float, float]]]
+    contrasts: dict[str, Contrast]
 
     @property
     def fss(self) -> Score:

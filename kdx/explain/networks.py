@@ -23,6 +23,7 @@ from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.features import arrays
 from kdx.features.target import Target
 from kdx.kernels import geometry
+from kdx.kernels.dispatch import BatchDistances, TorchBackend
 from kdx.maps.salient_images import Salience, ranking_maps
 from kdx.models.network import Network
 from kdx.runtimes.choice import Choice, choose, describe_file, is_file
@@ -142,7 +143,6 @@ class NetworkRunners:
                     weighting=self._settings.weighting,
                     permutations=permutations,
                     references=self._references.get(layer),
-                    labels=labels,
                     distances=distances.get(layer),
                 )
                 for layer in self.layers
@@ -151,21 +151,21 @@ class NetworkRunners:
 
     def _salient_distances(
         self, salience: Salience, images: Tensor, outputs: Mapping[str, NetworkOutputs], seed: np.random.SeedSequence
-    ) -> dict[str, dict[str, Tensor]]:
+    ) -> dict[str, dict[str, BatchDistances]]:
         """Per layer and role: the distances [n, n] between the role's features of its own salient images."""
         images = images.to(self.choice.device)
         rankings = {}
         for role, runner in self._gradients.items():
             logits = outputs[role].logits
             rankings[role] = ranking_maps(runner, runner.layers, images, logits.argmax(1), logits.shape[1], self._settings.chunk)
-        distances: dict[str, dict[str, Tensor]] = {layer: {} for layer in self.layers}
+        distances: dict[str, dict[str, BatchDistances]] = {layer: {} for layer in self.layers}
         for layer in self.layers:
             # Each network has its own seed: noise that two networks' images share would raise their similarity.
             for role, noise_seed in zip(rankings, seed.spawn(len(rankings)), strict=True):
                 name = self._layer_of(role, layer)
                 salient = salience.images(images, rankings[role][name], int(noise_seed.generate_state(1)[0]))
                 rows = self._run(role, salient).features[name].flatten(1)
-                distances[layer][role] = arrays.measured(geometry.distances(rows), rows, f"{role}'s salient features")
+                distances[layer][role] = arrays.checked_distances({f"{role}'s salient features": rows}, TorchBackend())[0]
         return distances
 
     def _infer(self, images: Tensor) -> dict[str, NetworkOutputs]:

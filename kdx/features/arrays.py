@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,8 +12,15 @@ from torch import Tensor
 
 from kdx.errors import KdxError
 from kdx.kernels import geometry
+from kdx.kernels.dispatch import BatchDistances, TorchBackend
+from kdx.roles import TARGET
 
 Array = NDArray[Any] | Tensor
+
+ArrayT = TypeVar("ArrayT", NDArray[Any], Tensor, NDArray[Any] | Tensor)
+"""NumPy in, NumPy out; Tensor in, Tensor out. An argument whose kind is not known gives a result whose kind is not known."""
+
+_Order = TypeVar("_Order", NDArray[np.int64], Tensor)
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -38,8 +45,8 @@ def tensor(array: Array, name: str) -> Tensor:
     raise TypeError(f"{name} must be a NumPy array or a PyTorch tensor, not {type(array).__name__}")
 
 
-def like(result: Tensor, kind: Array) -> Any:
-    """``result`` as NumPy where ``kind`` is NumPy, else as it is."""
+def like(result: Tensor, kind: ArrayT) -> ArrayT:
+    """``result`` as a NumPy array if ``kind`` is one, else unchanged."""
     return result if isinstance(kind, Tensor) else result.numpy(force=True)
 
 
@@ -65,6 +72,22 @@ def check_images(n: int) -> None:
         raise KdxError(
             f"Distance geometry needs at least {MIN_IMAGES} images; here are {n}.", "Give more images; scores settle from about 32."
         )
+
+
+def check_batch_size(size: int) -> None:
+    if size < MIN_IMAGES:
+        raise KdxError(
+            f"A batch of {size} is too small for pairwise geometry.", f"Give a batch of {MIN_IMAGES} or more; scores are steady from 32 up."
+        )
+
+
+def batches_of(order: _Order, size: int) -> list[_Order]:
+    """The images ``order`` [n] in ceil(n / size) batches whose sizes differ by at most one.
+
+    There are fewer batches if they would have under four images. No batch has more than max(size, 7) images.
+    """
+    count = max(1, min(-(-len(order) // size), len(order) // MIN_IMAGES))
+    return [order[start::count] for start in range(count)]
 
 
 def check_same(n: int, other: int, name: str, other_name: str) -> None:
@@ -97,44 +120,43 @@ def rounding_of(dtype: torch.dtype, d: int) -> float:
 
 
 def check_finite(x: Tensor, name: str) -> None:
-    """KdxError naming the rows of x [n, ...] that hold NaN or infinity."""
-    refuse_rows(torch.nonzero(~x.isfinite().flatten(1).all(1)).flatten(), name)
+    """KdxError that names the rows of x [n, ...] that contain NaN or infinity."""
+    bad = ~x.isfinite().flatten(1).all(1)
+    if bool(bad.any()):
+        raise not_finite(bad, name)
 
 
-def refuse_rows(rows: Tensor, name: str) -> None:
-    """KdxError where there are ``rows`` [k] that are not finite."""
-    if len(rows):
-        named = f"{', '.join(map(str, rows[:5].tolist()))}{' ...' if len(rows) > 5 else ''}"
-        raise KdxError(
-            f"The {name} {'is' if name == 'target' else 'are'} not finite in rows {named}.",
-            "Remove or repair those rows: NaN and infinity have no distances.",
-        )
+def not_finite(bad: Tensor, name: str) -> KdxError:
+    """The error for rows [n] that are not finite where ``bad`` is true."""
+    return KdxError(
+        f"The {name} {'is' if name == TARGET else 'are'} not finite {rows_text(bad)}.",
+        "Remove or repair those rows: NaN and infinity have no distances.",
+    )
+
+
+def rows_text(bad: Tensor, first: int = 0) -> str:
+    """For the end of a message: the rows where ``bad`` [n] is true, at most five, counted from ``first``."""
+    rows = (first + bad.nonzero().flatten()).tolist()
+    return f"in rows {', '.join(map(str, rows[:5]))}{' ...' if len(rows) > 5 else ''}"
 
 
 def check_distances(d: Tensor, x: Tensor, name: str) -> None:
-    """KdxError where distances d from rows x are not finite: looked for in d, which is small, and in x only to name the rows."""
+    """KdxError if distances d from rows x are not finite. Only d, which is small, is searched; x is read to name the rows."""
     if not bool(d.isfinite().all()):
         check_finite(x, name)
         raise too_large(name)
 
 
 def too_large(name: str) -> KdxError:
-    return KdxError(f"The {name} are too large for their precision.", "Scale them down, or give them as float64.")
-
-
-def measured(d: Tensor, x: Tensor, name: str) -> Tensor:
-    """Distances d [n, n] of rows x, checked: finite, and not all equal (an undefined correlation)."""
-    check_distances(d, x, name)
-    centred = geometry.u_centered(d)
-    check_varied(float(geometry.dot(centred, centred)), float(geometry.dot(d, d)), rounding(x), name)
-    return d
+    verb, owner = ("is", "its") if name == TARGET else ("are", "their")
+    return KdxError(f"The {name} {verb} too large for {owner} precision.", "Scale them down, or give them as float64.")
 
 
 def check_varied(centred: float, raw: float, rounding: float, name: str) -> None:
-    """KdxError where all images are equally far apart: sum A_ij^2 of the centred distances is rounding of sum D_ij^2."""
+    """KdxError if all images are equally far apart: sum A_ij^2 of the centred distances is only rounding beside sum D_ij^2."""
     if centred > rounding**2 * raw:
         return
-    if name == "target":
+    if name == TARGET:
         raise KdxError(
             "The target sets all images equally far apart: they are of one class, or each of its own.",
             "Give images of at least two classes, several of a class.",
@@ -145,12 +167,20 @@ def check_varied(centred: float, raw: float, rounding: float, name: str) -> None
     )
 
 
-def checked_centred(d: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-    """U-centred distances d [k, n, n] between the rows [n, ...] of each name, after the checks of `arrays.measured`."""
-    for each, (name, x) in zip(d, rows.items(), strict=True):
-        check_distances(each, x, name)
+def checked_distances(rows: Mapping[str, Tensor], backend: TorchBackend) -> BatchDistances:
+    """Distances [k, n, n] between the rows [n, ...] of each name, with the checks of `centred_distances`."""
+    return centred_distances(torch.stack([backend.distances(x) for x in rows.values()]), rows)
+
+
+def centred_distances(d: Tensor, rows: Mapping[str, Tensor]) -> BatchDistances:
+    """Distances d [k, n, n] between the rows [n, ...] of each name, with the U-centred ones.
+
+    Raises KdxError, which contains the name, if distances are not finite, or are all equal: no correlation with them is defined.
+    """
+    for matrix, (name, x) in zip(d, rows.items(), strict=True):
+        check_distances(matrix, x, name)
     centred = geometry.u_centered(d)
-    sizes = zip(geometry.dot(centred, centred).tolist(), geometry.dot(d, d).tolist(), strict=True)
-    for (left, whole), (name, x) in zip(sizes, rows.items(), strict=True):
-        check_varied(left, whole, rounding(x), name)
-    return centred
+    sums = zip(geometry.dot(centred, centred).tolist(), geometry.dot(d, d).tolist(), strict=True)
+    for (remaining, whole), (name, x) in zip(sums, rows.items(), strict=True):
+        check_varied(remaining, whole, rounding(x), name)
+    return BatchDistances(d, centred)

@@ -103,9 +103,11 @@ class _OnDisk:
 
 
 def feature_distances(rows: Rows, name: str) -> tiles.FeatureDistances:
-    found = tiles.FeatureDistances.of(rows)
-    suspect = torch.nonzero(~found.norms.isfinite()).flatten()
-    if len(suspect):
-        arrays.refuse_rows(suspect[[not bool(rows.read(row[None]).isfinite().all()) for row in suspect]], name)
-        raise arrays.too_large(name)
-    return found
+    """``rows`` as a matrix whose tiles are computed on demand. Raises KdxError for rows that are not finite, and for too large ones."""
+    matrix = tiles.FeatureDistances.of(rows)
+    bad = ~matrix.norms.isfinite()
+    if bool(bad.any()):
+        for row in torch.nonzero(bad).flatten():  # a norm may overflow although its row is finite
+            bad[row] = not bool(rows.read(row[None]).isfinite().all())
+        raise arrays.not_finite(bad, name) if bool(bad.any()) else arrays.too_large(name)
+    return matrix

@@ -1,8 +1,9 @@
-"""The target that relevance is measured against: labels or an embedding."""
+"""The target that relevance is measured against: class labels or an embedding."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,65 +12,107 @@ from torch import Tensor
 
 from kdx.errors import KdxError
 from kdx.features import arrays
-from kdx.features.arrays import Array, check_same, checked_centred, tensor
 from kdx.features.rows import feature_distances, rows_of
 from kdx.kernels import geometry, tiles
+from kdx.kernels.dispatch import BatchDistances, ReferenceDistances, TorchBackend
 from kdx.roles import TARGET
 
+_MAX_CLASSES = 1024
+"""An embedding with at most this many distinct rows is treated as classes: a table stores the distances between them."""
 
-@dataclass(frozen=True)
+_SAMPLED_ROWS = 4096
+"""The distinct rows among this many decide whether it is worth looking for the distinct ones among all."""
+
+
+@dataclass(frozen=True, eq=False)
+class Classes:
+    """The distinct rows of a target.
+
+    codes [n]: which of them each image has, in lexicographic order of the rows. count: how many they are. rows [count, e]: the rows
+    themselves, or None for labels, whose one-hot rows are all at the distance sqrt(2).
+    """
+
+    codes: Tensor
+    count: int
+    rows: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
 class Target:
-    """The target of a batch: its rows [n, e], their distances and U-centred matrix [n, n]."""
+    """The target of n images, with its geometry, which is computed when it is first used.
 
-    rows: Tensor
-    distances: Tensor
-    centred: Tensor
+    values: integer labels [n] or an embedding [n, e]. backend: computes the distances.
+    """
+
+    values: Tensor
+    backend: TorchBackend
 
     @classmethod
-    def of(cls, labels: Tensor) -> Target:
-        arrays.check_images(len(labels))
-        rows = target_embedding(labels, len(labels))
-        d = geometry.distances(rows)
-        return cls(rows, d, checked_centred(d[None], {"target": rows})[0])
+    def of(cls, target: Any, n: int | None = None, *, device: torch.device | None = None, backend: TorchBackend = TorchBackend()) -> Target:
+        """The target of n images, by default of as many as it has rows; ``target`` may be a Zarr array.
 
+        Raises KdxError for fewer than four images, another number of rows than n, and anything but integer labels [n] or an embedding
+        [n, e] of numbers; TypeError for anything but an array.
+        """
+        values = arrays.tensor(np.asarray(target[...]) if hasattr(target, "oindex") else target, TARGET).to(device)
+        rows = values.shape[0] if values.ndim else 0
+        n = rows if n is None else n
+        arrays.check_same(rows, n, "the target", "features")
+        embedding = values.ndim == 2 and values.shape[1] > 0
+        if not embedding and (values.ndim != 1 or values.is_floating_point()):
+            raise KdxError(
+                f"The target has shape {list(values.shape)} and type {values.dtype}.",
+                "Give integer labels [n] or an embedding [n, e]; one number per image is an embedding [n, 1].",
+            )
+        arrays.check_images(n)
+        return cls(values, backend)
 
-_CLASSES = 1024
-"""Up to so many distinct rows of an embedding, their distances are a table; `_LOOKED_AT` rows tell whether that is worth trying."""
+    @cached_property
+    def rows(self) -> Tensor:
+        """The embedding [n, e], floating-point; labels become one-hot rows."""
+        if self.values.ndim == 2:
+            return self.values if self.values.is_floating_point() else self.values.double()
+        classes: Tensor = self.values.unique()
+        return (self.values[:, None] == classes).double()
 
-_LOOKED_AT = 4096
+    @cached_property
+    def distances(self) -> BatchDistances:
+        """Distances between the rows [n, n]. Raises KdxError if they are not finite, or all equal (one class, or one image per class)."""
+        return arrays.checked_distances({TARGET: self.rows}, self.backend)[0]
 
+    @cached_property
+    def classes(self) -> Classes | None:
+        """The distinct rows; None for an embedding with too many."""
+        if self.values.ndim == 1:
+            labels, codes = self.values.unique(return_inverse=True)
+            return Classes(len(labels) - 1 - codes, len(labels), None)  # the one-hot row of the largest label is the smallest row
+        if len(self.rows[:_SAMPLED_ROWS].unique(dim=0)) > _MAX_CLASSES:
+            return None
+        distinct, codes = self.rows.unique(dim=0, return_inverse=True)
+        return Classes(codes, len(distinct), distinct) if len(distinct) <= _MAX_CLASSES else None
 
-def target_array(target: Any) -> Array:
-    """A target in memory; one in a Zarr array is small enough to read."""
-    return arrays.tensor(np.asarray(target[...]) if hasattr(target, "oindex") else target, TARGET)
+    def matrix(self) -> tiles.Matrix:
+        """The target as a matrix whose tiles are computed on demand. Raises KdxError for rows that are not finite."""
+        if self.values.ndim == 2:
+            arrays.check_finite(self.rows, TARGET)
+        if self.classes is None:
+            return feature_distances(rows_of(self.rows, TARGET), TARGET)
+        distinct = self.classes.rows
+        return tiles.ClassDistances(self.classes.codes, None if distinct is None else geometry.distances(distinct))
 
+    def reference_distances(self, queries: Tensor) -> ReferenceDistances:
+        """In reference mode, where this is the target of the reference set: its distances [m, m], and from each query's target [q, m].
 
-def target_matrix(target: Array, n: int, device: torch.device) -> tiles.Matrix:
-    """Labels, and an embedding of few distinct rows, as classes; any other embedding as rows."""
-    known = arrays.tensor(target, TARGET).to(device)
-    arrays.check_same(known.shape[0] if known.ndim else 0, n, "the target", "features")
-    if known.ndim == 1 and not known.is_floating_point():
-        _, codes = known.unique(return_inverse=True)
-        return tiles.ClassDistances(codes)
-    rows = target_embedding(known, n)
-    arrays.check_finite(rows, TARGET)
-    if len(rows[:_LOOKED_AT].unique(dim=0)) <= _CLASSES:
-        distinct, codes = rows.unique(dim=0, return_inverse=True)
-        if len(distinct) <= _CLASSES:
-            return tiles.ClassDistances(codes, geometry.distances(distinct))
-    return feature_distances(rows_of(rows, TARGET), TARGET)
-
-
-def target_embedding(array: Array, n: int) -> Tensor:
-    """Integer labels [n] or an embedding [n, e] as an embedding, labels as one-hot rows."""
-    target = tensor(array, "target")
-    check_same(target.shape[0] if target.ndim else 0, n, "the target", "features")
-    if target.ndim == 2 and target.shape[1]:
-        return target if target.is_floating_point() else target.double()
-    if target.ndim != 1 or target.is_floating_point():
-        raise KdxError(
-            f"The target has shape {list(target.shape)} and type {target.dtype}.",
-            "Give integer labels [n] or an embedding [n, e]; a number an image is an embedding [n, 1].",
-        )
-    classes: Tensor = target.unique()
-    return (target[:, None] == classes[None, :]).double()
+        queries: labels [q] if this target is labels, else an embedding [q, e] of the same width. Raises KdxError for anything else, and
+        for distances that are not finite.
+        """
+        if queries.ndim == 0 or queries.shape[1:] != self.values.shape[1:]:
+            raise KdxError(
+                f"The target is {list(queries.shape)}, that of the reference set {list(self.values.shape)}.",
+                "Give both as labels, or both as the same embedding.",
+            )
+        m = len(self.values)
+        rows = Target.of(torch.cat([self.values.to(queries.device), queries])).rows.to(self.values.device)
+        border = geometry.cross_distances(rows[m:], rows[:m])
+        arrays.check_distances(border, rows[m:], TARGET)
+        return ReferenceDistances(self.distances.raw, border)

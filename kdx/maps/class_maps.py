@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Generic
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ from torch import Tensor
 from kdx.choices import Weighting
 from kdx.errors import KdxError
 from kdx.features import arrays
-from kdx.features.arrays import Array
-from kdx.maps.gradients import ClassChoice, Differentiable, chosen_classes, opened, passes, weighed
+from kdx.features.arrays import ArrayT
+from kdx.maps.gradients import ClassChoice, Differentiable, chosen_classes, class_gradients, gradient_runner
 from kdx.maps.scaling import scaled
 
 
 @dataclass(frozen=True)
-class ClassMaps:
+class ClassMaps(Generic[ArrayT]):
     """Grad-CAM or HiResCAM of one layer and one class an image.
 
     maps: [n, H, W] >= 0, at feature resolution, before scaling; comparable within one image, not between images.
@@ -25,25 +25,25 @@ class ClassMaps:
     logits: [n, classes].
     """
 
-    maps: Any
-    weights: Any
-    classes: Any
-    logits: Any
+    maps: ArrayT
+    weights: ArrayT
+    classes: ArrayT
+    logits: ArrayT
 
-    def scaled(self, size: tuple[int, int] | None = None) -> Any:
+    def scaled(self, size: tuple[int, int] | None = None) -> ArrayT:
         """The maps min-max scaled to [0, 1] image by image, resized (bilinear) to ``size`` (H, W) where given."""
         return scaled(self.maps, size)
 
 
 def grad_cam(
     network: Differentiable,
-    images: Array,
+    images: ArrayT,
     layer: str | None = None,
     classes: ClassChoice = None,
     *,
     device: str = "auto",
     chunk: int | None = None,
-) -> ClassMaps:
+) -> ClassMaps[ArrayT]:
     """Where a layer's features, weighted by channel, raise a class's logit.
 
     With F the layer's feature [n, C, H, W] and y_k the logit of image i's class k,
@@ -72,18 +72,18 @@ def grad_cam(
     >>> found.maps.shape, found.weights.shape, found.scaled((32, 32)).shape
     ((3, 8, 8), (3, 16), (3, 32, 32))
     """
-    return _class_maps(network, images, layer, classes, "gap", device, chunk)
+    return _like(_class_maps(network, arrays.pixels(images), layer, classes, "gap", device, chunk), images)
 
 
 def hires_cam(
     network: Differentiable,
-    images: Array,
+    images: ArrayT,
     layer: str | None = None,
     classes: ClassChoice = None,
     *,
     device: str = "auto",
     chunk: int | None = None,
-) -> ClassMaps:
+) -> ClassMaps[ArrayT]:
     """Where a layer's features raise a class's logit, each position by its own gradient.
 
     With F the layer's feature [n, C, H, W] and y_k the logit of image i's class k,
@@ -106,25 +106,30 @@ def hires_cam(
     >>> found.maps.shape, bool((found.classes == found.logits.argmax(1)).all())
     ((3, 16, 16), True)
     """
-    return _class_maps(network, images, layer, classes, "elementwise", device, chunk)
+    return _like(_class_maps(network, arrays.pixels(images), layer, classes, "elementwise", device, chunk), images)
 
 
 def _class_maps(
-    network: Differentiable, images: Array, layer: str | None, classes: ClassChoice, weighting: Weighting, device: str, chunk: int | None
-) -> ClassMaps:
-    batch = arrays.pixels(images)
-    found: list[tuple[Tensor, ...]] = []
-    reached = False
-    with torch.no_grad(), opened(network, layer, batch, device) as (runner, name):
-        chosen, count = chosen_classes(runner, batch, classes, chunk)
-        for logits, passed in passes(runner, [name], batch, chosen, count, chunk):
-            feature, gradient = passed[name]
-            found.append((*weighed(feature, gradient, weighting), logits))
-            reached |= bool(gradient.any())
-    if not reached:
+    network: Differentiable, images: Tensor, layer: str | None, classes: ClassChoice, weighting: Weighting, device: str, chunk: int | None
+) -> ClassMaps[Tensor]:
+    weights, maps, logits = [], [], []
+    influences = False
+    with torch.no_grad(), gradient_runner(network, layer, images, device) as (runner, name):
+        chosen, count = chosen_classes(runner, images, classes, chunk)
+        for part_logits, gradients in class_gradients(runner, [name], images, chosen, count, chunk):
+            part_weights, part_maps = gradients[name].maps(weighting)
+            weights.append(part_weights)
+            maps.append(part_maps)
+            logits.append(part_logits)
+            influences |= bool(gradients[name].gradient.any())
+    if not influences:
         raise KdxError(
             f"No position of layer {name!r} has any influence on these classes.",
-            "Choose an earlier layer: behind the last block of a transformer, only its class token may be read.",
+            "Choose an earlier layer: after the last block of a transformer, the head may read only the class token.",
         )
-    weights, maps, logits = (arrays.like(torch.cat(pieces), images) for pieces in zip(*found, strict=True))
-    return ClassMaps(maps, weights, arrays.like(chosen, images), logits)
+    return ClassMaps(torch.cat(maps), torch.cat(weights), chosen, torch.cat(logits))
+
+
+def _like(maps: ClassMaps[Tensor], images: ArrayT) -> ClassMaps[ArrayT]:
+    """Maps of the kind that the images have: NumPy or PyTorch."""
+    return ClassMaps(*(arrays.like(getattr(maps, field.name), images) for field in fields(maps)))

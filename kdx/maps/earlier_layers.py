@@ -10,16 +10,16 @@ from torch import Tensor
 from kdx.choices import ObjectiveName, Weighting
 from kdx.errors import KdxError
 from kdx.features import arrays
-from kdx.features.arrays import Array
+from kdx.features.arrays import Array, ArrayT
 from kdx.maps import unicam
-from kdx.maps.gradients import Differentiable, differentiated, opened, weighed
+from kdx.maps.gradients import Differentiable, LayerGradient, gradient_runner, layer_gradients
 from kdx.maps.unicam import Maps, ReferenceSet
 from kdx.runtimes.runner import parts
 
 
 def unicam_before(
     network: Differentiable,
-    images: Array,
+    images: ArrayT,
     layer: str,
     explained: Array,
     given: Array,
@@ -32,7 +32,7 @@ def unicam_before(
     reference: ReferenceSet | None = None,
     device: str = "auto",
     chunk: int | None = None,
-) -> Maps:
+) -> Maps[ArrayT]:
     """`kdx.unicam` mapped to a layer that comes before the feature layer: its gradient, pulled back through the explained network.
 
     With X the explained features at the feature layer, dL/dX = Lap X is the cotangent; with F the feature of the earlier
@@ -63,20 +63,22 @@ def unicam_before(
     batch = arrays.pixels(images)
     arrays.check_same(len(explained), len(batch), "explained features", "images")
     with torch.no_grad():
-        placed = unicam.place(explained, given, target, objective, pooled=pooled, reference=reference)
-        cotangent = unicam.feature_gradient(placed)
+        pair = unicam.pair_geometry(explained, given, target, objective, pooled=pooled, reference=reference)
+        cotangent = pair.feature_gradient()
         # Gradients of a score of many distances are small; a network in half precision would lose them.
         largest = cotangent.abs().max().clamp_min(torch.finfo(cotangent.dtype).tiny)
-        found = []
-        with opened(network, layer, batch, device, at) as (runner, name):
+        weights, maps = [], []
+        with gradient_runner(network, layer, batch, device, at) as (runner, name):
             if runner.cotangent_layer is None:
                 raise KdxError(
                     "The gradients are those of the logits, not of a feature layer.",
                     "Name the feature layer: at, or --at where the file is exported.",
                 )
             for part in parts(runner, chunk, len(batch)):
-                _, passed = differentiated(runner, [name], batch[part], cotangent[part] / largest, part)
-                feature, gradient = passed[name]
-                found.append(weighed(feature, gradient.double() * largest.to(gradient.device), weighting))
-    weights, maps = (arrays.like(torch.cat(pieces), images) for pieces in zip(*found, strict=True))
-    return Maps(maps, weights, placed.score)
+                _, gradients = layer_gradients(runner, [name], batch[part], cotangent[part] / largest, part.start)
+                feature, gradient = gradients[name]
+                unscaled = LayerGradient(feature, gradient.double() * largest.to(gradient.device))
+                part_weights, part_maps = unscaled.maps(weighting)
+                weights.append(part_weights)
+                maps.append(part_maps)
+    return Maps(arrays.like(torch.cat(maps), images), arrays.like(torch.cat(weights), images), pair.score)

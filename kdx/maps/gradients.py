@@ -1,7 +1,8 @@
-"""Maps from exposed gradients: Grad-CAM and HiResCAM of a class, UniCAM of a layer before the feature layer.
+"""What maps from gradients share: a runner that exposes gradients, its passes, and the maps of features and their gradients.
 
-All of them run a graph of gradients (`kdx.export.graphs.GradientGraph`), in PyTorch or as a file in another runtime: images and a
-cotangent in, layers' features and gradients out. The cotangent says whose gradient it is.
+A graph of gradients (`kdx.export.graphs.GradientGraph`) runs in PyTorch, or as a file in another runtime. Its inputs are images and a
+cotangent, which determines what is differentiated: a class's logit, or a feature layer. Its outputs are the logits, and features and
+gradients of each layer.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,88 +29,104 @@ from kdx.runtimes.eager import EagerRunner
 from kdx.runtimes.runner import Runner, missing_layer, parts
 
 Differentiable = str | Path | Network | nn.Module | Runner
-"""A model reference, a path of a file exported with its gradients, a network, a PyTorch module (taken as it is, without
+"""A model reference, the path of a file that was exported with gradients, a network, a PyTorch module (used as it is, without
 preprocessing), or an open runner of a graph of gradients, which stays open."""
 
 ClassChoice = int | Array | None
 
 
-def passes(
+class LayerGradient(NamedTuple):
+    """A layer's feature and the gradient with respect to it, both [n, C, H, W]."""
+
+    feature: Tensor
+    gradient: Tensor
+
+    def maps(self, weighting: Weighting) -> tuple[Tensor, Tensor]:
+        """(channel weights [n, C], maps [n, H, W]): ReLU(sum_c w_ic F_ic) with w the mean gradient, or each position's own."""
+        weights = geometry.gap(self.gradient)
+        maps = (
+            geometry.cam(self.feature, weights) if weighting == "gap" else geometry.elementwise_cam(self.feature, self.gradient.flatten(1))
+        )
+        return weights.to(self.feature.dtype), maps.to(self.feature.dtype)
+
+
+def class_gradients(
     runner: Runner, layers: Sequence[str], images: Tensor, classes: Tensor, count: int, chunk: int | None
-) -> Iterator[tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]]:
-    """(logits, (feature, gradient) a layer) of each part of the images; the gradients are those of their classes' logits."""
+) -> Iterator[tuple[Tensor, dict[str, LayerGradient]]]:
+    """(logits, each layer's feature and gradient) of one part of the images after the other.
+
+    The gradients are those of the logits of ``classes`` [n], which are among ``count``.
+    """
     for part in parts(runner, chunk, len(images)):
         cotangent = nn.functional.one_hot(classes[part], count).to(images.dtype)
-        yield differentiated(runner, layers, images[part], cotangent, part)
+        yield layer_gradients(runner, layers, images[part], cotangent, part.start)
 
 
-def differentiated(
-    runner: Runner, layers: Sequence[str], images: Tensor, cotangent: Tensor, part: slice
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """(logits, (feature, gradient) a layer) of one pass, checked; the images are this part of all."""
-    found = runner.run({"images": images, "cotangent": cotangent})
-    passed = {layer: (found[layer], found[f"gradient/{layer}"]) for layer in layers}
-    for layer, (feature, gradient) in passed.items():
+def layer_gradients(
+    runner: Runner, layers: Sequence[str], images: Tensor, cotangent: Tensor, first: int
+) -> tuple[Tensor, dict[str, LayerGradient]]:
+    """(logits, each layer's feature and gradient) of one pass. Raises KdxError for values that are not finite.
+
+    first: the row of the first of these images among all images, for the message.
+    """
+    outputs = runner.run({"images": images, "cotangent": cotangent})
+    gradients = {layer: LayerGradient(outputs[layer], outputs[f"gradient/{layer}"]) for layer in layers}
+    for layer, (feature, gradient) in gradients.items():
         finite = feature.isfinite().flatten(1).all(1) & gradient.isfinite().flatten(1).all(1)
         if not bool(finite.all()):
             raise KdxError(
-                f"The features of layer {layer!r} or their gradients are not finite{rows_text(finite, part.start)}.",
+                f"The features of layer {layer!r} or their gradients are not finite {arrays.rows_text(~finite, first)}.",
                 "Look at those images, and at the network's weights and precision.",
             )
-    return found["logits"], passed
-
-
-def weighed(feature: Tensor, gradient: Tensor, weighting: Weighting) -> tuple[Tensor, Tensor]:
-    """(channel weights [n, C], maps [n, H, W]) of features and their gradients, both [n, C, H, W]."""
-    weights = geometry.gap(gradient)
-    maps = geometry.cam(feature, weights) if weighting == "gap" else geometry.elementwise_cam(feature, gradient.flatten(1))
-    return weights.to(feature.dtype), maps.to(feature.dtype)
+    return outputs["logits"], gradients
 
 
 def chosen_classes(runner: Runner, images: Tensor, classes: ClassChoice, chunk: int | None) -> tuple[Tensor, int]:
-    """The classes [n] that were asked for, or else that the network predicts; and how many it has."""
+    """The classes [n] to explain, by default those that the network predicts, and how many classes the network has."""
     if runner.cotangent_layer is not None:
         raise KdxError("The gradients are those of a feature layer, not of the logits.", "Export the network without --at.")
     count = runner.class_count(images)
     if classes is not None:
-        return _asked(classes, len(images), count).to(runner.device), count
+        return _checked_classes(classes, len(images), count).to(runner.device), count
     return torch.cat([runner.logits(images[part]).argmax(1) for part in parts(runner, chunk, len(images))]), count
 
 
 @contextmanager
-def opened(given: Differentiable, layer: str | None, images: Tensor, device: str, at: str | None = None) -> Iterator[tuple[Runner, str]]:
-    """A runner of gradients and the layer to explain; what is opened here is closed here."""
-    if isinstance(given, Runner):
+def gradient_runner(
+    source: Differentiable, layer: str | None, images: Tensor, device: str, at: str | None = None
+) -> Iterator[tuple[Runner, str]]:
+    """A runner with gradients, and the layer to explain. A runner that is opened here is closed at the end."""
+    if isinstance(source, Runner):
         if at is not None or device != "auto":
-            raise ValueError("an open runner has its device and the place of its cotangent")
-        yield given, _held(given, "The runner", layer)
+            raise ValueError("an open runner already has a device and a layer for its cotangent; do not give device or at")
+        yield source, _layer_of(source, "The runner", layer)
         return
-    if is_file(given):
+    if is_file(source):
         if at is not None:
-            raise ValueError("a file has the place of its cotangent")
-        path = Path(str(given))
+            raise ValueError("an exported file already has a layer for its cotangent; do not give at")
+        path = Path(str(source))
         with open_file(path, choose("auto", device, files=True, engines=path.suffix == ".engine")) as runner:
-            yield runner, _held(runner, str(path), layer)
+            yield runner, _layer_of(runner, str(path), layer)
         return
-    network, chosen = models.as_network(given), choose("eager", device).device
+    network, chosen = models.as_network(source), choose("eager", device).device
     layer = _last_layer(network, images[:1], chosen) if layer is None else layer
     with EagerRunner(GradientGraph(network.module, [layer], network.preprocessing, at), chosen) as eager:
         yield eager, layer
 
 
-def _held(runner: Runner, name: str, layer: str | None) -> str:
-    """The layer that was asked for, or the only one, of a graph of gradients."""
+def _layer_of(runner: Runner, name: str, layer: str | None) -> str:
+    """The named layer of a graph of gradients, or its only one."""
     if runner.kind != "gradients":
-        raise KdxError(f"{name} holds {runner.kind}, and gradients are asked for.", "Export the network with --kind gradients.")
+        raise KdxError(f"{name} contains {runner.kind}, not gradients.", "Export the network with --kind gradients.")
     if layer is None and len(runner.layers) > 1:
-        raise KdxError(f"{name} holds several layers.", f"Name one of {', '.join(runner.layers)}.")
+        raise KdxError(f"{name} contains several layers.", f"Name one of {', '.join(runner.layers)}.")
     if layer is not None and layer not in runner.layers:
         raise missing_layer(name, layer, runner.layers)
     return runner.layers[0] if layer is None else layer
 
 
 def _last_layer(network: Network, image: Tensor, device: torch.device) -> str:
-    """The last layer worth explaining with a gradient: behind the last block of a transformer only the class token may be read."""
+    """The last layer whose feature map has a gradient: after the last block of a transformer, the head may read only the class token."""
     try:
         known = models.layers(network, network.preprocessing.size or (image.shape[2], image.shape[3]))
     except KdxError as error:
@@ -121,19 +139,13 @@ def _last_layer(network: Network, image: Tensor, device: torch.device) -> str:
     raise KdxError("The network has no layer whose output is a feature map that the logits depend on.", "Name a layer.")
 
 
-def _asked(classes: int | Array, n: int, count: int) -> Tensor:
-    """Classes [n], each of them one of ``count``."""
-    asked = torch.full((n,), int(classes)) if isinstance(classes, int | np.integer) else arrays.tensor(classes, "classes")
-    if asked.ndim != 1 or asked.is_floating_point() or asked.dtype == torch.bool:
-        raise KdxError(f"The classes have shape {list(asked.shape)} and type {asked.dtype}.", "Give one integer, or integers [n].")
-    arrays.check_same(len(asked), n, "classes", "images")
-    outside = (asked < 0) | (asked >= count)
+def _checked_classes(classes: int | Array, n: int, count: int) -> Tensor:
+    """Classes [n], each from 0 to ``count`` - 1."""
+    values = torch.full((n,), int(classes)) if isinstance(classes, int | np.integer) else arrays.tensor(classes, "classes")
+    if values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool:
+        raise KdxError(f"The classes have shape {list(values.shape)} and type {values.dtype}.", "Give one integer, or integers [n].")
+    arrays.check_same(len(values), n, "classes", "images")
+    outside = (values < 0) | (values >= count)
     if bool(outside.any()):
-        raise KdxError(f"There is no class {int(asked[outside][0])}: the network has {count}.", f"Give classes from 0 to {count - 1}.")
-    return asked.long()
-
-
-def rows_text(fine: Tensor, start: int = 0) -> str:
-    """Which rows are not fine, counted from ``start``, for the end of a sentence."""
-    rows = (start + (~fine).nonzero().flatten()).tolist()
-    return f" in rows {', '.join(map(str, rows[:5]))}{' ...' if len(rows) > 5 else ''}"
+        raise KdxError(f"There is no class {int(values[outside][0])}: the network has {count}.", f"Give classes from 0 to {count - 1}.")
+    return values.long()

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdx.errors import KdxError
 from kdx.features import arrays
-from kdx.features.arrays import Array
+from kdx.features.arrays import Array, ArrayT
 from kdx.kernels import geometry, imputation
-from kdx.maps.gradients import ClassChoice, Differentiable, chosen_classes, opened, passes, rows_text
+from kdx.maps.gradients import ClassChoice, Differentiable, chosen_classes, class_gradients, gradient_runner
 from kdx.maps.scaling import scaled
 from kdx.runtimes.runner import Runner
 
@@ -45,7 +44,7 @@ class Salience:
 
 def salient_images(
     network: Differentiable,
-    images: Array,
+    images: ArrayT,
     layer: str | None = None,
     keep: float = 0.5,
     classes: ClassChoice = None,
@@ -54,7 +53,7 @@ def salient_images(
     *,
     device: str = "auto",
     chunk: int | None = None,
-) -> Any:
+) -> ArrayT:
     """The images [n, 3, h, w] with the pixels that matter most to the network kept, and the others imputed from them.
 
     ``impute(images, top_mask(hires_cam(network, images, layer, classes).scaled((h, w)), keep), noise=noise, seed=seed)``: the
@@ -78,13 +77,13 @@ def salient_images(
     ((3, 3, 32, 32), [0.25, 0.25, 0.25])
     """
     salience, batch = Salience(keep, noise), arrays.pixels(images)
-    with torch.no_grad(), opened(network, layer, batch, device) as (runner, name):
+    with torch.no_grad(), gradient_runner(network, layer, batch, device) as (runner, name):
         chosen, count = chosen_classes(runner, batch, classes, chunk)
         maps = ranking_maps(runner, [name], batch, chosen, count, chunk)[name]
     return arrays.like(salience.images(batch, maps, seed).to(batch.device), images)
 
 
-def impute(images: Array, kept: Array, *, noise: float = 0.0, seed: int = 0) -> Any:
+def impute(images: ArrayT, kept: Array, *, noise: float = 0.0, seed: int = 0) -> ArrayT:
     """Images [n, c, h, w] of which the pixels kept stay as they are, and every other one is the mean of its neighbours.
 
     Of the eight neighbours the four beside a pixel weigh 1/6 each and the four diagonal ones 1/12, and at the border as much more
@@ -105,11 +104,11 @@ def impute(images: Array, kept: Array, *, noise: float = 0.0, seed: int = 0) -> 
     >>> bool(np.abs(kdx.impute(ramp, kept) - ramp).max() < 1e-3)
     True
     """
-    found = arrays.tensor(images, "images")
-    return arrays.like(imputation.impute(found, arrays.tensor(kept, "mask").to(found.device), noise=noise, seed=seed), images)
+    pixels = arrays.tensor(images, "images")
+    return arrays.like(imputation.impute(pixels, arrays.tensor(kept, "mask").to(pixels.device), noise=noise, seed=seed), images)
 
 
-def top_mask(maps: Array, share: float = 0.5) -> Any:
+def top_mask(maps: ArrayT, share: float = 0.5) -> ArrayT:
     """The most salient pixels: boolean [n, H, W], true at exactly round(share H W) pixels of each map [n, H, W].
 
     share: in [0, 1]. Of equal pixels the first in reading order (row by row, from the top left) is kept, on every device; so a
@@ -123,17 +122,17 @@ def top_mask(maps: Array, share: float = 0.5) -> Any:
     array([[[False,  True],
             [False, False]]])
     """
-    found = arrays.tensor(maps, "maps")
-    if found.ndim != 3 or found.dtype == torch.bool:
-        raise KdxError(f"The maps have shape {list(found.shape)} and type {found.dtype}.", "Give maps [n, H, W] of numbers.")
+    values = arrays.tensor(maps, "maps")
+    if values.ndim != 3 or values.dtype == torch.bool:
+        raise KdxError(f"The maps have shape {list(values.shape)} and type {values.dtype}.", "Give maps [n, H, W] of numbers.")
     if not 0 <= share <= 1:  # so that NaN fails
         raise KdxError(f"The share {share} is not between 0 and 1.", "Give the part of the pixels to keep, such as 0.3.")
-    flat = found.flatten(1)
+    flat = values.flatten(1)
     if bool(flat.isnan().any()):
-        raise KdxError(f"The maps hold NaN{rows_text(~flat.isnan().any(1))}.", "Remove those maps: NaN has no order.")
+        raise KdxError(f"The maps contain NaN {arrays.rows_text(flat.isnan().any(1))}.", "Remove those maps: NaN has no order.")
     kept = flat.argsort(dim=1, descending=True, stable=True)[:, : round(share * flat.shape[1])]
     mask = torch.zeros_like(flat, dtype=torch.bool).scatter(1, kept, True)
-    return arrays.like(mask.reshape(found.shape), maps)
+    return arrays.like(mask.reshape(values.shape), maps)
 
 
 def ranking_maps(
@@ -143,17 +142,18 @@ def ranking_maps(
 
     Raises KdxError for a layer at which the maps of all images are zero but for rounding.
     """
-    maps: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-    terms = dict.fromkeys(layers, 0.0)
-    for _, passed in passes(runner, layers, images, classes, count, chunk):
-        for layer, (feature, gradient) in passed.items():
-            maps[layer].append(geometry.elementwise_cam(feature, gradient.flatten(1)))
-            terms[layer] = max(terms[layer], float(geometry.elementwise_cam(feature.abs(), gradient.abs().flatten(1)).max()))
-    found = {layer: torch.cat(pieces) for layer, pieces in maps.items()}
-    for layer, one in found.items():
-        if float(one.max()) <= _CANCELLED * terms[layer]:
+    pieces: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    largest_sum = dict.fromkeys(layers, 0.0)
+    for _, gradients in class_gradients(runner, layers, images, classes, count, chunk):
+        for layer, (feature, gradient) in gradients.items():
+            pieces[layer].append(geometry.elementwise_cam(feature, gradient.flatten(1)))
+            sums = geometry.elementwise_cam(feature.abs(), gradient.abs().flatten(1))
+            largest_sum[layer] = max(largest_sum[layer], float(sums.max()))
+    maps = {layer: torch.cat(parts) for layer, parts in pieces.items()}
+    for layer, values in maps.items():
+        if float(values.max()) <= _CANCELLED * largest_sum[layer]:
             raise KdxError(
                 f"HiResCAM at layer {layer!r} is zero everywhere, so it does not say which pixels are salient.",
-                "Name the normalisation that reads that layer, or an earlier layer; or take raw features.",
+                "Name the normalisation that reads that layer, or an earlier layer; or choose raw features.",
             )
-    return found
+    return maps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic
 
 import torch
 from torch import Tensor
@@ -12,16 +12,17 @@ from torch import Tensor
 from kdx.choices import ObjectiveName, Weighting
 from kdx.errors import KdxError
 from kdx.features import arrays
-from kdx.features.arrays import Array
-from kdx.features.target import target_embedding
+from kdx.features.arrays import Array, ArrayT
+from kdx.features.target import Target
 from kdx.kernels import dispatch, geometry
 from kdx.kernels.cuda import Backend
-from kdx.kernels.dispatch import Pairs
+from kdx.kernels.dispatch import ReferenceDistances, TorchBackend, UnicamWeights
 from kdx.maps.scaling import scaled
+from kdx.roles import TARGET
 
 
 @dataclass(frozen=True)
-class Maps:
+class Maps(Generic[ArrayT]):
     """UniCAM of one layer and one pair of networks.
 
     maps: [n, H, W] >= 0, at feature resolution, before scaling; comparable within one image, not between images.
@@ -29,11 +30,11 @@ class Maps:
     score: the objective's value (in reference mode its mean over the images).
     """
 
-    maps: Any
-    weights: Any
+    maps: ArrayT
+    weights: ArrayT
     score: float
 
-    def scaled(self, size: tuple[int, int] | None = None) -> Any:
+    def scaled(self, size: tuple[int, int] | None = None) -> ArrayT:
         """The maps min-max scaled to [0, 1] image by image, resized (bilinear) to ``size`` (H, W) where given."""
         return scaled(self.maps, size)
 
@@ -49,21 +50,18 @@ class ReferenceSet:
     def __init__(self, explained: Array, given: Array, target: Array, *, pooled: bool = False) -> None:
         self.explained = arrays.feature_map(explained, "explained features of the reference set")
         self.given = arrays.feature_map(given, "given features of the reference set")
-        self.target = arrays.tensor(target, "target")
         self.pooled = pooled
         m = self.explained.shape[0]
         arrays.check_images(m)
         arrays.check_same(self.given.shape[0], m, "given features", "explained features")
-        x, y = (rows_of(features, pooled) for features in (self.explained, self.given))
-        g = target_embedding(target, m)
-        self.distances = tuple(
-            arrays.measured(geometry.distances(rows), rows, name)
-            for rows, name in ((x, "explained features"), (y, "given features"), (g, "target"))
-        )
+        rows = {"explained features": self.explained, "given features": self.given}
+        self.distances = arrays.checked_distances({name: distance_rows(value, pooled) for name, value in rows.items()}, TorchBackend())
+        self.target = Target.of(target, m)
+        self.target.distances  # noqa: B018 - refuses a target without geometry here, before any query
 
 
 def unicam(
-    explained: Array,
+    explained: ArrayT,
     given: Array,
     target: Array,
     objective: ObjectiveName | Callable[[Tensor], Tensor] = "relevance",
@@ -72,7 +70,7 @@ def unicam(
     pooled: bool = False,
     reference: ReferenceSet | None = None,
     backend: Backend = "auto",
-) -> Maps:
+) -> Maps[ArrayT]:
     """UniCAM maps of ``explained``'s features given ``given``'s, in closed form: no backward pass, nothing of size n x n x d.
 
     With A, B, G the U-centred distance matrices of the two networks' features and of the target, R = A - <A,B>/<B,B> B:
@@ -100,10 +98,18 @@ def unicam(
     """
     check_weighting(weighting)
     with torch.no_grad():
-        lap = weighting == "elementwise"
-        placed = place(explained, given, target, objective, pooled=pooled, reference=reference, backend=backend, lap=lap)
-        weights, maps = weighted(placed, weighting)
-        return Maps(arrays.like(maps, explained), arrays.like(weights, explained), placed.score)
+        pair = pair_geometry(
+            explained,
+            given,
+            target,
+            objective,
+            pooled=pooled,
+            reference=reference,
+            backend=backend,
+            laplacian=weighting == "elementwise",
+        )
+        weights, maps = pair.maps(weighting)
+        return Maps(arrays.like(maps, explained), arrays.like(weights, explained), pair.score)
 
 
 def check_weighting(weighting: str) -> None:
@@ -111,33 +117,69 @@ def check_weighting(weighting: str) -> None:
         raise ValueError(f"weighting must be 'gap' or 'elementwise', not {weighting!r}")
 
 
-@dataclass(frozen=True)
-class Placed:
-    """An explained network's features [n, C, H, W] in the geometry of their batch, or behind ``references`` [m, C, H, W].
+@dataclass(frozen=True, eq=False)
+class PairGeometry:
+    """One explained network's features, and what the geometry of the pair, explained and given, says about them.
 
-    weights: of its channels [n, C], before those of pooled features are shared out to positions. lap: where it was asked for, the
-    gradient dL/dX = lap X among the images [n, n], or [n, m+1, m+1] of each image behind the references. score: L; in reference
-    mode its mean over the images. ops: what computes.
+    features: [n, C, H, W]. weights [n, C]: the gradient of L with respect to the channels' spatial means, which for pooled features is
+    the gradient of the rows X themselves. laplacian: Lap [n, n] with dL/dX = Lap X; in reference mode [n, m+1, m+1], each image behind
+    the ``references`` [m, C, H, W]; None if not requested. score: L; in reference mode its mean over the images. pooled: whether
+    distances were measured between spatial means. ops: the backend.
     """
 
     features: Tensor
     weights: Tensor
-    lap: Tensor | None
+    laplacian: Tensor | None
     score: float
-    pooled: bool
-    references: Tensor | None
-    ops: dispatch.TorchBackend
+    ops: TorchBackend
+    pooled: bool = False
+    references: Tensor | None = None
 
-    def gradient(self) -> Tensor:
+    @classmethod
+    def of(
+        cls,
+        features: Tensor,
+        solution: UnicamWeights,
+        index: int,
+        ops: TorchBackend,
+        *,
+        pooled: bool = False,
+        references: Tensor | None = None,
+    ) -> PairGeometry:
+        """The explained network at this index of a solution."""
+        laplacian = None if solution.laplacians is None else solution.laplacians[index]
+        # A user's objective may reduce the stack, which then has one network, to a scalar.
+        score = solution.score[index] if solution.score.ndim else solution.score
+        return cls(features, solution.weights[index], laplacian, float(score.mean()), ops, pooled, references)
+
+    def maps(self, weighting: Weighting) -> tuple[Tensor, Tensor]:
+        """(channel weights [n, C], maps [n, H, W]). Elementwise weighting of features that are not pooled needs the Laplacian."""
+        features, weights = self.features, self.weights
+        if self.pooled:  # every position gets 1/(HW) of a spatial mean's gradient, so both weightings agree
+            weights = weights / (features.shape[2] * features.shape[3])
+        elif weighting == "elementwise":
+            maps = geometry.elementwise_cam(features, self._row_gradient())
+            return weights.to(maps.dtype), maps
+        maps = self.ops.cam(features, weights)
+        return weights.to(maps.dtype), maps
+
+    def feature_gradient(self) -> Tensor:
+        """dL/dF [n, C, H, W] of the explained features."""
+        features, gradient = self.features, self._row_gradient()
+        if self.pooled:
+            return (gradient / (features.shape[2] * features.shape[3]))[:, :, None, None].expand(features.shape)
+        return gradient.reshape(features.shape)
+
+    def _row_gradient(self) -> Tensor:
         """dL/dX [n, d] of the rows X that distances were measured between."""
-        assert self.lap is not None
-        return _row_gradient(rows_of(self.features, self.pooled), self.lap, self._behind())
+        assert self.laplacian is not None
+        rows = distance_rows(self.features, self.pooled)
+        if self.references is None:
+            return geometry.gradient(self.laplacian, rows)
+        return geometry.query_gradient(self.laplacian, rows, distance_rows(self.references, self.pooled))
 
-    def _behind(self) -> Tensor | None:
-        return None if self.references is None else rows_of(self.references, self.pooled)
 
-
-def place(
+def pair_geometry(
     explained: Array,
     given: Array,
     target: Array,
@@ -146,9 +188,9 @@ def place(
     pooled: bool,
     reference: ReferenceSet | None,
     backend: Backend = "auto",
-    lap: bool = True,
-) -> Placed:
-    """The geometry of `unicam`, whose arguments these are: everything that is n x n."""
+    laplacian: bool = True,
+) -> PairGeometry:
+    """The n x n part of `unicam`, whose arguments these are. laplacian: whether the result contains it."""
     features = arrays.feature_map(explained, "explained features")
     others = arrays.feature_map(given, "given features")
     n = features.shape[0]
@@ -159,96 +201,60 @@ def place(
         raise ValueError(f"objective must be one of {sorted(geometry.OBJECTIVES)} or a function of R, not {objective!r}")
     chosen = geometry.differentiated(objective) if callable(objective) else geometry.OBJECTIVES[objective]
     ops = dispatch.chosen(features, backend)
-    x, y = rows_of(features, pooled), rows_of(others, pooled)
+    x, y = distance_rows(features, pooled), distance_rows(others, pooled)
+    means = [geometry.gap(features)]
     if reference is None:
         arrays.check_images(n)
-        g = target_embedding(target, n).to(features.device)
-        d, e, h = (
-            Pairs(arrays.measured(ops.distances(rows), rows, name))
-            for rows, name in ((x, "explained features"), (y, "given features"), (g, "target"))
-        )
+        goal = Target.of(target, n, device=features.device, backend=ops)
+        networks = arrays.checked_distances({"explained features": x, "given features": y}, ops)
+        solution = ops.channel_weights(networks.select([0]), networks.select([1]), goal.distances, means, chosen, laplacians=laplacian)
     elif pooled != reference.pooled:
         raise ValueError("pooled differs between the call and its reference set")
     else:
-        inside_x, inside_y, inside_g = reference.distances
-        labels = arrays.tensor(target, "target")
-        arrays.check_same(len(labels) if labels.ndim else 0, len(features), "the target", "features")
-        d = feature_distances_among(reference.explained, features, inside_x, "explained features", pooled)
-        e = feature_distances_among(reference.given, others, inside_y, "given features", pooled)
-        h = target_distances_among(reference.target, labels, inside_g)
-    behind = None if reference is None else reference.explained
-    means = None if behind is None else [geometry.gap(behind)]
-    found = ops.explained([d], [e], h, [geometry.gap(features)], means, chosen, lap=lap)
-    check_left(found.left, x, y)
-    return Placed(features, found.weights[0], None if found.lap is None else found.lap[0], float(found.score.mean()), pooled, behind, ops)
+        queries = arrays.tensor(target, TARGET)
+        arrays.check_same(len(queries) if queries.ndim else 0, n, "the target", "features")
+        among = reference.distances
+        solution = ops.query_channel_weights(
+            [reference_distances(reference.explained, features, among.raw[0], "explained features", pooled)],
+            [reference_distances(reference.given, others, among.raw[1], "given features", pooled)],
+            reference.target.reference_distances(queries),
+            means,
+            [geometry.gap(reference.explained)],
+            chosen,
+            laplacians=laplacian,
+        )
+    check_residual(solution.residual_share, x, y)
+    references = None if reference is None else reference.explained
+    return PairGeometry.of(features, solution, 0, ops, pooled=pooled, references=references)
 
 
-def weighted(placed: Placed, weighting: Weighting) -> tuple[Tensor, Tensor]:
-    """(channel weights [n, C], maps [n, H, W]) of what was placed; elementwise weighting asks its Lap."""
-    features, weights = placed.features, placed.weights
-    if placed.pooled:  # a spatial mean hands 1/(HW) of its gradient to every position alike, so both weightings agree
-        weights = weights / (features.shape[2] * features.shape[3])
-    elif weighting == "elementwise":
-        maps = geometry.elementwise_cam(features, placed.gradient())
-        return weights.to(maps.dtype), maps
-    maps = placed.ops.cam(features, weights)
-    return weights.to(maps.dtype), maps
+def check_residual(share: Tensor, *rows: Tensor) -> None:
+    """KdxError if ``share`` = ||R||/||D|| is only rounding: the given features explain everything.
 
-
-def feature_gradient(placed: Placed) -> Tensor:
-    """dL/dF [n, C, H, W] of the explained features."""
-    features, rows = placed.features, placed.gradient()
-    if placed.pooled:
-        return (rows / (features.shape[2] * features.shape[3]))[:, :, None, None].expand(features.shape)
-    return rows.reshape(features.shape)
-
-
-def _row_gradient(rows: Tensor, lap: Tensor, behind: Tensor | None) -> Tensor:
-    return geometry.gradient(lap, rows) if behind is None else geometry.query_gradient(lap, rows, behind)
-
-
-def check_left(left: Tensor, *rows: Tensor) -> None:
-    """KdxError where ``left`` = ||R||/||D|| is rounding: the given features explain everything.
-
-    rows: the features that distances were measured between, whose type says what rounding is.
+    rows: the features that distances were measured between, whose type and width determine the rounding.
     """
-    if not bool((left > max(map(arrays.rounding, rows))).all()):  # so that NaN fails
+    if not bool((share > max(map(arrays.rounding, rows))).all()):  # in this form NaN fails too
         raise KdxError(
             "Nothing is left of the explained features without what the given features explain.",
             "Compare two different networks or layers; identical ones have no residual.",
         )
 
 
-def rows_of(features: Tensor, pooled: bool) -> Tensor:
+def distance_rows(features: Tensor, pooled: bool) -> Tensor:
     """The rows [n, d] that distances are measured between."""
     return geometry.gap(features) if pooled else features.flatten(1)
 
 
-def feature_distances_among(known: Tensor, queries: Tensor, inside: Tensor, name: str, pooled: bool = False) -> Pairs:
-    """Distances of reference features [m, C, H, W] (inside [m, m]) and of each query [q, C, H, W] from them."""
+def reference_distances(known: Tensor, queries: Tensor, inside: Tensor, name: str, pooled: bool = False) -> ReferenceDistances:
+    """Distances between the reference features [m, C, H, W] (inside [m, m]), and from each query [q, C, H, W] to them."""
     if queries.shape[1:] != known.shape[1:]:
         raise KdxError(
-            f"The {name} are {list(queries.shape[1:])} an image, those of the reference set {list(known.shape[1:])}.",
+            f"The {name} are {list(queries.shape[1:])} per image, those of the reference set {list(known.shape[1:])}.",
             "Take both from the same layer of the same network.",
         )
     if len(queries) == 0:
         raise KdxError(f"There are no rows of {name}.", "Give at least one query.")
-    rows = rows_of(queries, pooled)
-    return _among_finite(inside, geometry.cross_distances(rows, rows_of(known, pooled)), rows, name)
-
-
-def target_distances_among(known: Tensor, target: Tensor, inside: Tensor) -> Pairs:
-    """The same for the targets, labels or embeddings of one kind."""
-    if target.ndim == 0 or target.shape[1:] != known.shape[1:]:
-        raise KdxError(
-            f"The target is {list(target.shape)}, that of the reference set {list(known.shape)}.",
-            "Give both as labels, or both as the same embedding.",
-        )
-    m = len(known)
-    rows = target_embedding(torch.cat([known.to(target.device), target]), m + len(target)).to(inside.device)
-    return _among_finite(inside, geometry.cross_distances(rows[m:], rows[:m]), rows[m:], "target")
-
-
-def _among_finite(inside: Tensor, border: Tensor, rows: Tensor, name: str) -> Pairs:
+    rows = distance_rows(queries, pooled)
+    border = geometry.cross_distances(rows, distance_rows(known, pooled))
     arrays.check_distances(border, rows, name)
-    return Pairs(inside, border)
+    return ReferenceDistances(inside, border)

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.maps.scaling import resized
+from kdx.maps.scaling import resized, scaled
 
 OPACITY = 0.8
 """The opacity of a map over its image where the map is highest."""
@@ -21,10 +21,7 @@ def scaled_for_display(maps: NDArray[np.floating]) -> NDArray[np.float32]:
     positions, not amounts.
     """
     values = np.nan_to_num(np.asarray(maps, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    low = values.min(axis=(-2, -1), keepdims=True)
-    span = values.max(axis=(-2, -1), keepdims=True) - low
-    out = np.divide(values - low, span, out=np.zeros_like(values), where=span > 0)
-    return np.asarray(out, dtype=np.float32)
+    return np.asarray(scaled(values), dtype=np.float32)
 
 
 @functools.cache
@@ -43,7 +40,7 @@ def composite(image: NDArray[np.uint8], map_: NDArray[np.floating], opacity: flo
     ``image`` is uint8 ``[H, W, 3]``. ``map_`` is ``[h, w]`` in [0, 1] and is resized to the image. Returns uint8 ``[H, W, 3]``. Where the
     map is zero the image does not change.
     """
-    value = resized(map_, *image.shape[:2])
+    value = resized(np.asarray(map_, dtype=np.float64)[None], (image.shape[0], image.shape[1]))[0]
     colour = colours()[np.rint(value * 255).astype(int)]
     alpha = opacity * value[..., None]
     return np.asarray(np.rint((1 - alpha) * image + alpha * colour), dtype=np.uint8)

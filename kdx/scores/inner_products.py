@@ -1,9 +1,8 @@
-"""FSS and RS: how alike two networks' features are, and how relevant to the task, with their uncertainty.
+"""Inner products of centred distance matrices: all that FSS and RS are computed from, with their uncertainty.
 
-Everything here is a function of inner products of centred distance matrices. Over batches the inner products are
-summed and one ratio taken at the end (the mean of ratios would be biased). Intervals come from a jackknife: over batches where
-there are several; over images where there is one set of up to 256, whose matrices are held; over random parts of the images where
-there are more. p-values come from permutations of the images.
+Over batches, the inner products are summed and one ratio is taken at the end; the mean of ratios would be biased. Intervals come from a
+jackknife: over batches if there are several; over images if there is one set of up to 256, whose matrices are kept; over random parts of
+the images if there are more. p-values come from permutations of the images.
 """
 
 from __future__ import annotations
@@ -20,28 +19,29 @@ from kdx.errors import KdxError
 from kdx.features import arrays
 from kdx.features.arrays import Array
 from kdx.features.rows import feature_distances
-from kdx.features.target import target_array, target_embedding, target_matrix
+from kdx.features.target import Target
 from kdx.kernels import dispatch, geometry, tiles
 from kdx.kernels.cuda import Backend
+from kdx.kernels.dispatch import BatchDistances
 from kdx.kernels.tiles import Rows
 from kdx.roles import TARGET
 from kdx.scores.score import Estimator
-from kdx.scores.uncertainty import permutation_products, permutation_table
+from kdx.scores.uncertainty import permutation_table
 
-_HELD = 256
-"""Up to so many images, matrices of all pairs are held; past it they are made in tiles."""
+_ALL_PAIRS = 256
+"""Up to this many images, matrices of all pairs are kept in memory; above, they are computed in tiles."""
 
 _BYTES = 1 << 27
-"""Memory that batches take at once."""
+"""Memory for the batches that are computed at once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InnerProducts:
-    """What scores are made of: inner products of k centred matrices of n images, summed over batches where there are several.
+    """Inner products of k centred matrices of n images, summed over batches if there are several.
 
-    names [k]: of the matrices. products [k, k]; left_out [units, k, k]: without each image, part of the images or batch; permuted: a
-    matrix whose images are permuted -> its products [p, k] with the others. raw [k]: <D,D> of the distances themselves; rounding [k]: of
-    them, as a share.
+    names [k]: of the matrices. products [k, k]. left_out [units, k, k]: the products without each image, part of the images or batch.
+    permuted: the name of each permuted matrix -> its products [p, k] with all of them. raw [k]: <D,D> of the distances themselves.
+    rounding [k]: the rounding of the distances, relative to them.
     """
 
     names: tuple[str, ...]
@@ -64,7 +64,10 @@ def inner_products(
     seed: int = 0,
     backend: Backend = "auto",
 ) -> InnerProducts:
-    """Inner products of features by name and, under TARGET, labels or an embedding; arguments and errors are those of `fss` and `rs`."""
+    """Inner products of features by name and, under TARGET, of labels or an embedding. Arguments and errors are those of `fss` and `rs`.
+
+    permuted: the names of the matrices whose images are permuted.
+    """
     if estimator not in ("unbiased", "biased"):
         raise ValueError(f"estimator must be 'unbiased' or 'biased', not {estimator!r}")
     permutations, seed, batch = index(permutations), index(seed), None if batch is None else index(batch)
@@ -72,8 +75,21 @@ def inner_products(
         raise ValueError(f"permutations must be 0 or more, not {permutations}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"the seed must lie between 0 and 2^63, not {seed}")
-    named = {name: target_array(each) if name == TARGET else each for name, each in named.items()}
-    features = {name: rows for name, rows in named.items() if not isinstance(rows, Tensor | np.ndarray)}
+    features = {name: value for name, value in named.items() if name != TARGET and not isinstance(value, Tensor | np.ndarray)}
+    n, device, dtype = _common(features)
+    ops = dispatch.chosen(torch.empty(0, dtype=dtype, device=device), backend)
+    sources = {
+        name: features[name] if name in features else Target.of(value, n, device=device, backend=ops) for name, value in named.items()
+    }
+    plan = _Plan(n, device, tuple(permuted), estimator == "biased", permutations, seed, ops)
+    with torch.no_grad():
+        if batch is not None and batch < n:
+            return _in_batches(sources, plan, batch)
+        return _of_all_pairs(sources, plan) if n <= _ALL_PAIRS else _in_tiles(sources, plan)
+
+
+def _common(features: Mapping[str, Rows]) -> tuple[int, torch.device, torch.dtype]:
+    """The number of rows, device and type that all features share. Raises KdxError if they differ, and for fewer than four images."""
     first, *others = features
     n, device, dtype = features[first].shape[0], torch.device(features[first].device), features[first].dtype
     arrays.check_images(n)
@@ -84,16 +100,13 @@ def inner_products(
             raise KdxError(f"The {first} are on {device}, the {name} on {rows.device}.", "Move all of them to one device.")
         if rows.dtype != dtype:
             raise KdxError(f"The {first} are {dtype}, the {name} {rows.dtype}.", "Give all of them in one type.")
-    ops = dispatch.chosen(torch.empty(0, dtype=dtype, device=device), backend)
-    asked = _Asked(n, device, tuple(permuted), estimator == "biased", permutations, seed, ops)
-    with torch.no_grad():
-        if batch is not None and batch < n:
-            return _batched(named, asked, batch)
-        return _held(named, asked) if n <= _HELD else _swept(named, asked)
+    return n, device, dtype
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Plan:
+    """What is computed, and with which backend."""
+
     n: int
     device: torch.device
     permuted: tuple[str, ...]
@@ -102,109 +115,112 @@ class _Asked:
     seed: int
     ops: dispatch.TorchBackend
 
+    def centred(self, distances: BatchDistances) -> Tensor:
+        """The centred matrices of the estimator."""
+        return geometry.double_centered(distances.raw) if self.biased else distances.centred
 
-def _held(named: Mapping[str, Rows | Array], asked: _Asked) -> InnerProducts:
-    """Of so few images that their matrices are held, in float64; the jackknife leaves out an image."""
-    n, names = asked.n, tuple(named)
-    everyone = torch.arange(n, device=asked.device)
-    rows = [
-        target_embedding(each, n).to(asked.device) if isinstance(each, Tensor | np.ndarray) else each.read(everyone)
-        for each in named.values()
-    ]
-    d = torch.stack([arrays.measured(asked.ops.distances(each), each, name) for name, each in zip(names, rows, strict=True)])
-    centred = geometry.double_centered(d) if asked.biased else geometry.u_centered(d)
+
+Source = Rows | Target
+
+
+def _of_all_pairs(sources: Mapping[str, Source], plan: _Plan) -> InnerProducts:
+    """From matrices of all pairs in float64, for few images. The jackknife leaves out one image."""
+    n, names = plan.n, tuple(sources)
+    everyone = torch.arange(n, device=plan.device)
+    rows = {name: source.rows if isinstance(source, Target) else source.read(everyone) for name, source in sources.items()}
+    distances = arrays.checked_distances(rows, plan.ops)
+    centred = plan.centred(distances)
     products = geometry.products(centred)
-    table = permutation_table(n, asked.permutations, asked.seed, asked.device)
+    table = permutation_table(n, plan.permutations, plan.seed, plan.device)
     return InnerProducts(
         names,
         n,
         1,
         products,
-        geometry.leave_one_out(d, asked.biased) if n > arrays.MIN_IMAGES else products[None],
-        {name: permutation_products(centred, d[i], centred[i], rows[i], table) for i, name in enumerate(names) if name in asked.permuted},
-        geometry.products(d).diagonal(),
-        torch.tensor([arrays.rounding(each) for each in rows], dtype=torch.float64, device=asked.device),
+        geometry.leave_one_out(distances.raw, plan.biased) if n > arrays.MIN_IMAGES else products[None],
+        {name: geometry.permuted_products(centred, centred[names.index(name)], table) for name in plan.permuted},
+        geometry.products(distances.raw).diagonal(),
+        torch.tensor([arrays.rounding(x) for x in rows.values()], dtype=torch.float64, device=plan.device),
     )
 
 
-def _swept(named: Mapping[str, Rows | Array], asked: _Asked) -> InnerProducts:
-    """Of any number of images, in tiles; the jackknife leaves out one of `sweep.UNITS` random parts."""
-    names, matrices, rounding = _matrices(named, asked)
-    permuted = {name: names.index(name) for name in asked.permuted}
-    found = tiles.sweep(
-        matrices, permuted=[*permuted.values()], permutations=asked.permutations, biased=asked.biased, seed=asked.seed, ops=asked.ops
+def _in_tiles(sources: Mapping[str, Source], plan: _Plan) -> InnerProducts:
+    """In tiles, for any number of images. The jackknife leaves out one of `tiles.UNITS` random parts."""
+    names, matrices = tuple(sources), _matrices(sources)
+    rounding = _rounding(matrices, plan.device)
+    permuted = {name: names.index(name) for name in plan.permuted}
+    sums = tiles.sweep(
+        matrices, permuted=[*permuted.values()], permutations=plan.permutations, biased=plan.biased, seed=plan.seed, ops=plan.ops
     )
-    raw = torch.stack([each.scale for each in matrices]) * asked.n / (asked.n - 3)
-    _check_varied(names, found.products, raw, rounding.clamp_min(1e-8))  # sums over tiles are known to 1e-16 of them
-    moved_products = {name: found.permuted[place] for name, place in permuted.items()}
-    return InnerProducts(names, asked.n, 1, found.products, found.left_out, moved_products, raw, rounding)
+    raw = torch.stack([matrix.scale for matrix in matrices]) * plan.n / (plan.n - 3)
+    _check_varied(names, sums.products, raw, rounding.clamp_min(1e-8))  # sums over tiles are known to 1e-16 of them
+    permuted_products = {name: sums.permuted[place] for name, place in permuted.items()}
+    return InnerProducts(names, plan.n, 1, sums.products, sums.left_out, permuted_products, raw, rounding)
 
 
-def _batched(named: Mapping[str, Rows | Array], asked: _Asked, size: int) -> InnerProducts:
-    """Summed over random batches, as many at once as memory allows; the jackknife leaves out a batch.
+def _in_batches(sources: Mapping[str, Source], plan: _Plan, size: int) -> InnerProducts:
+    """Summed over random batches, as many at a time as memory allows. The jackknife leaves out one batch.
 
-    Images are dealt blindly. A batch of one class has no geometry to add, and adds none: run_errors it would bias the sum.
+    Batches are drawn without regard to classes. A batch of one class has no geometry to add, and adds zero: excluding it would bias the
+    sum.
     """
-    if size < arrays.MIN_IMAGES:
-        raise KdxError(f"A batch of {size} is too small for pairwise geometry.", "Give 4 or more; scores are steady from 32 up.")
+    arrays.check_batch_size(size)
     if size > tiles.TILE:
         raise KdxError(
-            f"A batch of {size} images would hold matrices of {size} x {size}.",
+            f"A batch of {size} images needs matrices of {size} x {size}.",
             f"Give {tiles.TILE} at most, or no batch: all images together are then taken in tiles.",
         )
-    names, matrices, rounding = _matrices(named, asked)
-    generator = np.random.default_rng(asked.seed)
-    count = max(1, min(-(-asked.n // size), asked.n // arrays.MIN_IMAGES))
-    shuffled = torch.from_numpy(generator.permutation(asked.n)).to(asked.device)
-    batches = [shuffled[start::count] for start in range(count)]
-    widths = [each.rows.shape[1] * 4 if isinstance(each, tiles.FeatureDistances) else 0 for each in matrices]
+    names, matrices = tuple(sources), _matrices(sources)
+    rounding = _rounding(matrices, plan.device)
+    generator = np.random.default_rng(plan.seed)
+    batches = arrays.batches_of(torch.from_numpy(generator.permutation(plan.n)).to(plan.device), size)
+    widths = [matrix.rows.shape[1] * 4 if isinstance(matrix, tiles.FeatureDistances) else 0 for matrix in matrices]
     products, raw = [], []
-    permuted = {name: torch.zeros(asked.permutations, len(names), dtype=torch.float64, device=asked.device) for name in asked.permuted}
-    for some in _alike(batches, sum(widths), len(names)):
-        n = some.shape[1]
-        d = torch.stack([each.batches(some, asked.ops) for each in matrices], 1)
-        centred = geometry.double_centered(d) if asked.biased else geometry.u_centered(d)
-        products.append(geometry.products(centred) if asked.biased else asked.ops.products(d))
+    permuted = {name: torch.zeros(plan.permutations, len(names), dtype=torch.float64, device=plan.device) for name in plan.permuted}
+    for stack in _stacks(batches, sum(widths), len(names)):
+        n = stack.shape[1]
+        d = torch.stack([matrix.batches(stack, plan.ops) for matrix in matrices], 1)
+        centred = geometry.double_centered(d) if plan.biased else geometry.u_centered(d)
+        products.append(geometry.products(centred) if plan.biased else plan.ops.products(d))
         raw.append(geometry.products(d).diagonal(dim1=1, dim2=2))
-        turns = torch.from_numpy(generator.integers(n, size=(asked.permutations, len(some)))).to(asked.device)
-        for name, total in permuted.items():
-            total += tiles.turned_products(centred, names.index(name), turns)
-    each, whole = torch.cat(products), torch.cat(raw).sum(0)
-    total = each.sum(0)
-    _check_varied(names, total, whole, rounding)
-    return InnerProducts(names, asked.n, len(each), total, total - each, permuted, whole, rounding)
+        turns = torch.from_numpy(generator.integers(n, size=(plan.permutations, len(stack)))).to(plan.device)
+        for name, sums in permuted.items():
+            sums += tiles.turned_products(centred, names.index(name), turns)
+    batch_products, raw_sum = torch.cat(products), torch.cat(raw).sum(0)
+    total = batch_products.sum(0)
+    _check_varied(names, total, raw_sum, rounding)
+    return InnerProducts(names, plan.n, len(batch_products), total, total - batch_products, permuted, raw_sum, rounding)
 
 
-def _alike(batches: Sequence[Tensor], width: int, matrices: int) -> Iterator[Tensor]:
-    """Batches of one size as indices [b, n], as many at a time as memory allows."""
+def _stacks(batches: Sequence[Tensor], width: int, matrices: int) -> Iterator[Tensor]:
+    """Batches of equal size as indices [b, n], as many at a time as memory allows."""
     for n in sorted({len(batch) for batch in batches}):
-        alike = torch.stack([batch for batch in batches if len(batch) == n])
-        yield from alike.split(max(1, _BYTES // (n * (width + matrices * n * 64))))
+        equal = torch.stack([batch for batch in batches if len(batch) == n])
+        yield from equal.split(max(1, _BYTES // (n * (width + matrices * n * 64))))
 
 
-def _matrices(named: Mapping[str, Rows | Array], asked: _Asked) -> tuple[tuple[str, ...], list[tiles.Matrix], Tensor]:
-    """(names, matrices, the rounding of each one's distances)."""
-    matrices = [
-        target_matrix(each, asked.n, asked.device) if isinstance(each, Tensor | np.ndarray) else feature_distances(each, name)
-        for name, each in named.items()
-    ]
-    known = [(each.rows.dtype, each.rows.shape[1]) if isinstance(each, tiles.FeatureDistances) else (torch.float64, 1) for each in matrices]
-    rounding = torch.tensor([arrays.rounding_of(*each) for each in known], dtype=torch.float64, device=asked.device)
-    return tuple(named), matrices, rounding
+def _matrices(sources: Mapping[str, Source]) -> list[tiles.Matrix]:
+    return [source.matrix() if isinstance(source, Target) else feature_distances(source, name) for name, source in sources.items()]
+
+
+def _rounding(matrices: Sequence[tiles.Matrix], device: torch.device) -> Tensor:
+    """The rounding of each matrix's distances, relative to them [k]. Distances between classes are float64."""
+    types = [(m.rows.dtype, m.rows.shape[1]) if isinstance(m, tiles.FeatureDistances) else (torch.float64, 1) for m in matrices]
+    return torch.tensor([arrays.rounding_of(dtype, width) for dtype, width in types], dtype=torch.float64, device=device)
 
 
 def _check_varied(names: Sequence[str], products: Tensor, raw: Tensor, rounding: Tensor) -> None:
-    for name, own, whole, share in zip(names, products.diagonal().tolist(), raw.tolist(), rounding.tolist(), strict=True):
-        arrays.check_varied(own, whole, share, name)
+    for name, norm, whole, share in zip(names, products.diagonal().tolist(), raw.tolist(), rounding.tolist(), strict=True):
+        arrays.check_varied(norm, whole, share, name)
 
 
-def check_residual(found: InnerProducts, explained: int, given: int) -> None:
-    """KdxError where the given matrix explains another up to rounding of their distances."""
-    own, cross, norm = (found.products[pair] for pair in ((explained, explained), (explained, given), (given, given)))
-    # A difference of inner products is known to 1e-16 of them, whatever the features' type.
-    floor = torch.maximum(found.rounding.max() ** 2 * found.raw[explained], 1e-13 * own)
-    if not bool(own - cross**2 / norm > floor):
+def check_residual(sums: InnerProducts, explained: int, given: int) -> None:
+    """KdxError if the given matrix explains the explained one up to the rounding of their distances."""
+    norm, cross, given_norm = (sums.products[pair] for pair in ((explained, explained), (explained, given), (given, given)))
+    # A difference of inner products is known to 1e-16 of them, whichever type the features have.
+    floor = torch.maximum(sums.rounding.max() ** 2 * sums.raw[explained], 1e-13 * norm)
+    if not bool(norm - cross**2 / given_norm > floor):
         raise KdxError(
-            f"Nothing is left of the {found.names[explained]} without what the {found.names[given]} explain.",
+            f"Nothing is left of the {sums.names[explained]} without what the {sums.names[given]} explain.",
             "Compare two different networks or layers.",
         )

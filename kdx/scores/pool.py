@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdx.roles import ROLES, TARGET, Definition, contrast_name, contrasts_among, roles_among, scores_among
 from kdx.scores import uncertainty
-from kdx.scores.score import STATISTICS, Score, summary
+from kdx.scores.score import STATISTICS, Contrast, Score, summary
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class LayerScores:
     """The scores of a layer by name (SCORES), and the differences of CONTRASTS as (value, interval)."""
 
     scores: dict[str, Score]
-    contrasts: dict[str, tuple[float, tuple[float, float]]]
+    contrasts: dict[str, Contrast]
 
 
 def pooled_scores(
@@ -53,7 +53,7 @@ def pooled_scores(
     for more, less in contrasts_among(roles):
         difference = found[more].value - found[less].value
         interval = uncertainty.jackknife_interval(difference, replicates[more] - replicates[less], confidence, fisher=False)
-        contrasts[contrast_name(more, less)] = (difference, interval)
+        contrasts[contrast_name(more, less)] = Contrast(difference, interval)
     return LayerScores(found, contrasts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,16 @@ class Score:
 
     def __float__(self) -> float:
         return self.value
+
+
+class Contrast(NamedTuple):
+    """The difference of two scores of the same images, in [-2, 2], with its jackknife confidence interval.
+
+    An interval that excludes zero says that the two scores differ; (-2, 2) means that too little is known.
+    """
+
+    value: float
+    interval: tuple[float, float]
 
 
 def correlation(products: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from kdx.features.target import Target
 from kdx.kernels import geometry
 
 _FEW_IMAGES = 256
@@ -27,16 +28,14 @@ def permutation_table(n: int, permutations: int, seed: int | Sequence[int], devi
     return torch.from_numpy(generator.permuted(np.tile(np.arange(n), (permutations, 1)), axis=1)).to(device)
 
 
-def permutation_products(matrices: Tensor, d: Tensor, centred: Tensor, rows: Tensor, permutations: Tensor) -> Tensor:
-    """Inner products [p, k] of centred matrices with ``centred`` (of distances d, of rows [n, e]) under permutations of its images."""
-    if len(permutations) == 0:
-        return matrices.new_zeros(0, len(matrices))
-    n = rows.shape[0]
-    if rows.shape[1] <= n:
-        distinct, classes = rows.unique(dim=0, return_inverse=True)
-        if n > _FEW_IMAGES and 4 * len(distinct) <= n:
-            return geometry.permuted_class_products(matrices, d, classes, permutations)
-    return geometry.permuted_products(matrices, centred, permutations)
+def permuted_target_products(matrices: Tensor, target: Target, permutations: Tensor) -> Tensor:
+    """Inner products [p, k] of centred matrices [k, n, n] with the target's, under permutations [p, n] of the target's images."""
+    n = len(target.values)
+    if n > _FEW_IMAGES and len(permutations) and target.rows.shape[1] <= n:
+        classes = target.classes
+        if classes is not None and 4 * classes.count <= n:
+            return geometry.permuted_class_products(matrices, target.distances.raw, classes.codes, permutations)
+    return geometry.permuted_products(matrices, target.distances.centred, permutations)
 
 
 def with_permuted(products: Tensor, permuted: int, rows: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 import kdx
 from kdx.data.batches import random_batches
 from kdx.explain.layer import LayerMeasurement, measure, measure_distances
+from kdx.features import arrays
 from kdx.features.target import Target
 from kdx.roles import CONTRASTS, MAPS, ROLES, SCORES, contrasts_among, maps_among, roles_among, scores_among
 from kdx.scores import uncertainty
@@ -146,7 +147,8 @@ def test_maps_are_of_the_features_and_products_of_the_distances_given() -> None:
     maps = measure(features, target, permutations=permutations).maps
     expected = measure(others, target, permutations=permutations)
     distances = {role: torch.cdist(x.flatten(1), x.flatten(1)) for role, x in others.items()}
-    found = measure(features, target, permutations=permutations, distances=distances)
+    measured = arrays.centred_distances(torch.stack([*distances.values()]), distances)
+    found = measure(features, target, permutations=permutations, distances={role: measured[i] for i, role in enumerate(distances)})
     assert all(torch.equal(found.maps[name].maps, maps[name].maps) for name in maps)
     assert oracle.error(found.products, expected.products) < 1e-12
     assert all(oracle.error(found.permuted[name], rows) < 1e-12 for name, rows in expected.permuted.items())

@@ -89,8 +89,7 @@ def test_a_batch_of_three_networks(launches: list[str], references: bool) -> Non
     launches.clear()
     table = uncertainty.permutation_table(24, 19, 0)
     expected, found = (
-        measure(given, Target.of(labels), permutations=table, references=known, labels=labels, backend=backend)
-        for backend in ("torch", "cuda")
+        measure(given, Target.of(labels), permutations=table, references=known, backend=backend) for backend in ("torch", "cuda")
     )
     assert launches.count("weights_relevance") == (0 if references else 2)
     for name, maps in expected.maps.items():

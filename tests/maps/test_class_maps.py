@@ -27,11 +27,11 @@ from kdx.runtimes.eager import EagerRunner
 from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
 from kdx.runtimes.tensorrt import TensorRtRunner
 from tests import oracle
-from tests.hooked import CLASSES, SIZE, Blocks, Net, batch, by_hand, exported, hooked, weighed
+from tests.hooked import CLASSES, SIZE, Blocks, Net, batch, by_hand, cam_of_gradient, exported, hooked
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)
-METHODS: dict[str, Callable[..., ClassMaps]] = {"gap": kdx.grad_cam, "elementwise": kdx.hires_cam}
+METHODS: dict[str, Callable[..., ClassMaps[Any]]] = {"gap": kdx.grad_cam, "elementwise": kdx.hires_cam}
 
 
 class Tokens(nn.Module):
@@ -93,7 +93,7 @@ def test_tokens_are_a_grid(weighting: str) -> None:
     logits, tokens = hooked(network, images, "mixed")
     (gradient,) = torch.autograd.grad(logits[:, 2].sum(), tokens)
     grid, gradients = (part[:, 1:].transpose(1, 2).reshape(8, 8, 4, 3) for part in (tokens, gradient))
-    weights, maps = weighed(grid, gradients, weighting)
+    weights, maps = cam_of_gradient(grid, gradients, weighting)
     agree(METHODS[weighting](network, images, "mixed", 2), ClassMaps(maps, weights, None, None))
 
 
@@ -272,7 +272,7 @@ def test_a_graph_without_the_right_gradients_is_refused(tmp_path: Path) -> None:
     network, images = Net().eval(), batch(dtype=torch.float32)
     path = tmp_path / "features.onnx"
     onnx_file.write(FeatureGraph(network, ["conv2"]), path, origin=Origin("net", "0" * 64), image_size=SIZE)
-    with pytest.raises(KdxError, match=r"features\.onnx holds features, and gradients are asked for\.\n.*--kind gradients"):
+    with pytest.raises(KdxError, match=r"features\.onnx contains features, not gradients\.\n.*--kind gradients"):
         kdx.grad_cam(path, images)
     with EagerRunner(FeatureGraph(network, ["conv2"]), CPU) as runner, pytest.raises(KdxError, match="--kind gradients"):
         kdx.grad_cam(runner, images)
@@ -321,7 +321,7 @@ def straight(
     _, earlier, later = hooked(network, images, layer, at)
     score = objective(later, teacher_features(len(images)), LABELS[: len(images)], name, pooled)
     (gradient,) = torch.autograd.grad(score, earlier)
-    return score.detach(), *weighed(earlier, gradient, weighting), later.detach()
+    return score.detach(), *cam_of_gradient(earlier, gradient, weighting), later.detach()
 
 
 @pytest.mark.parametrize("name", ["relevance", "uniqueness"])

@@ -233,4 +233,4 @@ def test_misspelt_options_are_value_errors() -> None:
     with pytest.raises(ValueError, match="weighting"):
         kdx.unicam(x, y, labels, weighting="hires")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="array"):
-        kdx.unicam([[1.0]], y, labels)  # type: ignore[arg-type]
+        kdx.unicam([[1.0]], y, labels)  # type: ignore[type-var]
