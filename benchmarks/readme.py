@@ -10,12 +10,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from benchmarks import growth
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, PROCESS_KINDS
+from benchmarks.cold import COMMANDS, IMPORTS
 from benchmarks.folder import MORE, PICTURE
 from benchmarks.growth import Records
 from benchmarks.record import RESULTS, quartiles
-from benchmarks.run import SUITE, read
+from benchmarks.stored import SUITE, read
 
 ROOT = Path(__file__).parents[1]
 README, PERFORMANCE, DRAWING = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "growth.svg"
@@ -123,6 +127,26 @@ def folder(_: Records) -> str:
     return "\n\n".join([_joined(lines), costs, _machine(record), f"{count}; commit {record['commit']}."]) + "\n"
 
 
+def process_start(records: Records) -> str:
+    """A row for each process that only starts, with its goal. Without a stored result the goals are shown alone."""
+    (case,) = (case for case in CASES if case.kind == "process start")
+    selected = _of_kinds(records, case.kind)
+    samples = selected[case.name]["samples"] if case.name in selected else {}
+    goals = {goal.variant: goal for goal in case.goals}
+    lines = _header("process", "median (quartiles)", f"difference from `{case.baseline}`", "goal", "result")
+    for name in (*COMMANDS, *IMPORTS):
+        cells = [_spread(samples[name]) if name in samples else NONE, NONE, NONE, NONE]
+        if name in IMPORTS and name != case.baseline and {name, case.baseline} <= set(samples):
+            cells[1] = _spread(np.array(samples[name]) - np.array(samples[case.baseline]))
+        if name in goals:
+            goal = goals[name]
+            subject = "the median" if goal.quantity == "seconds" else "the difference"
+            holds = goal.judged(case.baseline, samples)["holds"]
+            cells[2:] = f"{subject} at {goal.bound} {goal.value:g} s", {True: "reached", False: "missed", None: "not measured"}[holds]
+        lines.append(_row(f"`{name}`" if name in COMMANDS else f'`python -c "{name}"`', *cells))
+    return _with_notes(_joined(lines), selected, case.kind, goals=False)
+
+
 def growing(records: Records) -> str:
     """The fitted exponents of `benchmarks.growth`."""
     lines = _header("size", "variant", "exponent", "sizes")
@@ -142,6 +166,7 @@ PAGES: dict[Path, dict[str, Callable[[Records], str]]] = {
         "folder": folder,
         "growth": growing,
         "files": variants("gradients", "export", "cold start"),
+        "start": process_start,
     },
 }
 
@@ -179,10 +204,13 @@ def _joined(lines: list[str]) -> str:
 # ---- notes below a table ----
 
 
-def _with_notes(table: str, records: Records, *kinds: str) -> str:
-    """The table, the goals that were missed or not measured, what is not stored or cannot run, and where the figures come from."""
+def _with_notes(table: str, records: Records, *kinds: str, goals: bool = True) -> str:
+    """The table, the goals that were missed or not measured, what is not stored or cannot run, and where the figures come from.
+
+    goals: False if the table itself shows the goals.
+    """
     known = {case.name for case in CASES if case.kind in kinds}
-    missed, unknown = (_goals(records, holds) for holds in (False, None))
+    missed, unknown = (_goals(records, holds) if goals else [] for holds in (False, None))
     not_stored = sorted(known - set(records))
     notes = [
         f"Missed goals: {'; '.join(missed)}." if missed else "",
@@ -197,13 +225,14 @@ def _with_notes(table: str, records: Records, *kinds: str) -> str:
 
 def _goals(records: Records, holds: bool | None) -> list[str]:
     """The goals that hold, do not hold (False) or were not measured (None)."""
-    return [
-        f"{name}, {goal['ratio']} at {goal['bound']} {goal['wanted']:.3g}"
-        + ("" if goal["found"] is None else f" (measured {goal['found']:.4g})")
-        for name, record in records.items()
-        for goal in record["goals"]
-        if goal["holds"] is holds
-    ]
+    goals = []
+    for name, record in records.items():
+        for goal in record["goals"]:
+            if goal["holds"] is holds:
+                unit = goal.get("unit", "")  # the first records hold ratios only
+                measured = "" if goal["found"] is None else f" (measured {goal['found']:.4g}{unit})"
+                goals.append(f"{name}, {goal['ratio']} at {goal['bound']} {goal['wanted']:.3g}{unit}{measured}")
+    return goals
 
 
 def _not_run(records: Records) -> list[str]:
@@ -244,8 +273,16 @@ def _machine(record: Mapping[str, Any]) -> str:
 def _seconds(record: Mapping[str, Any], variant: str) -> str:
     if variant not in record["samples"]:
         return NONE
-    seconds = quartiles(record["samples"][variant])[1]
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+    return _duration(quartiles(record["samples"][variant])[1])
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if abs(seconds) >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _spread(seconds: NDArray[np.float64] | list[float]) -> str:
+    low, median, high = quartiles(seconds)
+    return f"{_duration(median)} ({_duration(low)} to {_duration(high)})"
 
 
 def _ratio(record: Mapping[str, Any], variant: str) -> str:
@@ -264,7 +301,7 @@ def _difference(record: Mapping[str, Any], variant: str) -> str:
 
 def _peak(record: Mapping[str, Any], variant: str) -> str:
     """The memory of a variant's own process; a variant that starts processes has no figure for theirs."""
-    if variant not in record["peak_bytes"] or record["kind"] == "cold start":
+    if variant not in record["peak_bytes"] or record["kind"] in PROCESS_KINDS:
         return NONE
     return f"{record['peak_bytes'][variant] / 1e9:.2f} GB"
 
