@@ -1,15 +1,17 @@
-"""A batch explained end to end, two maps and their scores, by kdx on each runtime and by what kdx is timed against.
+"""A batch explained end to end, two maps and their scores, by kdx on each runtime and by the baselines.
 
-Two networks of one architecture, student and base, with weights of two seeds: random ones, which change no timing. Each way takes
-images in [0, 1] and gives both maps in [0, 1] in the images' size, FSS(S,B), RS(S|B) and RS(B|S); kdx adds 999 permutations,
-intervals, and RS of each network. ``bare passes`` are the two forward passes of kdx's ONNX files with nothing besides;
-``fair, channels-last`` is the fair path with networks and images in that layout, which PyTorch's convolutions prefer on a CPU.
+The two networks, student and base, have one architecture and random weights of two seeds; weights do not change the timing. Each variant
+takes images in [0, 1] and returns both maps in [0, 1] at the images' size, FSS(S,B), RS(S|B) and RS(B|S). kdx also computes 999
+permutations, intervals, and RS of each network. ``bare passes`` are the two forward passes of kdx's ONNX files alone.
+``fair, channels-last`` is the fair variant with networks and images in that layout, which PyTorch's convolutions prefer on a CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import eager
-from benchmarks.subject import Run, Subject, Unavailable, Way, Work, demand_agreement, demand_differences
+from benchmarks.comparison import Comparison, Run, Unavailable, Variant, Work, gram_work, require_agreement, require_difference_tensors
 from kdx import models
 from kdx.choices import Precision
 from kdx.errors import first_line
@@ -38,13 +40,12 @@ from kdx.scores.pool import pooled_scores
 CLASSES = 4
 ROLES = ("student", "base")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-WITHIN, WITHIN_BFLOAT16 = 1e-3, 5e-2
-"""Mean absolute difference of maps, whose values are from 0 to 1, and difference of scores, that are allowed between any way and
-the first."""
+TOLERANCE, TOLERANCE_BFLOAT16 = 1e-3, 5e-2
+"""Largest difference from the first variant: the mean absolute difference of maps, whose values lie in [0, 1], and that of scores."""
 
 
 def prepare(folder: Path, *, network: str, layer: str, batch: int, side: int, **_: Any) -> None:
-    """Write both networks' weights and ONNX files."""
+    """Write the weights and the ONNX files of both networks."""
     for seed, role in enumerate(ROLES):
         torch.manual_seed(seed)
         module = models.load(network).module
@@ -53,29 +54,56 @@ def prepare(folder: Path, *, network: str, layer: str, batch: int, side: int, **
         onnx_file.write(graph, folder / f"{role}.onnx", origin=Origin(network, "random"), image_size=(side, side))
 
 
-def subject(folder: Path, *, network: str, layer: str, batch: int, side: int, without: Sequence[str] = ()) -> Subject:
-    """without: ways that are left out."""
-    images = torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(batch) % CLASSES
-    permutations = uncertainty.permutation_table(batch, 999, 0)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    one_hot = torch.nn.functional.one_hot(labels).float()
+def comparison(folder: Path, *, network: str, layer: str, batch: int, side: int, without: Sequence[str] = ()) -> Comparison:
+    """without: variants to leave out."""
+    inputs = _Inputs(folder, network, layer, batch, side)
+    variants = _pytorch_variants(inputs) | _kdx_variants(inputs)
+    chosen = {name: variant for name, variant in variants.items() if name not in without}
+    return Comparison(chosen, _check, lambda: work(network, layer, batch, side))
 
-    def loaded() -> list[nn.Module]:
-        return [models.load(f"{network}@{folder / role}.safetensors").module for role in ROLES]
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The prepared networks and one batch of images."""
+
+    folder: Path
+    network: str
+    layer: str
+    batch: int
+    side: int
+
+    @cached_property
+    def images(self) -> Tensor:
+        """[n, 3, side, side] in [0, 1]."""
+        return torch.rand(self.batch, 3, self.side, self.side, generator=torch.Generator().manual_seed(0))
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.arange(self.batch) % CLASSES
+
+    def modules(self) -> list[nn.Module]:
+        return [models.load(f"{self.network}@{self.folder / role}.safetensors").module for role in ROLES]
+
+
+def _pytorch_variants(inputs: _Inputs) -> dict[str, Variant]:
+    """The variants that run PyTorch modules: those of `benchmarks.eager`."""
+    images, layer = inputs.images, inputs.layer
+    one_hot = torch.nn.functional.one_hot(inputs.labels).float()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
 
     def published(_: ExitStack) -> Run:
-        student, base = loaded()
-        demand_differences(batch, _width(student, layer, side), kept=2 * batch * _kept(student, side))
+        student, base = inputs.modules()
+        activations = 2 * inputs.batch * _activation_bytes(student, inputs.side)
+        require_difference_tensors(inputs.batch, _width(student, layer, inputs.side), activations=activations)
         return lambda: eager.published(student, base, layer, (images - mean) / std, one_hot)
 
     def fair(_: ExitStack) -> Run:
-        student, base = loaded()
+        student, base = inputs.modules()
         return lambda: eager.fair(student, base, layer, (images - mean) / std, one_hot)
 
     def channels_last(_: ExitStack) -> Run:
         layout = torch.channels_last
-        student, base = (network.to(memory_format=layout) for network in loaded())  # type: ignore[call-overload]
+        student, base = (module.to(memory_format=layout) for module in inputs.modules())  # type: ignore[call-overload]
         try:
             with torch.no_grad():
                 student(images[:1].to(memory_format=layout))
@@ -84,35 +112,35 @@ def subject(folder: Path, *, network: str, layer: str, batch: int, side: int, wi
         return lambda: eager.fair(student, base, layer, ((images - mean) / std).to(memory_format=layout), one_hot)
 
     def compiled(_: ExitStack) -> Run:
-        student, base = loaded()
-        whole = eager.compiled(student, base, layer)
-        return lambda: whole((images - mean) / std, one_hot)
+        student, base = inputs.modules()
+        run = eager.compiled(student, base, layer)
+        return lambda: run((images - mean) / std, one_hot)
 
-    def kdx(make: Callable[[Path], Runner]) -> Way:
-        def opened(held: ExitStack) -> Run:
-            runners = {role: held.enter_context(make(folder / f"{role}.onnx")) for role in ROLES}
-            return lambda: explained({role: each.infer(images).features[layer] for role, each in runners.items()})
+    return {"published": published, "fair": fair, "fair, channels-last": channels_last, "compiled": compiled}
+
+
+def _kdx_variants(inputs: _Inputs) -> dict[str, Variant]:
+    """The variants that run the exported files: kdx on each runtime, and the passes of ONNX Runtime alone."""
+    images, folder = inputs.images, inputs.folder
+
+    def kdx(make: Callable[[Path], Runner]) -> Variant:
+        def opened(resources: ExitStack) -> Run:
+            runners = {role: resources.enter_context(make(folder / f"{role}.onnx")) for role in ROLES}
+            permutations = uncertainty.permutation_table(inputs.batch, 999, 0)
+
+            def run() -> eager.Explanation:
+                features = {role: runner.infer(images).features[inputs.layer] for role, runner in runners.items()}
+                return _explained(features, inputs.labels, permutations, inputs.side)
+
+            return run
 
         return opened
 
-    def explained(features: Mapping[str, Tensor]) -> eager.Found:
-        device = features["base"].device
-        found = measure(features, Target.of(labels.to(device)), permutations=permutations.to(device))
-        said = pooled_scores(found.products, found.permuted, found.left_out, n=batch, roles=ROLES).scores
-        of = found.products
-        return eager.Found(
-            scaled(found.maps["distilled"].maps, (side, side)).cpu(),
-            scaled(found.maps["residual"].maps, (side, side)).cpu(),
-            float(of[0, 1] / (of[0, 0] * of[1, 1]).sqrt()),
-            said["RS(S|B)"].value,
-            said["RS(B|S)"].value,
-        )
-
-    def bare(held: ExitStack) -> Run:
-        runners = [held.enter_context(OnnxRuntimeRunner(folder / f"{role}.onnx")) for role in ROLES]
+    def bare_passes(resources: ExitStack) -> Run:
+        runners = [resources.enter_context(OnnxRuntimeRunner(folder / f"{role}.onnx")) for role in ROLES]
         return lambda: [runner.infer(images) for runner in runners]
 
-    def openvino(precision: Precision) -> Way:
+    def openvino(precision: Precision) -> Variant:
         def make(path: Path) -> Runner:
             from kdx.runtimes.openvino import OpenVinoRunner
 
@@ -121,16 +149,12 @@ def subject(folder: Path, *, network: str, layer: str, batch: int, side: int, wi
         return kdx(make)
 
     def tensorrt(path: Path) -> Runner:
-        built = path.with_suffix(".engine")
-        engine.build(path, built, batch=(batch, batch, batch))
-        return TensorRtRunner(built)
+        engine_path = path.with_suffix(".engine")
+        engine.build(path, engine_path, batch=(inputs.batch, inputs.batch, inputs.batch))
+        return TensorRtRunner(engine_path)
 
-    every: dict[str, Way] = {
-        "published": published,
-        "fair": fair,
-        "fair, channels-last": channels_last,
-        "compiled": compiled,
-        "bare passes": bare,
+    return {
+        "bare passes": bare_passes,
         "kdx": kdx(OnnxRuntimeRunner),
         "kdx, OpenVINO": openvino("float32"),
         "kdx, OpenVINO bf16": openvino("bfloat16"),
@@ -138,61 +162,76 @@ def subject(folder: Path, *, network: str, layer: str, batch: int, side: int, wi
         "kdx, ONNX Runtime TensorRT": kdx(lambda path: OnnxRuntimeRunner(path, "tensorrt")),
         "kdx, TensorRT": kdx(tensorrt),
     }
-    return Subject({name: way for name, way in every.items() if name not in without}, _alike, lambda: work(network, layer, batch, side))
 
 
-def _alike(results: Mapping[str, Any]) -> dict[str, float]:
-    """Mean absolute difference of each way's maps, and the difference of its scores, from the first way's."""
-    explained = {name: found for name, found in results.items() if isinstance(found, eager.Found)}
-    (_, known), *others = explained.items()
+def _explained(features: Mapping[str, Tensor], labels: Tensor, permutations: Tensor, side: int) -> eager.Explanation:
+    """kdx's maps and scores of features on any device."""
+    device = features["base"].device
+    measurement = measure(features, Target.of(labels.to(device)), permutations=permutations.to(device))
+    products = measurement.products
+    scores = pooled_scores(products, measurement.permuted, measurement.left_out, n=len(labels), roles=ROLES).scores
+    return eager.Explanation(
+        scaled(measurement.maps["distilled"].maps, (side, side)).cpu(),
+        scaled(measurement.maps["residual"].maps, (side, side)).cpu(),
+        float(products[0, 1] / (products[0, 0] * products[1, 1]).sqrt()),
+        scores["RS(S|B)"].value,
+        scores["RS(B|S)"].value,
+    )
+
+
+def _check(results: Mapping[str, Any]) -> dict[str, float]:
+    """The mean absolute difference of each variant's maps, and the difference of its scores, from those of the first variant."""
+    explanations = {name: result for name, result in results.items() if isinstance(result, eager.Explanation)}
+    (_, expected), *others = explanations.items()
     figures: dict[str, float] = {}
-    for name, found in others:
+    for name, actual in others:
         differences = {
-            f"{each} map of {name}": float((getattr(found, each) - getattr(known, each)).abs().mean()) for each in ("distilled", "residual")
+            f"{which} map of {name}": float((getattr(actual, which) - getattr(expected, which)).abs().mean())
+            for which in ("distilled", "residual")
         }
         differences |= {
-            f"{each} of {name}": abs(getattr(found, each) - getattr(known, each)) for each in ("fss", "rs_distilled", "rs_residual")
+            f"{score} of {name}": abs(getattr(actual, score) - getattr(expected, score)) for score in ("fss", "rs_distilled", "rs_residual")
         }
-        demand_agreement(differences, WITHIN_BFLOAT16 if "bf16" in name else WITHIN)
+        require_agreement(differences, TOLERANCE_BFLOAT16 if "bf16" in name else TOLERANCE)
         figures |= differences
     return figures
 
 
 def _width(module: nn.Module, layer: str, side: int) -> int:
+    """The number of values in one image's feature."""
     with torch.no_grad():
         feature: Tensor = FeatureGraph(module, [layer], Preprocessing())(torch.zeros(1, 3, side, side))[1]
         return feature.numel()
 
 
-def _kept(module: nn.Module, side: int) -> int:
-    """Bytes of the outputs of every module of one image, which a backward pass needs."""
-    found: list[int] = []
+def _activation_bytes(module: nn.Module, side: int) -> int:
+    """Bytes of the outputs of every module for one image, which a backward pass needs."""
+    sizes: list[int] = []
     handles = [
-        each.register_forward_hook(lambda _module, _inputs, output: found.append(output.nbytes if isinstance(output, Tensor) else 0))
-        for each in module.modules()
-        if not list(each.children())
+        leaf.register_forward_hook(lambda _module, _inputs, output: sizes.append(output.nbytes if isinstance(output, Tensor) else 0))
+        for leaf in module.modules()
+        if not list(leaf.children())
     ]
     with torch.no_grad():
         module(torch.zeros(1, 3, side, side))
     for handle in handles:
         handle.remove()
-    return sum(found)
+    return sum(sizes)
 
 
 def work(network: str, layer: str, batch: int, side: int) -> Work:
-    """Two forward passes and two Gram products; images, weights, and features written and read once."""
+    """Two forward passes and two Gram products. Images and weights are read once; features are written and read once."""
     module = models.load(network).module
-    once, d = forward_work(module, batch, side), _width(module, layer, side)
-    # A product of X by its own transpose is symmetric: half of it is enough.
-    return Work(2 * (once.operations + batch**2 * d), 2 * (once.bytes + 4 * 2 * batch * d) - _image_bytes(batch, side))
+    one_pass, products = forward_work(module, batch, side), gram_work(batch, _width(module, layer, side))
+    return Work(2 * one_pass.operations + products.operations, 2 * (one_pass.bytes + products.bytes) - _image_bytes(batch, side))
 
 
 def forward_work(module: nn.Module, batch: int, side: int) -> Work:
-    """One forward pass; images and weights read once."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+    """One forward pass. Images and weights are read once."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(torch.zeros(1, 3, side, side))
     weights = sum(parameter.numel() for parameter in module.parameters())
-    return Work(batch * counted.get_total_flops(), 4 * weights + _image_bytes(batch, side))
+    return Work(batch * counter.get_total_flops(), 4 * weights + _image_bytes(batch, side))
 
 
 def _image_bytes(batch: int, side: int) -> int:

@@ -1,10 +1,10 @@
-"""Export every family of vision network in every kind, and write down what came of it: docs/export.md's table.
+"""Export every family of vision networks in every kind of file, and write the results into the table of docs/export.md.
 
     python -m benchmarks.families [--only NAME ...]     exports, and adds to benchmarks/results/families.json
-    python -m benchmarks.families --table               fills docs/export.md from that
+    python -m benchmarks.families --table               fills docs/export.md from that file
 
-Weights are random: what is checked is the graph. Each family is exported in a process of its own, with the student and
-the base of its explainer file two draws of the same architecture.
+Weights are random, since only the graph is checked. Each family is exported in a process of its own. The student and the base of its
+explainer file are two random networks of the same architecture.
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ TIMM = [
 def _reference(reference: str) -> tuple[nn.Module, Any]:
     from kdx import models
 
-    found = models.load(reference, classes=CLASSES)
-    return found.module, found.preprocessing
+    loaded = models.load(reference, classes=CLASSES)
+    return loaded.module, loaded.preprocessing
 
 
 def _settled(reference: str) -> tuple[nn.Module, Any]:
-    """With the batch norms' statistics of one batch: without, this network gives all images the same features to nine digits."""
+    """A network with the batch norms' statistics of one batch. Without them all images get the same features to nine digits."""
     module, preprocessing = _reference(reference)
     for child in module.modules():
         if isinstance(child, nn.BatchNorm2d):
-            child.momentum = None  # the whole of that batch's statistics
+            child.momentum = None  # take that batch's statistics unchanged
     with torch.no_grad():
         module.train()(torch.randn(16, 3, *preprocessing.size))
     return module, preprocessing
@@ -99,7 +99,7 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 
 
 def network(family: str, seed: int) -> tuple[nn.Module, Any]:
-    """The family's network with random weights; a head that starts at zero, which has no gradient, is drawn too."""
+    """The family's network with random weights, also in a head that starts at zero, which would have no gradient."""
     torch.manual_seed(seed)
     module, preprocessing = FAMILIES[family]()
     for parameter in module.parameters():
@@ -109,7 +109,7 @@ def network(family: str, seed: int) -> tuple[nn.Module, Any]:
 
 
 def measure(family: str) -> list[dict[str, Any]]:
-    """A row for each kind: the layer, parity, megabytes, seconds, and the architectures that an engine was built for."""
+    """A row for each kind of file: the layer, parity, megabytes, seconds, and the architectures with an engine."""
     from kdx.errors import KdxError
     from kdx.explain.graph import explainer_graph
     from kdx.export import engine, onnx_file
@@ -143,8 +143,8 @@ def measure(family: str) -> list[dict[str, Any]]:
                 row["failed"] = f"{error.problem} {error.hint}"
                 continue
             row |= {"seconds": time.perf_counter() - start, "megabytes": path.stat().st_size / 1e6}
-            row |= {"largest_error": max(each.max if each.smooth is None else each.smooth for each in report.outputs.values())}
-            row |= {"images": sum(report.batches), "images_at_a_jump": max(each.kinked for each in report.outputs.values())}
+            row |= {"largest_error": max(output.max if output.smooth is None else output.smooth for output in report.outputs.values())}
+            row |= {"images": sum(report.batches), "images_at_a_jump": max(output.kinked for output in report.outputs.values())}
             row["engines"] = {}
             for arch in ARCHITECTURES:
                 try:
@@ -156,24 +156,24 @@ def measure(family: str) -> list[dict[str, Any]]:
     return rows
 
 
-def filled(page: str, held: dict[str, Any]) -> str:
-    """docs/export.md with the table of a result between its markers."""
+def filled(page: str, record: dict[str, Any]) -> str:
+    """The text of docs/export.md with the table of a record between its markers."""
     before, _, rest = page.partition(START)
     _, _, after = rest.partition(END)
-    return f"{before}{START}\n{table(held)}{END}{after}"
+    return f"{before}{START}\n{table(record)}{END}{after}"
 
 
-def table(held: dict[str, Any]) -> str:
+def table(record: dict[str, Any]) -> str:
     lines = [
         "| architecture | layer | kind | largest error | file, MB | export, s | engines |",
         "| --- | --- | --- | ---: | ---: | ---: | --- |",
     ]
-    for row in held["rows"]:
+    for row in record["rows"]:
         if "failed" in row:
             lines.append(f"| {row['family']} | {row['layer']} | {row['kind']} | failed: {row['failed']} | | | |")
             continue
         jumping = f" ({row['images_at_a_jump']} of {row['images']} images at a jump)" if row["images_at_a_jump"] else ""
-        built = ", ".join(arch for arch, said in row["engines"].items() if said == "built") or "none"
+        built = ", ".join(arch for arch, status in row["engines"].items() if status == "built") or "none"
         lines.append(
             f"| {row['family']} | `{row['layer']}` | {row['kind']} | {row['largest_error']:.0e}{jumping} | "
             f"{row['megabytes']:.1f} | {row['seconds']:.0f} | {built} |"
@@ -189,16 +189,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
-    held = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": []}
+    record = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": []}
     if not arguments.table:
         order = list(FAMILIES)
         with multiprocessing.get_context("fork").Pool(arguments.workers, maxtasksperchild=1) as pool:
             for rows in pool.imap_unordered(measure, arguments.only):
-                kept = [row for row in held["rows"] if row["family"] != rows[0]["family"]]
-                held = {"environment": environment(), "rows": sorted(kept + rows, key=lambda row: order.index(row["family"]))}
-                RESULT.write_text(json.dumps(held, indent=1) + "\n")
+                others = [row for row in record["rows"] if row["family"] != rows[0]["family"]]
+                record = {"environment": environment(), "rows": sorted(others + rows, key=lambda row: order.index(row["family"]))}
+                RESULT.write_text(json.dumps(record, indent=1) + "\n")
                 print(table({"rows": rows}).split("\n", 2)[2], end="", flush=True)
-    PAGE.write_text(filled(PAGE.read_text(), held))
+    PAGE.write_text(filled(PAGE.read_text(), record))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""A folder of JPEGs explained by one command, against decoding alone and the networks with their geometry alone.
+"""A folder of JPEGs explained by one command, compared with decoding alone and with the networks and their geometry alone.
 
-JPEGs (500 x 375, quality 90) are drawn, and a student and a base, both ResNet-18 (224 x 224, layer4), are exported. Then, in
-fresh processes and alternating order, each round times over N images: their decoding, by the threads that ``kdx explain`` has;
-both passes and everything kdx says of a batch, from decoded batches held in memory; the whole of ``kdx explain``, from opening the
-files to the written page; and the same of 4N images. The pipeline keeps the networks busy if an image more takes the
-whole no longer than it takes the slower of the two parts; what start and page cost once is in the whole's ratio alone.
-On a CPU both parts share the cores, so that the sum of the two is a floor there, and is shown.
+JPEGs (500 x 375, quality 90) are drawn, and a student and a base, both ResNet-18 (224 x 224, layer4), are exported. Each round then
+times four parts in fresh processes and alternating order: decoding N images with as many threads as ``kdx explain`` has; both passes and
+everything that kdx computes per batch, from decoded batches in memory; all of ``kdx explain``, from opening the files to the written
+page; and the same with 4N images. The pipeline keeps the networks busy if an additional image costs the whole command no more than the
+slower of the two stages. Start and page cost once, and only the ratio of the whole command includes them. On a CPU both stages
+share the cores, so that their sum is a lower bound there, and is shown.
 
-It prints medians, and the peak memory at N and 4N images, and writes all with the machine to benchmarks/results/. The
-networks and pictures are random: they change no timing.
+It prints medians and the peak memory with N and 4N images, and stores all figures with the machine in benchmarks/results/. The networks
+and pictures are random, which does not change the timing.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ NETWORK = "kdx:resnet,width=64,depth=2-2-2-2,classes=10,block=basic,stem=imagene
 SIDE, BATCH, LAYER = 224, 64, "layer4"
 CLASSES = tuple(f"class{number}" for number in range(10))
 PICTURE = (500, 375)  # width, height: ImageNet's median
-HELD = 8  # decoded batches in memory, given again and again
-MORE = 4  # times the images, to see whether memory grows
+DECODED_BATCHES = 8  # in memory, used repeatedly
+MORE = 4  # times as many images, to see whether memory grows
 
 
 def draw(folder: Path, images: int) -> None:
@@ -66,7 +66,7 @@ def draw(folder: Path, images: int) -> None:
 
 
 def make_networks(folder: Path, network: str, side: int) -> None:
-    """A student and a base with random weights, and the models file; exported here, so that no run waits for it."""
+    """Write a student and a base with random weights and the models file, and export them, so that no run waits for it."""
     for seed, role in enumerate(("student", "base")):
         torch.manual_seed(seed)
         save_file(models.load(network).module.state_dict(), folder / f"{role}.safetensors")
@@ -84,8 +84,9 @@ def make_networks(folder: Path, network: str, side: int) -> None:
 
 
 def _explainer(folder: Path) -> kdx.Explainer:
-    named = read_models(folder / "models.toml")
-    return kdx.Explainer(student=named.load("student"), base=named.load("base"), layers=named.layers, folder=folder / "networks")
+    models_file = read_models(folder / "models.toml")
+    student, base = models_file.load("student"), models_file.load("base")
+    return kdx.Explainer(student=student, base=base, layers=models_file.layers, folder=folder / "networks")
 
 
 def _opened(folder: Path, batch: int) -> tuple[Dataset, list[Any], tuple[int, int]]:
@@ -95,36 +96,36 @@ def _opened(folder: Path, batch: int) -> tuple[Dataset, list[Any], tuple[int, in
     return dataset, random_batches(dataset.labels, batch, 0), size
 
 
-# ---- what the fresh processes do ----
+# ---- the parts, each in a fresh process ----
 
 
 def decode(folder: Path, batch: int) -> dict[str, float]:
     dataset, batches, size = _opened(folder, batch)
     start = time.perf_counter()
-    with decoded(dataset, batches, size) as found:
-        images = sum(len(held.kept) for held in found)
+    with decoded(dataset, batches, size) as pictures:
+        images = sum(len(batch_pictures.kept) for batch_pictures in pictures)
     return {"seconds": time.perf_counter() - start, "images": images}
 
 
 def infer(folder: Path, batch: int) -> dict[str, float]:
     dataset, batches, size = _opened(folder, batch)
-    with decoded(dataset, batches[:HELD], size) as found:
-        held = list(found)
+    with decoded(dataset, batches[:DECODED_BATCHES], size) as pictures:
+        in_memory = list(pictures)
     with _explainer(folder) as explainer:
         explainer.open(size)
 
-        def one(number: int) -> int:
-            images, count = held[number % len(held)], len(batches[number])  # the first batches are the largest
+        def explain_batch(number: int) -> int:
+            images, count = in_memory[number % len(in_memory)], len(batches[number])  # the first batches are the largest
             labels = torch.from_numpy(dataset.labels[images.kept[:count]])
-            _, measured = explainer.explain(images.pixels[:count], labels, (0, number))
-            for layer in measured.values():
-                for found in layer.maps.values():
-                    found.maps.numpy(force=True)  # on a GPU a batch is done when its maps are here
+            _, measurements = explainer.explain(images.pixels[:count], labels, (0, number))
+            for layer in measurements.values():
+                for maps in layer.maps.values():
+                    maps.maps.numpy(force=True)  # on a GPU a batch is complete when its maps are on the CPU
             return len(labels)
 
-        one(0)
+        explain_batch(0)
         start = time.perf_counter()
-        images = sum(map(one, range(len(batches))))
+        images = sum(map(explain_batch, range(len(batches))))
         return {"seconds": time.perf_counter() - start, "images": images}
 
 
@@ -135,7 +136,8 @@ def whole(folder: Path, batch: int, data: str) -> dict[str, float]:
         explain.run(str(folder / data), folder / "models.toml", out, (), RunOptions(batch=batch), networks=folder / "networks")
         seconds = time.perf_counter() - start
         images = json.loads((out / "manifest.json").read_text())["images"]["explained"]
-        growing = [path for path in (out / "maps.zarr").rglob("*") if path.is_file()] + [out / "samples.parquet"]  # the rest does not
+        # Only these grow with the number of images.
+        growing = [path for path in (out / "maps.zarr").rglob("*") if path.is_file()] + [out / "samples.parquet"]
         written = sum(path.stat().st_size for path in growing)
     return {"seconds": seconds, "images": images, "peak_bytes": peak_bytes(), "bytes": written}
 
@@ -154,24 +156,24 @@ PARTS: dict[str, Callable[[Path, int], dict[str, float]]] = {
 def measure(
     images: int, rounds: int, *, network: str = NETWORK, side: int = SIDE, layer: str = LAYER, batch: int = BATCH
 ) -> dict[str, Any]:
-    """Seconds of each part a round, ratios, peak memory and disk, over a folder of ``images`` JPEGs and one of four times as many."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in PARTS}
+    """Seconds of each part per round, ratios, peak memory and disk, for a folder of ``images`` JPEGs and one of four times as many."""
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in PARTS}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         draw(folder, images)
         make_networks(folder, network, side)
         for number in range(rounds):
             for part in list(PARTS)[:: 1 if number % 2 == 0 else -1]:
-                found[part].append(child(MODULE, "--part", part, "--folder", name, "--batch", str(batch)))
+                runs[part].append(child(MODULE, "--part", part, "--folder", name, "--batch", str(batch)))
     counts = {part: images * (MORE if part == "whole of more" else 1) for part in PARTS}
-    for part, every in found.items():
-        if any(one["images"] != counts[part] for one in every):
-            raise RuntimeError(f"{part} did not come to all {counts[part]} images: {every}")
-    seconds = {part: np.array([one["seconds"] for one in every]) for part, every in found.items()}
+    for part, part_runs in runs.items():
+        if any(run["images"] != counts[part] for run in part_runs):
+            raise RuntimeError(f"{part} did not process all {counts[part]} images: {part_runs}")
+    seconds = {part: np.array([run["seconds"] for run in part_runs]) for part, part_runs in runs.items()}
     slower = np.maximum(seconds["decoding"], seconds["inference"])
-    steady = (seconds["whole of more"] - seconds["whole"]) / (MORE - 1)  # of N images more
-    peaks = {part: max(one["peak_bytes"] for one in found[part]) for part in ("whole", "whole of more")}
-    written = {part: found[part][0]["bytes"] for part in ("whole", "whole of more")}
+    steady = (seconds["whole of more"] - seconds["whole"]) / (MORE - 1)  # for N additional images
+    peaks = {part: max(run["peak_bytes"] for run in runs[part]) for part in ("whole", "whole of more")}
+    written = {part: runs[part][0]["bytes"] for part in ("whole", "whole of more")}
     return {
         "images": images,
         "batch": batch,
@@ -192,16 +194,16 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=512, help="N; four times as many are drawn")
+    parser.add_argument("--images", type=int, default=512, help="N; the larger folder holds four times as many")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # the child's: what is drawn and exported there
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # for the fresh processes: the folder that holds everything
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=BATCH, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part is not None:
-        with contextlib.redirect_stdout(sys.stderr):  # a run says how far it is
-            found = PARTS[options.part](options.folder, options.batch)
-        print(json.dumps(found))
+        with contextlib.redirect_stdout(sys.stderr):  # a run prints its progress
+            result = PARTS[options.part](options.folder, options.batch)
+        print(json.dumps(result))
         return
     record = store("folder", MODULE, {"case": f"two ResNet-18, {SIDE} x {SIDE}, {LAYER}", **measure(options.images, options.rounds)})
     table = Table("", "lower quartile", "median", "upper quartile", title=f"{record['case']}: {options.images} JPEGs", box=None)
@@ -212,8 +214,10 @@ def main() -> None:
     console = Console()
     console.print(table)
     few, many = (record["peak_bytes"][part] / 1e9 for part in ("whole", "whole of more"))
-    console.print(f"Peak memory: {few:.2f} GB at {options.images} images, {many:.2f} GB at {MORE * options.images}.")
-    console.print(f"Written for 1,000 images more: {record['bytes_per_1000_images'] / 1e6:.2f} MB. {record['environment']['processor']}.")
+    console.print(f"Peak memory: {few:.2f} GB with {options.images} images, {many:.2f} GB with {MORE * options.images}.")
+    console.print(
+        f"Written per 1,000 additional images: {record['bytes_per_1000_images'] / 1e6:.2f} MB. {record['environment']['processor']}."
+    )
 
 
 if __name__ == "__main__":

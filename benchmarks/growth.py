@@ -1,4 +1,4 @@
-"""How cost grows: exponents fitted to the stored times over n, d and N, and a drawing of them."""
+"""How costs grow: exponents fitted to the stored times over n, d and N, and a drawing of the times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Records = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Curve:
-    """Median seconds of one way over one size, everything else the same."""
+    """Median seconds of one variant over one size, with all other sizes equal."""
 
     label: str
     sizes: list[float]
@@ -30,51 +30,54 @@ class Curve:
 
 
 def curves(records: Records) -> dict[str, list[Curve]]:
-    """Curves of every way with three sizes or more, by what grows; without those that have none."""
-    found = {
+    """For each size that grows, the curves of all variants with at least three sizes. Sizes without such a curve are left out."""
+    by_size = {
         **{
-            f"images n of a batch, d = {d:,}": _over(records, "geometry", partial(_is_wide, d), lambda given: given["n"])
+            f"images n per batch, d = {d:,}": _over(records, "geometry", partial(_is_wide, d), lambda arguments: arguments["n"])
             for d in (25_088, 100_352)
         },
-        "width d of a feature, n = 32": _over(records, "geometry", lambda given: given["n"] == 32, _width),
-        "images N of a score, d = 512": _over(records, "scores", lambda given: given["d"] == 512, lambda given: given["n"]),
+        "width d of a feature, n = 32": _over(records, "geometry", lambda arguments: arguments["n"] == 32, _width),
+        "images N per score, d = 512": _over(records, "scores", lambda arguments: arguments["d"] == 512, lambda arguments: arguments["n"]),
     }
-    return {title: lines for title, lines in found.items() if lines}
+    return {title: lines for title, lines in by_size.items() if lines}
 
 
-def _width(given: Mapping[str, Any]) -> int:
-    return int(given["channels"] * given["height"] * given["width"])
+def _width(arguments: Mapping[str, Any]) -> int:
+    return int(arguments["channels"] * arguments["height"] * arguments["width"])
 
 
-def _is_wide(d: int, given: Mapping[str, Any]) -> bool:
-    return _width(given) == d
+def _is_wide(d: int, arguments: Mapping[str, Any]) -> bool:
+    return _width(arguments) == d
 
 
 def _over(
-    records: Records, kind: str, among: Callable[[Mapping[str, Any]], bool], size: Callable[[Mapping[str, Any]], float]
+    records: Records, kind: str, selects: Callable[[Mapping[str, Any]], bool], size: Callable[[Mapping[str, Any]], float]
 ) -> list[Curve]:
-    found: dict[str, dict[float, float]] = {}
+    """The curves of the cases of a kind whose arguments are selected."""
+    medians: dict[str, dict[float, float]] = {}
     for record in records.values():
-        if record["kind"] == kind and among(record["given"]):
-            for way, samples in record["samples"].items():
-                found.setdefault(way, {})[size(record["given"])] = quartiles(samples)[1]
-    return [Curve(way, sorted(points), [points[size] for size in sorted(points)]) for way, points in found.items() if len(points) >= 3]
+        if record["kind"] == kind and selects(record["given"]):
+            for variant, samples in record["samples"].items():
+                medians.setdefault(variant, {})[size(record["given"])] = quartiles(samples)[1]
+    return [
+        Curve(variant, sorted(points), [points[size] for size in sorted(points)]) for variant, points in medians.items() if len(points) >= 3
+    ]
 
 
 def draw(records: Records, path: Path) -> None:
-    """The curves side by side, on logarithmic axes, as SVG; nothing where there are none."""
+    """Draw the curves side by side on logarithmic axes, as SVG. Without curves, nothing is written."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    found = curves(records)
-    if not found:
+    plots = curves(records)
+    if not plots:
         return
-    colours = {label: f"C{number}" for number, label in enumerate(sorted({line.label for lines in found.values() for line in lines}))}
+    colours = {label: f"C{number}" for number, label in enumerate(sorted({line.label for lines in plots.values() for line in lines}))}
     with matplotlib.rc_context({"svg.hashsalt": "kdx", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(5 * len(found), 4), layout="constrained")
-        for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(found))), found.items(), strict=True):
+        figure = Figure(figsize=(5 * len(plots), 4), layout="constrained")
+        for axes, (title, lines) in zip(np.atleast_1d(figure.subplots(1, len(plots))), plots.items(), strict=True):
             for line in lines:
-                label = f"{line.label}: power {line.exponent:.2f}"
+                label = f"{line.label}: exponent {line.exponent:.2f}"
                 axes.loglog(line.sizes, line.seconds, marker="o", color=colours[line.label], label=label)
             sizes = sorted({size for line in lines for size in line.sizes})
             axes.set_xticks(sizes, [f"{size:,}" for size in sizes])

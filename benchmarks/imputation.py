@@ -1,9 +1,10 @@
-"""Imputation of 32 images of 224 x 224 with half of the pixels kept, against sparse direct solvers.
+"""Imputation of 32 images of 224 x 224 with half of the pixels kept, compared with sparse direct solvers.
 
-First scipy.sparse.linalg.spsolve as it comes, an image after the other, from its equations to its three right sides. Then the best of
-SciPy's SuperLU: its matrices assembled beforehand, the fastest of the orderings and types of number that it offers for these masks,
-on one core and with a thread a core. kdx is timed whole, from images to images. A mask is the top half of a random map of side x side
-resized bilinearly, as saliency maps are; of a map as large as the image it keeps pixels at random.
+The first solver is scipy.sparse.linalg.spsolve with default settings, one image after the other, from the equations to the three
+solutions. The second is the best of SciPy's SuperLU: the matrices are assembled beforehand, the ordering and the floating type are the
+fastest that it offers for these masks, and it runs on one core or with one thread per core. kdx is timed as a whole, from images to
+images. A mask is the top half of a random map of side x side, resized bilinearly as saliency maps are. A map as large as the image keeps
+pixels at random.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from scipy import sparse
 from scipy.sparse.linalg import splu, spsolve
 from torch import Tensor
 
-from benchmarks.subject import Run, Subject, Work, demand_agreement
+from benchmarks.comparison import Comparison, Run, Work, require_agreement
 from kdx.kernels.imputation import impute
 
 IMAGES, SIDE, SHARE, NEIGHBOURS = 32, 224, 0.5, 8
-WITHIN, WITHIN_SINGLE = 1e-4, 1e-3
-"""Of spsolve's solution, every imputed pixel: kdx's, and that of a direct solution which may be in float32."""
+TOLERANCE, TOLERANCE_SINGLE = 1e-4, 1e-3
+"""Largest difference of an imputed pixel from spsolve's solution: for kdx, and for a direct solution, which may be in float32."""
 
 
 @dataclass(frozen=True)
 class Ordering:
-    """How SuperLU goes about it: a column ordering, its mode for symmetric matrices, and single or double precision."""
+    """Settings of SuperLU: a column ordering, the mode for symmetric matrices, and single or double precision."""
 
     columns: str
     symmetric: bool
@@ -44,11 +45,11 @@ class Ordering:
         return f"{self.columns}{', symmetric mode' if self.symmetric else ''}, {self.dtype}"
 
     def solve(self, system: System) -> NDArray[Any]:
-        """The imputed pixels [unknown, c] of an image."""
+        """The imputed pixels [unknown, c] of one image."""
         options = {"SymmetricMode": True, "DiagPivotThresh": 0.0} if self.symmetric else {}
         matrix, right = system.matrix.astype(self.dtype), system.right.astype(self.dtype)
-        found: NDArray[Any] = splu(matrix, permc_spec=self.columns, options=options).solve(right)
-        return found
+        pixels: NDArray[Any] = splu(matrix, permc_spec=self.columns, options=options).solve(right)
+        return pixels
 
 
 ORDERINGS = [
@@ -60,7 +61,7 @@ ORDERINGS = [
 
 @dataclass(frozen=True)
 class System:
-    """The equations of one image: a matrix [unknown, unknown] and what the kept pixels add on the right [unknown, c]."""
+    """The equations of one image: a matrix [unknown, unknown], and right sides [unknown, c], which the kept pixels contribute."""
 
     matrix: sparse.csc_array
     right: NDArray[np.float64]
@@ -85,7 +86,7 @@ class System:
 
 
 def draw(side: int) -> tuple[Tensor, Tensor]:
-    """Images and masks, cut from maps of this side."""
+    """Images, and masks that are cut from maps of this side."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(IMAGES, 3, SIDE, SIDE, generator=generator)
     coarse = torch.rand(IMAGES, 1, side, side, generator=generator)
@@ -95,65 +96,66 @@ def draw(side: int) -> tuple[Tensor, Tensor]:
 
 
 def fastest(systems: list[System]) -> Ordering:
-    """By the best of three images."""
+    """The ordering with the least time for one of the first three images."""
 
     def seconds(ordering: Ordering) -> float:
-        found = []
+        times = []
         for system in systems[:3]:
             start = time.perf_counter()
             ordering.solve(system)
-            found.append(time.perf_counter() - start)
-        return min(found)
+            times.append(time.perf_counter() - start)
+        return min(times)
 
     return min(ORDERINGS, key=seconds)
 
 
-def subject(_: Path, *, side: int) -> Subject:
+def comparison(_: Path, *, side: int) -> Comparison:
     images, kept = draw(side)
 
     def assembled() -> tuple[Ordering, list[System]]:
-        systems = [System.of(*each) for each in zip(images, kept, strict=True)]
+        systems = [System.of(image, mask) for image, mask in zip(images, kept, strict=True)]
         return fastest(systems), systems
 
     def spsolved() -> list[NDArray[Any]]:
-        found = []
+        solutions = []
         for image, mask in zip(images, kept, strict=True):
             system = System.of(image, mask)
-            found.append(spsolve(system.matrix, system.right))
-        return found
+            solutions.append(spsolve(system.matrix, system.right))
+        return solutions
 
-    def in_turn(_: ExitStack) -> Run:
+    def on_one_core(_: ExitStack) -> Run:
         ordering, systems = assembled()
         return lambda: [ordering.solve(system) for system in systems]
 
-    def on_threads(held: ExitStack) -> Run:
+    def on_all_cores(resources: ExitStack) -> Run:
         ordering, systems = assembled()
-        pool = held.enter_context(ThreadPoolExecutor(torch.get_num_threads()))
+        pool = resources.enter_context(ThreadPoolExecutor(torch.get_num_threads()))
         return lambda: list(pool.map(ordering.solve, systems))
 
     def by_kdx() -> list[NDArray[Any]]:
-        return [found[:, ~mask].numpy().T for found, mask in zip(impute(images, kept), kept, strict=True)]
+        return [imputed[:, ~mask].numpy().T for imputed, mask in zip(impute(images, kept), kept, strict=True)]
 
-    return Subject(
+    return Comparison(
         {
             "spsolve": lambda _: spsolved,
-            "the fastest ordering": in_turn,
-            "the same, a thread a core": on_threads,
+            "SuperLU, fastest ordering": on_one_core,
+            "SuperLU, one thread per core": on_all_cores,
             "kdx": lambda _: by_kdx,
         },
-        _alike,
-        # Of a pixel's equation every product and sum, once for each that is not kept; pixels read and written.
+        _check,
+        # The products and sums of each unknown pixel's equation, once; pixels are read and written.
         lambda: Work(2.0 * NEIGHBOURS * images[:, :, 0, 0].numel() * (1 - SHARE) * SIDE**2, 2.0 * images.nbytes),
     )
 
 
-def _alike(results: Mapping[str, list[NDArray[Any]]]) -> dict[str, float]:
-    direct = results["spsolve"]
+def _check(results: Mapping[str, list[NDArray[Any]]]) -> dict[str, float]:
+    """The largest difference of each variant's pixels from those of spsolve."""
+    expected = results["spsolve"]
     figures = {
-        f"a pixel of {name}": float(np.max([np.abs(one - known).max() for one, known in zip(found, direct, strict=True)]))
-        for name, found in results.items()
-        if found is not direct
+        f"a pixel of {name}": float(np.max([np.abs(image - known).max() for image, known in zip(actual, expected, strict=True)]))
+        for name, actual in results.items()
+        if actual is not expected
     }
-    demand_agreement({name: value for name, value in figures.items() if name.endswith("kdx")}, WITHIN)
-    demand_agreement(figures, WITHIN_SINGLE)
+    require_agreement({name: value for name, value in figures.items() if name.endswith("kdx")}, TOLERANCE)
+    require_agreement(figures, TOLERANCE_SINGLE)
     return figures

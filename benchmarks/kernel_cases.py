@@ -1,4 +1,4 @@
-"""What the CUDA kernels are checked on and timed with: each wrapper's call, and what it must give by the definition."""
+"""The calls that check and time the CUDA kernels: one per wrapper, with the result that its definition gives."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from tests.oracle import TOLERANCE, error
 OBJECTIVES: tuple[ObjectiveName, ...] = ("relevance", "uniqueness")
 
 BANDWIDTH_SHARE = 0.8
-"""Of a copy's bandwidth, the goal of the kernels that do little else than read."""
+"""The goal of the kernels that mainly read: a share of a copy's bandwidth."""
 
-IMPUTED_WITHIN = 1e-4
-"""Of the exact solution, for pixels in [0, 1]."""
+IMPUTATION_TOLERANCE = 1e-4
+"""Largest difference from the exact solution, for pixels in [0, 1]."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A batch: images, the explained and the given model's features (C, H, W), the pictures' sides; and how many matrices or pictures
-    stand beside one another where a kernel takes a stack of them."""
+    """The sizes of a batch.
+
+    explained, given: the shapes (C, H, W) of the two networks' features. picture: height and width. stack: the number of matrices or
+    pictures in a kernel that takes a stack of them.
+    """
 
     images: int
     explained: tuple[int, int, int]
@@ -39,31 +42,33 @@ CHECKED = (
     Sizes(19, (33, 7, 7), (11, 5, 3), (31, 33), stack=5, classes=4),
     Sizes(65, (130, 5, 3), (64, 4, 4), (20, 17), stack=2, classes=4),
 )
-"""Small enough for the definitions, which were never meant to be fast; not so small that a residual is mere rounding, of which
-`geometry.laplacian` makes zero and the definition a map."""
+"""Small enough for the definitions, which are slow; large enough that a residual is more than rounding, which `geometry.laplacian` sets
+to zero and the definition turns into a map."""
 
 RESNET50 = Sizes(256, (2048, 7, 7), (2048, 7, 7), (224, 224), stack=128, classes=10)
-"""Two ResNet-50 at layer4."""
+"""Two ResNet-50 networks at layer4."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call of the kernels and what it must give; and, where it has a floor, the bytes that it must move and what another library
-    must do besides."""
+    """A call of the kernels and its expected result.
+
+    bytes: the least bytes that it must move, if it has a lower bound. library_call: the call of another library that it needs as well.
+    goal: the share of a copy's bandwidth that it should reach.
+    """
 
     name: str
     run: Callable[[], Sequence[Tensor]]
     expected: Callable[[], Sequence[Tensor]]
     tolerance: float = TOLERANCE["float32"]
     bytes: int | None = None
-    besides: Callable[[], object] | None = None
+    library_call: Callable[[], object] | None = None
     goal: float | None = None
-    """The share of a copy's bandwidth that is wanted."""
 
 
 @dataclass(frozen=True)
-class Checked:
-    """The largest error of a case's results over the largest value expected; it holds within the tolerance."""
+class Check:
+    """The largest error of a case's results, divided by the largest expected value. It holds within the tolerance."""
 
     name: str
     error: float
@@ -71,20 +76,20 @@ class Checked:
 
     @property
     def holds(self) -> bool:
-        return self.error <= self.tolerance  # and not where it is NaN
+        return self.error <= self.tolerance  # false for NaN
 
 
-def check(case: Case) -> Checked:
-    errors = [error(found.cpu(), expected.cpu()) for found, expected in zip(case.run(), case.expected(), strict=True)]
-    return Checked(case.name, max(errors, key=lambda each: (each != each, each)), case.tolerance)  # NaN is the worst
+def check(case: Case) -> Check:
+    errors = [error(actual.cpu(), expected.cpu()) for actual, expected in zip(case.run(), case.expected(), strict=True)]
+    return Check(case.name, max(errors, key=lambda value: (value != value, value)), case.tolerance)  # NaN is the largest error
 
 
-# ---- what is compared with ----
+# ---- definitions ----
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Features x of the explained and y of the given model [n, C, H, W], the target [n, e], and the float32 distances of each [3, n, n]."""
+    """Features x of the explained and y of the given network [n, C, H, W], the target [n, e], and their float32 distances [3, n, n]."""
 
     x: Tensor
     y: Tensor
@@ -93,16 +98,19 @@ class Batch:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, target: Tensor) -> Batch:
-        return cls(x, y, target, torch.stack([geometry.distances(each.flatten(1), torch.float32) for each in (x, y, target)]))
+        return cls(x, y, target, torch.stack([geometry.distances(values.flatten(1), torch.float32) for values in (x, y, target)]))
 
-    def among(self, images: Tensor) -> Batch:
+    def subset(self, images: Tensor) -> Batch:
         return Batch(self.x[images], self.y[images], self.target[images], self.distances[:, images][:, :, images])
 
 
 @dataclass(frozen=True)
 class Definition:
-    """Distances of float64 rows, inner products of float64 distances, a batch's score and channel weights by an objective, and imputed
-    images [n, c, h, w]."""
+    """Functions that compute the expected results.
+
+    distances: of float64 rows. products: inner products of float64 distances. weights: a batch's score and channel weights by an
+    objective. imputed: images [n, c, h, w].
+    """
 
     distances: Callable[[Tensor], Tensor]
     products: Callable[[Tensor], Tensor]
@@ -121,7 +129,7 @@ def _reference_weights(batch: Batch, objective: ObjectiveName) -> tuple[Tensor, 
 
 
 def _reference_imputed(images: Tensor, kept: Tensor) -> Tensor:
-    return torch.stack([reference.imputed(*each) for each in zip(images.cpu(), kept.cpu(), strict=True)])
+    return torch.stack([reference.imputed(image, mask) for image, mask in zip(images.cpu(), kept.cpu(), strict=True)])
 
 
 def _closed_products(d: Tensor) -> Tensor:
@@ -129,12 +137,12 @@ def _closed_products(d: Tensor) -> Tensor:
 
 
 def _closed_weights(batch: Batch, objective: ObjectiveName) -> tuple[Tensor, Tensor]:
-    """From the very distances that the kernels get: by others' rounding, uniqueness may take the other of two maxima that are as
-    good as equal."""
+    """From exactly the distances that the kernels receive: with other rounding, uniqueness may select the other of two nearly equal
+    maxima."""
     d = batch.distances.double()
     a, b, g = geometry.u_centered(d)
-    found = geometry.laplacian(d[0], a, b, g, geometry.OBJECTIVES[objective])
-    return found.score, geometry.gradient(found.lap, geometry.gap(batch.x))
+    laplacian = geometry.laplacian(d[0], a, b, g, geometry.OBJECTIVES[objective])
+    return laplacian.score, geometry.gradient(laplacian.lap, geometry.gap(batch.x))
 
 
 def _torch_imputed(images: Tensor, kept: Tensor) -> Tensor:
@@ -143,14 +151,14 @@ def _torch_imputed(images: Tensor, kept: Tensor) -> Tensor:
 
 DEFINED = Definition(reference.distances, _reference_products, _reference_weights, _reference_imputed)
 IN_PYTORCH = Definition(geometry.distances, _closed_products, _closed_weights, _torch_imputed)
-"""For sizes at which the definitions do not fit into memory; itself compared with them by the tests."""
+"""For sizes at which the definitions do not fit into memory. The tests compare it with them."""
 
 
 # ---- the cases ----
 
 
 def cases(sizes: Sizes, device: torch.device, seed: int, definition: Definition = DEFINED) -> Iterator[Case]:
-    """Every wrapper, on inputs drawn from ``seed``."""
+    """A case for each wrapper, on inputs drawn from ``seed``."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -173,31 +181,31 @@ def cases(sizes: Sizes, device: torch.device, seed: int, definition: Definition 
 
 
 def centred(features: Tensor) -> Tensor:
-    """Features as rows, less their mean, as `fused.distances` takes them."""
+    """Features as rows minus their mean, as `fused.distances` takes them."""
     rows = features.flatten(1).float()
     return rows - rows.mean(0)
 
 
 def _distance_cases(rows: Tensor, definition: Definition) -> Iterator[Case]:
     n, norms = len(rows), rows.square().sum(1)
-    some, others = slice(0, -(-n // 2)), slice(-(-n // 2), n)
+    first, second = slice(0, -(-n // 2)), slice(-(-n // 2), n)
 
     def tile() -> tuple[Tensor]:
-        return (fused.centred_distances(rows[some], rows[others], norms[some], norms[others]),)
+        return (fused.centred_distances(rows[first], rows[second], norms[first], norms[second]),)
 
     yield Case(
         "pairwise",
         lambda: (fused.distances(rows),),
         lambda: (definition.distances(rows.double()),),
         bytes=6 * 4 * n * n,
-        besides=lambda: rows @ rows.T,
+        library_call=lambda: rows @ rows.T,
     )
     yield Case(
         "pairwise, a tile",
         tile,
-        lambda: (definition.distances(rows.double())[some, others],),
+        lambda: (definition.distances(rows.double())[first, second],),
         bytes=2 * 4 * (n // 2) * -(-n // 2),
-        besides=lambda: rows[some] @ rows[others].T,
+        library_call=lambda: rows[first] @ rows[second].T,
     )
 
 
@@ -211,35 +219,35 @@ def _products_case(d: Tensor, definition: Definition) -> Case:
 def _weights_case(batch: Batch, objective: ObjectiveName, definition: Definition) -> Case:
     means = geometry.gap(batch.x)
 
-    def found() -> tuple[Tensor, Tensor]:
+    def run() -> tuple[Tensor, Tensor]:
         d, given, target = batch.distances[:, None]
-        of = fused.weights(d, given, target, means[None], objective)
-        return of.score[0], of.channel_weights[0]
+        weights = fused.weights(d, given, target, means[None], objective)
+        return weights.score[0], weights.channel_weights[0]
 
     moved = batch.distances.nbytes + 2 * means.nbytes
-    return Case(f"weights, {objective}", found, lambda: definition.weights(batch, objective), bytes=moved)
+    return Case(f"weights, {objective}", run, lambda: definition.weights(batch, objective), bytes=moved)
 
 
 def _query_case(batch: Batch, objective: ObjectiveName, definition: Definition) -> Case:
-    """The last images as queries, each among the first."""
+    """The last images as queries, each placed among the first images."""
     n, device = len(batch.x), batch.x.device
     m = max(5, n // 2)
     means = geometry.gap(batch.x)
     inside, border = batch.distances[:, :m, :m].contiguous(), batch.distances[:, m:, :m].contiguous()
 
-    def found() -> tuple[Tensor, Tensor]:
+    def run() -> tuple[Tensor, Tensor]:
         among, to = (inside[0], inside[1], inside[2]), (border[0], border[1], border[2])
-        of = fused.query_weights(among, to, means[m:], means[:m], objective)
-        return of.score, of.channel_weights
+        weights = fused.query_weights(among, to, means[m:], means[:m], objective)
+        return weights.score, weights.channel_weights
 
     def expected() -> tuple[Tensor, Tensor]:
         references = torch.arange(m, device=device)
         sets = (torch.cat([references, torch.tensor([query], device=device)]) for query in range(m, n))
-        scores, weights = zip(*(definition.weights(batch.among(images), objective) for images in sets), strict=True)
-        return torch.stack(scores), torch.stack([each[-1] for each in weights])
+        scores, weights = zip(*(definition.weights(batch.subset(images), objective) for images in sets), strict=True)
+        return torch.stack(scores), torch.stack([query_weights[-1] for query_weights in weights])
 
     moved = inside.nbytes + border.nbytes + means.nbytes + means[m:].nbytes
-    return Case(f"weights of queries, {objective}", found, expected, bytes=moved)
+    return Case(f"weights of queries, {objective}", run, expected, bytes=moved)
 
 
 def _cam_case(features: Tensor, weights: Tensor) -> Case:
@@ -254,11 +262,11 @@ def _cam_case(features: Tensor, weights: Tensor) -> Case:
 
 
 def _imputation_case(images: Tensor, saliency: Tensor, definition: Definition) -> Case:
-    """Half of each picture kept, as the upper half of a saliency map is."""
+    """Half of each picture is kept, as the upper half of a saliency map is."""
     relevance = torch.nn.functional.interpolate(saliency[:, None], images.shape[2:], mode="bilinear")[:, 0].flatten(1)
     kept = (relevance >= relevance.median(1, keepdim=True).values).unflatten(1, images.shape[2:])
 
-    def found() -> tuple[Tensor]:
+    def run() -> tuple[Tensor]:
         return (imputation.impute(images, kept, backend="cuda"),)
 
-    return Case("imputation", found, lambda: (definition.imputed(images, kept),), IMPUTED_WITHIN)
+    return Case("imputation", run, lambda: (definition.imputed(images, kept),), IMPUTATION_TOLERANCE)

@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured: products of matrices, and bytes moved; every case's floor is counted in these."""
+"""Measure the limits of the machine: the rates of matrix products and of copies. Each case's lower bound is counted in them."""
 
 from __future__ import annotations
 
@@ -7,33 +7,35 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from benchmarks.subject import Work
+from benchmarks.comparison import Work
 
 SIDES, VALUES, REPEATS = (1024, 2048, 3072), 1 << 26, 9
-"""Of the square matrices, and of the vectors that are copied: far more than any cache holds."""
+"""The sides of the square matrices, and the length of the copied vectors, which exceeds any cache."""
 
 
 def limits() -> dict[str, float]:
-    """Operations a second of a float32 product (``operations``; ``operations, one thread``; ``operations, bf16``) and bytes a second of a
-    copy, those read and those written (``bytes``), each the best of several sizes and times."""
-    to, of = torch.empty(VALUES), torch.ones(VALUES)
+    """Operations per second of matrix products, and bytes per second of a copy. Each is the best of several sizes and repetitions.
+
+    ``operations``, ``operations, one thread``: float32. ``operations, bf16``: bfloat16. ``bytes``: read and written.
+    """
+    destination, source = torch.empty(VALUES), torch.ones(VALUES)
     threads = torch.get_num_threads()
-    found = {
+    rates = {
         "operations": max(_rate(side, torch.float32) for side in SIDES),
         "operations, bf16": max(_rate(side, torch.bfloat16) for side in SIDES),
-        "bytes": 2 * of.nbytes / _best(lambda: to.copy_(of)),
+        "bytes": 2 * source.nbytes / _best(lambda: destination.copy_(source)),
     }
     torch.set_num_threads(1)
     try:
-        found["operations, one thread"] = max(_rate(side, torch.float32) for side in SIDES[:2])
+        rates["operations, one thread"] = max(_rate(side, torch.float32) for side in SIDES[:2])
     finally:
         torch.set_num_threads(threads)
-    return found
+    return rates
 
 
-def floor(work: Work, of: Mapping[str, float], *, bfloat16: bool = False) -> float:
-    """Seconds that the work takes where nothing but the machine's limits holds it up."""
-    return max(work.operations / of["operations, bf16" if bfloat16 else "operations"], work.bytes / of["bytes"])
+def lower_bound(work: Work, machine: Mapping[str, float], *, bfloat16: bool = False) -> float:
+    """The seconds that the work takes at the machine's limits: those of its operations or of its bytes, whichever are more."""
+    return max(work.operations / machine["operations, bf16" if bfloat16 else "operations"], work.bytes / machine["bytes"])
 
 
 def _rate(side: int, dtype: torch.dtype) -> float:

@@ -1,81 +1,106 @@
-"""The tables of figures in the README and in docs/performance.md, from the stored results: what stands between their markers is
-written here and nowhere else."""
+"""Write the tables of figures in README.md and docs/performance.md from the stored results.
+
+Only this module writes the text between the pages' markers.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from benchmarks import growth
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, PROCESS_KINDS
+from benchmarks.cold import COMMANDS, IMPORTS
 from benchmarks.folder import MORE, PICTURE
 from benchmarks.growth import Records
 from benchmarks.record import RESULTS, quartiles
-from benchmarks.run import SUITE, read
+from benchmarks.stored import SUITE, read
 
 ROOT = Path(__file__).parents[1]
 README, PERFORMANCE, DRAWING = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "growth.svg"
 
 NONE = "–"
-SHOWN = ("explain resnet50 layer4 x32", "explain resnet18 layer4 x32")
-"""The end-to-end cases of the README; the others are in docs/performance.md."""
+HEADLINE = "explain resnet50 layer4 x32"
+HEADLINE_VARIANTS = ("published", "fair", "compiled", "kdx")
+"""The case and the variants of README.md's table."""
+
+FORMER_NAMES = {
+    "a call a batch": "one call per batch",
+    "the fastest ordering": "SuperLU, fastest ordering",
+    "the same, a thread a core": "SuperLU, one thread per core",
+}
+"""Present names of variants that older results are stored under."""
 
 
-def explain(*, shown: bool) -> Callable[[Records], str]:
-    """A table for each end-to-end case that is among the README's (shown) or is not."""
+# ---- tables ----
 
-    def tables(records: Records) -> str:
-        found = {name: record for name, record in _of(records, "explain").items() if (name in SHOWN) == shown}
-        parts = []
-        for name, record in found.items():
-            title = name.removeprefix("explain ").replace(" x", ", batch ")
-            lines = [f"| {title}, side 224 | median | times kdx's | peak memory | over the floor | maps differ by |", "| --- " * 6 + "|"]
-            for way in record["samples"]:
-                cells = (way, _seconds(record, way), _ratio(record, way), _peak(record, way), _floor(record, way), _difference(record, way))
-                lines.append(f"| {' | '.join(cells)} |")
-            parts.append("\n".join(lines))
-        known = {case.name for case in CASES if case.kind == "explain" and (case.name in SHOWN) == shown}
-        return _with_notes("\n\n".join(parts), found, known)
 
-    return tables
+def headline(records: Records) -> str:
+    """README.md's table: one case, four variants."""
+    if HEADLINE not in records:
+        return "No result is stored.\n"
+    record = records[HEADLINE]
+    lines = _header(_title(HEADLINE), "median", f"relative to {record['over']}", "peak memory")
+    for variant in HEADLINE_VARIANTS:
+        if variant in record["samples"]:
+            lines.append(_row(variant, _seconds(record, variant), _ratio(record, variant), _peak(record, variant)))
+    return f"{_joined(lines)}\n\n{_machine(record)} {_rounds({HEADLINE: record})}\n"
+
+
+def explain(records: Records) -> str:
+    """A table for each end-to-end case."""
+    selected = _of_kinds(records, "explain")
+    tables = []
+    for name, record in selected.items():
+        lines = _header(
+            _title(name), "median", f"relative to {record['over']}", "peak memory", "relative to the lower bound", "difference of the maps"
+        )
+        for variant in record["samples"]:
+            cells = (_seconds, _ratio, _peak, _lower_bound, _difference)
+            lines.append(_row(variant, *(cell(record, variant) for cell in cells)))
+        tables.append(_joined(lines))
+    return _with_notes("\n\n".join(tables), selected, "explain")
 
 
 def geometry(records: Records) -> str:
+    """A row for each case of the geometry alone."""
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "kdx": lambda record: _seconds(record, "kdx"),
-        "published, times kdx's": lambda record: _ratio(record, "published"),
-        "fair, times kdx's": lambda record: _ratio(record, "fair"),
-        "peak memory of kdx, fair and published": lambda record: ", ".join(_peak(record, way) for way in ("kdx", "fair", "published")),
-        "kdx over the floor": lambda record: _floor(record, "kdx"),
+        "median of kdx": lambda record: _seconds(record, "kdx"),
+        "published relative to kdx": lambda record: _ratio(record, "published"),
+        "fair relative to kdx": lambda record: _ratio(record, "fair"),
+        "peak memory of kdx, fair, published": lambda record: ", ".join(_peak(record, name) for name in ("kdx", "fair", "published")),
+        "kdx relative to the lower bound": lambda record: _lower_bound(record, "kdx"),
     }
-    found = _of(records, "geometry")
-    lines = [f"| Geometry alone, both maps | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
-    for name, record in found.items():
-        lines.append(f"| {name.removeprefix('geometry ')} | {' | '.join(column(record) for column in columns.values())} |")
-    return _with_notes("\n".join(lines), found, {case.name for case in CASES if case.kind == "geometry"})
+    selected = _of_kinds(records, "geometry")
+    lines = _header("batch size and feature shape", *columns)
+    for name, record in selected.items():
+        lines.append(_row(name.removeprefix("geometry "), *(column(record) for column in columns.values())))
+    return _with_notes(_joined(lines), selected, "geometry")
 
 
-def ways(*kinds: str) -> Callable[[Records], str]:
-    """A row for every way of every case of these kinds: cases whose ways differ have no columns in common."""
+def variants(*kinds: str) -> Callable[[Records], str]:
+    """A table with a row for each variant of each case of these kinds: cases whose variants differ share no columns."""
 
     def table(records: Records) -> str:
-        found = _of(records, *kinds)
-        lines = ["| | median | ratio of times (quartiles) | peak memory | over the floor |", "| --- " * 5 + "|"]
-        for record in found.values():
-            for way in record["samples"]:
-                ratio = _ratio(record, way)
-                over = NONE if ratio == NONE else f"{ratio}, to {record['over']}"
-                label = f"{record['case']}: {way}{_file(record, way)}"
-                lines.append(f"| {label} | {_seconds(record, way)} | {over} | {_peak(record, way)} | {_floor(record, way)} |")
-        return _with_notes("\n".join(lines) if found else "", found, {case.name for case in CASES if case.kind in kinds})
+        selected = _of_kinds(records, *kinds)
+        lines = _header("case", "variant", "median", "relative to the baseline", "peak memory", "relative to the lower bound")
+        for record in selected.values():
+            for variant in record["samples"]:
+                name = FORMER_NAMES.get(variant, variant) + _file_size(record, variant)
+                cells = (_seconds, _ratio, _peak, _lower_bound)
+                lines.append(_row(record["case"], name, *(cell(record, variant) for cell in cells)))
+        return _with_notes(_joined(lines) if selected else "", selected, *kinds)
 
     return table
 
 
 def folder(_: Records) -> str:
-    """From the record of `benchmarks.folder`, whose parts are whole commands and no ways to one result."""
+    """The table of `benchmarks.folder`, whose parts are whole commands and not variants of one result."""
     path = RESULTS / "folder.json"
     if not path.exists():
         return "No result is stored.\n"
@@ -84,46 +109,70 @@ def folder(_: Records) -> str:
     few, many = (record["peak_bytes"][part] / 1e9 for part in ("whole", "whole of more"))
     rows = {
         "decoding alone": "decoding",
-        "networks and geometry alone, of decoded images": "inference",
+        "networks and geometry alone, on decoded images": "inference",
         f"`kdx explain`, {images:,} images from start to page": "whole",
         f"`kdx explain`, {MORE * images:,} images from start to page": "whole of more",
-        "`kdx explain`, each image more": "each image more",
+        "`kdx explain`, each additional image": "each image more",
     }
-    lines = [f"| JPEGs of {PICTURE[0]} x {PICTURE[1]}, {record['case']}, batches of {record['batch']} | images a second |", "| --- | --- |"]
-    lines += [f"| {label} | {speed[part][1]:.1f} |" for label, part in rows.items()]
-    said = (
-        f"An image more takes {ratios['each image more over the slower'][1]:.3f} of the time of the slower part, and "
-        f"{ratios['each image more over the sum'][1]:.3f} of both parts' together, which share the cores. Peak memory: {few:.2f} GB at "
-        f"{images:,} images, {many:.2f} GB at {MORE * images:,}. {record['bytes_per_1000_images'] / 1e6:.2f} MB are written for "
+    lines = _header(f"JPEGs of {PICTURE[0]} x {PICTURE[1]}, {record['case']}, batches of {record['batch']}", "images per second")
+    lines += [_row(label, f"{speed[part][1]:.1f}") for label, part in rows.items()]
+    costs = (
+        f"Each additional image costs {ratios['each image more over the slower'][1]:.3f} times the slower stage, and "
+        f"{ratios['each image more over the sum'][1]:.3f} times both stages together, which share the cores. Peak memory: {few:.2f} GB "
+        f"with {images:,} images, {many:.2f} GB with {MORE * images:,}. A run writes {record['bytes_per_1000_images'] / 1e6:.2f} MB per "
         f"1,000 images."
     )
     rounds = len(record["samples"]["whole"])
-    taken = f"Medians of {rounds} rounds" if rounds > 1 else "One round"
-    return "\n\n".join(["\n".join(lines), said, _machine(record), f"{taken}; at commit {record['commit']}."]) + "\n"
+    count = f"Medians of {rounds} rounds" if rounds > 1 else "One round"
+    return "\n\n".join([_joined(lines), costs, _machine(record), f"{count}; commit {record['commit']}."]) + "\n"
+
+
+def process_start(records: Records) -> str:
+    """A row for each process that only starts, with its goal. Without a stored result the goals are shown alone."""
+    (case,) = (case for case in CASES if case.kind == "process start")
+    selected = _of_kinds(records, case.kind)
+    samples = selected[case.name]["samples"] if case.name in selected else {}
+    goals = {goal.variant: goal for goal in case.goals}
+    lines = _header("process", "median (quartiles)", f"difference from `{case.baseline}`", "goal", "result")
+    for name in (*COMMANDS, *IMPORTS):
+        cells = [_spread(samples[name]) if name in samples else NONE, NONE, NONE, NONE]
+        if name in IMPORTS and name != case.baseline and {name, case.baseline} <= set(samples):
+            cells[1] = _spread(np.array(samples[name]) - np.array(samples[case.baseline]))
+        if name in goals:
+            goal = goals[name]
+            subject = "the median" if goal.quantity == "seconds" else "the difference"
+            holds = goal.judged(case.baseline, samples)["holds"]
+            cells[2:] = f"{subject} at {goal.bound} {goal.value:g} s", {True: "reached", False: "missed", None: "not measured"}[holds]
+        lines.append(_row(f"`{name}`" if name in COMMANDS else f'`python -c "{name}"`', *cells))
+    return _with_notes(_joined(lines), selected, case.kind, goals=False)
 
 
 def growing(records: Records) -> str:
-    rows = [(title, curve) for title, lines in growth.curves(records).items() for curve in lines]
-    lines = ["| over | way | power | sizes |", "| --- | --- | --- | --- |"]
-    for title, curve in rows:
-        lines.append(f"| {title} | {curve.label} | {curve.exponent:.2f} | {', '.join(f'{size:,.0f}' for size in curve.sizes)} |")
-    return "\n".join(lines) + "\n"
+    """The fitted exponents of `benchmarks.growth`."""
+    lines = _header("size", "variant", "exponent", "sizes")
+    for title, curves in growth.curves(records).items():
+        for curve in curves:
+            lines.append(_row(title, curve.label, f"{curve.exponent:.2f}", ", ".join(f"{size:,.0f}" for size in curve.sizes)))
+    return _joined(lines) + "\n"
 
 
 PAGES: dict[Path, dict[str, Callable[[Records], str]]] = {
-    README: {
-        "explain": explain(shown=True),
+    README: {"explain": headline},
+    PERFORMANCE: {
+        "explain": explain,
         "geometry": geometry,
-        "scores": ways("scores", "estimators", "beside dcor", "permutations", "batches"),
-        "imputation": ways("imputation"),
+        "scores": variants("scores", "estimators", "beside dcor", "permutations", "batches"),
+        "imputation": variants("imputation"),
         "folder": folder,
+        "growth": growing,
+        "files": variants("gradients", "export", "cold start"),
+        "start": process_start,
     },
-    PERFORMANCE: {"explain": explain(shown=False), "growth": growing, "files": ways("gradients", "export", "cold start")},
 }
 
 
 def filled(page: Path) -> str:
-    """The page with its tables of the stored results between their markers."""
+    """The page's text, with the tables of the stored results between its markers."""
     records, text = read(SUITE), page.read_text()
     for name, table in PAGES[page].items():
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
@@ -132,53 +181,84 @@ def filled(page: Path) -> str:
     return text
 
 
-def _of(records: Records, *kinds: str) -> dict[str, Mapping[str, Any]]:
+def _of_kinds(records: Records, *kinds: str) -> dict[str, Mapping[str, Any]]:
     return {name: record for name, record in records.items() if record["kind"] in kinds}
 
 
-def _with_notes(table: str, records: Records, known: set[str]) -> str:
-    """The table; then which goals are not reached or not known, what is not stored of the ``known`` cases, what cannot run, and where."""
-    missed, unknown = (
-        [
-            f"{name}, {goal['ratio']} at {goal['bound']} {goal['wanted']:.3g}"
-            + ("" if goal["found"] is None else f" (found {goal['found']:.4g})")
-            for name, record in records.items()
-            for goal in record["goals"]
-            if goal["holds"] is holds
-        ]
-        for holds in (False, None)
-    )
-    missing: dict[str, list[str]] = {}
-    for name, record in records.items():
-        for way, why in record["missing"].items():
-            missing.setdefault(f"{way}: {why}", []).append(name)
+def _title(name: str) -> str:
+    return f"{name.removeprefix('explain ').replace(' x', ', batch ')}, side 224"
+
+
+def _header(*cells: str) -> list[str]:
+    return [_row(*cells), "| --- " * len(cells) + "|"]
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _joined(lines: list[str]) -> str:
+    return "\n".join(lines)
+
+
+# ---- notes below a table ----
+
+
+def _with_notes(table: str, records: Records, *kinds: str, goals: bool = True) -> str:
+    """The table, the goals that were missed or not measured, what is not stored or cannot run, and where the figures come from.
+
+    goals: False if the table itself shows the goals.
+    """
+    known = {case.name for case in CASES if case.kind in kinds}
+    missed, unknown = (_goals(records, holds) if goals else [] for holds in (False, None))
     not_stored = sorted(known - set(records))
     notes = [
-        f"Wanted and not reached: {'; '.join(missed)}." if missed else "",
-        f"Wanted and not known: {'; '.join(unknown)}." if unknown else "",
-        f"No result is stored of {', '.join(not_stored)}." if not_stored else "",
-        *(f"Not run: {why.rstrip('.')}{_among(names, records)}." for why, names in sorted(missing.items())),
+        f"Missed goals: {'; '.join(missed)}." if missed else "",
+        f"Goals without a measurement: {'; '.join(unknown)}." if unknown else "",
+        f"Cases without a stored result: {', '.join(not_stored)}." if not_stored else "",
+        *_not_run(records),
         *sorted({_machine(record) for record in records.values()}),
         _rounds(records),
     ]
     return "\n\n".join(filter(None, [table, *notes])) + "\n"
 
 
-def _among(names: Sequence[str], records: Records) -> str:
-    return "" if len(names) == len(records) else f" ({', '.join(names)})"
+def _goals(records: Records, holds: bool | None) -> list[str]:
+    """The goals that hold, do not hold (False) or were not measured (None)."""
+    goals = []
+    for name, record in records.items():
+        for goal in record["goals"]:
+            if goal["holds"] is holds:
+                unit = goal.get("unit", "")  # the first records hold ratios only
+                measured = "" if goal["found"] is None else f" (measured {goal['found']:.4g}{unit})"
+                goals.append(f"{name}, {goal['ratio']} at {goal['bound']} {goal['wanted']:.3g}{unit}{measured}")
+    return goals
+
+
+def _not_run(records: Records) -> list[str]:
+    """A sentence per variant and reason; it names the cases unless they are all of them."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for name, record in records.items():
+        for variant, reason in record["missing"].items():
+            cases.setdefault((variant, reason), []).append(name)
+    notes = []
+    for (variant, reason), names in sorted(cases.items()):
+        among = "" if len(names) == len(records) else f" ({', '.join(names)})"
+        notes.append(f"*{variant}* was not run{among}: {reason.rstrip('.')}.")
+    return notes
 
 
 def _rounds(records: Records) -> str:
-    """How many rounds there were, and of which cases not so many as of most; and at which commits."""
+    """The number of rounds, the cases with fewer rounds than most, and the commits."""
     cases: dict[int, list[str]] = {}
     for name, record in records.items():
         cases.setdefault(len(next(iter(record["samples"].values()))), []).append(name)
     if not cases:
         return ""
     most = max(cases)
-    fewer = [f"{rounds} of {', '.join(names)}" for rounds, names in sorted(cases.items()) if rounds != most]
+    fewer = [f"{rounds} for {' and '.join(names)}" for rounds, names in sorted(cases.items()) if rounds != most]
     commits = sorted({record["commit"] for record in records.values()})
-    return f"Medians of {most} paired rounds{''.join(f', {each}' for each in fewer)}; at commit {', '.join(commits)}."
+    return f"Medians of {most} paired rounds{''.join(f', {part}' for part in fewer)}; commit {', '.join(commits)}."
 
 
 def _machine(record: Mapping[str, Any]) -> str:
@@ -187,41 +267,55 @@ def _machine(record: Mapping[str, Any]) -> str:
     return f"{environment['processor']}, {environment['threads']} threads, {versions}."
 
 
-def _seconds(record: Mapping[str, Any], way: str) -> str:
-    if way not in record["samples"]:
-        return NONE
-    seconds = quartiles(record["samples"][way])[1]
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+# ---- cells ----
 
 
-def _ratio(record: Mapping[str, Any], way: str) -> str:
-    """The median and the quartiles, to three digits."""
-    if way not in record["ratios"]:
+def _seconds(record: Mapping[str, Any], variant: str) -> str:
+    if variant not in record["samples"]:
         return NONE
-    low, middle, high = (f"{value:.{2 - min(2, int(value >= 10) + int(value >= 100))}f}" for value in record["ratios"][way])
+    return _duration(quartiles(record["samples"][variant])[1])
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if abs(seconds) >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _spread(seconds: NDArray[np.float64] | list[float]) -> str:
+    low, median, high = quartiles(seconds)
+    return f"{_duration(median)} ({_duration(low)} to {_duration(high)})"
+
+
+def _ratio(record: Mapping[str, Any], variant: str) -> str:
+    """The median and the quartiles, to three digits; 1 for the baseline itself."""
+    if variant not in record["ratios"]:
+        return "1" if variant == record["over"] else NONE
+    low, middle, high = (f"{value:.{2 - min(2, int(value >= 10) + int(value >= 100))}f}" for value in record["ratios"][variant])
     return f"{middle} ({low} to {high})"
 
 
-def _difference(record: Mapping[str, Any], way: str) -> str:
-    """The larger of the two maps' mean absolute differences, of maps from 0 to 1, from the first way's."""
-    found = [record["figures"].get(f"{which} map of {way}") for which in ("distilled", "residual")]
-    return NONE if None in found else f"{max(found):.1g}"
+def _difference(record: Mapping[str, Any], variant: str) -> str:
+    """The larger of the two maps' mean absolute differences from the first variant's maps, whose values lie in [0, 1]."""
+    differences = [record["figures"].get(f"{which} map of {variant}") for which in ("distilled", "residual")]
+    return NONE if None in differences else f"{max(differences):.1g}"
 
 
-def _peak(record: Mapping[str, Any], way: str) -> str:
-    return f"{record['peak_bytes'][way] / 1e9:.2f} GB" if way in record["peak_bytes"] else NONE
+def _peak(record: Mapping[str, Any], variant: str) -> str:
+    """The memory of a variant's own process; a variant that starts processes has no figure for theirs."""
+    if variant not in record["peak_bytes"] or record["kind"] in PROCESS_KINDS:
+        return NONE
+    return f"{record['peak_bytes'][variant] / 1e9:.2f} GB"
 
 
-def _file(record: Mapping[str, Any], way: str) -> str:
-    """What a way that writes a file says of its size."""
-    size = record["figures"].get(f"{way}, bytes")
+def _file_size(record: Mapping[str, Any], variant: str) -> str:
+    """The size of the file that a variant writes."""
+    size = record["figures"].get(f"{variant}, bytes")
     return "" if size is None else f", {size / 1e6:.1f} MB"
 
 
-def _floor(record: Mapping[str, Any], way: str) -> str:
-    if way not in record.get("over_floor", {}):
+def _lower_bound(record: Mapping[str, Any], variant: str) -> str:
+    if variant not in record.get("over_floor", {}):
         return NONE
-    times = record["over_floor"][way]
+    times = record["over_floor"][variant]
     return f"{times:.2g}" if times < 10 else f"{times:,.0f}"
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark shares: ratios, fresh processes, and a record that names the machine."""
+"""Shared by all benchmarks: ratios, fresh processes, and records that name the machine."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ RESULTS = Path(__file__).parent / "results"
 STATUS = Path("/proc/self/status")
 
 
-def ratio(samples: Mapping[str, list[float]], over: str, under: str) -> list[float]:
-    """Quartiles of the ratio of two cases, round by round."""
-    return quartiles(np.array(samples[over]) / np.array(samples[under]))
+def ratio(samples: Mapping[str, list[float]], numerator: str, denominator: str) -> list[float]:
+    """Quartiles of the ratio of two variants' times, taken round by round."""
+    return quartiles(np.array(samples[numerator]) / np.array(samples[denominator]))
 
 
 def quartiles(values: NDArray[np.float64] | list[float]) -> list[float]:
@@ -29,23 +29,25 @@ def quartiles(values: NDArray[np.float64] | list[float]) -> list[float]:
 
 
 def child(module: str, *arguments: str) -> Any:
-    """What a fresh process of a benchmark prints as JSON: nothing of this one's memory or warmth is its own."""
+    """The JSON that a benchmark's module prints in a fresh process, which inherits no memory and no warm caches from this one."""
     command = [sys.executable, "-m", module, *arguments]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held. Linux lets getrusage start from what the parent held, and its status from nothing."""
+    """The peak memory of this process. On Linux getrusage starts from the parent's peak, so the process's status is read instead."""
     if STATUS.exists():
         return 1024 * int(STATUS.read_text().split("VmHWM:")[1].split()[0])
-    import resource  # Windows has none
+    import resource  # it does not exist on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def origin(module: str) -> dict[str, Any]:
-    """Where figures come from: command, commit (``-dirty`` where the code is another; empty without git or a repository) and the
-    machine with its versions."""
+    """The origin of a benchmark's figures: the command, the commit, and the machine with its versions.
+
+    The commit ends in ``-dirty`` if the code has uncommitted changes, and is empty without git or outside a repository.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(RESULTS.parents[1]), *arguments]
@@ -60,9 +62,9 @@ def origin(module: str) -> dict[str, Any]:
     return {"command": shlex.join(["python", "-m", module, *sys.argv[1:]]), "commit": commit, "environment": environment()}
 
 
-def store(name: str, module: str, found: Mapping[str, Any]) -> dict[str, Any]:
+def store(name: str, module: str, measurement: Mapping[str, Any]) -> dict[str, Any]:
     """Write a benchmark's record to results/NAME.json and return it."""
-    record = {**origin(module), **found}
+    record = {**origin(module), **measurement}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     return record

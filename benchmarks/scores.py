@@ -1,6 +1,6 @@
-"""Scores of many images: against the bare Gram products of the same tiles, against dcor, and what permutations and batches add.
+"""Scores of many images, compared with the Gram products of the same tiles and with dcor; the cost of permutations and of batches.
 
-On random features of two models and ten classes; the score is RS(X|Y) with its interval.
+The features of two models are random, and there are ten classes. The score is RS(X|Y) with its interval.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ import torch
 from torch import Tensor
 
 import kdx
-from benchmarks.subject import Run, Subject, Unavailable, Work, demand_agreement, demand_memory
+from benchmarks.comparison import Comparison, Run, Unavailable, gram_work, require_agreement, require_difference_tensors
 from kdx.features.rows import rows_of
 from kdx.kernels import tiles
 
 CLASSES = 10
-WITHIN = 1e-9
-"""Of dcor's value, in float64."""
+TOLERANCE = 1e-9
+"""Largest difference from dcor's value, in float64."""
 
 
 def draw(n: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Features x and y [n, d], where y contains x, and labels [n]."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, d, generator=generator)
     y = torch.randn(n, d, generator=generator).add_(x)
     return x, y, torch.randint(CLASSES, (n,), generator=generator)
 
 
-def one_score(_: Path, *, n: int, d: int, without: tuple[str, ...] = ()) -> Subject:
-    """The score against its tiles' Gram products, which nothing that measures distances can do without."""
+def one_score(_: Path, *, n: int, d: int, without: tuple[str, ...] = ()) -> Comparison:
+    """The score compared with its tiles' Gram products, without which no distance can be computed. without: variants to leave out."""
     x, y, labels = draw(n, d)
 
-    def bare(_: ExitStack) -> Run:
+    def bare_products(_: ExitStack) -> Run:
         side = tiles._side(n, [rows_of(x, "x"), rows_of(y, "y")])
 
         def run() -> None:
@@ -47,29 +48,27 @@ def one_score(_: Path, *, n: int, d: int, without: tuple[str, ...] = ()) -> Subj
 
         return run
 
-    ways = {
-        "bare products": bare,
+    variants = {
+        "bare products": bare_products,
         "kdx": lambda _: lambda: kdx.rs(x, labels, y, permutations=0),
         "kdx, 999 permutations": lambda _: lambda: kdx.rs(x, labels, y),
     }
-    # Both products' halves, and the rows read once.
-    return Subject({name: way for name, way in ways.items() if name not in without}, work=lambda: Work(2.0 * n * n * d, 2 * 4.0 * n * d))
+    return Comparison({name: variant for name, variant in variants.items() if name not in without}, work=lambda: gram_work(n, d))
 
 
-def permutations(_: Path, *, score: str, n: int, d: int) -> Subject:
-    """What 999 permutations add to RS, which are of classes, and to FSS, which are of features."""
+def permutations(_: Path, *, score: str, n: int, d: int) -> Comparison:
+    """The cost of 999 permutations of RS, which permute classes, and of FSS, which permute features."""
     x, y, labels = draw(n, d)
     run = {"RS": partial(kdx.rs, x, labels), "FSS": partial(kdx.fss, x, y)}[score]
-    features = {"RS": 1, "FSS": 2}[score]
-    return Subject(
+    matrices = {"RS": 1, "FSS": 2}[score]
+    return Comparison(
         {score: lambda _: partial(run, permutations=0), f"{score}, 999 permutations": lambda _: run},
-        # Half of a product for each network, and its rows read once.
-        work=lambda: Work(features * 1.0 * n * n * d, features * 4.0 * n * d),
+        work=lambda: gram_work(n, d, matrices=matrices),
     )
 
 
-def batches(_: Path, *, n: int, d: int, batch: int) -> Subject:
-    """Three models' images in batches, every score with its permutations: one call, and the same batch by batch."""
+def batches(_: Path, *, n: int, d: int, batch: int) -> Comparison:
+    """Every score of three models in batches, with its permutations: one call for all batches, and one call per batch."""
     x, y, labels = draw(n, d)
     networks = {"student": x, "base": y, "teacher": x - y.roll(1, 1)}
 
@@ -77,27 +76,27 @@ def batches(_: Path, *, n: int, d: int, batch: int) -> Subject:
         for part in torch.arange(n // batch * batch).split(batch):
             kdx.compare({"layer": {role: rows[part] for role, rows in networks.items()}}, labels[part])
 
-    return Subject(
-        {"a call a batch": lambda _: batch_by_batch, "kdx": lambda _: lambda: kdx.compare({"layer": networks}, labels, batch=batch)},
-        work=lambda: Work(len(networks) * 1.0 * n * batch * d, len(networks) * 4.0 * n * d),
+    return Comparison(
+        {"one call per batch": lambda _: batch_by_batch, "kdx": lambda _: lambda: kdx.compare({"layer": networks}, labels, batch=batch)},
+        work=lambda: gram_work(n, d, matrices=len(networks), batch=batch),
     )
 
 
-def beside_dcor(_: Path, *, n: int, d: int) -> Subject:
-    """FSS by dcor, whose distances come from n x n x d differences, and by kdx."""
+def beside_dcor(_: Path, *, n: int, d: int) -> Comparison:
+    """FSS by dcor, which computes distances from n x n x d differences, and by kdx."""
     x, y, _labels = (rows.double() for rows in draw(n, d))
 
     def by_dcor(_: ExitStack) -> Run:
         dcor = _dcor()
-        demand_memory(1.1 * 8 * n * n * d, f"differences {n} x {n} x {d} in float64")
+        require_difference_tensors(n, d, tensors=1.1, itemsize=8)
         return lambda: float(dcor.u_distance_correlation_sqr(x.numpy(), y.numpy()))
 
-    ways = {"dcor": by_dcor, "kdx": lambda _: lambda: kdx.fss(x, y, permutations=0).value}
-    return Subject(ways, _agree, lambda: Work(2.0 * n * n * d, 2 * 8.0 * n * d))
+    variants = {"dcor": by_dcor, "kdx": lambda _: lambda: kdx.fss(x, y, permutations=0).value}
+    return Comparison(variants, _check, lambda: gram_work(n, d, itemsize=8))
 
 
-def estimators(_: Path, *, n: int, d: int) -> Subject:
-    """Every estimator in float64 beside dcor's function for it; what is compared is the value."""
+def estimators(_: Path, *, n: int, d: int) -> Comparison:
+    """Each estimator in float64 compared with dcor's function for it. Only the values are compared."""
     x, y, labels = draw(n, d)
     x, y = x.double(), y.double()
     one_hot = torch.nn.functional.one_hot(labels).double()
@@ -118,24 +117,19 @@ def estimators(_: Path, *, n: int, d: int) -> Subject:
         "to classes": lambda: kdx.rs(x, labels, permutations=0),
         "partial": lambda: kdx.partial_rs(x, labels, y, permutations=0),
     }
-    return Subject(
-        {
-            "dcor": by_dcor,
-            "kdx": lambda _: lambda: {name: score().value for name, score in by_kdx.items()},
-        },
-        _agree,
-        lambda: Work(2.0 * n * n * d, 2 * 8.0 * n * d),
-    )
+    variants = {"dcor": by_dcor, "kdx": lambda _: lambda: {name: score().value for name, score in by_kdx.items()}}
+    return Comparison(variants, _check, lambda: gram_work(n, d, itemsize=8))
 
 
-def _agree(results: Mapping[str, Any]) -> dict[str, float]:
+def _check(results: Mapping[str, Any]) -> dict[str, float]:
+    """The differences of kdx's values from dcor's, if dcor ran."""
     if "dcor" not in results:
         return {}
-    expected, found = results["dcor"], results["kdx"]
+    expected, actual = results["dcor"], results["kdx"]
     if not isinstance(expected, dict):
-        expected, found = {"value": expected}, {"value": found}
-    figures = {f"{name}, off by": abs(found[name] - value) for name, value in expected.items()}
-    demand_agreement(figures, WITHIN)
+        expected, actual = {"value": expected}, {"value": actual}
+    figures = {f"{name}, off by": abs(actual[name] - value) for name, value in expected.items()}
+    require_agreement(figures, TOLERANCE)
     return figures
 
 

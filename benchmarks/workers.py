@@ -1,7 +1,7 @@
-"""A way of a case in a process of its own, asked for one run after the other.
+"""Run each variant of a case in a process of its own, one run at a time.
 
-In one process the ways would change each other's times: a forward pass of PyTorch takes half the time where a way before it has left
-memory behind that the C library does not have to ask the system for again.
+In one process the variants would change each other's times: a forward pass of PyTorch takes half the time if an earlier variant has left
+memory behind that the C library does not have to request from the system again.
 """
 
 from __future__ import annotations
@@ -19,36 +19,40 @@ from typing import Any, Self
 
 import torch
 
+from benchmarks.comparison import Run
 from benchmarks.record import peak_bytes
-from benchmarks.subject import Unavailable, Way
 
-BRIEF = 0.2
-"""Seconds that a way runs at least in a round, again and again if need be: the first run after a wait is that of a machine that sleeps."""
+MINIMUM_SECONDS = 0.2
+"""A variant runs at least this long in a round, repeatedly if necessary: the first run after a pause meets a machine that sleeps."""
 
-WARMER = 2
-"""Times that a way runs once more before it is timed."""
+WARM_UP_RUNS = 2
 
 
 class Worker:
-    """The parent's side. A context manager, whose process ends with it. Every call raises CalledProcessError where the process failed."""
+    """The parent's side of a variant's process. It is a context manager, and the process ends with it.
+
+    Every call raises CalledProcessError if the process failed.
+    """
 
     def __init__(self, module: str, *arguments: str) -> None:
         self._command = [sys.executable, "-m", module, *arguments]
         self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def opened(self) -> str | None:
-        """Waits until the way is ready; the reason if it cannot run here."""
+        """Wait until the variant is ready. Returns None, or the reason why it cannot run here."""
         missing: str | None = self._answer()["missing"]
         return missing
 
-    def run(self, keep: Path | None = None) -> dict[str, float]:
-        """Runs for `BRIEF` at least: mean ``seconds`` of a run, and the ``peak_bytes`` of the process so far. keep: where to pickle what
-        it returned, after one run alone."""
+    def run(self, result: Path | None = None) -> dict[str, float]:
+        """Run for at least `MINIMUM_SECONDS`. Returns mean ``seconds`` per run, and ``peak_bytes`` of the process so far.
+
+        result: a path for the pickled result of a single run.
+        """
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{keep or ''}\n")
+        self._process.stdin.write(f"{result or ''}\n")
         self._process.stdin.flush()
-        found: dict[str, float] = self._answer()
-        return found
+        measurement: dict[str, float] = self._answer()
+        return measurement
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
@@ -69,36 +73,37 @@ class Worker:
         self._process.stdout.close()
 
 
-def serve(way: Way, answer: Callable[[Any], None]) -> None:
-    """The process's side: answers every line of standard input, which is where to pickle the result, or empty."""
-    with ExitStack() as held:
-        try:
-            run = way(held)
-        except Unavailable as error:
-            answer({"missing": str(error)})
+def serve(open_variant: Callable[[ExitStack], tuple[Run | None, str]], answer: Callable[[Any], None]) -> None:
+    """The process's side: answer each line of standard input, which is a path for the pickled result, or empty."""
+    with ExitStack() as resources:
+        run, reason = open_variant(resources)
+        if run is None:
+            answer({"missing": reason})
             return
         answer({"missing": None})
         for line in sys.stdin:
-            keep = line.strip()
-            spent, count = 0.0, 0
-            while not count or (spent < BRIEF and not keep):
+            path = line.strip()
+            total, count = 0.0, 0
+            while not count or (total < MINIMUM_SECONDS and not path):
                 start = time.perf_counter()
                 result = run()
                 if torch.cuda.is_available():
-                    torch.cuda.synchronize()  # what a run leaves to a GPU is part of it
-                spent, count = spent + time.perf_counter() - start, count + 1
-                if keep:
-                    Path(keep).write_bytes(pickle.dumps(result))
-                del result  # the next run has the memory that this one had
-            answer({"seconds": spent / count, "peak_bytes": peak_bytes()})
+                    torch.cuda.synchronize()  # the time includes the work that is queued on a GPU
+                total, count = total + time.perf_counter() - start, count + 1
+                if path:
+                    Path(path).write_bytes(pickle.dumps(result))
+                del result  # its memory is free for the next run
+            answer({"seconds": total / count, "peak_bytes": peak_bytes()})
 
 
 def paired(seconds: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way, a round after the other, every second round in the opposite order. Where there are several rounds, each
-    way is warmed up first."""
+    """Seconds of each variant in paired rounds. Every second round goes in the opposite order.
+
+    With more than one round, each variant is warmed up first.
+    """
     if rounds > 1:
         for run in seconds.values():
-            for _ in range(WARMER):
+            for _ in range(WARM_UP_RUNS):
                 run()
     samples: dict[str, list[float]] = {name: [] for name in seconds}
     for number in range(rounds):

@@ -1,4 +1,4 @@
-"""Whole network families: every kind of file agrees with PyTorch, and becomes an engine for two architectures without a GPU."""
+"""Network families: every kind of file agrees with PyTorch, and engines for two architectures are built without a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdx.export import parity
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """`measure` takes one thread for itself."""
+    """Restore the number of threads, which `measure` sets to one."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -32,6 +32,6 @@ def test_a_family_exports_in_every_kind_and_builds_engines(name: str) -> None:
         assert row["engines"] == dict.fromkeys(("sm_86", "sm_120"), "built")
 
 
-def test_the_pages_table_is_the_stored_one() -> None:
+def test_the_page_shows_the_stored_table() -> None:
     page = families.PAGE.read_text()
     assert families.filled(page, json.loads(families.RESULT.read_text())) == page

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py says of a GPU can be believed: its checks hold on the CPU's emulation, and fail where a kernel is broken."""
+"""The GPU benchmark is reliable: its checks hold on the CPU's emulation, and fail if a kernel is broken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.console import Console
 
 import benchmarks.record
 from benchmarks import gpu
-from benchmarks.kernel_cases import CHECKED, IN_PYTORCH, Case, Checked, Sizes, cases, check
+from benchmarks.kernel_cases import CHECKED, IN_PYTORCH, Case, Check, Sizes, cases, check
 from kdx.errors import KdxError
 from kdx.kernels import cubins, cuda
 from kdx.kernels.cuda import Argument, Size
@@ -28,8 +28,8 @@ CPU = torch.device("cpu")
 SOURCES = ["cam", "imputation", "pairwise", "products", "weights"]
 
 
-class Noting(HostLauncher):
-    """A launcher that knows what it has run."""
+class Recording(HostLauncher):
+    """A launcher that records the kernels that it ran."""
 
     def __init__(self) -> None:
         super().__init__("shuffled", 1)
@@ -41,27 +41,27 @@ class Noting(HostLauncher):
 
 
 def test_every_check_holds_on_the_cpu_and_every_kernel_is_reached() -> None:
-    with running(Noting()) as launcher:
+    with running(Recording()) as launcher:
         for sizes in CHECKED[:2]:
-            found = [check(case) for case in cases(sizes, CPU, 1)]
-            assert len(found) == len({each.name for each in found}) >= 11
-            assert not [each for each in found if not each.holds]
-    assert isinstance(launcher, Noting) and set(cubins.names()) == set(SOURCES)
+            checks = [check(case) for case in cases(sizes, CPU, 1)]
+            assert len(checks) == len({result.name for result in checks}) >= 11
+            assert not [result for result in checks if not result.holds]
+    assert isinstance(launcher, Recording) and set(cubins.names()) == set(SOURCES)
     defined = {(source, kernel) for source in SOURCES for kernel in kernels(KERNELS / f"{source}.cu")}
-    left_out = {kernel for source, kernel in defined - launcher.launched}
-    assert all(kernel.endswith(("_double", "_float64")) for kernel in left_out)  # for who wants them; no figure is of them
+    not_launched = {kernel for source, kernel in defined - launcher.launched}
+    assert all(kernel.endswith(("_double", "_float64")) for kernel in not_launched)  # optional kernels, which no figure measures
 
 
 @pytest.mark.slow
 def test_every_check_of_a_larger_batch_holds_on_the_cpu() -> None:
     with running(HostLauncher("reverse")):
-        assert not [each for case in cases(CHECKED[2], CPU, 1) if not (each := check(case)).holds]
+        assert not [result for case in cases(CHECKED[2], CPU, 1) if not (result := check(case)).holds]
 
 
-def test_what_large_sizes_are_compared_with_is_the_definition() -> None:
+def test_the_expected_results_of_large_sizes_agree_with_the_definitions() -> None:
     for defined, closed in zip(cases(CHECKED[1], CPU, 3), cases(CHECKED[1], CPU, 3, IN_PYTORCH), strict=True):
-        for expected, found in zip(defined.expected(), closed.expected(), strict=True):
-            assert error(found, expected) < defined.tolerance, defined.name
+        for expected, actual in zip(defined.expected(), closed.expected(), strict=True):
+            assert error(actual, expected) < defined.tolerance, defined.name
 
 
 class Absent(HostLauncher):
@@ -84,7 +84,7 @@ def fails(case: Case) -> bool:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_kernel_that_does_nothing_fails_its_own_checks_alone(source: str) -> None:
+def test_a_kernel_that_does_nothing_fails_only_its_own_checks(source: str) -> None:
     with running(Absent(source)):
         failed = {case.name for case in cases(CHECKED[0], CPU, 4) if fails(case)}
     uses = {"weights": {"weights"}, "products": {"products", "weights"}}.get(source, {source})
@@ -109,19 +109,19 @@ def test_an_error_that_is_not_a_number_does_not_hold() -> None:
         case = Case("one", lambda values=values: values, lambda values=values: [torch.ones_like(value) for value in values])  # type: ignore[misc]
         assert not check(case).holds
     with pytest.raises(KdxError, match=r"The kernels are wrong here: one is off by 2\.0e-02, and 1e-03 is allowed"):
-        gpu.demand(Checked("one", 0.02, 1e-3))
+        gpu.require(Check("one", 0.02, 1e-3))
 
 
-def test_the_whole_batch_is_the_published_method() -> None:
+def test_the_whole_batch_agrees_with_the_published_method() -> None:
     generator = torch.Generator().manual_seed(6)
     target = torch.nn.functional.one_hot(torch.arange(13) % 3).float()
     student, base = (torch.randn(13, 9, 3, 5, generator=generator).relu() for _ in range(2))
     with running():
-        checked = gpu.compare(student, base, target)
+        result = gpu.compare(student, base, target)
         weights, score, products, *maps = gpu.explained(student, base, target)
-    assert checked.error < TOLERANCE["float32"]
+    assert result.error < TOLERANCE["float32"]
     assert weights.shape == (2, 13, 9) and score.shape == (2,) and products.shape == (1, 3, 3)
-    assert [each.shape for each in maps] == [(13, 3, 5)] * 2
+    assert [cam.shape for cam in maps] == [(13, 3, 5)] * 2
 
 
 # ---- the report ----
@@ -130,20 +130,20 @@ def test_the_whole_batch_is_the_published_method() -> None:
 class CpuClock(gpu.Clock):
     def __init__(self, device: torch.device, samples: int) -> None:
         self.device, self.samples = device, samples
-        self._swept = torch.zeros(1000)
+        self._cache_filler = torch.zeros(1000)
 
     def seconds(self, run: Callable[[], object]) -> list[float]:
-        found = []
+        samples = []
         for _ in range(self.samples):
             start = time.perf_counter()
             run()
-            found.append(time.perf_counter() - start)
-        return found
+            samples.append(time.perf_counter() - start)
+        return samples
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a run writes, of a batch that the CPU can take in place of a GPU."""
+    """The record of a run on a batch that is small enough for the CPU, which replaces the GPU."""
     results = tmp_path_factory.mktemp("results")
     replaced: dict[str, Any] = {
         "usable_gpu": lambda: CPU,
@@ -158,7 +158,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         patch.setattr(benchmarks.record, "RESULTS", results)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(torch.cuda, "get_device_name", lambda device=None: "An emulated GPU")
-        # Room for the differences of six of the twelve images.
+        # Memory for the differences of six of the twelve images.
         patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=6 * 7 * 7 * 4 * 36))
         patch.setattr(cubins, "compiler", lambda: SimpleNamespace(name="nvcc", version="13.0"))
         assert gpu.main(["--samples", "1", "--seed", "7"]) == 0
@@ -169,7 +169,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_run_checks_times_and_writes(record: dict[str, Any]) -> None:
     assert record["seed"] == 7 and record["device"]["name"] == "An emulated GPU" and record["device"]["architecture"] == "sm_90"
     assert len(record["checks"]) == len(record["kernels"]) >= 11
-    assert all(each["error"] <= each["tolerance"] for each in record["checks"])
+    assert all(result["error"] <= result["tolerance"] for result in record["checks"])
     for row in record["kernels"]:
         assert len(row["samples"]) == 1
         if row["bytes"]:
@@ -193,7 +193,7 @@ def test_a_run_is_shown(record: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("holds", [True, False])
-def test_goals_hold_from_what_was_measured(holds: bool) -> None:
+def test_goals_are_judged_by_the_measured_values(holds: bool) -> None:
     rows: list[dict[str, Any]] = [
         {"name": "cam", "goal": 0.8, "share": 0.8 if holds else 0.79},
         {"name": "weights", "goal": None, "share": 0.1},
@@ -205,12 +205,12 @@ def test_goals_hold_from_what_was_measured(holds: bool) -> None:
         "geometry beside published": [5.0] if holds else [5.1],
         "published images": 64,
     }
-    found = gpu.goals(rows, batch)
-    assert [goal["holds"] for goal in found] == [holds] * 3
-    assert found[1]["found"] == pytest.approx(0.05 if holds else 0.06)
+    goals = gpu.goals(rows, batch)
+    assert [goal["holds"] for goal in goals] == [holds] * 3
+    assert goals[1]["found"] == pytest.approx(0.05 if holds else 0.06)
 
 
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_without_a_gpu_it_explains_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monkeypatch.setattr(benchmarks.record, "RESULTS", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 2
