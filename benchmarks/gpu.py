@@ -116,7 +116,7 @@ def time_batch(clock: Clock, seed: int) -> dict[str, Any]:
     The geometry is timed by the kernels alone, and as `kdx.explain.layer.measure` computes it around them.
     """
     generator = torch.Generator(clock.device).manual_seed(seed)
-    n, picture, device = RESNET50.images, RESNET50.picture, clock.device
+    n, device = RESNET50.images, clock.device
     labels = torch.arange(n, device=device) % RESNET50.classes
     one_hot, target = torch.nn.functional.one_hot(labels).float(), Target.of(labels)
     student, base = (torch.randn(n, *RESNET50.explained, generator=generator, device=device).relu_() for _ in range(2))
