@@ -16,7 +16,7 @@ test: $(VENV)/.installed-dev ## The test suite (long tests: make test ARGS='-m s
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: lint types ## Style, types and the fast tests, in less than two minutes
-	$(BIN)/python -m pytest -n auto --dist loadfile --fast $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow and not medium' $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style and formatting
 	$(BIN)/ruff check .
