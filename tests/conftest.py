@@ -11,6 +11,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch looks; workers that sh
 import numba
 import torch
 
+from tests.selection import pytest_addoption as pytest_addoption
+from tests.selection import pytest_collection_modifyitems as pytest_collection_modifyitems
+from tests.selection import pytest_configure as pytest_configure
+
 # dcor compiles itself with Numba when it is imported, for half a minute, into a cache on disk, and workers that started together
 # have aborted while they imported it. As an oracle dcor serves as plain Python. Numba's switch for that leaves out guvectorize,
 # which makes the functions for many pairs of rows at once; no test calls them.

@@ -110,10 +110,11 @@ def test_optional_and_heavy_packages_are_imported_where_they_are_used() -> None:
     assert not heavy & set(loaded)
 
 
-def test_version_and_changelog_agree() -> None:
+def test_version_changelog_and_citation_agree() -> None:
     version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
-    assert version and newest and version[1] == newest[1] == kdx.__version__
+    cited = re.search(r"^version: (\S+)", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert version and newest and cited and version[1] == newest[1] == cited[1] == kdx.__version__
 
 
 @pytest.mark.parametrize(
