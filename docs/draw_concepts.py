@@ -13,9 +13,9 @@ import numpy as np
 
 import kdx
 from docs.draw_architecture import svg
-from kdx.data.batches import split
 from kdx.data.dataset import open_data
-from kdx.distill import Settings, distill
+from kdx.data.splits import stratified_splits
+from kdx.distill import TrainingSettings, distill
 from kdx.models.models_file import read_models
 from kdx.report.overlays import composite, scaled_for_display
 from kdx.roles import MAPS
@@ -47,12 +47,12 @@ def roles_svg() -> str:
 def draw_maps(path: Path) -> None:
     from matplotlib import pyplot
 
-    settings = Settings(method="kd", epochs=60, teacher_epochs=4, batch=32, augment=True, student_images=80, image_size=(24, 24))
+    settings = TrainingSettings(method="kd", epochs=60, teacher_epochs=4, batch=32, augment=True, student_images=80, image_size=(24, 24))
     with tempfile.TemporaryDirectory() as folder:
         large, small = "kdx:resnet,width=16,depth=1", "kdx:resnet,width=8,depth=1"
         models = read_models(distill("digits", teacher=large, student=small, out=folder, settings=settings))
         data = open_data("digits")
-        chosen = split(data, seed=settings.seed)["test"][:128]
+        chosen = stratified_splits(data, seed=settings.seed)["test"][:128]
         images = np.stack([np.asarray(data.read(index), dtype=np.float32).transpose(2, 0, 1) / 255 for index in chosen])
         teacher, student, base = (models.load(role) for role in ("teacher", "student", "base"))
         with kdx.Explainer(teacher=teacher, student=student, base=base, layers=["layer2"], runtime="eager") as explainer:
