@@ -135,7 +135,7 @@ class Runners:
         passed = self._infer(images)
         with torch.no_grad():
             labels, permutations = labels.to(self.choice.device), permutations.to(self.choice.device)
-            target = Target.of(labels)
+            target = Target.of(labels).checked()
             shown = {} if self._salience is None else self._salient_distances(self._salience, images, passed, seed)
             measured = {
                 layer: measure(
@@ -167,7 +167,7 @@ class Runners:
                 name = self._layer_of(role, layer)
                 shown = salience.images(images, ranked[role][name], int(own.generate_state(1)[0]))
                 rows = self._passed(role, shown).features[name].flatten(1)
-                found[layer][role] = arrays.checked_distances({f"{role}'s salient features": rows}, TorchBackend())[0]
+                found[layer][role] = arrays.row_distances({f"{role}'s salient features": rows}, TorchBackend())[0]
         return found
 
     def _infer(self, images: Tensor) -> dict[str, NetworkOutputs]:
