@@ -133,7 +133,7 @@ class NetworkRunners:
         outputs = self._infer(images)
         with torch.no_grad():
             labels, permutations = labels.to(self.choice.device), permutations.to(self.choice.device)
-            target = Target.of(labels)
+            target = Target.of(labels).checked()
             distances = {} if self._salience is None else self._salient_distances(self._salience, images, outputs, seed)
             measurements = {
                 layer: measure(
@@ -165,7 +165,7 @@ class NetworkRunners:
                 name = self._layer_of(role, layer)
                 salient = salience.images(images, rankings[role][name], int(noise_seed.generate_state(1)[0]))
                 rows = self._run(role, salient).features[name].flatten(1)
-                distances[layer][role] = arrays.checked_distances({f"{role}'s salient features": rows}, TorchBackend())[0]
+                distances[layer][role] = arrays.row_distances({f"{role}'s salient features": rows}, TorchBackend())[0]
         return distances
 
     def _infer(self, images: Tensor) -> dict[str, NetworkOutputs]:
