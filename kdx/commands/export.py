@@ -157,7 +157,7 @@ def _stem(networks: dict[str, Network], kind: FileKind, precision: FilePrecision
 
 
 def _size(path: Path) -> int:
-    weights = path.with_name(f"{path.name}.data")  # beside a file of more than 2 GB
+    weights = path.with_name(f"{path.name}.data")  # a large network keeps its weights beside the file
     return path.stat().st_size + (weights.stat().st_size if weights.exists() else 0)
 
 
