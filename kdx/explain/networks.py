@@ -18,7 +18,7 @@ from kdx.explain.exported import ENGINE_IMAGES, ExportFolder, about_file, about_
 from kdx.explain.layer import LayerMeasurement, LayerReferences, measure
 from kdx.explain.settings import Settings
 from kdx.export import onnx_file
-from kdx.export.description import Description, Origin, holds
+from kdx.export.description import Description, Origin, is_export_of
 from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.features import arrays
 from kdx.features.target import Target
@@ -112,7 +112,7 @@ class Runners:
         # Modules with equal weights may differ in their code; a reference says which code it is.
         bare = isinstance(self._given[role], nn.Module)
         size = network.preprocessing.size
-        if bare or not holds(path, graph, network.weights_hash):
+        if bare or not is_export_of(path, graph, network.weights_hash):
             onnx_file.write(graph, path, origin=Origin(network.reference, network.weights_hash), image_size=size or image_size)
         return self._opened(path, path.stem, image_size if size else None)
 
