@@ -18,7 +18,7 @@ from kdx.explain.layer import LayerMeasurement, LayerReferences, measure
 from kdx.explain.network_set import NetworkRecord
 from kdx.explain.settings import Settings
 from kdx.export import onnx_file
-from kdx.export.description import Description, Origin, holds
+from kdx.export.description import Description, Origin, is_export_of
 from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.features import arrays
 from kdx.features.target import Target
@@ -111,7 +111,7 @@ class NetworkRunners:
         # Modules with equal weights may differ in their code. A model reference identifies the code as well.
         is_module = isinstance(self._networks[role], nn.Module)
         size = network.preprocessing.size
-        if is_module or not holds(path, graph, network.weights_hash):
+        if is_module or not is_export_of(path, graph, network.weights_hash):
             onnx_file.write(graph, path, origin=Origin(network.reference, network.weights_hash), image_size=size or image_size)
         return self._open_file(path, path.stem, image_size if size else None)
 

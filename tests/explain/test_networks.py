@@ -142,7 +142,7 @@ def test_onnx_by_name_does_not_fall_back(tmp_path: Path) -> None:
 
 def test_the_temporary_folder_is_deleted_with_the_explainer(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("kdx.explain.networks.holds", lambda *_: True)
+    monkeypatch.setattr("kdx.explain.networks.is_export_of", lambda *_: True)
     exported = files(folder)
     monkeypatch.setattr("kdx.explain.exported.open_file", lambda path, _: _open_in_folder(path, exported))
     with explainer(runtime="onnx", **named_networks()) as opened:
