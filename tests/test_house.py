@@ -197,7 +197,12 @@ def test_readmes_commands_exist() -> None:
     from kdx.cli import app
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    lines = [line for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") for line in re.findall(r"^kdx .+$", page.read_text(), re.M)]
+    blocks = [
+        block
+        for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+        for block in re.findall(r"^```(?:sh|console)\n(.*?)^```", page.read_text(), re.S | re.M)
+    ]
+    lines = re.findall(r"^kdx .+$", "\n".join(blocks).replace("\\\n", " "), re.M)
     assert len(lines) >= 4
     for line in lines:
         words = line.split()
