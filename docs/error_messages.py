@@ -83,7 +83,19 @@ def _is_text(node: ast.expr) -> bool:
         return _is_text(node.body) or _is_text(node.orelse)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _is_text(node.left) or _is_text(node.right)
+    if isinstance(node, ast.Dict):
+        return bool(node.values) and all(map(_is_text, node.values))
+    if _looked_up(node):
+        return True
     return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def _looked_up(node: ast.expr) -> str | None:
+    """The name of the constant in ``NAME.get(key, "text")``."""
+    if isinstance(node, ast.Call) and len(node.args) == 2 and _is_text(node.args[1]) and isinstance(node.func, ast.Attribute):
+        table = node.func.value
+        return table.id if node.func.attr == "get" and isinstance(table, ast.Name) and table.id.isupper() else None
+    return None
 
 
 def _calls(node: ast.AST, function: ast.FunctionDef | None) -> Iterator[tuple[ast.FunctionDef | None, ast.Call]]:
@@ -98,8 +110,10 @@ def _calls(node: ast.AST, function: ast.FunctionDef | None) -> Iterator[tuple[as
 def _assigned(nodes: Iterable[ast.AST]) -> Texts:
     texts: Texts = {}
     for node in nodes:
-        if isinstance(node, ast.Assign) and _is_text(node.value) and isinstance(node.targets[0], ast.Name):
-            texts.setdefault(node.targets[0].id, []).append(node.value)
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        if isinstance(target, ast.Name) and value is not None and _is_text(value):
+            texts.setdefault(target.id, []).append(value)
     return texts
 
 
@@ -129,10 +143,20 @@ def _written(node: ast.expr, names: Texts) -> str:
         return f"{alternatives[0]} / {alternatives[1]}" if all(alternatives) else f"[{''.join(alternatives)}]"
     if isinstance(node, ast.BinOp) and _is_text(node):
         return _written(node.left, names) + _written(node.right, names)
+    if isinstance(node, ast.Dict):
+        return " / ".join(dict.fromkeys(_written(value, names) for value in node.values))
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and _is_table(names.get(node.value.id, [])):
+        return _written(node.value, names)
+    if isinstance(node, ast.Call) and (table := _looked_up(node)) in names:
+        return f"{_written(ast.Name(table), names)} / {_written(node.args[1], names)}"
     if isinstance(node, ast.Name) and node.id in names:
         others = {name: values for name, values in names.items() if name != node.id}
         return " / ".join(dict.fromkeys(_written(value, others) for value in names[node.id]))
     return f"*{_noun(node)}*"
+
+
+def _is_table(values: list[ast.expr]) -> bool:
+    return any(isinstance(value, ast.Dict) for value in values)
 
 
 def _noun(node: ast.expr) -> str:

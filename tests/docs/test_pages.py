@@ -96,18 +96,18 @@ def test_the_list_of_error_messages_is_current() -> None:
 def test_every_error_of_the_source_is_in_the_list() -> None:
     """Independently of the script: the longest fixed part of each problem is on the page."""
     page = error_messages.PAGE.read_text("utf-8").replace("\\", "")
-    count = 0
-    for folder in ("kdx", "export", "kernels"):
-        for path in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "KdxError" and node.args:
-                    parts = [
-                        part.value for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant) and isinstance(part.value, str)
-                    ]
-                    longest = max(parts, key=len, default="")
-                    assert longest.replace("<", "&lt;") in page, f"{path}: {longest}"
-                    count += 1
-    assert count > 100
+    calls = [
+        node
+        for folder in ("kdx", "export", "kernels")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "KdxError" and node.args
+    ]
+    assert len(calls) > 100
+    for call in calls:
+        parts = call.args[0].values if isinstance(call.args[0], ast.JoinedStr) else [call.args[0]]
+        fixed = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+        assert max(fixed, key=len, default="").replace("<", "&lt;") in page, ast.unparse(call)
 
 
 def test_the_api_page_has_every_public_name_once() -> None:

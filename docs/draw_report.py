@@ -1,0 +1,28 @@
+"""Photographs the gallery of a run as docs/report.png: ``python -m docs.draw_report demo/kd/run``, after ``make demo``.
+
+It needs Chromium.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+PICTURE = Path(__file__).with_name("report.png")
+
+
+def main(run: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1180, "height": 940}, color_scheme="light")
+        page.goto((run / "report.html").resolve().as_uri())
+        page.locator("#gallery").evaluate("section => window.scrollTo(0, section.getBoundingClientRect().top + window.scrollY)")
+        page.screenshot(path=PICTURE)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
