@@ -1,1 +1,1 @@
-"""PyTorch networks -> files that other runtimes execute."""
+"""Export PyTorch networks to files that other runtimes execute."""

@@ -1,4 +1,4 @@
-"""What a file exported by kdx states about itself."""
+"""The description of an exported file, which is stored in its metadata."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ from pathlib import Path
 from typing import Any, Self
 
 import onnx
-import torch
 from google.protobuf.message import DecodeError
 
 from kdx.errors import KdxError, first_line
 from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
 
 Shape = tuple[int | str, ...]
-"""Of an input or output; a symbol such as ``batch`` stands for one size in all of them."""
-
-FILE_PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""The shape of an input or output. A symbol such as ``batch`` stands for the same size in all of them."""
 
 METADATA_PREFIX = "kdx."
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a network comes from: the reference that names it, and a hash that names its weights."""
+    """Where a network comes from: its model reference, and a hash of its weights."""
 
     reference: str
     weights: str
@@ -33,7 +30,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class NetworkDescription:
-    """What a file says of a network in it."""
+    """The description of one network in a file. parameters: their number."""
 
     reference: str
     weights: str
@@ -44,11 +41,12 @@ class NetworkDescription:
 
 @dataclass(frozen=True)
 class Description:
-    """What a file written by kdx says of itself.
+    """The description of an ONNX file that kdx wrote.
 
-    networks: by role in an explainer file, else one by the name ``network``. at: the layer of a gradients file's cotangent, None
-    for the logits. scores: the names, in order, of an explainer file's scores. image_size: None where images of any size are
-    taken. inputs, outputs: shapes by name, in which ``batch``, ``height``, ``width`` and ``embedding`` stand for any number.
+    networks: by role in an explainer file; in other files, one with the name ``network``. at: the layer of a gradients file's
+    cotangent, None for the logits. scores: the names of an explainer file's scores, in order. image_size: height and width; None if
+    the file takes images of any size. inputs, outputs: shapes by name, in which ``batch``, ``height``, ``width`` and ``embedding``
+    stand for any number.
     """
 
     kind: str
@@ -63,30 +61,30 @@ class Description:
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, held: Mapping[str, Any]) -> Self:
-        """From `dataclasses.asdict` of one after its way through JSON; KeyError, TypeError or ValueError where it is none."""
+    def of(cls, entries: Mapping[str, Any]) -> Self:
+        """From the JSON of `dataclasses.asdict`. Raises KeyError, TypeError or ValueError for any other JSON."""
         networks = {
             role: NetworkDescription(
                 **{
-                    **about,
-                    "preprocessing": Preprocessing(**{key: tuples(value) for key, value in about["preprocessing"].items()}),
-                    "layers": tuple(about["layers"]),
+                    **network,
+                    "preprocessing": Preprocessing(**{key: tuples(value) for key, value in network["preprocessing"].items()}),
+                    "layers": tuple(network["layers"]),
                 }
             )
-            for role, about in held["networks"].items()
+            for role, network in entries["networks"].items()
         }
-        shapes: dict[str, Any] = {what: {name: tuple(shape) for name, shape in held[what].items()} for what in ("inputs", "outputs")}
-        rest = {key: tuples(value) for key, value in held.items() if key not in ("networks", "inputs", "outputs", "versions")}
-        return cls(networks=networks, versions=dict(held["versions"]), **shapes, **rest)
+        inputs, outputs = ({name: tuple(shape) for name, shape in entries[side].items()} for side in ("inputs", "outputs"))
+        rest = {key: tuples(value) for key, value in entries.items() if key not in ("networks", "inputs", "outputs", "versions")}
+        return cls(networks=networks, versions=dict(entries["versions"]), inputs=inputs, outputs=outputs, **rest)
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The layers that outputs are named after: the student's, where there are several networks."""
+        """The layers that give the outputs their names. Of several networks, these are the student's."""
         return self.networks["student" if "student" in self.networks else "network"].layers
 
 
 def tuples(value: object) -> Any:
-    """JSON's lists as the tuples that they were."""
+    """A JSON value with tuples in place of its lists."""
     if isinstance(value, list):
         return tuple(tuples(item) for item in value)
     if isinstance(value, dict):
@@ -95,7 +93,7 @@ def tuples(value: object) -> Any:
 
 
 def describe(path: Path) -> Description:
-    """What the file at ``path`` says of itself; KdxError where it is no ONNX file or none of kdx's."""
+    """The description in the ONNX file at ``path``. Raises KdxError if it is not an ONNX file, or if kdx did not write it."""
     try:
         model = onnx.load(path, load_external_data=False)
     except FileNotFoundError:
@@ -103,36 +101,36 @@ def describe(path: Path) -> Description:
     except (DecodeError, OSError) as error:
         raise KdxError(f"{path} is not a readable ONNX file.", "Export it again with kdx export.") from error
     try:
-        held = {
+        metadata = {
             entry.key.removeprefix(METADATA_PREFIX): entry.value for entry in model.metadata_props if entry.key.startswith(METADATA_PREFIX)
         }
-        entries = {key: json.loads(value) for key, value in held.items()}
+        entries = {key: json.loads(value) for key, value in metadata.items()}
         entries.pop("parity")
         return Description.of(entries)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise KdxError(
-            f"{path} was not written by this version of kdx: its metadata lacks or garbles {first_line(error)}.",
+            f"{path} was not written by this version of kdx: its metadata is incomplete or damaged at {first_line(error)}.",
             "Export it again with kdx export.",
         ) from None
 
 
-def holds(path: Path, graph: FeatureGraph | GradientGraph, weights: str) -> bool:
-    """Whether the file at ``path`` is ``graph`` in float32 with the weights of this hash, exported by these versions."""
+def is_export_of(path: Path, graph: FeatureGraph | GradientGraph, weights: str) -> bool:
+    """Whether the file at ``path`` is an export of ``graph`` in float32, with weights of this hash, by the installed versions."""
     if not path.exists():
         return False
     try:
-        found = describe(path)
-    except KdxError:  # damaged, or another version's: to be written again
+        description = describe(path)
+    except KdxError:  # damaged, or written by another version: it must be written again
         return False
-    if (found.kind, found.precision, found.versions) != (graph.kind, "fp32", versions()):
+    if (description.kind, description.precision, description.versions) != (graph.kind, "fp32", versions()):
         return False
-    network = found.networks["network"]
+    network = description.networks["network"]
     at = graph.at if isinstance(graph, GradientGraph) else None
-    return (network.weights, network.layers, network.preprocessing, found.at) == (weights, graph.layers, graph.preprocessing, at)
+    return (network.weights, network.layers, network.preprocessing, description.at) == (weights, graph.layers, graph.preprocessing, at)
 
 
-def shapes(values: Any) -> dict[str, Shape]:
-    """The shapes by name of a graph's inputs or outputs."""
+def shapes_by_name(values: Any) -> dict[str, Shape]:
+    """The shapes of an ONNX graph's inputs or outputs."""
     return {
         value.name: tuple(size.dim_param if size.HasField("dim_param") else size.dim_value for size in value.type.tensor_type.shape.dim)
         for value in values
@@ -140,6 +138,7 @@ def shapes(values: Any) -> dict[str, Shape]:
 
 
 def versions() -> dict[str, str]:
+    """The installed versions of the packages that determine a file's content."""
     from importlib.metadata import version
 
     return {package: version(package) for package in ("kdx", "torch", "onnx", "onnxscript")}

@@ -1,6 +1,7 @@
-"""What is exported: a network with its layers' features, or with their gradients too; or networks and the geometry that compares them.
+"""The graphs that runtimes execute and files are exported from.
 
-Preprocessing is inside every graph. The names of a graph's inputs and outputs are those of the files made from it.
+`FeatureGraph` is a network with its layers' features, `GradientGraph` adds their gradients, and `ExplainerGraph` is several networks
+with the geometry that compares them. Preprocessing is inside every graph. A file has its graph's names of inputs and outputs.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from kdx.errors import KdxError
 from kdx.kernels import geometry
 
 _MAX_PREFIX_TOKENS = 8
-"""Class, distillation and register tokens that may stand before a grid of patch tokens."""
+"""The most class, distillation and register tokens that may precede a grid of patch tokens."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a network does to images in [0, 1] before its first layer.
+    """The preprocessing of images in [0, 1] before a network's first layer: ``(resize(images, size) - mean) / std``.
 
-    ``(resize(images, size) - mean) / std``, bilinear. ``size`` None leaves the size alone; ``mean`` and ``std``
-    have one entry, or one a channel. The default does nothing.
+    Resizing is bilinear; with ``size`` None, images keep their size. ``mean`` and ``std`` have one entry, or one per channel. The
+    default changes nothing.
     """
 
     size: tuple[int, int] | None = None
@@ -35,32 +36,34 @@ class Preprocessing:
 
 
 def find_layer(network: nn.Module, name: str) -> nn.Module:
-    """The module at the dotted path ``name``, or at ``path`` of ``path[i]``; KdxError with the near matches when there is none."""
+    """The module at the dotted path ``name``, where ``path[i]`` stands for ``path``. Raises KdxError with the nearest names."""
     modules: dict[str, nn.Module] = {path: module for path, module in network.named_modules() if path}
-    path, _ = _taken_apart(name)
+    path, _ = _parsed_layer(name)
     if path in modules:
         return modules[path]
     near = difflib.get_close_matches(path, modules, n=4, cutoff=0.5) or [path for path, _ in network.named_children()][:6]
     raise KdxError(f"The network has no layer {name!r}.", f"Near matches: {', '.join(near)}.")
 
 
-def _taken_apart(layer: str) -> tuple[str, int | None]:
-    """``path`` or ``path[i]`` -> the path, and which of the module's several outputs is meant."""
-    found = re.fullmatch(r"(.+)\[(\d+)\]", layer)
-    return (found[1], int(found[2])) if found else (layer, None)
+def _parsed_layer(layer: str) -> tuple[str, int | None]:
+    """Split ``path`` or ``path[i]`` into the path and the index of the module's output, None if there is no index."""
+    match = re.fullmatch(r"(.+)\[(\d+)\]", layer)
+    return (match[1], int(match[2])) if match else (layer, None)
 
 
 def as_map(feature: object, layer: str, image: tuple[int, int]) -> Tensor:
-    """A layer's output as a feature map [n, C, H, W], for images of height and width ``image``.
+    """A layer's output as a feature map [n, C, H, W]. image: height and width of the images.
 
-    [n, C, H, W] stays; [n, H, W, C], which is told by the images' aspect, is turned; tokens [n, L, C] lose their leading
-    class tokens and become the grid of the images' aspect that is left; a vector [n, C] becomes [n, C, 1, 1].
+    [n, C, H, W] stays as it is. [n, H, W, C], which is recognised by the images' aspect ratio, is permuted. Tokens [n, L, C] lose
+    their leading class tokens, and the others become a grid of the images' aspect ratio. A vector [n, C] becomes [n, C, 1, 1].
+
+    Raises KdxError for any other output, and for tokens that do not form such a grid.
     """
     if not isinstance(feature, Tensor) or not feature.is_floating_point() or feature.ndim not in (2, 3, 4):
         kind = f"a tensor {list(feature.shape)}" if isinstance(feature, Tensor) else type(feature).__name__
         hint = "Choose a layer whose output is one floating-point tensor [n, C, H, W], tokens [n, L, C] or a vector [n, C]."
         if isinstance(feature, list | tuple) and len(feature) > 1:
-            hint = f"Name one of its {len(feature)} as {layer}[0] and so on."
+            hint = f"Name one of its {len(feature)} outputs, such as {layer}[0]."
         raise KdxError(f"The output of layer {layer!r} is {kind}, not one feature map.", hint)
     if feature.ndim == 4:
         _, a, b, c = feature.shape
@@ -74,7 +77,7 @@ def as_map(feature: object, layer: str, image: tuple[int, int]) -> Tensor:
 
 
 def _grid(tokens: int, layer: str, image: tuple[int, int]) -> tuple[int, int, int]:
-    """Height and width of the largest grid with exactly the images' aspect, and the number of tokens before it."""
+    """Height and width of the largest grid with exactly the images' aspect ratio, and the number of tokens before it."""
     unit = math.gcd(*image)
     ratio = image[0] // unit, image[1] // unit
     scale = math.isqrt(tokens // (ratio[0] * ratio[1]))
@@ -82,23 +85,24 @@ def _grid(tokens: int, layer: str, image: tuple[int, int]) -> tuple[int, int, in
     prefix = tokens - height * width
     if scale == 0 or prefix > _MAX_PREFIX_TOKENS:
         raise KdxError(
-            f"The {tokens} tokens of layer {layer!r} are no grid of the images' aspect behind at most {_MAX_PREFIX_TOKENS} class tokens.",
-            "Choose a layer with a grid of tokens, or images whose size gives one.",
+            f"The {tokens} tokens of layer {layer!r} are not a grid of the images' aspect ratio after at most"
+            f" {_MAX_PREFIX_TOKENS} class tokens.",
+            "Choose a layer whose tokens form a grid, or images of another size.",
         )
     return height, width, prefix
 
 
 def _has_aspect(height: int, width: int, image: tuple[int, int]) -> bool:
-    """Whether height : width is the image's, but for the rounding of strides to whole places."""
+    """Whether height : width is the image's aspect ratio, up to the rounding of strides to whole positions."""
     return abs(height * image[1] - width * image[0]) <= image[0] + image[1]
 
 
 class WatchedNetwork(nn.Module):
-    """A network behind its preprocessing, with a hook on each layer for the length of a pass.
+    """A network with its preprocessing, and with a hook on each layer during a forward pass.
 
-    Every runtime executes a graph made of this or a file exported from one, so preprocessing and the layout of features
-    are decided here and nowhere else. A layer is a dotted module path; ``path[i]`` is the i-th output of a module that has
-    several. A network in half precision takes its images and gives its results in float32.
+    Every runtime executes a graph that is built on this class, or a file exported from one, so only this class decides on
+    preprocessing and on the layout of features. A layer is a dotted module path; ``path[i]`` is the i-th output of a module that
+    has several. A network in half precision still takes float32 images and returns float32 results.
     """
 
     def __init__(self, network: nn.Module, layers: Sequence[str], preprocessing: Preprocessing = Preprocessing()) -> None:
@@ -108,58 +112,60 @@ class WatchedNetwork(nn.Module):
         self.preprocessing = preprocessing
         self.mean: Tensor
         self.std: Tensor
-        kind = geometry.wide(
-            next((parameter.detach() for parameter in network.parameters() if parameter.is_floating_point()), torch.empty(0))
-        )
+        weights = (parameter.detach() for parameter in network.parameters() if parameter.is_floating_point())
+        like = geometry.wide(next(weights, torch.empty(0)))
         for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
-            self.register_buffer(name, torch.tensor(values, dtype=kind.dtype, device=kind.device).view(1, -1, 1, 1), persistent=False)
+            self.register_buffer(name, torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1), persistent=False)
         self.watched = tuple(layers)
         # A tuple, so that the layers' modules are not registered a second time.
         self._watched_modules = tuple(find_layer(network, layer) for layer in layers)
 
     def as_map(self, raw: object, layer: str, images: Tensor) -> Tensor:
-        """What `watch` saw at a layer of these images as a feature map."""
+        """A layer's raw output for these images, from `watch`, as a feature map."""
         return as_map(raw, layer, self.preprocessing.size or (images.shape[2], images.shape[3]))
 
-    def watch(self, images: Tensor, held: Callable[[Tensor], Tensor] = lambda raw: raw) -> tuple[Tensor, dict[str, object]]:
-        """One pass: logits [n, classes], and each layer's output in the layer's own layout.
+    def watch(self, images: Tensor, capture: Callable[[Tensor], Tensor] = lambda raw: raw) -> tuple[Tensor, dict[str, object]]:
+        """One forward pass: logits [n, classes], and each layer's raw output, in the layer's own layout.
 
-        held: what to hold in place of a layer's tensor; the network goes on with a copy of that.
+        capture: applied to each layer's tensor. Its result is returned, and the network continues with a copy of it.
         """
         if self.preprocessing.size is not None:
             images = nn.functional.interpolate(images, size=self.preprocessing.size, mode="bilinear", align_corners=False)
-        seen: dict[str, object] = {}
+        raw: dict[str, object] = {}
         hooks = [
-            module.register_forward_hook(_remember(seen, layer, held))
+            module.register_forward_hook(_capture_hook(raw, layer, capture))
             for layer, module in zip(self.watched, self._watched_modules, strict=True)
         ]
         try:
-            logits = self._predict(((images - self.mean) / self.std).to(self._numbers()))
+            logits = self._predict(((images - self.mean) / self.std).to(self._dtype()))
         finally:
             for hook in hooks:
                 hook.remove()
-        unreached = [layer for layer in self.watched if layer not in seen]
+        unreached = [layer for layer in self.watched if layer not in raw]
         if unreached:
             raise KdxError(
-                f"The forward pass does not reach layer {unreached[0]!r}.", "Choose a layer that the network uses when it predicts."
+                f"The forward pass does not reach layer {unreached[0]!r}.", "Choose a layer that the network uses for its prediction."
             )
-        logits = getattr(logits, "logits", logits)  # as Hugging Face's networks give them
+        logits = getattr(logits, "logits", logits)  # Hugging Face's networks return an object with logits
         if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
             raise KdxError(
                 "The network does not return logits [n, classes].", "Wrap it in a module whose forward returns one tensor of logits."
             )
-        return logits, seen
+        return logits, raw
 
     def _predict(self, images: Tensor) -> object:
         return self.network(images)
 
-    def _numbers(self) -> torch.dtype:
-        """The type that the network computes in."""
-        return next((held.dtype for held in self.network.parameters() if held.is_floating_point()), self.mean.dtype)
+    def _dtype(self) -> torch.dtype:
+        """The number format in which the network computes."""
+        return next((weight.dtype for weight in self.network.parameters() if weight.is_floating_point()), self.mean.dtype)
 
 
 class FeatureGraph(WatchedNetwork):
-    """images in [0, 1] [n, 3, h, w] -> (logits, one feature map a layer). Gradients flow through it; callers who want none say so."""
+    """images [n, 3, h, w] in [0, 1] -> (logits, one feature map per layer).
+
+    Autograd records the pass; a caller that does not differentiate uses torch.no_grad().
+    """
 
     kind = "features"
     input_names = ("images",)
@@ -174,14 +180,17 @@ class FeatureGraph(WatchedNetwork):
 
 
 class GradientGraph(WatchedNetwork):
-    """A network with its gradients: images, cotangent -> (logits, one feature map a layer, one gradient a layer).
+    """A network with its gradients: images, cotangent -> (logits, one feature map per layer, one gradient per layer).
 
-    With y the logits, or the feature map of the layer ``at``, the gradient at a layer with feature F is the vector-Jacobian
-    product cotangent . dy/dF, in F's layout as a map. cotangent: [n, classes], or the shape of the feature map ``at``. A
-    one-hot row gives the gradient of one class's logit (Grad-CAM, HiResCAM); the gradient Lap X of UniCAM's objective at
-    ``at`` gives UniCAM of a layer before it.
+    With y the logits, or the feature map of the layer ``at``, the gradient at a layer with feature F is the vector-Jacobian product
+    cotangent . dy/dF, in the layout of F as a feature map. cotangent: [n, classes], or the shape of the feature map ``at``. A
+    one-hot row gives the gradient of one class's logit (Grad-CAM, HiResCAM). The gradient Lap X of UniCAM's objective at the layer
+    ``at`` gives UniCAM of an earlier layer.
 
     Weights get no gradient, and nothing before the first layer is differentiated.
+
+    Raises KdxError if there is no layer, or if ``at`` is one of the layers; called, also for a cotangent of another shape, and for a
+    layer that y does not depend on.
     """
 
     kind = "gradients"
@@ -195,7 +204,9 @@ class GradientGraph(WatchedNetwork):
         self.at = at
         if not self.layers or at in self.layers:
             raise KdxError(
-                "There is no layer to differentiate to." if not self.layers else f"The cotangent and a gradient are both at layer {at!r}.",
+                "No layer is named to take the gradient at."
+                if not self.layers
+                else f"The cotangent and a gradient are both at layer {at!r}.",
                 "Name layers that come before the cotangent.",
             )
 
@@ -206,7 +217,7 @@ class GradientGraph(WatchedNetwork):
     def forward(self, images: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             logits, raw = self.watch(images, _cut)
-            return self.differentiated(images, cotangent, logits, raw)
+            return self.with_gradients(images, cotangent, logits, raw)
 
     def cotangent_shape(self, images: Tensor) -> tuple[int, ...]:
         """The shape of the cotangent for these images."""
@@ -214,48 +225,51 @@ class GradientGraph(WatchedNetwork):
             logits, raw = self.watch(images.to(self.mean.device))
             return tuple((logits if self.at is None else self.as_map(raw[self.at], self.at, images)).shape)
 
-    def differentiated(self, images: Tensor, cotangent: Tensor, logits: Tensor, raw: Mapping[str, object]) -> tuple[Tensor, ...]:
-        """The graph's outputs, from one pass whose layers' tensors ask for gradients."""
+    def with_gradients(self, images: Tensor, cotangent: Tensor, logits: Tensor, raw: Mapping[str, object]) -> tuple[Tensor, ...]:
+        """The graph's outputs, computed from one pass whose layers' tensors require gradients."""
         end = logits if self.at is None else self.as_map(raw[self.at], self.at, images)
         if cotangent.shape != end.shape:
             raise KdxError(
                 f"The cotangent has shape {list(cotangent.shape)}, and {self.at or 'the logits'} {list(end.shape)}.",
-                "Give one number for each of those.",
+                "Give a cotangent of that shape.",
             )
         maps = [self.as_map(raw[layer], layer, images) for layer in self.layers]
         leaves = [raw[layer] for layer in self.layers]
-        found: list[Tensor | None] = [None] * len(leaves)
+        raw_gradients: list[Tensor | None] = [None] * len(leaves)
         if end.requires_grad:
-            found = list(torch.autograd.grad(end, leaves, cotangent.to(end.dtype), allow_unused=True))  # type: ignore[arg-type]
-        for layer, gradient in zip(self.layers, found, strict=True):
+            raw_gradients = list(torch.autograd.grad(end, leaves, cotangent.to(end.dtype), allow_unused=True))  # type: ignore[arg-type]
+        for layer, gradient in zip(self.layers, raw_gradients, strict=True):
             if gradient is None:
                 raise KdxError(
                     f"{self.at or 'The prediction'} does not depend on layer {layer!r}.", "Name layers that come before the cotangent."
                 )
-        gradients = [self.as_map(gradient, layer, images) for layer, gradient in zip(self.layers, found, strict=True)]
+        gradients = [self.as_map(gradient, layer, images) for layer, gradient in zip(self.layers, raw_gradients, strict=True)]
         return tuple(geometry.wide(result).detach() for result in (logits, *maps, *gradients))
 
     def _predict(self, images: Tensor) -> object:
-        # Detached weights: autograd records from the first layer on, and the network's own flags stay as they are.
+        # With detached weights autograd records from the first layer on, and the network's own requires_grad flags stay as they are.
         weights = {name: parameter.detach() for name, parameter in self.network.named_parameters()}
         return torch.func.functional_call(self.network, weights, (images.detach(),))
 
 
 class ExplainerGraph(nn.Module):
-    """Networks and the geometry of their features in one graph: images, target -> maps, weights, scores, distances and logits.
+    """Several networks and the geometry of their features: images, target -> logits, maps, weights, scores and distances.
 
-    networks: a `FeatureGraph` a role, each with as many layers, which correspond in order; outputs are named after the
-    student's. maps: a name -> the explained and the given role. scores: a name -> the roles, or ``target``, whose distance
-    correlation it is; with a third one, the semi-partial correlation of the first two given that.
+    networks: one `FeatureGraph` per role. All have the same number of layers, which correspond in order; outputs have the names of
+    the student's layers. maps: from a map's name to its explained and given role. scores: from a score's name to the roles, or
+    ``target``, whose distance correlation it is; three names stand for the semi-partial correlation of the first two given the
+    third.
 
     target: an embedding [n, e], such as one-hot rows. For each layer L and map M, with relevance as the objective:
 
-    - ``L/M/maps`` [n, H, W], at feature resolution, as `kdx.unicam` gives them; ``L/M/scaled`` [n, h, w], min-max scaled to
-      [0, 1] and resized to the images; ``L/M/weights`` [n, C];
-    - ``L/scores``, in the order of ``scores``; ``L/distances`` [roles, n, n], from which any other score follows.
+    - ``L/M/maps`` [n, H, W], at feature resolution, the same as `kdx.unicam` returns;
+    - ``L/M/scaled`` [n, h, w], min-max scaled to [0, 1] and resized to the images;
+    - ``L/M/weights`` [n, C];
+    - ``L/scores``, in the order of ``scores``;
+    - ``L/distances`` [roles, n, n], from which any other score can be computed.
 
-    Images n >= 4, as scores and maps are those of a batch. Geometry is float32 whatever the networks are. A map of networks
-    that differ by no more than rounding is zero everywhere.
+    At least four images are needed, because scores and maps are those of a batch. The geometry is float32 in any precision of the
+    networks. If two networks differ only by rounding, their map is zero everywhere.
     """
 
     kind = "explainer"
@@ -273,36 +287,37 @@ class ExplainerGraph(nn.Module):
         self.scores = dict(scores)
 
     def network(self, role: str) -> FeatureGraph:
-        found = self.networks[role]
-        assert isinstance(found, FeatureGraph)
-        return found
+        network = self.networks[role]
+        assert isinstance(network, FeatureGraph)
+        return network
 
     @property
     def output_names(self) -> tuple[str, ...]:
         names = [f"logits/{role}" for role in self.roles]
         for layer in self.layers:
-            names += [f"{layer}/{name}/{what}" for name in self.maps for what in ("maps", "scaled", "weights")]
+            names += [f"{layer}/{name}/{output}" for name in self.maps for output in ("maps", "scaled", "weights")]
             names += [f"{layer}/scores", f"{layer}/distances"]
         return tuple(names)
 
     def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        passed = {role: network(images) for role, network in self.networks.items()}
-        goal = geometry.u_centered(geometry.distances(target, torch.float32))
-        results = [logits for logits, *_ in passed.values()]
+        outputs = {role: network(images) for role, network in self.networks.items()}
+        centred_target = geometry.u_centered(geometry.distances(target, torch.float32))
+        results = [logits for logits, *_ in outputs.values()]
         for index in range(len(self.layers)):
-            features = {role: rest[index] for role, (_, *rest) in passed.items()}
-            results += self._layer(features, goal, (images.shape[2], images.shape[3]))
+            features = {role: maps[index] for role, (_, *maps) in outputs.items()}
+            results += self._layer(features, centred_target, (images.shape[2], images.shape[3]))
         return tuple(results)
 
-    def _layer(self, features: Mapping[str, Tensor], goal: Tensor, size: tuple[int, int]) -> list[Tensor]:
+    def _layer(self, features: Mapping[str, Tensor], centred_target: Tensor, size: tuple[int, int]) -> list[Tensor]:
+        """The outputs of one layer: three per map, the scores, and the distances."""
         d = {role: geometry.distances(feature.flatten(1), torch.float32) for role, feature in features.items()}
-        centred = {role: geometry.u_centered(distances) for role, distances in d.items()} | {self.target: goal}
+        centred = {role: geometry.u_centered(distances) for role, distances in d.items()} | {self.target: centred_target}
         results = []
         for explained, given in self.maps.values():
             feature = features[explained]
-            found = geometry.laplacian(d[explained], centred[explained], centred[given], goal)
-            lap = torch.where(found.left > _ROUNDING, found.lap, 0.0)
-            # Lap sends constants to zero. Taken from the features first, they cannot drown what images differ in as means are rounded.
+            laplacian = geometry.laplacian(d[explained], centred[explained], centred[given], centred_target)
+            lap = torch.where(laplacian.left > _ROUNDING, laplacian.lap, 0.0)
+            # Lap maps constants to zero. Subtracting the mean first keeps the rounding of a large mean out of the differences.
             weights = geometry.gradient(lap, geometry.gap(feature - feature.mean(0), torch.float32))
             maps = geometry.cam(feature, weights)
             scaled = nn.functional.interpolate(geometry.scaled(maps)[:, None], size=size, mode="bilinear", align_corners=False)
@@ -315,42 +330,42 @@ class ExplainerGraph(nn.Module):
 
 
 Graph = FeatureGraph | GradientGraph | ExplainerGraph
-"""What is exported and run: named tensors in, named tensors out."""
+"""A graph that can be exported and run, with named inputs and outputs."""
 
 _ROUNDING = 1e-5
-"""||R||/||D|| below which what is left of one network given another is rounding: distances in float32 are known to about 1e-6."""
+"""The ratio ||R||/||D|| below which the residual R of one network given another is rounding: float32 distances are exact to about 1e-6."""
 
 
 def _cut(raw: Tensor) -> Tensor:
-    """A layer's tensor as a leaf that gradients are taken to, or as a view where it depends on such a leaf.
+    """A layer's tensor as a leaf of autograd, or as a view if it depends on such a leaf.
 
-    Never the tensor itself: a layer that gives on what it was given, as dropout does, would answer for its neighbours too.
+    Never the tensor itself: a layer that returns its input, as dropout does, would share its gradient with the layer before it.
     """
     if raw.requires_grad or not raw.is_floating_point():
         return raw.view_as(raw)
     return raw.detach().requires_grad_()
 
 
-def _remember(seen: dict[str, object], layer: str, held: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, object, object], object]:
-    """A hook that holds a module's output, or the named one of several, and lets the network go on with a copy of it.
+def _capture_hook(raw: dict[str, object], layer: str, capture: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, object, object], object]:
+    """A hook that stores a module's output, or the named one of several, in ``raw`` and lets the network continue with a copy of it.
 
     A copy, since an in-place ReLU after the layer would overwrite the feature.
     """
-    path, index = _taken_apart(layer)
+    path, index = _parsed_layer(layer)
 
     def hook(_module: nn.Module, _inputs: object, output: object) -> object:
         items = list(output) if isinstance(output, list | tuple) else [output]
-        place = index or 0
-        if place >= len(items):
+        position = index or 0
+        if position >= len(items):
             raise KdxError(
                 f"There is no {layer!r}: {path} has {len(items)} outputs.", f"Name one from {path}[0] to {path}[{len(items) - 1}]."
             )
-        found = items[place]
-        if not isinstance(found, Tensor) or (index is None and len(items) > 1):
-            seen[layer] = output  # for `as_map` to refuse
+        tensor = items[position]
+        if not isinstance(tensor, Tensor) or (index is None and len(items) > 1):
+            raw[layer] = output  # `as_map` raises the error
             return None
-        seen[layer] = kept = held(found)
-        items[place] = kept.clone()
+        raw[layer] = captured = capture(tensor)
+        items[position] = captured.clone()
         return type(output)(items) if isinstance(output, list | tuple) else items[0]
 
     return hook

@@ -1,4 +1,4 @@
-"""Write an ONNX file that says what it holds, and read that back."""
+"""Export a graph to an ONNX file that describes itself and agrees with PyTorch."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from kdx.choices import FilePrecision
 from kdx.disk import staging, unwritable, write_through
 from kdx.errors import KdxError, first_line
 from kdx.export import parity, trace
-from kdx.export.description import FILE_PRECISIONS, METADATA_PREFIX, Description, NetworkDescription, Origin, shapes, versions
+from kdx.export.description import METADATA_PREFIX, Description, NetworkDescription, Origin, shapes_by_name, versions
 from kdx.export.graphs import ExplainerGraph, GradientGraph, Graph, WatchedNetwork
 from kdx.export.parity import ParityReport
 
 _TRACE_BATCH = 5
-"""A batch size equal to another dimension (three channels, say) would be merged with it, so the trace takes a rare one."""
+"""The batch size of the trace. It is rare, because tracing merges a batch size with an equal dimension, such as three channels."""
 
 _OPSET = 22
-"""The first whose convolutions and pools take bfloat16."""
+"""The first opset whose convolutions and pools take bfloat16."""
+
+_DTYPES: dict[FilePrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _LARGEST = 2**31 - 2**20
-"""Bytes up to which weights are in the file itself; Protocol Buffers end at 2 GiB."""
+"""The most bytes of weights that the file itself contains. Protocol Buffers are limited to 2 GiB."""
 
 
 def write(
@@ -46,22 +48,27 @@ def write(
 ) -> ParityReport:
     """Export ``graph`` to ``path``, compare the file with PyTorch, and return the report.
 
-    The batch is dynamic; height and width are too where every network resizes, else they are ``image_size``. precision: the
-    networks' weights and arithmetic; inputs, outputs and the geometry of an explainer file stay float32. The file is compared
-    at other batch sizes, on other images and cotangents, than it was traced with; the report is stored in its metadata and
-    beside it as PATH.parity.json. Weights over 2 GB go into PATH.data. A file that fails parity, or is interrupted, is
-    not left behind. origin: of the network, or of each role's.
+    The batch size is dynamic. Height and width are dynamic too if every network resizes its images; otherwise they are
+    ``image_size``.
 
-    Raises KdxError where the network cannot be traced, has no ONNX form, fails parity, or the folder cannot be written.
+    precision: the number format of the networks' weights and arithmetic. Inputs, outputs and the geometry of an explainer file stay
+    float32. origin: of the network, or of each role's network. classes: the names of the classes, for the description. tolerance: of
+    a float32 file, see `ParityReport`.
+
+    The comparison uses other batch sizes, images and cotangents than the trace. Its report is in the file's metadata, and beside the
+    file as PATH.parity.json. Weights over 2 GB go into PATH.data. If the file fails the comparison, or the export is interrupted, no
+    new file is left behind, and an earlier one stays as it was.
+
+    Raises KdxError if the network cannot be traced, has no ONNX form or fails the comparison, or if the folder cannot be written.
     """
     graph = graph.eval()
     origins = {"network": origin} if isinstance(origin, Origin) else dict(origin)
     name = " and ".join(origin.reference for origin in origins.values())
     resizes = all(network.preprocessing.size is not None for network in _networks(graph).values())
     with staging(path) as folder:
-        # Traced at a size that neither equals another nor the one resized to, so that no dimension is merged with another.
+        # A size that differs from all others, such as the one that images are resized to: tracing merges equal dimensions.
         traced_size = (image_size[0] + 3, image_size[1] + 7) if resizes else image_size
-        inputs = parity.inputs(graph, _TRACE_BATCH, traced_size, seed=0)
+        inputs = parity.seeded_inputs(graph, _TRACE_BATCH, traced_size, seed=0)
         model = _exported(_converted(graph, precision), inputs, resizes, name)
         _add_metadata(model, asdict(_description(graph, model, origins, classes, precision, None if resizes else image_size)))
         staged = folder / path.name
@@ -108,8 +115,8 @@ def _description(
         at=graph.at if isinstance(graph, GradientGraph) else None,
         scores=tuple(graph.scores) if isinstance(graph, ExplainerGraph) else (),
         image_size=image_size,
-        inputs=shapes(model.graph.input),
-        outputs=shapes(model.graph.output),
+        inputs=shapes_by_name(model.graph.input),
+        outputs=shapes_by_name(model.graph.output),
         versions=versions(),
     )
 
@@ -139,23 +146,23 @@ def _converted(graph: Graph, precision: FilePrecision) -> Graph:
         return graph
     graph = copy.deepcopy(graph)
     for network in _networks(graph).values():
-        network.network.to(FILE_PRECISIONS[precision])
+        network.network.to(_DTYPES[precision])
     return graph
 
 
 def _exported(graph: Graph, inputs: dict[str, Tensor], resizes: bool, reference: str) -> onnx.ModelProto:
-    names = {name: {0: "batch"} for name in inputs}
+    dynamic = {name: {0: "batch"} for name in inputs}
     if resizes:
-        names["images"] = {0: "batch", 2: "height", 3: "width"}
-    if "target" in names:
-        names["target"] = {0: "batch", 1: "embedding"}
-    dims = {name: torch.export.Dim(name) for dynamic in names.values() for name in dynamic.values()}
+        dynamic["images"] = {0: "batch", 2: "height", 3: "width"}
+    if "target" in dynamic:
+        dynamic["target"] = {0: "batch", 1: "embedding"}
+    dims = {name: torch.export.Dim(name) for names in dynamic.values() for name in names.values()}
     try:
         with _quiet(), torch.no_grad():
-            program = trace.program(
+            program = trace.traced_program(
                 graph,
                 tuple(inputs.values()),
-                tuple({place: dims[name] for place, name in dynamic.items()} for dynamic in names.values()),
+                tuple({axis: dims[name] for axis, name in names.items()} for names in dynamic.values()),
             )
             exported = torch.onnx.export(
                 program,
@@ -167,53 +174,53 @@ def _exported(graph: Graph, inputs: dict[str, Tensor], resizes: bool, reference:
             )
     except KdxError:
         raise
-    except Exception as error:  # the exporter raises whatever the network's own code does under tracing
+    except Exception as error:  # under tracing, the network's own code may raise any exception
         cause = first_line(error.__cause__ or error)
         hint = "Run it with --runtime eager, or choose other layers."
-        if cause.startswith("Constraints violated"):  # torch.export's words for a size that the forward turns into a number
+        if cause.startswith("Constraints violated"):  # torch.export's message if the forward pass turns a size into a number
             cause = "its forward pass fixes the batch or the image size"
             hint = "Take sizes from images.shape, not by len() or int(); until then, run it with --runtime eager."
         raise KdxError(f"{reference} cannot be exported: {cause}.", hint) from error
     assert exported is not None
     model = exported.model_proto
-    _name_dimensions(model, names)
-    _agree_on_types(model)
+    _name_dimensions(model, dynamic)
+    _round_weights_to_bfloat16(model)
     for node in model.graph.node:
-        del node.metadata_props[:]  # where in whose source code it came from, which would differ from machine to machine
+        del node.metadata_props[:]  # the source code that a node comes from, with paths that differ between machines
     return model
 
 
 def _name_dimensions(model: onnx.ModelProto, names: Mapping[str, Mapping[int, str]]) -> None:
-    """Give the symbols that tracing made up (s34) the names of the dimensions that they stand for."""
+    """Replace the symbols that tracing invented for dimensions (such as s34) by the dimensions' names."""
     symbols = {}
     for value in model.graph.input:
-        for place, name in names[value.name].items():
-            symbols[value.type.tensor_type.shape.dim[place].dim_param] = name
+        for axis, name in names[value.name].items():
+            symbols[value.type.tensor_type.shape.dim[axis].dim_param] = name
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for size in value.type.tensor_type.shape.dim:
             if size.HasField("dim_param"):
                 size.dim_param = symbols.get(size.dim_param, size.dim_param)
 
 
-def _agree_on_types(model: onnx.ModelProto) -> None:
-    """Give a convolution's weights the type of its input: the exporter folds batch norms of bfloat16 into weights of float32."""
-    kinds = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.value_info)}
+def _round_weights_to_bfloat16(model: onnx.ModelProto) -> None:
+    """Round the float32 weights of bfloat16 convolutions: the exporter folds bfloat16 batch norms into float32 weights."""
+    types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.value_info)}
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    stated = {value.name: value for value in model.graph.value_info}
+    value_info = {value.name: value for value in model.graph.value_info}
     for node in model.graph.node:
-        if node.op_type not in ("Conv", "ConvTranspose") or kinds.get(node.input[0]) != onnx.TensorProto.BFLOAT16:
+        if node.op_type not in ("Conv", "ConvTranspose") or types.get(node.input[0]) != onnx.TensorProto.BFLOAT16:
             continue
         for name in node.input[1:]:
             if name in weights and weights[name].data_type == onnx.TensorProto.FLOAT:
                 rounded = onnx.numpy_helper.to_array(weights[name]).astype(onnx.helper.tensor_dtype_to_np_dtype(onnx.TensorProto.BFLOAT16))
                 weights[name].CopyFrom(onnx.numpy_helper.from_array(rounded, name))
-                if name in stated:
-                    stated[name].type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
+                if name in value_info:
+                    value_info[name].type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No word from the exporter: it warns of its own deprecated calls and dumps graphs; what a user can fix it raises."""
+    """Silence the exporter, which warns of its own deprecated calls and prints graphs. Errors that a user can fix are raised."""
     logger = logging.getLogger("torch")
     level = logger.level
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
@@ -245,11 +252,11 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
 
 
 def _check(path: Path, reference: str) -> None:
-    """KdxError where the file breaks ONNX's own rules, which ONNX Runtime is lenient about and TensorRT is not."""
+    """Raise KdxError if the file violates the ONNX specification: ONNX Runtime often accepts such a file, TensorRT does not."""
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise KdxError(
-            f"The ONNX file of {reference} is not sound: {first_line(error)}.",
+            f"The ONNX file of {reference} is not valid: {first_line(error)}.",
             "Please report the network; until it exports, run it with --runtime eager.",
         ) from error

@@ -1,4 +1,4 @@
-"""Compare an exported file with the PyTorch graph that it came from."""
+"""Compare an exported file with the PyTorch graph from which it was exported."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from kdx.export import half_precision
 from kdx.export.graphs import ExplainerGraph, GradientGraph, Graph
 
 TOLERANCE = 1e-4
-"""Largest error of an output over its own largest value. Reordered float32 sums over a deep network stay near 1e-6."""
+"""The largest allowed error of an output, relative to its largest value. Reordered float32 sums in a deep network cause about 1e-6."""
 
 COSINE = 0.9
-"""Least cosine of an image's output with PyTorch's where the two may differ: a wrong graph is near 0, a rounded one above 0.99."""
+"""The smallest allowed cosine between a file's output and PyTorch's, per image, where the two may differ.
+
+A wrong graph has a cosine near 0, a rounded one above 0.99.
+"""
 
 _BATCHES = (6, 7)
 _ATTEMPTS = 4
@@ -30,9 +33,11 @@ _CLASSES = 3
 
 @dataclass(frozen=True)
 class Difference:
-    """Absolute errors of one output relative to the output's largest absolute value, and the images' least cosine with PyTorch's.
+    """How one output differs from PyTorch's.
 
-    kinked: of a gradient, the images whose error is past the tolerance; smooth: the largest error of the others.
+    max, mean, q99: the largest error, the mean error and the 0.99 quantile of the errors, relative to ``largest``, which is the
+    output's largest absolute value in PyTorch. cosine: the smallest cosine of an image's output with PyTorch's. For gradients,
+    kinked: the number of images whose error exceeds the tolerance; smooth: the largest error of the other images.
     """
 
     max: float
@@ -46,182 +51,194 @@ class Difference:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """How an exported file compares with PyTorch in float32, output by output; true where it agrees.
+    """The comparison of an exported file with PyTorch in float32, output by output; true if they agree.
 
-    In float32 every error is within ``tolerance`` of the output's largest value. Gradients have an exception: where a ReLU's input
-    is no more than rounding away from zero, or two entries of a max-pool from each other, the derivative jumps, and files, PyTorch
-    in float32 and in float64 each take one side. So of gradients at least one image of every batch must be within the tolerance
-    of PyTorch in float32 or in float64, and the others, which are counted, at a cosine of 0.9 at least.
+    In a float32 file every error must be at most ``tolerance`` times the output's largest value. Gradients are an exception. If a
+    ReLU's input differs from zero by no more than rounding, or two entries of a max-pool differ by no more than that, the derivative
+    jumps: the file, PyTorch in float32 and PyTorch in float64 may each take either side. So at least one image of every batch must
+    have a gradient within the tolerance of PyTorch's in float32 or in float64. The other images are counted, and need a cosine of at
+    least 0.9.
 
-    A file in half precision has no tolerance (None): its logits, features and gradients have a cosine of at least 0.9 with
-    PyTorch's in float32, and the rest, which is made of differences of those, is reported.
+    A file in half precision has no tolerance (None). Its logits, features and gradients need a cosine of at least 0.9 with PyTorch's
+    in float32. The other outputs are made of differences of those and are only reported; they must be finite.
     """
 
     outputs: Mapping[str, Difference]
     tolerance: float | None
     batches: tuple[int, ...]
     reported: tuple[str, ...] = ()
-    """Outputs that are not judged."""
+    """Outputs that are reported and need no agreement."""
 
     def __bool__(self) -> bool:
         return not self.failures()
 
     def failures(self) -> tuple[str, ...]:
-        return tuple(name for name, found in self.outputs.items() if not self._agrees(name, found))
+        """The names of the outputs that do not agree."""
+        return tuple(name for name, difference in self.outputs.items() if not self._agrees(name, difference))
 
-    def _agrees(self, name: str, found: Difference) -> bool:
+    def _agrees(self, name: str, difference: Difference) -> bool:
         if self.tolerance is None:
-            return bool(np.isfinite(found.max)) and (name in self.reported or found.cosine >= COSINE)
-        if found.smooth is None:
-            return found.max <= self.tolerance
-        return found.smooth <= self.tolerance and (not found.kinked or found.cosine >= COSINE)
+            return bool(np.isfinite(difference.max)) and (name in self.reported or difference.cosine >= COSINE)
+        if difference.smooth is None:
+            return difference.max <= self.tolerance
+        return difference.smooth <= self.tolerance and (not difference.kinked or difference.cosine >= COSINE)
 
     def worst(self) -> str:
-        """What to say of a file that fails."""
+        """The largest disagreement as a phrase for an error message."""
         names = self.failures() or tuple(self.outputs)
         name = max(names, key=lambda name: np.nan_to_num(self.outputs[name].max, nan=np.inf))
-        found = self.outputs[name]
+        difference = self.outputs[name]
         if self.tolerance is None:
-            return f"output {name} has a cosine of {found.cosine:.3f} with float32's, {COSINE} at least"
-        return f"output {name} differs by {found.max:.1e} of its largest value, {self.tolerance:.0e} allowed"
+            return f"output {name} has a cosine of {difference.cosine:.3f} with float32's, and at least {COSINE} is needed"
+        return f"output {name} differs by {difference.max:.1e} of its largest value, and at most {self.tolerance:.0e} is allowed"
 
     def summary(self) -> str:
-        largest = max(found.max if found.smooth is None else found.smooth for found in self.outputs.values())
-        said = f"largest error {largest:.1e} of an output's largest value, on batches of {' and '.join(map(str, self.batches))} images"
-        kinked = max(found.kinked for found in self.outputs.values())
+        """One line for the command line."""
+        differences = self.outputs.values()
+        largest = max(difference.max if difference.smooth is None else difference.smooth for difference in differences)
+        batches = " and ".join(map(str, self.batches))
+        text = f"largest error {largest:.1e} of an output's largest value, on batches of {batches} images"
+        kinked = max(difference.kinked for difference in differences)
         if kinked:
-            said += f", {kinked} images beside, where a derivative jumps"
+            text += f", except {kinked} images where a derivative jumps"
         if self.tolerance is None:
-            said += f"; cosine with float32 at least {min(found.cosine for found in self.outputs.values()):.4f}"
-        return said
+            text += f"; cosine with float32 at least {min(difference.cosine for difference in differences):.4f}"
+        return text
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The report as JSON stores it."""
         return asdict(self) | {"batches": list(self.batches), "reported": list(self.reported), "passed": bool(self)}
 
 
-def inputs(graph: Graph, n: int, size: tuple[int, int], seed: int) -> dict[str, Tensor]:
-    """Seeded inputs of ``graph``, for n images of a size: patches of colour under a little noise, unlike each other as photographs are."""
+def seeded_inputs(graph: Graph, n: int, size: tuple[int, int], seed: int) -> dict[str, Tensor]:
+    """Reproducible inputs of ``graph`` for n images of height and width ``size``.
+
+    Images are patches of colour with a little noise, so that they differ from each other as photographs do.
+    """
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(n, 3, 5, 5, generator=generator)
     images = nn.functional.interpolate(coarse, size, mode="bilinear") * 0.8 + 0.2 * torch.rand(n, 3, *size, generator=generator)
-    given = {"images": images}
+    inputs = {"images": images}
     if isinstance(graph, ExplainerGraph):
-        given["target"] = nn.functional.one_hot(torch.arange(n) % _CLASSES, _CLASSES).float()
+        inputs["target"] = nn.functional.one_hot(torch.arange(n) % _CLASSES, _CLASSES).float()
     if isinstance(graph, GradientGraph):
-        given["cotangent"] = torch.randn(graph.cotangent_shape(images), generator=generator)
-    return given
+        inputs["cotangent"] = torch.randn(graph.cotangent_shape(images), generator=generator)
+    return inputs
 
 
 def compare(path: Path, graph: Graph, size: tuple[int, int], tolerance: float | None = TOLERANCE) -> ParityReport:
-    """Run the file at ``path`` in ONNX Runtime and ``graph`` in PyTorch, on the CPU, at two batch sizes, on seeded inputs of a size.
+    """Compare the file at ``path``, run in ONNX Runtime, with ``graph``, run in PyTorch.
 
-    Types that ONNX Runtime has no arithmetic for on the CPU are computed in float32 and rounded after every operator, which is
-    how GPUs compute in them. Raises KdxError where the file does not run, and where its gradients do not change with its inputs.
+    Both run on the CPU, at two batch sizes, on seeded inputs with images of height and width ``size``. Number formats for which ONNX
+    Runtime has no CPU arithmetic are simulated: each operator is computed in float32 and its result rounded, as GPUs do.
+
+    Raises KdxError if the file does not run, or if its gradients do not change with its inputs.
     """
     session = _session(path)
-    found: dict[str, list[Difference]] = {name: [] for name in graph.output_names}
-    earlier: dict[str, NDArray[Any]] = {}
+    differences: dict[str, list[Difference]] = {name: [] for name in graph.output_names}
+    previous: dict[str, NDArray[Any]] = {}
     for n in _BATCHES:
-        for attempt in range(_ATTEMPTS):  # other images where a derivative jumps in every one
-            feeds = inputs(graph, n, size, seed=n + 100 * attempt)
-            named = dict(zip(graph.output_names, _run(session, feeds), strict=True))
-            differences = _differences(graph, feeds, named, tolerance)
-            if all(each.smooth is None or each.kinked < n for each in differences.values()):
+        for attempt in range(_ATTEMPTS):  # with other images, if a derivative jumps in every image
+            inputs = seeded_inputs(graph, n, size, seed=n + 100 * attempt)
+            outputs = dict(zip(graph.output_names, _run(session, inputs), strict=True))
+            batch_differences = _differences(graph, inputs, outputs, tolerance)
+            if all(difference.smooth is None or difference.kinked < n for difference in batch_differences.values()):
                 break
-        for name, result in named.items():
-            found[name].append(differences[name])
-            if name.startswith("gradient/") and name in earlier and _same(result, earlier[name]):
+        for name, output in outputs.items():
+            differences[name].append(batch_differences[name])
+            if name.startswith("gradient/") and name in previous and _same(output, previous[name]):
                 raise KdxError(
                     f"The file's {name} does not change with its inputs.",
                     "Choose a layer that the prediction depends on; if it does, please report the network.",
                 )
-            earlier[name] = result
+            previous[name] = output
     reported = tuple(name for name in graph.output_names if isinstance(graph, ExplainerGraph) and not name.startswith("logits/"))
-    return ParityReport({name: _worse(each) for name, each in found.items()}, tolerance, _BATCHES, reported)
+    return ParityReport({name: _worst_of_batches(per_batch) for name, per_batch in differences.items()}, tolerance, _BATCHES, reported)
 
 
 def _differences(
-    graph: Graph, feeds: Mapping[str, Tensor], named: Mapping[str, NDArray[Any]], tolerance: float | None
+    graph: Graph, inputs: Mapping[str, Tensor], outputs: Mapping[str, NDArray[Any]], tolerance: float | None
 ) -> dict[str, Difference]:
-    expected = _eager(graph, feeds)
-    found = {name: difference(result, expected[name]) for name, result in named.items()}
-    jumping = [name for name in named if name.startswith("gradient/") and tolerance is not None]
+    expected = _eager(graph, inputs)
+    differences = {name: difference(output, expected[name]) for name, output in outputs.items()}
+    gradients = [name for name in outputs if name.startswith("gradient/") and tolerance is not None]
     exact: dict[str, NDArray[Any]] = {}
-    if any(found[name].max > (tolerance or 0) for name in jumping):
-        exact = _eager(copy.deepcopy(graph).double(), {name: tensor.double() for name, tensor in feeds.items()})
-    for name in jumping:
-        errors = _errors(named[name], expected[name])
+    if any(differences[name].max > (tolerance or 0) for name in gradients):
+        exact = _eager(copy.deepcopy(graph).double(), {name: tensor.double() for name, tensor in inputs.items()})
+    for name in gradients:
+        errors = _errors(outputs[name], expected[name])
         if name in exact:
-            errors = np.minimum(errors, _errors(named[name], exact[name]))
+            errors = np.minimum(errors, _errors(outputs[name], exact[name]))
         agree = errors <= (tolerance or 0)
         smooth = float(errors[agree].max()) if agree.any() else float("inf")
-        found[name] = replace(found[name], kinked=int((~agree).sum()), smooth=smooth)
-    return found
+        differences[name] = replace(differences[name], kinked=int((~agree).sum()), smooth=smooth)
+    return differences
 
 
-def _errors(result: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.float64]:
-    """Each image's largest error over the largest value of all."""
-    if result.shape != expected.shape:
-        return np.full(len(result), np.inf)
-    errors = np.abs(result - expected.astype(np.float64)).reshape(len(result), -1).max(1) / (np.abs(expected).max() or 1)
+def _errors(actual: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.float64]:
+    """The largest error of each image, relative to the largest value of all images."""
+    if actual.shape != expected.shape:
+        return np.full(len(actual), np.inf)
+    errors = np.abs(actual - expected.astype(np.float64)).reshape(len(actual), -1).max(1) / (np.abs(expected).max() or 1)
     return np.where(np.isfinite(errors), errors, np.inf)
 
 
-def difference(result: NDArray[Any], expected: NDArray[Any]) -> Difference:
-    """The errors of ``result`` against ``expected``; another shape, NaN or infinity is an infinite error."""
+def difference(actual: NDArray[Any], expected: NDArray[Any]) -> Difference:
+    """The errors of ``actual`` against ``expected``. They are infinite if the shapes differ, or if a value is NaN or infinite."""
     largest = float(np.abs(expected).max())
-    if result.shape != expected.shape or not (np.isfinite(result).all() and np.isfinite(expected).all()):
+    if actual.shape != expected.shape or not (np.isfinite(actual).all() and np.isfinite(expected).all()):
         return Difference(float("inf"), float("inf"), float("inf"), largest, float("nan"))
     wide = expected.astype(np.float64)
-    errors = np.abs(result - wide) / (largest or 1)
-    return Difference(float(errors.max()), float(errors.mean()), float(np.quantile(errors, 0.99)), largest, _cosine(result, wide))
+    errors = np.abs(actual - wide) / (largest or 1)
+    return Difference(float(errors.max()), float(errors.mean()), float(np.quantile(errors, 0.99)), largest, _cosine(actual, wide))
 
 
-def _cosine(result: NDArray[Any], expected: NDArray[Any]) -> float:
-    """The least of the images' cosines; two zeros agree."""
-    a, b = (array.reshape(len(array), -1).astype(np.float64) for array in (result, expected))
+def _cosine(actual: NDArray[Any], expected: NDArray[Any]) -> float:
+    """The smallest cosine of an image; it is 1 where the two are equal, also where both are zero."""
+    a, b = (array.reshape(len(array), -1).astype(np.float64) for array in (actual, expected))
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     agree = np.linalg.norm(a - b, axis=1) == 0
     return float(np.where(agree, 1.0, (a * b).sum(1) / np.where(norms > 0, norms, 1.0)).min())
 
 
-def _same(result: NDArray[Any], earlier: NDArray[Any]) -> bool:
-    n = min(len(result), len(earlier))
-    return np.array_equal(result[:n], earlier[:n])
+def _same(output: NDArray[Any], previous: NDArray[Any]) -> bool:
+    """Whether two outputs are equal in the images that both have."""
+    n = min(len(output), len(previous))
+    return np.array_equal(output[:n], previous[:n])
 
 
-def _worse(found: Sequence[Difference]) -> Difference:
-    """The worst of each figure over batches; images counted together."""
-    smooth = [each.smooth for each in found if each.smooth is not None]
+def _worst_of_batches(differences: Sequence[Difference]) -> Difference:
+    """The worst value of each figure over the batches; the kinked images of all batches are added up."""
+    smooth = [difference.smooth for difference in differences if difference.smooth is not None]
     return Difference(
-        max=max(each.max for each in found),
-        mean=max(each.mean for each in found),
-        q99=max(each.q99 for each in found),
-        largest=max(each.largest for each in found),
-        cosine=min(each.cosine for each in found),
-        kinked=sum(each.kinked for each in found),
+        max=max(difference.max for difference in differences),
+        mean=max(difference.mean for difference in differences),
+        q99=max(difference.q99 for difference in differences),
+        largest=max(difference.largest for difference in differences),
+        cosine=min(difference.cosine for difference in differences),
+        kinked=sum(difference.kinked for difference in differences),
         smooth=max(smooth) if smooth else None,
     )
 
 
-def _run(session: Any, feeds: Mapping[str, Tensor]) -> list[NDArray[Any]]:
+def _run(session: Any, inputs: Mapping[str, Tensor]) -> list[NDArray[Any]]:
     try:
-        results: list[NDArray[Any]] = session.run(None, {name: tensor.numpy() for name, tensor in feeds.items()})
-    except Exception as error:  # ONNX Runtime's exceptions share no other base; the tracer may have fixed the batch, say
+        outputs: list[NDArray[Any]] = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    except Exception as error:  # ONNX Runtime's exceptions have no other common base; the trace may have fixed the batch size, for example
         cause = " ".join(str(error).split())
         raise KdxError(
-            f"ONNX Runtime cannot run the exported file on {len(feeds['images'])} images: {cause}",
+            f"ONNX Runtime cannot run the exported file on {len(inputs['images'])} images: {cause}",
             "Until the network exports, run it with --runtime eager.",
         ) from error
-    return results
+    return outputs
 
 
-def _eager(graph: Graph, feeds: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+def _eager(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """The outputs of the graph in PyTorch."""
     device = next(iter((*graph.parameters(), *graph.buffers()))).device
     with torch.no_grad():
-        results = graph(*(tensor.to(device) for tensor in feeds.values()))
-    return {name: result.numpy(force=True) for name, result in zip(graph.output_names, results, strict=True)}
+        outputs = graph(*(tensor.to(device) for tensor in inputs.values()))
+    return {name: output.numpy(force=True) for name, output in zip(graph.output_names, outputs, strict=True)}
 
 
 def _session(path: Path) -> Any:
@@ -232,10 +249,10 @@ def _session(path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     model = half_precision.simulated(path)
     if model is not None:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it would join the roundings
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # optimisation would merge the roundings
     try:
         return onnxruntime.InferenceSession(path if model is None else model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's exceptions share no other base
+    except Exception as error:  # ONNX Runtime's exceptions have no other common base
         cause = " ".join(str(error).split())
         raise KdxError(
             f"ONNX Runtime cannot load the exported file: {cause}", "Until the network exports, run it with --runtime eager."

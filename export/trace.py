@@ -1,13 +1,13 @@
-"""A graph module's forward, or its forward and backward, as one program of plain operators.
+"""Trace a graph module's forward pass, or its forward and backward pass, into one program of plain operators.
 
-The forward comes from torch.export, made functional, with its operators whole (convolutions, normalisations, attention). For
-gradients, the part of it that depends on the layers is run once more on fake tensors under PyTorch's own autograd, which
-make_fx records, and what it recorded takes that part's place. What stands before the layers stays as it was: it is
-neither traced twice nor taken apart.
+torch.export traces the forward pass into a functional program in which convolutions, normalisations and attention are still
+single operators. For gradients, the part of the program that depends on the layers then runs once more, on fake tensors under
+PyTorch's autograd, while make_fx records forward and backward pass together. The recorded operators replace that part. The
+operators before the layers stay as they are: they are neither traced twice nor decomposed.
 
-Some operators' derivatives have no form outside PyTorch: the indices of max-pooling, the statistics that attention's and
-normalisations' kernels save. `forms.FORMS` gives these operators by others before autograd sees them, and `forms.BACKWARD` the
-derivatives that autograd writes.
+Some operators have derivatives that exist only in PyTorch, such as max-pooling by saved indices, or attention and normalisation
+by statistics that their kernels save. `decompositions.FORWARD` replaces these operators before autograd sees them, and
+`decompositions.BACKWARD` replaces the derivatives that autograd records.
 """
 
 from __future__ import annotations
@@ -30,51 +30,52 @@ from kdx.export.graphs import GradientGraph, WatchedNetwork
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
-Shapes = tuple[dict[int, Any], ...]
-"""For each input, its dynamic dimensions as torch.export takes them."""
+DynamicDimensions = tuple[dict[int, Any], ...]
+"""The dynamic dimensions of each input, as torch.export takes them."""
 
 
-def program(graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: Shapes) -> ExportedProgram:
-    """``graph`` traced on ``inputs``: its forward, and for a `GradientGraph` the vector-Jacobian product too.
+def traced_program(graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: DynamicDimensions) -> ExportedProgram:
+    """The program of ``graph``, traced on ``inputs``: its forward pass and, for a `GradientGraph`, the vector-Jacobian product.
 
-    Raises KdxError where an operator has no ONNX form, and whatever the network's own code raises under tracing.
+    Raises KdxError if an operator has no ONNX form, and any exception that the network's own code raises under tracing.
     """
     with torch.no_grad():
         if isinstance(graph, GradientGraph):
             forward = torch.export.export(_Forward(graph), inputs, dynamic_shapes=dynamic).run_decompositions({})
-            found = _with_gradients(forward, graph)
+            program = _with_gradients(forward, graph)
         else:
-            found = torch.export.export(graph, inputs, dynamic_shapes=dynamic)
-    missing = unsupported(found)
-    if missing:
-        named = [f"{operator} of {layer or 'the network itself'}" for operator, layer in missing]
-        more = f" and {len(named) - 3} others" if len(named) > 3 else ""
+            program = torch.export.export(graph, inputs, dynamic_shapes=dynamic)
+    unsupported = unsupported_operators(program)
+    if unsupported:
+        names = [f"{operator} of {layer or 'the network itself'}" for operator, layer in unsupported]
+        more = f" and {len(names) - 3} others" if len(names) > 3 else ""
         raise KdxError(
-            f"ONNX has no form of {', '.join(named[:3])}{more}.",
-            "Choose layers behind it, where there are some, or run the network with --runtime eager.",
+            f"ONNX has no form of {', '.join(names[:3])}{more}.",
+            "Choose layers after these operators, or run the network with --runtime eager.",
         )
-    return found
+    return program
 
 
-def unsupported(program: ExportedProgram) -> list[tuple[str, str]]:
-    """The operators that torch.onnx.export neither knows nor takes apart, each with the path of the module it comes from."""
-    found: dict[tuple[str, str], None] = {}
+def unsupported_operators(program: ExportedProgram) -> list[tuple[str, str]]:
+    """The operators that torch.onnx.export neither knows nor decomposes, each with the path of the module that it comes from."""
+    operators: dict[tuple[str, str], None] = {}
     for node in program.graph.nodes:
         operator = node.target
         if isinstance(operator, torch._ops.OpOverload) and not _exportable(operator):
-            found[str(operator), _module_path(node)] = None
-    return list(found)
+            operators[str(operator), _module_path(node)] = None
+    return list(operators)
 
 
 def _exportable(operator: torch._ops.OpOverload) -> bool:
-    implemented, taken_apart = _exporter_tables()
-    if not operator._schema.returns:  # a check, which the exporter leaves out
+    implemented, decomposed = _exporter_tables()
+    if not operator._schema.returns:  # an assertion, which the exporter omits
         return True
-    return operator in implemented or operator in taken_apart or operator.has_kernel_for_dispatch_key(_COMPOSITE)
+    return operator in implemented or operator in decomposed or operator.has_kernel_for_dispatch_key(_COMPOSITE)
 
 
 @functools.cache
 def _exporter_tables() -> tuple[set[Any], dict[Any, Callable[..., Any]]]:
+    """The operators that torch.onnx.export implements, and those that it decomposes."""
     from torch.onnx._internal.exporter import _decomp, _registration
 
     implemented = set(_decomp.get_onnx_implemented_overloads(_registration.ONNXRegistry.from_torchlib()))
@@ -82,66 +83,53 @@ def _exporter_tables() -> tuple[set[Any], dict[Any, Callable[..., Any]]]:
 
 
 def _module_path(node: fx.Node) -> str:
-    """The dotted path within the network of the innermost module that made a node; empty for none."""
+    """The dotted path within the network of the innermost module that a node comes from; empty if it comes from none."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return str(stack[-1][0]).removeprefix("network").removeprefix(".") if stack else ""
 
 
 class _Forward(WatchedNetwork):
-    """A gradient graph's forward alone, with as many outputs: the logits, each watched layer's tensor, and the logits again."""
+    """The forward pass of a `GradientGraph`. It returns the logits and the tensor of each watched layer.
+
+    The logits are repeated until there are as many outputs as the gradient graph has.
+    """
 
     def __init__(self, graph: GradientGraph) -> None:
         super().__init__(graph.network, graph.watched, graph.preprocessing)
-        self.outputs = len(graph.output_names)
+        self.output_count = len(graph.output_names)
 
     def forward(self, images: Tensor, cotangent: Tensor) -> tuple[object, ...]:
-        # A copy: a layer that gives on what it was given, as dropout does, would share the node of what stands before it.
+        # A copy: a layer that returns its input, as dropout does, would share the node of the layer before it.
         logits, raw = self.watch(images, torch.clone)
         for layer in self.watched:
-            self.as_map(raw[layer], layer, images)  # refuses what is no feature map
-        held = [logits, *(raw[layer] for layer in self.watched)]
-        return tuple(held + [logits] * (self.outputs - len(held)))
+            self.as_map(raw[layer], layer, images)  # raises KdxError for an output that is not a feature map
+        outputs = [logits, *(raw[layer] for layer in self.watched)]
+        return tuple(outputs + [logits] * (self.output_count - len(outputs)))
 
 
 def _with_gradients(forward: ExportedProgram, graph: GradientGraph) -> ExportedProgram:
-    """The program of a `_Forward` with its graph's outputs in place of its own."""
-    before = forward.graph
-    outputs = before.output_node().args[0]
+    """The program of a `_Forward` with the outputs of its `GradientGraph` in place of its own."""
+    fx_graph = forward.graph
+    outputs = fx_graph.output_node().args[0]
     assert isinstance(outputs, tuple)
     end, *cuts = outputs[: 1 + len(graph.watched)]
-    images, cotangent = (node for node in before.nodes if node.op == "placeholder" and node.name in forward.graph_signature.user_inputs)
-    joint, boundary = _joint(before, graph, images, cotangent, end, dict(zip(graph.watched, cuts, strict=True)))
+    user_inputs = forward.graph_signature.user_inputs
+    images, cotangent = (node for node in fx_graph.nodes if node.op == "placeholder" and node.name in user_inputs)
+    joint, boundary = _joint(fx_graph, graph, images, cotangent, end, dict(zip(graph.watched, cuts, strict=True)))
 
-    # The joint part goes behind the forward's nodes; dead-code elimination then takes away the forward's own copy of it.
-    signature = forward.graph_signature
-    constants = dict(forward.constants)
-    held = dict(zip(joint.graph.find_nodes(op="placeholder"), boundary, strict=True))
-    inputs = list(signature.input_specs)
-    first = next(iter(before.nodes))
-    for node in joint.graph.nodes:
-        if node.op == "get_attr":
-            with before.inserting_before(first):
-                name = f"c_joint_{len(constants)}"
-                constants[name] = getattr(joint, str(node.target))
-                held[node] = before.placeholder(name)
-                held[node].meta["val"] = node.meta.get("val", constants[name])
-            inputs.insert(0, InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(held[node].name), name))
-        elif node.op == "call_function":
-            with before.inserting_before(before.output_node()):
-                held[node] = before.node_copy(node, lambda old: held[old])
-    ends = joint.graph.output_node().args[0]
-    assert isinstance(ends, tuple | list)
-    results = [held[node] for node in ends if isinstance(node, fx.Node)]
-    before.output_node().args = (tuple(results),)
-    # Attention counts as impure, for its dropout; here all that gives a value may go.
-    before.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.meta.get("val") is None)
-    before.lint()
+    results, inputs, constants = _inserted(joint, boundary, forward)
+    fx_graph.output_node().args = (tuple(results),)
+    # Dead-code elimination removes the forward pass's own copy of the joint part. Attention counts as impure, because of its
+    # dropout; here every unused node with a value may go.
+    fx_graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.meta.get("val") is None)
+    fx_graph.lint()
     specs = [
-        OutputSpec(spec.kind, TensorArgument(node.name), spec.target) for spec, node in zip(signature.output_specs, results, strict=True)
+        OutputSpec(spec.kind, TensorArgument(node.name), spec.target)
+        for spec, node in zip(forward.graph_signature.output_specs, results, strict=True)
     ]
     return ExportedProgram(
         root=forward.graph_module,
-        graph=before,
+        graph=fx_graph,
         graph_signature=torch.export.ExportGraphSignature(inputs, specs),
         state_dict=forward.state_dict,
         range_constraints=forward.range_constraints,
@@ -150,31 +138,56 @@ def _with_gradients(forward: ExportedProgram, graph: GradientGraph) -> ExportedP
     )
 
 
+def _inserted(
+    joint: fx.GraphModule, boundary: list[fx.Node], forward: ExportedProgram
+) -> tuple[list[fx.Node], list[InputSpec], dict[str, Any]]:
+    """Copy the joint part behind the forward pass's nodes; return its outputs, and the program's inputs and constants with its own."""
+    fx_graph = forward.graph
+    constants = dict(forward.constants)
+    copies = dict(zip(joint.graph.find_nodes(op="placeholder"), boundary, strict=True))
+    inputs = list(forward.graph_signature.input_specs)
+    first = next(iter(fx_graph.nodes))
+    for node in joint.graph.nodes:
+        if node.op == "get_attr":
+            with fx_graph.inserting_before(first):
+                name = f"c_joint_{len(constants)}"
+                constants[name] = getattr(joint, str(node.target))
+                copies[node] = fx_graph.placeholder(name)
+                copies[node].meta["val"] = node.meta.get("val", constants[name])
+            inputs.insert(0, InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(copies[node].name), name))
+        elif node.op == "call_function":
+            with fx_graph.inserting_before(fx_graph.output_node()):
+                copies[node] = fx_graph.node_copy(node, lambda source: copies[source])
+    ends = joint.graph.output_node().args[0]
+    assert isinstance(ends, tuple | list)
+    return [copies[node] for node in ends if isinstance(node, fx.Node)], inputs, constants
+
+
 def _joint(
-    before: fx.Graph, graph: GradientGraph, images: fx.Node, cotangent: fx.Node, end: fx.Node, cuts: dict[str, fx.Node]
+    fx_graph: fx.Graph, graph: GradientGraph, images: fx.Node, cotangent: fx.Node, end: fx.Node, cuts: dict[str, fx.Node]
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """The part of the forward behind the cuts with its vector-Jacobian product, and the nodes that its inputs stand for."""
-    behind = _behind(before, set(cuts.values()))
+    """The part of the forward pass behind the cuts with its vector-Jacobian product, and the node of each of its inputs."""
+    behind = _behind(fx_graph, set(cuts.values()))
     outside = dict.fromkeys([images, cotangent])
     for node in (*behind, *cuts.values(), end):
         sources = node.all_input_nodes if node in behind else [node]
         outside |= dict.fromkeys(source for source in sources if source not in behind)
     boundary = list(outside)
 
-    def differentiate(*given: Tensor) -> tuple[Tensor, ...]:
-        held: dict[fx.Node, Any] = dict(zip(boundary, given, strict=True))
+    def differentiate(*tensors: Tensor) -> tuple[Tensor, ...]:
+        values: dict[fx.Node, Any] = dict(zip(boundary, tensors, strict=True))
         for node in cuts.values():
             if node not in behind:
-                held[node] = held[node].detach().requires_grad_()
-        known: set[Any] = set()
+                values[node] = values[node].detach().requires_grad_()
+        seen: set[Any] = set()
         for node in behind:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), held.__getitem__)
-            operator: Any = decompositions.FORMS.get(node.target, node.target)
-            _come_from(node)
-            held[node] = operator(*args, **kwargs)
-            _let_derivatives_come_from(node, held[node], known)
-        raw = {layer: held[node] for layer, node in cuts.items()}
-        return graph.differentiated(held[images], held[cotangent], held[end], raw)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            operator: Any = decompositions.FORWARD.get(node.target, node.target)
+            _set_module(node)
+            values[node] = operator(*args, **kwargs)
+            _set_module_of_derivatives(node, values[node], seen)
+        raw = {layer: values[node] for layer, node in cuts.items()}
+        return graph.with_gradients(values[images], values[cotangent], values[end], raw)
 
     fakes = [node.meta["val"] for node in boundary]
     mode = next(fake.fake_mode for fake in fakes if isinstance(fake, torch._subclasses.FakeTensor))
@@ -183,39 +196,42 @@ def _joint(
             joint = make_fx(differentiate, decomposition_table=decompositions.BACKWARD, _allow_non_fake_inputs=True)(*fakes)
         joint.graph.eliminate_dead_code()
         if any(isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable for node in joint.graph.nodes):
-            # Some derivatives are written with in-place operators, and a program has none.
+            # Some derivatives use in-place fx_graph, which a program must not contain.
             joint = make_fx(torch.func.functionalize(fx.Interpreter(joint).run), _allow_non_fake_inputs=True)(*fakes)
             joint.graph.eliminate_dead_code()
     return joint, boundary
 
 
-def _come_from(node: fx.Node) -> None:
-    """Operators recorded from now on come from the module that made ``node``."""
+def _set_module(node: fx.Node) -> None:
+    """Record operators from now on as coming from the module of ``node``."""
     traceback.current_meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
 
 
-def _let_derivatives_come_from(node: fx.Node, result: object, known: set[Any]) -> None:
-    """Autograd's functions between ``result`` and the known ones record their operators as coming from ``node``'s module."""
+def _set_module_of_derivatives(node: fx.Node, result: object, seen: set[Any]) -> None:
+    """Record the derivatives between ``result`` and the autograd functions already seen as coming from the module of ``node``."""
     results = result if isinstance(result, list | tuple) else [result]
-    waiting = [tensor.grad_fn for tensor in results if isinstance(tensor, Tensor)]
-    while waiting:
-        function = waiting.pop()
-        if function is not None and function not in known:
-            known.add(function)
-            function.register_prehook(lambda _gradients, node=node: _come_from(node))
-            waiting += [source for source, _ in function.next_functions]
+    pending = [tensor.grad_fn for tensor in results if isinstance(tensor, Tensor)]
+    while pending:
+        function = pending.pop()
+        if function is not None and function not in seen:
+            seen.add(function)
+            function.register_prehook(lambda _gradients, node=node: _set_module(node))
+            pending += [source for source, _ in function.next_functions]
 
 
-def _behind(graph: fx.Graph, cuts: set[fx.Node]) -> dict[fx.Node, None]:
-    """The nodes that depend on a cut's values, as an ordered set, and all that reckon sizes: these follow from the inputs again."""
-    values: set[fx.Node] = set()
-    found: dict[fx.Node, None] = {}
-    for node in graph.nodes:
+def _behind(fx_graph: fx.Graph, cuts: set[fx.Node]) -> dict[fx.Node, None]:
+    """The nodes whose values depend on a cut, and all nodes that compute sizes, as an ordered set.
+
+    Sizes are computed again from the inputs.
+    """
+    dependent: set[fx.Node] = set()
+    behind: dict[fx.Node, None] = {}
+    for node in fx_graph.nodes:
         if node.op != "call_function":
             continue
         if isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
-            found[node] = None
-        elif any(source in cuts or source in values for source in node.all_input_nodes):
-            values.add(node)
-            found[node] = None
-    return found
+            behind[node] = None
+        elif any(source in cuts or source in dependent for source in node.all_input_nodes):
+            dependent.add(node)
+            behind[node] = None
+    return behind

@@ -231,7 +231,7 @@ def explain(
     ] = 0,
     split: Annotated[
         str | None,
-        typer.Option(help="test, validation, train or all. By default test for the data of kdx distill, and all for other data."),
+        typer.Option(help="test, validation, train or all. By default test for the data that trained the models, and all for other data."),
     ] = None,
     permutations: Annotated[int, typer.Option(min=0, help="Permutations per p-value.")] = 999,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Confidence level of the intervals.")] = 0.95,

@@ -1,10 +1,12 @@
-"""Small networks with exposed gradients, and class maps as they were published: by hooks and a backward pass written out."""
+"""Small networks, and class maps as published: with hooks and an explicit backward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,13 +14,14 @@ from kdx.export import onnx_file
 from kdx.export.description import Origin
 from kdx.export.graphs import GradientGraph, Preprocessing
 from kdx.maps.class_maps import ClassMaps
+from tests import oracle
 
 SIZE = (13, 9)
 CLASSES = 5
 
 
 class Net(nn.Module):
-    """Three convolutions and a head that knows positions, so that a gradient differs from place to place."""
+    """Three convolutions and a head that distinguishes positions, so that a gradient differs between positions."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -30,9 +33,9 @@ class Net(nn.Module):
         self.conv3 = nn.Conv2d(6, 4, 2)
         self.pool = nn.AdaptiveAvgPool2d((3, 2))
         self.fc = nn.Linear(24, CLASSES)
-        for held in (self.norm.running_mean, self.norm.weight, self.norm.bias):
-            assert held is not None
-            nn.init.normal_(held)
+        for tensor in (self.norm.running_mean, self.norm.weight, self.norm.bias):
+            assert tensor is not None
+            nn.init.normal_(tensor)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.conv2(self.relu(self.norm(self.conv1(images)))).tanh()
@@ -41,7 +44,7 @@ class Net(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and two layers beside the tokens."""
+    """Attention and an MLP, both residual."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +58,7 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    """Patches behind a class token through two blocks, of which the class token alone is read."""
+    """A class token and patches pass through two blocks. The head reads only the class token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +78,7 @@ def batch(n: int = 8, dtype: torch.dtype = torch.float64, size: tuple[int, int] 
 
 
 def hooked(network: nn.Module, images: Tensor, *layers: str) -> tuple[Tensor, ...]:
-    """Logits and each layer's output, in one autograd graph."""
+    """The logits and each layer's output, in one autograd graph."""
     kept: dict[str, Tensor] = {}
 
     def keep(layer: str) -> Callable[[nn.Module, object, Tensor], Tensor]:
@@ -92,6 +95,12 @@ def hooked(network: nn.Module, images: Tensor, *layers: str) -> tuple[Tensor, ..
     return logits, *(kept[layer] for layer in layers)
 
 
+def agree(actual: Any, expected: Any, tolerance: float = oracle.TOLERANCE["float64"]) -> None:
+    for name in ("maps", "weights"):
+        assert float(np.abs(np.asarray(getattr(expected, name))).max()) > 0
+        assert oracle.error(getattr(actual, name), getattr(expected, name)) < tolerance, name
+
+
 def cam_of_gradient(feature: Tensor, gradient: Tensor, weighting: str) -> tuple[Tensor, Tensor]:
     weights = gradient.mean((2, 3))
     terms = weights[:, :, None, None] * feature if weighting == "gap" else gradient * feature
@@ -99,7 +108,7 @@ def cam_of_gradient(feature: Tensor, gradient: Tensor, weighting: str) -> tuple[
 
 
 def by_hand(network: nn.Module, images: Tensor, layer: str, classes: Tensor | None, weighting: str) -> ClassMaps[Tensor]:
-    """As published: hooks and one backward pass of the chosen logits' sum."""
+    """As published: hooks, and one backward pass from the sum of the chosen logits."""
     logits, feature = hooked(network, images, layer)
     classes = logits.argmax(1) if classes is None else classes
     (gradient,) = torch.autograd.grad(logits[torch.arange(len(images)), classes].sum(), feature)

@@ -16,6 +16,7 @@ from kdx.export.description import Origin, Shape, describe
 from kdx.export.engine import BatchRange
 from kdx.export.graphs import FeatureGraph, GradientGraph, Graph
 from kdx.export.parity import ParityReport
+from kdx.features.arrays import MIN_IMAGES
 from kdx.models.layer_pairs import parse_layers
 from kdx.models.models_file import load_any
 from kdx.models.network import Network
@@ -131,7 +132,7 @@ def _check_options(roles: set[str], kind: FileKind, options: ExportOptions) -> N
 
 
 def _batch(kind: str) -> BatchRange:
-    return (engine.LEAST_EXPLAINED if kind == "explainer" else 1), 32, 64
+    return (MIN_IMAGES if kind == "explainer" else 1), 32, 64
 
 
 def _graph(networks: dict[str, Network], layers: Sequence[str], kind: FileKind, at: str | None) -> Graph:
@@ -157,7 +158,7 @@ def _stem(networks: dict[str, Network], kind: FileKind, precision: FilePrecision
 
 
 def _size(path: Path) -> int:
-    weights = path.with_name(f"{path.name}.data")  # beside a file of more than 2 GB
+    weights = path.with_name(f"{path.name}.data")  # a large network keeps its weights beside the file
     return path.stat().st_size + (weights.stat().st_size if weights.exists() else 0)
 
 

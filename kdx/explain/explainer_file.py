@@ -66,7 +66,7 @@ class ExplainerFile:
     ) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
         self.open((images.shape[2], images.shape[3]))
         assert self._runner is not None
-        target = Target.of(labels.to(self.choice.device))
+        target = Target.of(labels.to(self.choice.device)).checked()
         outputs = self._runner.run({"images": images, "target": self._padded(target.rows)})
         measurements = {}
         for layer in self.layers:

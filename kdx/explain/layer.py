@@ -33,7 +33,7 @@ class LayerReferences:
 
     @classmethod
     def of(cls, features: Mapping[str, Tensor], labels: Tensor) -> LayerReferences:
-        return cls(features, _distances(features, _backend(features)).raw, Target.of(labels))
+        return cls(features, _distances(features, _backend(features)).raw, Target.of(labels).checked())
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def measure_distances(
     for role in roles:
         arrays.check_same(len(distances[role]), len(target.values), f"the {role}'s distances", "the target")
     d = torch.stack([distances[role].to(target.distances.raw) for role in roles])
-    among = arrays.centred_distances(d, {f"{role}'s features": distances[role] for role in roles})
+    among = arrays.checked_distances(d, {f"{role}'s features": distances[role] for role in roles})
     _check_residuals(roles, among, target, *distances.values())
     return _products(roles, among, target, permutations)
 
@@ -172,7 +172,7 @@ def _backend(features: Mapping[str, Tensor], backend: Backend = "auto") -> dispa
 
 def _distances(features: Mapping[str, Tensor], ops: dispatch.TorchBackend) -> BatchDistances:
     """The distances [r, n, n] between each role's features, in the order of ROLES, checked."""
-    return arrays.checked_distances({f"{role}'s features": features[role].flatten(1) for role in roles_among(features)}, ops)
+    return arrays.row_distances({f"{role}'s features": features[role].flatten(1) for role in roles_among(features)}, ops)
 
 
 def _stack(distances: Sequence[BatchDistances]) -> BatchDistances:

@@ -18,7 +18,7 @@ from kdx.explain.layer import LayerMeasurement, LayerReferences, measure
 from kdx.explain.network_set import NetworkRecord
 from kdx.explain.settings import Settings
 from kdx.export import onnx_file
-from kdx.export.description import Description, Origin, holds
+from kdx.export.description import Description, Origin, is_export_of
 from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.features import arrays
 from kdx.features.target import Target
@@ -111,7 +111,7 @@ class NetworkRunners:
         # Modules with equal weights may differ in their code. A model reference identifies the code as well.
         is_module = isinstance(self._networks[role], nn.Module)
         size = network.preprocessing.size
-        if is_module or not holds(path, graph, network.weights_hash):
+        if is_module or not is_export_of(path, graph, network.weights_hash):
             onnx_file.write(graph, path, origin=Origin(network.reference, network.weights_hash), image_size=size or image_size)
         return self._open_file(path, path.stem, image_size if size else None)
 
@@ -133,7 +133,7 @@ class NetworkRunners:
         outputs = self._infer(images)
         with torch.no_grad():
             labels, permutations = labels.to(self.choice.device), permutations.to(self.choice.device)
-            target = Target.of(labels)
+            target = Target.of(labels).checked()
             distances = {} if self._salience is None else self._salient_distances(self._salience, images, outputs, seed)
             measurements = {
                 layer: measure(
@@ -165,7 +165,7 @@ class NetworkRunners:
                 name = self._layer_of(role, layer)
                 salient = salience.images(images, rankings[role][name], int(noise_seed.generate_state(1)[0]))
                 rows = self._run(role, salient).features[name].flatten(1)
-                distances[layer][role] = arrays.checked_distances({f"{role}'s salient features": rows}, TorchBackend())[0]
+                distances[layer][role] = arrays.row_distances({f"{role}'s salient features": rows}, TorchBackend())[0]
         return distances
 
     def _infer(self, images: Tensor) -> dict[str, NetworkOutputs]:

@@ -1,1 +1,1 @@
-"""Features: arrays in and out, rows on disk, and targets."""
+"""Features of images: arrays, rows on disk, and the target."""

@@ -1,4 +1,4 @@
-"""Features as rows [n, d], read where they lie: in memory, memory-mapped by NumPy, or in a Zarr array."""
+"""Features as rows [n, d], read on demand from memory, from a file that NumPy maps into memory, or from a Zarr array."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ else:
 
 
 def rows_of(source: Source, name: str) -> Rows:
-    """``source`` as rows, an image each; nothing of a file is read yet.
+    """``source`` as rows, one per image. No data is read yet.
 
-    Raises KdxError for another shape, a size of zero, numbers that are not floating-point, and what can be read only once.
+    Raises KdxError for another shape, a size of zero, a type that is not floating-point, and an iterable that is not an array; TypeError
+    for anything else.
     """
     if isinstance(source, Tensor):
         return _InMemory(arrays.feature_map(source, name).flatten(1))
@@ -40,10 +41,10 @@ def rows_of(source: Source, name: str) -> Rows:
         arrays.check_features(source.shape, str(dtype), dtype.kind == "f" and dtype.itemsize <= 8, name)
         return _OnDisk(source)
     if isinstance(source, Iterable) and not isinstance(source, str | bytes):
-        once = ", which can be read only once" if isinstance(source, Iterator) else ""
+        once = ", and it can be read only once" if isinstance(source, Iterator) else ""
         raise KdxError(
             f"The {name} are a {type(source).__name__}, not an array{once}.",
-            "Give an array, or for more than fits in memory a file: numpy.memmap or a Zarr array.",
+            "Give an array; for more data than fits in memory, give a file: numpy.memmap or a Zarr array.",
         )
     raise TypeError(f"{name} must be a NumPy or Zarr array or a PyTorch tensor, not {type(source).__name__}")
 
@@ -84,18 +85,19 @@ class _OnDisk:
 
     @property
     def run(self) -> int:
-        """A chunk of a Zarr array is unpacked whole; in a memory-mapped file any row is as near."""
+        """Zarr decompresses whole chunks, so the rows of a chunk are best read together. A memory-mapped file reads single rows as fast."""
         return 1 if isinstance(self.source, np.memmap) else int((self.source.shards or self.source.chunks)[0])
 
     def read(self, index: Tensor) -> Tensor:
-        wanted = index.numpy()
-        order = np.argsort(wanted)
-        rows = self._sorted(wanted[order])
-        result = np.empty((len(wanted), self.shape[1]), rows.dtype.newbyteorder("="))
+        images = index.numpy()
+        order = np.argsort(images)
+        rows = self._sorted(images[order])
+        result = np.empty((len(images), self.shape[1]), rows.dtype.newbyteorder("="))
         result[order] = rows.reshape(result.shape)
         return torch.from_numpy(result)
 
     def _sorted(self, index: NDArray[np.int64]) -> NDArray[Any]:
+        """The rows of a sorted index."""
         first, last = int(index[0]), int(index[-1])
         if last - first == len(index) - 1:
             return np.asarray(self.source[first : last + 1])
@@ -103,7 +105,7 @@ class _OnDisk:
 
 
 def feature_distances(rows: Rows, name: str) -> tiles.FeatureDistances:
-    """``rows`` as a matrix whose tiles are computed on demand. Raises KdxError for rows that are not finite, and for too large ones."""
+    """``rows`` as a distance matrix whose tiles are computed on demand. Raises KdxError for rows that are not finite or too large."""
     matrix = tiles.FeatureDistances.of(rows)
     bad = ~matrix.norms.isfinite()
     if bool(bad.any()):

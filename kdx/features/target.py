@@ -18,18 +18,18 @@ from kdx.kernels.dispatch import BatchDistances, ReferenceDistances, TorchBacken
 from kdx.roles import TARGET
 
 _MAX_CLASSES = 1024
-"""An embedding with at most this many distinct rows is treated as classes: a table stores the distances between them."""
+"""An embedding with at most this many distinct rows is treated as classes, whose distances from each other form a table."""
 
 _SAMPLED_ROWS = 4096
-"""The distinct rows among this many decide whether it is worth looking for the distinct ones among all."""
+"""Only if this many rows have few distinct ones, the distinct rows of the whole embedding are searched for."""
 
 
 @dataclass(frozen=True, eq=False)
 class Classes:
-    """The distinct rows of a target.
+    """The distinct rows of a target, in lexicographic order.
 
-    codes [n]: which of them each image has, in lexicographic order of the rows. count: how many they are. rows [count, e]: the rows
-    themselves, or None for labels, whose one-hot rows are all at the distance sqrt(2).
+    codes [n]: the index of each image's row among them. count: the number of distinct rows. rows [count, e]: the rows themselves; None
+    for labels, whose one-hot rows are all at the distance sqrt(2) from each other.
     """
 
     codes: Tensor
@@ -39,7 +39,7 @@ class Classes:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """The target of n images, with its geometry, which is computed when it is first used.
+    """The target of n images. Its geometry is computed once, when it is first used.
 
     values: integer labels [n] or an embedding [n, e]. backend: computes the distances.
     """
@@ -49,10 +49,10 @@ class Target:
 
     @classmethod
     def of(cls, target: Any, n: int | None = None, *, device: torch.device | None = None, backend: TorchBackend = TorchBackend()) -> Target:
-        """The target of n images, by default of as many as it has rows; ``target`` may be a Zarr array.
+        """The target of n images from integer labels [n] or an embedding [n, e]: NumPy, PyTorch or Zarr.
 
-        Raises KdxError for fewer than four images, another number of rows than n, and anything but integer labels [n] or an embedding
-        [n, e] of numbers; TypeError for anything but an array.
+        n: the expected number of rows. device: where the target is moved to. Raises KdxError for another number of rows, for fewer than
+        four, and for any other shape or type; TypeError for anything but an array.
         """
         values = arrays.tensor(np.asarray(target[...]) if hasattr(target, "oindex") else target, TARGET).to(device)
         rows = values.shape[0] if values.ndim else 0
@@ -78,21 +78,26 @@ class Target:
     @cached_property
     def distances(self) -> BatchDistances:
         """Distances between the rows [n, n]. Raises KdxError if they are not finite, or all equal (one class, or one image per class)."""
-        return arrays.checked_distances({TARGET: self.rows}, self.backend)[0]
+        return arrays.row_distances({TARGET: self.rows}, self.backend)[0]
+
+    def checked(self) -> Target:
+        """The same target, after its geometry was computed, which raises KdxError if it has none."""
+        _ = self.distances
+        return self
 
     @cached_property
     def classes(self) -> Classes | None:
-        """The distinct rows; None for an embedding with too many."""
+        """The distinct rows; None for an embedding with too many of them."""
         if self.values.ndim == 1:
             labels, codes = self.values.unique(return_inverse=True)
-            return Classes(len(labels) - 1 - codes, len(labels), None)  # the one-hot row of the largest label is the smallest row
+            return Classes(len(labels) - 1 - codes, len(labels), None)  # the largest label has the first row in order
         if len(self.rows[:_SAMPLED_ROWS].unique(dim=0)) > _MAX_CLASSES:
             return None
         distinct, codes = self.rows.unique(dim=0, return_inverse=True)
         return Classes(codes, len(distinct), distinct) if len(distinct) <= _MAX_CLASSES else None
 
     def matrix(self) -> tiles.Matrix:
-        """The target as a matrix whose tiles are computed on demand. Raises KdxError for rows that are not finite."""
+        """The target as a distance matrix whose tiles are computed on demand. Raises KdxError for rows that are not finite."""
         if self.values.ndim == 2:
             arrays.check_finite(self.rows, TARGET)
         if self.classes is None:
@@ -101,14 +106,14 @@ class Target:
         return tiles.ClassDistances(self.classes.codes, None if distinct is None else geometry.distances(distinct))
 
     def reference_distances(self, queries: Tensor) -> ReferenceDistances:
-        """In reference mode, where this is the target of the reference set: its distances [m, m], and from each query's target [q, m].
+        """The distances of reference mode, where this is the target of the reference set: within it, and from each query's target to it.
 
         queries: labels [q] if this target is labels, else an embedding [q, e] of the same width. Raises KdxError for anything else, and
         for distances that are not finite.
         """
         if queries.ndim == 0 or queries.shape[1:] != self.values.shape[1:]:
             raise KdxError(
-                f"The target is {list(queries.shape)}, that of the reference set {list(self.values.shape)}.",
+                f"The target has shape {list(queries.shape)}, and that of the reference set has {list(self.values.shape)}.",
                 "Give both as labels, or both as the same embedding.",
             )
         m = len(self.values)

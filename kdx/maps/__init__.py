@@ -1,1 +1,1 @@
-"""Maps: UniCAM, Grad-CAM, HiResCAM and salient images."""
+"""Maps over images: UniCAM, Grad-CAM and HiResCAM; salient images."""

@@ -18,11 +18,11 @@ from kdx.maps.scaling import scaled
 
 @dataclass(frozen=True)
 class ClassMaps(Generic[ArrayT]):
-    """Grad-CAM or HiResCAM of one layer and one class an image.
+    """Grad-CAM or HiResCAM maps of one layer, for one class per image. All arrays are of the kind that the images have.
 
-    maps: [n, H, W] >= 0, at feature resolution, before scaling; comparable within one image, not between images.
-    weights: [n, C], the mean over h, w of the class's gradient. classes: [n], whose logit each map explains.
-    logits: [n, classes].
+    maps: [n, H, W] >= 0, at the resolution of the features, not scaled. Values are comparable within one map, not between images.
+    weights: [n, C], the mean over h, w of the gradient of the class's logit. classes: [n], the classes that the maps explain.
+    logits: [n, number of classes].
     """
 
     maps: ArrayT
@@ -31,7 +31,7 @@ class ClassMaps(Generic[ArrayT]):
     logits: ArrayT
 
     def scaled(self, size: tuple[int, int] | None = None) -> ArrayT:
-        """The maps min-max scaled to [0, 1] image by image, resized (bilinear) to ``size`` (H, W) where given."""
+        """The maps, each min-max scaled to [0, 1], then resized (bilinear) to ``size`` (H, W) if given. A constant map becomes zero."""
         return scaled(self.maps, size)
 
 
@@ -44,32 +44,32 @@ def grad_cam(
     device: str = "auto",
     chunk: int | None = None,
 ) -> ClassMaps[ArrayT]:
-    """Where a layer's features, weighted by channel, raise a class's logit.
+    """Grad-CAM: where the features of a layer, weighted by channel, raise the logit of a class.
 
-    With F the layer's feature [n, C, H, W] and y_k the logit of image i's class k,
+    With F [n, C, H, W] the feature of the layer and y_k the logit of image i's class k,
 
         a_ic = mean over h, w of dy_k/dF_ichw,        map_i = ReLU(sum_c a_ic F_ic).
 
     Source: Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization", ICCV 2017.
 
-    network: a model reference, a path of a file exported with ``--kind gradients``, a `kdx.models.Network`, a PyTorch module
-    (taken as it is, without preprocessing), or an open runner of a graph of gradients, which stays open. images: [n, 3, h, w]
-    in [0, 1], NumPy or PyTorch. layer: by default the file's or runner's only one, or a network's last one that is worth
-    explaining. classes: one for all images, or integers [n]; by default what the network predicts, which takes a pass more.
-    device: where a network or file runs, as `kdx.Explainer` takes it. chunk: how many images go through at once (by default
-    all, or as many as an engine takes); it changes no result. Tensors come back on the device of the pass.
+    network: a model reference, the path of a file that was exported with ``--kind gradients``, a `kdx.models.Network`, a PyTorch module
+    (used as it is, without preprocessing), or an open runner of a graph of gradients, which stays open. images: [n, 3, h, w] in [0, 1],
+    NumPy or PyTorch. layer: by default the only layer of a file or runner, or the last layer of a network whose feature map has a
+    gradient. classes: one integer for all images, or integers [n]; by default the predicted classes, which costs one more forward pass.
+    device: where a network or a file runs, as in `kdx.Explainer`. chunk: how many images are computed at once, by default all of them, or
+    as many as an engine takes; it does not change the result. Tensors are returned on the device that computed them.
 
-    A map is no share of the logit: its sum means nothing, and two images' maps have no common scale. Since a gradient is
-    averaged over positions before it meets the features, a place can light up that the class does not use; `hires_cam`
-    does not average. What lowers the logit is cut off by the ReLU.
+    A map is not a share of the logit: its sum has no meaning, and maps of two images have no common scale. Because the gradient is
+    averaged over positions before it is multiplied with the features, a map can be high at a position that the class does not use;
+    `hires_cam` does not average. The ReLU removes what lowers the logit.
 
-    Raises KdxError for no images, a layer or class that is not there, a file or runner without the gradients of the logits,
-    features or gradients that are not finite, and a layer that has no gradient at any position of any image.
+    Raises KdxError for no images, for a layer or class that does not exist, for a file or runner without gradients of the logits, for
+    features or gradients that are not finite, and for a layer without a gradient at any position of any image.
 
     >>> import numpy as np, kdx
     >>> images = np.random.default_rng(0).random((3, 3, 32, 32), dtype=np.float32)
-    >>> found = kdx.grad_cam("kdx:resnet,width=4,depth=1,classes=5", images, "layer3", classes=2)
-    >>> found.maps.shape, found.weights.shape, found.scaled((32, 32)).shape
+    >>> result = kdx.grad_cam("kdx:resnet,width=4,depth=1,classes=5", images, "layer3", classes=2)
+    >>> result.maps.shape, result.weights.shape, result.scaled((32, 32)).shape
     ((3, 8, 8), (3, 16), (3, 32, 32))
     """
     return _like(_class_maps(network, arrays.pixels(images), layer, classes, "gap", device, chunk), images)
@@ -84,26 +84,27 @@ def hires_cam(
     device: str = "auto",
     chunk: int | None = None,
 ) -> ClassMaps[ArrayT]:
-    """Where a layer's features raise a class's logit, each position by its own gradient.
+    """HiResCAM: where the features of a layer raise the logit of a class, with each position's own gradient.
 
-    With F the layer's feature [n, C, H, W] and y_k the logit of image i's class k,
+    With F [n, C, H, W] the feature of the layer and y_k the logit of image i's class k,
 
         map_ihw = ReLU(sum_c dy_k/dF_ichw F_ichw).
 
     Source: Draelos and Carin, "Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural networks",
-    arXiv 2011.08891 (2020). They define the sum without the ReLU: where one linear layer follows F, it then adds up to the logit
-    less its bias. Here the ReLU is taken as in Grad-CAM, so a map shows what raises the logit and not what lowers it.
+    arXiv 2011.08891 (2020). They define the sum without the ReLU: if one linear layer follows F, the sum over positions is then the logit
+    minus its bias. kdx applies the ReLU as in Grad-CAM, so a map shows what raises the logit and not what lowers it.
 
-    Arguments, results and errors are those of `grad_cam`, ``weights`` too, though the map is not made of them. Where a mean
-    over positions and one linear layer follow F, both maps are equal. Behind further layers a map is a first-order
-    statement: it does not say what the logit would be without a place. Where F is read through a normalisation alone, as the
-    blocks of a transformer are, its scale has no influence, so the sum is zero but for rounding, and so is the map: name the
-    normalisation that follows (``blocks.11.norm1``), or take `grad_cam`.
+    Arguments, results and errors are those of `grad_cam`. ``weights`` are the same too, although these maps do not use them.
+
+    If a mean over positions and one linear layer follow F, both maps are equal. If further layers follow, a map is a first-order
+    statement: it does not predict the logit without a position. If F is read only through a normalisation, as in the blocks of a
+    transformer, the scale of F has no influence, so the sum, and the map, is zero up to rounding: name the normalisation that
+    follows (``blocks.11.norm1``), or use `grad_cam`.
 
     >>> import numpy as np, kdx
     >>> images = np.random.default_rng(0).random((3, 3, 32, 32), dtype=np.float32)
-    >>> found = kdx.hires_cam("kdx:resnet,width=4,depth=1,classes=5", images, "layer2")
-    >>> found.maps.shape, bool((found.classes == found.logits.argmax(1)).all())
+    >>> result = kdx.hires_cam("kdx:resnet,width=4,depth=1,classes=5", images, "layer2")
+    >>> result.maps.shape, bool((result.classes == result.logits.argmax(1)).all())
     ((3, 16, 16), True)
     """
     return _like(_class_maps(network, arrays.pixels(images), layer, classes, "elementwise", device, chunk), images)

@@ -1,4 +1,4 @@
-"""UniCAM of a layer before the feature layer."""
+"""UniCAM at a layer before the feature layer."""
 
 from __future__ import annotations
 
@@ -33,21 +33,26 @@ def unicam_before(
     device: str = "auto",
     chunk: int | None = None,
 ) -> Maps[ArrayT]:
-    """`kdx.unicam` mapped to a layer that comes before the feature layer: its gradient, pulled back through the explained network.
+    """UniCAM at a layer before the feature layer: the gradient at the feature layer is pulled back through the explained network.
 
-    With X the explained features at the feature layer, dL/dX = Lap X is the cotangent; with F the feature of the earlier
-    layer, dL/dF = (Lap X) . dX/dF, and then a_ic = mean over h, w of dL/dF_ic and map_i = ReLU(sum_c a_ic F_ic), or with
-    ``elementwise`` weights ReLU(sum_c dL/dF_ic F_ic). Source: arXiv 2412.13943.
+    Let X be the explained features at the feature layer. The gradient there, dL/dX = Lap X, is the cotangent. With F [n, C, H, W] the
+    feature of the earlier layer,
 
-    network: the explained one, as `grad_cam` takes it; a file or runner is of a graph whose cotangent is at the feature layer,
-    and with anything else ``at`` names that layer. images: [n, 3, h, w] in [0, 1]. explained, given: both networks' features
-    of these images at the feature layer, in the arrangement [n, C, H, W] that kdx gives them, the former from the same network
-    and preprocessing. target, objective, pooled, reference: as in `kdx.unicam`; they speak of the feature layer.
+        dL/dF = (Lap X) . dX/dF,        a_ic = mean over h, w of dL/dF_ichw,        map_i = ReLU(sum_c a_ic F_ic),
 
-    The result has the maps [n, H, W] and weights [n, C] of the earlier layer, and the feature layer's score. A map says
-    where features sit that raise L by way of the feature layer; it is not the UniCAM of the earlier layer's own geometry.
+    or, with ``elementwise`` weighting, map_ihw = ReLU(sum_c dL/dF_ichw F_ichw). Source: arXiv 2412.13943.
 
-    Raises KdxError for what `kdx.unicam` and `grad_cam` refuse, and for features that are not of the cotangent's layer.
+    network: the explained network, in any form that `grad_cam` takes. A file or a runner must have its cotangent at the feature layer;
+    for any other form, ``at`` names the feature layer. images: [n, 3, h, w] in [0, 1]. layer: the earlier layer. explained, given: both
+    networks' features of these images at the feature layer, [n, C, H, W] as kdx returns them. The explained features must come from the
+    same network with the same preprocessing. target, objective, weighting, pooled, reference: as in `kdx.unicam`, at the feature layer.
+    device, chunk: as in `grad_cam`.
+
+    Returns the maps [n, H, W] and weights [n, C] of the earlier layer, with the score of the feature layer. A map shows where the
+    earlier layer has features that raise L by way of the feature layer. It is not the UniCAM map of the earlier layer's own geometry.
+
+    Raises KdxError for what `kdx.unicam` and `grad_cam` refuse, for gradients of the logits instead of a feature layer, and for features
+    that do not have the shape of the cotangent.
 
     >>> import torch, kdx
     >>> from kdx.export.graphs import FeatureGraph
@@ -65,14 +70,14 @@ def unicam_before(
     with torch.no_grad():
         pair = unicam.pair_geometry(explained, given, target, objective, pooled=pooled, reference=reference)
         cotangent = pair.feature_gradient()
-        # Gradients of a score of many distances are small; a network in half precision would lose them.
+        # The gradient of a score of many distances is small. Without this scaling, a network in half precision would lose it.
         largest = cotangent.abs().max().clamp_min(torch.finfo(cotangent.dtype).tiny)
         weights, maps = [], []
         with gradient_runner(network, layer, batch, device, at) as (runner, name):
             if runner.cotangent_layer is None:
                 raise KdxError(
                     "The gradients are those of the logits, not of a feature layer.",
-                    "Name the feature layer: at, or --at where the file is exported.",
+                    "Name the feature layer with `at`, or export the file with --at.",
                 )
             for part in parts(runner, chunk, len(batch)):
                 _, gradients = layer_gradients(runner, [name], batch[part], cotangent[part] / largest, part.start)

@@ -1,4 +1,4 @@
-"""Salient images: of an image, the pixels that matter most to a network are kept, and the others are imputed from them."""
+"""Salient images: the pixels of an image that matter most to a network are kept, and the others are imputed from them."""
 
 from __future__ import annotations
 
@@ -18,26 +18,30 @@ from kdx.maps.scaling import scaled
 from kdx.runtimes.runner import Runner
 
 _CANCELLED = 3e-3
-"""Where terms add up to less than this share of their sizes, at every position of every image, they add up to zero: what is left is
-the epsilon of a normalisation, or rounding, which in bfloat16 may come to 1e-3. Maps that rank pixels come to 1e-2 and more."""
+"""If terms add up to less than this share of the sum of their absolute values, at every position of every image, they cancel. What
+remains comes from the epsilon of a normalisation, or from rounding, which in bfloat16 can reach 1e-3. Maps that do rank pixels have at
+least 1e-2."""
 
 
 @dataclass(frozen=True)
 class Salience:
-    """What a salient image keeps: the share ``keep`` of its pixels, in (0, 1); and the standard deviation of the normal noise, of
-    pixels in [0, 1], that is added to the others as they are imputed. KdxError for any other share or deviation."""
+    """How a salient image is made.
+
+    keep: the share of its pixels that are kept, in (0, 1). noise: the standard deviation of the normal noise that is added to the
+    imputed pixels, in units of pixels in [0, 1]. Raises KdxError for values out of range.
+    """
 
     keep: float = 0.5
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep < 1:  # so that NaN fails
-            raise KdxError(f"The share {self.keep} of pixels to keep is not between 0 and 1.", "Give a part of them, such as 0.5.")
+        if not 0 < self.keep < 1:  # in this form NaN fails too
+            raise KdxError(f"The share {self.keep} of pixels to keep is not between 0 and 1.", "Give a share such as 0.5.")
         if not 0 <= self.noise < math.inf:
-            raise KdxError(f"The noise {self.noise} is no standard deviation.", "Give 0, or a little, such as 0.01.")
+            raise KdxError(f"The noise {self.noise} is no standard deviation.", "Give 0, or a small number such as 0.01.")
 
     def images(self, images: Tensor, maps: Tensor, seed: int = 0) -> Tensor:
-        """Images [n, 3, h, w] of which the top share of their maps [n, H, W], resized to them, is kept and the rest imputed."""
+        """Images [n, 3, h, w]: the pixels that the maps [n, H, W], resized to the images, rank highest are kept, and the rest imputed."""
         kept = top_mask(scaled(maps, (images.shape[2], images.shape[3])), self.keep)
         return imputation.impute(images, kept.to(images.device), noise=self.noise, seed=seed)
 
@@ -54,21 +58,22 @@ def salient_images(
     device: str = "auto",
     chunk: int | None = None,
 ) -> ArrayT:
-    """The images [n, 3, h, w] with the pixels that matter most to the network kept, and the others imputed from them.
+    """Images in which the pixels that matter most to the network are kept, and the others are imputed from them.
 
-    ``impute(images, top_mask(hires_cam(network, images, layer, classes).scaled((h, w)), keep), noise=noise, seed=seed)``: the
-    share ``keep`` of an image's pixels that its HiResCAM, resized to the image, ranks highest stays. What a network makes of its
-    salient images are its salient features, which FSS and RS were published on with half of the pixels kept (arXiv 2412.13943).
+    Equal to ``impute(images, top_mask(hires_cam(network, images, layer, classes).scaled((h, w)), keep), noise=noise, seed=seed)``: of
+    each image, the share ``keep`` of the pixels that its HiResCAM map, resized to the image, ranks highest is kept. A network's features
+    of its salient images are its salient features. FSS and RS were published on salient features, with half of the pixels kept
+    (arXiv 2412.13943).
 
-    network, images, layer, classes, device, chunk: as `hires_cam` takes them. noise, seed: as `impute` does. The images come
-    back in the kind, type and place that they came in.
+    network, images, layer, classes, device, chunk: as in `hires_cam`. keep: in (0, 1). noise, seed: as in `impute`. Returns images
+    [n, 3, h, w] of the same kind and type, on the same device.
 
-    Where a map is positive on less than the share, `top_mask` fills the share up with pixels in reading order; of an image
-    whose map is zero everywhere it keeps the first rows. A salient image does not show what the network sees: what was imputed
-    has colours and, at the edge of what was kept, traces of shape.
+    If fewer pixels than the share have a positive map, `top_mask` adds pixels in reading order; of an image whose map is zero everywhere
+    it keeps the first rows. A salient image does not show what the network sees: imputed pixels have colours, and traces of shape at
+    the border of the kept pixels.
 
-    Raises KdxError for what `hires_cam` refuses, for a share outside (0, 1), and for a layer at which the maps of all images
-    are zero but for rounding, since they rank nothing: there, name the normalisation that reads the layer.
+    Raises KdxError for what `hires_cam` refuses, for a share outside (0, 1), and for a layer at which the maps of all images are zero up
+    to rounding, because they rank no pixels; then name the normalisation that reads the layer.
 
     >>> import numpy as np, kdx
     >>> images = np.random.default_rng(0).random((3, 3, 32, 32), dtype=np.float32)
@@ -84,18 +89,19 @@ def salient_images(
 
 
 def impute(images: ArrayT, kept: Array, *, noise: float = 0.0, seed: int = 0) -> ArrayT:
-    """Images [n, c, h, w] of which the pixels kept stay as they are, and every other one is the mean of its neighbours.
+    """Images in which every pixel that is not kept becomes the weighted mean of its neighbours.
 
-    Of the eight neighbours the four beside a pixel weigh 1/6 each and the four diagonal ones 1/12, and at the border as much more
-    as makes up for those that are missing; all imputed pixels of an image solve one linear system. Source: the noisy linear
-    imputation of Rong et al., "A Consistent and Efficient Evaluation Strategy for Attribution Methods", ICML 2022.
+    The four neighbours beside a pixel have the weight 1/6 each, the four diagonal ones 1/12. At the border of the image, the weights of
+    the existing neighbours are scaled to the sum 1. All imputed pixels of an image are the solution of one linear system. Source: the
+    noisy linear imputation of Rong et al., "A Consistent and Efficient Evaluation Strategy for Attribution Methods", ICML 2022.
 
-    images: floating-point, NumPy or PyTorch. kept: boolean [n, h, w], or one mask [h, w] for all, such as `top_mask` gives.
-    noise: the standard deviation of normal noise on imputed pixels, of a generator that ``seed`` starts. Same kind and type out.
+    images: [n, c, h, w], floating-point, NumPy or PyTorch. kept: boolean [n, h, w], or one mask [h, w] for all images, as `top_mask`
+    returns it. noise: the standard deviation of the normal noise that is added to imputed pixels, from a generator with this ``seed``.
+    Returns images of the same kind and type; kept pixels do not change.
 
-    Imputation removes what neighbours do not tell; it does not remove the shape of the mask, which a network may read.
+    Imputation removes what a pixel's neighbours do not predict. It does not remove the shape of the mask, which a network may recognise.
 
-    Raises KdxError for shapes that do not match, for pixels that are not finite, and for an image of which nothing is kept.
+    Raises KdxError for shapes that do not match, for pixels that are not finite, and for an image without a kept pixel.
 
     >>> import numpy as np, kdx
     >>> ramp = np.tile(np.arange(5.0), (1, 1, 5, 1))
@@ -109,13 +115,13 @@ def impute(images: ArrayT, kept: Array, *, noise: float = 0.0, seed: int = 0) ->
 
 
 def top_mask(maps: ArrayT, share: float = 0.5) -> ArrayT:
-    """The most salient pixels: boolean [n, H, W], true at exactly round(share H W) pixels of each map [n, H, W].
+    """A mask of the largest values of each map: boolean [n, H, W], true at exactly round(share H W) positions of each map.
 
-    share: in [0, 1]. Of equal pixels the first in reading order (row by row, from the top left) is kept, on every device; so a
-    constant map, which holds no order, gives its first rows. A mask says which pixels of a map are largest, not that they
-    are large.
+    maps: [n, H, W], NumPy or PyTorch. share: in [0, 1]. Among equal values, the first in reading order (row by row, from the top left)
+    are taken, on every device; so the mask of a constant map is its first rows. A mask shows which values of a map are largest, not that
+    they are large.
 
-    Raises KdxError for a share outside [0, 1], for what is not [n, H, W], and for NaN.
+    Raises KdxError for a share outside [0, 1], for maps that are not [n, H, W] numbers, and for NaN.
 
     >>> import numpy as np, kdx
     >>> kdx.top_mask(np.array([[[0.1, 0.9], [0.9, 0.2]]]), share=0.25)
@@ -125,8 +131,8 @@ def top_mask(maps: ArrayT, share: float = 0.5) -> ArrayT:
     values = arrays.tensor(maps, "maps")
     if values.ndim != 3 or values.dtype == torch.bool:
         raise KdxError(f"The maps have shape {list(values.shape)} and type {values.dtype}.", "Give maps [n, H, W] of numbers.")
-    if not 0 <= share <= 1:  # so that NaN fails
-        raise KdxError(f"The share {share} is not between 0 and 1.", "Give the part of the pixels to keep, such as 0.3.")
+    if not 0 <= share <= 1:  # in this form NaN fails too
+        raise KdxError(f"The share {share} is not between 0 and 1.", "Give the share of the pixels to keep, such as 0.3.")
     flat = values.flatten(1)
     if bool(flat.isnan().any()):
         raise KdxError(f"The maps contain NaN {arrays.rows_text(flat.isnan().any(1))}.", "Remove those maps: NaN has no order.")
@@ -138,9 +144,9 @@ def top_mask(maps: ArrayT, share: float = 0.5) -> ArrayT:
 def ranking_maps(
     runner: Runner, layers: Sequence[str], images: Tensor, classes: Tensor, count: int, chunk: int | None = None
 ) -> dict[str, Tensor]:
-    """HiResCAM [n, H, W] of each layer, by one pass of a graph of gradients: images [n, 3, h, w], classes [n], of ``count``.
+    """HiResCAM [n, H, W] at each layer, from one pass of a graph of gradients over images [n, 3, h, w] with classes [n], among ``count``.
 
-    Raises KdxError for a layer at which the maps of all images are zero but for rounding.
+    Raises KdxError for a layer at which the maps of all images are zero up to rounding.
     """
     pieces: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     largest_sum = dict.fromkeys(layers, 0.0)

@@ -1,4 +1,4 @@
-"""UniCAM maps: where the explained network holds what the given network does not explain."""
+"""UniCAM: maps of the features that one network has and another network does not explain."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from kdx.roles import TARGET
 
 @dataclass(frozen=True)
 class Maps(Generic[ArrayT]):
-    """UniCAM of one layer and one pair of networks.
+    """UniCAM maps of one layer and one pair of networks. All arrays are of the kind that the explained features have.
 
-    maps: [n, H, W] >= 0, at feature resolution, before scaling; comparable within one image, not between images.
-    weights: [n, C], the mean over h, w of the objective's gradient.
-    score: the objective's value (in reference mode its mean over the images).
+    maps: [n, H, W] >= 0, at the resolution of the features, not scaled. Values are comparable within one map, not between images. A map
+    may be zero everywhere: where the weighted channels nowhere add up to more than zero.
+    weights: the channel weights [n, C], the mean over h, w of the gradient of the objective L. They may be negative.
+    score: the objective L; in reference mode its mean over the images.
     """
 
     maps: ArrayT
@@ -35,16 +36,20 @@ class Maps(Generic[ArrayT]):
     score: float
 
     def scaled(self, size: tuple[int, int] | None = None) -> ArrayT:
-        """The maps min-max scaled to [0, 1] image by image, resized (bilinear) to ``size`` (H, W) where given."""
+        """The maps, each min-max scaled to [0, 1], then resized (bilinear) to ``size`` (H, W) if given. A constant map becomes zero."""
         return scaled(self.maps, size)
 
 
 class ReferenceSet:
-    """A fixed set of m images that queries are placed among, so that a map depends on its image and this set alone.
+    """A fixed set of m reference images for `unicam`. Each image is placed among them, so its map does not depend on its batch.
 
-    explained, given: features of the two networks on the reference images, [m, C, H, W] or [m, d];
-    target: their labels [m] or embedding [m, e]. Choose them class-balanced. Queries must then come with embeddings in
-    the same space, or labels with the same meaning. The references' own distances are computed once, here.
+    The map of an image then depends on that image and on this set alone. The distances between the references are computed once, here.
+
+    explained, given: the two networks' features of the reference images, [m, C, H, W] or [m, d]. target: their labels [m] or embedding
+    [m, e]. pooled: as in the call of `unicam`. Choose class-balanced images. The features of a later call must come from the same layers
+    of the same networks, and its target must be labels with the same meaning, or an embedding in the same space.
+
+    Raises KdxError for what `unicam` refuses: m < 4, one class, constant or non-finite features, and numbers of rows that differ.
     """
 
     def __init__(self, explained: Array, given: Array, target: Array, *, pooled: bool = False) -> None:
@@ -55,9 +60,8 @@ class ReferenceSet:
         arrays.check_images(m)
         arrays.check_same(self.given.shape[0], m, "given features", "explained features")
         rows = {"explained features": self.explained, "given features": self.given}
-        self.distances = arrays.checked_distances({name: distance_rows(value, pooled) for name, value in rows.items()}, TorchBackend())
-        self.target = Target.of(target, m)
-        self.target.distances  # noqa: B018 - refuses a target without geometry here, before any query
+        self.distances = arrays.row_distances({name: distance_rows(value, pooled) for name, value in rows.items()}, TorchBackend())
+        self.target = Target.of(target, m).checked()
 
 
 def unicam(
@@ -71,23 +75,35 @@ def unicam(
     reference: ReferenceSet | None = None,
     backend: Backend = "auto",
 ) -> Maps[ArrayT]:
-    """UniCAM maps of ``explained``'s features given ``given``'s, in closed form: no backward pass, nothing of size n x n x d.
+    """UniCAM maps: where the explained network has features that matter to the target and that the given network does not explain.
 
-    With A, B, G the U-centred distance matrices of the two networks' features and of the target, R = A - <A,B>/<B,B> B:
-    the objective is L = <R,G>/sqrt(<R,R><G,G>) (relevance), L = sum_i max_j R_ij (uniqueness), or any differentiable
-    function of R [n, n]. Channel weights a_ic = mean_hw dL/dF_ichw, maps ReLU(sum_c a_ic F_ic); ``elementwise`` weights
-    each position with its own gradient (HiRes). Source: arXiv 2412.13943.
+    Let A, B and G be the U-centred distance matrices [n, n] of the explained features, the given features and the target, and
+    R = A - (<A,B>/<B,B>) B the residual of A. The objective L is
 
-    explained, given: [n, C, H, W] or [n, d], float16 to float64, NumPy or PyTorch, on one device; channels and sizes may
-    differ between the two. target: integer labels [n] or an embedding [n, e]. pooled: measure distances between spatial
-    means instead of whole features. reference: place each image among these instead of among its batch mates. backend: ``torch``
-    or ``cuda``, the kernels for NVIDIA GPUs; ``auto`` takes the kernels for features on a GPU that can run them.
+        relevance:    L = <R,G>/sqrt(<R,R><G,G>)
+        uniqueness:   L = sum_i max_j R_ij
 
-    A map says where the features sit that raise L; it does not say that the network's prediction depends on them, and
-    in a plain batch it changes with the other images.
+    or any differentiable function of R, which it receives as a stack [..., n, n]; it returns one value per matrix. With F [n, C, H, W]
+    the explained features, the channel weights and maps are
 
-    Raises KdxError for n < 4, one class, constant or non-finite features, rows that do not match, features that ``given``
-    explains wholly, and the backend ``cuda`` where it cannot run.
+        a_ic = mean over h, w of dL/dF_ichw,        map_i = ReLU(sum_c a_ic F_ic).
+
+    With ``elementwise`` weighting each position has its own gradient (HiRes): map_ihw = ReLU(sum_c dL/dF_ichw F_ichw). Everything is
+    computed in closed form, without a backward pass and without arrays of n x n x d. Source: Adhane et al., "On Explaining Knowledge
+    Distillation: Measuring and Visualising the Knowledge Transfer Process", WACV 2025, arXiv 2412.13943.
+
+    explained, given: features of the same images, [n, C, H, W] or [n, d], float16, bfloat16, float32 or float64, NumPy or PyTorch, on one
+    device. The two may differ in channels and size. target: integer labels [n] or an embedding [n, e]. objective, weighting: see above.
+    pooled: measure distances between the spatial means of the features instead of the whole features. reference: place each image among
+    these images instead of among its batch; then any n >= 1 will do. backend: ``torch``, or ``cuda`` for the CUDA kernels; ``auto`` uses
+    the kernels for features on a GPU that can run them.
+
+    A map shows where the features sit that raise L. It does not show that the network's prediction depends on them. Without
+    ``reference``, a map changes with the other images of the batch. With four images all maps of the relevance objective are zero.
+
+    Raises KdxError for fewer than four images, a target with one class or one image per class, constant or non-finite features, numbers of
+    rows that differ, features that ``given`` explains completely, and the backend ``cuda`` where it cannot run. Raises ValueError for
+    an unknown objective, weighting or backend.
 
     >>> import numpy as np, kdx
     >>> rng = np.random.default_rng(0)
@@ -113,18 +129,19 @@ def unicam(
 
 
 def check_weighting(weighting: str) -> None:
+    """Raise ValueError for an unknown weighting."""
     if weighting not in ("gap", "elementwise"):
         raise ValueError(f"weighting must be 'gap' or 'elementwise', not {weighting!r}")
 
 
 @dataclass(frozen=True, eq=False)
 class PairGeometry:
-    """One explained network's features, and what the geometry of the pair, explained and given, says about them.
+    """The UniCAM gradient of one pair of networks, with the explained features that it is applied to.
 
-    features: [n, C, H, W]. weights [n, C]: the gradient of L with respect to the channels' spatial means, which for pooled features is
-    the gradient of the rows X themselves. laplacian: Lap [n, n] with dL/dX = Lap X; in reference mode [n, m+1, m+1], each image behind
-    the ``references`` [m, C, H, W]; None if not requested. score: L; in reference mode its mean over the images. pooled: whether
-    distances were measured between spatial means. ops: the backend.
+    features: [n, C, H, W]. weights [n, C]: Lap times the spatial means of the features. laplacian: the matrix Lap [n, n] with
+    dL/dX = Lap X; in reference mode [n, m+1, m+1], where each image is the last row behind the ``references`` [m, C, H, W]; None if not
+    requested. score: L; in reference mode its mean over the images. ops: the backend. pooled: whether the rows X, between which distances
+    are measured, are spatial means.
     """
 
     features: Tensor
@@ -148,12 +165,12 @@ class PairGeometry:
     ) -> PairGeometry:
         """The explained network at this index of a solution."""
         laplacian = None if solution.laplacians is None else solution.laplacians[index]
-        # A user's objective may reduce the stack, which then has one network, to a scalar.
+        # A user's objective returns a scalar, for a stack of one network.
         score = solution.score[index] if solution.score.ndim else solution.score
         return cls(features, solution.weights[index], laplacian, float(score.mean()), ops, pooled, references)
 
     def maps(self, weighting: Weighting) -> tuple[Tensor, Tensor]:
-        """(channel weights [n, C], maps [n, H, W]). Elementwise weighting of features that are not pooled needs the Laplacian."""
+        """(channel weights [n, C], maps [n, H, W]). Elementwise weighting needs the Laplacian, unless the features are pooled."""
         features, weights = self.features, self.weights
         if self.pooled:  # every position gets 1/(HW) of a spatial mean's gradient, so both weightings agree
             weights = weights / (features.shape[2] * features.shape[3])
@@ -190,13 +207,15 @@ def pair_geometry(
     backend: Backend = "auto",
     laplacian: bool = True,
 ) -> PairGeometry:
-    """The n x n part of `unicam`, whose arguments these are. laplacian: whether the result contains it."""
+    """The n x n part of `unicam`, with the same arguments. laplacian: whether the result contains the Laplacian."""
     features = arrays.feature_map(explained, "explained features")
     others = arrays.feature_map(given, "given features")
     n = features.shape[0]
     arrays.check_same(others.shape[0], n, "given features", "explained features")
     if features.device != others.device:
-        raise KdxError(f"The explained features are on {features.device}, the given ones on {others.device}.", "Move both to one device.")
+        raise KdxError(
+            f"The explained features are on {features.device}, the given features on {others.device}.", "Move both to one device."
+        )
     if not callable(objective) and objective not in geometry.OBJECTIVES:
         raise ValueError(f"objective must be one of {sorted(geometry.OBJECTIVES)} or a function of R, not {objective!r}")
     chosen = geometry.differentiated(objective) if callable(objective) else geometry.OBJECTIVES[objective]
@@ -206,7 +225,7 @@ def pair_geometry(
     if reference is None:
         arrays.check_images(n)
         goal = Target.of(target, n, device=features.device, backend=ops)
-        networks = arrays.checked_distances({"explained features": x, "given features": y}, ops)
+        networks = arrays.row_distances({"explained features": x, "given features": y}, ops)
         solution = ops.channel_weights(networks.select([0]), networks.select([1]), goal.distances, means, chosen, laplacians=laplacian)
     elif pooled != reference.pooled:
         raise ValueError("pooled differs between the call and its reference set")
@@ -229,14 +248,14 @@ def pair_geometry(
 
 
 def check_residual(share: Tensor, *rows: Tensor) -> None:
-    """KdxError if ``share`` = ||R||/||D|| is only rounding: the given features explain everything.
+    """Raise KdxError if ``share`` = ||R||/||D|| is only rounding: then the given features explain the explained ones completely.
 
-    rows: the features that distances were measured between, whose type and width determine the rounding.
+    rows: the features that distances were measured between; their type and width determine the rounding.
     """
     if not bool((share > max(map(arrays.rounding, rows))).all()):  # in this form NaN fails too
         raise KdxError(
             "Nothing is left of the explained features without what the given features explain.",
-            "Compare two different networks or layers; identical ones have no residual.",
+            "Compare two different networks or layers; identical networks have no residual.",
         )
 
 
@@ -246,10 +265,10 @@ def distance_rows(features: Tensor, pooled: bool) -> Tensor:
 
 
 def reference_distances(known: Tensor, queries: Tensor, inside: Tensor, name: str, pooled: bool = False) -> ReferenceDistances:
-    """Distances between the reference features [m, C, H, W] (inside [m, m]), and from each query [q, C, H, W] to them."""
+    """The distances of reference mode: ``inside`` [m, m] between the features ``known`` [m, C, H, W], and from each query to them."""
     if queries.shape[1:] != known.shape[1:]:
         raise KdxError(
-            f"The {name} are {list(queries.shape[1:])} per image, those of the reference set {list(known.shape[1:])}.",
+            f"The {name} have shape {list(queries.shape[1:])} per image, and those of the reference set have {list(known.shape[1:])}.",
             "Take both from the same layer of the same network.",
         )
     if len(queries) == 0:

@@ -43,7 +43,8 @@ class Entry:
         """The entry as stored; null becomes NaN. Raises KeyError, TypeError or ValueError where ``stored`` is not an entry."""
         low, high = (math.nan if x is None else float(x) for x in stored["interval"])
         value = math.nan if stored["value"] is None else float(stored["value"])
-        return cls(value, (low, high), stored.get("p_value"), stored.get("n"), stored.get("batches"))
+        p_value, n, batches = (stored.get(key) for key in ("p_value", "n", "batches"))
+        return cls(value, (low, high), None if p_value is None else float(p_value), _integer(n), _integer(batches))
 
     @property
     def known(self) -> bool:
@@ -89,7 +90,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A complete run. Roles are in READING_ORDER; scores and contrasts are those that the run's roles have, the same at every layer."""
+    """A complete run. Roles are in READING_ORDER. Every layer has the same scores and contrasts, those that the run's roles have.
+
+    ``batches`` and ``explained`` are numbers of batches and images. ``kdx`` is the version that computed the run, ``date`` the day on
+    which it finished.
+    """
 
     folder: Path
     manifest: Manifest  # as stored
@@ -182,12 +187,12 @@ def read_run(folder: Path) -> RunRecord:
             contrasts={layer: _entries(stored["layers"][layer]["contrasts"], contrasts) for layer in layers},
             samples=_samples(folder, roles),
             confidence=float(configuration["confidence"]),
-            permutations=configuration.get("permutations"),
+            permutations=_integer(configuration.get("permutations")),
             reference_images=int(configuration["reference_images"] or 0),
             salient=(float(features["keep"]), float(features["noise"])) if features else None,
             batches=int(manifest["batches"]),
             explained=int(images["explained"]),
-            unreadable=list(images.get("unreadable") or []),
+            unreadable=[{"id": str(image["id"]), "reason": str(image["reason"])} for image in images.get("unreadable") or []],
             kdx=str(manifest["kdx"]),
             date=str(manifest.get("finished") or manifest["created"])[:10],
             command=[str(part) for part in manifest["command"]],
@@ -236,12 +241,16 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
+def _integer(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
 def _network(role: str, manifest: Manifest, accuracy: Mapping[str, Any]) -> NetworkRecord:
     stored = manifest["configuration"]["models"][role]
     random_weights = role in manifest.get("random_weights", [])
     return NetworkRecord(
         str(stored["reference"]),
-        stored.get("parameters"),
+        _integer(stored.get("parameters")),
         random_weights,
         Entry.of(accuracy),
         int(accuracy["correct"]),
@@ -258,12 +267,7 @@ def _samples(folder: Path, roles: Sequence[str]) -> Samples:
     import pyarrow
     import pyarrow.parquet
 
-    columns = [
-        schema.ROW,
-        schema.ID,
-        schema.LABEL,
-        *(column(role) for role in roles for column in (schema.prediction_column, schema.confidence_column)),
-    ]
+    columns = [schema.ROW, schema.ID, schema.LABEL, *map(schema.prediction_column, roles), *map(schema.confidence_column, roles)]
     try:
         table = pyarrow.parquet.read_table(folder / schema.SAMPLES, columns=columns)
     except pyarrow.ArrowException as error:
@@ -271,6 +275,9 @@ def _samples(folder: Path, roles: Sequence[str]) -> Samples:
     missing = [name for name in columns if name not in table.column_names]
     if missing:
         raise ValueError(f"samples.parquet has no column {missing[0]}")
+    incomplete = [name for name in columns if table[name].null_count]
+    if incomplete:
+        raise ValueError(f"samples.parquet has missing values in the column {incomplete[0]}")
     arrays = {name: table[name].to_numpy() for name in columns if name != schema.ID}
     return Samples(
         arrays[schema.ROW],

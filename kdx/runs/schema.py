@@ -5,7 +5,7 @@ No other module defines them. `kdx.runs.run` and `kdx.runs.store` write a folder
     manifest.json    everything needed to repeat the run, and whether it is complete
     samples.parquet  one row per image
     maps.zarr        LAYER/{distilled,residual,missed,new} [rows, h, w], one chunk per batch (the last two only with a teacher)
-    scores.json      accuracies, and per layer the scores and contrasts; scores.csv holds the scores and contrasts as a table
+    scores.json      accuracies, and per layer the scores and contrasts; scores.csv has the scores and contrasts as a table
     report.html      the page
     overlays/        the gallery's pictures: ROW.png is an image, ROW_LAYER_KIND.png a map over it
     networks/        the networks as the runtime executes them
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from kdx.scores.pool import LayerScores
 
 FORMAT = 1
+"""The number that a manifest states. It changes when an older kdx can no longer read a new run."""
 
 # ---------------------------------------------------------------- the files
 
@@ -41,10 +42,8 @@ SCORES = "scores.json"
 SCORES_TABLE = "scores.csv"
 PAGE = "report.html"
 NETWORKS = "networks"
-
-_OVERLAYS = "overlays"
-
 PROGRESS = "progress"
+_OVERLAYS = "overlays"
 
 
 def batch_path(run: Path, batch: int) -> Path:
@@ -69,7 +68,7 @@ def overlay_path(run: Path, row: int, layer_name: str, kind: str) -> Path:
 
 
 def may_precede_manifest(name: str) -> bool:
-    """Whether a folder with this file and without a manifest may become a run's: a run killed at its start, or the system, left it."""
+    """Whether this file may be in a folder that becomes a run's: a run that was killed at its start wrote it, or the system did."""
     return name in (".DS_Store", ".lock", NETWORKS) or name.startswith(f".{MANIFEST}.")
 
 
@@ -103,7 +102,7 @@ class StoredNetwork(TypedDict):
 
 
 class Features(TypedDict):
-    """The features that the scores are of: ``kind`` raw, or salient with its two parameters."""
+    """The features that the scores describe: ``kind`` is raw, or salient with its two parameters."""
 
     kind: str
     keep: NotRequired[float]
@@ -198,7 +197,7 @@ class StoredScores(TypedDict):
 
 
 def stored_layer(layer: LayerScores) -> StoredLayer:
-    """The scores and contrasts of a layer as scores.json holds them."""
+    """The scores and contrasts of a layer in the form of scores.json."""
     scores: dict[str, StoredScore] = {
         name: {"value": score.value, "interval": score.interval, "p_value": score.p_value, "n": score.n, "batches": score.batches}
         for name, score in layer.scores.items()
@@ -228,7 +227,7 @@ ID, ROW, BATCH, LABEL = "id", "row", "batch", "label"
 """Columns of samples.parquet: the image's name, the row of its maps in maps.zarr, its batch, and its class."""
 
 INDEX = "index"
-"""The column of a batch's file that holds each image's index in the data set."""
+"""The column of a batch's file with each image's index in the data set."""
 
 
 def prediction_column(role: str) -> str:
@@ -240,7 +239,10 @@ def confidence_column(role: str) -> str:
 
 
 class LayerProducts(NamedTuple):
-    """The inner products that a batch adds to a layer's pool: the arguments of `kdx.scores.pool.Pool.add`."""
+    """The inner products that a batch adds to a layer's pool: the arguments of `kdx.scores.pool.Pool.add`.
+
+    With r roles: products [r + 1, r + 1], permuted [p, r + 1] per permuted matrix, left_out [n, r + 1, r + 1] or None.
+    """
 
     products: torch.Tensor
     permuted: dict[str, torch.Tensor]
@@ -265,11 +267,11 @@ class BatchRecord:
         On disk the kind of permuted products is ``moved_NAME``, the name that older runs gave it, so that they can still resume.
         """
         arrays = dict(self.columns)
-        for layer, of_layer in self.layers.items():
-            arrays[f"products/{layer}"] = of_layer.products.numpy(force=True)
-            arrays |= {f"moved_{name}/{layer}": products.numpy(force=True) for name, products in of_layer.permuted.items()}
-            if of_layer.left_out is not None:
-                arrays[f"left_out/{layer}"] = of_layer.left_out.numpy(force=True)
+        for layer, (products, permuted, left_out) in self.layers.items():
+            arrays[f"products/{layer}"] = products.numpy(force=True)
+            arrays |= {f"moved_{name}/{layer}": rows.numpy(force=True) for name, rows in permuted.items()}
+            if left_out is not None:
+                arrays[f"left_out/{layer}"] = left_out.numpy(force=True)
         return arrays | {"unreadable": np.array(self.unreadable, dtype=np.str_).reshape(-1, 2)}
 
     @classmethod
@@ -284,7 +286,7 @@ class BatchRecord:
         layers = {
             layer: LayerProducts(
                 kinds["products"],
-                {kind.removeprefix("moved_"): products for kind, products in kinds.items() if kind.startswith("moved_")},
+                {kind.removeprefix("moved_"): rows for kind, rows in kinds.items() if kind.startswith("moved_")},
                 kinds.get("left_out"),
             )
             for layer, kinds in by_layer.items()

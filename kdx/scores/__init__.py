@@ -1,1 +1,1 @@
-"""FSS, RS and what they are made of: inner products, uncertainty, pooling over batches."""
+"""FSS and RS: inner products, statistics, uncertainty, and pooling over batches."""

@@ -1,4 +1,4 @@
-"""Every score of student, base and teacher at any number of layers, from features at hand: in memory or on disk."""
+"""All scores of student, base and teacher at any number of layers, from features in memory or on disk."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ def compare(
     seed: int = 0,
     backend: Backend = "auto",
 ) -> dict[str, LayerScores]:
-    """FSS and RS of every layer: how alike student and teacher are, and how relevant to the target is what each of them holds.
+    """FSS and RS of every layer: how similar two networks' features are, and how relevant each network's features are to the target.
 
-    features: layer -> role -> features of the same images, [n, C, H, W] or [n, d], as `kdx.fss` takes them; the roles are student and
-    base, and the teacher where there is one. target: labels [n] or an embedding [n, e]. batch: how many images' distances make one
-    set; by default all do, which is exact for any n (past 256, in tiles that are thrown away). permutations, confidence,
-    seed, backend: as in `kdx.fss`.
+    features: layer -> role -> features of the same images, [n, C, H, W] or [n, d], in any form that `kdx.fss` takes. The roles are
+    student, base and optionally teacher. target: labels [n] or an embedding [n, e]. batch: the number of images in a set of distances; by
+    default all images are one set, which is exact for any n. permutations, confidence, seed, backend: as in `kdx.fss`.
 
-    A layer's `scores` are those of `kdx.fss` and `kdx.rs` by name ("FSS(S,T)", "RS(S|B)" ...), its `contrasts` differences of two of
-    them with intervals. Each network's distances are made once a layer, for all of these.
+    Returns, for each layer, `scores` by name and `contrasts` by name. The scores are those of `kdx.fss` and `kdx.rs`: "FSS(S,T)",
+    "FSS(B,T)", "RS(T)", "RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)", "RS(T|S)" and "RS(S|T)"; without a teacher, those that do not name T. A
+    contrast is the difference of two scores, (value, interval). Each network's distances are computed once per layer, for all scores.
 
-    Raises KdxError for what `kdx.fss` and `kdx.rs` refuse, and ValueError for other roles.
+    Raises KdxError for no features and for what `kdx.fss` and `kdx.rs` refuse, and ValueError for other roles.
 
     >>> import numpy as np, kdx
     >>> rng = np.random.default_rng(0)
     >>> student, base, labels = rng.normal(size=(60, 8)), rng.normal(size=(60, 8)), np.arange(60) % 3
-    >>> found = kdx.compare({"layer4": {"student": student, "base": base}}, labels, permutations=99)
-    >>> sorted(found["layer4"].scores)
+    >>> layers = kdx.compare({"layer4": {"student": student, "base": base}}, labels, permutations=99)
+    >>> sorted(layers["layer4"].scores)
     ['RS(B)', 'RS(B|S)', 'RS(S)', 'RS(S|B)']
     """
     if not features:
-        raise KdxError("There are no features to compare.", "Give a layer's: {layer: {'student': ..., 'base': ...}}.")
-    return {layer: _layer(layer, given, target, batch, permutations, confidence, seed, backend) for layer, given in features.items()}
+        raise KdxError("There are no features to compare.", "Give the features of a layer: {layer: {'student': ..., 'base': ...}}.")
+    return {layer: _layer(layer, by_role, target, batch, permutations, confidence, seed, backend) for layer, by_role in features.items()}
 
 
 def _layer(
     layer: str,
-    given: Mapping[str, Source],
+    features: Mapping[str, Source],
     target: Array,
     batch: int | None,
     permutations: int,
@@ -57,14 +57,14 @@ def _layer(
     seed: int,
     backend: Backend,
 ) -> LayerScores:
-    roles = roles_among(given)
+    roles = roles_among(features)
     names = {role: f"{role}'s features at {layer}" for role in roles} | {TARGET: TARGET}
-    named = {names[role]: rows_of(given[role], names[role]) for role in roles}
+    named = {names[role]: rows_of(features[role], names[role]) for role in roles}
     permuted = {role: names[role] for role in permuted_among(roles)}
-    found = inner_products.inner_products(
+    sums = inner_products.inner_products(
         named | {TARGET: target}, [*permuted.values()], batch=batch, permutations=permutations, seed=seed, backend=backend
     )
     for explained, other in maps_among(roles).values():
-        inner_products.check_residual(found, roles.index(explained), roles.index(other))
-    products = {role: found.permuted[name] for role, name in permuted.items()}
-    return pooled_scores(found.products, products, found.left_out, n=found.n, batches=found.batches, confidence=confidence, roles=roles)
+        inner_products.check_residual(sums, roles.index(explained), roles.index(other))
+    products = {role: sums.permuted[name] for role, name in permuted.items()}
+    return pooled_scores(sums.products, products, sums.left_out, n=sums.n, batches=sums.batches, confidence=confidence, roles=roles)

@@ -128,7 +128,7 @@ def _of_all_pairs(sources: Mapping[str, Source], plan: _Plan) -> InnerProducts:
     n, names = plan.n, tuple(sources)
     everyone = torch.arange(n, device=plan.device)
     rows = {name: source.rows if isinstance(source, Target) else source.read(everyone) for name, source in sources.items()}
-    distances = arrays.checked_distances(rows, plan.ops)
+    distances = arrays.row_distances(rows, plan.ops)
     centred = plan.centred(distances)
     products = geometry.products(centred)
     table = permutation_table(n, plan.permutations, plan.seed, plan.device)

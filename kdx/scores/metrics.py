@@ -1,4 +1,4 @@
-"""FSS and RS of features in memory or on disk."""
+"""The feature similarity score and the relevance scores, from features in memory or on disk."""
 
 from __future__ import annotations
 
@@ -25,21 +25,29 @@ def fss(
     seed: int = 0,
     backend: Backend = "auto",
 ) -> Score:
-    """Feature similarity score: the (squared) distance correlation <A,B>/sqrt(<A,A><B,B>) of two networks' features.
+    """Feature similarity score: the squared distance correlation of two networks' features.
 
-    student, teacher: features of the same images, [n, C, H, W] or [n, d], NumPy or PyTorch, or on disk: numpy.memmap or a Zarr
-    array; channels may differ. Any number of images: past 256, distances are made in tiles and thrown away, so that memory grows
-    with n and not with its square. Scaling or rotating either changes nothing. ``unbiased`` (U-centring, range [-1, 1],
-    about 0 for unrelated features) or ``biased`` (the V-statistic, in [0, 1], which reads about 1 for any two high-dimensional
-    features of few images).
-    Source: arXiv 2412.13943; Szekely and Rizzo, 2014.
+        FSS = <A,B>/sqrt(<A,A><B,B>)
 
-    batch: how many images' distances make one set; the images are dealt to batches at random, and inner products are summed over
-    batches. By default all images make one, which is exact. permutations: of the teacher's images, for the p-value (in batches, and
-    past 256 images, each turns random parts of them). confidence: of the interval. seed: of batches and permutations.
-    backend: as in `kdx.unicam`.
+    with A and B the centred distance matrices [n, n] of the student's and the teacher's features. Scaling, rotating or shifting either
+    network's features does not change it. Source: Adhane et al., arXiv 2412.13943; Szekely and Rizzo, "Partial distance correlation with
+    methods for dissimilarities", Annals of Statistics 42 (2014).
 
-    Raises KdxError for n < 4, rows that do not match, features of two types or on two devices, constant or non-finite features.
+    student, teacher: features of the same images, [n, C, H, W] or [n, d], of one floating-point type and on one device: NumPy, PyTorch,
+    or on disk as a numpy.memmap or a Zarr array. Their channels may differ. n may be any number from 4: above 256 images, distances are
+    computed in tiles and not kept, so memory grows with n and not with n x n.
+    estimator: ``unbiased`` (U-centring) is in [-1, 1] and expected to be 0 for unrelated features. ``biased`` (the V-statistic) is in
+    [0, 1] and is about 1 for any two high-dimensional features of few images; it is there for comparison.
+    batch: the number of images in a set of distances. Images are assigned to batches at random, and inner products are summed over
+    batches. By default all images are one set, which is exact.
+    permutations: how many permutations of the teacher's images the p-value uses. In batches, and above 256 images, a permutation rotates
+    random parts of the images.
+    confidence: of the interval, in (0, 1). seed: of batches and permutations, from 0. backend: as in `kdx.unicam`.
+
+    A score does not show that one network caused the features of the other, and similar features need not be relevant to a task; see `rs`.
+
+    Raises KdxError for n < 4, numbers of rows that differ, features of two types or on two devices, features that are constant or not
+    finite, and a batch under 4 or above 1024. Raises ValueError for other arguments out of range.
 
     >>> import numpy as np, kdx
     >>> features = np.random.default_rng(0).normal(size=(40, 8))
@@ -62,11 +70,22 @@ def rs(
     seed: int = 0,
     backend: Backend = "auto",
 ) -> Score:
-    """Relevance score: the distance correlation of features with the target's geometry.
+    """Relevance score: the squared distance correlation of features with the target, optionally beyond another network's features.
 
-    target: integer labels [n] or an embedding [n, e]. With ``given``, the semi-partial score RS(X|Y): what ``given``'s features
-    explain is projected out of X only, as published; `partial_rs` projects it out of the target too.
-    For n, estimators and errors see `fss`; a target with one class is a KdxError, and so are features that ``given`` explains wholly.
+        RS(X) = <A,G>/sqrt(<A,A><G,G>),        RS(X|Y) = <R,G>/sqrt(<R,R><G,G>),  R = A - (<A,B>/<B,B>) B
+
+    with A, B and G the centred distance matrices [n, n] of the features X, the given features Y and the target. RS(X|Y) is a
+    semi-partial correlation, as published: what Y explains is projected out of X only; `partial_rs` projects it out of the target too.
+    Source: Adhane et al., arXiv 2412.13943.
+
+    features, given: in any form that `fss` takes. target: integer labels [n] or an embedding [n, e]; its images are permuted for the
+    p-value. The other arguments are those of `fss`. RS is in [-1, 1]; with the unbiased estimator, 0 is expected for features that are
+    unrelated to the target.
+
+    A score describes the geometry of the features. It is not an accuracy, and it does not show that a prediction uses the features.
+
+    Raises KdxError for what `fss` refuses, for a target with one class or one image per class, and for features that ``given`` explains
+    completely.
 
     >>> import numpy as np, kdx
     >>> labels = np.arange(40) % 4
@@ -89,7 +108,20 @@ def partial_rs(
     seed: int = 0,
     backend: Backend = "auto",
 ) -> Score:
-    """Partial distance correlation of features and target: ``given`` is projected out of both (Szekely and Rizzo 2014). See `rs`."""
+    """Partial relevance score: like RS(X|Y) of `rs`, but the given features are projected out of the target too.
+
+        <R,S>/sqrt(<R,R><S,S>),        R = A - (<A,B>/<B,B>) B,  S = G - (<G,B>/<B,B>) B
+
+    This is the partial distance correlation of Szekely and Rizzo (2014). Arguments, range and errors are those of `rs`; a target that
+    ``given`` explains completely is a KdxError too.
+
+    >>> import numpy as np, kdx
+    >>> rng = np.random.default_rng(0)
+    >>> labels = np.arange(40) % 4
+    >>> unrelated = rng.normal(size=(40, 8))
+    >>> round(kdx.partial_rs(np.eye(4)[labels], labels, unrelated).value, 6)
+    1.0
+    """
     return _score(_relevance_inputs(features, target, given), partial, estimator, batch, permutations, confidence, seed, backend)
 
 
@@ -108,12 +140,12 @@ def _score(
     seed: int,
     backend: Backend,
 ) -> Score:
-    """The score of rows and the target in the statistic's order; the second is what is permuted."""
+    """The statistic of these matrices, in this order. The second one's images are permuted."""
     permuted = list(named)[1]
-    found = inner_products(named, [permuted], estimator=estimator, batch=batch, permutations=permutations, seed=seed, backend=backend)
+    sums = inner_products(named, [permuted], estimator=estimator, batch=batch, permutations=permutations, seed=seed, backend=backend)
     if len(named) == 3:
         for explained in (0, 1):
-            check_residual(found, explained, 2)
-    products = found.products, found.left_out, with_permuted(found.products, 1, found.permuted[permuted])
-    values = (statistic(each).numpy(force=True) for each in products)
-    return summary(*values, n=found.n, batches=found.batches, estimator=estimator, confidence=confidence)
+            check_residual(sums, explained, 2)
+    products = sums.products, sums.left_out, with_permuted(sums.products, 1, sums.permuted[permuted])
+    values = (statistic(matrix).numpy(force=True) for matrix in products)
+    return summary(*values, n=sums.n, batches=sums.batches, estimator=estimator, confidence=confidence)

@@ -1,4 +1,4 @@
-"""Scores of one layer from inner products that are summed over batches."""
+"""The scores of one layer, from inner products summed over batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kdx.scores.score import STATISTICS, Contrast, Score, summary
 
 @dataclass(frozen=True)
 class LayerScores:
-    """The scores of a layer by name (SCORES), and the differences of CONTRASTS as (value, interval)."""
+    """The scores of one layer by name (see `kdx.roles.SCORES`), and the contrasts by name (see `kdx.roles.CONTRASTS`)."""
 
     scores: dict[str, Score]
     contrasts: dict[str, Contrast]
@@ -33,13 +33,14 @@ def pooled_scores(
     confidence: float = 0.95,
     roles: Collection[str] = ROLES,
 ) -> LayerScores:
-    """Scores from inner products summed over batches, the same under permutations (permuted) and without each unit (left_out).
+    """Scores and contrasts from inner products summed over batches.
 
-    All as in `Measured`, of ``roles``. The units of the jackknife are whatever left_out leaves out: batches where there are
-    several, else images.
+    products [r + 1, r + 1]: of the matrices of ``roles`` and, last, of the target. permuted: for each name of `permuted_among`, the
+    products [p, r + 1] under permutations of that matrix's images. left_out [units, r + 1, r + 1]: the products without each unit of the
+    jackknife: a batch if there are several, else an image; None if there are too few images.
     """
     place = {name: index for index, name in enumerate((*roles_among(roles), TARGET))}
-    found, replicates = {}, {}
+    scores, replicates = {}, {}
     for name, definition in scores_among(roles).items():
         index = torch.tensor([place[matrix] for matrix in definition.matrices])
 
@@ -48,17 +49,17 @@ def pooled_scores(
 
         replicates[name] = value(left_out) if left_out is not None else np.empty(0)
         null = value(uncertainty.with_permuted(products, place[definition.permuted], permuted[definition.permuted]))
-        found[name] = summary(value(products), replicates[name], null, n=n, batches=batches, confidence=confidence)
+        scores[name] = summary(value(products), replicates[name], null, n=n, batches=batches, confidence=confidence)
     contrasts = {}
     for more, less in contrasts_among(roles):
-        difference = found[more].value - found[less].value
+        difference = scores[more].value - scores[less].value
         interval = uncertainty.jackknife_interval(difference, replicates[more] - replicates[less], confidence, fisher=False)
         contrasts[contrast_name(more, less)] = Contrast(difference, interval)
-    return LayerScores(found, contrasts)
+    return LayerScores(scores, contrasts)
 
 
 class Pool:
-    """Scores over batches, one batch added at a time: inner products are summed, and one ratio is taken at the end."""
+    """The scores of a layer over batches that are added one at a time: inner products are summed, and one ratio is taken at the end."""
 
     def __init__(self, roles: Collection[str] = ROLES) -> None:
         self._roles = roles
@@ -67,14 +68,14 @@ class Pool:
         self._left_out: Tensor | None = None
 
     def add(self, products: Tensor, permuted: Mapping[str, Tensor], left_out: Tensor | None) -> None:
-        """A batch's inner products, the same under permutations and without each image, as in `Measured`."""
+        """Add the inner products of a batch; the arguments are fields of `kdx.explain.layer.LayerMeasurement`."""
         self._products.append(products)
         self._permuted = {name: rows + self._permuted[name] if name in self._permuted else rows for name, rows in permuted.items()}
         self._left_out = left_out
 
     def scores(self, *, n: int, confidence: float = 0.95) -> LayerScores:
-        """The scores of n images. The jackknife leaves out batches; with one batch alone, its images."""
-        each = torch.stack(self._products)
-        total = each.sum(0)
-        left_out = self._left_out if len(each) == 1 else total - each
-        return pooled_scores(total, self._permuted, left_out, n=n, batches=len(each), confidence=confidence, roles=self._roles)
+        """The scores of n images. The jackknife leaves out one batch at a time, or one image if there is a single batch."""
+        products = torch.stack(self._products)
+        total = products.sum(0)
+        left_out = self._left_out if len(products) == 1 else total - products
+        return pooled_scores(total, self._permuted, left_out, n=n, batches=len(products), confidence=confidence, roles=self._roles)

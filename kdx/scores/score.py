@@ -1,4 +1,4 @@
-"""A score with its interval and p-value, and the statistics that make one from inner products."""
+"""Scores and contrasts with their intervals, and the statistics that compute scores from inner products."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ Statistic = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Score:
-    """A similarity or relevance score.
+    """A similarity or relevance score with its uncertainty.
 
-    value: in [-1, 1]; 0 is expected of unrelated features (unbiased estimator), 1 is the same geometry.
-    interval: jackknife confidence interval of ``value``, on Fisher's z scale; NaN-free: (-1, 1) where too little is known.
-    p_value: one-sided, the share of permutations of the images that score at least as high; None without permutations.
-    n: images. batches: how many sets their geometry was measured in.
+    value: in [-1, 1]. With the unbiased estimator, 0 is expected for unrelated features, and 1 means the same geometry.
+    interval: the jackknife confidence interval of ``value``, computed on Fisher's z scale; never NaN: (-1, 1) if too little is known.
+    p_value: one-sided: the share of permutations of the images, the observed order included, that score at least as high; None without
+    permutations.
+    n: the number of images. batches: the number of sets in which distances were measured. estimator, confidence, permutations: the
+    settings of the call.
 
-    A score compares geometries, image pair by image pair. It does not say that one network caused the other's.
+    A score compares geometries, image pair by image pair. It does not show that one network caused the features of the other.
     """
 
     value: float
@@ -45,9 +47,9 @@ class Score:
 
 
 class Contrast(NamedTuple):
-    """The difference of two scores of the same images, in [-2, 2], with its jackknife confidence interval.
+    """The difference of two scores of the same images, with its uncertainty.
 
-    An interval that excludes zero says that the two scores differ; (-2, 2) means that too little is known.
+    value: in [-2, 2]. interval: the jackknife confidence interval of ``value``; (-2, 2) if too little is known.
     """
 
     value: float
@@ -61,23 +63,23 @@ def correlation(products: Tensor) -> Tensor:
 
 def semipartial(products: Tensor) -> Tensor:
     """<R,G>/sqrt(<R,R><G,G>), R = X - (<X,Y>/<Y,Y>) Y, from inner products [..., 3, 3] of (X, G, Y)."""
-    left = _projected(products)
-    return left[..., 0, 1] / (left[..., 0, 0] * products[..., 1, 1]).sqrt()
+    residual = _projected(products)
+    return residual[..., 0, 1] / (residual[..., 0, 0] * products[..., 1, 1]).sqrt()
 
 
 def partial(products: Tensor) -> Tensor:
-    """As `semipartial`, with Y projected out of G too (Szekely and Rizzo 2014)."""
+    """Like `semipartial`, but Y is projected out of G too (Szekely and Rizzo 2014)."""
     return correlation(_projected(products))
 
 
 def _projected(products: Tensor) -> Tensor:
-    """Inner products of X and G without their Y-components."""
+    """Inner products of X and G after Y is projected out of both."""
     xy = products[..., :2, 2]
     return products[..., :2, :2] - xy[..., :, None] * xy[..., None, :] / products[..., 2:, 2:]
 
 
 STATISTICS: dict[StatisticName, Statistic] = {"correlation": correlation, "semipartial": semipartial}
-"""The statistics of the scores of roles, by the names in `kdx.roles`."""
+"""The statistics that `kdx.roles` names."""
 
 
 def summary(
@@ -90,15 +92,15 @@ def summary(
     estimator: Estimator = "unbiased",
     confidence: float = 0.95,
 ) -> Score:
-    """A Score from its value [], its jackknife replicates [units] and its permuted values [p]."""
+    """The Score of a value [], its jackknife replicates [units] and its values under permutations [p]."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
     if not np.isfinite(value):
-        raise ValueError("the score is not a number")  # what can make it so is refused before
+        raise ValueError("the score is not a number")  # all known causes are refused earlier
     permutations = 0 if permuted is None else len(permuted)
     p_value = None
     if permuted is not None and permutations:
-        # Equal to rounding counts as at least as high, so that a tie never makes a result significant.
+        # A value that is equal up to rounding counts as at least as high, so a tie never makes a result significant.
         p_value = (1 + int((permuted >= value - 1e-12).sum())) / (1 + permutations)
     return Score(
         float(value), jackknife_interval(float(value), left_out, confidence), p_value, n, batches, estimator, confidence, permutations

@@ -1,4 +1,4 @@
-"""Permutations, the jackknife, and exact intervals and tests of counts."""
+"""Permutations, jackknife intervals, and exact intervals and tests for counts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from kdx.features.target import Target
 from kdx.kernels import geometry
 
 _FEW_IMAGES = 256
-"""Up to about here one pass over n x n a permutation is quicker than a matrix product with its classes."""
+"""Up to about this many images, one pass over n x n per permutation is faster than a matrix product with the classes."""
 
 _EDGE = 1 - 1e-12
-"""Fisher's z of a correlation of one is infinite; no float64 score is known closer than this."""
+"""Correlations are clipped to this: Fisher's z of 1 is infinite, and no float64 score is more precise than this."""
 
 
 def permutation_table(n: int, permutations: int, seed: int | Sequence[int], device: torch.device | None = None) -> Tensor:
-    """Seeded permutations [permutations, n] of n images."""
+    """Random permutations [permutations, n] of n images. The same seed gives the same permutations."""
     generator = np.random.default_rng(seed)
     return torch.from_numpy(generator.permuted(np.tile(np.arange(n), (permutations, 1)), axis=1)).to(device)
 
@@ -39,19 +39,20 @@ def permuted_target_products(matrices: Tensor, target: Target, permutations: Ten
 
 
 def with_permuted(products: Tensor, permuted: int, rows: Tensor) -> Tensor:
-    """Inner products [p, k, k] under permutations of matrix ``permuted``, whose products with all matrices became rows [p, k]."""
+    """Inner products [p, k, k] under permutations of the matrix ``permuted``, from its products ``rows`` [p, k] with all matrices."""
     result = products.expand(len(rows), *products.shape).clone()
-    own = products[permuted, permuted]
+    norm = products[permuted, permuted]
     result[:, permuted, :] = rows
     result[:, :, permuted] = rows
-    result[:, permuted, permuted] = own  # permuting a matrix leaves its norm
+    result[:, permuted, permuted] = norm  # a permutation does not change a norm
     return result
 
 
 def jackknife_interval(value: float, left_out: NDArray[np.float64], confidence: float, *, fisher: bool = True) -> tuple[float, float]:
-    """value +/- t_{u-1} * sqrt((u-1)/u * sum (theta_i - mean)^2) over u units left out in turn; u < 2 says nothing.
+    """value +/- t_{u-1} * sqrt((u-1)/u * sum (theta_i - mean)^2), from the values theta [u] without each of u units.
 
-    On Fisher's z scale (the interval stays inside [-1, 1]) unless ``fisher`` is False, as for a difference of scores.
+    It is computed on Fisher's z scale, so that it stays inside [-1, 1]; not so if ``fisher`` is False, for a difference of scores. With
+    fewer than two units it is the whole range.
     """
     units = len(left_out)
     if units < 2 or not np.isfinite(left_out).all():
@@ -66,7 +67,7 @@ def jackknife_interval(value: float, left_out: NDArray[np.float64], confidence: 
 
 
 def accuracy(right: NDArray[np.bool_], confidence: float) -> dict[str, Any]:
-    """The share of images predicted right, with Wilson's interval."""
+    """The share of correctly predicted images, with Wilson's interval."""
     interval = stats.binomtest(int(right.sum()), len(right)).proportion_ci(confidence, method="wilson")
     return {
         "value": float(right.mean()),
@@ -77,7 +78,7 @@ def accuracy(right: NDArray[np.bool_], confidence: float) -> dict[str, Any]:
 
 
 def sign_test(a: int, b: int) -> float:
-    """Exact two-sided p-value of the sign test (McNemar's exact test) on a against b discordant images; 1 where there are none."""
+    """The exact two-sided p-value of the sign test (McNemar's exact test) for a against b discordant images; 1 if there are none."""
     n = a + b
     tail: int = 2 * sum(math.comb(n, k) for k in range(min(a, b) + 1))
     whole: int = 2**n

@@ -1,4 +1,4 @@
-"""Every command: its help, what it hands on, what it says of a user's mistake, and how it stops."""
+"""Every command: its help, what its options set, its errors, and how Ctrl-C stops it."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def models(tmp_path: Path) -> Path:
 # ---- help ----
 
 
-def test_the_version_is_the_packages(run: Run) -> None:
+def test_the_version_is_that_of_the_package(run: Run) -> None:
     assert run("--version") == (0, f"kdx {kdx.__version__}\n", "")
 
 
-def test_the_commands_are_the_promised_ones(run: Run) -> None:
+def test_the_help_lists_every_command(run: Run) -> None:
     assert list(COMMANDS) == ["demo", "distill", "export", "explain", "report", "doctor"]
     for status, out, err in (run("--help"), run("-h")):
         assert status == 0 and err == ""
@@ -79,37 +79,37 @@ def test_help_names_every_option_and_argument(name: str, run: Run) -> None:
 def test_every_option_of_explain_reaches_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def explain(*positional: Any, **named: Any) -> Path:
-        seen.append((positional, named))
+    def explain(*positional: Any, **keywords: Any) -> Path:
+        seen.append((positional, keywords))
         return Path("R/report.html")
 
     monkeypatch.setattr("kdx.commands.explain.run", explain)
     monkeypatch.setattr(terminal, "scores_table", lambda _: "the table")
-    given = RunOptions(
+    chosen = RunOptions(
         batch=31, chunk=7, runtime="eager", device="cpu", objective="uniqueness", weighting="elementwise", reference_images=12, split="all",
         precision="bfloat16", permutations=5, confidence=0.9, max_unreadable=0.5, seed=3, features="salient", keep=0.25, noise=0.1,
         workers=0,
     )  # fmt: skip
     default = RunOptions()
-    unsaid = {"gallery"}  # no option sets it
-    assert {field for field in vars(default) if getattr(given, field) == getattr(default, field)} == unsaid
+    without_option = {"gallery"}  # no option sets it
+    assert {field for field in vars(default) if getattr(chosen, field) == getattr(default, field)} == without_option
     names = {"reference_images": "reference"}
-    flags = {key: f"--{names.get(key, key).replace('_', '-')}" for key in vars(given) if key not in unsaid}
-    options = [text for key, flag in flags.items() for text in (flag, getattr(given, key))]
+    flags = {key: f"--{names.get(key, key).replace('_', '-')}" for key in vars(chosen) if key not in without_option}
+    options = [text for key, flag in flags.items() for text in (flag, getattr(chosen, key))]
     status, out, _ = run("explain", "D", "--models", "m.toml", "--out", "R", "-l", "a", "--layer", "b=c", *options)
     assert status == 0 and "the table" in out and "The page: R/report.html" in out
     assert run("explain", "D", "--models", "m.toml", "--out", "R")[0] == 0
-    (first, named), (plain, _) = seen
-    assert first == ("D", Path("m.toml"), Path("R"), ["a", "b=c"], given)
-    assert named["command"][:3] == ["kdx", "explain", "D"]
+    (first, keywords), (plain, _) = seen
+    assert first == ("D", Path("m.toml"), Path("R"), ["a", "b=c"], chosen)
+    assert keywords["command"][:3] == ["kdx", "explain", "D"]
     assert plain == ("D", Path("m.toml"), Path("R"), (), default)
 
 
 def test_every_option_of_distill_reaches_the_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def distill(data: str, **named: Any) -> Path:
-        seen.append(named)
+    def distill(data: str, **keywords: Any) -> Path:
+        seen.append(keywords)
         return Path("[o]/models.toml")
 
     monkeypatch.setattr(kdx.distill, "distill", distill)
@@ -128,23 +128,23 @@ def test_every_option_of_distill_reaches_the_training(run: Run, monkeypatch: pyt
     }  # fmt: skip
 
 
-def test_export_writes_a_checked_file_that_says_what_it_is(run: Run, tmp_path: Path) -> None:
+def test_export_writes_a_checked_file_and_describes_it(run: Run, tmp_path: Path) -> None:
     status, out, err = run("export", f"{TINY},classes=5", "--layer", "layer1", "-l", "conv1", "--out", tmp_path / "files")
     assert (status, err) == (0, "")
     (path,) = (tmp_path / "files").glob("*.onnx")
     assert path.name == "resnet.features.onnx" and str(path) in out
     assert "layer1 [batch, 2, 32, 32]" in out and "largest error" in out
-    found = describe(path)
-    assert (found.layers, found.kind, found.networks["network"].preprocessing.size) == (("layer1", "conv1"), "features", (32, 32))
-    assert sorted(each.name for each in path.parent.iterdir()) == [path.name, f"{path.name}.parity.json"]
+    actual = describe(path)
+    assert (actual.layers, actual.kind, actual.networks["network"].preprocessing.size) == (("layer1", "conv1"), "features", (32, 32))
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, f"{path.name}.parity.json"]
 
 
 @pytest.mark.parametrize("out", ["there/net.onnx", "there"])
 def test_export_of_a_role_of_a_models_file(out: str, run: Run, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def write(graph: Any, path: Path, **named: Any) -> ParityReport:
-        seen.append((path, graph.layers, named))
+    def write(graph: Any, path: Path, **keywords: Any) -> ParityReport:
+        seen.append((path, graph.layers, keywords))
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(300_000))
         return PARITY
@@ -152,14 +152,14 @@ def test_export_of_a_role_of_a_models_file(out: str, run: Run, models: Path, mon
     monkeypatch.setattr(onnx_file, "write", write)
     shapes = {"inputs": {"images": ("batch", 3, "height", "width")}, "outputs": {"logits": ("batch", 10)}}
     monkeypatch.setattr("kdx.commands.export.describe", lambda _: SimpleNamespace(**shapes))
-    status, said, _ = run("export", f"{models}:student", "-l", "layer1", "--out", out)
-    assert status == 0 and "0.3 MB" in said and PARITY.summary() in said and "images [batch, 3, height, width]" in said
-    path, layers, named = seen[0]
+    status, message, _ = run("export", f"{models}:student", "-l", "layer1", "--out", out)
+    assert status == 0 and "0.3 MB" in message and PARITY.summary() in message and "images [batch, 3, height, width]" in message
+    path, layers, keywords = seen[0]
     assert path == (Path(out) if out.endswith(".onnx") else Path(out) / "resnet.features.onnx")
-    assert layers == ("layer1",) and named["classes"] == tuple("0123456789") and named["image_size"] == (32, 32)
+    assert layers == ("layer1",) and keywords["classes"] == tuple("0123456789") and keywords["image_size"] == (32, 32)
 
 
-def test_doctor_lists_every_probe_and_how_to_mend_the_broken(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_lists_every_probe_with_a_hint_for_the_broken(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> str:
         raise RuntimeError("[red]no such thing[/red]")
 
@@ -177,7 +177,7 @@ def test_doctor_lists_every_probe_and_how_to_mend_the_broken(run: Run, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         ("explain digits --models none.toml --out R", "none.toml"),
         ("explain no/such/folder --models models.toml --out R", "no/such/folder"),
@@ -228,17 +228,17 @@ def test_doctor_lists_every_probe_and_how_to_mend_the_broken(run: Run, monkeypat
         ("report no/such/run", "no/such/run"),
     ],
 )
-def test_a_mistake_is_two_lines_and_status_2(command: str, said: str, run: Run, models: Path) -> None:
+def test_a_mistake_is_two_lines_and_status_2(command: str, message: str, run: Run, models: Path) -> None:
     status, _, err = run(*command.replace("TINY", TINY).split())
     lines = err.splitlines()
     assert status == 2 and len(lines) == 2, err
-    assert lines[0].startswith("Error: ") and said in err and lines[1]
+    assert lines[0].startswith("Error: ") and message in err and lines[1]
     assert not list(models.parent.rglob("*.onnx*")) and not list(models.parent.rglob("*.partial"))
     assert models.parent.joinpath("R").exists() is False or not list(models.parent.joinpath("R").rglob("*.html"))
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         ("explain digits --models m --out R --batch -3", "--batch"),
         ("explain digits --models m --out R --batch many", "--batch"),
@@ -262,22 +262,22 @@ def test_a_mistake_is_two_lines_and_status_2(command: str, said: str, run: Run, 
         ("paint", "paint"),
     ],
 )
-def test_a_wrong_option_is_named_with_status_2(command: str, said: str, run: Run) -> None:
+def test_a_wrong_option_is_named_with_status_2(command: str, message: str, run: Run) -> None:
     status, out, err = run(*command.split())
     assert status == 2 and out == ""
-    assert said in err and "Traceback" not in err and "-h" in err
+    assert message in err and "Traceback" not in err and "-h" in err
 
 
-def test_an_error_is_shown_as_it_is_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_is_printed_without_markup_or_wrapping(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: Path) -> None:
-        raise KdxError("[red]no[/red] " + "long " * 60 + "line.", "Mend [/it].")
+        raise KdxError("[red]no[/red] " + "long " * 60 + "line.", "Fix [/it].")
 
     monkeypatch.setattr(page, "write_page", fails)
     status, _, err = run("report", "R")
-    assert status == 2 and err == "Error: [red]no[/red] " + "long " * 60 + "line.\nMend [/it].\n"
+    assert status == 2 and err == "Error: [red]no[/red] " + "long " * 60 + "line.\nFix [/it].\n"
 
 
-def test_a_bug_shows_itself(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_propagates(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: Path) -> None:
         raise ZeroDivisionError("a bug")
 

@@ -1,4 +1,4 @@
-"""The demonstration: what it claims of distillation holds, over seeds and with intervals."""
+"""The demonstration: its claims about distillation hold, over seeds and with intervals."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def seeds(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """scores.json of the student distilled with kd, for three seeds: the first is the demonstration itself."""
-    found = [read(runs["kd"])]
+    contents = [read(runs["kd"])]
     for seed in (1, 2):
         out = tmp_path_factory.mktemp(f"seed{seed}")
         settings = replace(DEMO["kd"], seed=seed)
         models = distill("digits", teacher=DEMO["teacher"], student=DEMO["student"], out=out / "models", settings=settings)
         explain.run("digits", models, out / "run", options=RunOptions(seed=seed, runtime="eager"), announce=lambda line: None)
-        found.append(read(out / "run"))
-    return found
+        contents.append(read(out / "run"))
+    return contents
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def test_both_students_share_teacher_and_base_and_have_a_page(runs: dict[str, Pa
         assert f"distilled with <bdi>{method}</bdi>" in (folder / "report.html").read_text()
 
 
-def test_the_table_holds_what_the_runs_found(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_the_runs_scores(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
     Console(width=120).print(demo.table(runs))

@@ -1,4 +1,4 @@
-"""What `kdx export` writes and where, and what it refuses before or after it starts, with nothing left behind."""
+"""`kdx export`: what it writes and where, and what it refuses. A refused export leaves no file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIZE = "[preprocessing]\nsize = [12, 10]\nmean = [0.5]\nstd = [0.5]\n"
 
 
 class Odd(nn.Module):
-    """A network that does one thing that no file can hold."""
+    """A network with a convolution that its output does not reach; its subclasses cannot be exported."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,8 +61,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, role in enumerate(("teacher", "student", "base")):
         torch.manual_seed(seed)
         save_file(resnet(3, 1, 4, 2).state_dict(), root / f"{role}.safetensors")
-    named = {role: f"{TINY}@{role}.safetensors" for role in ("teacher", "student", "base")}
-    write_models(root / "models.toml", **named, classes=("a", "b", "c", "d"))  # type: ignore[arg-type]
+    references = {role: f"{TINY}@{role}.safetensors" for role in ("teacher", "student", "base")}
+    write_models(root / "models.toml", **references, classes=("a", "b", "c", "d"))  # type: ignore[arg-type]
     with (root / "models.toml").open("a") as file:
         file.write(f"\n{SIZE}")
     return root
@@ -80,8 +80,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 def test_a_gradients_file_and_its_engine(run: Run, folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     model = f"{folder / 'models.toml'}:student"
-    asked = ["--kind", "gradients", "--layer", "layer1", "--at", "layer2", "--to", "tensorrt", "--for", "sm_86", "--batch", "2:3:4"]
-    status, out, err = run(model, *asked, "--out", "to")
+    options = ["--kind", "gradients", "--layer", "layer1", "--at", "layer2", "--to", "tensorrt", "--for", "sm_86", "--batch", "2:3:4"]
+    status, out, err = run(model, *options, "--out", "to")
     assert (status, err) == (0, "")
     written = [
         "resnet-student.gradients.engine",
@@ -93,13 +93,13 @@ def test_a_gradients_file_and_its_engine(run: Run, folder: Path, tmp_path: Path)
     for line in ("cotangent [batch, 6, 6, 5]", "gradient/layer1 [batch, 3, 12, 10]", "as for the ONNX file", "largest error"):
         assert line in out
     path = tmp_path / "to" / "resnet-student.gradients.onnx"
-    found = describe(path)
+    actual = describe(path)
     student = read_models(folder / "models.toml").load("student")
-    about = found.networks["network"]
-    assert (found.kind, found.at, found.classes) == ("gradients", "layer2", ("a", "b", "c", "d"))
+    about = actual.networks["network"]
+    assert (actual.kind, actual.at, actual.classes) == ("gradients", "layer2", ("a", "b", "c", "d"))
     assert (about.weights, about.preprocessing) == (student.weights_hash, student.preprocessing)
     built = engine.describe(path.with_suffix(".engine"))
-    assert (built.kind, built.batch, built.arch, built.file) == ("gradients", (2, 3, 4), "sm_86", found)
+    assert (built.kind, built.batch, built.arch, built.file) == ("gradients", (2, 3, 4), "sm_86", actual)
     assert built.inputs == {"images": ("batch", 3, 12, 10), "cotangent": ("batch", 6, 6, 5)}
     images, cotangent = torch.rand(3, 3, 20, 20), torch.randn(3, 6, 6, 5)
     ours = onnxruntime.InferenceSession(path).run(["gradient/layer1"], {"images": images.numpy(), "cotangent": cotangent.numpy()})[0]
@@ -120,16 +120,18 @@ def test_an_explainer_file_of_a_models_file(run: Run, folder: Path, tmp_path: Pa
     name = "resnet-student-given-resnet-base.explainer.onnx"
     assert left_in(tmp_path) == [f"files/{name}", f"files/{name}.parity.json"]
     assert "layer2/distilled/maps [batch, 6, 5]" in out and "target [batch, embedding]" in out
-    found = describe(tmp_path / "files" / name)
-    known = read_models(models)
-    assert {role: about.weights for role, about in found.networks.items()} == {
-        role: known.load(role).weights_hash for role in ("student", "base")
+    actual = describe(tmp_path / "files" / name)
+    models_file = read_models(models)
+    assert {role: about.weights for role, about in actual.networks.items()} == {
+        role: models_file.load(role).weights_hash for role in ("student", "base")
     }
-    assert (found.kind, found.classes) == ("explainer", ("a", "b", "c", "d"))
+    assert (actual.kind, actual.classes) == ("explainer", ("a", "b", "c", "d"))
     images, labels = torch.rand(9, 3, 14, 14), torch.arange(9) % 4
     with kdx.Explainer(file=tmp_path / "files" / name, permutations=9) as explainer:
         ours = explainer(images, labels).layers["layer2"].distilled
-    with kdx.Explainer(student=known.load("student"), base=known.load("base"), layers="layer2", runtime="eager", permutations=9) as eager:
+    with kdx.Explainer(
+        student=models_file.load("student"), base=models_file.load("base"), layers="layer2", runtime="eager", permutations=9
+    ) as eager:
         theirs = eager(images, labels).layers["layer2"].distilled
     assert float((ours.maps - theirs.maps).abs().max()) <= 1e-4 * float(theirs.maps.max())
 
@@ -152,13 +154,13 @@ def test_where_a_file_goes_and_what_it_is_called(
     )
     assert exported.path == Path(path) and left_in(tmp_path) == [path, f"{path}.parity.json"]
     assert exported.bytes == (tmp_path / path).stat().st_size and exported.parity and exported.seconds > 0
-    found = describe(exported.path)
-    assert (found.precision, found.networks["network"].preprocessing.size) == (precision, (11, 11))
-    assert (exported.inputs, exported.outputs) == (found.inputs, found.outputs)
+    actual = describe(exported.path)
+    assert (actual.precision, actual.networks["network"].preprocessing.size) == (precision, (11, 11))
+    assert (exported.inputs, exported.outputs) == (actual.inputs, actual.outputs)
 
 
 def test_an_engine_of_an_explainer_starts_at_four_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine for fewer would give maps of nothing."""
+    """With fewer images an engine's maps would be empty."""
     assert _batch("explainer") == (4, 32, 64) and _batch("features") == (1, 32, 64)
     with pytest.raises(KdxError, match="its engine cannot take batches of 1"):
         export(
@@ -180,7 +182,7 @@ def test_a_range_of_batches(text: str, batch: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "layer", "said"),
+    ("what", "layer", "message"),
     [
         ("Odd", "unused", "does not reach layer 'unused'"),
         ("Counting", "conv", "does not return logits"),
@@ -189,11 +191,11 @@ def test_a_range_of_batches(text: str, batch: tuple[int, int, int]) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["features", "gradients"])
-def test_a_network_that_no_file_can_hold(run: Run, what: str, layer: str, said: str, kind: str, tmp_path: Path) -> None:
+def test_a_network_that_cannot_be_exported_is_refused(run: Run, what: str, layer: str, message: str, kind: str, tmp_path: Path) -> None:
     status, out, err = run(
         f"tests.commands.test_export:{what}", "--layer", layer, "--image-size", 8, "--kind", kind, "--out", tmp_path / "to"
     )
-    assert status == 2 and len(err.splitlines()) == 2 and err.startswith("Error: ") and said in err
+    assert status == 2 and len(err.splitlines()) == 2 and err.startswith("Error: ") and message in err
     assert "Traceback" not in out + err and left_in(tmp_path) == []
 
 
@@ -204,7 +206,7 @@ def test_a_student_that_is_the_base_is_refused(run: Run, folder: Path, tmp_path:
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.ENOSPC, errno.EROFS])
-def test_a_folder_that_takes_no_file_is_a_mistake_with_a_mend(
+def test_a_folder_that_cannot_be_written_is_an_error_with_a_hint(
     run: Run, folder: Path, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: object) -> None:
@@ -216,7 +218,7 @@ def test_a_folder_that_takes_no_file_is_a_mistake_with_a_mend(
     assert "Traceback" not in out + err and left_in(tmp_path) == []
 
 
-def test_what_does_not_go_together_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_that_contradict_each_other_are_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(reference: str) -> None:
         raise AssertionError(f"{reference} was loaded")
 
@@ -233,7 +235,7 @@ def test_what_does_not_go_together_is_said_before_anything_is_loaded(monkeypatch
         (one, "features", ExportOptions(to="tensorrt", arch="sm_1"), "does not build for 'sm_1'"),
         (one, "features", ExportOptions(to="tensorrt", arch="sm_86", batch=(4, 2, 8)), "from 4 to 8, best 2"),
     ]
-    for references, kind, options, said in cases:
-        with pytest.raises(KdxError, match=said):
+    for references, kind, options, message in cases:
+        with pytest.raises(KdxError, match=message):
             export(references, ["layer1"], kind, Path("nowhere"), options, announce=lambda line: None)
     assert not Path("nowhere").exists()

@@ -1,4 +1,4 @@
-"""Four maps and nine scores of a layer against kdx's own one-pair functions, and pooling over batches."""
+"""The four maps and nine scores of a layer against kdx.unicam, kdx.fss and kdx.rs; pooling over batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests import oracle
 
 
 def roles(n: int = 24, seed: int = 0, classes: int = 4) -> tuple[dict[str, Tensor], Tensor]:
-    """Three networks' features: the student between the teacher and a base of its own."""
+    """The features of three networks: the student's are the base's plus a mixture of the teacher's."""
     teacher, base, labels = oracle.features(seed, n=n, shape=(7, 5, 3), other=(9, 4, 4), classes=classes)
     generator = torch.Generator().manual_seed(seed + 1)
     mixing = torch.randn(teacher[0].numel(), base[0].numel(), generator=generator, dtype=torch.float64) / 5
@@ -34,8 +34,8 @@ def measured(n: int = 24, seed: int = 0, permutations: int = 49) -> tuple[dict[s
     return features, labels, measure(features, Target.of(labels), permutations=uncertainty.permutation_table(n, permutations, 0))
 
 
-def test_maps_are_unicams() -> None:
-    features, labels, found = measured()
+def test_maps_equal_those_of_unicam() -> None:
+    features, labels, measurement = measured()
     for name, explained, given in (
         ("distilled", "student", "base"),
         ("residual", "base", "student"),
@@ -43,15 +43,15 @@ def test_maps_are_unicams() -> None:
         ("new", "student", "teacher"),
     ):
         expected = kdx.unicam(features[explained], features[given], labels)
-        assert oracle.error(found.maps[name].maps, expected.maps) < 1e-12
-        assert oracle.error(found.maps[name].weights, expected.weights) < 1e-12
-        assert found.maps[name].score == pytest.approx(expected.score, rel=1e-12)
+        assert oracle.error(measurement.maps[name].maps, expected.maps) < 1e-12
+        assert oracle.error(measurement.maps[name].weights, expected.weights) < 1e-12
+        assert measurement.maps[name].score == pytest.approx(expected.score, rel=1e-12)
 
 
-def test_scores_are_fss_and_rs_with_their_intervals_and_p_values() -> None:
-    f, labels, found = measured()
+def test_scores_equal_fss_and_rs_with_intervals_and_p_values() -> None:
+    f, labels, measurement = measured()
     t, s, b = f["teacher"], f["student"], f["base"]
-    pooled = pooled_scores(found.products, found.permuted, found.left_out, n=24)
+    pooled = pooled_scores(measurement.products, measurement.permuted, measurement.left_out, n=24)
     expected = {
         "RS(T)": kdx.rs(t, labels, permutations=49),
         "RS(S)": kdx.rs(s, labels, permutations=49),
@@ -81,24 +81,24 @@ def test_pooling_is_one_ratio_of_summed_products() -> None:
     pooled = pool.scores(n=100)
     products = sum(m.products for m in batches)
     assert isinstance(products, Tensor)
-    found = pooled.scores["FSS(S,T)"]
-    assert found.value == pytest.approx(float(products[0, 1] / (products[0, 0] * products[1, 1]).sqrt()))
-    assert (found.n, found.batches) == (100, 5)
-    # The jackknife's units are the batches: leaving each out in turn, on Fisher's z scale.
-    left = torch.stack([correlation(sum(m.products for m in batches if m is not out)[:2, :2].flip(0, 1)) for out in batches])  # type: ignore[index]
-    z = torch.atanh(left)
+    score = pooled.scores["FSS(S,T)"]
+    assert score.value == pytest.approx(float(products[0, 1] / (products[0, 0] * products[1, 1]).sqrt()))
+    assert (score.n, score.batches) == (100, 5)
+    # The jackknife leaves out one batch at a time, on Fisher's z scale.
+    replicates = torch.stack([correlation(sum(m.products for m in batches if m is not out)[:2, :2].flip(0, 1)) for out in batches])  # type: ignore[index]
+    z = torch.atanh(replicates)
     error = float((4 / 5 * (z - z.mean()).square().sum()).sqrt()) * 2.7764451
-    centre = float(torch.atanh(torch.tensor(found.value, dtype=torch.float64)))
-    assert found.interval == pytest.approx(
+    centre = float(torch.atanh(torch.tensor(score.value, dtype=torch.float64)))
+    assert score.interval == pytest.approx(
         (torch.tanh(torch.tensor(centre - error)).item(), torch.tanh(torch.tensor(centre + error)).item()), rel=1e-5
     )
 
 
-def test_pooled_scores_over_a_runs_batches_converge_to_the_whole_sets() -> None:
-    """480 images of eight classes in batches of 16: nine in ten intervals hold the whole set's scores, over six plans."""
+def test_pooled_scores_over_the_batches_of_a_run_converge_to_those_of_the_whole_set() -> None:
+    """480 images of eight classes in batches of 16: over six plans, most intervals contain the scores of the whole set."""
     features, labels = roles(480, classes=8)
     whole = pooled_scores(*_parts(features, labels, torch.arange(480)), n=480)
-    held = []
+    covered = []
     for seed in range(6):
         pool = Pool()
         for batch in random_batches(labels.numpy(), 16, seed):
@@ -106,23 +106,23 @@ def test_pooled_scores_over_a_runs_batches_converge_to_the_whole_sets() -> None:
         pooled = pool.scores(n=480)
         for name, score in whole.scores.items():
             low, high = pooled.scores[name].interval
-            held.append(low <= score.value <= high)
+            covered.append(low <= score.value <= high)
             assert high - low < 0.3, name
-    assert sum(held) >= 0.85 * len(held)
+    assert sum(covered) >= 0.85 * len(covered)
 
 
 def _parts(features: dict[str, Tensor], labels: Tensor, part: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-    found = measure(
+    measurement = measure(
         {role: value[part] for role, value in features.items()},
         Target.of(labels[part]),
         permutations=uncertainty.permutation_table(len(part), 9, 0),
     )
-    return found.products, found.permuted, found.left_out
+    return measurement.products, measurement.permuted, measurement.left_out
 
 
 def test_without_permutations_there_is_no_p_value() -> None:
-    _, _, found = measured(permutations=0)
-    assert pooled_scores(found.products, found.permuted, found.left_out, n=24).scores["RS(S)"].p_value is None
+    _, _, measurement = measured(permutations=0)
+    assert pooled_scores(measurement.products, measurement.permuted, measurement.left_out, n=24).scores["RS(S)"].p_value is None
 
 
 @pytest.mark.parametrize("teacher", [True, False])
@@ -141,22 +141,23 @@ def test_distances_alone_give_the_scores(teacher: bool) -> None:
     assert left_out is not None and expected.left_out is not None and oracle.error(left_out, expected.left_out) < 1e-12
 
 
-def test_maps_are_of_the_features_and_products_of_the_distances_given() -> None:
+def test_maps_use_the_features_and_products_use_the_distances() -> None:
     (features, labels), (others, _) = roles(), roles(seed=5)
     target, permutations = Target.of(labels), uncertainty.permutation_table(24, 49, 0)
     maps = measure(features, target, permutations=permutations).maps
     expected = measure(others, target, permutations=permutations)
     distances = {role: torch.cdist(x.flatten(1), x.flatten(1)) for role, x in others.items()}
-    measured = arrays.centred_distances(torch.stack([*distances.values()]), distances)
-    found = measure(features, target, permutations=permutations, distances={role: measured[i] for i, role in enumerate(distances)})
-    assert all(torch.equal(found.maps[name].maps, maps[name].maps) for name in maps)
-    assert oracle.error(found.products, expected.products) < 1e-12
-    assert all(oracle.error(found.permuted[name], rows) < 1e-12 for name, rows in expected.permuted.items())
-    assert found.left_out is not None and expected.left_out is not None and oracle.error(found.left_out, expected.left_out) < 1e-12
+    measured = arrays.checked_distances(torch.stack([*distances.values()]), distances)
+    measurement = measure(features, target, permutations=permutations, distances={role: measured[i] for i, role in enumerate(distances)})
+    assert all(torch.equal(measurement.maps[name].maps, maps[name].maps) for name in maps)
+    assert oracle.error(measurement.products, expected.products) < 1e-12
+    assert all(oracle.error(measurement.permuted[name], rows) < 1e-12 for name, rows in expected.permuted.items())
+    assert measurement.left_out is not None and expected.left_out is not None
+    assert oracle.error(measurement.left_out, expected.left_out) < 1e-12
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (lambda d: d * float("nan"), "base's features are not finite"),
         (lambda d: 1 - torch.eye(len(d)), "base's features are constant"),
@@ -164,24 +165,24 @@ def test_maps_are_of_the_features_and_products_of_the_distances_given() -> None:
         (None, "Nothing is left of the explained features"),
     ],
 )
-def test_distances_without_scores_are_refused(spoil: Callable[[Tensor], Tensor] | None, said: str) -> None:
+def test_distances_without_scores_are_refused(spoil: Callable[[Tensor], Tensor] | None, message: str) -> None:
     features, labels = roles()
     distances = {role: torch.cdist(x.flatten(1), x.flatten(1)).float() for role, x in features.items()}
     distances["base"] = spoil(distances["base"]) if spoil else 2 * distances["student"]
-    with pytest.raises(kdx.KdxError, match=said):
+    with pytest.raises(kdx.KdxError, match=message):
         measure_distances(distances, Target.of(labels), uncertainty.permutation_table(24, 0, 0))
 
 
-def test_without_a_teacher_the_rest_stays_as_it_is() -> None:
+def test_without_a_teacher_the_other_results_stay_the_same() -> None:
     features, labels, whole = measured()
     del features["teacher"]
-    found = measure(features, Target.of(labels), permutations=uncertainty.permutation_table(24, 49, 0))
-    assert list(found.maps) == ["distilled", "residual"]
-    for name, maps in found.maps.items():
+    measurement = measure(features, Target.of(labels), permutations=uncertainty.permutation_table(24, 49, 0))
+    assert list(measurement.maps) == ["distilled", "residual"]
+    for name, maps in measurement.maps.items():
         assert oracle.error(maps.maps, whole.maps[name].maps) < 1e-12
     expected = pooled_scores(whole.products, whole.permuted, whole.left_out, n=24)
     pool = Pool(features)
-    pool.add(found.products, found.permuted, found.left_out)
+    pool.add(measurement.products, measurement.permuted, measurement.left_out)
     pooled = pool.scores(n=24)
     assert list(pooled.scores) == ["RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)"]
     for name, score in pooled.scores.items():
@@ -191,7 +192,7 @@ def test_without_a_teacher_the_rest_stays_as_it_is() -> None:
     assert list(pooled.contrasts) == ["RS(S|B) - RS(B|S)"]
 
 
-def test_tables_among_all_roles_are_the_whole_tables() -> None:
+def test_tables_for_all_roles_are_complete() -> None:
     assert maps_among(ROLES) == {name: (kind.explained, kind.given) for name, kind in MAPS.items()} and scores_among(ROLES) == SCORES
     assert contrasts_among(ROLES) == CONTRASTS
     assert roles_among({"base": 0, "teacher": 0, "student": 0}) == ROLES

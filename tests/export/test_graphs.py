@@ -1,4 +1,4 @@
-"""Feature graphs against hooks, preprocessing and reshapes written out by hand."""
+"""Graphs against hooks, preprocessing and reshapes written by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)
 
 
 class Tiny(nn.Module):
-    """Two layers that predict, one that never runs, one that fails where told to."""
+    """Two layers that predict, one that never runs, one that fails on request."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,18 +55,18 @@ def hook_count(module: nn.Module) -> int:
 # ---- as_map ----
 
 
-def test_tokens_take_the_images_aspect() -> None:
+def test_tokens_become_a_grid_of_the_images_aspect_ratio() -> None:
     tokens = torch.rand(2, 33, 5)
-    found = as_map(tokens, "blocks.0", (64, 128))  # a class token and 4 x 8 patches of 16
-    assert torch.equal(found, tokens[:, 1:].transpose(1, 2).reshape(2, 5, 4, 8))
+    feature = as_map(tokens, "blocks.0", (64, 128))  # a class token and 4 x 8 patches of 16
+    assert torch.equal(feature, tokens[:, 1:].transpose(1, 2).reshape(2, 5, 4, 8))
     with pytest.raises(KdxError, match="aspect"):
         as_map(torch.rand(2, 50, 5), "blocks.0", (96, 160))
 
 
 @pytest.mark.parametrize(("image", "grid"), [((224, 224), (7, 7)), ((96, 160), (3, 5)), ((100, 75), (13, 10)), ((32, 32), (1, 1))])
 @pytest.mark.parametrize("channels", [3, 13, 96])
-def test_channels_last_is_told_by_the_images_aspect(image: tuple[int, int], grid: tuple[int, int], channels: int) -> None:
-    """Windowed transformers give [n, H, W, C]. Where both readings fit, channels come first."""
+def test_the_images_aspect_ratio_identifies_channels_last(image: tuple[int, int], grid: tuple[int, int], channels: int) -> None:
+    """Windowed transformers return [n, H, W, C]. If both layouts fit, channels come first."""
     feature = torch.rand(2, channels, *grid)
     assert as_map(feature, "layer", image) is feature
     last = feature.permute(0, 2, 3, 1)
@@ -74,13 +74,13 @@ def test_channels_last_is_told_by_the_images_aspect(image: tuple[int, int], grid
         assert torch.equal(as_map(last, "layer", image), feature)
 
 
-def test_a_map_stays_itself() -> None:
+def test_a_map_is_returned_as_it_is() -> None:
     feature = torch.rand(3, 5, 7, 2)
     assert as_map(feature, "layer", (9, 7)) is feature
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5, 8])
-def test_tokens_become_the_grid_that_stands_behind_their_prefix(prefix: int) -> None:
+def test_tokens_become_the_grid_after_their_prefix(prefix: int) -> None:
     n, side, channels = 2, 5, 3
     tokens = np.random.default_rng(prefix).normal(size=(n, prefix + side * side, channels))
     expected = np.empty((n, channels, side, side))
@@ -93,13 +93,13 @@ def test_tokens_become_the_grid_that_stands_behind_their_prefix(prefix: int) -> 
 
 def test_a_vector_becomes_a_map_of_one_position() -> None:
     vector = torch.rand(3, 11)
-    found = as_map(vector, "fc", (9, 9))
-    assert found.shape == (3, 11, 1, 1)
-    assert torch.equal(found.flatten(1), vector)
+    feature = as_map(vector, "fc", (9, 9))
+    assert feature.shape == (3, 11, 1, 1)
+    assert torch.equal(feature.flatten(1), vector)
 
 
 @pytest.mark.parametrize(
-    ("feature", "said"),
+    ("feature", "description"),
     [
         ((torch.rand(2, 3, 4, 4), torch.rand(2)), "tuple"),
         ({"x": torch.rand(2, 3)}, "dict"),
@@ -110,15 +110,15 @@ def test_a_vector_becomes_a_map_of_one_position() -> None:
         (torch.rand(2, 3, 4, 5, 6), "tensor [2, 3, 4, 5, 6]"),
     ],
 )
-def test_what_is_no_feature_map_is_refused_and_named(feature: object, said: str) -> None:
+def test_an_output_that_is_not_a_feature_map_is_an_error_that_names_it(feature: object, description: str) -> None:
     with pytest.raises(KdxError) as caught:
         as_map(feature, "stage.3", (9, 9))
-    assert said in caught.value.problem and "'stage.3'" in caught.value.problem
+    assert description in caught.value.problem and "'stage.3'" in caught.value.problem
 
 
 @pytest.mark.parametrize("tokens", [34, 59, 60])  # 9, 10 and 11 more than a square
-def test_token_counts_that_are_no_grid_are_refused(tokens: int) -> None:
-    with pytest.raises(KdxError, match=f"The {tokens} tokens of layer 'blocks.1' are no grid"):
+def test_a_number_of_tokens_that_is_not_a_grid_is_an_error(tokens: int) -> None:
+    with pytest.raises(KdxError, match=f"The {tokens} tokens of layer 'blocks.1' are not a grid"):
         as_map(torch.rand(2, tokens, 3), "blocks.1", (9, 9))
 
 
@@ -133,7 +133,7 @@ def test_every_module_is_found_by_its_path() -> None:
 
 
 @pytest.mark.parametrize("name", ["layr2", "layer22", "layer1.0.con1"])
-def test_a_misspelt_layer_names_its_near_matches(name: str) -> None:
+def test_the_error_for_a_misspelt_layer_names_its_near_matches(name: str) -> None:
     network = resnet(4, 1, 5)
     with pytest.raises(KdxError) as caught:
         find_layer(network, name)
@@ -143,7 +143,7 @@ def test_a_misspelt_layer_names_its_near_matches(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "zzzzzz"])
-def test_the_root_and_the_wholly_unknown_name_layers_that_exist(name: str) -> None:
+def test_the_error_for_the_root_or_an_unknown_layer_names_layers_that_exist(name: str) -> None:
     network = resnet(4, 1, 5)
     with pytest.raises(KdxError, match=f"no layer '{name}'") as caught:
         find_layer(network, name)
@@ -167,19 +167,19 @@ def by_hand(network: nn.Module, layers: Sequence[str], images: Tensor) -> tuple[
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_graph_is_hooks_and_preprocessing_by_hand(dtype: torch.dtype) -> None:
+def test_a_graph_equals_hooks_and_preprocessing_by_hand(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     network = resnet(4, 1, 5).to(dtype).eval()
     layers = ("layer3", "layer1.0.conv2", "layer2")
     images = torch.rand(3, 3, 13, 9, dtype=dtype)
     normalized = torch.stack([(images[:, c] - MEAN[c]) / STD[c] for c in range(3)], dim=1)
-    found = FeatureGraph(network, layers, Preprocessing(None, MEAN, STD))(images)
-    for ours, theirs in zip(found, by_hand(network, layers, normalized), strict=True):
+    outputs = FeatureGraph(network, layers, Preprocessing(None, MEAN, STD))(images)
+    for ours, theirs in zip(outputs, by_hand(network, layers, normalized), strict=True):
         assert ours.dtype == dtype
         torch.testing.assert_close(ours, theirs)
 
 
-def test_a_graph_converted_to_float64_is_its_float32_self() -> None:
+def test_a_graph_converted_to_float64_agrees_with_float32() -> None:
     torch.manual_seed(0)
     graph = FeatureGraph(resnet(4, 1, 5).eval(), ["layer2"], Preprocessing((11, 7), MEAN, STD))
     images = torch.rand(3, 3, 9, 15)
@@ -189,8 +189,8 @@ def test_a_graph_converted_to_float64_is_its_float32_self() -> None:
         torch.testing.assert_close(narrow.double(), wide, rtol=1e-4, atol=1e-5)  # float32 rounding through six convolutions
 
 
-def test_resizing_by_whole_factors_is_the_mean_of_what_bilinear_meets() -> None:
-    """Halving an even image, bilinear samples lie midway between two pixels each way: the mean of 2 x 2 blocks."""
+def test_halving_an_image_takes_means_of_2_x_2_blocks() -> None:
+    """If an even image is halved, bilinear samples lie midway between two pixels in both directions."""
     images = torch.rand(2, 3, 10, 14, dtype=torch.float64)
     blocks = torch.stack([images[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]).mean(0)
     network = Tiny().double()
@@ -208,7 +208,7 @@ def test_an_image_of_the_right_size_is_not_changed_by_resizing() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def test_gradients_flow_to_the_features_as_differences_say() -> None:
+def test_gradients_flow_to_the_features() -> None:
     """d logit / d feature of the last convolution is the classifier's weight over the number of positions."""
     network = Tiny().double()
     logits, feature = FeatureGraph(network, ["second"])(torch.rand(3, 3, 9, 8, dtype=torch.float64) + 5)
@@ -223,7 +223,7 @@ def test_gradients_flow_from_the_features_to_the_images() -> None:
     assert torch.autograd.gradcheck(lambda pixels: FeatureGraph(network, ["first"], Preprocessing((7, 5), MEAN, STD))(pixels)[1], images)
 
 
-def test_tokens_leave_a_graph_as_a_grid() -> None:
+def test_a_graph_returns_tokens_as_a_grid() -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -241,7 +241,7 @@ def test_tokens_leave_a_graph_as_a_grid() -> None:
     torch.testing.assert_close(logits, patches.mean((2, 3)))
 
 
-def test_what_follows_in_place_does_not_overwrite_a_feature() -> None:
+def test_an_in_place_operator_does_not_overwrite_a_feature() -> None:
     conv, norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
     network = nn.Sequential(conv, norm, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     images = torch.rand(3, 3, 7, 5)
@@ -252,7 +252,7 @@ def test_what_follows_in_place_does_not_overwrite_a_feature() -> None:
     torch.testing.assert_close(gradient, (before > 0) / 15)
 
 
-def test_hooks_are_removed_whatever_happens() -> None:
+def test_hooks_are_removed_even_after_an_error() -> None:
     network = Tiny()
     graph = FeatureGraph(network, ["first", "second"])
     graph(torch.rand(2, 3, 7, 7))
@@ -263,24 +263,24 @@ def test_hooks_are_removed_whatever_happens() -> None:
     assert hook_count(network) == 0
 
 
-def test_a_layer_that_does_not_run_is_named() -> None:
+def test_the_error_names_a_layer_that_does_not_run() -> None:
     with pytest.raises(KdxError, match=r"does not reach layer 'unused'"):
         FeatureGraph(Tiny(), ["first", "unused"])(torch.rand(2, 3, 7, 7))
 
 
 @pytest.mark.parametrize("layer", ["", "third"])
-def test_a_graph_of_no_such_layer_is_refused_at_once(layer: str) -> None:
+def test_an_unknown_layer_is_an_error_before_the_pass(layer: str) -> None:
     with pytest.raises(KdxError, match=f"no layer '{layer}'"):
         FeatureGraph(Tiny(), ["first", layer])
 
 
 @pytest.mark.parametrize("what", [None, 3, (torch.rand(2, 4),), {"logits": torch.rand(2, 4)}, torch.rand(2)])
-def test_a_network_that_does_not_return_logits_is_refused(what: object) -> None:
+def test_a_network_that_does_not_return_logits_is_an_error(what: object) -> None:
     with pytest.raises(KdxError, match="does not return logits"):
         FeatureGraph(Returning(what), ["conv"])(torch.rand(2, 3, 7, 7))
 
 
-def test_a_graph_holds_the_network_once_and_adds_nothing_to_its_weights() -> None:
+def test_a_graph_has_the_networks_weights_once_and_no_others() -> None:
     network = Tiny()
     graph = FeatureGraph(network, ["first", "second"], Preprocessing(None, MEAN, STD))
     assert [name.removeprefix("network.") for name in graph.state_dict()] == list(network.state_dict())
@@ -291,7 +291,7 @@ def test_a_graph_holds_the_network_once_and_adds_nothing_to_its_weights() -> Non
 
 
 class Pair(nn.Module):
-    """A layer that gives two features, and a network that predicts from both."""
+    """A layer with two outputs, and a network that predicts from both."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -319,7 +319,7 @@ def test_each_of_several_outputs_is_a_layer() -> None:
     assert torch.equal(first, network.both[0](images)) and torch.equal(second, network.both[1](images))
 
 
-def test_a_layer_of_several_outputs_wants_a_number_that_there_is() -> None:
+def test_a_layer_with_several_outputs_needs_a_valid_index() -> None:
     images = torch.rand(3, 3, 7, 6)
     with pytest.raises(KdxError) as caught:
         FeatureGraph(Pair(), ["pair"])(images)
@@ -333,16 +333,16 @@ def test_a_layer_of_several_outputs_wants_a_number_that_there_is() -> None:
 # ---- GradientGraph ----
 
 
-def test_gradients_are_autograds() -> None:
-    """Of the features by hand, towards the logits, and towards a feature in between."""
+def test_gradients_equal_those_of_autograd() -> None:
+    """Of features captured by hand: from the logits, and from a later feature."""
     network = resnet(4, 1, 5).double().eval()
     images = torch.rand(3, 3, 13, 9, dtype=torch.float64)
     logits, *features = by_hand(network, ["layer1", "layer2", "layer3"], images)
     for end, at in ((logits, None), (features[2], "layer3")):
         cotangent = torch.randn(end.shape, dtype=torch.float64)
         expected = torch.autograd.grad(end, features[:2], cotangent, retain_graph=True)
-        found = GradientGraph(network, ["layer2", "layer1"], at=at)(images, cotangent)
-        for ours, theirs in zip(found, (logits, features[1], features[0], expected[1], expected[0]), strict=True):
+        outputs = GradientGraph(network, ["layer2", "layer1"], at=at)(images, cotangent)
+        for ours, theirs in zip(outputs, (logits, features[1], features[0], expected[1], expected[0]), strict=True):
             torch.testing.assert_close(ours, theirs.detach())
             assert not ours.requires_grad
 
@@ -355,7 +355,7 @@ def test_the_gradient_of_one_of_several_outputs() -> None:
     torch.testing.assert_close(gradient, expected.detach())
 
 
-def test_gradients_leave_the_weights_flags_and_gradients_alone() -> None:
+def test_gradients_do_not_change_the_weights_flags_and_gradients() -> None:
     network = Tiny()
     network.fc.weight.requires_grad_(False)
     GradientGraph(network, ["first"])(torch.rand(2, 3, 7, 7), torch.rand(2, 4))
@@ -364,6 +364,6 @@ def test_gradients_leave_the_weights_flags_and_gradients_alone() -> None:
     assert hook_count(network) == 0
 
 
-def test_a_gradient_graph_of_no_layer_is_refused() -> None:
-    with pytest.raises(KdxError, match="no layer to differentiate to"):
+def test_a_gradient_graph_without_a_layer_is_an_error() -> None:
+    with pytest.raises(KdxError, match="No layer is named to take the gradient at"):
         GradientGraph(Tiny(), [])

@@ -1,4 +1,4 @@
-"""Half precision computed in float32: NumPy's arithmetic, rounded to the type after every operator."""
+"""The simulation of half precision against NumPy's float32 arithmetic, rounded after every operator."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS: dict[str, tuple[int, Any, float]] = {
 
 
 def saved(path: Path, nodes: list[onnx.NodeProto], kinds: dict[str, int], weights: dict[str, NDArray[Any]]) -> Path:
-    """A file x [4, 3] -> y [4, 5], both float32, whose tensors in between have these types."""
+    """A file x [4, 3] -> y [4, 5], both float32, whose other tensors have these types."""
     shapes = {"x": [4, 3], "y": [4, 5]}
     value = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()}
     between = [helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items()]
@@ -66,15 +66,15 @@ def test_every_operators_result_is_rounded(name: str, tmp_path: Path) -> None:
 
     total = half(half(half(x) @ half(weights["w"])) + half(weights["b"]))
     expected = half(np.exp(half(total * half(1 / 3))))
-    found = run(model, x)
-    assert found.shape == (4, 5) and np.array_equal(found, half(found))
-    assert (found == expected).mean() >= 0.9  # a sum in another order may round to the neighbour
-    assert np.abs(found / expected - 1).max() <= 4 * step
+    actual = run(model, x)
+    assert actual.shape == (4, 5) and np.array_equal(actual, half(actual))
+    assert (actual == expected).mean() >= 0.9  # a sum in another order may round to the neighbour
+    assert np.abs(actual / expected - 1).max() <= 4 * step
     exact = np.exp((x @ weights["w"].astype(np.float32) + weights["b"].astype(np.float32)) / 3)
-    assert np.abs(found / exact - 1).max() > step / 8  # the rounding is there
+    assert np.abs(actual / exact - 1).max() > step / 8  # it was rounded
 
 
-def test_what_the_file_keeps_in_float32_is_not_rounded(tmp_path: Path) -> None:
+def test_float32_parts_of_a_file_are_not_rounded(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Cast", ["w"], ["wide"], to=TensorProto.FLOAT),
         helper.make_node("MatMul", ["x", "wide"], ["product"]),
@@ -89,7 +89,7 @@ def test_what_the_file_keeps_in_float32_is_not_rounded(tmp_path: Path) -> None:
     assert np.allclose(run(model, x), np.exp(x @ weights["w"].astype(np.float32)), rtol=1e-6)
 
 
-def test_the_simulation_holds_no_half_precision_but_between_its_two_casts(tmp_path: Path) -> None:
+def test_the_simulation_has_half_precision_only_between_its_two_casts(tmp_path: Path) -> None:
     weights = {"w": np.ones((3, 5), dtype=ml_dtypes.bfloat16)}
     nodes = [
         helper.make_node("Cast", ["x"], ["half"], to=TensorProto.BFLOAT16),
@@ -104,6 +104,6 @@ def test_the_simulation_holds_no_half_precision_but_between_its_two_casts(tmp_pa
     assert [node.attribute[0].i for node in graph.node if node.op_type == "Cast"] == [1, 16, 1, 16, 1, 1]
 
 
-def test_a_file_in_float32_needs_none(tmp_path: Path) -> None:
+def test_a_float32_file_needs_no_simulation(tmp_path: Path) -> None:
     nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
     assert half_precision.simulated(saved(tmp_path / "float.onnx", nodes, {}, {"w": np.ones((3, 5), np.float32)})) is None

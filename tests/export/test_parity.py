@@ -55,14 +55,14 @@ def test_a_difference_is_relative_to_the_outputs_largest_value() -> None:
     errors = sorted(
         abs(float(r) - float(e)) / max(abs(float(v)) for v in expected.flat) for r, e in zip(result.flat, expected.flat, strict=True)
     )
-    found = parity.difference(result, expected)
-    assert found.max == pytest.approx(errors[-1], rel=1e-9) and found.mean == pytest.approx(math.fsum(errors) / 105, rel=1e-9)
-    assert errors[101] <= found.q99 <= errors[104] and found.largest == float(np.abs(expected).max())
+    difference = parity.difference(result, expected)
+    assert difference.max == pytest.approx(errors[-1], rel=1e-9) and difference.mean == pytest.approx(math.fsum(errors) / 105, rel=1e-9)
+    assert errors[101] <= difference.q99 <= errors[104] and difference.largest == float(np.abs(expected).max())
     scaled = parity.difference(4 * result, 4 * expected)
-    assert scaled.max == pytest.approx(found.max, rel=1e-12) and scaled.largest == 4 * found.largest
+    assert scaled.max == pytest.approx(difference.max, rel=1e-12) and scaled.largest == 4 * difference.largest
 
 
-def test_a_dead_output_that_is_dead_in_both_agrees() -> None:
+def test_an_output_that_is_zero_in_both_agrees() -> None:
     assert parity.difference(np.zeros(4), np.zeros(4)) == Difference(0.0, 0.0, 0.0, 0.0, 1.0)
 
 
@@ -76,13 +76,13 @@ def test_a_dead_output_that_is_dead_in_both_agrees() -> None:
         (np.array([1.0, math.inf]), np.array([1.0, 2.0])),
     ],
 )
-def test_shapes_that_differ_nan_infinity_and_what_should_be_zero_fail(result: np.ndarray, expected: np.ndarray) -> None:
+def test_different_shapes_nan_infinity_and_values_in_place_of_zeros_fail(result: np.ndarray, expected: np.ndarray) -> None:
     report = ParityReport({"good": Difference(0.0, 0.0, 0.0, 1.0, 1.0), "bad": parity.difference(result, expected)}, 1.0, (2,))
     assert not report
     assert "output bad" in report.worst() and report.as_dict()["passed"] is False
 
 
-def test_a_report_is_true_up_to_its_tolerance_in_every_output() -> None:
+def test_a_report_is_true_if_every_output_is_within_the_tolerance() -> None:
     near, far = Difference(1e-4, 0.0, 0.0, 1.0, 1.0), Difference(1.01e-4, 0.0, 0.0, 1.0, 1.0)
     assert ParityReport({"a": near, "b": near}, 1e-4, (3,))
     assert not ParityReport({"a": near, "b": far, "c": near}, 1e-4, (3,))
@@ -113,12 +113,12 @@ def test_without_onnx_runtime_the_error_names_the_extra(tmp_path: Path, monkeypa
         (Difference(math.inf, math.inf, math.inf, 1.0, math.nan, 2, 1e-5), False),
     ],
 )
-def test_in_float32_errors_are_within_the_tolerance_but_where_a_derivative_jumps(difference: Difference, agrees: bool) -> None:
+def test_float32_errors_are_within_the_tolerance_except_where_a_derivative_jumps(difference: Difference, agrees: bool) -> None:
     report = ParityReport({"a": GOOD, "gradient/a": difference}, 1e-4, (6, 7))
     assert bool(report) is agrees and report.as_dict()["passed"] is agrees
     assert report.failures() == (() if agrees else ("gradient/a",))
     if difference.kinked:
-        assert f"{difference.kinked} images beside" in report.summary()
+        assert f"except {difference.kinked} images" in report.summary()
 
 
 @pytest.mark.parametrize(
@@ -130,9 +130,7 @@ def test_in_float32_errors_are_within_the_tolerance_but_where_a_derivative_jumps
         (replace(GOOD, max=math.nan, cosine=0.99), False, False),
     ],
 )
-def test_in_half_precision_the_cosine_judges_and_what_is_reported_must_be_finite(
-    difference: Difference, judged: bool, reported: bool
-) -> None:
+def test_half_precision_needs_a_cosine_and_reported_outputs_must_be_finite(difference: Difference, judged: bool, reported: bool) -> None:
     report = ParityReport({"a": GOOD, "b": difference}, None, (6, 7))
     assert bool(report) is judged and "cosine with float32" in report.summary()
     assert bool(replace(report, reported=("b",))) is reported
@@ -144,7 +142,7 @@ def test_in_half_precision_the_cosine_judges_and_what_is_reported_must_be_finite
 
 
 class Session:
-    """A file whose outputs are PyTorch's, as ``change`` leaves them."""
+    """A session whose outputs are PyTorch's, changed by ``change``."""
 
     def __init__(self, graph: Graph, change: Callable[[Named], None]) -> None:
         self.graph, self.change, self.calls = graph, change, 0
@@ -175,15 +173,19 @@ def noisy(values: NDArray[Any], share: float) -> NDArray[Any]:
     return result
 
 
-def test_what_is_the_same_agrees_and_no_image_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_outputs_agree_and_no_image_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     report = compared(monkeypatch, gradients(), nothing)
     assert report and report.batches == (6, 7) and report.reported == ()
     assert set(report.outputs) == {"logits", "layer1", "layer2", "gradient/layer1", "gradient/layer2"}
-    for name, found in report.outputs.items():
-        assert (found.max, found.kinked, found.smooth) == (0.0, 0, 0.0 if "gradient" in name else None) and found.cosine > 0.999999
+    for name, difference in report.outputs.items():
+        assert (difference.max, difference.kinked, difference.smooth) == (
+            0.0,
+            0,
+            0.0 if "gradient" in name else None,
+        ) and difference.cosine > 0.999999
 
 
-def test_a_gradient_that_is_a_hundredth_off_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_with_an_error_of_one_percent_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def change(named: Named) -> None:
         named["gradient/layer1"] *= 1.01
 
@@ -196,12 +198,12 @@ def test_images_where_a_derivative_jumps_are_counted(monkeypatch: pytest.MonkeyP
         named["gradient/layer1"][[0, 3]] = noisy(named["gradient/layer1"][[0, 3]], 0.01)
 
     report = compared(monkeypatch, gradients(), change)
-    found = report.outputs["gradient/layer1"]
-    assert report and (found.kinked, found.smooth) == (4, 0.0) and found.max > 1e-3 and found.cosine < 1
-    assert report.outputs["gradient/layer2"].kinked == 0 and "4 images beside" in report.summary()
+    difference = report.outputs["gradient/layer1"]
+    assert report and (difference.kinked, difference.smooth) == (4, 0.0) and difference.max > 1e-3 and difference.cosine < 1
+    assert report.outputs["gradient/layer2"].kinked == 0 and "except 4 images" in report.summary()
 
 
-def test_an_image_whose_gradient_points_elsewhere_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_with_the_opposite_gradient_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def change(named: Named) -> None:
         named["gradient/layer2"][1] *= -1
 
@@ -210,7 +212,7 @@ def test_an_image_whose_gradient_points_elsewhere_fails(monkeypatch: pytest.Monk
     assert report.outputs["gradient/layer2"].cosine == pytest.approx(-1)
 
 
-def test_features_and_logits_have_no_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_and_logits_must_agree_in_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
     def change(named: Named) -> None:
         named["layer1"][0] = noisy(named["layer1"][0], 0.001)
         named["logits"][0] += 0.001 * np.abs(named["logits"]).max()
@@ -218,7 +220,7 @@ def test_features_and_logits_have_no_exception(monkeypatch: pytest.MonkeyPatch) 
     assert compared(monkeypatch, gradients(), change).failures() == ("logits", "layer1")
 
 
-def test_where_a_derivative_jumps_in_every_image_others_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_images_are_compared_if_a_derivative_jumps_in_every_image(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def change(named: Named) -> None:
@@ -238,14 +240,14 @@ def test_where_a_derivative_jumps_in_every_image_others_are_taken(monkeypatch: p
     assert calls == [6] * 4 + [7] * 4
 
 
-def test_pytorch_in_float64_is_as_good_a_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agreement_with_pytorch_in_float64_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     eager = parity._eager
 
     def jumping(graph: Graph, feeds: Mapping[str, Tensor]) -> Named:
-        found = eager(graph, feeds)
+        outputs = eager(graph, feeds)
         if feeds["images"].dtype == torch.float32:
-            found["gradient/layer1"] = noisy(found["gradient/layer1"], 0.01)
-        return found
+            outputs["gradient/layer1"] = noisy(outputs["gradient/layer1"], 0.01)
+        return outputs
 
     monkeypatch.setattr(parity, "_eager", jumping)
     report = compared(monkeypatch, gradients(), nothing)
@@ -261,13 +263,13 @@ def test_a_gradient_that_does_not_change_is_an_error(monkeypatch: pytest.MonkeyP
         compared(monkeypatch, gradients(), change)
 
 
-def test_in_half_precision_rounding_passes_and_another_network_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_half_precision_rounding_passes_and_another_network_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def rounding(named: Named) -> None:
         for name, values in named.items():
             named[name] = values.astype(np.float16).astype(np.float32)
 
     report = compared(monkeypatch, gradients(), rounding, None)
-    assert report and report.tolerance is None and 0 < max(found.max for found in report.outputs.values()) < 1e-2
+    assert report and report.tolerance is None and 0 < max(difference.max for difference in report.outputs.values()) < 1e-2
 
     def foreign(named: Named) -> None:
         named["layer1"] = np.roll(named["layer1"], 1, axis=1)
@@ -275,7 +277,7 @@ def test_in_half_precision_rounding_passes_and_another_network_does_not(monkeypa
     assert compared(monkeypatch, features(), foreign, None).failures() == ("layer1",)
 
 
-def test_of_an_explainer_in_half_precision_the_logits_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_logits_of_a_half_precision_explainer_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     networks = {role: Network(role, network(seed), Preprocessing()) for seed, role in enumerate(("student", "base"))}
     graph = explainer_graph(networks, {"layer2": "layer2"})
 
@@ -313,7 +315,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rewired(file: Path, output: str, nodes: Callable[[str], list[onnx.NodeProto]], out: Path, **weights: NDArray[Any]) -> Path:
-    """A copy of ``file`` in which ``output`` is made by these nodes, from what made it before, by the name that they are given."""
+    """A copy of ``file`` in which these nodes compute ``output`` from its earlier value, whose name is their argument."""
     model = onnx.load(file)
     before = f"{output}.before"
     for node in model.graph.node:
@@ -325,13 +327,13 @@ def rewired(file: Path, output: str, nodes: Callable[[str], list[onnx.NodeProto]
     return out
 
 
-def test_a_file_is_its_graph_and_no_other(file: Path) -> None:
+def test_a_file_agrees_with_its_graph_and_no_other(file: Path) -> None:
     assert parity.compare(file, gradients(), SIZE)
     report = parity.compare(file, gradients(1), SIZE)
     assert not report and set(report.failures()) == set(gradients().output_names)
 
 
-def test_a_file_whose_gradient_is_a_constant_is_refused(file: Path, tmp_path: Path) -> None:
+def test_a_file_with_a_constant_gradient_is_an_error(file: Path, tmp_path: Path) -> None:
     value = numpy_helper.from_array(np.array([0.3], np.float32))
     path = rewired(
         file,
@@ -346,7 +348,7 @@ def test_a_file_whose_gradient_is_a_constant_is_refused(file: Path, tmp_path: Pa
         parity.compare(path, gradients(), SIZE)
 
 
-def test_a_file_whose_gradient_is_a_hundredth_off_fails(file: Path, tmp_path: Path) -> None:
+def test_a_file_with_a_gradient_error_of_one_percent_fails(file: Path, tmp_path: Path) -> None:
     path = rewired(
         file,
         "gradient/layer2",
@@ -358,11 +360,11 @@ def test_a_file_whose_gradient_is_a_hundredth_off_fails(file: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_file_in_half_precision_is_told_from_another_networks(precision: FilePrecision, tmp_path: Path) -> None:
+def test_a_half_precision_file_differs_from_that_of_another_network(precision: FilePrecision, tmp_path: Path) -> None:
     path = tmp_path / "half.onnx"
     report = onnx_file.write(features(), path, origin=Origin("a:b", ""), image_size=SIZE, precision=precision)
-    assert report.tolerance is None and min(found.cosine for found in report.outputs.values()) > 0.999
-    assert max(found.max for found in report.outputs.values()) > 1e-5  # the rounding is seen
+    assert report.tolerance is None and min(difference.cosine for difference in report.outputs.values()) > 0.999
+    assert max(difference.max for difference in report.outputs.values()) > 1e-5  # it was rounded
     other = parity.compare(path, features(1), SIZE, None)
     assert not other and "has a cosine of" in other.worst()
-    assert parity.compare(path, features(), SIZE).failures()  # float32's tolerance is not for it
+    assert parity.compare(path, features(), SIZE).failures()  # the tolerance of float32 does not apply to it

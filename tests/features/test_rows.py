@@ -15,7 +15,7 @@ from tests import oracle
 
 
 def stored(values: np.ndarray, folder: Path) -> dict[str, Source]:
-    """The same features in every form that rows are read from."""
+    """The same features in every form that rows can be read from."""
     np.save(folder / "features.npy", values)
     array = zarr.create_array(folder / "features.zarr", shape=values.shape, chunks=(5, *values.shape[1:]), dtype=values.dtype)
     array[:] = values
@@ -50,7 +50,7 @@ def test_every_form_gives_the_same_rows(tmp_path: Path, dtype: type[np.floating]
             assert torch.equal(rows.read(index), torch.from_numpy(values[index.numpy()].reshape(len(index), -1))), name
 
 
-def test_what_is_best_read_together(tmp_path: Path) -> None:
+def test_rows_of_a_chunk_are_read_together(tmp_path: Path) -> None:
     forms = stored(np.zeros((23, 4), np.float32), tmp_path)
     assert {name: rows_of(source, "features").run for name, source in forms.items()} == {
         "numpy": 1,
@@ -63,7 +63,7 @@ def test_what_is_best_read_together(tmp_path: Path) -> None:
     }
 
 
-def test_scores_of_files_are_scores_of_arrays(tmp_path: Path) -> None:
+def test_scores_of_files_equal_scores_of_arrays(tmp_path: Path) -> None:
     x, y, labels = oracle.features(n=300)
     there, here = tmp_path / "x", tmp_path / "y"
     there.mkdir()
@@ -76,7 +76,7 @@ def test_scores_of_files_are_scores_of_arrays(tmp_path: Path) -> None:
 
 def test_bad_input(tmp_path: Path) -> None:
     values = np.ones((8, 3), np.float32)
-    for source, said in (
+    for source, message in (
         (values[:, :0], "shape"),
         (values[:, :, None], "shape"),
         (values.astype(np.int32), "int32"),
@@ -85,7 +85,7 @@ def test_bad_input(tmp_path: Path) -> None:
         ((row for row in values), "generator"),
         ([1.0, 2.0], "list"),
     ):
-        with pytest.raises(kdx.KdxError, match=said):
+        with pytest.raises(kdx.KdxError, match=message):
             rows_of(source, "features")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="features"):
         rows_of(3, "features")  # type: ignore[arg-type]

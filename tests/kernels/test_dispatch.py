@@ -1,4 +1,4 @@
-"""The public functions by the CUDA kernels, run on the CPU, against the same by PyTorch; and the choice between the two."""
+"""The public functions with the CUDA kernels, which run on the CPU here, against PyTorch; and the choice of the backend."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLOSE = oracle.TOLERANCE["float32"]
 
 @pytest.fixture
 def launches() -> Iterator[list[str]]:
-    """What is launched where kernels run in place of PyTorch, on CPU tensors."""
+    """The names of the kernels that are launched. They run on CPU tensors instead of PyTorch."""
     seen: list[str] = []
 
     class Counting(HostLauncher):
@@ -45,76 +45,76 @@ def test_maps(launches: list[str], objective: Any, weighting: Any) -> None:
     x, y, labels = features()
     expected = kdx.unicam(x, y, labels, objective, weighting, backend="torch")
     assert not launches
-    found = kdx.unicam(x, y, labels, objective, weighting, backend="cuda")
+    actual = kdx.unicam(x, y, labels, objective, weighting, backend="cuda")
     assert {"pairwise_symmetric", f"weights_{objective}"} <= set(launches)
     assert ("cam_float32" in launches) == (weighting == "gap")
     for name in ("maps", "weights"):
-        assert oracle.error(getattr(found, name), getattr(expected, name)) < CLOSE, name
-    assert found.score == pytest.approx(expected.score, rel=CLOSE)
+        assert oracle.error(getattr(actual, name), getattr(expected, name)) < CLOSE, name
+    assert actual.score == pytest.approx(expected.score, rel=CLOSE)
 
 
 @pytest.mark.parametrize("objective", ["relevance", "uniqueness"])
-def test_maps_among_references(launches: list[str], objective: Any) -> None:
+def test_maps_in_reference_mode(launches: list[str], objective: Any) -> None:
     x, y, labels = features(24)
     reference = kdx.ReferenceSet(x[:16], y[:16], labels[:16])
     expected = kdx.unicam(x[16:], y[16:], labels[16:], objective, reference=reference, backend="torch")
-    found = kdx.unicam(x[16:], y[16:], labels[16:], objective, reference=reference, backend="cuda")
+    actual = kdx.unicam(x[16:], y[16:], labels[16:], objective, reference=reference, backend="cuda")
     assert f"query_weights_{objective}" in launches
-    assert oracle.error(found.maps, expected.maps) < CLOSE and found.score == pytest.approx(expected.score, rel=CLOSE)
+    assert oracle.error(actual.maps, expected.maps) < CLOSE and actual.score == pytest.approx(expected.score, rel=CLOSE)
 
 
-def test_what_has_no_kernel_is_pytorchs(launches: list[str]) -> None:
-    """An objective of one's own, and the elementwise weighting among references: distances and maps alone are the kernels'."""
+def test_pytorch_computes_what_no_kernel_covers(launches: list[str]) -> None:
+    """A user's objective, and elementwise weighting in reference mode: the kernels compute only distances and maps."""
     x, y, labels = features(24)
 
     def largest(r: Tensor) -> Tensor:
         return r.amax((-2, -1))
 
     expected = kdx.unicam(x, y, labels, largest, backend="torch")
-    found = kdx.unicam(x, y, labels, largest, backend="cuda")
+    actual = kdx.unicam(x, y, labels, largest, backend="cuda")
     assert set(launches) == {"pairwise_symmetric", "cam_float32"}
-    assert oracle.error(found.maps, expected.maps) < CLOSE
+    assert oracle.error(actual.maps, expected.maps) < CLOSE
     reference = kdx.ReferenceSet(x[:16], y[:16], labels[:16])
-    asked: dict[str, Any] = {"weighting": "elementwise", "reference": reference}
-    among = [kdx.unicam(x[16:], y[16:], labels[16:], backend=backend, **asked) for backend in ("torch", "cuda")]
+    options: dict[str, Any] = {"weighting": "elementwise", "reference": reference}
+    among = [kdx.unicam(x[16:], y[16:], labels[16:], backend=backend, **options) for backend in ("torch", "cuda")]
     assert oracle.error(among[1].maps, among[0].maps) < CLOSE
 
 
 @pytest.mark.parametrize("references", [False, True])
 def test_a_batch_of_three_networks(launches: list[str], references: bool) -> None:
-    """Four maps at once: the networks with as many channels share a launch."""
-    given, labels = roles(24)
-    given = {role: value.float() for role, value in given.items()}
-    known = LayerReferences.of({role: value[:12] for role, value in given.items()}, labels[:12]) if references else None
+    """Four maps at once: networks with equal numbers of channels share a launch."""
+    features_by_role, labels = roles(24)
+    features_by_role = {role: value.float() for role, value in features_by_role.items()}
+    known = LayerReferences.of({role: value[:12] for role, value in features_by_role.items()}, labels[:12]) if references else None
     launches.clear()
     table = uncertainty.permutation_table(24, 19, 0)
-    expected, found = (
-        measure(given, Target.of(labels), permutations=table, references=known, backend=backend) for backend in ("torch", "cuda")
+    expected, actual = (
+        measure(features_by_role, Target.of(labels), permutations=table, references=known, backend=backend) for backend in ("torch", "cuda")
     )
     assert launches.count("weights_relevance") == (0 if references else 2)
     for name, maps in expected.maps.items():
-        assert oracle.error(found.maps[name].maps, maps.maps) < CLOSE, name
-        assert oracle.error(found.maps[name].weights, maps.weights) < CLOSE, name
-        assert found.maps[name].score == pytest.approx(maps.score, abs=CLOSE)
-    assert oracle.error(found.products, expected.products) < CLOSE
+        assert oracle.error(actual.maps[name].maps, maps.maps) < CLOSE, name
+        assert oracle.error(actual.maps[name].weights, maps.weights) < CLOSE, name
+        assert actual.maps[name].score == pytest.approx(maps.score, abs=CLOSE)
+    assert oracle.error(actual.products, expected.products) < CLOSE
 
 
 @pytest.mark.parametrize(("n", "batch"), [(40, None), (260, None), (60, 16)])
 def test_scores(launches: list[str], n: int, batch: int | None) -> None:
     x, y, labels = features(n)
-    for asked in ({"estimator": "unbiased"}, {"estimator": "biased"}):
-        found, expected = (
-            kdx.rs(x, labels, y, batch=batch, permutations=19, backend=backend, **asked)  # type: ignore[arg-type]
+    for options in ({"estimator": "unbiased"}, {"estimator": "biased"}):
+        actual, expected = (
+            kdx.rs(x, labels, y, batch=batch, permutations=19, backend=backend, **options)  # type: ignore[arg-type]
             for backend in ("cuda", "torch")
         )
-        assert found.value == pytest.approx(expected.value, abs=1e-4)
-        assert found.interval == pytest.approx(expected.interval, abs=1e-4)
-        assert found.p_value == expected.p_value
+        assert actual.value == pytest.approx(expected.value, abs=1e-4)
+        assert actual.interval == pytest.approx(expected.interval, abs=1e-4)
+        assert actual.p_value == expected.p_value
     assert {"pairwise_cross", "pairwise_symmetric"} & set(launches)
     assert ("products_float32" in launches or "products_float64" in launches) == (batch is not None)
 
 
-def test_float64_is_pytorchs(launches: list[str]) -> None:
+def test_pytorch_computes_float64(launches: list[str]) -> None:
     x, y, labels = oracle.features()
     assert kdx.rs(x, labels, y).value == kdx.rs(x, labels, y, backend="torch").value and not launches
     for call in (lambda: kdx.unicam(x, y, labels, backend="cuda"), lambda: kdx.fss(x, y, backend="cuda")):

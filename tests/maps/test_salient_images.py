@@ -1,4 +1,4 @@
-"""Masks against a sort; salient images against their steps, hooks and the equation that imputed pixels solve."""
+"""Masks against a sort; salient images against their steps, against hooks, and against the equation that imputed pixels solve."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_a_mask_keeps_the_largest(share: float, dtype: torch.dtype) -> None:
         assert sorted(values[chosen].tolist()) == sorted(values.flatten().tolist())[55 - kept :]
 
 
-def test_of_equal_pixels_the_first_in_reading_order_is_kept() -> None:
-    """Larger than what a sort does in one block, since unstable sorts of few values happen to be stable."""
+def test_the_first_of_equal_pixels_in_reading_order_is_kept() -> None:
+    """A map larger than one block of a sort, because an unstable sort of few values may be stable by chance."""
     maps = np.random.default_rng(0).integers(0, 3, size=(2, 67, 71)).astype(np.float32)
     mask = kdx.top_mask(maps, 0.4)
     assert isinstance(mask, np.ndarray) and mask.dtype == bool
@@ -47,7 +47,7 @@ def test_of_equal_pixels_the_first_in_reading_order_is_kept() -> None:
     assert constant[0, :2].all() and not constant[0, 2:].any()
 
 
-def test_a_larger_mask_holds_the_smaller() -> None:
+def test_a_larger_mask_contains_the_smaller() -> None:
     maps = torch.randint(0, 5, (3, 9, 8), generator=torch.Generator().manual_seed(0)).double()
     shares = [0.1, 0.2, 0.7, 0.9]
     masks = [kdx.top_mask(maps, share) for share in shares]
@@ -56,7 +56,7 @@ def test_a_larger_mask_holds_the_smaller() -> None:
 
 
 @pytest.mark.parametrize(
-    ("maps", "share", "said"),
+    ("maps", "share", "message"),
     [
         (torch.zeros(3, 4), 0.5, r"shape \[3, 4\]"),
         (torch.zeros(3, 4, 4).bool(), 0.5, "bool"),
@@ -67,8 +67,8 @@ def test_a_larger_mask_holds_the_smaller() -> None:
         (torch.zeros(3, 4, 4), float("nan"), "share nan"),
     ],
 )
-def test_a_bad_mask_is_refused(maps: Tensor, share: float, said: str) -> None:
-    with pytest.raises(KdxError, match=said):
+def test_a_bad_mask_is_refused(maps: Tensor, share: float, message: str) -> None:
+    with pytest.raises(KdxError, match=message):
         kdx.top_mask(maps, share)
 
 
@@ -76,33 +76,33 @@ def test_a_bad_mask_is_refused(maps: Tensor, share: float, said: str) -> None:
 
 
 def steps(network: Any, images: Any, layer: str, keep: float, classes: Any) -> Any:
-    """A salient image by the public functions, one after another."""
+    """Salient images, computed step by step with the public functions."""
     size = images.shape[2], images.shape[3]
     return kdx.impute(images, kdx.top_mask(kdx.hires_cam(network, images, layer, classes).scaled(size), keep))
 
 
 def neighbours_mean(images: Tensor) -> Tensor:
-    """Of each pixel the mean of its eight neighbours, 1/6 and 1/12, over what there is of them."""
+    """The weighted mean of each pixel's neighbours, with weights 1/6 and 1/12 that are normalised at the border."""
     kernel = torch.tensor([[1.0, 2, 1], [2, 0, 2], [1, 2, 1]], dtype=images.dtype)[None, None] / 12
-    totals, counts = (nn.functional.conv2d(each.flatten(0, 1)[:, None], kernel, padding=1) for each in (images, torch.ones_like(images)))
+    totals, counts = (nn.functional.conv2d(x.flatten(0, 1)[:, None], kernel, padding=1) for x in (images, torch.ones_like(images)))
     return (totals / counts).reshape(images.shape)
 
 
 @pytest.mark.parametrize("choice", ["predicted", "each"])
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.93])
-def test_salient_images_are_their_steps(choice: str, keep: float) -> None:
+def test_salient_images_equal_their_steps(choice: str, keep: float) -> None:
     network, images = Net().double().eval(), batch()
     classes = None if choice == "predicted" else torch.arange(8) % CLASSES
-    found = kdx.salient_images(network, images, "conv2", keep, classes)
-    assert torch.equal(found, steps(network, images, "conv2", keep, classes))
+    salient = kdx.salient_images(network, images, "conv2", keep, classes)
+    assert torch.equal(salient, steps(network, images, "conv2", keep, classes))
     maps = by_hand(network, images, "conv2", classes, "elementwise").maps
     resized = nn.functional.interpolate(maps[:, None], SIZE, mode="bilinear", align_corners=False)[:, 0]
-    kept = (found == images).all(1)
+    kept = (salient == images).all(1)
     count = round(keep * SIZE[0] * SIZE[1])
     for values, mask in zip(resized, kept, strict=True):
         assert int(mask.sum()) == count
         assert float(values[mask].min()) >= float(values[~mask].max()) - 1e-9
-    off = (found - neighbours_mean(found)).abs().amax(1)
+    off = (salient - neighbours_mean(salient)).abs().amax(1)
     assert float(off[~kept].max()) < 1e-4
 
 
@@ -119,18 +119,18 @@ def test_the_chunk_changes_no_salient_image(chunk: int) -> None:
         assert oracle.error(parts, whole) < 1e-9
 
 
-def test_salient_images_come_in_the_kind_that_they_came_in() -> None:
+def test_salient_images_have_the_kind_of_the_images() -> None:
     network, images = Net().eval(), batch(dtype=torch.float32)
-    found = kdx.salient_images(network, images.numpy(), "conv2")
-    assert isinstance(found, np.ndarray) and found.dtype == np.float32
-    assert np.array_equal(found, kdx.salient_images(network, images, "conv2").numpy())
+    salient = kdx.salient_images(network, images.numpy(), "conv2")
+    assert isinstance(salient, np.ndarray) and salient.dtype == np.float32
+    assert np.array_equal(salient, kdx.salient_images(network, images, "conv2").numpy())
     strided = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    assert oracle.error(kdx.salient_images(network, strided, "conv2"), found) < 1e-4  # what imputation is solved to
+    assert oracle.error(kdx.salient_images(network, strided, "conv2"), salient) < 1e-4  # what imputation is solved to
     assert kdx.salient_images(network, images.half(), "conv2").dtype == torch.float16
 
 
 class Normed(nn.Module):
-    """Patches as tokens whose scale a normalisation takes away."""
+    """Patches as tokens whose scale a normalisation removes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Normed(nn.Module):
 
 
 @pytest.mark.parametrize(("network", "layer"), [(Normed(), "mixed"), (Blocks(), "last")])
-def test_a_layer_whose_maps_are_zero_but_for_rounding_ranks_no_pixels(network: nn.Module, layer: str) -> None:
+def test_a_layer_whose_maps_are_zero_up_to_rounding_is_refused(network: nn.Module, layer: str) -> None:
     images = batch(dtype=torch.float32, size=(12, 9))
     with pytest.raises(KdxError, match=f"HiResCAM at layer '{layer}' is zero everywhere") as caught:
         kdx.salient_images(network, images, layer)
@@ -160,7 +160,7 @@ def test_the_normalisation_that_follows_ranks_pixels() -> None:
     assert torch.equal(kdx.salient_images(Normed(), images, "norm"), steps(Normed(), images, "norm", 0.5, None))
 
 
-def test_of_an_image_without_a_map_the_first_rows_are_kept() -> None:
+def test_the_first_rows_of_an_image_with_a_zero_map_are_kept() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(4 * 10 * 7, CLASSES)
     network = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Flatten(), linear).double()
@@ -168,12 +168,12 @@ def test_of_an_image_without_a_map_the_first_rows_are_kept() -> None:
     images[3] = 0
     with torch.no_grad():
         linear.weight.abs_()
-    found = kdx.salient_images(network, images, "1", classes=2, noise=0.1)
-    kept = (found == images).all(1)[3]
+    salient = kdx.salient_images(network, images, "1", classes=2, noise=0.1)
+    kept = (salient == images).all(1)[3]
     assert kept[:6].all() and not kept[6:].any()
 
 
-def test_noise_is_seeded_and_on_imputed_pixels_alone() -> None:
+def test_noise_is_seeded_and_only_on_imputed_pixels() -> None:
     network, images = Net().double().eval(), batch()
     plain, noisy, again, other = (
         kdx.salient_images(network, images, "conv2", noise=noise, seed=seed) for noise, seed in ((0.0, 1), (0.1, 1), (0.1, 1), (0.1, 2))
@@ -186,7 +186,7 @@ def test_noise_is_seeded_and_on_imputed_pixels_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"keep": 0}, "share 0 of pixels to keep is not between 0 and 1"),
         ({"keep": 1}, "share 1 of pixels"),
@@ -200,25 +200,25 @@ def test_noise_is_seeded_and_on_imputed_pixels_alone() -> None:
         ({"images": batch()[:, :2]}, "images have shape"),
     ],
 )
-def test_a_salient_image_that_there_cannot_be_is_refused(arguments: dict[str, Any], said: str) -> None:
-    given: dict[str, Any] = {"images": batch(), "layer": "conv2"} | arguments
-    with pytest.raises(KdxError, match=said):
-        kdx.salient_images(Net().double(), **given)
+def test_bad_arguments_of_salient_images_are_refused(arguments: dict[str, Any], message: str) -> None:
+    options: dict[str, Any] = {"images": batch(), "layer": "conv2"} | arguments
+    with pytest.raises(KdxError, match=message):
+        kdx.salient_images(Net().double(), **options)
 
 
-def test_a_feature_layers_gradients_make_no_salient_image() -> None:
+def test_gradients_of_a_feature_layer_are_refused() -> None:
     network = Net().double().eval()
     with EagerRunner(GradientGraph(network, ["conv1"], at="conv2"), CPU) as runner, pytest.raises(KdxError, match="not of the logits"):
         kdx.salient_images(runner, batch())
 
 
-@pytest.mark.parametrize("one", [True, False])
-def test_imputing_keeps_what_is_kept_and_solves_for_the_rest(one: bool) -> None:
+@pytest.mark.parametrize("shared", [True, False])
+def test_imputing_keeps_what_is_kept_and_solves_for_the_rest(shared: bool) -> None:
     images = batch()
     kept = torch.rand(8, *SIZE, generator=torch.Generator().manual_seed(2)) < 0.3
-    kept = kept[0] if one else kept
-    found = kdx.impute(images.numpy(), kept.numpy())
-    assert isinstance(found, np.ndarray) and np.array_equal(found, kdx.impute(images, kept).numpy())
-    result, mask = torch.from_numpy(found), kept.expand(8, *SIZE)[:, None].expand(images.shape)
+    kept = kept[0] if shared else kept
+    imputed = kdx.impute(images.numpy(), kept.numpy())
+    assert isinstance(imputed, np.ndarray) and np.array_equal(imputed, kdx.impute(images, kept).numpy())
+    result, mask = torch.from_numpy(imputed), kept.expand(8, *SIZE)[:, None].expand(images.shape)
     assert torch.equal(result[mask], images[mask])
     assert float((result - neighbours_mean(result))[~mask].abs().max()) < 1e-4

@@ -1,4 +1,4 @@
-"""The static types of the public results: NumPy in, NumPy out; Tensor in, Tensor out. mypy checks them; pytest checks the values."""
+"""The static types of public results: NumPy in, NumPy out; Tensor in, Tensor out. mypy checks `assert_type`, pytest checks the values."""
 
 from __future__ import annotations
 

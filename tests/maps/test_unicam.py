@@ -1,4 +1,4 @@
-"""kdx.unicam as a user calls it."""
+"""kdx.unicam against the published numbers and the float64 reference."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests import oracle
 @pytest.mark.parametrize(("name", "objective"), [("relevance", "relevance"), ("unique", "uniqueness")])
 def test_published_numbers(case: str, name: str, objective: str) -> None:
     known = oracle.load(case)
-    found = kdx.unicam(known["x"], known["y"], known["target"], objective=objective)  # type: ignore[arg-type]
-    assert isinstance(found.maps, np.ndarray) and isinstance(found.weights, np.ndarray)
-    assert oracle.error(found.weights, known[f"{name}/weights"]) < oracle.TOLERANCE["float64"]
-    assert oracle.error(found.maps, known[f"{name}/cam"]) < oracle.TOLERANCE["float64"]
-    assert found.score == pytest.approx(float(known[f"{name}/score"]), rel=1e-9)
+    result = kdx.unicam(known["x"], known["y"], known["target"], objective=objective)  # type: ignore[arg-type]
+    assert isinstance(result.maps, np.ndarray) and isinstance(result.weights, np.ndarray)
+    assert oracle.error(result.weights, known[f"{name}/weights"]) < oracle.TOLERANCE["float64"]
+    assert oracle.error(result.maps, known[f"{name}/cam"]) < oracle.TOLERANCE["float64"]
+    assert result.score == pytest.approx(float(known[f"{name}/score"]), rel=1e-9)
 
 
 @pytest.mark.parametrize("weighting", ["gap", "elementwise"])
@@ -28,10 +28,10 @@ def test_every_weighting_by_autograd(weighting: str, pooled: bool) -> None:
     x, y, labels = oracle.features()
     one_hot = torch.nn.functional.one_hot(labels).double()
     score, weights, maps = reference.unicam(x, y, one_hot, "relevance", weighting, pooled)
-    found = kdx.unicam(x, y, labels, weighting=weighting, pooled=pooled)  # type: ignore[arg-type]
-    assert oracle.error(found.weights, weights) < oracle.TOLERANCE["float64"]
-    assert oracle.error(found.maps, maps) < oracle.TOLERANCE["float64"]
-    assert found.score == pytest.approx(float(score), rel=1e-9)
+    result = kdx.unicam(x, y, labels, weighting=weighting, pooled=pooled)  # type: ignore[arg-type]
+    assert oracle.error(result.weights, weights) < oracle.TOLERANCE["float64"]
+    assert oracle.error(result.maps, maps) < oracle.TOLERANCE["float64"]
+    assert result.score == pytest.approx(float(score), rel=1e-9)
 
 
 def test_labels_and_their_one_hot_rows_are_one_target() -> None:
@@ -49,12 +49,12 @@ def test_a_permutation_of_the_batch_permutes_the_maps() -> None:
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
-def test_kinds_in_are_kinds_out_also_non_contiguous(dtype: torch.dtype) -> None:
+def test_results_have_the_kind_of_the_input_also_non_contiguous(dtype: torch.dtype) -> None:
     x, y, labels = oracle.features()
     strided = x.to(dtype).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    found = kdx.unicam(strided, y.to(dtype), labels)
-    assert isinstance(found.maps, torch.Tensor) and found.maps.shape == (19, 5, 3)
-    assert oracle.error(found.maps, kdx.unicam(x, y, labels).maps) < oracle.TOLERANCE[str(dtype).removeprefix("torch.")]
+    result = kdx.unicam(strided, y.to(dtype), labels)
+    assert isinstance(result.maps, torch.Tensor) and result.maps.shape == (19, 5, 3)
+    assert oracle.error(result.maps, kdx.unicam(x, y, labels).maps) < oracle.TOLERANCE[str(dtype).removeprefix("torch.")]
 
 
 def test_vectors_are_maps_of_one_position() -> None:
@@ -63,29 +63,29 @@ def test_vectors_are_maps_of_one_position() -> None:
     assert flat.maps.shape == (19, 1, 1) and flat.weights.shape == (19, x[0].numel())
 
 
-def test_an_objective_of_ones_own() -> None:
+def test_a_users_objective() -> None:
     x, y, labels = oracle.features()
-    found = kdx.unicam(x, y, labels, objective=lambda r: r.amax(-1).sum(-1))
-    assert oracle.error(found.maps, kdx.unicam(x, y, labels, objective="uniqueness").maps) < 1e-12
+    result = kdx.unicam(x, y, labels, objective=lambda r: r.amax(-1).sum(-1))
+    assert oracle.error(result.maps, kdx.unicam(x, y, labels, objective="uniqueness").maps) < 1e-12
 
 
 @pytest.mark.parametrize("objective", ["relevance", "uniqueness"])
 @pytest.mark.parametrize("weighting", ["gap", "elementwise"])
 @pytest.mark.parametrize("pooled", [False, True])
-def test_reference_mode_is_the_plain_mode_with_one_query_behind_the_references(objective: str, weighting: str, pooled: bool) -> None:
+def test_reference_mode_equals_plain_mode_with_one_query_behind_the_references(objective: str, weighting: str, pooled: bool) -> None:
     x, y, labels = oracle.features(n=16)
     known, queries = slice(0, 11), slice(11, 16)
     among = kdx.ReferenceSet(x[known], y[known], labels[known], pooled=pooled)
     options = {"objective": objective, "weighting": weighting, "pooled": pooled}
-    found = kdx.unicam(x[queries], y[queries], labels[queries], reference=among, **options)  # type: ignore[arg-type]
+    result = kdx.unicam(x[queries], y[queries], labels[queries], reference=among, **options)  # type: ignore[arg-type]
     for query in range(5):
         rows = [*range(11), 11 + query]
         plain = kdx.unicam(x[rows], y[rows], labels[rows], **options)  # type: ignore[arg-type]
-        assert oracle.error(found.maps[query], plain.maps[-1]) < oracle.TOLERANCE["float64"]
-        assert oracle.error(found.weights[query], plain.weights[-1]) < oracle.TOLERANCE["float64"]
+        assert oracle.error(result.maps[query], plain.maps[-1]) < oracle.TOLERANCE["float64"]
+        assert oracle.error(result.weights[query], plain.weights[-1]) < oracle.TOLERANCE["float64"]
 
 
-def test_a_map_among_references_does_not_depend_on_its_batch_mates() -> None:
+def test_a_map_in_reference_mode_does_not_depend_on_its_batch() -> None:
     x, y, labels = oracle.features(n=21)
     among = kdx.ReferenceSet(x[:9], y[:9], labels[:9])
     alone = kdx.unicam(x[20:], y[20:], labels[20:], reference=among)
@@ -137,7 +137,7 @@ def _broken(change: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ("three images", "at least 4"),
         ("one class", "one class"),
@@ -156,13 +156,13 @@ def _broken(change: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ("no channels", "shape"),
     ],
 )
-def test_bad_input_says_what_is_wrong(change: str, said: str) -> None:
+def test_bad_input_is_refused(change: str, message: str) -> None:
     x, y, labels = _broken(change)
     for single in (False, True):
         if single and change == "integer features":
             continue
         inputs = (x.float(), y.float()) if single else (x, y)
-        with pytest.raises(kdx.KdxError, match=said):
+        with pytest.raises(kdx.KdxError, match=message):
             kdx.unicam(*inputs, labels)
 
 
@@ -176,8 +176,8 @@ def test_queries_of_another_layer_or_kind_of_target_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
-def test_what_is_only_rounding_is_no_map(dtype: torch.dtype) -> None:
-    """A scaled copy, and the same features in another order of channels, have one geometry but for the rounding of their type."""
+def test_a_residual_that_is_only_rounding_is_refused(dtype: torch.dtype) -> None:
+    """A scaled copy, and features with another order of channels, have the same geometry up to the rounding of their type."""
     x, _, labels = oracle.features(shape=(64, 9, 9))
     x = x.to(dtype)
     for given in ((3.3 * x.double()).to(dtype), x.flip(1)):
@@ -189,7 +189,7 @@ def test_what_is_only_rounding_is_no_map(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("scale", [1e-4, 1e-6])
 def test_near_duplicates_keep_their_weights(scale: float) -> None:
-    """Two images that float32 just tells apart put large opposite numbers into the Laplacian, which must cancel."""
+    """Two images that float32 can only just distinguish lead to large opposite entries in the Laplacian, which must cancel."""
     x, y, labels = oracle.features()
     x[4] = x[3] + scale * torch.randn(x[3].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     single, other = x.float(), y.float()
@@ -197,7 +197,7 @@ def test_near_duplicates_keep_their_weights(scale: float) -> None:
     assert oracle.error(kdx.unicam(single, other, labels).weights, weights) < oracle.TOLERANCE["float32"]
 
 
-def test_among_references_bad_input_is_refused() -> None:
+def test_bad_input_in_reference_mode_is_refused() -> None:
     x, y, labels = oracle.features()
     among = kdx.ReferenceSet(x[:9], y[:9], labels[:9])
     for wrong in (labels[9:10], labels[9:12], labels[9]):
@@ -211,8 +211,8 @@ def test_among_references_bad_input_is_refused() -> None:
         kdx.unicam(x[:0], y[:0], labels[:0], reference=among)
 
 
-def test_four_images_have_no_relevance_to_raise() -> None:
-    """However small the residual is, what is left of its gradient is rounding and becomes no map."""
+def test_four_images_have_zero_maps_of_relevance() -> None:
+    """However small the residual is, the rest of its gradient is rounding, and must not become a map."""
     x, _, _ = oracle.features(n=4, classes=2)
     for share in (1.0, 1e-2):
         given = x + share * torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -226,7 +226,7 @@ def test_other_byte_orders_and_long_doubles() -> None:
     assert np.array_equal(plain.maps, other.maps)
 
 
-def test_misspelt_options_are_value_errors() -> None:
+def test_misspelled_options_are_value_errors() -> None:
     x, y, labels = oracle.features()
     with pytest.raises(ValueError, match="objective"):
         kdx.unicam(x, y, labels, objective="relevancy")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""OpenVINO: every kind of file against PyTorch and ONNX Runtime, and what bfloat16 costs."""
+"""The runtime openvino: every kind of file against PyTorch and ONNX Runtime, and the error of bfloat16."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from kdx.runtimes.openvino import OpenVinoRunner
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
-"""Of an output's largest value: float32 sums in another order."""
+"""Relative to an output's largest value: float32 sums in another order."""
 
 MAPS_AGREE = 1e-4
-"""Of an output's largest value: a residual is a difference of what it is taken from."""
+"""Relative to an output's largest value: a residual is a small difference of large values."""
 
 ROUNDED = 0.05
-"""Of a feature's largest value: 2**-9 of rounding at each of some ten operators."""
+"""Relative to a feature's largest value: a rounding of 2**-9 at each of about ten operators."""
 
 ROUNDED_MAPS = 0.02, 0.99
-"""The largest mean absolute difference of a layer's scaled maps, which are in [0, 1], and the smallest correlation of them."""
+"""The largest mean absolute difference of a layer's scaled maps, which are in [0, 1], and their smallest correlation."""
 
 OWN = Preprocessing((24, 20), (0.4, 0.5, 0.3), (0.2, 0.3, 0.25))
 LAYERS = {"layer1": "layer1", "layer2": "layer2"}
@@ -52,7 +52,7 @@ def network(seed: int, width: int = 8) -> Network:
     torch.manual_seed(seed)
     module = resnet(width, 1, 5, 2)
     for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):  # off its start, which would not notice a norm left out
+        if isinstance(part, nn.BatchNorm2d):  # with the initial statistics a missing norm would go unnoticed
             part.running_mean.normal_(0, 0.1)  # type: ignore[union-attr]
             part.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
     return Network(f"small@{seed}", module.eval(), OWN)
@@ -83,7 +83,7 @@ def files(networks: dict[str, Network], tmp_path_factory: pytest.TempPathFactory
 
 
 def images(n: int) -> Tensor:
-    """Four classes of coarse patterns, each image a little apart from its class."""
+    """Images of four classes of coarse patterns, each with its own noise."""
     generator = torch.Generator().manual_seed(n)
     coarse = torch.rand(4, 3, 5, 4, generator=generator)[torch.arange(n) % 4]
     return nn.functional.interpolate(coarse, (31, 27), mode="bilinear") * 0.6 + 0.4 * torch.rand(n, 3, 31, 27, generator=generator)
@@ -99,9 +99,9 @@ def fed(kind: str, n: int) -> dict[str, Tensor]:
     return {"images": images(n), **more.get(kind, {})}
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape and found.dtype == expected.dtype == torch.float32
-    return float((found - expected).abs().max() / expected.abs().max())
+def error(actual: Tensor, expected: Tensor) -> float:
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype == torch.float32
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 # ---- the kinds of file ----
@@ -117,49 +117,49 @@ def test_a_file_gives_what_pytorch_gives(kind: str, n: int, files: dict[str, Pat
     feeds = fed(kind, n)
     expected = EagerRunner(graph, CPU).run(feeds)
     with OpenVinoRunner(files[kind]) as runner:
-        found = runner.run(feeds)
+        actual = runner.run(feeds)
         assert (runner.kind, runner.layers, runner.device) == (graph.kind, tuple(layers), CPU)
-    assert list(found) == list(expected)
+    assert list(actual) == list(expected)
     for name, values in expected.items():
-        assert error(found[name], values) <= TOLERANCE, name
+        assert error(actual[name], values) <= TOLERANCE, name
 
 
 def test_an_explainer_file_gives_what_onnx_runtime_gives(files: dict[str, Path]) -> None:
     feeds = fed("explainer", 16)
     with OnnxRuntimeRunner(files["explainer"]) as ort, OpenVinoRunner(files["explainer"]) as runner:
-        expected, found = ort.run(feeds), runner.run(feeds)
-    assert list(found) == list(expected) and len(found) == 10
+        expected, actual = ort.run(feeds), runner.run(feeds)
+    assert list(actual) == list(expected) and len(actual) == 10
     for name, values in expected.items():
         if not name.endswith("/scaled"):  # divided by an image's own largest value, which may be small
-            assert error(found[name], values) <= MAPS_AGREE, name
+            assert error(actual[name], values) <= MAPS_AGREE, name
 
 
-def test_layers_that_are_one_tensor_are_written_each(tmp_path: Path) -> None:
+def test_layers_that_share_a_tensor_are_written_separately(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.Dropout(), nn.Flatten(), nn.Linear(4 * 7 * 9, 5)).eval()
     graph = FeatureGraph(module, ["0", "1", "2"], Preprocessing())
     onnx_file.write(graph, tmp_path / "a.onnx", origin=Origin("a", "b"), image_size=(9, 11))
     pixels = images(3)[:, :, :9, :11]
-    found, expected = OpenVinoRunner(tmp_path / "a.onnx").infer(pixels), EagerRunner(graph, CPU).infer(pixels)
+    actual, expected = OpenVinoRunner(tmp_path / "a.onnx").infer(pixels), EagerRunner(graph, CPU).infer(pixels)
     for layer in graph.layers:
-        assert error(found.features[layer], expected.features[layer]) <= TOLERANCE
-    found.features["1"].zero_()
-    assert found.features["2"].any(), "the results share no memory"
+        assert error(actual.features[layer], expected.features[layer]) <= TOLERANCE
+    actual.features["1"].zero_()
+    assert actual.features["2"].any(), "the results share no memory"
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_files_in_half_precision_run(precision: Any, networks: dict[str, Network], tmp_path: Path) -> None:
     graph = FeatureGraph(networks["student"].module, ["layer2"], OWN)
     onnx_file.write(graph, tmp_path / "a.onnx", origin=Origin("a", "b"), image_size=(24, 20), precision=precision)
-    found, expected = OpenVinoRunner(tmp_path / "a.onnx").infer(images(4)), EagerRunner(graph, CPU).infer(images(4))
-    assert 0 < error(found.features["layer2"], expected.features["layer2"]) <= {"fp16": ROUNDED / 8, "bf16": ROUNDED}[precision]
+    actual, expected = OpenVinoRunner(tmp_path / "a.onnx").infer(images(4)), EagerRunner(graph, CPU).infer(images(4))
+    assert 0 < error(actual.features["layer2"], expected.features["layer2"]) <= {"fp16": ROUNDED / 8, "bf16": ROUNDED}[precision]
 
 
 # ---- what it refuses ----
 
 
-def test_a_graph_that_is_not_as_the_file_tells_is_an_error(files: dict[str, Path], tmp_path: Path) -> None:
-    def told(**entries: object) -> Path:
+def test_a_graph_that_differs_from_its_description_is_an_error(files: dict[str, Path], tmp_path: Path) -> None:
+    def described(**entries: object) -> Path:
         model = onnx.load(files["features"])
         for entry in model.metadata_props:
             name = entry.key.removeprefix("kdx.")
@@ -168,17 +168,17 @@ def test_a_graph_that_is_not_as_the_file_tells_is_an_error(files: dict[str, Path
         return tmp_path / "a.onnx"
 
     outputs = {name: list(shape) for name, shape in describe(files["features"]).outputs.items()}
-    assert OpenVinoRunner(told(outputs=outputs)).infer(images(2)).logits.shape == (2, 5)
+    assert OpenVinoRunner(described(outputs=outputs)).infer(images(2)).logits.shape == (2, 5)
     for wrong in ({**outputs, "layer9": ["batch", 5]}, {**outputs, "logits": ["batch", 6]}, {**outputs, "logits": ["batch", 5, 1]}):
         with pytest.raises(KdxError, match=r"does not have the logits, layer1, layer2.* of its description"):
-            OpenVinoRunner(told(outputs=wrong))
+            OpenVinoRunner(described(outputs=wrong))
     with pytest.raises(KdxError, match="does not have the pixels of its description"):
-        OpenVinoRunner(told(inputs={"pixels": ["batch", 3, "height", "width"]}))
+        OpenVinoRunner(described(inputs={"pixels": ["batch", 3, "height", "width"]}))
 
 
-def test_what_openvino_cannot_load_is_an_error_in_its_words(files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_file_that_openvino_cannot_load_is_an_error_with_its_message(files: dict[str, Path], tmp_path: Path) -> None:
     model = onnx.load(files["features"])
-    weight = next(each for each in model.graph.initializer if len(each.dims) == 4)
+    weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
     weight.dims[1] += 1
     onnx.save(model, tmp_path / "a.onnx")
     with pytest.raises(KdxError, match=r"OpenVINO cannot load .*a\.onnx: .*(does not|doesn't) match") as caught:
@@ -216,15 +216,15 @@ def explained(**settings: Any) -> Explanation:
         return explainer(images(32), torch.arange(32) % 4)
 
 
-def test_the_explainer_says_the_same_in_openvino(networks: dict[str, Network], files: dict[str, Path], tmp_path: Path) -> None:
+def test_the_explainer_gives_the_same_results_in_openvino(networks: dict[str, Network], files: dict[str, Path], tmp_path: Path) -> None:
     expected = explained(**networks, runtime="eager")
     by_networks = explained(**networks, runtime="openvino", folder=tmp_path, chunk=5)
     assert sorted(path.stem.partition("-")[0] for path in tmp_path.glob("*.onnx")) == ["base", "student", "teacher"]
     by_file = explained(file=files["explainer"], layers=["layer2"], runtime="openvino")
-    for found, layers, maps in ((by_networks, LAYERS, MAPS), (by_file, ["layer2"], ("distilled", "residual"))):
-        assert list(found.layers) == list(layers)
+    for actual, layers, maps in ((by_networks, LAYERS, MAPS), (by_file, ["layer2"], ("distilled", "residual"))):
+        assert list(actual.layers) == list(layers)
         for layer in layers:
-            ours, theirs = found.layers[layer], expected.layers[layer]
+            ours, theirs = actual.layers[layer], expected.layers[layer]
             for name in maps:
                 assert error(getattr(ours, name).maps, getattr(theirs, name).maps) <= MAPS_AGREE
             for name, score in ours.scores.items():
@@ -235,13 +235,13 @@ def test_the_explainer_says_the_same_in_openvino(networks: dict[str, Network], f
 
 
 @needs_bfloat16
-def test_bfloat16_is_used_where_it_is_asked_for_and_only_there(files: dict[str, Path]) -> None:
+def test_bfloat16_is_used_only_on_request(files: dict[str, Path]) -> None:
     expected = OnnxRuntimeRunner(files["features"]).infer(images(9))
     for precision in ("float32", "bfloat16"):
         with open_file(files["features"], Choice("openvino", CPU, "", precision)) as runner:
-            found = runner.infer(images(9))
+            actual = runner.infer(images(9))
         for layer, values in expected.features.items():
-            cost = error(found.features[layer], values)
+            cost = error(actual.features[layer], values)
             assert cost <= TOLERANCE if precision == "float32" else 100 * TOLERANCE < cost <= ROUNDED
 
 
@@ -253,13 +253,13 @@ def test_maps_and_scores_of_bfloat16_features_agree(networks: dict[str, Network]
     for layer in LAYERS:
         ours, theirs = rounded.layers[layer], exact.layers[layer]
         for name in MAPS:
-            found, expected = (getattr(each, name).scaled((31, 27)).flatten() for each in (ours, theirs))
-            assert 0 < float((found - expected).abs().mean()) <= most, (layer, name)
-            assert float(np.corrcoef(found, expected)[0, 1]) >= least, (layer, name)
+            actual, expected = (getattr(result, name).scaled((31, 27)).flatten() for result in (ours, theirs))
+            assert 0 < float((actual - expected).abs().mean()) <= most, (layer, name)
+            assert float(np.corrcoef(actual, expected)[0, 1]) >= least, (layer, name)
         for name, score in theirs.scores.items():
             assert ours.scores[name].value == pytest.approx(score.value, abs=5e-3), (layer, name)
 
 
-def test_a_runs_configuration_tells_of_bfloat16_and_not_of_float32() -> None:
+def test_a_runs_configuration_records_bfloat16_and_omits_float32() -> None:
     assert "precision" not in _recorded_options(RunOptions())
     assert _recorded_options(RunOptions(precision="bfloat16")) == {**_recorded_options(RunOptions()), "precision": "bfloat16"}

@@ -1,4 +1,4 @@
-"""Every score of several layers in one call, against the one-pair functions."""
+"""kdx.compare against kdx.fss and kdx.rs, for several layers."""
 
 from __future__ import annotations
 
@@ -19,66 +19,66 @@ def layers(n: int) -> tuple[dict[str, dict[str, Tensor]], Tensor]:
 
 def expected(f: dict[str, Tensor], labels: Tensor, batch: int | None) -> dict[str, Score]:
     t, s, b = f["teacher"], f["student"], f["base"]
-    asked = {"permutations": 49, "seed": 3, "batch": batch}
+    options = {"permutations": 49, "seed": 3, "batch": batch}
     return {
-        "FSS(S,T)": kdx.fss(s, t, **asked),  # type: ignore[arg-type]
-        "FSS(B,T)": kdx.fss(b, t, **asked),  # type: ignore[arg-type]
-        "RS(T)": kdx.rs(t, labels, **asked),  # type: ignore[arg-type]
-        "RS(S)": kdx.rs(s, labels, **asked),  # type: ignore[arg-type]
-        "RS(B)": kdx.rs(b, labels, **asked),  # type: ignore[arg-type]
-        "RS(S|B)": kdx.rs(s, labels, b, **asked),  # type: ignore[arg-type]
-        "RS(B|S)": kdx.rs(b, labels, s, **asked),  # type: ignore[arg-type]
-        "RS(T|S)": kdx.rs(t, labels, s, **asked),  # type: ignore[arg-type]
-        "RS(S|T)": kdx.rs(s, labels, t, **asked),  # type: ignore[arg-type]
+        "FSS(S,T)": kdx.fss(s, t, **options),  # type: ignore[arg-type]
+        "FSS(B,T)": kdx.fss(b, t, **options),  # type: ignore[arg-type]
+        "RS(T)": kdx.rs(t, labels, **options),  # type: ignore[arg-type]
+        "RS(S)": kdx.rs(s, labels, **options),  # type: ignore[arg-type]
+        "RS(B)": kdx.rs(b, labels, **options),  # type: ignore[arg-type]
+        "RS(S|B)": kdx.rs(s, labels, b, **options),  # type: ignore[arg-type]
+        "RS(B|S)": kdx.rs(b, labels, s, **options),  # type: ignore[arg-type]
+        "RS(T|S)": kdx.rs(t, labels, s, **options),  # type: ignore[arg-type]
+        "RS(S|T)": kdx.rs(s, labels, t, **options),  # type: ignore[arg-type]
     }
 
 
 @pytest.mark.parametrize(("n", "batch"), [(40, None), (300, None), (150, 32)])
-def test_scores_are_fss_and_rs(n: int, batch: int | None) -> None:
+def test_scores_equal_fss_and_rs(n: int, batch: int | None) -> None:
     features, labels = layers(n)
-    found = kdx.compare(features, labels, batch=batch, permutations=49, seed=3)
-    assert list(found) == ["early", "late"]
-    for layer, result in found.items():
+    comparison = kdx.compare(features, labels, batch=batch, permutations=49, seed=3)
+    assert list(comparison) == ["early", "late"]
+    for layer, result in comparison.items():
         for name, score in expected(features[layer], labels, batch).items():
             assert result.scores[name].value == pytest.approx(score.value, rel=1e-9), name
             assert (result.scores[name].n, result.scores[name].batches) == (score.n, score.batches) == (n, 5 if batch else 1)
-            if batch is None or name.startswith("RS"):  # the batches of two features alone are not dealt by classes
+            if batch is None or name.startswith("RS"):  # FSS without a target draws other random numbers
                 assert result.scores[name].interval == pytest.approx(score.interval, rel=1e-7), name
                 assert result.scores[name].p_value == score.p_value, name
 
 
 def test_without_a_teacher() -> None:
     features, labels = layers(40)
-    alone = {layer: {role: value for role, value in given.items() if role != "teacher"} for layer, given in features.items()}
-    found, whole = kdx.compare(alone, labels, permutations=19), kdx.compare(features, labels, permutations=19)
-    assert list(found["late"].scores) == ["RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)"]
-    for name, score in found["late"].scores.items():
+    alone = {layer: {role: value for role, value in by_role.items() if role != "teacher"} for layer, by_role in features.items()}
+    comparison, whole = kdx.compare(alone, labels, permutations=19), kdx.compare(features, labels, permutations=19)
+    assert list(comparison["late"].scores) == ["RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)"]
+    for name, score in comparison["late"].scores.items():
         assert score.value == pytest.approx(whole["late"].scores[name].value, rel=1e-12)
 
 
-def test_batches_pool_to_about_the_whole_sets_scores() -> None:
-    """Of intervals from eight dealings to batches of 32, four in five and more hold the whole set's scores."""
+def test_scores_over_batches_estimate_those_of_the_whole_set() -> None:
+    """At least four in five intervals, from eight random splits into batches of 32, contain the scores of the whole set."""
     features, labels = layers(320)
     whole = kdx.compare({"late": features["late"]}, labels, permutations=0)["late"].scores
-    held = []
+    covered = []
     for seed in range(8):
         for name, score in kdx.compare({"late": features["late"]}, labels, batch=32, permutations=0, seed=seed)["late"].scores.items():
-            held.append(score.interval[0] <= whole[name].value <= score.interval[1])
-    assert sum(held) >= 0.8 * len(held)
+            covered.append(score.interval[0] <= whole[name].value <= score.interval[1])
+    assert sum(covered) >= 0.8 * len(covered)
 
 
 @pytest.mark.parametrize("n", [40, 300])
 def test_bad_input(n: int) -> None:
     features, labels = layers(n)
     late = features["late"]
-    for spoilt, said in (
+    for spoilt, message in (
         ({**late, "base": late["student"]}, "left of the student's features at late without what the base's"),
         ({**late, "base": late["base"].index_fill(0, torch.tensor([5]), torch.nan)}, "base's features at late are not finite in rows 5"),
         ({**late, "base": late["base"][:-1]}, f"{n - 1} rows of base's"),
         ({**late, "teacher": late["teacher"].float()}, "type"),
         ({**late, "teacher": torch.zeros_like(late["teacher"])}, "teacher's features at late are constant"),
     ):
-        with pytest.raises(kdx.KdxError, match=said):
+        with pytest.raises(kdx.KdxError, match=message):
             kdx.compare({"late": spoilt}, labels)
     with pytest.raises(kdx.KdxError, match="one class"):
         kdx.compare(features, torch.ones_like(labels))
@@ -90,7 +90,7 @@ def test_bad_input(n: int) -> None:
         kdx.compare(features, labels, batch=3)
 
 
-def test_one_pass_makes_each_networks_distances_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_networks_distances_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = layers(40)
     seen = []
     distances = geometry.distances

@@ -1,4 +1,4 @@
-"""FSS and RS as a user calls them: their values, intervals and p-values."""
+"""kdx.fss, kdx.rs and kdx.partial_rs: their values, intervals and p-values."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 import kdx
 from kdx.features.rows import rows_of
+from kdx.features.target import Target
 from kdx.kernels import geometry
 from kdx.scores import inner_products, uncertainty
 from kdx.scores.score import correlation
@@ -22,7 +23,7 @@ from tests import oracle
 def test_published_numbers(case: str) -> None:
     known = oracle.load(case)
     x, y, target = known["x"], known["y"], known["target"]
-    for found, key in (
+    for score, key in (
         (kdx.fss(x, y, permutations=9), "dcor_unbiased_xy"),
         (kdx.fss(x, y, "biased", permutations=9), "dcor_library_biased_xy"),
         (kdx.rs(x, target, permutations=9), "dcor_unbiased_xg"),
@@ -30,7 +31,7 @@ def test_published_numbers(case: str) -> None:
         (kdx.rs(y, target, x, permutations=9), "semipartial_yg_given_x"),
         (kdx.partial_rs(x, target, y, permutations=9), "dcor_library_partial_xg_given_y"),
     ):
-        assert found.value == pytest.approx(float(known[key]), rel=1e-9), key
+        assert score.value == pytest.approx(float(known[key]), rel=1e-9), key
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -38,18 +39,18 @@ def test_published_numbers(case: str) -> None:
 def test_published_numbers_from_narrow_features(case: str, dtype: torch.dtype) -> None:
     known = oracle.load(case)
     x, y = (torch.from_numpy(known[key]).to(dtype) for key in ("x", "y"))
-    found = kdx.fss(x, y, permutations=0).value
-    assert abs(found - float(known["dcor_unbiased_xy"])) < oracle.TOLERANCE[str(dtype).removeprefix("torch.")]
+    score = kdx.fss(x, y, permutations=0).value
+    assert abs(score - float(known["dcor_unbiased_xy"])) < oracle.TOLERANCE[str(dtype).removeprefix("torch.")]
 
 
-def test_partial_is_dcors_on_random_data() -> None:
+def test_the_partial_score_equals_dcors_on_random_data() -> None:
     rng = np.random.default_rng(5)
     x, y, z = rng.normal(size=(29, 7)), rng.normal(size=(29, 3)), rng.normal(size=(29, 2))
     assert kdx.partial_rs(x, y, z, permutations=0).value == pytest.approx(dcor.partial_distance_correlation(x, y, z), rel=1e-9)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=str)
-def test_every_estimator_is_dcors_at_a_thousand_images(dtype: torch.dtype, tolerance: float) -> None:
+def test_every_estimator_equals_dcors_at_a_thousand_images(dtype: torch.dtype, tolerance: float) -> None:
     rng = np.random.default_rng(6)
     x, labels = rng.normal(size=(1000, 64)), rng.integers(0, 6, 1000)
     x[:, :6] += np.eye(6)[labels]
@@ -57,7 +58,7 @@ def test_every_estimator_is_dcors_at_a_thousand_images(dtype: torch.dtype, toler
     g, narrow = np.eye(6)[labels], (torch.from_numpy(x).to(dtype), torch.from_numpy(y).to(dtype))
     a, b, c = (dcor.u_centered(dcor.distances.pairwise_distances(rows)) for rows in (x, y, g))
     residual = a - (a * b).sum() / (b * b).sum() * b
-    for found, expected in (
+    for score, expected in (
         (kdx.fss(*narrow, permutations=0), dcor.u_distance_correlation_sqr(x, y)),
         (kdx.fss(*narrow, "biased", permutations=0), dcor.distance_correlation_sqr(x, y)),
         (kdx.rs(narrow[0], labels, permutations=0), dcor.u_distance_correlation_sqr(x, g)),
@@ -65,7 +66,7 @@ def test_every_estimator_is_dcors_at_a_thousand_images(dtype: torch.dtype, toler
         (kdx.rs(narrow[0], labels, narrow[1], permutations=0), (residual * c).sum() / np.sqrt((residual**2).sum() * (c**2).sum())),
         (kdx.partial_rs(narrow[0], labels, narrow[1], permutations=0), dcor.partial_distance_correlation(x, g, y)),
     ):
-        assert found.value == pytest.approx(float(expected), abs=tolerance)
+        assert score.value == pytest.approx(float(expected), abs=tolerance)
 
 
 @pytest.mark.parametrize("estimator", ["unbiased", "biased"])
@@ -77,20 +78,20 @@ def test_scale_rotation_shift_and_order_change_nothing(estimator: str) -> None:
     turned = 1e-4 * x.flatten(1) @ rotation + 17
     assert kdx.fss(turned, y, estimator, permutations=0).value == pytest.approx(plain, rel=1e-9)  # type: ignore[arg-type]
     assert kdx.fss(y[order], turned[order], estimator, permutations=0).value == pytest.approx(plain, rel=1e-9)  # type: ignore[arg-type]
-    given = kdx.rs(x, labels, y, permutations=0).value
-    assert kdx.rs(turned[order], labels[order], -3 * y[order], permutations=0).value == pytest.approx(given, rel=1e-9)
+    conditional = kdx.rs(x, labels, y, permutations=0).value
+    assert kdx.rs(turned[order], labels[order], -3 * y[order], permutations=0).value == pytest.approx(conditional, rel=1e-9)
 
 
 def test_bounds() -> None:
     x, y, _ = oracle.features()
     assert kdx.fss(x, 2 * x).value == pytest.approx(1)
-    found = kdx.fss(x, y)
-    assert -1 <= found.interval[0] <= found.value <= found.interval[1] <= 1
-    assert float(found) == found.value and (found.n, found.batches, found.permutations) == (19, 1, 999)
+    score = kdx.fss(x, y)
+    assert -1 <= score.interval[0] <= score.value <= score.interval[1] <= 1
+    assert float(score) == score.value and (score.n, score.batches, score.permutations) == (19, 1, 999)
 
 
-def test_the_unbiased_estimator_reads_zero_where_the_biased_one_reads_one() -> None:
-    """32 images of unrelated features of 4096 dimensions: sd 0.045 for the unbiased estimator."""
+def test_the_unbiased_estimator_is_zero_where_the_biased_one_is_one() -> None:
+    """Unrelated features of 32 images with 4096 dimensions. The unbiased estimator has a standard deviation of 0.045."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(32, 4096)), rng.normal(size=(32, 4096))
     assert abs(kdx.fss(x, y, permutations=0).value) < 0.2
@@ -106,7 +107,7 @@ def test_p_values_of_unrelated_features_are_uniform_and_of_related_ones_small() 
     assert kdx.rs(x, labels).p_value == pytest.approx(1 / 1000)
 
 
-def test_the_permutation_p_value_counts_what_direct_permutation_counts() -> None:
+def test_p_values_equal_those_of_direct_permutation() -> None:
     x, y, labels = oracle.features(seed=2, n=13)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     x = 0.05 * x + noise
@@ -117,13 +118,13 @@ def test_the_permutation_p_value_counts_what_direct_permutation_counts() -> None
         (kdx.rs(x, labels, y, permutations=60, seed=7), lambda p: kdx.rs(x, labels[p], y, permutations=0)),
         (kdx.partial_rs(x, labels, y, permutations=60, seed=7), lambda p: kdx.partial_rs(x, labels[p], y, permutations=0)),
     ]
-    for found, again in cases:
-        at_least = sum(again(p).value >= found.value - 1e-12 for p in torch.unbind(table))
-        assert found.p_value == pytest.approx((1 + at_least) / 61)
+    for score, again in cases:
+        at_least = sum(again(p).value >= score.value - 1e-12 for p in torch.unbind(table))
+        assert score.p_value == pytest.approx((1 + at_least) / 61)
 
 
-def test_p_values_of_many_images_by_classes_are_those_by_pairs() -> None:
-    """Past 256 images a class target is permuted by a product with its classes; an embedding with distinct rows is not."""
+def test_p_values_of_many_images_by_classes_equal_those_by_rows() -> None:
+    """Above 256 images, labels and almost equal one-hot rows, of which no two are the same, have the same p-value."""
     x, _, labels = oracle.features(n=270, classes=5)
     x = x + 30 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     one_hot = torch.nn.functional.one_hot(labels).double()
@@ -132,67 +133,79 @@ def test_p_values_of_many_images_by_classes_are_those_by_pairs() -> None:
     assert by_classes.p_value == by_pairs.p_value and by_classes.value == pytest.approx(by_pairs.value, abs=1e-6)
 
 
-def test_p_values_of_many_images_are_uniform_where_nothing_is_related() -> None:
-    """In tiles and in batches, where permutations turn parts of the images; the classes stand in order, as in a folder of folders."""
+@pytest.mark.parametrize("labels", [True, False])
+def test_products_of_a_permuted_target_of_classes_are_those_of_its_matrix(labels: bool) -> None:
+    """Above 256 images, the classes take the place of a pass over all pairs."""
+    x, _, classes = oracle.features(n=300, classes=5)
+    embedding = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[classes]
+    target, table = Target.of(classes if labels else embedding), uncertainty.permutation_table(300, 20, 0)
+    matrices = torch.stack([geometry.u_centered(geometry.distances(x.flatten(1))), target.distances.centred])
+    expected = geometry.permuted_products(matrices, target.distances.centred, table)
+    assert oracle.error(uncertainty.permuted_target_products(matrices, target, table), expected) < 1e-12
+    assert uncertainty.permuted_target_products(matrices, target, table[:0]).shape == (0, 2)
+
+
+def test_p_values_of_many_unrelated_images_are_uniform() -> None:
+    """In tiles and in batches, where permutations rotate parts of the images. The images are sorted by class, as in a folder of folders."""
     rng = np.random.default_rng(3)
     labels = np.sort(rng.integers(0, 5, 260))
-    found = []
+    p_values = []
     for i in range(60):
         x, y = rng.normal(size=(260, 4)), rng.normal(size=(260, 3))
-        found += [kdx.fss(x, y, permutations=99, seed=i).p_value, kdx.rs(x, labels, permutations=99, seed=i).p_value]
-        found += [kdx.fss(x, y, permutations=99, seed=i, batch=26).p_value, kdx.rs(x, labels, batch=52, permutations=99, seed=i).p_value]
-    for quarter in np.array(found).reshape(-1, 4).T:
+        p_values += [kdx.fss(x, y, permutations=99, seed=i).p_value, kdx.rs(x, labels, permutations=99, seed=i).p_value]
+        p_values += [kdx.fss(x, y, permutations=99, seed=i, batch=26).p_value, kdx.rs(x, labels, batch=52, permutations=99, seed=i).p_value]
+    for quarter in np.array(p_values).reshape(-1, 4).T:
         assert abs(np.mean(quarter <= 0.2) - 0.2) < 4 * np.sqrt(0.2 * 0.8 / 60)
     related = rng.normal(size=(260, 4)) + np.eye(5)[labels][:, :4]
     assert kdx.rs(related, labels).p_value == kdx.rs(related, labels, batch=52).p_value == 0.001
 
 
-def test_the_spread_of_turned_tiles_is_that_of_permutations() -> None:
-    """The same images as one set of 256, permuted outright, and as one of 257, in tiles: their null distributions agree."""
+def test_rotated_tiles_have_the_null_distribution_of_permutations() -> None:
+    """256 images are permuted directly, 257 in tiles: the null distributions agree."""
     rng = np.random.default_rng(4)
     x, y = rng.normal(size=(257, 6)), rng.normal(size=(257, 5))
     spread = []
     for n in (256, 257):
         named = {"x": rows_of(x[:n], "x"), "y": rows_of(y[:n], "y")}
-        found = inner_products.inner_products(named, ["y"], permutations=1999)
-        values = correlation(uncertainty.with_permuted(found.products, 1, found.permuted["y"]))
+        sums = inner_products.inner_products(named, ["y"], permutations=1999)
+        values = correlation(uncertainty.with_permuted(sums.products, 1, sums.permuted["y"]))
         spread.append([float(values.mean()), float(values.std())])
     assert abs(spread[0][0] - spread[1][0]) < 0.2 * spread[0][1]
     assert spread[1][1] == pytest.approx(spread[0][1], rel=0.1)
 
 
-def test_more_images_than_are_held_at_once_continue_the_scores_below() -> None:
-    """One image more changes the means of computing everything, and the score by little."""
+def test_scores_in_tiles_continue_those_of_matrices_of_all_pairs() -> None:
+    """The 257th image changes the implementation, but the scores only a little."""
     x, y, labels = oracle.features(n=257)
     pairs = [
         (kdx.rs(x[:256], labels[:256], y[:256], permutations=99), kdx.rs(x, labels, y, permutations=99)),
         (kdx.fss(x[:256], y[:256], permutations=99), kdx.fss(x, y, permutations=99)),
     ]
-    for held, swept in pairs:
-        assert swept.value == pytest.approx(held.value, abs=0.01)
-        assert swept.interval == pytest.approx(held.interval, abs=0.03)
-        assert swept.p_value == held.p_value
+    for small, tiled in pairs:
+        assert tiled.value == pytest.approx(small.value, abs=0.01)
+        assert tiled.interval == pytest.approx(small.interval, abs=0.03)
+        assert tiled.p_value == small.p_value
 
 
 def test_batches_are_pooled() -> None:
-    """One ratio of summed inner products; the jackknife leaves out batches."""
+    """A score over batches is one ratio of summed inner products, and its jackknife leaves out batches."""
     x, _, labels = oracle.features(n=60)
-    found = kdx.rs(x, labels, batch=20, permutations=0, seed=2)
+    score = kdx.rs(x, labels, batch=20, permutations=0, seed=2)
     shuffled = torch.from_numpy(np.random.default_rng(2).permutation(60))
     products = []
     for part in (shuffled[start::3] for start in range(3)):
         d = torch.stack([geometry.distances(x[part].flatten(1)), geometry.distances(torch.nn.functional.one_hot(labels).double()[part])])
         products.append(geometry.products(geometry.u_centered(d)))
     total = torch.stack(products).sum(0)
-    assert found.value == pytest.approx(float(correlation(total)), rel=1e-9)
+    assert score.value == pytest.approx(float(correlation(total)), rel=1e-9)
     left_out = correlation(total - torch.stack(products)).numpy()
-    assert found.interval == pytest.approx(uncertainty.jackknife_interval(found.value, left_out, 0.95), rel=1e-9)
-    assert (found.n, found.batches) == (60, 3)
+    assert score.interval == pytest.approx(uncertainty.jackknife_interval(score.value, left_out, 0.95), rel=1e-9)
+    assert (score.n, score.batches) == (60, 3)
     assert kdx.rs(x, labels, batch=60) == kdx.rs(x, labels)
 
 
-def test_batches_of_many_classes_or_a_rare_one_are_not_biased() -> None:
-    """Images are dealt blindly: batches without two images of one class add nothing, and are not refused."""
+def test_batches_of_many_classes_or_a_rare_class_are_not_biased() -> None:
+    """Batches are drawn without regard to classes. Batches without two images of one class add zero and are not refused."""
     rng = np.random.default_rng(5)
     for labels in (rng.integers(0, 100, 480), (rng.random(480) < 0.05).astype(int), np.sort(rng.integers(0, 2, 480))):
         x = rng.normal(size=(480, 6)) + 2 * rng.normal(size=(100, 6))[labels]
@@ -203,7 +216,7 @@ def test_batches_of_many_classes_or_a_rare_one_are_not_biased() -> None:
 
 
 def test_intervals_cover_the_truth() -> None:
-    """Of 95% intervals from 40 images, at least nine in ten hold the score of 4,000 images."""
+    """At least nine in ten 95% intervals from 40 images contain the score of 4,000 images."""
     rng = np.random.default_rng(2)
 
     def draw(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -216,7 +229,7 @@ def test_intervals_cover_the_truth() -> None:
     assert np.mean([high - low for low, high in intervals]) < 0.4
 
 
-def test_too_few_images_for_an_interval_say_nothing() -> None:
+def test_too_few_images_have_the_whole_range_as_interval() -> None:
     x, y, _ = oracle.features(n=4, classes=2)
     assert kdx.fss(x, y).interval == (-1.0, 1.0)
 

@@ -1,0 +1,219 @@
+"""Scores of salient features: step by step, in every runtime, and with noise."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kdx
+from kdx import KdxError
+from kdx.explain.explainer import Explanation
+from kdx.export.graphs import FeatureGraph
+from kdx.maps.salient_images import Salience
+from kdx.runtimes.choice import Choice
+from tests.explain.small_networks import (
+    LAYERS,
+    SIZE,
+    StandInEngines,
+    assert_same,
+    assert_same_maps,
+    close,
+    explainer,
+    files,
+    images,
+    labels,
+    named_networks,
+    networks,
+    refuse_export,
+    score_of,
+)
+
+
+def salient_features(keep: float) -> dict[str, dict[str, Tensor]]:
+    """Per role and student's layer: the role's features of its own salient images, step by step in PyTorch."""
+    actual: dict[str, dict[str, Tensor]] = {}
+    for role, network in networks().items():
+        actual[role] = {}
+        for layer, other in LAYERS.items():
+            name = other if role == "teacher" else layer
+            ranked = kdx.hires_cam(network, images(), name).scaled(SIZE)
+            with torch.no_grad():
+                _, actual[role][layer] = FeatureGraph(network, [name])(kdx.impute(images(), kdx.top_mask(ranked, keep)))
+    return actual
+
+
+def test_scores_are_those_of_salient_features_and_maps_those_of_raw_ones(explained: Explanation, salient: Explanation) -> None:
+    assert_same_maps(salient, explained, 0.0)
+    expected_features = salient_features(0.4)
+    for layer, result in salient.layers.items():
+        layer_features = {role: maps[layer] for role, maps in expected_features.items()}
+        for name, score in result.scores.items():
+            expected = score_of(name, layer_features)
+            assert score.value == pytest.approx(expected.value, abs=1e-9)
+            assert score.interval == pytest.approx(expected.interval, abs=1e-7)
+            assert score.p_value == expected.p_value
+            assert abs(score.value - explained.layers[layer].scores[name].value) > 1e-3
+        for name, (value, (low, high)) in result.contrasts.items():
+            more, less = name.split(" - ")
+            assert value == pytest.approx(result.scores[more].value - result.scores[less].value, abs=1e-12) and low <= value <= high
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_the_chunk_does_not_change_the_scores_of_salient_features(salient: Explanation, chunk: int) -> None:
+    with explainer(features="salient", keep=0.4, chunk=chunk) as opened:
+        assert_same(opened(images(), labels()), salient, 1e-5)
+
+
+def test_references_map_and_salient_features_score(salient: Explanation) -> None:
+    actual = []
+    for settings in ({}, {"features": "salient", "keep": 0.4}):
+        with explainer(**settings) as opened:
+            opened.use_references(images(10, seed=5), torch.arange(10) % 4)
+            actual.append(opened(images(), labels()))
+    raw, scored = actual
+    assert_same_maps(scored, raw, 0.0)
+    for layer, result in scored.layers.items():
+        assert result.scores == salient.layers[layer].scores and result.contrasts == salient.layers[layer].contrasts
+
+
+def test_noise_in_salient_images_is_seeded(salient: Explanation) -> None:
+    values = []
+    for seed in (1, 1, 2):
+        with explainer(features="salient", keep=0.4, noise=0.1, seed=seed) as opened:
+            values.append([score.value for result in opened(images(), labels()).layers.values() for score in result.scores.values()])
+    without = [score.value for result in salient.layers.values() for score in result.scores.values()]
+    assert values[0] == values[1]
+    assert np.abs(np.subtract(values[0], values[2])).max() > 1e-3 and np.abs(np.subtract(values[0], without)).max() > 1e-3
+
+
+def test_noise_is_each_networks_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise that two networks' images share would raise their similarity."""
+    seeds = []
+
+    def recorded(self: Salience, pixels: Tensor, maps: Tensor, seed: int = 0) -> Tensor:
+        seeds.append(seed)
+        return pixels
+
+    monkeypatch.setattr(Salience, "images", recorded)
+    with explainer(features="salient") as opened:
+        for batch in range(2):
+            opened.explain(images(), labels(), (3, batch))
+    assert len(seeds) == len(set(seeds)) == 2 * len(LAYERS) * 3
+
+
+@pytest.fixture(scope="module")
+def gradients(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the exported files of student and base, of features and of gradients."""
+    path = tmp_path_factory.mktemp("gradients")
+    for role in ("student", "base"):
+        shutil.copy2(files(folder)[role], path)
+    before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+    with explainer(runtime="onnx", folder=path, **pair_settings()) as opened:
+        opened.open(SIZE)
+    after = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+    assert before.items() <= after.items(), "the files of features are used again"
+    assert sorted(name.split("-")[0] for name in after if name.endswith(".gradients.onnx")) == ["base", "student"]
+    return path
+
+
+def pair_settings() -> dict[str, Any]:
+    return {**named_networks(), "teacher": None, "layers": list(LAYERS), "features": "salient", "keep": 0.4}
+
+
+def test_onnx_gives_what_eager_gives_of_salient_features(gradients: Path, explained: Explanation, salient: Explanation) -> None:
+    modified = {path.name: path.stat().st_mtime_ns for path in gradients.iterdir()}
+    with explainer(runtime="onnx", folder=gradients, chunk=5, **pair_settings()) as opened:
+        actual = opened(images(), labels())
+        assert opened.choice.runtime == "onnx"
+    assert_scores_of_a_pair(actual, salient)
+    for layer, result in actual.layers.items():
+        close(result.distilled.maps, explained.layers[layer].distilled.maps, 1e-4)
+    assert {path.name: path.stat().st_mtime_ns for path in gradients.iterdir()} == modified, "the files are kept, not written again"
+
+
+def assert_scores_of_a_pair(actual: Explanation, expected: Explanation) -> None:
+    for layer, result in actual.layers.items():
+        assert list(result.scores) == ["RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)"]
+        for name, score in result.scores.items():
+            assert score.value == pytest.approx(expected.layers[layer].scores[name].value, abs=1e-4)
+
+
+def test_tensorrt_runs_engines_of_gradients(gradients: Path, tmp_path: Path, salient: Explanation, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = StandInEngines()
+    monkeypatch.setattr("kdx.explain.networks.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
+    monkeypatch.setattr("kdx.explain.exported.engine.build", engines.build)
+    monkeypatch.setattr("kdx.explain.exported.open_file", engines.open)
+    shutil.copytree(gradients, tmp_path, dirs_exist_ok=True)
+    with explainer(runtime="tensorrt", folder=tmp_path, chunk=5, **pair_settings()) as opened:
+        assert_scores_of_a_pair(opened(images(), labels()), salient)
+    assert sorted(engines.built) == ["base", "base.gradients", "student", "student.gradients"]
+    assert set(engines.built.values()) == {((1, 5, 5), None)}
+
+
+def test_auto_falls_back_where_gradients_cannot_be_exported(
+    folder: Path, tmp_path: Path, salient: Explanation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in files(folder).values():
+        shutil.copy2(file, tmp_path)
+    monkeypatch.setattr("kdx.export.onnx_file._exported", refuse_export)
+    with explainer(runtime="auto", folder=tmp_path, **named_networks(), features="salient", keep=0.4) as opened:
+        actual = opened(images(), labels())
+        assert opened.choice.runtime == "eager" and "No export in this test." in opened.choice.why
+    assert_same(actual, salient, 1e-6)
+
+
+class Normed(nn.Module):
+    """A network with a layer whose scale a normalisation removes."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.norm = nn.LayerNorm(6)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.norm(self.conv(images).permute(0, 2, 3, 1)).relu().mean((1, 2)))
+        return logits
+
+
+def test_a_layer_that_ranks_no_pixels_is_named() -> None:
+    settings: dict[str, Any] = {"student": Normed(1), "base": Normed(2), "teacher": None, "features": "salient"}
+    with explainer(layers=["conv"], **settings) as opened, pytest.raises(KdxError, match="HiResCAM at layer 'conv' is zero") as caught:
+        opened(images(), labels())
+    assert "normalisation that reads that layer" in caught.value.hint
+    with explainer(layers=["norm"], **settings) as opened:
+        assert math.isfinite(opened(images(), labels()).layers["norm"].rs.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "hint"),
+    [
+        ({"features": "salient", "keep": 0}, "share 0 of pixels", "0.5"),
+        ({"features": "salient", "keep": 1.5}, "share 1.5 of pixels", "0.5"),
+        ({"features": "salient", "noise": -1.0}, "noise -1.0", "0.01"),
+        ({"keep": 0.3}, "apply only to salient features", "--features salient"),
+        ({"noise": 0.1}, "apply only to salient features", "--features salient"),
+        (
+            {"features": "salient", **{role: f"{role}.onnx" for role in ("student", "base", "teacher")}},
+            "files of features contain no gradients",
+            "the networks themselves",
+        ),
+        (
+            {"features": "salient", "file": "it.explainer.onnx", "student": None, "base": None, "teacher": None},
+            "explainer file contains no gradients",
+            "the networks themselves",
+        ),
+    ],
+)
+def test_salient_features_that_cannot_be_computed_are_refused_at_once(changes: dict[str, Any], message: str, hint: str) -> None:
+    with pytest.raises(KdxError) as caught:
+        explainer(**changes)
+    assert message in caught.value.problem and hint in caught.value.hint

@@ -1,0 +1,119 @@
+"""The operators of networks have gradients in ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdx.export.graphs import GradientGraph
+from tests.export.trace.programs import Behind, agree, random_inputs, run, traced
+
+
+def activations(x: Tensor) -> Tensor:
+    smooth = F.softplus(x) + F.celu(x, 0.7) + F.selu(x) + F.elu(x) + F.mish(x) + F.silu(x) + F.gelu(x) + F.gelu(x, approximate="tanh")
+    pieces = F.hardswish(x) * F.hardsigmoid(x) + F.relu6(3 * x) + F.leaky_relu(x) + F.hardtanh(x, -0.5, 0.5) + F.softsign(x)
+    cut = F.softshrink(x, 0.1) + F.hardshrink(x, 0.1) + F.tanhshrink(x) + F.threshold(x, 0.1, 0.2) + F.logsigmoid(x)
+    clamped = x.clamp(-0.1, 0.3) + torch.maximum(x, -0.3 * x) + torch.where(x > 0.1, x.exp(), x.square())
+    return torch.cat([smooth, pieces, F.glu(cut, 1), clamped], 1)
+
+
+def statistics(x: Tensor) -> Tensor:
+    position = F.normalize(x, dim=1) + x.norm(dim=1, keepdim=True) + x.var(1, keepdim=True) + x.logsumexp(1, keepdim=True)
+    position = position + x.softmax(1) + x.log_softmax(1) + x.amax(1, keepdim=True) + x.max(1, keepdim=True).values + x.cumsum(1)
+    channel = x.std((2, 3)) + x.amax((2, 3)) + x.clamp(min=1e-3).pow(3).mean((2, 3)).pow(1 / 3)
+    return torch.cat([position.flatten(1), channel, F.cosine_similarity(x[:, :4], x[:, 4:], dim=1).flatten(1)], 1)
+
+
+def rearrangements(x: Tensor) -> Tensor:
+    shuffled = F.pixel_unshuffle(F.pixel_shuffle(x, 2)[:, :, 2:, 4:], 2).roll((1, -2), (2, 3)) * torch.arange(8)
+    chosen = x[:, torch.tensor([3, 1, 3])] * x.index_select(1, torch.tensor([1, 0, 7])) + x[:, 1:-1:2, ::2, -5:].repeat(1, 1, 2, 2)
+    parts = torch.cat([torch.stack(part.unbind(1)[::-1], 1) * i for i, part in enumerate(x.chunk(3, 1))] + [x.split((3, 5), 1)[1]], 1)
+    written = x.clone()
+    written[:, 2:4] = x[:, :2] * 3
+    written[:, :, 1] = 0
+    pooled = x.mean((2, 3), keepdim=True).expand(-1, -1, 3, 2) * torch.arange(2) + x.unfold(2, 4, 4).unfold(3, 5, 5).sum((4, 5))
+    return torch.cat([part.flatten(1) for part in (shuffled, chosen, parts, written, pooled, x.flip(3).repeat_interleave(2, 1))], 1)
+
+
+def paddings(x: Tensor) -> Tensor:
+    padded = [F.pad(x, (1, 2, 0, 1), mode=mode) for mode in ("constant", "reflect", "replicate", "circular")]
+    return torch.cat([*padded, F.pad(x, (-1, 4, -2, 3))], 1) * torch.arange(13)
+
+
+def resizings(x: Tensor) -> Tensor:
+    sizes = [(24, 20), (7, 13)]
+    resized = [F.interpolate(x, size, mode=mode) for size in sizes for mode in ("nearest", "bilinear", "nearest-exact")]
+    resized += [F.interpolate(x, scale_factor=1.37, mode="bilinear"), F.interpolate(x, scale_factor=1.37, mode="nearest")]
+    resized += [F.interpolate(x, sizes[0], mode="bilinear", align_corners=True), F.interpolate(x, (5, 7), mode="area")]
+    return torch.cat([part.flatten(1) for part in resized], 1)
+
+
+def poolings(x: Tensor) -> Tensor:
+    line = x.flatten(2)
+    pooled = [F.max_pool2d(x, 3, 2, 1, ceil_mode=True), F.avg_pool2d(x, 3, 2, 1, True, False), F.max_pool2d(x, 2, return_indices=True)[0]]
+    pooled += [F.adaptive_avg_pool2d(x, (5, 7)), F.adaptive_avg_pool2d(x, 1), F.adaptive_max_pool2d(x, (3, 5)), F.adaptive_max_pool2d(x, 1)]
+    pooled += [F.max_pool1d(line, 3, 2, 1), F.avg_pool1d(line, 3, 2), F.adaptive_avg_pool1d(line, 7), F.lp_pool2d(x.abs() + 0.1, 2, 3)]
+    return torch.cat([part.flatten(1) for part in pooled], 1)
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = nn.Conv2d(8, 8, (5, 3), 2, 3, groups=8, padding_mode="reflect")
+        self.same = nn.Conv2d(8, 6, (5, 3), padding="same", dilation=(1, 2))
+        self.transposed = nn.ConvTranspose2d(6, 4, 3, 2, 1, 1, groups=2)
+        self.line = nn.Conv1d(8, 6, 3, 2, groups=2)
+        self.prelu = nn.PReLU(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grown = self.transposed(self.same(self.prelu(x)))
+        windows = F.fold(F.unfold(x, 3, stride=2, padding=1), (12, 10), 3, stride=2, padding=1)
+        return torch.cat([part.flatten(1) for part in (self.grouped(x), grown, self.line(x.flatten(2)), windows)], 1)
+
+
+class Normalisations(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sequence = nn.Sequential(nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True), nn.LayerNorm(10))
+        self.running = nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
+        self.rms = nn.RMSNorm((12, 10))
+        self.squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 2, 1), nn.SiLU(), nn.Conv2d(2, 8, 1), nn.Sigmoid())
+        self.scale = nn.Parameter(torch.rand(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.sequence(x) * self.squeeze(x) * self.scale
+        scaled: Tensor = self.rms(self.running(x)) * torch.arange(10)
+        return scaled
+
+
+class Attentions(nn.Module):
+    """PyTorch's attention module, which has a fused implementation in eval mode, and the function with all its options."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.MultiheadAttention(10, 2, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(10, 2, 16, batch_first=True, activation="gelu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(1, 2)
+        tokens = tokens + self.heads(tokens, tokens, tokens)[0]
+        tokens = self.encoder(tokens).unflatten(1, (8, 12))
+        seen = torch.arange(12)[:, None] >= torch.arange(12) - 3
+        causal = F.scaled_dot_product_attention(tokens, x, x.sin(), is_causal=True)
+        shared = F.scaled_dot_product_attention(tokens, x[:, :2], x[:, 2:4], enable_gqa=True, scale=0.4)
+        return causal + shared + F.scaled_dot_product_attention(x, tokens, x, attn_mask=seen) + torch.einsum("nchw,ncvw->ncvh", x, x) @ x
+
+
+LONG = [pytest.param(rest, marks=pytest.mark.slow) for rest in (activations, rearrangements, resizings, statistics, poolings, Attentions)]
+
+
+@pytest.mark.parametrize("rest", [paddings, Convolutions, Normalisations, *LONG])
+def test_the_operators_of_networks_have_gradients_in_onnx(rest: Callable[[Tensor], Tensor] | type[nn.Module]) -> None:
+    network = Behind(rest() if isinstance(rest, type) else rest).eval()
+    graph = GradientGraph(network, ["layer"])
+    inputs = random_inputs(graph, 3)
+    agree(run(traced(graph), graph, inputs), graph, inputs)

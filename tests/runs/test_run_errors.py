@@ -1,0 +1,92 @@
+"""What a run refuses, before anything is written."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kdx
+from kdx.commands import explain
+from kdx.models.layer_pairs import parse_layers
+from tests.runs.small_run import OPTIONS, run
+
+
+def test_a_teachers_layer_without_a_teacher_is_refused(folder: Path, pair: Path, tmp_path: Path) -> None:
+    with pytest.raises(kdx.KdxError, match="layer2=layer3 pairs a layer with one of the teacher's"):
+        explain.run(str(folder / "pictures"), pair, tmp_path / "run", ("layer2=layer3",), OPTIONS)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("layer1=",), "'layer1=' is not a layer"),
+        (("=layer1",), "'=layer1' is not a layer"),
+        (("",), "'' is not a layer"),
+        (("a=b", "c", "a=c"), "'a' is named twice"),
+        (("a", "a"), "'a' is named twice"),
+    ],
+)
+def test_malformed_layers_are_refused(names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(kdx.KdxError, match=message):
+        parse_layers(names)
+
+
+def test_layers_are_paired() -> None:
+    assert parse_layers(("a", "b=c", "d=a=b")) == {"a": "a", "b": "c", "d": "a=b"}
+
+
+def test_without_a_layer_the_error_lists_the_layers(folder: Path, tmp_path: Path) -> None:
+    text = (folder / "models.toml").read_text()
+    (folder / "bare.toml").write_text("".join(line for line in text.splitlines(keepends=True) if not line.startswith("layers")))
+    with pytest.raises(kdx.KdxError, match=r"No layer was named") as caught:
+        explain.run(str(folder / "pictures"), folder / "bare.toml", tmp_path / "run", (), OPTIONS)
+    assert "layer2, layer3" in caught.value.hint and not (tmp_path / "run").exists()
+
+
+def test_a_refused_folder_is_left_as_it_was(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("")
+    with pytest.raises(kdx.KdxError, match="not empty and not a run"):
+        run(folder, tmp_path / "thesis")
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"options": replace(OPTIONS, batch=12)}, "another run .*batch"),
+        ({"layers": ("layer1",)}, "another run .*layers"),
+        ({"layers": ("layr3",), "out": "new"}, "layr3"),
+        ({"options": replace(OPTIONS, split="tset"), "out": "new"}, "tset"),
+        ({"data": "nowhere", "out": "new"}, "nowhere"),
+        ({"options": replace(OPTIONS, reference_images=3), "out": "new"}, "reference set of 3"),
+        ({"out": "occupied"}, "not empty"),
+    ],
+)
+def test_arguments_that_are_refused(folder: Path, finished: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "thesis.tex").write_text("")
+    out = tmp_path / change.pop("out") if "out" in change else finished
+    with pytest.raises(kdx.KdxError, match=message):
+        run(folder, out, **change)
+    assert (tmp_path / "occupied" / "thesis.tex").exists()
+
+
+def test_networks_of_other_classes_are_refused(folder: Path, tmp_path: Path) -> None:
+    text = (folder / "models.toml").read_text()
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "models.toml").write_text(text.replace('"cat", "dog", "owl"', '"cat", "dog", "elk", "owl"'))
+    with pytest.raises(kdx.KdxError, match="predicts 3 classes, and the data has 4"):
+        run(tmp_path / "copy", tmp_path / "run")
+
+
+def test_identical_student_and_base_are_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.copy(folder / "base.safetensors", tmp_path / "copy" / "student.safetensors")
+    with pytest.raises(kdx.KdxError, match="Nothing is left of the explained features"):
+        run(tmp_path / "copy", tmp_path / "run")
