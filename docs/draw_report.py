@@ -11,6 +11,9 @@ from pathlib import Path
 
 PICTURE = Path(__file__).with_name("report.png")
 
+_WITHOUT_BAR = """for (const element of document.body.children)
+    if (["sticky", "fixed"].includes(getComputedStyle(element).position)) element.style.display = "none";"""
+
 
 def main(run: Path) -> None:
     from playwright.sync_api import sync_playwright
@@ -19,7 +22,8 @@ def main(run: Path) -> None:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1180, "height": 940}, color_scheme="light")
         page.goto((run / "report.html").resolve().as_uri())
-        page.locator("#gallery").evaluate("section => window.scrollTo(0, section.getBoundingClientRect().top + window.scrollY)")
+        page.evaluate(_WITHOUT_BAR)
+        page.locator("#gallery").evaluate("section => window.scrollTo(0, section.getBoundingClientRect().top + window.scrollY + 44)")
         page.screenshot(path=PICTURE)
         browser.close()
 
