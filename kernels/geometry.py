@@ -44,7 +44,8 @@ def u_centered(d: Tensor) -> Tensor:
     n = d.shape[-1]
     rows = d.sum(-1)
     total = rows.sum(-1)[..., None, None] / ((n - 1) * (n - 2))
-    return (d - (rows[..., :, None] + rows[..., None, :]) / (n - 2) + total) * hollow(n, d)
+    off_diagonal = hollow(n, d)
+    return (d - (rows[..., :, None] + rows[..., None, :]) / (n - 2) + total) * off_diagonal
 
 
 def double_centered(d: Tensor) -> Tensor:

@@ -41,6 +41,11 @@ def composite(image: NDArray[np.uint8], map_: NDArray[np.floating], opacity: flo
     map is zero the image does not change.
     """
     value = resized(np.asarray(map_, dtype=np.float64)[None], (image.shape[0], image.shape[1]))[0]
-    colour = colours()[np.rint(value * 255).astype(int)]
+    colour = colours()[_level(value * 255)]
     alpha = opacity * value[..., None]
-    return np.asarray(np.rint((1 - alpha) * image + alpha * colour), dtype=np.uint8)
+    return _level((1 - alpha) * image + alpha * colour)
+
+
+def _level(values: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """The nearest grey level. Ties, which a resize makes often, are rounded to even, whatever the last bits are."""
+    return np.asarray(np.rint(np.round(values, 9)), dtype=np.uint8)
