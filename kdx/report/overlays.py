@@ -7,7 +7,7 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.maps.scaling import resized, scaled
+from kdx.maps.scaling import scaled
 
 OPACITY = 0.8
 """The opacity of a map over its image where the map is highest."""
@@ -40,12 +40,24 @@ def composite(image: NDArray[np.uint8], map_: NDArray[np.floating], opacity: flo
     ``image`` is uint8 ``[H, W, 3]``. ``map_`` is ``[h, w]`` in [0, 1] and is resized to the image. Returns uint8 ``[H, W, 3]``. Where the
     map is zero the image does not change.
     """
-    value = resized(np.asarray(map_, dtype=np.float64)[None], (image.shape[0], image.shape[1]))[0]
-    colour = colours()[_level(value * 255)]
+    value = _resized(map_, *image.shape[:2])
+    colour = colours()[np.rint(value * 255).astype(int)]
     alpha = opacity * value[..., None]
-    return _level((1 - alpha) * image + alpha * colour)
+    return np.asarray(np.rint((1 - alpha) * image + alpha * colour), dtype=np.uint8)
 
 
-def _level(values: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """The nearest grey level. Ties, which a resize makes often, are rounded to even, whatever the last bits are."""
-    return np.asarray(np.rint(np.round(values, 9)), dtype=np.uint8)
+def _resized(map_: NDArray[np.floating], height: int, width: int) -> NDArray[np.float64]:
+    """The bilinear resize of `kdx.maps.scaling.resized`, for one map ``[h, w]``, in a fixed order of float64 operations.
+
+    PyTorch's order of operations depends on the processor. Many values lie exactly between two grey levels, so the last bit decides the
+    level, and the pictures of a run should be the same bytes everywhere.
+    """
+    values = np.asarray(map_, dtype=np.float64)
+    for axis, size in enumerate((height, width)):
+        count = values.shape[axis]
+        position = np.clip((np.arange(size) + 0.5) * count / size - 0.5, 0, count - 1)
+        below = np.floor(position).astype(np.intp)
+        weight = position - below
+        weight = weight[:, None] if axis == 0 else weight
+        values = (1 - weight) * np.take(values, below, axis) + weight * np.take(values, np.minimum(below + 1, count - 1), axis)
+    return values
