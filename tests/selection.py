@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 MEDIUM = Path(__file__).with_name("medium.txt")
-FAST_SECONDS = 60.0
+FAST_SECONDS = 45.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
