@@ -149,7 +149,9 @@ def test_public_names_are_loaded_on_demand() -> None:
 def test_files_are_short() -> None:
     """A file is one idea. One that is longer than 400 lines states here why it is not divided."""
     reasons: dict[str, str] = {}
-    tracked = subprocess.run(["git", "ls-files", "*.py", "*.cu", "*.cuh", "*.js"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py", "*.cu", "*.cuh", "*.js"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     lengths = {name: len((ROOT / name).read_text().splitlines()) for name in tracked.split() if (ROOT / name).exists()}
     assert {name for name, length in lengths.items() if length > 400} == set(reasons)
 
