@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from kdx.errors import KdxError
     from kdx.explain.explainer import Explainer, Explanation, LayerResult
     from kdx.maps.class_maps import ClassMaps, grad_cam, hires_cam
+    from kdx.maps.decomposition import Decomposition, decompose
     from kdx.maps.earlier_layers import unicam_before
     from kdx.maps.salient_images import impute, salient_images, top_mask
     from kdx.maps.unicam import Maps, ReferenceSet, unicam
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ClassMaps",
+    "Decomposition",
     "Explainer",
     "Explanation",
     "KdxError",
@@ -26,6 +28,7 @@ __all__ = [
     "ReferenceSet",
     "Score",
     "compare",
+    "decompose",
     "fss",
     "grad_cam",
     "hires_cam",
@@ -40,6 +43,7 @@ __all__ = [
 
 _HOMES = {
     "ClassMaps": "maps.class_maps",
+    "Decomposition": "maps.decomposition",
     "Explainer": "explain.explainer",
     "Explanation": "explain.explainer",
     "KdxError": "errors",
@@ -48,6 +52,7 @@ _HOMES = {
     "ReferenceSet": "maps.unicam",
     "Score": "scores.score",
     "compare": "scores.compare",
+    "decompose": "maps.decomposition",
     "fss": "scores.metrics",
     "grad_cam": "maps.class_maps",
     "hires_cam": "maps.class_maps",

@@ -83,6 +83,18 @@ def unicam(
     return score.detach(), weights, weighted.sum(1).relu().detach()
 
 
+def shares(x: Tensor, g: Tensor) -> Tensor:
+    """c_i(p) = sum_j (G_ij/D_ij) |x_i(p) - x_j(p)|^2 [n, P] of features x [n, C, P] and a U-centred G; pairs with D_ij = 0 add nothing.
+
+    D are the distances of x. The sum over i and p is sum_ij D_ij G_ij, the numerator of every score.
+    """
+    x, g = x.double(), g.double()
+    squared = (x[:, None] - x[None, :]).square().sum(2)  # [n, n, P]
+    d = squared.sum(2).sqrt()
+    w = torch.where(d > 0, g / torch.where(d > 0, d, 1.0), 0.0)
+    return (w[:, :, None] * squared).sum(1)
+
+
 def imputed(image: Tensor, kept: Tensor) -> Tensor:
     """Linear imputation of an image [c, h, w], kept [h, w], by one dense system.
 
