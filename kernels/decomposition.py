@@ -32,33 +32,38 @@ def shares(features: Tensor, distances: Tensor, matrix: Tensor) -> Tensor:
     The result is float64. Features of half precision are computed in float32.
     """
     features = geometry.wide(features)
-    near = _near(features, distances)
+    near = _near(distances, geometry.REPAIR_BELOW[features.dtype])
     if features.dtype == torch.float32 and len(near[0]) > _MANY * distances.numel():
         features = features.double()
-        near = _near(features, distances)
+        near = _near(distances, geometry.REPAIR_BELOW[features.dtype])
     apart = distances > 0
     pair_weights = torch.where(apart, matrix / torch.where(apart, distances, 1.0), 0.0)
     direct = pair_weights[near]
-    pair_weights = pair_weights.clone()
     pair_weights[near] = 0.0
     n, channels, positions = features.shape
     result = distances.new_zeros(n, positions)
     weights, rows = pair_weights.to(features.dtype), pair_weights.sum(1)
-    for start in range(0, positions, max(1, _ELEMENTS // (n * channels))):
-        part = slice(start, start + max(1, _ELEMENTS // (n * channels)))
+    step = max(1, _ELEMENTS // (n * channels))
+    for start in range(0, positions, step):
+        part = slice(start, start + step)
         columns = features[:, :, part] - features[:, :, part].mean(0)
         mixed = (weights @ columns.flatten(1)).reshape(columns.shape)
-        norms = columns.square().sum(1, dtype=torch.float64)
-        result[:, part] = rows[:, None] * norms - 2 * (columns * mixed).sum(1, dtype=torch.float64) + pair_weights @ norms
+        cross = mixed.mul_(columns).sum(1).double()
+        norms = columns.square_().sum(1).double()
+        result[:, part] = rows[:, None] * norms - 2 * cross + pair_weights @ norms
     _add_directly(result, features, near, direct)
     return result
 
 
-def _near(features: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs (i, j), i != j, whose squared distance is mostly rounding in the expanded form, and not zero."""
-    centred = features - features.mean(0)
-    norms = centred.square().sum((1, 2), dtype=torch.float64)
-    close = distances.square() < geometry.REPAIR_BELOW[features.dtype] * (norms[:, None] + norms[None, :])
+def _near(distances: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The pairs (i, j) whose squared distance is not zero and below ``share`` of the sum of their squared norms about the mean.
+
+    The norms follow from the distances: |x_i - mean|^2 = sum_j D_ij^2 / n - sum_ij D_ij^2 / (2 n^2).
+    """
+    squared = distances.square()
+    n = len(squared)
+    norms = squared.mean(1) - squared.sum() / (2 * n**2)
+    close = squared < share * (norms[:, None] + norms[None, :])
     rows, columns = torch.nonzero(close & (distances > 0), as_tuple=True)
     return rows, columns
 

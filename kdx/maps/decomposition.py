@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic
 
 import torch
 from torch import Tensor
 
 from kdx.errors import KdxError
 from kdx.features import arrays
-from kdx.features.arrays import Array
-from kdx.features.target import target_embedding
+from kdx.features.arrays import Array, ArrayT
+from kdx.features.target import Target
 from kdx.kernels import decomposition, geometry
-from kdx.maps.unicam import check_left
+from kdx.kernels.dispatch import BatchDistances, TorchBackend
+from kdx.maps.unicam import check_residual
 
 
 @dataclass(frozen=True)
-class Decomposition:
+class Decomposition(Generic[ArrayT]):
     """A score as a sum over images and positions.
 
     maps: [n, H, W], signed; their sum over everything is ``score``. explained, other: the two parts whose difference the maps are: the
@@ -25,18 +26,19 @@ class Decomposition:
     network. score: the score, as `kdx.rs` or `kdx.fss` computes it from all images at once.
     """
 
-    maps: Any
-    explained: Any
-    other: Any | None
+    maps: ArrayT
+    explained: ArrayT
+    other: ArrayT | None
     score: float
 
     @property
-    def images(self) -> Any:
+    def images(self) -> ArrayT:
         """Each image's contribution to the score [n]."""
-        return self.maps.sum((1, 2))
+        contributions: ArrayT = self.maps.sum((1, 2))
+        return contributions
 
 
-def decompose(explained: Array, target: Array, given: Array | None = None, minus: Array | None = None) -> Decomposition:
+def decompose(explained: ArrayT, target: Array, given: Array | None = None, minus: Array | None = None) -> Decomposition[ArrayT]:
     """Distribute a score over the positions of the images: exact, signed, and without a gradient.
 
     With D the distances of the explained features F, G the U-centred matrix of the target, and W_ij = G_ij/D_ij (0 where D_ij = 0),
@@ -77,63 +79,64 @@ def decompose(explained: Array, target: Array, given: Array | None = None, minus
     if given is not None and minus is not None:
         raise ValueError("give `given` or `minus`, not both")
     with torch.no_grad():
-        x = _side(explained, "explained features")
-        n = len(x.centred)
-        g = _target(target, n).to(x.centred.device)
+        x = _network(explained, "explained features")
+        n, device = len(x.features), x.features.device
+        g = _target_matrix(target, n, device)
         norm = geometry.dot(g, g).sqrt()
-        share = decomposition.shares(x.features.flatten(2), x.distances, g).reshape(n, *x.features.shape[2:])
-        if given is None and minus is None:
-            scale = geometry.dot(x.centred, x.centred).sqrt() * norm
-            return _result(share / scale, None, geometry.dot(x.centred, g) / scale, explained)
-        name = "given features" if given is not None else "subtracted features"
-        y = _side(given if given is not None else minus, name)
-        arrays.check_same(len(y.centred), n, name, "explained features")
-        if y.centred.device != x.centred.device:
-            raise KdxError(
-                f"The explained features are on {x.centred.device}, the {name} on {y.centred.device}.", "Move both to one device."
-            )
-        other = decomposition.shares(y.features.flatten(2), y.distances, g).reshape(n, *y.features.shape[2:])
+        share = x.shares(g)
+        second, name = (given, "given features") if given is not None else (minus, "subtracted features")
+        if second is None:
+            scale = _norm(x.distances.centred) * norm
+            return _decomposition(share / scale, None, geometry.dot(x.distances.centred, g) / scale, explained)
+        y = _network(second, name)
+        arrays.check_same(len(y.features), n, name, "explained features")
+        if y.features.device != device:
+            raise KdxError(f"The explained features are on {device}, the {name} on {y.features.device}.", "Move both to one device.")
+        a, b = x.distances.centred, y.distances.centred
         if given is not None:
-            beta = geometry.dot(x.centred, y.centred) / geometry.dot(y.centred, y.centred)
-            residual = geometry.residual(x.centred, y.centred)
-            left = (geometry.dot(residual, residual) / geometry.dot(x.distances, x.distances)).sqrt()
-            check_left(left, x.features.flatten(1), y.features.flatten(1))
-            scale = geometry.dot(residual, residual).sqrt() * norm
-            return _result(share / scale, beta * other / scale, geometry.dot(residual, g) / scale, explained)
-        scales = [geometry.dot(side.centred, side.centred).sqrt() * norm for side in (x, y)]
-        score = geometry.dot(x.centred, g) / scales[0] - geometry.dot(y.centred, g) / scales[1]
-        return _result(share / scales[0], other / scales[1], score, explained)
+            beta = geometry.dot(a, b) / geometry.dot(b, b)
+            residual = geometry.residual(a, b)
+            check_residual(_norm(residual) / _norm(x.distances.raw), x.features.flatten(1), y.features.flatten(1))
+            scale = _norm(residual) * norm
+            return _decomposition(share / scale, beta * y.shares(g) / scale, geometry.dot(residual, g) / scale, explained)
+        scales = _norm(a) * norm, _norm(b) * norm
+        score = geometry.dot(a, g) / scales[0] - geometry.dot(b, g) / scales[1]
+        return _decomposition(share / scales[0], y.shares(g) / scales[1], score, explained)
 
 
 @dataclass(frozen=True)
-class _Side:
-    """A network's features [n, C, H, W] with their distances and U-centred distances [n, n]."""
+class _Network:
+    """A network's features [n, C, H, W] and their distances [n, n]."""
 
     features: Tensor
-    distances: Tensor
-    centred: Tensor
+    distances: BatchDistances
+
+    def shares(self, matrix: Tensor) -> Tensor:
+        """`kdx.kernels.decomposition.shares` on the grid of the features: [n, H, W]."""
+        result = decomposition.shares(self.features.flatten(2), self.distances.raw, matrix)
+        return result.reshape(len(result), *self.features.shape[2:])
 
 
-def _side(array: Array | None, name: str) -> _Side:
-    assert array is not None
+def _network(array: Array, name: str) -> _Network:
     features = arrays.feature_map(array, name)
     arrays.check_images(len(features))
-    rows = features.flatten(1)
-    distances = arrays.measured(geometry.distances(rows), rows, name)
-    return _Side(features, distances, geometry.u_centered(distances))
+    return _Network(features, arrays.row_distances({name: features.flatten(1)}, TorchBackend())[0])
 
 
-def _target(target: Array, n: int) -> Tensor:
-    """The target's U-centred matrix [n, n]; another network's features are a target too."""
-    if target.ndim == 4:
-        side = _side(target, "target features")
-        arrays.check_same(len(side.centred), n, "target features", "explained features")
-        return side.centred
-    rows = target_embedding(target, n)
-    return geometry.u_centered(arrays.measured(geometry.distances(rows), rows, "target"))
+def _target_matrix(target: Array, n: int, device: torch.device) -> Tensor:
+    """The U-centred matrix [n, n] of labels, of an embedding, or of another network's features."""
+    if target.ndim != 4:
+        return Target.of(target, n, device=device).distances.centred
+    network = _network(target, "target features")
+    arrays.check_same(len(network.features), n, "target features", "explained features")
+    return network.distances.centred.to(device)
 
 
-def _result(share: Tensor, other: Tensor | None, score: Tensor, kind: Array) -> Decomposition:
+def _norm(matrix: Tensor) -> Tensor:
+    return geometry.dot(matrix, matrix).sqrt()
+
+
+def _decomposition(share: Tensor, other: Tensor | None, score: Tensor, kind: ArrayT) -> Decomposition[ArrayT]:
     if other is not None and share.shape != other.shape:
         size = max(share.shape[1], other.shape[1]), max(share.shape[2], other.shape[2])
         share, other = decomposition.spread(share, *size), decomposition.spread(other, *size)

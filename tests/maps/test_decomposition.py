@@ -48,7 +48,7 @@ def test_pairs_at_nearly_zero_distance_keep_their_digits(apart: float, dtype: to
     assert (actual - expected).abs().max() <= (1e-9 if dtype == torch.float64 else 1e-4) * expected.abs().max()
 
 
-SCORES: dict[str, tuple[Callable[[Any, Any, Any], kdx.Decomposition], Callable[[Any, Any, Any], float]]] = {
+SCORES: dict[str, tuple[Callable[[Any, Any, Any], kdx.Decomposition[Any]], Callable[[Any, Any, Any], float]]] = {
     "RS(X)": (lambda x, y, t: kdx.decompose(x, LABELS), lambda x, y, t: kdx.rs(x, LABELS).value),
     "RS(X|Y)": (lambda x, y, t: kdx.decompose(x, LABELS, given=y), lambda x, y, t: kdx.rs(x, LABELS, given=y).value),
     "RS(X)-RS(Y)": (
