@@ -228,7 +228,7 @@ def _run(session: Any, inputs: Mapping[str, Tensor]) -> list[NDArray[Any]]:
         cause = " ".join(str(error).split())
         raise KdxError(
             f"ONNX Runtime cannot run the exported file on {len(inputs['images'])} images: {cause}",
-            "Until the network exports, run it with --runtime eager.",
+            "Until the network can be exported, run it with --runtime eager.",
         ) from error
     return outputs
 
@@ -255,5 +255,5 @@ def _session(path: Path) -> Any:
     except Exception as error:  # ONNX Runtime's exceptions have no other common base
         cause = " ".join(str(error).split())
         raise KdxError(
-            f"ONNX Runtime cannot load the exported file: {cause}", "Until the network exports, run it with --runtime eager."
+            f"ONNX Runtime cannot load the exported file: {cause}", "Until the network can be exported, run it with --runtime eager."
         ) from error

@@ -71,7 +71,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("kdx-demo"),
     seed: SeedOption = 0,
 ) -> None:
-    """Distil, export, explain and report on handwritten digits. Takes about a minute on two cores."""
+    """Distil, export and explain networks on handwritten digits, and write the reports. This takes about a minute on two cores."""
     from kdx.commands.demo import run, table
 
     runs = run(out, seed=seed, announce=typer.echo)
@@ -86,7 +86,7 @@ def distill(
     teacher: Annotated[
         str, typer.Option(help="Model reference of the teacher. With @weights it is used as it is; otherwise it is trained.")
     ],
-    student: Annotated[str, typer.Option(help="Model reference of the student, and of the base.")],
+    student: Annotated[str, typer.Option(help="Model reference of the student and the base.")],
     out: Annotated[Path, typer.Option(help="The folder for the checkpoints and the models file.")],
     method: Annotated[str, typer.Option(help="kd (Hinton 2015) or at (attention transfer).")] = "kd",
     layer: LayerOption = None,
@@ -149,7 +149,7 @@ def export(
     teacher: Annotated[str | None, typer.Option(help="explainer: the teacher, which may be left out.", show_default=False)] = None,
     at: Annotated[
         str | None,
-        typer.Option(help="gradients: the layer whose gradient is the input, instead of the logits' gradient.", show_default=False),
+        typer.Option(help="gradients: differentiate the feature of this layer instead of the logits.", show_default=False),
     ] = None,
     to: Annotated[FileFormat, typer.Option(help="tensorrt: also build an engine from the ONNX file.")] = "onnx",
     precision: Annotated[
@@ -166,7 +166,7 @@ def export(
         typer.Option("--for", help="tensorrt: the GPU to build for, such as sm_86; by default this machine's.", show_default=False),
     ] = None,
     tf32: Annotated[
-        bool, typer.Option("--tf32", help="tensorrt: allow TensorFloat-32, which is faster and has three digits fewer.")
+        bool, typer.Option("--tf32", help="tensorrt: allow TensorFloat-32, which is faster but has three digits fewer.")
     ] = False,
     out: Annotated[Path, typer.Option(help="The folder, or the .onnx file, to write.")] = Path(),
     image_size: Annotated[
@@ -206,7 +206,7 @@ def explain(
     ],
     out: Annotated[Path, typer.Option(help="The folder of the run. A stopped run there is resumed.")],
     layer: LayerOption = None,
-    batch: Annotated[int, typer.Option(min=4, help="Images whose pairwise geometry makes one set of maps.")] = 64,
+    batch: Annotated[int, typer.Option(min=4, help="Images per batch. The images of a batch are compared with each other.")] = 64,
     chunk: Annotated[
         int | None, typer.Option(min=1, help="Images per pass of a network, to save memory. It does not change the results.")
     ] = None,
@@ -231,7 +231,7 @@ def explain(
     ] = 0,
     split: Annotated[
         str | None,
-        typer.Option(help="test, validation, train or all. By default test for the data that trained the models, and all for other data."),
+        typer.Option(help="test, validation, train or all. By default test for the data that the networks were trained on, else all."),
     ] = None,
     permutations: Annotated[int, typer.Option(min=0, help="Permutations per p-value.")] = 999,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Confidence level of the intervals.")] = 0.95,
@@ -251,7 +251,7 @@ def explain(
     ] = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Explain a data set. Stores two or four maps per image and layer, scores with intervals, and a page that shows them."""
+    """Explain a data set: store two or four maps per image and layer, scores with intervals, and a page that shows them."""
     from kdx.commands.explain import run
     from kdx.report.terminal import scores_table
     from kdx.runs.run import RunOptions
@@ -332,7 +332,7 @@ def _print_error(line: str, style: str | None = None) -> None:
 
 
 def main() -> None:
-    """The entry point. A KdxError prints two sentences and exits with 2, and Ctrl-C exits with 130. Any other exception is a bug."""
+    """The entry point. For a KdxError it prints two sentences and exits with 2; Ctrl-C exits with 130. Any other exception is a bug."""
     try:
         app()
     except KdxError as error:

@@ -123,7 +123,7 @@ def build(source: str, architecture: str, compiler: Compiler) -> Cubin:
                 _write(entry, cubin)
     except OSError as error:
         raise KdxError(
-            f"The kernels cannot be kept in {entry.parent}: {error}.", "Set the variable KDX_CACHE to a folder that you can write to."
+            f"The kernels cannot be cached in {entry.parent}: {error}.", "Set the variable KDX_CACHE to a folder that you can write to."
         ) from error
     return cubin
 

@@ -71,7 +71,7 @@ def export(
     file = references.get("network", "")
     if file.endswith(".onnx"):
         if options.to != "tensorrt":
-            raise KdxError(f"{file} is an ONNX file already.", "Build its engine with --to tensorrt.")
+            raise KdxError(f"{file} is already an ONNX file.", "Build its engine with --to tensorrt.")
         if set(references) != {"network"} or layers or options.at or options.precision != "fp32" or options.image_size:
             raise KdxError(
                 f"The networks, layers and numbers of {file} are fixed.",

@@ -96,7 +96,7 @@ def _open_cifar10(reference: str, folder: Path) -> Dataset:
         if path.stat().st_size == 0 or path.stat().st_size % _CIFAR_RECORD:
             raise KdxError(
                 f"The size of {path} is not a multiple of {_CIFAR_RECORD} bytes.",
-                "Unpack the archive of CIFAR-10 again; CIFAR-100 has other records.",
+                "Unpack the archive of CIFAR-10 again; CIFAR-100 has records of another size.",
             )
     batches = [np.fromfile(path, dtype=np.uint8).reshape(-1, _CIFAR_RECORD) for path in files]
     records = np.concatenate(batches)

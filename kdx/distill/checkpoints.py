@@ -38,7 +38,7 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def is_finished(path: Path, recipe: Mapping[str, Any]) -> bool:
-    """Whether ``path`` contains weights of this recipe; KdxError when they belong to another one."""
+    """Whether ``path`` contains weights of this recipe. Raises KdxError if they belong to another one."""
     import safetensors
 
     if not path.is_file():

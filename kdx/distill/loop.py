@@ -46,7 +46,7 @@ def train(training: Training, folder: Path, on_epoch: EpochCallback) -> None:
     """Write the weights with the best validation accuracy to ``folder``/ROLE.safetensors.
 
     Ties go to the lower cross entropy, then to the later epoch. Training resumes from a state file where one exists. Finished weights
-    are kept. Raises KdxError if either file belongs to another recipe, and when a loss is not finite.
+    are kept. Raises KdxError if either file belongs to another recipe, or if a loss is not finite.
     """
     role, epochs, graph, recipe = training.role, training.epochs, training.graph, training.recipe
     path, state_path = folder / f"{role}.safetensors", folder / f"{role}.state.pt"

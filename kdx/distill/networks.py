@@ -25,7 +25,7 @@ from kdx.models.reference import ModelReference
 
 @dataclass(frozen=True)
 class Distillation:
-    """What the trainings of teacher, base and student share."""
+    """The data, settings and references that the trainings of teacher, base and student share."""
 
     folder: Path
     settings: TrainingSettings
@@ -41,7 +41,7 @@ class Distillation:
 
     @classmethod
     def prepare(cls, data: str, folder: Path, settings: TrainingSettings, device: torch.device, teacher: str, student: str) -> Distillation:
-        """Open the data, load the teacher and decode the splits; KdxError for what cannot be trained."""
+        """Open the data, load the teacher and decode the splits. Raises KdxError for anything that cannot be trained."""
         dataset = open_data(data)
         # Local folders and files become absolute paths, so that the models file is valid from any folder.
         teacher_reference, student_reference = (
@@ -82,7 +82,7 @@ class Distillation:
         return self.teacher if role == "teacher" else self.student
 
     def weights_path(self, role: str) -> Path:
-        """Where the trained weights of a role are."""
+        """The path of the trained weights of a role."""
         return self.folder / f"{role}.safetensors"
 
     def initial_network(self, role: str) -> nn.Module:
@@ -154,7 +154,7 @@ def layer_pairs(distillation: Distillation, layers: Sequence[str] | None) -> lis
 def check_networks(distillation: Distillation) -> None:
     """Raise KdxError for weights or logits that are not finite and for numbers of classes that do not match.
 
-    Without this check they would appear only when the student meets the teacher, after hours of training.
+    Without this check, such errors would appear only when the student's training starts, after hours of training the teacher.
     """
     classes = len(distillation.dataset.classes)
     widths = {}
@@ -174,7 +174,7 @@ def check_networks(distillation: Distillation) -> None:
             )
         widths[role] = logits.shape[1]
         if logits.shape[1] < classes:
-            raise KdxError(f"The {role} has {logits.shape[1]} classes, the data {classes}.", "Give the network the data's classes.")
+            raise KdxError(f"The {role} has {logits.shape[1]} classes, and the data has {classes}.", "Give the network the data's classes.")
     if widths["teacher"] != widths["student"]:
         raise KdxError(
             f"The teacher has {widths['teacher']} classes and the student {widths['student']}.",

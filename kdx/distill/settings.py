@@ -16,10 +16,10 @@ from kdx.errors import KdxError
 class TrainingSettings:
     """How the networks of a distillation are trained.
 
-    ``student_images`` trains base and student on a class-balanced part of the train split only; the teacher always has all of it.
+    ``student_images`` trains base and student on a class-balanced part of the train split; the teacher is always trained on all of it.
     ``teacher_epochs`` is the number of epochs of the teacher, by default ``epochs``. ``temperature``, ``alpha`` and ``beta`` belong to
     the distillation losses and do not change the teacher's training. ``augment`` shifts each image by up to a twelfth of its size,
-    ``flip`` mirrors half of them. ``image_size`` is (height, width).
+    and ``flip`` mirrors half of the images. ``image_size`` is (height, width).
 
     Raises KdxError for an unknown method and for a setting out of range.
     """

@@ -40,17 +40,18 @@ def distill(
     """Train teacher, base (the student's architecture, labels only) and student, and return the path of OUT/models.toml.
 
     A teacher whose reference has ``@weights``, or is a trained network by itself (``hf:``, ``.pt2``), is not trained. ``base`` is a
-    base checkpoint of another run, which must have the same recipe. The weights kept are the best on the validation split. The
+    base checkpoint of another run, which must have the same recipe. The weights with the best validation accuracy are kept. The
     accuracy on the test split is measured at the end and recorded. ``layers`` are the pairs that feature losses match and that the
-    models file names: ``layer3``, or ``student_layer=teacher_layer``; by default the layers that both networks have. Images are resized
-    for all three networks to the size of the teacher's preprocessing, or to ``settings.image_size``. ``report`` is called after every
-    epoch. By default a terminal shows progress bars and anything else gets lines.
+    models file names: ``layer3``, or ``student_layer=teacher_layer``; by default the layers that both networks have, or else
+    the last layer of each. Images are resized for all three networks to the size of the teacher's preprocessing, or to
+    ``settings.image_size``. ``report`` is called after every epoch. By default, epochs appear as progress bars in a terminal and as lines
+    elsewhere.
 
-    After each epoch OUT/ROLE.state.pt holds everything needed to resume: the same call after an interruption gives the weights that an
+    After each epoch, OUT/ROLE.state.pt contains everything needed to resume: the same call after an interruption gives the weights that an
     uninterrupted one gives. Finished networks are kept.
 
     Raises KdxError for references, layers and devices that do not work, for networks that do not have the data's classes or contain
-    numbers that are not finite, for an OUT that contains networks of another configuration, and when training diverges.
+    numbers that are not finite, for an OUT that contains networks of another configuration, and if training diverges.
     """
     distillation = Distillation.prepare(data, Path(out), settings, _device(device), teacher, student)
     announced = report is not None or _print_unreadable(distillation)

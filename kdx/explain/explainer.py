@@ -84,10 +84,11 @@ class Explainer:
     features: ``raw``, or ``salient`` for scores, contrasts and p-values of salient features, as published. At each layer these are a
     network's features of its own salient images (`kdx.salient_images`, for the class that it predicts), in which the share ``keep`` of
     the pixels is kept and the rest is imputed with ``noise``. The maps are always those of the raw features. Salient features cost one
-    backward pass per network and one forward pass per layer more. Exported files contain no gradients for them.
+    additional backward pass per network, and one additional forward pass per network and layer. Exported files contain no gradients for
+    them.
 
-    A context manager; `close` frees the networks. ``choice.why`` states in one line what ``auto`` chose and why. If a network cannot
-    be exported, ``auto`` falls back to PyTorch and states it there; any other runtime raises KdxError.
+    The explainer is a context manager; `close` frees the networks. ``choice.why`` states in one line what ``auto`` chose and why. If a
+    network cannot be exported, ``auto`` falls back to PyTorch and states it there; any other runtime raises KdxError.
     """
 
     def __init__(
@@ -172,7 +173,7 @@ class Explainer:
         return self._networks.choice
 
     def open(self, image_size: tuple[int, int]) -> None:
-        """Prepare for images of this size, as the first call does otherwise. For every runtime but eager this exports the networks."""
+        """Prepare for images of this size; otherwise the first call does this. Every runtime except eager then exports the networks."""
         self._networks.open(image_size)
 
     def networks(self) -> dict[str, NetworkRecord]:

@@ -123,7 +123,7 @@ def _pair(layer: str, other: str) -> str:
 def no_reference_mode() -> KdxError:
     """The error for reference mode with an explainer file, whose geometry is that of the batch."""
     return KdxError(
-        "An explainer file maps an image among its batch mates alone.",
+        "An explainer file compares an image only with the other images of its batch.",
         "For reference mode give the networks themselves, or a models file that names them.",
     )
 
@@ -136,11 +136,11 @@ def no_gradients(problem: str) -> KdxError:
 def _check_settings(settings: Settings) -> None:
     """KdxError for settings that an explainer file does not support."""
     if settings.chunk is not None:
-        raise KdxError("An explainer file takes a batch whole.", "Leave the chunk out and choose a smaller batch.")
+        raise KdxError("An explainer file takes a whole batch at once.", "Leave the chunk out and choose a smaller batch.")
     if (settings.objective, settings.weighting) != ("relevance", "gap"):
         raise KdxError(
-            "The maps of an explainer file are of relevance, weighted by channel, "
-            f"not of {settings.objective} weighted {settings.weighting}.",
+            "The maps of an explainer file have the objective relevance and the weighting gap, "
+            f"not {settings.objective} and {settings.weighting}.",
             "Give the networks themselves for other maps.",
         )
     if settings.features == "salient":

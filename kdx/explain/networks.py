@@ -201,7 +201,7 @@ def _check_pairs(networks: Mapping[str, NetworkLike], layers: Mapping[str, str])
     pairs = [f"{layer}={other}" for layer, other in layers.items() if layer != other]
     if "teacher" not in networks and pairs:
         raise KdxError(
-            f"{pairs[0]} pairs a layer with one of the teacher's, and there is no teacher.", "Name the layer alone, or give a teacher."
+            f"{pairs[0]} pairs a layer with one of the teacher's, but there is no teacher.", "Name the layer alone, or give a teacher."
         )
 
 

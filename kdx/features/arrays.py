@@ -74,7 +74,7 @@ def check_images(n: int) -> None:
     """Raise KdxError for fewer than four images."""
     if n < MIN_IMAGES:
         raise KdxError(
-            f"Distance geometry needs at least {MIN_IMAGES} images; here are {n}.", "Give more images; scores are steady from 32."
+            f"Distance geometry needs at least {MIN_IMAGES} images, and there are {n}.", "Give more images; scores are stable from 32."
         )
 
 
@@ -82,7 +82,7 @@ def check_batch_size(size: int) -> None:
     """Raise KdxError for a batch of fewer than four images."""
     if size < MIN_IMAGES:
         raise KdxError(
-            f"A batch of {size} is too small for pairwise geometry.", f"Give a batch of {MIN_IMAGES} or more; scores are steady from 32."
+            f"A batch of {size} is too small for pairwise geometry.", f"Give a batch of {MIN_IMAGES} or more; scores are stable from 32."
         )
 
 

@@ -18,7 +18,7 @@ from kdx.maps.scaling import scaled
 
 @dataclass(frozen=True)
 class ClassMaps(Generic[ArrayT]):
-    """Grad-CAM or HiResCAM maps of one layer, for one class per image. All arrays are of the kind that the images have.
+    """Grad-CAM or HiResCAM maps of one layer, for one class per image. All arrays are of the same kind as the images.
 
     maps: [n, H, W] >= 0, at the resolution of the features, not scaled. Values are comparable within one map, not between images.
     weights: [n, C], the mean over h, w of the gradient of the class's logit. classes: [n], the classes that the maps explain.
@@ -57,9 +57,9 @@ def grad_cam(
     NumPy or PyTorch. layer: by default the only layer of a file or runner, or the last layer of a network whose feature map has a
     gradient. classes: one integer for all images, or integers [n]; by default the predicted classes, which costs one more forward pass.
     device: where a network or a file runs, as in `kdx.Explainer`. chunk: how many images are computed at once, by default all of them, or
-    as many as an engine takes; it does not change the result. Tensors are returned on the device that computed them.
+    as many as an engine accepts; it does not change the result. Tensors are returned on the device that computed them.
 
-    A map is not a share of the logit: its sum has no meaning, and maps of two images have no common scale. Because the gradient is
+    A map is not a share of the logit: its sum has no meaning, and the maps of two images have no common scale. Because the gradient is
     averaged over positions before it is multiplied with the features, a map can be high at a position that the class does not use;
     `hires_cam` does not average. The ReLU removes what lowers the logit.
 
@@ -97,9 +97,9 @@ def hires_cam(
     Arguments, results and errors are those of `grad_cam`. ``weights`` are the same too, although these maps do not use them.
 
     If a mean over positions and one linear layer follow F, both maps are equal. If further layers follow, a map is a first-order
-    statement: it does not predict the logit without a position. If F is read only through a normalisation, as in the blocks of a
-    transformer, the scale of F has no influence, so the sum, and the map, is zero up to rounding: name the normalisation that
-    follows (``blocks.11.norm1``), or use `grad_cam`.
+    statement: it does not predict the logit after a position is removed. If F is read only through a normalisation, as in the blocks of a
+    transformer, the scale of F has no influence, so the sum and the map are zero up to rounding. In that case name the normalisation
+    that follows (``blocks.11.norm1``), or use `grad_cam`.
 
     >>> import numpy as np, kdx
     >>> images = np.random.default_rng(0).random((3, 3, 32, 32), dtype=np.float32)
@@ -132,5 +132,5 @@ def _class_maps(
 
 
 def _like(maps: ClassMaps[Tensor], images: ArrayT) -> ClassMaps[ArrayT]:
-    """Maps of the kind that the images have: NumPy or PyTorch."""
+    """Maps of the same kind as the images: NumPy or PyTorch."""
     return ClassMaps(*(arrays.like(getattr(maps, field.name), images) for field in fields(maps)))

@@ -1,4 +1,4 @@
-"""Signed maps that add up to a score: which positions of which images make it."""
+"""Signed maps that add up to a score and show which positions of which images contribute to it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from kdx.maps.unicam import check_residual
 class Decomposition(Generic[ArrayT]):
     """A score as a sum over images and positions.
 
-    maps: [n, H, W], signed; their sum over everything is ``score``. explained, other: the two parts whose difference the maps are: the
-    share of the explained network and that of the given (or subtracted) network, on one grid; other is None where there is no second
+    maps: [n, H, W], signed; their sum over everything is ``score``. explained, other: the two parts whose difference the maps are, that is,
+    the share of the explained network and that of the given (or subtracted) network, on one grid; other is None without a second
     network. score: the score, as `kdx.rs` or `kdx.fss` computes it from all images at once.
     """
 
@@ -49,7 +49,7 @@ def decompose(explained: ArrayT, target: Array, given: Array | None = None, minu
 
     - ``decompose(x, target)``: RS(X).
     - ``decompose(x, target, given=y)``: RS(X|Y) = <R,G>/(|R||G|) with R = A - beta B, as (c^X - beta c^Y)/(|R||G|). It is positive where
-      the relevance of X exceeds that of Y, and negative where it falls short of it.
+      the share of X exceeds beta times that of Y, and negative where it is below.
     - ``decompose(x, target, minus=y)``: RS(X) - RS(Y), as c^X/(|A||G|) - c^Y/(|B||G|).
     - ``decompose(x, features)`` with another network's features [n, C, H, W] as the target: FSS(X, features) over the positions of x.
       Exchange the two for the positions of the other network; ``minus`` gives a difference of two FSS.
@@ -59,12 +59,12 @@ def decompose(explained: ArrayT, target: Array, given: Array | None = None, minu
     a grid that is as fine as both. target: integer labels [n], an embedding [n, e], or features [n, C, H, W].
 
     How to read a map: a positive c_i(p) means that at position p image i differs more from the images that the target sets apart than
-    from those that it puts together; a negative one means the reverse. Each unordered pair of images is divided half to each image. That
-    is a choice, as is the formula given=; the totals do not depend on it. A map's total may be negative or near 0, so it is not a
-    percentage. Only the numerator is distributed: the norms and beta count as constants, so the share of a position is not the change of
-    the score when that position is removed. With ``given`` and ``minus`` a positive position may come from a negative share of the other
-    network alone: look at ``explained`` and ``other`` too. Such maps assume that position p of both networks sees the same part of the
-    image.
+    from those that it puts together; a negative value means the reverse. Each unordered pair of images is divided equally between its two
+    images. That is a choice, and so is the formula for ``given``; the sum over all images and positions does not depend on it. A map's
+    total may be negative or near 0, so a share is not a percentage. Only the numerator is distributed: the norms and beta count as
+    constants, so the share of a position is not the change of the score when that position is removed. With ``given`` and ``minus``, a
+    positive value may come from a negative share of the other network alone: look at ``explained`` and ``other`` too. Such maps assume
+    that position p of both networks sees the same part of the image.
 
     Raises KdxError for n < 4, constant or non-finite features, rows that do not match, a target with one class, and features that
     ``given`` explains completely. Raises ValueError if both ``given`` and ``minus`` are given.
@@ -91,7 +91,7 @@ def decompose(explained: ArrayT, target: Array, given: Array | None = None, minu
         y = _network(second, name)
         arrays.check_same(len(y.features), n, name, "explained features")
         if y.features.device != device:
-            raise KdxError(f"The explained features are on {device}, the {name} on {y.features.device}.", "Move both to one device.")
+            raise KdxError(f"The explained features are on {device}, and the {name} on {y.features.device}.", "Move both to one device.")
         a, b = x.distances.centred, y.distances.centred
         if given is not None:
             beta = geometry.dot(a, b) / geometry.dot(b, b)

@@ -42,7 +42,7 @@ def unicam_before(
 
     or, with ``elementwise`` weighting, map_ihw = ReLU(sum_c dL/dF_ichw F_ichw). Source: arXiv 2412.13943.
 
-    network: the explained network, in any form that `grad_cam` takes. A file or a runner must have its cotangent at the feature layer;
+    network: the explained network, in any form that `grad_cam` takes. The cotangent of a file or a runner must be at the feature layer;
     for any other form, ``at`` names the feature layer. images: [n, 3, h, w] in [0, 1]. layer: the earlier layer. explained, given: both
     networks' features of these images at the feature layer, [n, C, H, W] as kdx returns them. The explained features must come from the
     same network with the same preprocessing. target, objective, weighting, pooled, reference: as in `kdx.unicam`, at the feature layer.

@@ -1,4 +1,4 @@
-"""What maps from gradients share: a runner that exposes gradients, its passes, and the maps of features and their gradients.
+"""Shared by all maps from gradients: a runner that exposes gradients, its passes, and the maps of features and their gradients.
 
 A graph of gradients (`kdx.export.graphs.GradientGraph`) runs in PyTorch, or as a file in another runtime. Its inputs are images and a
 cotangent, which determines what is differentiated: a class's logit, or a feature layer. Its outputs are the logits, and features and
@@ -53,9 +53,9 @@ class LayerGradient(NamedTuple):
 def class_gradients(
     runner: Runner, layers: Sequence[str], images: Tensor, classes: Tensor, count: int, chunk: int | None
 ) -> Iterator[tuple[Tensor, dict[str, LayerGradient]]]:
-    """(logits, each layer's feature and gradient) of one part of the images after the other.
+    """(logits, each layer's feature and gradient) for one part of the images after another.
 
-    The gradients are those of the logits of ``classes`` [n], which are among ``count``.
+    The gradients are those of the logits of ``classes`` [n], out of ``count`` classes.
     """
     for part in parts(runner, chunk, len(images)):
         cotangent = nn.functional.one_hot(classes[part], count).to(images.dtype)
@@ -147,5 +147,7 @@ def _checked_classes(classes: int | Array, n: int, count: int) -> Tensor:
     arrays.check_same(len(values), n, "classes", "images")
     outside = (values < 0) | (values >= count)
     if bool(outside.any()):
-        raise KdxError(f"There is no class {int(values[outside][0])}: the network has {count}.", f"Give classes from 0 to {count - 1}.")
+        raise KdxError(
+            f"There is no class {int(values[outside][0])}: the network has {count} classes.", f"Give classes from 0 to {count - 1}."
+        )
     return values.long()

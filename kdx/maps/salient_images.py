@@ -38,7 +38,7 @@ class Salience:
         if not 0 < self.keep < 1:  # in this form NaN fails too
             raise KdxError(f"The share {self.keep} of pixels to keep is not between 0 and 1.", "Give a share such as 0.5.")
         if not 0 <= self.noise < math.inf:
-            raise KdxError(f"The noise {self.noise} is no standard deviation.", "Give 0, or a small number such as 0.01.")
+            raise KdxError(f"The noise {self.noise} is not a standard deviation.", "Give 0, or a small number such as 0.01.")
 
     def images(self, images: Tensor, maps: Tensor, seed: int = 0) -> Tensor:
         """Images [n, 3, h, w]: the pixels that the maps [n, H, W], resized to the images, rank highest are kept, and the rest imputed."""
@@ -68,9 +68,9 @@ def salient_images(
     network, images, layer, classes, device, chunk: as in `hires_cam`. keep: in (0, 1). noise, seed: as in `impute`. Returns images
     [n, 3, h, w] of the same kind and type, on the same device.
 
-    If fewer pixels than the share have a positive map, `top_mask` adds pixels in reading order; of an image whose map is zero everywhere
-    it keeps the first rows. A salient image does not show what the network sees: imputed pixels have colours, and traces of shape at
-    the border of the kept pixels.
+    If the map is positive on fewer pixels than the share, `top_mask` adds pixels in reading order; if a map is zero everywhere, it keeps
+    the first rows of the image. A salient image does not show what the network sees: imputed pixels still have colours, and the border
+    of the kept pixels still shows traces of shape.
 
     Raises KdxError for what `hires_cam` refuses, for a share outside (0, 1), and for a layer at which the maps of all images are zero up
     to rounding, because they rank no pixels; then name the normalisation that reads the layer.
@@ -118,8 +118,8 @@ def top_mask(maps: ArrayT, share: float = 0.5) -> ArrayT:
     """A mask of the largest values of each map: boolean [n, H, W], true at exactly round(share H W) positions of each map.
 
     maps: [n, H, W], NumPy or PyTorch. share: in [0, 1]. Among equal values, the first in reading order (row by row, from the top left)
-    are taken, on every device; so the mask of a constant map is its first rows. A mask shows which values of a map are largest, not that
-    they are large.
+    are taken, on every device; so the mask of a constant map selects its first rows. A mask shows which values of a map are largest, not
+    that they are large.
 
     Raises KdxError for a share outside [0, 1], for maps that are not [n, H, W] numbers, and for NaN.
 
@@ -144,7 +144,7 @@ def top_mask(maps: ArrayT, share: float = 0.5) -> ArrayT:
 def ranking_maps(
     runner: Runner, layers: Sequence[str], images: Tensor, classes: Tensor, count: int, chunk: int | None = None
 ) -> dict[str, Tensor]:
-    """HiResCAM [n, H, W] at each layer, from one pass of a graph of gradients over images [n, 3, h, w] with classes [n], among ``count``.
+    """HiResCAM [n, H, W] at each layer, from one pass of a graph of gradients over images [n, 3, h, w] with classes [n] of ``count``.
 
     Raises KdxError for a layer at which the maps of all images are zero up to rounding.
     """

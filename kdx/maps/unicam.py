@@ -23,10 +23,10 @@ from kdx.roles import TARGET
 
 @dataclass(frozen=True)
 class Maps(Generic[ArrayT]):
-    """UniCAM maps of one layer and one pair of networks. All arrays are of the kind that the explained features have.
+    """UniCAM maps of one layer and one pair of networks. All arrays are of the same kind as the explained features.
 
     maps: [n, H, W] >= 0, at the resolution of the features, not scaled. Values are comparable within one map, not between images. A map
-    may be zero everywhere: where the weighted channels nowhere add up to more than zero.
+    is zero everywhere if its weighted channels add up to zero or less at every position.
     weights: the channel weights [n, C], the mean over h, w of the gradient of the objective L. They may be negative.
     score: the objective L; in reference mode its mean over the images.
     """
@@ -95,10 +95,10 @@ def unicam(
     explained, given: features of the same images, [n, C, H, W] or [n, d], float16, bfloat16, float32 or float64, NumPy or PyTorch, on one
     device. The two may differ in channels and size. target: integer labels [n] or an embedding [n, e]. objective, weighting: see above.
     pooled: measure distances between the spatial means of the features instead of the whole features. reference: place each image among
-    these images instead of among its batch; then any n >= 1 will do. backend: ``torch``, or ``cuda`` for the CUDA kernels; ``auto`` uses
+    these images instead of among its batch; any n >= 1 is then allowed. backend: ``torch``, or ``cuda`` for the CUDA kernels; ``auto`` uses
     the kernels for features on a GPU that can run them.
 
-    A map shows where the features sit that raise L. It does not show that the network's prediction depends on them. Without
+    A map shows where the features that raise L are. It does not show that the network's prediction depends on them. Without
     ``reference``, a map changes with the other images of the batch. With four images all maps of the relevance objective are zero.
 
     Raises KdxError for fewer than four images, a target with one class or one image per class, constant or non-finite features, numbers of
@@ -214,7 +214,7 @@ def pair_geometry(
     arrays.check_same(others.shape[0], n, "given features", "explained features")
     if features.device != others.device:
         raise KdxError(
-            f"The explained features are on {features.device}, the given features on {others.device}.", "Move both to one device."
+            f"The explained features are on {features.device}, and the given features on {others.device}.", "Move both to one device."
         )
     if not callable(objective) and objective not in geometry.OBJECTIVES:
         raise ValueError(f"objective must be one of {sorted(geometry.OBJECTIVES)} or a function of R, not {objective!r}")
@@ -248,19 +248,19 @@ def pair_geometry(
 
 
 def check_residual(share: Tensor, *rows: Tensor) -> None:
-    """Raise KdxError if ``share`` = ||R||/||D|| is only rounding: then the given features explain the explained ones completely.
+    """Raise KdxError if ``share`` = ||R||/||D|| is only rounding error: then the given features explain the explained ones completely.
 
     rows: the features that distances were measured between; their type and width determine the rounding.
     """
     if not bool((share > max(map(arrays.rounding, rows))).all()):  # in this form NaN fails too
         raise KdxError(
-            "Nothing is left of the explained features without what the given features explain.",
+            "Nothing is left of the explained features: the given features explain them completely.",
             "Compare two different networks or layers; identical networks have no residual.",
         )
 
 
 def distance_rows(features: Tensor, pooled: bool) -> Tensor:
-    """The rows [n, d] that distances are measured between."""
+    """The rows [n, d] between which distances are measured."""
     return geometry.gap(features) if pooled else features.flatten(1)
 
 

@@ -54,12 +54,12 @@ def load(reference: str, *, classes: int | None = None, folder: Path | None = No
     ``@weights``. ``kdx:resnet`` is the residual network that comes with kdx. In ``package.module:factory`` the factory is any callable
     that returns an ``nn.Module``, from an installed package or the current folder. ``hf:NAME`` is an image classifier of Hugging Face
     transformers, by its name on the hub or its folder (``hf:./folder``), with its weights unless the reference contains
-    ``pretrained=false``. A path of a ``.pt2`` file is a program that ``torch.export.save`` wrote. Weights are ``.safetensors``, or
+    ``pretrained=false``. The path of a ``.pt2`` file names a program that ``torch.export.save`` wrote. Weights are ``.safetensors``, or
     ``.pt`` and ``.pth`` (read with weights_only). Paths are relative to ``folder``, by default the current folder. ``classes`` is the
-    number of classes if the reference does not set it; a factory of the user and a program do not receive it.
+    number of classes if the reference does not set it; a user's factory and a program do not receive it.
 
     The preprocessing is the configuration's for timm, ImageNet's for torchvision, 32 x 32 with mean and deviation 0.5 for kdx, that of
-    preprocessor_config.json for hf, and the image size only for a program. A factory's module may carry a ``Preprocessing`` as its
+    preprocessor_config.json for hf, and only the image size for a program. A factory's module may carry a ``Preprocessing`` as its
     attribute ``preprocessing``; otherwise the preprocessing does nothing.
 
     Raises KdxError for a reference that is malformed or names nothing, for arguments the model does not take, and for

@@ -78,7 +78,7 @@ def parse_reference(reference: str) -> ModelReference:
     for pair in pairs:
         key, equals, value = (part.strip() for part in pair.partition("="))
         if not equals or not key.isidentifier() or not value or key in arguments:
-            raise KdxError(f"{pair!r} in the model reference {reference!r} is not a new key=value.", _GRAMMAR)
+            raise KdxError(f"{pair!r} in the model reference {reference!r} is not key=value, or repeats a key.", _GRAMMAR)
         arguments[key] = _parse_value(value)
     return ModelReference(source, name, arguments, weights or None)
 

@@ -43,7 +43,7 @@ class Store:
         configuration = json.loads(json.dumps(configuration))
         path = folder / schema.MANIFEST
         if not path.exists() and folder.exists() and not _may_become_a_run(folder):
-            raise KdxError(f"{folder} is not empty and not a run.", "Choose a new folder for --out.")
+            raise KdxError(f"{folder} is neither empty nor a run.", "Choose a new folder for --out.")
         lock = lock_folder(folder)
         try:
             if not path.exists():

@@ -141,7 +141,7 @@ def _check_shape(name: str, actual: tuple[int, ...], shape: Shape, sizes: dict[s
 
 def missing_layer(source: object, layer: str, layers: Iterable[str]) -> KdxError:
     """The error for a layer that a file or runner, the ``source``, does not contain."""
-    return KdxError(f"{source} does not hold the layer {layer!r}.", f"It holds {', '.join(layers)}; export it with the layer.")
+    return KdxError(f"{source} does not contain the layer {layer!r}.", f"It contains {', '.join(layers)}; export it with the layer.")
 
 
 def parts(runner: Runner, chunk: int | None, n: int) -> Iterator[slice]:

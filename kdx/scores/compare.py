@@ -31,7 +31,7 @@ def compare(
 
     Returns, for each layer, `scores` by name and `contrasts` by name. The scores are those of `kdx.fss` and `kdx.rs`: "FSS(S,T)",
     "FSS(B,T)", "RS(T)", "RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)", "RS(T|S)" and "RS(S|T)"; without a teacher, those that do not name T. A
-    contrast is the difference of two scores, (value, interval). Each network's distances are computed once per layer, for all scores.
+    contrast is the difference of two scores, as (value, interval). Each network's distances are computed once per layer, for all scores.
 
     Raises KdxError for no features and for what `kdx.fss` and `kdx.rs` refuse, and ValueError for other roles.
 

@@ -97,9 +97,9 @@ def _common(features: Mapping[str, Rows]) -> tuple[int, torch.device, torch.dtyp
         rows = features[name]
         arrays.check_same(rows.shape[0], n, name, first)
         if rows.device != device:
-            raise KdxError(f"The {first} are on {device}, the {name} on {rows.device}.", "Move all of them to one device.")
+            raise KdxError(f"The {first} are on {device}, and the {name} on {rows.device}.", "Move all of them to one device.")
         if rows.dtype != dtype:
-            raise KdxError(f"The {first} are {dtype}, the {name} {rows.dtype}.", "Give all of them in one type.")
+            raise KdxError(f"The {first} are {dtype}, and the {name} are {rows.dtype}.", "Give all of them in one type.")
     return n, device, dtype
 
 
@@ -168,7 +168,7 @@ def _in_batches(sources: Mapping[str, Source], plan: _Plan, size: int) -> InnerP
     if size > tiles.TILE:
         raise KdxError(
             f"A batch of {size} images needs matrices of {size} x {size}.",
-            f"Give {tiles.TILE} at most, or no batch: all images together are then taken in tiles.",
+            f"Give at most {tiles.TILE}, or no batch: kdx then processes all images in tiles.",
         )
     names, matrices = tuple(sources), _matrices(sources)
     rounding = _rounding(matrices, plan.device)
@@ -221,6 +221,6 @@ def check_residual(sums: InnerProducts, explained: int, given: int) -> None:
     floor = torch.maximum(sums.rounding.max() ** 2 * sums.raw[explained], 1e-13 * norm)
     if not bool(norm - cross**2 / given_norm > floor):
         raise KdxError(
-            f"Nothing is left of the {sums.names[explained]} without what the {sums.names[given]} explain.",
+            f"Nothing is left of the {sums.names[explained]}: the {sums.names[given]} explain them completely.",
             "Compare two different networks or layers.",
         )

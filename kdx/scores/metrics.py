@@ -37,7 +37,7 @@ def fss(
     or on disk as a numpy.memmap or a Zarr array. Their channels may differ. n may be any number from 4: above 256 images, distances are
     computed in tiles and not kept, so memory grows with n and not with n x n.
     estimator: ``unbiased`` (U-centring) is in [-1, 1] and expected to be 0 for unrelated features. ``biased`` (the V-statistic) is in
-    [0, 1] and is about 1 for any two high-dimensional features of few images; it is there for comparison.
+    [0, 1] and is about 1 for any two high-dimensional features of few images; it is offered for comparison only.
     batch: the number of images in a set of distances. Images are assigned to batches at random, and inner products are summed over
     batches. By default all images are one set, which is exact.
     permutations: how many permutations of the teacher's images the p-value uses. In batches, and above 256 images, a permutation rotates
@@ -113,7 +113,7 @@ def partial_rs(
         <R,S>/sqrt(<R,R><S,S>),        R = A - (<A,B>/<B,B>) B,  S = G - (<G,B>/<B,B>) B
 
     This is the partial distance correlation of Szekely and Rizzo (2014). Arguments, range and errors are those of `rs`; a target that
-    ``given`` explains completely is a KdxError too.
+    ``given`` explains completely raises KdxError too.
 
     >>> import numpy as np, kdx
     >>> rng = np.random.default_rng(0)
@@ -140,7 +140,7 @@ def _score(
     seed: int,
     backend: Backend,
 ) -> Score:
-    """The statistic of these matrices, in this order. The second one's images are permuted."""
+    """The statistic of these matrices, in this order. The images of the second one are permuted."""
     permuted = list(named)[1]
     sums = inner_products(named, [permuted], estimator=estimator, batch=batch, permutations=permutations, seed=seed, backend=backend)
     if len(named) == 3:

@@ -222,7 +222,7 @@ def test_doctor_lists_every_probe_with_a_hint_for_the_broken(run: Run, monkeypat
         ("export TINY --layer layer1 --to tensorrt --for sm_86 --batch 0", "from 0 to 0"),
         ("export TINY --layer layer1 --to tensorrt --for sm_99", "does not build for 'sm_99'"),
         ("export none.onnx --to tensorrt --for sm_86", "There is no file none.onnx"),
-        ("export none.onnx", "is an ONNX file already"),
+        ("export none.onnx", "is already an ONNX file"),
         ("export none.onnx --to tensorrt --for sm_86 --layer layer1", "are fixed"),
         ("explain digits --models none.onnx --out R", "There is no file none.onnx"),
         ("report no/such/run", "no/such/run"),

@@ -34,7 +34,7 @@ def test_inputs_that_cannot_be_trained_are_refused(tmp_path: Path) -> None:
         distill("digits", teacher=TEACHER, student=STUDENT, out=tmp_path / "b", settings=quick, layers=["layer2=layer9"])
     with pytest.raises(KdxError, match="The device 'cuda:77' cannot be used"):
         distill("digits", teacher=TEACHER, student=STUDENT, out=tmp_path / "c", settings=quick, device="cuda:77")
-    with pytest.raises(KdxError, match="The teacher has 4 classes, the data 10"):
+    with pytest.raises(KdxError, match="The teacher has 4 classes, and the data has 10"):
         distill("digits", teacher=f"{TEACHER},classes=4", student=STUDENT, out=tmp_path / "d", settings=quick)
     with pytest.raises(KdxError, match="cannot be trained"):
         distill("digits", teacher=TEACHER, student="net.pt2", out=tmp_path / "e", settings=quick)
@@ -46,7 +46,7 @@ def test_inputs_that_cannot_be_trained_are_refused(tmp_path: Path) -> None:
     ("classes", "weight", "message"),
     [
         (12, None, "The teacher has 12 classes and the student 10"),
-        (4, None, "The teacher has 4 classes, the data 10"),
+        (4, None, "The teacher has 4 classes, and the data has 10"),
         (10, float("nan"), "The weights of the teacher are not finite numbers: fc.weight"),
         (10, float("inf"), "The weights of the teacher are not finite numbers: fc.weight"),
         (10, 3e38, "The teacher's logits are not finite numbers"),

@@ -105,12 +105,12 @@ def test_targets_are_padded_to_the_width_of_an_engine(pair: Written, monkeypatch
 @pytest.mark.parametrize(
     ("settings", "message", "hint"),
     [
-        ({"layers": "layer3"}, "does not hold the layer 'layer3'", "It holds layer1=layer2, relu=layer1.0.bn2"),
-        ({"layers": {"layer1": "layer3"}}, "does not hold the layer 'layer1=layer3'", "It holds layer1=layer2"),
-        ({"layers": "layer1"}, "does not hold the layer 'layer1'", "It holds layer1=layer2"),
-        ({"chunk": 4}, "takes a batch whole", "Leave the chunk out"),
-        ({"objective": "uniqueness"}, "not of uniqueness weighted gap", "the networks themselves"),
-        ({"weighting": "elementwise"}, "not of relevance weighted elementwise", "the networks themselves"),
+        ({"layers": "layer3"}, "does not contain the layer 'layer3'", "It contains layer1=layer2, relu=layer1.0.bn2"),
+        ({"layers": {"layer1": "layer3"}}, "does not contain the layer 'layer1=layer3'", "It contains layer1=layer2"),
+        ({"layers": "layer1"}, "does not contain the layer 'layer1'", "It contains layer1=layer2"),
+        ({"chunk": 4}, "takes a whole batch at once", "Leave the chunk out"),
+        ({"objective": "uniqueness"}, "not uniqueness and gap", "the networks themselves"),
+        ({"weighting": "elementwise"}, "not relevance and elementwise", "the networks themselves"),
         ({"runtime": "eager"}, "cannot run in PyTorch", "--runtime onnx"),
     ],
 )
@@ -133,7 +133,7 @@ def test_files_of_another_kind_are_refused(features_file: Path, trio: Written, t
 
 def test_reference_mode_and_batches_that_do_not_fit_are_errors(pair: Written) -> None:
     with Explainer(file=pair.path) as explainer:
-        with pytest.raises(KdxError, match="among its batch mates alone"):
+        with pytest.raises(KdxError, match="only with the other images of its batch"):
             explainer.use_references(images(8), torch.arange(8) % 2)
         with pytest.raises(KdxError, match="at least 4 images"):
             explainer(images(3), torch.arange(3) % 2)

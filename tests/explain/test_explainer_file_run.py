@@ -103,11 +103,11 @@ def test_a_stopped_run_of_a_file_resumes(pair: Written, pictures: Path, finished
 @pytest.mark.parametrize(
     ("change", "layers", "message"),
     [
-        ({"reference_images": 8}, (), "among its batch mates alone"),
-        ({"chunk": 4}, (), "takes a batch whole"),
-        ({"objective": "uniqueness"}, (), "not of uniqueness"),
+        ({"reference_images": 8}, (), "only with the other images of its batch"),
+        ({"chunk": 4}, (), "takes a whole batch at once"),
+        ({"objective": "uniqueness"}, (), "not uniqueness and gap"),
         ({"runtime": "eager"}, (), "cannot run in PyTorch"),
-        ({}, ("layer1",), "does not hold the layer 'layer1'"),
+        ({}, ("layer1",), "does not contain the layer 'layer1'"),
     ],
 )
 def test_options_that_a_file_does_not_support_are_refused_before_anything_is_written(

@@ -56,7 +56,7 @@ def test_three_files_give_what_eager_gives(folder: Path, explained: Explanation)
 
 
 def test_a_layer_that_a_file_does_not_hold_is_named(folder: Path) -> None:
-    with pytest.raises(KdxError, match="does not hold the layer 'norm'") as caught:
+    with pytest.raises(KdxError, match="does not contain the layer 'norm'") as caught:
         explainer(runtime="auto", layers=["norm"], **files(folder))
     assert "conv2" in caught.value.hint
 

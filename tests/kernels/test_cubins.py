@@ -205,7 +205,7 @@ def test_a_failed_write_leaves_no_entry(sources: Path, tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     compiler = FakeCompiler()
-    with monkeypatch.context() as patch, pytest.raises(KdxError, match=r"cannot be kept in .*No space left(.|\n)*KDX_CACHE"):
+    with monkeypatch.context() as patch, pytest.raises(KdxError, match=r"cannot be cached in .*No space left(.|\n)*KDX_CACHE"):
         patch.setattr(Path, "write_bytes", full)
         cubins.build("one", "sm_90", compiler)
     assert not entries(tmp_path)
@@ -225,7 +225,7 @@ def test_the_cache_is_in_the_platforms_folder_or_the_users(monkeypatch: pytest.M
 
 def test_a_cache_that_cannot_be_written_is_an_error(sources: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(KdxError, match=r"cannot be kept in .*cache(.|\n)*KDX_CACHE"):
+    with pytest.raises(KdxError, match=r"cannot be cached in .*cache(.|\n)*KDX_CACHE"):
         cubins.build("one", "sm_90", FakeCompiler())
 
 

@@ -269,7 +269,7 @@ def test_a_graph_without_the_right_gradients_is_refused(tmp_path: Path) -> None:
     with EagerRunner(GradientGraph(network, ["conv1", "conv2"]), CPU) as runner:
         with pytest.raises(KdxError, match=r"several layers\.\nName one of conv1, conv2"):
             kdx.grad_cam(runner, images)
-        with pytest.raises(KdxError, match="does not hold the layer 'conv3'"):
+        with pytest.raises(KdxError, match="does not contain the layer 'conv3'"):
             kdx.grad_cam(runner, images, "conv3")
     with EagerRunner(GradientGraph(network, ["conv1"], at="conv2"), CPU) as runner, pytest.raises(KdxError, match="not of the logits"):
         kdx.grad_cam(runner, images)

@@ -193,7 +193,7 @@ def test_noise_is_seeded_and_only_on_imputed_pixels() -> None:
         ({"keep": 1.5}, "share 1.5 of pixels"),
         ({"keep": float("nan")}, "share nan of pixels"),
         ({"keep": 1e-4}, "keeps no|nothing"),
-        ({"noise": -0.1}, "noise -0.1 is no standard deviation"),
+        ({"noise": -0.1}, "noise -0.1 is not a standard deviation"),
         ({"noise": float("inf")}, "noise inf"),
         ({"classes": 5}, "no class 5"),
         ({"layer": "conv4"}, "no layer 'conv4'"),

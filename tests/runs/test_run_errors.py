@@ -51,7 +51,7 @@ def test_without_a_layer_the_error_lists_the_layers(folder: Path, tmp_path: Path
 def test_a_refused_folder_is_left_as_it_was(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("")
-    with pytest.raises(kdx.KdxError, match="not empty and not a run"):
+    with pytest.raises(kdx.KdxError, match="neither empty nor a run"):
         run(folder, tmp_path / "thesis")
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
 
@@ -65,7 +65,7 @@ def test_a_refused_folder_is_left_as_it_was(folder: Path, tmp_path: Path) -> Non
         ({"options": replace(OPTIONS, split="tset"), "out": "new"}, "tset"),
         ({"data": "nowhere", "out": "new"}, "nowhere"),
         ({"options": replace(OPTIONS, reference_images=3), "out": "new"}, "reference set of 3"),
-        ({"out": "occupied"}, "not empty"),
+        ({"out": "occupied"}, "neither empty"),
     ],
 )
 def test_arguments_that_are_refused(folder: Path, finished: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -100,7 +100,7 @@ def test_a_run_begins_in_an_empty_folder_or_where_a_start_was_killed(tmp_path: P
     if accepted:
         Store.begin(tmp_path, CONFIGURATION, CONTEXT).close()
     else:
-        with pytest.raises(KdxError, match="not empty and not a run"):
+        with pytest.raises(KdxError, match="neither empty nor a run"):
             Store.begin(tmp_path, CONFIGURATION, CONTEXT)
         assert [path.name for path in tmp_path.iterdir()] == [name]
 

@@ -72,7 +72,7 @@ def test_bad_input(n: int) -> None:
     features, labels = layers(n)
     late = features["late"]
     for spoilt, message in (
-        ({**late, "base": late["student"]}, "left of the student's features at late without what the base's"),
+        ({**late, "base": late["student"]}, "left of the student's features at late: the base's"),
         ({**late, "base": late["base"].index_fill(0, torch.tensor([5]), torch.nan)}, "base's features at late are not finite in rows 5"),
         ({**late, "base": late["base"][:-1]}, f"{n - 1} rows of base's"),
         ({**late, "teacher": late["teacher"].float()}, "type"),
