@@ -22,7 +22,7 @@ from kdx.export.graphs import as_map, find_layer
 
 
 @dataclass(frozen=True)
-class Explanation:
+class EagerResult:
     """One batch explained at one layer.
 
     distilled, residual: maps [n, H, W] of the student given the base and of the base given the student, min-max scaled to [0, 1] per
@@ -73,7 +73,7 @@ def _scaled(maps: Tensor) -> Tensor:
 # ---- the published method ----
 
 
-def published(student: nn.Module, base: nn.Module, layer: str, images: Tensor, target: Tensor) -> Explanation:
+def published(student: nn.Module, base: nn.Module, layer: str, images: Tensor, target: Tensor) -> EagerResult:
     """Both maps of images [n, c, h, w] for target rows [n, e] as the method is published, with one call per map.
 
     A call runs both networks with a hook on the layer and broadcasts the differences of the features of every two images. It then goes
@@ -85,7 +85,7 @@ def published(student: nn.Module, base: nn.Module, layer: str, images: Tensor, t
     """
     distilled, rs_distilled, fss = _hooked_maps(student, base, layer, images, target)
     residual, rs_residual, _ = _hooked_maps(base, student, layer, images, target)
-    return Explanation(distilled, residual, fss.item(), rs_distilled.item(), rs_residual.item())
+    return EagerResult(distilled, residual, fss.item(), rs_distilled.item(), rs_residual.item())
 
 
 def published_geometry(explained: Tensor, given: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +147,7 @@ def _broadcast_distances(x: Tensor) -> Tensor:
 # ---- a careful implementation ----
 
 
-def fair(student: nn.Module, base: nn.Module, layer: str, images: Tensor, target: Tensor) -> Explanation:
+def fair(student: nn.Module, base: nn.Module, layer: str, images: Tensor, target: Tensor) -> EagerResult:
     """The same as `published`, written with care and still by autograd.
 
     It runs each network once without gradients, takes distances by torch.cdist, which creates no n x n x d tensor, goes backward once
@@ -173,7 +173,7 @@ def fair_geometry(student: Tensor, base: Tensor, target: Tensor) -> tuple[tuple[
     return (of_student.mean((2, 3)), of_base.mean((2, 3))), scores
 
 
-def compiled(student: nn.Module, base: nn.Module, layer: str) -> Callable[[Tensor, Tensor], Explanation]:
+def compiled(student: nn.Module, base: nn.Module, layer: str) -> Callable[[Tensor, Tensor], EagerResult]:
     """A function of images and target that computes `fair` by torch.compile in its default mode.
 
     Both forward passes and the geometry with its backward pass are one graph without a break. The first call compiles, and so does the
@@ -195,7 +195,7 @@ def compiled(student: nn.Module, base: nn.Module, layer: str) -> Callable[[Tenso
 
     graph = torch.compile(whole, fullgraph=True)
 
-    def run(images: Tensor, target: Tensor) -> Explanation:
+    def run(images: Tensor, target: Tensor) -> EagerResult:
         with torch._dynamo.config.patch(trace_autograd_ops=True):
             return _explanation(*graph(images, target))
 
@@ -225,7 +225,7 @@ def _target_geometry(target: Tensor) -> Tensor:
     return _u_centred(torch.cdist(target, target, compute_mode="donot_use_mm_for_euclid_dist"))
 
 
-def _explanation(maps: Tensor, scores: Tensor) -> Explanation:
+def _explanation(maps: Tensor, scores: Tensor) -> EagerResult:
     """The maps [2, n, h, w] and scores [3] of `_careful_maps` under their names."""
     fss, rs_distilled, rs_residual = scores.tolist()
-    return Explanation(maps[0], maps[1], fss, rs_distilled, rs_residual)
+    return EagerResult(maps[0], maps[1], fss, rs_distilled, rs_residual)

@@ -38,7 +38,7 @@ from kdx.scores import uncertainty
 from kdx.scores.pool import pooled_scores
 
 CLASSES = 4
-ROLES = ("student", "base")
+ROLE_NAMES = ("student", "base")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TOLERANCE, TOLERANCE_BFLOAT16 = 1e-3, 5e-2
 """Largest difference from the first variant: the mean absolute difference of maps, whose values lie in [0, 1], and that of scores."""
@@ -46,7 +46,7 @@ TOLERANCE, TOLERANCE_BFLOAT16 = 1e-3, 5e-2
 
 def prepare(folder: Path, *, network: str, layer: str, batch: int, side: int, **_: Any) -> None:
     """Write the weights and the ONNX files of both networks."""
-    for seed, role in enumerate(ROLES):
+    for seed, role in enumerate(ROLE_NAMES):
         torch.manual_seed(seed)
         module = models.load(network).module
         save_file(module.state_dict(), folder / f"{role}.safetensors")
@@ -82,7 +82,7 @@ class _Inputs:
         return torch.arange(self.batch) % CLASSES
 
     def modules(self) -> list[nn.Module]:
-        return [models.load(f"{self.network}@{self.folder / role}.safetensors").module for role in ROLES]
+        return [models.load(f"{self.network}@{self.folder / role}.safetensors").module for role in ROLE_NAMES]
 
 
 def _pytorch_variants(inputs: _Inputs) -> dict[str, Variant]:
@@ -125,10 +125,10 @@ def _kdx_variants(inputs: _Inputs) -> dict[str, Variant]:
 
     def kdx(make: Callable[[Path], Runner]) -> Variant:
         def opened(resources: ExitStack) -> Run:
-            runners = {role: resources.enter_context(make(folder / f"{role}.onnx")) for role in ROLES}
+            runners = {role: resources.enter_context(make(folder / f"{role}.onnx")) for role in ROLE_NAMES}
             permutations = uncertainty.permutation_table(inputs.batch, 999, 0)
 
-            def run() -> eager.Explanation:
+            def run() -> eager.EagerResult:
                 features = {role: runner.infer(images).features[inputs.layer] for role, runner in runners.items()}
                 return _explained(features, inputs.labels, permutations, inputs.side)
 
@@ -137,7 +137,7 @@ def _kdx_variants(inputs: _Inputs) -> dict[str, Variant]:
         return opened
 
     def bare_passes(resources: ExitStack) -> Run:
-        runners = [resources.enter_context(OnnxRuntimeRunner(folder / f"{role}.onnx")) for role in ROLES]
+        runners = [resources.enter_context(OnnxRuntimeRunner(folder / f"{role}.onnx")) for role in ROLE_NAMES]
         return lambda: [runner.infer(images) for runner in runners]
 
     def openvino(precision: Precision) -> Variant:
@@ -159,18 +159,17 @@ def _kdx_variants(inputs: _Inputs) -> dict[str, Variant]:
         "kdx, OpenVINO": openvino("float32"),
         "kdx, OpenVINO bf16": openvino("bfloat16"),
         "kdx, ONNX Runtime CUDA": kdx(lambda path: OnnxRuntimeRunner(path, "cuda")),
-        "kdx, ONNX Runtime TensorRT": kdx(lambda path: OnnxRuntimeRunner(path, "tensorrt")),
         "kdx, TensorRT": kdx(tensorrt),
     }
 
 
-def _explained(features: Mapping[str, Tensor], labels: Tensor, permutations: Tensor, side: int) -> eager.Explanation:
+def _explained(features: Mapping[str, Tensor], labels: Tensor, permutations: Tensor, side: int) -> eager.EagerResult:
     """kdx's maps and scores of features on any device."""
     device = features["base"].device
     measurement = measure(features, Target.of(labels.to(device)), permutations=permutations.to(device))
     products = measurement.products
-    scores = pooled_scores(products, measurement.permuted, measurement.left_out, n=len(labels), roles=ROLES).scores
-    return eager.Explanation(
+    scores = pooled_scores(products, measurement.permuted, measurement.left_out, n=len(labels), roles=ROLE_NAMES).scores
+    return eager.EagerResult(
         scaled(measurement.maps["distilled"].maps, (side, side)).cpu(),
         scaled(measurement.maps["residual"].maps, (side, side)).cpu(),
         float(products[0, 1] / (products[0, 0] * products[1, 1]).sqrt()),
@@ -181,7 +180,7 @@ def _explained(features: Mapping[str, Tensor], labels: Tensor, permutations: Ten
 
 def _check(results: Mapping[str, Any]) -> dict[str, float]:
     """The mean absolute difference of each variant's maps, and the difference of its scores, from those of the first variant."""
-    explanations = {name: result for name, result in results.items() if isinstance(result, eager.Explanation)}
+    explanations = {name: result for name, result in results.items() if isinstance(result, eager.EagerResult)}
     (_, expected), *others = explanations.items()
     figures: dict[str, float] = {}
     for name, actual in others:

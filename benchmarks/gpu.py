@@ -127,7 +127,7 @@ def time_batch(clock: Clock, seed: int) -> dict[str, Any]:
         def measured(table: Tensor = table, student: Tensor = student, base: Tensor = base) -> object:
             return layer.measure({"student": student, "base": base}, target, permutations=table)
 
-        samples[f"kdx.transfer, {permutations} permutations"] = clock.seconds(measured)
+        samples[f"maps and scores, {permutations} permutations"] = clock.seconds(measured)
     for name, dtype in (("float32", torch.float32), ("float16", torch.float16)):
         samples[f"passes, {name}"] = _time_passes(clock, dtype, generator)
     torch.cuda.empty_cache()

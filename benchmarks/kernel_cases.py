@@ -50,7 +50,7 @@ RESNET50 = Sizes(256, (2048, 7, 7), (2048, 7, 7), (224, 224), stack=128, classes
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     """A call of the kernels and its expected result.
 
     bytes: the least bytes that it must move, if it has a lower bound. library_call: the call of another library that it needs as well.
@@ -79,7 +79,7 @@ class Check:
         return self.error <= self.tolerance  # false for NaN
 
 
-def check(case: Case) -> Check:
+def check(case: KernelCase) -> Check:
     errors = [error(actual.cpu(), expected.cpu()) for actual, expected in zip(case.run(), case.expected(), strict=True)]
     return Check(case.name, max(errors, key=lambda value: (value != value, value)), case.tolerance)  # NaN is the largest error
 
@@ -105,7 +105,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Definition:
+class KernelReference:
     """Functions that compute the expected results.
 
     distances: of float64 rows. products: inner products of float64 distances. weights: a batch's score and channel weights by an
@@ -149,15 +149,15 @@ def _torch_imputed(images: Tensor, kept: Tensor) -> Tensor:
     return imputation.impute(images.double(), kept, backend="torch")
 
 
-DEFINED = Definition(reference.distances, _reference_products, _reference_weights, _reference_imputed)
-IN_PYTORCH = Definition(geometry.distances, _closed_products, _closed_weights, _torch_imputed)
+DEFINED = KernelReference(reference.distances, _reference_products, _reference_weights, _reference_imputed)
+IN_PYTORCH = KernelReference(geometry.distances, _closed_products, _closed_weights, _torch_imputed)
 """For sizes at which the definitions do not fit into memory. The tests compare it with them."""
 
 
 # ---- the cases ----
 
 
-def cases(sizes: Sizes, device: torch.device, seed: int, definition: Definition = DEFINED) -> Iterator[Case]:
+def cases(sizes: Sizes, device: torch.device, seed: int, kernel_reference: KernelReference = DEFINED) -> Iterator[KernelCase]:
     """A case for each wrapper, on inputs drawn from ``seed``."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -168,16 +168,16 @@ def cases(sizes: Sizes, device: torch.device, seed: int, definition: Definition 
     labels = (torch.arange(n) % sizes.classes).to(device)
     x, y = (draw(n, *shape).add_(labels[:, None, None, None]).relu_() for shape in (sizes.explained, sizes.given))
     batch = Batch.of(x, y, torch.nn.functional.one_hot(labels).float())
-    yield from _distance_cases(centred(x), definition)
+    yield from _distance_cases(centred(x), kernel_reference)
     orders = [torch.randperm(n, generator=generator).to(device) for _ in range(sizes.stack)]
-    yield _products_case(torch.stack([batch.distances[:, order][:, :, order] for order in orders]), definition)
+    yield _products_case(torch.stack([batch.distances[:, order][:, :, order] for order in orders]), kernel_reference)
     for objective in OBJECTIVES:
-        yield _weights_case(batch, objective, definition)
-        yield _query_case(batch, objective, definition)
+        yield _weights_case(batch, objective, kernel_reference)
+        yield _query_case(batch, objective, kernel_reference)
     weights = draw(n, channels)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         yield _cam_case(x.to(dtype), weights)
-    yield _imputation_case(draw(sizes.stack, 3, *sizes.picture).sigmoid(), draw(sizes.stack, height, width), definition)
+    yield _imputation_case(draw(sizes.stack, 3, *sizes.picture).sigmoid(), draw(sizes.stack, height, width), kernel_reference)
 
 
 def centred(features: Tensor) -> Tensor:
@@ -186,37 +186,37 @@ def centred(features: Tensor) -> Tensor:
     return rows - rows.mean(0)
 
 
-def _distance_cases(rows: Tensor, definition: Definition) -> Iterator[Case]:
+def _distance_cases(rows: Tensor, kernel_reference: KernelReference) -> Iterator[KernelCase]:
     n, norms = len(rows), rows.square().sum(1)
     first, second = slice(0, -(-n // 2)), slice(-(-n // 2), n)
 
     def tile() -> tuple[Tensor]:
         return (fused.centred_distances(rows[first], rows[second], norms[first], norms[second]),)
 
-    yield Case(
+    yield KernelCase(
         "pairwise",
         lambda: (fused.distances(rows),),
-        lambda: (definition.distances(rows.double()),),
+        lambda: (kernel_reference.distances(rows.double()),),
         bytes=6 * 4 * n * n,
         library_call=lambda: rows @ rows.T,
     )
-    yield Case(
+    yield KernelCase(
         "pairwise, a tile",
         tile,
-        lambda: (definition.distances(rows.double())[first, second],),
+        lambda: (kernel_reference.distances(rows.double())[first, second],),
         bytes=2 * 4 * (n // 2) * -(-n // 2),
         library_call=lambda: rows[first] @ rows[second].T,
     )
 
 
-def _products_case(d: Tensor, definition: Definition) -> Case:
+def _products_case(d: Tensor, kernel_reference: KernelReference) -> KernelCase:
     def expected() -> tuple[Tensor]:
-        return (definition.products(d.double()),)
+        return (kernel_reference.products(d.double()),)
 
-    return Case("products", lambda: (fused.products(d).inner,), expected, bytes=d.nbytes, goal=BANDWIDTH_SHARE)
+    return KernelCase("products", lambda: (fused.products(d).inner,), expected, bytes=d.nbytes, goal=BANDWIDTH_SHARE)
 
 
-def _weights_case(batch: Batch, objective: ObjectiveName, definition: Definition) -> Case:
+def _weights_case(batch: Batch, objective: ObjectiveName, kernel_reference: KernelReference) -> KernelCase:
     means = geometry.gap(batch.x)
 
     def run() -> tuple[Tensor, Tensor]:
@@ -225,10 +225,10 @@ def _weights_case(batch: Batch, objective: ObjectiveName, definition: Definition
         return weights.score[0], weights.channel_weights[0]
 
     moved = batch.distances.nbytes + 2 * means.nbytes
-    return Case(f"weights, {objective}", run, lambda: definition.weights(batch, objective), bytes=moved)
+    return KernelCase(f"weights, {objective}", run, lambda: kernel_reference.weights(batch, objective), bytes=moved)
 
 
-def _query_case(batch: Batch, objective: ObjectiveName, definition: Definition) -> Case:
+def _query_case(batch: Batch, objective: ObjectiveName, kernel_reference: KernelReference) -> KernelCase:
     """The last images as queries, each placed among the first images."""
     n, device = len(batch.x), batch.x.device
     m = max(5, n // 2)
@@ -243,14 +243,14 @@ def _query_case(batch: Batch, objective: ObjectiveName, definition: Definition) 
     def expected() -> tuple[Tensor, Tensor]:
         references = torch.arange(m, device=device)
         sets = (torch.cat([references, torch.tensor([query], device=device)]) for query in range(m, n))
-        scores, weights = zip(*(definition.weights(batch.subset(images), objective) for images in sets), strict=True)
+        scores, weights = zip(*(kernel_reference.weights(batch.subset(images), objective) for images in sets), strict=True)
         return torch.stack(scores), torch.stack([query_weights[-1] for query_weights in weights])
 
     moved = inside.nbytes + border.nbytes + means.nbytes + means[m:].nbytes
-    return Case(f"weights of queries, {objective}", run, expected, bytes=moved)
+    return KernelCase(f"weights of queries, {objective}", run, expected, bytes=moved)
 
 
-def _cam_case(features: Tensor, weights: Tensor) -> Case:
+def _cam_case(features: Tensor, weights: Tensor) -> KernelCase:
     def expected() -> tuple[Tensor]:
         return (torch.einsum("nc,nchw->nhw", weights.double(), features.double()).relu(),)
 
@@ -258,10 +258,10 @@ def _cam_case(features: Tensor, weights: Tensor) -> Case:
     moved = features.nbytes + weights.nbytes + 4 * n * height * width
     kind = str(features.dtype).removeprefix("torch.")
     # The features are exact in their own type, and everything after them is float32.
-    return Case(f"cam, {kind}", lambda: (fused.cam(features, weights),), expected, bytes=moved, goal=BANDWIDTH_SHARE)
+    return KernelCase(f"cam, {kind}", lambda: (fused.cam(features, weights),), expected, bytes=moved, goal=BANDWIDTH_SHARE)
 
 
-def _imputation_case(images: Tensor, saliency: Tensor, definition: Definition) -> Case:
+def _imputation_case(images: Tensor, saliency: Tensor, kernel_reference: KernelReference) -> KernelCase:
     """Half of each picture is kept, as the upper half of a saliency map is."""
     relevance = torch.nn.functional.interpolate(saliency[:, None], images.shape[2:], mode="bilinear")[:, 0].flatten(1)
     kept = (relevance >= relevance.median(1, keepdim=True).values).unflatten(1, images.shape[2:])
@@ -269,4 +269,4 @@ def _imputation_case(images: Tensor, saliency: Tensor, definition: Definition) -
     def run() -> tuple[Tensor]:
         return (imputation.impute(images, kept, backend="cuda"),)
 
-    return Case("imputation", run, lambda: (definition.imputed(images, kept),), IMPUTATION_TOLERANCE)
+    return KernelCase("imputation", run, lambda: (kernel_reference.imputed(images, kept),), IMPUTATION_TOLERANCE)

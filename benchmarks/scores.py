@@ -37,7 +37,7 @@ def one_score(_: Path, *, n: int, d: int, without: tuple[str, ...] = ()) -> Comp
     x, y, labels = draw(n, d)
 
     def bare_products(_: ExitStack) -> Run:
-        side = tiles._side(n, [rows_of(x, "x"), rows_of(y, "y")])
+        side = tiles.tile_side(n, [rows_of(x, "x"), rows_of(y, "y")])
 
         def run() -> None:
             for rows in (x, y):

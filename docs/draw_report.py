@@ -9,6 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from kdx.runs.schema import PAGE
+
 PICTURE = Path(__file__).with_name("report.png")
 
 _WITHOUT_BAR = """for (const element of document.body.children)
@@ -21,7 +23,7 @@ def main(run: Path) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1180, "height": 940}, color_scheme="light")
-        page.goto((run / "report.html").resolve().as_uri())
+        page.goto((run / PAGE).resolve().as_uri())
         page.evaluate(_WITHOUT_BAR)
         page.locator("#gallery").evaluate("section => window.scrollTo(0, section.getBoundingClientRect().top + window.scrollY + 44)")
         page.screenshot(path=PICTURE)

@@ -47,7 +47,8 @@ class EngineDescription:
     file: the description of the ONNX file. inputs, outputs: shapes by name. A dimension is a number or ``batch``, which is any number
     from min to max of ``batch`` = (min, best, max); best is the fastest. gpu: the model of GPU that a TensorRT engine runs on. It is
     None for TensorRT-RTX, whose engines run on any GPU of the architecture ``arch``. tf32: whether products may be rounded to
-    TensorFloat-32. onnx_sha256: of the ONNX file with its external data. sha256: of the engine.
+    TensorFloat-32. onnx_sha256: of the ONNX file with its external data. It is read only by ``==``, which decides whether an
+    existing engine is kept. sha256: of the engine.
     """
 
     file: Description
@@ -155,14 +156,14 @@ def build(
     arch: str | None = None,
     image_size: tuple[int, int] | None = None,
     tf32: bool = False,
-    timing_cache: Path | None = None,
 ) -> EngineDescription:
     """Build the engine of an ONNX file that kdx wrote, and write it with its description beside it as ENGINE.json.
 
     batch: the (min, best, max) number of images. arch: as in `choose_target`, by default this machine's GPU. image_size: height and
-    width for a file that takes images of any size; an engine takes one size. timing_cache: the file where TensorRT keeps its
-    measurements, so that the next build is faster; by default one file per GPU and version in the user's cache folder. TensorRT-RTX
-    measures nothing.
+    width for a file that takes images of any size; an engine takes one size.
+
+    TensorRT keeps its measurements in the user's cache folder, one file per GPU and version, so that the next build is faster.
+    TensorRT-RTX measures nothing.
 
     The precision is that of the file, because networks are strongly typed. By default TensorRT would still round the products of
     float32 to TensorFloat-32. Its mantissa of 10 bits causes errors near 1e-3 in features, and spoils the distances of near pairs,
@@ -196,7 +197,7 @@ def build(
         return existing
     log.info("engine of %s: %s", onnx_path.name, target.why)
     with staging(engine_path) as folder:  # fails at once, not after the minutes of a build, if the folder cannot be written
-        engine = _built(onnx_path, requested, package, timing_cache or _timing_cache(requested))
+        engine = _built(onnx_path, requested, package)
         described = replace(requested, sha256=hashlib.sha256(engine).hexdigest())
         write_through(folder / engine_path.name, engine)
         write_through(folder / description_path(engine_path).name, (json.dumps(asdict(described), indent=2) + "\n").encode())
@@ -231,7 +232,7 @@ def load(path: Path) -> tuple[EngineDescription, bytes]:
     return described, engine
 
 
-def _built(onnx_path: Path, requested: EngineDescription, package: Any, timings: Path) -> bytes:
+def _built(onnx_path: Path, requested: EngineDescription, package: Any) -> bytes:
     with _building:  # one build at a time, because all share the process's logger
         logger = messages(requested.package)
         logger.errors.clear()
@@ -247,7 +248,7 @@ def _built(onnx_path: Path, requested: EngineDescription, package: Any, timings:
             config.num_compute_capabilities = 1
             config.set_compute_capability(getattr(package.ComputeCapability, requested.arch.upper().replace("_", "")), 0)
         else:  # TensorRT-RTX measures nothing, and with a timing cache it would need a GPU
-            _load_timings(config, timings)
+            _load_timings(config, _timing_cache(requested))
         config.add_optimization_profile(_profile(builder, requested))
         engine = builder.build_serialized_network(network, config)
         if engine is None:
@@ -256,7 +257,7 @@ def _built(onnx_path: Path, requested: EngineDescription, package: Any, timings:
                 hint = "On sm_75 TensorRT-RTX multiplies matrices in float16 only: export with --precision fp16, or use --runtime onnx."
             raise KdxError(f"TensorRT cannot build {onnx_path}: {logger.last()}.", hint)
         if requested.package == "tensorrt":
-            _save_timings(config, timings)
+            _save_timings(config, _timing_cache(requested))
         return bytes(engine)
 
 

@@ -13,17 +13,20 @@ if TYPE_CHECKING:
     from kdx.maps.unicam import Maps, ReferenceSet, unicam
     from kdx.scores.compare import compare
     from kdx.scores.metrics import fss, partial_rs, rs
-    from kdx.scores.score import Score
+    from kdx.scores.pool import LayerScores
+    from kdx.scores.score import Contrast, Score
 
     __version__: str
 
 __all__ = [
     "ClassMaps",
+    "Contrast",
     "Decomposition",
     "Explainer",
     "Explanation",
     "KdxError",
     "LayerResult",
+    "LayerScores",
     "Maps",
     "ReferenceSet",
     "Score",
@@ -43,11 +46,13 @@ __all__ = [
 
 _HOMES = {
     "ClassMaps": "maps.class_maps",
+    "Contrast": "scores.score",
     "Decomposition": "maps.decomposition",
     "Explainer": "explain.explainer",
     "Explanation": "explain.explainer",
     "KdxError": "errors",
     "LayerResult": "explain.explainer",
+    "LayerScores": "scores.pool",
     "Maps": "maps.unicam",
     "ReferenceSet": "maps.unicam",
     "Score": "scores.score",

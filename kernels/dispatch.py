@@ -74,9 +74,9 @@ class TorchBackend:
         """`geometry.centred_distances`, in float64."""
         return geometry.centred_distances(x, y, x_norms, y_norms)
 
-    def products(self, d: Tensor) -> Tensor:
-        """Inner products [b, k, k] of the U-centred matrices of raw distances [b, k, n, n]."""
-        return geometry.products(geometry.u_centered(d))
+    def products(self, distances: BatchDistances) -> Tensor:
+        """Inner products [b, k, k] of the U-centred matrices [b, k, n, n]."""
+        return geometry.products(distances.centred)
 
     def channel_weights(
         self,
@@ -140,8 +140,8 @@ class CudaBackend(TorchBackend):
             return super().centred_distances(x, y, x_norms, y_norms)
         return fused.centred_distances(x, y, x_norms, y_norms).double()
 
-    def products(self, d: Tensor) -> Tensor:
-        return fused.products(d).inner
+    def products(self, distances: BatchDistances) -> Tensor:
+        return fused.products(distances.raw).inner
 
     def channel_weights(
         self,

@@ -170,7 +170,7 @@ def sweep(
     if any(other != n for other in others):
         raise ValueError(f"the matrices are of {n} and {others} images")
     device = next((m.norms.device for m in measured), torch.device("cpu"))
-    side = _side(n, [m.rows for m in measured])
+    side = tile_side(n, [m.rows for m in measured])
     generator = torch.Generator().manual_seed(seed)
     tiles = [part.to(device) for part in _shuffled_tiles(n, side, max((m.rows.run for m in measured), default=1), generator)]
     turns = [torch.randint(len(part), (permutations,), generator=generator).to(device) for part in tiles]
@@ -199,7 +199,7 @@ def turned_products(centred: Tensor, permuted: int, turns: Tensor) -> Tensor:
     return total / (n * (n - 3))
 
 
-def _side(n: int, rows: Sequence[Rows]) -> int:
+def tile_side(n: int, rows: Sequence[Rows]) -> int:
     """Images per side of a tile: a power of two, whose transforms are the fastest, with at least four tiles so that turns permute well.
 
     A tile keeps the rows of every matrix and the columns of one matrix in memory.

@@ -57,9 +57,9 @@ def make_run(
     for role, predicted in predictions.items():
         columns[schema.prediction_column(role)] = predicted
         columns[schema.confidence_column(role)] = 0.5 + 0.5 * rng.random(images)
-    pa.parquet.write_table(pa.table(columns), folder / schema.SAMPLES)
+    pa.parquet.write_table(pa.table(columns), folder / schema.SAMPLES_FILE)
 
-    group = zarr.open_group(folder / schema.MAPS, mode="w")
+    group = zarr.open_group(folder / schema.MAPS_FILE, mode="w")
     for depth, layer in enumerate(layers):
         side = max(4, 16 >> depth)
         for kind in kinds:
@@ -114,7 +114,7 @@ def make_run(
         half = 1.96 * (share * (1 - share) / images) ** 0.5
         accuracy[role] = {"value": share, "interval": [max(0, share - half), min(1, share + half)], "correct": correct, "n": images}
     scores = {"accuracy": accuracy, "layers": {layer: _scores(depth, len(layers), images, teacher) for depth, layer in enumerate(layers)}}
-    (folder / schema.SCORES).write_text(json.dumps(scores))
+    (folder / schema.SCORES_FILE).write_text(json.dumps(scores))
     return folder
 
 
@@ -130,8 +130,8 @@ def make_hostile_run(folder: Path) -> Path:
         size=(48, 30),
     )
     ids = [f"</script><script>alert({i})</script>{'x' * 90}" for i in range(16)]
-    table = pa.parquet.read_table(folder / schema.SAMPLES)
-    pa.parquet.write_table(table.set_column(table.column_names.index(schema.ID), schema.ID, pa.array(ids)), folder / schema.SAMPLES)
+    table = pa.parquet.read_table(folder / schema.SAMPLES_FILE)
+    pa.parquet.write_table(table.set_column(table.column_names.index(schema.ID), schema.ID, pa.array(ids)), folder / schema.SAMPLES_FILE)
     edit(
         folder / schema.MANIFEST,
         method="<u>kd</u>",

@@ -1,6 +1,6 @@
 """Which tests `make check` leaves out: those that tests/medium.txt names get the marker medium.
 
-The file has names of test functions without their folders, so a test may move. ``make test ARGS=--record-medium`` measures every
+The file names test functions and their files without folders, so a test file may move. ``make test ARGS=--record-medium`` measures every
 test and writes the file again: what remains takes FAST_SECONDS of processor time at most.
 """
 
@@ -36,7 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def function_name(item: pytest.Item) -> str:
-    return str(getattr(item, "originalname", None) or item.name)
+    """The file and the function of a test, without its parameters and without its folder."""
+    return f"{item.path.name}::{getattr(item, 'originalname', None) or item.name}"
 
 
 def medium_functions(tests: dict[str, float], fixtures: dict[str, set[tuple[str, float]]], limit: float = FAST_SECONDS) -> list[str]:

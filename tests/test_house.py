@@ -50,15 +50,15 @@ def sources() -> dict[str, Path]:
 
 
 def imports(path: Path) -> set[str]:
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             module = node.module or ""
-            found |= {f"kdx.{alias.name}" for alias in node.names} if module == "kdx" else {module}
-    return found
+            names |= {f"kdx.{alias.name}" for alias in node.names} if module == "kdx" else {module}
+    return names
 
 
 def floor(module: str) -> int:
@@ -119,7 +119,15 @@ def test_version_changelog_and_citation_agree() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["maps.unicam", "maps.class_maps", "maps.earlier_layers", "maps.salient_images", "scores.metrics", "scores.compare"],
+    [
+        "maps.unicam",
+        "maps.class_maps",
+        "maps.earlier_layers",
+        "maps.salient_images",
+        "maps.decomposition",
+        "scores.metrics",
+        "scores.compare",
+    ],
 )
 def test_docstring_examples(module: str) -> None:
     result = doctest.testmod(importlib.import_module(f"kdx.{module}"))
@@ -262,9 +270,9 @@ def test_the_installed_wheel_works_outside_the_repository(built: Path, tmp_path:
     modules = sorted(sources())
     code = f"import importlib, kdx; [importlib.import_module(name) for name in {modules}]; print(kdx.__file__)"
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    found = subprocess.run([str(python), "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert Path(found.stdout.strip()).is_relative_to(environment)
+    loaded = subprocess.run([str(python), "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True, check=False)
+    assert loaded.returncode == 0, loaded.stderr
+    assert Path(loaded.stdout.strip()).is_relative_to(environment)
     shown = subprocess.run(
         [str(environment / "bin" / "kdx"), "--help"], cwd=tmp_path, env=clean, capture_output=True, text=True, check=False
     )

@@ -12,10 +12,12 @@ from rich.table import Table
 from kdx.commands import explain
 from kdx.distill import DEMO, distill
 from kdx.report import wording
+from kdx.roles import CONTRASTS, READING_ORDER, contrast_name
 from kdx.runs.record import Entry, read_run
 from kdx.runs.run import RunOptions
 
-_SHOWN = ("FSS(S,T)", "FSS(B,T)", "FSS(S,T) - FSS(B,T)", "RS(S|B)", "RS(B|S)", "RS(S|B) - RS(B|S)")
+_SHOWN = [name for pair in CONTRASTS for name in (*pair, contrast_name(*pair))]
+"""Each contrast after its two scores."""
 
 
 def run(out: Path, *, seed: int = 0, announce: Callable[[str], None] = print) -> dict[str, Path]:
@@ -53,12 +55,14 @@ def table(runs: dict[str, Path]) -> Table:
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="What the students learned, with 95% intervals", title_justify="left")
     for heading in ("", "", *(f"student by {method}" for method in runs)):
         result.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for role in ("teacher", "base", "student"):
-        result.add_row("accuracy", role, *(_cell(record.networks[role].accuracy) for record in records), end_section=role == "student")
+    for role in READING_ORDER:
+        cells = [_cell(record.networks[role].accuracy) for record in records]
+        result.add_row("accuracy", role, *cells, end_section=role == READING_ORDER[-1])
     for layer in records[0].layers:
         for name in _SHOWN:
-            entries = ((record.scores[layer] | record.contrasts[layer])[name] for record in records)
-            cells = [_cell(entry, sign=" - " in name) for entry in entries]
+            cells = [
+                _cell((record.scores[layer] | record.contrasts[layer])[name], sign=name in record.contrasts[layer]) for record in records
+            ]
             result.add_row(
                 layer if name == _SHOWN[0] else "", name.replace(" - ", " \N{MINUS SIGN} "), *cells, end_section=name == _SHOWN[-1]
             )

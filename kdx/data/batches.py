@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kdx.data.dataset import Indices
 from kdx.errors import KdxError
-from kdx.features.arrays import MIN_IMAGES, batches_of, check_batch_size
+from kdx.features.arrays import batches_of, check_batch_size, check_images
 
 
 def random_batches(labels: NDArray[np.integer], size: int, seed: int) -> list[Indices]:
@@ -26,8 +26,7 @@ def random_batches(labels: NDArray[np.integer], size: int, seed: int) -> list[In
     """
     labels = np.asarray(labels)
     check_batch_size(size)
-    if len(labels) < MIN_IMAGES:
-        raise KdxError(f"{len(labels)} images are too few for pairwise geometry.", "Give 4 images or more; scores are stable from 32.")
+    check_images(len(labels))
     if len(np.unique(labels)) < 2:
         raise KdxError("All images have the same class, and relevance compares classes.", "Give images of two classes or more.")
     batches = batches_of(np.random.default_rng(seed).permutation(len(labels)).astype(np.int64), size)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Generic, Self
 
 import numpy as np
 from torch import Tensor
@@ -19,7 +19,7 @@ from kdx.explain.network_set import NetworkRecord, NetworkSet
 from kdx.explain.networks import NetworkLike, NetworkRunners
 from kdx.explain.settings import Settings
 from kdx.features import arrays
-from kdx.features.arrays import Array
+from kdx.features.arrays import Array, ArrayT
 from kdx.maps.unicam import Maps
 from kdx.roles import roles_among
 from kdx.runtimes.choice import Choice
@@ -29,7 +29,7 @@ from kdx.scores.uncertainty import permutation_table
 
 
 @dataclass(frozen=True)
-class LayerResult:
+class LayerResult(Generic[ArrayT]):
     """The comparison of the networks at one layer.
 
     distilled, residual, missed, new: the maps (`kdx.roles.MAPS`). The student's features that the base's do not explain, the base's
@@ -38,10 +38,10 @@ class LayerResult:
     scores: by name (`kdx.roles.SCORES`). contrasts: the differences of two scores by name, each with its confidence interval.
     """
 
-    distilled: Maps[Any]
-    residual: Maps[Any]
-    missed: Maps[Any] | None
-    new: Maps[Any] | None
+    distilled: Maps[ArrayT]
+    residual: Maps[ArrayT]
+    missed: Maps[ArrayT] | None
+    new: Maps[ArrayT] | None
     scores: dict[str, Score]
     contrasts: dict[str, Contrast]
 
@@ -59,11 +59,11 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Generic[ArrayT]):
     """The explanation of one batch: a LayerResult per layer, and each role's logits [n, classes]."""
 
-    layers: dict[str, LayerResult]
-    logits: dict[str, Any]
+    layers: dict[str, LayerResult[ArrayT]]
+    logits: dict[str, ArrayT]
 
 
 class Explainer:
@@ -196,11 +196,13 @@ class Explainer:
         seed: of the permutations for p-values and of the noise in salient images; by default the explainer's own. Calling the
         explainer turns the same measurements into scores.
         """
+        if isinstance(seed, Tensor):
+            raise TypeError("explain makes its permutations itself: give only a seed")
         seed = self.settings.seed if seed is None else seed
         permutations = permutation_table(len(labels), self.settings.permutations, seed)
         return self._networks.explain(arrays.pixels(images), labels, permutations, np.random.SeedSequence(seed))
 
-    def __call__(self, images: Array, labels: Array) -> Explanation:
+    def __call__(self, images: ArrayT, labels: Array) -> Explanation[ArrayT]:
         """Maps and scores of one batch: images [n, 3, h, w] in [0, 1], and labels [n] or an embedding [n, e], from NumPy or PyTorch."""
         batch, target = arrays.tensor(images, "images"), arrays.tensor(labels, "target")
         arrays.check_images(len(batch))
@@ -209,7 +211,7 @@ class Explainer:
         layers = {layer: self._result(measurement, len(batch), images) for layer, measurement in measurements.items()}
         return Explanation(layers, {role: arrays.like(rows, images) for role, rows in logits.items()})
 
-    def _result(self, measurement: LayerMeasurement, n: int, images: Array) -> LayerResult:
+    def _result(self, measurement: LayerMeasurement, n: int, images: ArrayT) -> LayerResult[ArrayT]:
         summary = pooled_scores(
             measurement.products,
             measurement.permuted,

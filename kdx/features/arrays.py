@@ -103,6 +103,12 @@ def check_same(n: int, other: int, name: str, other_name: str) -> None:
         )
 
 
+def check_same_device(device: torch.device, other: torch.device, name: str, other_name: str) -> None:
+    """Raise KdxError if the arrays ``name`` and ``other_name`` are on two devices."""
+    if device != other:
+        raise KdxError(f"The {other_name} are on {other}, and the {name} on {device}.", "Move both to one device.")
+
+
 def pixels(images: Array) -> Tensor:
     """Images as a floating-point tensor [n, 3, h, w], n >= 1. Raises KdxError for anything else."""
     batch = tensor(images, "images")

@@ -33,9 +33,9 @@ def rows_of(source: Source, name: str) -> Rows:
     for anything else.
     """
     if isinstance(source, Tensor):
-        return _InMemory(arrays.feature_map(source, name).flatten(1))
+        return InMemory(arrays.feature_map(source, name).flatten(1))
     if isinstance(source, np.ndarray) and not isinstance(source, np.memmap):
-        return _InMemory(arrays.feature_map(source, name).flatten(1))
+        return InMemory(arrays.feature_map(source, name).flatten(1))
     if isinstance(source, np.memmap) or hasattr(source, "oindex"):
         dtype = np.dtype(source.dtype)
         arrays.check_features(source.shape, str(dtype), dtype.kind == "f" and dtype.itemsize <= 8, name)
@@ -50,7 +50,9 @@ def rows_of(source: Source, name: str) -> Rows:
 
 
 @dataclass(frozen=True)
-class _InMemory:
+class InMemory:
+    """Rows of a tensor [n, d]."""
+
     tensor: Tensor
     run = 1
 

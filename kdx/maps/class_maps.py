@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Generic
 
 import torch
 from torch import Tensor
@@ -13,11 +12,11 @@ from kdx.errors import KdxError
 from kdx.features import arrays
 from kdx.features.arrays import ArrayT
 from kdx.maps.gradients import ClassChoice, Differentiable, chosen_classes, class_gradients, gradient_runner
-from kdx.maps.scaling import scaled
+from kdx.maps.scaling import ScalableMaps
 
 
 @dataclass(frozen=True)
-class ClassMaps(Generic[ArrayT]):
+class ClassMaps(ScalableMaps[ArrayT]):
     """Grad-CAM or HiResCAM maps of one layer, for one class per image. All arrays are of the same kind as the images.
 
     maps: [n, H, W] >= 0, at the resolution of the features, not scaled. Values are comparable within one map, not between images.
@@ -29,10 +28,6 @@ class ClassMaps(Generic[ArrayT]):
     weights: ArrayT
     classes: ArrayT
     logits: ArrayT
-
-    def scaled(self, size: tuple[int, int] | None = None) -> ArrayT:
-        """The maps, each min-max scaled to [0, 1], then resized (bilinear) to ``size`` (H, W) if given. A constant map becomes zero."""
-        return scaled(self.maps, size)
 
 
 def grad_cam(

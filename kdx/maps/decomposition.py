@@ -8,7 +8,6 @@ from typing import Generic
 import torch
 from torch import Tensor
 
-from kdx.errors import KdxError
 from kdx.features import arrays
 from kdx.features.arrays import Array, ArrayT
 from kdx.features.target import Target
@@ -87,20 +86,19 @@ def decompose(explained: ArrayT, target: Array, given: Array | None = None, minu
         second, name = (given, "given features") if given is not None else (minus, "subtracted features")
         if second is None:
             scale = _norm(x.distances.centred) * norm
-            return _decomposition(share / scale, None, geometry.dot(x.distances.centred, g) / scale, explained)
+            return _decomposition(share / scale, None, geometry.correlation(x.distances.centred, g), explained)
         y = _network(second, name)
         arrays.check_same(len(y.features), n, name, "explained features")
-        if y.features.device != device:
-            raise KdxError(f"The explained features are on {device}, and the {name} on {y.features.device}.", "Move both to one device.")
+        arrays.check_same_device(y.features.device, device, name, "explained features")
         a, b = x.distances.centred, y.distances.centred
         if given is not None:
             beta = geometry.dot(a, b) / geometry.dot(b, b)
             residual = geometry.residual(a, b)
             check_residual(_norm(residual) / _norm(x.distances.raw), x.features.flatten(1), y.features.flatten(1))
             scale = _norm(residual) * norm
-            return _decomposition(share / scale, beta * y.shares(g) / scale, geometry.dot(residual, g) / scale, explained)
+            return _decomposition(share / scale, beta * y.shares(g) / scale, geometry.correlation(residual, g), explained)
         scales = _norm(a) * norm, _norm(b) * norm
-        score = geometry.dot(a, g) / scales[0] - geometry.dot(b, g) / scales[1]
+        score = geometry.correlation(a, g) - geometry.correlation(b, g)
         return _decomposition(share / scales[0], y.shares(g) / scales[1], score, explained)
 
 

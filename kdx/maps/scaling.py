@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Generic
+
 from torch.nn.functional import interpolate
 
 from kdx.features import arrays
 from kdx.features.arrays import ArrayT
 from kdx.kernels import geometry
+
+
+@dataclass(frozen=True)
+class ScalableMaps(Generic[ArrayT]):
+    """Maps [n, H, W] of n images, not scaled."""
+
+    maps: ArrayT
+
+    def scaled(self, size: tuple[int, int] | None = None) -> ArrayT:
+        """The maps, each min-max scaled to [0, 1], then resized (bilinear) to ``size`` (H, W) if given. A constant map becomes zero."""
+        return scaled(self.maps, size)
 
 
 def scaled(maps: ArrayT, size: tuple[int, int] | None = None) -> ArrayT:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,12 +17,12 @@ from kdx.features.target import Target
 from kdx.kernels import dispatch, geometry
 from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import ReferenceDistances, TorchBackend, UnicamWeights
-from kdx.maps.scaling import scaled
+from kdx.maps.scaling import ScalableMaps
 from kdx.roles import TARGET
 
 
 @dataclass(frozen=True)
-class Maps(Generic[ArrayT]):
+class Maps(ScalableMaps[ArrayT]):
     """UniCAM maps of one layer and one pair of networks. All arrays are of the same kind as the explained features.
 
     maps: [n, H, W] >= 0, at the resolution of the features, not scaled. Values are comparable within one map, not between images. A map
@@ -34,10 +34,6 @@ class Maps(Generic[ArrayT]):
     maps: ArrayT
     weights: ArrayT
     score: float
-
-    def scaled(self, size: tuple[int, int] | None = None) -> ArrayT:
-        """The maps, each min-max scaled to [0, 1], then resized (bilinear) to ``size`` (H, W) if given. A constant map becomes zero."""
-        return scaled(self.maps, size)
 
 
 class ReferenceSet:
@@ -212,39 +208,61 @@ def pair_geometry(
     others = arrays.feature_map(given, "given features")
     n = features.shape[0]
     arrays.check_same(others.shape[0], n, "given features", "explained features")
-    if features.device != others.device:
-        raise KdxError(
-            f"The explained features are on {features.device}, and the given features on {others.device}.", "Move both to one device."
-        )
+    arrays.check_same_device(others.device, features.device, "given features", "explained features")
     if not callable(objective) and objective not in geometry.OBJECTIVES:
         raise ValueError(f"objective must be one of {sorted(geometry.OBJECTIVES)} or a function of R, not {objective!r}")
     chosen = geometry.differentiated(objective) if callable(objective) else geometry.OBJECTIVES[objective]
-    ops = dispatch.chosen(features, backend)
-    x, y = distance_rows(features, pooled), distance_rows(others, pooled)
-    means = [geometry.gap(features)]
-    if reference is None:
-        arrays.check_images(n)
-        goal = Target.of(target, n, device=features.device, backend=ops)
-        networks = arrays.row_distances({"explained features": x, "given features": y}, ops)
-        solution = ops.channel_weights(networks.select([0]), networks.select([1]), goal.distances, means, chosen, laplacians=laplacian)
-    elif pooled != reference.pooled:
-        raise ValueError("pooled differs between the call and its reference set")
-    else:
-        queries = arrays.tensor(target, TARGET)
-        arrays.check_same(len(queries) if queries.ndim else 0, n, "the target", "features")
-        among = reference.distances
-        solution = ops.query_channel_weights(
-            [reference_distances(reference.explained, features, among.raw[0], "explained features", pooled)],
-            [reference_distances(reference.given, others, among.raw[1], "given features", pooled)],
-            reference.target.reference_distances(queries),
-            means,
-            [geometry.gap(reference.explained)],
-            chosen,
-            laplacians=laplacian,
-        )
-    check_residual(solution.residual_share, x, y)
+    pair = _Pair(features, others, chosen, dispatch.chosen(features, backend), pooled, laplacian)
+    solution = pair.among_each_other(target) if reference is None else pair.among_references(target, reference)
+    check_residual(solution.residual_share, *pair.rows)
     references = None if reference is None else reference.explained
-    return PairGeometry.of(features, solution, 0, ops, pooled=pooled, references=references)
+    return PairGeometry.of(features, solution, 0, pair.ops, pooled=pooled, references=references)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """Two networks' features [n, C, H, W] of the same images, and what is computed from them. laplacian: whether it is requested."""
+
+    explained: Tensor
+    given: Tensor
+    objective: geometry.Objective
+    ops: TorchBackend
+    pooled: bool
+    laplacian: bool
+
+    @cached_property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """The rows of both networks, between which distances are measured."""
+        return distance_rows(self.explained, self.pooled), distance_rows(self.given, self.pooled)
+
+    def among_each_other(self, target: Array) -> UnicamWeights:
+        """The weights of images among the other images of the batch."""
+        n = len(self.explained)
+        arrays.check_images(n)
+        goal = Target.of(target, n, device=self.explained.device, backend=self.ops)
+        x, y = self.rows
+        networks = arrays.row_distances({"explained features": x, "given features": y}, self.ops)
+        means = [geometry.gap(self.explained)]
+        return self.ops.channel_weights(
+            networks.select([0]), networks.select([1]), goal.distances, means, self.objective, laplacians=self.laplacian
+        )
+
+    def among_references(self, target: Array, reference: ReferenceSet) -> UnicamWeights:
+        """The weights of each image among the reference images."""
+        if self.pooled != reference.pooled:
+            raise ValueError("pooled differs between the call and its reference set")
+        queries = arrays.tensor(target, TARGET)
+        arrays.check_same(len(queries) if queries.ndim else 0, len(self.explained), "the target", "features")
+        among = reference.distances
+        return self.ops.query_channel_weights(
+            [reference_distances(reference.explained, self.explained, among.raw[0], "explained features", self.pooled)],
+            [reference_distances(reference.given, self.given, among.raw[1], "given features", self.pooled)],
+            reference.target.reference_distances(queries),
+            [geometry.gap(self.explained)],
+            [geometry.gap(reference.explained)],
+            self.objective,
+            laplacians=self.laplacian,
+        )
 
 
 def check_residual(share: Tensor, *rows: Tensor) -> None:

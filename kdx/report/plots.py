@@ -50,17 +50,17 @@ def _series(score: str, label: str, role: str, filled: bool = True) -> Series:
     return Series(score, label, role, _MARKERS[role], filled)
 
 
-SIMILARITY = tuple(_series(name, score.label, score.matrices[0]) for name, score in roles.SIMILARITY.items())
-RELEVANCE = tuple(_series(name, score.label, score.label) for name, score in roles.RELEVANCE.items())
-BEYOND = tuple(
+SIMILARITY_SERIES = tuple(_series(name, score.label, score.matrices[0]) for name, score in roles.SIMILARITY.items())
+RELEVANCE_SERIES = tuple(_series(name, score.label, score.label) for name, score in roles.RELEVANCE.items())
+BEYOND_SERIES = tuple(
     _series(kind.score, f"{kind.explained} beyond {kind.given} ({kind.name})", kind.explained, filled=kind.name != "new")
     for kind in roles.MAPS.values()
 )
 
 _DRAWINGS = (
-    ("fss", "Likeness to the teacher (FSS)", SIMILARITY, False),
-    ("rs", "Relevance to the labels (RS)", RELEVANCE, True),
-    ("beyond", "Relevance beyond another network", BEYOND, True),
+    ("fss", "Likeness to the teacher (FSS)", SIMILARITY_SERIES, False),
+    ("rs", "Relevance to the labels (RS)", RELEVANCE_SERIES, True),
+    ("beyond", "Relevance beyond another network", BEYOND_SERIES, True),
 )
 """Prefix, title, series of each drawing, and whether its axis always includes zero."""
 

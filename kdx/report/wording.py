@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kdx.roles import BALANCE, LIKENESS
+from kdx.roles import BALANCE, CONTRASTS, LIKENESS, MAPS, ROLES, MapKind
 from kdx.runs.record import Entry
 from kdx.scores.uncertainty import sign_test
 
@@ -14,6 +14,8 @@ FEW_BATCHES = 20
 """With fewer batches than this, the page warns that the intervals are wide."""
 
 _DIFFERENCE_INTERVAL = "interval of the difference"
+
+_LIKENESS_SCORES, _BALANCE_SCORES = CONTRASTS
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def _at(names: Sequence[str], among: Mapping[str, Entry]) -> str:
 def _accuracy(accuracy: Mapping[str, Entry], discordant: tuple[int, int], confidence: float) -> tuple[Statement, ...]:
     figures = [
         Figure(role, percent(accuracy[role].value), " to ".join(map(percent, accuracy[role].interval)))
-        for role in ("teacher", "student", "base")
+        for role in ROLES
         if role in accuracy
     ]
     gained, lost = discordant
@@ -211,24 +213,17 @@ def _accuracy(accuracy: Mapping[str, Entry], discordant: tuple[int, int], confid
 def _layer(
     layer: str, teacher_layer: str, scores: Mapping[str, Entry], contrasts: Mapping[str, Entry], confidence: float
 ) -> tuple[Statement, ...]:
-    between = (
-        _beyond("Distilled", "student", "base", "RS(S|B)", scores, confidence),
-        _beyond("Residual", "base", "student", "RS(B|S)", scores, confidence),
-        _balance(contrasts[BALANCE], confidence),
-    )
-    if LIKENESS not in contrasts:
-        return between
-    return (
-        _likeness(layer, teacher_layer, scores, contrasts[LIKENESS], confidence),
-        *between,
-        _beyond("Missed", "teacher", "student", "RS(T|S)", scores, confidence),
-        _beyond("New", "student", "teacher", "RS(S|T)", scores, confidence),
-    )
+    """The statements about a layer. The statement about a contrast is next to those about its two scores."""
+    likeness = [_likeness(layer, teacher_layer, scores, contrasts[LIKENESS], confidence)] if LIKENESS in contrasts else []
+    present = [kind for kind in MAPS.values() if kind.score in scores]
+    compared = [_beyond(kind, scores, confidence) for kind in present if kind.score in _BALANCE_SCORES]
+    others = [_beyond(kind, scores, confidence) for kind in present if kind.score not in _BALANCE_SCORES]
+    return (*likeness, *compared, _balance(contrasts[BALANCE], confidence), *others)
 
 
 def _likeness(layer: str, teacher_layer: str, scores: Mapping[str, Entry], contrast: Entry, confidence: float) -> Statement:
-    student, base = scores["FSS(S,T)"], scores["FSS(B,T)"]
-    figures = (_figure("FSS(S,T)", student), _figure("FSS(B,T)", base), _figure("difference", contrast, sign=True))
+    student, base = (scores[name] for name in _LIKENESS_SCORES)
+    figures = (*(_figure(name, scores[name]) for name in _LIKENESS_SCORES), _figure("difference", contrast, sign=True))
     if not (student.known and base.known and contrast.known):
         return Statement("Likeness", f"The likeness of the features at {layer} to the teacher’s could not be computed.", figures, False)
     theirs = "the teacher’s" if layer == teacher_layer else f"the teacher’s at {teacher_layer}"
@@ -245,11 +240,12 @@ def _likeness(layer: str, teacher_layer: str, scores: Mapping[str, Entry], contr
     return Statement("Likeness", verdict, figures, settled)
 
 
-def _beyond(topic: str, explained: str, given: str, score: str, scores: Mapping[str, Entry], confidence: float) -> Statement:
-    entry = scores[score]
-    figures = (_figure(score, entry),)
+def _beyond(kind: MapKind, scores: Mapping[str, Entry], confidence: float) -> Statement:
+    topic, explained, given = kind.name.capitalize(), kind.explained, kind.given
+    entry = scores[kind.score]
+    figures = (_figure(kind.score, entry),)
     if not entry.known:
-        return Statement(topic, f"{score} could not be computed from these images.", figures, False)
+        return Statement(topic, f"{kind.score} could not be computed from these images.", figures, False)
     settled = entry.settled(confidence)
     if not settled:
         verdict = (
@@ -270,7 +266,8 @@ def _beyond(topic: str, explained: str, given: str, score: str, scores: Mapping[
 def _balance(contrast: Entry, confidence: float) -> Statement:
     figures = (_figure("difference", contrast, sign=True),)
     if not contrast.known:
-        return Statement("Balance", "The difference between RS(S|B) and RS(B|S) could not be computed from these images.", figures, False)
+        verdict = f"The difference between {' and '.join(_BALANCE_SCORES)} could not be computed from these images."
+        return Statement("Balance", verdict, figures, False)
     settled = contrast.settled(confidence)
     if settled:
         more, less = ("student", "base") if contrast.sign > 0 else ("base", "student")

@@ -63,7 +63,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class NetworkRecord:
+class NetworkResult:
     """One network of a run. ``parameters`` is None where the number is not known; ``correct`` counts among ``n`` images."""
 
     reference: str
@@ -102,7 +102,7 @@ class RunRecord:
     split: str | None
     method: str | None
     classes: list[str]
-    networks: dict[str, NetworkRecord]
+    networks: dict[str, NetworkResult]
     layers: dict[str, str]  # student layer -> teacher layer
     scores: dict[str, dict[str, Entry]]  # layer -> name -> entry
     contrasts: dict[str, dict[str, Entry]]
@@ -140,11 +140,11 @@ class RunRecord:
 
         path = schema.map_path(layer, kind)
         with _damage_is_lost_result(self.folder):
-            array = zarr.open_group(self.folder / schema.MAPS, mode="r")[path]
+            array = zarr.open_group(self.folder / schema.MAPS_FILE, mode="r")[path]
             if not isinstance(array, zarr.Array) or array.ndim != 3:
-                raise ValueError(f"maps.zarr has no array of maps [N, h, w] at {path}")
+                raise ValueError(f"{schema.MAPS_FILE} has no array of maps [N, h, w] at {path}")
             if rows and max(rows) >= array.shape[0]:
-                raise ValueError(f"maps.zarr has {array.shape[0]} maps at {path}, and there is a picture for row {max(rows)}")
+                raise ValueError(f"{schema.MAPS_FILE} has {array.shape[0]} maps at {path}, and there is a picture for row {max(rows)}")
             return np.asarray(array.oindex[np.array(rows)]) if rows else np.empty((0, *array.shape[1:]), np.float32)
 
     def picture(self, row: int) -> Image.Image:
@@ -165,8 +165,8 @@ def read_run(folder: Path) -> RunRecord:
         raise KdxError(f"There is no run folder at {folder}.", "Give the folder that kdx explain wrote, the one named with --out.")
     with _damage_is_lost_result(folder):
         manifest = _complete_manifest(folder)
-        stored = cast(StoredScores, _json(folder, schema.SCORES))
-        for name in (schema.SAMPLES, schema.MAPS):
+        stored = cast(StoredScores, _json(folder, schema.SCORES_FILE))
+        for name in (schema.SAMPLES_FILE, schema.MAPS_FILE):
             if not (folder / name).exists():
                 raise LostResult(f"The run in {folder} has no {name}.", _RUN_AGAIN)
         configuration, images = manifest["configuration"], manifest["images"]
@@ -245,10 +245,10 @@ def _integer(value: Any) -> int | None:
     return None if value is None else int(value)
 
 
-def _network(role: str, manifest: Manifest, accuracy: Mapping[str, Any]) -> NetworkRecord:
+def _network(role: str, manifest: Manifest, accuracy: Mapping[str, Any]) -> NetworkResult:
     stored = manifest["configuration"]["models"][role]
     random_weights = role in manifest.get("random_weights", [])
-    return NetworkRecord(
+    return NetworkResult(
         str(stored["reference"]),
         _integer(stored.get("parameters")),
         random_weights,
@@ -269,15 +269,15 @@ def _samples(folder: Path, roles: Sequence[str]) -> Samples:
 
     columns = [schema.ROW, schema.ID, schema.LABEL, *map(schema.prediction_column, roles), *map(schema.confidence_column, roles)]
     try:
-        table = pyarrow.parquet.read_table(folder / schema.SAMPLES, columns=columns)
+        table = pyarrow.parquet.read_table(folder / schema.SAMPLES_FILE, columns=columns)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"samples.parquet: {error}") from error
+        raise ValueError(f"{schema.SAMPLES_FILE}: {error}") from error
     missing = [name for name in columns if name not in table.column_names]
     if missing:
-        raise ValueError(f"samples.parquet has no column {missing[0]}")
+        raise ValueError(f"{schema.SAMPLES_FILE} has no column {missing[0]}")
     incomplete = [name for name in columns if table[name].null_count]
     if incomplete:
-        raise ValueError(f"samples.parquet has missing values in the column {incomplete[0]}")
+        raise ValueError(f"{schema.SAMPLES_FILE} has missing values in the column {incomplete[0]}")
     arrays = {name: table[name].to_numpy() for name in columns if name != schema.ID}
     return Samples(
         arrays[schema.ROW],

@@ -30,7 +30,7 @@ from kdx.progress import progress
 from kdx.roles import roles_among
 from kdx.runs import schema
 from kdx.runs.environment import environment, now
-from kdx.runs.schema import BatchRecord, Configuration, Context, Features, LayerProducts, StoredNetwork, StoredOptions
+from kdx.runs.schema import BatchRecord, Configuration, Context, LayerProducts, StoredFeatures, StoredNetwork, StoredOptions
 from kdx.runs.store import Store
 from kdx.runtimes.choice import is_file
 from kdx.scores.pool import Pool
@@ -306,7 +306,7 @@ def _finish(store: Store, plan: _Plan, size: tuple[int, int]) -> None:
     index = columns.pop(schema.INDEX)
     columns[schema.LABEL] = dataset.labels[index]
     store.write_samples({schema.ID: [dataset.ids[i] for i in index], **columns})
-    raw: Features = {"kind": "raw"}
+    raw: StoredFeatures = {"kind": "raw"}
     store.write_scores(
         {
             "features": store.manifest["configuration"].get("features", raw),

@@ -36,9 +36,9 @@ FORMAT = 1
 
 
 MANIFEST = "manifest.json"
-SAMPLES = "samples.parquet"
-MAPS = "maps.zarr"
-SCORES = "scores.json"
+SAMPLES_FILE = "samples.parquet"
+MAPS_FILE = "maps.zarr"
+SCORES_FILE = "scores.json"
 SCORES_TABLE = "scores.csv"
 PAGE = "report.html"
 NETWORKS = "networks"
@@ -101,7 +101,7 @@ class StoredNetwork(TypedDict):
     preprocessing: NotRequired[Any]
 
 
-class Features(TypedDict):
+class StoredFeatures(TypedDict):
     """The features that the scores describe: ``kind`` is raw, or salient with its two parameters."""
 
     kind: str
@@ -122,7 +122,7 @@ class StoredOptions(TypedDict):
     permutations: int
     confidence: float
     precision: NotRequired[str]
-    features: NotRequired[Features]
+    features: NotRequired[StoredFeatures]
 
 
 class Configuration(StoredOptions):
@@ -191,7 +191,7 @@ class StoredLayer(TypedDict):
 
 
 class StoredScores(TypedDict):
-    features: Features
+    features: StoredFeatures
     accuracy: dict[str, dict[str, Any]]  # role -> value, interval, correct, n: see `kdx.scores.uncertainty.accuracy`
     layers: dict[str, StoredLayer]
 
@@ -202,9 +202,9 @@ def stored_layer(layer: LayerScores) -> StoredLayer:
         name: {"value": score.value, "interval": score.interval, "p_value": score.p_value, "n": score.n, "batches": score.batches}
         for name, score in layer.scores.items()
     }
-    n, batches = scores["RS(S)"]["n"], scores["RS(S)"]["batches"]
+    first = next(iter(scores.values()))  # all scores of a layer have the same basis
     contrasts: dict[str, StoredScore] = {
-        name: {"value": value, "interval": interval, "p_value": None, "n": n, "batches": batches}
+        name: {"value": value, "interval": interval, "p_value": None, "n": first["n"], "batches": first["batches"]}
         for name, (value, interval) in layer.contrasts.items()
     }
     return {"scores": scores, "contrasts": contrasts}

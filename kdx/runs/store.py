@@ -81,7 +81,7 @@ class Store:
         """Discard the progress and the maps of a run whose results were lost, so that every batch is computed again."""
         self.manifest["status"] = schema.RUNNING
         self._write_manifest()
-        for path in (self.folder / schema.PROGRESS, self.folder / schema.MAPS):
+        for path in (self.folder / schema.PROGRESS, self.folder / schema.MAPS_FILE):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -96,7 +96,7 @@ class Store:
         """Write a batch's maps (layer -> kind -> [n, h, w]) at the rows from ``batch * rows`` of ``total``, then its record."""
         import zarr
 
-        group = zarr.open_group(self.folder / schema.MAPS, mode="a")
+        group = zarr.open_group(self.folder / schema.MAPS_FILE, mode="a")
         for layer, kinds in maps.items():
             for kind, values in kinds.items():
                 shape = (total, *values.shape[1:])
@@ -118,11 +118,11 @@ class Store:
 
         content = io.BytesIO()
         pq.write_table(pa.table(dict(columns)), content)
-        write_atomic(self.folder / schema.SAMPLES, content.getvalue())
+        write_atomic(self.folder / schema.SAMPLES_FILE, content.getvalue())
 
     def write_scores(self, scores: StoredScores) -> None:
         """Write scores.json, and its scores and contrasts as rows of scores.csv."""
-        self._write_json(schema.SCORES, scores)
+        self._write_json(schema.SCORES_FILE, scores)
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         table.writerow(schema.SCORES_TABLE_COLUMNS)

@@ -15,12 +15,11 @@ from kdx.export.description import Shape, describe
 from kdx.runtimes.cuda_stream import CPU, CudaStream, gpu_device
 from kdx.runtimes.runner import FileRunner
 
-Provider = Literal["cpu", "cuda", "tensorrt"]
+Provider = Literal["cpu", "cuda"]
 
 _PROVIDERS: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
 }
 
 GPU_PACKAGE = "Install it in place of onnxruntime: pip uninstall onnxruntime, then pip install 'kdx[gpu]'"
@@ -34,10 +33,10 @@ _SHAPE_ARITHMETIC = (
 
 
 class OnnxRuntimeRunner(FileRunner):
-    """ONNX Runtime, with one of its execution providers: ``cpu``, ``cuda``, or ``tensorrt`` (TensorRT 10).
+    """ONNX Runtime, with one of its execution providers: ``cpu`` or ``cuda``.
 
     Inputs and outputs are bound by address, so that nothing is copied to the host on a GPU. tf32: whether a GPU may round products
-    to TensorFloat-32, which costs three digits. The tensorrt provider has no such switch and always may.
+    to TensorFloat-32, which costs three digits.
 
     Raises KdxError if kdx did not write the file, and if the provider is not compiled in, does not start, or leaves part of the
     network to the CPU.
@@ -50,13 +49,10 @@ class OnnxRuntimeRunner(FileRunner):
             import onnxruntime
         except ImportError:
             raise missing_package("onnxruntime", "cpu", "The runtime onnx") from None
-        self.device = CPU if provider == "cpu" else gpu_device(device, f"ONNX Runtime's provider {provider}")
-        if device is not None and device.type != self.device.type:
+        own_device = CPU if provider == "cpu" else gpu_device(device, f"ONNX Runtime's provider {provider}")
+        if device is not None and device.type != own_device.type:
             raise ValueError(f"the provider {provider} does not run on {device}")
-        self.description = describe(path)
-        self.kind = self.description.kind
-        self.layers = self.description.layers
-        self._path = path
+        self._set_file(path, describe(path), own_device)
         self._stream = None if provider == "cpu" else CudaStream(self.device)
         self._session: Any = _session(onnxruntime, path, provider, self._stream, tf32)
         self.inputs = _float_shapes(path, self._session.get_inputs())
@@ -119,9 +115,7 @@ def _session(onnxruntime: Any, path: Path, provider: Provider, stream: CudaStrea
         onnxruntime.preload_dlls()  # CUDA's libraries come with PyTorch
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         options.log_severity_level = 3  # errors only: it warns about the arithmetic on sizes
-        settings = {"device_id": str(stream.device.index), "user_compute_stream": str(stream.handle)}
-        if provider == "cuda":
-            settings["use_tf32"] = str(int(tf32))
+        settings = {"device_id": str(stream.device.index), "user_compute_stream": str(stream.handle), "use_tf32": str(int(tf32))}
     try:
         session = onnxruntime.InferenceSession(path, options, providers=[(name, settings)])
     except Exception as error:  # ONNX Runtime's exceptions share no other base

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kdx.choices import Precision
 from kdx.errors import KdxError, missing_package
 from kdx.export.description import Shape, describe
+from kdx.runtimes.cuda_stream import CPU
 from kdx.runtimes.runner import FileRunner
 
 _HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
@@ -35,15 +35,11 @@ class OpenVinoRunner(FileRunner):
     def __init__(self, path: Path, *, precision: Precision = "float32") -> None:
         core = _core()
         check_precision(precision)
-        self.device = torch.device("cpu")
         self.precision = precision
-        self.description = describe(path)
-        self.kind = self.description.kind
-        self.layers = self.description.layers
+        self._set_file(path, describe(path), CPU)
         self.inputs, self.outputs = self.description.inputs, self.description.outputs
         if self.kind == "explainer" and precision != "float32":
             raise rounds_geometry(path)
-        self._path = path
         try:
             self._model: Any = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": _HINTS[precision]})
         except RuntimeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -87,6 +88,13 @@ class FileRunner(Runner):
     inputs: Mapping[str, Shape]
     outputs: Mapping[str, Shape]
     """Shapes by name."""
+
+    def _set_file(self, path: Path, description: Description, device: torch.device) -> None:
+        """Set the attributes that come from the file and its description, and the device."""
+        self._path = path
+        self.description = description
+        self.kind, self.layers = description.kind, description.layers
+        self.device = device
 
     @property
     def cotangent_layer(self) -> str | None:

@@ -26,12 +26,9 @@ class TensorRtRunner(FileRunner):
 
     def __init__(self, path: Path, device: torch.device | None = None) -> None:
         self.engine = engine.describe(path)
-        self.description = self.engine.file
-        self.kind = self.engine.kind
-        self.layers = self.engine.layers
-        self.inputs, self.outputs = self.engine.inputs, self.engine.outputs
         # Check the GPU first: without a driver TensorRT's runtime ends the process when it reads an engine.
-        self.device = gpu_device(device, "TensorRT")
+        self._set_file(path, self.engine.file, gpu_device(device, "TensorRT"))
+        self.inputs, self.outputs = self.engine.inputs, self.engine.outputs
         package = _check_fit(path, self.engine, self.device)
         _, serialized = engine.load(path)
         self._log = engine.messages(self.engine.package)

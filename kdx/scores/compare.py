@@ -9,7 +9,7 @@ from kdx.features.arrays import Array
 from kdx.features.rows import Source, rows_of
 from kdx.kernels.cuda import Backend
 from kdx.roles import TARGET, maps_among, permuted_among, roles_among
-from kdx.scores import inner_products
+from kdx.scores.inner_products import Sampling, check_residual, inner_products
 from kdx.scores.pool import LayerScores, pooled_scores
 
 
@@ -44,27 +44,19 @@ def compare(
     """
     if not features:
         raise KdxError("There are no features to compare.", "Give the features of a layer: {layer: {'student': ..., 'base': ...}}.")
-    return {layer: _layer(layer, by_role, target, batch, permutations, confidence, seed, backend) for layer, by_role in features.items()}
+    sampling = Sampling("unbiased", batch, permutations, confidence, seed, backend)
+    return {layer: _layer(layer, by_role, target, sampling) for layer, by_role in features.items()}
 
 
-def _layer(
-    layer: str,
-    features: Mapping[str, Source],
-    target: Array,
-    batch: int | None,
-    permutations: int,
-    confidence: float,
-    seed: int,
-    backend: Backend,
-) -> LayerScores:
+def _layer(layer: str, features: Mapping[str, Source], target: Array, sampling: Sampling) -> LayerScores:
     roles = roles_among(features)
     names = {role: f"{role}'s features at {layer}" for role in roles} | {TARGET: TARGET}
     named = {names[role]: rows_of(features[role], names[role]) for role in roles}
     permuted = {role: names[role] for role in permuted_among(roles)}
-    sums = inner_products.inner_products(
-        named | {TARGET: target}, [*permuted.values()], batch=batch, permutations=permutations, seed=seed, backend=backend
-    )
+    sums = inner_products(named | {TARGET: target}, [*permuted.values()], sampling)
     for explained, other in maps_among(roles).values():
-        inner_products.check_residual(sums, roles.index(explained), roles.index(other))
+        check_residual(sums, roles.index(explained), roles.index(other))
     products = {role: sums.permuted[name] for role, name in permuted.items()}
-    return pooled_scores(sums.products, products, sums.left_out, n=sums.n, batches=sums.batches, confidence=confidence, roles=roles)
+    return pooled_scores(
+        sums.products, products, sums.left_out, n=sums.n, batches=sums.batches, confidence=sampling.confidence, roles=roles
+    )

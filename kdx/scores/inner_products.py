@@ -35,6 +35,18 @@ _BYTES = 1 << 27
 """Memory for the batches that are computed at once."""
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How scores and their uncertainty are estimated. The fields are the arguments of `fss`."""
+
+    estimator: Estimator = "unbiased"
+    batch: int | None = None
+    permutations: int = 999
+    confidence: float = 0.95
+    seed: int = 0
+    backend: Backend = "auto"
+
+
 @dataclass(frozen=True, eq=False)
 class InnerProducts:
     """Inner products of k centred matrices of n images, summed over batches if there are several.
@@ -54,20 +66,12 @@ class InnerProducts:
     rounding: Tensor
 
 
-def inner_products(
-    named: Mapping[str, Rows | Array],
-    permuted: Collection[str],
-    *,
-    estimator: Estimator = "unbiased",
-    batch: int | None = None,
-    permutations: int = 999,
-    seed: int = 0,
-    backend: Backend = "auto",
-) -> InnerProducts:
-    """Inner products of features by name and, under TARGET, of labels or an embedding. Arguments and errors are those of `fss` and `rs`.
+def inner_products(named: Mapping[str, Rows | Array], permuted: Collection[str], sampling: Sampling = Sampling()) -> InnerProducts:
+    """Inner products of features by name and, under TARGET, of labels or an embedding. Errors are those of `fss` and `rs`.
 
     permuted: the names of the matrices whose images are permuted.
     """
+    estimator, batch, permutations, seed = sampling.estimator, sampling.batch, sampling.permutations, sampling.seed
     if estimator not in ("unbiased", "biased"):
         raise ValueError(f"estimator must be 'unbiased' or 'biased', not {estimator!r}")
     permutations, seed, batch = index(permutations), index(seed), None if batch is None else index(batch)
@@ -77,15 +81,15 @@ def inner_products(
         raise ValueError(f"the seed must lie between 0 and 2^63, not {seed}")
     features = {name: value for name, value in named.items() if name != TARGET and not isinstance(value, Tensor | np.ndarray)}
     n, device, dtype = _common(features)
-    ops = dispatch.chosen(torch.empty(0, dtype=dtype, device=device), backend)
-    sources = {
+    ops = dispatch.chosen(torch.empty(0, dtype=dtype, device=device), sampling.backend)
+    inputs = {
         name: features[name] if name in features else Target.of(value, n, device=device, backend=ops) for name, value in named.items()
     }
     plan = _Plan(n, device, tuple(permuted), estimator == "biased", permutations, seed, ops)
     with torch.no_grad():
         if batch is not None and batch < n:
-            return _in_batches(sources, plan, batch)
-        return _of_all_pairs(sources, plan) if n <= _ALL_PAIRS else _in_tiles(sources, plan)
+            return _in_batches(inputs, plan, batch)
+        return _of_all_pairs(inputs, plan) if n <= _ALL_PAIRS else _in_tiles(inputs, plan)
 
 
 def _common(features: Mapping[str, Rows]) -> tuple[int, torch.device, torch.dtype]:
@@ -96,8 +100,7 @@ def _common(features: Mapping[str, Rows]) -> tuple[int, torch.device, torch.dtyp
     for name in others:
         rows = features[name]
         arrays.check_same(rows.shape[0], n, name, first)
-        if rows.device != device:
-            raise KdxError(f"The {first} are on {device}, and the {name} on {rows.device}.", "Move all of them to one device.")
+        arrays.check_same_device(torch.device(rows.device), device, name, first)
         if rows.dtype != dtype:
             raise KdxError(f"The {first} are {dtype}, and the {name} are {rows.dtype}.", "Give all of them in one type.")
     return n, device, dtype
@@ -120,14 +123,14 @@ class _Plan:
         return geometry.double_centered(distances.raw) if self.biased else distances.centred
 
 
-Source = Rows | Target
+_Input = Rows | Target
 
 
-def _of_all_pairs(sources: Mapping[str, Source], plan: _Plan) -> InnerProducts:
+def _of_all_pairs(inputs: Mapping[str, _Input], plan: _Plan) -> InnerProducts:
     """From matrices of all pairs in float64, for few images. The jackknife leaves out one image."""
-    n, names = plan.n, tuple(sources)
+    n, names = plan.n, tuple(inputs)
     everyone = torch.arange(n, device=plan.device)
-    rows = {name: source.rows if isinstance(source, Target) else source.read(everyone) for name, source in sources.items()}
+    rows = {name: source.rows if isinstance(source, Target) else source.read(everyone) for name, source in inputs.items()}
     distances = arrays.row_distances(rows, plan.ops)
     centred = plan.centred(distances)
     products = geometry.products(centred)
@@ -144,9 +147,9 @@ def _of_all_pairs(sources: Mapping[str, Source], plan: _Plan) -> InnerProducts:
     )
 
 
-def _in_tiles(sources: Mapping[str, Source], plan: _Plan) -> InnerProducts:
+def _in_tiles(inputs: Mapping[str, _Input], plan: _Plan) -> InnerProducts:
     """In tiles, for any number of images. The jackknife leaves out one of `tiles.UNITS` random parts."""
-    names, matrices = tuple(sources), _matrices(sources)
+    names, matrices = tuple(inputs), _matrices(inputs)
     rounding = _rounding(matrices, plan.device)
     permuted = {name: names.index(name) for name in plan.permuted}
     sums = tiles.sweep(
@@ -158,7 +161,7 @@ def _in_tiles(sources: Mapping[str, Source], plan: _Plan) -> InnerProducts:
     return InnerProducts(names, plan.n, 1, sums.products, sums.left_out, permuted_products, raw, rounding)
 
 
-def _in_batches(sources: Mapping[str, Source], plan: _Plan, size: int) -> InnerProducts:
+def _in_batches(inputs: Mapping[str, _Input], plan: _Plan, size: int) -> InnerProducts:
     """Summed over random batches, as many at a time as memory allows. The jackknife leaves out one batch.
 
     Batches are drawn without regard to classes. A batch of one class has no geometry to add, and adds zero: excluding it would bias the
@@ -170,7 +173,7 @@ def _in_batches(sources: Mapping[str, Source], plan: _Plan, size: int) -> InnerP
             f"A batch of {size} images needs matrices of {size} x {size}.",
             f"Give at most {tiles.TILE}, or no batch: kdx then processes all images in tiles.",
         )
-    names, matrices = tuple(sources), _matrices(sources)
+    names, matrices = tuple(inputs), _matrices(inputs)
     rounding = _rounding(matrices, plan.device)
     generator = np.random.default_rng(plan.seed)
     batches = arrays.batches_of(torch.from_numpy(generator.permutation(plan.n)).to(plan.device), size)
@@ -181,7 +184,7 @@ def _in_batches(sources: Mapping[str, Source], plan: _Plan, size: int) -> InnerP
         n = stack.shape[1]
         d = torch.stack([matrix.batches(stack, plan.ops) for matrix in matrices], 1)
         centred = geometry.double_centered(d) if plan.biased else geometry.u_centered(d)
-        products.append(geometry.products(centred) if plan.biased else plan.ops.products(d))
+        products.append(geometry.products(centred) if plan.biased else plan.ops.products(BatchDistances(d, centred)))
         raw.append(geometry.products(d).diagonal(dim1=1, dim2=2))
         turns = torch.from_numpy(generator.integers(n, size=(plan.permutations, len(stack)))).to(plan.device)
         for name, sums in permuted.items():
@@ -199,8 +202,8 @@ def _stacks(batches: Sequence[Tensor], width: int, matrices: int) -> Iterator[Te
         yield from equal.split(max(1, _BYTES // (n * (width + matrices * n * 64))))
 
 
-def _matrices(sources: Mapping[str, Source]) -> list[tiles.Matrix]:
-    return [source.matrix() if isinstance(source, Target) else feature_distances(source, name) for name, source in sources.items()]
+def _matrices(inputs: Mapping[str, _Input]) -> list[tiles.Matrix]:
+    return [source.matrix() if isinstance(source, Target) else feature_distances(source, name) for name, source in inputs.items()]
 
 
 def _rounding(matrices: Sequence[tiles.Matrix], device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from kdx.features.rows import Source, rows_of
 from kdx.kernels.cuda import Backend
 from kdx.kernels.tiles import Rows
 from kdx.roles import TARGET
-from kdx.scores.inner_products import check_residual, inner_products
+from kdx.scores.inner_products import Sampling, check_residual, inner_products
 from kdx.scores.score import Estimator, Score, Statistic, correlation, partial, semipartial, summary
 from kdx.scores.uncertainty import with_permuted
 
@@ -55,7 +55,7 @@ def fss(
     1.0
     """
     named = {"student's features": rows_of(student, "student's features"), "teacher's features": rows_of(teacher, "teacher's features")}
-    return _score(named, correlation, estimator, batch, permutations, confidence, seed, backend)
+    return _score(named, correlation, Sampling(estimator, batch, permutations, confidence, seed, backend))
 
 
 def rs(
@@ -93,7 +93,8 @@ def rs(
     1.0
     """
     statistic = correlation if given is None else semipartial
-    return _score(_relevance_inputs(features, target, given), statistic, estimator, batch, permutations, confidence, seed, backend)
+    sampling = Sampling(estimator, batch, permutations, confidence, seed, backend)
+    return _score(_relevance_inputs(features, target, given), statistic, sampling)
 
 
 def partial_rs(
@@ -122,7 +123,8 @@ def partial_rs(
     >>> round(kdx.partial_rs(np.eye(4)[labels], labels, unrelated).value, 6)
     1.0
     """
-    return _score(_relevance_inputs(features, target, given), partial, estimator, batch, permutations, confidence, seed, backend)
+    sampling = Sampling(estimator, batch, permutations, confidence, seed, backend)
+    return _score(_relevance_inputs(features, target, given), partial, sampling)
 
 
 def _relevance_inputs(features: Source, target: Array, given: Source | None) -> dict[str, Rows | Array]:
@@ -130,22 +132,13 @@ def _relevance_inputs(features: Source, target: Array, given: Source | None) -> 
     return named if given is None else named | {"given features": rows_of(given, "given features")}
 
 
-def _score(
-    named: Mapping[str, Rows | Array],
-    statistic: Statistic,
-    estimator: Estimator,
-    batch: int | None,
-    permutations: int,
-    confidence: float,
-    seed: int,
-    backend: Backend,
-) -> Score:
+def _score(named: Mapping[str, Rows | Array], statistic: Statistic, sampling: Sampling) -> Score:
     """The statistic of these matrices, in this order. The images of the second one are permuted."""
     permuted = list(named)[1]
-    sums = inner_products(named, [permuted], estimator=estimator, batch=batch, permutations=permutations, seed=seed, backend=backend)
+    sums = inner_products(named, [permuted], sampling)
     if len(named) == 3:
         for explained in (0, 1):
             check_residual(sums, explained, 2)
     products = sums.products, sums.left_out, with_permuted(sums.products, 1, sums.permuted[permuted])
     values = (statistic(matrix).numpy(force=True) for matrix in products)
-    return summary(*values, n=sums.n, batches=sums.batches, estimator=estimator, confidence=confidence)
+    return summary(*values, n=sums.n, batches=sums.batches, estimator=sampling.estimator, confidence=sampling.confidence)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 import kdx
 from benchmarks import eager
-from benchmarks.eager import Explanation
+from benchmarks.eager import EagerResult
 from kdx.export.graphs import FeatureGraph
 from kdx.kernels import reference
 from kdx.models.resnet import resnet
 from tests import hooked, oracle
 
-Implementation = Callable[[nn.Module, nn.Module, str, Tensor, Tensor], Explanation]
+Implementation = Callable[[nn.Module, nn.Module, str, Tensor, Tensor], EagerResult]
 Geometry = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 IMPLEMENTATIONS: list[Implementation] = [eager.published, eager.fair]
@@ -57,10 +57,10 @@ def features(network: nn.Module, layer: str, images: Tensor) -> Tensor:
     return feature
 
 
-def by_kdx(student: nn.Module, base: nn.Module, layer: str, images: Tensor, target: Tensor) -> Explanation:
+def by_kdx(student: nn.Module, base: nn.Module, layer: str, images: Tensor, target: Tensor) -> EagerResult:
     s, b = (features(network, layer, images) for network in (student, base))
     size, labels = (images.shape[2], images.shape[3]), target.argmax(1)
-    return Explanation(
+    return EagerResult(
         kdx.unicam(s, b, target).scaled(size),
         kdx.unicam(b, s, target).scaled(size),
         kdx.fss(s, b, permutations=0).value,
@@ -69,7 +69,7 @@ def by_kdx(student: nn.Module, base: nn.Module, layer: str, images: Tensor, targ
     )
 
 
-def by_definition(student: nn.Module, base: nn.Module, layer: str, images: Tensor, target: Tensor) -> Explanation:
+def by_definition(student: nn.Module, base: nn.Module, layer: str, images: Tensor, target: Tensor) -> EagerResult:
     s, b = (features(network, layer, images).double() for network in (student, base))
     maps = []
     for x, y in ((s, b), (b, s)):
@@ -79,10 +79,10 @@ def by_definition(student: nn.Module, base: nn.Module, layer: str, images: Tenso
     centred = [reference.u_centered(reference.distances(rows.double())) for rows in (s.flatten(1), b.flatten(1), target)]
     a, b, g = centred
     scores = (reference.correlation(a, b), reference.semipartial(a, g, b), reference.semipartial(b, g, a))
-    return Explanation(maps[0], maps[1], *(float(score) for score in scores))
+    return EagerResult(maps[0], maps[1], *(float(score) for score in scores))
 
 
-def largest_difference(actual: Explanation, expected: Explanation) -> float:
+def largest_difference(actual: EagerResult, expected: EagerResult) -> float:
     """The largest difference of any map or score. All of them are at most one."""
     maps = [oracle.error(getattr(actual, name), getattr(expected, name)) for name in ("distilled", "residual")]
     scores = [abs(getattr(actual, name) - getattr(expected, name)) for name in ("fss", "rs_distilled", "rs_residual")]

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import benchmarks.record
 from benchmarks import gpu
-from benchmarks.kernel_cases import CHECKED, IN_PYTORCH, Case, Check, Sizes, cases, check
+from benchmarks.kernel_cases import CHECKED, IN_PYTORCH, Check, KernelCase, Sizes, cases, check
 from kdx.errors import KdxError
 from kdx.kernels import cubins, cuda
 from kdx.kernels.cuda import Argument, Size
@@ -76,7 +76,7 @@ class Absent(HostLauncher):
             super().launch(source, kernel, grid, block, arguments, shared)
 
 
-def fails(case: Case) -> bool:
+def fails(case: KernelCase) -> bool:
     try:
         return not check(case).holds
     except (KdxError, KernelError):
@@ -106,7 +106,7 @@ def test_a_kernel_without_its_barrier_fails_its_checks() -> None:
 def test_an_error_that_is_not_a_number_does_not_hold() -> None:
     nan = torch.tensor([torch.nan, 1.0])
     for values in ((nan, nan[1:]), (nan[1:], nan)):
-        case = Case("one", lambda values=values: values, lambda values=values: [torch.ones_like(value) for value in values])  # type: ignore[misc]
+        case = KernelCase("one", lambda values=values: values, lambda values=values: [torch.ones_like(value) for value in values])  # type: ignore[misc]
         assert not check(case).holds
     with pytest.raises(KdxError, match=r"The kernels are wrong here: one is off by 2\.0e-02, and 1e-03 is allowed"):
         gpu.require(Check("one", 0.02, 1e-3))
@@ -177,7 +177,7 @@ def test_a_run_checks_times_and_writes(record: dict[str, Any]) -> None:
             assert row["share"] == pytest.approx(row["floor"] / np.median(row["samples"]))
     assert record["batch"]["published images"] == 6
     assert set(record["batch"]) == {
-        *("geometry", "kdx.transfer, 0 permutations", "kdx.transfer, 999 permutations", "passes, float32", "passes, float16"),
+        *("geometry", "maps and scores, 0 permutations", "maps and scores, 999 permutations", "passes, float32", "passes, float16"),
         *("published images", "published", "geometry beside published"),
     }
     assert [goal["wanted"] for goal in record["goals"]] == [0.8, 0.8, 0.8, 0.8, 0.05, 100]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ def eager() -> Iterator[Explainer]:
 
 
 @pytest.fixture(scope="session")
-def explained(eager: Explainer) -> Explanation:
+def explained(eager: Explainer) -> Explanation[Any]:
     return eager(images(), labels())
 
 
@@ -36,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def salient() -> Explanation:
+def salient() -> Explanation[Any]:
     with explainer(features="salient", keep=0.4) as opened:
         return opened(images(), labels())
 

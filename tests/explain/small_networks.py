@@ -111,7 +111,7 @@ def close(actual: Any, expected: Any, tolerance: float) -> None:
     assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
 
 
-def assert_same(actual: Explanation, expected: Explanation, tolerance: float) -> None:
+def assert_same(actual: Explanation[Any], expected: Explanation[Any], tolerance: float) -> None:
     assert list(actual.layers) == list(expected.layers)
     for layer, one in actual.layers.items():
         other = expected.layers[layer]
@@ -127,7 +127,7 @@ def assert_same(actual: Explanation, expected: Explanation, tolerance: float) ->
         close(logits, expected.logits[role], tolerance)
 
 
-def assert_without_teacher(actual: Explanation, expected: Explanation, tolerance: float) -> None:
+def assert_without_teacher(actual: Explanation[Any], expected: Explanation[Any], tolerance: float) -> None:
     """Asserts that ``actual`` is the part of ``expected`` that does not involve the teacher."""
     assert set(actual.logits) == {"student", "base"}
     for layer, result in actual.layers.items():
@@ -144,7 +144,7 @@ def assert_without_teacher(actual: Explanation, expected: Explanation, tolerance
         assert result.rs is result.scores["RS(S)"]
 
 
-def assert_same_maps(actual: Explanation, expected: Explanation, tolerance: float) -> None:
+def assert_same_maps(actual: Explanation[Any], expected: Explanation[Any], tolerance: float) -> None:
     for layer, one in actual.layers.items():
         for name in MAPS:
             close(getattr(one, name).maps, getattr(expected.layers[layer], name).maps, tolerance)

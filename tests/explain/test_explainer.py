@@ -41,7 +41,7 @@ from tests.explain.small_networks import (
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("name", MAPS)
-def test_its_maps_are_unicams(explained: Explanation, layer: str, name: str) -> None:
+def test_its_maps_are_unicams(explained: Explanation[Any], layer: str, name: str) -> None:
     role_features = features()
     one, other = EXPLAINED[name]
     expected = kdx.unicam(role_features[one][layer], role_features[other][layer], labels())
@@ -63,7 +63,7 @@ def test_other_objectives_and_weightings_are_unicams_too(settings: dict[str, Any
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_its_scores_are_fss_and_rs(explained: Explanation, layer: str) -> None:
+def test_its_scores_are_fss_and_rs(explained: Explanation[Any], layer: str) -> None:
     role_features = {role: maps[layer] for role, maps in features().items()}
     result = explained.layers[layer]
     for name, score in result.scores.items():
@@ -78,17 +78,17 @@ def test_its_scores_are_fss_and_rs(explained: Explanation, layer: str) -> None:
         assert value == pytest.approx(result.scores[more].value - result.scores[less].value, abs=1e-12) and low <= value <= high
 
 
-def test_its_logits_are_the_networks(explained: Explanation) -> None:
+def test_its_logits_are_the_networks(explained: Explanation[Any]) -> None:
     for role, network in networks().items():
         with torch.no_grad():
             close(explained.logits[role], network(images()), 1e-6)
 
 
-def test_an_embedding_of_the_labels_is_the_labels(eager: Explainer, explained: Explanation) -> None:
+def test_an_embedding_of_the_labels_is_the_labels(eager: Explainer, explained: Explanation[Any]) -> None:
     assert_same(eager(images(), nn.functional.one_hot(labels()).double()), explained, 1e-6)
 
 
-def test_numpy_in_numpy_out(eager: Explainer, explained: Explanation) -> None:
+def test_numpy_in_numpy_out(eager: Explainer, explained: Explanation[Any]) -> None:
     actual = eager(images().numpy(), labels().numpy())
     for result in actual.layers.values():
         for name in MAPS:
@@ -98,22 +98,22 @@ def test_numpy_in_numpy_out(eager: Explainer, explained: Explanation) -> None:
     assert_same(actual, explained, 1e-6)
 
 
-def test_numpys_own_float64_is_taken(eager: Explainer, explained: Explanation) -> None:
+def test_numpys_own_float64_is_taken(eager: Explainer, explained: Explanation[Any]) -> None:
     assert_same(eager(images().double().numpy(), labels().numpy()), explained, 1e-6)
 
 
-def test_images_of_any_layout_are_taken(eager: Explainer, explained: Explanation) -> None:
+def test_images_of_any_layout_are_taken(eager: Explainer, explained: Explanation[Any]) -> None:
     turned = np.ascontiguousarray(images().permute(0, 2, 3, 1).numpy()).transpose(0, 3, 1, 2)
     assert_same(eager(turned, labels().numpy()), explained, 1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 12, 13, 99])
-def test_the_chunk_does_not_change_the_results(explained: Explanation, chunk: int) -> None:
+def test_the_chunk_does_not_change_the_results(explained: Explanation[Any], chunk: int) -> None:
     with explainer(chunk=chunk) as opened:
         assert_same(opened(images(), labels()), explained, 1e-5)
 
 
-def test_permuting_the_batch_permutes_the_maps(eager: Explainer, explained: Explanation) -> None:
+def test_permuting_the_batch_permutes_the_maps(eager: Explainer, explained: Explanation[Any]) -> None:
     order = torch.from_numpy(np.random.default_rng(0).permutation(N))
     actual = eager(images()[order], labels()[order])
     for layer, result in actual.layers.items():
@@ -123,7 +123,7 @@ def test_permuting_the_batch_permutes_the_maps(eager: Explainer, explained: Expl
             assert score.value == pytest.approx(explained.layers[layer].scores[name].value, abs=1e-6)
 
 
-def test_the_same_call_gives_the_same_result(eager: Explainer, explained: Explanation) -> None:
+def test_the_same_call_gives_the_same_result(eager: Explainer, explained: Explanation[Any]) -> None:
     assert_same(eager(images(), labels()), explained, 0.0)
 
 
@@ -147,7 +147,7 @@ def test_the_users_networks_are_left_as_they_were(runtime: str, tmp_path: Path, 
         assert all(torch.equal(buffer, old) for buffer, old in zip(network.buffers(), earlier.buffers(), strict=True))
 
 
-def test_a_network_brings_its_preprocessing(explained: Explanation) -> None:
+def test_a_network_brings_its_preprocessing(explained: Explanation[Any]) -> None:
     """The resize undoes a doubling of every pixel, and mean and deviation undo a shift and a scaling."""
     preprocessing = Preprocessing(SIZE, (0.25,), (0.5,))
     user_networks = {role: Network(role, network, preprocessing) for role, network in networks().items()}
@@ -241,7 +241,7 @@ def test_a_programmers_mistake_is_a_value_error(changes: dict[str, Any]) -> None
         explainer(**changes)
 
 
-def test_an_error_leaves_the_explainer_ready(eager: Explainer, explained: Explanation) -> None:
+def test_an_error_leaves_the_explainer_ready(eager: Explainer, explained: Explanation[Any]) -> None:
     with pytest.raises(KdxError):
         eager(images(), torch.zeros(N, dtype=torch.int64))
     assert_same(eager(images(), labels()), explained, 0.0)

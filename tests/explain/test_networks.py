@@ -32,7 +32,7 @@ from tests.explain.small_networks import (
 )
 
 
-def test_onnx_gives_what_eager_gives(folder: Path, explained: Explanation) -> None:
+def test_onnx_gives_what_eager_gives(folder: Path, explained: Explanation[Any]) -> None:
     modified = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len([name for name in modified if name.endswith(".onnx")]) == 3
     with explainer(runtime="onnx", folder=folder, chunk=5, **named_networks()) as opened:
@@ -42,7 +42,7 @@ def test_onnx_gives_what_eager_gives(folder: Path, explained: Explanation) -> No
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == modified, "the files are kept, not written again"
 
 
-def test_three_files_give_what_eager_gives(folder: Path, explained: Explanation) -> None:
+def test_three_files_give_what_eager_gives(folder: Path, explained: Explanation[Any]) -> None:
     exported = files(folder)
     with explainer(runtime="auto", **exported | {"base": str(exported["base"])}) as opened:
         assert_same(opened(images(), labels()), explained, 1e-4)
@@ -110,7 +110,7 @@ def test_files_open_on_the_chosen_device(folder: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("source", ["networks", "files"])
 def test_tensorrt_runs_engines_of_the_exported_files(
-    source: str, folder: Path, tmp_path: Path, explained: Explanation, monkeypatch: pytest.MonkeyPatch
+    source: str, folder: Path, tmp_path: Path, explained: Explanation[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines = StandInEngines()
     monkeypatch.setattr("kdx.explain.networks.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
@@ -122,7 +122,7 @@ def test_tensorrt_runs_engines_of_the_exported_files(
     assert engines.built == dict.fromkeys(("teacher", "student", "base"), ((1, 5, 5), None))  # the files say their size
 
 
-def test_auto_falls_back_to_eager_with_a_reason(tmp_path: Path, explained: Explanation, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_falls_back_to_eager_with_a_reason(tmp_path: Path, explained: Explanation[Any], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "kdx")
     with explainer(runtime="auto", teacher=Untraceable(3, teacher=True), folder=tmp_path) as opened:
         actual = opened(images(), labels())

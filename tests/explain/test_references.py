@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from kdx.explain.explainer import Explanation
 from tests.explain.small_networks import EXPLAINED, LAYERS, N, close, explainer, features, images, labels
 
 
-def test_a_referenced_map_is_the_images_own(explained: Explanation) -> None:
+def test_a_referenced_map_is_the_images_own(explained: Explanation[Any]) -> None:
     """In any batch, an image's map is the last row of a plain unicam of the references and this image."""
     references, reference_labels = images(10, seed=5), torch.arange(10) % 4
     with explainer() as opened:

@@ -49,7 +49,7 @@ def salient_features(keep: float) -> dict[str, dict[str, Tensor]]:
     return actual
 
 
-def test_scores_are_those_of_salient_features_and_maps_those_of_raw_ones(explained: Explanation, salient: Explanation) -> None:
+def test_scores_are_those_of_salient_features_and_maps_those_of_raw_ones(explained: Explanation[Any], salient: Explanation[Any]) -> None:
     assert_same_maps(salient, explained, 0.0)
     expected_features = salient_features(0.4)
     for layer, result in salient.layers.items():
@@ -66,12 +66,12 @@ def test_scores_are_those_of_salient_features_and_maps_those_of_raw_ones(explain
 
 
 @pytest.mark.parametrize("chunk", [1, 5])
-def test_the_chunk_does_not_change_the_scores_of_salient_features(salient: Explanation, chunk: int) -> None:
+def test_the_chunk_does_not_change_the_scores_of_salient_features(salient: Explanation[Any], chunk: int) -> None:
     with explainer(features="salient", keep=0.4, chunk=chunk) as opened:
         assert_same(opened(images(), labels()), salient, 1e-5)
 
 
-def test_references_map_and_salient_features_score(salient: Explanation) -> None:
+def test_references_map_and_salient_features_score(salient: Explanation[Any]) -> None:
     actual = []
     for settings in ({}, {"features": "salient", "keep": 0.4}):
         with explainer(**settings) as opened:
@@ -83,7 +83,7 @@ def test_references_map_and_salient_features_score(salient: Explanation) -> None
         assert result.scores == salient.layers[layer].scores and result.contrasts == salient.layers[layer].contrasts
 
 
-def test_noise_in_salient_images_is_seeded(salient: Explanation) -> None:
+def test_noise_in_salient_images_is_seeded(salient: Explanation[Any]) -> None:
     values = []
     for seed in (1, 1, 2):
         with explainer(features="salient", keep=0.4, noise=0.1, seed=seed) as opened:
@@ -127,7 +127,7 @@ def pair_settings() -> dict[str, Any]:
     return {**named_networks(), "teacher": None, "layers": list(LAYERS), "features": "salient", "keep": 0.4}
 
 
-def test_onnx_gives_what_eager_gives_of_salient_features(gradients: Path, explained: Explanation, salient: Explanation) -> None:
+def test_onnx_gives_what_eager_gives_of_salient_features(gradients: Path, explained: Explanation[Any], salient: Explanation[Any]) -> None:
     modified = {path.name: path.stat().st_mtime_ns for path in gradients.iterdir()}
     with explainer(runtime="onnx", folder=gradients, chunk=5, **pair_settings()) as opened:
         actual = opened(images(), labels())
@@ -138,14 +138,16 @@ def test_onnx_gives_what_eager_gives_of_salient_features(gradients: Path, explai
     assert {path.name: path.stat().st_mtime_ns for path in gradients.iterdir()} == modified, "the files are kept, not written again"
 
 
-def assert_scores_of_a_pair(actual: Explanation, expected: Explanation) -> None:
+def assert_scores_of_a_pair(actual: Explanation[Any], expected: Explanation[Any]) -> None:
     for layer, result in actual.layers.items():
         assert list(result.scores) == ["RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)"]
         for name, score in result.scores.items():
             assert score.value == pytest.approx(expected.layers[layer].scores[name].value, abs=1e-4)
 
 
-def test_tensorrt_runs_engines_of_gradients(gradients: Path, tmp_path: Path, salient: Explanation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorrt_runs_engines_of_gradients(
+    gradients: Path, tmp_path: Path, salient: Explanation[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engines = StandInEngines()
     monkeypatch.setattr("kdx.explain.networks.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
     monkeypatch.setattr("kdx.explain.exported.engine.build", engines.build)
@@ -158,7 +160,7 @@ def test_tensorrt_runs_engines_of_gradients(gradients: Path, tmp_path: Path, sal
 
 
 def test_auto_falls_back_where_gradients_cannot_be_exported(
-    folder: Path, tmp_path: Path, salient: Explanation, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, salient: Explanation[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for file in files(folder).values():
         shutil.copy2(file, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,13 @@ from tests.explain.small_networks import LAYERS, assert_without_teacher, explain
 
 
 @pytest.mark.parametrize("runtime", ["eager", "onnx"])
-def test_without_a_teacher_the_other_results_are_the_same(explained: Explanation, runtime: str) -> None:
+def test_without_a_teacher_the_other_results_are_the_same(explained: Explanation[Any], runtime: str) -> None:
     with explainer(teacher=None, layers=list(LAYERS), runtime=runtime) as opened:
         assert_without_teacher(opened(images(), labels()), explained, 1e-4)
         assert list(opened.networks()) == ["student", "base"]
 
 
-def test_two_files_without_a_teacher(folder: Path, explained: Explanation) -> None:
+def test_two_files_without_a_teacher(folder: Path, explained: Explanation[Any]) -> None:
     with explainer(**files(folder) | {"teacher": None}, layers=list(LAYERS), runtime="auto") as opened:
         assert_without_teacher(opened(images(), labels()), explained, 1e-4)
 

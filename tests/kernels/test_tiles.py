@@ -14,6 +14,7 @@ import zarr
 from torch import Tensor
 
 import kdx
+from kdx.features.rows import InMemory
 from kdx.kernels import geometry, tiles
 from kdx.kernels.dispatch import TorchBackend
 from kdx.kernels.tiles import ClassDistances, FeatureDistances
@@ -22,29 +23,16 @@ from tests import oracle
 CLASSES = 5
 
 
-@dataclass
-class Stored:
+@dataclass(frozen=True)
+class Stored(InMemory):
     """Rows in memory that record what was read."""
 
-    tensor: Tensor
     run: int = 1
     reads: list[Tensor] = field(default_factory=list)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.tensor.shape[0], self.tensor.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.tensor.device
-
     def read(self, index: Tensor) -> Tensor:
         self.reads.append(index)
-        return self.tensor[index]
+        return super().read(index)
 
 
 def rows(n: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +78,7 @@ def ordered(n: int, side: int, permutations: int, seed: int, run: int = 1) -> tu
 @pytest.fixture
 def set_side(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets the number of images per side of a tile."""
-    return lambda side: monkeypatch.setattr(tiles, "_side", lambda n, rows: side)
+    return lambda side: monkeypatch.setattr(tiles, "tile_side", lambda n, rows: side)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -201,11 +189,11 @@ def test_only_tiles_of_rows_are_read_at_a_time(set_side: Callable[[int], None]) 
 
 def test_a_tile_shrinks_if_rows_are_long() -> None:
     wide = Stored(torch.zeros(4096, 1))
-    assert tiles._side(4096, [wide]) == tiles.TILE
+    assert tiles.tile_side(4096, [wide]) == tiles.TILE
     long = Stored(torch.zeros(1, 1).expand(4096, 400_000))
-    side = tiles._side(4096, [long, long])
+    side = tiles.tile_side(4096, [long, long])
     assert 16 <= side < tiles.TILE and 4 * 400_000 * 4 * side <= 1 << 28
-    assert tiles._side(600, [wide]) == 128  # four tiles at least, to turn
+    assert tiles.tile_side(600, [wide]) == 128  # four tiles at least, to turn
 
 
 def test_classes_are_their_one_hot_rows(set_side: Callable[[int], None]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kdx
 from kdx.maps.scaling import scaled
+from kdx.models.resnet import resnet
 from kdx.scores.score import Contrast
 from tests import oracle
 from tests.explain.test_layer import roles
@@ -80,3 +81,17 @@ def test_a_contrast_is_a_value_and_its_interval() -> None:
     assert_type(contrast, Contrast)
     value, interval = contrast
     assert (value, interval) == (contrast.value, contrast.interval) and interval[0] < value < interval[1]
+
+
+def test_the_explainer() -> None:
+    images, labels = torch.rand(8, 3, 16, 16), torch.arange(8) % 2
+    student, base = (resnet(width=2, depth=1, classes=2) for _ in range(2))
+    with kdx.Explainer(student=student, base=base, layers=["layer1"], runtime="eager", permutations=0) as explainer:
+        of_tensors, of_arrays = explainer(images, labels), explainer(images.numpy(), labels.numpy())
+    assert_type(of_tensors, kdx.Explanation[Tensor])
+    assert_type(of_arrays.layers["layer1"].distilled.maps, Numbers)
+    assert_type(of_arrays.logits["student"], Numbers)
+    assert isinstance(of_tensors.layers["layer1"].distilled.maps, Tensor)
+    assert isinstance(of_arrays.layers["layer1"].distilled.maps, np.ndarray)
+    value, interval = of_arrays.layers["layer1"].contrasts["RS(S|B) - RS(B|S)"]
+    assert interval[0] <= value <= interval[1]

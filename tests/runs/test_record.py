@@ -66,8 +66,8 @@ def test_a_folder_that_cannot_be_read_is_an_error_with_a_hint(tmp_path: Path, sp
 def test_a_record_contains_what_the_files_contain(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", images=8, gallery=4)
     run = read_run(folder)
-    manifest, stored = (json.loads((folder / name).read_text()) for name in (schema.MANIFEST, schema.SCORES))
-    samples = pq.read_table(folder / schema.SAMPLES).to_pydict()
+    manifest, stored = (json.loads((folder / name).read_text()) for name in (schema.MANIFEST, schema.SCORES_FILE))
+    samples = pq.read_table(folder / schema.SAMPLES_FILE).to_pydict()
     assert run.manifest == manifest
     assert run.roles == ("teacher", "base", "student")
     assert run.layers == manifest["configuration"]["layers"]
@@ -86,7 +86,7 @@ def test_a_record_contains_what_the_files_contain(tmp_path: Path) -> None:
                 name: entry["value"] for name, entry in stored["layers"][layer][kind].items()
             }
     rows = [3, 1]
-    array = np.asarray(zarr.open_array(folder / schema.MAPS / "layer3" / "missed", mode="r"))
+    array = np.asarray(zarr.open_array(folder / schema.MAPS_FILE / "layer3" / "missed", mode="r"))
     assert np.array_equal(run.maps("layer3", "missed", rows), array[rows])
     assert run.maps("layer3", "missed", []).shape == (0, *array.shape[1:])
     assert run.picture(2).size == (32, 32)

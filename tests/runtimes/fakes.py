@@ -48,7 +48,7 @@ class FakeOnnxRuntime:
         self.InferenceSession = InferenceSession
 
     def get_available_providers(self) -> list[str]:
-        return ["CPUExecutionProvider", *(["CUDAExecutionProvider", "TensorrtExecutionProvider"] if self.compiled else [])]
+        return ["CPUExecutionProvider", *(["CUDAExecutionProvider"] if self.compiled else [])]
 
     def preload_dlls(self) -> None:
         pass

@@ -211,7 +211,7 @@ def test_bfloat16_would_round_an_explainer_files_geometry(files: dict[str, Path]
 # ---- the explainer ----
 
 
-def explained(**settings: Any) -> Explanation:
+def explained(**settings: Any) -> Explanation[Any]:
     with Explainer(**{"layers": LAYERS, "permutations": 9, **settings}) as explainer:
         return explainer(images(32), torch.arange(32) % 4)
 

@@ -167,7 +167,7 @@ def test_rotated_tiles_have_the_null_distribution_of_permutations() -> None:
     spread = []
     for n in (256, 257):
         named = {"x": rows_of(x[:n], "x"), "y": rows_of(y[:n], "y")}
-        sums = inner_products.inner_products(named, ["y"], permutations=1999)
+        sums = inner_products.inner_products(named, ["y"], inner_products.Sampling(permutations=1999))
         values = correlation(uncertainty.with_permuted(sums.products, 1, sums.permuted["y"]))
         spread.append([float(values.mean()), float(values.std())])
     assert abs(spread[0][0] - spread[1][0]) < 0.2 * spread[0][1]
