@@ -1,7 +1,7 @@
 """The baselines of kdx: the method as it is published, as a careful engineer writes it in PyTorch, and the latter compiled.
 
 The published method is implemented from its description: "On Explaining Knowledge Distillation: Measuring and Visualising the
-Knowledge Transfer Process" (Adhane, Dehshibi, Vetter, Masip, Roig; WACV 2025, arXiv 2412.13943). It uses none of kdx's arithmetic,
+Knowledge Transfer Process" (Adhane, Dehshibi, Vetter, Masip, Roig; WACV 2025, arXiv 2412.13943). It does not use the arithmetic of kdx,
 so that its agreement with kdx is evidence; only the rule that turns a layer's output into a feature map [n, C, H, W] is kdx's.
 
 Images must be normalised for the networks, and the networks must be in evaluation mode. No in-place operation may follow the layer: it

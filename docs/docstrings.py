@@ -14,7 +14,7 @@ PUBLISHED = re.findall(r"^::: (\S+)", Path(__file__).with_name("api.md").read_te
 
 
 def as_markdown(text: str, parameters: Collection[str] = ()) -> str:
-    """A docstring as Markdown: doctests become code blocks, and what is said of each parameter an entry of a list.
+    """A docstring as Markdown: doctests become code blocks, and the description of each parameter becomes an entry of a list.
 
     A sentence that begins with names of parameters and a colon begins such an entry. Formulas keep their brackets and
     asterisks, and a name in single backticks becomes a link if the reference has it.

@@ -155,7 +155,7 @@ def flow_svg() -> str:
     middle = [(100 + column * 190, 20 + row * 90) for column, row in PLACES]
     arrows = [_arrow(middle[start], middle[end], 160, 52) for start, end in FLOWS]
     boxes = [_box(*place, text, folder, 160, 52) for place, (text, folder) in zip(middle, STEPS, strict=True)]
-    return svg("The way of the data, with the folder that does each step.", 880, 290, arrows + boxes)
+    return svg("The data flow, with the folder that does each step.", 880, 290, arrows + boxes)
 
 
 def _box(x: float, y: float, text: str, folder: str = "", width: int = WIDTH, height: int = HEIGHT) -> str:
