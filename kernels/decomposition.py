@@ -86,14 +86,14 @@ def expanded(weights: Tensor, own: Tensor, blocks: Iterable[tuple[slice, Tensor]
     [r, C, P] there; all features are minus one centre. own_norms [l, P] and norms [n, P]: `squared_norms`. If the blocks are a part of
     the n images, the sum is over that part.
     """
-    m, l, _ = weights.shape
-    mixed = torch.zeros(m * l, own[0].numel(), dtype=own.dtype, device=own.device)
-    result = torch.zeros(m, l, own.shape[2], dtype=torch.float64, device=own.device)
+    count = len(weights)
+    mixed = torch.zeros(count * len(own), own[0].numel(), dtype=own.dtype, device=own.device)
+    result = torch.zeros(count, len(own), own.shape[2], dtype=torch.float64, device=own.device)
     for place, columns in blocks:
         part = weights[:, :, place]
         mixed.addmm_(part.to(own.dtype).flatten(0, 1), columns.flatten(1))
         result += part.sum(2)[:, :, None] * own_norms + part @ norms[place]
-    return result.sub_(mixed.view(m, *own.shape).mul_(own).sum(2), alpha=2)
+    return result.sub_(mixed.view(count, *own.shape).mul_(own).sum(2), alpha=2)
 
 
 def squared_norms(features: Tensor) -> Tensor:

@@ -34,9 +34,7 @@ class SetGradient:
     residual_norm: float
 
     @classmethod
-    def of(
-        cls, geometry: SetGeometry, products: Tensor, explained: int, given: int, target: int, objective: ObjectiveName
-    ) -> SetGradient:
+    def of(cls, geometry: SetGeometry, products: Tensor, explained: int, given: int, target: int, objective: ObjectiveName) -> SetGradient:
         """products [k, k]: those of the geometry, or those under a permutation."""
         if objective == "uniqueness":
             return _uniqueness(geometry, explained, given)
@@ -94,7 +92,9 @@ def _symmetric_maxima(maxima: Tensor, own: slice) -> Tensor:
     place = torch.arange(len(rows), device=maxima.device)
     strip[place, rows] += 1
     inside = ((maxima >= own.start) & (maxima < own.start + len(rows))).nonzero()[:, 0]
-    strip.index_put_((maxima[inside] - own.start, inside), torch.ones(len(inside), dtype=torch.float64, device=maxima.device), accumulate=True)
+    strip.index_put_(
+        (maxima[inside] - own.start, inside), torch.ones(len(inside), dtype=torch.float64, device=maxima.device), accumulate=True
+    )
     sums = 1 + torch.bincount(maxima, minlength=n).double()
     shift = sums / (n - 2) - n / ((n - 1) * (n - 2))
     strip -= shift[own, None] + shift

@@ -163,9 +163,7 @@ class SetFeatures:
         return self.norms.sum(1)
 
 
-def strip_shares(
-    features: SetFeatures, own: Tensor, rows: Tensor, pairs: PairWeights, halves: Sequence[Sequence[slice]]
-) -> Tensor:
+def strip_shares(features: SetFeatures, own: Tensor, rows: Tensor, pairs: PairWeights, halves: Sequence[Sequence[slice]]) -> Tensor:
     """sum_j W_ij |F_i(p) - F_j(p)|^2 [halves, m, l, P] over the images j of each half of the set, for the images ``rows`` [l].
 
     own [l, C, P]: the features of these images.

@@ -262,5 +262,5 @@ class _Layer:
 
 
 def _whole(maps: Tensor) -> Tensor:
-    """The maps of the whole set from those of its halves, which come last. Shares add up; UniCAM's maps come with those of the whole set."""
+    """The maps of the whole set: the sum over both halves, or the first of three if the halves do not add up."""
     return maps[0] if len(maps) == 3 else maps.sum(0)
