@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -86,9 +87,10 @@ def _train_teacher(distillation: Distillation, on_epoch: EpochCallback) -> None:
         loop.train(_label_training(distillation, "teacher"), distillation.folder, on_epoch)
         return
     network, path = distillation.initial_network("teacher"), distillation.weights_path("teacher")
-    recipe = checkpoints.Recipe({"given": models.weights_hash(network)})
+    trained_on = {} if distillation.teacher_data is None else {checkpoints.TRAINED_ON: asdict(distillation.teacher_data)}
+    recipe = checkpoints.Recipe({"given": models.weights_hash(network), **trained_on})
     if not checkpoints.is_finished(path, recipe):
-        checkpoints.save_weights(path, network.state_dict(), recipe, distillation.teacher_data)
+        checkpoints.save_weights(path, network.state_dict(), recipe)
     on_epoch(EpochResult("teacher", 1, 1))
 
 
@@ -99,7 +101,7 @@ def _train_base(distillation: Distillation, checkpoint: Path | str | None, on_ep
             raise KdxError(f"There is no base checkpoint {checkpoint}.", "Give the base.safetensors that another run of kdx distill wrote.")
         module = distillation.initial_network("base")
         models.load_weights(module, Path(checkpoint))
-        checkpoints.save_weights(path, module.state_dict(), training.recipe, training.training_data)
+        checkpoints.save_weights(path, module.state_dict(), training.recipe)
     loop.train(training, distillation.folder, on_epoch)
 
 
@@ -151,7 +153,6 @@ def _training(
         validation=distillation.images["validation"],
         epochs=distillation.epochs(role),
         recipe=recipe,
-        training_data=distillation.training_data,
         settings=distillation.settings,
         device=distillation.device,
     )
