@@ -84,6 +84,12 @@ def test_explained_images_are_those_that_training_left_out(photos: Path, trained
     choice = choose_split(open_data(str(copy)), models_file.read_models(trained / "models.toml"), None, 0)
     explained = {open_data(str(copy)).ids[index] for index in choice.indices}
     assert len(explained) == 20 and len(read) == 60 and not explained & read
+    for name in explained | {"dark/0.png"}:  # other data, with at least one image of each class
+        (trained / "part" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(photos / name, trained / "part" / name)
+    part = open_data(str(trained / "part"))
+    choice = choose_split(part, models_file.read_models(trained / "models.toml"), None, 0)
+    assert choice.used is not None and {part.ids[row] for row in np.flatnonzero(choice.used)} == {"dark/0.png"} & read
 
 
 @pytest.mark.parametrize("seed", [0, 1, 9])
