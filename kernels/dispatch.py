@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdx.choices import ObjectiveName
 from kdx.errors import KdxError
-from kdx.kernels import cuda, fused, geometry
+from kdx.kernels import cuda, decomposition, fused, fused_shares, geometry
 from kdx.kernels.cuda import Backend
 
 
@@ -125,6 +125,10 @@ class TorchBackend:
         """`geometry.cam`."""
         return geometry.cam(features, weights)
 
+    def shares(self, features: Tensor, distances: Tensor, matrix: Tensor) -> Tensor:
+        """`decomposition.shares` [n, P] of features [n, C, P], their distances [n, n] and a U-centred matrix [n, n], in float64."""
+        return decomposition.shares(features, distances, matrix)
+
 
 class CudaBackend(TorchBackend):
     """The CUDA kernels. PyTorch computes what no kernel covers: float64, a user's own objective, and Laplacians in reference mode."""
@@ -187,6 +191,11 @@ class CudaBackend(TorchBackend):
 
     def cam(self, features: Tensor, weights: Tensor) -> Tensor:
         return super().cam(features, weights) if features.dtype == torch.float64 else fused.cam(features, weights)
+
+    def shares(self, features: Tensor, distances: Tensor, matrix: Tensor) -> Tensor:
+        if features.dtype == torch.float64:
+            return super().shares(features, distances, matrix)
+        return fused_shares.shares(features, distances, matrix)
 
 
 def chosen(x: Tensor, backend: Backend = "auto") -> TorchBackend:
