@@ -25,3 +25,9 @@ Weighting = Literal["gap", "elementwise"]
 
 Features = Literal["raw", "salient"]
 """The features that scores compare: each network's features of the images, or of its own salient images."""
+
+GeometryName = Literal["auto", "whole", "reference", "batch"]
+"""The images that an image is compared with: the whole set, a fixed reference set, or the images of its batch, as published."""
+
+StoredPrecision = Literal["float32", "float16"]
+"""The number format of features on disk."""

@@ -6,7 +6,7 @@ maps, scores and contrasts are those that do not name it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,7 +82,7 @@ CONDITIONAL: dict[str, Definition] = {
 }
 SCORES: dict[str, Definition] = SIMILARITY | RELEVANCE | CONDITIONAL
 
-CONTRASTS: tuple[tuple[str, str], ...] = (("FSS(S,T)", "FSS(B,T)"), ("RS(S|B)", "RS(B|S)"))
+CONTRASTS: tuple[tuple[str, str], ...] = (("FSS(S,T)", "FSS(B,T)"), ("RS(S|B)", "RS(B|S)"), ("RS(S)", "RS(B)"))
 """Pairs of scores whose difference shows an effect of distillation."""
 
 
@@ -90,8 +90,45 @@ def contrast_name(more: str, less: str) -> str:
     return f"{more} - {less}"
 
 
-LIKENESS, BALANCE = (contrast_name(more, less) for more, less in CONTRASTS)
-"""LIKENESS: is the student closer to the teacher than the base is? BALANCE: which of student and base is more relevant beyond the other?"""
+LIKENESS, BALANCE, GAIN = (contrast_name(more, less) for more, less in CONTRASTS)
+"""LIKENESS: is the student closer to the teacher than the base is? BALANCE: which of student and base is more relevant beyond the other?
+GAIN: are the student's features more relevant than the base's?"""
+
+
+@dataclass(frozen=True)
+class ScoreMap:
+    """A kind of signed map that adds up to a score or a contrast: a difference of shares of its numerator (`kdx.decompose`).
+
+    name: in files. score: the score or contrast that the maps add up to. symbol: the score as a map, with the role over whose positions
+    it is distributed first. shares: (role, matrix) pairs: the role over whose positions, and the matrix with which, a share is computed.
+    """
+
+    name: str
+    score: str
+    symbol: str
+    shares: tuple[tuple[str, str], ...]
+    meaning: str
+
+
+def _score_maps() -> Iterator[ScoreMap]:
+    for role in ("student", "base", "teacher"):
+        meaning = f"Where the {role}'s features are relevant to the target."
+        yield ScoreMap(f"rs_{role}", f"RS({LETTERS[role]})", f"RS({LETTERS[role]})", ((role, TARGET),), meaning)
+    for kind in MAPS.values():
+        meaning = f"Where the {kind.explained} is relevant beyond the {kind.given} (positive), or falls short of it (negative)."
+        shares = (kind.explained, TARGET), (kind.given, TARGET)
+        yield ScoreMap(f"rs_{kind.explained}_given_{kind.given}", kind.score, kind.score, shares, meaning)
+    meaning = "Where the student is more relevant than the base (positive), or less (negative)."
+    yield ScoreMap("rs_student_minus_base", GAIN, GAIN, (("student", TARGET), ("base", TARGET)), meaning)
+    for role in ("student", "base"):
+        meaning = f"Where the {role} is like the teacher."
+        yield ScoreMap(f"fss_{role}", f"FSS({LETTERS[role]},T)", f"FSS({LETTERS[role]},T)", ((role, "teacher"),), meaning)
+    yield ScoreMap("fss_teacher", "FSS(S,T)", "FSS(T,S)", (("teacher", "student"),), "Where the teacher is like the student.")
+    meaning = "Where the student is more like the teacher than the base is (positive), or less (negative)."
+    yield ScoreMap("fss_student_minus_base", LIKENESS, LIKENESS, (("student", "teacher"), ("base", "teacher")), meaning)
+
+
+SCORE_MAPS: dict[str, ScoreMap] = {kind.name: kind for kind in _score_maps()}
 
 
 def roles_among(present: Collection[str]) -> tuple[str, ...]:
@@ -114,6 +151,16 @@ def scores_among(roles: Collection[str]) -> dict[str, Definition]:
 def contrasts_among(roles: Collection[str]) -> tuple[tuple[str, str], ...]:
     """The contrasts whose two scores these roles have."""
     return tuple(pair for pair in CONTRASTS if set(pair) <= scores_among(roles).keys())
+
+
+def score_maps_among(roles: Collection[str]) -> dict[str, ScoreMap]:
+    """The maps that add up to a score of these roles."""
+    return {name: kind for name, kind in SCORE_MAPS.items() if {role for share in kind.shares for role in share} <= {*roles, TARGET}}
+
+
+def shares_among(roles: Collection[str]) -> tuple[tuple[str, str], ...]:
+    """The (role, matrix) shares from which the score maps of these roles are combined."""
+    return tuple(dict.fromkeys(share for kind in score_maps_among(roles).values() for share in kind.shares))
 
 
 def permuted_among(roles: Collection[str]) -> tuple[str, ...]:

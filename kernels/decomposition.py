@@ -14,6 +14,9 @@ difference.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -32,54 +35,95 @@ def shares(features: Tensor, distances: Tensor, matrix: Tensor) -> Tensor:
     The result is float64. Features of half precision are computed in float32.
     """
     features = geometry.wide(features)
-    near = _near(distances, geometry.REPAIR_BELOW[features.dtype])
-    if features.dtype == torch.float32 and len(near[0]) > _MANY * distances.numel():
-        features = features.double()
-        near = _near(distances, geometry.REPAIR_BELOW[features.dtype])
-    apart = distances > 0
-    pair_weights = torch.where(apart, matrix / torch.where(apart, distances, 1.0), 0.0)
-    direct = pair_weights[near]
-    pair_weights[near] = 0.0
+    squared = distances.square()
+    norms = squared.mean(1) - squared.sum() / (2 * len(squared) ** 2)  # |x_i - mean|^2
+    pairs = PairWeights.of(distances, matrix[None], norms, norms, features.dtype)
+    features = features.to(pairs.dtype)
     n, channels, positions = features.shape
-    result = distances.new_zeros(n, positions)
-    weights, rows = pair_weights.to(features.dtype), pair_weights.sum(1)
+    result = distances.new_zeros(1, n, positions)
     step = max(1, _ELEMENTS // (n * channels))
     for start in range(0, positions, step):
         part = slice(start, start + step)
         columns = features[:, :, part] - features[:, :, part].mean(0)
-        mixed = (weights @ columns.flatten(1)).reshape(columns.shape)
-        cross = mixed.mul_(columns).sum(1).double()
-        norms = columns.square_().sum(1).double()
-        result[:, part] = rows[:, None] * norms - 2 * cross + pair_weights @ norms
-    _add_directly(result, features, near, direct)
-    return result
+        q = squared_norms(columns)
+        result[:, :, part] = expanded(pairs.weights, columns, [(slice(0, n), columns)], q, q)
+    add_directly(result, *pairs.close, pairs.direct, lambda i, j: features[i] - features[j])
+    return result[0]
 
 
-def _near(distances: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """The pairs (i, j) whose squared distance is not zero and below ``share`` of the sum of their squared norms about the mean.
+@dataclass(frozen=True, eq=False)
+class PairWeights:
+    """W = G/D for m matrices G, of l images against n, with the close pairs apart.
 
-    The norms follow from the distances: |x_i - mean|^2 = sum_j D_ij^2 / n - sum_ij D_ij^2 / (2 n^2).
+    weights [m, l, n], float64: zero for pairs at distance zero, and for close pairs, of which the expanded form loses too many digits.
+    close: the close pairs (i, j). direct [m, pairs]: their weights. dtype: the type in which the expanded form of the others is exact
+    enough.
     """
-    squared = distances.square()
-    n = len(squared)
-    norms = squared.mean(1) - squared.sum() / (2 * n**2)
-    close = squared < share * (norms[:, None] + norms[None, :])
+
+    weights: Tensor
+    close: tuple[Tensor, Tensor]
+    direct: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, distances: Tensor, matrices: Tensor, own_norms: Tensor, norms: Tensor, dtype: torch.dtype) -> PairWeights:
+        """distances [l, n], U-centred matrices [m, l, n], squared norms [l] and [n] of the features about one centre, their type."""
+        close = _close(distances, own_norms, norms, dtype)
+        if dtype == torch.float32 and len(close[0]) > _MANY * distances.numel():
+            dtype = torch.float64
+            close = _close(distances, own_norms, norms, dtype)
+        apart = distances > 0
+        weights = torch.where(apart, matrices / torch.where(apart, distances, 1.0), 0.0)
+        direct = weights[:, close[0], close[1]]
+        weights[:, close[0], close[1]] = 0.0
+        return cls(weights, close, direct, dtype)
+
+
+def expanded(weights: Tensor, own: Tensor, blocks: Iterable[tuple[slice, Tensor]], own_norms: Tensor, norms: Tensor) -> Tensor:
+    """sum_j W_ij |F_i(p) - F_j(p)|^2 [m, l, P] in the expanded form, for l images against n, which come in blocks.
+
+    weights [m, l, n], float64. own [l, C, P]: the features of the l images. blocks: places among the n images, and the features
+    [r, C, P] there; all features are minus one centre. own_norms [l, P] and norms [n, P]: `squared_norms`. If the blocks are a part of
+    the n images, the sum is over that part.
+    """
+    count = len(weights)
+    mixed = torch.zeros(count * len(own), own[0].numel(), dtype=own.dtype, device=own.device)
+    result = torch.zeros(count, len(own), own.shape[2], dtype=torch.float64, device=own.device)
+    for place, columns in blocks:
+        part = weights[:, :, place]
+        mixed.addmm_(part.to(own.dtype).flatten(0, 1), columns.flatten(1))
+        result += part.sum(2)[:, :, None] * own_norms + part @ norms[place]
+    return result.sub_(mixed.view(count, *own.shape).mul_(own).sum(2), alpha=2)
+
+
+def squared_norms(features: Tensor) -> Tensor:
+    """|F_i(p)|^2 [n, P] in float64, of features [n, C, P]."""
+    return features.square().sum(1).double()
+
+
+def add_directly(result: Tensor, rows: Tensor, columns: Tensor, direct: Tensor, difference: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Add W_ij |F_i(p) - F_j(p)|^2 of the pairs (rows, columns), with weights ``direct`` [m, pairs], to ``result`` [m, l, P].
+
+    difference: F_i - F_j [k, C, P] of k pairs.
+    """
+    start, step = 0, 1
+    while start < len(rows):
+        i, j = rows[start : start + step], columns[start : start + step]
+        squared = difference(i, j).square()
+        result.index_add_(1, i, direct[:, start : start + step, None] * squared.sum(1, dtype=torch.float64))
+        start, step = start + step, max(1, _ELEMENTS // squared[0].numel())
+
+
+def _close(distances: Tensor, own_norms: Tensor, norms: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The pairs whose squared distance is not zero and is too small a share of their squared norms for the expanded form."""
+    close = distances.square() < geometry.REPAIR_BELOW[dtype] * (own_norms[:, None] + norms)
     rows, columns = torch.nonzero(close & (distances > 0), as_tuple=True)
     return rows, columns
 
 
-def _add_directly(result: Tensor, features: Tensor, pairs: tuple[Tensor, Tensor], weights: Tensor) -> None:
-    """Add W_ij |F_i(p) - F_j(p)|^2 of the pairs (i, j) to the rows i of ``result`` [n, P]."""
-    step = max(1, _ELEMENTS // features[0].numel())
-    for start in range(0, len(weights), step):
-        i, j = (index[start : start + step] for index in pairs)
-        squared = (features[i] - features[j]).square().sum(1, dtype=torch.float64)
-        result.index_add_(0, i, weights[start : start + step, None] * squared)
-
-
 def spread(maps: Tensor, height: int, width: int) -> Tensor:
-    """Maps [n, h, w] on a grid of ``height`` x ``width``: each cell's mass is distributed by area, so that sums stay the same."""
-    rows, columns = _overlap(maps.shape[1], height, maps), _overlap(maps.shape[2], width, maps)
+    """Maps [..., h, w] on a grid of ``height`` x ``width``: each cell's mass is distributed by area, so that sums stay the same."""
+    rows, columns = _overlap(maps.shape[-2], height, maps), _overlap(maps.shape[-1], width, maps)
     result: Tensor = rows @ maps @ columns.T
     return result
 

@@ -20,7 +20,7 @@ Randomisation by a subgroup: Hemerik and Goeman, "Exact testing with random perm
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -143,12 +143,16 @@ class Swept:
     """The inner products of k matrices, normalised as in `geometry.products`.
 
     products [k, k]; left_out [units, k, k]: without each unit; permuted: maps the number of a permuted matrix to its products [p, k]
-    with the other matrices (its norm does not change, and is not computed again).
+    with the other matrices (its norm does not change, and is not computed again). order: the images in tiles, in which every permutation
+    turns a tile by a number of places. turns [tiles, p]: these numbers. rows [k, n]: the sums of the distances of each image.
     """
 
     products: Tensor
     left_out: Tensor
     permuted: dict[int, Tensor]
+    order: list[Tensor]
+    turns: list[Tensor]
+    rows: Tensor
 
 
 def sweep(
@@ -159,11 +163,15 @@ def sweep(
     biased: bool = False,
     seed: int = 0,
     ops: TorchBackend = TorchBackend(),
+    keep: Callable[[int, int, Tensor], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Swept:
     """Inner products over all images of k matrices of the same n >= 4 images.
 
     permuted: the numbers of the matrices whose images are permuted, ``permutations`` times. biased: double-centred instead of
-    U-centred. ops: the backend that computes distances. Raises ValueError if the matrices differ in their number of images.
+    U-centred. ops: the backend that computes distances. keep: receives each tile (a, b) with its distances [k, l, r], which it may not
+    change; a <= b. progress: receives the number of finished tiles and of all tiles. Raises ValueError if the matrices differ in their
+    number of images.
     """
     measured = [m for m in matrices if isinstance(m, FeatureDistances)]
     n, *others = (len(m.codes) if isinstance(m, ClassDistances) else m.rows.shape[0] for m in matrices)
@@ -178,11 +186,20 @@ def sweep(
     offsets = [torch.zeros_like(m.means()) if biased else m.means() - m.means().mean() / 2 for m in matrices]
     shifted = [_ShiftedMatrix(m, offset, ops) for m, offset in zip(matrices, offsets, strict=True)]
     d = torch.empty(0, dtype=torch.float64, device=device)
-    for a, b in _pairs(len(tiles)):
+    pairs = list(_pairs(len(tiles)))
+    for done, (a, b) in enumerate(pairs):
         shape = (len(shifted), len(tiles[a]), len(tiles[b]))
         d = d if d.shape == shape else d.new_empty(shape)  # reuse memory that is already mapped
-        sums.add(a, b, torch.stack([matrix.tile(tiles[a], tiles[b]) for matrix in shifted], out=d))
-    return sums.combined(biased)
+        for matrix, tile in zip(shifted, d, strict=True):
+            matrix.distances(tiles[a], tiles[b], tile)
+        if keep is not None:
+            keep(a, b, d)
+        for matrix, tile in zip(shifted, d, strict=True):
+            matrix.shift(tiles[a], tiles[b], tile)
+        sums.add(a, b, d)
+        if progress is not None:
+            progress(done + 1, len(pairs))
+    return sums.combined(biased, torch.stack(offsets))
 
 
 def turned_products(centred: Tensor, permuted: int, turns: Tensor) -> Tensor:
@@ -236,12 +253,16 @@ class _ShiftedMatrix:
         self._offsets = offsets
         self._left: tuple[Tensor, Tensor] | None = None  # the images of the tile's rows, and their features
 
-    def tile(self, left: Tensor, right: Tensor) -> Tensor:
-        """The tile [l, r] of the images ``left`` [l] and ``right`` [r], which are the same tensor or have no image in common."""
+    def distances(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """The distances [l, r] of the images ``left`` [l] and ``right`` [r], which are the same tensor or have no image in common."""
         matrix = self._matrix
-        d = matrix.tile(left, right) if isinstance(matrix, ClassDistances) else self._measured(matrix, left, right)
+        out.copy_(matrix.tile(left, right) if isinstance(matrix, ClassDistances) else self._measured(matrix, left, right))
+
+    def shift(self, left: Tensor, right: Tensor, d: Tensor) -> None:
+        """Subtract the offsets from these distances in place."""
         d.sub_(self._offsets[left][:, None]).sub_(self._offsets[right])
-        return d.fill_diagonal_(0) if left is right else d
+        if left is right:
+            d.fill_diagonal_(0)
 
     def _measured(self, matrix: FeatureDistances, left: Tensor, right: Tensor) -> Tensor:
         if self._left is None or self._left[0] is not left:
@@ -260,6 +281,7 @@ class _Sums:
 
     def __init__(self, tiles: Sequence[Tensor], k: int, permuted: Sequence[int], turns: Sequence[Tensor]) -> None:
         n, device = sum(map(len, tiles)), tiles[0].device
+        self._tiles = list(tiles)
         self._permuted, self._turns = list(permuted), turns
         self._places = [slice(start, start + len(part)) for start, part in zip(range(0, n, len(tiles[0])), tiles, strict=True)]
         # The images are in random order, so consecutive parts are random parts.
@@ -309,8 +331,8 @@ class _Sums:
                 sums[m, i] = torch.fft.irfft2(spectra[i].conj() * spectra[matrix], s=d.shape[1:]).flatten()[place]
         return sums
 
-    def combined(self, biased: bool) -> Swept:
-        """The inner products from the sums."""
+    def combined(self, biased: bool, offsets: Tensor) -> Swept:
+        """The inner products from the sums. offsets [k, n]: what was subtracted from the rows and columns of each matrix."""
         rows, n = self._rows.sum(2), self._rows.shape[1]
         pairs, totals = self._pairs.sum((2, 3)), rows.sum(1)
         products = geometry.combined(pairs, rows @ rows.T, totals[:, None] * totals, n, biased)
@@ -331,7 +353,10 @@ class _Sums:
             matrix: geometry.combined(turned.T, self._turned_rows(rows, matrix), totals * totals[matrix], n, biased)
             for matrix, turned in zip(self._permuted, self._turned, strict=True)
         }
-        return Swept(products, left_out, permuted)
+        # With the subtracted u_i + u_j (i != j), a row sums to (n - 2) u_i + sum_j u_j more.
+        shifted = offsets[:, torch.cat(self._tiles)]
+        sums = rows + (n - 2) * shifted + shifted.sum(1, keepdim=True)
+        return Swept(products, left_out, permuted, self._tiles, list(self._turns), sums)
 
     def _turned_rows(self, rows: Tensor, matrix: int) -> Tensor:
         """sum_i r_i s_pi(i) [p, k] of the row sums [k, n] and the permuted row sums of ``matrix``."""

@@ -265,12 +265,12 @@ class _Pair:
         )
 
 
-def check_residual(share: Tensor, *rows: Tensor) -> None:
+def check_residual(share: Tensor, *rows: Tensor, rounding: float = 0.0) -> None:
     """Raise KdxError if ``share`` = ||R||/||D|| is only rounding error: then the given features explain the explained ones completely.
 
-    rows: the features that distances were measured between; their type and width determine the rounding.
+    rows: the features that distances were measured between; their type and width determine the rounding. rounding: it, if it is known.
     """
-    if not bool((share > max(map(arrays.rounding, rows))).all()):  # in this form NaN fails too
+    if not bool((share > max((rounding, *map(arrays.rounding, rows)))).all()):  # in this form NaN fails too
         raise KdxError(
             "Nothing is left of the explained features: the given features explain them completely.",
             "Compare two different networks or layers; identical networks have no residual.",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kdx.report import wording
-from kdx.roles import BALANCE, CONDITIONAL, LIKENESS, RELEVANCE, SCORES, SIMILARITY
+from kdx.roles import BALANCE, CONDITIONAL, GAIN, LIKENESS, RELEVANCE, SCORES, SIMILARITY
 from kdx.runs.record import Entry, RunRecord
 
 TABLES = (
     ("Likeness to the teacher", "FSS", (*SIMILARITY, LIKENESS)),
-    ("Relevance to the labels", "RS", (*RELEVANCE,)),
+    ("Relevance to the labels", "RS", (*RELEVANCE, GAIN)),
     ("Relevance beyond another network", "RS(·|·)", (*CONDITIONAL, BALANCE)),
 )
 """Title, symbol and names of each table: the scores, then their contrast."""

@@ -15,7 +15,7 @@ FEW_BATCHES = 20
 
 _DIFFERENCE_INTERVAL = "interval of the difference"
 
-_LIKENESS_SCORES, _BALANCE_SCORES = CONTRASTS
+_LIKENESS_SCORES, _BALANCE_SCORES, *_ = CONTRASTS
 
 
 @dataclass(frozen=True)

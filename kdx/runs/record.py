@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdx.errors import KdxError
-from kdx.roles import READING_ORDER, contrast_name, contrasts_among, scores_among
+from kdx.roles import READING_ORDER, contrast_name, contrasts_among, maps_among, score_maps_among, scores_among
 from kdx.runs import schema
 from kdx.runs.schema import Manifest, StoredScore, StoredScores, UnreadableImage
 
@@ -63,6 +63,37 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class MapSummary:
+    """A kind of map at a layer, over all images.
+
+    empty: the share of maps that are zero everywhere. strength: the mean over the images of the mean absolute value. stability: the median
+    correlation between the two maps of an image that have either half of the set as context; None if it is not known. null_strength: the
+    95% quantile of the strength under a permuted target, on the scale on which 1 is the mean strength of the layer's maps; above_null: the
+    share of maps that are stronger. Both are None where no permuted maps were computed.
+    """
+
+    empty: float
+    strength: float
+    stability: float | None
+    null_strength: float | None
+    above_null: float | None
+
+
+@dataclass(frozen=True)
+class MapColumns:
+    """One kind of map at a layer, per image, in the order of samples.parquet.
+
+    total [n]: the sum over the positions; for a map that adds up to a score, the image's contribution to the score, and the contributions
+    of all images add up to it. strength [n]: the mean absolute value, where 1 is the mean over the layer's images. stability [n]: see
+    `MapSummary`; NaN where it is not known.
+    """
+
+    total: NDArray[np.floating]
+    strength: NDArray[np.floating]
+    stability: NDArray[np.floating]
+
+
+@dataclass(frozen=True)
 class NetworkResult:
     """One network of a run. ``parameters`` is None where the number is not known; ``correct`` counts among ``n`` images."""
 
@@ -106,6 +137,7 @@ class RunRecord:
     layers: dict[str, str]  # student layer -> teacher layer
     scores: dict[str, dict[str, Entry]]  # layer -> name -> entry
     contrasts: dict[str, dict[str, Entry]]
+    map_summaries: dict[str, dict[str, MapSummary]]  # layer -> kind -> summary; empty for runs of older versions
     samples: Samples
     confidence: float
     permutations: int | None
@@ -133,6 +165,24 @@ class RunRecord:
     def class_name(self, index: int) -> str:
         """The name of a class. A network may predict a class that the data set has no name for."""
         return self.classes[index] if 0 <= index < len(self.classes) else f"class {index}"
+
+    @property
+    def map_kinds(self) -> tuple[str, ...]:
+        """The kinds of map that the run contains: UniCAM's, then those that add up to a score."""
+        first = next(iter(self.layers))
+        return (*maps_among(self.roles), *(kind for kind in score_maps_among(self.roles) if kind in self.map_summaries.get(first, {})))
+
+    def map_columns(self, layer: str, kind: str) -> MapColumns | None:
+        """The statistics of one kind of map per image; None for a run of an older version, which does not have them."""
+        import pyarrow.parquet
+
+        names = [schema.map_column(layer, kind, name) for name in schema.MAP_COLUMNS]
+        with _damage_is_lost_result(self.folder):
+            path = self.folder / schema.SAMPLES_FILE
+            if not set(names) <= set(pyarrow.parquet.read_schema(path).names):
+                return None
+            table = pyarrow.parquet.read_table(path, columns=names)
+            return MapColumns(*(table[name].to_numpy() for name in names))
 
     def maps(self, layer: str, kind: str, rows: Sequence[int]) -> NDArray[np.float32]:
         """The maps [len(rows), h, w] of these rows at their stored resolution. Raises LostResult where the run does not have them."""
@@ -184,7 +234,15 @@ def read_run(folder: Path) -> RunRecord:
             networks={role: _network(role, manifest, stored["accuracy"][role]) for role in roles},
             layers=layers,
             scores={layer: _entries(stored["layers"][layer]["scores"], scores_among(roles)) for layer in layers},
-            contrasts={layer: _entries(stored["layers"][layer]["contrasts"], contrasts) for layer in layers},
+            contrasts={
+                layer: _entries(known, [name for name in contrasts if name in known])  # older versions had fewer contrasts
+                for layer in layers
+                for known in [stored["layers"][layer]["contrasts"]]
+            },
+            map_summaries={
+                layer: {kind: MapSummary(**summary) for kind, summary in stored["layers"][layer].get("maps", {}).items()}
+                for layer in layers
+            },
             samples=_samples(folder, roles),
             confidence=float(configuration["confidence"]),
             permutations=_integer(configuration.get("permutations")),

@@ -4,12 +4,14 @@ No other module defines them. `kdx.runs.run` and `kdx.runs.store` write a folder
 
     manifest.json    everything needed to repeat the run, and whether it is complete
     samples.parquet  one row per image
-    maps.zarr        LAYER/{distilled,residual,missed,new} [rows, h, w], one chunk per batch (the last two only with a teacher)
+    maps.zarr        LAYER/KIND [rows, h, w]: UniCAM's maps (`kdx.roles.MAPS`) and the maps that add up to a score
+                     (`kdx.roles.SCORE_MAPS`). Kinds that involve the teacher exist only with a teacher.
     scores.json      accuracies, and per layer the scores and contrasts; scores.csv has the scores and contrasts as a table
     report.html      the page
     overlays/        the gallery's pictures: ROW.png is an image, ROW_LAYER_KIND.png a map over it
     networks/        the networks as the runtime executes them
-    progress/        one file per finished batch, until the run is complete
+    progress/        one file per finished batch or layer, until the run is complete
+    features/        the features of all images, until the run is complete (or for good, with --keep-features)
     .lock            locked by the process that writes; empty
 """
 
@@ -43,6 +45,7 @@ SCORES_TABLE = "scores.csv"
 PAGE = "report.html"
 NETWORKS = "networks"
 PROGRESS = "progress"
+FEATURES = "features"
 _OVERLAYS = "overlays"
 
 
@@ -110,7 +113,8 @@ class StoredFeatures(TypedDict):
 
 
 class StoredOptions(TypedDict):
-    """The options that a run's results depend on. ``precision`` and ``features`` are omitted at their defaults, float32 and raw."""
+    """The options that a run's results depend on. Those that are not required are omitted at their defaults: float32, raw, batch (or
+    reference, with reference images), float32 and 0. ``batch`` is 0 for the geometry whole, whose results do not depend on it."""
 
     batch: int
     runtime: str
@@ -123,6 +127,9 @@ class StoredOptions(TypedDict):
     confidence: float
     precision: NotRequired[str]
     features: NotRequired[StoredFeatures]
+    geometry: NotRequired[str]
+    stored_precision: NotRequired[str]
+    project: NotRequired[int]
 
 
 class Configuration(StoredOptions):
@@ -185,9 +192,20 @@ class StoredScore(TypedDict):
     batches: int
 
 
+class StoredMaps(TypedDict):
+    """A kind of map at a layer, over all images: see `kdx.runs.record.MapSummary`, which has the same fields."""
+
+    empty: float
+    strength: float
+    stability: float | None
+    null_strength: float | None
+    above_null: float | None
+
+
 class StoredLayer(TypedDict):
     scores: dict[str, StoredScore]
     contrasts: dict[str, StoredScore]
+    maps: NotRequired[dict[str, StoredMaps]]
 
 
 class StoredScores(TypedDict):
@@ -236,6 +254,14 @@ def prediction_column(role: str) -> str:
 
 def confidence_column(role: str) -> str:
     return f"{role}_confidence"
+
+
+MAP_COLUMNS = ("total", "strength", "stability")
+"""What samples.parquet contains of each map: see `kdx.runs.record.MapColumns`."""
+
+
+def map_column(layer: str, kind: str, name: str) -> str:
+    return f"{layer}/{kind}/{name}"
 
 
 class LayerProducts(NamedTuple):
