@@ -48,7 +48,7 @@ LayerOption = Annotated[
     list[str] | None,
     typer.Option("--layer", "-l", help="A layer, or STUDENT_LAYER=TEACHER_LAYER. Repeat the option for more layers.", show_default=False),
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every random choice. The manifest records it.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every random choice except the split of the data. It is recorded.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, a GPU by number such as cuda:1, or auto, which prefers a GPU.")]
 
 
@@ -102,6 +102,9 @@ def distill(
     augment: Annotated[bool, typer.Option("--augment", help="Shift the training images by a few pixels.")] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the training images.")] = False,
     student_images: Annotated[int | None, typer.Option(min=2, help="Train base and student on only this many images.")] = None,
+    split_seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the split into training, validation and test images. The models file records it.")
+    ] = 0,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
 ) -> None:
@@ -118,6 +121,7 @@ def distill(
         alpha=alpha,
         beta=beta,
         seed=seed,
+        split_seed=split_seed,
         augment=augment,
         flip=flip,
         student_images=student_images,
@@ -275,7 +279,7 @@ def explain(
         workers=workers,
         seed=seed,
     )
-    page = run(data, models, out, layer or (), options, command=["kdx", *sys.argv[1:]], announce=typer.echo)
+    page = run(data, models, out, layer or (), options, command=["kdx", *sys.argv[1:]], announce=_announce)
     console().print(scores_table(out))
     typer.echo(f"The page: {page}")
 
@@ -323,6 +327,12 @@ def _file_table(file: Exported) -> Table:
     for name, value in properties.items():
         table.add_row(name, Text(value, overflow="fold"))
     return table
+
+
+def _announce(line: str) -> None:
+    """Print a line; a warning is bold and yellow in a terminal."""
+    warning = line.startswith("Warning: ")
+    typer.secho(line, bold=warning, fg="yellow" if warning else None)
 
 
 def _print_error(line: str, style: str | None = None) -> None:

@@ -14,7 +14,7 @@ difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,21 +34,33 @@ def shares(features: Tensor, distances: Tensor, matrix: Tensor) -> Tensor:
 
     The result is float64. Features of half precision are computed in float32.
     """
+    return context_shares(features, distances, matrix[None], [slice(0, len(features))])[0, 0]
+
+
+def context_shares(features: Tensor, distances: Tensor, matrices: Tensor, contexts: Sequence[slice]) -> Tensor:
+    """`shares` [contexts, m, n, P] for m matrices [m, n, n], with the sum over j restricted to the images of each context."""
     features = geometry.wide(features)
     squared = distances.square()
     norms = squared.mean(1) - squared.sum() / (2 * len(squared) ** 2)  # |x_i - mean|^2
-    pairs = PairWeights.of(distances, matrix[None], norms, norms, features.dtype)
+    pairs = PairWeights.of(distances, matrices, norms, norms, features.dtype)
     features = features.to(pairs.dtype)
     n, channels, positions = features.shape
-    result = distances.new_zeros(1, n, positions)
+    result = distances.new_zeros(len(contexts), len(matrices), n, positions)
     step = max(1, _ELEMENTS // (n * channels))
     for start in range(0, positions, step):
         part = slice(start, start + step)
         columns = features[:, :, part] - features[:, :, part].mean(0)
         q = squared_norms(columns)
-        result[:, :, part] = expanded(pairs.weights, columns, [(slice(0, n), columns)], q, q)
-    add_directly(result, *pairs.close, pairs.direct, lambda i, j: features[i] - features[j])
-    return result[0]
+        for context, share in zip(contexts, result, strict=True):
+            share[:, :, part] = expanded(pairs.weights, columns, [(context, columns[context])], q, q)
+    rows, others = pairs.close
+    member = torch.zeros(n, dtype=torch.bool, device=features.device)
+    for context, share in zip(contexts, result, strict=True):
+        member[:] = False
+        member[context] = True
+        inside = member[others]
+        add_directly(share, rows[inside], others[inside], pairs.direct[:, inside], lambda i, j: features[i] - features[j])
+    return result
 
 
 @dataclass(frozen=True, eq=False)

@@ -102,7 +102,7 @@ def make_run(
         },
         "environment": {"python": "3.11.9", "torch": "2.13.0", "platform": "Linux", "processor": "2 cores"},
         "classes": list(classes),
-        "images": {"planned": images, "explained": images, "unreadable": []},
+        "images": {"planned": images, "explained": images, "unreadable": [], "trained_on": 0},
         "batches": -(-images // 20),
         "method": "kd",
     }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdx.data.class_folders import list_images, natural_key
+from kdx.data.fingerprint import SourceFile, content_fingerprint, fingerprint_of_0_1_0, stamps_of_0_1_0
 from kdx.data.pixels import to_rgb
 from kdx.errors import KdxError
 
@@ -30,17 +31,19 @@ _CIFAR_RECORD = 1 + 3 * 32 * 32
 class Dataset:
     """Labelled images that are decoded on demand.
 
-    ``labels`` [N] index ``classes``. ``ids`` name the images (a path relative to the folder, or ``digits/0012``). ``fingerprint``
-    changes with the names, the labels and the files. ``splits`` are the indices of the splits that the data itself defines.
+    ``labels`` [N] index ``classes``. ``ids`` name the images (a path relative to the folder, or ``digits/0012``). ``files`` are the files
+    that they are read from, by name. ``splits`` are the indices of the splits that the data itself defines. ``relabelled_from`` is the
+    data set with its own classes, if ``classes`` are those of models.
     """
 
     reference: str
     classes: tuple[str, ...]
     labels: Indices
     ids: tuple[str, ...]
-    fingerprint: str
+    files: Mapping[str, SourceFile] = field(repr=False)
     reader: Callable[[int], Image.Image] = field(repr=False)
     splits: Mapping[str, Indices] = field(default_factory=dict, repr=False)
+    relabelled_from: Dataset | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,6 +52,21 @@ class Dataset:
         """Image ``index`` as upright 8-bit RGB at its own size. A corrupt image raises OSError, ValueError or another exception."""
         with self.reader(index) as image:
             return to_rgb(image)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What identifies the images, their names and their classes: see `kdx.data.fingerprint.content_fingerprint`.
+
+        It depends neither on the folder's path nor on modification times, nor on the order of ``classes``.
+        """
+        return content_fingerprint(self.ids, [self.classes[label] for label in self.labels], self.files)
+
+    @cached_property
+    def fingerprint_of_0_1_0(self) -> str:
+        """The fingerprint that kdx 0.1.0 recorded. It changes with modification times and with the order of ``classes``."""
+        original = self.relabelled_from
+        stamps = stamps_of_0_1_0(self.ids, self.files) if original is None else [original.fingerprint_of_0_1_0.encode()]
+        return fingerprint_of_0_1_0(self.ids, self.labels, stamps)
 
 
 def open_data(reference: str, classes: Sequence[str] | None = None) -> Dataset:
@@ -72,6 +90,16 @@ def open_data(reference: str, classes: Sequence[str] | None = None) -> Dataset:
     return dataset if classes is None else _relabelled(dataset, tuple(classes))
 
 
+def located(reference: str) -> str:
+    """The data reference with the absolute path of its folder, without symbolic links. A relative path starts at the current folder."""
+    source, colon, folder = reference.partition(":")
+    if reference == "digits":
+        return reference
+    if source == "cifar10" and folder:
+        return f"{source}{colon}{Path(folder).expanduser().resolve()}"
+    return str(Path(reference).expanduser().resolve())
+
+
 def _open_digits() -> Dataset:
     from sklearn.datasets import load_digits
 
@@ -80,9 +108,7 @@ def _open_digits() -> Dataset:
     labels = scans.target.astype(np.int64)
     ids = tuple(f"digits/{index:04d}" for index in range(len(labels)))
     classes = tuple(str(digit) for digit in range(10))
-    return Dataset(
-        "digits", classes, labels, ids, _fingerprint(ids, labels, [pixels.tobytes()]), lambda index: Image.fromarray(pixels[index])
-    )
+    return Dataset("digits", classes, labels, ids, {"digits": pixels.tobytes()}, lambda index: Image.fromarray(pixels[index]))
 
 
 def _open_cifar10(reference: str, folder: Path) -> Dataset:
@@ -112,7 +138,7 @@ def _open_cifar10(reference: str, folder: Path) -> Dataset:
     def read(index: int) -> Image.Image:
         return Image.fromarray(np.ascontiguousarray(records[index, 1:].reshape(3, 32, 32).transpose(1, 2, 0)))
 
-    return Dataset(reference, _CIFAR10, labels, ids, _fingerprint(ids, labels, [records.tobytes()]), read, splits)
+    return Dataset(reference, _CIFAR10, labels, ids, {path.name: path for path in files}, read, splits)
 
 
 def _open_folder(reference: str, folder: Path) -> Dataset:
@@ -127,22 +153,13 @@ def _open_folder(reference: str, folder: Path) -> Dataset:
     labels = np.array([classes.index(image.class_name) for image in images], dtype=np.int64)
     split_names = np.array([image.split for image in images])
     splits = {name: np.flatnonzero(split_names == name) for name in SPLITS if (split_names == name).any()}
-    states = [path.stat() for path in paths]
-    stamps = [f"{state.st_size} {state.st_mtime_ns}".encode() for state in states]
-    return Dataset(reference, classes, labels, ids, _fingerprint(ids, labels, stamps), lambda index: Image.open(paths[index]), splits)
+    files = dict(zip(ids, paths, strict=True))
+    return Dataset(reference, classes, labels, ids, files, lambda index: Image.open(paths[index]), splits)
 
 
 def _utf8(name: str) -> str:
     """A file name as valid UTF-8, so that it can be written to any file of a run; other bytes become backslash escapes."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _fingerprint(ids: Sequence[str], labels: Indices, contents: Sequence[bytes]) -> str:
-    digest = hashlib.sha256("\n".join(ids).encode("utf-8", "surrogateescape"))
-    digest.update(labels.tobytes())
-    for content in contents:
-        digest.update(content + b"\n")
-    return digest.hexdigest()
 
 
 def _relabelled(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
@@ -154,5 +171,4 @@ def _relabelled(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
                 f"Rename or remove its folder; near matches: {', '.join(near)}.",
             )
     labels = np.array([classes.index(name) for name in dataset.classes], dtype=np.int64)[dataset.labels]
-    fingerprint = _fingerprint(dataset.ids, labels, [dataset.fingerprint.encode()])
-    return Dataset(dataset.reference, classes, labels, dataset.ids, fingerprint, dataset.reader, dataset.splits)
+    return replace(dataset, classes=classes, labels=labels, relabelled_from=dataset)

@@ -8,15 +8,26 @@ from numpy.typing import NDArray
 from kdx.data.dataset import Dataset, Indices
 
 
-def stratified_splits(dataset: Dataset, seed: int) -> dict[str, Indices]:
-    """Sorted, disjoint indices of the splits train, validation and test.
+def validation_is_test(dataset: Dataset) -> bool:
+    """Whether the data define the splits train and validation but not test. Their validation images are then the test split."""
+    return set(dataset.splits) == {"train", "validation"}
 
-    The splits that the data defines are kept. A missing validation or test split is a stratified sample of its train split. If the
-    data defines none, the splits are stratified, with 60 % train, 15 % validation and 25 % test. The same seed gives the same splits.
+
+def stratified_splits(dataset: Dataset, seed: int, *, rule_of_0_1_0: bool = False) -> dict[str, Indices]:
+    """Sorted, disjoint indices of the splits train, validation and test, which together contain every image.
+
+    The splits that the data define are kept. If they define none, the splits are stratified, with 60 % train, 15 % validation and 25 %
+    test. A missing validation split is a stratified sample of 15 % of train. If the data define train and validation but not test, their
+    validation images are the test split, because no weights should be chosen by the images that are explained. The same seed gives the
+    same splits.
+
+    rule_of_0_1_0: a missing test split is a stratified sample of 25 % of train, even if the data define validation.
     """
     generator = np.random.default_rng(seed)
     rest = dataset.splits.get("train", np.arange(len(dataset), dtype=np.int64))
     splits = {name: dataset.splits[name] for name in ("test", "validation") if name in dataset.splits}
+    if validation_is_test(dataset) and not rule_of_0_1_0:
+        splits["test"] = splits.pop("validation")
     for name, share in (("test", 0.25), ("validation", 0.2 if "test" not in splits else 0.15)):
         if name not in splits:
             splits[name], rest = _stratified_sample(dataset.labels, rest, share, generator)

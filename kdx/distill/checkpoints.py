@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,51 @@ from kdx.disk import replacing
 from kdx.errors import KdxError
 
 
-def resume(path: Path, recipe: Mapping[str, Any], network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that the numbers of a file depend on.
+
+    fingerprint_of_0_1_0: returns the fingerprint that kdx 0.1.0 stored as the entry ``data``, by which its files are recognised. It
+    stored no ``split_seed``, because its training seed was also that of the split.
+    """
+
+    entries: Mapping[str, Any]
+    fingerprint_of_0_1_0: Callable[[], str] | None = None
+
+    def with_entries(self, entries: Mapping[str, Any]) -> Recipe:
+        """The recipe with further entries."""
+        return Recipe({**self.entries, **entries}, self.fingerprint_of_0_1_0)
+
+    def to_json(self) -> str:
+        return json.dumps(self.entries, sort_keys=True)
+
+    def differences(self, stored: str) -> list[str]:
+        """The names of the entries in which a stored recipe differs."""
+        if stored == self.to_json():
+            return []
+        theirs, ours = json.loads(stored), dict(self.entries)
+        if "seed" in theirs and "split_seed" not in theirs and self.fingerprint_of_0_1_0 is not None:
+            theirs |= {"split_seed": theirs["seed"]}
+            ours |= {"data": self.fingerprint_of_0_1_0()}
+        return [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The data that a network was trained on, by fingerprint, and the seed of their split. of_0_1_0: both are those of kdx 0.1.0."""
+
+    fingerprint: str
+    split_seed: int
+    of_0_1_0: bool = False
+
+
+def resume(path: Path, recipe: Recipe, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load the state file at ``path`` into network and optimizer, and return the state; without a file, the state of epoch 0.
 
     Raises KdxError for a file that cannot be read or that belongs to another recipe.
     """
     if not path.exists():
-        return {"recipe": _to_json(recipe), "epoch": 0, "best_score": [-1.0, 0.0]}
+        return {"recipe": recipe.to_json(), "epoch": 0, "best_score": [-1.0, 0.0]}
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # kdx writes it atomically, so another program has changed it
@@ -37,40 +76,54 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
         torch.save(state, temporary)
 
 
-def is_finished(path: Path, recipe: Mapping[str, Any]) -> bool:
+def is_finished(path: Path, recipe: Recipe) -> bool:
     """Whether ``path`` contains weights of this recipe. Raises KdxError if they belong to another one."""
-    import safetensors
-
     if not path.is_file():
         return False
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise KdxError(f"{path} cannot be read as safetensors.", "Remove it to train this network again.") from error
-    _check_recipe(path, metadata.get("recipe", "{}"), recipe)
+    _check_recipe(path, _metadata(path).get("recipe", "{}"), recipe)
     return True
 
 
-def _check_recipe(path: Path, stored: str, recipe: Mapping[str, Any]) -> None:
-    if stored == _to_json(recipe):
-        return
-    stored_recipe = json.loads(stored)
-    differing = [key for key in {**recipe, **stored_recipe} if stored_recipe.get(key) != recipe.get(key)]
-    raise KdxError(
-        f"{path} belongs to another configuration: {', '.join(differing)} differ{'s' if len(differing) == 1 else ''}.",
-        "Choose another output folder, or give the same data, references and settings as before.",
-    )
+def _metadata(path: Path) -> dict[str, str]:
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError) as error:
+        raise KdxError(f"{path} cannot be read as safetensors.", "Remove it to train this network again.") from error
 
 
-def _to_json(recipe: Mapping[str, Any]) -> str:
-    return json.dumps(recipe, sort_keys=True)
+def _check_recipe(path: Path, stored: str, recipe: Recipe) -> None:
+    differing = recipe.differences(stored)
+    if differing:
+        raise KdxError(
+            f"{path} belongs to another configuration: {', '.join(differing)} differ{'s' if len(differing) == 1 else ''}.",
+            "Choose another output folder, or give the same data, references and settings as before.",
+        )
 
 
-def save_weights(path: Path, state: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> None:
-    """Write finished weights with their recipe as safetensors, atomically."""
+def save_weights(path: Path, state: Mapping[str, Tensor], recipe: Recipe, training_data: TrainingData | None = None) -> None:
+    """Write finished weights with their recipe and, if known, the data they were trained on, as safetensors, atomically."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    metadata = {"recipe": recipe.to_json()}
+    if training_data is not None:
+        metadata["training_data"] = json.dumps(asdict(training_data), sort_keys=True)
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"recipe": _to_json(recipe)})
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def read_training_data(path: Path) -> TrainingData | None:
+    """The data that the weights in ``path`` were trained on; None if kdx did not train them, or did not know the data."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    metadata = _metadata(path)
+    try:
+        if "training_data" in metadata:
+            return TrainingData(**json.loads(metadata["training_data"]))
+        recipe = json.loads(metadata["recipe"])
+        return TrainingData(str(recipe["data"]), int(recipe["seed"]), of_0_1_0=True)
+    except (KeyError, TypeError, ValueError):  # another program wrote the metadata, or the recipe does not name the data
+        return None

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +35,10 @@ class Training:
     images: SplitImages
     validation: SplitImages
     epochs: int
-    recipe: Mapping[str, Any]
+    recipe: checkpoints.Recipe
     """Everything that the weights depend on; stored with them."""
+    training_data: checkpoints.TrainingData
+    """Stored with the weights, so that `kdx distill` can check a teacher that is used again."""
     settings: TrainingSettings
     device: torch.device
 
@@ -67,7 +68,7 @@ def train(training: Training, folder: Path, on_epoch: EpochCallback) -> None:
         state |= {"epoch": epoch + 1, "model": graph.network.state_dict(), "optimizer": optimizer.state_dict()}
         checkpoints.save_state(state_path, state)
         on_epoch(EpochResult(role, epoch + 1, epochs, loss, accuracy))
-    checkpoints.save_weights(path, state["best"], recipe)
+    checkpoints.save_weights(path, state["best"], recipe, training.training_data)
     state_path.unlink()
 
 

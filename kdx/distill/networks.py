@@ -13,8 +13,10 @@ from torch import nn
 
 from kdx import models
 from kdx.data.dataset import Dataset, open_data
-from kdx.data.splits import class_balanced_sample, stratified_splits
+from kdx.data.splits import class_balanced_sample, stratified_splits, validation_is_test
+from kdx.distill.checkpoints import Recipe, TrainingData
 from kdx.distill.data import SplitImages
+from kdx.distill.reused_weights import check_weights
 from kdx.distill.seeding import seeded
 from kdx.distill.settings import TrainingSettings
 from kdx.errors import KdxError
@@ -38,6 +40,10 @@ class Distillation:
     student: ModelReference
     teacher_is_trained: bool
     """Whether the teacher comes with weights and is not trained here."""
+    teacher_data: TrainingData | None
+    """What a teacher that is not trained here was trained on, if known."""
+    warnings: tuple[str, ...]
+    """Sentences about existing weights that may have seen images of the test split."""
 
     @classmethod
     def prepare(cls, data: str, folder: Path, settings: TrainingSettings, device: torch.device, teacher: str, student: str) -> Distillation:
@@ -52,7 +58,12 @@ class Distillation:
         network = models.load(str(teacher_reference))
         has_own_weights = teacher_reference.source in ("hf", "pt2") and network.trained
         preprocessing = _preprocessing(network, settings)
-        splits = stratified_splits(dataset, settings.seed)
+        splits = stratified_splits(dataset, settings.split_seed)
+        earlier = {
+            role: check_weights(role, reference.weights, dataset, splits)
+            for role, reference in (("teacher", teacher_reference), ("student", student_reference))
+            if reference.weights is not None
+        }
         student_indices = splits["train"]
         if settings.student_images is not None:
             labels = dataset.labels[student_indices]
@@ -75,7 +86,14 @@ class Distillation:
             teacher_reference,
             student_reference,
             teacher_is_trained=teacher_reference.weights is not None or has_own_weights,
+            teacher_data=earlier["teacher"][0] if "teacher" in earlier else None,
+            warnings=tuple(warning for _, warning in earlier.values() if warning is not None),
         )
+
+    @property
+    def training_data(self) -> TrainingData:
+        """The data that the networks are trained on here."""
+        return TrainingData(self.dataset.fingerprint, self.settings.split_seed)
 
     def reference(self, role: str) -> ModelReference:
         """The reference of a role's architecture; base and student have the same."""
@@ -104,11 +122,11 @@ class Distillation:
         """The number of epochs of a role's training."""
         return self.settings.teacher_epochs or self.settings.epochs if role == "teacher" else self.settings.epochs
 
-    def recipe(self, role: str) -> dict[str, Any]:
+    def recipe(self, role: str) -> Recipe:
         """Everything that the weights of the teacher or the base depend on."""
         settings, reference = self.settings, self.reference(role)
-        common = ("batch", "optimizer", "learning_rate", "weight_decay", "seed", "augment", "flip")
-        return {
+        common = ("batch", "optimizer", "learning_rate", "weight_decay", "seed", "split_seed", "augment", "flip")
+        entries: dict[str, Any] = {
             "data": self.dataset.fingerprint,
             "architecture": str(reference.with_weights(None)),
             "initial": models.weights_hash(self.initial_network(role)) if reference.is_trained else None,
@@ -119,6 +137,9 @@ class Distillation:
             "std": list(self.preprocessing.std),
             **{key: getattr(settings, key) for key in common},
         }
+        if validation_is_test(self.dataset):  # kdx 0.1.0 did not have this rule
+            entries["validation_is_test"] = True
+        return Recipe(entries, lambda: self.dataset.fingerprint_of_0_1_0)
 
     @property
     def unreadable(self) -> dict[str, str]:

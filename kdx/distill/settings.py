@@ -19,7 +19,9 @@ class TrainingSettings:
     ``student_images`` trains base and student on a class-balanced part of the train split; the teacher is always trained on all of it.
     ``teacher_epochs`` is the number of epochs of the teacher, by default ``epochs``. ``temperature``, ``alpha`` and ``beta`` belong to
     the distillation losses and do not change the teacher's training. ``augment`` shifts each image by up to a twelfth of its size,
-    and ``flip`` mirrors half of the images. ``image_size`` is (height, width).
+    and ``flip`` mirrors half of the images. ``image_size`` is (height, width). ``split_seed`` determines which images are in the splits
+    train, validation and test, and ``seed`` everything else that is random: networks with the same ``split_seed`` are trained on the same
+    images.
 
     Raises KdxError for an unknown method and for a setting out of range.
     """
@@ -35,6 +37,7 @@ class TrainingSettings:
     alpha: float = 0.9
     beta: float = 1000.0
     seed: int = 0
+    split_seed: int = 0
     augment: bool = False
     flip: bool = False
     student_images: int | None = None
@@ -56,6 +59,7 @@ class TrainingSettings:
             "alpha": 0 <= self.alpha <= 1,
             "beta": 0 <= self.beta < math.inf,
             "seed": self.seed >= 0,
+            "split_seed": self.split_seed >= 0,
             "student_images": self.student_images is None or self.student_images >= 2,
             "image_size": self.image_size is None or min(self.image_size) >= 1,
         }
@@ -72,6 +76,7 @@ _RANGE_HINTS = {
     "alpha": "Give a number from 0 (labels only) to 1 (teacher only).",
     "beta": "Give 0 or more.",
     "seed": "Give 0 or more.",
+    "split_seed": "Give 0 or more.",
     "student_images": "Give 2 or more; leave it out for the whole train split.",
 }
 

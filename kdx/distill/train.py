@@ -6,16 +6,16 @@ that is interrupted and resumed ends with the same weights as one that is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from kdx import models, progress
+from kdx.data.dataset import located
 from kdx.distill import checkpoints, loop
 from kdx.distill.losses import LOSS_SETTINGS, METHODS, Outputs
 from kdx.distill.networks import Distillation, check_networks, layer_pairs
@@ -54,6 +54,8 @@ def distill(
     numbers that are not finite, for an OUT that contains networks of another configuration, and if training diverges.
     """
     distillation = Distillation.prepare(data, Path(out), settings, _device(device), teacher, student)
+    for warning in distillation.warnings:
+        progress.console().print(f"Warning: {warning}", style="bold yellow", markup=False, soft_wrap=True)
     announced = report is not None or _print_unreadable(distillation)
     with ExitStack() as stack:
         on_epoch = report or stack.enter_context(_console())
@@ -84,9 +86,9 @@ def _train_teacher(distillation: Distillation, on_epoch: EpochCallback) -> None:
         loop.train(_label_training(distillation, "teacher"), distillation.folder, on_epoch)
         return
     network, path = distillation.initial_network("teacher"), distillation.weights_path("teacher")
-    recipe = {"given": models.weights_hash(network)}
+    recipe = checkpoints.Recipe({"given": models.weights_hash(network)})
     if not checkpoints.is_finished(path, recipe):
-        checkpoints.save_weights(path, network.state_dict(), recipe)
+        checkpoints.save_weights(path, network.state_dict(), recipe, distillation.teacher_data)
     on_epoch(EpochResult("teacher", 1, 1))
 
 
@@ -97,7 +99,7 @@ def _train_base(distillation: Distillation, checkpoint: Path | str | None, on_ep
             raise KdxError(f"There is no base checkpoint {checkpoint}.", "Give the base.safetensors that another run of kdx distill wrote.")
         module = distillation.initial_network("base")
         models.load_weights(module, Path(checkpoint))
-        checkpoints.save_weights(path, module.state_dict(), training.recipe)
+        checkpoints.save_weights(path, module.state_dict(), training.recipe, training.training_data)
     loop.train(training, distillation.folder, on_epoch)
 
 
@@ -121,12 +123,14 @@ def _train_student(distillation: Distillation, pairs: Sequence[tuple[str, str]],
     teacher = distillation.trained_network("teacher")
     teacher_graph = distillation.graph(teacher, [teacher_layer for _, teacher_layer in matched])
     student_graph = distillation.graph(distillation.initial_network("student"), [student_layer for student_layer, _ in matched])
-    recipe = distillation.recipe("base") | {
-        "teacher": models.weights_hash(teacher),
-        "method": settings.method,
-        "layers": [list(pair) for pair in matched],
-        **{key: getattr(settings, key) for key in LOSS_SETTINGS},
-    }
+    recipe = distillation.recipe("base").with_entries(
+        {
+            "teacher": models.weights_hash(teacher),
+            "method": settings.method,
+            "layers": [list(pair) for pair in matched],
+            **{key: getattr(settings, key) for key in LOSS_SETTINGS},
+        }
+    )
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
@@ -136,7 +140,9 @@ def _train_student(distillation: Distillation, pairs: Sequence[tuple[str, str]],
     loop.train(_training(distillation, "student", student_graph, loss, recipe), distillation.folder, on_epoch)
 
 
-def _training(distillation: Distillation, role: str, graph: FeatureGraph, loss: loop.BatchLoss, recipe: Mapping[str, Any]) -> loop.Training:
+def _training(
+    distillation: Distillation, role: str, graph: FeatureGraph, loss: loop.BatchLoss, recipe: checkpoints.Recipe
+) -> loop.Training:
     return loop.Training(
         role,
         graph,
@@ -145,6 +151,7 @@ def _training(distillation: Distillation, role: str, graph: FeatureGraph, loss: 
         validation=distillation.images["validation"],
         epochs=distillation.epochs(role),
         recipe=recipe,
+        training_data=distillation.training_data,
         settings=distillation.settings,
         device=distillation.device,
     )
@@ -170,14 +177,14 @@ def _write_models_file(distillation: Distillation, pairs: Sequence[tuple[str, st
         layers=[pair[0] if pair[0] == pair[1] else "=".join(pair) for pair in pairs],
         classes=distillation.dataset.classes,
         preprocessing=distillation.preprocessing,
-        data=distillation.dataset.reference,
-        seed=settings.seed,
+        data=located(distillation.dataset.reference),
+        fingerprint=distillation.dataset.fingerprint,
+        split_seed=settings.split_seed,
         training={
-            **{key: value for key, value in vars(settings).items() if key not in ("seed", "image_size") and value is not None},
+            **{key: value for key, value in vars(settings).items() if key not in ("split_seed", "image_size") and value is not None},
             **accuracies,
             "test_images": len(test),
             "unreadable_images": len(distillation.unreadable),
-            "data_fingerprint": distillation.dataset.fingerprint,
         },
     )
     return path

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Generic, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kdx.choices import Features, ObjectiveName, Precision, RuntimeName, Weighting
@@ -20,8 +21,9 @@ from kdx.explain.networks import NetworkLike, NetworkRunners
 from kdx.explain.settings import Settings
 from kdx.features import arrays
 from kdx.features.arrays import Array, ArrayT
+from kdx.maps.decomposition import Decomposition, terms
 from kdx.maps.unicam import Maps
-from kdx.roles import roles_among
+from kdx.roles import TARGET, ScoreMap, roles_among, score_maps_among
 from kdx.runtimes.choice import Choice
 from kdx.scores.pool import pooled_scores
 from kdx.scores.score import Contrast, Score
@@ -35,6 +37,9 @@ class LayerResult(Generic[ArrayT]):
     distilled, residual, missed, new: the maps (`kdx.roles.MAPS`). The student's features that the base's do not explain, the base's
     that the student's do not, the teacher's that the student's do not, and the student's that the teacher's do not. Without a teacher
     the last two are None, and no score or contrast involves it.
+    score_maps: signed maps that add up to a score or contrast over all images and positions, by their symbol in `kdx.roles.SCORE_MAPS`:
+    ``score_maps["RS(S) - RS(B)"]`` is what `kdx.decompose` returns for the student and the target, minus the base. Empty with salient
+    features, and for explainer files of older versions.
     scores: by name (`kdx.roles.SCORES`). contrasts: the differences of two scores by name, each with its confidence interval.
     """
 
@@ -42,6 +47,7 @@ class LayerResult(Generic[ArrayT]):
     residual: Maps[ArrayT]
     missed: Maps[ArrayT] | None
     new: Maps[ArrayT] | None
+    score_maps: dict[str, Decomposition[ArrayT]]
     scores: dict[str, Score]
     contrasts: dict[str, Contrast]
 
@@ -224,7 +230,21 @@ class Explainer:
             name: Maps(arrays.like(value.maps, images), arrays.like(value.weights, images), value.score)
             for name, value in measurement.maps.items()
         }
-        return LayerResult(maps["distilled"], maps["residual"], maps.get("missed"), maps.get("new"), summary.scores, summary.contrasts)
+        score_maps = {
+            kind.symbol: self._decomposition(kind, measurement, images)
+            for kind in score_maps_among(self.roles).values()
+            if measurement.shares
+        }
+        return LayerResult(
+            maps["distilled"], maps["residual"], maps.get("missed"), maps.get("new"), score_maps, summary.scores, summary.contrasts
+        )
+
+    def _decomposition(self, kind: ScoreMap, measurement: LayerMeasurement, images: ArrayT) -> Decomposition[ArrayT]:
+        shares = {name: halves.sum(0) for name, halves in measurement.shares.items()}
+        parts = terms(kind, shares, measurement.products, (*self.roles, TARGET))
+        maps = torch.stack(parts).sum(0)
+        other = arrays.like(-parts[1], images) if len(parts) == 2 else None
+        return Decomposition(arrays.like(maps, images), arrays.like(parts[0], images), other, float(maps.sum()))
 
     def close(self) -> None:
         self._networks.close()

@@ -76,7 +76,7 @@ class ExplainerFile:
                 name: Maps(outputs[f"{layer}/{name}/maps"], outputs[f"{layer}/{name}/weights"], scores[MAPS[name].score])
                 for name in maps_among(self.roles)
             }
-            measurements[layer] = LayerMeasurement(maps, *measure_distances(distances, target, permutations.to(self.choice.device)))
+            measurements[layer] = LayerMeasurement(maps, {}, *measure_distances(distances, target, permutations.to(self.choice.device)))
         return {role: outputs[f"logits/{role}"] for role in self.roles}, measurements
 
     def _padded(self, rows: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from torch import Tensor
 from kdx.choices import Weighting
 from kdx.features import arrays
 from kdx.features.target import Target
-from kdx.kernels import dispatch, geometry
+from kdx.kernels import decomposition, dispatch, geometry
 from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import BatchDistances
 from kdx.maps.unicam import Maps, PairGeometry, check_residual, reference_distances
-from kdx.roles import TARGET, maps_among, permuted_among, roles_among
+from kdx.roles import TARGET, maps_among, permuted_among, roles_among, shares_among
 from kdx.scores import uncertainty
 
 
@@ -40,12 +40,15 @@ class LayerReferences:
 class LayerMeasurement:
     """One batch at one layer, with r roles.
 
-    maps: a `Maps` for each name of `maps_among`. products: inner products [r + 1, r + 1] of the roles' matrices and, last, the target's.
+    maps: a `Maps` for each name of `maps_among`. shares: for each (role, matrix) of `shares_among`, the share [2, n, h, w] of every image
+    and position in their inner product, with each half of the images as context; everything adds up to the inner product. Empty where the
+    scores are of other features than the maps. products: inner products [r + 1, r + 1] of the roles' matrices and, last, the target's.
     permuted: for each name of `permuted_among`, the inner products [p, r + 1] of its matrix with all of them, under p permutations of its
     images. left_out: products [n, r + 1, r + 1] without each image in turn; None for four images, where three would remain.
     """
 
     maps: dict[str, Maps[Tensor]]
+    shares: dict[tuple[str, str], Tensor]
     products: Tensor
     permuted: dict[str, Tensor]
     left_out: Tensor | None
@@ -70,10 +73,11 @@ def measure(
     roles, ops = roles_among(features), _backend(features, backend)
     among = _distances(features, ops)
     maps = _maps(features, among, target, objective, weighting, references, ops)
+    shares = {} if distances is not None else _shares(features, among, target)  # shares of the scores, which are of ``distances``
     if distances is not None:
         among = _stack([distances[role] for role in roles])
         _check_residuals(roles, among, target)
-    return LayerMeasurement(maps, *_products(roles, among, target, permutations))
+    return LayerMeasurement(maps, shares, *_products(roles, among, target, permutations))
 
 
 def _maps(
@@ -124,6 +128,21 @@ def _maps(
         weights, values = pair.maps(weighting)
         maps[name] = Maps(values, weights, pair.score)
     return maps
+
+
+def _shares(features: Mapping[str, Tensor], distances: BatchDistances, target: Target) -> dict[tuple[str, str], Tensor]:
+    """The shares of `LayerMeasurement`, from features and the distances [r, n, n] between them."""
+    roles = roles_among(features)
+    centred = {**dict(zip(roles, distances.centred, strict=True)), TARGET: target.distances.centred}
+    n = len(target.values)
+    result = {}
+    for role, d in zip(roles, distances.raw, strict=True):
+        names = [matrix for share_role, matrix in shares_among(roles) if share_role == role]
+        contexts = [slice(0, n, 2), slice(1, n, 2)]
+        values = decomposition.context_shares(features[role].flatten(2), d, torch.stack([centred[name] for name in names]), contexts)
+        for name, value in zip(names, values.unbind(1), strict=True):
+            result[role, name] = (value / (n * (n - 3))).unflatten(2, features[role].shape[2:])
+    return result
 
 
 def measure_distances(

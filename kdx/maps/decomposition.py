@@ -132,12 +132,19 @@ def _coefficients(definition: Definition, products: Tensor, names: Sequence[str]
     return float(scale), float(-beta * scale)
 
 
-def combined(kind: ScoreMap, shares: Mapping[tuple[str, str], Tensor], products: Tensor, names: Sequence[str]) -> Tensor:
-    """The maps [..., n, h, w] of this kind, from shares [..., n, h, w] of each (role, matrix), on a grid that is as fine as all of them."""
+def terms(kind: ScoreMap, shares: Mapping[tuple[str, str], Tensor], products: Tensor, names: Sequence[str]) -> list[Tensor]:
+    """The one or two terms [..., n, h, w] whose sum are the maps of this kind, on a grid that is as fine as all of them.
+
+    shares [..., n, h, w] of each (role, matrix), in the normalisation of the inner products [k, k] of the matrices ``names``.
+    """
     parts = [value * shares[share] for value, share in zip(coefficients(kind, products, names), kind.shares, strict=True)]
     height, width = (max(part.shape[axis] for part in parts) for axis in (-2, -1))
-    fitted = [part if part.shape[-2:] == (height, width) else decomposition.spread(part, height, width) for part in parts]
-    return torch.stack(fitted).sum(0)
+    return [part if part.shape[-2:] == (height, width) else decomposition.spread(part, height, width) for part in parts]
+
+
+def combined(kind: ScoreMap, shares: Mapping[tuple[str, str], Tensor], products: Tensor, names: Sequence[str]) -> Tensor:
+    """The maps [..., n, h, w] of this kind: the sum of its `terms`."""
+    return torch.stack(terms(kind, shares, products, names)).sum(0)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ def _page(run: RunRecord, gallery: Gallery) -> str:
         salient=salient,
         assets=_Assets.load(),
         reading=_reading(run, salient),
+        notice=wording.training_notice(run),
         networks=network_cards(run),
         drawings=plots.drawings(run),
         tables=score_tables(run),

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kdx.roles import BALANCE, CONTRASTS, LIKENESS, MAPS, ROLES, MapKind
-from kdx.runs.record import Entry
+from kdx.runs.record import Entry, RunRecord
+from kdx.runs.split import training_warning
 from kdx.scores.uncertainty import sign_test
 
 FEW_BATCHES = 20
@@ -97,6 +98,11 @@ def probability(p: float) -> str:
 def percent(x: float, digits: int = 1) -> str:
     """A share in [0, 1] as a percentage."""
     return f"{number(100 * x, digits)}%"
+
+
+def training_notice(run: RunRecord) -> str | None:
+    """The notice near the top of the page of a run whose images were or may have been used in training; None where none of them was."""
+    return training_warning(run.trained_on, run.explained)
 
 
 def kept_pixels(keep: float, noise: float) -> str:

@@ -123,8 +123,9 @@ class Samples:
 class RunRecord:
     """A complete run. Roles are in READING_ORDER. Every layer has the same scores and contrasts, those that the run's roles have.
 
-    ``batches`` and ``explained`` are numbers of batches and images. ``kdx`` is the version that computed the run, ``date`` the day on
-    which it finished.
+    ``batches`` and ``explained`` are numbers of batches and images. ``trained_on`` is the number of explained images that were used to
+    train the networks or to choose their weights, or None where the run does not know it. ``kdx`` is the version that computed the run,
+    ``date`` the day on which it finished.
     """
 
     folder: Path
@@ -145,6 +146,7 @@ class RunRecord:
     salient: tuple[float, float] | None  # the keep and noise of salient features; None for raw features
     batches: int
     explained: int
+    trained_on: int | None
     unreadable: list[UnreadableImage]
     kdx: str
     date: str
@@ -250,6 +252,7 @@ def read_run(folder: Path) -> RunRecord:
             salient=(float(features["keep"]), float(features["noise"])) if features else None,
             batches=int(manifest["batches"]),
             explained=int(images["explained"]),
+            trained_on=_integer(images.get("trained_on")),
             unreadable=[{"id": str(image["id"]), "reason": str(image["reason"])} for image in images.get("unreadable") or []],
             kdx=str(manifest["kdx"]),
             date=str(manifest.get("finished") or manifest["created"])[:10],

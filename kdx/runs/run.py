@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kdx.data.batches import random_batches
 from kdx.data.dataset import Dataset, open_data
 from kdx.data.images import Images, decoded, load_images
-from kdx.data.splits import class_balanced_sample, stratified_splits
+from kdx.data.splits import class_balanced_sample
 from kdx.errors import KdxError
 from kdx.explain.explainer import Explainer
 from kdx.explain.explainer_file import describe_explainer, no_reference_mode, paired_layers
@@ -30,7 +30,8 @@ from kdx.progress import progress
 from kdx.roles import roles_among
 from kdx.runs import schema
 from kdx.runs.environment import environment, now
-from kdx.runs.schema import BatchRecord, Configuration, Context, LayerProducts, StoredFeatures, StoredNetwork, StoredOptions
+from kdx.runs.schema import BatchRecord, Configuration, Context, LayerProducts, SplitRule, StoredFeatures, StoredNetwork, StoredOptions
+from kdx.runs.split import SplitChoice, choose_split
 from kdx.runs.store import Store
 from kdx.runtimes.choice import is_file
 from kdx.scores.pool import Pool
@@ -61,19 +62,22 @@ class RunOptions(Settings):
 class _Plan:
     """What a run explains: which images in which batches, with which networks, at which layers.
 
-    indices: the images to explain, as rows of the data set. batches: positions in ``indices``. references: the reference images, as
-    rows of the data set.
+    batches: positions in ``indices``. references: the reference images, as rows of the data set.
     """
 
     data: str
     models: ModelsFile
     dataset: Dataset
-    split: str
-    indices: NDArray[np.int64]
+    split: SplitChoice
     batches: list[NDArray[np.int64]]
     references: NDArray[np.int64]
     layers: dict[str, str]
     options: RunOptions
+
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """The images to explain, as rows of the data set."""
+        return self.split.indices
 
     @property
     def widest(self) -> int:
@@ -101,11 +105,15 @@ def explain_dataset(
     Raises KdxError for anything that the user can fix, if possible before anything is written.
     """
     plan = _plan(data, models, layers, options)
+    for line in plan.split.lines():
+        announce(line)
     with ExitStack() as stack:
         with _explainer(plan, networks or out / schema.NETWORKS) as explainer:
             records = explainer.networks()
             size = largest_size(record.image_size for record in records.values())
-            store = stack.enter_context(Store.begin(out, _configuration(plan, records, size), _context(plan, command)))
+            store = stack.enter_context(
+                Store.begin(out, _configuration(plan, records, size), _context(plan, command), lambda: plan.dataset.fingerprint_of_0_1_0)
+            )
             if store.complete and not restart:
                 announce(f"{out} is already complete; its page is written again.")
                 return
@@ -128,22 +136,24 @@ def _plan(data: str, models: Path, layers: Sequence[str], options: RunOptions) -
         raise KdxError(f"A reference set of {options.reference_images} is too small.", f"Give --reference {MIN_IMAGES} or more, or 0.")
     models_file = _from_explainer_file(models) if is_file(models) else read_models(models)
     dataset = open_data(data, models_file.classes or None)
-    share, indices, pool = _choose_split(dataset, models_file, options)
+    split = choose_split(dataset, models_file, options.split, options.seed)
     pairs = parse_layers(layers or models_file.layers)
-    batches = random_batches(dataset.labels[indices], options.batch, options.seed)
-    references = pool[:0]
+    batches = random_batches(dataset.labels[split.indices], options.batch, options.seed)
+    references = split.pool[:0]
     if options.reference_images:
-        references = pool[class_balanced_sample(dataset.labels[pool], options.reference_images, options.seed)]
-    return _Plan(data, models_file, dataset, share, indices, batches, references, pairs, options)
+        references = split.pool[class_balanced_sample(dataset.labels[split.pool], options.reference_images, options.seed)]
+    return _Plan(data, models_file, dataset, split, batches, references, pairs, options)
 
 
 def _configuration(plan: _Plan, records: Mapping[str, NetworkRecord], size: tuple[int, int]) -> Configuration:
     """Everything that a run's results depend on."""
+    rule: SplitRule = {"validation_is_test": True} if plan.split.validation_is_test else {}
     return {
         "data": plan.data,
-        "split": plan.split,
+        "split": plan.split.name,
         "fingerprint": plan.dataset.fingerprint,
-        "split_seed": plan.models.seed,
+        "split_seed": plan.models.split_seed,
+        **rule,
         "models": {role: _identity(record) for role, record in records.items()},
         "layers": plan.layers,
         "image_size": size,
@@ -211,18 +221,6 @@ def _infer(store: Store, explainer: Explainer, plan: _Plan, size: tuple[int, int
             unreadable += images.unreadable
             _check_unreadable(unreadable, len(plan.indices), plan.options.max_unreadable)  # now, not after the last batch
         show("Explaining", total, total, "batches")
-
-
-def _choose_split(dataset: Dataset, models: ModelsFile, options: RunOptions) -> tuple[str, NDArray[np.int64], NDArray[np.int64]]:
-    """The split to explain, its indices, and the indices from which a reference set is drawn: the train split, or all of the data."""
-    own = models.data is not None and Path(dataset.reference).resolve() == Path(models.data).resolve()  # two paths may name one folder
-    share = options.split or ("test" if own else "all")
-    if share == "all":
-        return share, np.arange(len(dataset)), np.arange(len(dataset))
-    parts = stratified_splits(dataset, models.seed if models.seed is not None else options.seed)
-    if share not in parts:
-        raise KdxError(f"There is no split {share!r}.", f"Choose one of {', '.join(parts)}, all.")
-    return share, parts[share], parts["train"]
 
 
 def _from_explainer_file(path: Path) -> ModelsFile:
@@ -328,6 +326,7 @@ def _finish(store: Store, plan: _Plan, size: tuple[int, int]) -> None:
             "planned": planned,
             "explained": len(index),
             "unreadable": [{"id": name, "reason": reason} for name, reason in unreadable],
+            "trained_on": plan.split.trained_on(index),
         },
     )
 

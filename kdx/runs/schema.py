@@ -132,8 +132,14 @@ class StoredOptions(TypedDict):
     project: NotRequired[int]
 
 
-class Configuration(StoredOptions):
-    """Everything that a run's results depend on."""
+class SplitRule(TypedDict):
+    """validation_is_test: true where the data's validation images are the test split; kdx 0.1.0 did not have this rule."""
+
+    validation_is_test: NotRequired[bool]
+
+
+class Configuration(StoredOptions, SplitRule):
+    """Everything that a run's results depend on. ``fingerprint`` identifies the data, wherever its folder ``data`` is."""
 
     data: str
     split: str
@@ -150,9 +156,12 @@ class UnreadableImage(TypedDict):
 
 
 class ImageCounts(TypedDict):
+    """trained_on: how many of the explained images were used in training; None, or absent in runs of kdx 0.1.0, where that is not known."""
+
     planned: int
     explained: int
     unreadable: list[UnreadableImage]
+    trained_on: NotRequired[int | None]
 
 
 class Context(TypedDict):

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, cast
@@ -35,8 +35,13 @@ class Store:
         self._lock = lock
 
     @classmethod
-    def begin(cls, folder: Path, configuration: Configuration, context: Context) -> Store:
-        """A new run, or the run in ``folder`` if it has the same configuration.
+    def begin(
+        cls, folder: Path, configuration: Configuration, context: Context, fingerprint_of_0_1_0: Callable[[], str] | None = None
+    ) -> Store:
+        """A new run, or the run in ``folder`` if it has the same configuration and classes.
+
+        The data are recognised by their fingerprint, wherever their folder is. fingerprint_of_0_1_0 returns the one that kdx 0.1.0
+        recorded for the same data.
 
         Raises KdxError where the folder contains another run or other files, or while another process writes to it.
         """
@@ -52,8 +57,13 @@ class Store:
                 store._write_manifest()
                 return store
             stored = read_json(path)
-            known = stored.get("configuration", {})
-            different = sorted(key for key in {*known, *configuration} if known.get(key) != configuration.get(key))
+            known = stored.get("configuration", {}) | {"classes": stored.get("classes")}
+            requested = configuration | {"classes": context["classes"]}
+            different = sorted(key for key in {*known, *requested} if known.get(key) != requested.get(key))
+            if "fingerprint" in different and fingerprint_of_0_1_0 is not None and known.get("fingerprint") == fingerprint_of_0_1_0():
+                different.remove("fingerprint")
+            if "fingerprint" not in different:  # the same images in another folder
+                different = [key for key in different if key != "data"]
             if stored.get("format") != schema.FORMAT or different:
                 raise KdxError(
                     f"{folder} contains another run (it differs in {', '.join(different) or 'format'}).",

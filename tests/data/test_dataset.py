@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -40,16 +39,6 @@ def test_class_folders_are_in_natural_order(tmp_path: Path) -> None:
     assert dataset.ids == ("Class1/b.tif", "class2/deep/a.webp", "class10/img9.jpg", "class10/img10.PNG")
     assert dataset.labels.tolist() == [0, 1, 2, 2]
     assert not dataset.splits
-
-
-def test_the_fingerprint_depends_on_names_labels_and_files(tmp_path: Path) -> None:
-    prints = {open_data(str(class_folders(tmp_path, {"a": 2, "b": 2}))).fingerprint}
-    os.utime(tmp_path / "a" / "0.png", ns=(1, 1))
-    prints.add(open_data(str(tmp_path)).fingerprint)
-    prints.add(open_data(str(tmp_path), classes=("b", "a")).fingerprint)
-    (tmp_path / "a" / "0.png").rename(tmp_path / "a" / "7.png")
-    prints.add(open_data(str(tmp_path)).fingerprint)
-    assert len(prints) == 4
 
 
 def test_train_may_be_a_class(tmp_path: Path) -> None:

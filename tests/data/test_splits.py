@@ -32,6 +32,20 @@ def test_a_missing_split_is_taken_from_train(tmp_path: Path) -> None:
     np.testing.assert_array_equal(splits["test"], dataset.splits["test"])
 
 
+def test_validation_images_are_the_test_split_where_there_is_no_other(tmp_path: Path) -> None:
+    """The weights must not be chosen by the images that are explained, so validation is taken from train."""
+    for folder, count in (("train", 20), ("val", 5)):
+        class_folders(tmp_path / folder, {"a": count, "b": 2 * count})
+    dataset = open_data(str(tmp_path))
+    splits = stratified_splits(dataset, 0)
+    assert [dataset.ids[index] for index in splits["test"]] == [name for name in dataset.ids if name.startswith("val/")]
+    assert np.bincount(dataset.labels[splits["validation"]]).tolist() == [3, 6]
+    assert sorted(np.concatenate(list(splits.values())).tolist()) == list(range(75))
+    old = stratified_splits(dataset, 0, rule_of_0_1_0=True)
+    assert [dataset.ids[index] for index in old["validation"]] == [dataset.ids[index] for index in splits["test"]]
+    assert np.bincount(dataset.labels[old["test"]]).tolist() == [5, 10]
+
+
 def test_splits_are_stratified_disjoint_and_seeded() -> None:
     digits = open_data("digits")
     splits = stratified_splits(digits, 3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdx.distill import TrainingSettings, distill
-from kdx.distill.checkpoints import is_finished, resume, save_state, save_weights
+from kdx.distill.checkpoints import Recipe, is_finished, resume, save_state, save_weights
 from kdx.errors import KdxError
 from tests.distill.small import QUICK, STUDENT, TEACHER, Interruption, stop_at
 
@@ -40,23 +40,23 @@ def test_an_unreadable_checkpoint_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"not a checkpoint")
     network = torch.nn.Linear(1, 1)
     with pytest.raises(KdxError, match="cannot be read"):
-        resume(path, {}, network, torch.optim.SGD(network.parameters(), 0.1))
+        resume(path, Recipe({}), network, torch.optim.SGD(network.parameters(), 0.1))
     with pytest.raises(KdxError, match="cannot be read as safetensors"):
-        is_finished(path, {})
+        is_finished(path, Recipe({}))
 
 
 def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
     weights, state = tmp_path / "student.safetensors", tmp_path / "student.state.pt"
-    save_weights(weights, {"weight": torch.ones(2)}, {"seed": 0})
+    save_weights(weights, {"weight": torch.ones(2)}, Recipe({"seed": 0}))
     save_state(state, {"epoch": 1})
     before = weights.read_bytes(), state.read_bytes()
     with pytest.raises(Exception, match="pickle"):
         save_state(state, {"epoch": lambda: 2})
     with pytest.raises(TypeError, match="JSON serializable"):
-        save_weights(weights, {"weight": torch.zeros(2)}, {"seed": object()})
+        save_weights(weights, {"weight": torch.zeros(2)}, Recipe({"seed": object()}))
     assert (weights.read_bytes(), state.read_bytes()) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [weights.name, state.name]
-    assert is_finished(weights, {"seed": 0})
+    assert is_finished(weights, Recipe({"seed": 0}))
 
 
 def test_a_checkpoint_in_a_folder_that_is_a_file_is_an_error(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_without_a_teacher_the_other_results_stay_the_same() -> None:
         assert score.value == pytest.approx(expected.scores[name].value, abs=1e-12)
         assert score.interval == pytest.approx(expected.scores[name].interval, abs=1e-10)
         assert score.p_value == expected.scores[name].p_value
-    assert list(pooled.contrasts) == ["RS(S|B) - RS(B|S)"]
+    assert list(pooled.contrasts) == ["RS(S|B) - RS(B|S)", "RS(S) - RS(B)"]
 
 
 def test_tables_for_all_roles_are_complete() -> None:

@@ -28,14 +28,16 @@ def test_reading_a_models_file_is_the_inverse_of_writing_it(tmp_path: Path) -> N
         classes=["cat", 'a "quoted"\n\\name\x7f', "猫"],
         preprocessing=Preprocessing((24, 32), (0.5, 0.25, 1e-7), (0.1,)),
         data="digits",
-        seed=3,
+        fingerprint="ab12",
+        split_seed=3,
         training={"method": "kd", "accuracy": 0.97, "whole": 1.0, "augment": True, "nested": {"odd key": [1, 2]}, "nothing": None},
     )
     assert models_file.read_models(tmp_path / "models.toml") == written
     assert written.preprocessing == Preprocessing((24, 32), (0.5, 0.25, 1e-7), (0.1,))
     assert written.classes == ("cat", 'a "quoted"\n\\name\x7f', "猫")
     assert written.training == {"method": "kd", "accuracy": 0.97, "whole": 1.0, "augment": True, "nested": {"odd key": [1, 2]}}
-    assert (written.layers, written.data, written.seed) == (("layer3", "layer1=stem.0"), "digits", 3)
+    assert (written.layers, written.data) == (("layer3", "layer1=stem.0"), "digits")
+    assert (written.fingerprint, written.split_seed) == ("ab12", 3)
     assert os.listdir(tmp_path) == ["models.toml"]  # noqa: PTH208 - names are compared
 
 

@@ -19,7 +19,7 @@ from kdx.runs.schema import BatchRecord, Configuration, Context, LayerProducts, 
 from kdx.runs.store import Store
 from tests.made_runs import entry
 
-CONFIGURATION = cast(Configuration, {"data": "digits", "layers": {"a/b": "c"}, "image_size": (8, 8)})
+CONFIGURATION = cast(Configuration, {"data": "digits", "fingerprint": "ab12", "layers": {"a/b": "c"}, "image_size": (8, 8)})
 CONTEXT: Context = {"kdx": "0", "created": "", "command": [], "environment": {}, "classes": [], "method": None, "batches": 2}
 LAYER = "block/layer3"
 
@@ -84,10 +84,10 @@ def test_a_complete_run_has_no_progress_and_a_restarted_one_no_maps(tmp_path: Pa
 
 
 def test_a_folder_has_one_run_and_one_writer(tmp_path: Path) -> None:
-    other = cast(Configuration, {**CONFIGURATION, "data": "cifar10", "seed": 1})
+    other = cast(Configuration, {**CONFIGURATION, "data": "cifar10", "fingerprint": "cd34", "seed": 1})
     with Store.begin(tmp_path / "run", CONFIGURATION, CONTEXT), pytest.raises(KdxError, match="Another process is writing"):
         Store.begin(tmp_path / "run", CONFIGURATION, CONTEXT)
-    with pytest.raises(KdxError, match=r"another run \(it differs in data, seed\)"):
+    with pytest.raises(KdxError, match=r"another run \(it differs in data, fingerprint, seed\)"):
         Store.begin(tmp_path / "run", other, CONTEXT)
     Store.begin(tmp_path / "run", CONFIGURATION, CONTEXT).close()  # a refusal unlocks the folder
 

@@ -1,0 +1,90 @@
+"""The fingerprint of a data set: what stays the same when its folder is copied, moved, renamed or touched, and changes with its images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdx.errors import KdxError
+
+SAMPLE_BYTES = 256_000_000
+SAMPLE_FILES = 4_000
+"""The contents of at most this many bytes and files enter a fingerprint. They are chosen at random, the same in every copy."""
+
+SourceFile = Path | bytes
+"""A file that a data set is read from, or its content where an installed package provides it."""
+
+
+def content_fingerprint(ids: Sequence[str], class_names: Sequence[str], files: Mapping[str, SourceFile]) -> str:
+    """The SHA-256 of a data set: the names and classes of its images in order, and the names, sizes and contents of its files.
+
+    ids [N] and class_names [N] describe the images. files: each source file by its name relative to the data set's folder. Contents are
+    hashed whole where the files have at most SAMPLE_BYTES and SAMPLE_FILES together, and otherwise those of a sample: files in the order
+    of the SHA-256 of their names, without those that no longer fit. Neither the folder's path nor modification times matter.
+
+    Equal fingerprints mean the same images in the same order, and so the same split of the same seed. In a data set that is larger than
+    the sample, a file whose content changes while its name and size do not is noticed only if it is in the sample.
+
+    Raises KdxError for a file that has disappeared.
+    """
+    sizes = {name: _size(file) for name, file in files.items()}
+    digest = hashlib.sha256(b"kdx data 1\n")
+    for row in (*zip(ids, class_names, strict=True), *sizes.items()):
+        digest.update(json.dumps(row).encode())
+    for name in _sample(sizes):
+        digest.update(_content(files[name]))
+    return digest.hexdigest()
+
+
+def _sample(sizes: Mapping[str, int]) -> Iterator[str]:
+    """The names of the files whose contents are hashed, in the order of hashing."""
+    total = count = 0
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if count < SAMPLE_FILES and total + sizes[name] <= SAMPLE_BYTES:
+            total, count = total + sizes[name], count + 1
+            yield name
+
+
+def _size(file: SourceFile) -> int:
+    if isinstance(file, bytes):
+        return len(file)
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise KdxError(
+            f"{file} cannot be opened: {error.strerror}.", "Run the command again when the data set no longer changes."
+        ) from error
+
+
+def _content(file: SourceFile) -> bytes:
+    if isinstance(file, bytes):
+        return file
+    try:
+        return file.read_bytes()
+    except OSError:  # an unreadable image is counted and named where it is decoded; its name and size are in the fingerprint
+        return b""
+
+
+def fingerprint_of_0_1_0(ids: Sequence[str], labels: NDArray[np.int64], contents: Sequence[bytes]) -> str:
+    """The fingerprint that kdx 0.1.0 recorded, by which its stopped runs and trainings are recognised.
+
+    contents: the pixels of a data set of fixed size, or the size and modification time of each image file.
+    """
+    digest = hashlib.sha256("\n".join(ids).encode("utf-8", "surrogateescape"))
+    digest.update(labels.tobytes())
+    for content in contents:
+        digest.update(content + b"\n")
+    return digest.hexdigest()
+
+
+def stamps_of_0_1_0(ids: Sequence[str], files: Mapping[str, SourceFile]) -> list[bytes]:
+    """The contents that `fingerprint_of_0_1_0` hashes."""
+    if tuple(files) != tuple(ids):  # images that share files
+        return [b"".join(map(_content, files.values()))]
+    states = [file.stat() for file in files.values() if isinstance(file, Path)]
+    return [f"{state.st_size} {state.st_mtime_ns}".encode() for state in states]

@@ -1,0 +1,129 @@
+"""The images that a run explains, and which of them were used in training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdx.data.dataset import Dataset, located
+from kdx.data.splits import stratified_splits, validation_is_test
+from kdx.errors import KdxError
+from kdx.models.models_file import ModelsFile
+
+_Relation = Literal["same", "changed", "other", "unknown"]
+
+
+@dataclass(frozen=True)
+class SplitChoice:
+    """The split that a run explains.
+
+    indices: its images, as rows of the data set. pool: the rows from which a reference set is drawn: the train split, or all of the data.
+    used: whether each row of the data set was used in training, that is, to fit the weights (train) or to choose them (validation); None
+    where that is not known. validation_is_test: whether the data's validation images are the test split (`validation_is_test`).
+    """
+
+    name: str
+    indices: NDArray[np.int64]
+    pool: NDArray[np.int64]
+    used: NDArray[np.bool_] | None
+    validation_is_test: bool
+    description: str
+    """One sentence for the terminal: which split of which data, and its number of images."""
+    reason: str = ""
+    """Why ``used`` is not known, as a sentence; empty where it is known."""
+
+    def trained_on(self, indices: NDArray[np.int64]) -> int | None:
+        """The number of these rows that were used in training; None where it is not known."""
+        return None if self.used is None else int(self.used[indices].sum())
+
+    def lines(self) -> list[str]:
+        """The lines for the terminal: the description, and a warning where the images were or may have been used in training."""
+        warning = training_warning(self.trained_on(self.indices), len(self.indices))
+        if warning is None:
+            return [self.description]
+        advice = "" if self.used is None else "Explain --split test for images that the networks have not seen."
+        return [self.description, " ".join(filter(None, ("Warning:", self.reason, warning, advice)))]
+
+
+def training_warning(trained_on: int | None, images: int) -> str | None:
+    """The sentences about ``images`` explained images of which ``trained_on`` were used in training (None: not known), or None for 0."""
+    if trained_on == 0:
+        return None
+    if trained_on is None:
+        return (
+            f"It is not known whether the {images:,} images explained were used in training. If they were, their accuracies, scores and "
+            "maps do not hold for new images."
+        )
+    subject = f"All {images:,} images explained" if trained_on == images else f"{trained_on:,} of the {images:,} images explained"
+    return (
+        f"{subject} {'was' if trained_on == 1 else 'were'} used in training, to fit the weights or to choose them. Their accuracies, "
+        "scores and maps do not hold for new images."
+    )
+
+
+def choose_split(dataset: Dataset, models: ModelsFile, split: str | None, seed: int) -> SplitChoice:
+    """The split to explain: ``split``, or else ``test`` of the data that the networks were trained on and all of any other data.
+
+    The fingerprint in the models file decides whether these are the training data. Where the file has none (it was written by hand or by
+    kdx 0.1.0), the data's path decides. seed: the seed of the split where the models file does not state one.
+
+    Raises KdxError for a split that does not exist.
+    """
+    relation = _relation(dataset, models)
+    of_0_1_0 = models.fingerprint is None and _OLD_FINGERPRINT in models.training
+    # Training splits the data with their own classes, whose order the models file may change.
+    own = dataset if models.fingerprint is None or dataset.relabelled_from is None else dataset.relabelled_from
+    parts = stratified_splits(own, seed if models.split_seed is None else models.split_seed, rule_of_0_1_0=of_0_1_0)
+    everything = np.arange(len(dataset))
+    name = split or ("test" if relation == "same" else "all")
+    if name not in (*parts, "all"):
+        raise KdxError(f"There is no split {name!r}.", f"Choose one of {', '.join(parts)}, all.")
+    indices, pool = (everything, everything) if name == "all" else (parts[name], parts["train"])
+    renamed = validation_is_test(dataset) and not of_0_1_0
+    used: NDArray[np.bool_] | None = None
+    if relation == "other":
+        used = np.zeros(len(dataset), bool)
+    elif relation == "same" and (models.split_seed is not None or renamed or "test" in dataset.splits):
+        used = ~np.isin(everything, parts["test"])
+    origin = {"same": ", the data that the networks were trained on", "other": ", other data than the networks were trained on"}
+    return SplitChoice(
+        name,
+        indices,
+        pool,
+        used,
+        renamed and name != "all",
+        f"Explaining the split {name}: {len(indices):,} images of {dataset.reference}{origin.get(relation, '')}.",
+        f"{dataset.reference} shares a folder with the networks' training data but has another fingerprint."
+        if relation == "changed"
+        else "",
+    )
+
+
+_OLD_FINGERPRINT = "data_fingerprint"
+"""The key of [training] where `kdx distill` 0.1.0 recorded its fingerprint. Files made by other means do not have it."""
+
+
+def _relation(dataset: Dataset, models: ModelsFile) -> _Relation:
+    """How the data relate to those that the networks were trained on.
+
+    same: they are these data. changed: they share a folder with these data, but their images differ. other: they are other data.
+    unknown: the models file does not say enough.
+    """
+    if models.fingerprint is not None:
+        if models.fingerprint == dataset.fingerprint:
+            return "same"
+        return "changed" if models.data is not None and _nested(dataset.reference, models.data) else "other"
+    if models.data is not None and located(models.data) == located(dataset.reference):
+        return "same"
+    recorded = models.training.get(_OLD_FINGERPRINT)
+    return "same" if recorded == (dataset.relabelled_from or dataset).fingerprint_of_0_1_0 else "unknown"
+
+
+def _nested(first: str, second: str) -> bool:
+    """Whether two data references name the same folder, or folders of which one contains the other."""
+    one, other = (Path(located(reference)) for reference in (first, second))
+    return one == other or one in other.parents or other in one.parents
