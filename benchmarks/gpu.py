@@ -30,7 +30,8 @@ from kdx import models
 from kdx.errors import KdxError
 from kdx.explain import layer
 from kdx.features.target import Target
-from kdx.kernels import cubins, cuda, fused, fused_shares, geometry
+from kdx.kernels import cubins, cuda, fused, geometry
+from kdx.kernels.fused_shares import PositionSquares
 from kdx.scores import uncertainty
 from tests.oracle import TOLERANCE, error
 
@@ -92,11 +93,7 @@ def explained(student: Tensor, base: Tensor, target: Tensor) -> list[Tensor]:
 
     Returns the channel weights of the distilled and of the residual maps [2, n, C], their scores [2], every inner product, and both maps.
     """
-    return _explained(student, base, _distances(student, base, target))
-
-
-def _distances(student: Tensor, base: Tensor, target: Tensor) -> Tensor:
-    return torch.stack([fused.distances(centred(values)) for values in (student, base, target)])
+    return _explained(student, base, torch.stack([fused.distances(centred(values)) for values in (student, base, target)]))
 
 
 def _explained(student: Tensor, base: Tensor, d: Tensor) -> list[Tensor]:
@@ -109,11 +106,11 @@ def _explained(student: Tensor, base: Tensor, d: Tensor) -> list[Tensor]:
 
 def decomposed(student: Tensor, base: Tensor, target: Tensor) -> list[Tensor]:
     """The results of `explained`, and the shares [n, H W] of both networks in their inner products with the target."""
-    d = _distances(student, base, target)
-    wide = d.double()
-    matrix = geometry.u_centered(wide[2])
-    pairs = zip((student, base), wide[:2], strict=True)
-    shares = [fused_shares.shares(features.flatten(2), distances, matrix) for features, distances in pairs]
+    positions = [PositionSquares.of(features.flatten(2)) for features in (student, base)]
+    matrix = fused.distances(centred(target))
+    d = torch.stack([*(each.distances.float() for each in positions), matrix])
+    centred_matrix = geometry.u_centered(matrix.double())[None]
+    shares = [each.shares(centred_matrix, [slice(0, len(student))])[0, 0] for each in positions]
     return [*_explained(student, base, d), *shares]
 
 

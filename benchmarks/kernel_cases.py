@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kdx.choices import ObjectiveName
-from kdx.kernels import decomposition, fused, fused_shares, geometry, imputation, reference
+from kdx.kernels import decomposition, fused, geometry, imputation, reference
+from kdx.kernels.fused_shares import PositionSquares
 from tests.oracle import TOLERANCE, error
 
 OBJECTIVES: tuple[ObjectiveName, ...] = ("relevance", "uniqueness")
@@ -270,13 +271,18 @@ def _cam_case(features: Tensor, weights: Tensor) -> KernelCase:
 def _shares_case(features: Tensor, target: Tensor, kernel_reference: KernelReference) -> KernelCase:
     """Without a lower bound: the time is that of float32 operations, whose rate no copy shows."""
     flat = features.flatten(2)
-    distances, matrix = geometry.distances(flat.flatten(1)), geometry.u_centered(target.double())
+    matrix = geometry.u_centered(target.double())
 
-    def expected() -> tuple[Tensor]:
-        return (kernel_reference.shares(flat.double(), distances, matrix),)
+    def run() -> tuple[Tensor, Tensor]:
+        positions = PositionSquares.of(flat)
+        return positions.distances, positions.shares(matrix[None], [slice(0, len(flat))])[0, 0]
+
+    def expected() -> tuple[Tensor, Tensor]:
+        distances = kernel_reference.distances(flat.double().flatten(1))
+        return distances, kernel_reference.shares(flat.double(), distances, matrix)
 
     kind = str(features.dtype).removeprefix("torch.")
-    return KernelCase(f"shares, {kind}", lambda: (fused_shares.shares(flat, distances, matrix),), expected)
+    return KernelCase(f"shares, {kind}", run, expected)
 
 
 def _imputation_case(images: Tensor, saliency: Tensor, kernel_reference: KernelReference) -> KernelCase:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from kdx.choices import ObjectiveName
 from kdx.errors import KdxError
-from kdx.kernels import cuda, decomposition, fused, fused_shares, geometry
+from kdx.kernels import cuda, fused, geometry
 from kdx.kernels.cuda import Backend
+from kdx.kernels.fused_shares import PositionSquares
+from kdx.kernels.positions import PositionGeometry, PositionProducts
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +127,9 @@ class TorchBackend:
         """`geometry.cam`."""
         return geometry.cam(features, weights)
 
-    def shares(self, features: Tensor, distances: Tensor, matrix: Tensor) -> Tensor:
-        """`decomposition.shares` [n, P] of features [n, C, P], their distances [n, n] and a U-centred matrix [n, n], in float64."""
-        return decomposition.shares(features, distances, matrix)
+    def positions(self, features: Tensor) -> PositionGeometry:
+        """The distances between images, and their shares of positions, of features [n, C, P]."""
+        return PositionProducts.of(features)
 
 
 class CudaBackend(TorchBackend):
@@ -192,10 +194,8 @@ class CudaBackend(TorchBackend):
     def cam(self, features: Tensor, weights: Tensor) -> Tensor:
         return super().cam(features, weights) if features.dtype == torch.float64 else fused.cam(features, weights)
 
-    def shares(self, features: Tensor, distances: Tensor, matrix: Tensor) -> Tensor:
-        if features.dtype == torch.float64:
-            return super().shares(features, distances, matrix)
-        return fused_shares.shares(features, distances, matrix)
+    def positions(self, features: Tensor) -> PositionGeometry:
+        return super().positions(features) if features.dtype == torch.float64 else PositionSquares.of(features)
 
 
 def chosen(x: Tensor, backend: Backend = "auto") -> TorchBackend:

@@ -15,6 +15,7 @@ from kdx.features.target import Target
 from kdx.kernels import decomposition, dispatch, geometry
 from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import BatchDistances, TorchBackend
+from kdx.kernels.positions import PositionGeometry
 from kdx.maps.unicam import check_residual
 from kdx.roles import SCORES, Definition, ScoreMap
 
@@ -149,31 +150,33 @@ def combined(kind: ScoreMap, shares: Mapping[tuple[str, str], Tensor], products:
 
 @dataclass(frozen=True)
 class _Network:
-    """A network's features [n, C, H, W] and their distances [n, n]. ops: the backend."""
+    """A network's features [n, C, H, W], the geometry of their positions, and their distances [n, n]."""
 
     features: Tensor
+    positions: PositionGeometry
     distances: BatchDistances
-    ops: TorchBackend
 
     def shares(self, matrix: Tensor) -> Tensor:
         """`kdx.kernels.decomposition.shares` on the grid of the features: [n, H, W]."""
-        result = self.ops.shares(self.features.flatten(2), self.distances.raw, matrix)
-        return result.reshape(len(result), *self.features.shape[2:])
+        n, _, height, width = self.features.shape
+        return self.positions.shares(matrix[None], [slice(0, n)]).reshape(n, height, width)
 
 
 def _network(array: Array, name: str, ops: TorchBackend) -> _Network:
     features = arrays.feature_map(array, name)
     arrays.check_images(len(features))
-    return _Network(features, arrays.row_distances({name: features.flatten(1)}, ops)[0], ops)
+    positions = ops.positions(features.flatten(2))
+    return _Network(features, positions, arrays.checked_distances(positions.distances[None], {name: features.flatten(1)})[0])
 
 
 def _target_matrix(target: Array, n: int, device: torch.device, ops: TorchBackend) -> Tensor:
     """The U-centred matrix [n, n] of labels, of an embedding, or of another network's features."""
     if target.ndim != 4:
         return Target.of(target, n, device=device, backend=ops).distances.centred
-    network = _network(target, "target features", ops)
-    arrays.check_same(len(network.features), n, "target features", "explained features")
-    return network.distances.centred.to(device)
+    features = arrays.feature_map(target, "target features")
+    arrays.check_images(len(features))
+    arrays.check_same(len(features), n, "target features", "explained features")
+    return arrays.row_distances({"target features": features.flatten(1)}, ops)[0].centred.to(device)
 
 
 def _norm(matrix: Tensor) -> Tensor:

@@ -24,14 +24,9 @@ def all_results() -> list[Tensor]:
     for objective in ("relevance", "uniqueness"):
         results += vars(fused.weights(d, given, target, means, objective, lap=True)).values()
         results += vars(fused.query_weights(inside, border, queries, references, objective)).values()  # type: ignore[arg-type]
-    shares = fused_shares.shares(features.flatten(2).mT.reshape(14, 7, 64), *shares_matrices())
-    return [*results, fused.cam(features, torch.ones(2, 64)), shares]
-
-
-def shares_matrices(n: int = 14) -> tuple[Tensor, Tensor]:
-    """Distances [n, n] and a U-centred matrix [n, n] of other rows."""
-    d = matrices(1, 2, n)[0]
-    return d[0], geometry.u_centered(d[1])
+    positions = fused_shares.PositionSquares.of(features.flatten(2).mT.reshape(14, 7, 64))
+    shares = positions.shares(geometry.u_centered(matrices(1, 5, 14)[0]), [slice(0, 14)])
+    return [*results, fused.cam(features, torch.ones(2, 64)), positions.distances, shares]
 
 
 def test_the_order_of_blocks_and_threads_changes_no_bit() -> None:
@@ -39,7 +34,7 @@ def test_the_order_of_blocks_and_threads_changes_no_bit() -> None:
     for order in ORDERS:
         with running(HostLauncher(order)):
             results.append(all_results())
-    assert len(results[0]) == 22
+    assert len(results[0]) == 23
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
@@ -92,13 +87,14 @@ def check_cam() -> None:
 
 
 def check_shares() -> None:
-    """In two strips and two shares of the channels."""
+    """Five matrices, in two strips and two parts of the channels."""
     x = torch.randn(35, 80, 14, generator=torch.Generator().manual_seed(0))
-    d, g = geometry.distances(x.double().flatten(1)), shares_matrices(35)[1]
+    g = geometry.u_centered(matrices(1, 5, 35)[0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_shares, "_SQUARES", 2 * 20 * 35 * 14)
-        actual = fused_shares.shares(x, d, g)
-    assert oracle.error(actual, reference.shares(x, g)) < SINGLE
+        actual = fused_shares.PositionSquares.of(x).shares(g, [slice(0, 35)])[0]
+    for shares, matrix in zip(actual, g, strict=True):
+        assert oracle.error(shares, reference.shares(x, matrix)) < SINGLE
 
 
 BARRIER = "__syncthreads();"
@@ -125,7 +121,9 @@ MISTAKES = [
     ("shares", check_shares, "next < shape.groups", "next + 1 < shape.groups"),
     ("shares", check_shares, "own < rows ? count : rows", "rows"),
     ("shares", check_shares, "min(own, other) * count + max(own, other)", "own * count + other"),
-    ("shares", check_shares, "partner < partners && ", ""),
+    ("shares", check_shares, "begin + lane < partners && ", ""),
+    ("shares", check_shares, " && matrix + m < matrices", ""),
+    ("shares", check_shares, "other != own", "true"),
 ]
 
 
