@@ -106,6 +106,30 @@ class _OnDisk:
         return np.asarray(self.source[index] if isinstance(self.source, np.memmap) else self.source.oindex[index])
 
 
+@dataclass(frozen=True)
+class Selected:
+    """The rows ``index`` [n] of other rows, moved to a device when they are read."""
+
+    source: Rows
+    index: Tensor
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.index), self.source.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @property
+    def run(self) -> int:
+        return self.source.run
+
+    def read(self, index: Tensor) -> Tensor:
+        return self.source.read(self.index[index.cpu()]).to(self.device)
+
+
 def feature_distances(rows: Rows, name: str) -> tiles.FeatureDistances:
     """``rows`` as a distance matrix whose tiles are computed on demand. Raises KdxError for rows that are not finite or too large."""
     matrix = tiles.FeatureDistances.of(rows)
