@@ -18,7 +18,7 @@ from kdx.runs.run import RunOptions
 
 CLASSES = ("cat", "dog", "owl")
 SIZE = (12, 12)
-OPTIONS = RunOptions(batch=9, permutations=19, runtime="eager", seed=3, gallery=6)
+OPTIONS = RunOptions(batch=9, geometry="batch", permutations=19, runtime="eager", seed=3, gallery=6)
 SALIENT = replace(OPTIONS, features="salient", keep=0.4, noise=0.05)
 
 
