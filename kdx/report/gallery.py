@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,7 @@ _SATURATION = 0.95  # the common scale of a layer ends at this quantile of the h
 
 _STRIP_HIGHEST, _STRIP_LOWEST = 4, 2  # the images of the strip: those with the highest sums, then those with the lowest
 
-_STABLE = 0.5  # an image of the strip has a map that is at least this stable, where stability is known
+_LEAST_STABILITY = 0.5  # an image of the strip has a map that is at least this stable, where stability is known
 
 MapFigures = tuple[float, float | None, float | None]
 """The sum of a map over its positions, its strength and its stability (`kdx.runs.record.MapColumns`)."""
@@ -87,6 +88,11 @@ class Gallery:
         return round(100 * overlays.OPACITY)
 
     @property
+    def least_stability(self) -> float:
+        """The stability that a map of the strip has at least, where stability is known."""
+        return _LEAST_STABILITY
+
+    @property
     def strip(self) -> list[int]:
         """The cards of the strip at the opening layer: the highest sums of the first kind of map, then the lowest if it is signed.
 
@@ -94,7 +100,7 @@ class Gallery:
         """
         layer, signed = list(self.grids).index(self.opening), self.kinds[0].signed
         figures = {place: card.figures[layer][0] for place, card in enumerate(self.cards) if card.maps[layer][0] is not None}
-        sums = {place: total for place, (total, _, stability) in figures.items() if stability is None or stability >= _STABLE}
+        sums = {place: total for place, (total, _, stability) in figures.items() if stability is None or stability >= _LEAST_STABILITY}
         order = sorted(sums, key=lambda place: (-sums[place], place))
         count = _STRIP_HIGHEST + _STRIP_LOWEST
         if len(order) <= count or not signed:
@@ -121,20 +127,16 @@ def make_gallery(run: RunRecord) -> Gallery:
     places = [positions[row] for row in rows]
     maps = {(layer, kind.name): run.maps(layer, kind.name, rows) for layer in run.layers for kind in kinds}
     figures = {key: _figures(run.map_columns(*key), stack, places) for key, stack in maps.items()}
-    cards = []
-    for place, row in enumerate(rows):
-        picture = run.picture(row)
+
+    def make_card(place: int) -> Card:
+        picture = run.picture(rows[place])
         of_image = {key: stack[place] for key, stack in maps.items()}
-        _write_composites(run, row, picture, of_image, kinds)
-        cards.append(
-            _card(
-                run,
-                positions[row],
-                picture,
-                [[packed_map(of_image[layer, kind.name], signed=kind.signed) for kind in kinds] for layer in run.layers],
-                [[figures[layer, kind.name][place] for kind in kinds] for layer in run.layers],
-            )
-        )
+        _write_composites(run, rows[place], picture, of_image, kinds)
+        packed = [[packed_map(of_image[layer, kind.name], signed=kind.signed) for kind in kinds] for layer in run.layers]
+        return _card(run, places[place], picture, packed, [[figures[layer, kind.name][place] for kind in kinds] for layer in run.layers])
+
+    with ThreadPoolExecutor() as pool:  # most of the time goes to zlib, which releases the interpreter's lock
+        cards = list(pool.map(make_card, range(len(rows))))
     counts = Counter(card.label for card in cards)
     grids = {layer: _grid(maps[layer, kinds[0].name]) for layer in run.layers}
     return Gallery(
@@ -196,8 +198,9 @@ def _write_composites(
         for kind in kinds:
             scale = overlays.symmetric_for_display if kind.signed else overlays.scaled_for_display
             drawn = overlays.composite(large, scale(maps[layer, kind.name]), signed=kind.signed)
-            path: Path = overlay_path(run.folder, row, names[layer], kind.name)
-            write_atomic(path, encoded(Image.fromarray(drawn), "PNG", compress_level=1))
+            # Run lengths alone: on composites of photographs it is faster than zlib's first level, and the files are smaller.
+            data = encoded(Image.fromarray(drawn), "PNG", compress_level=1, compress_type=zlib.Z_RLE)
+            write_atomic(overlay_path(run.folder, row, names[layer], kind.name), data)
 
 
 def _enlarged(image: Image.Image) -> Image.Image:

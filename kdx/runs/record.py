@@ -171,7 +171,7 @@ class RunRecord:
     @property
     def geometry(self) -> str:
         """Which images an image is compared with: whole, reference or batch."""
-        return self.manifest["configuration"].get("geometry") or ("reference" if self.reference_images else "batch")
+        return self.manifest.get("geometry") or ("reference" if self.reference_images else "batch")
 
     @property
     def map_kinds(self) -> tuple[str, ...]:
