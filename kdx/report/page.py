@@ -140,7 +140,7 @@ def _reading(run: RunRecord, salient: str) -> wording.Reading:
         (int((student & ~base).sum()), int((base & ~student).sum())),
         run.confidence,
         salient,
-        pooled=run.geometry == "batch",
+        between_batches="geometry" not in run.manifest,
     )
 
 

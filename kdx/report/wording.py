@@ -125,17 +125,17 @@ def read(
     discordant: tuple[int, int],
     confidence: float,
     salient: str = "",
-    pooled: bool = True,
+    between_batches: bool = True,
 ) -> Reading:
     """The scores of one run in plain words.
 
     layers: each student layer -> (teacher layer, scores, contrasts). accuracy: role -> accuracy. discordant: the number of images that
     only the student, and that only the base, classifies correctly. salient: how salient images are made (`kept_pixels`) where the
-    scores describe them, else empty. pooled: whether the scores are pooled over batches, so that their number matters.
+    scores describe them, else empty. between_batches: whether the
+    intervals come from the variation between batches, as in kdx 0.1.0.
 
     A run without a teacher has no score or contrast of a teacher; its statements compare student and base. A statement has a direction
-    only where the interval excludes zero and the permutation p-value, if there is one, is at most 1 - confidence. Every other statement
-    is that these images do not settle the question. No sentence claims a cause.
+    only where `direction` has one. Every other statement is that these images do not settle the question. No sentence claims a cause.
     """
     scores_of_layers = [scores for _, scores, _ in layers.values()]
     batches = [entry.batches for scores in scores_of_layers for entry in scores.values() if entry.batches is not None]
@@ -148,7 +148,7 @@ def read(
         ),
         _accuracy(accuracy, discordant, confidence),
         tuple(LayerReading(name, _layer(name, *rest, confidence)) for name, rest in layers.items()),
-        _cautions(min(batches, default=None) if pooled else None, len(layers), max(map(len, scores_of_layers)), teacher, salient),
+        _cautions(min(batches, default=None) if between_batches else None, len(layers), max(map(len, scores_of_layers)), teacher, salient),
     )
 
 
