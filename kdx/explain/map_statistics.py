@@ -28,6 +28,10 @@ class MapStatistics:
         columns = ([getattr(part, name) for part in parts] for name in ("total", "strength", "stability"))
         return cls(*map(torch.cat, columns))
 
+    def at(self, index: Tensor) -> MapStatistics:
+        """The statistics of the images ``index``, in this order."""
+        return MapStatistics(self.total[index], self.strength[index], self.stability[index])
+
     @property
     def relative_strength(self) -> Tensor:
         """The strength on a scale that all images of the layer share: 1 is their mean. All zeros if every map is empty."""

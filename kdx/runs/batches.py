@@ -104,10 +104,11 @@ def _statistics(
 ) -> dict[str, MapStatistics]:
     """The statistics of every kind of map at a layer. Writes the maps that add up to a score."""
     names = (*roles, TARGET)
+    stored = all(layer in record.shares for record in records)  # the records of kdx 0.1.0 have no shares
+    kinds = score_maps_among(roles) if stored else {}
     parts: dict[str, list[MapStatistics]] = {}
     rows, total = plan.widest, plan.widest * len(plan.batches)
     for batch, record in enumerate(records):
-        kinds = {} if layer not in record.shares else score_maps_among(roles)
         halves = {name: combined(kind, record.shares[layer], products, names) for name, kind in kinds.items()}
         store.write_maps(batch, rows, total, {layer: {name: value.sum(0).float().numpy() for name, value in halves.items()}})
         for name, value in halves.items():

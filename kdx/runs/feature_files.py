@@ -1,4 +1,6 @@
-"""The features of all images on disk, written image by image, so that a killed run continues where it stopped.
+"""The features of all images on disk, in random order, written part by part, so that a killed run continues where it stopped.
+
+Random order makes neighbours a random sample, which the sweeps need, and lets them read whole tiles at once.
 
 features/state.npy                 one byte per image: PENDING, READ or UNREADABLE, written after everything else of that image
 features/ROLE-NUMBER.npy           features [N, C, h, w] of a role at a layer; NUMBER is the layer's place
@@ -47,9 +49,9 @@ class FeatureFiles:
             return open_memmap(path, "r+") if exists else open_memmap(path, "w+", dtype, shape)
 
         self._features = {
-            (role, layer): array(f"{role}-{self._layers.index(layer)}", (n, *shape), precision)
+            (role, layer): array(f"{role}-{self._layers.index(layer)}", (n, height, width, channels), precision)
             for role, by_layer in shapes.items()
-            for layer, shape in by_layer.items()
+            for layer, (channels, height, width) in by_layer.items()
         }
         self._predictions = {role: array(f"prediction-{role}", (n,), "int64") for role in shapes}
         self._confidences = {role: array(f"confidence-{role}", (n,), "float32") for role in shapes}
@@ -96,7 +98,7 @@ class FeatureFiles:
         array = self._features[role, layer]
         if array.dtype == np.float16 and bool(values.abs().amax() > np.finfo(np.float16).max):
             raise KdxError(f"The {role}'s features at {layer} are too large for float16.", "Store them with --store float32.")
-        array[part][readable] = values.numpy(force=True).astype(array.dtype, copy=False)
+        array[part][readable] = values.permute(0, 2, 3, 1).numpy(force=True).astype(array.dtype, copy=False)
 
     @property
     def unreadable(self) -> list[tuple[str, str]]:
@@ -122,7 +124,8 @@ class FeatureFiles:
         kept = torch.from_numpy(self.kept)
         result = {}
         for role, by_layer in self._shapes.items():
-            source = rows_of(self._features[role, layer], f"{role}'s features")
+            array = self._features[role, layer]
+            source = rows_of(array.reshape(len(array), -1), f"{role}'s features")
             result[role] = SetRows(Selected(source, kept, device), by_layer[layer])
         return result
 

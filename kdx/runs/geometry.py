@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from kdx.errors import KdxError
-from kdx.kernels.strips import StoredDistances
+from kdx.kernels.set_geometry import StoredDistances
 from kdx.roles import shares_among
 from kdx.runs.feature_files import FeatureFiles, Shapes
 from kdx.runs.plan import REFERENCE_IMAGES, Plan

@@ -138,15 +138,17 @@ class Store:
     def has_layer(self, place: int) -> bool:
         return schema.layer_path(self.folder, place).exists()
 
-    def write_layer(self, place: int, layer: str, maps: Mapping[str, NDArray[np.float32]], record: LayerRecord) -> None:
-        """Write all maps of a layer (kind -> [n, h, w]), then its record. place: the number of the layer."""
+    def write_layer(
+        self, place: int, layer: str, maps: Mapping[str, NDArray[np.float32]], order: NDArray[np.int64], record: LayerRecord
+    ) -> None:
+        """Write all maps of a layer (kind -> [n, h, w]) in this order, then its record. place: the number of the layer."""
         group = self._maps()
         for kind, values in maps.items():
             chunks = (min(schema.MAPS_PER_CHUNK, len(values)), *values.shape[1:])
             path = schema.map_path(layer, kind)
             array = group.create_array(path, shape=values.shape, chunks=chunks, dtype="float32", overwrite=True)
             for start in range(0, len(values), chunks[0]):
-                array[start : start + chunks[0]] = values[start : start + chunks[0]]
+                array[start : start + chunks[0]] = values[order[start : start + chunks[0]]]
         self._write_arrays(schema.layer_path(self.folder, place), record.arrays())
 
     def read_layer(self, place: int) -> LayerRecord:

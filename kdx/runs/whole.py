@@ -49,7 +49,7 @@ def explain_whole(
     _infer(files, explainer, plan, size, announce)
     check_unreadable(files.unreadable, len(plan.indices), plan.options.max_unreadable)
     device = torch.device(explainer.choice.device)
-    labels = torch.from_numpy(plan.dataset.labels[plan.indices[files.kept]])
+    labels = torch.from_numpy(plan.dataset.labels[_shuffled(plan)[files.kept]])
     for place, layer in enumerate(plan.layers):
         if not store.has_layer(place):
             _measure(store, files, plan, place, layer, Target.of(labels.to(device)), device)
@@ -65,17 +65,17 @@ def _infer(files: FeatureFiles, explainer: Explainer, plan: Plan, size: tuple[in
     if pending and remaining < total:
         announce(f"Resuming: the features of {total - remaining} of {total} images are stored.")
     done = total - remaining
-    with decoded(plan.dataset, (plan.indices[part] for part in pending), size, plan.options.workers) as results, progress() as show:
+    order = _shuffled(plan)
+    with decoded(plan.dataset, (order[part] for part in pending), size, plan.options.workers) as results, progress() as show:
         for part, images in zip(pending, results, strict=True):
             show("Networks", done, total, "images")
-            _infer_part(files, explainer, plan, part, images)
+            _infer_part(files, explainer, plan, part, order[part], images)
             check_unreadable(files.unreadable, total, plan.options.max_unreadable)
             done += part.stop - part.start
         show("Networks", total, total, "images")
 
 
-def _infer_part(files: FeatureFiles, explainer: Explainer, plan: Plan, part: slice, images: Images) -> None:
-    planned = plan.indices[part]
+def _infer_part(files: FeatureFiles, explainer: Explainer, plan: Plan, part: slice, planned: NDArray[np.int64], images: Images) -> None:
     readable = np.isin(planned, images.kept)
     # An unreadable image is replaced by a blank one, so that the other images keep their places in the pass.
     pixels = torch.zeros(len(planned), *images.pixels.shape[1:])
@@ -91,7 +91,7 @@ def _infer_part(files: FeatureFiles, explainer: Explainer, plan: Plan, part: sli
 
 
 def _measure(store: Store, files: FeatureFiles, plan: Plan, place: int, layer: str, target: Target, device: torch.device) -> None:
-    """Measure and store one layer."""
+    """Measure and store one layer, with maps and statistics in the order of the data set."""
     maps: dict[str, NDArray[np.float32]] = {}
 
     def output(kind: str, shape: tuple[int, int, int]) -> Tensor:
@@ -104,18 +104,33 @@ def _measure(store: Store, files: FeatureFiles, plan: Plan, place: int, layer: s
             target,
             plan.options,
             output,
+            shuffled=True,
             folder=files.folder,
             progress=lambda done, total: show(f"Geometry of {layer}", done, total, "tiles"),
         )
     products = LayerProducts(measurement.products, measurement.permuted, measurement.left_out)
-    store.write_layer(place, layer, maps, LayerRecord(products, measurement.statistics, measurement.null))
+    order = _sorted(plan, files)
+    statistics = {kind: values.at(torch.from_numpy(order)) for kind, values in measurement.statistics.items()}
+    store.write_layer(place, layer, maps, order, LayerRecord(products, statistics, measurement.null))
+
+
+def _shuffled(plan: Plan) -> NDArray[np.int64]:
+    """The images to explain, as rows of the data set, in the random order in which their features are stored."""
+    return np.random.default_rng(plan.options.seed).permutation(plan.indices)
+
+
+def _sorted(plan: Plan, files: FeatureFiles) -> NDArray[np.int64]:
+    """The places of the readable images among themselves, in the order of the data set."""
+    return np.argsort(_shuffled(plan)[files.kept])
 
 
 def collect_whole(store: Store, plan: Plan, files: FeatureFiles) -> Collected:
     """The results of all layers."""
     roles = roles_among(store.manifest["configuration"]["models"])
-    index = plan.indices[files.kept]
-    columns: dict[str, NDArray[Any]] = {schema.ROW: np.arange(len(index)), schema.INDEX: index, **files.columns()}
+    order = _sorted(plan, files)
+    index = _shuffled(plan)[files.kept][order]
+    predictions = {name: values[order] for name, values in files.columns().items()}
+    columns: dict[str, NDArray[Any]] = {schema.ROW: np.arange(len(index)), schema.INDEX: index, **predictions}
     records = {layer: store.read_layer(place) for place, layer in enumerate(plan.layers)}
     scores = {}
     for layer, record in records.items():
