@@ -28,7 +28,7 @@ def run(folder: Path, out: Path, options: RunOptions = OPTIONS, data: str | None
 
 def results(out: Path) -> dict[str, Any]:
     """Everything that a run computed, without times and the machine."""
-    group = zarr.open_group(out / "maps.zarr", mode="r")
+    group: Any = zarr.open_group(out / "maps.zarr", mode="r")
     arrays = {f"{layer}/{name}": np.asarray(array) for layer in ("layer2", "layer3") for name, array in group[layer].arrays()}
     return {
         "scores": (out / "scores.json").read_bytes(),

@@ -211,7 +211,12 @@ def test_too_little_space_is_reported_before_the_networks_run(folder: Path, tmp_
 def test_the_stated_space_is_at_least_what_is_used(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     costs: list[geometry.Cost] = []
     original = geometry.Cost.of
-    monkeypatch.setattr(geometry.Cost, "of", lambda *arguments: costs.append(original(*arguments)) or costs[-1])
+
+    def recorded(*arguments: Any) -> geometry.Cost:
+        costs.append(original(*arguments))
+        return costs[-1]
+
+    monkeypatch.setattr(geometry.Cost, "of", recorded)
     run(folder, tmp_path / "run", replace(WHOLE, keep_features=True))
     used = sum(path.stat().st_size for path in (tmp_path / "run" / "features").glob("*[0-9].npy"))
     assert used <= costs[0].bytes * 1.05
