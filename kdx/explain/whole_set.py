@@ -23,6 +23,7 @@ from kdx.features.target import Target
 from kdx.kernels import geometry as closed_form
 from kdx.kernels import tiles
 from kdx.kernels.decomposition import PairWeights
+from kdx.kernels.moments import Moments
 from kdx.kernels.set_unicam import SetGradient, channel_weights
 from kdx.kernels.strips import SetFeatures, SetGeometry, StoredDistances, strip_shares
 from kdx.kernels.tiles import FeatureDistances, Rows
@@ -47,13 +48,13 @@ class SetRows:
 class SetMeasurement:
     """One layer over n images, with r roles.
 
-    products, permuted, left_out: as in `kdx.explain.layer.LayerMeasurement`, over all images. statistics: of each kind of map, UniCAM's
+    products, permuted, moments: as in `kdx.explain.layer.LayerMeasurement`, over all images. statistics: of each kind of map, UniCAM's
     and those that add up to a score. null: the strength of each kind of map under a permuted target, where a permutation was computed.
     """
 
     products: Tensor
     permuted: dict[str, Tensor]
-    left_out: Tensor
+    moments: Moments
     statistics: dict[str, MapStatistics]
     null: dict[str, NullStrength]
 
@@ -105,7 +106,7 @@ def measure_set(
         progress(tile_counts[0] + (a + 1) * tile_counts[0] // strips, 2 * tile_counts[0])
     null = layer.null_strengths() if settings.permutations else {}
     return SetMeasurement(
-        swept.products, {name: swept.permuted[names.index(name)] for name in permuted}, swept.left_out, layer.statistics(), null
+        swept.products, {name: swept.permuted[names.index(name)] for name in permuted}, swept.moments, layer.statistics(), null
     )
 
 

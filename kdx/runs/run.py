@@ -34,7 +34,7 @@ from kdx.runs.schema import BatchRecord, Configuration, Context, LayerProducts, 
 from kdx.runs.split import SplitChoice, choose_split
 from kdx.runs.store import Store
 from kdx.runtimes.choice import is_file
-from kdx.scores.pool import Pool
+from kdx.scores.pool import Pool, adjusted
 from kdx.scores.uncertainty import accuracy
 
 
@@ -266,8 +266,7 @@ def _explain_batch(store: Store, explainer: Explainer, plan: _Plan, batch: int, 
         columns[schema.prediction_column(role)] = prediction.numpy(force=True)
         columns[schema.confidence_column(role)] = confidence.numpy(force=True)
     products = {
-        layer: LayerProducts(measurement.products, measurement.permuted, measurement.left_out if len(plan.batches) == 1 else None)
-        for layer, measurement in measurements.items()
+        layer: LayerProducts(measurement.products, measurement.permuted, measurement.moments) for layer, measurement in measurements.items()
     }
     maps = {
         layer: {name: value.maps.float().numpy(force=True) for name, value in measurement.maps.items()}
@@ -312,7 +311,10 @@ def _finish(store: Store, plan: _Plan, size: tuple[int, int]) -> None:
                 role: accuracy(columns[schema.prediction_column(role)] == columns[schema.LABEL], options.confidence) for role in roles
             },
             "layers": {
-                layer: schema.stored_layer(pool.scores(n=len(index), confidence=options.confidence)) for layer, pool in pools.items()
+                layer: schema.stored_layer(scores)
+                for layer, scores in adjusted(
+                    {layer: pool.scores(n=len(index), confidence=options.confidence) for layer, pool in pools.items()}
+                ).items()
             },
         }
     )

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdx.kernels.moments import Moments
 from kdx.scores.pool import LayerScores
 
 FORMAT = 1
@@ -197,6 +198,7 @@ class StoredScore(TypedDict):
     value: float
     interval: Sequence[float]
     p_value: float | None
+    p_adjusted: NotRequired[float | None]  # adjusted for the number of layers; runs before 0.2 do not have it
     n: int
     batches: int
 
@@ -226,25 +228,32 @@ class StoredScores(TypedDict):
 def stored_layer(layer: LayerScores) -> StoredLayer:
     """The scores and contrasts of a layer in the form of scores.json."""
     scores: dict[str, StoredScore] = {
-        name: {"value": score.value, "interval": score.interval, "p_value": score.p_value, "n": score.n, "batches": score.batches}
+        name: {
+            "value": score.value,
+            "interval": score.interval,
+            "p_value": score.p_value,
+            "p_adjusted": score.p_adjusted,
+            "n": score.n,
+            "batches": score.batches,
+        }
         for name, score in layer.scores.items()
     }
     first = next(iter(scores.values()))  # all scores of a layer have the same basis
     contrasts: dict[str, StoredScore] = {
-        name: {"value": value, "interval": interval, "p_value": None, "n": first["n"], "batches": first["batches"]}
+        name: {"value": value, "interval": interval, "p_value": None, "p_adjusted": None, "n": first["n"], "batches": first["batches"]}
         for name, (value, interval) in layer.contrasts.items()
     }
     return {"scores": scores, "contrasts": contrasts}
 
 
-SCORES_TABLE_COLUMNS = ("layer", "score", "value", "low", "high", "p_value", "n", "batches")
+SCORES_TABLE_COLUMNS = ("layer", "score", "value", "low", "high", "p_value", "p_adjusted", "n", "batches")
 
 
 def scores_table_rows(scores: StoredScores) -> Iterator[tuple[Any, ...]]:
     """The rows of scores.csv: every score and contrast of every layer."""
     for layer, entry in scores["layers"].items():
         for name, score in (entry["scores"] | entry["contrasts"]).items():
-            yield layer, name, score["value"], *score["interval"], score["p_value"], score["n"], score["batches"]
+            yield layer, name, score["value"], *score["interval"], score["p_value"], score.get("p_adjusted"), score["n"], score["batches"]
 
 
 # ---------------------------------------------------------------- samples.parquet and progress/
@@ -273,15 +282,20 @@ def map_column(layer: str, kind: str, name: str) -> str:
     return f"{layer}/{kind}/{name}"
 
 
+_MOMENTS = ("variance", "interaction", "slope")
+"""The arrays of a layer's moments. Batches that an older kdx stored do not have them."""
+
+
 class LayerProducts(NamedTuple):
     """The inner products that a batch adds to a layer's pool: the arguments of `kdx.scores.pool.Pool.add`.
 
-    With r roles: products [r + 1, r + 1], permuted [p, r + 1] per permuted matrix, left_out [n, r + 1, r + 1] or None.
+    With r roles: products [r + 1, r + 1], permuted [p, r + 1] per permuted matrix, and moments of the products, or None for fewer than five
+    images and in batches that an older kdx stored.
     """
 
     products: torch.Tensor
     permuted: dict[str, torch.Tensor]
-    left_out: torch.Tensor | None
+    moments: Moments | None
 
 
 @dataclass(frozen=True)
@@ -302,11 +316,12 @@ class BatchRecord:
         On disk the kind of permuted products is ``moved_NAME``, the name that older runs gave it, so that they can still resume.
         """
         arrays = dict(self.columns)
-        for layer, (products, permuted, left_out) in self.layers.items():
+        for layer, (products, permuted, moments) in self.layers.items():
             arrays[f"products/{layer}"] = products.numpy(force=True)
             arrays |= {f"moved_{name}/{layer}": rows.numpy(force=True) for name, rows in permuted.items()}
-            if left_out is not None:
-                arrays[f"left_out/{layer}"] = left_out.numpy(force=True)
+            if moments is not None:
+                arrays[f"parts/{layer}"] = np.array(moments.parts)
+                arrays |= {f"{name}/{layer}": getattr(moments, name).numpy(force=True) for name in _MOMENTS}
         return arrays | {"unreadable": np.array(self.unreadable, dtype=np.str_).reshape(-1, 2)}
 
     @classmethod
@@ -322,7 +337,7 @@ class BatchRecord:
             layer: LayerProducts(
                 kinds["products"],
                 {kind.removeprefix("moved_"): rows for kind, rows in kinds.items() if kind.startswith("moved_")},
-                kinds.get("left_out"),
+                Moments(int(kinds["parts"]), *(kinds[name] for name in _MOMENTS)) if "parts" in kinds else None,
             )
             for layer, kinds in by_layer.items()
         }
