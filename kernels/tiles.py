@@ -20,7 +20,6 @@ Randomisation by a subgroup: Hemerik and Goeman, "Exact testing with random perm
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -285,11 +284,11 @@ class _Sums:
         self._places = [slice(start, start + len(part)) for start, part in zip(range(0, n, len(tiles[0])), tiles, strict=True)]
         # The images are in random order, so consecutive parts are random parts.
         self._sizes = moments.part_sizes(n)
-        ends = list(itertools.accumulate(self._sizes))
-        self._bounds = [slice(end - size, end) for end, size in zip(ends, self._sizes, strict=True)]
+        starts = [sum(self._sizes[:part]) for part in range(len(self._sizes))]
+        self._bounds = [slice(start, start + size) for start, size in zip(starts, self._sizes, strict=True)]
         self._parts = [self._within(place) for place in self._places]
-        self._pairs = torch.zeros(k, k, len(ends), len(ends), dtype=torch.float64, device=device)
-        self._rows = torch.zeros(k, n, len(ends), dtype=torch.float64, device=device)
+        self._pairs = torch.zeros(k, k, len(starts), len(starts), dtype=torch.float64, device=device)
+        self._rows = torch.zeros(k, n, len(starts), dtype=torch.float64, device=device)
         self._turned = torch.zeros(len(self._permuted), k, len(turns[0]), dtype=torch.float64, device=device)
 
     def add(self, a: int, b: int, d: Tensor) -> None:

@@ -6,6 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,7 +79,11 @@ def pooled_moments(products: Tensor, within: Sequence[Moments | None]) -> Moment
     known = [moments for moments in within if moments is not None]
     if len(products) < MANY_BATCHES and len(known) == len(products):
         return functools.reduce(operator.add, known)
-    return of_batches(products) if len(products) > 1 else None
+    if len(products) < 2:
+        return None
+    between = of_batches(products)
+    # The third moment of few batches is noise.
+    return between if len(products) >= MANY_BATCHES else replace(between, slope=torch.zeros_like(between.slope))
 
 
 def spread(moments: Moments | None, gradient: NDArray[np.float64]) -> Spread | None:
