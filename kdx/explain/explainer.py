@@ -242,7 +242,7 @@ class Explainer:
         summary = pooled_scores(
             measurement.products,
             measurement.permuted,
-            measurement.left_out,
+            measurement.moments,
             n=n,
             confidence=self.settings.confidence,
             roles=self.roles,

@@ -23,6 +23,7 @@ from kdx.features.arrays import check_images, check_varied, rounding_of
 from kdx.features.rows import feature_distances
 from kdx.features.target import Target
 from kdx.kernels import tiles
+from kdx.kernels.moments import Moments
 from kdx.kernels.set_geometry import SetGeometry, StoredDistances
 from kdx.kernels.set_maps import SetFeatures, SetSums, permuted_sums, second_sweep
 from kdx.kernels.set_unicam import SetGradient
@@ -48,13 +49,13 @@ class SetRows:
 class SetMeasurement:
     """One layer over n images, with r roles.
 
-    products, permuted, left_out: as in `kdx.explain.layer.LayerMeasurement`, over all images. statistics: of each kind of map, UniCAM's
+    products, permuted, moments: as in `kdx.explain.layer.LayerMeasurement`, over all images. statistics: of each kind of map, UniCAM's
     and those that add up to a score. null: the strength of each kind of map under a permuted target, where a permutation was computed.
     """
 
     products: Tensor
     permuted: dict[str, Tensor]
-    left_out: Tensor
+    moments: Moments
     statistics: dict[str, MapStatistics]
     null: dict[str, NullStrength]
 
@@ -102,7 +103,7 @@ def measure_set(
     statistics = layer.write_maps(output, lambda: progress(next(steps), (1 + len(roles)) * len(geometry.pairs)))
     null = layer.null_strengths() if settings.permutations else {}
     products = {name: swept.permuted[names.index(name)] for name in permuted}
-    return SetMeasurement(swept.products, products, swept.left_out, statistics, null)
+    return SetMeasurement(swept.products, products, swept.moments, statistics, null)
 
 
 def _on_disk(folder: Path, number: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

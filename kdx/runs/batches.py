@@ -21,7 +21,7 @@ from kdx.roles import TARGET, maps_among, roles_among, score_maps_among
 from kdx.runs import schema
 from kdx.runs.collected import Collected, check_classes, check_unreadable, prediction_columns
 from kdx.runs.plan import Plan
-from kdx.runs.schema import BatchRecord, LayerProducts
+from kdx.runs.progress_records import BatchRecord, LayerProducts
 from kdx.runs.store import Store
 from kdx.scores.pool import Pool
 
@@ -65,8 +65,7 @@ def _explain_batch(store: Store, explainer: Explainer, plan: Plan, batch: int, i
     check_classes(logits, len(plan.dataset.classes))
     columns = {schema.INDEX: images.kept, **prediction_columns(logits)}
     products = {
-        layer: LayerProducts(measurement.products, measurement.permuted, measurement.left_out if len(plan.batches) == 1 else None)
-        for layer, measurement in measurements.items()
+        layer: LayerProducts(measurement.products, measurement.permuted, measurement.moments) for layer, measurement in measurements.items()
     }
     shares = {layer: {name: value.float() for name, value in measurement.shares.items()} for layer, measurement in measurements.items()}
     maps = {

@@ -21,7 +21,7 @@ from kdx.runs import schema
 from kdx.runs.collected import Collected, check_classes, check_unreadable, prediction_columns
 from kdx.runs.feature_files import FeatureFiles, Shapes
 from kdx.runs.plan import Plan
-from kdx.runs.schema import LayerProducts, LayerRecord
+from kdx.runs.progress_records import LayerProducts, LayerRecord
 from kdx.runs.store import Store
 from kdx.scores.pool import Pool
 
@@ -114,7 +114,7 @@ def _measure(store: Store, files: FeatureFiles, plan: Plan, place: int, layer: s
             folder=files.folder,
             progress=lambda done, total: show(f"Geometry of {layer}", done, total, "tiles"),
         )
-    products = LayerProducts(measurement.products, measurement.permuted, measurement.left_out)
+    products = LayerProducts(measurement.products, measurement.permuted, measurement.moments)
     order = _sorted(plan, files)
     statistics = {kind: values.at(torch.from_numpy(order)) for kind, values in measurement.statistics.items()}
     store.write_layer(place, layer, maps, order, LayerRecord(products, statistics, measurement.null))

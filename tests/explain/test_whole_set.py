@@ -68,7 +68,7 @@ def test_score_maps_equal_decompose_and_add_up_to_the_scores() -> None:
         "fss_student_minus_base": kdx.decompose(s, t, minus=b),
     }.items():
         assert oracle.error(maps[name], expected.maps) < 1e-9, name
-    scores = pooled_scores(measurement.products, measurement.permuted, measurement.left_out, n=N)
+    scores = pooled_scores(measurement.products, measurement.permuted, measurement.moments, n=N)
     values = {name: score.value for name, score in (scores.scores | scores.contrasts).items()}
     for name, kind in SCORE_MAPS.items():
         assert float(measurement.statistics[name].total.sum()) == pytest.approx(values[kind.score], abs=1e-9)
