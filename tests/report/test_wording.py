@@ -62,7 +62,7 @@ def test_a_score_needs_both_interval_and_permutation_test() -> None:
             "do not settle whether the student’s features are relevant to the labels beyond the base’s. The 95% interval includes zero",
         ),
         (0.3, 0.1, 0.2, False, "excludes zero, but the permutation test is not significant"),
-        (-0.3, 0.1, 0.001, True, "are negatively related to the labels"),
+        (-0.3, 0.1, 1.0, True, "The student falls short of the base: the part of the student’s features that the base’s do not explain is"),
         (0.3, 0.1, None, True, "are relevant to the labels"),
     ):
         statement = _statement(_numbers((0.1, 0.01), **{"RS(S|B)": Entry.of(entry(value, half, p))}), "Distilled")
