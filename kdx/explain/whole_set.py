@@ -19,6 +19,7 @@ from kdx.explain.map_statistics import MapStatistics, NullStrength, mean_strengt
 from kdx.explain.settings import Settings
 from kdx.features.arrays import check_images, check_varied, rounding_of
 from kdx.features.rows import feature_distances
+from kdx.features.score_maps import combined
 from kdx.features.target import Target
 from kdx.kernels import geometry as closed_form
 from kdx.kernels import tiles
@@ -26,7 +27,6 @@ from kdx.kernels.decomposition import PairWeights
 from kdx.kernels.set_unicam import SetGradient, channel_weights
 from kdx.kernels.strips import SetFeatures, SetGeometry, StoredDistances, strip_shares
 from kdx.kernels.tiles import FeatureDistances, Rows
-from kdx.maps.decomposition import combined
 from kdx.maps.unicam import check_residual
 from kdx.roles import TARGET, maps_among, permuted_among, roles_among, score_maps_among, shares_among
 from kdx.scores.uncertainty import with_permuted

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kdx.data.batches import random_batches
 from kdx.data.dataset import Dataset, open_data
-from kdx.data.images import Images, decoded, load_images
+from kdx.data.images import Images, decoded, load_images, load_references
 from kdx.data.splits import class_balanced_sample
 from kdx.errors import KdxError
 from kdx.explain.explainer import Explainer
@@ -236,7 +236,7 @@ def _explainer(plan: _Plan, folder: Path) -> Explainer:
     models = plan.models
     if is_file(models.path):
         if plan.options.reference_images:
-            raise no_reference_mode()
+            raise no_reference_mode(describe_explainer(models.path))
         return Explainer.of({}, plan.layers, plan.options, folder=folder, file=models.path)
     networks = {
         role: models.path.parent / reference if is_file(reference) else models.load(role) for role, reference in models.references.items()
@@ -245,14 +245,7 @@ def _explainer(plan: _Plan, folder: Path) -> Explainer:
 
 
 def _use_references(explainer: Explainer, dataset: Dataset, references: NDArray[np.int64], size: tuple[int, int]) -> None:
-    images = load_images(dataset, references, size)
-    if images.unreadable:
-        name, reason = images.unreadable[0]
-        raise KdxError(
-            f"The reference image {name} cannot be read ({reason}).",
-            "Repair or remove it, or choose other reference images with another --seed.",
-        )
-    explainer.use_references(images.pixels, torch.from_numpy(dataset.labels[images.kept]))
+    explainer.use_references(load_references(dataset, references, size), torch.from_numpy(dataset.labels[references]))
 
 
 def _explain_batch(store: Store, explainer: Explainer, plan: _Plan, batch: int, images: Images) -> None:
