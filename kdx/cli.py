@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from kdx.choices import Features, FileFormat, FileKind, FilePrecision, ObjectiveName, Precision, RuntimeName, Weighting
+from kdx.choices import (
+    Features,
+    FileFormat,
+    FileKind,
+    FilePrecision,
+    GeometryName,
+    ObjectiveName,
+    Precision,
+    RuntimeName,
+    StoredPrecision,
+    Weighting,
+)
 from kdx.errors import KdxError
 from kdx.progress import console
 
@@ -222,10 +233,22 @@ def explain(
     ],
     out: Annotated[Path, typer.Option(help="The folder of the run. A stopped run there is resumed.")],
     layer: LayerOption = None,
-    batch: Annotated[int, typer.Option(min=4, help="Images per batch. The images of a batch are compared with each other.")] = 64,
+    batch: Annotated[
+        int,
+        typer.Option(
+            min=4, help="Images that go through the networks at once. It changes results only with --geometry batch or reference."
+        ),
+    ] = 64,
     chunk: Annotated[
         int | None, typer.Option(min=1, help="Images per pass of a network, to save memory. It does not change the results.")
     ] = None,
+    geometry: Annotated[
+        GeometryName,
+        typer.Option(
+            help="The images that an image is compared with: all of them (whole), a fixed reference set, or its batch, as published. "
+            "auto: whole if the features fit the limits below, else reference."
+        ),
+    ] = "auto",
     runtime: Annotated[RuntimeName, typer.Option(help="What executes the networks.")] = "auto",
     device: DeviceOption = "auto",
     precision: Annotated[
@@ -242,9 +265,28 @@ def explain(
     ] = "raw",
     keep: Annotated[float, typer.Option(help="salient: the share of pixels to keep. The other pixels are imputed.")] = 0.5,
     noise: Annotated[float, typer.Option(help="salient: the standard deviation of the noise on imputed pixels.")] = 0.0,
-    reference: Annotated[
-        int, typer.Option(min=0, help="Map every image among this many fixed images. 0: among the images of its batch.")
+    reference: Annotated[int, typer.Option(min=0, help="The size of the reference set. A size above 0 selects --geometry reference.")] = 0,
+    store: Annotated[
+        StoredPrecision, typer.Option(help="whole: the number format of the features on disk. float16 takes half the space.")
+    ] = "float32",
+    keep_features: Annotated[
+        bool, typer.Option("--keep-features", help="whole: keep the features after the run, in RUN/features.")
+    ] = False,
+    project: Annotated[
+        int,
+        typer.Option(
+            min=0, help="whole: project the features to this many random channels before they are stored. Results become approximate."
+        ),
     ] = 0,
+    max_disk: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="whole: gigabytes that features and distances may take; by default half of the free space.", show_default=False
+        ),
+    ] = None,
+    max_minutes: Annotated[
+        float, typer.Option(min=0, help="whole: the time that the geometry may take, by estimate; beyond it auto selects reference.")
+    ] = 60.0,
     split: Annotated[
         str | None,
         typer.Option(help="test, validation, train or all. By default test for the data that the networks were trained on, else all."),
@@ -278,12 +320,18 @@ def explain(
         runtime=runtime,
         device=device,
         precision=precision,
+        geometry=geometry,
         objective=objective,
         weighting=weighting,
         features=features,
         keep=keep,
         noise=noise,
         reference_images=reference,
+        stored_precision=store,
+        keep_features=keep_features,
+        project=project,
+        max_disk=max_disk,
+        max_minutes=max_minutes,
         split=split,
         permutations=permutations,
         confidence=confidence,

@@ -53,13 +53,7 @@ def context_shares(features: Tensor, distances: Tensor, matrices: Tensor, contex
         q = squared_norms(columns)
         for context, share in zip(contexts, result, strict=True):
             share[:, :, part] = expanded(pairs.weights, columns, [(context, columns[context])], q, q)
-    rows, others = pairs.close
-    member = torch.zeros(n, dtype=torch.bool, device=features.device)
-    for context, share in zip(contexts, result, strict=True):
-        member[:] = False
-        member[context] = True
-        inside = member[others]
-        add_directly(share, rows[inside], others[inside], pairs.direct[:, inside], lambda i, j: features[i] - features[j])
+    add_in_contexts(result, pairs, contexts, lambda i, j: features[i] - features[j])
     return result
 
 
@@ -131,6 +125,17 @@ def cross_shares(x: Tensor, y: Tensor, distances: Tensor, matrices: Tensor) -> T
     result = expanded(pairs.weights, rows, [(slice(None), columns)], own, others)
     add_directly(result, *pairs.close, pairs.direct, lambda i, j: x[i] - y[j])
     return result
+
+
+def add_in_contexts(result: Tensor, pairs: PairWeights, contexts: Sequence[slice], difference: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """`add_directly` of the close pairs to ``result`` [contexts, m, n, P], to each context those whose second image is in it."""
+    rows, others = pairs.close
+    member = torch.zeros(result.shape[2], dtype=torch.bool, device=result.device)
+    for context, share in zip(contexts, result, strict=True):
+        member[:] = False
+        member[context] = True
+        inside = member[others]
+        add_directly(share, rows[inside], others[inside], pairs.direct[:, inside], difference)
 
 
 def add_directly(result: Tensor, rows: Tensor, columns: Tensor, direct: Tensor, difference: Callable[[Tensor, Tensor], Tensor]) -> None:

@@ -77,7 +77,11 @@ def distances(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     mean = x.mean(-2, keepdim=True)
     if torch.compiler.is_compiling():
         return _traced_squares(x - mean).to(dtype).sqrt()
-    gram = _centred_gram(x, mean)
+    return distances_of_gram(_centred_gram(x, mean), x, mean, dtype)
+
+
+def distances_of_gram(gram: Tensor, x: Tensor, mean: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """`distances` of float32 or float64 rows x [..., n, d], from <x_i - mean, x_j - mean> [..., n, n] and their mean [..., 1, d]."""
     norms = gram.diagonal(dim1=-2, dim2=-1)
     d = _squares(gram, x, x, norms, norms, mean).to(dtype).sqrt_()
     return d.triu(1) + d.triu(1).mT

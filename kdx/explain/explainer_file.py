@@ -58,6 +58,9 @@ class ExplainerFile:
     def networks(self) -> dict[str, NetworkRecord]:
         return {role: NetworkRecord.of_file(self._file.networks[role], self._file) for role in self.roles}
 
+    def features(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        raise KdxError("An explainer file does not output features.", "Give the networks themselves, or a models file that names them.")
+
     def use_references(self, images: Tensor, labels: Tensor) -> None:
         raise no_reference_mode(self._file)
 

@@ -11,7 +11,7 @@ No other module defines them. `kdx.runs.run` and `kdx.runs.store` write a folder
     overlays/        the gallery's pictures: ROW.png is an image, ROW_LAYER_KIND.png a map over it
     networks/        the networks as the runtime executes them
     progress/        one file per finished batch or layer, until the run is complete
-    features/        the features of all images, until the run is complete (or for good, with --keep-features)
+    features/        the features of all images, until the run is complete; with --keep-features they are kept
     .lock            locked by the process that writes; empty
 """
 
@@ -21,7 +21,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdx.explain.map_statistics import MapStatistics, NullStrength
 from kdx.scores.pool import LayerScores
 
 FORMAT = 1
@@ -52,6 +53,15 @@ _OVERLAYS = "overlays"
 def batch_path(run: Path, batch: int) -> Path:
     """The file of a finished batch."""
     return run / PROGRESS / f"{batch:05d}.npz"
+
+
+def layer_path(run: Path, place: int) -> Path:
+    """The file of a finished layer of a run with the geometry ``whole``."""
+    return run / PROGRESS / f"layer-{place:03d}.npz"
+
+
+MAPS_PER_CHUNK = 64
+"""The maps per chunk of maps.zarr in a run with the geometry ``whole``. In other runs a chunk is a batch."""
 
 
 def picture_path(run: Path, row: int) -> Path:
@@ -113,8 +123,8 @@ class StoredFeatures(TypedDict):
 
 
 class StoredOptions(TypedDict):
-    """The options that a run's results depend on. Those that are not required are omitted at their defaults: float32, raw, batch (or
-    reference, with reference images), float32 and 0. ``batch`` is 0 for the geometry whole, whose results do not depend on it."""
+    """The options that a run's results depend on. Those that are not required are omitted at their defaults: float32, raw, auto,
+    float32 and 0."""
 
     batch: int
     runtime: str
@@ -177,10 +187,14 @@ class Context(TypedDict):
 
 
 class Manifest(Context):
+    """geometry: ``whole``, ``reference`` or ``batch``, chosen when the run started; geometry_reason: why. Runs of kdx 0.1.0 lack both."""
+
     format: int
     status: str
     configuration: Configuration
     random_weights: NotRequired[list[str]]
+    geometry: NotRequired[str]
+    geometry_reason: NotRequired[str]
     reference_ids: NotRequired[list[str]]
     finished: NotRequired[str]
     images: NotRequired[ImageCounts]
@@ -289,12 +303,15 @@ class BatchRecord:
     """What a finished batch stores besides its maps.
 
     columns: INDEX and each role's prediction and confidence, one row per readable image.
-    layers: the inner products per layer. unreadable: the name and the reason for each image that could not be read.
+    layers: the inner products per layer. unreadable: the name and the reason for each image that could not be read. shares: per layer, the
+    shares [2, n, h, w] or [1, n, h, w] of each (role, matrix), as in `kdx.explain.layer.LayerMeasurement`; no layer in the records of kdx
+    0.1.0.
     """
 
     columns: dict[str, NDArray[Any]]
     layers: dict[str, LayerProducts]
     unreadable: tuple[tuple[str, str], ...]
+    shares: dict[str, dict[tuple[str, str], torch.Tensor]] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The arrays of the batch's file. An array of a layer has the name KIND/LAYER.
@@ -302,28 +319,84 @@ class BatchRecord:
         On disk the kind of permuted products is ``moved_NAME``, the name that older runs gave it, so that they can still resume.
         """
         arrays = dict(self.columns)
-        for layer, (products, permuted, left_out) in self.layers.items():
-            arrays[f"products/{layer}"] = products.numpy(force=True)
-            arrays |= {f"moved_{name}/{layer}": rows.numpy(force=True) for name, rows in permuted.items()}
-            if left_out is not None:
-                arrays[f"left_out/{layer}"] = left_out.numpy(force=True)
+        for layer, products in self.layers.items():
+            arrays |= _product_arrays(products, f"/{layer}")
+        for layer, shares in self.shares.items():
+            arrays |= {f"share_{role}_{matrix}/{layer}": values.numpy(force=True) for (role, matrix), values in shares.items()}
         return arrays | {"unreadable": np.array(self.unreadable, dtype=np.str_).reshape(-1, 2)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> BatchRecord:
         """The record of a batch from the arrays of its file, the inverse of `arrays`."""
         columns = {name: values for name, values in arrays.items() if "/" not in name and name != "unreadable"}
-        by_layer: dict[str, dict[str, torch.Tensor]] = {}
+        by_layer: dict[str, dict[str, NDArray[Any]]] = {}
         for name, values in arrays.items():
             kind, slash, layer = name.partition("/")
             if slash:
-                by_layer.setdefault(layer, {})[kind] = torch.from_numpy(values)
-        layers = {
-            layer: LayerProducts(
-                kinds["products"],
-                {kind.removeprefix("moved_"): rows for kind, rows in kinds.items() if kind.startswith("moved_")},
-                kinds.get("left_out"),
-            )
-            for layer, kinds in by_layer.items()
-        }
-        return cls(columns, layers, tuple((str(name), str(reason)) for name, reason in arrays["unreadable"]))
+                by_layer.setdefault(layer, {})[kind] = values
+        shares = {layer: _shares(kinds) for layer, kinds in by_layer.items()}
+        return cls(
+            columns,
+            {layer: _products(kinds) for layer, kinds in by_layer.items()},
+            tuple((str(name), str(reason)) for name, reason in arrays["unreadable"]),
+            {layer: values for layer, values in shares.items() if values},
+        )
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What a finished layer of a run with the geometry ``whole`` stores besides its maps.
+
+    products: over all images. statistics and null: per kind of map.
+    """
+
+    products: LayerProducts
+    statistics: dict[str, MapStatistics]
+    null: dict[str, NullStrength]
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays of the layer's file."""
+        arrays = _product_arrays(self.products)
+        for kind, values in self.statistics.items():
+            arrays[f"statistics/{kind}"] = torch.stack([values.total, values.strength, values.stability]).numpy()
+        return arrays | {f"null/{kind}": np.array([value.median, value.high]) for kind, value in self.null.items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> LayerRecord:
+        """The record of a layer from the arrays of its file, the inverse of `arrays`."""
+        kinds: dict[str, dict[str, NDArray[Any]]] = {"statistics": {}, "null": {}}
+        for name, values in arrays.items():
+            group, slash, kind = name.partition("/")
+            if slash:
+                kinds[group][kind] = values
+        return cls(
+            _products({name: values for name, values in arrays.items() if "/" not in name}),
+            {kind: MapStatistics(*torch.from_numpy(values)) for kind, values in kinds["statistics"].items()},
+            {kind: NullStrength(*values.tolist()) for kind, values in kinds["null"].items()},
+        )
+
+
+def _product_arrays(products: LayerProducts, suffix: str = "") -> dict[str, NDArray[Any]]:
+    arrays = {f"products{suffix}": products.products.numpy(force=True)}
+    arrays |= {f"moved_{name}{suffix}": rows.numpy(force=True) for name, rows in products.permuted.items()}
+    if products.left_out is not None:
+        arrays[f"left_out{suffix}"] = products.left_out.numpy(force=True)
+    return arrays
+
+
+def _products(arrays: Mapping[str, NDArray[Any]]) -> LayerProducts:
+    left_out = arrays.get("left_out")
+    return LayerProducts(
+        torch.from_numpy(arrays["products"]),
+        {name.removeprefix("moved_"): torch.from_numpy(rows) for name, rows in arrays.items() if name.startswith("moved_")},
+        None if left_out is None else torch.from_numpy(left_out),
+    )
+
+
+def _shares(arrays: Mapping[str, NDArray[Any]]) -> dict[tuple[str, str], torch.Tensor]:
+    result = {}
+    for name, values in arrays.items():
+        if name.startswith("share_"):
+            _, role, matrix = name.split("_")
+            result[role, matrix] = torch.from_numpy(values)
+    return result

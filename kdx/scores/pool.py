@@ -73,6 +73,11 @@ class Pool:
         self._permuted = {name: rows + self._permuted[name] if name in self._permuted else rows for name, rows in permuted.items()}
         self._left_out = left_out
 
+    @property
+    def products(self) -> Tensor:
+        """The inner products [r + 1, r + 1], summed over the batches."""
+        return torch.stack(self._products).sum(0)
+
     def scores(self, *, n: int, confidence: float = 0.95) -> LayerScores:
         """The scores of n images. The jackknife leaves out one batch at a time, or one image if there is a single batch."""
         products = torch.stack(self._products)

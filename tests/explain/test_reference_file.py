@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import kdx
+from kdx.commands import explain
 from kdx.commands.export import ExportOptions, export
 from kdx.data.dataset import Dataset, open_data
 from kdx.data.images import load_images
@@ -35,7 +36,6 @@ from kdx.models.models_file import read_models, write_models
 from kdx.models.network import Network
 from kdx.models.resnet import resnet
 from kdx.roles import maps_among, score_maps_among
-from tests import command_line as commands
 from tests.explain.test_graph import ALONE
 from tests.explain.written_files import CLASSES, MAPS_AGREE, SCORES_AGREE, by_definition, by_pytorch, decomposed, images, worst
 
@@ -172,11 +172,10 @@ def test_kdx_explains_with_it_as_with_the_networks_and_these_references(file: Re
             ours(pixels, torch.eye(3)[labels])
 
 
-def test_kdx_explain_takes_it(file: Referenced, tmp_path: Path) -> None:
-    arguments = ["explain", file.dataset.reference, "--models", file.path, "--batch", 30, "--permutations", 9, "--split", "all"]
-    assert commands.status_of(*arguments, "--out", tmp_path / "run") == 0
-    assert (tmp_path / "run" / "report.html").is_file()
-    assert commands.status_of(*arguments, "--reference", 8, "--out", tmp_path / "other") == 2
+def test_kdx_explain_refuses_it(file: Referenced, tmp_path: Path) -> None:
+    with pytest.raises(KdxError, match=f"with its own {COUNT} reference images, and a run"):
+        explain.run(file.dataset.reference, file.path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_engine_takes_one_image(file: Referenced, tmp_path: Path) -> None:

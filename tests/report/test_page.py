@@ -265,6 +265,23 @@ def test_the_page_states_random_weights(tmp_path: Path) -> None:
     assert "trained without the teacher. Some or all of its weights are random." in page
 
 
+@pytest.mark.parametrize(("used", "sentence"), [(None, "It is not known whether"), (12, "12 of the 40 images explained"), (0, "")])
+def test_the_page_states_images_of_the_training_before_any_result(
+    tmp_path: Path, opened: Callable[..., Page], used: int | None, sentence: str
+) -> None:
+    folder = make_run(tmp_path / "run")
+    edit(folder / "manifest.json", images__trained_on=used)
+    write_page(folder)
+    page = opened(folder, width=400)
+    if sentence:
+        notice = page.locator(".notice")
+        assert sentence in notice.inner_text() and notice.is_visible()
+        assert notice.bounding_box()["y"] < page.locator(".lede").bounding_box()["y"]  # type: ignore[index]
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    else:
+        assert page.locator(".notice").count() == 0
+
+
 def test_salient_features_are_stated_beside_all_scores(tmp_path: Path, opened: Callable[..., Page]) -> None:
     folder = make_run(tmp_path / "run")
     edit(folder / "manifest.json", configuration__features={"kind": "salient", "keep": 0.5, "noise": 0.0})

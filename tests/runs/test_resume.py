@@ -68,7 +68,7 @@ def test_a_run_is_not_resumed_with_other_preprocessing(folder: Path, tmp_path: P
 def test_a_killed_process_resumes_to_the_same_result(folder: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [str(Path(sys.executable).parent / "kdx"), "explain", str(folder / "pictures"), "--models", str(folder / "models.toml")]
-    command += ["--out", str(out), "--batch", "9", "--permutations", "19", "--runtime", "eager", "--seed", "3"]
+    command += ["--out", str(out), "--batch", "9", "--permutations", "19", "--runtime", "eager", "--seed", "3", "--geometry", "batch"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(6000):
         if list((out / "progress").glob("*.npz")) or process.poll() is not None:
