@@ -43,10 +43,11 @@ class LayerMeasurement:
     """One batch at one layer, with r roles.
 
     maps: a `Maps` for each name of `maps_among`. shares: for each (role, matrix) of `shares_among`, the share [2, n, h, w] of every image
-    and position in their inner product, with each half of the images as context; everything adds up to the inner product. Empty where the
-    scores are of other features than the maps. products: inner products [r + 1, r + 1] of the roles' matrices and, last, the target's.
-    permuted: for each name of `permuted_among`, the inner products [p, r + 1] of its matrix with all of them, under p permutations of its
-    images. moments: the sampling moments of the products; None for four images, where three would remain without one.
+    and position in their inner product, with each half of the images as context; everything adds up to the inner product. An explainer
+    file gives [1, n, h, w], with all images as one context. Empty where the scores are of other features than the maps.
+    products: inner products [r + 1, r + 1] of the roles' matrices and, last, the target's. permuted: for each name of `permuted_among`,
+    the inner products [p, r + 1] of its matrix with all of them, under p permutations of its images. moments: the sampling moments of the
+    products; None for four images, where three would remain without one.
     """
 
     maps: dict[str, Maps[Tensor]]

@@ -21,6 +21,7 @@ from kdx.explain.map_statistics import MapStatistics, NullStrength, mean_strengt
 from kdx.explain.settings import Settings
 from kdx.features.arrays import check_images, check_varied, rounding_of
 from kdx.features.rows import feature_distances
+from kdx.features.score_maps import combined
 from kdx.features.target import Target
 from kdx.kernels import tiles
 from kdx.kernels.moments import Moments
@@ -28,7 +29,6 @@ from kdx.kernels.set_geometry import SetGeometry, StoredDistances
 from kdx.kernels.set_maps import SetFeatures, SetSums, permuted_sums, second_sweep
 from kdx.kernels.set_unicam import SetGradient
 from kdx.kernels.tiles import FeatureDistances, Rows
-from kdx.maps.decomposition import combined
 from kdx.maps.unicam import check_residual
 from kdx.roles import TARGET, maps_among, permuted_among, roles_among, score_maps_among, shares_among
 from kdx.scores.uncertainty import with_permuted

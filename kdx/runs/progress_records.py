@@ -35,7 +35,8 @@ class BatchRecord:
 
     columns: INDEX and each role's prediction and confidence, one row per readable image.
     layers: the inner products per layer. unreadable: the name and the reason for each image that could not be read. shares: per layer, the
-    shares [2, n, h, w] of each (role, matrix), as in `kdx.explain.layer.LayerMeasurement`; no layer in the records of kdx 0.1.0.
+    shares [2, n, h, w] or [1, n, h, w] of each (role, matrix), as in `kdx.explain.layer.LayerMeasurement`; no layer in the records of kdx
+    0.1.0.
     """
 
     columns: dict[str, NDArray[Any]]
