@@ -168,7 +168,7 @@ def _explained(features: Mapping[str, Tensor], labels: Tensor, permutations: Ten
     device = features["base"].device
     measurement = measure(features, Target.of(labels.to(device)), permutations=permutations.to(device))
     products = measurement.products
-    scores = pooled_scores(products, measurement.permuted, measurement.left_out, n=len(labels), roles=ROLE_NAMES).scores
+    scores = pooled_scores(products, measurement.permuted, measurement.moments, n=len(labels), roles=ROLE_NAMES).scores
     return eager.EagerResult(
         scaled(measurement.maps["distilled"].maps, (side, side)).cpu(),
         scaled(measurement.maps["residual"].maps, (side, side)).cpu(),

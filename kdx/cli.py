@@ -162,6 +162,16 @@ def export(
     student: Annotated[str | None, typer.Option(help="explainer: the student.", show_default=False)] = None,
     base: Annotated[str | None, typer.Option(help="explainer: the base.", show_default=False)] = None,
     teacher: Annotated[str | None, typer.Option(help="explainer: the teacher, which may be left out.", show_default=False)] = None,
+    reference: Annotated[
+        int,
+        typer.Option(
+            min=0, help="explainer: compare each image with this many fixed images of --data. 0: with the other images of its batch."
+        ),
+    ] = 0,
+    data: Annotated[
+        str | None,
+        typer.Option(help="explainer: the data whose train split the reference images are from; see kdx explain.", show_default=False),
+    ] = None,
     at: Annotated[
         str | None,
         typer.Option(help="gradients: differentiate the feature of this layer instead of the logits.", show_default=False),
@@ -173,7 +183,8 @@ def export(
     batch: Annotated[
         str | None,
         typer.Option(
-            help="tensorrt: images per batch as MIN:BEST:MAX; by default 1:32:64, or 4:32:64 for an explainer.", show_default=False
+            help="tensorrt: images per batch as MIN:BEST:MAX; by default 1:32:64, or 4:32:64 for an explainer without reference images.",
+            show_default=False,
         ),
     ] = None,
     arch: Annotated[
@@ -187,13 +198,14 @@ def export(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Resize images to a square of this side; by default the model's own size.")
     ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="explainer: seed of the choice of the reference images.")] = 0,
 ) -> None:
     """Export networks to a file for other runtimes, optionally with their gradients or maps inside, and check it against PyTorch."""
     from kdx.commands import export as command
 
     references = {"network": model, "student": student, "base": base, "teacher": teacher}
     batches = None if batch is None else command.parse_batch(batch)
-    options = command.ExportOptions(at, precision, image_size, to, batches, arch, tf32)
+    options = command.ExportOptions(at, precision, image_size, to, batches, arch, tf32, reference, data, seed)
     with console().status("") as status:
 
         def announce(step: str) -> None:

@@ -107,6 +107,26 @@ def squared_norms(features: Tensor) -> Tensor:
     return features.square().sum(1).double()
 
 
+def cross_shares(x: Tensor, y: Tensor, distances: Tensor, matrices: Tensor) -> Tensor:
+    """c_i(p) [m, l, P] of l images against n others: sum_j W_ij |x_i(p) - y_j(p)|^2 with W = G/D, and 0 where D = 0.
+
+    x [l, C, P], y [n, C, P]: features minus one centre, float32 or float64. distances [l, n]. matrices [m, l, n]: the same part of m
+    U-centred matrices G. Float64; a traced graph computes in float32 and repairs no close pair, as its distances do not.
+    """
+    if torch.compiler.is_compiling():
+        apart = distances > 0
+        weights = torch.where(apart, matrices / torch.where(apart, distances, 1.0), 0.0)
+        mixed = (weights @ y.flatten(1)).unflatten(2, y.shape[1:]) * x  # `expanded` without memory that is written in place
+        traced: Tensor = weights.sum(2)[:, :, None] * x.square().sum(1) + weights @ y.square().sum(1) - 2 * mixed.sum(2)
+        return traced
+    own, others = squared_norms(x), squared_norms(y)
+    pairs = PairWeights.of(distances.double(), matrices.double(), own.sum(1), others.sum(1), x.dtype)
+    rows, columns = x.to(pairs.dtype), y.to(pairs.dtype)
+    result = expanded(pairs.weights, rows, [(slice(None), columns)], own, others)
+    add_directly(result, *pairs.close, pairs.direct, lambda i, j: x[i] - y[j])
+    return result
+
+
 def add_in_contexts(result: Tensor, pairs: PairWeights, contexts: Sequence[slice], difference: Callable[[Tensor, Tensor], Tensor]) -> None:
     """`add_directly` of the close pairs to ``result`` [contexts, m, n, P], to each context those whose second image is in it."""
     rows, others = pairs.close

@@ -99,8 +99,12 @@ def centred_distances(x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor, dt
     """||x_i - y_j|| [..., q, m] of float32 or float64 rows x [..., q, d] and y [..., m, d], minus one centre, with their squared norms.
 
     If x is y, each image is at distance zero from itself. Pairs closer than rounding are measured by direct difference; if there are
-    many of them, by a Gram product in float64.
+    many of them, by a Gram product in float64. A traced graph repairs no pair; it takes such pairs as equal, as in `distances`.
     """
+    if torch.compiler.is_compiling():
+        norms = x_norms[..., :, None] + y_norms[..., None, :]
+        squared = norms - 2 * (blocks(x) @ blocks(y).mT).sum(-3)
+        return torch.where(squared > _TRACED_ZERO * norms, squared, 0.0).to(dtype).sqrt()
     return _squares(_gram(x, y), x, y, x_norms, y_norms).to(dtype).sqrt_()
 
 

@@ -66,23 +66,6 @@ def products(matrices: Tensor) -> Tensor:
     return flat @ flat.mT / (n * (n - 3))
 
 
-def leave_one_out(d: Tensor, biased: bool = False) -> Tensor:
-    """The inner products of distances [k, n, n] with each image left out: [n, k, k], without n centrings.
-
-    Uses <A,B> = (sum D E - 2/(n-2) sum r s + t u/((n-1)(n-2)))/(n(n-3)), with r, s the row sums of D, E and t, u their totals:
-    leaving out image m subtracts the terms of m from each of the three sums. Biased: the factors of the V-statistic.
-    """
-    n = d.shape[-1]
-    rows = d.sum(-1)
-    with_m = torch.einsum("ami,bmi->mab", d, d)
-    rows_with_m = torch.einsum("ai,bmi->mab", rows, d)
-    pairs = torch.einsum("ami,bmi->ab", d, d) - 2 * with_m
-    row_products = rows @ rows.T - torch.einsum("am,bm->mab", rows, rows) - rows_with_m - rows_with_m.mT + with_m
-    totals = rows.sum(-1)[None] - 2 * rows.T
-    total_products = totals[:, :, None] * totals[:, None, :]
-    return combined(pairs, row_products, total_products, n - 1, biased)
-
-
 def combined(pairs: Tensor, row_products: Tensor, total_products: Tensor, n: int | Tensor, biased: bool = False) -> Tensor:
     """Inner products of centred matrices from sums over the raw distances of n images: sum_ij D E, sum_i r s and t u, which broadcast.
 

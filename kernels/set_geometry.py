@@ -7,10 +7,9 @@ images is computed twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,24 +21,24 @@ from kdx.kernels.tiles import TILE, FeatureDistances, Matrix, Swept, tile_side
 class StoredDistances:
     """The distances between features, as tiles of the upper triangle in the order of the first sweep.
 
-    They have the type of the features, float32 at least. They are in memory, or in files under ``folder``, which the caller deletes.
-    Distances between classes are not stored.
+    They have the type of the features, float32 at least. allocate: returns an array of a shape and type for the matrix of a number; by
+    default it is in memory. Distances between classes are not stored.
     """
 
-    def __init__(self, matrices: Sequence[Matrix], folder: Path | None = None) -> None:
+    def __init__(self, matrices: Sequence[Matrix], allocate: Callable[[int, tuple[int, ...], torch.dtype], Tensor] | None = None) -> None:
         measured = {number: m for number, m in enumerate(matrices) if isinstance(m, FeatureDistances)}
         n = next(iter(measured.values())).rows.shape[0]
+        self._matrices = measured
         self._side = tile_side(n, [m.rows for m in measured.values()])
         self._count = -(-n // self._side)
         shape = self._count * (self._count + 1) // 2, self._side, self._side
         self._tiles: dict[int, Tensor] = {}
         for number, matrix in measured.items():
             dtype = torch.promote_types(matrix.rows.dtype, torch.float32)
-            if folder is None:
+            if allocate is None:
                 self._tiles[number] = torch.empty(shape, dtype=dtype, device=matrix.rows.device)
             else:
-                name = "<f4" if dtype == torch.float32 else "<f8"
-                self._tiles[number] = torch.from_numpy(np.lib.format.open_memmap(folder / f"distances-{number}.npy", "w+", name, shape))
+                self._tiles[number] = allocate(number, shape, dtype)
 
     @staticmethod
     def bytes(n: int, matrices: int) -> int:
@@ -53,7 +52,8 @@ class StoredDistances:
 
     def tile(self, matrix: int, a: int, b: int, rows: int, columns: int) -> Tensor:
         """The distances [rows, columns] of the tile (a, b), a <= b, in float64."""
-        return self._tiles[matrix][self._number(a, b), :rows, :columns].double()
+        tile = self._tiles[matrix][self._number(a, b), :rows, :columns]
+        return tile.to(self._matrices[matrix].rows.device, torch.float64)
 
     def _number(self, a: int, b: int) -> int:
         return a * self._count - a * (a - 1) // 2 + b - a

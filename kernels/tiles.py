@@ -2,8 +2,8 @@
 
 For images i, j in tiles I, J, the distances D_ij of each matrix are computed once. Everything that scores need of all pairs is summed:
 
-- sum D E for every two matrices, and the row sums of D, each split by *units*, which are equal random parts of the images. They give
-  the inner products of the U-centred (or double-centred) matrices, over all images and over all except one unit (the jackknife);
+- sum D E for every two matrices, and the row sums of D, each split by equal random *parts* of the images. They give the inner products
+  of the U-centred (or double-centred) matrices over all images, and their moments from leaving out parts (see `moments.py`);
 - the same under permutations of one matrix's images. The images are in random order, and a permutation turns the images of each tile
   by a random number of places. These permutations are a group, so p-values from random members of the group are exact, and the sums
   for all turns s of a tile's rows and t of its columns are one cross-correlation,
@@ -27,14 +27,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kdx.kernels import geometry
+from kdx.kernels import geometry, moments
 from kdx.kernels.dispatch import TorchBackend
+from kdx.kernels.moments import Moments
 
 TILE = 1024
 """Images per side of a tile, at most."""
-
-UNITS = 32
-"""The number of parts that the jackknife leaves out in turn."""
 
 _RUNS = 16
 """The least number of runs of neighbouring rows in a tile, if rows are best read in runs."""
@@ -142,13 +140,13 @@ Matrix = FeatureDistances | ClassDistances
 class Swept:
     """The inner products of k matrices, normalised as in `geometry.products`.
 
-    products [k, k]; left_out [units, k, k]: without each unit; permuted: maps the number of a permuted matrix to its products [p, k]
-    with the other matrices (its norm does not change, and is not computed again). order: the images in tiles, in which every permutation
-    turns a tile by a number of places. turns [tiles, p]: these numbers. rows [k, n]: the sums of the distances of each image.
+    products [k, k]; moments: of these products, from parts of the images; permuted: maps the number of a permuted matrix to its products
+    [p, k] with the other matrices (its norm does not change, and is not computed again). order: the images in tiles, in which every
+    permutation turns a tile by a number of places. turns [tiles, p]: these numbers. rows [k, n]: the sums of the distances of each image.
     """
 
     products: Tensor
-    left_out: Tensor
+    moments: Moments
     permuted: dict[int, Tensor]
     order: list[Tensor]
     turns: list[Tensor]
@@ -288,26 +286,27 @@ class _Sums:
         self._permuted, self._turns = list(permuted), turns
         self._places = [slice(start, start + len(part)) for start, part in zip(range(0, n, len(tiles[0])), tiles, strict=True)]
         # The images are in random order, so consecutive parts are random parts.
-        units = min(UNITS, n)
-        self._units = [slice(u * n // units, (u + 1) * n // units) for u in range(units)]
+        self._sizes = moments.part_sizes(n)
+        starts = [sum(self._sizes[:part]) for part in range(len(self._sizes))]
+        self._bounds = [slice(start, start + size) for start, size in zip(starts, self._sizes, strict=True)]
         self._parts = [self._within(place) for place in self._places]
-        self._pairs = torch.zeros(k, k, units, units, dtype=torch.float64, device=device)
-        self._rows = torch.zeros(k, n, units, dtype=torch.float64, device=device)
+        self._pairs = torch.zeros(k, k, len(starts), len(starts), dtype=torch.float64, device=device)
+        self._rows = torch.zeros(k, n, len(starts), dtype=torch.float64, device=device)
         self._turned = torch.zeros(len(self._permuted), k, len(turns[0]), dtype=torch.float64, device=device)
 
     def add(self, a: int, b: int, d: Tensor) -> None:
         """Add the tile d [k, l, r] of every matrix, in row a and column b >= a of tiles."""
         left, right = self._parts[a], self._parts[b]
-        for unit, part in right.items():
-            self._rows[:, self._places[a], unit] += d[:, :, part].sum(2)
+        for part, place in right.items():
+            self._rows[:, self._places[a], part] += d[:, :, place].sum(2)
         if a != b:
-            for unit, part in left.items():
-                self._rows[:, self._places[b], unit] += d[:, part].sum(1)
+            for part, place in left.items():
+                self._rows[:, self._places[b], part] += d[:, place].sum(1)
         for i in range(len(d)):
             for j in range(i, len(d)):
                 product = d[i] * d[j]
-                columns = torch.stack([product[:, part].sum(1) for part in right.values()])
-                split = torch.stack([columns[:, part].sum(1) for part in left.values()])
+                columns = torch.stack([product[:, place].sum(1) for place in right.values()])
+                split = torch.stack([columns[:, place].sum(1) for place in left.values()])
                 self._add_pairs(i, j, list(left), list(right), split)
                 if a != b:
                     self._add_pairs(i, j, list(right), list(left), split.T)
@@ -315,12 +314,12 @@ class _Sums:
             self._turned += self._turned_tile(a, b, d) * (1 if a == b else 2)
 
     def _within(self, place: slice) -> dict[int, slice]:
-        """The units that have images at ``place``, and their positions in it."""
-        cut = {u: slice(max(unit.start, place.start), min(unit.stop, place.stop)) for u, unit in enumerate(self._units)}
-        return {u: slice(part.start - place.start, part.stop - place.start) for u, part in cut.items() if part.start < part.stop}
+        """The parts that have images at ``place``, and their positions in it."""
+        cut = {part: slice(max(b.start, place.start), min(b.stop, place.stop)) for part, b in enumerate(self._bounds)}
+        return {part: slice(b.start - place.start, b.stop - place.start) for part, b in cut.items() if b.start < b.stop}
 
     def _add_pairs(self, i: int, j: int, left: list[int], right: list[int], sums: Tensor) -> None:
-        """Add the sums [l, r] of D_i D_j over pairs of images of these units."""
+        """Add the sums [l, r] of D_i D_j over pairs of images of these parts."""
         for first, second in {(i, j), (j, i)}:
             self._pairs[first, second, left[0] : left[-1] + 1, right[0] : right[-1] + 1] += sums
 
@@ -339,19 +338,6 @@ class _Sums:
         rows, n = self._rows.sum(2), self._rows.shape[1]
         pairs, totals = self._pairs.sum((2, 3)), rows.sum(1)
         products = geometry.combined(pairs, rows @ rows.T, totals[:, None] * totals, n, biased)
-
-        touched = self._pairs.sum(3) + self._pairs.sum(2) - self._pairs.diagonal(dim1=2, dim2=3)
-        rest = rows[:, :, None] - self._rows
-        for u, unit in enumerate(self._units):
-            rest[:, unit, u] = 0  # the rows of the unit itself are left out too
-        rest_totals = rest.sum(1).T
-        left_out = geometry.combined(
-            (pairs[:, :, None] - touched).movedim(2, 0),
-            torch.einsum("inu,jnu->uij", rest, rest),
-            rest_totals[:, :, None] * rest_totals[:, None, :],
-            torch.tensor([n - (unit.stop - unit.start) for unit in self._units], device=rest.device)[:, None, None],
-            biased,
-        )
         permuted = {
             matrix: geometry.combined(turned.T, self._turned_rows(rows, matrix), totals * totals[matrix], n, biased)
             for matrix, turned in zip(self._permuted, self._turned, strict=True)
@@ -359,7 +345,9 @@ class _Sums:
         # With the subtracted u_i + u_j (i != j), a row sums to (n - 2) u_i + sum_j u_j more.
         shifted = offsets[:, torch.cat(self._tiles)]
         sums = rows + (n - 2) * shifted + shifted.sum(1, keepdim=True)
-        return Swept(products, left_out, permuted, self._tiles, list(self._turns), sums)
+        return Swept(
+            products, moments.of_parts(self._pairs, self._rows, self._sizes, biased), permuted, self._tiles, list(self._turns), sums
+        )
 
     def _turned_rows(self, rows: Tensor, matrix: int) -> Tensor:
         """sum_i r_i s_pi(i) [p, k] of the row sums [k, n] and the permuted row sums of ``matrix``."""

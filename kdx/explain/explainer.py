@@ -21,7 +21,8 @@ from kdx.explain.networks import NetworkLike, NetworkRunners
 from kdx.explain.settings import Settings
 from kdx.features import arrays
 from kdx.features.arrays import Array, ArrayT
-from kdx.maps.decomposition import Decomposition, terms
+from kdx.features.score_maps import terms
+from kdx.maps.decomposition import Decomposition
 from kdx.maps.unicam import Maps
 from kdx.roles import TARGET, ScoreMap, roles_among, score_maps_among
 from kdx.runtimes.choice import Choice
@@ -242,7 +243,7 @@ class Explainer:
         summary = pooled_scores(
             measurement.products,
             measurement.permuted,
-            measurement.left_out,
+            measurement.moments,
             n=n,
             confidence=self.settings.confidence,
             roles=self.roles,

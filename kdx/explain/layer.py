@@ -15,9 +15,10 @@ from torch import Tensor
 from kdx.choices import Weighting
 from kdx.features import arrays
 from kdx.features.target import Target
-from kdx.kernels import dispatch, geometry
+from kdx.kernels import dispatch, geometry, moments
 from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import BatchDistances
+from kdx.kernels.moments import Moments
 from kdx.kernels.positions import PositionGeometry
 from kdx.maps.unicam import Maps, PairGeometry, check_residual, reference_distances
 from kdx.roles import TARGET, maps_among, permuted_among, roles_among, shares_among
@@ -42,17 +43,18 @@ class LayerMeasurement:
     """One batch at one layer, with r roles.
 
     maps: a `Maps` for each name of `maps_among`. shares: for each (role, matrix) of `shares_among`, the share [2, n, h, w] of every image
-    and position in their inner product, with each half of the images as context; everything adds up to the inner product. Empty where the
-    scores are of other features than the maps. products: inner products [r + 1, r + 1] of the roles' matrices and, last, the target's.
-    permuted: for each name of `permuted_among`, the inner products [p, r + 1] of its matrix with all of them, under p permutations of its
-    images. left_out: products [n, r + 1, r + 1] without each image in turn; None for four images, where three would remain.
+    and position in their inner product, with each half of the images as context; everything adds up to the inner product. An explainer
+    file gives [1, n, h, w], with all images as one context. Empty where the scores are of other features than the maps.
+    products: inner products [r + 1, r + 1] of the roles' matrices and, last, the target's. permuted: for each name of `permuted_among`,
+    the inner products [p, r + 1] of its matrix with all of them, under p permutations of its images. moments: the sampling moments of the
+    products; None for four images, where three would remain without one.
     """
 
     maps: dict[str, Maps[Tensor]]
     shares: dict[tuple[str, str], Tensor]
     products: Tensor
     permuted: dict[str, Tensor]
-    left_out: Tensor | None
+    moments: Moments | None
 
 
 def measure(
@@ -158,8 +160,8 @@ def _shares(
 
 def measure_distances(
     distances: Mapping[str, Tensor], target: Target, permutations: Tensor
-) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-    """The inner products of a `LayerMeasurement`, (products, permuted, left_out), from each role's distances [n, n], without features.
+) -> tuple[Tensor, dict[str, Tensor], Moments | None]:
+    """The inner products of a `LayerMeasurement`, (products, permuted, moments), from each role's distances [n, n], without features.
 
     Raises KdxError for distances that are not finite, for distances that are all equal, and if one network's distances explain all of
     another's.
@@ -182,8 +184,8 @@ def _check_residuals(roles: Sequence[str], distances: BatchDistances, target: Ta
 
 def _products(
     roles: Sequence[str], distances: BatchDistances, target: Target, permutations: Tensor
-) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-    """(products, permuted, left_out) of a `LayerMeasurement`, from distances [r, n, n] in the order of ``roles``."""
+) -> tuple[Tensor, dict[str, Tensor], Moments | None]:
+    """(products, permuted, moments) of a `LayerMeasurement`, from distances [r, n, n] in the order of ``roles``."""
     matrices = torch.cat([distances.centred, target.distances.centred[None]])
     permuted = {
         name: uncertainty.permuted_target_products(matrices, target, permutations)
@@ -191,9 +193,7 @@ def _products(
         else geometry.permuted_products(matrices, distances.centred[roles.index(name)], permutations)
         for name in permuted_among(roles)
     }
-    every = torch.cat([distances.raw, target.distances.raw[None]])
-    left_out = geometry.leave_one_out(every) if len(target.values) > arrays.MIN_IMAGES else None
-    return geometry.products(matrices), permuted, left_out
+    return geometry.products(matrices), permuted, moments.of_matrices(matrices)
 
 
 def _backend(features: Mapping[str, Tensor], backend: Backend = "auto") -> dispatch.TorchBackend:

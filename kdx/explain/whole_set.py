@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,13 +21,14 @@ from kdx.explain.map_statistics import MapStatistics, NullStrength, mean_strengt
 from kdx.explain.settings import Settings
 from kdx.features.arrays import check_images, check_varied, rounding_of
 from kdx.features.rows import feature_distances
+from kdx.features.score_maps import combined
 from kdx.features.target import Target
 from kdx.kernels import tiles
+from kdx.kernels.moments import Moments
 from kdx.kernels.set_geometry import SetGeometry, StoredDistances
 from kdx.kernels.set_maps import SetFeatures, SetSums, permuted_sums, second_sweep
 from kdx.kernels.set_unicam import SetGradient
 from kdx.kernels.tiles import FeatureDistances, Rows
-from kdx.maps.decomposition import combined
 from kdx.maps.unicam import check_residual
 from kdx.roles import TARGET, maps_among, permuted_among, roles_among, score_maps_among, shares_among
 from kdx.scores.uncertainty import with_permuted
@@ -46,13 +49,13 @@ class SetRows:
 class SetMeasurement:
     """One layer over n images, with r roles.
 
-    products, permuted, left_out: as in `kdx.explain.layer.LayerMeasurement`, over all images. statistics: of each kind of map, UniCAM's
+    products, permuted, moments: as in `kdx.explain.layer.LayerMeasurement`, over all images. statistics: of each kind of map, UniCAM's
     and those that add up to a score. null: the strength of each kind of map under a permuted target, where a permutation was computed.
     """
 
     products: Tensor
     permuted: dict[str, Tensor]
-    left_out: Tensor
+    moments: Moments
     statistics: dict[str, MapStatistics]
     null: dict[str, NullStrength]
 
@@ -69,9 +72,10 @@ def measure_set(
 ) -> SetMeasurement:
     """Measure one layer, from each role's features of the same images.
 
-    output: returns the array [n, h, w] to which the maps of a kind are written, from its name and shape; `maps_among` and
-    `score_maps_among` name the kinds. shuffled: whether the rows are in random order, which makes reading them fast. folder: where the
-    distances are kept meanwhile; None keeps them in memory. progress: receives the number of finished steps and of all steps.
+    output: returns the array [n, h, w], of any floating type, to which the maps of a kind are written, from its name and shape;
+    `maps_among` and `score_maps_among` name the kinds. shuffled: whether the rows are in random order, which makes reading them fast.
+    folder: where the distances are kept meanwhile; None keeps them in memory. progress: receives the number of finished steps and of all
+    steps.
 
     Raises KdxError for features that are not finite or constant, for fewer than four images, for a target without geometry, and if one
     network's features explain another's completely.
@@ -81,7 +85,7 @@ def measure_set(
     matrices = [feature_distances(features[role].rows, f"{role}'s features") for role in roles]
     known = [*matrices, target.matrix()]
     names = (*roles, TARGET)
-    stored = StoredDistances(known, folder)
+    stored = StoredDistances(known, None if folder is None else partial(_on_disk, folder))
     permuted = permuted_among(roles)
     swept = tiles.sweep(
         known,
@@ -99,7 +103,13 @@ def measure_set(
     statistics = layer.write_maps(output, lambda: progress(next(steps), (1 + len(roles)) * len(geometry.pairs)))
     null = layer.null_strengths() if settings.permutations else {}
     products = {name: swept.permuted[names.index(name)] for name in permuted}
-    return SetMeasurement(swept.products, products, swept.left_out, statistics, null)
+    return SetMeasurement(swept.products, products, swept.moments, statistics, null)
+
+
+def _on_disk(folder: Path, number: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An array in a file of the folder, for the distances of one network."""
+    name = {torch.float32: "float32", torch.float64: "float64"}[dtype]
+    return torch.from_numpy(np.lib.format.open_memmap(folder / f"distances-{number}.npy", "w+", np.dtype(name), shape))
 
 
 def _check_geometry(matrices: Mapping[str, tiles.Matrix], products: Tensor) -> None:
@@ -165,7 +175,7 @@ class _Layer:
                 whole = _whole(maps)
                 if name not in arrays:
                     arrays[name] = output(name, (geometry.n, *whole.shape[1:]))
-                arrays[name][geometry.order[place].cpu()] = whole.float().cpu()
+                arrays[name][geometry.order[place].cpu()] = whole.to(arrays[name])
                 statistics = MapStatistics(whole.double().sum((1, 2)), mean_strength(whole), stability(maps[-2], maps[-1]))
                 parts.setdefault(name, []).append(statistics)
         inverse = geometry.order.argsort()

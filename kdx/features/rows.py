@@ -93,7 +93,9 @@ class _OnDisk:
     def read(self, index: Tensor) -> Tensor:
         images = index.numpy()
         if len(images) and (np.diff(images) == 1).all():
-            return torch.from_numpy(self._sorted(images).reshape(len(images), -1))
+            block = self._sorted(images).reshape(len(images), -1)
+            native = block.astype(block.dtype.newbyteorder("="), copy=False)
+            return torch.from_numpy(native if native.flags.writeable else native.copy())  # PyTorch has no read-only tensors
         order = np.argsort(images)
         rows = self._sorted(images[order])
         result = np.empty((len(images), self.shape[1]), rows.dtype.newbyteorder("="))

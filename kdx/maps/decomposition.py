@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
@@ -17,7 +16,6 @@ from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import BatchDistances, TorchBackend
 from kdx.kernels.positions import PositionGeometry
 from kdx.maps.unicam import check_residual
-from kdx.roles import SCORES, Definition, ScoreMap
 
 
 @dataclass(frozen=True)
@@ -110,42 +108,6 @@ def decompose(
         scales = _norm(a) * norm, _norm(b) * norm
         score = geometry.correlation(a, g) - geometry.correlation(b, g)
         return _decomposition(share / scales[0], y.shares(g) / scales[1], score, explained)
-
-
-def coefficients(kind: ScoreMap, products: Tensor, names: Sequence[str]) -> tuple[float, ...]:
-    """The coefficient of each share of this kind, from the inner products [k, k] of the matrices ``names``.
-
-    With shares in the normalisation of the products, the sum over all images and positions of their combination equals the score.
-    """
-    if kind.score in SCORES:
-        return _coefficients(SCORES[kind.score], products, names)
-    more, less = (_coefficients(SCORES[name], products, names) for name in kind.score.split(" - "))
-    return *more, *(-value for value in less)
-
-
-def _coefficients(definition: Definition, products: Tensor, names: Sequence[str]) -> tuple[float, ...]:
-    x, g, *given = (names.index(name) for name in definition.matrices)
-    if not given:
-        return (float(1 / (products[x, x] * products[g, g]).sqrt()),)
-    (y,) = given
-    beta = products[x, y] / products[y, y]
-    scale = 1 / ((products[x, x] - beta * products[x, y]) * products[g, g]).sqrt()
-    return float(scale), float(-beta * scale)
-
-
-def terms(kind: ScoreMap, shares: Mapping[tuple[str, str], Tensor], products: Tensor, names: Sequence[str]) -> list[Tensor]:
-    """The one or two terms [..., n, h, w] whose sum are the maps of this kind, on a grid that is as fine as all of them.
-
-    shares [..., n, h, w] of each (role, matrix), in the normalisation of the inner products [k, k] of the matrices ``names``.
-    """
-    parts = [value * shares[share] for value, share in zip(coefficients(kind, products, names), kind.shares, strict=True)]
-    height, width = (max(part.shape[axis] for part in parts) for axis in (-2, -1))
-    return [part if part.shape[-2:] == (height, width) else decomposition.spread(part, height, width) for part in parts]
-
-
-def combined(kind: ScoreMap, shares: Mapping[tuple[str, str], Tensor], products: Tensor, names: Sequence[str]) -> Tensor:
-    """The maps [..., n, h, w] of this kind: the sum of its `terms`."""
-    return torch.stack(terms(kind, shares, products, names)).sum(0)
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,6 @@ def _reading(run: RunRecord, salient: str) -> wording.Reading:
         (int((student & ~base).sum()), int((base & ~student).sum())),
         run.confidence,
         salient,
-        between_batches="geometry" not in run.manifest,
     )
 
 

@@ -11,8 +11,8 @@ from kdx.runs.record import Entry, RunRecord
 from kdx.runs.split import training_warning
 from kdx.scores.uncertainty import sign_test
 
-FEW_BATCHES = 20
-"""With fewer batches than this, the page warns that the intervals are wide."""
+FEW_IMAGES = 64
+"""With fewer images than this, the page warns that the intervals are wide."""
 
 _DIFFERENCE_INTERVAL = "interval of the difference"
 
@@ -125,20 +125,18 @@ def read(
     discordant: tuple[int, int],
     confidence: float,
     salient: str = "",
-    between_batches: bool = True,
 ) -> Reading:
     """The scores of one run in plain words.
 
     layers: each student layer -> (teacher layer, scores, contrasts). accuracy: role -> accuracy. discordant: the number of images that
     only the student, and that only the base, classifies correctly. salient: how salient images are made (`kept_pixels`) where the
-    scores describe them, else empty. between_batches: whether the
-    intervals come from the variation between batches, as in kdx 0.1.0.
+    scores describe them, else empty.
 
     A run without a teacher has no score or contrast of a teacher; its statements compare student and base. A statement has a direction
     only where `direction` has one. Every other statement is that these images do not settle the question. No sentence claims a cause.
     """
     scores_of_layers = [scores for _, scores, _ in layers.values()]
-    batches = [entry.batches for scores in scores_of_layers for entry in scores.values() if entry.batches is not None]
+    images = [entry.n for scores in scores_of_layers for entry in scores.values() if entry.n is not None]
     teacher = "teacher" in accuracy
     return Reading(
         _headline(
@@ -148,7 +146,7 @@ def read(
         ),
         _accuracy(accuracy, discordant, confidence),
         tuple(LayerReading(name, _layer(name, *rest, confidence)) for name, rest in layers.items()),
-        _cautions(min(batches, default=None) if between_batches else None, len(layers), max(map(len, scores_of_layers)), teacher, salient),
+        _cautions(min(images, default=None), len(layers), max(map(len, scores_of_layers)), teacher, salient),
     )
 
 
@@ -325,21 +323,21 @@ def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count:,} images"
 
 
-def _cautions(batches: int | None, layers: int, scores: int, teacher: bool, salient: str) -> tuple[str, ...]:
+def _cautions(images: int | None, layers: int, scores: int, teacher: bool, salient: str) -> tuple[str, ...]:
     cautions = []
     if salient:
         cautions.append(
             f"The scores describe salient features: for each image, network and layer, {salient}. They do not describe the other "
             "pixels. The maps describe the whole images."
         )
-    if batches is not None and batches < FEW_BATCHES:
+    if images is not None and images < FEW_IMAGES:
         cautions.append(
-            f"The scores are based on {batches} {'batch' if batches == 1 else 'batches'}. Intervals from so few batches are wide, and "
-            "their width is itself uncertain. More images would narrow them."
+            f"The scores are based on {_images(images)}. Intervals from so few images are wide, and their width is itself uncertain. "
+            "More images would narrow them."
         )
     cautions.append(
-        f"Each interval and p-value refers to one score alone. Over {layers} {'layer' if layers == 1 else 'layers'} with {scores} "
-        "scores each, some can exclude zero or be significant by chance."
+        f"Each interval refers to one score alone: over {layers} {'layer' if layers == 1 else 'layers'} with {scores} scores each, some "
+        "can exclude zero by chance. The p-values behind the statements are adjusted for the number of layers, not for that of scores."
     )
     if teacher:
         cautions.append(

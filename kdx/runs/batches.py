@@ -11,17 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdx.data.dataset import Dataset
-from kdx.data.images import Images, decoded, load_images
-from kdx.errors import KdxError
+from kdx.data.images import Images, decoded, load_references
 from kdx.explain.explainer import Explainer
 from kdx.explain.map_statistics import MapStatistics, mean_strength, stability
-from kdx.maps.decomposition import combined
+from kdx.features.score_maps import combined
 from kdx.progress import progress
 from kdx.roles import TARGET, maps_among, roles_among, score_maps_among
 from kdx.runs import schema
 from kdx.runs.collected import Collected, check_classes, check_unreadable, prediction_columns
 from kdx.runs.plan import Plan
-from kdx.runs.schema import BatchRecord, LayerProducts
+from kdx.runs.progress_records import BatchRecord, LayerProducts
 from kdx.runs.store import Store
 from kdx.scores.pool import Pool
 
@@ -48,14 +47,7 @@ def explain_batches(
 
 
 def _use_references(explainer: Explainer, dataset: Dataset, references: NDArray[np.int64], size: tuple[int, int]) -> None:
-    images = load_images(dataset, references, size)
-    if images.unreadable:
-        name, reason = images.unreadable[0]
-        raise KdxError(
-            f"The reference image {name} cannot be read ({reason}).",
-            "Repair or remove it, or choose other reference images with another --seed.",
-        )
-    explainer.use_references(images.pixels, torch.from_numpy(dataset.labels[images.kept]))
+    explainer.use_references(load_references(dataset, references, size), torch.from_numpy(dataset.labels[references]))
 
 
 def _explain_batch(store: Store, explainer: Explainer, plan: Plan, batch: int, images: Images) -> None:
@@ -65,8 +57,7 @@ def _explain_batch(store: Store, explainer: Explainer, plan: Plan, batch: int, i
     check_classes(logits, len(plan.dataset.classes))
     columns = {schema.INDEX: images.kept, **prediction_columns(logits)}
     products = {
-        layer: LayerProducts(measurement.products, measurement.permuted, measurement.left_out if len(plan.batches) == 1 else None)
-        for layer, measurement in measurements.items()
+        layer: LayerProducts(measurement.products, measurement.permuted, measurement.moments) for layer, measurement in measurements.items()
     }
     shares = {layer: {name: value.float() for name, value in measurement.shares.items()} for layer, measurement in measurements.items()}
     maps = {
@@ -109,12 +100,14 @@ def _statistics(
     parts: dict[str, list[MapStatistics]] = {}
     rows, total = plan.widest, plan.widest * len(plan.batches)
     for batch, record in enumerate(records):
-        halves = {name: combined(kind, record.shares[layer], products, names) for name, kind in kinds.items()}
-        store.write_maps(batch, rows, total, {layer: {name: value.sum(0).float().numpy() for name, value in halves.items()}})
-        for name, value in halves.items():
-            maps = value.sum(0)
-            parts.setdefault(name, []).append(MapStatistics(maps.double().sum((1, 2)), mean_strength(maps), stability(value[0], value[1])))
+        contexts = {name: combined(kind, record.shares[layer], products, names) for name, kind in kinds.items()}
+        store.write_maps(batch, rows, total, {layer: {name: value.sum(0).float().numpy() for name, value in contexts.items()}})
         count = len(record.columns[schema.INDEX])
+        for name, value in contexts.items():
+            maps = value.sum(0)
+            # An explainer file gives one context, from which no stability follows.
+            known = stability(value[0], value[1]) if len(value) == 2 else torch.full((count,), torch.nan, dtype=torch.float64)
+            parts.setdefault(name, []).append(MapStatistics(maps.double().sum((1, 2)), mean_strength(maps), known))
         for name in maps_among(roles):
             maps = torch.from_numpy(store.read_maps(layer, name, batch * rows, count))
             unknown = torch.full((count,), torch.nan, dtype=torch.float64)

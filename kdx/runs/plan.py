@@ -34,7 +34,7 @@ class RunOptions(Settings):
     """How a run explains: the settings of `kdx.Explainer` and those below.
 
     batch: images that are decoded, and go through the networks, at once. With the geometry ``batch`` these are also the images whose
-    geometry makes one set of maps; with ``whole`` the batch does not change a result.
+    geometry makes one set of maps; with ``whole`` the batch is rounded up to a multiple of 16 and does not change a result.
     reference_images: the number m of class-balanced images among which the geometry ``reference`` maps every image. A number above 0
     selects this geometry, and 0 stands for REFERENCE_IMAGES if it is selected otherwise.
     stored_precision: the number format of the features that the geometry ``whole`` stores. keep_features: whether they are kept.
@@ -111,7 +111,7 @@ class Plan:
         models = self.models
         if is_file(models.path):
             if self.options.reference_images or self.options.geometry == "reference":
-                raise no_reference_mode()
+                raise no_reference_mode(describe_explainer(models.path))
             return Explainer.of({}, self.layers, self.options, folder=folder, file=models.path)
         networks = {
             role: models.path.parent / reference if is_file(reference) else models.load(role)
@@ -133,6 +133,12 @@ def _check_references(options: RunOptions) -> None:
 def _from_explainer_file(path: Path) -> ModelsFile:
     """The contents of a models file for the networks in an explainer file."""
     file = describe_explainer(path)
+    if file.references is not None:
+        count = len(file.references.labels)
+        raise KdxError(
+            f"{path} compares each image with its own {count} reference images, and a run measures the images of its data.",
+            "Give the networks themselves with --geometry reference, or use the file with kdx.Explainer(file=...).",
+        )
     layers = tuple(f"{layer}={other}" for layer, other in paired_layers(file).items())
     base, student, teacher = (file.networks[role].reference if role in file.networks else None for role in ("base", "student", "teacher"))
     assert base is not None and student is not None

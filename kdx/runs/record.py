@@ -30,11 +30,15 @@ class LostResult(KdxError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One number of scores.json: an accuracy, a score or a contrast, with its interval and the basis of both."""
+    """One number of scores.json: an accuracy, a score or a contrast, with its interval and the basis of both.
+
+    p_adjusted: the p-value adjusted for the number of layers; in older runs, which do not have it, the p-value itself.
+    """
 
     value: float
     interval: tuple[float, float]
     p_value: float | None = None
+    p_adjusted: float | None = None
     n: int | None = None
     batches: int | None = None
 
@@ -43,8 +47,10 @@ class Entry:
         """The entry as stored; null becomes NaN. Raises KeyError, TypeError or ValueError where ``stored`` is not an entry."""
         low, high = (math.nan if x is None else float(x) for x in stored["interval"])
         value = math.nan if stored["value"] is None else float(stored["value"])
-        p_value, n, batches = (stored.get(key) for key in ("p_value", "n", "batches"))
-        return cls(value, (low, high), None if p_value is None else float(p_value), _integer(n), _integer(batches))
+        p_value, p_adjusted = (None if stored.get(key) is None else float(stored[key]) for key in ("p_value", "p_adjusted"))
+        return cls(
+            value, (low, high), p_value, p_value if p_adjusted is None else p_adjusted, *map(_integer, map(stored.get, ("n", "batches")))
+        )
 
     @property
     def known(self) -> bool:
@@ -58,8 +64,12 @@ class Entry:
         return int(low > 0) - int(high < 0) if self.known else 0
 
     def settled(self, confidence: float) -> bool:
-        """Whether the interval excludes zero and the permutation test, if the entry has one, rejects chance at this confidence."""
-        return self.sign != 0 and (self.p_value is None or self.p_value <= 1 - confidence + 1e-12)
+        """Whether the interval excludes zero and the permutation test, if the entry has one, rejects chance at this confidence.
+
+        The test is that of the adjusted p-value, so that it holds over all layers of the run.
+        """
+        p = self.p_value if self.p_adjusted is None else self.p_adjusted
+        return self.sign != 0 and (p is None or p <= 1 - confidence + 1e-12)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from kdx.runs.plan import RunOptions as RunOptions
 from kdx.runs.schema import Configuration, Context, SplitRule, StoredFeatures, StoredLayer, StoredNetwork, StoredOptions
 from kdx.runs.store import Store
 from kdx.runs.whole import collect_whole, explain_whole, feature_shapes
+from kdx.scores.pool import adjusted
 from kdx.scores.uncertainty import accuracy
 
 
@@ -188,7 +189,7 @@ def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int
     store.write_samples({schema.ID: [dataset.ids[i] for i in index], **columns, **collected.map_columns()})
     raw: StoredFeatures = {"kind": "raw"}
     layers: dict[str, StoredLayer] = {
-        layer: {**schema.stored_layer(scores), "maps": collected.stored_maps(layer)} for layer, scores in collected.scores.items()
+        layer: {**schema.stored_layer(scores), "maps": collected.stored_maps(layer)} for layer, scores in adjusted(collected.scores).items()
     }
     store.write_scores(
         {

@@ -1,6 +1,7 @@
 """The schema of a run's folder: the names of files, JSON keys, columns, Zarr paths and arrays, and the format number.
 
-No other module defines them. `kdx.runs.run` and `kdx.runs.store` write a folder in this schema; `kdx.runs.record` reads it.
+No other module defines them, except the arrays of progress/ (`kdx.runs.progress_records`). `kdx.runs.run` and `kdx.runs.store` write a
+folder in this schema; `kdx.runs.record` reads it.
 
     manifest.json    everything needed to repeat the run, and whether it is complete
     samples.parquet  one row per image
@@ -20,16 +21,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from kdx.explain.map_statistics import MapStatistics, NullStrength
 from kdx.scores.pool import LayerScores
 
 FORMAT = 1
@@ -211,6 +206,7 @@ class StoredScore(TypedDict):
     value: float
     interval: Sequence[float]
     p_value: float | None
+    p_adjusted: NotRequired[float | None]  # adjusted for the number of layers; runs before 0.2 do not have it
     n: int
     batches: int
 
@@ -240,25 +236,32 @@ class StoredScores(TypedDict):
 def stored_layer(layer: LayerScores) -> StoredLayer:
     """The scores and contrasts of a layer in the form of scores.json."""
     scores: dict[str, StoredScore] = {
-        name: {"value": score.value, "interval": score.interval, "p_value": score.p_value, "n": score.n, "batches": score.batches}
+        name: {
+            "value": score.value,
+            "interval": score.interval,
+            "p_value": score.p_value,
+            "p_adjusted": score.p_adjusted,
+            "n": score.n,
+            "batches": score.batches,
+        }
         for name, score in layer.scores.items()
     }
     first = next(iter(scores.values()))  # all scores of a layer have the same basis
     contrasts: dict[str, StoredScore] = {
-        name: {"value": value, "interval": interval, "p_value": None, "n": first["n"], "batches": first["batches"]}
+        name: {"value": value, "interval": interval, "p_value": None, "p_adjusted": None, "n": first["n"], "batches": first["batches"]}
         for name, (value, interval) in layer.contrasts.items()
     }
     return {"scores": scores, "contrasts": contrasts}
 
 
-SCORES_TABLE_COLUMNS = ("layer", "score", "value", "low", "high", "p_value", "n", "batches")
+SCORES_TABLE_COLUMNS = ("layer", "score", "value", "low", "high", "p_value", "p_adjusted", "n", "batches")
 
 
 def scores_table_rows(scores: StoredScores) -> Iterator[tuple[Any, ...]]:
     """The rows of scores.csv: every score and contrast of every layer."""
     for layer, entry in scores["layers"].items():
         for name, score in (entry["scores"] | entry["contrasts"]).items():
-            yield layer, name, score["value"], *score["interval"], score["p_value"], score["n"], score["batches"]
+            yield layer, name, score["value"], *score["interval"], score["p_value"], score.get("p_adjusted"), score["n"], score["batches"]
 
 
 # ---------------------------------------------------------------- samples.parquet and progress/
@@ -285,117 +288,3 @@ MAP_COLUMNS = ("total", "strength", "stability")
 
 def map_column(layer: str, kind: str, name: str) -> str:
     return f"{layer}/{kind}/{name}"
-
-
-class LayerProducts(NamedTuple):
-    """The inner products that a batch adds to a layer's pool: the arguments of `kdx.scores.pool.Pool.add`.
-
-    With r roles: products [r + 1, r + 1], permuted [p, r + 1] per permuted matrix, left_out [n, r + 1, r + 1] or None.
-    """
-
-    products: torch.Tensor
-    permuted: dict[str, torch.Tensor]
-    left_out: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class BatchRecord:
-    """What a finished batch stores besides its maps.
-
-    columns: INDEX and each role's prediction and confidence, one row per readable image.
-    layers: the inner products per layer. unreadable: the name and the reason for each image that could not be read. shares: per layer, the
-    shares [2, n, h, w] of each (role, matrix), as in `kdx.explain.layer.LayerMeasurement`; no layer in the records of kdx 0.1.0.
-    """
-
-    columns: dict[str, NDArray[Any]]
-    layers: dict[str, LayerProducts]
-    unreadable: tuple[tuple[str, str], ...]
-    shares: dict[str, dict[tuple[str, str], torch.Tensor]] = field(default_factory=dict)
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The arrays of the batch's file. An array of a layer has the name KIND/LAYER.
-
-        On disk the kind of permuted products is ``moved_NAME``, the name that older runs gave it, so that they can still resume.
-        """
-        arrays = dict(self.columns)
-        for layer, products in self.layers.items():
-            arrays |= _product_arrays(products, f"/{layer}")
-        for layer, shares in self.shares.items():
-            arrays |= {f"share_{role}_{matrix}/{layer}": values.numpy(force=True) for (role, matrix), values in shares.items()}
-        return arrays | {"unreadable": np.array(self.unreadable, dtype=np.str_).reshape(-1, 2)}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> BatchRecord:
-        """The record of a batch from the arrays of its file, the inverse of `arrays`."""
-        columns = {name: values for name, values in arrays.items() if "/" not in name and name != "unreadable"}
-        by_layer: dict[str, dict[str, NDArray[Any]]] = {}
-        for name, values in arrays.items():
-            kind, slash, layer = name.partition("/")
-            if slash:
-                by_layer.setdefault(layer, {})[kind] = values
-        shares = {layer: _shares(kinds) for layer, kinds in by_layer.items()}
-        return cls(
-            columns,
-            {layer: _products(kinds) for layer, kinds in by_layer.items()},
-            tuple((str(name), str(reason)) for name, reason in arrays["unreadable"]),
-            {layer: values for layer, values in shares.items() if values},
-        )
-
-
-@dataclass(frozen=True)
-class LayerRecord:
-    """What a finished layer of a run with the geometry ``whole`` stores besides its maps.
-
-    products: over all images. statistics and null: per kind of map.
-    """
-
-    products: LayerProducts
-    statistics: dict[str, MapStatistics]
-    null: dict[str, NullStrength]
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The arrays of the layer's file."""
-        arrays = _product_arrays(self.products)
-        for kind, values in self.statistics.items():
-            arrays[f"statistics/{kind}"] = torch.stack([values.total, values.strength, values.stability]).numpy()
-        return arrays | {f"null/{kind}": np.array([value.median, value.high]) for kind, value in self.null.items()}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> LayerRecord:
-        """The record of a layer from the arrays of its file, the inverse of `arrays`."""
-        kinds: dict[str, dict[str, NDArray[Any]]] = {"statistics": {}, "null": {}}
-        for name, values in arrays.items():
-            group, slash, kind = name.partition("/")
-            if slash:
-                kinds[group][kind] = values
-        return cls(
-            _products({name: values for name, values in arrays.items() if "/" not in name}),
-            {kind: MapStatistics(*torch.from_numpy(values)) for kind, values in kinds["statistics"].items()},
-            {kind: NullStrength(*values.tolist()) for kind, values in kinds["null"].items()},
-        )
-
-
-def _product_arrays(products: LayerProducts, suffix: str = "") -> dict[str, NDArray[Any]]:
-    arrays = {f"products{suffix}": products.products.numpy(force=True)}
-    arrays |= {f"moved_{name}{suffix}": rows.numpy(force=True) for name, rows in products.permuted.items()}
-    if products.left_out is not None:
-        arrays[f"left_out{suffix}"] = products.left_out.numpy(force=True)
-    return arrays
-
-
-def _products(arrays: Mapping[str, NDArray[Any]]) -> LayerProducts:
-    left_out = arrays.get("left_out")
-    return LayerProducts(
-        torch.from_numpy(arrays["products"]),
-        {name.removeprefix("moved_"): torch.from_numpy(rows) for name, rows in arrays.items() if name.startswith("moved_")},
-        None if left_out is None else torch.from_numpy(left_out),
-    )
-
-
-def _shares(arrays: Mapping[str, NDArray[Any]]) -> dict[tuple[str, str], torch.Tensor]:
-    result = {}
-    for name, values in arrays.items():
-        if name.startswith("share_"):
-            _, role, matrix = name.split("_")
-            result[role, matrix] = torch.from_numpy(values)
-    return result

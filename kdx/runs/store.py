@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from kdx.disk import lock_folder, read_json, write_atomic
 from kdx.errors import KdxError
 from kdx.runs import schema
-from kdx.runs.schema import BatchRecord, Configuration, Context, ImageCounts, LayerRecord, Manifest, StoredScores
+from kdx.runs.progress_records import BatchRecord, LayerRecord
+from kdx.runs.schema import Configuration, Context, ImageCounts, Manifest, StoredScores
 
 
 class Store:

@@ -21,13 +21,13 @@ from kdx.runs import schema
 from kdx.runs.collected import Collected, check_classes, check_unreadable, prediction_columns
 from kdx.runs.feature_files import FeatureFiles, Shapes
 from kdx.runs.plan import Plan
-from kdx.runs.schema import LayerProducts, LayerRecord
+from kdx.runs.progress_records import LayerProducts, LayerRecord
 from kdx.runs.store import Store
 from kdx.scores.pool import Pool
 
 _ALIGNED = 16
-"""Passes contain a multiple of this many images where the batch is large enough. Runtimes compute the last images of a pass with other
-instructions if their number is odd, and the last bit of a result would then depend on the batch."""
+"""Passes contain a multiple of this many images. Runtimes compute the last images of other passes with other instructions, and the last
+bit of a result would then depend on the batch."""
 
 
 def feature_shapes(explainer: Explainer, size: tuple[int, int], project: int) -> Shapes:
@@ -58,8 +58,7 @@ def explain_whole(
 
 def _infer(files: FeatureFiles, explainer: Explainer, plan: Plan, size: tuple[int, int], announce: Callable[[str], None]) -> None:
     """Run the networks on every image that is not stored yet."""
-    batch = plan.options.batch
-    unit = batch // _ALIGNED * _ALIGNED if batch >= _ALIGNED else batch
+    unit = _aligned(plan.options.batch)
     total, pending = len(plan.indices), files.pending(unit)
     remaining = sum(part.stop - part.start for part in pending)
     if pending and remaining < total:
@@ -75,12 +74,19 @@ def _infer(files: FeatureFiles, explainer: Explainer, plan: Plan, size: tuple[in
         show("Networks", total, total, "images")
 
 
+def _aligned(count: int) -> int:
+    """The number of images in a pass that contains at least ``count``."""
+    return -(-count // _ALIGNED) * _ALIGNED
+
+
 def _infer_part(files: FeatureFiles, explainer: Explainer, plan: Plan, part: slice, planned: NDArray[np.int64], images: Images) -> None:
     readable = np.isin(planned, images.kept)
-    # An unreadable image is replaced by a blank one, so that the other images keep their places in the pass.
-    pixels = torch.zeros(len(planned), *images.pixels.shape[1:])
-    pixels[torch.from_numpy(readable)] = images.pixels
+    # A blank image replaces every unreadable one, so that the other images keep their places in the pass, and blank images fill the pass.
+    pixels = torch.zeros(_aligned(len(planned)), *images.pixels.shape[1:])
+    pixels[: len(planned)][torch.from_numpy(readable)] = images.pixels
     logits, features = explainer.features(pixels)
+    logits = {role: rows[: len(planned)] for role, rows in logits.items()}
+    features = {layer: {role: rows[: len(planned)] for role, rows in by_role.items()} for layer, by_role in features.items()}
     check_classes(logits, len(plan.dataset.classes))
     if plan.options.project:
         features = {
@@ -108,7 +114,7 @@ def _measure(store: Store, files: FeatureFiles, plan: Plan, place: int, layer: s
             folder=files.folder,
             progress=lambda done, total: show(f"Geometry of {layer}", done, total, "tiles"),
         )
-    products = LayerProducts(measurement.products, measurement.permuted, measurement.left_out)
+    products = LayerProducts(measurement.products, measurement.permuted, measurement.moments)
     order = _sorted(plan, files)
     statistics = {kind: values.at(torch.from_numpy(order)) for kind, values in measurement.statistics.items()}
     store.write_layer(place, layer, maps, order, LayerRecord(products, statistics, measurement.null))

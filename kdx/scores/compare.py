@@ -10,7 +10,7 @@ from kdx.features.rows import Source, rows_of
 from kdx.kernels.cuda import Backend
 from kdx.roles import TARGET, maps_among, permuted_among, roles_among
 from kdx.scores.inner_products import Sampling, check_residual, inner_products
-from kdx.scores.pool import LayerScores, pooled_scores
+from kdx.scores.pool import LayerScores, adjusted, pooled_scores
 
 
 def compare(
@@ -31,7 +31,9 @@ def compare(
 
     Returns, for each layer, `scores` by name and `contrasts` by name. The scores are those of `kdx.fss` and `kdx.rs`: "FSS(S,T)",
     "FSS(B,T)", "RS(T)", "RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)", "RS(T|S)" and "RS(S|T)"; without a teacher, those that do not name T. A
-    contrast is the difference of two scores, as (value, interval). Each network's distances are computed once per layer, for all scores.
+    contrast is the difference of two scores, as (value, interval). Each score's ``p_adjusted`` is its p-value adjusted for the number of
+    layers by Holm's method, so that claims about several layers together err with at most the stated probability. Each network's
+    distances are computed once per layer, for all scores.
 
     Raises KdxError for no features and for what `kdx.fss` and `kdx.rs` refuse, and ValueError for other roles.
 
@@ -45,7 +47,7 @@ def compare(
     if not features:
         raise KdxError("There are no features to compare.", "Give the features of a layer: {layer: {'student': ..., 'base': ...}}.")
     sampling = Sampling("unbiased", batch, permutations, confidence, seed, backend)
-    return {layer: _layer(layer, by_role, target, sampling) for layer, by_role in features.items()}
+    return adjusted({layer: _layer(layer, by_role, target, sampling) for layer, by_role in features.items()})
 
 
 def _layer(layer: str, features: Mapping[str, Source], target: Array, sampling: Sampling) -> LayerScores:
@@ -57,6 +59,4 @@ def _layer(layer: str, features: Mapping[str, Source], target: Array, sampling: 
     for explained, other in maps_among(roles).values():
         check_residual(sums, roles.index(explained), roles.index(other))
     products = {role: sums.permuted[name] for role, name in permuted.items()}
-    return pooled_scores(
-        sums.products, products, sums.left_out, n=sums.n, batches=sums.batches, confidence=sampling.confidence, roles=roles
-    )
+    return pooled_scores(sums.products, products, sums.moments, n=sums.n, batches=sums.batches, confidence=sampling.confidence, roles=roles)

@@ -1,8 +1,8 @@
 """Inner products of centred distance matrices: all that FSS and RS are computed from, with their uncertainty.
 
-Over batches, the inner products are summed and one ratio is taken at the end; the mean of ratios would be biased. Intervals come from a
-jackknife: over batches if there are several; over images if there is one set of up to 256, whose matrices are kept; over random parts of
-the images if there are more. p-values come from permutations of the images.
+Over batches, the inner products are summed and one ratio is taken at the end; the mean of ratios would be biased. Intervals come from the
+moments of the inner products (see `kdx.kernels.moments`), which leave out images, or random parts of more than 256 images; with many
+batches they come from the variation between batches. p-values come from permutations of the images.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from kdx.features import arrays
 from kdx.features.arrays import Array
 from kdx.features.rows import feature_distances
 from kdx.features.target import Target
-from kdx.kernels import dispatch, geometry, tiles
+from kdx.kernels import dispatch, geometry, moments, tiles
 from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import BatchDistances
+from kdx.kernels.moments import Moments
 from kdx.kernels.tiles import Rows
 from kdx.roles import TARGET
 from kdx.scores.score import Estimator
-from kdx.scores.uncertainty import permutation_table
+from kdx.scores.uncertainty import MANY_BATCHES, permutation_table, pooled_moments
 
 _ALL_PAIRS = 256
 """Up to this many images, matrices of all pairs are kept in memory; above, they are computed in tiles."""
@@ -51,7 +52,7 @@ class Sampling:
 class InnerProducts:
     """Inner products of k centred matrices of n images, summed over batches if there are several.
 
-    names [k]: of the matrices. products [k, k]. left_out [units, k, k]: the products without each image, part of the images or batch.
+    names [k]: of the matrices. products [k, k]. moments: of the products; None if too little is known.
     permuted: the name of each permuted matrix -> its products [p, k] with all of them. raw [k]: <D,D> of the distances themselves.
     rounding [k]: the rounding of the distances, relative to them.
     """
@@ -60,7 +61,7 @@ class InnerProducts:
     n: int
     batches: int
     products: Tensor
-    left_out: Tensor
+    moments: Moments | None
     permuted: dict[str, Tensor]
     raw: Tensor
     rounding: Tensor
@@ -127,20 +128,19 @@ _Input = Rows | Target
 
 
 def _of_all_pairs(inputs: Mapping[str, _Input], plan: _Plan) -> InnerProducts:
-    """From matrices of all pairs in float64, for few images. The jackknife leaves out one image."""
+    """From matrices of all pairs in float64, for few images."""
     n, names = plan.n, tuple(inputs)
     everyone = torch.arange(n, device=plan.device)
     rows = {name: source.rows if isinstance(source, Target) else source.read(everyone) for name, source in inputs.items()}
     distances = arrays.row_distances(rows, plan.ops)
     centred = plan.centred(distances)
-    products = geometry.products(centred)
     table = permutation_table(n, plan.permutations, plan.seed, plan.device)
     return InnerProducts(
         names,
         n,
         1,
-        products,
-        geometry.leave_one_out(distances.raw, plan.biased) if n > arrays.MIN_IMAGES else products[None],
+        geometry.products(centred),
+        moments.of_matrices(centred, plan.biased),
         {name: geometry.permuted_products(centred, centred[names.index(name)], table) for name in plan.permuted},
         geometry.products(distances.raw).diagonal(),
         torch.tensor([arrays.rounding(x) for x in rows.values()], dtype=torch.float64, device=plan.device),
@@ -148,7 +148,7 @@ def _of_all_pairs(inputs: Mapping[str, _Input], plan: _Plan) -> InnerProducts:
 
 
 def _in_tiles(inputs: Mapping[str, _Input], plan: _Plan) -> InnerProducts:
-    """In tiles, for any number of images. The jackknife leaves out one of `tiles.UNITS` random parts."""
+    """In tiles, for any number of images."""
     names, matrices = tuple(inputs), _matrices(inputs)
     rounding = _rounding(matrices, plan.device)
     permuted = {name: names.index(name) for name in plan.permuted}
@@ -158,11 +158,11 @@ def _in_tiles(inputs: Mapping[str, _Input], plan: _Plan) -> InnerProducts:
     raw = torch.stack([matrix.scale for matrix in matrices]) * plan.n / (plan.n - 3)
     _check_varied(names, sums.products, raw, rounding.clamp_min(1e-8))  # sums over tiles are known to 1e-16 of them
     permuted_products = {name: sums.permuted[place] for name, place in permuted.items()}
-    return InnerProducts(names, plan.n, 1, sums.products, sums.left_out, permuted_products, raw, rounding)
+    return InnerProducts(names, plan.n, 1, sums.products, sums.moments, permuted_products, raw, rounding)
 
 
 def _in_batches(inputs: Mapping[str, _Input], plan: _Plan, size: int) -> InnerProducts:
-    """Summed over random batches, as many at a time as memory allows. The jackknife leaves out one batch.
+    """Summed over random batches, as many at a time as memory allows.
 
     Batches are drawn without regard to classes. A batch of one class has no geometry to add, and adds zero: excluding it would bias the
     sum.
@@ -178,13 +178,15 @@ def _in_batches(inputs: Mapping[str, _Input], plan: _Plan, size: int) -> InnerPr
     generator = np.random.default_rng(plan.seed)
     batches = arrays.batches_of(torch.from_numpy(generator.permutation(plan.n)).to(plan.device), size)
     widths = [matrix.rows.shape[1] * 4 if isinstance(matrix, tiles.FeatureDistances) else 0 for matrix in matrices]
-    products, raw = [], []
+    few = len(batches) < MANY_BATCHES
+    products, raw, within = [], [], []
     permuted = {name: torch.zeros(plan.permutations, len(names), dtype=torch.float64, device=plan.device) for name in plan.permuted}
     for stack in _stacks(batches, sum(widths), len(names)):
         n = stack.shape[1]
         d = torch.stack([matrix.batches(stack, plan.ops) for matrix in matrices], 1)
         centred = geometry.double_centered(d) if plan.biased else geometry.u_centered(d)
         products.append(geometry.products(centred) if plan.biased else plan.ops.products(BatchDistances(d, centred)))
+        within += [moments.of_matrices(each, plan.biased) for each in centred] if few else []
         raw.append(geometry.products(d).diagonal(dim1=1, dim2=2))
         turns = torch.from_numpy(generator.integers(n, size=(plan.permutations, len(stack)))).to(plan.device)
         for name, sums in permuted.items():
@@ -192,7 +194,7 @@ def _in_batches(inputs: Mapping[str, _Input], plan: _Plan, size: int) -> InnerPr
     batch_products, raw_sum = torch.cat(products), torch.cat(raw).sum(0)
     total = batch_products.sum(0)
     _check_varied(names, total, raw_sum, rounding)
-    return InnerProducts(names, plan.n, len(batch_products), total, total - batch_products, permuted, raw_sum, rounding)
+    return InnerProducts(names, plan.n, len(batches), total, pooled_moments(batch_products, within), permuted, raw_sum, rounding)
 
 
 def _stacks(batches: Sequence[Tensor], width: int, matrices: int) -> Iterator[Tensor]:

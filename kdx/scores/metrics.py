@@ -10,7 +10,7 @@ from kdx.kernels.cuda import Backend
 from kdx.kernels.tiles import Rows
 from kdx.roles import TARGET
 from kdx.scores.inner_products import Sampling, check_residual, inner_products
-from kdx.scores.score import Estimator, Score, Statistic, correlation, partial, semipartial, summary
+from kdx.scores.score import Estimator, Score, Statistic, correlation, estimate, partial, semipartial, summary
 from kdx.scores.uncertainty import with_permuted
 
 
@@ -42,7 +42,8 @@ def fss(
     batches. By default all images are one set, which is exact.
     permutations: how many permutations of the teacher's images the p-value uses. In batches, and above 256 images, a permutation rotates
     random parts of the images.
-    confidence: of the interval, in (0, 1). seed: of batches and permutations, from 0. backend: as in `kdx.unicam`.
+    confidence: of the interval, in (0, 1). The interval leaves out single images, or 32 random parts of more than 256 images, whatever the
+    batches; from 20 batches on it leaves out batches. seed: of batches and permutations, from 0. backend: as in `kdx.unicam`.
 
     A score does not show that one network caused the features of the other, and similar features need not be relevant to a task; see `rs`.
 
@@ -139,6 +140,13 @@ def _score(named: Mapping[str, Rows | Array], statistic: Statistic, sampling: Sa
     if len(named) == 3:
         for explained in (0, 1):
             check_residual(sums, explained, 2)
-    products = sums.products, sums.left_out, with_permuted(sums.products, 1, sums.permuted[permuted])
-    values = (statistic(matrix).numpy(force=True) for matrix in products)
-    return summary(*values, n=sums.n, batches=sums.batches, estimator=sampling.estimator, confidence=sampling.confidence)
+    null = statistic(with_permuted(sums.products, 1, sums.permuted[permuted])).numpy(force=True)
+    return summary(
+        estimate(statistic, sums.products),
+        sums.moments,
+        null,
+        n=sums.n,
+        batches=sums.batches,
+        estimator=sampling.estimator,
+        confidence=sampling.confidence,
+    )

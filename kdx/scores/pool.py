@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from kdx.kernels.moments import Moments
 from kdx.roles import ROLES, TARGET, Definition, contrast_name, contrasts_among, roles_among, scores_among
 from kdx.scores import uncertainty
-from kdx.scores.score import STATISTICS, Contrast, Score, summary
+from kdx.scores.score import STATISTICS, Contrast, Score, contrast, estimate, summary
 
 
 @dataclass(frozen=True)
@@ -26,36 +25,46 @@ class LayerScores:
 def pooled_scores(
     products: Tensor,
     permuted: Mapping[str, Tensor],
-    left_out: Tensor | None,
+    moments: Moments | None,
     *,
     n: int,
     batches: int = 1,
     confidence: float = 0.95,
     roles: Collection[str] = ROLES,
 ) -> LayerScores:
-    """Scores and contrasts from inner products summed over batches.
+    """Scores and contrasts of n images from inner products summed over batches.
 
     products [r + 1, r + 1]: of the matrices of ``roles`` and, last, of the target. permuted: for each name of `permuted_among`, the
-    products [p, r + 1] under permutations of that matrix's images. left_out [units, r + 1, r + 1]: the products without each unit of the
-    jackknife: a batch if there are several, else an image; None if there are too few images.
+    products [p, r + 1] under permutations of that matrix's images. moments: of the products; None if there are too few images.
     """
     place = {name: index for index, name in enumerate((*roles_among(roles), TARGET))}
-    scores, replicates = {}, {}
+    scores, estimates = {}, {}
     for name, definition in scores_among(roles).items():
         index = torch.tensor([place[matrix] for matrix in definition.matrices])
 
-        def value(tensor: Tensor, definition: Definition = definition, index: Tensor = index) -> NDArray[np.float64]:
-            return STATISTICS[definition.statistic](tensor[..., index[:, None], index]).numpy(force=True)
+        def statistic(tensor: Tensor, definition: Definition = definition, index: Tensor = index) -> Tensor:
+            return STATISTICS[definition.statistic](tensor[..., index[:, None], index])
 
-        replicates[name] = value(left_out) if left_out is not None else np.empty(0)
-        null = value(uncertainty.with_permuted(products, place[definition.permuted], permuted[definition.permuted]))
-        scores[name] = summary(value(products), replicates[name], null, n=n, batches=batches, confidence=confidence)
-    contrasts = {}
-    for more, less in contrasts_among(roles):
-        difference = scores[more].value - scores[less].value
-        interval = uncertainty.jackknife_interval(difference, replicates[more] - replicates[less], confidence, fisher=False)
-        contrasts[contrast_name(more, less)] = Contrast(difference, interval)
+        estimates[name] = estimate(statistic, products)
+        null = statistic(uncertainty.with_permuted(products, place[definition.permuted], permuted[definition.permuted]))
+        scores[name] = summary(estimates[name], moments, null.numpy(force=True), n=n, batches=batches, confidence=confidence)
+    contrasts = {
+        contrast_name(more, less): contrast(estimates[more] - estimates[less], moments, n=n, confidence=confidence)
+        for more, less in contrasts_among(roles)
+    }
     return LayerScores(scores, contrasts)
+
+
+def adjusted(layers: Mapping[str, LayerScores]) -> dict[str, LayerScores]:
+    """The same layers with ``p_adjusted`` in every score: Holm's method over the p-values of the same score at all layers."""
+    names = dict.fromkeys(name for layer in layers.values() for name in layer.scores)
+    changed: dict[str, dict[str, Score]] = {layer: dict(scores.scores) for layer, scores in layers.items()}
+    for name in names:
+        tested = [layer for layer, scores in changed.items() if name in scores and scores[name].p_value is not None]
+        p_values = [p for p in (changed[layer][name].p_value for layer in tested) if p is not None]
+        for layer, p_adjusted in zip(tested, uncertainty.holm(p_values), strict=True):
+            changed[layer][name] = replace(changed[layer][name], p_adjusted=p_adjusted)
+    return {layer: LayerScores(changed[layer], scores.contrasts) for layer, scores in layers.items()}
 
 
 class Pool:
@@ -65,13 +74,13 @@ class Pool:
         self._roles = roles
         self._products: list[Tensor] = []
         self._permuted: dict[str, Tensor] = {}
-        self._left_out: Tensor | None = None
+        self._moments: list[Moments | None] = []
 
-    def add(self, products: Tensor, permuted: Mapping[str, Tensor], left_out: Tensor | None) -> None:
+    def add(self, products: Tensor, permuted: Mapping[str, Tensor], moments: Moments | None) -> None:
         """Add the inner products of a batch; the arguments are fields of `kdx.explain.layer.LayerMeasurement`."""
         self._products.append(products)
         self._permuted = {name: rows + self._permuted[name] if name in self._permuted else rows for name, rows in permuted.items()}
-        self._left_out = left_out
+        self._moments.append(moments)
 
     @property
     def products(self) -> Tensor:
@@ -79,8 +88,7 @@ class Pool:
         return torch.stack(self._products).sum(0)
 
     def scores(self, *, n: int, confidence: float = 0.95) -> LayerScores:
-        """The scores of n images. The jackknife leaves out one batch at a time, or one image if there is a single batch."""
+        """The scores of n images, with intervals from `kdx.scores.uncertainty.pooled_moments`."""
         products = torch.stack(self._products)
-        total = products.sum(0)
-        left_out = self._left_out if len(products) == 1 else total - products
-        return pooled_scores(total, self._permuted, left_out, n=n, batches=len(products), confidence=confidence, roles=self._roles)
+        moments = uncertainty.pooled_moments(products, self._moments)
+        return pooled_scores(products.sum(0), self._permuted, moments, n=n, batches=len(products), confidence=confidence, roles=self._roles)

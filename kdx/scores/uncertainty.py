@@ -1,10 +1,13 @@
-"""Permutations, jackknife intervals, and exact intervals and tests for counts."""
+"""Permutations, confidence intervals, adjusted p-values, and exact intervals and tests for counts."""
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,12 +17,22 @@ from torch import Tensor
 
 from kdx.features.target import Target
 from kdx.kernels import geometry
+from kdx.kernels.moments import Moments, of_batches
 
 _FEW_IMAGES = 256
 """Up to about this many images, one pass over n x n per permutation is faster than a matrix product with the classes."""
 
 _EDGE = 1 - 1e-12
 """Correlations are clipped to this: Fisher's z of 1 is infinite, and no float64 score is more precise than this."""
+
+_ROUNDING = 1e-12
+"""A variance below this share of its terms is rounding."""
+
+_KNOWN_SLOPE = 64
+"""From this number of images on, the slope of a variance is certain enough to shorten an interval."""
+
+MANY_BATCHES = 20
+"""From this number of batches on, the variation between batches is known well enough."""
 
 
 def permutation_table(n: int, permutations: int, seed: int | Sequence[int], device: torch.device | None = None) -> Tensor:
@@ -48,22 +61,80 @@ def with_permuted(products: Tensor, permuted: int, rows: Tensor) -> Tensor:
     return result
 
 
-def jackknife_interval(value: float, left_out: NDArray[np.float64], confidence: float, *, fisher: bool = True) -> tuple[float, float]:
-    """value +/- t_{u-1} * sqrt((u-1)/u * sum (theta_i - mean)^2), from the values theta [u] without each of u units.
+class Spread(NamedTuple):
+    """How a score varies over samples of images: its variance, the derivative ``slope`` of the variance by the score, and the number of
+    independent parts of the images from which both are known."""
 
-    It is computed on Fisher's z scale, so that it stays inside [-1, 1]; not so if ``fisher`` is False, for a difference of scores. With
-    fewer than two units it is the whole range.
+    variance: float
+    slope: float
+    parts: int
+
+
+def pooled_moments(products: Tensor, within: Sequence[Moments | None]) -> Moments | None:
+    """The moments of inner products that are summed over batches, from the products [b, k, k] and the moments of each batch.
+
+    With fewer than `MANY_BATCHES` batches they are the sum of those ``within`` the batches, which are known from images or parts of the
+    images. With more batches, or if a batch has none, they come from the variation between batches. None for one batch without moments.
     """
-    units = len(left_out)
-    if units < 2 or not np.isfinite(left_out).all():
-        return (-1.0, 1.0) if fisher else (-2.0, 2.0)
-    replicates = np.arctanh(np.clip(left_out, -_EDGE, _EDGE)) if fisher else left_out
-    error = np.sqrt((units - 1) / units * np.square(replicates - replicates.mean()).sum())
-    reach = float(stats.t.ppf(0.5 + confidence / 2, units - 1) * error)
-    if not fisher:
-        return value - reach, value + reach
-    centre = np.arctanh(np.clip(value, -_EDGE, _EDGE))
-    return float(np.tanh(centre - reach)), float(np.tanh(centre + reach))
+    known = [moments for moments in within if moments is not None]
+    if len(products) < MANY_BATCHES and len(known) == len(products):
+        return functools.reduce(operator.add, known)
+    if len(products) < 2:
+        return None
+    between = of_batches(products)
+    # The third moment of few batches is noise.
+    return between if len(products) >= MANY_BATCHES else replace(between, slope=torch.zeros_like(between.slope))
+
+
+def spread(moments: Moments | None, gradient: NDArray[np.float64]) -> Spread | None:
+    """The spread of a score with this gradient [m] by the inner products of `kdx.kernels.moments.upper`; None if it is not known.
+
+    Its variance is that of the jackknife, minus the part that the jackknife counts twice, which is at most half of it.
+    """
+    if moments is None or not np.isfinite(gradient).all():
+        return None
+    first, second, third = (values.numpy(force=True) for values in (moments.variance, moments.interaction, moments.slope))
+    variance = float(gradient @ first @ gradient)
+    if variance <= _ROUNDING * float(np.abs(gradient) @ np.abs(first) @ np.abs(gradient)):
+        return Spread(0.0, 0.0, moments.parts)
+    slope = float(np.einsum("abc,a,b,c", third, gradient, gradient, gradient)) / variance
+    variance -= min(float(gradient @ second @ gradient), variance / 2)
+    return Spread(variance, slope, moments.parts) if np.isfinite([variance, slope]).all() else None
+
+
+def interval(value: float, spread: Spread | None, confidence: float, *, n: int, limit: float = 1.0) -> tuple[float, float]:
+    """The confidence interval of a value in [-limit, limit], a score or a difference of two scores of n images.
+
+    With z = artanh(value/limit), Fisher's scale, on which s is the standard error and v the slope of the variance, and with the quantile q
+    of Student's t distribution with parts - 1 degrees of freedom, the interval is z +/- q s + q^2 v/4. It never leaves the range of the
+    value. It is the interval of a value whose variance changes linearly with it; the square root of the variance is then on a scale where
+    the variance is constant. A side is shortened by this at most by a quarter, and not at all for fewer than 64 images, whose slope is
+    too uncertain. Without a spread it is the whole range.
+    """
+    if spread is None:
+        return -limit, limit
+    share = float(np.clip(value / limit, -_EDGE, _EDGE))
+    scale = limit * (1 - share * share)
+    quantile = float(stats.t.ppf(0.5 + confidence / 2, spread.parts - 1))
+    reach = quantile * float(np.sqrt(spread.variance)) / scale
+    shift = quantile * quantile * spread.slope / (4 * scale)
+    shortest = reach if n < _KNOWN_SLOPE else 0.75 * reach
+    centre = float(np.arctanh(share))
+    below, above = max(reach - shift, shortest), max(reach + shift, shortest)
+    return limit * float(np.tanh(centre - below)), limit * float(np.tanh(centre + above))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number m by Holm's method, in their order: rejecting those up to alpha errs anywhere with at most alpha.
+
+    The i-th smallest p becomes max over j <= i of (m - j + 1) p_(j), at most 1. It holds for p-values that depend on each other in any
+    way. Source: Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6 (1979).
+    """
+    order = np.argsort(p_values, kind="stable")
+    sorted_values = np.asarray(p_values, dtype=np.float64)[order] * np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(np.maximum.accumulate(sorted_values), 1)
+    return [float(p) for p in adjusted]
 
 
 def accuracy(right: NDArray[np.bool_], confidence: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -13,10 +14,10 @@ from kdx.data.batches import random_batches
 from kdx.explain.layer import LayerMeasurement, measure, measure_distances
 from kdx.features import arrays
 from kdx.features.target import Target
+from kdx.kernels.moments import Moments
 from kdx.roles import CONTRASTS, MAPS, ROLES, SCORES, contrasts_among, maps_among, roles_among, scores_among
 from kdx.scores import uncertainty
 from kdx.scores.pool import Pool, pooled_scores
-from kdx.scores.score import correlation
 from tests import oracle
 
 
@@ -51,7 +52,7 @@ def test_maps_equal_those_of_unicam() -> None:
 def test_scores_equal_fss_and_rs_with_intervals_and_p_values() -> None:
     f, labels, measurement = measured()
     t, s, b = f["teacher"], f["student"], f["base"]
-    pooled = pooled_scores(measurement.products, measurement.permuted, measurement.left_out, n=24)
+    pooled = pooled_scores(measurement.products, measurement.permuted, measurement.moments, n=24)
     expected = {
         "RS(T)": kdx.rs(t, labels, permutations=49),
         "RS(S)": kdx.rs(s, labels, permutations=49),
@@ -77,21 +78,23 @@ def test_pooling_is_one_ratio_of_summed_products() -> None:
     batches = [measured(20, seed)[2] for seed in range(5)]
     pool = Pool()
     for m in batches:
-        pool.add(m.products, m.permuted, m.left_out)
+        pool.add(m.products, m.permuted, m.moments)
     pooled = pool.scores(n=100)
     products = sum(m.products for m in batches)
     assert isinstance(products, Tensor)
     score = pooled.scores["FSS(S,T)"]
     assert score.value == pytest.approx(float(products[0, 1] / (products[0, 0] * products[1, 1]).sqrt()))
     assert (score.n, score.batches) == (100, 5)
-    # The jackknife leaves out one batch at a time, on Fisher's z scale.
-    replicates = torch.stack([correlation(sum(m.products for m in batches if m is not out)[:2, :2].flip(0, 1)) for out in batches])  # type: ignore[index]
-    z = torch.atanh(replicates)
-    error = float((4 / 5 * (z - z.mean()).square().sum()).sqrt()) * 2.7764451
-    centre = float(torch.atanh(torch.tensor(score.value, dtype=torch.float64)))
-    assert score.interval == pytest.approx(
-        (torch.tanh(torch.tensor(centre - error)).item(), torch.tanh(torch.tensor(centre + error)).item()), rel=1e-5
-    )
+    # Few batches: the moments within them add up, so the interval is that of a sum of independent sets.
+    moments = [m.moments for m in batches if m.moments is not None]
+    variance = torch.stack([m.variance for m in moments]).sum(0)
+    assert moments[0].parts == 20 and sum(m.parts for m in moments) == 100
+    gradient = torch.autograd.functional.jacobian(lambda p: p[1] / (p[0] * p[4]).sqrt(), products[*torch.triu_indices(4, 4)])
+    interaction = torch.stack([m.interaction for m in moments]).sum(0)
+    error = gradient @ variance @ gradient - min(gradient @ interaction @ gradient, gradient @ variance @ gradient / 2)
+    z = [math.atanh(end) for end in score.interval]
+    reach = 1.9842169 * float(error.sqrt()) / (1 - score.value**2)
+    assert z[1] - z[0] == pytest.approx(2 * reach, rel=0.05)
 
 
 def test_pooled_scores_over_the_batches_of_a_run_converge_to_those_of_the_whole_set() -> None:
@@ -111,18 +114,18 @@ def test_pooled_scores_over_the_batches_of_a_run_converge_to_those_of_the_whole_
     assert sum(covered) >= 0.85 * len(covered)
 
 
-def _parts(features: dict[str, Tensor], labels: Tensor, part: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+def _parts(features: dict[str, Tensor], labels: Tensor, part: Tensor) -> tuple[Tensor, dict[str, Tensor], Moments | None]:
     measurement = measure(
         {role: value[part] for role, value in features.items()},
         Target.of(labels[part]),
         permutations=uncertainty.permutation_table(len(part), 9, 0),
     )
-    return measurement.products, measurement.permuted, measurement.left_out
+    return measurement.products, measurement.permuted, measurement.moments
 
 
 def test_without_permutations_there_is_no_p_value() -> None:
     _, _, measurement = measured(permutations=0)
-    assert pooled_scores(measurement.products, measurement.permuted, measurement.left_out, n=24).scores["RS(S)"].p_value is None
+    assert pooled_scores(measurement.products, measurement.permuted, measurement.moments, n=24).scores["RS(S)"].p_value is None
 
 
 @pytest.mark.parametrize("teacher", [True, False])
@@ -133,12 +136,13 @@ def test_distances_alone_give_the_scores(teacher: bool) -> None:
     target, permutations = Target.of(labels), uncertainty.permutation_table(24, 49, 0)
     expected = measure(features, target, permutations=permutations)
     distances = {role: torch.cdist(x.flatten(1), x.flatten(1)) for role, x in features.items()}
-    products, permuted, left_out = measure_distances(distances, target, permutations)
+    products, permuted, moments = measure_distances(distances, target, permutations)
     assert oracle.error(products, expected.products) < 1e-12
     assert permuted.keys() == expected.permuted.keys() == ({"teacher", "target"} if teacher else {"target"})
     for name, rows in permuted.items():
         assert oracle.error(rows, expected.permuted[name]) < 1e-12
-    assert left_out is not None and expected.left_out is not None and oracle.error(left_out, expected.left_out) < 1e-12
+    assert moments is not None and expected.moments is not None
+    assert oracle.error(moments.variance, expected.moments.variance) < 1e-10
 
 
 def test_maps_use_the_features_and_products_use_the_distances() -> None:
@@ -152,8 +156,8 @@ def test_maps_use_the_features_and_products_use_the_distances() -> None:
     assert all(torch.equal(measurement.maps[name].maps, maps[name].maps) for name in maps)
     assert oracle.error(measurement.products, expected.products) < 1e-12
     assert all(oracle.error(measurement.permuted[name], rows) < 1e-12 for name, rows in expected.permuted.items())
-    assert measurement.left_out is not None and expected.left_out is not None
-    assert oracle.error(measurement.left_out, expected.left_out) < 1e-12
+    assert measurement.moments is not None and expected.moments is not None
+    assert oracle.error(measurement.moments.variance, expected.moments.variance) < 1e-10
 
 
 @pytest.mark.parametrize(
@@ -180,9 +184,9 @@ def test_without_a_teacher_the_other_results_stay_the_same() -> None:
     assert list(measurement.maps) == ["distilled", "residual"]
     for name, maps in measurement.maps.items():
         assert oracle.error(maps.maps, whole.maps[name].maps) < 1e-12
-    expected = pooled_scores(whole.products, whole.permuted, whole.left_out, n=24)
+    expected = pooled_scores(whole.products, whole.permuted, whole.moments, n=24)
     pool = Pool(features)
-    pool.add(measurement.products, measurement.permuted, measurement.left_out)
+    pool.add(measurement.products, measurement.permuted, measurement.moments)
     pooled = pool.scores(n=24)
     assert list(pooled.scores) == ["RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)"]
     for name, score in pooled.scores.items():

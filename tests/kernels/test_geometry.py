@@ -90,22 +90,6 @@ def test_cross_distances_are_blocks_of_distances() -> None:
         assert oracle.error(bordered[query], reference.distances(rows)) < 1e-12
 
 
-@pytest.mark.parametrize("biased", [False, True])
-def test_leave_one_out_is_computing_without_the_image(biased: bool) -> None:
-    d = torch.stack([geometry.distances(f.flatten(1)) for f in oracle.features(n=11)[:2]])
-    products = geometry.leave_one_out(d, biased=biased)
-    for m in range(11):
-        kept = [i for i in range(11) if i != m]
-        inside = [matrix[kept][:, kept] for matrix in d]
-        if biased:
-            a, b = (reference.double_centered(matrix) for matrix in inside)
-            expected = torch.stack([(p * q).mean() for p in (a, b) for q in (a, b)]).view(2, 2)
-        else:
-            a, b = (reference.u_centered(matrix) for matrix in inside)
-            expected = torch.stack([reference.inner(p, q) for p in (a, b) for q in (a, b)]).view(2, 2)
-        assert oracle.error(products[m], expected) < 1e-10
-
-
 def test_permuted_products_are_products_of_permuted_matrices() -> None:
     x, y, labels = oracle.features(n=24, classes=3)
     rows = torch.randn(3, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)[labels]

@@ -15,10 +15,11 @@ from torch import Tensor
 
 import kdx
 from kdx.features.rows import InMemory
-from kdx.kernels import geometry, tiles
+from kdx.kernels import geometry, moments, tiles
 from kdx.kernels.dispatch import TorchBackend
 from kdx.kernels.tiles import ClassDistances, FeatureDistances
 from tests import oracle
+from tests.kernels.test_moments import moments_by_centring
 
 CLASSES = 5
 
@@ -98,16 +99,17 @@ def test_products_of_narrow_rows(dtype: torch.dtype, set_side: Callable[[int], N
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_units_left_out(biased: bool, set_side: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    n, units = 53, 7
+def test_moments_are_those_of_parts_of_the_images(biased: bool, set_side: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    n = 53
     set_side(16)
-    monkeypatch.setattr(tiles, "UNITS", units)
-    swept = tiles.sweep(matrices(n), biased=biased, seed=3)
-    assert len(swept.left_out) == units
+    monkeypatch.setattr(moments, "PARTS", 7)
+    swept = tiles.sweep(matrices(n), biased=biased, seed=3).moments
     order, _ = ordered(n, 16, 0, 3)
-    for unit in range(units):
-        rest = torch.cat([order[: unit * n // units], order[(unit + 1) * n // units :]])
-        assert oracle.error(swept.left_out[unit], inner(whole(n, biased=biased, part=rest), biased)) < 1e-12
+    parts = [slice(part * n // 7, (part + 1) * n // 7) for part in range(7)]
+    expected = moments_by_centring(lambda part: inner(whole(n, biased=biased, part=order[part]), biased), n, parts)
+    assert swept.parts == 7
+    for name, value in expected.items():
+        assert oracle.error(getattr(swept, name), value) < 1e-10, name
 
 
 @pytest.mark.parametrize("biased", [False, True])

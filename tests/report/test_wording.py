@@ -131,12 +131,12 @@ def test_without_a_teacher_student_and_base_are_compared() -> None:
 
 
 def test_cautions() -> None:
-    def cautions(batches: int) -> str:
-        scores = {name: Entry.of(entry(0.5, 0.1, batches=batches)) for name in SCORES}
+    def cautions(images: int) -> str:
+        scores = {name: Entry.of(entry(0.5, 0.1, n=images)) for name in SCORES}
         return " ".join(wording.read(_numbers((0.1, 0.01), **scores), ACCURACY, (1, 0), 0.95).cautions)
 
-    assert "are based on 7 batches" in cautions(7)
-    assert "batches" not in cautions(200)
+    assert "are based on 7 images" in cautions(7)
+    assert "are based on" not in cautions(200)
     assert "does not show, by itself, that the teacher caused it" in cautions(200)
 
 

@@ -117,6 +117,13 @@ def test_an_entry_is_settled_by_interval_and_permutation_test(value: float, half
     assert number.sign == sign and number.settled(0.95) is settled and number.known == math.isfinite(value)
 
 
+def test_an_entry_is_settled_by_the_adjusted_p_value_if_it_has_one() -> None:
+    stored = entry(0.3, 0.1, 0.03)
+    assert Entry.of(stored).p_adjusted == 0.03 and Entry.of(stored).settled(0.95)  # an older run
+    layers = Entry.of({**stored, "p_adjusted": 0.12})
+    assert (layers.p_value, layers.p_adjusted) == (0.03, 0.12) and not layers.settled(0.95) and layers.settled(0.85)
+
+
 def test_null_becomes_nan() -> None:
     number = Entry.of({"value": None, "interval": [None, 0.5]})
     assert math.isnan(number.value) and math.isnan(number.interval[0]) and not number.known

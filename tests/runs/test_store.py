@@ -14,8 +14,10 @@ import torch
 import zarr
 
 from kdx.errors import KdxError
+from kdx.kernels.moments import Moments
 from kdx.runs import schema
-from kdx.runs.schema import BatchRecord, Configuration, Context, LayerProducts, StoredScores
+from kdx.runs.progress_records import BatchRecord, LayerProducts
+from kdx.runs.schema import Configuration, Context, StoredScores
 from kdx.runs.store import Store
 from tests.made_runs import entry
 
@@ -24,21 +26,21 @@ CONTEXT: Context = {"kdx": "0", "created": "", "command": [], "environment": {},
 LAYER = "block/layer3"
 
 
-def record(batch: int = 0, left_out: bool = True) -> BatchRecord:
+def record(batch: int = 0, moments: bool = True) -> BatchRecord:
     generator = torch.Generator().manual_seed(batch)
     products = LayerProducts(
         torch.rand(4, 4, generator=generator, dtype=torch.float64),
         {"teacher": torch.rand(5, 4, generator=generator), "target": torch.rand(5, 4, generator=generator)},
-        torch.rand(3, 4, 4, generator=generator) if left_out else None,
+        Moments(3, *(torch.rand(*shape, generator=generator) for shape in ((9, 9), (9, 9), (9, 9, 9)))) if moments else None,
     )
     columns = {schema.INDEX: np.arange(3) + batch, "student_prediction": np.array([0, 1, 1])}
     return BatchRecord(columns, {LAYER: products}, (("dog/torn.png", "truncated"),))
 
 
-@pytest.mark.parametrize("left_out", [True, False])
-def test_a_batch_is_read_back_as_it_was_written(tmp_path: Path, left_out: bool) -> None:
+@pytest.mark.parametrize("moments", [True, False])
+def test_a_batch_is_read_back_as_it_was_written(tmp_path: Path, moments: bool) -> None:
     maps = np.random.default_rng(0).random((3, 2, 5)).astype(np.float32)
-    expected = record(1, left_out)
+    expected = record(1, moments)
     with Store.begin(tmp_path / "run", CONFIGURATION, CONTEXT) as store:
         assert not store.has(1)
         store.write_batch(1, 4, 8, {LAYER: {"distilled": maps}}, expected)
@@ -47,11 +49,16 @@ def test_a_batch_is_read_back_as_it_was_written(tmp_path: Path, left_out: bool) 
     assert actual.unreadable == expected.unreadable
     assert actual.columns.keys() == expected.columns.keys()
     assert all(np.array_equal(actual.columns[name], values) for name, values in expected.columns.items())
-    products, permuted, left = actual.layers[LAYER]
+    products, permuted, known = actual.layers[LAYER]
     assert torch.equal(products, expected.layers[LAYER].products)
     assert permuted.keys() == expected.layers[LAYER].permuted.keys()
     assert all(torch.equal(permuted[name], rows) for name, rows in expected.layers[LAYER].permuted.items())
-    assert (left is not None) == left_out and (left is None or torch.equal(left, cast(torch.Tensor, expected.layers[LAYER].left_out)))
+    if not moments:
+        assert known is None
+    else:
+        written = expected.layers[LAYER].moments
+        assert known is not None and written is not None and known.parts == written.parts == 3
+        assert all(torch.equal(getattr(known, name), getattr(written, name)) for name in ("variance", "interaction", "slope"))
     stored = np.asarray(zarr.open_array(tmp_path / "run" / "maps.zarr" / LAYER / "distilled", mode="r"))
     assert stored.shape == (8, 2, 5) and np.array_equal(stored[4:7], maps) and not stored[:4].any() and not stored[7:].any()
 
@@ -64,7 +71,10 @@ def test_the_names_of_a_batchs_arrays_are_those_of_older_runs() -> None:
         f"products/{LAYER}",
         f"moved_teacher/{LAYER}",
         f"moved_target/{LAYER}",
-        f"left_out/{LAYER}",
+        f"parts/{LAYER}",
+        f"variance/{LAYER}",
+        f"interaction/{LAYER}",
+        f"slope/{LAYER}",
         "unreadable",
     ]
 

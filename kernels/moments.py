@@ -1,0 +1,179 @@
+"""The sampling moments of inner products: how much they would vary over other samples of images.
+
+The n images are divided into u equal *parts*, which are single images if there are few. P is an inner product of k centred matrices, as
+in `geometry.products`; P_(i) is the same without part i, and P_(ij) without parts i and j. Two quantities describe P as a function of
+the parts, up to second order (Efron and Stein, "The jackknife estimate of variance", Annals of Statistics 9, 1981):
+
+    influence      L_i  = (u - 1) (P - P_(i))
+    interaction    Q_ij = u P - (u - 1) (P_(i) + P_(j)) + (u - 2) P_(ij)        i != j
+
+The delete-one jackknife estimates the variance of P as sum L_i^2/(u (u - 1)). An inner product is a U-statistic with the variance
+s_1 + s_2 + ..., the parts of first and second order, of which the jackknife estimates s_1 + 2 s_2. Near a score of zero s_1 vanishes, and
+the estimate is twice the variance. sum_{i<j} Q_ij^2/(u (u - 1)) estimates s_2, which is subtracted.
+
+No matrix is centred again: P_(i) and P_(ij) follow from the sums of `geometry.combined` by subtraction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdx.kernels import geometry
+from kdx.kernels.distances import hollow
+
+PARTS = 32
+"""The number of parts, if the parts are not single images."""
+
+SINGLE_IMAGES = 256
+"""Up to this many images, each image is a part."""
+
+_FEWEST = 4
+"""Inner products of centred matrices need at least this many images."""
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Second and third moments of the m = k(k+1)/2 inner products of k matrices, in the order of `upper`.
+
+    parts: the number u of parts. variance [m, m]: the jackknife's sum_i L_i L_i/(u (u - 1)). interaction [m, m]: the part of it to
+    subtract, sum_{i<j} Q_ij Q_ij/(u (u - 1)). slope [m, m, m]: sum_i L_i L_i L_i + 2 sum_ij L_i Q_ij L_j, over u^2 (u - 1). For a
+    combination c of the inner products, slope(c, c, c)/variance(c, c) is the derivative of their variance by their expectation.
+
+    Moments of independent images add up: those of a sum of inner products over batches are the sum of the batches' moments.
+    """
+
+    parts: int
+    variance: Tensor
+    interaction: Tensor
+    slope: Tensor
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.parts + other.parts,
+            self.variance + other.variance,
+            self.interaction + other.interaction,
+            self.slope + other.slope,
+        )
+
+    def scaled(self, factor: float) -> Moments:
+        """The moments of the inner products times a factor."""
+        return Moments(self.parts, factor**2 * self.variance, factor**2 * self.interaction, factor**3 * self.slope)
+
+
+def upper(k: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """The rows and columns of the inner products <X_a, X_b>, a <= b, of k matrices."""
+    rows, columns = torch.triu_indices(k, k, device=device)
+    return rows, columns
+
+
+def of_batches(products: Tensor) -> Moments:
+    """The moments of the sum of inner products [batches, k, k] of two or more batches, from the variation between the batches."""
+    batches, k = products.shape[:2]
+    values = products[:, *upper(k, products.device)].T
+    return _moments(batches * (values - values.mean(1, keepdim=True)), None)
+
+
+def of_matrices(matrices: Tensor, biased: bool = False) -> Moments | None:
+    """The moments of the inner products of centred matrices [k, n, n]; None for fewer than five images.
+
+    The matrices are those of `geometry.u_centered`, or of `geometry.double_centered` if ``biased``. Normalised as in `geometry.products`.
+    """
+    n = matrices.shape[-1]
+    if n <= _FEWEST:
+        return None
+    scale = n / (n - 3) if biased else 1.0  # `geometry.products` normalises both kinds of matrices alike
+    if n <= SINGLE_IMAGES:
+        return of_parts(matrices[:, None] * matrices[None], matrices, [1] * n, biased).scaled(scale)
+    # The parts are random, but the same in each call: images that are stored together may be alike.
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(matrices.device)
+    matrices, sizes = matrices[:, order][:, :, order], part_sizes(n)
+    pairs = torch.stack([torch.stack([_summed(_summed(a * b, sizes).T, sizes).T for b in matrices]) for a in matrices])
+    return of_parts(pairs, torch.stack([_summed(a, sizes).T for a in matrices]), sizes, biased).scaled(scale)
+
+
+def part_sizes(n: int) -> list[int]:
+    """The number of images in each of `PARTS` equal parts of n images, or in n parts if n is smaller."""
+    parts = min(PARTS, n)
+    return [(part + 1) * n // parts - part * n // parts for part in range(parts)]
+
+
+def of_parts(pairs: Tensor, rows: Tensor, sizes: Sequence[int], biased: bool = False) -> Moments:
+    """The moments from sums over the u consecutive parts of n images, ``sizes`` [u], of k symmetric matrices D.
+
+    pairs [k, k, u, u]: sum of D_ij E_ij over the images i of one part and j of the other, for every two matrices D and E. rows [k, n, u]:
+    sum_j D_ij over the images j of each part. The matrices need not be centred.
+    """
+    k, n, parts = rows.shape
+    left = torch.tensor([n - size for size in sizes], dtype=rows.dtype, device=rows.device)
+    left_of_two = left[:, None] + left - n
+    totals = [_total_sums(matrix, sizes) for matrix in rows]
+    second_order = n - 2 * max(sizes) >= _FEWEST
+    influences, interactions = [], []
+    for a, b in zip(*(index.tolist() for index in upper(k)), strict=True):
+        sums = zip(_pair_sums(pairs[a, b]), _row_sums(rows[a], rows[b], sizes), totals[a], totals[b], strict=True)
+        counts: tuple[int | Tensor, ...] = (n, left, left_of_two)
+        whole, one, two = (
+            geometry.combined(pair, row, t * u, count, biased) for (pair, row, t, u), count in zip(sums, counts, strict=True)
+        )
+        influence = (parts - 1) * (whole - one)
+        influences.append(influence - influence.mean())
+        if second_order:
+            interactions.append(_off_diagonal(parts * whole - (parts - 1) * (one[:, None] + one) + (parts - 2) * two))
+    return _moments(torch.stack(influences), torch.stack(interactions) if second_order else None)
+
+
+def _moments(influences: Tensor, interactions: Tensor | None) -> Moments:
+    """The moments from influences [m, u] and interactions [m, u, u]; without interactions, those of a sum of independent terms."""
+    parts = influences.shape[1]
+    scale = parts * (parts - 1)
+    variance = influences @ influences.T / scale
+    slope = torch.einsum("ai,bi,ci->abc", influences, influences, influences)
+    if interactions is None:
+        return Moments(parts, variance, torch.zeros_like(variance), slope / (parts * scale))
+    slope += 2 * ((influences @ interactions) @ influences.T).transpose(0, 1)
+    flat = interactions.flatten(1)
+    return Moments(parts, variance, flat @ flat.T / (2 * scale), slope / (parts * scale))
+
+
+def _off_diagonal(values: Tensor) -> Tensor:
+    """Values [u, u] minus their mean, both without the diagonal, which becomes zero."""
+    off = hollow(len(values), values)
+    values = torch.where(off > 0, values, 0.0)
+    return (values - values.sum() / off.sum()) * off
+
+
+def _pair_sums(pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of pairs [u, u] over all parts [], without each part [u], and without every two parts [u, u]."""
+    whole = pairs.sum()
+    one = whole - 2 * pairs.sum(1) + pairs.diagonal()
+    return whole, one, one[:, None] + one - whole + 2 * pairs
+
+
+def _total_sums(rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of a matrix, given as in `of_parts` by its rows [n, u]: of all [], without each part, and without every two parts."""
+    return _pair_sums(_summed(rows, sizes))
+
+
+def _row_sums(rows: Tensor, others: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """sum_i r_i s_i, with r and s the row sums of two matrices: of all images, without each part, and without every two parts.
+
+    Without parts u and v, image i has the row sum r_i - R_iu - R_iv, and the images of u and v themselves do not count.
+    """
+    r, s = rows.sum(1), others.sum(1)
+    cross = rows.T @ others
+    part = torch.repeat_interleave(torch.arange(len(sizes), device=rows.device), torch.tensor(sizes, device=rows.device))[:, None]
+    r_one, s_one = r - rows.gather(1, part)[:, 0], s - others.gather(1, part)[:, 0]  # row sums without the image's own part
+    own = _summed((r_one * s_one)[:, None], sizes)[:, 0]
+    whole = r @ s
+    loss = r @ others + s @ rows - cross.diagonal() + own
+    mixed = cross + _summed(r_one[:, None] * others + s_one[:, None] * rows - rows * others, sizes)
+    return whole, whole - loss, whole - loss[:, None] - loss + mixed + mixed.T
+
+
+def _summed(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Rows [n, ...] summed over consecutive parts [u, ...]."""
+    return rows if len(sizes) == len(rows) else torch.stack([part.sum(0) for part in rows.split(list(sizes))])
