@@ -47,6 +47,13 @@ def _geometry(n: int, channels: int, side: int, **more: Any) -> Case:
     return Case(f"geometry n={n} {channels}x{side}x{side}", "geometry", arguments, **more)
 
 
+def _decomposition(n: int, channels: int, side: int, **more: Any) -> Case:
+    arguments = {"n": n, "channels": channels, "height": side, "width": side}
+    goals = (Goal("geometry and shares", "most", 1.5),)
+    name = f"decomposition n={n} {channels}x{side}x{side}"
+    return Case(name, "decomposition", arguments, baseline="geometry", kdx_variants=("geometry",), goals=goals, **more)
+
+
 def _published_over_kdx(ratio: float) -> tuple[Goal, ...]:
     return (Goal("published", "least", ratio),)
 
@@ -76,6 +83,8 @@ CASES = [
     _geometry(32, 512, 28),
     _geometry(256, 2048, 7),
     _geometry(128, 256, 56),
+    # The geometry with the shares of positions
+    *(_decomposition(n, channels, side) for channels, side in ((512, 7), (2048, 7), (256, 14)) for n in (32, 64, 128)),
     # Scores of many images
     Case("scores N=1,000 beside dcor", "estimators", {"n": 1000, "d": 64}, quick=True),
     Case("scores N=4,500 beside dcor", "beside dcor", {"n": 4500, "d": 64}),

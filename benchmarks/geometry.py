@@ -1,7 +1,7 @@
 """The geometry alone: the channel weights and scores of both maps, from features that already exist.
 
-kdx's time is that of `kdx.explain.layer.measure`, which computes more than is compared: the maps, RS of each network, and every inner
-product without each image, for the intervals.
+kdx's time is that of `kdx.explain.layer.measure` without the shares of positions (`benchmarks.decomposition` times them). It computes more
+than is compared: the maps, RS of each network, and every inner product without each image, for the intervals.
 """
 
 from __future__ import annotations
@@ -28,11 +28,16 @@ WeightsAndScores = list[tuple[Tensor, float]]
 """Channel weights [n, C] and score of the distilled and of the residual map."""
 
 
-def comparison(_: Path, *, n: int, channels: int, height: int, width: int) -> Comparison:
+def networks(n: int, channels: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Related features [n, C, H, W] of a student and of a base, and labels [n]."""
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(n, channels, height, width, generator=generator).relu_()
     base = (0.5 * student).add_(torch.randn(student.shape, generator=generator).relu_())
-    labels = torch.arange(n) % CLASSES
+    return student, base, torch.arange(n) % CLASSES
+
+
+def comparison(_: Path, *, n: int, channels: int, height: int, width: int) -> Comparison:
+    student, base, labels = networks(n, channels, height, width)
     one_hot = torch.nn.functional.one_hot(labels).float()
     d = channels * height * width
 
@@ -53,7 +58,7 @@ def comparison(_: Path, *, n: int, channels: int, height: int, width: int) -> Co
         target = Target.of(labels)
 
         def run() -> WeightsAndScores:
-            maps = measure({"student": student, "base": base}, target, permutations=table).maps
+            maps = measure({"student": student, "base": base}, target, permutations=table, shares=False).maps
             return [(maps[name].weights, maps[name].score) for name in ("distilled", "residual")]
 
         return run

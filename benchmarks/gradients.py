@@ -20,7 +20,8 @@ from kdx import models
 from kdx.explain.graph import explainer_graph
 from kdx.export import onnx_file
 from kdx.export.description import Origin
-from kdx.export.graphs import FeatureGraph, GradientGraph, Graph, Preprocessing
+from kdx.export.explainer_graphs import Graph
+from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
 from kdx.models.network import Network
 from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
 

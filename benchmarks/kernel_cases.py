@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kdx.choices import ObjectiveName
-from kdx.kernels import fused, geometry, imputation, reference
+from kdx.kernels import decomposition, fused, geometry, imputation, reference
+from kdx.kernels.fused_shares import PositionSquares
 from tests.oracle import TOLERANCE, error
 
 OBJECTIVES: tuple[ObjectiveName, ...] = ("relevance", "uniqueness")
@@ -109,13 +110,14 @@ class KernelReference:
     """Functions that compute the expected results.
 
     distances: of float64 rows. products: inner products of float64 distances. weights: a batch's score and channel weights by an
-    objective. imputed: images [n, c, h, w].
+    objective. imputed: images [n, c, h, w]. shares: of features [n, C, P], in float64, by their distances and a U-centred matrix.
     """
 
     distances: Callable[[Tensor], Tensor]
     products: Callable[[Tensor], Tensor]
     weights: Callable[[Batch, ObjectiveName], tuple[Tensor, Tensor]]
     imputed: Callable[[Tensor, Tensor], Tensor]
+    shares: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _reference_products(d: Tensor) -> Tensor:
@@ -130,6 +132,10 @@ def _reference_weights(batch: Batch, objective: ObjectiveName) -> tuple[Tensor, 
 
 def _reference_imputed(images: Tensor, kept: Tensor) -> Tensor:
     return torch.stack([reference.imputed(image, mask) for image, mask in zip(images.cpu(), kept.cpu(), strict=True)])
+
+
+def _reference_shares(features: Tensor, _: Tensor, matrix: Tensor) -> Tensor:
+    return reference.shares(features.cpu(), matrix.cpu())
 
 
 def _closed_products(d: Tensor) -> Tensor:
@@ -149,8 +155,8 @@ def _torch_imputed(images: Tensor, kept: Tensor) -> Tensor:
     return imputation.impute(images.double(), kept, backend="torch")
 
 
-DEFINED = KernelReference(reference.distances, _reference_products, _reference_weights, _reference_imputed)
-IN_PYTORCH = KernelReference(geometry.distances, _closed_products, _closed_weights, _torch_imputed)
+DEFINED = KernelReference(reference.distances, _reference_products, _reference_weights, _reference_imputed, _reference_shares)
+IN_PYTORCH = KernelReference(geometry.distances, _closed_products, _closed_weights, _torch_imputed, decomposition.shares)
 """For sizes at which the definitions do not fit into memory. The tests compare it with them."""
 
 
@@ -177,6 +183,7 @@ def cases(sizes: Sizes, device: torch.device, seed: int, kernel_reference: Kerne
     weights = draw(n, channels)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         yield _cam_case(x.to(dtype), weights)
+        yield _shares_case(x.to(dtype), batch.distances[2], kernel_reference)
     yield _imputation_case(draw(sizes.stack, 3, *sizes.picture).sigmoid(), draw(sizes.stack, height, width), kernel_reference)
 
 
@@ -259,6 +266,23 @@ def _cam_case(features: Tensor, weights: Tensor) -> KernelCase:
     kind = str(features.dtype).removeprefix("torch.")
     # The features are exact in their own type, and everything after them is float32.
     return KernelCase(f"cam, {kind}", lambda: (fused.cam(features, weights),), expected, bytes=moved, goal=BANDWIDTH_SHARE)
+
+
+def _shares_case(features: Tensor, target: Tensor, kernel_reference: KernelReference) -> KernelCase:
+    """Without a lower bound: the time is that of float32 operations, whose rate no copy shows."""
+    flat = features.flatten(2)
+    matrix = geometry.u_centered(target.double())
+
+    def run() -> tuple[Tensor, Tensor]:
+        positions = PositionSquares.of(flat)
+        return positions.distances, positions.shares(matrix[None], [slice(0, len(flat))])[0, 0]
+
+    def expected() -> tuple[Tensor, Tensor]:
+        distances = kernel_reference.distances(flat.double().flatten(1))
+        return distances, kernel_reference.shares(flat.double(), distances, matrix)
+
+    kind = str(features.dtype).removeprefix("torch.")
+    return KernelCase(f"shares, {kind}", run, expected)
 
 
 def _imputation_case(images: Tensor, saliency: Tensor, kernel_reference: KernelReference) -> KernelCase:

@@ -164,6 +164,7 @@ PAGES: dict[Path, dict[str, Callable[[Records], str]]] = {
     PERFORMANCE: {
         "explain": explain,
         "geometry": geometry,
+        "decomposition": variants("decomposition"),
         "scores": variants("scores", "estimators", "beside dcor", "permutations", "batches"),
         "imputation": variants("imputation"),
         "folder": folder,

@@ -30,7 +30,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cold, explain, geometry, gradients, imputation, limits, scores, stored
+from benchmarks import cold, decomposition, explain, geometry, gradients, imputation, limits, scores, stored
 from benchmarks.cases import CASES, PROCESS_KINDS, Case
 from benchmarks.comparison import Comparison, Work
 from benchmarks.record import child, origin, quartiles, ratio
@@ -51,6 +51,7 @@ class Kind:
 KINDS = {
     "explain": Kind(explain.comparison, explain.prepare),
     "geometry": Kind(geometry.comparison),
+    "decomposition": Kind(decomposition.comparison),
     "scores": Kind(scores.one_score),
     "estimators": Kind(scores.estimators),
     "beside dcor": Kind(scores.beside_dcor),

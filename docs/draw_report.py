@@ -1,4 +1,4 @@
-"""Photographs the gallery of a run as docs/report.png: ``python -m docs.draw_report demo/kd/run``, after ``make demo``.
+"""Photographs the start of the page of a run as docs/report.png: ``python -m docs.draw_report demo/kd/run``, after ``make demo``.
 
 It needs Chromium.
 """
@@ -25,7 +25,6 @@ def main(run: Path) -> None:
         page = browser.new_page(viewport={"width": 1180, "height": 940}, color_scheme="light")
         page.goto((run / PAGE).resolve().as_uri())
         page.evaluate(_WITHOUT_BAR)
-        page.locator("#gallery").evaluate("section => window.scrollTo(0, section.getBoundingClientRect().top + window.scrollY + 44)")
         page.screenshot(path=PICTURE)
         browser.close()
 

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from kdx.errors import KdxError, first_line
 from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
+from kdx.features.arrays import MIN_IMAGES
 
 Shape = tuple[int | str, ...]
 """The shape of an input or output. A symbol such as ``batch`` stands for the same size in all of them."""
@@ -40,13 +41,21 @@ class NetworkDescription:
 
 
 @dataclass(frozen=True)
+class ReferenceDescription:
+    """The description of an explainer file's reference images: their ids in their data set, and their labels."""
+
+    ids: tuple[str, ...]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Description:
     """The description of an ONNX file that kdx wrote.
 
     networks: by role in an explainer file; in other files, one with the name ``network``. at: the layer of a gradients file's
     cotangent, None for the logits. scores: the names of an explainer file's scores, in order. image_size: height and width; None if
     the file takes images of any size. inputs, outputs: shapes by name, in which ``batch``, ``height``, ``width`` and ``embedding``
-    stand for any number.
+    stand for any number. references: of an explainer file that compares each image with them; None if it compares the images of a batch.
     """
 
     kind: str
@@ -59,6 +68,7 @@ class Description:
     inputs: dict[str, Shape]
     outputs: dict[str, Shape]
     versions: dict[str, str]
+    references: ReferenceDescription | None = None
 
     @classmethod
     def of(cls, entries: Mapping[str, Any]) -> Self:
@@ -74,13 +84,23 @@ class Description:
             for role, network in entries["networks"].items()
         }
         inputs, outputs = ({name: tuple(shape) for name, shape in entries[side].items()} for side in ("inputs", "outputs"))
-        rest = {key: tuples(value) for key, value in entries.items() if key not in ("networks", "inputs", "outputs", "versions")}
-        return cls(networks=networks, versions=dict(entries["versions"]), inputs=inputs, outputs=outputs, **rest)
+        references = entries.get("references")
+        if references is not None:
+            references = ReferenceDescription(**{key: tuples(value) for key, value in references.items()})
+        own = ("networks", "inputs", "outputs", "versions", "references")
+        rest = {key: tuples(value) for key, value in entries.items() if key not in own}
+        versions = dict(entries["versions"])
+        return cls(networks=networks, versions=versions, inputs=inputs, outputs=outputs, references=references, **rest)
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The layers that give the outputs their names. Of several networks, these are the student's."""
         return self.networks["student" if "student" in self.networks else "network"].layers
+
+    @property
+    def least_images(self) -> int:
+        """The smallest number of images in a batch of which the outputs mean something."""
+        return MIN_IMAGES if self.kind == "explainer" and self.references is None else 1
 
 
 def tuples(value: object) -> Any:

@@ -22,7 +22,6 @@ from kdx.disk import cache_folder, replace_file, staging, write_through
 from kdx.errors import KdxError, first_line
 from kdx.export import description
 from kdx.export.description import Description, Shape, shapes_by_name, tuples
-from kdx.features.arrays import MIN_IMAGES
 
 log = logging.getLogger("kdx")
 
@@ -176,7 +175,7 @@ def build(
     Raises KdxError for a file, sizes or an architecture that cannot be built, and for a folder that cannot be written.
     """
     file = description.describe(onnx_path)
-    check_batch(batch, file.kind)
+    check_batch(batch, file.least_images)
     target = choose_target(arch)
     package = load_package(target.package)
     model = onnx.load(onnx_path, load_external_data=False)
@@ -303,17 +302,17 @@ def _save_timings(config: Any, path: Path) -> None:
         log.info("The timings of this build were not kept in %s: %s", path, error.strerror or error)
 
 
-def check_batch(batch: BatchRange, kind: str) -> None:
-    """Raise KdxError if an engine of a file of this kind cannot take batches of (min, best, max) images."""
+def check_batch(batch: BatchRange, least: int) -> None:
+    """Raise KdxError if an engine cannot take batches of (min, best, max) images of a file whose batches have ``least`` images or more."""
     lowest, best, highest = batch
     if not 1 <= lowest <= best <= highest:
         raise KdxError(
             f"An engine cannot take batches from {lowest} to {highest}, best {best}.", "Give numbers with 1 <= min <= best <= max."
         )
-    if kind == "explainer" and lowest < MIN_IMAGES:
+    if lowest < least:
         raise KdxError(
             f"An explainer compares the images of a batch, so its engine cannot take batches of {lowest}.",
-            f"Give a smallest batch of at least {MIN_IMAGES}.",
+            f"Give a smallest batch of at least {least}.",
         )
 
 

@@ -1,7 +1,7 @@
-"""The graphs that runtimes execute and files are exported from.
+"""The graphs of one network that runtimes execute and files are exported from.
 
-`FeatureGraph` is a network with its layers' features, `GradientGraph` adds their gradients, and `ExplainerGraph` is several networks
-with the geometry that compares them. Preprocessing is inside every graph. A file has its graph's names of inputs and outputs.
+`FeatureGraph` is a network with its layers' features, and `GradientGraph` adds their gradients. `kdx.export.explainer_graphs` contains
+the graphs of several networks. Preprocessing is inside every graph. A file has its graph's names of inputs and outputs.
 """
 
 from __future__ import annotations
@@ -250,90 +250,6 @@ class GradientGraph(WatchedNetwork):
         # With detached weights autograd records from the first layer on, and the network's own requires_grad flags stay as they are.
         weights = {name: parameter.detach() for name, parameter in self.network.named_parameters()}
         return torch.func.functional_call(self.network, weights, (images.detach(),))
-
-
-class ExplainerGraph(nn.Module):
-    """Several networks and the geometry of their features: images, target -> logits, maps, weights, scores and distances.
-
-    networks: one `FeatureGraph` per role. All have the same number of layers, which correspond in order; outputs have the names of
-    the student's layers. maps: from a map's name to its explained and given role. scores: from a score's name to the roles, or
-    ``target``, whose distance correlation it is; three names stand for the semi-partial correlation of the first two given the
-    third.
-
-    target: an embedding [n, e], such as one-hot rows. For each layer L and map M, with relevance as the objective:
-
-    - ``L/M/maps`` [n, H, W], at feature resolution, the same as `kdx.unicam` returns;
-    - ``L/M/scaled`` [n, h, w], min-max scaled to [0, 1] and resized to the images;
-    - ``L/M/weights`` [n, C];
-    - ``L/scores``, in the order of ``scores``;
-    - ``L/distances`` [roles, n, n], from which any other score can be computed.
-
-    At least four images are needed, because scores and maps are those of a batch. The geometry is float32 in any precision of the
-    networks. If two networks differ only by rounding, their map is zero everywhere.
-    """
-
-    kind = "explainer"
-    input_names = ("images", "target")
-    target = "target"
-
-    def __init__(
-        self, networks: Mapping[str, FeatureGraph], maps: Mapping[str, tuple[str, str]], scores: Mapping[str, tuple[str, ...]]
-    ) -> None:
-        super().__init__()
-        self.networks = nn.ModuleDict(networks)
-        self.roles = tuple(networks)
-        self.layers = networks["student"].layers
-        self.maps = dict(maps)
-        self.scores = dict(scores)
-
-    def network(self, role: str) -> FeatureGraph:
-        network = self.networks[role]
-        assert isinstance(network, FeatureGraph)
-        return network
-
-    @property
-    def output_names(self) -> tuple[str, ...]:
-        names = [f"logits/{role}" for role in self.roles]
-        for layer in self.layers:
-            names += [f"{layer}/{name}/{output}" for name in self.maps for output in ("maps", "scaled", "weights")]
-            names += [f"{layer}/scores", f"{layer}/distances"]
-        return tuple(names)
-
-    def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        outputs = {role: network(images) for role, network in self.networks.items()}
-        centred_target = geometry.u_centered(geometry.distances(target, torch.float32))
-        results = [logits for logits, *_ in outputs.values()]
-        for index in range(len(self.layers)):
-            features = {role: maps[index] for role, (_, *maps) in outputs.items()}
-            results += self._layer(features, centred_target, (images.shape[2], images.shape[3]))
-        return tuple(results)
-
-    def _layer(self, features: Mapping[str, Tensor], centred_target: Tensor, size: tuple[int, int]) -> list[Tensor]:
-        """The outputs of one layer: three per map, the scores, and the distances."""
-        d = {role: geometry.distances(feature.flatten(1), torch.float32) for role, feature in features.items()}
-        centred = {role: geometry.u_centered(distances) for role, distances in d.items()} | {self.target: centred_target}
-        results = []
-        for explained, given in self.maps.values():
-            feature = features[explained]
-            laplacian = geometry.laplacian(d[explained], centred[explained], centred[given], centred_target)
-            lap = torch.where(laplacian.left > _ROUNDING, laplacian.lap, 0.0)
-            # Lap maps constants to zero. Subtracting the mean first keeps the rounding of a large mean out of the differences.
-            weights = geometry.gradient(lap, geometry.gap(feature - feature.mean(0), torch.float32))
-            maps = geometry.cam(feature, weights)
-            scaled = nn.functional.interpolate(geometry.scaled(maps)[:, None], size=size, mode="bilinear", align_corners=False)
-            results += [maps, scaled[:, 0], weights]
-        scores = [
-            (geometry.semipartial if len(matrices) == 3 else geometry.correlation)(*(centred[name] for name in matrices))
-            for matrices in self.scores.values()
-        ]
-        return [*results, torch.stack(scores), torch.stack([d[role] for role in self.roles])]
-
-
-Graph = FeatureGraph | GradientGraph | ExplainerGraph
-"""A graph that can be exported and run, with named inputs and outputs."""
-
-_ROUNDING = 1e-5
-"""The ratio ||R||/||D|| below which the residual R of one network given another is rounding: float32 distances are exact to about 1e-6."""
 
 
 def _cut(raw: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import onnx
@@ -20,8 +20,17 @@ from kdx.choices import FilePrecision
 from kdx.disk import staging, unwritable, write_through
 from kdx.errors import KdxError, first_line
 from kdx.export import parity, trace
-from kdx.export.description import METADATA_PREFIX, Description, NetworkDescription, Origin, shapes_by_name, versions
-from kdx.export.graphs import ExplainerGraph, GradientGraph, Graph, WatchedNetwork
+from kdx.export.description import (
+    METADATA_PREFIX,
+    Description,
+    NetworkDescription,
+    Origin,
+    ReferenceDescription,
+    shapes_by_name,
+    versions,
+)
+from kdx.export.explainer_graphs import ExplainerGraph, Graph, ReferenceGraph
+from kdx.export.graphs import GradientGraph, WatchedNetwork
 from kdx.export.parity import ParityReport
 
 _TRACE_BATCH = 5
@@ -43,6 +52,7 @@ def write(
     origin: Origin | Mapping[str, Origin],
     image_size: tuple[int, int],
     classes: tuple[str, ...] = (),
+    reference_ids: tuple[str, ...] = (),
     precision: FilePrecision = "fp32",
     tolerance: float = parity.TOLERANCE,
 ) -> ParityReport:
@@ -52,8 +62,8 @@ def write(
     ``image_size``.
 
     precision: the number format of the networks' weights and arithmetic. Inputs, outputs and the geometry of an explainer file stay
-    float32. origin: of the network, or of each role's network. classes: the names of the classes, for the description. tolerance: of
-    a float32 file, see `ParityReport`.
+    float32. origin: of the network, or of each role's network. classes: the names of the classes, and reference_ids: the ids of a
+    `ReferenceGraph`'s images, both for the description. tolerance: of a float32 file, see `ParityReport`.
 
     The comparison uses other batch sizes, images and cotangents than the trace. Its report is in the file's metadata, and beside the
     file as PATH.parity.json. Weights over 2 GB go into PATH.data. If the file fails the comparison, or the export is interrupted, no
@@ -70,7 +80,8 @@ def write(
         traced_size = (image_size[0] + 3, image_size[1] + 7) if resizes else image_size
         inputs = parity.seeded_inputs(graph, _TRACE_BATCH, traced_size, seed=0)
         model = _exported(_converted(graph, precision), inputs, resizes, name)
-        _add_metadata(model, asdict(_description(graph, model, origins, classes, precision, None if resizes else image_size)))
+        description = _description(graph, model, origins, precision, None if resizes else image_size)
+        _add_metadata(model, asdict(replace(description, classes=classes, references=_references(graph, reference_ids))))
         staged = folder / path.name
         _save(model, staged)
         _check(staged, name)
@@ -93,7 +104,6 @@ def _description(
     graph: Graph,
     model: onnx.ModelProto,
     origins: Mapping[str, Origin],
-    classes: tuple[str, ...],
     precision: FilePrecision,
     image_size: tuple[int, int] | None,
 ) -> Description:
@@ -110,7 +120,7 @@ def _description(
     return Description(
         kind=graph.kind,
         networks=networks,
-        classes=classes,
+        classes=(),
         precision=precision,
         at=graph.at if isinstance(graph, GradientGraph) else None,
         scores=tuple(graph.scores) if isinstance(graph, ExplainerGraph) else (),
@@ -119,6 +129,10 @@ def _description(
         outputs=shapes_by_name(model.graph.output),
         versions=versions(),
     )
+
+
+def _references(graph: Graph, ids: tuple[str, ...]) -> ReferenceDescription | None:
+    return ReferenceDescription(ids, tuple(graph.labels.tolist())) if isinstance(graph, ReferenceGraph) else None
 
 
 def _weights_path(path: Path) -> Path:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from kdx.errors import KdxError, missing_package
 from kdx.export import half_precision
-from kdx.export.graphs import ExplainerGraph, GradientGraph, Graph
+from kdx.export.explainer_graphs import ExplainerGraph, Graph, ReferenceGraph
+from kdx.export.graphs import GradientGraph
 
 TOLERANCE = 1e-4
 """The largest allowed error of an output, relative to its largest value. Reordered float32 sums in a deep network cause about 1e-6."""
@@ -119,7 +120,9 @@ def seeded_inputs(graph: Graph, n: int, size: tuple[int, int], seed: int) -> dic
     coarse = torch.rand(n, 3, 5, 5, generator=generator)
     images = nn.functional.interpolate(coarse, size, mode="bilinear") * 0.8 + 0.2 * torch.rand(n, 3, *size, generator=generator)
     inputs = {"images": images}
-    if isinstance(graph, ExplainerGraph):
+    if isinstance(graph, ReferenceGraph):
+        inputs["labels"] = graph.labels.cpu()[torch.arange(n) % len(graph.labels)]
+    elif isinstance(graph, ExplainerGraph):
         inputs["target"] = nn.functional.one_hot(torch.arange(n) % _CLASSES, _CLASSES).float()
     if isinstance(graph, GradientGraph):
         inputs["cotangent"] = torch.randn(graph.cotangent_shape(images), generator=generator)

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from kdx.choices import Features, FileFormat, FileKind, FilePrecision, ObjectiveName, Precision, RuntimeName, Weighting
+from kdx.choices import (
+    Features,
+    FileFormat,
+    FileKind,
+    FilePrecision,
+    GeometryName,
+    ObjectiveName,
+    Precision,
+    RuntimeName,
+    StoredPrecision,
+    Weighting,
+)
 from kdx.errors import KdxError
 from kdx.progress import console
 
@@ -151,6 +162,16 @@ def export(
     student: Annotated[str | None, typer.Option(help="explainer: the student.", show_default=False)] = None,
     base: Annotated[str | None, typer.Option(help="explainer: the base.", show_default=False)] = None,
     teacher: Annotated[str | None, typer.Option(help="explainer: the teacher, which may be left out.", show_default=False)] = None,
+    reference: Annotated[
+        int,
+        typer.Option(
+            min=0, help="explainer: compare each image with this many fixed images of --data. 0: with the other images of its batch."
+        ),
+    ] = 0,
+    data: Annotated[
+        str | None,
+        typer.Option(help="explainer: the data whose train split the reference images are from; see kdx explain.", show_default=False),
+    ] = None,
     at: Annotated[
         str | None,
         typer.Option(help="gradients: differentiate the feature of this layer instead of the logits.", show_default=False),
@@ -162,7 +183,8 @@ def export(
     batch: Annotated[
         str | None,
         typer.Option(
-            help="tensorrt: images per batch as MIN:BEST:MAX; by default 1:32:64, or 4:32:64 for an explainer.", show_default=False
+            help="tensorrt: images per batch as MIN:BEST:MAX; by default 1:32:64, or 4:32:64 for an explainer without reference images.",
+            show_default=False,
         ),
     ] = None,
     arch: Annotated[
@@ -176,13 +198,14 @@ def export(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Resize images to a square of this side; by default the model's own size.")
     ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="explainer: seed of the choice of the reference images.")] = 0,
 ) -> None:
     """Export networks to a file for other runtimes, optionally with their gradients or maps inside, and check it against PyTorch."""
     from kdx.commands import export as command
 
     references = {"network": model, "student": student, "base": base, "teacher": teacher}
     batches = None if batch is None else command.parse_batch(batch)
-    options = command.ExportOptions(at, precision, image_size, to, batches, arch, tf32)
+    options = command.ExportOptions(at, precision, image_size, to, batches, arch, tf32, reference, data, seed)
     with console().status("") as status:
 
         def announce(step: str) -> None:
@@ -210,10 +233,22 @@ def explain(
     ],
     out: Annotated[Path, typer.Option(help="The folder of the run. A stopped run there is resumed.")],
     layer: LayerOption = None,
-    batch: Annotated[int, typer.Option(min=4, help="Images per batch. The images of a batch are compared with each other.")] = 64,
+    batch: Annotated[
+        int,
+        typer.Option(
+            min=4, help="Images that go through the networks at once. It changes results only with --geometry batch or reference."
+        ),
+    ] = 64,
     chunk: Annotated[
         int | None, typer.Option(min=1, help="Images per pass of a network, to save memory. It does not change the results.")
     ] = None,
+    geometry: Annotated[
+        GeometryName,
+        typer.Option(
+            help="The images that an image is compared with: all of them (whole), a fixed reference set, or its batch, as published. "
+            "auto: whole if the features fit the limits below, else reference."
+        ),
+    ] = "auto",
     runtime: Annotated[RuntimeName, typer.Option(help="What executes the networks.")] = "auto",
     device: DeviceOption = "auto",
     precision: Annotated[
@@ -230,9 +265,28 @@ def explain(
     ] = "raw",
     keep: Annotated[float, typer.Option(help="salient: the share of pixels to keep. The other pixels are imputed.")] = 0.5,
     noise: Annotated[float, typer.Option(help="salient: the standard deviation of the noise on imputed pixels.")] = 0.0,
-    reference: Annotated[
-        int, typer.Option(min=0, help="Map every image among this many fixed images. 0: among the images of its batch.")
+    reference: Annotated[int, typer.Option(min=0, help="The size of the reference set. A size above 0 selects --geometry reference.")] = 0,
+    store: Annotated[
+        StoredPrecision, typer.Option(help="whole: the number format of the features on disk. float16 takes half the space.")
+    ] = "float32",
+    keep_features: Annotated[
+        bool, typer.Option("--keep-features", help="whole: keep the features after the run, in RUN/features.")
+    ] = False,
+    project: Annotated[
+        int,
+        typer.Option(
+            min=0, help="whole: project the features to this many random channels before they are stored. Results become approximate."
+        ),
     ] = 0,
+    max_disk: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="whole: gigabytes that features and distances may take; by default half of the free space.", show_default=False
+        ),
+    ] = None,
+    max_minutes: Annotated[
+        float, typer.Option(min=0, help="whole: the time that the geometry may take, by estimate; beyond it auto selects reference.")
+    ] = 60.0,
     split: Annotated[
         str | None,
         typer.Option(help="test, validation, train or all. By default test for the data that the networks were trained on, else all."),
@@ -266,12 +320,18 @@ def explain(
         runtime=runtime,
         device=device,
         precision=precision,
+        geometry=geometry,
         objective=objective,
         weighting=weighting,
         features=features,
         keep=keep,
         noise=noise,
         reference_images=reference,
+        stored_precision=store,
+        keep_features=keep_features,
+        project=project,
+        max_disk=max_disk,
+        max_minutes=max_minutes,
         split=split,
         permutations=permutations,
         confidence=confidence,

@@ -53,13 +53,7 @@ def context_shares(features: Tensor, distances: Tensor, matrices: Tensor, contex
         q = squared_norms(columns)
         for context, share in zip(contexts, result, strict=True):
             share[:, :, part] = expanded(pairs.weights, columns, [(context, columns[context])], q, q)
-    rows, others = pairs.close
-    member = torch.zeros(n, dtype=torch.bool, device=features.device)
-    for context, share in zip(contexts, result, strict=True):
-        member[:] = False
-        member[context] = True
-        inside = member[others]
-        add_directly(share, rows[inside], others[inside], pairs.direct[:, inside], lambda i, j: features[i] - features[j])
+    add_in_contexts(result, pairs, contexts, lambda i, j: features[i] - features[j])
     return result
 
 
@@ -111,6 +105,37 @@ def expanded(weights: Tensor, own: Tensor, blocks: Iterable[tuple[slice, Tensor]
 def squared_norms(features: Tensor) -> Tensor:
     """|F_i(p)|^2 [n, P] in float64, of features [n, C, P]."""
     return features.square().sum(1).double()
+
+
+def cross_shares(x: Tensor, y: Tensor, distances: Tensor, matrices: Tensor) -> Tensor:
+    """c_i(p) [m, l, P] of l images against n others: sum_j W_ij |x_i(p) - y_j(p)|^2 with W = G/D, and 0 where D = 0.
+
+    x [l, C, P], y [n, C, P]: features minus one centre, float32 or float64. distances [l, n]. matrices [m, l, n]: the same part of m
+    U-centred matrices G. Float64; a traced graph computes in float32 and repairs no close pair, as its distances do not.
+    """
+    if torch.compiler.is_compiling():
+        apart = distances > 0
+        weights = torch.where(apart, matrices / torch.where(apart, distances, 1.0), 0.0)
+        mixed = (weights @ y.flatten(1)).unflatten(2, y.shape[1:]) * x  # `expanded` without memory that is written in place
+        traced: Tensor = weights.sum(2)[:, :, None] * x.square().sum(1) + weights @ y.square().sum(1) - 2 * mixed.sum(2)
+        return traced
+    own, others = squared_norms(x), squared_norms(y)
+    pairs = PairWeights.of(distances.double(), matrices.double(), own.sum(1), others.sum(1), x.dtype)
+    rows, columns = x.to(pairs.dtype), y.to(pairs.dtype)
+    result = expanded(pairs.weights, rows, [(slice(None), columns)], own, others)
+    add_directly(result, *pairs.close, pairs.direct, lambda i, j: x[i] - y[j])
+    return result
+
+
+def add_in_contexts(result: Tensor, pairs: PairWeights, contexts: Sequence[slice], difference: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """`add_directly` of the close pairs to ``result`` [contexts, m, n, P], to each context those whose second image is in it."""
+    rows, others = pairs.close
+    member = torch.zeros(result.shape[2], dtype=torch.bool, device=result.device)
+    for context, share in zip(contexts, result, strict=True):
+        member[:] = False
+        member[context] = True
+        inside = member[others]
+        add_directly(share, rows[inside], others[inside], pairs.direct[:, inside], difference)
 
 
 def add_directly(result: Tensor, rows: Tensor, columns: Tensor, direct: Tensor, difference: Callable[[Tensor, Tensor], Tensor]) -> None:

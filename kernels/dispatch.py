@@ -14,6 +14,8 @@ from kdx.choices import ObjectiveName
 from kdx.errors import KdxError
 from kdx.kernels import cuda, fused, geometry
 from kdx.kernels.cuda import Backend
+from kdx.kernels.fused_shares import PositionSquares
+from kdx.kernels.positions import PositionGeometry, PositionProducts
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +127,10 @@ class TorchBackend:
         """`geometry.cam`."""
         return geometry.cam(features, weights)
 
+    def positions(self, features: Tensor) -> PositionGeometry:
+        """The distances between images, and their shares of positions, of features [n, C, P]."""
+        return PositionProducts.of(features)
+
 
 class CudaBackend(TorchBackend):
     """The CUDA kernels. PyTorch computes what no kernel covers: float64, a user's own objective, and Laplacians in reference mode."""
@@ -187,6 +193,9 @@ class CudaBackend(TorchBackend):
 
     def cam(self, features: Tensor, weights: Tensor) -> Tensor:
         return super().cam(features, weights) if features.dtype == torch.float64 else fused.cam(features, weights)
+
+    def positions(self, features: Tensor) -> PositionGeometry:
+        return super().positions(features) if features.dtype == torch.float64 else PositionSquares.of(features)
 
 
 def chosen(x: Tensor, backend: Backend = "auto") -> TorchBackend:

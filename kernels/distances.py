@@ -77,7 +77,11 @@ def distances(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     mean = x.mean(-2, keepdim=True)
     if torch.compiler.is_compiling():
         return _traced_squares(x - mean).to(dtype).sqrt()
-    gram = _centred_gram(x, mean)
+    return distances_of_gram(_centred_gram(x, mean), x, mean, dtype)
+
+
+def distances_of_gram(gram: Tensor, x: Tensor, mean: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """`distances` of float32 or float64 rows x [..., n, d], from <x_i - mean, x_j - mean> [..., n, n] and their mean [..., 1, d]."""
     norms = gram.diagonal(dim1=-2, dim2=-1)
     d = _squares(gram, x, x, norms, norms, mean).to(dtype).sqrt_()
     return d.triu(1) + d.triu(1).mT
@@ -95,8 +99,12 @@ def centred_distances(x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor, dt
     """||x_i - y_j|| [..., q, m] of float32 or float64 rows x [..., q, d] and y [..., m, d], minus one centre, with their squared norms.
 
     If x is y, each image is at distance zero from itself. Pairs closer than rounding are measured by direct difference; if there are
-    many of them, by a Gram product in float64.
+    many of them, by a Gram product in float64. A traced graph repairs no pair; it takes such pairs as equal, as in `distances`.
     """
+    if torch.compiler.is_compiling():
+        norms = x_norms[..., :, None] + y_norms[..., None, :]
+        squared = norms - 2 * (blocks(x) @ blocks(y).mT).sum(-3)
+        return torch.where(squared > _TRACED_ZERO * norms, squared, 0.0).to(dtype).sqrt()
     return _squares(_gram(x, y), x, y, x_norms, y_norms).to(dtype).sqrt_()
 
 

@@ -18,15 +18,13 @@ import torch
 from torch import Tensor
 
 from kdx.choices import ObjectiveName
-from kdx.kernels import cuda, geometry
+from kdx.kernels import geometry
+from kdx.kernels.launches import THREADS, check, full_grid, launch, warps
 
-_THREADS = 256
 _TILE = 64
 """Side of a tile of distances."""
 _ROWS, _CHANNELS = 16, 128
 """Images and channels per block of the weights kernels."""
-_BLOCKS_PER_MULTIPROCESSOR = 8
-"""More blocks than a multiprocessor runs at once, so that all multiprocessors finish at about the same time."""
 
 _ELEMENTS = 1 << 24
 """Up to this many elements, the Gram products of all blocks of columns are computed at once: a small product alone does not fill the
@@ -78,7 +76,7 @@ def distances(x: Tensor) -> Tensor:
 
     Symmetric bit for bit.
     """
-    _check(x.ndim in (2, 3) and x.dtype == torch.float32, "x must be float32 [n, d] or [B, n, d]")
+    check(x.ndim in (2, 3) and x.dtype == torch.float32, "x must be float32 [n, d] or [B, n, d]")
     rows = x.reshape(-1, *x.shape[-2:]).contiguous()
     return _symmetric(rows, rows.square().sum(-1)).view(*x.shape[:-1], x.shape[-2])
 
@@ -88,8 +86,8 @@ def centred_distances(x: Tensor, y: Tensor, norms_x: Tensor, norms_y: Tensor) ->
 
     As `geometry.centred_distances`: if x is y, each image is at distance zero from itself.
     """
-    _check(x.ndim == y.ndim == 2 and x.dtype == y.dtype == torch.float32, "x and y must be float32 [q, d] and [m, d]")
-    _check(x.shape[1] == y.shape[1], "x and y must have the same width")
+    check(x.ndim == y.ndim == 2 and x.dtype == y.dtype == torch.float32, "x and y must be float32 [q, d] and [m, d]")
+    check(x.shape[1] == y.shape[1], "x and y must have the same width")
     same = x is y
     x, norms_x = x.contiguous(), norms_x.float().contiguous()
     if same:
@@ -97,7 +95,7 @@ def centred_distances(x: Tensor, y: Tensor, norms_x: Tensor, norms_y: Tensor) ->
     y, norms_y = y.contiguous(), norms_y.float().contiguous()
     (q, d), m = x.shape, y.shape[0]
     matrix = _gram(x[None], y[None])[0]
-    _launch(x, "pairwise", "pairwise_cross", (-(-m // _TILE), -(-q // _TILE), 1), matrix, x, y, norms_x, norms_y, _near(), q, m, d)
+    launch(x, "pairwise", "pairwise_cross", (-(-m // _TILE), -(-q // _TILE), 1), matrix, x, y, norms_x, norms_y, _near(), q, m, d)
     return matrix
 
 
@@ -106,7 +104,7 @@ def _symmetric(x: Tensor, norms: Tensor) -> Tensor:
     count, n, d = x.shape
     matrices = _gram(x, x)
     tiles = -(-n // _TILE)
-    _launch(x, "pairwise", "pairwise_symmetric", (count, tiles, tiles), matrices, x, norms, _near(), n, d)
+    launch(x, "pairwise", "pairwise_symmetric", (count, tiles, tiles), matrices, x, norms, _near(), n, d)
     return matrices
 
 
@@ -158,14 +156,14 @@ def products(d: Tensor) -> Products:
 
     d: symmetric with zero diagonals, n >= 4. The first two dimensions may have any strides; the others must be contiguous, or are copied.
     """
-    _check(d.ndim == 4 and d.shape[-1] == d.shape[-2] and d.dtype in (torch.float32, torch.float64), "d must be [B, K, n, n]")
-    _check(d.shape[-1] >= 4, "U-centring needs four images")
+    check(d.ndim == 4 and d.shape[-1] == d.shape[-2] and d.dtype in (torch.float32, torch.float64), "d must be [B, K, n, n]")
+    check(d.shape[-1] >= 4, "U-centring needs four images")
     count, matrices, n, _ = d.shape
     sums = _sums(d)
     results = _empty_products(count, matrices, n, d.device)
     chunks = sums.partial.shape[1]
-    grid = (count, _warps(_pair_count(matrices)), 1)
-    _launch(d, "products", "products_close", grid, sums.partial, sums.row_sums, sums.shifts, matrices, n, chunks, *results)
+    grid = (count, warps(_pair_count(matrices)), 1)
+    launch(d, "products", "products_close", grid, sums.partial, sums.row_sums, sums.shifts, matrices, n, chunks, *results)
     return Products(*results)
 
 
@@ -178,8 +176,8 @@ def _bordered_products(inside: Tensor, border: Tensor) -> Products:
     sums = _sums(inside[None])
     results = _empty_products(q, matrices, m + 1, border.device)
     chunks = sums.partial.shape[1]
-    grid = (q, _warps(_pair_count(matrices)), 1)
-    _launch(border, "products", "products_bordered", grid, sums.partial, sums.row_sums, sums.shifts, border, matrices, m, chunks, *results)
+    grid = (q, warps(_pair_count(matrices)), 1)
+    launch(border, "products", "products_bordered", grid, sums.partial, sums.row_sums, sums.shifts, border, matrices, m, chunks, *results)
     return Products(*results)
 
 
@@ -189,7 +187,7 @@ def _sums(d: Tensor) -> _Sums:
     if d.stride(-1) != 1 or d.stride(-2) != n:
         d = d.contiguous()
     pairs = _pair_count(-(-matrices // 4))
-    chunks = max(1, min(-(-n // 8), -(-_full_grid(d) // (count * pairs))))
+    chunks = max(1, min(-(-n // 8), -(-full_grid(d) // (count * pairs))))
     rows_per_block = 8 * -(-n // (8 * chunks))
     chunks = -(-n // rows_per_block)
     steps = [d.data_ptr(), n * d.element_size(), d.stride(0) * d.element_size(), d.stride(1) * d.element_size()]
@@ -199,7 +197,7 @@ def _sums(d: Tensor) -> _Sums:
     kernel = "products_float32" if d.dtype == torch.float32 else "products_float64"
     strides = (np.int64(d.stride(0)), np.int64(d.stride(1)))
     grid = (count * pairs, chunks, 1)
-    _launch(d, "products", kernel, grid, d, *strides, matrices, n, wide, pairs, rows_per_block, sums.partial, sums.row_sums, sums.shifts)
+    launch(d, "products", kernel, grid, d, *strides, matrices, n, wide, pairs, rows_per_block, sums.partial, sums.row_sums, sums.shifts)
     return sums
 
 
@@ -221,8 +219,8 @@ def weights(
     spatial means of the explained features [S, n, C]. lap: return Lap as well. n >= 4.
     """
     stack, n, channels = means.shape
-    _check(d.shape == given.shape == target.shape == (stack, n, n), "distances must be [S, n, n] for means [S, n, C]")
-    _check(
+    check(d.shape == given.shape == target.shape == (stack, n, n), "distances must be [S, n, n] for means [S, n, C]")
+    check(
         d.dtype == given.dtype == target.dtype == torch.float32 and means.dtype == torch.float64, "distances must be float32, means float64"
     )
     matrices = torch.stack((d, given, target), 1)
@@ -233,7 +231,7 @@ def weights(
     matrix = means.new_empty(stack, n, n) if lap else None
     grid = (stack, -(-n // _ROWS), -(-channels // _CHANNELS))
     results = (channel_weights, matrix, score, left)
-    _launch(d, "weights", f"weights_{objective}", grid, *inputs, *maxima, stack, n, means.contiguous(), channels, _ROUNDING, *results)
+    launch(d, "weights", f"weights_{objective}", grid, *inputs, *maxima, stack, n, means.contiguous(), channels, _ROUNDING, *results)
     return ChannelWeights(channel_weights, score, left, matrix)
 
 
@@ -251,10 +249,10 @@ def query_weights(
     m >= 3. In addition to the references' own products, relevance takes O(q m) and uniqueness O(q m^2).
     """
     (q, channels), m = queries.shape, references.shape[0]
-    _check(all(matrix.shape == (m, m) and matrix.dtype == torch.float32 for matrix in inside), "inside must be float32 [m, m]")
-    _check(all(matrix.shape == (q, m) and matrix.dtype == torch.float32 for matrix in border), "border must be float32 [q, m]")
-    _check(references.shape[1] == channels and queries.dtype == references.dtype == torch.float64, "means must be float64 [., C]")
-    _check(m >= 3, "U-centring needs four images")
+    check(all(matrix.shape == (m, m) and matrix.dtype == torch.float32 for matrix in inside), "inside must be float32 [m, m]")
+    check(all(matrix.shape == (q, m) and matrix.dtype == torch.float32 for matrix in border), "border must be float32 [q, m]")
+    check(references.shape[1] == channels and queries.dtype == references.dtype == torch.float64, "means must be float64 [., C]")
+    check(m >= 3, "U-centring needs four images")
     among, to = torch.stack(inside), torch.stack(border)
     sums = _bordered_products(among, to)
     inputs = (among, to, sums.inner, sums.row_sums, sums.totals, sums.squares)
@@ -263,7 +261,7 @@ def query_weights(
     means = (queries.contiguous(), references.contiguous())
     grid = (1, -(-q // _ROWS), -(-channels // _CHANNELS))
     results = (channel_weights, score, left)
-    _launch(to, "weights", f"query_weights_{objective}", grid, *inputs, *maxima, q, m + 1, *means, channels, _ROUNDING, *results)
+    launch(to, "weights", f"query_weights_{objective}", grid, *inputs, *maxima, q, m + 1, *means, channels, _ROUNDING, *results)
     return QueryWeights(channel_weights, score, left)
 
 
@@ -273,7 +271,7 @@ def _maxima(kernel: str, inputs: tuple[Tensor, ...], stack: int, n: int) -> tupl
     column = torch.empty(stack, n, dtype=torch.int32, device=device)
     count = torch.zeros_like(column)
     residual, given = (torch.empty(stack, n, dtype=torch.float64, device=device) for _ in range(2))
-    _launch(column, "weights", kernel, (_warps(stack * n), 1, 1), *inputs, stack, n, column, count, residual, given)
+    launch(column, "weights", kernel, (warps(stack * n), 1, 1), *inputs, stack, n, column, count, residual, given)
     return column, count, residual, given
 
 
@@ -286,17 +284,17 @@ def cam(features: Tensor, channel_weights: Tensor) -> Tensor:
     Reads the features once. As `geometry.cam`.
     """
     kernel = {torch.float32: "cam_float32", torch.float16: "cam_float16", torch.bfloat16: "cam_bfloat16"}.get(features.dtype)
-    _check(features.ndim == 4 and kernel is not None, "features must be float32, float16 or bfloat16 [n, C, H, W]")
-    _check(channel_weights.shape == features.shape[:2], "weights must be [n, C]")
+    check(features.ndim == 4 and kernel is not None, "features must be float32, float16 or bfloat16 [n, C, H, W]")
+    check(channel_weights.shape == features.shape[:2], "weights must be [n, C]")
     features, channel_weights = features.contiguous(), channel_weights.float().contiguous()
     n, channels, height, width = features.shape
-    plan = _plan(features, _full_grid(features))
+    plan = _plan(features, full_grid(features))
     partial = torch.empty(n, plan.splits, height, width, device=features.device)
     finished = torch.zeros(n, dtype=torch.int32, device=features.device)
     maps = torch.empty(n, height, width, device=features.device)
     shape = (channels, height, width, plan.period, plan.lanes, plan.periods_per_block, plan.wide)
     grid = (n, plan.slices, plan.splits)
-    _launch(features, "cam", str(kernel), grid, features, channel_weights, *shape, partial, finished, maps)
+    launch(features, "cam", str(kernel), grid, features, channel_weights, *shape, partial, finished, maps)
     return maps
 
 
@@ -317,43 +315,17 @@ def _plan(features: Tensor, blocks: int) -> _Plan:
     positions, pack = height * width, 16 // features.element_size()
     period = positions // gcd(positions, pack)
     aligned = features.data_ptr() % 16 == 0 and channels * positions % pack == 0
-    wide = aligned and positions >= pack and (period <= _THREADS or positions % pack == 0)
+    wide = aligned and positions >= pack and (period <= THREADS or positions % pack == 0)
     if not wide:
         pack, period = 1, positions
-    lanes = min(period, _THREADS)
+    lanes = min(period, THREADS)
     slices = -(-period // lanes)
     periods = -(-channels * positions // (pack * period))
     # As many blocks as fill the device, if each thread then has four packs at least.
-    splits = max(1, min(-(-blocks // (n * slices)), periods // (4 * (_THREADS // lanes))))
+    splits = max(1, min(-(-blocks // (n * slices)), periods // (4 * (THREADS // lanes))))
     periods_per_block = -(-periods // splits)
     return _Plan(wide, period, lanes, slices, periods_per_block, -(-periods // periods_per_block))
 
 
-# Launches
-
-
-def _launch(on: Tensor, source: str, kernel: str, grid: tuple[int, int, int], *arguments: Tensor | np.generic | float | None) -> None:
-    """Launch a kernel on a tensor's device. Python integers become int32, other Python numbers float64."""
-    packed = [
-        np.int32(value) if isinstance(value, int) else np.float64(value) if isinstance(value, float) else value for value in arguments
-    ]
-    cuda.launcher(on.device).launch(source, kernel, grid, (_THREADS, 1, 1), packed)
-
-
-def _full_grid(on: Tensor) -> int:
-    """The number of blocks that fills the device."""
-    return _BLOCKS_PER_MULTIPROCESSOR * cuda.launcher(on.device).multiprocessors
-
-
 def _pair_count(count: int) -> int:
     return count * (count + 1) // 2
-
-
-def _warps(count: int) -> int:
-    """The number of blocks that have ``count`` warps."""
-    return -(-count // (_THREADS // 32))
-
-
-def _check(holds: bool, demand: str) -> None:
-    if not holds:
-        raise ValueError(demand)

@@ -1,4 +1,4 @@
-"""UniCAM over N images, from strips of the distance matrices. The derivation is that of `kdx.kernels.geometry`.
+"""UniCAM over N images, from tiles of the distance matrices. The derivation is that of `kdx.kernels.geometry`.
 
 The gradient with respect to the distances is a combination of U-centred matrices, whose coefficients follow from inner products over all
 images:
@@ -6,7 +6,7 @@ images:
     relevance    M = 2/||R|| (G^ - <G^,B^> B^ - L R^),             L = <R^,G^>
     uniqueness   M = U(E + E^T) - 2 (<E,B>/<B,B>) B,               L = sum_i max_j R_ij, E one at the first maximum of each row
 
-So a strip of M costs arithmetic on strips of A, B and G. Uniqueness first needs the maxima of all rows.
+So a tile of M costs arithmetic on tiles of A, B and G. Uniqueness first needs the maxima of all rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kdx.choices import ObjectiveName
-from kdx.kernels.strips import SetGeometry
+from kdx.kernels.set_geometry import SetGeometry
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +40,14 @@ class SetGradient:
             return _uniqueness(geometry, explained, given)
         return _relevance(products * geometry.n * (geometry.n - 3), explained, given, target)
 
-    def strip(self, centred: Sequence[Tensor], own: slice) -> Tensor:
-        """A strip [l, n] of M from the same strips of the centred matrices; ``own`` is the place of its rows."""
-        parts = [c * matrix for c, matrix in zip(self.coefficients.tolist(), centred, strict=True) if c]
-        result = torch.stack(parts).sum(0) if parts else torch.zeros_like(centred[0])
+    def tile(self, centred: Sequence[Tensor], rows: slice, columns: slice) -> Tensor:
+        """A tile [l, r] of M from the same tile of every centred matrix; ``rows`` and ``columns`` are its places."""
+        result = torch.zeros_like(centred[0])
+        for coefficient, matrix in zip(self.coefficients.tolist(), centred, strict=True):
+            if coefficient:
+                result.add_(matrix, alpha=coefficient)
         if self.maxima is not None:
-            result += _symmetric_maxima(self.maxima, own)
+            result += _symmetric_maxima(self.maxima, rows, columns)
         return result
 
 
@@ -71,13 +73,21 @@ def _relevance(products: Tensor, explained: int, given: int, target: int) -> Set
 def _uniqueness(geometry: SetGeometry, explained: int, given: int) -> SetGradient:
     n, products = geometry.n, geometry.swept.products
     share = products[explained, given] / products[given, given]
-    maxima = torch.empty(n, dtype=torch.int64, device=products.device)
-    score, with_given = 0.0, 0.0
-    for a, own in enumerate(geometry.places):
-        x, y = (geometry.centred(matrix, a, geometry.distances(matrix, a)) for matrix in (explained, given))
-        best, maxima[own] = (x - share * y).max(1)
-        score += float(best.sum())
-        with_given += float(y.gather(1, maxima[own, None]).sum())
+    maxima = torch.zeros(n, dtype=torch.int64, device=products.device)
+    best = torch.full((n,), -torch.inf, dtype=torch.float64, device=products.device)
+    matching = torch.zeros(n, dtype=torch.float64, device=products.device)
+    for a, b in geometry.pairs:
+        x, y = (geometry.centred(matrix, a, b) for matrix in (explained, given))
+        residual = x - share * y
+        for rows, columns, r, given_tile in ((a, b, residual, y), (b, a, residual.T, y.T))[: 1 + (a != b)]:
+            own, place = geometry.places[rows], geometry.places[columns]
+            largest, where = r.max(1)
+            # Of equal maxima the first one counts, so that the order of the tiles does not matter.
+            better = (largest > best[own]) | ((largest == best[own]) & (where + place.start < maxima[own]))
+            best[own] = torch.where(better, largest, best[own])
+            maxima[own] = torch.where(better, where + place.start, maxima[own])
+            matching[own] = torch.where(better, given_tile.gather(1, where[:, None])[:, 0], matching[own])
+    score, with_given = float(best.sum()), float(matching.sum())
     size = n * (n - 3)
     coefficients = products.new_zeros(len(products))
     coefficients[given] = -2 * with_given / (float(products[given, given]) * size)
@@ -85,28 +95,16 @@ def _uniqueness(geometry: SetGeometry, explained: int, given: int) -> SetGradien
     return SetGradient(coefficients, maxima, score, float(squared.sqrt()))
 
 
-def _symmetric_maxima(maxima: Tensor, own: slice) -> Tensor:
-    """A strip [l, n] of U(E + E^T), with E one at the maximum of each row."""
-    n, rows = len(maxima), maxima[own]
-    strip = torch.zeros(len(rows), n, dtype=torch.float64, device=maxima.device)
-    place = torch.arange(len(rows), device=maxima.device)
-    strip[place, rows] += 1
-    inside = ((maxima >= own.start) & (maxima < own.start + len(rows))).nonzero()[:, 0]
-    strip.index_put_(
-        (maxima[inside] - own.start, inside), torch.ones(len(inside), dtype=torch.float64, device=maxima.device), accumulate=True
-    )
+def _symmetric_maxima(maxima: Tensor, rows: slice, columns: slice) -> Tensor:
+    """A tile [l, r] of U(E + E^T), with E one at the maximum of each row."""
+    n = len(maxima)
     sums = 1 + torch.bincount(maxima, minlength=n).double()
     shift = sums / (n - 2) - n / ((n - 1) * (n - 2))
-    strip -= shift[own, None] + shift
-    strip[:, own].fill_diagonal_(0)
-    return strip
-
-
-def channel_weights(weights: Tensor, means: Tensor, own: slice, halves: Sequence[Sequence[slice]]) -> Tensor:
-    """sum_j W_ij (f_i - f_j) [halves, l, C] over the images j of each half, for a strip W [l, n] and the spatial means f [n, C]."""
-    result = []
-    for places in halves:
-        part = slice(places[0].start, places[-1].stop)
-        inside = weights[:, part]
-        result.append(inside.sum(1, keepdim=True) * means[own] - inside @ means[part])
-    return torch.stack(result)
+    tile = -(shift[rows, None] + shift[columns])
+    one = torch.ones((), dtype=torch.float64, device=maxima.device)
+    for own, other, part in ((rows, columns, tile), (columns, rows, tile.T)):
+        inside = ((maxima[own] >= other.start) & (maxima[own] < other.stop)).nonzero()[:, 0]
+        part.index_put_((inside, maxima[own][inside] - other.start), one.expand(len(inside)), accumulate=True)
+    if rows.start == columns.start:
+        tile.fill_diagonal_(0)
+    return tile

@@ -58,7 +58,7 @@ class Rows(Protocol):
         """The number of neighbouring rows that are best read together."""
 
     def read(self, index: Tensor) -> Tensor:
-        """The rows [k, d] of the images ``index`` [k], on the device."""
+        """The rows [k, d] of the images ``index`` [k], on the device. They may share the source's memory and must not be changed."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,7 @@ def sweep(
     permutations: int = 0,
     biased: bool = False,
     seed: int = 0,
+    shuffled: bool = False,
     ops: TorchBackend = TorchBackend(),
     keep: Callable[[int, int, Tensor], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -167,7 +168,8 @@ def sweep(
     """Inner products over all images of k matrices of the same n >= 4 images.
 
     permuted: the numbers of the matrices whose images are permuted, ``permutations`` times. biased: double-centred instead of
-    U-centred. ops: the backend that computes distances. keep: receives each tile (a, b) with its distances [k, l, r], which it may not
+    U-centred. shuffled: whether the images are in random order already, so that neighbours form the tiles. ops: the backend that computes
+    distances. keep: receives each tile (a, b) with its distances [k, l, r], which it may not
     change; a <= b. progress: receives the number of finished tiles and of all tiles. Raises ValueError if the matrices differ in their
     number of images.
     """
@@ -178,7 +180,9 @@ def sweep(
     device = next((m.norms.device for m in measured), torch.device("cpu"))
     side = tile_side(n, [m.rows for m in measured])
     generator = torch.Generator().manual_seed(seed)
-    tiles = [part.to(device) for part in _shuffled_tiles(n, side, max((m.rows.run for m in measured), default=1), generator)]
+    run = max((m.rows.run for m in measured), default=1)
+    order = list(torch.arange(n).split(side)) if shuffled else _shuffled_tiles(n, side, run, generator)
+    tiles = [part.to(device) for part in order]
     turns = [torch.randint(len(part), (permutations,), generator=generator).to(device) for part in tiles]
     sums = _Sums(tiles, len(matrices), permuted, turns)
     offsets = [torch.zeros_like(m.means()) if biased else m.means() - m.means().mean() / 2 for m in matrices]
@@ -270,8 +274,7 @@ class _ShiftedMatrix:
         return self._ops.centred_distances(rows, columns, matrix.norms[left].to(rows), matrix.norms[right].to(rows))
 
     def _rows(self, matrix: FeatureDistances, index: Tensor) -> Tensor:
-        rows = geometry.wide(matrix.rows.read(index))
-        return rows.sub_(matrix.centre)
+        return geometry.wide(matrix.rows.read(index)) - matrix.centre
 
 
 class _Sums:

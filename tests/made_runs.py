@@ -13,6 +13,7 @@ import pyarrow.parquet
 import zarr
 from PIL import Image, ImageDraw, ImageFont
 
+from kdx.roles import score_maps_among
 from kdx.runs import schema
 
 SCORES = ("FSS(S,T)", "FSS(B,T)", "RS(T)", "RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)", "RS(T|S)", "RS(S|T)")
@@ -34,8 +35,14 @@ def make_run(
     size: tuple[int, int] = (32, 32),
     seed: int = 0,
     teacher: bool = True,
+    score_maps: bool = True,
+    sides: Sequence[int] = (),
 ) -> Path:
-    """Write a run of ``images`` images of ``size`` (width, height) with pictures of the first ``gallery`` of them; return its folder."""
+    """Write a run of ``images`` images of ``size`` (width, height) with pictures of the first ``gallery`` of them; return its folder.
+
+    score_maps: whether it has maps that add up to the scores, and the statistics of all maps, which runs of version 0.1.0 do not have.
+    sides: the cells along an edge of the maps of each layer.
+    """
     roles = ("teacher", "base", "student") if teacher else ("base", "student")
     kinds = KINDS if teacher else KINDS[:2]
     layers = {"layer1": "layer1", "layer3": "layer3"} if layers is None else dict(layers)
@@ -57,16 +64,22 @@ def make_run(
     for role, predicted in predictions.items():
         columns[schema.prediction_column(role)] = predicted
         columns[schema.confidence_column(role)] = 0.5 + 0.5 * rng.random(images)
-    pa.parquet.write_table(pa.table(columns), folder / schema.SAMPLES_FILE)
 
     group = zarr.open_group(folder / schema.MAPS_FILE, mode="w")
+    scores = {layer: _scores(depth, len(layers), images, teacher, score_maps) for depth, layer in enumerate(layers)}
     for depth, layer in enumerate(layers):
-        side = max(4, 16 >> depth)
+        side = sides[depth] if sides else max(4, 16 >> depth)
+        signed = _score_maps(rng, scores[layer], images, side, roles) if score_maps else {}
         for kind in kinds:
             maps = _blobs(rng, images, side)
             if kind == "new" and depth == 0:
                 maps[0] = 0
+            signed[kind] = maps
+        for kind, maps in signed.items():
             group.create_array(schema.map_path(layer, kind), data=maps, chunks=(20, side, side))
+        if score_maps:
+            scores[layer]["maps"] = {kind: _statistics(rng, columns, layer, kind, maps) for kind, maps in signed.items()}
+    pa.parquet.write_table(pa.table(columns), folder / schema.SAMPLES_FILE)
 
     for row in range(min(gallery, images)):
         _image(str(classes[labels[row]])[:1], size, rng).save(schema.picture_path(folder, row))
@@ -113,8 +126,7 @@ def make_run(
         share = correct / images
         half = 1.96 * (share * (1 - share) / images) ** 0.5
         accuracy[role] = {"value": share, "interval": [max(0, share - half), min(1, share + half)], "correct": correct, "n": images}
-    scores = {"accuracy": accuracy, "layers": {layer: _scores(depth, len(layers), images, teacher) for depth, layer in enumerate(layers)}}
-    (folder / schema.SCORES_FILE).write_text(json.dumps(scores))
+    (folder / schema.SCORES_FILE).write_text(json.dumps({"accuracy": accuracy, "layers": scores}))
     return folder
 
 
@@ -161,7 +173,7 @@ def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(content))
 
 
-def _scores(depth: int, layers: int, n: int, teacher: bool) -> dict[str, Any]:
+def _scores(depth: int, layers: int, n: int, teacher: bool, gain_known: bool) -> dict[str, Any]:
     """The student is closer to the teacher at deeper layers; at the first layer no difference is significant."""
     gain = 0.09 * depth / max(1, layers - 1)
     values = (0.78 + gain, 0.77, 0.62 + 0.1 * depth, 0.55 + 0.1 * depth, 0.5 + 0.09 * depth, 0.02 + 2 * gain, 0.03, 0.08 + gain, 0.05)
@@ -171,9 +183,46 @@ def _scores(depth: int, layers: int, n: int, teacher: bool) -> dict[str, Any]:
         "FSS(S,T) - FSS(B,T)": entry(0.01 + gain, 0.03, None, n),
         "RS(S|B) - RS(B|S)": entry(2 * gain - 0.01, 0.05, None, n),
     }
+    if gain_known:
+        contrasts["RS(S) - RS(B)"] = entry(values[3] - values[4], 0.04, None, n)
     if not teacher:
         scores, contrasts = ({name: number for name, number in table.items() if "T" not in name} for table in (scores, contrasts))
     return {"scores": scores, "contrasts": contrasts}
+
+
+def _score_maps(
+    rng: np.random.Generator, layer: dict[str, Any], images: int, side: int, roles: Sequence[str]
+) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    """Signed maps that add up to the scores and contrasts of a layer; those of differences are differences of maps."""
+    numbers = {name: number["value"] for name, number in (layer["scores"] | layer["contrasts"]).items()}
+    maps: dict[str, Any] = {}
+    for name, kind in score_maps_among(roles).items():
+        if "minus" in name:
+            continue
+        blobs = _blobs(rng, images, side) - 0.4 * _blobs(rng, images, side) + 0.02 * rng.normal(size=(images, side, side))
+        maps[name] = (blobs - blobs.mean()) / blobs.size + numbers[kind.score] / blobs.size
+    maps["rs_student_minus_base"] = maps["rs_student"] - maps["rs_base"]
+    if "teacher" in roles:
+        maps["fss_student_minus_base"] = maps["fss_student"] - maps["fss_base"]
+    return {name: values.astype(np.float32) for name, values in maps.items()}
+
+
+def _statistics(rng: np.random.Generator, columns: dict[str, Any], layer: str, kind: str, maps: Any) -> dict[str, float]:
+    """Add the columns of a kind of map to those of samples.parquet; return its summary in scores.json."""
+    strength = np.abs(maps.astype(np.float64)).mean((1, 2))
+    relative = strength / strength.mean()
+    stability = 1 - 0.6 * rng.random(len(maps)) ** 2
+    stability[strength == 0] = np.nan
+    for name, values in zip(schema.MAP_COLUMNS, (maps.astype(np.float64).sum((1, 2)), relative, stability), strict=True):
+        columns[schema.map_column(layer, kind, name)] = values
+    null = 0.6
+    return {
+        "empty": float((strength == 0).mean()),
+        "strength": float(strength.mean()),
+        "stability": float(np.nanmedian(stability)),
+        "null_strength": null,
+        "above_null": float((relative > null).mean()),
+    }
 
 
 def _blobs(rng: np.random.Generator, n: int, side: int) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from kdx import models
 from kdx.choices import FileFormat, FileKind, FilePrecision
+from kdx.commands.references import ChosenReferences, choose_references, models_file_of
 from kdx.errors import KdxError
-from kdx.explain.graph import explainer_graph, largest_size
+from kdx.explain.graph import ReferenceImages, explainer_graph, largest_size
 from kdx.export import engine, onnx_file
 from kdx.export.description import Origin, Shape, describe
 from kdx.export.engine import BatchRange
-from kdx.export.graphs import FeatureGraph, GradientGraph, Graph
+from kdx.export.explainer_graphs import Graph
+from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.export.parity import ParityReport
 from kdx.features.arrays import MIN_IMAGES
 from kdx.models.layer_pairs import parse_layers
@@ -28,8 +30,10 @@ class ExportOptions:
 
     at: the layer of a gradients file's cotangent, by default the logits. image_size: the side of the square to which the file resizes
     images, by default the network's own size. to: ``tensorrt`` also builds an engine from the ONNX file. batch: the engine's (min, best,
-    max) images per pass, by default (1, 32, 64), or (4, 32, 64) for an explainer. arch: the architecture of the engine's GPU, such as
-    sm_86, by default that of this machine. tf32: whether the engine may round products to TensorFloat-32.
+    max) images per pass, by default (1, 32, 64), or (4, 32, 64) for an explainer without reference images. arch: the architecture of the
+    engine's GPU, such as sm_86, by default that of this machine. tf32: whether the engine may round products to TensorFloat-32.
+    reference: with m > 0, an explainer file contains m class-balanced images of the train split of ``data``, chosen with ``seed``, and
+    compares each image with them.
     """
 
     at: str | None = None
@@ -39,6 +43,9 @@ class ExportOptions:
     batch: BatchRange | None = None
     arch: str | None = None
     tf32: bool = False
+    reference: int = 0
+    data: str | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,9 @@ def export(
     if not layers:
         network = networks.get("network") or networks["student"]
         raise KdxError("No layer was named.", f"Name one or more with --layer; this network has {', '.join(models.layers(network))}.")
-    graph = _graph(networks, layers, kind, options.at)
+    size = largest_size(network.preprocessing.size for network in networks.values())
+    chosen = _references(options, references, size, announce)
+    graph = _graph(networks, layers, kind, options.at, None if chosen is None else chosen.images)
     path = out if out.suffix == ".onnx" else out / f"{_stem(networks, kind, options.precision)}.onnx"
     announce(f"Exporting {path.name} and comparing it with PyTorch")
     start = time.perf_counter()
@@ -93,8 +102,9 @@ def export(
         graph,
         path,
         origin={role: Origin(network.reference, network.weights_hash) for role, network in networks.items()},
-        image_size=largest_size(network.preprocessing.size for network in networks.values()),
-        classes=next(classes for _, classes in loaded.values()),
+        image_size=size,
+        classes=next(classes for _, classes in loaded.values()) if chosen is None else chosen.classes,
+        reference_ids=() if chosen is None else chosen.ids,
         precision=options.precision,
     )
     description = describe(path)
@@ -126,22 +136,53 @@ def _check_options(roles: set[str], kind: FileKind, options: ExportOptions) -> N
         )
     if kind != "gradients" and options.at is not None:
         raise KdxError(f"A file of {kind} has no cotangent.", "Leave --at out, or choose --kind gradients.")
+    _check_references(kind, options)
     if options.to == "tensorrt":
-        engine.check_batch(options.batch or _batch(kind), kind)
+        least = MIN_IMAGES if kind == "explainer" and not options.reference else 1
+        engine.check_batch(options.batch or _batch(least), least)
         engine.choose_target(options.arch)
 
 
-def _batch(kind: str) -> BatchRange:
-    return (MIN_IMAGES if kind == "explainer" else 1), 32, 64
+def _check_references(kind: FileKind, options: ExportOptions) -> None:
+    """KdxError for options of reference images that contradict each other."""
+    if not options.reference and options.data is None:
+        return
+    if kind != "explainer":
+        raise KdxError(f"A file of {kind} has no reference images.", "Leave --reference and --data out, or choose --kind explainer.")
+    if options.data is None:
+        raise KdxError("There are no data to choose reference images from.", "Name them with --data, as for kdx explain.")
+    if options.reference < MIN_IMAGES:
+        raise KdxError(
+            f"A reference set of {options.reference} images is too small.", f"Give --reference {MIN_IMAGES} or more, for example 256."
+        )
 
 
-def _graph(networks: dict[str, Network], layers: Sequence[str], kind: FileKind, at: str | None) -> Graph:
+def _batch(least: int) -> BatchRange:
+    return least, 32, 64
+
+
+def _graph(
+    networks: dict[str, Network], layers: Sequence[str], kind: FileKind, at: str | None, references: ReferenceImages | None
+) -> Graph:
     if kind == "explainer":
-        return explainer_graph(networks, parse_layers(layers))
+        return explainer_graph(networks, parse_layers(layers), references)
     network = networks["network"]
     if kind == "features":
         return FeatureGraph(network.module, layers, network.preprocessing)
     return GradientGraph(network.module, layers, network.preprocessing, at)
+
+
+def _references(
+    options: ExportOptions, references: dict[str, str], size: tuple[int, int], announce: Callable[[str], None]
+) -> ChosenReferences | None:
+    if options.data is None:
+        return None
+    announce(f"Running the networks on {options.reference} reference images of {options.data}")
+    models_file = models_file_of(references["student"], references["base"])
+    chosen = choose_references(options.data, options.reference, options.seed, models_file, size)
+    if len(chosen.ids) < options.reference:
+        announce(f"The train split has only {len(chosen.ids)} images; all of them are reference images.")
+    return chosen
 
 
 def _resized(network: Network, side: int | None) -> Network:
@@ -170,5 +211,7 @@ def _build_engine(onnx_path: Path, path: Path, options: ExportOptions, announce:
     size: tuple[int, int] | None = None
     if file.image_size is None:
         size = largest_size(network.preprocessing.size for network in file.networks.values())
-    built = engine.build(onnx_path, path, batch=options.batch or _batch(file.kind), arch=options.arch, image_size=size, tf32=options.tf32)
+    built = engine.build(
+        onnx_path, path, batch=options.batch or _batch(file.least_images), arch=options.arch, image_size=size, tf32=options.tf32
+    )
     return Exported(path, path.stat().st_size, built.inputs, built.outputs, None, time.perf_counter() - start)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdx.data.class_folders import list_images, natural_key
-from kdx.data.fingerprint import SourceFile, content_fingerprint, fingerprint_of_0_1_0, stamps_of_0_1_0
+from kdx.data.fingerprint import SourceFile, content_fingerprint, fingerprint_of_0_1_0, image_keys, stamps_of_0_1_0
 from kdx.data.pixels import to_rgb
 from kdx.errors import KdxError
 
@@ -60,6 +60,11 @@ class Dataset:
         It depends neither on the folder's path nor on modification times, nor on the order of ``classes``.
         """
         return content_fingerprint(self.ids, [self.classes[label] for label in self.labels], self.files)
+
+    @cached_property
+    def image_keys(self) -> NDArray[np.uint64] | None:
+        """A number per image [N] that identifies it in other folders (`kdx.data.fingerprint.image_keys`); None if images share files."""
+        return image_keys(self.files) if tuple(self.files) == self.ids else None
 
     @cached_property
     def fingerprint_of_0_1_0(self) -> str:

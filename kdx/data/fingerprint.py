@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ SAMPLE_BYTES = 256_000_000
 SAMPLE_FILES = 4_000
 """The contents of at most this many bytes and files enter a fingerprint. They are chosen at random, the same in every copy."""
 
+_END_BYTES = 16_384
+"""The first and the last bytes of a file that identify an image, together with the file's size."""
+
 SourceFile = Path | bytes
 """A file that a data set is read from, or its content where an installed package provides it."""
 
@@ -26,6 +30,8 @@ def content_fingerprint(ids: Sequence[str], class_names: Sequence[str], files: M
     ids [N] and class_names [N] describe the images. files: each source file by its name relative to the data set's folder. Contents are
     hashed whole where the files have at most SAMPLE_BYTES and SAMPLE_FILES together, and otherwise those of a sample: files in the order
     of the SHA-256 of their names, without those that no longer fit. Neither the folder's path nor modification times matter.
+
+    10,000 files take 0.2 s (5 kB each) to 0.5 s (100 kB each) on one core if they are in the system's cache, and twice that if not.
 
     Equal fingerprints mean the same images in the same order, and so the same split of the same seed. In a data set that is larger than
     the sample, a file whose content changes while its name and size do not is noticed only if it is in the sample.
@@ -39,6 +45,26 @@ def content_fingerprint(ids: Sequence[str], class_names: Sequence[str], files: M
     for name in _sample(sizes):
         digest.update(_content(files[name]))
     return digest.hexdigest()
+
+
+def image_keys(files: Mapping[str, SourceFile]) -> NDArray[np.uint64]:
+    """A number per file that is the same in every copy of the file: the first 8 bytes of a SHA-256 of its size, beginning and end.
+
+    Files of equal size whose first and last 16 kB agree have the same key. Another encoding of the same picture has another one. A file
+    that cannot be read has the key 0. 10,000 files of 5 to 100 kB take about one second.
+    """
+    return np.fromiter((_image_key(file) for file in files.values()), np.uint64, len(files))
+
+
+def _image_key(file: SourceFile) -> int:
+    try:
+        with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as stream:
+            head = stream.read(_END_BYTES)
+            size = stream.seek(0, io.SEEK_END)
+            stream.seek(max(len(head), size - _END_BYTES))
+            return int.from_bytes(hashlib.sha256(b"%d\n" % size + head + stream.read()).digest()[:8])
+    except OSError:
+        return 0
 
 
 def _sample(sizes: Mapping[str, int]) -> Iterator[str]:

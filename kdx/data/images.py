@@ -16,6 +16,7 @@ from torch import Tensor
 from kdx.data.dataset import Dataset, Indices
 from kdx.data.pixels import fit
 from kdx.data.prefetch import Job, available_cores, prefetch
+from kdx.errors import KdxError
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,18 @@ def load_images(dataset: Dataset, indices: Sequence[int] | Indices, size: tuple[
     """
     with decoded(dataset, [np.asarray(indices, dtype=np.int64)], size) as batches:
         return next(batches)
+
+
+def load_references(dataset: Dataset, indices: Sequence[int] | Indices, size: tuple[int, int]) -> Tensor:
+    """The pixels of `load_images` of reference images. Raises KdxError if one of them cannot be read."""
+    images = load_images(dataset, indices, size)
+    if images.unreadable:
+        name, reason = images.unreadable[0]
+        raise KdxError(
+            f"The reference image {name} cannot be read ({reason}).",
+            "Repair or remove it, or choose other reference images with another --seed.",
+        )
+    return images.pixels
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from kdx.disk import replacing
 from kdx.errors import KdxError
 
+TRAINED_ON = "trained_on"
+"""The entry of a recipe for the training data of weights that were not trained here (the fields of `TrainingData`)."""
+
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that the numbers of a file depend on.
 
+    TRAINED_ON is also an entry for weights that kdx trained elsewhere; these depend on it through their hash, so it is not compared.
     fingerprint_of_0_1_0: returns the fingerprint that kdx 0.1.0 stored as the entry ``data``, by which its files are recognised. It
     stored no ``split_seed``, because its training seed was also that of the split.
     """
@@ -41,7 +45,7 @@ class Recipe:
         if "seed" in theirs and "split_seed" not in theirs and self.fingerprint_of_0_1_0 is not None:
             theirs |= {"split_seed": theirs["seed"]}
             ours |= {"data": self.fingerprint_of_0_1_0()}
-        return [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
+        return [key for key in {**ours, **theirs} if key != TRAINED_ON and theirs.get(key) != ours.get(key)]
 
 
 @dataclass(frozen=True)
@@ -103,27 +107,23 @@ def _check_recipe(path: Path, stored: str, recipe: Recipe) -> None:
         )
 
 
-def save_weights(path: Path, state: Mapping[str, Tensor], recipe: Recipe, training_data: TrainingData | None = None) -> None:
-    """Write finished weights with their recipe and, if known, the data they were trained on, as safetensors, atomically."""
+def save_weights(path: Path, state: Mapping[str, Tensor], recipe: Recipe) -> None:
+    """Write finished weights with their recipe as safetensors, atomically."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    metadata = {"recipe": recipe.to_json()}
-    if training_data is not None:
-        metadata["training_data"] = json.dumps(asdict(training_data), sort_keys=True)
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    with replacing(path) as temporary:  # one entry of metadata, because safetensors writes several in random order
+        save_file(tensors, temporary, metadata={"recipe": recipe.to_json()})
 
 
 def read_training_data(path: Path) -> TrainingData | None:
-    """The data that the weights in ``path`` were trained on; None if kdx did not train them, or did not know the data."""
+    """The data that the weights in ``path`` were trained on; None if kdx did not train them."""
     if path.suffix != ".safetensors" or not path.is_file():
         return None
-    metadata = _metadata(path)
     try:
-        if "training_data" in metadata:
-            return TrainingData(**json.loads(metadata["training_data"]))
-        recipe = json.loads(metadata["recipe"])
-        return TrainingData(str(recipe["data"]), int(recipe["seed"]), of_0_1_0=True)
-    except (KeyError, TypeError, ValueError):  # another program wrote the metadata, or the recipe does not name the data
+        recipe = json.loads(_metadata(path)["recipe"])
+        if TRAINED_ON in recipe:
+            return TrainingData(**recipe[TRAINED_ON])
+        return TrainingData(str(recipe["data"]), int(recipe.get("split_seed", recipe["seed"])), "split_seed" not in recipe)
+    except (KeyError, TypeError, ValueError, AttributeError):  # another program wrote the metadata, or the recipe does not name the data
         return None

@@ -37,8 +37,6 @@ class Training:
     epochs: int
     recipe: checkpoints.Recipe
     """Everything that the weights depend on; stored with them."""
-    training_data: checkpoints.TrainingData
-    """Stored with the weights, so that `kdx distill` can check a teacher that is used again."""
     settings: TrainingSettings
     device: torch.device
 
@@ -68,7 +66,7 @@ def train(training: Training, folder: Path, on_epoch: EpochCallback) -> None:
         state |= {"epoch": epoch + 1, "model": graph.network.state_dict(), "optimizer": optimizer.state_dict()}
         checkpoints.save_state(state_path, state)
         on_epoch(EpochResult(role, epoch + 1, epochs, loss, accuracy))
-    checkpoints.save_weights(path, state["best"], recipe, training.training_data)
+    checkpoints.save_weights(path, state["best"], recipe)
     state_path.unlink()
 
 

@@ -90,11 +90,6 @@ class Distillation:
             warnings=tuple(warning for _, warning in earlier.values() if warning is not None),
         )
 
-    @property
-    def training_data(self) -> TrainingData:
-        """The data that the networks are trained on here."""
-        return TrainingData(self.dataset.fingerprint, self.settings.split_seed)
-
     def reference(self, role: str) -> ModelReference:
         """The reference of a role's architecture; base and student have the same."""
         return self.teacher if role == "teacher" else self.student

@@ -6,16 +6,20 @@ that is interrupted and resumed ends with the same weights as one that is not.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from kdx import models, progress
 from kdx.data.dataset import located
+from kdx.disk import write_atomic
 from kdx.distill import checkpoints, loop
 from kdx.distill.losses import LOSS_SETTINGS, METHODS, Outputs
 from kdx.distill.networks import Distillation, check_networks, layer_pairs
@@ -23,6 +27,8 @@ from kdx.distill.settings import EpochCallback, EpochResult, TrainingSettings
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph
 from kdx.models import models_file
+
+USED_IMAGES = "used_images.npy"
 
 
 def distill(
@@ -86,9 +92,10 @@ def _train_teacher(distillation: Distillation, on_epoch: EpochCallback) -> None:
         loop.train(_label_training(distillation, "teacher"), distillation.folder, on_epoch)
         return
     network, path = distillation.initial_network("teacher"), distillation.weights_path("teacher")
-    recipe = checkpoints.Recipe({"given": models.weights_hash(network)})
+    trained_on = {} if distillation.teacher_data is None else {checkpoints.TRAINED_ON: asdict(distillation.teacher_data)}
+    recipe = checkpoints.Recipe({"given": models.weights_hash(network), **trained_on})
     if not checkpoints.is_finished(path, recipe):
-        checkpoints.save_weights(path, network.state_dict(), recipe, distillation.teacher_data)
+        checkpoints.save_weights(path, network.state_dict(), recipe)
     on_epoch(EpochResult("teacher", 1, 1))
 
 
@@ -99,7 +106,7 @@ def _train_base(distillation: Distillation, checkpoint: Path | str | None, on_ep
             raise KdxError(f"There is no base checkpoint {checkpoint}.", "Give the base.safetensors that another run of kdx distill wrote.")
         module = distillation.initial_network("base")
         models.load_weights(module, Path(checkpoint))
-        checkpoints.save_weights(path, module.state_dict(), training.recipe, training.training_data)
+        checkpoints.save_weights(path, module.state_dict(), training.recipe)
     loop.train(training, distillation.folder, on_epoch)
 
 
@@ -151,7 +158,6 @@ def _training(
         validation=distillation.images["validation"],
         epochs=distillation.epochs(role),
         recipe=recipe,
-        training_data=distillation.training_data,
         settings=distillation.settings,
         device=distillation.device,
     )
@@ -180,6 +186,7 @@ def _write_models_file(distillation: Distillation, pairs: Sequence[tuple[str, st
         data=located(distillation.dataset.reference),
         fingerprint=distillation.dataset.fingerprint,
         split_seed=settings.split_seed,
+        used=_write_used_images(distillation),
         training={
             **{key: value for key, value in vars(settings).items() if key not in ("split_seed", "image_size") and value is not None},
             **accuracies,
@@ -188,6 +195,20 @@ def _write_models_file(distillation: Distillation, pairs: Sequence[tuple[str, st
         },
     )
     return path
+
+
+def _write_used_images(distillation: Distillation) -> str | None:
+    """Write the keys of the images of train and validation, by which `kdx explain` recognises them in other folders; the file's name.
+
+    None for data whose images share files.
+    """
+    keys = distillation.dataset.image_keys
+    if keys is None:
+        return None
+    content = io.BytesIO()
+    np.save(content, np.unique(np.concatenate([keys[distillation.images[name].indices] for name in ("train", "validation")])))
+    write_atomic(distillation.folder / USED_IMAGES, content.getvalue())
+    return USED_IMAGES
 
 
 def _print_unreadable(distillation: Distillation) -> bool:

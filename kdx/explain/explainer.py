@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdx.choices import Features, ObjectiveName, Precision, RuntimeName, Weighting
+from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, Weighting
 from kdx.errors import KdxError
 from kdx.explain.explainer_file import ExplainerFile
 from kdx.explain.layer import LayerMeasurement
@@ -21,7 +21,8 @@ from kdx.explain.networks import NetworkLike, NetworkRunners
 from kdx.explain.settings import Settings
 from kdx.features import arrays
 from kdx.features.arrays import Array, ArrayT
-from kdx.maps.decomposition import Decomposition, terms
+from kdx.features.score_maps import terms
+from kdx.maps.decomposition import Decomposition
 from kdx.maps.unicam import Maps
 from kdx.roles import TARGET, ScoreMap, roles_among, score_maps_among
 from kdx.runtimes.choice import Choice
@@ -83,6 +84,9 @@ class Explainer:
     device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     precision: the number format of the networks. ``bfloat16`` needs the runtime openvino and a CPU that supports it. Features then
     keep two to three digits; maps and scores are computed from them in float32.
+    geometry: the images that an image is compared with. ``whole`` and ``batch`` are the images of one call, all of them, so give a set in
+    one call. ``reference`` are the images of `use_references`, which must be called first. ``auto`` is reference after `use_references`,
+    and else whole.
     objective, weighting: as in `kdx.unicam`.
     chunk: images per pass of a network, by default the whole batch, or 64 for an engine. It does not change the results.
     permutations, confidence, seed: for the p-values and intervals of the scores.
@@ -107,6 +111,7 @@ class Explainer:
         runtime: RuntimeName = "auto",
         device: str = "auto",
         precision: Precision = "float32",
+        geometry: GeometryName = "auto",
         objective: ObjectiveName = "relevance",
         weighting: Weighting = "gap",
         chunk: int | None = None,
@@ -123,6 +128,7 @@ class Explainer:
             runtime=runtime,
             device=device,
             precision=precision,
+            geometry=geometry,
             objective=objective,
             weighting=weighting,
             chunk=chunk,
@@ -164,6 +170,7 @@ class Explainer:
             layers = [layers]
         pairs = dict(layers) if isinstance(layers, Mapping) else {layer: layer for layer in layers}
         self.settings = settings
+        self._has_references = False
         self._networks: NetworkSet
         if file is None:
             self._networks = NetworkRunners({role: networks[role] for role in roles_among(networks)}, pairs, settings, folder)
@@ -191,8 +198,21 @@ class Explainer:
 
         images [m, 3, h, w] in [0, 1]. labels [m]. An explainer file has no reference mode and raises KdxError.
         """
+        if self.settings.geometry in ("whole", "batch"):
+            raise KdxError(
+                f"The explainer has the geometry {self.settings.geometry}, which compares an image with the others of its call.",
+                'Make it with geometry="reference" or "auto".',
+            )
         arrays.check_same(len(labels), len(images), "reference labels", "reference images")
+        self._has_references = True
         self._networks.use_references(arrays.pixels(images), arrays.tensor(labels, "reference labels"))
+
+    def features(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """Each role's logits [n, classes], and per layer each role's features [n, C, H, W], of images [n, 3, h, w] in [0, 1].
+
+        Raises KdxError for an explainer file, which does not output features.
+        """
+        return self._networks.features(arrays.pixels(images))
 
     def explain(
         self, images: Tensor, labels: Tensor, seed: int | Sequence[int] | None = None
@@ -213,6 +233,8 @@ class Explainer:
         batch, target = arrays.tensor(images, "images"), arrays.tensor(labels, "target")
         arrays.check_images(len(batch))
         arrays.check_same(len(target), len(batch), "the target", "images")
+        if self.settings.geometry == "reference" and not self._has_references:
+            raise KdxError("The geometry reference needs reference images.", "Call use_references(images, labels) first.")
         logits, measurements = self.explain(batch, target)
         layers = {layer: self._result(measurement, len(batch), images) for layer, measurement in measurements.items()}
         return Explanation(layers, {role: arrays.like(rows, images) for role, rows in logits.items()})

@@ -16,10 +16,10 @@ from kdx.explain.layer import LayerMeasurement, measure_distances
 from kdx.explain.network_set import NetworkRecord
 from kdx.explain.settings import Settings
 from kdx.export.description import Description
-from kdx.features import arrays
+from kdx.features.score_maps import coefficients
 from kdx.features.target import Target
 from kdx.maps.unicam import Maps
-from kdx.roles import MAPS, maps_among, roles_among
+from kdx.roles import MAPS, TARGET, maps_among, roles_among, score_maps_among
 from kdx.runtimes.choice import choose, describe_file
 from kdx.runtimes.openvino import rounds_geometry
 from kdx.runtimes.runner import FileRunner, missing_layer
@@ -50,7 +50,7 @@ class ExplainerFile:
     def open(self, image_size: tuple[int, int]) -> None:
         if self._runner is not None:
             return
-        batch = arrays.MIN_IMAGES, ENGINE_IMAGES, ENGINE_IMAGES
+        batch = self._file.least_images, ENGINE_IMAGES, ENGINE_IMAGES
         size = image_size if self._file.image_size is None else None
         self._runner = open_exported(self._path, self.choice, self._folder, self._path.stem, batch, size)
         log.info("runtime: %s", self.choice.why)
@@ -58,8 +58,11 @@ class ExplainerFile:
     def networks(self) -> dict[str, NetworkRecord]:
         return {role: NetworkRecord.of_file(self._file.networks[role], self._file) for role in self.roles}
 
+    def features(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        raise KdxError("An explainer file does not output features.", "Give the networks themselves, or a models file that names them.")
+
     def use_references(self, images: Tensor, labels: Tensor) -> None:
-        raise no_reference_mode()
+        raise no_reference_mode(self._file)
 
     def explain(
         self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence
@@ -67,17 +70,46 @@ class ExplainerFile:
         self.open((images.shape[2], images.shape[3]))
         assert self._runner is not None
         target = Target.of(labels.to(self.choice.device)).checked()
-        outputs = self._runner.run({"images": images, "target": self._padded(target.rows)})
+        outputs = self._runner.run({"images": images} | self._target_input(target))
         measurements = {}
         for layer in self.layers:
             distances = dict(zip(self.roles, outputs[f"{layer}/distances"], strict=True))
-            scores = dict(zip(self._file.scores, outputs[f"{layer}/scores"].tolist(), strict=True))
+            # In a file with reference images, each image has its own scores.
+            values = outputs[f"{layer}/scores"].reshape(-1, len(self._file.scores)).mean(0).tolist()
+            scores = dict(zip(self._file.scores, values, strict=True))
             maps = {
                 name: Maps(outputs[f"{layer}/{name}/maps"], outputs[f"{layer}/{name}/weights"], scores[MAPS[name].score])
                 for name in maps_among(self.roles)
             }
-            measurements[layer] = LayerMeasurement(maps, {}, *measure_distances(distances, target, permutations.to(self.choice.device)))
+            products, permuted, left_out = measure_distances(distances, target, permutations.to(self.choice.device))
+            measurements[layer] = LayerMeasurement(maps, self._shares(outputs, layer, products), products, permuted, left_out)
         return {role: outputs[f"logits/{role}"] for role in self.roles}, measurements
+
+    def _target_input(self, target: Target) -> dict[str, Tensor]:
+        """The file's second input: the labels, or the target's rows."""
+        if self._file.references is None:
+            return {"target": self._padded(target.rows)}
+        if target.values.ndim != 1:
+            raise KdxError(
+                "An explainer file with reference images takes labels, and this target is an embedding.",
+                "Give integer labels [n], or use an explainer file without reference images.",
+            )
+        return {"labels": target.values}
+
+    def _shares(self, outputs: Mapping[str, Tensor], layer: str, products: Tensor) -> dict[tuple[str, str], Tensor]:
+        """The shares of `LayerMeasurement`, from the score maps that consist of one share.
+
+        Empty if the file compares each image with reference images, because its score maps do not add up to the scores of the batch, and
+        if the file is of an older version.
+        """
+        names = (*self.roles, TARGET)
+        shares = {}
+        for kind in score_maps_among(self.roles).values():
+            output = f"{layer}/{kind.name}/maps"
+            if len(kind.shares) == 1 and self._file.references is None and output in outputs:
+                (coefficient,) = coefficients(kind, products, names)
+                shares[kind.shares[0]] = (outputs[output].to(products) / coefficient)[None]
+        return shares
 
     def _padded(self, rows: Tensor) -> Tensor:
         """The target's rows, padded with columns of zeros to the width of an engine. Zeros change no distance."""
@@ -120,8 +152,13 @@ def _pair(layer: str, other: str) -> str:
     return layer if layer == other else f"{layer}={other}"
 
 
-def no_reference_mode() -> KdxError:
-    """The error for reference mode with an explainer file, whose geometry is that of the batch."""
+def no_reference_mode(file: Description) -> KdxError:
+    """The error for reference mode with an explainer file, whose geometry is that of the batch or of its own reference images."""
+    if file.references is not None:
+        return KdxError(
+            f"The explainer file already compares each image with its own {len(file.references.labels)} reference images.",
+            "Leave the reference images out, or give the networks themselves.",
+        )
     return KdxError(
         "An explainer file compares an image only with the other images of its batch.",
         "For reference mode give the networks themselves, or a models file that names them.",

@@ -1,19 +1,42 @@
-"""The graph of an explainer file."""
+"""The graphs of explainer files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from kdx.errors import KdxError
-from kdx.export.graphs import ExplainerGraph, FeatureGraph
+from kdx.explain.layer import LayerReferences
+from kdx.export.explainer_graphs import ExplainerGraph, ReferenceGraph, References
+from kdx.export.graphs import FeatureGraph
+from kdx.features import arrays
 from kdx.models.network import Network
-from kdx.roles import maps_among, roles_among, scores_among
+from kdx.roles import roles_among
+
+_PASS = 32
+"""Reference images per pass of a network."""
 
 
-def explainer_graph(networks: Mapping[str, Network], layers: Mapping[str, str]) -> ExplainerGraph:
+@dataclass(frozen=True, eq=False)
+class ReferenceImages:
+    """A reference set: images [m, 3, h, w] in [0, 1], and integer labels [m]."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def explainer_graph(
+    networks: Mapping[str, Network], layers: Mapping[str, str], references: ReferenceImages | None = None
+) -> ExplainerGraph:
     """The graph of an explainer file, from the network of each role and the student's and base's layer to the teacher's.
 
-    Raises KdxError if student and base have the same weights.
+    references: if given, the graph contains their features and compares each image with them. Otherwise it compares the images of a batch.
+
+    Raises KdxError if student and base have the same weights, and for references without geometry: fewer than four, one class, or
+    features that are constant or not finite.
     """
     roles = roles_among(networks)
     if len({networks[role].weights_hash for role in ("student", "base")}) == 1:
@@ -22,8 +45,23 @@ def explainer_graph(networks: Mapping[str, Network], layers: Mapping[str, str]) 
         role: FeatureGraph(networks[role].module, [*(layers.values() if role == "teacher" else layers)], networks[role].preprocessing)
         for role in roles
     }
-    matrices = {name: definition.matrices for name, definition in scores_among(roles).items()}
-    return ExplainerGraph(graphs, maps_among(roles), matrices)
+    if references is None:
+        return ExplainerGraph(graphs)
+    arrays.check_images(len(references.labels))
+    features = {role: _features(graph, references.images) for role, graph in graphs.items()}
+    at_layers = [
+        LayerReferences.of({role: maps[place] for role, maps in features.items()}, references.labels) for place in range(len(layers))
+    ]
+    contexts = {role: [References(layer.features[role], layer.distances[place]) for layer in at_layers] for place, role in enumerate(roles)}
+    return ReferenceGraph(graphs, contexts, references.labels)
+
+
+def _features(graph: FeatureGraph, images: Tensor) -> list[Tensor]:
+    """A network's features of these images, one tensor per layer."""
+    graph.eval()
+    with torch.no_grad():
+        passes = [graph(part)[1:] for part in images.to(graph.mean).split(_PASS)]
+    return [torch.cat(parts) for parts in zip(*passes, strict=True)]
 
 
 def largest_size(sizes: Iterable[tuple[int, int] | None]) -> tuple[int, int]:

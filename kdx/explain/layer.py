@@ -15,10 +15,11 @@ from torch import Tensor
 from kdx.choices import Weighting
 from kdx.features import arrays
 from kdx.features.target import Target
-from kdx.kernels import decomposition, dispatch, geometry, moments
+from kdx.kernels import dispatch, geometry, moments
 from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import BatchDistances
 from kdx.kernels.moments import Moments
+from kdx.kernels.positions import PositionGeometry
 from kdx.maps.unicam import Maps, PairGeometry, check_residual, reference_distances
 from kdx.roles import TARGET, maps_among, permuted_among, roles_among, shares_among
 from kdx.scores import uncertainty
@@ -42,10 +43,11 @@ class LayerMeasurement:
     """One batch at one layer, with r roles.
 
     maps: a `Maps` for each name of `maps_among`. shares: for each (role, matrix) of `shares_among`, the share [2, n, h, w] of every image
-    and position in their inner product, with each half of the images as context; everything adds up to the inner product. Empty where the
-    scores are of other features than the maps. products: inner products [r + 1, r + 1] of the roles' matrices and, last, the target's.
-    permuted: for each name of `permuted_among`, the inner products [p, r + 1] of its matrix with all of them, under p permutations of its
-    images. moments: the sampling moments of the products; None for four images, where three would remain without one.
+    and position in their inner product, with each half of the images as context; everything adds up to the inner product. An explainer
+    file gives [1, n, h, w], with all images as one context. Empty where the scores are of other features than the maps.
+    products: inner products [r + 1, r + 1] of the roles' matrices and, last, the target's. permuted: for each name of `permuted_among`,
+    the inner products [p, r + 1] of its matrix with all of them, under p permutations of its images. moments: the sampling moments of the
+    products; None for four images, where three would remain without one.
     """
 
     maps: dict[str, Maps[Tensor]]
@@ -64,21 +66,29 @@ def measure(
     permutations: Tensor,
     references: LayerReferences | None = None,
     distances: Mapping[str, BatchDistances] | None = None,
+    shares: bool = True,
     backend: Backend = "auto",
 ) -> LayerMeasurement:
     """The maps and inner products of one layer and one batch, from each role's features [n, C, H, W].
 
     permutations: [p, n]. references: if given, the maps are those of reference mode. distances: if given, the inner products are those of
-    these distances, between each role's other features of the same images. backend: as in `kdx.unicam`.
+    these distances, between each role's other features of the same images. shares: whether the shares are computed as well. backend: as in
+    `kdx.unicam`.
     """
     roles, ops = roles_among(features), _backend(features, backend)
-    among = _distances(features, ops)
+    parts: dict[tuple[str, str], Tensor] = {}
+    if not shares or distances is not None:  # the shares would be those of other scores than ``distances`` have
+        among = _distances(features, ops)
+    else:
+        positions = {role: ops.positions(features[role].flatten(2)) for role in roles}
+        rows = {f"{role}'s features": features[role].flatten(1) for role in roles}
+        among = arrays.checked_distances(torch.stack([positions[role].distances for role in roles]), rows)
+        parts = _shares(features, positions, among, target)
     maps = _maps(features, among, target, objective, weighting, references, ops)
-    shares = {} if distances is not None else _shares(features, among, target)  # shares of the scores, which are of ``distances``
     if distances is not None:
         among = _stack([distances[role] for role in roles])
         _check_residuals(roles, among, target)
-    return LayerMeasurement(maps, shares, *_products(roles, among, target, permutations))
+    return LayerMeasurement(maps, parts, *_products(roles, among, target, permutations))
 
 
 def _maps(
@@ -131,16 +141,18 @@ def _maps(
     return maps
 
 
-def _shares(features: Mapping[str, Tensor], distances: BatchDistances, target: Target) -> dict[tuple[str, str], Tensor]:
-    """The shares of `LayerMeasurement`, from features and the distances [r, n, n] between them."""
+def _shares(
+    features: Mapping[str, Tensor], positions: Mapping[str, PositionGeometry], distances: BatchDistances, target: Target
+) -> dict[tuple[str, str], Tensor]:
+    """The shares of `LayerMeasurement`, from features, the geometry of their positions, and the distances [r, n, n] between them."""
     roles = roles_among(features)
     centred = {**dict(zip(roles, distances.centred, strict=True)), TARGET: target.distances.centred}
     n = len(target.values)
     result = {}
-    for role, d in zip(roles, distances.raw, strict=True):
+    for role in roles:
         names = [matrix for share_role, matrix in shares_among(roles) if share_role == role]
         contexts = [slice(0, n, 2), slice(1, n, 2)]
-        values = decomposition.context_shares(features[role].flatten(2), d, torch.stack([centred[name] for name in names]), contexts)
+        values = positions[role].shares(torch.stack([centred[name] for name in names]), contexts)
         for name, value in zip(names, values.unbind(1), strict=True):
             result[role, name] = (value / (n * (n - 3))).unflatten(2, features[role].shape[2:])
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,16 @@ class MapStatistics:
     total: Tensor
     strength: Tensor
     stability: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[MapStatistics]) -> MapStatistics:
+        """The statistics of the images of all parts."""
+        columns = ([getattr(part, name) for part in parts] for name in ("total", "strength", "stability"))
+        return cls(*map(torch.cat, columns))
+
+    def at(self, index: Tensor) -> MapStatistics:
+        """The statistics of the images ``index``, in this order."""
+        return MapStatistics(self.total[index], self.strength[index], self.stability[index])
 
     @property
     def relative_strength(self) -> Tensor:

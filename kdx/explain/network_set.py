@@ -60,6 +60,9 @@ class NetworkSet(Protocol):
     def networks(self) -> dict[str, NetworkRecord]:
         """The record of each role's network."""
 
+    def features(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """Each role's logits, and per layer each role's features [n, C, H, W]."""
+
     def use_references(self, images: Tensor, labels: Tensor) -> None:
         """Map every later image among these images instead of its batch mates."""
 

@@ -123,6 +123,10 @@ class NetworkRunners:
         files = {role: NetworkRecord.of_file(file.networks["network"], file) for role, (_, file) in self._files.items()}
         return files | {role: NetworkRecord.of_network(network) for role, (network, _) in self._graphs.items()}
 
+    def features(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        outputs = self._infer(images)
+        return {role: passed.logits for role, passed in outputs.items()}, {layer: self._features(outputs, layer) for layer in self.layers}
+
     def use_references(self, images: Tensor, labels: Tensor) -> None:
         labels, outputs = labels.to(self.choice.device), self._infer(images)
         self._references = {layer: LayerReferences.of(self._features(outputs, layer), labels) for layer in self.layers}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from kdx.choices import Features, ObjectiveName, Precision, RuntimeName, Weighting
+from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, Weighting
 from kdx.errors import KdxError
 from kdx.kernels import geometry
 from kdx.maps.salient_images import Salience
@@ -16,13 +16,14 @@ from kdx.maps.unicam import check_weighting
 class Settings:
     """How the networks are executed, and which maps and scores are computed. `kdx.Explainer` documents each setting.
 
-    Raises ValueError for an unknown objective, weighting or kind of features and for a chunk below 1, and KdxError for ``keep`` and
-    ``noise`` out of range, or given without salient features.
+    Raises ValueError for an unknown objective, weighting, geometry or kind of features and for a chunk below 1, and KdxError for ``keep``
+    and ``noise`` out of range, or given without salient features.
     """
 
     runtime: RuntimeName = "auto"
     device: str = "auto"
     precision: Precision = "float32"
+    geometry: GeometryName = "auto"
     objective: ObjectiveName = "relevance"
     weighting: Weighting = "gap"
     chunk: int | None = None
@@ -39,6 +40,8 @@ class Settings:
         check_weighting(self.weighting)
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk must be 1 or more, not {self.chunk}")
+        if self.geometry not in get_args(GeometryName):
+            raise ValueError(f"no geometry {self.geometry!r}")
         if self.features not in get_args(Features):
             raise ValueError(f"no features {self.features!r}")
         if Salience(self.keep, self.noise) != Salience() and self.features == "raw":

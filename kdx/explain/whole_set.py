@@ -1,17 +1,19 @@
 """Maps and inner products of one layer over all images at once, from features on disk, in two sweeps over tiles of images.
 
 Sweep 1 (`kdx.kernels.tiles`) sums the inner products, from which the scores and the coefficients of every map follow. Sweep 2
-(`kdx.kernels.strips`) computes the maps strip by strip. No array of n x n is in memory, and the number of images per pass of a network
-does not occur.
+(`kdx.kernels.set_maps`) sums what the maps need. No array of n x n is in memory, and the number of images per pass of a network does not
+occur.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
+from itertools import count
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,15 +21,14 @@ from kdx.explain.map_statistics import MapStatistics, NullStrength, mean_strengt
 from kdx.explain.settings import Settings
 from kdx.features.arrays import check_images, check_varied, rounding_of
 from kdx.features.rows import feature_distances
+from kdx.features.score_maps import combined
 from kdx.features.target import Target
-from kdx.kernels import geometry as closed_form
 from kdx.kernels import tiles
-from kdx.kernels.decomposition import PairWeights
 from kdx.kernels.moments import Moments
-from kdx.kernels.set_unicam import SetGradient, channel_weights
-from kdx.kernels.strips import SetFeatures, SetGeometry, StoredDistances, strip_shares
+from kdx.kernels.set_geometry import SetGeometry, StoredDistances
+from kdx.kernels.set_maps import SetFeatures, SetSums, permuted_sums, second_sweep
+from kdx.kernels.set_unicam import SetGradient
 from kdx.kernels.tiles import FeatureDistances, Rows
-from kdx.maps.decomposition import combined
 from kdx.maps.unicam import check_residual
 from kdx.roles import TARGET, maps_among, permuted_among, roles_among, score_maps_among, shares_among
 from kdx.scores.uncertainty import with_permuted
@@ -38,7 +39,7 @@ _NULL_IMAGES = 128
 
 @dataclass(frozen=True, eq=False)
 class SetRows:
-    """One network's features of all images at one layer: rows [n, C * h * w], with the shape (C, h, w)."""
+    """One network's features of all images at one layer: shape (C, h, w), and rows [n, h * w * C], in which channels come last."""
 
     rows: Rows
     shape: tuple[int, int, int]
@@ -65,14 +66,16 @@ def measure_set(
     settings: Settings,
     output: Callable[[str, tuple[int, int, int]], Tensor],
     *,
+    shuffled: bool = False,
     folder: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SetMeasurement:
     """Measure one layer, from each role's features of the same images.
 
-    output: returns the array [n, h, w] to which the maps of a kind are written, from its name and shape; `maps_among` and
-    `score_maps_among` name the kinds. folder: where the distances are kept meanwhile; None keeps them in memory. progress: receives the
-    number of finished steps and of all steps.
+    output: returns the array [n, h, w], of any floating type, to which the maps of a kind are written, from its name and shape;
+    `maps_among` and `score_maps_among` name the kinds. shuffled: whether the rows are in random order, which makes reading them fast.
+    folder: where the distances are kept meanwhile; None keeps them in memory. progress: receives the number of finished steps and of all
+    steps.
 
     Raises KdxError for features that are not finite or constant, for fewer than four images, for a target without geometry, and if one
     network's features explain another's completely.
@@ -82,32 +85,31 @@ def measure_set(
     matrices = [feature_distances(features[role].rows, f"{role}'s features") for role in roles]
     known = [*matrices, target.matrix()]
     names = (*roles, TARGET)
-    stored = StoredDistances(known, folder)
+    stored = StoredDistances(known, None if folder is None else partial(_on_disk, folder))
     permuted = permuted_among(roles)
-    tile_counts = [0]
-
-    def sweep_progress(done: int, total: int) -> None:
-        tile_counts[0] = total
-        progress(done, 2 * total)
-
     swept = tiles.sweep(
         known,
         permuted=[names.index(name) for name in permuted],
         permutations=settings.permutations,
         seed=settings.seed,
+        shuffled=shuffled,
         keep=stored.keep,
-        progress=sweep_progress,
+        progress=lambda done, total: progress(done, (1 + len(roles)) * total),
     )
     _check_geometry(dict(zip(names, known, strict=True)), swept.products)
-    layer = _Layer(names, SetGeometry(known, swept, stored), {role: features[role].shape for role in roles}, settings, output)
-    strips = len(swept.order)
-    for a in range(strips):
-        layer.add_strip(a)
-        progress(tile_counts[0] + (a + 1) * tile_counts[0] // strips, 2 * tile_counts[0])
+    geometry = SetGeometry(known, swept, stored)
+    layer = _Layer(names, geometry, {role: features[role].shape for role in roles}, settings)
+    steps = count(len(geometry.pairs) + 1)
+    statistics = layer.write_maps(output, lambda: progress(next(steps), (1 + len(roles)) * len(geometry.pairs)))
     null = layer.null_strengths() if settings.permutations else {}
-    return SetMeasurement(
-        swept.products, {name: swept.permuted[names.index(name)] for name in permuted}, swept.moments, layer.statistics(), null
-    )
+    products = {name: swept.permuted[names.index(name)] for name in permuted}
+    return SetMeasurement(swept.products, products, swept.moments, statistics, null)
+
+
+def _on_disk(folder: Path, number: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An array in a file of the folder, for the distances of one network."""
+    name = {torch.float32: "float32", torch.float64: "float64"}[dtype]
+    return torch.from_numpy(np.lib.format.open_memmap(folder / f"distances-{number}.npy", "w+", np.dtype(name), shape))
 
 
 def _check_geometry(matrices: Mapping[str, tiles.Matrix], products: Tensor) -> None:
@@ -128,129 +130,113 @@ def _check_geometry(matrices: Mapping[str, tiles.Matrix], products: Tensor) -> N
 
 
 class _Layer:
-    """The second sweep over one layer."""
+    """The second sweep over one layer, and its maps."""
 
     def __init__(
-        self,
-        names: tuple[str, ...],
-        geometry: SetGeometry,
-        shapes: Mapping[str, tuple[int, int, int]],
-        settings: Settings,
-        output: Callable[[str, tuple[int, int, int]], Tensor],
+        self, names: tuple[str, ...], geometry: SetGeometry, shapes: Mapping[str, tuple[int, int, int]], settings: Settings
     ) -> None:
         self._names, self._geometry, self._shapes, self._settings = names, geometry, shapes, settings
         self._roles = names[:-1]
+        self._elementwise = settings.weighting == "elementwise"
         self._features: dict[str, SetFeatures] = {}
         for i, role in enumerate(self._roles):
             matrix = geometry.matrices[i]
             assert isinstance(matrix, FeatureDistances)
             self._features[role] = SetFeatures.of(matrix, geometry, shapes[role][0])
-        middle = (len(geometry.places) + 1) // 2
-        self._halves = [geometry.places[:middle], geometry.places[middle:]]
-        self._output = output
-        self._arrays: dict[str, Tensor] = {}
-        self._strength: dict[str, Tensor] = {}
-        self._total: dict[str, Tensor] = {}
-        self._stability: dict[str, Tensor] = {}
 
-    @cached_property
-    def _gradients(self) -> dict[str, SetGradient]:
-        return self._gradients_among(self._geometry.swept.products)
-
-    def _gradients_among(self, products: Tensor) -> dict[str, SetGradient]:
+    def _gradients(self, products: Tensor) -> dict[str, SetGradient]:
+        """The gradient of each of UniCAM's maps, from the inner products."""
         place = self._names.index
         return {
             name: SetGradient.of(self._geometry, products, place(explained), place(given), place(TARGET), self._settings.objective)
             for name, (explained, given) in maps_among(self._roles).items()
         }
 
-    def add_strip(self, a: int) -> None:
-        """Compute and write the maps of the images of strip a."""
-        geometry = self._geometry
-        own = geometry.places[a]
-        distances = [geometry.distances(i, a) for i in range(len(self._names))]
-        centred = [geometry.centred(i, a, d) for i, d in enumerate(distances)]
-        for name, maps in self._strip_maps(own, distances, centred, self._gradients, geometry.swept.products).items():
-            self._write(name, geometry.order[own], own, maps)
+    def write_maps(self, output: Callable[[str, tuple[int, int, int]], Tensor], step: Callable[[], None]) -> dict[str, MapStatistics]:
+        """Compute and write all maps. Returns the statistics of each kind. step: called after each tile of each role."""
+        geometry, products = self._geometry, self._geometry.swept.products
+        gradients = self._gradients(products)
+        sums = {
+            role: second_sweep(
+                geometry,
+                self._names.index(role),
+                self._features[role],
+                [self._names.index(matrix) for matrix in self._matrices(role)],
+                [gradients[name] for name in self._kinds(role)],
+                elementwise=self._elementwise,
+                step=step,
+            )
+            for role in self._roles
+        }
+        arrays: dict[str, Tensor] = {}
+        parts: dict[str, list[MapStatistics]] = {}
+        for place in geometry.places:
+            for name, maps in self._maps(sums, place, products).items():
+                whole = _whole(maps)
+                if name not in arrays:
+                    arrays[name] = output(name, (geometry.n, *whole.shape[1:]))
+                arrays[name][geometry.order[place].cpu()] = whole.to(arrays[name])
+                statistics = MapStatistics(whole.double().sum((1, 2)), mean_strength(whole), stability(maps[-2], maps[-1]))
+                parts.setdefault(name, []).append(statistics)
+        inverse = geometry.order.argsort()
+        return {name: MapStatistics.joined(values).at(inverse) for name, values in parts.items()}
 
-    def _strip_maps(
-        self, own: slice, distances: list[Tensor], centred: list[Tensor], gradients: Mapping[str, SetGradient], products: Tensor
-    ) -> dict[str, Tensor]:
+    def _matrices(self, role: str) -> list[str]:
+        """The matrices with which the role's shares are computed."""
+        return [matrix for share_role, matrix in shares_among(self._roles) if share_role == role]
+
+    def _kinds(self, role: str) -> list[str]:
+        """UniCAM's maps of the role's features."""
+        return [name for name, (explained, _) in maps_among(self._roles).items() if explained == role]
+
+    def _maps(self, sums: Mapping[str, SetSums], own: slice, products: Tensor) -> dict[str, Tensor]:
         """The maps of the images ``own`` by name: [2, l, h, w] of shares, with each half of the set as context, which add up; and
         [3, l, h, w] of UniCAM, with the whole set and with each half as context.
         """
+        n = self._geometry.n
         shares: dict[tuple[str, str], Tensor] = {}
         maps: dict[str, Tensor] = {}
-        for i, role in enumerate(self._roles):
-            features = self._features[role]
-            block = features.read(own)
-            matrices = [matrix for share_role, matrix in shares_among(self._roles) if share_role == role]
-            norms = features.total_norms()
-            pairs = PairWeights.of(
-                distances[i], torch.stack([centred[self._names.index(name)] for name in matrices]), norms[own], norms, block.dtype
-            )
-            values = strip_shares(features, block, torch.arange(own.start, own.stop), pairs, self._halves)
-            n, shape = self._geometry.n, (-1, *self._shapes[role][1:])
-            for name, value in zip(matrices, values.unbind(1), strict=True):
-                shares[role, name] = (value / (n * (n - 3))).unflatten(2, shape[1:])
-            for name, (explained, _) in maps_among(self._roles).items():
-                if explained == role:
-                    maps[name] = self._unicam_maps(role, block, own, distances[i], gradients[name].strip(centred, own))
+        for role in self._roles:
+            grid = self._shapes[role][1:]
+            for number, matrix in enumerate(self._matrices(role)):
+                shares[role, matrix] = (sums[role].shares[number, :, own] / (n * (n - 3))).unflatten(2, grid)
+            features = self._features[role].uncentred(own)
+            for number, name in enumerate(self._kinds(role)):
+                if self._elementwise:
+                    halves = sums[role].elementwise[number, :, own]
+                    values = torch.stack([halves.sum(0), *halves]).relu()
+                else:
+                    parts = sums[role].weights[number, :, own]
+                    contexts = torch.stack([parts.sum(0), *parts]).to(features.dtype)
+                    values = torch.einsum("npc,knc->knp", features, contexts).relu()
+                maps[name] = values.unflatten(2, grid)
         for name, kind in score_maps_among(self._roles).items():
             maps[name] = combined(kind, shares, products, self._names)
         return maps
 
-    def _unicam_maps(self, role: str, block: Tensor, own: slice, distances: Tensor, gradient: Tensor) -> Tensor:
-        """UniCAM's maps [3, l, h, w] of one network: of the whole set, and with each half as context."""
-        features = self._features[role]
-        apart = distances > 0
-        weights = torch.where(apart, gradient / torch.where(apart, distances, 1.0), 0.0)
-        raw = (block + features.matrix.centre.view(1, *features.shape)).unflatten(2, self._shapes[role][1:])
-        if self._settings.weighting == "gap":
-            parts = channel_weights(weights, features.means, own, self._halves)
-            contexts = torch.stack([parts.sum(0), *parts])
-            return torch.stack([closed_form.cam(raw, a) for a in contexts])
-        gradients = [self._row_gradient(features, block, weights, places) for places in self._halves]
-        return torch.stack([closed_form.elementwise_cam(raw, rows.flatten(1)) for rows in (sum(gradients[1:], gradients[0]), *gradients)])
-
-    def _row_gradient(self, features: SetFeatures, block: Tensor, weights: Tensor, places: list[slice]) -> Tensor:
-        """sum_j W_ij (F_i - F_j) [l, C, P] over the images of these places."""
-        sums = weights[:, places[0].start : places[-1].stop].sum(1)
-        result = sums.to(block.dtype)[:, None, None] * block
-        for place, columns in features.blocks(places):
-            result -= (weights[:, place].to(block.dtype) @ columns.flatten(1)).view(block.shape)
-        return result
-
-    def _write(self, name: str, images: Tensor, own: slice, maps: Tensor) -> None:
-        """Write the maps of the whole set, and note their statistics. The last two maps are those of the halves."""
-        whole = _whole(maps)
-        if name not in self._arrays:
-            n = self._geometry.n
-            self._arrays[name] = self._output(name, (n, *whole.shape[1:]))
-            for values in (self._strength, self._total, self._stability):
-                values[name] = torch.full((n,), torch.nan, dtype=torch.float64)
-        self._arrays[name][images.cpu()] = whole.float().cpu()
-        self._strength[name][images] = mean_strength(whole).cpu()
-        self._total[name][images] = whole.double().sum((1, 2)).cpu()
-        self._stability[name][images] = stability(maps[-2], maps[-1]).cpu()
-
-    def statistics(self) -> dict[str, MapStatistics]:
-        return {name: MapStatistics(self._total[name], self._strength[name], self._stability[name]) for name in self._arrays}
-
     def null_strengths(self) -> dict[str, NullStrength]:
         """The strength of the maps of a random part of the images, if the matrix that shares are computed with is permuted once."""
-        geometry = self._geometry
-        own = slice(0, min(geometry.places[0].stop, _NULL_IMAGES))
-        distances = [geometry.distances(i, 0)[own] for i in range(len(self._names))]
-        unpermuted = [geometry.centred(i, 0, geometry.distances(i, 0))[own] for i in range(len(self._names))]
+        images = min(self._geometry.places[0].stop, _NULL_IMAGES)
         result: dict[str, NullStrength] = {}
         for permuted in dict.fromkeys(matrix for _, matrix in shares_among(self._roles)):
-            place, products = self._names.index(permuted), geometry.swept.products
+            place, products = self._names.index(permuted), self._geometry.swept.products
             if permuted == TARGET:
-                products = with_permuted(products, place, geometry.swept.permuted[place][:1])[0]
-            centred = [geometry.turned(i, 0, 0)[own] if i == place else matrix for i, matrix in enumerate(unpermuted)]
-            maps = self._strip_maps(own, distances, centred, self._gradients_among(products), products)
-            for name, values in maps.items():
+                products = with_permuted(products, place, self._geometry.swept.permuted[place][:1])[0]
+            gradients = self._gradients(products)
+            sums = {
+                role: permuted_sums(
+                    self._geometry,
+                    self._names.index(role),
+                    self._features[role],
+                    [self._names.index(matrix) for matrix in self._matrices(role)],
+                    [gradients[name] for name in self._kinds(role)],
+                    permuted=place,
+                    images=images,
+                    elementwise=self._elementwise,
+                )
+                for role in self._roles
+            }
+            for name, values in self._maps(sums, slice(0, images), products).items():
                 if permuted in self._depends_on(name):
                     result[name] = NullStrength.of(mean_strength(_whole(values)).cpu())
         return result

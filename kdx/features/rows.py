@@ -92,6 +92,10 @@ class _OnDisk:
 
     def read(self, index: Tensor) -> Tensor:
         images = index.numpy()
+        if len(images) and (np.diff(images) == 1).all():
+            block = self._sorted(images).reshape(len(images), -1)
+            native = block.astype(block.dtype.newbyteorder("="), copy=False)
+            return torch.from_numpy(native if native.flags.writeable else native.copy())  # PyTorch has no read-only tensors
         order = np.argsort(images)
         rows = self._sorted(images[order])
         result = np.empty((len(images), self.shape[1]), rows.dtype.newbyteorder("="))
@@ -104,6 +108,30 @@ class _OnDisk:
         if last - first == len(index) - 1:
             return np.asarray(self.source[first : last + 1])
         return np.asarray(self.source[index] if isinstance(self.source, np.memmap) else self.source.oindex[index])
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The rows ``index`` [n] of other rows, moved to a device when they are read."""
+
+    source: Rows
+    index: Tensor
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.index), self.source.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @property
+    def run(self) -> int:
+        return self.source.run
+
+    def read(self, index: Tensor) -> Tensor:
+        return self.source.read(self.index[index.cpu()]).to(self.device)
 
 
 def feature_distances(rows: Rows, name: str) -> tiles.FeatureDistances:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
@@ -12,10 +11,11 @@ from torch import Tensor
 from kdx.features import arrays
 from kdx.features.arrays import Array, ArrayT
 from kdx.features.target import Target
-from kdx.kernels import decomposition, geometry
+from kdx.kernels import decomposition, dispatch, geometry
+from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import BatchDistances, TorchBackend
+from kdx.kernels.positions import PositionGeometry
 from kdx.maps.unicam import check_residual
-from kdx.roles import SCORES, Definition, ScoreMap
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Decomposition(Generic[ArrayT]):
         return contributions
 
 
-def decompose(explained: ArrayT, target: Array, given: Array | None = None, minus: Array | None = None) -> Decomposition[ArrayT]:
+def decompose(
+    explained: ArrayT, target: Array, given: Array | None = None, minus: Array | None = None, *, backend: Backend = "auto"
+) -> Decomposition[ArrayT]:
     """Distribute a score over the positions of the images: exact, signed, and without a gradient.
 
     With D the distances of the explained features F, G the U-centred matrix of the target, and W_ij = G_ij/D_ij (0 where D_ij = 0),
@@ -58,6 +60,7 @@ def decompose(explained: ArrayT, target: Array, given: Array | None = None, minu
     explained, given, minus: features of the same images, [n, C, H, W] or [n, d], float16 to float64, NumPy or PyTorch, on one device.
     Tokens [n, L, C] are positions too: give ``tokens.mT[..., None]``. Where two grids differ, the mass of each is distributed by area over
     a grid that is as fine as both. target: integer labels [n], an embedding [n, e], or features [n, C, H, W].
+    backend: as in `kdx.unicam`.
 
     How to read a map: a positive c_i(p) means that at position p image i differs more from the images that the target sets apart than
     from those that it puts together; a negative value means the reverse. Each unordered pair of images is divided equally between its two
@@ -68,7 +71,8 @@ def decompose(explained: ArrayT, target: Array, given: Array | None = None, minu
     that position p of both networks sees the same part of the image.
 
     Raises KdxError for n < 4, constant or non-finite features, rows that do not match, a target with one class, and features that
-    ``given`` explains completely. Raises ValueError if both ``given`` and ``minus`` are given.
+    ``given`` explains completely, and for the backend ``cuda`` where it cannot run. Raises ValueError if both ``given`` and ``minus`` are
+    given, and for an unknown backend.
 
     >>> import numpy as np, kdx
     >>> rng = np.random.default_rng(0)
@@ -80,16 +84,18 @@ def decompose(explained: ArrayT, target: Array, given: Array | None = None, minu
     if given is not None and minus is not None:
         raise ValueError("give `given` or `minus`, not both")
     with torch.no_grad():
-        x = _network(explained, "explained features")
+        features = arrays.feature_map(explained, "explained features")
+        ops = dispatch.chosen(features, backend)
+        x = _network(features, "explained features", ops)
         n, device = len(x.features), x.features.device
-        g = _target_matrix(target, n, device)
+        g = _target_matrix(target, n, device, ops)
         norm = geometry.dot(g, g).sqrt()
         share = x.shares(g)
         second, name = (given, "given features") if given is not None else (minus, "subtracted features")
         if second is None:
             scale = _norm(x.distances.centred) * norm
             return _decomposition(share / scale, None, geometry.correlation(x.distances.centred, g), explained)
-        y = _network(second, name)
+        y = _network(second, name, ops)
         arrays.check_same(len(y.features), n, name, "explained features")
         arrays.check_same_device(y.features.device, device, name, "explained features")
         a, b = x.distances.centred, y.distances.centred
@@ -104,68 +110,35 @@ def decompose(explained: ArrayT, target: Array, given: Array | None = None, minu
         return _decomposition(share / scales[0], y.shares(g) / scales[1], score, explained)
 
 
-def coefficients(kind: ScoreMap, products: Tensor, names: Sequence[str]) -> tuple[float, ...]:
-    """The coefficient of each share of this kind, from the inner products [k, k] of the matrices ``names``.
-
-    With shares in the normalisation of the products, the sum over all images and positions of their combination equals the score.
-    """
-    if kind.score in SCORES:
-        return _coefficients(SCORES[kind.score], products, names)
-    more, less = (_coefficients(SCORES[name], products, names) for name in kind.score.split(" - "))
-    return *more, *(-value for value in less)
-
-
-def _coefficients(definition: Definition, products: Tensor, names: Sequence[str]) -> tuple[float, ...]:
-    x, g, *given = (names.index(name) for name in definition.matrices)
-    if not given:
-        return (float(1 / (products[x, x] * products[g, g]).sqrt()),)
-    (y,) = given
-    beta = products[x, y] / products[y, y]
-    scale = 1 / ((products[x, x] - beta * products[x, y]) * products[g, g]).sqrt()
-    return float(scale), float(-beta * scale)
-
-
-def terms(kind: ScoreMap, shares: Mapping[tuple[str, str], Tensor], products: Tensor, names: Sequence[str]) -> list[Tensor]:
-    """The one or two terms [..., n, h, w] whose sum are the maps of this kind, on a grid that is as fine as all of them.
-
-    shares [..., n, h, w] of each (role, matrix), in the normalisation of the inner products [k, k] of the matrices ``names``.
-    """
-    parts = [value * shares[share] for value, share in zip(coefficients(kind, products, names), kind.shares, strict=True)]
-    height, width = (max(part.shape[axis] for part in parts) for axis in (-2, -1))
-    return [part if part.shape[-2:] == (height, width) else decomposition.spread(part, height, width) for part in parts]
-
-
-def combined(kind: ScoreMap, shares: Mapping[tuple[str, str], Tensor], products: Tensor, names: Sequence[str]) -> Tensor:
-    """The maps [..., n, h, w] of this kind: the sum of its `terms`."""
-    return torch.stack(terms(kind, shares, products, names)).sum(0)
-
-
 @dataclass(frozen=True)
 class _Network:
-    """A network's features [n, C, H, W] and their distances [n, n]."""
+    """A network's features [n, C, H, W], the geometry of their positions, and their distances [n, n]."""
 
     features: Tensor
+    positions: PositionGeometry
     distances: BatchDistances
 
     def shares(self, matrix: Tensor) -> Tensor:
         """`kdx.kernels.decomposition.shares` on the grid of the features: [n, H, W]."""
-        result = decomposition.shares(self.features.flatten(2), self.distances.raw, matrix)
-        return result.reshape(len(result), *self.features.shape[2:])
+        n, _, height, width = self.features.shape
+        return self.positions.shares(matrix[None], [slice(0, n)]).reshape(n, height, width)
 
 
-def _network(array: Array, name: str) -> _Network:
+def _network(array: Array, name: str, ops: TorchBackend) -> _Network:
     features = arrays.feature_map(array, name)
     arrays.check_images(len(features))
-    return _Network(features, arrays.row_distances({name: features.flatten(1)}, TorchBackend())[0])
+    positions = ops.positions(features.flatten(2))
+    return _Network(features, positions, arrays.checked_distances(positions.distances[None], {name: features.flatten(1)})[0])
 
 
-def _target_matrix(target: Array, n: int, device: torch.device) -> Tensor:
+def _target_matrix(target: Array, n: int, device: torch.device, ops: TorchBackend) -> Tensor:
     """The U-centred matrix [n, n] of labels, of an embedding, or of another network's features."""
     if target.ndim != 4:
-        return Target.of(target, n, device=device).distances.centred
-    network = _network(target, "target features")
-    arrays.check_same(len(network.features), n, "target features", "explained features")
-    return network.distances.centred.to(device)
+        return Target.of(target, n, device=device, backend=ops).distances.centred
+    features = arrays.feature_map(target, "target features")
+    arrays.check_images(len(features))
+    arrays.check_same(len(features), n, "target features", "explained features")
+    return arrays.row_distances({"target features": features.flatten(1)}, ops)[0].centred.to(device)
 
 
 def _norm(matrix: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ class ModelsFile:
     """The contents of a models file. The teacher is optional.
 
     data, fingerprint, split_seed: the data that the networks were trained on, by reference and by content (`Dataset.fingerprint`), and
-    the seed of their split. Each is None where the file does not state it; files of kdx 0.1.0 have no fingerprint.
+    the seed of their split. used: a NumPy file beside this one with the keys of the images that were used to fit or to choose the weights
+    (`Dataset.image_keys`). Each is None where the file does not state it; files of kdx 0.1.0 have neither fingerprint nor used.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class ModelsFile:
     data: str | None = None
     fingerprint: str | None = None
     split_seed: int | None = None
+    used: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -77,8 +79,8 @@ def read_models(path: Path | str) -> ModelsFile:
 
     ``base`` and ``student`` are model references. Optional keys are ``teacher`` (a model reference), ``layers`` (a list of ``layer``
     or ``student_layer=teacher_layer``), ``classes`` (a list of names), and the tables ``[preprocessing]`` (size, mean, std),
-    ``[data]`` (reference, fingerprint, split_seed) and ``[training]`` (anything). kdx 0.1.0 wrote split_seed as seed. Raises KdxError
-    for a file that is missing, is not TOML, lacks base or student, or has any other key.
+    ``[data]`` (reference, fingerprint, split_seed, used) and ``[training]`` (anything). kdx 0.1.0 wrote split_seed as seed. Raises
+    KdxError for a file that is missing, is not TOML, lacks base or student, or has any other key.
     """
     path = Path(path)
     try:
@@ -92,7 +94,7 @@ def read_models(path: Path | str) -> ModelsFile:
     missing = [role for role in _REQUIRED if role not in content]
     if missing:
         raise _missing_roles(path, missing)
-    data = _table(path, content, "data", ("reference", "fingerprint", "split_seed", "seed"))
+    data = _table(path, content, "data", ("reference", "fingerprint", "split_seed", "used", "seed"))
     seed = "split_seed" if "split_seed" in data else "seed"
     return ModelsFile(
         path,
@@ -103,6 +105,7 @@ def read_models(path: Path | str) -> ModelsFile:
         data=None if "reference" not in data else _check(path, "data.reference", data["reference"], str),
         fingerprint=None if "fingerprint" not in data else _check(path, "data.fingerprint", data["fingerprint"], str),
         split_seed=None if seed not in data else _check(path, f"data.{seed}", data[seed], int),
+        used=None if "used" not in data else _check(path, "data.used", data["used"], str),
         training=_check(path, "training", content.get("training", {}), dict),
     )
 
@@ -119,6 +122,7 @@ def write_models(
     data: str | None = None,
     fingerprint: str | None = None,
     split_seed: int | None = None,
+    used: str | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> ModelsFile:
     """Write a models file atomically and return its contents, as ``read_models`` reads them. Entries that are None are left out."""
@@ -127,7 +131,7 @@ def write_models(
     if preprocessing is not None:
         values = {"size": preprocessing.size, "mean": preprocessing.mean, "std": preprocessing.std}
         lines += _toml_table("preprocessing", values)
-    lines += _toml_table("data", {"reference": data, "fingerprint": fingerprint, "split_seed": split_seed})
+    lines += _toml_table("data", {"reference": data, "fingerprint": fingerprint, "split_seed": split_seed, "used": used})
     lines += _toml_table("training", training or {})
     path = Path(path)
     write_atomic(path, ("\n".join(lines) + "\n").encode())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
+import zlib
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,22 +16,23 @@ from PIL import Image
 
 from kdx.disk import write_atomic
 from kdx.report import overlays
-from kdx.roles import MAPS, MapKind
-from kdx.runs.record import RunRecord
+from kdx.report.kinds import PageKind, opening_layer, page_kinds, shown_first
+from kdx.report.packing import PackedMap, data_uri, encoded, packed_map, rounded, rounded_or_none, shrunk
+from kdx.runs.record import MapColumns, RunRecord
 from kdx.runs.schema import layer_file_names, overlay_path, pictured_rows
-
-_LONGEST_EDGE = 320  # of an image on the page, in pixels
 
 _COMPOSITE_EDGE = 112  # composites of smaller images are enlarged by an integer factor to about this size, in pixels
 
-_MAP_EDGE = 64  # of a map on the page; larger maps are averaged down to this size
-
-_LOSSLESS = 24_000  # an image of at most this many bytes stays PNG on the page
-
 _PIXELATED = 96  # the page shows images up to this size with square pixels
 
-PackedMap = tuple[int, int, str]
-"""Height, width and base64 of one byte per position."""
+_SATURATION = 0.95  # the common scale of a layer ends at this quantile of the highest absolute values of its maps
+
+_STRIP_HIGHEST, _STRIP_LOWEST = 4, 2  # the images of the strip: those with the highest sums, then those with the lowest
+
+_LEAST_STABILITY = 0.5  # an image of the strip has a map that is at least this stable, where stability is known
+
+MapFigures = tuple[float, float | None, float | None]
+"""The sum of a map over its positions, its strength and its stability (`kdx.runs.record.MapColumns`)."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Card:
-    """One image of the gallery. ``image`` is a data URI of width x height pixels."""
+    """One image of the gallery. ``image`` is a data URI of width x height pixels. ``disagreement``: how many pairs of networks predict
+    different classes.
+    """
 
     id: str
     label: int
@@ -52,15 +56,25 @@ class Card:
     width: int
     height: int
     predictions: list[Prediction]
-    maps: list[list[PackedMap | None]]  # [layer][kind]; None where the map is constant
+    disagreement: int
+    maps: list[list[PackedMap | None]]  # [layer][kind]; None where the map is zero everywhere
+    figures: list[list[MapFigures]]
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Cards in the run's order, and the kinds of map and the classes that they have."""
+    """Cards in the run's order, with the kinds of map and the classes that they have.
+
+    grids: the height and width of the first kind of map per layer. opening: the layer that the page shows first. limits [layer][kind]: the
+    absolute value at which the layer's common scale ends. strip: the cards in the strip.
+    """
 
     cards: list[Card]
-    kinds: list[MapKind]
+    kinds: list[PageKind]
+    shown: list[PageKind]
+    grids: dict[str, tuple[int, int]]
+    opening: str
+    limits: list[list[float]]
     classes: list[tuple[int, str, int]]  # (class, name, number of cards)
 
     @property
@@ -74,11 +88,32 @@ class Gallery:
         return round(100 * overlays.OPACITY)
 
     @property
-    def gradient(self) -> str:
-        """The colour scale as the stops of a CSS gradient, drawn over grey as a map is drawn over an image."""
-        grey = np.full((1, 1, 3), 128, np.uint8)
-        steps = [overlays.composite(grey, np.full((1, 1), t))[0, 0] for t in np.linspace(0, 1, 13)]
-        return ", ".join(f"rgb({r} {g} {b})" for r, g, b in steps)
+    def least_stability(self) -> float:
+        """The stability that a map of the strip has at least, where stability is known."""
+        return _LEAST_STABILITY
+
+    @property
+    def strip(self) -> list[int]:
+        """The cards of the strip at the opening layer: the highest sums of the first kind of map, then the lowest if it is signed.
+
+        Empty maps, and maps whose stability is known to be low, are left out.
+        """
+        layer, signed = list(self.grids).index(self.opening), self.kinds[0].signed
+        figures = {place: card.figures[layer][0] for place, card in enumerate(self.cards) if card.maps[layer][0] is not None}
+        sums = {place: total for place, (total, _, stability) in figures.items() if stability is None or stability >= _LEAST_STABILITY}
+        order = sorted(sums, key=lambda place: (-sums[place], place))
+        count = _STRIP_HIGHEST + _STRIP_LOWEST
+        if len(order) <= count or not signed:
+            return order[:count]
+        return [*order[:_STRIP_HIGHEST], *order[-_STRIP_LOWEST:]]
+
+
+def gradient(signed: bool) -> str:
+    """The colour scale as the stops of a CSS gradient, drawn over grey as a map is drawn over an image."""
+    grey = np.full((1, 1, 3), 128, np.uint8)
+    values = np.linspace(-1 if signed else 0, 1, 13)
+    steps = [overlays.composite(grey, np.full((1, 1), t), signed=signed)[0, 0] for t in values]
+    return ", ".join(f"rgb({r} {g} {b})" for r, g, b in steps)
 
 
 def make_gallery(run: RunRecord) -> Gallery:
@@ -86,83 +121,89 @@ def make_gallery(run: RunRecord) -> Gallery:
 
     Raises LostResult where a picture or a map is missing or damaged.
     """
-    kinds = [kind for kind in MAPS.values() if kind.score in run.score_names]
+    kinds = page_kinds(run)
     positions = {int(row): position for position, row in enumerate(run.samples.rows)}
     rows = [row for row in pictured_rows(run.folder) if row in positions]
-    maps = {(layer, kind.name): overlays.scaled_for_display(run.maps(layer, kind.name, rows)) for layer in run.layers for kind in kinds}
-    layer_names = layer_file_names(list(run.layers))
-    cards = []
-    for place, row in enumerate(rows):
-        picture = run.picture(row)
+    places = [positions[row] for row in rows]
+    maps = {(layer, kind.name): run.maps(layer, kind.name, rows) for layer in run.layers for kind in kinds}
+    figures = {key: _figures(run.map_columns(*key), stack, places) for key, stack in maps.items()}
+
+    def make_card(place: int) -> Card:
+        picture = run.picture(rows[place])
         of_image = {key: stack[place] for key, stack in maps.items()}
-        for (layer, kind), map_ in of_image.items():
-            _write_composite(overlay_path(run.folder, row, layer_names[layer], kind), picture, map_)
-        packed = [[_packed(of_image[layer, kind.name]) for kind in kinds] for layer in run.layers]
-        cards.append(_card(run, positions[row], picture, packed))
+        _write_composites(run, rows[place], picture, of_image, kinds)
+        packed = [[packed_map(of_image[layer, kind.name], signed=kind.signed) for kind in kinds] for layer in run.layers]
+        return _card(run, places[place], picture, packed, [[figures[layer, kind.name][place] for kind in kinds] for layer in run.layers])
+
+    with ThreadPoolExecutor() as pool:  # most of the time goes to zlib, which releases the interpreter's lock
+        cards = list(pool.map(make_card, range(len(rows))))
     counts = Counter(card.label for card in cards)
-    return Gallery(cards, kinds, [(label, run.class_name(label), count) for label, count in sorted(counts.items())])
+    grids = {layer: _grid(maps[layer, kinds[0].name]) for layer in run.layers}
+    return Gallery(
+        cards,
+        kinds,
+        shown_first(kinds),
+        grids,
+        opening_layer(run, kinds[0], grids),
+        [[_limit(maps[layer, kind.name]) for kind in kinds] for layer in run.layers],
+        [(label, run.class_name(label), count) for label, count in sorted(counts.items())],
+    )
 
 
-def _card(run: RunRecord, position: int, picture: Image.Image, maps: list[list[PackedMap | None]]) -> Card:
+def _grid(maps: NDArray[np.float32]) -> tuple[int, int]:
+    return int(maps.shape[1]), int(maps.shape[2])
+
+
+def _figures(columns: MapColumns | None, maps: NDArray[np.float32], places: Sequence[int]) -> list[MapFigures]:
+    """The figures of the gallery's maps. A run of an older version stored none; the sum is then that of the map itself."""
+    if columns is None:
+        return [(rounded(float(total)), None, None) for total in np.nan_to_num(maps.astype(np.float64)).sum((1, 2))]
+    return [
+        (
+            rounded(float(np.nan_to_num(columns.total[place]))),
+            rounded_or_none(float(columns.strength[place])),
+            rounded_or_none(float(columns.stability[place])),
+        )
+        for place in places
+    ]
+
+
+def _limit(maps: NDArray[np.float32]) -> float:
+    """The value at which the common scale ends. Higher values have the same colour, so that a single map does not dim all others."""
+    highest = np.abs(np.nan_to_num(maps.astype(np.float64), posinf=0.0, neginf=0.0)).max((1, 2), initial=0.0)
+    highest = highest[highest > 0]
+    return rounded(float(np.quantile(highest, _SATURATION))) if len(highest) else 1.0
+
+
+def _card(run: RunRecord, position: int, picture: Image.Image, maps: list[list[PackedMap | None]], figures: list[list[MapFigures]]) -> Card:
     samples = run.samples
     label = int(samples.labels[position])
+    classes = [int(samples.predictions[role][position]) for role in run.roles]
     predictions = [
-        Prediction(
-            role,
-            run.class_name(int(samples.predictions[role][position])),
-            bool(samples.correct(role)[position]),
-            float(samples.confidences[role][position]),
-        )
-        for role in run.roles
+        Prediction(role, run.class_name(class_), bool(samples.correct(role)[position]), float(samples.confidences[role][position]))
+        for role, class_ in zip(run.roles, classes, strict=True)
     ]
-    shown = _shrunk(picture)
-    return Card(samples.ids[position], label, run.class_name(label), _data_uri(shown), *shown.size, predictions, maps)
+    disagreement = sum(a != b for a, b in combinations(classes, 2))
+    shown = shrunk(picture)
+    name = samples.ids[position]
+    return Card(name, label, run.class_name(label), data_uri(shown), *shown.size, predictions, disagreement, maps, figures)
 
 
-def _write_composite(path: Path, picture: Image.Image, map_: NDArray[np.float32]) -> None:
-    composite = Image.fromarray(overlays.composite(np.asarray(_enlarged(picture)), map_))
-    write_atomic(path, _encoded(composite, "PNG", compress_level=1))
+def _write_composites(
+    run: RunRecord, row: int, picture: Image.Image, maps: Mapping[tuple[str, str], NDArray[np.float32]], kinds: Sequence[PageKind]
+) -> None:
+    names = layer_file_names(list(run.layers))
+    large = np.asarray(_enlarged(picture))
+    for layer in run.layers:
+        for kind in kinds:
+            scale = overlays.symmetric_for_display if kind.signed else overlays.scaled_for_display
+            drawn = overlays.composite(large, scale(maps[layer, kind.name]), signed=kind.signed)
+            # Run lengths alone: on composites of photographs it is faster than zlib's first level, and the files are smaller.
+            data = encoded(Image.fromarray(drawn), "PNG", compress_level=1, compress_type=zlib.Z_RLE)
+            write_atomic(overlay_path(run.folder, row, names[layer], kind.name), data)
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
     """A small image with its pixels repeated, so that a smooth map over it is visible."""
     factor = math.ceil(_COMPOSITE_EDGE / max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) if factor > 1 else image
-
-
-def _shrunk(image: Image.Image) -> Image.Image:
-    if max(image.size) <= _LONGEST_EDGE:
-        return image
-    small = image.copy()
-    small.thumbnail((_LONGEST_EDGE, _LONGEST_EDGE), Image.Resampling.LANCZOS)
-    return small
-
-
-def _encoded(image: Image.Image, format_: str, **options: int | bool) -> bytes:
-    out = io.BytesIO()
-    image.save(out, format=format_, **options)
-    return out.getvalue()
-
-
-def _data_uri(image: Image.Image) -> str:
-    """The image as PNG where that is small, else as PNG or JPEG, whichever is smaller."""
-    data, kind = _encoded(image, "PNG", optimize=True), "png"
-    if len(data) > _LOSSLESS:
-        jpeg = _encoded(image, "JPEG", quality=86)
-        if len(jpeg) < len(data):
-            data, kind = jpeg, "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def _packed(map_: NDArray[np.float32]) -> PackedMap | None:
-    """A map that is scaled for display, as the page's script reads it; None where it is zero everywhere."""
-    if not map_.any():
-        return None
-    height, width = map_.shape
-    if max(height, width) > _MAP_EDGE:
-        shrink = _MAP_EDGE / max(height, width)
-        size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
-        map_ = np.asarray(Image.fromarray(map_).resize(size, Image.Resampling.BOX))
-        height, width = map_.shape
-    quantised = np.rint(np.clip(map_, 0, 1) * 255).astype(np.uint8)
-    return height, width, base64.b64encode(quantised.tobytes()).decode("ascii")

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from kdx.disk import write_atomic
 from kdx.report import overlays, plots, wording
-from kdx.report.gallery import Gallery, make_gallery
+from kdx.report.gallery import Gallery, gradient, make_gallery
+from kdx.report.kinds import kinds_left_out
+from kdx.report.map_facts import layer_facts
 from kdx.report.networks import network_cards
-from kdx.report.tables import score_tables
+from kdx.report.statements import statement_matrix
+from kdx.report.tables import overview_table, score_tables
 from kdx.runs import schema
 from kdx.runs.record import RunRecord, read_run
 
@@ -23,6 +26,11 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 _TEMPLATES = Path(__file__).parent / "templates"
+
+_STYLES = ("report.css", "statements.css", "gallery.css", "narrow.css")
+
+_SCRIPTS = ("theme.js", "maps.js", "downloads.js", "zoom.js", "gallery.js", "start.js")
+"""The parts of the page's script, in this order inside one function."""
 
 
 def write_page(folder: Path) -> Path:
@@ -68,10 +76,15 @@ def _page(run: RunRecord, gallery: Gallery) -> str:
         assets=_Assets.load(),
         reading=_reading(run, salient),
         notice=wording.training_notice(run),
+        overview=overview_table(run),
+        matrix=statement_matrix(run, gallery.kinds[0]),
         networks=network_cards(run),
         drawings=plots.drawings(run),
         tables=score_tables(run),
         gallery=gallery,
+        facts=layer_facts(run, gallery.kinds, gallery.grids),
+        left_out=kinds_left_out(run),
+        gradients={signed: gradient(signed) for signed in (True, False)},
         payload=_payload(run, gallery),
         record=_Record.of(run),
     )
@@ -89,7 +102,8 @@ class _Assets:
     def load(cls) -> _Assets:
         from markupsafe import Markup
 
-        style, script = ((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+        style, parts = ("\n".join((_TEMPLATES / name).read_text(encoding="utf-8") for name in names) for names in (_STYLES, _SCRIPTS))
+        script = f'"use strict";\n(() => {{\n{parts}}})();\n'
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
         return cls(Markup(style), Markup(script), digest)  # our own files; they contain no text from a run
 
@@ -130,12 +144,22 @@ def _reading(run: RunRecord, salient: str) -> wording.Reading:
 
 
 def _payload(run: RunRecord, gallery: Gallery) -> Markup:
-    """What the script draws the maps from."""
+    """What the script draws the maps from, and what it sorts and prints."""
+    tables = {"sequential": overlays.colours(), "diverging": overlays.diverging_colours()}
+    summaries = [[run.map_summaries[layer].get(kind.name) for kind in gallery.kinds] for layer in run.layers]
     return script_json(
         {
-            "colours": base64.b64encode(overlays.colours().tobytes()).decode("ascii"),
-            "layers": list(run.layers),
-            "kinds": [kind.name for kind in gallery.kinds],
+            "colours": {name: base64.b64encode(table.tobytes()).decode("ascii") for name, table in tables.items()},
+            "layers": [{"name": layer, "grid": gallery.grids[layer]} for layer in run.layers],
+            "opening": list(run.layers).index(gallery.opening),
+            "kinds": [
+                {"name": kind.name, "label": kind.label, "signed": kind.signed, "shown": kind in gallery.shown} for kind in gallery.kinds
+            ],
+            "limits": gallery.limits,
+            "nulls": [[None if summary is None else summary.null_strength for summary in kinds] for kinds in summaries],
+            "strip": gallery.strip,
+            "disagreement": [card.disagreement for card in gallery.cards],
+            "figures": [card.figures for card in gallery.cards],
             "maps": [card.maps for card in gallery.cards],
         }
     )

@@ -15,6 +15,9 @@ TABLES = (
 )
 """Title, symbol and names of each table: the scores, then their contrast."""
 
+OVERVIEW = (LIKENESS, "RS(S)", "RS(B)", GAIN, "RS(S|B)", "RS(B|S)")
+"""The scores and contrasts of the table at the top of the page."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -50,15 +53,21 @@ def names_by_table(run: RunRecord) -> list[tuple[str, str, list[str]]]:
 
 
 def score_tables(run: RunRecord) -> list[ScoreTable]:
-    tables = []
-    for title, symbol, names in names_by_table(run):
-        columns = [_column(name) for name in names]
-        rows = [
-            (layer, [_cell((run.scores[layer] | run.contrasts[layer])[name], sign=name in run.contrast_names) for name in names])
-            for layer in run.layers
-        ]
-        tables.append(ScoreTable(title, symbol, columns, rows))
-    return tables
+    return [_table(run, title, symbol, names) for title, symbol, names in names_by_table(run)]
+
+
+def overview_table(run: RunRecord) -> ScoreTable:
+    """The table at the top of the page."""
+    present = {*run.score_names, *run.contrast_names}
+    return _table(run, "Main scores", "", [name for name in OVERVIEW if name in present])
+
+
+def _table(run: RunRecord, title: str, symbol: str, names: list[str]) -> ScoreTable:
+    rows = [
+        (layer, [_cell((run.scores[layer] | run.contrasts[layer])[name], sign=name in run.contrast_names) for name in names])
+        for layer in run.layers
+    ]
+    return ScoreTable(title, symbol, [_column(name) for name in names], rows)
 
 
 def _column(name: str) -> Column:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kdx.roles import BALANCE, CONTRASTS, LIKENESS, MAPS, ROLES, MapKind
+from kdx.roles import BALANCE, CONTRASTS, GAIN, LIKENESS, MAPS, ROLES, MapKind
 from kdx.runs.record import Entry, RunRecord
 from kdx.runs.split import training_warning
 from kdx.scores.uncertainty import sign_test
@@ -100,6 +100,14 @@ def percent(x: float, digits: int = 1) -> str:
     return f"{number(100 * x, digits)}%"
 
 
+def direction(entry: Entry, confidence: float) -> int:
+    """1 where the images settle that the number is above zero, -1 where they settle that it is below, 0 where they settle neither.
+
+    Below zero the interval alone decides: the permutation test is one-sided, so it cannot reject chance for a negative score.
+    """
+    return entry.sign if entry.sign < 0 or entry.settled(confidence) else 0
+
+
 def training_notice(run: RunRecord) -> str | None:
     """The notice near the top of the page of a run whose images were or may have been used in training; None where none of them was."""
     return training_warning(run.trained_on, run.explained)
@@ -125,8 +133,7 @@ def read(
     scores describe them, else empty.
 
     A run without a teacher has no score or contrast of a teacher; its statements compare student and base. A statement has a direction
-    only where the interval excludes zero and the permutation p-value, if there is one, adjusted for the layers, is at most
-    1 - confidence. Every other statement is that these images do not settle the question. No sentence claims a cause.
+    only where `direction` has one. Every other statement is that these images do not settle the question. No sentence claims a cause.
     """
     scores_of_layers = [scores for _, scores, _ in layers.values()]
     images = [entry.n for scores in scores_of_layers for entry in scores.values() if entry.n is not None]
@@ -173,8 +180,8 @@ _MORE_RELEVANT = _Question(
 
 
 def _headline(contrasts: Mapping[str, Entry], question: _Question, confidence: float) -> str:
-    above = [name for name, entry in contrasts.items() if entry.settled(confidence) and entry.sign > 0]
-    below = [name for name, entry in contrasts.items() if entry.settled(confidence) and entry.sign < 0]
+    above = [name for name, entry in contrasts.items() if direction(entry, confidence) > 0]
+    below = [name for name, entry in contrasts.items() if direction(entry, confidence) < 0]
     unsettled = [name for name in contrasts if name not in above and name not in below]
     parts = []
     if above:
@@ -224,7 +231,8 @@ def _layer(
     present = [kind for kind in MAPS.values() if kind.score in scores]
     compared = [_beyond(kind, scores, confidence) for kind in present if kind.score in _BALANCE_SCORES]
     others = [_beyond(kind, scores, confidence) for kind in present if kind.score not in _BALANCE_SCORES]
-    return (*likeness, *compared, _balance(contrasts[BALANCE], confidence), *others)
+    gain = [_gain(contrasts[GAIN], confidence)] if GAIN in contrasts else []  # older versions did not have this contrast
+    return (*likeness, *gain, *compared, _balance(contrasts[BALANCE], confidence), *others)
 
 
 def _likeness(layer: str, teacher_layer: str, scores: Mapping[str, Entry], contrast: Entry, confidence: float) -> Statement:
@@ -233,7 +241,7 @@ def _likeness(layer: str, teacher_layer: str, scores: Mapping[str, Entry], contr
     if not (student.known and base.known and contrast.known):
         return Statement("Likeness", f"The likeness of the features at {layer} to the teacher’s could not be computed.", figures, False)
     theirs = "the teacher’s" if layer == teacher_layer else f"the teacher’s at {teacher_layer}"
-    settled = contrast.settled(confidence)
+    settled = direction(contrast, confidence) != 0
     if settled:
         relation = "closer to" if contrast.sign > 0 else "further from"
         verdict = f"The student’s features at {layer} are {relation} {theirs} than the base’s are."
@@ -252,21 +260,34 @@ def _beyond(kind: MapKind, scores: Mapping[str, Entry], confidence: float) -> St
     figures = (_figure(kind.score, entry),)
     if not entry.known:
         return Statement(topic, f"{kind.score} could not be computed from these images.", figures, False)
-    settled = entry.settled(confidence)
+    settled = direction(entry, confidence)
     if not settled:
         verdict = (
             f"These images do not settle whether the {explained}’s features are relevant to the labels beyond the {given}’s. "
             f"{_why(entry, confidence)}"
         )
-    elif entry.sign > 0:
+    elif settled > 0:
         verdict = f"The {explained}’s features are relevant to the labels beyond the {given}’s. {_why(entry, confidence)}"
     else:
         level = percent(confidence, 0)
         verdict = (
-            f"Beyond the {given}’s features, the {explained}’s features are negatively related to the labels: "
-            f"the {level} interval lies below zero."
+            f"The {explained} falls short of the {given}: the part of the {explained}’s features that the {given}’s do not explain is "
+            f"negatively related to the labels. The {level} interval lies below zero."
         )
-    return Statement(topic, verdict, figures, settled)
+    return Statement(topic, verdict, figures, settled != 0)
+
+
+def _gain(contrast: Entry, confidence: float) -> Statement:
+    figures = (_figure("difference", contrast, sign=True),)
+    if not contrast.known:
+        return Statement("Gain", "The difference between RS(S) and RS(B) could not be computed from these images.", figures, False)
+    settled = direction(contrast, confidence)
+    if settled:
+        more, less = ("student", "base") if settled > 0 else ("base", "student")
+        verdict = f"The {more}’s features are more relevant to the labels than the {less}’s."
+    else:
+        verdict = "These images do not settle whether the student’s or the base’s features are more relevant to the labels."
+    return Statement("Gain", f"{verdict} {_why(contrast, confidence, _DIFFERENCE_INTERVAL)}", figures, settled != 0)
 
 
 def _balance(contrast: Entry, confidence: float) -> Statement:
@@ -274,7 +295,7 @@ def _balance(contrast: Entry, confidence: float) -> Statement:
     if not contrast.known:
         verdict = f"The difference between {' and '.join(_BALANCE_SCORES)} could not be computed from these images."
         return Statement("Balance", verdict, figures, False)
-    settled = contrast.settled(confidence)
+    settled = direction(contrast, confidence) != 0
     if settled:
         more, less = ("student", "base") if contrast.sign > 0 else ("base", "student")
         verdict = f"What the {more} has beyond the {less} is more relevant to the labels than what the {less} has beyond the {more}."

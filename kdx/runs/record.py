@@ -179,6 +179,11 @@ class RunRecord:
         return self.classes[index] if 0 <= index < len(self.classes) else f"class {index}"
 
     @property
+    def geometry(self) -> str:
+        """Which images an image is compared with: whole, reference or batch."""
+        return self.manifest.get("geometry") or ("reference" if self.reference_images else "batch")
+
+    @property
     def map_kinds(self) -> tuple[str, ...]:
         """The kinds of map that the run contains: UniCAM's, then those that add up to a score."""
         first = next(iter(self.layers))

@@ -1,87 +1,35 @@
-"""A run over a data set: plans batches, runs the networks, measures and stores. A stopped run resumes where it stopped."""
+"""A run over a data set: plans it, runs the networks, measures and stores. A stopped run resumes where it stopped."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from kdx.data.batches import random_batches
-from kdx.data.dataset import Dataset, open_data
-from kdx.data.images import Images, decoded, load_images
+from kdx.data.images import load_images
 from kdx.data.splits import class_balanced_sample
-from kdx.errors import KdxError
 from kdx.explain.explainer import Explainer
-from kdx.explain.explainer_file import describe_explainer, no_reference_mode, paired_layers
 from kdx.explain.graph import largest_size
 from kdx.explain.network_set import NetworkRecord
-from kdx.explain.settings import Settings
-from kdx.features.arrays import MIN_IMAGES
-from kdx.models.layer_pairs import parse_layers
-from kdx.models.models_file import ModelsFile, read_models
-from kdx.progress import progress
 from kdx.roles import roles_among
 from kdx.runs import schema
+from kdx.runs.batches import collect_batches, explain_batches
+from kdx.runs.collected import Collected, check_unreadable
 from kdx.runs.environment import environment, now
-from kdx.runs.schema import BatchRecord, Configuration, Context, LayerProducts, SplitRule, StoredFeatures, StoredNetwork, StoredOptions
-from kdx.runs.split import SplitChoice, choose_split
+from kdx.runs.geometry import Geometry, choose_geometry, unavoidable
+from kdx.runs.plan import Plan
+from kdx.runs.plan import RunOptions as RunOptions
+from kdx.runs.schema import Configuration, Context, SplitRule, StoredFeatures, StoredLayer, StoredNetwork, StoredOptions
 from kdx.runs.store import Store
-from kdx.runtimes.choice import is_file
-from kdx.scores.pool import Pool, adjusted
+from kdx.runs.whole import collect_whole, explain_whole, feature_shapes
+from kdx.scores.pool import adjusted
 from kdx.scores.uncertainty import accuracy
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions(Settings):
-    """How a run explains: the settings of `kdx.Explainer` and those below.
-
-    batch: images whose geometry makes one set of maps.
-    reference_images: with m > 0, every image is mapped among the same m class-balanced images instead of its batch mates.
-    split: ``test``, ``validation``, ``train`` or ``all``. None takes ``test`` of the data that the models were trained on, and all of any
-    other data. max_unreadable: the share of corrupt images above which the run fails; one image always passes, unless the share is 0.
-    gallery: images shown in the report. workers: threads that decode the next batches while one is explained; None takes one per core,
-    0 decodes each batch when it is needed.
-    """
-
-    batch: int = 64
-    reference_images: int = 0
-    split: str | None = None
-    max_unreadable: float = 0.01
-    gallery: int = 60
-    workers: int | None = None
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a run explains: which images in which batches, with which networks, at which layers.
-
-    batches: positions in ``indices``. references: the reference images, as rows of the data set.
-    """
-
-    data: str
-    models: ModelsFile
-    dataset: Dataset
-    split: SplitChoice
-    batches: list[NDArray[np.int64]]
-    references: NDArray[np.int64]
-    layers: dict[str, str]
-    options: RunOptions
-
-    @property
-    def indices(self) -> NDArray[np.int64]:
-        """The images to explain, as rows of the data set."""
-        return self.split.indices
-
-    @property
-    def widest(self) -> int:
-        return max(map(len, self.batches))
 
 
 def explain_dataset(
@@ -104,48 +52,68 @@ def explain_dataset(
 
     Raises KdxError for anything that the user can fix, if possible before anything is written.
     """
-    plan = _plan(data, models, layers, options)
+    plan = Plan.of(data, models, layers, options)
     for line in plan.split.lines():
         announce(line)
-    with ExitStack() as stack:
-        with _explainer(plan, networks or out / schema.NETWORKS) as explainer:
-            records = explainer.networks()
-            size = largest_size(record.image_size for record in records.values())
-            store = stack.enter_context(
-                Store.begin(out, _configuration(plan, records, size), _context(plan, command), lambda: plan.dataset.fingerprint_of_0_1_0)
-            )
-            if store.complete and not restart:
-                announce(f"{out} is already complete; its page is written again.")
-                return
-            if store.complete:
-                store.restart()
-            explainer.open(size)
-            announce(f"Runtime {explainer.choice.why}.")
-            store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
-            store.manifest["random_weights"] = [role for role, record in records.items() if not record.trained]
-            for role in store.manifest["random_weights"]:
-                announce(f"Some or all weights of the {role} are random: {records[role].reference}.")
-            if len(plan.references):
-                store.manifest["reference_ids"] = [plan.dataset.ids[index] for index in plan.references]
-            _infer(store, explainer, plan, size, announce)
-        _finish(store, plan, size)
+    geometry = unavoidable(plan)
+    if geometry is not None and geometry.kind != "whole":
+        _ = plan.batches  # raises KdxError where batches have no geometry, before anything is written
+    with ExitStack() as stack, plan.explainer(networks or out / schema.NETWORKS) as explainer:
+        records = explainer.networks()
+        size = largest_size(record.image_size for record in records.values())
+        store = stack.enter_context(
+            Store.begin(out, _configuration(plan, records, size), _context(plan, command), lambda: plan.dataset.fingerprint_of_0_1_0)
+        )
+        if store.complete and not restart:
+            announce(f"{out} is already complete; its page is written again.")
+            return
+        if store.complete:
+            store.restart()
+        explainer.open(size)
+        announce(f"Runtime {explainer.choice.why}.")
+        store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
+        store.manifest["random_weights"] = [role for role, record in records.items() if not record.trained]
+        for role in store.manifest["random_weights"]:
+            announce(f"Some or all weights of the {role} are random: {records[role].reference}.")
+        _explain(store, explainer, plan, size, geometry, announce)
 
 
-def _plan(data: str, models: Path, layers: Sequence[str], options: RunOptions) -> _Plan:
-    if options.reference_images and options.reference_images < MIN_IMAGES:
-        raise KdxError(f"A reference set of {options.reference_images} is too small.", f"Give --reference {MIN_IMAGES} or more, or 0.")
-    models_file = _from_explainer_file(models) if is_file(models) else read_models(models)
-    dataset = open_data(data, models_file.classes or None)
-    split = choose_split(dataset, models_file, options.split, options.seed)
-    pairs = parse_layers(layers or models_file.layers)
-    batches = random_batches(dataset.labels[split.indices], options.batch, options.seed)
-    references = split.pool[:0]
-    if options.reference_images:
-        references = split.pool[class_balanced_sample(dataset.labels[split.pool], options.reference_images, options.seed)]
-    return _Plan(data, models_file, dataset, split, batches, references, pairs, options)
+def _explain(
+    store: Store, explainer: Explainer, plan: Plan, size: tuple[int, int], geometry: Geometry | None, announce: Callable[[str], None]
+) -> None:
+    """Compute what is missing of a run, and complete it. geometry: None where it depends on the size of the features."""
+    shapes = feature_shapes(explainer, size, plan.options.project) if geometry is None else {}
+    if "geometry" in store.manifest:  # a resumed run keeps its geometry, whatever the machine can do now
+        geometry = Geometry(store.manifest["geometry"], store.manifest["geometry_reason"])
+    elif geometry is None and store.has(0):  # kdx 0.1.0 did not record it
+        geometry = Geometry("batch", "the run was started by an older version")
+    elif geometry is None:
+        geometry = choose_geometry(plan, shapes, store.folder)
+    store.set_geometry(geometry.kind, geometry.reason, batches=1 if geometry.kind == "whole" else len(plan.batches))
+    announce(f"Geometry {geometry.kind}: {geometry.reason}.")
+    if geometry.kind == "whole":
+        if plan.options.project:
+            announce(_projection_note(plan.options.project))
+        files = explain_whole(store, explainer, plan, shapes, size, announce)
+        explainer.close()
+        _finish(store, plan, collect_whole(store, plan, files), size)
+        return
+    references = plan.references() if geometry.kind == "reference" else plan.indices[:0]
+    if len(references):
+        store.manifest["reference_ids"] = [plan.dataset.ids[index] for index in references]
+    explain_batches(store, explainer, plan, references, size, announce)
+    explainer.close()
+    _finish(store, plan, collect_batches(store, plan), size)
 
 
-def _configuration(plan: _Plan, records: Mapping[str, NetworkRecord], size: tuple[int, int]) -> Configuration:
+def _projection_note(project: int) -> str:
+    return (
+        f"Features are projected to {project} random channels per position. Squared distances keep their expected value, with a relative "
+        f"standard deviation of at most {(2 / project) ** 0.5:.1%}; maps and scores are those of the projected features."
+    )
+
+
+def _configuration(plan: Plan, records: Mapping[str, NetworkRecord], size: tuple[int, int]) -> Configuration:
     """Everything that a run's results depend on."""
     rule: SplitRule = {"validation_is_test": True} if plan.split.validation_is_test else {}
     return {
@@ -188,10 +156,16 @@ def _recorded_options(options: RunOptions) -> StoredOptions:
         recorded["precision"] = options.precision
     if options.features == "salient":
         recorded["features"] = {"kind": options.features, "keep": options.keep, "noise": options.noise}
+    if options.geometry != "auto":
+        recorded["geometry"] = options.geometry
+    if options.stored_precision != "float32":
+        recorded["stored_precision"] = options.stored_precision
+    if options.project:
+        recorded["project"] = options.project
     return recorded
 
 
-def _context(plan: _Plan, command: Sequence[str]) -> Context:
+def _context(plan: Plan, command: Sequence[str]) -> Context:
     """The part of a manifest that does not affect the results."""
     return {
         "kdx": version("kdx"),
@@ -200,122 +174,30 @@ def _context(plan: _Plan, command: Sequence[str]) -> Context:
         "environment": environment(),
         "classes": list(plan.dataset.classes),
         "method": plan.models.training.get("method"),
-        "batches": len(plan.batches),
+        "batches": 0,  # known when the geometry is
     }
 
 
-def _infer(store: Store, explainer: Explainer, plan: _Plan, size: tuple[int, int], announce: Callable[[str], None]) -> None:
-    """Explain and store every batch that is not stored yet."""
-    total = len(plan.batches)
-    pending = [batch for batch in range(total) if not store.has(batch)]
-    if pending and len(pending) < total:
-        announce(f"Resuming: {total - len(pending)} of {total} batches are done.")
-    if len(plan.references) and pending:
-        _use_references(explainer, plan.dataset, plan.references, size)
-    unreadable: list[tuple[str, str]] = []
-    planned = (plan.indices[plan.batches[batch]] for batch in pending)
-    with decoded(plan.dataset, planned, size, plan.options.workers) as results, progress() as show:
-        for done, (batch, images) in enumerate(zip(pending, results, strict=True), total - len(pending)):
-            show("Explaining", done, total, "batches")
-            _explain_batch(store, explainer, plan, batch, images)
-            unreadable += images.unreadable
-            _check_unreadable(unreadable, len(plan.indices), plan.options.max_unreadable)  # now, not after the last batch
-        show("Explaining", total, total, "batches")
-
-
-def _from_explainer_file(path: Path) -> ModelsFile:
-    """The contents of a models file for the networks in an explainer file."""
-    file = describe_explainer(path)
-    layers = tuple(f"{layer}={other}" for layer, other in paired_layers(file).items())
-    base, student, teacher = (file.networks[role].reference if role in file.networks else None for role in ("base", "student", "teacher"))
-    assert base is not None and student is not None
-    return ModelsFile(path, base, student, teacher, layers, file.classes)
-
-
-def _explainer(plan: _Plan, folder: Path) -> Explainer:
-    models = plan.models
-    if is_file(models.path):
-        if plan.options.reference_images:
-            raise no_reference_mode()
-        return Explainer.of({}, plan.layers, plan.options, folder=folder, file=models.path)
-    networks = {
-        role: models.path.parent / reference if is_file(reference) else models.load(role) for role, reference in models.references.items()
-    }
-    return Explainer.of(networks, plan.layers, plan.options, folder=folder)
-
-
-def _use_references(explainer: Explainer, dataset: Dataset, references: NDArray[np.int64], size: tuple[int, int]) -> None:
-    images = load_images(dataset, references, size)
-    if images.unreadable:
-        name, reason = images.unreadable[0]
-        raise KdxError(
-            f"The reference image {name} cannot be read ({reason}).",
-            "Repair or remove it, or choose other reference images with another --seed.",
-        )
-    explainer.use_references(images.pixels, torch.from_numpy(dataset.labels[images.kept]))
-
-
-def _explain_batch(store: Store, explainer: Explainer, plan: _Plan, batch: int, images: Images) -> None:
-    """Explain and store one batch."""
-    labels = torch.from_numpy(plan.dataset.labels[images.kept])
-    logits, measurements = explainer.explain(images.pixels, labels, (plan.options.seed, batch))
-    _check_classes(logits, len(plan.dataset.classes))
-    columns: dict[str, NDArray[Any]] = {schema.INDEX: images.kept}
-    for role, rows in logits.items():
-        confidence, prediction = rows.float().softmax(1).max(1)
-        columns[schema.prediction_column(role)] = prediction.numpy(force=True)
-        columns[schema.confidence_column(role)] = confidence.numpy(force=True)
-    products = {
-        layer: LayerProducts(measurement.products, measurement.permuted, measurement.moments) for layer, measurement in measurements.items()
-    }
-    maps = {
-        layer: {name: value.maps.float().numpy(force=True) for name, value in measurement.maps.items()}
-        for layer, measurement in measurements.items()
-    }
-    store.write_batch(batch, plan.widest, plan.widest * len(plan.batches), maps, BatchRecord(columns, products, images.unreadable))
-
-
-def _check_unreadable(unreadable: Sequence[tuple[str, str]], total: int, limit: float) -> None:
-    if len(unreadable) > (max(1, limit * total) if limit else 0):
-        name, reason = unreadable[0]
-        raise KdxError(
-            f"{len(unreadable)} of {total} images cannot be read, the first being {name} ({reason}).",
-            "Repair or remove them, or allow more with --max-unreadable.",
-        )
-
-
-def _check_classes(logits: Mapping[str, torch.Tensor], classes: int) -> None:
-    for role, rows in logits.items():
-        if rows.shape[1] != classes:
-            raise KdxError(
-                f"The {role} predicts {rows.shape[1]} classes, and the data has {classes}.",
-                "Name the networks' classes in their order, in the models file: classes = [...].",
-            )
-
-
-def _finish(store: Store, plan: _Plan, size: tuple[int, int]) -> None:
-    """Write the scores and samples from the batches' records, the pictures of the gallery, and the rest of the manifest."""
+def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int]) -> None:
+    """Write the scores and samples, the pictures of the gallery, and the rest of the manifest."""
     dataset, options = plan.dataset, plan.options
     roles = roles_among(store.manifest["configuration"]["models"])
-    columns, pools, unreadable = _collect(store, plan, roles)
-    planned = sum(map(len, plan.batches))
-    _check_unreadable(unreadable, planned, options.max_unreadable)
+    columns, planned = collected.columns, len(plan.indices)
+    check_unreadable(collected.unreadable, planned, options.max_unreadable)
     index = columns.pop(schema.INDEX)
     columns[schema.LABEL] = dataset.labels[index]
-    store.write_samples({schema.ID: [dataset.ids[i] for i in index], **columns})
+    store.write_samples({schema.ID: [dataset.ids[i] for i in index], **columns, **collected.map_columns()})
     raw: StoredFeatures = {"kind": "raw"}
+    layers: dict[str, StoredLayer] = {
+        layer: {**schema.stored_layer(scores), "maps": collected.stored_maps(layer)} for layer, scores in adjusted(collected.scores).items()
+    }
     store.write_scores(
         {
             "features": store.manifest["configuration"].get("features", raw),
             "accuracy": {
                 role: accuracy(columns[schema.prediction_column(role)] == columns[schema.LABEL], options.confidence) for role in roles
             },
-            "layers": {
-                layer: schema.stored_layer(scores)
-                for layer, scores in adjusted(
-                    {layer: pool.scores(n=len(index), confidence=options.confidence) for layer, pool in pools.items()}
-                ).items()
-            },
+            "layers": layers,
         }
     )
     gallery = _gallery(columns, roles, options)
@@ -327,26 +209,11 @@ def _finish(store: Store, plan: _Plan, size: tuple[int, int]) -> None:
         {
             "planned": planned,
             "explained": len(index),
-            "unreadable": [{"id": name, "reason": reason} for name, reason in unreadable],
+            "unreadable": [{"id": name, "reason": reason} for name, reason in collected.unreadable],
             "trained_on": plan.split.trained_on(index),
         },
+        keep_features=options.keep_features,
     )
-
-
-def _collect(store: Store, plan: _Plan, roles: Sequence[str]) -> tuple[dict[str, NDArray[Any]], dict[str, Pool], list[tuple[str, str]]]:
-    """Collects the records of all batches: the columns of the samples, each layer's pool of inner products, the unreadable images."""
-    pools = {layer: Pool(roles) for layer in plan.layers}
-    parts: list[dict[str, NDArray[Any]]] = []
-    unreadable: list[tuple[str, str]] = []
-    for batch in range(len(plan.batches)):
-        record = store.read_batch(batch)
-        unreadable += record.unreadable
-        for layer, pool in pools.items():
-            pool.add(*record.layers[layer])
-        count = len(record.columns[schema.INDEX])
-        position = {schema.ROW: batch * plan.widest + np.arange(count), schema.BATCH: np.full(count, batch)}
-        parts.append(position | record.columns)
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, pools, unreadable
 
 
 def _gallery(columns: Mapping[str, NDArray[Any]], roles: Sequence[str], options: RunOptions) -> NDArray[np.int64]:

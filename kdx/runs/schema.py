@@ -1,6 +1,7 @@
 """The schema of a run's folder: the names of files, JSON keys, columns, Zarr paths and arrays, and the format number.
 
-No other module defines them. `kdx.runs.run` and `kdx.runs.store` write a folder in this schema; `kdx.runs.record` reads it.
+No other module defines them, except the arrays of progress/ (`kdx.runs.progress_records`). `kdx.runs.run` and `kdx.runs.store` write a
+folder in this schema; `kdx.runs.record` reads it.
 
     manifest.json    everything needed to repeat the run, and whether it is complete
     samples.parquet  one row per image
@@ -11,7 +12,7 @@ No other module defines them. `kdx.runs.run` and `kdx.runs.store` write a folder
     overlays/        the gallery's pictures: ROW.png is an image, ROW_LAYER_KIND.png a map over it
     networks/        the networks as the runtime executes them
     progress/        one file per finished batch or layer, until the run is complete
-    features/        the features of all images, until the run is complete (or for good, with --keep-features)
+    features/        the features of all images, until the run is complete; with --keep-features they are kept
     .lock            locked by the process that writes; empty
 """
 
@@ -20,16 +21,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from kdx.kernels.moments import Moments
 from kdx.scores.pool import LayerScores
 
 FORMAT = 1
@@ -53,6 +48,15 @@ _OVERLAYS = "overlays"
 def batch_path(run: Path, batch: int) -> Path:
     """The file of a finished batch."""
     return run / PROGRESS / f"{batch:05d}.npz"
+
+
+def layer_path(run: Path, place: int) -> Path:
+    """The file of a finished layer of a run with the geometry ``whole``."""
+    return run / PROGRESS / f"layer-{place:03d}.npz"
+
+
+MAPS_PER_CHUNK = 64
+"""The maps per chunk of maps.zarr in a run with the geometry ``whole``. In other runs a chunk is a batch."""
 
 
 def picture_path(run: Path, row: int) -> Path:
@@ -114,8 +118,8 @@ class StoredFeatures(TypedDict):
 
 
 class StoredOptions(TypedDict):
-    """The options that a run's results depend on. Those that are not required are omitted at their defaults: float32, raw, batch (or
-    reference, with reference images), float32 and 0. ``batch`` is 0 for the geometry whole, whose results do not depend on it."""
+    """The options that a run's results depend on. Those that are not required are omitted at their defaults: float32, raw, auto,
+    float32 and 0."""
 
     batch: int
     runtime: str
@@ -178,10 +182,14 @@ class Context(TypedDict):
 
 
 class Manifest(Context):
+    """geometry: ``whole``, ``reference`` or ``batch``, chosen when the run started; geometry_reason: why. Runs of kdx 0.1.0 lack both."""
+
     format: int
     status: str
     configuration: Configuration
     random_weights: NotRequired[list[str]]
+    geometry: NotRequired[str]
+    geometry_reason: NotRequired[str]
     reference_ids: NotRequired[list[str]]
     finished: NotRequired[str]
     images: NotRequired[ImageCounts]
@@ -280,65 +288,3 @@ MAP_COLUMNS = ("total", "strength", "stability")
 
 def map_column(layer: str, kind: str, name: str) -> str:
     return f"{layer}/{kind}/{name}"
-
-
-_MOMENTS = ("variance", "interaction", "slope")
-"""The arrays of a layer's moments. Batches that an older kdx stored do not have them."""
-
-
-class LayerProducts(NamedTuple):
-    """The inner products that a batch adds to a layer's pool: the arguments of `kdx.scores.pool.Pool.add`.
-
-    With r roles: products [r + 1, r + 1], permuted [p, r + 1] per permuted matrix, and moments of the products, or None for fewer than five
-    images and in batches that an older kdx stored.
-    """
-
-    products: torch.Tensor
-    permuted: dict[str, torch.Tensor]
-    moments: Moments | None
-
-
-@dataclass(frozen=True)
-class BatchRecord:
-    """What a finished batch stores besides its maps.
-
-    columns: INDEX and each role's prediction and confidence, one row per readable image.
-    layers: the inner products per layer. unreadable: the name and the reason for each image that could not be read.
-    """
-
-    columns: dict[str, NDArray[Any]]
-    layers: dict[str, LayerProducts]
-    unreadable: tuple[tuple[str, str], ...]
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """The arrays of the batch's file. An array of a layer has the name KIND/LAYER.
-
-        On disk the kind of permuted products is ``moved_NAME``, the name that older runs gave it, so that they can still resume.
-        """
-        arrays = dict(self.columns)
-        for layer, (products, permuted, moments) in self.layers.items():
-            arrays[f"products/{layer}"] = products.numpy(force=True)
-            arrays |= {f"moved_{name}/{layer}": rows.numpy(force=True) for name, rows in permuted.items()}
-            if moments is not None:
-                arrays[f"parts/{layer}"] = np.array(moments.parts)
-                arrays |= {f"{name}/{layer}": getattr(moments, name).numpy(force=True) for name in _MOMENTS}
-        return arrays | {"unreadable": np.array(self.unreadable, dtype=np.str_).reshape(-1, 2)}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> BatchRecord:
-        """The record of a batch from the arrays of its file, the inverse of `arrays`."""
-        columns = {name: values for name, values in arrays.items() if "/" not in name and name != "unreadable"}
-        by_layer: dict[str, dict[str, torch.Tensor]] = {}
-        for name, values in arrays.items():
-            kind, slash, layer = name.partition("/")
-            if slash:
-                by_layer.setdefault(layer, {})[kind] = torch.from_numpy(values)
-        layers = {
-            layer: LayerProducts(
-                kinds["products"],
-                {kind.removeprefix("moved_"): rows for kind, rows in kinds.items() if kind.startswith("moved_")},
-                Moments(int(kinds["parts"]), *(kinds[name] for name in _MOMENTS)) if "parts" in kinds else None,
-            )
-            for layer, kinds in by_layer.items()
-        }
-        return cls(columns, layers, tuple((str(name), str(reason)) for name, reason in arrays["unreadable"]))

@@ -34,7 +34,9 @@ class SplitChoice:
     description: str
     """One sentence for the terminal: which split of which data, and its number of images."""
     reason: str = ""
-    """Why ``used`` is not known, as a sentence; empty where it is known."""
+    """Why images may have been used in training although the data are not those of the training, as a sentence, or empty."""
+    advice: str = ""
+    """How to explain new images, as a sentence, or empty."""
 
     def trained_on(self, indices: NDArray[np.int64]) -> int | None:
         """The number of these rows that were used in training; None where it is not known."""
@@ -45,8 +47,7 @@ class SplitChoice:
         warning = training_warning(self.trained_on(self.indices), len(self.indices))
         if warning is None:
             return [self.description]
-        advice = "" if self.used is None else "Explain --split test for images that the networks have not seen."
-        return [self.description, " ".join(filter(None, ("Warning:", self.reason, warning, advice)))]
+        return [self.description, " ".join(filter(None, ("Warning:", self.reason, warning, self.advice)))]
 
 
 def training_warning(trained_on: int | None, images: int) -> str | None:
@@ -69,9 +70,10 @@ def choose_split(dataset: Dataset, models: ModelsFile, split: str | None, seed: 
     """The split to explain: ``split``, or else ``test`` of the data that the networks were trained on and all of any other data.
 
     The fingerprint in the models file decides whether these are the training data. Where the file has none (it was written by hand or by
-    kdx 0.1.0), the data's path decides. seed: the seed of the split where the models file does not state one.
+    kdx 0.1.0), the data's path decides. In other data, copies of images that were used in training are recognised one by one.
+    seed: the seed of the split where the models file does not state one.
 
-    Raises KdxError for a split that does not exist.
+    Raises KdxError for a split that does not exist, and for a damaged file of the images that were used.
     """
     relation = _relation(dataset, models)
     of_0_1_0 = models.fingerprint is None and _OLD_FINGERPRINT in models.training
@@ -83,23 +85,29 @@ def choose_split(dataset: Dataset, models: ModelsFile, split: str | None, seed: 
     if name not in (*parts, "all"):
         raise KdxError(f"There is no split {name!r}.", f"Choose one of {', '.join(parts)}, all.")
     indices, pool = (everything, everything) if name == "all" else (parts[name], parts["train"])
-    renamed = validation_is_test(dataset) and not of_0_1_0
-    used: NDArray[np.bool_] | None = None
-    if relation == "other":
+    test_is_folder = validation_is_test(dataset) and not of_0_1_0
+    used = None if relation == "same" else _recognised(dataset, models)
+    if relation == "same":
+        # Without the seed, only a test split that the data define is known.
+        known = models.split_seed is not None or test_is_folder or "test" in dataset.splits
+        used = ~np.isin(everything, parts["test"]) if known else None
+    elif used is None and relation == "other":
         used = np.zeros(len(dataset), bool)
-    elif relation == "same" and (models.split_seed is not None or renamed or "test" in dataset.splits):
-        used = ~np.isin(everything, parts["test"])
-    origin = {"same": ", the data that the networks were trained on", "other": ", other data than the networks were trained on"}
+    origin = ""
+    if relation == "same":
+        origin = ", the data that the networks were trained on"
+    elif relation == "other" and used is not None and not used.any():
+        origin = ", other data than the networks were trained on"
+    reason = f"{dataset.reference} shares a folder with the networks' training data but has another fingerprint."
     return SplitChoice(
         name,
         indices,
         pool,
         used,
-        renamed and name != "all",
-        f"Explaining the split {name}: {len(indices):,} images of {dataset.reference}{origin.get(relation, '')}.",
-        f"{dataset.reference} shares a folder with the networks' training data but has another fingerprint."
-        if relation == "changed"
-        else "",
+        test_is_folder and name != "all",
+        f"Explaining the split {name}: {len(indices):,} images of {dataset.reference}{origin}.",
+        reason if relation == "changed" else "",
+        "Explain --split test for images that the networks have not seen." if relation == "same" and used is not None else "",
     )
 
 
@@ -121,6 +129,17 @@ def _relation(dataset: Dataset, models: ModelsFile) -> _Relation:
         return "same"
     recorded = models.training.get(_OLD_FINGERPRINT)
     return "same" if recorded == (dataset.relabelled_from or dataset).fingerprint_of_0_1_0 else "unknown"
+
+
+def _recognised(dataset: Dataset, models: ModelsFile) -> NDArray[np.bool_] | None:
+    """Whether each image is a copy of one that was used in training; None where the models file or the data have no keys of images."""
+    path = None if models.used is None else models.path.parent / models.used
+    if path is None or not path.is_file() or dataset.image_keys is None:
+        return None
+    try:
+        return np.isin(dataset.image_keys, np.load(path, allow_pickle=False))
+    except (OSError, ValueError) as error:
+        raise KdxError(f"{path} cannot be read as a NumPy array.", "Remove it, or repeat the kdx distill command that wrote it.") from error
 
 
 def _nested(first: str, second: str) -> bool:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from kdx.disk import lock_folder, read_json, write_atomic
 from kdx.errors import KdxError
 from kdx.runs import schema
-from kdx.runs.schema import BatchRecord, Configuration, Context, ImageCounts, Manifest, StoredScores
+from kdx.runs.progress_records import BatchRecord, LayerRecord
+from kdx.runs.schema import Configuration, Context, ImageCounts, Manifest, StoredScores
 
 
 class Store:
@@ -62,6 +63,8 @@ class Store:
             different = sorted(key for key in {*known, *requested} if known.get(key) != requested.get(key))
             if "fingerprint" in different and fingerprint_of_0_1_0 is not None and known.get("fingerprint") == fingerprint_of_0_1_0():
                 different.remove("fingerprint")
+            if stored.get("geometry") == "whole":  # the batch does not change its results
+                different = [key for key in different if key != "batch"]
             if "fingerprint" not in different:  # the same images in another folder
                 different = [key for key in different if key != "data"]
             if stored.get("format") != schema.FORMAT or different:
@@ -87,11 +90,17 @@ class Store:
     def complete(self) -> bool:
         return bool(self.manifest["status"] == schema.COMPLETE)
 
+    def set_geometry(self, kind: str, reason: str, *, batches: int) -> None:
+        """Record the geometry, before anything is computed with it."""
+        self.manifest["geometry"], self.manifest["geometry_reason"], self.manifest["batches"] = kind, reason, batches
+        self._write_manifest()
+
     def restart(self) -> None:
         """Discard the progress and the maps of a run whose results were lost, so that every batch is computed again."""
         self.manifest["status"] = schema.RUNNING
+        self.manifest.pop("geometry", None)  # runs of kdx 0.1.0 did not record it, and it is chosen again
         self._write_manifest()
-        for path in (self.folder / schema.PROGRESS, self.folder / schema.MAPS_FILE):
+        for path in (self.folder / schema.PROGRESS, self.folder / schema.FEATURES, self.folder / schema.MAPS_FILE):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -104,9 +113,12 @@ class Store:
         self, batch: int, rows: int, total: int, maps: Mapping[str, Mapping[str, NDArray[np.float32]]], record: BatchRecord
     ) -> None:
         """Write a batch's maps (layer -> kind -> [n, h, w]) at the rows from ``batch * rows`` of ``total``, then its record."""
-        import zarr
+        self.write_maps(batch, rows, total, maps)
+        self._write_arrays(schema.batch_path(self.folder, batch), record.arrays())
 
-        group = zarr.open_group(self.folder / schema.MAPS_FILE, mode="a")
+    def write_maps(self, batch: int, rows: int, total: int, maps: Mapping[str, Mapping[str, NDArray[np.float32]]]) -> None:
+        """Write a batch's maps (layer -> kind -> [n, h, w]) at the rows from ``batch * rows`` of ``total``."""
+        group = self._maps()
         for layer, kinds in maps.items():
             for kind, values in kinds.items():
                 shape = (total, *values.shape[1:])
@@ -114,9 +126,40 @@ class Store:
                 block = np.zeros((rows, *values.shape[1:]), np.float32)
                 block[: len(values)] = values
                 array[batch * rows : (batch + 1) * rows] = block
+
+    def read_maps(self, layer: str, kind: str, start: int, count: int) -> NDArray[np.float32]:
+        """``count`` maps [count, h, w] of a kind, from the row ``start``."""
+        return np.asarray(cast(Any, self._maps()[schema.map_path(layer, kind)])[start : start + count])
+
+    def _maps(self) -> Any:
+        import zarr
+
+        return zarr.open_group(self.folder / schema.MAPS_FILE, mode="a")
+
+    def has_layer(self, place: int) -> bool:
+        return schema.layer_path(self.folder, place).exists()
+
+    def write_layer(
+        self, place: int, layer: str, maps: Mapping[str, NDArray[np.float32]], order: NDArray[np.int64], record: LayerRecord
+    ) -> None:
+        """Write all maps of a layer (kind -> [n, h, w]) in this order, then its record. place: the number of the layer."""
+        group = self._maps()
+        for kind, values in maps.items():
+            chunks = (min(schema.MAPS_PER_CHUNK, len(values)), *values.shape[1:])
+            path = schema.map_path(layer, kind)
+            array = group.create_array(path, shape=values.shape, chunks=chunks, dtype="float32", overwrite=True)
+            for start in range(0, len(values), chunks[0]):
+                array[start : start + chunks[0]] = values[order[start : start + chunks[0]]]
+        self._write_arrays(schema.layer_path(self.folder, place), record.arrays())
+
+    def read_layer(self, place: int) -> LayerRecord:
+        with np.load(schema.layer_path(self.folder, place), allow_pickle=False) as content:
+            return LayerRecord.from_arrays({name: content[name] for name in content.files})
+
+    def _write_arrays(self, path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         content = io.BytesIO()
-        np.savez(content, allow_pickle=False, **record.arrays())
-        write_atomic(schema.batch_path(self.folder, batch), content.getvalue())
+        np.savez(content, allow_pickle=False, **arrays)
+        write_atomic(path, content.getvalue())
 
     def read_batch(self, batch: int) -> BatchRecord:
         with np.load(schema.batch_path(self.folder, batch), allow_pickle=False) as content:
@@ -127,7 +170,7 @@ class Store:
         import pyarrow.parquet as pq
 
         content = io.BytesIO()
-        pq.write_table(pa.table(dict(columns)), content)
+        pq.write_table(pa.table({name: pa.array(values, from_pandas=True) for name, values in columns.items()}), content)  # NaN is null
         write_atomic(self.folder / schema.SAMPLES_FILE, content.getvalue())
 
     def write_scores(self, scores: StoredScores) -> None:
@@ -147,11 +190,13 @@ class Store:
         Image.fromarray(pixels).save(content, "PNG")
         write_atomic(schema.picture_path(self.folder, row), content.getvalue())
 
-    def finish(self, finished: str, images: ImageCounts) -> None:
-        """Mark the run as complete, then delete the files that only a resumed run needs."""
+    def finish(self, finished: str, images: ImageCounts, *, keep_features: bool = False) -> None:
+        """Mark the run as complete, then delete the files that only a resumed run needs; the features only if they are not kept."""
         self.manifest = {**self.manifest, "finished": finished, "images": images, "status": schema.COMPLETE}
         self._write_manifest()
         shutil.rmtree(self.folder / schema.PROGRESS, ignore_errors=True)
+        if not keep_features:
+            shutil.rmtree(self.folder / schema.FEATURES, ignore_errors=True)
 
     def _write_manifest(self) -> None:
         self._write_json(schema.MANIFEST, self.manifest)

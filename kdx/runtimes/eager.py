@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kdx.export.graphs import FeatureGraph, GradientGraph, Graph
+from kdx.export.explainer_graphs import Graph
+from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.runtimes.runner import Runner, check_names
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from kdx.errors import KdxError, first_line, missing_package
 from kdx.export.description import Shape, describe
 from kdx.runtimes.cuda_stream import CPU, CudaStream, gpu_device
-from kdx.runtimes.runner import FileRunner
+from kdx.runtimes.runner import FileRunner, input_dtype
 
 Provider = Literal["cpu", "cuda"]
 
@@ -55,8 +55,8 @@ class OnnxRuntimeRunner(FileRunner):
         self._set_file(path, describe(path), own_device)
         self._stream = None if provider == "cpu" else CudaStream(self.device)
         self._session: Any = _session(onnxruntime, path, provider, self._stream, tf32)
-        self.inputs = _float_shapes(path, self._session.get_inputs())
-        self.outputs = _float_shapes(path, self._session.get_outputs())
+        self.inputs = _shapes(path, self._session.get_inputs())
+        self.outputs = _shapes(path, self._session.get_outputs())
         symbols = {size for shape in self.inputs.values() for size in shape}
         for name, shape in self.outputs.items():
             for size in shape:
@@ -74,7 +74,8 @@ class OnnxRuntimeRunner(FileRunner):
         place = self.device.type, self.device.index or 0
         binding = session.io_binding()
         for name, tensor in inputs.items():
-            binding.bind_input(name, *place, np.float32, tuple(tensor.shape), tensor.data_ptr())
+            kind = np.int64 if tensor.dtype == torch.int64 else np.float32
+            binding.bind_input(name, *place, kind, tuple(tensor.shape), tensor.data_ptr())
         for name, tensor in outputs.items():
             binding.bind_output(name, *place, np.float32, tuple(tensor.shape), tensor.data_ptr())
         try:
@@ -145,10 +146,11 @@ def _strays(parts: Collection[Any], name: str) -> list[str]:
     ]
 
 
-def _float_shapes(path: Path, values: Collection[Any]) -> dict[str, Shape]:
+def _shapes(path: Path, values: Collection[Any]) -> dict[str, Shape]:
     for value in values:
-        if value.type != "tensor(float)":
-            raise KdxError(f"{value.name} of {path} is a {value.type}, not float32.", "Export it again with kdx export.")
+        expected, name = ("tensor(int64)", "int64") if input_dtype(value.name) == torch.int64 else ("tensor(float)", "float32")
+        if value.type != expected:
+            raise KdxError(f"{value.name} of {path} is a {value.type}, not {name}.", "Export it again with kdx export.")
     return {value.name: tuple(value.shape) for value in values}
 
 

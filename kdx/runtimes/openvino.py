@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdx.choices import Precision
 from kdx.errors import KdxError, missing_package
 from kdx.export.description import Shape, describe
 from kdx.runtimes.cuda_stream import CPU
-from kdx.runtimes.runner import FileRunner
+from kdx.runtimes.runner import FileRunner, input_dtype
 
 _HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
 
@@ -111,7 +112,9 @@ def _check_ports(path: Path, ports: Sequence[Any], shapes: Mapping[str, Shape]) 
 
     described = {name: openvino.PartialShape([-1 if isinstance(size, str) else size for size in shape]) for name, shape in shapes.items()}
     fits = len(ports) == len(described) and all(
-        name in port.get_names() and port.get_element_type() == openvino.Type.f32 and port.get_partial_shape().compatible(shape)
+        name in port.get_names()
+        and port.get_element_type() == (openvino.Type.i64 if input_dtype(name) == torch.int64 else openvino.Type.f32)
+        and port.get_partial_shape().compatible(shape)
         for port, (name, shape) in zip(ports, described.items(), strict=True)
     )
     if not fits:

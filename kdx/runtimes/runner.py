@@ -81,6 +81,11 @@ class Runner(ABC):
         self.close()
 
 
+def input_dtype(name: str) -> torch.dtype:
+    """The number type of a file's input: int64 for labels, and float32 for every other input."""
+    return torch.int64 if name == "labels" else torch.float32
+
+
 class FileRunner(Runner):
     """The runner of an exported file, in a runtime that reads and writes PyTorch's memory in place."""
 
@@ -108,12 +113,12 @@ class FileRunner(Runner):
         return self.run({"images": images, "cotangent": images.new_zeros(len(images), self.class_count(images))})["logits"]
 
     def _prepared(self, feeds: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """The inputs as the runtime reads them, contiguous float32 on the device, and the size of each symbolic dimension."""
+        """The inputs as the runtime reads them, contiguous on the device, and the size of each symbolic dimension."""
         check_names(feeds, self.inputs)
         sizes: dict[str, int] = {}
         for name, shape in self.inputs.items():
             _check_shape(name, tuple(feeds[name].shape), shape, sizes)
-        return {name: feeds[name].detach().to(self.device, torch.float32).contiguous() for name in self.inputs}, sizes
+        return {name: feeds[name].detach().to(self.device, input_dtype(name)).contiguous() for name in self.inputs}, sizes
 
     def _empty_outputs(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
         """Uninitialised memory for every output."""

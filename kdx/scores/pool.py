@@ -82,6 +82,11 @@ class Pool:
         self._permuted = {name: rows + self._permuted[name] if name in self._permuted else rows for name, rows in permuted.items()}
         self._moments.append(moments)
 
+    @property
+    def products(self) -> Tensor:
+        """The inner products [r + 1, r + 1], summed over the batches."""
+        return torch.stack(self._products).sum(0)
+
     def scores(self, *, n: int, confidence: float = 0.95) -> LayerScores:
         """The scores of n images, with intervals from `kdx.scores.uncertainty.pooled_moments`."""
         products = torch.stack(self._products)

@@ -19,13 +19,13 @@ import benchmarks.record
 from benchmarks import gpu
 from benchmarks.kernel_cases import CHECKED, IN_PYTORCH, Check, KernelCase, Sizes, cases, check
 from kdx.errors import KdxError
-from kdx.kernels import cubins, cuda
+from kdx.kernels import cubins, cuda, geometry
 from kdx.kernels.cuda import Argument, Size
 from tests.host import KERNELS, ORDERS, HostLauncher, KernelError, kernels, running
 from tests.oracle import TOLERANCE, error
 
 CPU = torch.device("cpu")
-SOURCES = ["cam", "imputation", "pairwise", "products", "weights"]
+SOURCES = ["cam", "imputation", "pairwise", "products", "shares", "weights"]
 
 
 class Recording(HostLauncher):
@@ -124,6 +124,18 @@ def test_the_whole_batch_agrees_with_the_published_method() -> None:
     assert [cam.shape for cam in maps] == [(13, 3, 5)] * 2
 
 
+def test_the_batch_with_decomposition_maps_adds_up() -> None:
+    generator = torch.Generator().manual_seed(6)
+    target = torch.nn.functional.one_hot(torch.arange(13) % 3).float()
+    student, base = (torch.randn(13, 9, 3, 5, generator=generator) for _ in range(2))
+    with running():
+        without, (*same, first, second) = gpu.explained(student, base, target), gpu.decomposed(student, base, target)
+    assert all(error(a, b) < TOLERANCE["float32"] for a, b in zip(same, without, strict=True))
+    for shares, features in ((first, student), (second, base)):
+        d, g = (geometry.distances(rows.flatten(1)) for rows in (features, target))
+        assert float(shares.sum()) == pytest.approx(float(geometry.dot(d, geometry.u_centered(g))), rel=1e-4) and shares.shape == (13, 15)
+
+
 # ---- the report ----
 
 
@@ -177,10 +189,17 @@ def test_a_run_checks_times_and_writes(record: dict[str, Any]) -> None:
             assert row["share"] == pytest.approx(row["floor"] / np.median(row["samples"]))
     assert record["batch"]["published images"] == 6
     assert set(record["batch"]) == {
-        *("geometry", "maps and scores, 0 permutations", "maps and scores, 999 permutations", "passes, float32", "passes, float16"),
+        *(
+            "geometry",
+            "geometry and decomposition maps",
+            "maps and scores, 0 permutations",
+            "maps and scores, 999 permutations",
+            "passes, float32",
+            "passes, float16",
+        ),
         *("published images", "published", "geometry beside published"),
     }
-    assert [goal["wanted"] for goal in record["goals"]] == [0.8, 0.8, 0.8, 0.8, 0.05, 100]
+    assert [goal["wanted"] for goal in record["goals"]] == [0.8, 0.8, 0.8, 0.8, 0.05, 1.5, 100]
 
 
 def test_a_run_is_shown(record: dict[str, Any]) -> None:
@@ -188,7 +207,7 @@ def test_a_run_is_shown(record: dict[str, Any]) -> None:
     with console.capture() as shown:
         gpu.show(record, console)
     text = shown.get()
-    assert "An emulated GPU" in text and "GB/s" in text and text.count("wanted") == 6
+    assert "An emulated GPU" in text and "GB/s" in text and text.count("wanted") == 7
     assert all(row["name"] in text for row in record["kernels"])
 
 
@@ -200,13 +219,14 @@ def test_goals_are_judged_by_the_measured_values(holds: bool) -> None:
     ]
     batch = {
         "geometry": [1.0, 5.0, 9.0] if holds else [6.0],
+        "geometry and decomposition maps": [7.5 if holds else 9.1],
         "passes, float16": [90.0, 100.0, 120.0],
         "published": [500.0],
         "geometry beside published": [5.0] if holds else [5.1],
         "published images": 64,
     }
     goals = gpu.goals(rows, batch)
-    assert [goal["holds"] for goal in goals] == [holds] * 3
+    assert [goal["holds"] for goal in goals] == [holds] * 4
     assert goals[1]["found"] == pytest.approx(0.05 if holds else 0.06)
 
 

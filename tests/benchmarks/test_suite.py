@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import eager, explain, geometry, growth, imputation, limits, run, scores, stored
+from benchmarks import decomposition, eager, explain, geometry, growth, imputation, limits, run, scores, stored
 from benchmarks.cases import CASES, Case
 from benchmarks.comparison import Comparison, Work, free_bytes, gram_work, require_memory
 from benchmarks.goals import Goal
@@ -62,6 +62,7 @@ def test_all_variants_explain_a_batch_alike(tmp_path: Path) -> None:
 def test_geometry_and_scores_are_compared() -> None:
     for comparison in (
         geometry.comparison(Path(), n=8, channels=6, height=3, width=4),
+        decomposition.comparison(Path(), n=8, channels=9, height=3, width=4),
         scores.beside_dcor(Path(), n=40, d=5),
         scores.estimators(Path(), n=40, d=5),
     ):
@@ -87,6 +88,12 @@ def test_wrong_figures_are_never_timed(place: int, wrong: float) -> None:
         result = [other if place == index else expected for index, expected in enumerate(both)]
         with pytest.raises(SystemExit, match="of other by"):
             geometry._check({"kdx": both, "other": result})
+    shares = {"products": torch.eye(3), "student": torch.zeros(2, 4, 3, 3), "base": torch.zeros(2, 4, 3, 3)}
+    shares["student"][0, 0, 0, 0], shares["base"][1, 2, 0, 0] = 0.5, 0.25
+    shares["products"][0, 2], shares["products"][1, 2] = 0.5, 0.25
+    assert decomposition._check({"geometry": {"products": shares["products"]}, "both": shares})
+    with pytest.raises(SystemExit, match="of both by"):
+        decomposition._check({"geometry": shares, "both": shares | {(name := list(shares)[2 * place]): shares[name] + wrong}})
     pair = {"first": 0.5, "second": 0.5}
     with pytest.raises(SystemExit, match="off by"):
         scores._check({"dcor": pair, "kdx": pair | {list(pair)[place]: 0.5 + wrong}})

@@ -115,13 +115,13 @@ def test_every_option_of_distill_reaches_the_training(run: Run, monkeypatch: pyt
     monkeypatch.setattr(kdx.distill, "distill", distill)
     command = (
         "distill digits --teacher t --student s --out o --method at --layer a=b --epochs 2 --batch 9 --lr 0.5 --temperature 2 "
-        "--alpha 0.25 --beta 10 --image-size 8 --augment --flip --student-images 40 --seed 6 --device cpu"
+        "--alpha 0.25 --beta 10 --image-size 8 --augment --flip --student-images 40 --seed 6 --split-seed 4 --device cpu"
     )
     status, out, _ = run(*command.split())
     assert status == 0 and "kdx explain digits --models [o]/models.toml" in out
     assert seen[0]["settings"] == TrainingSettings(
-        method="at", epochs=2, batch=9, learning_rate=0.5, temperature=2.0, alpha=0.25, beta=10.0, seed=6, augment=True, flip=True,
-        student_images=40, image_size=(8, 8),
+        method="at", epochs=2, batch=9, learning_rate=0.5, temperature=2.0, alpha=0.25, beta=10.0, seed=6, split_seed=4,
+        augment=True, flip=True, student_images=40, image_size=(8, 8),
     )  # fmt: skip
     assert {key: seen[0][key] for key in ("teacher", "student", "out", "layers", "device")} == {
         "teacher": "t", "student": "s", "out": Path("o"), "layers": ["a=b"], "device": "cpu",

@@ -161,7 +161,7 @@ def test_where_a_file_goes_and_what_it_is_called(
 
 def test_an_engine_of_an_explainer_starts_at_four_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """With fewer images an engine's maps would be empty."""
-    assert _batch("explainer") == (4, 32, 64) and _batch("features") == (1, 32, 64)
+    assert _batch(4) == (4, 32, 64) and _batch(1) == (1, 32, 64)
     with pytest.raises(KdxError, match="its engine cannot take batches of 1"):
         export(
             {"student": "a", "base": "b"},
@@ -232,6 +232,10 @@ def test_options_that_contradict_each_other_are_refused_before_anything_is_loade
         ({"base": "a", "teacher": "b"}, "explainer", ExportOptions(), "a student and a base"),
         (two, "explainer", ExportOptions(at="x"), "has no cotangent"),
         (one, "features", ExportOptions(at="x"), "has no cotangent"),
+        (two, "explainer", ExportOptions(reference=8), "no data to choose reference images from"),
+        (two, "explainer", ExportOptions(reference=3, data="digits"), "A reference set of 3 images is too small"),
+        (two, "explainer", ExportOptions(data="digits"), "A reference set of 0 images is too small"),
+        (one, "features", ExportOptions(reference=8, data="digits"), "A file of features has no reference images"),
         (one, "features", ExportOptions(to="tensorrt", arch="sm_1"), "does not build for 'sm_1'"),
         (one, "features", ExportOptions(to="tensorrt", arch="sm_86", batch=(4, 2, 8)), "from 4 to 8, best 2"),
     ]

@@ -165,6 +165,22 @@ def test_a_file_that_is_larger_than_the_sample_is_left_out(tmp_path: Path, monke
     assert open_data(str(tmp_path)).fingerprint != before
 
 
+@pytest.mark.parametrize("size", [0, 1, 16_383, 16_384, 16_385, 32_767, 32_768, 32_769, 100_000])
+def test_the_key_of_an_image_is_that_of_its_size_beginning_and_end(tmp_path: Path, size: int) -> None:
+    content = np.random.default_rng(size).bytes(size)
+    ends = content if size <= 32_768 else content[:16_384] + content[-16_384:]
+    expected = int(hashlib.sha256(str(size).encode() + b"\n" + ends).hexdigest()[:16], 16)
+    (tmp_path / "a").write_bytes(content)
+    keys = fingerprint.image_keys({"file": tmp_path / "a", "bytes": content, "lost": tmp_path / "b"})
+    assert keys.tolist() == [expected, expected, 0]
+
+
+def test_only_images_in_files_of_their_own_have_keys(photos: Path) -> None:
+    keys = open_data(str(photos)).image_keys
+    assert keys is not None and len(set(keys.tolist())) == 5
+    assert open_data("digits").image_keys is None
+
+
 def test_cifar10_is_recognised_elsewhere_and_changes_with_a_pixel(tmp_path: Path) -> None:
     records = np.random.default_rng(0).integers(0, 10, (6, 3073), dtype=np.uint8)
     for root in ("a", "b"):

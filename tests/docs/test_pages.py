@@ -45,7 +45,7 @@ def test_code_that_no_test_runs_still_parses() -> None:
 def test_code_blocks_state_a_known_language() -> None:
     for page in PAGES:
         opening = re.findall(r"^```(.*)$", page.read_text("utf-8"), re.M)[::2]
-        assert set(opening) <= {"python", "python no-run", "sh", "toml", "text", "json"}, page.name
+        assert set(opening) <= {"python", "python no-run", "js", "sh", "toml", "text", "json"}, page.name
 
 
 def test_commands_exist() -> None:

@@ -44,6 +44,11 @@ def test_a_file_explains_as_its_networks_do(which: str, request: pytest.FixtureR
             assert worst(getattr(ours_at, name).weights, getattr(theirs_at, name).weights) <= MAPS_AGREE
             assert getattr(ours_at, name).score == pytest.approx(getattr(theirs_at, name).score, abs=SCORES_AGREE)
             assert getattr(ours_at, name).score == pytest.approx(ours_at.scores[MAPS[name].score].value, abs=SCORES_AGREE)
+        assert ours_at.score_maps.keys() == theirs_at.score_maps.keys()
+        for symbol, decomposition in theirs_at.score_maps.items():
+            largest = float(decomposition.maps.abs().max())
+            assert float((ours_at.score_maps[symbol].maps - decomposition.maps).abs().max()) <= MAPS_AGREE * largest
+            assert ours_at.score_maps[symbol].score == pytest.approx(decomposition.score, abs=1e-4)
         assert ours_at.scores.keys() == theirs_at.scores.keys() and ours_at.contrasts.keys() == theirs_at.contrasts.keys()
         for name, score in theirs_at.scores.items():
             assert ours_at.scores[name].value == pytest.approx(score.value, abs=SCORES_AGREE)

@@ -19,6 +19,7 @@ from kdx.data.batches import random_batches
 from kdx.data.dataset import open_data
 from kdx.data.images import load_images
 from kdx.errors import KdxError
+from kdx.roles import score_maps_among
 from kdx.runs import store
 from kdx.runs.run import RunOptions
 from tests import command_line as commands
@@ -78,6 +79,17 @@ def test_kdx_explain_of_a_file_is_a_run_like_any_other(pair: Written, pictures: 
             for name in ("distilled", "residual"):
                 maps = np.asarray(group[f"layer2/{name}"])[[row["row"] for row in rows]]
                 assert worst(maps, getattr(expected.layers["layer2"], name).maps) <= MAPS_AGREE
+
+
+def test_its_signed_maps_add_up_to_its_scores(finished: Path) -> None:
+    layer = json.loads((finished / "scores.json").read_text())["layers"]["layer2"]
+    values = {name: entry["value"] for name, entry in layer["scores"].items()}
+    group = zarr.open_group(finished / "maps.zarr", mode="r")
+    rows = pq.read_table(finished / "samples.parquet").to_pydict()["row"]
+    for name, kind in score_maps_among(("student", "base")).items():
+        more, _, less = kind.score.partition(" - ")
+        total = np.asarray(group[f"layer2/{name}"], dtype=np.float64)[rows].sum()
+        assert total == pytest.approx(values[more] - (values[less] if less else 0), abs=1e-4)
 
 
 def test_a_stopped_run_of_a_file_resumes(pair: Written, pictures: Path, finished: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from kdx.export.description import describe
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.kernels import reference
 from kdx.models.network import Network
-from kdx.roles import ROLES, SCORES, maps_among, scores_among
+from kdx.roles import ROLES, SCORES, maps_among, score_maps_among, scores_among
 from kdx.scores.score import Score
 from tests.explain.written_files import (
     CLASSES,
@@ -33,6 +34,7 @@ from tests.explain.written_files import (
     SCORES_AGREE,
     Written,
     by_definition,
+    decomposed,
     embedding,
     images,
     network,
@@ -82,6 +84,19 @@ def assert_explained(file: Written, pixels: Tensor, target: Tensor) -> None:
             )
         scores = dict(zip(describe(file.path).scores, actual[f"{layer}/scores"].tolist(), strict=True))
         assert scores == pytest.approx(by_definition(features, target), abs=SCORES_AGREE)
+        assert_adds_up(actual, layer, features, target, scores)
+
+
+def assert_adds_up(
+    actual: Mapping[str, np.ndarray[Any, Any]], layer: str, features: Mapping[str, Tensor], target: Tensor, scores: Mapping[str, float]
+) -> None:
+    """Asserts that the score maps are those of `kdx.decompose` and that each adds up to its score."""
+    for name, kind in score_maps_among(features).items():
+        maps = actual[f"{layer}/{name}/maps"]
+        expected = decomposed(kind, features, target)
+        assert np.abs(maps - expected.maps.numpy()).max() <= MAPS_AGREE * float(expected.maps.abs().max())
+        more, _, less = kind.score.partition(" - ")
+        assert maps.astype(np.float64).sum() == pytest.approx(scores[more] - (scores[less] if less else 0), abs=1e-4)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -107,6 +122,8 @@ def test_images_of_any_size_are_resized_inside_and_maps_to_their_size(trio: Writ
 def test_without_a_teacher_and_of_one_size(pair: Written, n: int) -> None:
     assert pair.graph.output_names[2:] == (
         *(f"layer2/{name}/{what}" for name in ("distilled", "residual") for what in ("maps", "scaled", "weights")),
+        *(f"layer2/{name}/maps" for name in ("rs_student", "rs_base", "rs_student_given_base", "rs_base_given_student")),
+        "layer2/rs_student_minus_base/maps",
         "layer2/scores",
         "layer2/distances",
     )
@@ -170,6 +187,8 @@ def test_a_map_of_networks_that_differ_by_rounding_is_zero(tmp_path: Path) -> No
     for name in ("distilled", "residual"):
         for what in ("maps", "scaled", "weights"):
             assert not actual[f"layer1/{name}/{what}"].any()
+    assert not actual["layer1/rs_student_given_base/maps"].any() and not actual["layer1/rs_base_given_student/maps"].any()
+    assert actual["layer1/rs_student/maps"].any()
     assert actual["layer1/distances"].any() and np.isfinite(actual["layer1/distances"]).all()
     for arguments in ({"file": twins.path}, {**networks, "layers": "layer1", "runtime": "eager"}):
         with Explainer(**arguments) as explainer, pytest.raises(KdxError, match="explain"):

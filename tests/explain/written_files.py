@@ -13,16 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+import kdx
 from kdx.choices import FilePrecision
 from kdx.explain.explainer import Explainer
 from kdx.explain.graph import explainer_graph
 from kdx.export import onnx_file, parity
 from kdx.export.description import Origin
-from kdx.export.graphs import ExplainerGraph, Preprocessing
+from kdx.export.explainer_graphs import ExplainerGraph
+from kdx.export.graphs import Preprocessing
 from kdx.kernels import reference
+from kdx.maps.decomposition import Decomposition
 from kdx.models.network import Network
 from kdx.models.resnet import resnet
-from kdx.roles import scores_among
+from kdx.roles import TARGET, ScoreMap, scores_among
 
 MAPS_AGREE = 1e-4
 """Relative to an output's largest value: both sides are float32, and a residual is a small difference of large values."""
@@ -114,6 +117,14 @@ def by_definition(features: Mapping[str, Tensor], target: Tensor) -> dict[str, f
         score = reference.semipartial if len(definition.matrices) == 3 else reference.correlation
         actual[name] = float(score(*(centred[matrix] for matrix in definition.matrices)))
     return actual
+
+
+def decomposed(kind: ScoreMap, features: Mapping[str, Tensor], target: Tensor) -> Decomposition[Tensor]:
+    """`kdx.decompose` in float64 of the roles of this kind, with the target or another role's features as the target."""
+    (explained, matrix), *others = kind.shares
+    x, g = features[explained].double(), target if matrix == TARGET else features[matrix].double()
+    other = features[others[0][0]].double() if others else None
+    return kdx.decompose(x, g, minus=other) if " - " in kind.score else kdx.decompose(x, g, given=other)
 
 
 def by_pytorch(networks: Mapping[str, Network], **settings: Any) -> Explainer:

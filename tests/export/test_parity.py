@@ -22,7 +22,8 @@ from kdx.errors import KdxError
 from kdx.explain.graph import explainer_graph
 from kdx.export import onnx_file, parity
 from kdx.export.description import Origin
-from kdx.export.graphs import FeatureGraph, GradientGraph, Graph, Preprocessing
+from kdx.export.explainer_graphs import Graph
+from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
 from kdx.export.parity import Difference, ParityReport
 from kdx.models.network import Network
 from kdx.models.resnet import resnet

@@ -53,6 +53,18 @@ def test_maps(launches: list[str], objective: Any, weighting: Any) -> None:
     assert actual.score == pytest.approx(expected.score, rel=CLOSE)
 
 
+@pytest.mark.parametrize("second", ["given", "minus", ""])
+def test_maps_that_add_up(launches: list[str], second: str) -> None:
+    x, y, labels = features()
+    options: dict[str, Any] = {second: y} if second else {}
+    expected = kdx.decompose(x, labels, **options, backend="torch")
+    assert not launches
+    actual = kdx.decompose(x, labels, **options, backend="cuda")
+    assert launches.count("shares_squares_float32") == launches.count("shares_contract") == (2 if second else 1)
+    assert oracle.error(actual.maps, expected.maps) < CLOSE and actual.score == pytest.approx(expected.score, abs=1e-5)
+    assert float(actual.maps.sum()) == pytest.approx(actual.score, abs=1e-5)
+
+
 @pytest.mark.parametrize("objective", ["relevance", "uniqueness"])
 def test_maps_in_reference_mode(launches: list[str], objective: Any) -> None:
     x, y, labels = features(24)
@@ -117,7 +129,11 @@ def test_scores(launches: list[str], n: int, batch: int | None) -> None:
 def test_pytorch_computes_float64(launches: list[str]) -> None:
     x, y, labels = oracle.features()
     assert kdx.rs(x, labels, y).value == kdx.rs(x, labels, y, backend="torch").value and not launches
-    for call in (lambda: kdx.unicam(x, y, labels, backend="cuda"), lambda: kdx.fss(x, y, backend="cuda")):
+    for call in (
+        lambda: kdx.unicam(x, y, labels, backend="cuda"),
+        lambda: kdx.fss(x, y, backend="cuda"),
+        lambda: kdx.decompose(x, labels, backend="cuda"),
+    ):
         with pytest.raises(kdx.KdxError, match="float64"):
             call()
 
@@ -128,6 +144,7 @@ def test_the_kernels_are_refused_where_they_cannot_run() -> None:
     for call in (
         lambda: kdx.unicam(x, y, labels, backend="cuda"),
         lambda: kdx.rs(x, labels, backend="cuda"),
+        lambda: kdx.decompose(x, labels, backend="cuda"),
         lambda: kdx.compare({"layer": {"student": x, "base": y}}, labels, backend="cuda"),
     ):
         with pytest.raises(kdx.KdxError, match="GPU"):

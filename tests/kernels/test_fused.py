@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdx.kernels import fused, reference
+from kdx.kernels import fused, fused_shares, geometry, reference
 from tests import host, oracle
 from tests.host import ORDERS, HostLauncher, KernelError, running
 from tests.kernels.inputs import EXACT, SINGLE, among, defined, geometries, gradients, laplacian, matrices, rows
@@ -24,7 +24,9 @@ def all_results() -> list[Tensor]:
     for objective in ("relevance", "uniqueness"):
         results += vars(fused.weights(d, given, target, means, objective, lap=True)).values()
         results += vars(fused.query_weights(inside, border, queries, references, objective)).values()  # type: ignore[arg-type]
-    return [*results, fused.cam(features, torch.ones(2, 64))]
+    positions = fused_shares.PositionSquares.of(features.flatten(2).mT.reshape(14, 7, 64))
+    shares = positions.shares(geometry.u_centered(matrices(1, 5, 14)[0]), [slice(0, 14)])
+    return [*results, fused.cam(features, torch.ones(2, 64)), positions.distances, shares]
 
 
 def test_the_order_of_blocks_and_threads_changes_no_bit() -> None:
@@ -32,7 +34,7 @@ def test_the_order_of_blocks_and_threads_changes_no_bit() -> None:
     for order in ORDERS:
         with running(HostLauncher(order)):
             results.append(all_results())
-    assert len(results[0]) == 21
+    assert len(results[0]) == 23
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
@@ -84,6 +86,17 @@ def check_cam() -> None:
     assert oracle.error(fused.cam(features, torch.ones(2, 320)), features.double().sum(1).relu()) < SINGLE
 
 
+def check_shares() -> None:
+    """Five matrices, in two strips and two parts of the channels."""
+    x = torch.randn(35, 80, 14, generator=torch.Generator().manual_seed(0))
+    g = geometry.u_centered(matrices(1, 5, 35)[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_shares, "_SQUARES", 2 * 20 * 35 * 14)
+        actual = fused_shares.PositionSquares.of(x).shares(g, [slice(0, 35)])[0]
+    for shares, matrix in zip(actual, g, strict=True):
+        assert oracle.error(shares, reference.shares(x, matrix)) < SINGLE
+
+
 BARRIER = "__syncthreads();"
 MISTAKES = [
     # Missing barriers. The barrier before the count of an image's blocks is not among them, because blocks run one at a time here.
@@ -93,6 +106,7 @@ MISTAKES = [
     ("weights", check_weights, f"{BARRIER}\n        if (!present)", "if (!present)"),
     ("cam", check_cam, f"{BARRIER}\n    // Element e", ""),
     ("cam", check_cam, f"- 1;\n    {BARRIER}", "- 1;"),
+    ("shares", check_shares, BARRIER, ""),
     # Off by one
     ("pairwise", check_pairwise, "= i < x.count && j < y.count ? gram", "= i <= x.count && j < y.count ? gram"),
     ("pairwise", check_pairwise, "k < d; k += 32", "k <= d; k += 32"),
@@ -101,6 +115,15 @@ MISTAKES = [
     ("weights", check_weights, "j < n; j += 32) {\n        const double a", "j + 1 < n; j += 32) {\n        const double a"),
     ("cam", check_cam, "position < count; position", "position <= count; position"),
     ("cam", check_cam, "begin + image.periods_per_block)", "begin + image.periods_per_block + 1)"),
+    ("shares", check_shares, "left + j < count && top", "left + j <= count && top"),
+    ("shares", check_shares, "begin + channels_per_block)", "begin + channels_per_block + 1)"),
+    ("shares", check_shares, "left + kSide - 1 <= top", "left + kSide - 1 <= top + kSide"),
+    ("shares", check_shares, "next < shape.groups", "next + 1 < shape.groups"),
+    ("shares", check_shares, "own < rows ? count : rows", "rows"),
+    ("shares", check_shares, "min(own, other) * count + max(own, other)", "own * count + other"),
+    ("shares", check_shares, "begin + lane < partners && ", ""),
+    ("shares", check_shares, " && matrix + m < matrices", ""),
+    ("shares", check_shares, "other != own", "true"),
 ]
 
 
@@ -112,7 +135,7 @@ def test_a_mistake_in_a_kernel_is_caught(source: str, check: Callable[[], None],
                 check()
 
 
-@pytest.mark.parametrize("check", [check_pairwise, check_products, check_weights, check_cam])
+@pytest.mark.parametrize("check", [check_pairwise, check_products, check_weights, check_cam, check_shares])
 def test_without_a_mistake_nothing_is_caught(check: Callable[[], None]) -> None:
     with running():
         check()

@@ -78,7 +78,8 @@ def test_maps_add_up_to_the_scores(name: str, dtype: Any) -> None:
 @pytest.mark.parametrize("extra", ["given", "minus"])
 def test_different_grids_keep_their_sums(extra: str) -> None:
     x, y = features(0, 6, 6, 4), features(1, 9, 3, 5)
-    result = kdx.decompose(x, LABELS, **{extra: y})
+    second: dict[str, Any] = {extra: y}
+    result = kdx.decompose(x, LABELS, **second)
     assert result.maps.shape == (N, 6, 5)
     assert float(result.maps.sum()) == pytest.approx(result.score, abs=1e-9)
 

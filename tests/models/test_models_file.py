@@ -30,6 +30,7 @@ def test_reading_a_models_file_is_the_inverse_of_writing_it(tmp_path: Path) -> N
         data="digits",
         fingerprint="ab12",
         split_seed=3,
+        used="u.npy",
         training={"method": "kd", "accuracy": 0.97, "whole": 1.0, "augment": True, "nested": {"odd key": [1, 2]}, "nothing": None},
     )
     assert models_file.read_models(tmp_path / "models.toml") == written
@@ -37,7 +38,7 @@ def test_reading_a_models_file_is_the_inverse_of_writing_it(tmp_path: Path) -> N
     assert written.classes == ("cat", 'a "quoted"\n\\name\x7f', "猫")
     assert written.training == {"method": "kd", "accuracy": 0.97, "whole": 1.0, "augment": True, "nested": {"odd key": [1, 2]}}
     assert (written.layers, written.data) == (("layer3", "layer1=stem.0"), "digits")
-    assert (written.fingerprint, written.split_seed) == ("ab12", 3)
+    assert (written.fingerprint, written.split_seed, written.used) == ("ab12", 3, "u.npy")
     assert os.listdir(tmp_path) == ["models.toml"]  # noqa: PTH208 - names are compared
 
 

@@ -76,4 +76,4 @@ def opened(browser: Browser) -> Iterator[Callable[..., Page]]:
 
 
 def _is_external(url: str, address: str) -> bool:
-    return url != address and not url.startswith("data:")
+    return url != address and not url.startswith(("data:", "blob:"))

@@ -8,100 +8,16 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
-import zarr
 from playwright.sync_api import Page
 from rich.console import Console
 
 from kdx.report import page as page_module
 from kdx.report.page import script_json, write_page
 from kdx.report.terminal import scores_table
-from tests.made_runs import KINDS, ODD_LAYER, SCRIPT, edit, make_run
-from tests.report.slow_maps import slow_resize, slow_scale
-
-READ_ALPHA = """c => {
-  const copy = new OffscreenCanvas(c.width, c.height).getContext("2d", { willReadFrequently: true });
-  copy.drawImage(c, 0, 0);
-  return [c.width, c.height, ...copy.getImageData(0, 0, c.width, c.height).data.filter((_, i) => i % 4 === 3)];
-}"""
-
-
-def _shown(page: Page) -> list[str]:
-    ids: list[str] = page.eval_on_selector_all(".card", "cards => cards.filter(c => c.offsetParent !== null).map(c => c.dataset.id)")
-    return ids
-
-
-def _samples(run: Path, gallery: int = 16) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pa.parquet.read_table(run / "samples.parquet").to_pylist()
-    return rows[:gallery]
-
-
-def test_filters_show_the_images_that_match(run: Path, opened: Callable[..., Page]) -> None:
-    page, samples = opened(run), _samples(run)
-
-    def right(sample: dict[str, Any], role: str) -> bool:
-        return bool(sample[f"{role}_prediction"] == sample["label"])
-
-    assert _shown(page) == [s["id"] for s in samples[:12]]
-    page.get_by_role("button", name="Show 4 more").click()
-    assert _shown(page) == [s["id"] for s in samples]
-    assert page.locator("#more").is_hidden()
-    assert "Showing 16 of 16" in page.locator("#count").inner_text()
-
-    outcomes: dict[str, Callable[[dict[str, Any]], bool]] = {
-        "Student right": lambda s: right(s, "student"),
-        "Student wrong": lambda s: not right(s, "student"),
-        "Student right, base wrong": lambda s: right(s, "student") and not right(s, "base"),
-        "Student wrong, teacher right": lambda s: right(s, "teacher") and not right(s, "student"),
-    }
-    for label, matches in outcomes.items():
-        page.get_by_label("Predictions", exact=True).select_option(label=label)
-        expected = [s["id"] for s in samples if matches(s)]
-        assert 0 < len(expected) < 16, f"the synthetic run has no case for {label}"
-        assert _shown(page) == expected[:12]
-        assert f"Showing {min(12, len(expected))} of {len(expected)} " in page.locator("#count").inner_text()
-
-    page.get_by_label("Predictions", exact=True).select_option(label="All outcomes")
-    page.get_by_label("Class").select_option(value="1")
-    assert _shown(page) == [s["id"] for s in samples if s["label"] == 1]
-
-    # Both filters match no image in a class without such an image. A button resets them.
-    empty_class = next(c for c in range(3) if all(right(s, "teacher") or not right(s, "student") for s in samples if s["label"] == c))
-    page.get_by_label("Class").select_option(value=str(empty_class))
-    page.get_by_label("Predictions", exact=True).select_option(label="Student right, teacher wrong")
-    assert _shown(page) == []
-    page.get_by_role("button", name="Show all images").click()
-    assert _shown(page) == [s["id"] for s in samples[:12]]
-
-
-def test_layer_buttons_draw_that_layers_maps(run: Path, opened: Callable[..., Page]) -> None:
-    page = opened(run)
-    group = zarr.open_group(run / "maps.zarr", mode="r")
-    for layer in ("layer1", "layer3"):
-        button = page.get_by_role("button", name=layer, exact=True)
-        button.focus()
-        page.keyboard.press("Enter")  # the page works with the keyboard alone
-        assert button.get_attribute("aria-pressed") == "true"
-        assert page.locator("[data-layer][aria-pressed=true]").count() == 1
-        for kind in KINDS:
-            array = group[f"{layer}/{kind}"]
-            assert isinstance(array, zarr.Array)
-            canvas = page.locator(".card").nth(1).locator(f".map[data-kind={kind}] canvas")
-            assert canvas.get_attribute("aria-label") == f"{kind} features of image-00001 at {layer}"
-            drawn = np.array(canvas.evaluate(READ_ALPHA))
-            alpha = drawn[2:].reshape(drawn[1], drawn[0])
-            expected = 255 * slow_resize(slow_scale(np.asarray(array[1])), drawn[1], drawn[0])
-            assert np.abs(alpha - expected).max() <= 1.01  # packing and drawing each round by up to one level
-    # The synthetic run has one map that is zero everywhere.
-    page.get_by_role("button", name="layer1", exact=True).click()
-    empty = page.locator(".card").first.locator(".map[data-kind=new]")
-    assert empty.locator("figcaption").inner_text() == "new: empty map"
-    assert empty.locator("canvas").is_hidden()
+from tests.made_runs import ODD_LAYER, SCRIPT, edit, make_run
+from tests.report.test_gallery_page import kinds_shown, samples, shown
 
 
 def test_opacity_theme_and_command(run: Path, opened: Callable[..., Page]) -> None:
@@ -123,7 +39,7 @@ def test_opacity_theme_and_command(run: Path, opened: Callable[..., Page]) -> No
 
 def test_a_right_prediction_has_a_mark_besides_its_colour(run: Path, opened: Callable[..., Page]) -> None:
     page = opened(run)
-    for place, sample in enumerate(_samples(run)[:12]):
+    for place, sample in enumerate(samples(run)[:12]):
         lines = page.locator(".card").nth(place).locator(".predictions tr").all_text_contents()
         for role, line in zip(("teacher", "base", "student"), lines, strict=True):
             right = sample[f"{role}_prediction"] == sample["label"]
@@ -158,7 +74,8 @@ def test_no_horizontal_overflow(run: Path, hostile: Path, pair: Path, opened: Ca
         # No element may be clipped: an element wider than the window must scroll inside itself.
         beyond = page.evaluate(
             "() => [...document.querySelectorAll('main *, header *, footer *')].filter(e => e.getClientRects().length && "
-            "!e.closest('.unseen, thead, svg') && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 120))"
+            "!e.closest('.unseen, thead, svg, .scroll *') && e.getBoundingClientRect().right > innerWidth + 1)"
+            ".map(e => e.outerHTML.slice(0, 120))"
         )
         assert beyond == []
 
@@ -167,14 +84,21 @@ def test_hostile_names_are_text(hostile: Path, opened: Callable[..., Page]) -> N
     page = opened(hostile)  # the fixture fails on a dialog, an error or a request
     assert page.locator(".card h3").first.inner_text() == SCRIPT
     assert page.locator(".card .id").first.inner_text().startswith("</script><script>alert(0)")
-    assert page.locator("h3.layer").first.inner_text() == ODD_LAYER
-    assert page.locator("[data-layer]").first.inner_text() == ODD_LAYER
+    assert page.locator(".matrix thead code").first.inner_text() == ODD_LAYER
+    assert page.locator("[data-layer] bdi").first.inner_text() == ODD_LAYER
     assert page.locator("#command").inner_text() == f"kdx '{SCRIPT}' 'it'\"'\"'s'"
     assert page.locator("main :is(b, i, u):has-text('bytes'), main i:has-text('layer4'), header u").count() == 0
     assert page.locator("script").count() == 2
-    assert len(_shown(page)) == 8
+    assert len(shown(page)) == 8
     page.get_by_role("button", name=ODD_LAYER).click()
-    assert page.locator("canvas").first.get_attribute("aria-label") == f"distilled features of {_samples(hostile)[0]['id']} at {ODD_LAYER}"
+    canvas = page.locator(".card canvas").first
+    assert canvas.get_attribute("aria-label") == f"RS(S) − RS(B) map of {samples(hostile)[0]['id']} at {ODD_LAYER}"
+    other = page.locator("[data-layer] bdi").nth(1).inner_text()
+    page.locator("[data-layer]").nth(1).click()
+    page.reload()
+    assert page.locator("[data-layer][aria-pressed=true] bdi").inner_text() == other
+    page.locator(".card .enlarge").first.click()
+    assert page.locator("#zoom-title").inner_text().startswith(f"{SCRIPT} · </script>")
 
 
 def test_page_policy_and_size(run: Path) -> None:
@@ -245,12 +169,18 @@ def test_the_page_of_a_run_without_a_teacher_does_not_mention_a_teacher(pair: Pa
     assert [name for name in names if name in text.replace("On Explaining Knowledge Distillation", "")] == []
     assert page.locator("h1").inner_text() == "How the student differs from the base"
     assert page.locator(".network h3").all_inner_texts() == ["Base", "Student"]
-    assert page.locator(".plot").count() == 2 and page.locator("table.scores").count() == 2 and page.locator("table.pairs").count() == 0
-    assert page.locator(".kinds dt").all_inner_texts() == ["Distilled S | B", "Residual B | S"]
-    assert page.locator(".card").first.locator(".map").evaluate_all("all => all.map(m => m.dataset.kind)") == ["distilled", "residual"]
+    assert (
+        page.locator(".plot").count() == 2
+        and page.locator("#scores table.scores").count() == 2
+        and page.locator("table.pairs").count() == 0
+    )
+    kinds = ["RS(S) − RS(B)", "RS(S)", "RS(B)", "RS(S|B)", "Distilled S | B", "Residual B | S"]
+    assert [" ".join(text.split()) for text in page.locator(".kinds dt").all_text_contents()] == kinds
+    assert kinds_shown(page) == ["rs_student_minus_base", "rs_student", "rs_base", "distilled"]
     assert page.locator("#outcome option").count() == 5
     assert page.locator(".card").first.locator(".predictions tr th").all_inner_texts() == ["base", "student"]
-    assert {path.stem.split("_")[-1] for path in (pair / "overlays").glob("*_*.png")} == {"distilled", "residual"}
+    written = {path.stem.split("_", 2)[2] for path in (pair / "overlays").glob("00000_*_*.png")}
+    assert written == {"distilled", "residual", "rs_student_minus_base", "rs_student", "rs_base", "rs_student_given_base"}
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(scores_table(pair))
     table = console.export_text()
@@ -265,6 +195,23 @@ def test_the_page_states_random_weights(tmp_path: Path) -> None:
     assert "trained without the teacher. Some or all of its weights are random." in page
 
 
+@pytest.mark.parametrize(("used", "sentence"), [(None, "It is not known whether"), (12, "12 of the 40 images explained"), (0, "")])
+def test_the_page_states_images_of_the_training_before_any_result(
+    tmp_path: Path, opened: Callable[..., Page], used: int | None, sentence: str
+) -> None:
+    folder = make_run(tmp_path / "run")
+    edit(folder / "manifest.json", images__trained_on=used)
+    write_page(folder)
+    page = opened(folder, width=400)
+    if sentence:
+        notice = page.locator(".notice")
+        assert sentence in notice.inner_text() and notice.is_visible()
+        assert notice.bounding_box()["y"] < page.locator(".lede").bounding_box()["y"]  # type: ignore[index]
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    else:
+        assert page.locator(".notice").count() == 0
+
+
 def test_salient_features_are_stated_beside_all_scores(tmp_path: Path, opened: Callable[..., Page]) -> None:
     folder = make_run(tmp_path / "run")
     edit(folder / "manifest.json", configuration__features={"kind": "salient", "keep": 0.5, "noise": 0.0})
@@ -273,6 +220,6 @@ def test_salient_features_are_stated_beside_all_scores(tmp_path: Path, opened: C
     clause = "the top 50% of pixels by HiResCAM are kept and the rest are imputed"
     assert page.locator(".basis").inner_text().endswith(f"The scores describe salient features: {clause}.")
     assert clause in page.locator(".definitions").inner_text() and clause in page.locator(".cautions li").first.inner_text()
-    assert page.locator(".legend .note").inner_text().endswith("The maps describe whole images; the scores describe salient features.")
+    assert page.locator(".depends").inner_text().endswith("The maps describe whole images; the scores describe salient features.")
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     assert str(scores_table(folder).title) == "Scores of salient features with 95% intervals"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kdx.report import wording
 from kdx.roles import BALANCE, LIKENESS, READING_ORDER, SCORES
-from kdx.runs.record import Entry
+from kdx.runs.record import Entry, read_run
 from kdx.scores import uncertainty
-from tests.made_runs import entry
+from tests.made_runs import edit, entry, make_run
 
 ACCURACY = {role: Entry.of(entry(0.9, 0.02, None, n=450)) for role in READING_ORDER}
 
@@ -61,7 +62,7 @@ def test_a_score_needs_both_interval_and_permutation_test() -> None:
             "do not settle whether the student’s features are relevant to the labels beyond the base’s. The 95% interval includes zero",
         ),
         (0.3, 0.1, 0.2, False, "excludes zero, but the permutation test is not significant"),
-        (-0.3, 0.1, 0.001, True, "are negatively related to the labels"),
+        (-0.3, 0.1, 1.0, True, "The student falls short of the base: the part of the student’s features that the base’s do not explain is"),
         (0.3, 0.1, None, True, "are relevant to the labels"),
     ):
         statement = _statement(_numbers((0.1, 0.01), **{"RS(S|B)": Entry.of(entry(value, half, p))}), "Distilled")
@@ -162,3 +163,12 @@ def test_numbers_never_round_a_bound_to_zero(value: float, interval: tuple[float
 )
 def test_the_clause_about_salient_images(keep: float, noise: float, clause: str) -> None:
     assert wording.kept_pixels(keep, noise) == clause
+
+
+def test_the_notice_about_training_images_is_that_of_the_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", images=8, gallery=0)
+    assert wording.training_notice(read_run(folder)) is None
+    edit(folder / "manifest.json", images__trained_on=8)
+    assert (wording.training_notice(read_run(folder)) or "").startswith("All 8 images explained were used in training")
+    edit(folder / "manifest.json", images={"planned": 8, "explained": 8, "unreadable": []})  # as kdx 0.1.0 wrote it
+    assert (wording.training_notice(read_run(folder)) or "").startswith("It is not known whether the 8 images")

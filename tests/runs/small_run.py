@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import zarr
 
 from kdx.commands import explain
-from kdx.roles import MAPS
 from kdx.runs import schema, store
 from kdx.runs.run import RunOptions
 
 CLASSES = ("cat", "dog", "owl")
 SIZE = (12, 12)
-OPTIONS = RunOptions(batch=9, permutations=19, runtime="eager", seed=3, gallery=6)
+OPTIONS = RunOptions(batch=9, geometry="batch", permutations=19, runtime="eager", seed=3, gallery=6)
+WHOLE = replace(OPTIONS, geometry="whole")
 SALIENT = replace(OPTIONS, features="salient", keep=0.4, noise=0.05)
 
 
@@ -28,8 +28,8 @@ def run(folder: Path, out: Path, options: RunOptions = OPTIONS, data: str | None
 
 def results(out: Path) -> dict[str, Any]:
     """Everything that a run computed, without times and the machine."""
-    group = zarr.open_group(out / "maps.zarr", mode="r")
-    arrays = {f"{layer}/{name}": np.asarray(group[f"{layer}/{name}"]) for layer in ("layer2", "layer3") for name in MAPS}
+    group: Any = zarr.open_group(out / "maps.zarr", mode="r")
+    arrays = {f"{layer}/{name}": np.asarray(array) for layer in ("layer2", "layer3") for name, array in group[layer].arrays()}
     return {
         "scores": (out / "scores.json").read_bytes(),
         "table": (out / "scores.csv").read_bytes(),

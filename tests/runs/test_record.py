@@ -41,7 +41,7 @@ def _without(name: str) -> Callable[[Path], None]:
         (_without("scores.json"), "no scores.json"),
         (_without("samples.parquet"), "no samples.parquet"),
         (_without("maps.zarr"), "no maps.zarr"),
-        (_without("maps.zarr/layer3"), "layer3/distilled"),
+        (_without("maps.zarr/layer3"), "layer3/rs_student_minus_base"),
         (lambda f: (f / "manifest.json").write_text("{"), "not readable as JSON"),
         (lambda f: (f / "manifest.json").write_text("[]"), "is not a JSON object"),
         (lambda f: (f / "samples.parquet").write_bytes(b"PAR1"), "samples.parquet"),
@@ -55,7 +55,7 @@ def _without(name: str) -> Callable[[Path], None]:
 def test_a_folder_that_cannot_be_read_is_an_error_with_a_hint(tmp_path: Path, spoil: Callable[[Path], Any], problem: str) -> None:
     folder = make_run(tmp_path / "run", images=8, gallery=4)
     spoil(folder)
-    for function in (write_page,) if "distilled" in problem or ".png" in problem else (write_page, scores_table):
+    for function in (write_page,) if "layer3/" in problem or ".png" in problem else (write_page, scores_table):
         with pytest.raises(KdxError) as caught:
             function(folder)
         assert problem in caught.value.problem

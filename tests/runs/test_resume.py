@@ -68,7 +68,7 @@ def test_a_run_is_not_resumed_with_other_preprocessing(folder: Path, tmp_path: P
 def test_a_killed_process_resumes_to_the_same_result(folder: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [str(Path(sys.executable).parent / "kdx"), "explain", str(folder / "pictures"), "--models", str(folder / "models.toml")]
-    command += ["--out", str(out), "--batch", "9", "--permutations", "19", "--runtime", "eager", "--seed", "3"]
+    command += ["--out", str(out), "--batch", "9", "--permutations", "19", "--runtime", "eager", "--seed", "3", "--geometry", "batch"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(6000):
         if list((out / "progress").glob("*.npz")) or process.poll() is not None:
@@ -110,7 +110,7 @@ def test_a_stopped_run_of_salient_features_resumes_to_the_same_result(
 
 
 def test_a_stopped_run_without_a_teacher_resumes(folder: Path, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments: Any = (str(folder / "pictures"), pair, tmp_path / "run", (), replace(OPTIONS, reference_images=10))
+    arguments: Any = (str(folder / "pictures"), pair, tmp_path / "run", (), replace(OPTIONS, geometry="reference", reference_images=10))
     with monkeypatch.context() as patch:
         patch.setattr(store.Store, "write_batch", stopping(store.Store.write_batch, "after a batch"))
         with pytest.raises(KeyboardInterrupt):
@@ -120,7 +120,7 @@ def test_a_stopped_run_without_a_teacher_resumes(folder: Path, pair: Path, tmp_p
 
 
 def test_the_references_are_recorded_even_if_the_run_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = replace(OPTIONS, reference_images=10)
+    options = replace(OPTIONS, geometry="reference", reference_images=10)
     with monkeypatch.context() as patch:
         patch.setattr(store.Store, "write_scores", interrupt)
         with pytest.raises(KeyboardInterrupt):

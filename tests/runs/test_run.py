@@ -58,7 +58,7 @@ def test_files_agree_with_each_other(finished: Path) -> None:
     assert not (finished / "progress").exists()
     with (finished / "scores.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert len(table) == 2 * (9 + 2)
+    assert len(table) == 2 * (9 + 3)
     for row in table:
         entry = content["layers"][row["layer"]]
         score = (entry["scores"] | entry["contrasts"])[row["score"]]
@@ -121,7 +121,7 @@ def test_the_number_of_decoding_threads_does_not_change_the_results(folder: Path
 def test_in_reference_mode_a_map_does_not_depend_on_its_batch(folder: Path, tmp_path: Path) -> None:
     maps = {}
     for batch in (9, 16):
-        run(folder, tmp_path / str(batch), replace(OPTIONS, batch=batch, reference_images=10))
+        run(folder, tmp_path / str(batch), replace(OPTIONS, batch=batch, geometry="reference", reference_images=10))
         samples = pq.read_table(tmp_path / str(batch) / "samples.parquet").to_pylist()
         stored = np.asarray(zarr.open_group(tmp_path / str(batch) / "maps.zarr", mode="r")["layer3/distilled"])
         maps[batch] = np.stack([stored[row["row"]] for row in sorted(samples, key=lambda row: str(row["id"]))])
@@ -177,7 +177,10 @@ def test_without_a_teacher_the_other_results_are_the_same(folder: Path, pair: Pa
     actual, whole = (json.loads((path / "scores.json").read_text()) for path in (out, finished))
     assert actual["accuracy"] == {role: whole["accuracy"][role] for role in ("student", "base")}
     for layer, entry in actual["layers"].items():
-        assert list(entry["scores"]) == ["RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)"] and list(entry["contrasts"]) == ["RS(S|B) - RS(B|S)"]
+        assert list(entry["scores"]) == ["RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)"] and list(entry["contrasts"]) == [
+            "RS(S|B) - RS(B|S)",
+            "RS(S) - RS(B)",
+        ]
         for kind in ("scores", "contrasts"):
             for name, score in entry[kind].items():
                 expected = whole["layers"][layer][kind][name]

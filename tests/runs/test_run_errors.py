@@ -64,7 +64,7 @@ def test_a_refused_folder_is_left_as_it_was(folder: Path, tmp_path: Path) -> Non
         ({"layers": ("layr3",), "out": "new"}, "layr3"),
         ({"options": replace(OPTIONS, split="tset"), "out": "new"}, "tset"),
         ({"data": "nowhere", "out": "new"}, "nowhere"),
-        ({"options": replace(OPTIONS, reference_images=3), "out": "new"}, "reference set of 3"),
+        ({"options": replace(OPTIONS, geometry="reference", reference_images=3), "out": "new"}, "reference set of 3"),
         ({"out": "occupied"}, "neither empty"),
     ],
 )

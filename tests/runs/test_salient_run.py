@@ -17,15 +17,18 @@ from kdx.data.dataset import open_data
 from kdx.data.images import load_images
 from kdx.maps.salient_images import Salience
 from kdx.models import models_file
-from kdx.roles import ROLES
+from kdx.roles import ROLES, SCORE_MAPS
 from kdx.runs.run import RunOptions
 from tests.runs.small_run import CLASSES, OPTIONS, SALIENT, SIZE, results, run, same
 
 
 def test_scores_are_of_salient_features_and_the_rest_of_whole_images(finished: Path, salient: Path) -> None:
     raw, actual = results(finished), results(salient)
-    changed = {key for key in raw if not same({key: actual[key]}, {key: raw[key]})}
-    assert changed == {"scores", "table"}
+    changed = {key for key in actual if not same({key: actual[key]}, {key: raw[key]})}
+    assert changed == {"scores", "table", "samples"}
+    missing = {key.partition("/")[2] for key in raw.keys() - actual.keys()}
+    assert missing == set(SCORE_MAPS)  # no map adds up to a score of other features
+    assert {name: raw["samples"][name] for name in actual["samples"]} == actual["samples"]
     scores, others = (json.loads((out / "scores.json").read_text()) for out in (salient, finished))
     assert scores["features"] == {"kind": "salient", "keep": 0.4, "noise": 0.05} and others["features"] == {"kind": "raw"}
     assert scores["accuracy"] == others["accuracy"]

@@ -70,6 +70,58 @@ def test_training_data_are_recognised_and_their_test_images_explained(photos: Pa
         assert "used in training" in choice.lines()[1] and "--split test" in choice.lines()[1]
 
 
+def with_used_images(models: ModelsFile, folder: Path, data: str) -> ModelsFile:
+    """The models file with the list that `kdx distill` writes: the keys of the images of train and validation."""
+    dataset = open_data(data)
+    assert dataset.image_keys is not None
+    np.save(folder / "used.npy", np.delete(dataset.image_keys, stratified_splits(dataset, SPLIT_SEED)["test"]))
+    return replace(models, path=folder / "m.toml", used="used.npy")
+
+
+@pytest.mark.parametrize("kind", OTHER)
+def test_in_changed_data_the_images_of_the_training_are_recognised(photos: Path, tmp_path: Path, kind: str) -> None:
+    """The oracle compares whole contents."""
+    data = open_data(str(photos))
+    models = with_used_images(trained_on(photos), tmp_path, str(photos))
+    test = set(stratified_splits(data, SPLIT_SEED)["test"].tolist())
+    contents = {(photos / name).read_bytes() for row, name in enumerate(data.ids) if row not in test}
+    OTHER[kind](photos)
+    changed = open_data(str(photos))
+    choice = choose_split(changed, models, None, 0)
+    expected = [(photos / name).read_bytes() in contents for name in changed.ids]
+    assert choice.used is not None and choice.used.tolist() == expected and 20 < sum(expected) < 29
+    assert f"{sum(expected)} of the {len(changed)} images" in choice.lines()[1] and "--split test" not in choice.lines()[1]
+
+
+def test_copies_of_single_training_images_are_recognised_in_other_folders(photos: Path, tmp_path: Path) -> None:
+    data = open_data(str(photos))
+    models = with_used_images(trained_on(photos), tmp_path, str(photos))
+    parts = {name: [data.ids[row] for row in rows] for name, rows in stratified_splits(data, SPLIT_SEED).items()}
+    for folder, names in (
+        ("seen", parts["train"][:4] + parts["train"][-4:]),
+        ("mixed", parts["test"] + parts["train"]),
+        ("new", parts["test"]),
+    ):
+        for name in names:
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(photos / name, (tmp_path / folder / name).with_name(f"copy of {Path(name).name}"))
+        choice = choose_split(open_data(str(tmp_path / folder)), models, None, 0)
+        expected = 0 if folder == "new" else len(names) - (len(parts["test"]) if folder == "mixed" else 0)
+        assert choice.name == "all" and choice.trained_on(choice.indices) == expected
+        assert ("other data" in choice.lines()[0]) == (folder == "new") and len(choice.lines()) == (1 if folder == "new" else 2)
+
+
+def test_the_list_of_used_images_may_be_missing_but_not_damaged(photos: Path, tmp_path: Path) -> None:
+    models = with_used_images(trained_on(photos), tmp_path, str(photos))
+    OTHER["changed image"](photos)
+    (tmp_path / "used.npy").write_bytes(b"no array")
+    with pytest.raises(kdx.KdxError, match="cannot be read as a NumPy array"):
+        choose_split(open_data(str(photos)), models, None, 0)
+    (tmp_path / "used.npy").unlink()
+    choice = choose_split(open_data(str(photos)), models, None, 0)
+    assert choice.trained_on(choice.indices) is None
+
+
 @pytest.mark.parametrize("kind", OTHER)
 def test_data_that_have_changed_since_training_are_not_taken_for_new(photos: Path, kind: str) -> None:
     models = trained_on(photos)

@@ -16,7 +16,8 @@ import zarr
 from kdx.errors import KdxError
 from kdx.kernels.moments import Moments
 from kdx.runs import schema
-from kdx.runs.schema import BatchRecord, Configuration, Context, LayerProducts, StoredScores
+from kdx.runs.progress_records import BatchRecord, LayerProducts
+from kdx.runs.schema import Configuration, Context, StoredScores
 from kdx.runs.store import Store
 from tests.made_runs import entry
 

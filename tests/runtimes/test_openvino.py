@@ -18,7 +18,8 @@ from kdx.explain.explainer import Explanation
 from kdx.explain.graph import explainer_graph
 from kdx.export import onnx_file, parity
 from kdx.export.description import Origin, describe
-from kdx.export.graphs import FeatureGraph, GradientGraph, Graph, Preprocessing
+from kdx.export.explainer_graphs import Graph
+from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
 from kdx.models.network import Network
 from kdx.models.resnet import resnet
 from kdx.roles import MAPS

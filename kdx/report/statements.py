@@ -1,0 +1,114 @@
+"""The matrix of statements: which statement about student, base and teacher the images settle, at which layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kdx.report import wording
+from kdx.report.kinds import CLEARLY_ABOVE_CHANCE, PageKind, score_entry
+from kdx.roles import BALANCE, GAIN, LIKENESS, MAPS
+from kdx.runs.record import Entry, RunRecord
+from kdx.scores.uncertainty import sign_test
+
+State = Literal["settled", "opposite", "open", "unknown"]
+"""Whether the images settle the statement, settle its opposite, settle neither, or the number could not be computed."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement about a score or a contrast: ``above`` holds where it is above zero, ``below`` where it is below."""
+
+    score: str
+    above: str
+    below: str
+
+
+CLAIMS = (
+    Claim(LIKENESS, "The student is closer to the teacher than the base is", "The base is closer to the teacher than the student is"),
+    Claim(GAIN, "The student is more relevant to the labels than the base", "The base is more relevant to the labels than the student"),
+    Claim(MAPS["distilled"].score, "The student has relevance beyond the base", "The student falls short of the base"),
+    Claim(MAPS["residual"].score, "The student lacks relevance that the base has", "The base falls short of the student"),
+    Claim(
+        BALANCE,
+        "The student has more relevance beyond the base than the reverse",
+        "The base has more relevance beyond the student than the reverse",
+    ),
+    Claim(MAPS["missed"].score, "The student lacks relevance that the teacher has", "The teacher falls short of the student"),
+    Claim(MAPS["new"].score, "The student has relevance beyond the teacher", "The student falls short of the teacher"),
+)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A statement at a layer: its state, the number as text, and everything about it in one line, for a tooltip and a screen reader."""
+
+    state: State
+    value: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A statement with one mark per layer, or with a single mark where it does not depend on the layer."""
+
+    statement: str
+    marks: list[Mark]
+
+
+def statement_matrix(run: RunRecord, kind: PageKind) -> list[Row]:
+    """The statements that the run has scores for. ``kind`` is the page's first map, which the statement about maps describes."""
+    rows = [_accuracy(run)]
+    for claim in CLAIMS:
+        entries = [score_entry(run, layer, claim.score) for layer in run.layers]
+        if any(entry is not None for entry in entries):
+            rows.append(Row(claim.above, [mark(claim, entry, run.confidence) for entry in entries]))
+    if any(_above_null(run, layer, kind) is not None for layer in run.layers):
+        rows.append(Row(f"The maps of {kind.label} are stronger than chance", [_map_mark(run, layer, kind) for layer in run.layers]))
+    return rows
+
+
+def mark(claim: Claim, entry: Entry | None, confidence: float) -> Mark:
+    """The mark of a statement about one number, by `wording.direction`."""
+    if entry is None or not entry.known:
+        return Mark("unknown", "–", f"{_printed(claim.score)} could not be computed")
+    value, interval = wording.span(entry, sign=True)
+    p = "" if entry.p_value is None else f", {wording.probability(entry.p_value)}"
+    figures = f"{_printed(claim.score)} {value} ({wording.percent(confidence, 0)} interval {interval}{p})"
+    direction = wording.direction(entry, confidence)
+    if direction > 0:
+        return Mark("settled", value, f"settled: {figures}")
+    if direction < 0:
+        return Mark("opposite", value, f"the opposite is settled. {claim.below}: {figures}")
+    return Mark("open", value, f"not settled: {figures}")
+
+
+def _printed(score: str) -> str:
+    return score.replace(" - ", " − ")
+
+
+def _accuracy(run: RunRecord) -> Row:
+    student, base = (run.samples.correct(role) for role in ("student", "base"))
+    gained, lost = int((student & ~base).sum()), int((base & ~student).sum())
+    p = sign_test(gained, lost)
+    value = wording.number(100 * (gained - lost) / max(1, run.explained), 1, sign=True)
+    figures = f"only the student is right on {gained:,} images, only the base on {lost:,}, exact sign test {wording.probability(p)}"
+    state: State = "open"
+    if p <= 1 - run.confidence + 1e-12:
+        state = "settled" if gained > lost else "opposite"
+    start = {"open": "not settled", "settled": "settled", "opposite": "the opposite is settled"}[state]
+    return Row("The student is more accurate than the base", [Mark(state, f"{value} points", f"{start}: {figures}")])
+
+
+def _above_null(run: RunRecord, layer: str, kind: PageKind) -> float | None:
+    summary = run.map_summaries[layer].get(kind.name)
+    return None if summary is None else summary.above_null
+
+
+def _map_mark(run: RunRecord, layer: str, kind: PageKind) -> Mark:
+    above = _above_null(run, layer, kind)
+    if above is None:
+        return Mark("unknown", "–", "not known: this run has no maps with permuted labels")
+    value = wording.percent(above, 0)
+    figures = f"{value} of the maps are stronger than 95% of maps with permuted labels; by chance 5% would be"
+    return Mark("settled", value, f"settled: {figures}") if above > CLEARLY_ABOVE_CHANCE else Mark("open", value, f"not settled: {figures}")

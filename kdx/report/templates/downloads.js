@@ -1,0 +1,52 @@
+// Files that the page makes by itself; nothing is sent.
+
+function saveFile(name, blob) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
+function asCsv(rows) {
+  const field = (x) => (x === null ? "" : /[",\r\n]/.test(x) ? `"${String(x).replaceAll('"', '""')}"` : String(x));
+  return rows.map((row) => row.map(field).join(",")).join("\r\n") + "\r\n";
+}
+
+// A name without characters that a file system might refuse.
+const fileName = (text) => text.replace(/[^A-Za-z0-9._-]+/g, "-").slice(0, 80).replace(/^[-.]+|-+$/g, "") || "image";
+
+// One picture of several tiles in a row: each has an image, a canvas with its map or null, and lines of text.
+function drawSheet(title, tiles, opacity, pixelated) {
+  const edge = 320, gap = 16, line = 20, top = 44;
+  const sheet = document.createElement("canvas");
+  const columns = Math.min(4, tiles.length);
+  const lines = Math.max(...tiles.map((tile) => tile.lines.length));
+  const cell = edge + gap + lines * line;
+  sheet.width = gap + columns * (edge + gap);
+  sheet.height = top + Math.ceil(tiles.length / columns) * cell + gap;
+  const context = sheet.getContext("2d");
+  context.fillStyle = "#ffffff";
+  context.fillRect(0, 0, sheet.width, sheet.height);
+  context.fillStyle = "#1c2125";
+  context.font = "600 17px system-ui, sans-serif";
+  context.fillText(title, gap, 28, sheet.width - 2 * gap);
+  tiles.forEach(({ image, canvas, lines: texts }, place) => {
+    const scale = edge / Math.max(image.width, image.height);
+    const [width, height] = [image.width * scale, image.height * scale];
+    const x = gap + (place % columns) * (edge + gap), y = top + Math.floor(place / columns) * cell;
+    context.imageSmoothingEnabled = !pixelated;
+    context.drawImage(image, x, y, width, height);
+    context.imageSmoothingEnabled = true;
+    if (canvas) {
+      context.globalAlpha = opacity;
+      context.drawImage(canvas, x, y, width, height);
+      context.globalAlpha = 1;
+    }
+    texts.forEach((text, i) => {
+      context.font = `${i ? 400 : 600} 14px system-ui, sans-serif`;
+      context.fillText(text, x, y + height + line * (i + 1), edge);
+    });
+  });
+  return sheet;
+}

@@ -1,0 +1,249 @@
+// The gallery: which images, which layer and which maps it shows, and in which order. The page's address contains these choices.
+
+const PER_PAGE = 12;
+const TILE_EDGE = 144; // longer edge of a map's canvas, in pixels; the browser scales the canvas to the tile
+
+function makeGallery(data) {
+  const { layers, kinds, maps, figures, limits, nulls, disagreement } = data;
+  const colours = { sequential: bytes(data.colours.sequential), diverging: bytes(data.colours.diverging) };
+  const container = document.getElementById("cards");
+  const cards = [...container.children];
+  const element = (id) => document.getElementById(id);
+  const inputs = Object.fromEntries(["search", "sort", "class", "outcome", "scale", "cells"].map((id) => [id, element(id)]));
+  const layerButtons = [...document.querySelectorAll("[data-layer]")];
+  const kindButtons = [...document.querySelectorAll("[data-kind-button]")];
+  const explained = Number(container.dataset.explained).toLocaleString("en");
+  const initiallyShown = kinds.flatMap((kind, k) => (kind.shown ? [k] : []));
+  let layer = data.opening;
+  let shown = new Set(initiallyShown);
+  let limit = PER_PAGE;
+  let order = []; // the indices of the images that match, in the order of the page
+
+  const shownKinds = () => [...shown].sort((a, b) => a - b);
+  const firstKind = () => (shown.size ? shownKinds()[0] : 0);
+  const opacity = () => element("opacity").value / 100;
+
+  function newTile(index, kind) {
+    const figure = document.createElement("figure");
+    figure.className = "map";
+    figure.dataset.kind = kinds[kind].name;
+    const stack = document.createElement("div");
+    stack.className = "stack";
+    const image = cards[index].querySelector("img").cloneNode();
+    image.alt = "";
+    const canvas = document.createElement("canvas");
+    canvas.setAttribute("role", "img");
+    stack.append(image, canvas);
+    const caption = document.createElement("figcaption");
+    caption.append(...["kind", "sum", "quality"].map((name) => {
+      const part = document.createElement("span");
+      part.className = name;
+      return part;
+    }));
+    figure.append(stack, caption);
+    return figure;
+  }
+
+  // Draws one map into a tile, which it makes if there is none, and writes its caption.
+  function fillTile(tile, index, kind, edge, atLayer = layer) {
+    const figure = tile ?? newTile(index, kind);
+    const map = maps[index][atLayer][kind];
+    const { label, signed } = kinds[kind];
+    const canvas = figure.querySelector("canvas");
+    const image = figure.querySelector("img");
+    const words = describeMap(kinds[kind], map, figures[index][atLayer][kind], nulls[atLayer][kind]);
+    canvas.hidden = !map;
+    canvas.setAttribute("aria-label", `${label} map of ${cards[index].dataset.id} at ${layers[atLayer].name}`);
+    figure.querySelector(".kind").textContent = label;
+    figure.querySelector(".sum").textContent = words.sum;
+    figure.querySelector(".quality").textContent = words.quality;
+    if (map) {
+      drawMap(canvas, map, {
+        signed,
+        colours: signed ? colours.diverging : colours.sequential,
+        limit: inputs.scale.value === "own" ? 0 : limits[atLayer][kind],
+        smooth: inputs.cells.value !== "raw",
+        ratio: image.width / image.height,
+        edge,
+      });
+    }
+    return { figure };
+  }
+
+  function enlargeButton(index) {
+    const button = document.createElement("button");
+    const text = document.createElement("span");
+    button.type = "button";
+    button.className = "enlarge";
+    text.className = "unseen";
+    text.textContent = `Enlarge ${cards[index].dataset.id}`;
+    button.append(text);
+    button.addEventListener("click", () => zoom(index));
+    return button;
+  }
+
+  function paint(index) {
+    const card = cards[index];
+    const look = JSON.stringify([layer, shownKinds(), inputs.scale.value, inputs.cells.value]);
+    if (card.dataset.look === look) return;
+    const views = card.querySelector(".views");
+    if (!card.tiles) {
+      card.tiles = kinds.map(() => null);
+      card.querySelector(".source .stack").append(enlargeButton(index));
+    }
+    kinds.forEach((_, kind) => {
+      if (shown.has(kind)) card.tiles[kind] = fillTile(card.tiles[kind], index, kind, TILE_EDGE).figure;
+    });
+    views.replaceChildren(views.querySelector(".source"), ...shownKinds().map((kind) => card.tiles[kind]));
+    card.dataset.look = look;
+  }
+
+  const strip = data.strip.map((index) => {
+    const item = document.createElement("div");
+    item.className = "stripitem";
+    const picture = document.createElement("div");
+    picture.className = "stack";
+    picture.append(cards[index].querySelector("img").cloneNode());
+    const { figure } = fillTile(null, index, 0, TILE_EDGE, data.opening);
+    const name = document.createElement("p");
+    name.className = "name";
+    const label = document.createElement("bdi");
+    label.textContent = cards[index].dataset.name;
+    name.append(label);
+    item.style.setProperty("--ratio", cards[index].style.getPropertyValue("--ratio"));
+    item.append(name, picture, figure, enlargeButton(index));
+    return { index, item, figure };
+  });
+
+  function matches(card) {
+    const conditions = inputs.outcome.value.split(" ").filter(Boolean).map((part) => part.split(":"));
+    const text = inputs.search.value.trim().toLowerCase();
+    return (
+      (inputs.class.value === "" || card.dataset.label === inputs.class.value) &&
+      conditions.every(([role, verdict]) => card.dataset[role] === verdict) &&
+      (text === "" || card.dataset.id.toLowerCase().includes(text) || card.dataset.name.toLowerCase().includes(text))
+    );
+  }
+
+  // What an image is sorted by, highest first. Images with equal values stay in the order of the data.
+  function sortValue(index) {
+    const [total, strength] = figures[index][layer][firstKind()];
+    return { highest: total, lowest: -total, strength: strength ?? total, disagreement: disagreement[index] }[inputs.sort.value] ?? 0;
+  }
+
+  function describeOrder() {
+    if (!inputs.sort.value) return "";
+    const by = inputs.sort.selectedOptions[0].textContent.replace("the first map", kinds[firstKind()].label);
+    return ` Sorted by ${by[0].toLowerCase()}${by.slice(1)}.`;
+  }
+
+  function render() {
+    order = cards.map((_, index) => index).sort((a, b) => sortValue(b) - sortValue(a) || a - b).filter((index) => matches(cards[index]));
+    const visible = order.slice(0, limit);
+    cards.forEach((card) => { card.hidden = true; });
+    visible.forEach((index) => {
+      cards[index].hidden = false;
+      paint(index);
+    });
+    container.prepend(...order.map((index) => cards[index]));
+    strip.forEach(({ index, figure }) => fillTile(figure, index, 0, TILE_EDGE, data.opening));
+    document.querySelectorAll("[data-notes]").forEach((notes) => { notes.hidden = Number(notes.dataset.notes) !== layer; });
+    layerButtons.forEach((button, index) => button.setAttribute("aria-pressed", String(index === layer)));
+    kindButtons.forEach((button, index) => button.setAttribute("aria-pressed", String(shown.has(index))));
+    const filtered = order.length < cards.length;
+    element("count").textContent =
+      `Showing ${visible.length} of ${order.length} ${filtered ? "matching images" : "images"}.${describeOrder()} ` +
+      `The gallery contains ${cards.length} of the ${explained} explained images.`;
+    element("empty").hidden = order.length > 0;
+    element("more").hidden = order.length <= limit;
+    element("more").textContent = `Show ${Math.min(PER_PAGE, order.length - limit)} more`;
+    writeAddress();
+  }
+
+  // The address has only what differs from the page as it opens.
+  function writeAddress() {
+    const state = new URLSearchParams();
+    if (layer !== data.opening) state.set("layer", layers[layer].name);
+    const names = shownKinds().map((kind) => kinds[kind].name).join(" ");
+    if (names !== initiallyShown.map((kind) => kinds[kind].name).join(" ")) state.set("maps", names);
+    for (const [name, input] of Object.entries(inputs)) if (input.value) state.set(name, input.value);
+    const text = state.toString();
+    const known = location.hash.includes("=");
+    if (text ? location.hash !== `#${text}` : known) history.replaceState(null, "", `#${text || "gallery"}`);
+  }
+
+  // Returns whether the address has a state of the gallery. A name that this page does not have changes nothing.
+  function readAddress() {
+    if (!location.hash.includes("=")) return false;
+    const state = new URLSearchParams(location.hash.slice(1));
+    const place = layers.findIndex(({ name }) => name === state.get("layer"));
+    layer = place < 0 ? data.opening : place;
+    const names = state.get("maps")?.split(" ");
+    shown = new Set(names ? kinds.flatMap((kind, k) => (names.includes(kind.name) ? [k] : [])) : initiallyShown);
+    for (const [name, input] of Object.entries(inputs)) {
+      input.value = state.get(name) ?? "";
+      if (input.selectedIndex === -1) input.value = "";
+    }
+    limit = PER_PAGE;
+    return true;
+  }
+
+  function saveTable() {
+    const head = ["image", "class", "layer", "map", "sum", "strength", "stability"];
+    const rows = order.flatMap((index) => layers.flatMap(({ name }, l) => kinds.map((kind, k) =>
+      [cards[index].dataset.id, cards[index].dataset.name, name, kind.name, ...figures[index][l][k]])));
+    saveFile("maps.csv", new Blob([asCsv([head, ...rows])], { type: "text/csv" }));
+  }
+
+  const refilter = () => { limit = PER_PAGE; render(); };
+  const zoom = makeZoom({
+    layerName: () => layers[layer].name,
+    card: (index) => cards[index],
+    neighbours: (index) => {
+      const place = order.indexOf(index);
+      return [order[place - 1] ?? null, place < 0 ? null : order[place + 1] ?? null];
+    },
+    shownKinds,
+    fillTile,
+    opacity,
+  });
+  layerButtons.forEach((button, index) => button.addEventListener("click", () => { layer = index; render(); }));
+  kindButtons.forEach((button, index) => button.addEventListener("click", () => {
+    if (!shown.delete(index)) shown.add(index);
+    render();
+  }));
+  for (const input of Object.values(inputs)) input.addEventListener(input.type === "search" ? "input" : "change", refilter);
+  element("opacity").addEventListener("input", () => {
+    root.style.setProperty("--opacity", opacity());
+    element("opacity-value").textContent = `${element("opacity").value}%`;
+  });
+  element("more").addEventListener("click", () => {
+    const before = limit;
+    limit += PER_PAGE;
+    render();
+    // The button moves or disappears, so the focus goes to the first of the new images.
+    const first = cards[order[before]];
+    first.tabIndex = -1;
+    first.focus({ preventScroll: true });
+  });
+  element("reset").addEventListener("click", () => {
+    for (const name of ["search", "class", "outcome"]) inputs[name].value = "";
+    refilter();
+    inputs.class.focus();
+  });
+  element("save-table").addEventListener("click", saveTable);
+  container.addEventListener("click", (event) => {
+    const card = event.target.closest(".map .stack")?.closest(".card");
+    if (card) zoom(cards.indexOf(card));
+  });
+  const controls = element("controls");
+  controls.addEventListener("submit", (event) => event.preventDefault());
+  // After a reload, the form must not keep choices that neither the address nor the cards have.
+  controls.reset();
+  controls.hidden = false;
+  addEventListener("hashchange", () => { if (readAddress()) render(); });
+  const restored = readAddress();
+  element("strip")?.append(...strip.map(({ item }) => item));
+  render();
+  if (restored) element("gallery").scrollIntoView();
+}

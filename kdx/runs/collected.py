@@ -1,0 +1,87 @@
+"""The results of all images of a run, whatever geometry they were computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdx.errors import KdxError
+from kdx.explain.map_statistics import MapStatistics, NullStrength
+from kdx.runs import schema
+from kdx.runs.schema import StoredMaps
+from kdx.scores.pool import LayerScores
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Everything that a run computed except the maps.
+
+    columns: of samples.parquet, and INDEX. scores, statistics and null strengths: per layer, the last two per kind of map. unreadable: the
+    name and the reason for each image that could not be read.
+    """
+
+    columns: dict[str, NDArray[Any]]
+    scores: dict[str, LayerScores]
+    statistics: dict[str, dict[str, MapStatistics]]
+    null: dict[str, dict[str, NullStrength]]
+    unreadable: list[tuple[str, str]]
+
+    def map_columns(self) -> dict[str, NDArray[Any]]:
+        """The columns of samples.parquet about maps."""
+        columns = {}
+        for layer, kinds in self.statistics.items():
+            for kind, statistics in kinds.items():
+                values = statistics.total, statistics.relative_strength, statistics.stability
+                for name, column in zip(schema.MAP_COLUMNS, values, strict=True):
+                    columns[schema.map_column(layer, kind, name)] = column.numpy().astype(np.float32 if name != "total" else np.float64)
+        return columns
+
+    def stored_maps(self, layer: str) -> dict[str, StoredMaps]:
+        """The summaries of the maps of a layer, in the form of scores.json."""
+        result: dict[str, StoredMaps] = {}
+        for kind, statistics in self.statistics[layer].items():
+            null, mean = self.null[layer].get(kind), float(statistics.strength.mean())
+            known = statistics.stability[~statistics.stability.isnan()]
+            result[kind] = {
+                "empty": statistics.empty,
+                "strength": mean,
+                "stability": float(known.median()) if len(known) else None,
+                "null_strength": null.high / mean if null is not None and mean else None,
+                "above_null": float((statistics.strength > null.high).double().mean()) if null is not None else None,
+            }
+        return result
+
+
+def prediction_columns(logits: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """Each role's predicted class and its confidence, from the logits [n, classes]."""
+    columns: dict[str, NDArray[Any]] = {}
+    for role, rows in logits.items():
+        confidence, prediction = rows.float().softmax(1).max(1)
+        columns[schema.prediction_column(role)] = prediction.numpy(force=True)
+        columns[schema.confidence_column(role)] = confidence.numpy(force=True)
+    return columns
+
+
+def check_unreadable(unreadable: Sequence[tuple[str, str]], total: int, limit: float) -> None:
+    """KdxError if more images are unreadable than the share ``limit`` allows."""
+    if len(unreadable) > (max(1, limit * total) if limit else 0):
+        name, reason = unreadable[0]
+        raise KdxError(
+            f"{len(unreadable)} of {total} images cannot be read, the first being {name} ({reason}).",
+            "Repair or remove them, or allow more with --max-unreadable.",
+        )
+
+
+def check_classes(logits: Mapping[str, Tensor], classes: int) -> None:
+    """KdxError if a network does not predict the classes of the data."""
+    for role, rows in logits.items():
+        if rows.shape[1] != classes:
+            raise KdxError(
+                f"The {role} predicts {rows.shape[1]} classes, and the data has {classes}.",
+                "Name the networks' classes in their order, in the models file: classes = [...].",
+            )

@@ -1,0 +1,134 @@
+"""The features of all images on disk, in random order, written part by part, so that a killed run continues where it stopped.
+
+Random order makes neighbours a random sample, which the sweeps need, and lets them read whole tiles at once.
+
+features/state.npy                 one byte per image: PENDING, READ or UNREADABLE, written after everything else of that image
+features/ROLE-NUMBER.npy           features [N, C, h, w] of a role at a layer; NUMBER is the layer's place
+features/prediction-ROLE.npy, features/confidence-ROLE.npy
+features/unreadable.json           the name and the reason for each unreadable image
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdx.choices import StoredPrecision
+from kdx.disk import write_atomic
+from kdx.errors import KdxError
+from kdx.explain.whole_set import SetRows
+from kdx.features.rows import Selected, rows_of
+from kdx.runs import schema
+
+PENDING, READ, UNREADABLE = range(3)
+
+Shapes = Mapping[str, Mapping[str, tuple[int, int, int]]]
+"""The shape (C, h, w) of each role's features at each layer."""
+
+
+class FeatureFiles:
+    """The files under ``folder`` for n images. Files of an earlier call with the same arguments are continued."""
+
+    def __init__(self, folder: Path, n: int, shapes: Shapes, precision: StoredPrecision, layers: Sequence[str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._shapes, self._layers = shapes, list(layers)
+        self._names: dict[str, str] = {}
+        exists = (folder / "state.npy").exists()
+
+        def array(name: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+            path = folder / f"{name}.npy"
+            return open_memmap(path, "r+") if exists else open_memmap(path, "w+", dtype, shape)
+
+        self._features = {
+            (role, layer): array(f"{role}-{self._layers.index(layer)}", (n, height, width, channels), precision)
+            for role, by_layer in shapes.items()
+            for layer, (channels, height, width) in by_layer.items()
+        }
+        self._predictions = {role: array(f"prediction-{role}", (n,), "int64") for role in shapes}
+        self._confidences = {role: array(f"confidence-{role}", (n,), "float32") for role in shapes}
+        if not exists:  # the state comes last: where it exists, all other files do
+            np.save(folder / "new-state.npy", np.zeros(n, np.uint8))
+            (folder / "new-state.npy").replace(folder / "state.npy")
+        self.state = open_memmap(folder / "state.npy", "r+")
+
+    @staticmethod
+    def bytes(n: int, shapes: Shapes, precision: StoredPrecision) -> int:
+        """The size of the features of n images."""
+        elements = sum(int(np.prod(shape)) for by_layer in shapes.values() for shape in by_layer.values())
+        return n * elements * np.dtype(precision).itemsize
+
+    def pending(self, unit: int) -> list[slice]:
+        """The parts of ``unit`` images that contain an image that is not stored yet."""
+        parts = [slice(start, min(start + unit, len(self.state))) for start in range(0, len(self.state), unit)]
+        return [part for part in parts if (self.state[part] == PENDING).any()]
+
+    def write(
+        self,
+        part: slice,
+        readable: NDArray[np.bool_],
+        features: Mapping[str, Mapping[str, Tensor]],
+        columns: Mapping[str, NDArray[Any]],
+        unreadable: Sequence[tuple[str, str]],
+    ) -> None:
+        """Store the images of a part: per layer and role their features [k, C, h, w], and their predictions and confidences.
+
+        readable [k]: the other images have no features, and their rows are ignored.
+        """
+        for layer, by_role in features.items():
+            for role, values in by_role.items():
+                self._write_features(role, layer, part, values[torch.from_numpy(readable)], readable)
+        for role in self._predictions:
+            self._predictions[role][part] = columns[schema.prediction_column(role)]
+            self._confidences[role][part] = columns[schema.confidence_column(role)]
+        if unreadable:
+            content = json.dumps([*self.unreadable, *unreadable], ensure_ascii=False)
+            write_atomic(self.folder / "unreadable.json", content.encode("utf-8", "replace"))
+        self.state[part] = np.where(readable, READ, UNREADABLE)
+
+    def _write_features(self, role: str, layer: str, part: slice, values: Tensor, readable: NDArray[np.bool_]) -> None:
+        array = self._features[role, layer]
+        if array.dtype == np.float16 and bool(values.abs().amax() > np.finfo(np.float16).max):
+            raise KdxError(f"The {role}'s features at {layer} are too large for float16.", "Store them with --store float32.")
+        array[part][readable] = values.permute(0, 2, 3, 1).numpy(force=True).astype(array.dtype, copy=False)
+
+    @property
+    def unreadable(self) -> list[tuple[str, str]]:
+        """The name and the reason for each image that could not be read, without repetitions."""
+        path = self.folder / "unreadable.json"
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        return sorted({(str(name), str(reason)) for name, reason in stored})
+
+    @property
+    def kept(self) -> NDArray[np.int64]:
+        """The rows of the images that could be read."""
+        return np.flatnonzero(self.state == READ)
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The predictions and confidences of the images that could be read."""
+        kept = self.kept
+        return {schema.prediction_column(role): values[kept] for role, values in self._predictions.items()} | {
+            schema.confidence_column(role): values[kept] for role, values in self._confidences.items()
+        }
+
+    def rows(self, layer: str, device: torch.device) -> dict[str, SetRows]:
+        """Each role's features at a layer, of the images that could be read, on the device when they are read."""
+        kept = torch.from_numpy(self.kept)
+        result = {}
+        for role, by_layer in self._shapes.items():
+            array = self._features[role, layer]
+            source = rows_of(array.reshape(len(array), -1), f"{role}'s features")
+            result[role] = SetRows(Selected(source, kept, device), by_layer[layer])
+        return result
+
+    def maps(self, kind: str, shape: tuple[int, int, int]) -> NDArray[np.float32]:
+        """An array on disk for the maps [n, h, w] of a kind, until `store.write_layer` has written them."""
+        return open_memmap(self.folder / f"maps-{kind}.npy", "w+", "float32", shape)

@@ -1,0 +1,108 @@
+"""Which images an image is compared with: the choice between the geometries ``whole``, ``reference`` and ``batch``."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kdx.errors import KdxError
+from kdx.kernels.set_geometry import StoredDistances
+from kdx.roles import shares_among
+from kdx.runs.feature_files import FeatureFiles, Shapes
+from kdx.runs.plan import REFERENCE_IMAGES, Plan
+from kdx.runtimes.choice import is_file
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The kind, ``whole``, ``reference`` or ``batch``, and the reason in words."""
+
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the geometry ``whole`` costs besides the networks: bytes on disk and operations."""
+
+    bytes: int
+    operations: float
+
+    @classmethod
+    def of(cls, n: int, shapes: Shapes, plan: Plan) -> Cost:
+        """The cost for n images. The distances of one layer are on disk at a time, the features of all layers."""
+        roles = tuple(shapes)
+        products = {role: 1 + 2 * sum(share == role for share, _ in shares_among(roles)) for role in roles}
+        operations = sum(
+            products[role] * n**2 * channels * height * width
+            for role, by_layer in shapes.items()
+            for channels, height, width in by_layer.values()
+        )
+        return cls(FeatureFiles.bytes(n, shapes, plan.options.stored_precision) + StoredDistances.bytes(n, len(roles)), operations)
+
+
+def unavoidable(plan: Plan) -> Geometry | None:
+    """The geometry where the request leaves no choice. Raises KdxError for a request that cannot be met."""
+    options = plan.options
+    if is_file(plan.models.path):
+        if options.geometry == "whole":
+            raise KdxError(
+                "An explainer file compares an image only with the other images of its batch.",
+                "For the geometry whole give the networks themselves, or a models file that names them.",
+            )
+        return Geometry("batch", "an explainer file contains the geometry of a batch")
+    if options.features == "salient":
+        if options.geometry == "whole":
+            raise KdxError(
+                "Salient features have the geometry batch or reference.", "Give --geometry batch, or choose raw features (--features raw)."
+            )
+        if options.geometry == "auto" and not options.reference_images:
+            return Geometry("batch", "salient features are compared within a batch")
+    if options.reference_images or options.geometry == "reference":
+        return Geometry("reference", f"every image is compared with {options.reference_images or REFERENCE_IMAGES} reference images")
+    return Geometry("batch", "as requested") if options.geometry == "batch" else None
+
+
+def choose_geometry(plan: Plan, shapes: Shapes, folder: Path) -> Geometry:
+    """``whole`` if it was requested and the features fit on the disk; for ``auto``, ``whole`` within the limits and else ``reference``.
+
+    Raises KdxError, with the figures, if ``whole`` was requested and its files do not fit on the disk of ``folder``.
+    """
+    cost, options = Cost.of(len(plan.indices), shapes, plan), plan.options
+    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.rglob("*.npy"))
+    limit = free / 2 if options.max_disk is None else min(free, options.max_disk * 1e9)
+    needed = f"the features and distances of {len(plan.indices):,} images take {_size(cost.bytes)}"
+    if options.geometry == "whole":
+        available = free if options.max_disk is None else limit
+        if cost.bytes > available:
+            raise KdxError(
+                f"{needed.capitalize()}, and {_size(available)} are available in {folder}.",
+                "Free some space, choose --store float16 or --project 64, or use --geometry reference.",
+            )
+        return Geometry("whole", f"as requested; {needed}")
+    if cost.bytes > limit:
+        return Geometry("reference", f"{needed}, and the limit is {_size(limit)} (--max-disk)")
+    minutes = cost.operations / _speed() / 60
+    if minutes > options.max_minutes:
+        estimate = f"the sweeps over all pairs would take about {minutes:,.0f} minutes"
+        return Geometry("reference", f"{estimate}, and the limit is {options.max_minutes:,.0f} (--max-minutes)")
+    return Geometry("whole", f"every image is compared with all others; {needed}")
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def _speed() -> float:
+    """Operations per second of a float32 matrix product on this machine: the best of three."""
+    x = torch.rand(512, 4096)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        _ = x @ x.T
+        best = min(best, time.perf_counter() - start)
+    return 2 * 512 * 512 * 4096 / best

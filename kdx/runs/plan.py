@@ -1,0 +1,145 @@
+"""What a run explains, and how: its options and its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdx.choices import StoredPrecision
+from kdx.data.batches import random_batches
+from kdx.data.dataset import Dataset, open_data
+from kdx.data.splits import class_balanced_sample
+from kdx.errors import KdxError
+from kdx.explain.explainer import Explainer
+from kdx.explain.explainer_file import describe_explainer, no_reference_mode, paired_layers
+from kdx.explain.settings import Settings
+from kdx.features.arrays import MIN_IMAGES, check_images
+from kdx.models.layer_pairs import parse_layers
+from kdx.models.models_file import ModelsFile, read_models
+from kdx.runs.split import SplitChoice, choose_split
+from kdx.runtimes.choice import is_file
+
+REFERENCE_IMAGES = 256
+"""The reference images of the geometry ``reference``, unless another number is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Settings):
+    """How a run explains: the settings of `kdx.Explainer` and those below.
+
+    batch: images that are decoded, and go through the networks, at once. With the geometry ``batch`` these are also the images whose
+    geometry makes one set of maps; with ``whole`` the batch is rounded up to a multiple of 16 and does not change a result.
+    reference_images: the number m of class-balanced images among which the geometry ``reference`` maps every image. A number above 0
+    selects this geometry, and 0 stands for REFERENCE_IMAGES if it is selected otherwise.
+    stored_precision: the number format of the features that the geometry ``whole`` stores. keep_features: whether they are kept.
+    project: with K > 0, features are projected to K random channels before they are stored: the squared distances then have a relative
+    standard error of at most sqrt(2/K). max_disk: the gigabytes that features and distances may take; by default half of the free space.
+    max_minutes: the time that the sweeps over all pairs of images may take by estimate. Beyond these two limits ``auto`` selects the
+    geometry ``reference``.
+    split: ``test``, ``validation``, ``train`` or ``all``. None takes ``test`` of the data that the models were trained on, and all of any
+    other data. max_unreadable: the share of corrupt images above which the run fails; one image always passes, unless the share is 0.
+    gallery: images shown in the report. workers: threads that decode the next batches while one is explained; None takes one per core,
+    0 decodes each batch when it is needed.
+    """
+
+    batch: int = 64
+    reference_images: int = 0
+    stored_precision: StoredPrecision = "float32"
+    keep_features: bool = False
+    project: int = 0
+    max_disk: float | None = None
+    max_minutes: float = 60.0
+    split: str | None = None
+    max_unreadable: float = 0.01
+    gallery: int = 60
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stored_precision not in get_args(StoredPrecision):
+            raise ValueError(f"no stored precision {self.stored_precision!r}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run explains: which images, with which networks, at which layers."""
+
+    data: str
+    models: ModelsFile
+    dataset: Dataset
+    split: SplitChoice
+    layers: dict[str, str]
+    options: RunOptions
+
+    @classmethod
+    def of(cls, data: str, models: Path, layers: Sequence[str], options: RunOptions) -> Plan:
+        _check_references(options)
+        models_file = _from_explainer_file(models) if is_file(models) else read_models(models)
+        dataset = open_data(data, models_file.classes or None)
+        split = choose_split(dataset, models_file, options.split, options.seed)
+        check_images(len(split.indices))
+        return cls(data, models_file, dataset, split, parse_layers(layers or models_file.layers), options)
+
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """The images to explain, as rows of the data set."""
+        return self.split.indices
+
+    @cached_property
+    def batches(self) -> list[NDArray[np.int64]]:
+        """The batches of the geometries ``batch`` and ``reference``: positions in ``indices``."""
+        return random_batches(self.dataset.labels[self.indices], self.options.batch, self.options.seed)
+
+    @property
+    def widest(self) -> int:
+        """The number of images in the largest batch."""
+        return max(map(len, self.batches))
+
+    def references(self) -> NDArray[np.int64]:
+        """The reference images, as rows of the data set."""
+        labels = self.dataset.labels[self.split.pool]
+        return self.split.pool[class_balanced_sample(labels, self.options.reference_images or REFERENCE_IMAGES, self.options.seed)]
+
+    def explainer(self, folder: Path) -> Explainer:
+        """The Explainer of the networks. folder: where exported networks are written."""
+        models = self.models
+        if is_file(models.path):
+            if self.options.reference_images or self.options.geometry == "reference":
+                raise no_reference_mode(describe_explainer(models.path))
+            return Explainer.of({}, self.layers, self.options, folder=folder, file=models.path)
+        networks = {
+            role: models.path.parent / reference if is_file(reference) else models.load(role)
+            for role, reference in models.references.items()
+        }
+        return Explainer.of(networks, self.layers, self.options, folder=folder)
+
+
+def _check_references(options: RunOptions) -> None:
+    """KdxError for a reference set that is too small, or beside another geometry."""
+    if options.reference_images and options.reference_images < MIN_IMAGES:
+        raise KdxError(f"A reference set of {options.reference_images} is too small.", f"Give --reference {MIN_IMAGES} or more, or 0.")
+    if options.reference_images and options.geometry not in ("auto", "reference"):
+        raise KdxError(
+            f"A reference set does not apply to the geometry {options.geometry}.", "Give --geometry reference, or leave --reference out."
+        )
+
+
+def _from_explainer_file(path: Path) -> ModelsFile:
+    """The contents of a models file for the networks in an explainer file."""
+    file = describe_explainer(path)
+    if file.references is not None:
+        count = len(file.references.labels)
+        raise KdxError(
+            f"{path} compares each image with its own {count} reference images, and a run measures the images of its data.",
+            "Give the networks themselves with --geometry reference, or use the file with kdx.Explainer(file=...).",
+        )
+    layers = tuple(f"{layer}={other}" for layer, other in paired_layers(file).items())
+    base, student, teacher = (file.networks[role].reference if role in file.networks else None for role in ("base", "student", "teacher"))
+    assert base is not None and student is not None
+    return ModelsFile(path, base, student, teacher, layers, file.classes)
