@@ -67,7 +67,7 @@ def measure(case: Case, seed: int) -> dict[str, Any]:
     """Train both networks and compare their maps of the test images with the masks: accuracies, and per layer scores and maps."""
     student, base = train(case.cue, case.student_knows, seed, 0), train(case.cue, case.base_knows, seed, 1)
     test = draw_composites(case.cue, TEST_IMAGES, _stream(seed, 2), informative=case.informative)
-    features = {"student": _features(student, test), "base": _features(base, test)}
+    features = {"student": layer_features(student, test), "base": layer_features(base, test)}
     layers: dict[str, dict[str, dict[str, Any]]] = {}
     for layer in LAYERS:
         s, b = features["student"][layer], features["base"][layer]
@@ -118,7 +118,8 @@ def _accuracies(network: ResidualNetwork, cue: Cue, seed: int) -> dict[str, floa
     return {name: float((predictions[name] == images.labels).mean()) for name, images in sets.items()}
 
 
-def _features(network: ResidualNetwork, images: Composites) -> dict[str, Tensor]:
+def layer_features(network: ResidualNetwork, images: Composites) -> dict[str, Tensor]:
+    """The features [n, C, H, W] of every layer of LAYERS."""
     with torch.no_grad():
         _, *features = FeatureGraph(network, LAYERS)(torch.from_numpy(images.images))
     return dict(zip(LAYERS, features, strict=True))
