@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import planted
+from benchmarks import planted, planted_tables
 from kdx.data.composites import BOX, SIDE, Composites, draw_composites
 from kdx.kernels import geometry
 
@@ -74,6 +74,28 @@ def test_contrasts_of_a_network_with_itself_are_zero() -> None:
     maps = torch.rand(4, 3, 3, generator=torch.Generator().manual_seed(1))
     assert not planted._contrast(maps, maps).any()
     assert abs(float(planted._contrast(maps, 7 * maps.flip(0)).sum())) < 1e-5
+
+
+def test_the_stored_result_is_complete_and_its_decompositions_add_up() -> None:
+    record = planted_tables.stored()
+    runs = {(run["case"], run["seed"]): run for run in record["runs"]}
+    assert set(runs) == {(case, seed) for case in planted.CASES for seed in range(planted.SEEDS)}
+    for run in runs.values():
+        for layer in planted.LAYERS:
+            scores, maps = run["layers"][layer]["scores"], run["layers"][layer]["maps"]
+            assert maps["decomposition of RS(S)"]["total"] == pytest.approx(scores["RS(S)"], abs=1e-4)
+            assert maps["decomposition of RS(S|B)"]["total"] == pytest.approx(scores["RS(S|B)"], abs=1e-4)
+            assert maps["decomposition of RS(S) − RS(B)"]["total"] == pytest.approx(scores["RS(S)"] - scores["RS(B)"], abs=1e-4)
+
+
+def test_the_difference_was_planted() -> None:
+    """In every stored run, a network knows the cue if and only if it was trained with it; every network knows the glyph."""
+    for run in planted_tables.stored()["runs"]:
+        case = planted.CASES[run["case"]]
+        for role, knows in (("student", case.student_knows), ("base", case.base_knows)):
+            accuracies = run["accuracy"][role]
+            assert accuracies["cue"] > 0.9 if knows else accuracies["cue"] < 0.3, (run["case"], run["seed"], role)
+            assert accuracies["glyph"] > 0.7 and accuracies["both"] > 0.95
 
 
 @pytest.mark.slow
