@@ -1,7 +1,7 @@
 """Plant a difference between two networks and measure which maps show it.
 
     python -m benchmarks.planted            all cases, five seeds, about 20 minutes on one core; stores results/planted.json
-    python -m benchmarks.planted --quick    one kind of cue and one seed, about half a minute on one core; stores nothing
+    python -m benchmarks.planted --quick    one kind of cue and one seed, about 40 seconds on one core; stores nothing
 
 Images are `kdx.data.draw_composites`. The base is trained on images whose cue carries no information, and the student on images whose cue
 names the class and some of which lack the glyph or the cue. The cue is therefore what the student knows and the base does not. No teacher
