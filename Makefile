@@ -38,6 +38,7 @@ pages: $(VENV)/.installed-dev ## Draw and fill in what the documentation takes f
 	$(BIN)/python -m docs.draw_architecture
 	$(BIN)/python -m docs.draw_concepts
 	$(BIN)/python -m docs.draw_coverage
+	$(BIN)/python -m docs.draw_planted
 	$(BIN)/python -m docs.error_messages
 	$(BIN)/python -m docs.notebooks
 
