@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
@@ -23,11 +23,6 @@ from kdx.choices import (
 )
 from kdx.errors import KdxError
 from kdx.progress import console
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from kdx.commands.export import Exported
 
 _RESUMABLE = ("demo", "distill", "explain")
 """The commands that continue a stopped run when they are called again."""
@@ -222,7 +217,7 @@ def export(
             announce=announce,
         )
     for file in files:
-        console().print(_file_table(file))
+        console().print(command.file_table(file))
 
 
 @app.command()
@@ -365,28 +360,6 @@ def doctor() -> None:
         mark = "[green]yes[/]" if finding.works else "[yellow]no[/]"
         table.add_row(mark, finding.name, escape(finding.result), "" if finding.works else escape(finding.hint))
     console().print(table)
-
-
-def _file_table(file: Exported) -> Table:
-    """A description of an exported file, one line per property."""
-    from rich.table import Table
-    from rich.text import Text
-
-    def shapes(tensors: dict[str, tuple[int | str, ...]]) -> str:
-        return "\n".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in tensors.items())
-
-    table = Table(box=None, show_header=False, pad_edge=False)
-    properties = {
-        "file": str(file.path),
-        "size": f"{file.bytes / 1e6:.1f} MB",
-        "inputs": shapes(file.inputs),
-        "outputs": shapes(file.outputs),
-        "parity": "as for the ONNX file" if file.parity is None else file.parity.summary(),
-        "time": f"{file.seconds:.1f} s",
-    }
-    for name, value in properties.items():
-        table.add_row(name, Text(value, overflow="fold"))
-    return table
 
 
 def _announce(line: str) -> None:

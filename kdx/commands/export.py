@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich.table import Table
+from rich.text import Text
+
 from kdx import models
 from kdx.choices import FileFormat, FileKind, FilePrecision
 from kdx.commands.references import ChosenReferences, choose_references, models_file_of
@@ -112,6 +115,26 @@ def export(
     if options.to == "tensorrt":
         exported.append(_build_engine(path, path.with_suffix(".engine"), options, announce))
     return exported
+
+
+def file_table(file: Exported) -> Table:
+    """A description of an exported file, one line per property."""
+
+    def shapes(tensors: dict[str, tuple[int | str, ...]]) -> str:
+        return "\n".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in tensors.items())
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    properties = {
+        "file": str(file.path),
+        "size": f"{file.bytes / 1e6:.1f} MB",
+        "inputs": shapes(file.inputs),
+        "outputs": shapes(file.outputs),
+        "parity": "as for the ONNX file" if file.parity is None else file.parity.summary(),
+        "time": f"{file.seconds:.1f} s",
+    }
+    for name, value in properties.items():
+        table.add_row(name, Text(value, overflow="fold"))
+    return table
 
 
 def parse_batch(text: str) -> BatchRange:
