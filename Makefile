@@ -37,6 +37,8 @@ docs: $(VENV)/.installed-docs ## Build the documentation into site/; a warning o
 pages: $(VENV)/.installed-dev ## Draw and fill in what the documentation takes from the source: pictures, error messages, notebooks
 	$(BIN)/python -m docs.draw_architecture
 	$(BIN)/python -m docs.draw_concepts
+	$(BIN)/python -m docs.draw_coverage
+	$(BIN)/python -m docs.draw_planted
 	$(BIN)/python -m docs.error_messages
 	$(BIN)/python -m docs.notebooks
 

@@ -63,9 +63,13 @@ class Population:
 
     def matrices(self, rng: np.random.Generator, n: int) -> Tensor:
         """The U-centred matrices [4, n, n] of n images, in the order of ROLES and the target."""
+        return geometry.u_centered(self.distances(rng, n))
+
+    def distances(self, rng: np.random.Generator, n: int) -> Tensor:
+        """The distances [4, n, n] of n images, in the order of ROLES and the target."""
         features, labels = self.draw(rng, n)
         rows = [*(features[role] for role in ROLES), np.eye(self.classes)[labels]]
-        return geometry.u_centered(torch.stack([geometry.distances(torch.from_numpy(each)) for each in rows]))
+        return torch.stack([geometry.distances(torch.from_numpy(each)) for each in rows])
 
     def true_scores(self) -> dict[str, float]:
         names = [*NAMES, *(contrast_name(*pair) for pair in CONTRASTS)]
@@ -129,12 +133,12 @@ def sampled(population: Population, rng: np.random.Generator, n: int, batches: i
     return products.sum(0), within[0] if batches == 1 else pooled_moments(products, within)
 
 
-def bootstrapped(matrices: Tensor, rng: np.random.Generator, draws: int) -> dict[str, NDArray[np.float64]]:
-    """Every score of ``draws`` samples of the images with replacement, from distances up to u_i + u_j, which centring removes."""
+def bootstrapped(d: Tensor, rng: np.random.Generator, draws: int) -> dict[str, NDArray[np.float64]]:
+    """Every score of ``draws`` samples of the images with replacement, from distances [4, n, n]."""
     values: dict[str, list[float]] = {}
     for _ in range(draws):
-        index = torch.from_numpy(rng.integers(matrices.shape[1], size=matrices.shape[1]))
-        for name, value in estimates(geometry.products(geometry.u_centered(matrices[:, index][:, :, index]))).items():
+        index = torch.from_numpy(rng.integers(d.shape[1], size=d.shape[1]))
+        for name, value in estimates(geometry.products(geometry.u_centered(d[:, index][:, :, index]))).items():
             values.setdefault(name, []).append(value.value)
     return {name: np.array(each) for name, each in values.items()}
 
@@ -191,7 +195,7 @@ def bootstrap_cells(draws: int, truths: Mapping[str, dict[str, float]], resample
         truth, rng = truths[population.name], np.random.default_rng(0)
         hits: dict[str, list[list[bool]]] = {}
         for _ in range(draws):
-            for score, values in bootstrapped(population.matrices(rng, n), rng, resamples).items():
+            for score, values in bootstrapped(population.distances(rng, n), rng, resamples).items():
                 ends = [np.quantile(values, (0.5 - level / 2, 0.5 + level / 2)) for level in LEVELS]
                 hits.setdefault(score, []).append([bool(low <= truth[score] <= high) for low, high in ends])
         for score, rows in hits.items():

@@ -1,4 +1,4 @@
-"""Write the tables of figures in README.md and docs/performance.md from the stored results.
+"""Write the tables of figures in README.md, docs/performance.md and docs/evidence.md from the stored results.
 
 Only this module writes the text between the pages' markers.
 """
@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import growth
+from benchmarks import growth, planted_tables
 from benchmarks.cases import CASES, PROCESS_KINDS
 from benchmarks.cold import COMMANDS, IMPORTS
 from benchmarks.folder import MORE, PICTURE
 from benchmarks.growth import Records
+from benchmarks.markdown import header, joined, row
 from benchmarks.record import RESULTS, quartiles
 from benchmarks.stored import SUITE, read
 
 ROOT = Path(__file__).parents[1]
-README, PERFORMANCE, DRAWING = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "growth.svg"
+README, PERFORMANCE, EVIDENCE = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "evidence.md"
+DRAWING = ROOT / "docs" / "growth.svg"
 
 NONE = "–"
 HEADLINE = "explain resnet50 layer4 x32"
@@ -48,11 +50,11 @@ def headline(records: Records) -> str:
     if HEADLINE not in records:
         return "No result is stored.\n"
     record = records[HEADLINE]
-    lines = _header(_title(HEADLINE), "median", f"relative to {record['over']}", "peak memory")
+    lines = header(_title(HEADLINE), "median", f"relative to {record['over']}", "peak memory")
     for variant in HEADLINE_VARIANTS:
         if variant in record["samples"]:
-            lines.append(_row(variant, _seconds(record, variant), _ratio(record, variant), _peak(record, variant)))
-    return f"{_joined(lines)}\n\n{_machine(record)} {_rounds({HEADLINE: record})}\n"
+            lines.append(row(variant, _seconds(record, variant), _ratio(record, variant), _peak(record, variant)))
+    return f"{joined(lines)}\n\n{_machine(record)} {_rounds({HEADLINE: record})}\n"
 
 
 def explain(records: Records) -> str:
@@ -60,13 +62,13 @@ def explain(records: Records) -> str:
     selected = _of_kinds(records, "explain")
     tables = []
     for name, record in selected.items():
-        lines = _header(
+        lines = header(
             _title(name), "median", f"relative to {record['over']}", "peak memory", "relative to the lower bound", "difference of the maps"
         )
         for variant in record["samples"]:
             cells = (_seconds, _ratio, _peak, _lower_bound, _difference)
-            lines.append(_row(variant, *(cell(record, variant) for cell in cells)))
-        tables.append(_joined(lines))
+            lines.append(row(variant, *(cell(record, variant) for cell in cells)))
+        tables.append(joined(lines))
     return _with_notes("\n\n".join(tables), selected, "explain")
 
 
@@ -80,10 +82,10 @@ def geometry(records: Records) -> str:
         "kdx relative to the lower bound": lambda record: _lower_bound(record, "kdx"),
     }
     selected = _of_kinds(records, "geometry")
-    lines = _header("batch size and feature shape", *columns)
+    lines = header("batch size and feature shape", *columns)
     for name, record in selected.items():
-        lines.append(_row(name.removeprefix("geometry "), *(column(record) for column in columns.values())))
-    return _with_notes(_joined(lines), selected, "geometry")
+        lines.append(row(name.removeprefix("geometry "), *(column(record) for column in columns.values())))
+    return _with_notes(joined(lines), selected, "geometry")
 
 
 def variants(*kinds: str) -> Callable[[Records], str]:
@@ -91,13 +93,13 @@ def variants(*kinds: str) -> Callable[[Records], str]:
 
     def table(records: Records) -> str:
         selected = _of_kinds(records, *kinds)
-        lines = _header("case", "variant", "median", "relative to the baseline", "peak memory", "relative to the lower bound")
+        lines = header("case", "variant", "median", "relative to the baseline", "peak memory", "relative to the lower bound")
         for record in selected.values():
             for variant in record["samples"]:
                 name = FORMER_NAMES.get(variant, variant) + _file_size(record, variant)
                 cells = (_seconds, _ratio, _peak, _lower_bound)
-                lines.append(_row(record["case"], name, *(cell(record, variant) for cell in cells)))
-        return _with_notes(_joined(lines) if selected else "", selected, *kinds)
+                lines.append(row(record["case"], name, *(cell(record, variant) for cell in cells)))
+        return _with_notes(joined(lines) if selected else "", selected, *kinds)
 
     return table
 
@@ -117,8 +119,8 @@ def folder(_: Records) -> str:
         f"`kdx explain`, {MORE * images:,} images from start to page": "whole of more",
         "`kdx explain`, each additional image": "each image more",
     }
-    lines = _header(f"JPEGs of {PICTURE[0]} x {PICTURE[1]}, {record['case']}, batches of {record['batch']}", "images per second")
-    lines += [_row(label, f"{speed[part][1]:.1f}") for label, part in rows.items()]
+    lines = header(f"JPEGs of {PICTURE[0]} x {PICTURE[1]}, {record['case']}, batches of {record['batch']}", "images per second")
+    lines += [row(label, f"{speed[part][1]:.1f}") for label, part in rows.items()]
     costs = (
         f"Each additional image costs {ratios['each image more over the slower'][1]:.3f} times the slower stage, and "
         f"{ratios['each image more over the sum'][1]:.3f} times both stages together, which share the cores. Peak memory: {few:.2f} GB "
@@ -127,7 +129,12 @@ def folder(_: Records) -> str:
     )
     rounds = len(record["samples"]["whole"])
     count = f"Medians of {rounds} rounds" if rounds > 1 else "One round"
-    return "\n\n".join([_joined(lines), costs, _machine(record), f"{count}; commit {record['commit']}."]) + "\n"
+    return "\n\n".join([joined(lines), costs, _machine(record), f"{count}; commit {record['commit']}."]) + "\n"
+
+
+def planted(table: Callable[[planted_tables.Record], str]) -> Callable[[Records], str]:
+    """A table of `benchmarks.planted`, which stores one result of its own."""
+    return lambda _: table(planted_tables.stored()) if planted_tables.PATH.exists() else "No result is stored.\n"
 
 
 def process_start(records: Records) -> str:
@@ -136,7 +143,7 @@ def process_start(records: Records) -> str:
     selected = _of_kinds(records, case.kind)
     samples = selected[case.name]["samples"] if case.name in selected else {}
     goals = {goal.variant: goal for goal in case.goals}
-    lines = _header("process", "median (quartiles)", f"difference from `{case.baseline}`", "goal", "result")
+    lines = header("process", "median (quartiles)", f"difference from `{case.baseline}`", "goal", "result")
     for name in (*COMMANDS, *IMPORTS):
         cells = [_spread(samples[name]) if name in samples else NONE, NONE, NONE, NONE]
         if name in IMPORTS and name != case.baseline and {name, case.baseline} <= set(samples):
@@ -146,17 +153,17 @@ def process_start(records: Records) -> str:
             subject = "the median" if goal.quantity == "seconds" else "the difference"
             holds = goal.judged(case.baseline, samples)["holds"]
             cells[2:] = f"{subject} at {goal.bound} {goal.value:g} s", {True: "reached", False: "missed", None: "not measured"}[holds]
-        lines.append(_row(f"`{name}`" if name in COMMANDS else f'`python -c "{name}"`', *cells))
-    return _with_notes(_joined(lines), selected, case.kind, goals=False)
+        lines.append(row(f"`{name}`" if name in COMMANDS else f'`python -c "{name}"`', *cells))
+    return _with_notes(joined(lines), selected, case.kind, goals=False)
 
 
 def growing(records: Records) -> str:
     """The fitted exponents of `benchmarks.growth`."""
-    lines = _header("size", "variant", "exponent", "sizes")
+    lines = header("size", "variant", "exponent", "sizes")
     for title, curves in growth.curves(records).items():
         for curve in curves:
-            lines.append(_row(title, curve.label, f"{curve.exponent:.2f}", ", ".join(f"{size:,.0f}" for size in curve.sizes)))
-    return _joined(lines) + "\n"
+            lines.append(row(title, curve.label, f"{curve.exponent:.2f}", ", ".join(f"{size:,.0f}" for size in curve.sizes)))
+    return joined(lines) + "\n"
 
 
 PAGES: dict[Path, dict[str, Callable[[Records], str]]] = {
@@ -172,6 +179,7 @@ PAGES: dict[Path, dict[str, Callable[[Records], str]]] = {
         "files": variants("gradients", "export", "cold start"),
         "start": process_start,
     },
+    EVIDENCE: {name: planted(table) for name, table in planted_tables.TABLES.items()},
 }
 
 
@@ -191,18 +199,6 @@ def _of_kinds(records: Records, *kinds: str) -> dict[str, Mapping[str, Any]]:
 
 def _title(name: str) -> str:
     return f"{name.removeprefix('explain ').replace(' x', ', batch ')}, side 224"
-
-
-def _header(*cells: str) -> list[str]:
-    return [_row(*cells), "| --- " * len(cells) + "|"]
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _joined(lines: list[str]) -> str:
-    return "\n".join(lines)
 
 
 # ---- notes below a table ----

@@ -1,8 +1,18 @@
-"""Data references, splits, batches and decoding."""
+"""Data references, splits, batches, decoding, and generated images."""
 
 from kdx.data.batches import random_batches
+from kdx.data.composites import Composites, draw_composites
 from kdx.data.dataset import Dataset, open_data
 from kdx.data.images import load_images
 from kdx.data.splits import class_balanced_sample, stratified_splits
 
-__all__ = ["Dataset", "class_balanced_sample", "load_images", "open_data", "random_batches", "stratified_splits"]
+__all__ = [
+    "Composites",
+    "Dataset",
+    "class_balanced_sample",
+    "draw_composites",
+    "load_images",
+    "open_data",
+    "random_batches",
+    "stratified_splits",
+]

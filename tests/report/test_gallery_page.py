@@ -213,6 +213,8 @@ def test_the_address_restores_the_view(run: Path, opened: Callable[..., Page]) -
     assert other.locator("[data-layer][aria-pressed=true]").inner_text() == "layer3 (8 × 8)"
     assert other.get_by_label("Cells").input_value() == "raw"
     assert np.array_equal(pixels(other, 0, "new"), pixels(page, 0, "new"))
+    other.get_by_role("link", name="Networks").click()
+    other.wait_for_function("address => location.href === address", arg=address)  # a link to a section keeps the choices
     # An address with names that the page does not have opens the page as usual.
     other.goto(f"{start}#layer=nonsense&maps=new&sort=nonsense&outcome=%3Cb%3E")
     assert kinds_shown(other) == ["new"] and other.get_by_label("Sort by").input_value() == ""

@@ -67,7 +67,7 @@ function makeGallery(data) {
         edge,
       });
     }
-    return { figure };
+    return figure;
   }
 
   function enlargeButton(index) {
@@ -92,7 +92,7 @@ function makeGallery(data) {
       card.querySelector(".source .stack").append(enlargeButton(index));
     }
     kinds.forEach((_, kind) => {
-      if (shown.has(kind)) card.tiles[kind] = fillTile(card.tiles[kind], index, kind, TILE_EDGE).figure;
+      if (shown.has(kind)) card.tiles[kind] = fillTile(card.tiles[kind], index, kind, TILE_EDGE);
     });
     views.replaceChildren(views.querySelector(".source"), ...shownKinds().map((kind) => card.tiles[kind]));
     card.dataset.look = look;
@@ -104,7 +104,7 @@ function makeGallery(data) {
     const picture = document.createElement("div");
     picture.className = "stack";
     picture.append(cards[index].querySelector("img").cloneNode());
-    const { figure } = fillTile(null, index, 0, TILE_EDGE, data.opening);
+    const figure = fillTile(null, index, 0, TILE_EDGE, data.opening);
     const name = document.createElement("p");
     name.className = "name";
     const label = document.createElement("bdi");
@@ -241,7 +241,8 @@ function makeGallery(data) {
   // After a reload, the form must not keep choices that neither the address nor the cards have.
   controls.reset();
   controls.hidden = false;
-  addEventListener("hashchange", () => { if (readAddress()) render(); });
+  // A link to a section replaces the address, which then gets the choices again.
+  addEventListener("hashchange", () => (readAddress() ? render() : writeAddress()));
   const restored = readAddress();
   element("strip")?.append(...strip.map(({ item }) => item));
   render();

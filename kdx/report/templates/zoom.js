@@ -26,7 +26,7 @@ function makeZoom(gallery) {
     stack.append(card.querySelector("img").cloneNode());
     caption.textContent = "image";
     source.append(stack, caption);
-    tiles.replaceChildren(source, ...gallery.shownKinds().map((kind) => gallery.fillTile(null, current, kind, ZOOM_EDGE).figure));
+    tiles.replaceChildren(source, ...gallery.shownKinds().map((kind) => gallery.fillTile(null, current, kind, ZOOM_EDGE)));
     const [before, after] = gallery.neighbours(current);
     document.getElementById("zoom-previous").disabled = before === null;
     document.getElementById("zoom-next").disabled = after === null;

@@ -1,0 +1,15 @@
+"""Rows of Markdown tables."""
+
+from __future__ import annotations
+
+
+def header(*cells: str) -> list[str]:
+    return [row(*cells), "| --- " * len(cells) + "|"]
+
+
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def joined(lines: list[str]) -> str:
+    return "\n".join(lines)
