@@ -11,6 +11,7 @@ from kdx.choices import Weighting
 from kdx.errors import KdxError
 from kdx.features import arrays
 from kdx.features.arrays import ArrayT
+from kdx.kernels import ambient
 from kdx.maps.gradients import ClassChoice, Differentiable, chosen_classes, class_gradients, gradient_runner
 from kdx.maps.scaling import ScalableMaps
 
@@ -30,6 +31,7 @@ class ClassMaps(ScalableMaps[ArrayT]):
     logits: ArrayT
 
 
+@ambient.neutral()
 def grad_cam(
     network: Differentiable,
     images: ArrayT,
@@ -70,6 +72,7 @@ def grad_cam(
     return _like(_class_maps(network, arrays.pixels(images), layer, classes, "gap", device, chunk), images)
 
 
+@ambient.neutral()
 def hires_cam(
     network: Differentiable,
     images: ArrayT,
@@ -110,7 +113,7 @@ def _class_maps(
 ) -> ClassMaps[Tensor]:
     weights, maps, logits = [], [], []
     influences = False
-    with torch.no_grad(), gradient_runner(network, layer, images, device) as (runner, name):
+    with gradient_runner(network, layer, images, device) as (runner, name):
         chosen, count = chosen_classes(runner, images, classes, chunk)
         for part_logits, gradients in class_gradients(runner, [name], images, chosen, count, chunk):
             part_weights, part_maps = gradients[name].maps(weighting)

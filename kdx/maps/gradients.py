@@ -133,7 +133,7 @@ def _last_layer(network: Network, image: Tensor, device: torch.device) -> str:
         raise KdxError(error.problem, "Name a layer.") from error
     for layer in reversed(known):
         with EagerRunner(GradientGraph(network.module, [layer], network.preprocessing), device) as runner:
-            unequal = torch.arange(1.0, 1 + runner.class_count(image))[None]
+            unequal = torch.arange(1, 1 + runner.class_count(image), dtype=torch.float32)[None]
             if bool(runner.run({"images": image, "cotangent": unequal})[f"gradient/{layer}"].any()):
                 return layer
     raise KdxError("The network has no layer whose output is a feature map that the logits depend on.", "Name a layer.")

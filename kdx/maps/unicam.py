@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from kdx.choices import ObjectiveName, Weighting
@@ -14,7 +13,7 @@ from kdx.errors import KdxError
 from kdx.features import arrays
 from kdx.features.arrays import Array, ArrayT
 from kdx.features.target import Target
-from kdx.kernels import dispatch, geometry
+from kdx.kernels import ambient, dispatch, geometry
 from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import ReferenceDistances, TorchBackend, UnicamWeights
 from kdx.maps.scaling import ScalableMaps
@@ -48,6 +47,7 @@ class ReferenceSet:
     Raises KdxError for what `unicam` refuses: m < 4, one class, constant or non-finite features, and numbers of rows that differ.
     """
 
+    @ambient.neutral()
     def __init__(self, explained: Array, given: Array, target: Array, *, pooled: bool = False) -> None:
         self.explained = arrays.feature_map(explained, "explained features of the reference set")
         self.given = arrays.feature_map(given, "given features of the reference set")
@@ -60,6 +60,7 @@ class ReferenceSet:
         self.target = Target.of(target, m).checked()
 
 
+@ambient.neutral()
 def unicam(
     explained: ArrayT,
     given: Array,
@@ -109,19 +110,18 @@ def unicam(
     ((8, 3, 3), (8, 6))
     """
     check_weighting(weighting)
-    with torch.no_grad():
-        pair = pair_geometry(
-            explained,
-            given,
-            target,
-            objective,
-            pooled=pooled,
-            reference=reference,
-            backend=backend,
-            laplacian=weighting == "elementwise",
-        )
-        weights, maps = pair.maps(weighting)
-        return Maps(arrays.like(maps, explained), arrays.like(weights, explained), pair.score)
+    pair = pair_geometry(
+        explained,
+        given,
+        target,
+        objective,
+        pooled=pooled,
+        reference=reference,
+        backend=backend,
+        laplacian=weighting == "elementwise",
+    )
+    weights, maps = pair.maps(weighting)
+    return Maps(arrays.like(maps, explained), arrays.like(weights, explained), pair.score)
 
 
 def check_weighting(weighting: str) -> None:

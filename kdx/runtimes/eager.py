@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdx.export.explainer_graphs import Graph
 from kdx.export.graphs import FeatureGraph, GradientGraph
+from kdx.kernels import ambient
 from kdx.runtimes.runner import Runner, check_names
 
 
@@ -36,11 +37,13 @@ class EagerRunner(Runner):
             raise ValueError("the runner is closed")
         return self._graph
 
+    @ambient.neutral()
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         graph = self.graph
         check_names(feeds, self._inputs)
-        with self._lock, torch.no_grad():  # during a pass the graph has hooks on its layers
-            outputs = graph(*(feeds[name].to(self.device, self._dtype) for name in self._inputs))
+        inputs = [ambient.recordable(feeds[name].to(self.device, self._dtype)) for name in self._inputs]
+        with self._lock:  # during a pass the graph has hooks on its layers
+            outputs = graph(*inputs)
         return dict(zip(self._outputs, outputs, strict=True))
 
     @property

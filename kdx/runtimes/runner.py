@@ -123,7 +123,7 @@ class FileRunner(Runner):
     def _empty_outputs(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
         """Uninitialised memory for every output."""
         return {
-            name: torch.empty([sizes[size] if isinstance(size, str) else size for size in shape], device=self.device)
+            name: torch.empty([sizes[size] if isinstance(size, str) else size for size in shape], dtype=torch.float32, device=self.device)
             for name, shape in self.outputs.items()
         }
 
