@@ -70,9 +70,10 @@ def unicam_before(
     batch = arrays.pixels(images)
     arrays.check_same(len(explained), len(batch), "explained features", "images")
     pair = unicam.pair_geometry(explained, given, target, objective, pooled=pooled, reference=reference)
-    cotangent = pair.feature_gradient()
+    cotangent, exponent = pair.feature_gradient()
     # The gradient of a score of many distances is small. Without this scaling, a network in half precision would lose it.
     largest = cotangent.abs().max().clamp_min(torch.finfo(cotangent.dtype).tiny)
+    scale = torch.ldexp(largest.double(), exponent)
     weights, maps = [], []
     with gradient_runner(network, layer, batch, device, at) as (runner, name):
         if runner.cotangent_layer is None:
@@ -83,7 +84,7 @@ def unicam_before(
         for part in parts(runner, chunk, len(batch)):
             _, gradients = layer_gradients(runner, [name], batch[part], cotangent[part] / largest, part.start)
             feature, gradient = gradients[name]
-            unscaled = LayerGradient(feature, gradient.double() * largest.to(gradient.device))
+            unscaled = LayerGradient(feature, gradient.double() * scale.to(gradient.device))
             part_weights, part_maps = unscaled.maps(weighting)
             weights.append(part_weights)
             maps.append(part_maps)

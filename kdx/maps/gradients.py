@@ -44,9 +44,11 @@ class LayerGradient(NamedTuple):
     def maps(self, weighting: Weighting) -> tuple[Tensor, Tensor]:
         """(channel weights [n, C], maps [n, H, W]): ReLU(sum_c w_ic F_ic) with w the mean gradient, or each position's own."""
         weights = geometry.gap(self.gradient)
-        maps = (
-            geometry.cam(self.feature, weights) if weighting == "gap" else geometry.elementwise_cam(self.feature, self.gradient.flatten(1))
-        )
+        if weighting == "gap":
+            normal, exponents = geometry.split_exponent(weights)
+            maps = geometry.times_power(geometry.cam(self.feature, normal), exponents)
+        else:
+            maps = geometry.elementwise_cam(self.feature, self.gradient.flatten(1))
         return weights.to(self.feature.dtype), maps.to(self.feature.dtype)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from kdx.choices import ObjectiveName, Weighting
@@ -26,7 +27,8 @@ class Maps(ScalableMaps[ArrayT]):
 
     maps: [n, H, W] >= 0, at the resolution of the features, not scaled. Values are comparable within one map, not between images. A map
     is zero everywhere if its weighted channels add up to zero or less at every position.
-    weights: the channel weights [n, C], the mean over h, w of the gradient of the objective L. They may be negative.
+    weights: the channel weights [n, C], the mean over h, w of the gradient of the objective L. They may be negative. Their unit is that of L
+    divided by that of the features: for relevance, features in another unit have the same maps, and weights in the inverse unit.
     score: the objective L; in reference mode its mean over the images.
     """
 
@@ -171,25 +173,31 @@ class PairGeometry:
         if self.pooled:  # every position gets 1/(HW) of a spatial mean's gradient, so both weightings agree
             weights = weights / (features.shape[2] * features.shape[3])
         elif weighting == "elementwise":
-            maps = geometry.elementwise_cam(features, self._row_gradient())
+            gradient, exponent = self._row_gradient()
+            maps = geometry.times_power(geometry.elementwise_cam(features, gradient), exponent)
             return weights.to(maps.dtype), maps
-        maps = self.ops.cam(features, weights)
+        # Weights are as large as the features are small, and may not be normal numbers in the type of the features.
+        normal, exponents = geometry.split_exponent(weights)
+        maps = geometry.times_power(self.ops.cam(features, normal), exponents)
         return weights.to(maps.dtype), maps
 
-    def feature_gradient(self) -> Tensor:
-        """dL/dF [n, C, H, W] of the explained features."""
-        features, gradient = self.features, self._row_gradient()
+    def feature_gradient(self) -> tuple[Tensor, Tensor]:
+        """dL/dF [n, C, H, W] of the explained features, as (g, e) with dL/dF = 2^e g, which the type of the features can represent."""
+        features, (gradient, exponent) = self.features, self._row_gradient()
         if self.pooled:
-            return (gradient / (features.shape[2] * features.shape[3]))[:, :, None, None].expand(features.shape)
-        return gradient.reshape(features.shape)
+            return (gradient / (features.shape[2] * features.shape[3]))[:, :, None, None].expand(features.shape), exponent
+        return gradient.reshape(features.shape), exponent
 
-    def _row_gradient(self) -> Tensor:
-        """dL/dX [n, d] of the rows X that distances were measured between."""
+    def _row_gradient(self) -> tuple[Tensor, Tensor]:
+        """dL/dX [n, d] of the rows X that distances were measured between, as (g, e) with dL/dX = 2^e g and g independent of X's scale."""
         assert self.laplacian is not None
         rows = distance_rows(self.features, self.pooled)
+        # Lap is about 1/|X|^2. With half of its exponent removed, Lap X and the products of Lap X with X are normal numbers.
+        exponent = torch.frexp(self.laplacian.abs().amax()).exponent // 2
+        laplacian = torch.ldexp(self.laplacian, -exponent)
         if self.references is None:
-            return geometry.gradient(self.laplacian, rows)
-        return geometry.query_gradient(self.laplacian, rows, distance_rows(self.references, self.pooled))
+            return geometry.gradient(laplacian, rows), exponent
+        return geometry.query_gradient(laplacian, rows, distance_rows(self.references, self.pooled)), exponent
 
 
 def pair_geometry(

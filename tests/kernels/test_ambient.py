@@ -105,7 +105,7 @@ def _scores() -> list[Any]:
 
 def _class_maps() -> list[Any]:
     student = NETWORKS["student"]
-    maps = [
+    maps: list[Any] = [
         kdx.grad_cam(student, IMAGES),
         kdx.hires_cam(NET, SMALL, "conv2", 1),
         kdx.unicam_before(student, IMAGES, "layer2", FEATURES["student"], FEATURES["base"], PAIRS, at="layer3"),
@@ -117,8 +117,8 @@ def _class_maps() -> list[Any]:
 def _explained() -> list[Any]:
     results: list[Any] = []
     for references in (False, True):
-        settings: dict[str, Any] = {"permutations": 49, "features": "salient", "weighting": "elementwise"}
-        with kdx.Explainer(**NETWORKS, layers="layer3", runtime="eager", **settings) as explainer:
+        settings: dict[str, Any] = {**NETWORKS, "permutations": 49, "features": "salient", "weighting": "elementwise"}
+        with kdx.Explainer(layers="layer3", runtime="eager", **settings) as explainer:
             if references:
                 explainer.use_references(IMAGES.flip(0), PAIRS)
             layer = explainer(IMAGES, PAIRS).layers["layer3"]
