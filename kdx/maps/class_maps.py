@@ -22,7 +22,10 @@ class ClassMaps(ScalableMaps[ArrayT]):
 
     maps: [n, H, W] >= 0, at the resolution of the features, not scaled. Values are comparable within one map, not between images.
     weights: [n, C], the mean over h, w of the gradient of the class's logit. classes: [n], the classes that the maps explain.
-    logits: [n, number of classes].
+    logits: [n, number of classes]. ``empty`` is the share of maps that are zero everywhere.
+
+    A map that is only the rounding error of its own computation is zero, and so are such weights: for example Grad-CAM before an
+    instance normalisation, which removes the influence of every channel's mean.
     """
 
     maps: ArrayT

@@ -83,8 +83,8 @@ def unicam_before(
             )
         for part in parts(runner, chunk, len(batch)):
             _, gradients = layer_gradients(runner, [name], batch[part], cotangent[part] / largest, part.start)
-            feature, gradient = gradients[name]
-            unscaled = LayerGradient(feature, gradient.double() * scale.to(gradient.device))
+            feature, gradient, dtype = gradients[name]
+            unscaled = LayerGradient(feature, gradient.double() * scale.to(gradient.device), dtype)
             part_weights, part_maps = unscaled.maps(weighting)
             weights.append(part_weights)
             maps.append(part_maps)

@@ -154,8 +154,9 @@ def ranking_maps(
     pieces: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     largest_sum = dict.fromkeys(layers, 0.0)
     for _, gradients in class_gradients(runner, layers, images, classes, count, chunk):
-        for layer, (feature, gradient) in gradients.items():
-            pieces[layer].append(geometry.elementwise_cam(feature, gradient.flatten(1)))
+        for layer, differentiated in gradients.items():
+            feature, gradient, _ = differentiated
+            pieces[layer].append(differentiated.maps("elementwise")[1])
             sums = geometry.elementwise_cam(feature.abs(), gradient.abs().flatten(1))
             largest_sum[layer] = max(largest_sum[layer], float(sums.max()))
     maps = {layer: torch.cat(parts) for layer, parts in pieces.items()}

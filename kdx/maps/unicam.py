@@ -14,7 +14,7 @@ from kdx.errors import KdxError
 from kdx.features import arrays
 from kdx.features.arrays import Array, ArrayT
 from kdx.features.target import Target
-from kdx.kernels import ambient, dispatch, geometry
+from kdx.kernels import ambient, dispatch, geometry, rounding
 from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import ReferenceDistances, TorchBackend, UnicamWeights
 from kdx.maps.scaling import ScalableMaps
@@ -27,8 +27,9 @@ class Maps(ScalableMaps[ArrayT]):
 
     maps: [n, H, W] >= 0, at the resolution of the features, not scaled. Values are comparable within one map, not between images. A map
     is zero everywhere if its weighted channels add up to zero or less at every position.
-    weights: the channel weights [n, C], the mean over h, w of the gradient of the objective L. They may be negative. Their unit is that of L
-    divided by that of the features: for relevance, features in another unit have the same maps, and weights in the inverse unit.
+    weights: the channel weights [n, C], the mean over h, w of the gradient of the objective L. They may be negative. Their unit is that of
+    L divided by that of the features: for relevance, features in another unit have the same maps, and weights in the inverse unit.
+    ``empty`` is the share of maps that are zero everywhere. A map of nothing but rounding error is zero, and so are its weights.
     score: the objective L; in reference mode its mean over the images.
     """
 
@@ -161,11 +162,12 @@ class PairGeometry:
         pooled: bool = False,
         references: Tensor | None = None,
     ) -> PairGeometry:
-        """The explained network at this index of a solution."""
+        """The explained network at this index of a solution, whose means have `rounding.with_probes`."""
         laplacian = None if solution.laplacians is None else solution.laplacians[index]
         # A user's objective returns a scalar, for a stack of one network.
         score = solution.score[index] if solution.score.ndim else solution.score
-        return cls(features, solution.weights[index], laplacian, float(score.mean()), ops, pooled, references)
+        weights = rounding.probed(solution.weights[index], features, together=references is None)
+        return cls(features, weights, laplacian, float(score.mean()), ops, pooled, references)
 
     def maps(self, weighting: Weighting) -> tuple[Tensor, Tensor]:
         """(channel weights [n, C], maps [n, H, W]). Elementwise weighting needs the Laplacian, unless the features are pooled."""
@@ -250,7 +252,7 @@ class _Pair:
         goal = Target.of(target, n, device=self.explained.device, backend=self.ops)
         x, y = self.rows
         networks = arrays.row_distances({"explained features": x, "given features": y}, self.ops)
-        means = [geometry.gap(self.explained)]
+        means = [rounding.with_probes(geometry.gap(self.explained), self.explained)]
         return self.ops.channel_weights(
             networks.select([0]), networks.select([1]), goal.distances, means, self.objective, laplacians=self.laplacian
         )
@@ -266,8 +268,8 @@ class _Pair:
             [reference_distances(reference.explained, self.explained, among.raw[0], "explained features", self.pooled)],
             [reference_distances(reference.given, self.given, among.raw[1], "given features", self.pooled)],
             reference.target.reference_distances(queries),
-            [geometry.gap(self.explained)],
-            [geometry.gap(reference.explained)],
+            [rounding.with_probes(geometry.gap(self.explained), self.explained)],
+            [rounding.with_probes(geometry.gap(reference.explained), reference.explained, seed=1)],
             self.objective,
             laplacians=self.laplacian,
         )

@@ -28,6 +28,7 @@ class EagerRunner(Runner):
         self._graph: Graph | None = graph.eval().to(device)
         tensors = (*graph.parameters(), *graph.buffers())
         dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+        self._format = dtype
         self._dtype = torch.promote_types(dtype, torch.float32)  # a network in half precision casts its inputs itself
 
     @property
@@ -45,6 +46,10 @@ class EagerRunner(Runner):
         with self._lock:  # during a pass the graph has hooks on its layers
             outputs = graph(*inputs)
         return dict(zip(self._outputs, outputs, strict=True))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._format
 
     @property
     def cotangent_layer(self) -> str | None:

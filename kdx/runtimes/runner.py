@@ -55,6 +55,11 @@ class Runner(ABC):
         return None
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The number format in which the network computes; its outputs are float32 or float64."""
+        return torch.float32
+
+    @property
     @abstractmethod
     def cotangent_layer(self) -> str | None:
         """For a gradients graph: the layer whose cotangent is an input, or None for the logits' cotangent."""
@@ -100,6 +105,10 @@ class FileRunner(Runner):
         self.description = description
         self.kind, self.layers = description.kind, description.layers
         self.device = device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.description.precision, torch.float32)
 
     @property
     def cotangent_layer(self) -> str | None:
