@@ -63,7 +63,9 @@ def unavoidable(plan: Plan) -> Geometry | None:
         if options.geometry == "auto" and not options.reference_images:
             return Geometry("batch", "salient features are compared within a batch")
     if options.reference_images or options.geometry == "reference":
-        return Geometry("reference", f"every image is compared with {options.reference_images or REFERENCE_IMAGES} reference images")
+        return Geometry(
+            "reference", f"UniCAM's maps compare every image with {options.reference_images or REFERENCE_IMAGES} reference images"
+        )
     return Geometry("batch", "as requested") if options.geometry == "batch" else None
 
 
