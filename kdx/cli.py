@@ -235,7 +235,11 @@ def explain(
         ),
     ] = 64,
     chunk: Annotated[
-        int | None, typer.Option(min=1, help="Images per pass of a network, to save memory. It does not change the results.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images per pass of a network, to save memory. A multiple of 16 changes no result; others can change the last digit.",
+        ),
     ] = None,
     geometry: Annotated[
         GeometryName,
