@@ -16,6 +16,7 @@ from kdx.choices import Features, GeometryName, ObjectiveName, Precision, Runtim
 from kdx.errors import KdxError
 from kdx.explain.explainer_file import ExplainerFile
 from kdx.explain.layer import LayerMeasurement
+from kdx.explain.map_statistics import stability
 from kdx.explain.network_set import NetworkRecord, NetworkSet
 from kdx.explain.networks import NetworkLike, NetworkRunners
 from kdx.explain.settings import Settings
@@ -263,11 +264,12 @@ class Explainer:
         )
 
     def _decomposition(self, kind: ScoreMap, measurement: LayerMeasurement, images: ArrayT) -> Decomposition[ArrayT]:
-        shares = {name: halves.sum(0) for name, halves in measurement.shares.items()}
-        parts = terms(kind, shares, measurement.products, (*self.roles, TARGET))
-        maps = torch.stack(parts).sum(0)
-        other = arrays.like(-parts[1], images) if len(parts) == 2 else None
-        return Decomposition(arrays.like(maps, images), arrays.like(parts[0], images), other, float(maps.sum()))
+        parts = terms(kind, measurement.shares, measurement.products, (*self.roles, TARGET))  # [contexts, n, h, w]
+        contexts = torch.stack(parts).sum(0)
+        maps = contexts.sum(0)
+        other = arrays.like(-parts[1].sum(0), images) if len(parts) == 2 else None
+        known = arrays.like(stability(*contexts), images) if len(contexts) == 2 else None  # an explainer file gives one context
+        return Decomposition(arrays.like(maps, images), arrays.like(parts[0].sum(0), images), other, float(maps.sum()), known)
 
     def close(self) -> None:
         self._networks.close()
