@@ -235,7 +235,8 @@ def explain(
         ),
     ] = 64,
     chunk: Annotated[
-        int | None, typer.Option(min=1, help="Images per pass of a network, to save memory. It does not change the results.")
+        int | None,
+        typer.Option(min=1, help="Images per pass of a network, to save memory. The geometry whole rounds it up to a multiple of 16."),
     ] = None,
     geometry: Annotated[
         GeometryName,

@@ -80,7 +80,7 @@ def choose_geometry(plan: Plan, shapes: Shapes, folder: Path) -> Geometry:
         available = free if options.max_disk is None else limit
         if cost.bytes > available:
             raise KdxError(
-                f"{needed.capitalize()}, and {_size(available)} are available in {folder}.",
+                f"T{needed[1:]}, and {_size(available)} are available in {folder}.",
                 "Free some space, choose --store float16 or --project 64, or use --geometry reference.",
             )
         return Geometry("whole", f"as requested; {needed}")
@@ -99,7 +99,7 @@ def _size(count: float) -> str:
 
 def _speed() -> float:
     """Operations per second of a float32 matrix product on this machine: the best of three."""
-    x = torch.rand(512, 4096)
+    x = torch.ones(512, 4096)
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
