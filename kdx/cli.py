@@ -236,10 +236,7 @@ def explain(
     ] = 64,
     chunk: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Images per pass of a network, to save memory. A multiple of 16 changes no result; others can change the last digit.",
-        ),
+        typer.Option(min=1, help="Images per pass of a network, to save memory. The geometry whole rounds it up to a multiple of 16."),
     ] = None,
     geometry: Annotated[
         GeometryName,

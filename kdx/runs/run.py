@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdx.data.batches import check_labels
 from kdx.data.images import load_images
 from kdx.data.splits import class_balanced_sample
 from kdx.explain.explainer import Explainer
@@ -56,8 +57,10 @@ def explain_dataset(
     for line in plan.split.lines():
         announce(line)
     geometry = unavoidable(plan)
+    # Raise KdxError where the classes, or those of a batch, have no geometry, before anything is written.
+    check_labels(plan.dataset.labels[plan.indices])
     if geometry is not None and geometry.kind != "whole":
-        _ = plan.batches  # raises KdxError where batches have no geometry, before anything is written
+        _ = plan.batches
     with ExitStack() as stack, plan.explainer(networks or out / schema.NETWORKS) as explainer:
         records = explainer.networks()
         size = largest_size(record.image_size for record in records.values())
@@ -98,6 +101,8 @@ def _explain(
         explainer.close()
         _finish(store, plan, collect_whole(store, plan, files), size)
         return
+    if plan.options.keep_features or plan.options.project or plan.options.stored_precision != "float32":
+        announce(f"The geometry {geometry.kind} stores no features: --store, --project and --keep-features have no effect.")
     references = plan.references() if geometry.kind == "reference" else plan.indices[:0]
     if len(references):
         store.manifest["reference_ids"] = [plan.dataset.ids[index] for index in references]
@@ -108,8 +113,8 @@ def _explain(
 
 def _projection_note(project: int) -> str:
     return (
-        f"Features are projected to {project} random channels per position. Squared distances keep their expected value, with a relative "
-        f"standard deviation of at most {(2 / project) ** 0.5:.1%}; maps and scores are those of the projected features."
+        f"Features of more channels are projected to {project} random channels per position. Squared distances keep their expected value, "
+        f"with a relative standard deviation of at most {(2 / project) ** 0.5:.1%}; maps and scores are those of the projected features."
     )
 
 
