@@ -133,7 +133,9 @@ def whole(folder: Path, batch: int, data: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=folder) as name:
         out = Path(name) / "run"
         start = time.perf_counter()
-        explain.run(str(folder / data), folder / "models.toml", out, (), RunOptions(batch=batch), networks=folder / "networks")
+        explain.run(
+            str(folder / data), folder / "models.toml", out, (), RunOptions(batch=batch, geometry="batch"), networks=folder / "networks"
+        )
         seconds = time.perf_counter() - start
         images = json.loads((out / "manifest.json").read_text())["images"]["explained"]
         # Only these grow with the number of images.

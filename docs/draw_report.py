@@ -22,7 +22,7 @@ def main(run: Path) -> None:
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1180, "height": 940}, color_scheme="light")
+        page = browser.new_page(viewport={"width": 1180, "height": 1190}, color_scheme="light")
         page.goto((run / PAGE).resolve().as_uri())
         page.evaluate(_WITHOUT_BAR)
         page.screenshot(path=PICTURE)

@@ -236,13 +236,16 @@ def explain(
     ] = 64,
     chunk: Annotated[
         int | None,
-        typer.Option(min=1, help="Images per pass of a network, to save memory. The geometry whole rounds it up to a multiple of 16."),
+        typer.Option(
+            min=1,
+            help="Images per pass of a network, to save memory. The geometry whole rounds it up to a multiple of 16, and no result changes.",
+        ),
     ] = None,
     geometry: Annotated[
         GeometryName,
         typer.Option(
-            help="The images that an image is compared with: all of them (whole), a fixed reference set, or its batch, as published. "
-            "auto: whole if the features fit the limits below, else reference."
+            help="The images that an image is compared with. whole: all of them; reference: in UniCAM's maps a fixed set, else its batch; "
+            "batch: its batch, as published. auto: whole if it is within --max-disk and --max-minutes, else reference."
         ),
     ] = "auto",
     runtime: Annotated[RuntimeName, typer.Option(help="What executes the networks.")] = "auto",
@@ -261,7 +264,9 @@ def explain(
     ] = "raw",
     keep: Annotated[float, typer.Option(help="salient: the share of pixels to keep. The other pixels are imputed.")] = 0.5,
     noise: Annotated[float, typer.Option(help="salient: the standard deviation of the noise on imputed pixels.")] = 0.0,
-    reference: Annotated[int, typer.Option(min=0, help="The size of the reference set. A size above 0 selects --geometry reference.")] = 0,
+    reference: Annotated[
+        int, typer.Option(min=0, help="The size of the reference set, by default 256. A size above 0 selects --geometry reference.")
+    ] = 0,
     store: Annotated[
         StoredPrecision, typer.Option(help="whole: the number format of the features on disk. float16 takes half the space.")
     ] = "float32",
@@ -277,11 +282,14 @@ def explain(
     max_disk: Annotated[
         float | None,
         typer.Option(
-            min=0, help="whole: gigabytes that features and distances may take; by default half of the free space.", show_default=False
+            min=0,
+            help="whole: gigabytes that features and distances may take; by default half of the free space. "
+            "Beyond it, auto selects reference.",
+            show_default=False,
         ),
     ] = None,
     max_minutes: Annotated[
-        float, typer.Option(min=0, help="whole: the time that the geometry may take, by estimate; beyond it auto selects reference.")
+        float, typer.Option(min=0, help="whole: the time that the geometry may take, by estimate. Beyond it, auto selects reference.")
     ] = 60.0,
     split: Annotated[
         str | None,
@@ -305,7 +313,7 @@ def explain(
     ] = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Explain a data set: store two or four maps per image and layer, scores with intervals, and a page that shows them."""
+    """Explain a data set: store maps of every image at every layer, scores with intervals, and a page that shows them."""
     from kdx.commands.explain import run
     from kdx.report.terminal import scores_table
     from kdx.runs.run import RunOptions

@@ -24,13 +24,16 @@ class Decomposition(Generic[ArrayT]):
 
     maps: [n, H, W], signed; their sum over everything is ``score``. explained, other: the two parts whose difference the maps are, that is,
     the share of the explained network and that of the given (or subtracted) network, on one grid; other is None without a second
-    network. score: the score, as `kdx.rs` or `kdx.fss` computes it from all images at once.
+    network. score: the score, as `kdx.rs` or `kdx.fss` computes it from all images at once. stability [n]: the correlation between an
+    image's two maps that have either half of the images as context, NaN where a map is constant; `kdx.Explainer` computes it, and
+    `kdx.decompose` does not.
     """
 
     maps: ArrayT
     explained: ArrayT
     other: ArrayT | None
     score: float
+    stability: ArrayT | None = None
 
     @property
     def images(self) -> ArrayT:

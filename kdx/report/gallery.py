@@ -195,12 +195,17 @@ def _write_composites(
     names = layer_file_names(list(run.layers))
     large = np.asarray(_enlarged(picture))
     for layer in run.layers:
-        for kind in kinds:
+        for kind in drawn_kinds(kinds):
             scale = overlays.symmetric_for_display if kind.signed else overlays.scaled_for_display
             drawn = overlays.composite(large, scale(maps[layer, kind.name]), signed=kind.signed)
             # Run lengths alone: on composites of photographs it is faster than zlib's first level, and the files are smaller.
             data = encoded(Image.fromarray(drawn), "PNG", compress_level=1, compress_type=zlib.Z_RLE)
             write_atomic(overlay_path(run.folder, row, names[layer], kind.name), data)
+
+
+def drawn_kinds(kinds: Sequence[PageKind]) -> list[PageKind]:
+    """The kinds whose composites are written: UniCAM's and the page's first. The page itself draws the others from their values."""
+    return [kind for kind in kinds if kind is kinds[0] or not kind.signed]
 
 
 def _enlarged(image: Image.Image) -> Image.Image:

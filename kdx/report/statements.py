@@ -73,14 +73,22 @@ def mark(claim: Claim, entry: Entry | None, confidence: float) -> Mark:
     if entry is None or not entry.known:
         return Mark("unknown", "–", f"{_printed(claim.score)} could not be computed")
     value, interval = wording.span(entry, sign=True)
-    p = "" if entry.p_value is None else f", {wording.probability(entry.p_value)}"
-    figures = f"{_printed(claim.score)} {value} ({wording.percent(confidence, 0)} interval {interval}{p})"
+    figures = f"{_printed(claim.score)} {value} ({wording.percent(confidence, 0)} interval {interval}{_p_values(entry)})"
     direction = wording.direction(entry, confidence)
     if direction > 0:
         return Mark("settled", value, f"settled: {figures}")
     if direction < 0:
         return Mark("opposite", value, f"the opposite is settled. {claim.below}: {figures}")
     return Mark("open", value, f"not settled: {figures}")
+
+
+def _p_values(entry: Entry) -> str:
+    if entry.p_value is None:
+        return ""
+    text = f", {wording.probability(entry.p_value)}"
+    if entry.p_adjusted in (None, entry.p_value):
+        return text
+    return f"{text}, adjusted for the layers {wording.probability(entry.p_adjusted)}"
 
 
 def _printed(score: str) -> str:

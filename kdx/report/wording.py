@@ -136,7 +136,9 @@ def read(
     only where `direction` has one. Every other statement is that these images do not settle the question. No sentence claims a cause.
     """
     scores_of_layers = [scores for _, scores, _ in layers.values()]
-    images = [entry.n for scores in scores_of_layers for entry in scores.values() if entry.n is not None]
+    entries = [entry for scores in scores_of_layers for entry in scores.values()]
+    images = [entry.n for entry in entries if entry.n is not None]
+    adjusted = any(entry.p_adjusted != entry.p_value for entry in entries)  # runs of kdx 0.1.0 have p-values of single scores
     teacher = "teacher" in accuracy
     return Reading(
         _headline(
@@ -146,7 +148,7 @@ def read(
         ),
         _accuracy(accuracy, discordant, confidence),
         tuple(LayerReading(name, _layer(name, *rest, confidence)) for name, rest in layers.items()),
-        _cautions(min(images, default=None), len(layers), max(map(len, scores_of_layers)), teacher, salient),
+        _cautions(min(images, default=None), len(layers), max(map(len, scores_of_layers)), adjusted, teacher, salient),
     )
 
 
@@ -323,7 +325,7 @@ def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count:,} images"
 
 
-def _cautions(images: int | None, layers: int, scores: int, teacher: bool, salient: str) -> tuple[str, ...]:
+def _cautions(images: int | None, layers: int, scores: int, adjusted: bool, teacher: bool, salient: str) -> tuple[str, ...]:
     cautions = []
     if salient:
         cautions.append(
@@ -335,10 +337,14 @@ def _cautions(images: int | None, layers: int, scores: int, teacher: bool, salie
             f"The scores are based on {_images(images)}. Intervals from so few images are wide, and their width is itself uncertain. "
             "More images would narrow them."
         )
-    cautions.append(
-        f"Each interval refers to one score alone: over {layers} {'layer' if layers == 1 else 'layers'} with {scores} scores each, some "
-        "can exclude zero by chance. The p-values behind the statements are adjusted for the number of layers, not for that of scores."
-    )
+    where = f"over {layers} {'layer' if layers == 1 else 'layers'} with {scores} scores each"
+    if adjusted:
+        cautions.append(
+            f"Each interval refers to one score alone: {where}, some can exclude zero by chance. The p-values behind the statements are "
+            "adjusted for the number of layers, not for that of scores."
+        )
+    else:
+        cautions.append(f"Each interval and p-value refers to one score alone: {where}, some can exclude zero or be significant by chance.")
     if teacher:
         cautions.append(
             "The numbers describe one teacher, one base and one student on these images. A base and a student also differ because "

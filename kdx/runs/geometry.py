@@ -63,7 +63,9 @@ def unavoidable(plan: Plan) -> Geometry | None:
         if options.geometry == "auto" and not options.reference_images:
             return Geometry("batch", "salient features are compared within a batch")
     if options.reference_images or options.geometry == "reference":
-        return Geometry("reference", f"every image is compared with {options.reference_images or REFERENCE_IMAGES} reference images")
+        return Geometry(
+            "reference", f"UniCAM's maps compare every image with {options.reference_images or REFERENCE_IMAGES} reference images"
+        )
     return Geometry("batch", "as requested") if options.geometry == "batch" else None
 
 
@@ -80,7 +82,8 @@ def choose_geometry(plan: Plan, shapes: Shapes, folder: Path) -> Geometry:
         available = free if options.max_disk is None else limit
         if cost.bytes > available:
             raise KdxError(
-                f"The {needed}, and {_size(available)} are available in {folder}.",
+                f"The features and distances of {len(plan.indices):,} images take {_size(cost.bytes)}, and {_size(available)} are "
+                f"available in {folder}.",
                 "Free some space, choose --store float16 or --project 64, or use --geometry reference.",
             )
         return Geometry("whole", f"as requested; the {needed}")

@@ -37,7 +37,8 @@ class RunOptions(Settings):
 
     batch: images that are decoded, and go through the networks, at once. With the geometry ``batch`` these are also the images whose
     geometry makes one set of maps; with ``whole`` batch and chunk are rounded up to a multiple of 16 and do not change a result.
-    reference_images: the number m of class-balanced images among which the geometry ``reference`` maps every image. A number above 0
+    reference_images: the number m of class-balanced images among which UniCAM maps every image with the geometry ``reference``; scores,
+    and the maps that add up to them, are those of the batches. A number above 0
     selects this geometry, and 0 stands for REFERENCE_IMAGES if it is selected otherwise.
     stored_precision: the number format of the features that the geometry ``whole`` stores. keep_features: whether they are kept.
     project: with K > 0, features are projected to K random channels before they are stored: the squared distances then have a relative

@@ -205,6 +205,14 @@ def test_a_student_that_is_the_base_is_refused(run: Run, folder: Path, tmp_path:
     assert status == 2 and len(err.splitlines()) == 2 and "the same weights" in err and left_in(tmp_path) == []
 
 
+def test_the_options_of_reference_images_reach_the_command(run: Run, tmp_path: Path) -> None:
+    roles = ["--explainer", "--student", "a", "--base", "b", "--layer", "c"]
+    status, _, err = run(*roles, "--reference", 3, "--data", "digits", "--seed", 1)
+    assert status == 2 and "A reference set of 3 images is too small" in err
+    status, _, err = run(*roles, "--reference", 8)
+    assert status == 2 and "--data" in err and len(err.splitlines()) == 2 and left_in(tmp_path) == []
+
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.ENOSPC, errno.EROFS])
 def test_a_folder_that_cannot_be_written_is_an_error_with_a_hint(
     run: Run, folder: Path, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch

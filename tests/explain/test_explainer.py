@@ -252,3 +252,37 @@ def test_a_model_reference_and_a_module_can_be_combined() -> None:
     with explainer(layers=["conv1"], **user_networks, base=Small(2)) as opened:
         actual = opened(images(), labels()).layers["conv1"]
     assert actual.distilled.maps.shape == (N, 32, 32) and actual.residual.maps.shape == (N, *SIZE)
+
+
+def test_score_maps_are_those_of_decompose_and_add_up_to_the_scores(explained: Explanation[Any]) -> None:
+    result = explained.layers["conv2"]
+    s, b, t = (features()[role]["conv2"] for role in ("student", "base", "teacher"))
+    values = {name: score.value for name, score in (result.scores | result.contrasts).items()}
+    for symbol, expected in {
+        "RS(S|B)": kdx.decompose(s, labels(), given=b),
+        "RS(S) - RS(B)": kdx.decompose(s, labels(), minus=b),
+        "FSS(S,T)": kdx.decompose(s, t),
+        "FSS(T,S)": kdx.decompose(t, s),
+    }.items():
+        actual = result.score_maps[symbol]
+        close(actual.maps, expected.maps, 1e-4)
+        close(actual.explained, expected.explained, 1e-4)
+        assert actual.score == pytest.approx(values.get(symbol, values["FSS(S,T)"]), abs=1e-4)
+        assert actual.stability is not None and actual.stability.shape == (N,)
+        assert float(torch.nan_to_num(actual.stability).abs().max()) <= 1 + 1e-9
+
+
+def test_the_geometry_reference_needs_its_images_and_other_geometries_refuse_them() -> None:
+    with explainer(geometry="reference") as opened:
+        with pytest.raises(KdxError, match="needs reference images"):
+            opened(images(), labels())
+        opened.use_references(images(seed=1), labels())
+        expected = opened(images(), labels()).layers["conv2"].distilled.maps
+    with explainer() as opened:
+        opened.use_references(images(seed=1), labels())
+        close(opened(images(), labels()).layers["conv2"].distilled.maps, expected, 1e-9)
+    for geometry in ("whole", "batch"):
+        with explainer(geometry=geometry) as opened, pytest.raises(KdxError, match=f"the geometry {geometry}"):
+            opened.use_references(images(seed=1), labels())
+    with pytest.raises(ValueError, match="no geometry"):
+        explainer(geometry="set")

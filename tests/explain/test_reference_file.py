@@ -172,6 +172,14 @@ def test_kdx_explains_with_it_as_with_the_networks_and_these_references(file: Re
             ours(pixels, torch.eye(3)[labels])
 
 
+def test_openvino_takes_labels_too(file: Referenced) -> None:
+    pytest.importorskip("openvino")
+    pixels, labels = images(6, SIZE, seed=2), torch.arange(6) % 3
+    with Explainer(file=file.path, permutations=9, runtime="openvino") as ours, Explainer(file=file.path, permutations=9) as theirs:
+        actual, expected = ours(pixels, labels).layers[LAYER], theirs(pixels, labels).layers[LAYER]
+    assert ours.choice.runtime == "openvino" and worst(actual.distilled.maps, expected.distilled.maps) <= MAPS_AGREE
+
+
 def test_kdx_explain_refuses_it(file: Referenced, tmp_path: Path) -> None:
     with pytest.raises(KdxError, match=f"with its own {COUNT} reference images, and a run"):
         explain.run(file.dataset.reference, file.path, tmp_path / "run")

@@ -36,6 +36,11 @@ def test_a_mark_is_filled_only_where_interval_and_permutation_test_agree(
     assert actual.state == state and actual.text.startswith(words)
 
 
+def test_the_adjusted_p_value_decides_and_is_stated() -> None:
+    actual = mark(BEYOND, Entry.of({**entry(0.3, 0.1, 0.04), "p_adjusted": 0.08}), 0.95)
+    assert actual.state == "open" and actual.text.endswith("(95% interval 0.20 to 0.40, p = 0.040, adjusted for the layers p = 0.080)")
+
+
 def test_a_number_that_is_missing_or_unknown_has_a_mark_of_its_own() -> None:
     unknown = Entry.of({"value": None, "interval": [None, None], "p_value": None})
     assert mark(BEYOND, None, 0.95).state == mark(BEYOND, unknown, 0.95).state == "unknown"

@@ -138,6 +138,9 @@ def test_cautions() -> None:
     assert "are based on 7 images" in cautions(7)
     assert "are based on" not in cautions(200)
     assert "does not show, by itself, that the teacher caused it" in cautions(200)
+    assert "some can exclude zero or be significant by chance" in cautions(200) and "adjusted" not in cautions(200)
+    adjusted = {"RS(S)": Entry.of({**entry(0.5, 0.1), "p_adjusted": 0.002})}
+    assert "adjusted for the number of layers" in wording.read(_numbers((0.1, 0.01), **adjusted), ACCURACY, (1, 0), 0.95).cautions[1]
 
 
 @pytest.mark.parametrize(
