@@ -238,7 +238,7 @@ def explain(
         int | None,
         typer.Option(
             min=1,
-            help="Images per pass of a network, to save memory. The geometry whole rounds it up to a multiple of 16, and no result changes.",
+            help="Images per pass of a network, to save memory. The geometry whole rounds it up to a multiple of 16. It changes no result.",
         ),
     ] = None,
     geometry: Annotated[
