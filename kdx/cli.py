@@ -236,7 +236,10 @@ def explain(
     ] = 64,
     chunk: Annotated[
         int | None,
-        typer.Option(min=1, help="Images per pass of a network, to save memory. The geometry whole rounds it up to a multiple of 16."),
+        typer.Option(
+            min=1,
+            help="Images per pass of a network, to save memory. The geometry whole rounds it up to a multiple of 16. It changes no result.",
+        ),
     ] = None,
     geometry: Annotated[
         GeometryName,

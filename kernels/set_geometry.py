@@ -43,8 +43,9 @@ class StoredDistances:
     @staticmethod
     def bytes(n: int, matrices: int) -> int:
         """At most the size of the distances of n images between the float32 features of this many networks."""
-        side = min(TILE, n)
-        return 2 * matrices * (n + side) * (n + 2 * side)
+        side = min(TILE, max(n, 16))
+        count = -(-n // side)
+        return 2 * matrices * count * (count + 1) * side**2
 
     def keep(self, a: int, b: int, d: Tensor) -> None:
         """Store the tile (a, b) of every matrix, d [k, l, r]; the ``keep`` of `sweep`."""

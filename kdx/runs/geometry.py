@@ -82,7 +82,8 @@ def choose_geometry(plan: Plan, shapes: Shapes, folder: Path) -> Geometry:
         available = free if options.max_disk is None else limit
         if cost.bytes > available:
             raise KdxError(
-                f"The {needed}, and {_size(available)} are available in {folder}.",
+                f"The features and distances of {len(plan.indices):,} images take {_size(cost.bytes)}, and {_size(available)} are "
+                f"available in {folder}.",
                 "Free some space, choose --store float16 or --project 64, or use --geometry reference.",
             )
         return Geometry("whole", f"as requested; the {needed}")

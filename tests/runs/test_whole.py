@@ -25,6 +25,7 @@ from kdx.data.images import load_images
 from kdx.explain.explainer import Explainer
 from kdx.features import array_files
 from kdx.kernels.set_geometry import StoredDistances
+from kdx.kernels.tiles import tile_side
 from kdx.models.models_file import read_models
 from kdx.roles import SCORE_MAPS
 from kdx.runs import feature_files, geometry, store, whole
@@ -236,8 +237,9 @@ def test_the_stated_space_is_at_least_what_is_used(folder: Path, tmp_path: Path,
     monkeypatch.setattr(store.Store, "write_layer", measuring)
     run(folder, tmp_path / "run", WHOLE)
     assert max(used) <= costs[0].bytes * 1.05
-    for n in (29, 1025, 5000):  # tiles are padded to whole tiles
-        count, side = -(-n // 1024), min(1024, n)
+    for n in (*range(4, 200), 1023, 1025, 4095, 4097, 10_000):  # tiles are whole tiles
+        side = tile_side(n, [])
+        count = -(-n // side)
         assert StoredDistances.bytes(n, 2) >= 2 * 4 * count * (count + 1) // 2 * side**2
 
 
