@@ -70,7 +70,10 @@ class Distillation:
             student_indices = student_indices[class_balanced_sample(labels, settings.student_images, settings.seed)]
         folder.mkdir(parents=True, exist_ok=True)
         size = preprocessing.size or (0, 0)
-        images = {name: SplitImages(dataset, indices, size) for name, indices in (splits | {"student": student_indices}).items()}
+        images = {
+            name: SplitImages(dataset, indices, size, settings.max_unreadable)
+            for name, indices in (splits | {"student": student_indices}).items()
+        }
         for name, part in images.items():
             if len(part) < 2:
                 raise KdxError(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.data.images import load_images
+from kdx.data.images import check_unreadable, load_images
 from kdx.data.splits import class_balanced_sample
 from kdx.explain.explainer import Explainer
 from kdx.explain.graph import largest_size
@@ -20,7 +20,7 @@ from kdx.explain.network_set import NetworkRecord
 from kdx.roles import roles_among
 from kdx.runs import schema
 from kdx.runs.batches import collect_batches, explain_batches
-from kdx.runs.collected import Collected, check_unreadable
+from kdx.runs.collected import Collected
 from kdx.runs.environment import environment, now
 from kdx.runs.geometry import Geometry, choose_geometry, unavoidable
 from kdx.runs.plan import Plan
@@ -53,8 +53,9 @@ def explain_dataset(
     Raises KdxError for anything that the user can fix, if possible before anything is written.
     """
     plan = Plan.of(data, models, layers, options)
-    for line in plan.split.lines():
-        announce(line)
+    for line in (*plan.split.lines(), plan.dataset.note):
+        if line:
+            announce(line)
     geometry = unavoidable(plan)
     if geometry is not None and geometry.kind != "whole":
         _ = plan.batches  # raises KdxError where batches have no geometry, before anything is written
