@@ -61,7 +61,7 @@ def distill(
     training diverges.
     """
     distillation = Distillation.prepare(data, Path(out), settings, _device(device), teacher, student)
-    for line in (distillation.dataset.note, *(f"Warning: {warning}" for warning in distillation.warnings)):
+    for line in distillation.notes:
         if line:
             style = "bold yellow" if line.startswith("Warning: ") else None
             progress.console().print(line, style=style, markup=False, soft_wrap=True)

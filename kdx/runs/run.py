@@ -59,7 +59,7 @@ def explain_dataset(
     geometry = unavoidable(plan)
     if geometry is not None and geometry.kind != "whole":
         _ = plan.batches  # raises KdxError where batches have no geometry, before anything is written
-    with ExitStack() as stack, plan.explainer(networks or out / schema.NETWORKS) as explainer:
+    with ExitStack() as stack, plan.explainer(networks or out / schema.NETWORKS, announce) as explainer:
         records = explainer.networks()
         size = largest_size(record.image_size for record in records.values())
         store = stack.enter_context(
