@@ -70,7 +70,11 @@ def _from_timm(reference: ModelReference, arguments: dict[str, Value]) -> Source
     preprocessing = timm_preprocessing(module)
     side = arguments.get("img_size")  # timm's configuration describes the pretrained size, not this argument
     size = (side, side) if isinstance(side, int) else side if isinstance(side, tuple) and len(side) == 2 else preprocessing.size
-    return SourceNetwork(module, replace(preprocessing, size=size))
+    # For other classes than those of the checkpoint, timm makes a new, random head.
+    complete = not arguments.get("pretrained") or getattr(module, "num_classes", None) == getattr(module, "pretrained_cfg", {}).get(
+        "num_classes"
+    )
+    return SourceNetwork(module, replace(preprocessing, size=size), complete)
 
 
 def timm_preprocessing(module: nn.Module) -> Preprocessing:

@@ -236,7 +236,7 @@ def _note(file: Path, content: Mapping[Any, Any], state: _State, skipped: Collec
         parts.append(f"{kind} {state.entry}" + (f" instead of {', '.join(others)}" if others else ""))
     if state.prefixes:
         averaged = " (EMA)" if any(map(_EMA_PREFIX.search, state.prefixes)) else ""
-        parts.append(f"names without {' and '.join(dict.fromkeys(state.prefixes))}{averaged}")
+        parts.append(f"names without {' and '.join(map(repr, dict.fromkeys(state.prefixes)))}{averaged}")
     if state.ignored:
         parts.append(_excerpt("not used:", state.ignored))
     if skipped:

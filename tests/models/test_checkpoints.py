@@ -93,12 +93,12 @@ RAW, OTHER = network(0).state_dict(), network(1).state_dict()
         ({"state_dict": OTHER, "state_dict_ema": RAW}, r"the averaged weights (EMA) state_dict_ema instead of state_dict"),
         ({"model": OTHER, "model_ema": {"module": RAW}}, r"the averaged weights (EMA) model_ema/module instead of model"),
         ({"state_dict": OTHER, "state_dict_ema": None}, None),
-        (prefixed("module._orig_mod.", RAW), "names without _orig_mod. and module."),
-        (prefixed("_orig_mod.module.", RAW), "names without _orig_mod. and module."),
-        (prefixed("encoder_q.", RAW) | {"queue": torch.ones(2)}, "names without encoder_q.; not used: queue"),
-        ({"state_dict": prefixed("model.", RAW) | {"criterion.weight": torch.ones(3)}}, "names without model.; not used: criterion.weight"),
-        ({"state_dict": prefixed("net.", OTHER) | prefixed("net_ema.module.", RAW)}, "names without net_ema.module. (EMA)"),
-        ({name.replace("body.", "body._orig_mod."): tensor for name, tensor in RAW.items()}, "names without _orig_mod."),
+        (prefixed("module._orig_mod.", RAW), "names without '_orig_mod.' and 'module.'"),
+        (prefixed("_orig_mod.module.", RAW), "names without '_orig_mod.' and 'module.'"),
+        (prefixed("encoder_q.", RAW) | {"queue": torch.ones(2)}, "names without 'encoder_q.'; not used: queue"),
+        ({"state_dict": prefixed("model.", RAW) | {"loss.weight": torch.ones(3)}}, "names without 'model.'; not used: loss.weight"),
+        ({"state_dict": prefixed("net.", OTHER) | prefixed("net_ema.module.", RAW)}, "names without 'net_ema.module.' (EMA)"),
+        ({name.replace("body.", "body._orig_mod."): tensor for name, tensor in RAW.items()}, "names without '_orig_mod.'"),
         (RAW | {"n_averaged": torch.tensor(5), "head.total_ops": torch.ones(1)}, "not used: n_averaged, head.total_ops"),
         (RAW | {"head._extra_state": {"scale": 1}, "_metadata": None}, "not used: head._extra_state, _metadata"),
     ],
@@ -117,7 +117,7 @@ def test_wrappers_of_pytorch_write_files_that_load(tmp_path: Path) -> None:
     averaged = AveragedModel(network(0), multi_avg_fn=get_ema_multi_avg_fn(0.9))
     averaged.update_parameters(network(0))
     seed, note = loaded({"model": OTHER, "model_ema": averaged.state_dict(), "args": argparse.Namespace(lr=0.1)}, tmp_path / "a.pth")
-    assert seed == 0 and "instead of model; names without module.; not used: n_averaged" in note
+    assert seed == 0 and "instead of model; names without 'module.'; not used: n_averaged" in note
     compiled = torch.compile(nn.DataParallel(network(2)))
     assert loaded(compiled.state_dict(), tmp_path / "b.pth")[0] == 2  # type: ignore[attr-defined]
 
