@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from kdx.explain.settings import Settings
 from kdx.features.arrays import MIN_IMAGES, check_images
 from kdx.models.layer_pairs import parse_layers
 from kdx.models.models_file import ModelsFile, read_models
+from kdx.models.network import Network
 from kdx.runs.split import SplitChoice, choose_split
 from kdx.runtimes.choice import is_file
 
@@ -117,8 +118,8 @@ class Plan:
         labels = self.dataset.labels[self.split.pool]
         return self.split.pool[class_balanced_sample(labels, self.options.reference_images or REFERENCE_IMAGES, self.options.seed)]
 
-    def explainer(self, folder: Path) -> Explainer:
-        """The Explainer of the networks. folder: where exported networks are written."""
+    def explainer(self, folder: Path, announce: Callable[[str], None]) -> Explainer:
+        """The Explainer of the networks. folder: where exported networks are written. announce: prints a line about weights."""
         models = self.models
         if is_file(models.path):
             if self.options.reference_images or self.options.geometry == "reference":
@@ -128,6 +129,9 @@ class Plan:
             role: models.path.parent / reference if is_file(reference) else models.load(role)
             for role, reference in models.references.items()
         }
+        for role, network in networks.items():
+            if isinstance(network, Network) and network.note:
+                announce(f"{role.capitalize()}: {network.note}")
         options = self.options
         if options.chunk is not None and options.geometry in ("auto", "whole"):
             options = replace(options, chunk=aligned(options.chunk))

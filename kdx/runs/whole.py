@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdx.data.images import Images, decoded
+from kdx.data.images import Images, check_unreadable, decoded
 from kdx.errors import KdxError
 from kdx.explain.explainer import Explainer
 from kdx.explain.whole_set import measure_set
@@ -20,7 +20,7 @@ from kdx.features.target import Target
 from kdx.progress import progress
 from kdx.roles import roles_among
 from kdx.runs import schema
-from kdx.runs.collected import Collected, check_classes, check_unreadable, prediction_columns
+from kdx.runs.collected import Collected, check_classes, prediction_columns
 from kdx.runs.feature_files import FeatureFiles, Shapes
 from kdx.runs.plan import Plan, aligned
 from kdx.runs.progress_records import LayerProducts, LayerRecord
