@@ -132,6 +132,23 @@ def folder(_: Records) -> str:
     return "\n\n".join([joined(lines), costs, _machine(record), f"{count}; commit {record['commit']}."]) + "\n"
 
 
+def whole(_: Records) -> str:
+    """The table of `benchmarks.whole`, whose cases are sweeps of their own."""
+    path = RESULTS / "whole.json"
+    if not path.exists():
+        return "No result is stored.\n"
+    record = json.loads(path.read_text())
+    lines = header("two networks", "both sweeps", "bare products", "share of the passes", "peak memory", "features on disk")
+    for case in record["cases"]:
+        name = f"{case['n']:,} images, {case['channels']} x {case['side']} x {case['side']}"
+        share = f"{case['seconds'] / case['pass_seconds']:.1%} of {case['pass_seconds']:.0f} s" if "pass_seconds" in case else NONE
+        sizes = (f"{case[key] / 1e9:.2f} GB" for key in ("peak_bytes", "feature_bytes"))
+        lines.append(row(name, f"{case['seconds']:.1f} s", f"{case['bare_seconds']:.1f} s", share, *sizes))
+    rounds = len(record["cases"][0]["samples"])
+    count = f"Medians of {rounds} rounds" if rounds > 1 else "One round"
+    return "\n\n".join([joined(lines), _machine(record), f"{count}; commit {record['commit']}."]) + "\n"
+
+
 def planted(table: Callable[[planted_tables.Record], str]) -> Callable[[Records], str]:
     """A table of `benchmarks.planted`, which stores one result of its own."""
     return lambda _: table(planted_tables.stored()) if planted_tables.PATH.exists() else "No result is stored.\n"
@@ -175,6 +192,7 @@ PAGES: dict[Path, dict[str, Callable[[Records], str]]] = {
         "scores": variants("scores", "estimators", "beside dcor", "permutations", "batches"),
         "imputation": variants("imputation"),
         "folder": folder,
+        "whole": whole,
         "growth": growing,
         "files": variants("gradients", "export", "cold start"),
         "start": process_start,

@@ -27,7 +27,7 @@ STEPS = (
     ("distances [n, n]", "kernels"),
     ("maps", "maps"),
     ("scores, intervals", "scores"),
-    ("one batch, all layers", "explain"),
+    ("all layers, one set", "explain"),
     ("stored results", "runs"),
     ("the page", "report"),
 )

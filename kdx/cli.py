@@ -55,6 +55,12 @@ LayerOption = Annotated[
     typer.Option("--layer", "-l", help="A layer, or STUDENT_LAYER=TEACHER_LAYER. Repeat the option for more layers.", show_default=False),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every random choice except the split of the data. It is recorded.")]
+UnreadableOption = Annotated[
+    float,
+    typer.Option(
+        min=0, max=1, help="The share of corrupt images above which the command fails. One image always may be, unless this is 0."
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, a GPU by number such as cuda:1, or auto, which prefers a GPU.")]
 
 
@@ -108,6 +114,7 @@ def distill(
     augment: Annotated[bool, typer.Option("--augment", help="Shift the training images by a few pixels.")] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the training images.")] = False,
     student_images: Annotated[int | None, typer.Option(min=2, help="Train base and student on only this many images.")] = None,
+    max_unreadable: UnreadableOption = 0.01,
     split_seed: Annotated[
         int, typer.Option(min=0, help="Seed of the split into training, validation and test images. The models file records it.")
     ] = 0,
@@ -132,6 +139,7 @@ def distill(
         flip=flip,
         student_images=student_images,
         image_size=None if image_size is None else (image_size, image_size),
+        max_unreadable=max_unreadable,
     )
     models = train(data, teacher=teacher, student=student, out=out, settings=settings, layers=layer, device=device)
     typer.echo(f"Models file: {models}\nNext: kdx explain {data} --models {models} --out RUN")
@@ -235,13 +243,17 @@ def explain(
         ),
     ] = 64,
     chunk: Annotated[
-        int | None, typer.Option(min=1, help="Images per pass of a network, to save memory. It does not change the results.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images per pass of a network, to save memory. The geometry whole rounds it up to a multiple of 16. It changes no result.",
+        ),
     ] = None,
     geometry: Annotated[
         GeometryName,
         typer.Option(
-            help="The images that an image is compared with: all of them (whole), a fixed reference set, or its batch, as published. "
-            "auto: whole if the features fit the limits below, else reference."
+            help="The images that an image is compared with. whole: all of them; reference: in UniCAM's maps a fixed set, else its batch; "
+            "batch: its batch, as published. auto: whole if it is within --max-disk and --max-minutes, else reference."
         ),
     ] = "auto",
     runtime: Annotated[RuntimeName, typer.Option(help="What executes the networks.")] = "auto",
@@ -260,7 +272,9 @@ def explain(
     ] = "raw",
     keep: Annotated[float, typer.Option(help="salient: the share of pixels to keep. The other pixels are imputed.")] = 0.5,
     noise: Annotated[float, typer.Option(help="salient: the standard deviation of the noise on imputed pixels.")] = 0.0,
-    reference: Annotated[int, typer.Option(min=0, help="The size of the reference set. A size above 0 selects --geometry reference.")] = 0,
+    reference: Annotated[
+        int, typer.Option(min=0, help="The size of the reference set, by default 256. A size above 0 selects --geometry reference.")
+    ] = 0,
     store: Annotated[
         StoredPrecision, typer.Option(help="whole: the number format of the features on disk. float16 takes half the space.")
     ] = "float32",
@@ -276,11 +290,14 @@ def explain(
     max_disk: Annotated[
         float | None,
         typer.Option(
-            min=0, help="whole: gigabytes that features and distances may take; by default half of the free space.", show_default=False
+            min=0,
+            help="whole: gigabytes that features and distances may take; by default half of the free space. "
+            "Beyond it, auto selects reference.",
+            show_default=False,
         ),
     ] = None,
     max_minutes: Annotated[
-        float, typer.Option(min=0, help="whole: the time that the geometry may take, by estimate; beyond it auto selects reference.")
+        float, typer.Option(min=0, help="whole: the time that the geometry may take, by estimate. Beyond it, auto selects reference.")
     ] = 60.0,
     split: Annotated[
         str | None,
@@ -288,12 +305,7 @@ def explain(
     ] = None,
     permutations: Annotated[int, typer.Option(min=0, help="Permutations per p-value.")] = 999,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Confidence level of the intervals.")] = 0.95,
-    max_unreadable: Annotated[
-        float,
-        typer.Option(
-            min=0, max=1, help="The share of corrupt images above which the run fails. One image is always allowed, unless this is 0."
-        ),
-    ] = 0.01,
+    max_unreadable: UnreadableOption = 0.01,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -304,7 +316,7 @@ def explain(
     ] = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Explain a data set: store two or four maps per image and layer, scores with intervals, and a page that shows them."""
+    """Explain a data set: store maps of every image at every layer, scores with intervals, and a page that shows them."""
     from kdx.commands.explain import run
     from kdx.report.terminal import scores_table
     from kdx.runs.run import RunOptions

@@ -1,4 +1,4 @@
-"""The Explainer: compares student, base and optional teacher on any batch, layer by layer."""
+"""The Explainer: compares student, base and optional teacher on any images, layer by layer."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ class LayerResult(Generic[ArrayT]):
 
 @dataclass(frozen=True)
 class Explanation(Generic[ArrayT]):
-    """The explanation of one batch: a LayerResult per layer, and each role's logits [n, classes]."""
+    """The explanation of the images of one call: a LayerResult per layer, and each role's logits [n, classes]."""
 
     layers: dict[str, LayerResult[ArrayT]]
     logits: dict[str, ArrayT]
 
 
 class Explainer:
-    """Explains batches of images with two or three networks: ``explainer(images, labels) -> Explanation``.
+    """Explains images with two or three networks: ``explainer(images, labels) -> Explanation``.
 
     student, base, teacher: a model reference, the path of a file that ``kdx export`` wrote, a `kdx.models.Network`, or a PyTorch
     module (used as it is, without preprocessing). The teacher is optional.
@@ -86,11 +86,12 @@ class Explainer:
     device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     precision: the number format of the networks. ``bfloat16`` needs the runtime openvino and a CPU that supports it. Features then
     keep two to three digits; maps and scores are computed from them in float32.
-    geometry: the images that an image is compared with. ``whole`` and ``batch`` are the images of one call, all of them, so give a set in
-    one call. ``reference`` are the images of `use_references`, which must be called first. ``auto`` is reference after `use_references`,
-    and else whole.
+    geometry: the images that an image is compared with. ``whole`` and ``batch`` both stand for all images of one call, so give a set in
+    one call; ``kdx explain`` is for sets that do not fit in memory. ``reference`` stands for the images of `use_references`, which must be
+    called first; UniCAM's maps are then compared with them, and scores and the maps that add up to them with the images of the call.
+    ``auto`` is reference after `use_references`, and whole otherwise.
     objective, weighting: as in `kdx.unicam`.
-    chunk: images per pass of a network, by default the whole batch, or 64 for an engine. It does not change the results.
+    chunk: images per pass of a network, by default all images of a call, or 64 for an engine. It does not change the results.
     permutations, confidence, seed: for the p-values and intervals of the scores.
     file: an explainer file. It replaces the networks, the objective and the weighting; its layers are the default.
     features: ``raw``, or ``salient`` for scores, contrasts and p-values of salient features, as published. At each layer these are a
@@ -198,7 +199,7 @@ class Explainer:
 
     @ambient.neutral()
     def use_references(self, images: Array, labels: Array) -> None:
-        """Switch to reference mode: every later image is mapped among these m images instead of its batch mates.
+        """Switch to reference mode: UniCAM maps every later image among these m images instead of the other images of the call.
 
         images [m, 3, h, w] in [0, 1]. labels [m]. An explainer file has no reference mode and raises KdxError.
         """
@@ -236,7 +237,7 @@ class Explainer:
 
     @ambient.neutral()
     def __call__(self, images: ArrayT, labels: Array) -> Explanation[ArrayT]:
-        """Maps and scores of one batch: images [n, 3, h, w] in [0, 1], and labels [n] or an embedding [n, e], from NumPy or PyTorch."""
+        """Maps and scores of n images [n, 3, h, w] in [0, 1] with labels [n] or an embedding [n, e], from NumPy or PyTorch."""
         batch, target = arrays.tensor(images, "images"), arrays.tensor(labels, "target")
         arrays.check_images(len(batch))
         arrays.check_same(len(target), len(batch), "the target", "images")

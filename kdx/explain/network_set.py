@@ -64,7 +64,7 @@ class NetworkSet(Protocol):
         """Each role's logits, and per layer each role's features [n, C, H, W]."""
 
     def use_references(self, images: Tensor, labels: Tensor) -> None:
-        """Map every later image among these images instead of its batch mates."""
+        """UniCAM maps every later image among these images instead of the others of its call."""
 
     def explain(
         self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence

@@ -25,8 +25,8 @@ from kdx.roles import TARGET
 class Maps(ScalableMaps[ArrayT]):
     """UniCAM maps of one layer and one pair of networks. All arrays are of the same kind as the explained features.
 
-    maps: [n, H, W] >= 0, at the resolution of the features, not scaled. Values are comparable within one map, not between images. A map
-    is zero everywhere if its weighted channels add up to zero or less at every position.
+    maps: [n, H, W] >= 0, at the resolution of the features, not scaled. Values are comparable between images of one call, and not
+    between layers, networks or sets of images. A map is zero everywhere if its weighted channels add up to zero or less at every position.
     weights: the channel weights [n, C], the mean over h, w of the gradient of the objective L. They may be negative. Their unit is that of
     L divided by that of the features: for relevance, features in another unit have the same maps, and weights in the inverse unit.
     ``empty`` is the share of maps that are zero everywhere. A map of nothing but rounding error is zero, and so are its weights.
@@ -39,7 +39,7 @@ class Maps(ScalableMaps[ArrayT]):
 
 
 class ReferenceSet:
-    """A fixed set of m reference images for `unicam`. Each image is placed among them, so its map does not depend on its batch.
+    """A fixed set of m reference images for `unicam`. Each image is placed among them, and not among the others of its call.
 
     The map of an image then depends on that image and on this set alone. The distances between the references are computed once, here.
 
