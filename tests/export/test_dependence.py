@@ -88,19 +88,26 @@ def test_the_error_names_the_module(network: nn.Module, kind: str, module: str) 
     assert kind in caught.value.problem and module in caught.value.problem
 
 
-class Ranked(nn.Module):
-    """Keeps the channel whose mean is largest: rounding decides between equal channels, and in float32 these are nearly equal."""
+class Chaotic(nn.Module):
+    """An error of one rounding, which depends on the batch size as that of a convolution may, and which 30 steps double each."""
 
     def forward(self, features: Tensor) -> Tensor:
-        means = torch.cat([features[:, :3], features[:, :3] * (1 + 1e-7)], 1).mean((2, 3))
-        chosen = means.argmax(1)
-        return features + chosen[:, None, None, None] * features.abs().mean((1, 2, 3), keepdim=True)
+        values = features.sigmoid() * (1 + torch.finfo(features.dtype).eps * len(features))
+        for _ in range(30):
+            values = 3.9 * values * (1 - values)
+        return values
+
+
+def test_the_chaotic_module_turns_rounding_into_a_large_difference() -> None:
+    features = torch.rand(4, 6, 5, 5, generator=torch.Generator().manual_seed(0))
+    whole, halves = Chaotic()(features), torch.cat([Chaotic()(half) for half in features.split(2)])
+    assert float((whole - halves).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "middle",
-    [nn.BatchNorm2d(6), nn.InstanceNorm2d(6), nn.GroupNorm(6, 6), nn.Dropout(0.5), Ranked()],
+    [nn.BatchNorm2d(6), nn.InstanceNorm2d(6), nn.GroupNorm(6, 6), nn.Dropout(0.5), Chaotic()],
     ids=lambda module: type(module).__name__,
 )
 def test_rounding_is_no_reason_to_refuse(middle: nn.Module, dtype: torch.dtype) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Self, cast
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import kdx
 from kdx import models
+from kdx.choices import RuntimeName
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph
 from kdx.models.prepared import prepared
@@ -46,11 +48,17 @@ class Squeezing(Net):
         return logits
 
 
+def compiled() -> nn.Module:
+    network = cast("object", torch.compile(Net(), backend="eager"))
+    assert isinstance(network, nn.Module)
+    return network
+
+
 def compiled_and_run() -> nn.Module:
-    network = torch.compile(Net(), backend="eager")
+    network = compiled()
     with torch.no_grad():
         network.eval()(IMAGES)
-    return network  # type: ignore[no-any-return]
+    return network
 
 
 def compiled_in_place() -> nn.Module:
@@ -63,7 +71,7 @@ def compiled_in_place() -> nn.Module:
 
 WORKING: list[Callable[[], nn.Module]] = [
     lambda: nn.DataParallel(Net()),
-    lambda: nn.DataParallel(torch.compile(Net(), backend="eager")),  # type: ignore[arg-type]
+    lambda: nn.DataParallel(compiled()),
     lambda: AveragedModel(Net()),
     compiled_and_run,
     compiled_in_place,
@@ -120,7 +128,7 @@ class LazyHead(Net):
 
 def with_scripted_stem() -> nn.Module:
     network = Net()
-    network.stem = torch.jit.script(network.stem)
+    network.add_module("stem", torch.jit.script(network.stem))
     return network
 
 
@@ -162,7 +170,7 @@ def test_a_nested_data_parallel_module_runs_in_this_thread() -> None:
 
 def test_dropout_that_stays_on_is_refused_by_every_entry() -> None:
     class AlwaysDropping(Net):
-        def train(self, mode: bool = True) -> nn.Module:
+        def train(self, mode: bool = True) -> Self:
             super().train(mode)
             self.extra.train(True)
             return self
@@ -175,6 +183,8 @@ def test_dropout_that_stays_on_is_refused_by_every_entry() -> None:
     network = AlwaysDropping()
     with pytest.raises(KdxError, match=r"'block.2' \(Dropout\)"):
         kdx.grad_cam(network, IMAGES, "block", 2)
-    other = Net()
-    with kdx.Explainer(network, other, layers=["block"], runtime="eager") as explainer, pytest.raises(KdxError, match="Dropout"):
-        explainer.explain(IMAGES, torch.tensor([0, 1, 0, 1, 2]))
+    runtimes: list[RuntimeName] = ["eager", "onnx"]
+    for runtime in runtimes:
+        explainer = kdx.Explainer(student=network, base=Net(), layers=["block"], runtime=runtime)
+        with explainer, pytest.raises(KdxError, match=r"'block.2' \(Dropout\)"):
+            explainer.explain(IMAGES, torch.tensor([0, 1, 0, 1, 2]))
