@@ -55,6 +55,12 @@ LayerOption = Annotated[
     typer.Option("--layer", "-l", help="A layer, or STUDENT_LAYER=TEACHER_LAYER. Repeat the option for more layers.", show_default=False),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every random choice except the split of the data. It is recorded.")]
+UnreadableOption = Annotated[
+    float,
+    typer.Option(
+        min=0, max=1, help="The share of corrupt images above which the command fails. One image always may be, unless this is 0."
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, a GPU by number such as cuda:1, or auto, which prefers a GPU.")]
 
 
@@ -108,6 +114,7 @@ def distill(
     augment: Annotated[bool, typer.Option("--augment", help="Shift the training images by a few pixels.")] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the training images.")] = False,
     student_images: Annotated[int | None, typer.Option(min=2, help="Train base and student on only this many images.")] = None,
+    max_unreadable: UnreadableOption = 0.01,
     split_seed: Annotated[
         int, typer.Option(min=0, help="Seed of the split into training, validation and test images. The models file records it.")
     ] = 0,
@@ -132,6 +139,7 @@ def distill(
         flip=flip,
         student_images=student_images,
         image_size=None if image_size is None else (image_size, image_size),
+        max_unreadable=max_unreadable,
     )
     models = train(data, teacher=teacher, student=student, out=out, settings=settings, layers=layer, device=device)
     typer.echo(f"Models file: {models}\nNext: kdx explain {data} --models {models} --out RUN")
@@ -238,7 +246,7 @@ def explain(
         int | None,
         typer.Option(
             min=1,
-            help="Images per pass of a network, to save memory. A multiple of 16 changes no result; others can change the last digit.",
+            help="Images per pass of a network, to save memory. The geometry whole rounds it up to a multiple of 16. It changes no result.",
         ),
     ] = None,
     geometry: Annotated[
@@ -297,12 +305,7 @@ def explain(
     ] = None,
     permutations: Annotated[int, typer.Option(min=0, help="Permutations per p-value.")] = 999,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Confidence level of the intervals.")] = 0.95,
-    max_unreadable: Annotated[
-        float,
-        typer.Option(
-            min=0, max=1, help="The share of corrupt images above which the run fails. One image is always allowed, unless this is 0."
-        ),
-    ] = 0.01,
+    max_unreadable: UnreadableOption = 0.01,
     workers: Annotated[
         int | None,
         typer.Option(

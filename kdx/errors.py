@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 import warnings
+
+_TERMINAL_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])")
+"""Commands to a terminal (ECMA-48): colours, moves of the cursor, window titles, changes of the character set."""
+
+_DIRECTION = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that change the direction in which the text after them is shown."""
+
+
+def printable(text: str) -> str:
+    """``text`` without anything that a terminal or a page obeys instead of showing it. Everything else stays as it is.
+
+    Terminal escapes are removed. Other control characters except line feeds and tabs, line and paragraph separators, lone surrogates and
+    changes of the direction of writing become backslash escapes.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_shown(character) for character in _TERMINAL_ESCAPE.sub("", text))
+
+
+def _shown(character: str) -> str:
+    unsafe = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in _DIRECTION
+    return character.encode("unicode_escape").decode() if unsafe and character not in "\n\t" else character
 
 
 class KdxError(Exception):
     """A mistake in a user's input, or a limit of the machine.
 
     problem: what is wrong. hint: how to fix it. Each is one sentence. The command line prints them without a traceback and exits
-    with status 2. A programmer's mistake (a wrong type, a wrong keyword) stays ``TypeError`` or ``ValueError``.
+    with status 2. Both are `printable`, whatever file names or messages of other libraries they quote. A programmer's mistake (a wrong
+    type, a wrong keyword) stays ``TypeError`` or ``ValueError``.
     """
 
     def __init__(self, problem: str, hint: str) -> None:
-        super().__init__(problem, hint)
-        self.problem = problem
-        self.hint = hint
+        self.problem = printable(problem)
+        self.hint = printable(hint)
+        super().__init__(self.problem, self.hint)
 
     @property
     def mend(self) -> str:
@@ -33,6 +58,6 @@ def missing_package(package: str, extra: str, purpose: str) -> KdxError:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, without its full stop, to quote in an error."""
-    lines = str(error).strip().splitlines()
+    """The first line of another library's message, `printable` and without its full stop, to quote in an error."""
+    lines = printable(str(error)).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

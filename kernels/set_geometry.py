@@ -43,7 +43,9 @@ class StoredDistances:
     @staticmethod
     def bytes(n: int, matrices: int) -> int:
         """At most the size of the distances of n images between the float32 features of this many networks."""
-        return 4 * matrices * n * (n + TILE) // 2
+        side = min(TILE, max(n, 16))
+        count = -(-n // side)
+        return 2 * matrices * count * (count + 1) * side**2
 
     def keep(self, a: int, b: int, d: Tensor) -> None:
         """Store the tile (a, b) of every matrix, d [k, l, r]; the ``keep`` of `sweep`."""
@@ -61,7 +63,7 @@ class StoredDistances:
 
 @dataclass(frozen=True, eq=False)
 class SetGeometry:
-    """k matrices of n images, what the first sweep computed of them, and their distances. Tiles (a, b) have a <= b."""
+    """k matrices of n images, what the first sweep computed of them, and their distances."""
 
     matrices: Sequence[Matrix]
     swept: Swept
@@ -88,7 +90,9 @@ class SetGeometry:
         return [(a, b) for a in range(len(self.places)) for b in range(a, len(self.places))]
 
     def distances(self, matrix: int, a: int, b: int) -> Tensor:
-        """The distances [l, r] of a tile, in float64."""
+        """The distances [l, r] of the tile (a, b), in float64. Those below the diagonal are the transpose of another tile."""
+        if a > b:
+            return self.distances(matrix, b, a).T
         rows, columns = self.swept.order[a], self.swept.order[b]
         source = self.matrices[matrix]
         if isinstance(source, FeatureDistances):

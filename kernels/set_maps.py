@@ -13,6 +13,7 @@ over the images of either half of the set are kept apart, so that maps with eith
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -101,7 +102,7 @@ def second_sweep(
 
     step: called after each tile.
     """
-    sweep = _Sweep(geometry_, network, features, elementwise, geometry_.n)
+    sweep = _Sweep(geometry_, features, elementwise, geometry_.n)
     sums = sweep.zeros(len(matrices), len(gradients))
     left = -1, torch.empty(0)
     for a, b in geometry_.pairs:
@@ -127,17 +128,20 @@ def permuted_sums(
     images: int,
     elementwise: bool,
 ) -> SetSums:
-    """The sums for the first images of the first tile, under the first permutation of the matrix number ``permuted``."""
-    sweep = _Sweep(geometry_, network, features, elementwise, images)
+    """The sums for the first ``images`` images, under the first permutation of the matrix number ``permuted``."""
+    sweep = _Sweep(geometry_, features, elementwise, images)
     sums = sweep.zeros(len(matrices), len(gradients))
-    own = slice(0, images)
-    block = features.read(own)
-    for b, place in enumerate(geometry_.places):
+    for a, b in itertools.product(range(len(geometry_.places)), repeat=2):
+        own, place = geometry_.places[a], geometry_.places[b]
+        own = slice(own.start, min(own.stop, images))
+        if own.start >= own.stop:
+            break
+        rows = slice(0, own.stop - own.start)
         centred = [
-            (geometry_.turned(number, 0, b, 0) if number == permuted else geometry_.centred(number, 0, b))[own]
+            (geometry_.turned(number, a, b, 0) if number == permuted else geometry_.centred(number, a, b))[rows]
             for number in range(len(geometry_.matrices))
         ]
-        tile = _Tile(own, place, geometry_.distances(network, 0, b)[own], block, features.read(place))
+        tile = _Tile(own, place, geometry_.distances(network, a, b)[rows], features.read(own), features.read(place))
         sweep.add(sums, tile, centred, matrices, gradients, both=False)
     return sums
 
@@ -156,12 +160,10 @@ class _Tile:
 class _Sweep:
     """Adds tiles to the sums of the first ``images`` images."""
 
-    def __init__(self, geometry_: SetGeometry, network: int, features: SetFeatures, elementwise: bool, images: int) -> None:
+    def __init__(self, geometry_: SetGeometry, features: SetFeatures, elementwise: bool, images: int) -> None:
         self._features, self._elementwise, self._images = features, elementwise, images
         self._norms = features.norms.sum(1)
-        middle = (len(geometry_.places) + 1) // 2
-        self._middle = geometry_.places[middle].start if middle < len(geometry_.places) else geometry_.n
-        del network
+        self._middle = min((place.stop for place in geometry_.places), key=lambda end: abs(2 * end - geometry_.n))
 
     def zeros(self, matrices: int, gradients: int) -> SetSums:
         positions, channels = self._features.shape
@@ -204,7 +206,7 @@ class _Sweep:
         self._add_close(sums, tile, pairs, count, own, other, both)
 
     def _halves(self, columns: slice) -> int:
-        """The half of the set that contains these images: tiles are not divided."""
+        """The half of the set that contains these images. Tiles are not divided, so the halves meet at the boundary nearest to n/2."""
         return int(columns.start >= self._middle)
 
     def _add_channel_weights(self, result: Tensor, tile: _Tile, weights: Tensor, both: bool) -> None:

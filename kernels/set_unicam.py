@@ -58,11 +58,11 @@ def _relevance(products: Tensor, explained: int, given: int, target: int) -> Set
     share = ab / bb
     rr = aa - share * ab
     score = (ag - share * bg) / (rr * gg).sqrt()
-    # The squared norm of M/2 against its rounding: with four images, or if R points along G, only rounding remains.
-    squared = (1 - bg.square() / (bb * gg) - score.square()) / rr
-    rounding = (1e3 * torch.finfo(torch.float64).eps) ** 2 * aa / rr * torch.maximum(squared, 1 / rr)
+    # |M|^2 times rr/4, a difference: with four images, or if R points along G, only its rounding remains.
+    left = 1 - bg.square() / (bb * gg) - score.square()
+    rounding = 64 * torch.finfo(torch.float64).eps * aa / rr
     coefficients = products.new_zeros(len(products))
-    if bool(squared > rounding):
+    if bool(left > rounding):
         coefficients[target] += 1 / gg.sqrt()
         coefficients[given] += score * share / rr.sqrt() - bg / (bb * gg.sqrt())
         coefficients[explained] -= score / rr.sqrt()

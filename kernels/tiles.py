@@ -219,13 +219,16 @@ def turned_products(centred: Tensor, permuted: int, turns: Tensor) -> Tensor:
 
 
 def tile_side(n: int, rows: Sequence[Rows]) -> int:
-    """Images per side of a tile: a power of two, whose transforms are the fastest, with at least four tiles so that turns permute well.
+    """Images per side of a tile: a power of two, whose transforms are the fastest.
 
-    A tile keeps the rows of every matrix and the columns of one matrix in memory.
+    From 16 images on there are at least four tiles, so that turns permute well: tiles of four images have the most permutations of small
+    sets. A tile keeps the rows of every matrix and the columns of one matrix in memory.
     """
     widths = [r.shape[1] * r.dtype.itemsize for r in rows]
     side = TILE
-    while side > 16 and (4 * side > n or side * (sum(widths) + 2 * max(widths, default=0)) > _BYTES):
+    while side > 16 and side * (sum(widths) + 2 * max(widths, default=0)) > _BYTES:
+        side //= 2
+    while side > 4 and 4 * side > n:
         side //= 2
     return side
 

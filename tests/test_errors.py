@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kdx.errors import KdxError, first_line, missing_package
+from kdx.errors import KdxError, first_line, missing_package, printable
 
 
 def test_an_error_has_a_problem_and_a_hint() -> None:
@@ -33,3 +33,24 @@ def test_a_missing_package_names_its_extra() -> None:
 )
 def test_the_first_line_of_another_librarys_message(message: str, line: str) -> None:
     assert first_line(ValueError(message)) == line
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain", "plain"),
+        ("Grüße, 猫 👩‍🔬\n\tnext", "Grüße, 猫 👩‍🔬\n\tnext"),
+        ("\x1b[1;31mred\x1b[0m", "red"),
+        ("\x1b[2J\x1b[H\x1b]0;title\x07a\x1b]8;;http://x\x1b\\b\x1b(0c", "abc"),
+        ("one\rtwo\x00\x07\x9b31m", r"one\rtwo\x00\x07\x9b31m"),
+        ("photo\u202egpj.exe", r"photo\u202egpj.exe"),
+        ("bad\udcffname\u2028x", r"bad\udcffname\u2028x"),
+        ("\x1b\n", "\\x1b\n"),
+    ],
+)
+def test_quoted_text_gives_a_terminal_no_commands(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    assert printable(shown) == shown
+    error = KdxError(f"{text} is wrong.", f"Fix {text}.")
+    assert (error.problem, error.hint, error.args) == (f"{shown} is wrong.", f"Fix {shown}.", (error.problem, error.hint))
+    assert first_line(ValueError(f"{text}.")) == shown.split("\n", maxsplit=1)[0]

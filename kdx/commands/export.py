@@ -91,6 +91,9 @@ def export(
     _check_options(set(references), kind, options)
     announce(f"Loading {' and '.join(references.values())}")
     loaded = {role: load_any(reference) for role, reference in references.items()}
+    for network, _ in loaded.values():
+        if network.note:
+            announce(network.note)
     networks = {role: _resized(network, options.image_size) for role, (network, _) in loaded.items()}
     if not layers:
         network = networks.get("network") or networks["student"]

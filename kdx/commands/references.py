@@ -12,6 +12,7 @@ from kdx.data.images import load_references
 from kdx.data.splits import class_balanced_sample
 from kdx.explain.graph import ReferenceImages
 from kdx.models.models_file import ModelsFile, read_models
+from kdx.progress import console
 from kdx.runs.split import choose_split
 
 
@@ -31,6 +32,8 @@ def choose_references(data: str, count: int, seed: int, models: ModelsFile, size
     and of the split where ``models`` does not state one. Raises KdxError for data that cannot be opened, and for a corrupt image.
     """
     dataset = open_data(data, models.classes or None)
+    if dataset.note:
+        console().print(dataset.note, markup=False, soft_wrap=True)
     pool = choose_split(dataset, models, "train", seed).pool
     rows = pool[class_balanced_sample(dataset.labels[pool], count, seed)]
     images = ReferenceImages(load_references(dataset, rows, size), torch.from_numpy(dataset.labels[rows]))

@@ -27,8 +27,7 @@ def random_batches(labels: NDArray[np.integer], size: int, seed: int) -> list[In
     labels = np.asarray(labels)
     check_batch_size(size)
     check_images(len(labels))
-    if len(np.unique(labels)) < 2:
-        raise KdxError("All images have the same class, and relevance compares classes.", "Give images of two classes or more.")
+    check_labels(labels)
     batches = batches_of(np.random.default_rng(seed).permutation(len(labels)).astype(np.int64), size)
     for batch in batches:
         if not _swap_until_valid(batch, batches, labels):
@@ -37,6 +36,17 @@ def random_batches(labels: NDArray[np.integer], size: int, seed: int) -> list[In
                 "Give a larger --batch, or more images per class.",
             )
     return [np.sort(batch) for batch in batches]
+
+
+def check_labels(labels: NDArray[np.integer]) -> None:
+    """Raise KdxError if labels [N] have no geometry: they need two images of one class and two of other classes."""
+    if len(np.unique(labels)) < 2:
+        raise KdxError("All images have the same class, and relevance compares classes.", "Give images of two classes or more.")
+    if swaps_needed(labels):
+        raise KdxError(
+            f"The classes of these {len(labels)} images have no geometry: each image has its own class, or all except one share a class.",
+            "Give images with at least two of one class and two of other classes.",
+        )
 
 
 def swaps_needed(labels: NDArray[np.integer]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from kdx.data.class_folders import list_images, natural_key
+from kdx.data.class_folders import list_images, natural_key, utf8_name
 from kdx.data.fingerprint import SourceFile, content_fingerprint, fingerprint_of_0_1_0, image_keys, stamps_of_0_1_0
 from kdx.data.pixels import to_rgb
 from kdx.errors import KdxError
@@ -32,8 +31,9 @@ class Dataset:
     """Labelled images that are decoded on demand.
 
     ``labels`` [N] index ``classes``. ``ids`` name the images (a path relative to the folder, or ``digits/0012``). ``files`` are the files
-    that they are read from, by name. ``splits`` are the indices of the splits that the data itself defines. ``relabelled_from`` is the
-    data set with its own classes, if ``classes`` are those of models.
+    that they are read from, by name. ``splits`` are the indices of the splits that the data itself defines. ``note`` is one line about
+    what was left out of a folder (`kdx.data.class_folders.Listing.note`). ``relabelled_from`` is the data set with its own classes, if
+    ``classes`` are those of models.
     """
 
     reference: str
@@ -43,13 +43,17 @@ class Dataset:
     files: Mapping[str, SourceFile] = field(repr=False)
     reader: Callable[[int], Image.Image] = field(repr=False)
     splits: Mapping[str, Indices] = field(default_factory=dict, repr=False)
+    note: str = field(default="", repr=False)
     relabelled_from: Dataset | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def read(self, index: int) -> Image.Image:
-        """Image ``index`` as upright 8-bit RGB at its own size. A corrupt image raises OSError, ValueError or another exception."""
+        """Image ``index`` as upright 8-bit RGB at its own size; the first frame of an animation.
+
+        A corrupt image raises OSError, ValueError or another exception.
+        """
         with self.reader(index) as image:
             return to_rgb(image)
 
@@ -78,12 +82,12 @@ def open_data(reference: str, classes: Sequence[str] | None = None) -> Dataset:
     """The data set that a reference names.
 
     ``digits`` is scikit-learn's 1797 scans of handwritten digits, 8 x 8. ``cifar10:FOLDER`` is the published binary version
-    (``*.bin``), where test_batch.bin is the test split. Any other reference is a folder of class folders, FOLDER/class/*.jpg (also
-    jpeg, png, bmp, webp, tif), or of splits: FOLDER/train/class/..., with val, valid or validation, and test. Class folders are in
+    (``*.bin``), where test_batch.bin is the test split. Any other reference is a folder of class folders, FOLDER/class/*.jpg (or any
+    other type that Pillow decodes), or of splits: FOLDER/train/class/..., with val, valid or validation, and test. Class folders are in
     natural order (2 before 10). With ``classes``, labels index these classes, of which the data may contain only some.
 
-    Raises KdxError for a folder that is missing or empty or has no class folders, for a single class, and for a class that is not
-    in ``classes``.
+    Raises KdxError for a folder that is missing or empty or has no class folders, for a class folder whose images Pillow does not decode
+    here, for a single class, and for a class that is not in ``classes``.
     """
     source, _, folder = reference.partition(":")
     if reference == "digits":
@@ -147,24 +151,20 @@ def _open_cifar10(reference: str, folder: Path) -> Dataset:
 
 
 def _open_folder(reference: str, folder: Path) -> Dataset:
-    images = list_images(folder)
+    listing = list_images(folder)
+    images = listing.images
     classes = tuple(sorted({image.class_name for image in images}, key=natural_key))
     if len(classes) < 2:
         raise KdxError(
             f"{folder} has only one class, {classes[0]!r}.", "Relevance compares classes: give a folder with two class folders or more."
         )
     paths = [image.path for image in images]
-    ids = tuple(_utf8(path.relative_to(folder).as_posix()) for path in paths)
+    ids = tuple(utf8_name(path.relative_to(folder).as_posix()) for path in paths)
     labels = np.array([classes.index(image.class_name) for image in images], dtype=np.int64)
     split_names = np.array([image.split for image in images])
     splits = {name: np.flatnonzero(split_names == name) for name in SPLITS if (split_names == name).any()}
     files = dict(zip(ids, paths, strict=True))
-    return Dataset(reference, classes, labels, ids, files, lambda index: Image.open(paths[index]), splits)
-
-
-def _utf8(name: str) -> str:
-    """A file name as valid UTF-8, so that it can be written to any file of a run; other bytes become backslash escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return Dataset(reference, classes, labels, ids, files, lambda index: Image.open(paths[index]), splits, listing.note())
 
 
 def _relabelled(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:

@@ -16,7 +16,7 @@ from torch import Tensor
 from kdx.data.dataset import Dataset, Indices
 from kdx.data.pixels import fit
 from kdx.data.prefetch import Job, available_cores, prefetch
-from kdx.errors import KdxError
+from kdx.errors import KdxError, printable
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,16 @@ def load_references(dataset: Dataset, indices: Sequence[int] | Indices, size: tu
     return images.pixels
 
 
+def check_unreadable(unreadable: Sequence[tuple[str, str]], total: int, limit: float) -> None:
+    """KdxError if more images are unreadable than the share ``limit`` of ``total`` allows; one always may be, unless the limit is 0."""
+    if len(unreadable) > (max(1, limit * total) if limit else 0):
+        name, reason = unreadable[0]
+        raise KdxError(
+            f"{len(unreadable)} of {total} images cannot be read, the first being {name} ({reason}).",
+            "Repair or remove them, or allow more with --max-unreadable.",
+        )
+
+
 @contextmanager
 def decoded(dataset: Dataset, batches: Iterable[Indices], size: tuple[int, int], workers: int | None = None) -> Iterator[Iterator[Images]]:
     """`load_images` of each batch, in order, decoded by ``workers`` threads while earlier batches are in use.
@@ -75,7 +85,7 @@ def _job(dataset: Dataset, indices: Indices, size: tuple[int, int]) -> Job[Image
         try:
             levels = np.asarray(fit(dataset.read(int(indices[row])), size))  # [H, W, 3]
         except Exception as error:  # decoders raise SyntaxError, struct.error, MemoryError and more on damaged files
-            reasons[row] = f"{type(error).__name__}: {error}"
+            reasons[row] = printable(f"{type(error).__name__}: {error}")
         else:
             np.divide(levels.transpose(2, 0, 1), np.float32(255), out=pixels[row].numpy())
 

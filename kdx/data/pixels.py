@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
+
+_TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""The transposition that makes an image upright, by its EXIF orientation."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """``image`` as 8-bit RGB. ``image`` itself may change.
 
-    The EXIF orientation is applied, alpha is composited over white, 16-bit levels are scaled, and palettes and CMYK are converted.
+    The first frame of an animation is taken. The EXIF orientation is applied, and nothing else of the EXIF data is read, so that damage
+    there does not matter. Alpha is composited over white, 16-bit levels are scaled, and palettes and CMYK are converted.
     """
-    # In place, and no conversion of an image that is RGB already: both would copy the whole image.
-    ImageOps.exif_transpose(image, in_place=True)
+    # An image that is upright or RGB already is not converted, because that would copy it.
     image.load()
+    turn = _TURNS.get(_orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
         levels = np.clip(np.asarray(image, dtype=np.float64) / 257, 0, 255)  # 65535 / 257 = 255
         image = Image.fromarray(np.rint(levels).astype(np.uint8))
@@ -24,6 +38,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> object:
+    """The value of the orientation in the EXIF data; 1 (upright) if it cannot be read.
+
+    `PIL.ImageOps.exif_transpose` also writes all EXIF data again, which fails if any entry is damaged.
+    """
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # the parser raises SyntaxError, struct.error, ValueError and more on damaged data
+        return 1
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:

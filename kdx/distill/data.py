@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from kdx.data.dataset import Dataset, Indices
-from kdx.data.images import load_images
+from kdx.data.images import check_unreadable, load_images
 from kdx.distill.settings import TrainingSettings
 
 CACHE_BYTES = 1_000_000_000
@@ -16,10 +18,14 @@ CACHE_BYTES = 1_000_000_000
 
 
 class SplitImages:
-    """The images of a split: decoded once and cached where they fit into ``CACHE_BYTES``, otherwise decoded when they are read."""
+    """The images of a split: decoded once and cached where they fit into ``CACHE_BYTES``, otherwise decoded when they are read.
 
-    def __init__(self, dataset: Dataset, indices: Indices, size: tuple[int, int]) -> None:
-        self.dataset, self.indices, self.size = dataset, indices, size
+    limit: the share of images that may be unreadable. Beyond it, KdxError is raised when they are decoded, as by `kdx explain`.
+    """
+
+    def __init__(self, dataset: Dataset, indices: Indices, size: tuple[int, int], limit: float) -> None:
+        self.dataset, self.indices, self.size, self.limit = dataset, indices, size, limit
+        self._planned = len(indices)
         self.unreadable: dict[str, str] = {}
         """The reason for each unreadable image, by its id."""
         self.pixels: Tensor | None = None
@@ -28,7 +34,11 @@ class SplitImages:
             parts = [load_images(dataset, part, size) for part in np.array_split(indices, len(indices) // 512 + 1)]
             self.pixels = torch.cat([images.pixels.mul(255).round().byte() for images in parts])
             self.indices = np.concatenate([images.kept for images in parts])
-            self.unreadable = {name: reason for images in parts for name, reason in images.unreadable}
+            self._record([image for images in parts for image in images.unreadable])
+
+    def _record(self, unreadable: Sequence[tuple[str, str]]) -> None:
+        self.unreadable |= dict(unreadable)
+        check_unreadable(list(self.unreadable.items()), self._planned, self.limit)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -38,7 +48,7 @@ class SplitImages:
         if self.pixels is not None:
             return self.pixels[torch.from_numpy(positions)].float().div(255), torch.from_numpy(self.dataset.labels[self.indices[positions]])
         images = load_images(self.dataset, self.indices[positions], self.size)
-        self.unreadable |= dict(images.unreadable)
+        self._record(images.unreadable)
         return images.pixels, torch.from_numpy(self.dataset.labels[images.kept])
 
 

@@ -42,8 +42,9 @@ class Distillation:
     """Whether the teacher comes with weights and is not trained here."""
     teacher_data: TrainingData | None
     """What a teacher that is not trained here was trained on, if known."""
-    warnings: tuple[str, ...]
-    """Sentences about existing weights that may have seen images of the test split."""
+    notes: tuple[str, ...]
+    """Lines for the user: what was left out of the data, which weights of a file are used, and, after ``Warning:``, that existing weights
+    may have seen images of the test split."""
 
     @classmethod
     def prepare(cls, data: str, folder: Path, settings: TrainingSettings, device: torch.device, teacher: str, student: str) -> Distillation:
@@ -56,6 +57,7 @@ class Distillation:
         if student_reference.source == "pt2":
             raise KdxError(f"{student} is a program for inference and cannot be trained.", "Name the student's architecture instead.")
         network = models.load(str(teacher_reference))
+        loaded = [network] if student_reference.weights is None else [network, models.load(str(student_reference))]
         has_own_weights = teacher_reference.source in ("hf", "pt2") and network.trained
         preprocessing = _preprocessing(network, settings)
         splits = stratified_splits(dataset, settings.split_seed)
@@ -70,7 +72,10 @@ class Distillation:
             student_indices = student_indices[class_balanced_sample(labels, settings.student_images, settings.seed)]
         folder.mkdir(parents=True, exist_ok=True)
         size = preprocessing.size or (0, 0)
-        images = {name: SplitImages(dataset, indices, size) for name, indices in (splits | {"student": student_indices}).items()}
+        images = {
+            name: SplitImages(dataset, indices, size, settings.max_unreadable)
+            for name, indices in (splits | {"student": student_indices}).items()
+        }
         for name, part in images.items():
             if len(part) < 2:
                 raise KdxError(
@@ -85,9 +90,13 @@ class Distillation:
             preprocessing,
             teacher_reference,
             student_reference,
-            teacher_is_trained=teacher_reference.weights is not None or has_own_weights,
+            teacher_is_trained=(teacher_reference.weights is not None and not teacher_reference.has_new_head) or has_own_weights,
             teacher_data=earlier["teacher"][0] if "teacher" in earlier else None,
-            warnings=tuple(warning for _, warning in earlier.values() if warning is not None),
+            notes=(
+                dataset.note,
+                *(model.note for model in loaded),
+                *(f"Warning: {warning}" for _, warning in earlier.values() if warning is not None),
+            ),
         )
 
     def reference(self, role: str) -> ModelReference:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from kdx.data.dataset import Dataset, Indices
 from kdx.data.splits import stratified_splits
 from kdx.distill.checkpoints import TrainingData, read_training_data
 from kdx.errors import KdxError
+from kdx.models.weights import split_key
 
 
 def check_weights(role: str, weights: str, dataset: Dataset, splits: Mapping[str, Indices]) -> tuple[TrainingData | None, str | None]:
@@ -19,7 +19,7 @@ def check_weights(role: str, weights: str, dataset: Dataset, splits: Mapping[str
     Both are None for weights that kdx did not train. Raises KdxError if images of the test split were in the training or validation
     split of these weights, which were then trained with another split seed.
     """
-    data = read_training_data(Path(weights).expanduser())
+    data = read_training_data(split_key(weights)[0])
     if data is None:
         return None, None
     if data.fingerprint != (dataset.fingerprint_of_0_1_0 if data.of_0_1_0 else dataset.fingerprint):

@@ -21,7 +21,8 @@ class TrainingSettings:
     the distillation losses and do not change the teacher's training. ``augment`` shifts each image by up to a twelfth of its size,
     and ``flip`` mirrors half of the images. ``image_size`` is (height, width). ``split_seed`` determines which images are in the splits
     train, validation and test, and ``seed`` everything else that is random: networks with the same ``split_seed`` are trained on the same
-    images.
+    images. ``max_unreadable`` is the share of corrupt images in a split above which the training fails; one image always passes, unless the
+    share is 0.
 
     Raises KdxError for an unknown method and for a setting out of range.
     """
@@ -42,6 +43,7 @@ class TrainingSettings:
     flip: bool = False
     student_images: int | None = None
     image_size: tuple[int, int] | None = None
+    max_unreadable: float = 0.01
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -61,6 +63,7 @@ class TrainingSettings:
             "seed": self.seed >= 0,
             "split_seed": self.split_seed >= 0,
             "student_images": self.student_images is None or self.student_images >= 2,
+            "max_unreadable": 0 <= self.max_unreadable <= 1,
             "image_size": self.image_size is None or min(self.image_size) >= 1,
         }
         for name, is_in_range in in_range.items():
@@ -75,6 +78,7 @@ _RANGE_HINTS = {
     "weight_decay": "Give 0 or more.",
     "alpha": "Give a number from 0 (labels only) to 1 (teacher only).",
     "beta": "Give 0 or more.",
+    "max_unreadable": "Give a share from 0 to 1.",
     "seed": "Give 0 or more.",
     "split_seed": "Give 0 or more.",
     "student_images": "Give 2 or more; leave it out for the whole train split.",

@@ -24,7 +24,7 @@ from kdx.distill import checkpoints, loop
 from kdx.distill.losses import LOSS_SETTINGS, METHODS, Outputs
 from kdx.distill.networks import Distillation, check_networks, layer_pairs
 from kdx.distill.settings import EpochCallback, EpochResult, TrainingSettings
-from kdx.errors import KdxError
+from kdx.errors import KdxError, printable
 from kdx.export.graphs import FeatureGraph
 from kdx.models import models_file
 
@@ -57,11 +57,14 @@ def distill(
     uninterrupted one gives. Finished networks are kept.
 
     Raises KdxError for references, layers and devices that do not work, for networks that do not have the data's classes or contain
-    numbers that are not finite, for an OUT that contains networks of another configuration, and if training diverges.
+    numbers that are not finite, for too many unreadable images, for an OUT that contains networks of another configuration, and if
+    training diverges.
     """
     distillation = Distillation.prepare(data, Path(out), settings, _device(device), teacher, student)
-    for warning in distillation.warnings:
-        progress.console().print(f"Warning: {warning}", style="bold yellow", markup=False, soft_wrap=True)
+    for line in distillation.notes:
+        if line:
+            style = "bold yellow" if line.startswith("Warning: ") else None
+            progress.console().print(line, style=style, markup=False, soft_wrap=True)
     announced = report is not None or _print_unreadable(distillation)
     with ExitStack() as stack:
         on_epoch = report or stack.enter_context(_console())
@@ -188,7 +191,11 @@ def _write_models_file(distillation: Distillation, pairs: Sequence[tuple[str, st
         split_seed=settings.split_seed,
         used=_write_used_images(distillation),
         training={
-            **{key: value for key, value in vars(settings).items() if key not in ("split_seed", "image_size") and value is not None},
+            **{
+                key: value
+                for key, value in vars(settings).items()
+                if key not in ("split_seed", "image_size", "max_unreadable") and value is not None
+            },
             **accuracies,
             "test_images": len(test),
             "unreadable_images": len(distillation.unreadable),
@@ -217,7 +224,7 @@ def _print_unreadable(distillation: Distillation) -> bool:
     if unreadable:
         name, reason = next(iter(unreadable.items()))
         count = "1 image is" if len(unreadable) == 1 else f"{len(unreadable)} images are"
-        progress.console().print(f"{count} left out because unreadable, first {name}: {reason}", markup=False, soft_wrap=True)
+        progress.console().print(f"{count} left out because unreadable, first {printable(name)}: {reason}", markup=False, soft_wrap=True)
     return bool(unreadable)
 
 

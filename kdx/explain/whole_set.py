@@ -13,12 +13,12 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kdx.explain.map_statistics import MapStatistics, NullStrength, mean_strength, stability
 from kdx.explain.settings import Settings
+from kdx.features.array_files import new_array
 from kdx.features.arrays import check_images, check_varied, rounding_of
 from kdx.features.rows import feature_distances
 from kdx.features.score_maps import combined
@@ -109,7 +109,7 @@ def measure_set(
 def _on_disk(folder: Path, number: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An array in a file of the folder, for the distances of one network."""
     name = {torch.float32: "float32", torch.float64: "float64"}[dtype]
-    return torch.from_numpy(np.lib.format.open_memmap(folder / f"distances-{number}.npy", "w+", np.dtype(name), shape))
+    return torch.from_numpy(new_array(folder / f"distances-{number}.npy", shape, name))
 
 
 def _check_geometry(matrices: Mapping[str, tiles.Matrix], products: Tensor) -> None:
@@ -176,9 +176,9 @@ class _Layer:
                 if name not in arrays:
                     arrays[name] = output(name, (geometry.n, *whole.shape[1:]))
                 arrays[name][geometry.order[place].cpu()] = whole.to(arrays[name])
-                statistics = MapStatistics(whole.double().sum((1, 2)), mean_strength(whole), stability(maps[-2], maps[-1]))
-                parts.setdefault(name, []).append(statistics)
-        inverse = geometry.order.argsort()
+                statistics = [whole.double().sum((1, 2)), mean_strength(whole), stability(maps[-2], maps[-1])]
+                parts.setdefault(name, []).append(MapStatistics(*(values.cpu() for values in statistics)))
+        inverse = geometry.order.argsort().cpu()
         return {name: MapStatistics.joined(values).at(inverse) for name, values in parts.items()}
 
     def _matrices(self, role: str) -> list[str]:
@@ -216,7 +216,7 @@ class _Layer:
 
     def null_strengths(self) -> dict[str, NullStrength]:
         """The strength of the maps of a random part of the images, if the matrix that shares are computed with is permuted once."""
-        images = min(self._geometry.places[0].stop, _NULL_IMAGES)
+        images = min(self._geometry.n, _NULL_IMAGES)
         result: dict[str, NullStrength] = {}
         for permuted in dict.fromkeys(matrix for _, matrix in shares_among(self._roles)):
             place, products = self._names.index(permuted), self._geometry.swept.products

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from kdx.errors import KdxError
 from kdx.export.graphs import Preprocessing
 from kdx.models.feature_layers import sensible_layers
 from kdx.models.prepared import check_kind, prepared, unwrapped
-from kdx.models.reference import parse_reference
+from kdx.models.reference import NEW_HEAD, parse_reference
 from kdx.models.sources import build, timm_preprocessing
 from kdx.models.weights import load_weights
 
@@ -26,6 +27,8 @@ class Network:
     preprocessing: Preprocessing
     trained: bool = True
     """False if weights are random: the reference names none, or the checkpoint's head is for other classes."""
+    note: str = field(default="", compare=False)
+    """One line about choices that were made in the weights file (`kdx.models.load_weights`); "" if there were none."""
 
     @property
     def weights_hash(self) -> str:
@@ -55,8 +58,10 @@ def load(reference: str, *, classes: int | None = None, folder: Path | None = No
     that returns an ``nn.Module``, from an installed package or the current folder. ``hf:NAME`` is an image classifier of Hugging Face
     transformers, by its name on the hub or its folder (``hf:./folder``), with its weights unless the reference contains
     ``pretrained=false``. The path of a ``.pt2`` file names a program that ``torch.export.save`` wrote. Weights are ``.safetensors``, or
-    ``.pt`` and ``.pth`` (read with weights_only). Paths are relative to ``folder``, by default the current folder. ``classes`` is the
-    number of classes if the reference does not set it; a user's factory and a program do not receive it.
+    ``.pt``, ``.pth``, ``.ckpt``, ``.tar`` and ``.bin`` (read with weights_only), and ``@file#KEY`` names an entry of the file
+    (`kdx.models.load_weights`). ``new_head=true`` leaves the last layer random if the file does not have it for these classes. Paths are
+    relative to ``folder``, by default the current folder. ``classes`` is the number of classes if the reference does not set it; a user's
+    factory and a program do not receive it.
 
     The preprocessing is the configuration's for timm, ImageNet's for torchvision, 32 x 32 with mean and deviation 0.5 for kdx, that of
     preprocessor_config.json for hf, and only the image size for a program. A factory's module may carry a ``Preprocessing`` as its
@@ -69,16 +74,22 @@ def load(reference: str, *, classes: int | None = None, folder: Path | None = No
     if classes is not None:
         parsed = parsed.with_classes(classes)
     arguments = dict(parsed.arguments)
+    new_head = parsed.has_new_head
+    arguments.pop(NEW_HEAD, None)
+    if new_head and not parsed.weights:
+        raise KdxError(f"{reference!r} asks for a new head and names no weights file.", "Add @ and the file, or leave new_head out.")
     if parsed.weights:
         arguments.pop("pretrained", None)  # the weights file replaces them immediately
     module, preprocessing, complete = build(parsed.located(folder), arguments)
     module = unwrapped(module)
     check_kind(module)
+    note = ""
     if parsed.weights:
         path = Path(parsed.weights).expanduser()
-        load_weights(module, path if folder is None else folder / path)
+        note = load_weights(module, path if folder is None else folder / path, new_head=new_head)
+        complete = not new_head
     module.eval()  # its result is not used: a user's train() may return nothing
-    return Network(str(parsed), module, preprocessing, parsed.is_trained and (bool(parsed.weights) or complete))
+    return Network(str(parsed), module, preprocessing, parsed.is_trained and complete, note)
 
 
 def as_network(network: str | Path | Network | nn.Module) -> Network:

@@ -1,4 +1,4 @@
-"""Model references: SOURCE:NAME[,key=value,...][@weights]."""
+"""Model references: SOURCE:NAME[,key=value,...][@weights[#key]]."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from pathlib import Path
 from kdx.errors import KdxError
 
 _GRAMMAR = (
-    "Write SOURCE:NAME[,key=value,...][@weights], for example timm:resnet18,num_classes=10@student.safetensors, or the path of a .pt2 file."
+    "Write SOURCE:NAME[,key=value,...][@weights[#key]], for example timm:resnet18,num_classes=10@student.safetensors, "
+    "or the path of a .pt2 file."
 )
+
+NEW_HEAD = "new_head"
+"""The argument of every source for weights whose last layer is for other classes. It belongs to kdx, and no network receives it."""
 
 Value = bool | int | float | str | tuple[int, ...]
 
@@ -41,6 +45,11 @@ class ModelReference:
             return bool(self.arguments.get("pretrained", self.source == "hf"))
         return True
 
+    @property
+    def has_new_head(self) -> bool:
+        """Whether the last layer starts with random weights."""
+        return self.arguments.get(NEW_HEAD, False) is not False
+
     def with_classes(self, classes: int) -> ModelReference:
         """The reference with the number of classes as an argument, if its source has such an argument and the reference does not set it."""
         key = {"timm": "num_classes", "torchvision": "num_classes", "kdx": "classes", "hf": "num_labels"}.get(self.source)
@@ -49,8 +58,9 @@ class ModelReference:
         return replace(self, arguments={**self.arguments, key: classes})
 
     def with_weights(self, weights: str | None) -> ModelReference:
-        """The reference to the same architecture with other weights, without ``pretrained``, so that nothing is downloaded."""
-        arguments = {key: value for key, value in self.arguments.items() if key != "pretrained"}
+        """The reference to the same architecture with other weights, without ``pretrained``, so that nothing is downloaded, and without
+        ``new_head``, which belongs to the replaced weights."""
+        arguments = {key: value for key, value in self.arguments.items() if key not in ("pretrained", NEW_HEAD)}
         return replace(self, arguments=arguments, weights=weights)
 
     def located(self, folder: Path | None = None) -> ModelReference:
@@ -105,5 +115,6 @@ def file_name(reference: str) -> str:
     parsed = parse_reference(reference)
     name = {"pt2": Path(parsed.name).stem, "hf": Path(parsed.name).name}.get(parsed.source, parsed.name)
     if parsed.weights is not None:
-        name = f"{name}-{Path(parsed.weights).stem}"
+        weights, _, key = parsed.weights.partition("#")
+        name = f"{name}-{Path(weights).stem}" + (f"-{key}" if key else "")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

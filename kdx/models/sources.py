@@ -69,7 +69,12 @@ def _from_timm(reference: ModelReference, arguments: dict[str, Value]) -> Source
     )
     preprocessing = timm_preprocessing(module)
     side = arguments.get("img_size")  # timm's configuration describes the pretrained size, not this argument
-    return SourceNetwork(module, replace(preprocessing, size=(side, side)) if isinstance(side, int) else preprocessing)
+    size = (side, side) if isinstance(side, int) else side if isinstance(side, tuple) and len(side) == 2 else preprocessing.size
+    # For other classes than those of the checkpoint, timm makes a new, random head.
+    complete = not arguments.get("pretrained") or getattr(module, "num_classes", None) == getattr(module, "pretrained_cfg", {}).get(
+        "num_classes"
+    )
+    return SourceNetwork(module, replace(preprocessing, size=size), complete)
 
 
 def timm_preprocessing(module: nn.Module) -> Preprocessing:

@@ -1,38 +1,222 @@
-"""Weights files: safetensors, and PyTorch files that contain tensors only."""
+"""Weights of a network from a file: which entry of the file they are, and which names they have there."""
 
 from __future__ import annotations
 
-import pickle
-import zipfile
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
-from kdx.errors import KdxError, first_line
+from kdx.errors import KdxError
+from kdx.models.checkpoint_files import TORCH_SUFFIXES, left_out, read_checkpoint
+
+_EMA_ENTRIES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "params_ema")
+_ENTRIES = (*_EMA_ENTRIES, "state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params")
+"""The entries that are taken without being named, first to last. As timm does, averaged weights (EMA) come before the others."""
+
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+"""What torch.compile, activation checkpointing and FSDP insert into names."""
+
+_NOT_WEIGHTS = re.compile(r"(?:^|\.)(?:n_averaged|total_ops|total_params|num_batches_tracked|_extra_state)$")
+"""Entries of averaging, of counters of operations, and of batch normalisation, that no prediction uses."""
+
+_EMA_PREFIX = re.compile(r"(?:^|[._])ema(?:[._]|$)")
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Copy a weights file into ``module``. Raises KdxError if the file is missing, unreadable, or belongs to another network."""
-    weights = _read_weights(path)
-    expected = module.state_dict()
+@dataclass
+class _State:
+    """Tensors by name, and how they were obtained: the entry of the file, the prefix that was removed, the names that are not used."""
+
+    tensors: dict[str, Tensor]
+    entry: str = ""
+    prefixes: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+
+def split_key(weights: str | Path) -> tuple[Path, str | None]:
+    """The file and the key of ``FILE#KEY``. The key is None without a ``#``, and for a file whose name contains it and that exists."""
+    path = Path(weights).expanduser()
+    file, sign, key = str(path).partition("#")
+    while sign and key and not file.endswith((".safetensors", *TORCH_SUFFIXES)):
+        more, sign, key = key.partition("#")
+        file = f"{file}#{more}"
+    return (path, None) if path.is_file() or not sign else (Path(file), key)
+
+
+def load_weights(module: nn.Module, path: Path | str, *, new_head: bool = False) -> str:
+    """Copy the weights of ``FILE`` or ``FILE#KEY`` into ``module``; returns one line about choices that were made, or "".
+
+    The file contains tensors by name, in itself or in an entry: averaged weights (``state_dict_ema``, ``model_ema``) before others
+    (``state_dict``, ``model``, ``net``, ``weights`` and more). KEY names another entry, or the beginning of the names (``student`` for
+    ``student.conv1.weight``); ``a/b`` is KEY b inside a. A prefix of all names, such as ``module.``, is removed if the names then match.
+    Entries outside the prefix, and those that are no weights, are not used. new_head: leave the last layer as it is if the file does not
+    have it or has it for other classes.
+
+    Raises KdxError if the file is missing, unreadable, contains several networks, or belongs to another network.
+    """
+    file, key = split_key(path)
+    content = read_checkpoint(file)
+    if not isinstance(content, Mapping):
+        content = {"": content}
+    expected = {_WRAPPERS.sub("", name): (name, tensor) for name, tensor in module.state_dict().items()}
+    shapes = {name: tensor.shape for name, (_, tensor) in expected.items()}
+    state = _select(file, content, key, shapes)
+    _match_names(file, state, shapes)
+    skipped = _check(file, state, shapes, new_head=new_head)
+    module.load_state_dict({expected[name][0]: tensor for name, tensor in state.tensors.items() if name not in skipped}, strict=False)
+    return _note(file, content, state, skipped)
+
+
+def _select(file: Path, content: Mapping[Any, Any], key: str | None, shapes: Mapping[str, Size]) -> _State:
+    """The tensors of one network in a file."""
+    if key is None:
+        return _descend(file, content, shapes, "")
+    entry = ""
+    for part in key.split("/"):
+        if isinstance(content.get(part), Mapping):
+            content, entry = content[part], f"{entry}/{part}" if entry else part
+            continue
+        try:
+            state = _descend(file, content, shapes, entry)
+        except KdxError:  # several networks, or none
+            state = _State({})
+        inner = {name.removeprefix(f"{part}."): tensor for name, tensor in state.tensors.items() if name.startswith(f"{part}.")}
+        if not inner:
+            keys = {*(str(name) for name, value in content.items() if _has_tensors(value)), *(name.split(".")[0] for name in state.tensors)}
+            raise KdxError(f"{file} has no entry {part!r}.", f"After the #, give one of: {', '.join(sorted(keys)[:12])}.")
+        content, entry = inner, f"{entry}/{part}" if entry else part
+    return _descend(file, content, shapes, entry)
+
+
+def _descend(file: Path, content: Mapping[Any, Any], shapes: Mapping[str, Size], entry: str) -> _State:
+    """The tensors in ``content`` itself, or in the entry that is meant."""
+    while True:
+        inner = {str(key): value for key, value in content.items() if _has_tensors(value)}
+        tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+        if not inner or _covers(tensors, shapes):
+            break
+        chosen = next((name for name in _ENTRIES if name in inner), None) or _only_entry(file, inner, shapes)
+        content, entry = inner[chosen], f"{entry}/{chosen}" if entry else chosen
+    if not tensors:
+        types = list(dict.fromkeys(left_out(content)))
+        contents = f"contains {', '.join(types[:3])} objects, and no tensors by name" if types else "does not contain a state dict"
+        raise KdxError(f"{file} {contents}.", "Save the network's state_dict(), by itself or under the key state_dict or model.")
+    others = [str(name) for name in content if name not in tensors]
+    return _State({_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}, entry, _wrappers(tensors), others)
+
+
+def _wrappers(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(match for name in names for match in _WRAPPERS.findall(name)))
+
+
+def _has_tensors(value: object) -> bool:
+    """Whether a value is a mapping that contains tensors by name, at any depth."""
+    return isinstance(value, Mapping) and any(
+        (isinstance(key, str) and isinstance(item, Tensor)) or _has_tensors(item) for key, item in value.items()
+    )
+
+
+def _only_entry(file: Path, inner: Mapping[str, Mapping[Any, Any]], shapes: Mapping[str, Size]) -> str:
+    """The one entry that fits the network. KdxError if there are several."""
+    fitting = [key for key, value in inner.items() if _covers([name for name in value if isinstance(name, str)], shapes)] or list(inner)
+    if len(fitting) > 1:
+        raise KdxError(
+            f"{file} contains the weights of several networks: {', '.join(fitting)}.", f"Name one of them: @{file.name}#{fitting[0]}."
+        )
+    return fitting[0]
+
+
+def _prefix_counts(names: Iterable[str], known: Collection[str]) -> Counter[str]:
+    """The number of names that are in ``known`` without a prefix, by prefix."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        for depth in range(len(parts)):
+            if ".".join(parts[depth:]) in known:
+                counts["".join(f"{part}." for part in parts[:depth])] += 1
+    return counts
+
+
+def _covers(names: Iterable[str], shapes: Mapping[str, Size]) -> bool:
+    """Whether the names, without a common prefix, are most of the network's names."""
+    counts = _prefix_counts((_WRAPPERS.sub("", name) for name in names), shapes)
+    return max(counts.values(), default=0) > len(shapes) / 2
+
+
+def _match_names(file: Path, state: _State, shapes: Mapping[str, Size]) -> None:
+    """Change the names in ``state`` to those of the network, by removing or adding a prefix if they then match."""
+    counts = _prefix_counts(state.tensors, shapes)
+    if max(counts.values(), default=0) > len(shapes) / 2:
+        prefix = _best_prefix(file, state, counts, shapes)
+        state.ignored += [name for name in state.tensors if not name.startswith(prefix)]
+        state.tensors = {name.removeprefix(prefix): tensor for name, tensor in state.tensors.items() if name.startswith(prefix)}
+        state.prefixes += [prefix] if prefix else []
+    else:  # the network may be inside a module of its own, which the file is not
+        missing, count = max(_prefix_counts(shapes, state.tensors).items(), key=lambda item: item[1], default=("", 0))
+        if missing and count > len(shapes) / 2:
+            state.tensors = {f"{missing}{name}": tensor for name, tensor in state.tensors.items()}
+    unused = [name for name in state.tensors if name not in shapes and _NOT_WEIGHTS.search(name)]
+    state.ignored += unused
+    for name in unused:
+        del state.tensors[name]
+
+
+def _best_prefix(file: Path, state: _State, counts: Counter[str], shapes: Mapping[str, Size]) -> str:
+    """The prefix with which most names, and most shapes, are those of the network; that of averaged weights if there are several."""
+
+    def fit(prefix: str) -> tuple[int, int]:
+        equal = sum(
+            f"{prefix}{name}" in state.tensors and state.tensors[f"{prefix}{name}"].shape == shape for name, shape in shapes.items()
+        )
+        return counts[prefix], equal
+
+    most = max(counts.values())
+    fits = {prefix: fit(prefix) for prefix, count in counts.items() if count == most}
+    best = [prefix for prefix, value in fits.items() if value == max(fits.values())]
+    averaged = [prefix for prefix in best if _EMA_PREFIX.search(prefix)]
+    if "" in best or len(best) == 1:
+        return "" if "" in best else best[0]
+    if len(averaged) == 1:
+        return averaged[0]
+    names = [prefix.rstrip(".") for prefix in best]
+    raise KdxError(f"{file} contains the weights of several networks: {', '.join(names)}.", f"Name one of them: @{file.name}#{names[0]}.")
+
+
+def _check(file: Path, state: _State, shapes: Mapping[str, Size], *, new_head: bool) -> set[str]:
+    """KdxError if tensors are missing, unknown or of other shapes. Returns the names that are not loaded: those of a new head."""
+    tensors = state.tensors
     # Old files lack the batch counters of BatchNorm, which no prediction uses.
-    missing = [name for name in expected if name not in weights and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in weights if name not in expected]
-    differing = [
-        f"{name} is {list(weights[name].shape)} in the file and {list(tensor.shape)} in the network"
-        for name, tensor in expected.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
-    faults = [_excerpt("it lacks", missing), _excerpt("it also has", unexpected), _excerpt("shapes differ:", differing)]
+    missing = [name for name in shapes if name not in tensors and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in tensors if name not in shapes]
+    differing = [name for name, shape in shapes.items() if name in tensors and tensors[name].shape != shape]
+    head = next(reversed(list(shapes)), "").rpartition(".")[0]
+    if not unexpected and all(name.rpartition(".")[0] == head for name in (*missing, *differing)):
+        if new_head:
+            return {*missing, *differing}
+        if differing and not missing:
+            _refuse_head(file, head, tensors[differing[0]].shape, shapes[differing[0]])
+    rows = [f"{name} is {list(tensors[name].shape)} in the file and {list(shapes[name])} in the network" for name in differing]
+    faults = [_excerpt("it lacks", missing), _excerpt("it also has", unexpected), _excerpt("shapes differ:", rows)]
     if any(faults):
         raise KdxError(
-            f"{path} does not contain this network's weights: {'; '.join(filter(None, faults))}.",
+            f"{file} does not contain this network's weights: {'; '.join(filter(None, faults))}.",
             "Name the architecture the weights were saved from, with its arguments (such as the number of classes).",
         )
-    module.load_state_dict(weights, strict=False)
+    return set()
+
+
+def _refuse_head(file: Path, head: str, stored: Sequence[int], wanted: Sequence[int]) -> None:
+    """Raise KdxError for weights that differ from the network only in the number of classes."""
+    if list(stored[1:]) == list(wanted[1:]):
+        raise KdxError(
+            f"{file} fits the network except for the number of classes: {head} is for {stored[0]} in the file and for {wanted[0]} in the "
+            f"network (shapes differ: {list(stored)} and {list(wanted)}).",
+            "Add ,new_head=true before the @ to keep the other weights and start with a new, random head, which then needs training.",
+        )
 
 
 def _excerpt(heading: str, items: Sequence[str], count: int = 3) -> str:
@@ -42,43 +226,19 @@ def _excerpt(heading: str, items: Sequence[str], count: int = 3) -> str:
     return f"{heading} {', '.join(items[:count])}{more}"
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise KdxError(f"{path.name!r} is not a weights file that kdx can read.", "Give a .safetensors, .pt or .pth file.")
-    if not path.is_file():
-        raise KdxError(
-            f"There is no weights file {path}.",
-            "Check the path after the @, which is relative to the models file or to the current folder.",
-        )
-    loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise KdxError(
-            f"{path} does not contain a state dict.", "Save the network's state_dict(), by itself or under the key state_dict or model."
-        )
-    parallel = all(name.startswith("module.") for name in loaded)  # saved from a DataParallel wrapper
-    return {name.removeprefix("module.") if parallel else name: value for name, value in loaded.items()}
-
-
-def _read_safetensors(path: Path) -> Any:
-    import safetensors
-    import safetensors.torch
-
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise KdxError(
-            f"{path} cannot be read: {first_line(error)}.", "The file is damaged or not safetensors; copy or save it again."
-        ) from error
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise KdxError(
-            f"{path} cannot be read as tensors: {first_line(error)}.",
-            "Save only the state dict, because kdx does not unpickle objects; copy the file again if it is damaged.",
-        ) from error
+def _note(file: Path, content: Mapping[Any, Any], state: _State, skipped: Collection[str]) -> str:
+    """One line about the entry, the prefix and what was not used."""
+    parts = []
+    top = state.entry.split("/")[0]
+    if state.entry and top not in ("state_dict", "model"):
+        others = [name for name in _ENTRIES if name != top and _has_tensors(content.get(name))]
+        kind = "the averaged weights (EMA)" if top in _EMA_ENTRIES else "the entry"
+        parts.append(f"{kind} {state.entry}" + (f" instead of {', '.join(others)}" if others else ""))
+    if state.prefixes:
+        averaged = " (EMA)" if any(map(_EMA_PREFIX.search, state.prefixes)) else ""
+        parts.append(f"names without {' and '.join(map(repr, dict.fromkeys(state.prefixes)))}{averaged}")
+    if state.ignored:
+        parts.append(_excerpt("not used:", state.ignored))
+    if skipped:
+        parts.append(f"a new head: {', '.join(sorted(skipped))}")
+    return f"Weights of {file.name}: {'; '.join(parts)}." if parts else ""

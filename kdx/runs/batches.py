@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdx.data.dataset import Dataset
-from kdx.data.images import Images, decoded, load_references
+from kdx.data.images import Images, check_unreadable, decoded, load_references
 from kdx.explain.explainer import Explainer
 from kdx.explain.map_statistics import MapStatistics, mean_strength, stability
 from kdx.features.score_maps import combined
 from kdx.progress import progress
 from kdx.roles import TARGET, maps_among, roles_among, score_maps_among
 from kdx.runs import schema
-from kdx.runs.collected import Collected, check_classes, check_unreadable, prediction_columns
+from kdx.runs.collected import Collected, check_classes, prediction_columns
 from kdx.runs.plan import Plan
 from kdx.runs.progress_records import BatchRecord, LayerProducts
 from kdx.runs.store import Store

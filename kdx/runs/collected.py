@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,16 +65,6 @@ def prediction_columns(logits: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
         columns[schema.prediction_column(role)] = prediction.numpy(force=True)
         columns[schema.confidence_column(role)] = confidence.numpy(force=True)
     return columns
-
-
-def check_unreadable(unreadable: Sequence[tuple[str, str]], total: int, limit: float) -> None:
-    """KdxError if more images are unreadable than the share ``limit`` allows."""
-    if len(unreadable) > (max(1, limit * total) if limit else 0):
-        name, reason = unreadable[0]
-        raise KdxError(
-            f"{len(unreadable)} of {total} images cannot be read, the first being {name} ({reason}).",
-            "Repair or remove them, or allow more with --max-unreadable.",
-        )
 
 
 def check_classes(logits: Mapping[str, Tensor], classes: int) -> None:

@@ -6,12 +6,15 @@ features/state.npy                 one byte per image: PENDING, READ or UNREADAB
 features/ROLE-NUMBER.npy           features [N, C, h, w] of a role at a layer; NUMBER is the layer's place
 features/prediction-ROLE.npy, features/confidence-ROLE.npy
 features/unreadable.json           the name and the reason for each unreadable image
+features/scratch/                  the distances and maps of the layer that is computed
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from kdx.choices import StoredPrecision
 from kdx.disk import write_atomic
 from kdx.errors import KdxError
 from kdx.explain.whole_set import SetRows
+from kdx.features.array_files import new_array
 from kdx.features.rows import Selected, rows_of
 from kdx.runs import schema
 
@@ -46,7 +50,7 @@ class FeatureFiles:
 
         def array(name: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
             path = folder / f"{name}.npy"
-            return open_memmap(path, "r+") if exists else open_memmap(path, "w+", dtype, shape)
+            return open_memmap(path, "r+") if exists else new_array(path, shape, dtype)
 
         self._features = {
             (role, layer): array(f"{role}-{self._layers.index(layer)}", (n, height, width, channels), precision)
@@ -56,7 +60,7 @@ class FeatureFiles:
         self._predictions = {role: array(f"prediction-{role}", (n,), "int64") for role in shapes}
         self._confidences = {role: array(f"confidence-{role}", (n,), "float32") for role in shapes}
         if not exists:  # the state comes last: where it exists, all other files do
-            np.save(folder / "new-state.npy", np.zeros(n, np.uint8))
+            _ = new_array(folder / "new-state.npy", (n,), "uint8")
             (folder / "new-state.npy").replace(folder / "state.npy")
         self.state = open_memmap(folder / "state.npy", "r+")
 
@@ -96,7 +100,7 @@ class FeatureFiles:
 
     def _write_features(self, role: str, layer: str, part: slice, values: Tensor, readable: NDArray[np.bool_]) -> None:
         array = self._features[role, layer]
-        if array.dtype == np.float16 and bool(values.abs().amax() > np.finfo(np.float16).max):
+        if array.dtype == np.float16 and bool((values.abs() > float(np.finfo(np.float16).max)).any()):
             raise KdxError(f"The {role}'s features at {layer} are too large for float16.", "Store them with --store float32.")
         array[part][readable] = values.permute(0, 2, 3, 1).numpy(force=True).astype(array.dtype, copy=False)
 
@@ -129,6 +133,12 @@ class FeatureFiles:
             result[role] = SetRows(Selected(source, kept, device), by_layer[layer])
         return result
 
-    def maps(self, kind: str, shape: tuple[int, int, int]) -> NDArray[np.float32]:
-        """An array on disk for the maps [n, h, w] of a kind, until `store.write_layer` has written them."""
-        return open_memmap(self.folder / f"maps-{kind}.npy", "w+", "float32", shape)
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for what the computation of a layer needs meanwhile: the distances, and the maps until they are stored."""
+        folder = self.folder / "scratch"
+        folder.mkdir(exist_ok=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

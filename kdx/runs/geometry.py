@@ -77,23 +77,23 @@ def choose_geometry(plan: Plan, shapes: Shapes, folder: Path) -> Geometry:
     cost, options = Cost.of(len(plan.indices), shapes, plan), plan.options
     free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.rglob("*.npy"))
     limit = free / 2 if options.max_disk is None else min(free, options.max_disk * 1e9)
-    needed = f"the features and distances of {len(plan.indices):,} images take {_size(cost.bytes)}"
+    needed = f"features and distances of {len(plan.indices):,} images take {_size(cost.bytes)}"
     if options.geometry == "whole":
         available = free if options.max_disk is None else limit
         if cost.bytes > available:
             raise KdxError(
-                f"The features and distances of {len(plan.indices):,} images take {_size(cost.bytes)}, and {_size(available)} are available "
-                f"in {folder}.",
+                f"The features and distances of {len(plan.indices):,} images take {_size(cost.bytes)}, and {_size(available)} are "
+                f"available in {folder}.",
                 "Free some space, choose --store float16 or --project 64, or use --geometry reference.",
             )
-        return Geometry("whole", f"as requested; {needed}")
+        return Geometry("whole", f"as requested; the {needed}")
     if cost.bytes > limit:
-        return Geometry("reference", f"{needed}, and the limit is {_size(limit)} (--max-disk)")
+        return Geometry("reference", f"the {needed}, and the limit is {_size(limit)} (--max-disk)")
     minutes = cost.operations / _speed() / 60
     if minutes > options.max_minutes:
         estimate = f"the sweeps over all pairs would take about {minutes:,.0f} minutes"
         return Geometry("reference", f"{estimate}, and the limit is {options.max_minutes:,.0f} (--max-minutes)")
-    return Geometry("whole", f"every image is compared with all others; {needed}")
+    return Geometry("whole", f"every image is compared with all others; the {needed}")
 
 
 def _size(count: float) -> str:
@@ -102,7 +102,7 @@ def _size(count: float) -> str:
 
 def _speed() -> float:
     """Operations per second of a float32 matrix product on this machine: the best of three."""
-    x = torch.rand(512, 4096)
+    x = torch.ones(512, 4096)
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()

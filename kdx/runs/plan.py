@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import get_args
@@ -22,11 +22,14 @@ from kdx.explain.settings import Settings
 from kdx.features.arrays import MIN_IMAGES, check_images
 from kdx.models.layer_pairs import parse_layers
 from kdx.models.models_file import ModelsFile, read_models
+from kdx.models.network import Network
 from kdx.runs.split import SplitChoice, choose_split
 from kdx.runtimes.choice import is_file
 
 REFERENCE_IMAGES = 256
 """The reference images of the geometry ``reference``, unless another number is given."""
+
+_ALIGNED = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ class RunOptions(Settings):
     """How a run explains: the settings of `kdx.Explainer` and those below.
 
     batch: images that are decoded, and go through the networks, at once. With the geometry ``batch`` these are also the images whose
-    geometry makes one set of maps; with ``whole`` the batch is rounded up to a multiple of 16 and does not change a result.
+    geometry makes one set of maps; with ``whole`` batch and chunk are rounded up to a multiple of 16 and do not change a result.
     reference_images: the number m of class-balanced images among which UniCAM maps every image with the geometry ``reference``; scores,
     and the maps that add up to them, are those of the batches. A number above 0
     selects this geometry, and 0 stands for REFERENCE_IMAGES if it is selected otherwise.
@@ -65,6 +68,14 @@ class RunOptions(Settings):
         super().__post_init__()
         if self.stored_precision not in get_args(StoredPrecision):
             raise ValueError(f"no stored precision {self.stored_precision!r}")
+
+
+def aligned(count: int) -> int:
+    """The number of images in a pass of the geometry ``whole`` that contains at least ``count``: a multiple of 16.
+
+    Runtimes compute the last images of other passes with other instructions, and the last bit of a result would depend on the batch.
+    """
+    return -(-count // _ALIGNED) * _ALIGNED
 
 
 @dataclass(frozen=True)
@@ -107,8 +118,8 @@ class Plan:
         labels = self.dataset.labels[self.split.pool]
         return self.split.pool[class_balanced_sample(labels, self.options.reference_images or REFERENCE_IMAGES, self.options.seed)]
 
-    def explainer(self, folder: Path) -> Explainer:
-        """The Explainer of the networks. folder: where exported networks are written."""
+    def explainer(self, folder: Path, announce: Callable[[str], None]) -> Explainer:
+        """The Explainer of the networks. folder: where exported networks are written. announce: prints a line about weights."""
         models = self.models
         if is_file(models.path):
             if self.options.reference_images or self.options.geometry == "reference":
@@ -118,7 +129,13 @@ class Plan:
             role: models.path.parent / reference if is_file(reference) else models.load(role)
             for role, reference in models.references.items()
         }
-        return Explainer.of(networks, self.layers, self.options, folder=folder)
+        for role, network in networks.items():
+            if isinstance(network, Network) and network.note:
+                announce(f"{role.capitalize()}: {network.note}")
+        options = self.options
+        if options.chunk is not None and options.geometry in ("auto", "whole"):
+            options = replace(options, chunk=aligned(options.chunk))
+        return Explainer.of(networks, self.layers, options, folder=folder)
 
 
 def _check_references(options: RunOptions) -> None:

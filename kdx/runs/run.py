@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.data.images import load_images
+from kdx.data.batches import check_labels
+from kdx.data.images import check_unreadable, load_images
 from kdx.data.splits import class_balanced_sample
 from kdx.explain.explainer import Explainer
 from kdx.explain.graph import largest_size
@@ -20,7 +21,7 @@ from kdx.explain.network_set import NetworkRecord
 from kdx.roles import roles_among
 from kdx.runs import schema
 from kdx.runs.batches import collect_batches, explain_batches
-from kdx.runs.collected import Collected, check_unreadable
+from kdx.runs.collected import Collected
 from kdx.runs.environment import environment, now
 from kdx.runs.geometry import Geometry, choose_geometry, unavoidable
 from kdx.runs.plan import Plan
@@ -53,12 +54,15 @@ def explain_dataset(
     Raises KdxError for anything that the user can fix, if possible before anything is written.
     """
     plan = Plan.of(data, models, layers, options)
-    for line in plan.split.lines():
-        announce(line)
+    for line in (*plan.split.lines(), plan.dataset.note):
+        if line:
+            announce(line)
     geometry = unavoidable(plan)
+    # Raise KdxError where the classes, or those of a batch, have no geometry, before anything is written.
+    check_labels(plan.dataset.labels[plan.indices])
     if geometry is not None and geometry.kind != "whole":
-        _ = plan.batches  # raises KdxError where batches have no geometry, before anything is written
-    with ExitStack() as stack, plan.explainer(networks or out / schema.NETWORKS) as explainer:
+        _ = plan.batches
+    with ExitStack() as stack, plan.explainer(networks or out / schema.NETWORKS, announce) as explainer:
         records = explainer.networks()
         size = largest_size(record.image_size for record in records.values())
         store = stack.enter_context(
@@ -98,6 +102,8 @@ def _explain(
         explainer.close()
         _finish(store, plan, collect_whole(store, plan, files), size)
         return
+    if plan.options.keep_features or plan.options.project or plan.options.stored_precision != "float32":
+        announce(f"The geometry {geometry.kind} stores no features: --store, --project and --keep-features have no effect.")
     references = plan.references() if geometry.kind == "reference" else plan.indices[:0]
     if len(references):
         store.manifest["reference_ids"] = [plan.dataset.ids[index] for index in references]
@@ -108,8 +114,8 @@ def _explain(
 
 def _projection_note(project: int) -> str:
     return (
-        f"Features are projected to {project} random channels per position. Squared distances keep their expected value, with a relative "
-        f"standard deviation of at most {(2 / project) ** 0.5:.1%}; maps and scores are those of the projected features."
+        f"Features of more channels are projected to {project} random channels per position. Squared distances keep their expected value, "
+        f"with a relative standard deviation of at most {(2 / project) ** 0.5:.1%}; maps and scores are those of the projected features."
     )
 
 

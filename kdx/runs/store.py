@@ -9,7 +9,8 @@ import csv
 import io
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, cast
@@ -17,7 +18,7 @@ from typing import IO, Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.disk import lock_folder, read_json, write_atomic
+from kdx.disk import lock_folder, read_json, unwritable, write_atomic
 from kdx.errors import KdxError
 from kdx.runs import schema
 from kdx.runs.progress_records import BatchRecord, LayerRecord
@@ -118,18 +119,26 @@ class Store:
 
     def write_maps(self, batch: int, rows: int, total: int, maps: Mapping[str, Mapping[str, NDArray[np.float32]]]) -> None:
         """Write a batch's maps (layer -> kind -> [n, h, w]) at the rows from ``batch * rows`` of ``total``."""
-        group = self._maps()
-        for layer, kinds in maps.items():
-            for kind, values in kinds.items():
-                shape = (total, *values.shape[1:])
-                array = group.require_array(schema.map_path(layer, kind), shape=shape, chunks=(rows, *values.shape[1:]), dtype="float32")
-                block = np.zeros((rows, *values.shape[1:]), np.float32)
-                block[: len(values)] = values
-                array[batch * rows : (batch + 1) * rows] = block
+        with self._writing_maps() as group:
+            for layer, kinds in maps.items():
+                for kind, values in kinds.items():
+                    shape, chunks = (total, *values.shape[1:]), (rows, *values.shape[1:])
+                    array = group.require_array(schema.map_path(layer, kind), shape=shape, chunks=chunks, dtype="float32")
+                    block = np.zeros(chunks, np.float32)
+                    block[: len(values)] = values
+                    array[batch * rows : (batch + 1) * rows] = block
 
     def read_maps(self, layer: str, kind: str, start: int, count: int) -> NDArray[np.float32]:
         """``count`` maps [count, h, w] of a kind, from the row ``start``."""
         return np.asarray(cast(Any, self._maps()[schema.map_path(layer, kind)])[start : start + count])
+
+    @contextmanager
+    def _writing_maps(self) -> Iterator[Any]:
+        """The Zarr group of the maps. Raises KdxError if they cannot be written, for example because the disk is full."""
+        try:
+            yield self._maps()
+        except OSError as error:
+            raise unwritable(self.folder / schema.MAPS_FILE, error) from error
 
     def _maps(self) -> Any:
         import zarr
@@ -143,13 +152,13 @@ class Store:
         self, place: int, layer: str, maps: Mapping[str, NDArray[np.float32]], order: NDArray[np.int64], record: LayerRecord
     ) -> None:
         """Write all maps of a layer (kind -> [n, h, w]) in this order, then its record. place: the number of the layer."""
-        group = self._maps()
-        for kind, values in maps.items():
-            chunks = (min(schema.MAPS_PER_CHUNK, len(values)), *values.shape[1:])
-            path = schema.map_path(layer, kind)
-            array = group.create_array(path, shape=values.shape, chunks=chunks, dtype="float32", overwrite=True)
-            for start in range(0, len(values), chunks[0]):
-                array[start : start + chunks[0]] = values[order[start : start + chunks[0]]]
+        with self._writing_maps() as group:
+            for kind, values in maps.items():
+                chunks = (min(schema.MAPS_PER_CHUNK, len(values)), *values.shape[1:])
+                path = schema.map_path(layer, kind)
+                array = group.create_array(path, shape=values.shape, chunks=chunks, dtype="float32", overwrite=True)
+                for start in range(0, len(values), chunks[0]):
+                    array[start : start + chunks[0]] = values[order[start : start + chunks[0]]]
         self._write_arrays(schema.layer_path(self.folder, place), record.arrays())
 
     def read_layer(self, place: int) -> LayerRecord:
@@ -192,11 +201,18 @@ class Store:
 
     def finish(self, finished: str, images: ImageCounts, *, keep_features: bool = False) -> None:
         """Mark the run as complete, then delete the files that only a resumed run needs; the features only if they are not kept."""
+        self._remove_partial_files()
         self.manifest = {**self.manifest, "finished": finished, "images": images, "status": schema.COMPLETE}
         self._write_manifest()
         shutil.rmtree(self.folder / schema.PROGRESS, ignore_errors=True)
         if not keep_features:
             shutil.rmtree(self.folder / schema.FEATURES, ignore_errors=True)
+
+    def _remove_partial_files(self) -> None:
+        """Delete the temporary files that a killed process left: those of Zarr, and those of `kdx.disk.replacing` beside the results."""
+        for path in [*(self.folder / schema.MAPS_FILE).rglob("*.partial"), *self.folder.glob(".*.*"), *self.folder.glob("*/.*.png.*")]:
+            if path.suffix == ".partial" or path.suffix[1:].isdecimal():
+                path.unlink(missing_ok=True)
 
     def _write_manifest(self) -> None:
         self._write_json(schema.MANIFEST, self.manifest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,24 +10,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdx.data.images import Images, decoded
+from kdx.data.images import Images, check_unreadable, decoded
+from kdx.errors import KdxError
 from kdx.explain.explainer import Explainer
 from kdx.explain.whole_set import measure_set
+from kdx.features.array_files import new_array
 from kdx.features.projection import projected, projected_channels
 from kdx.features.target import Target
 from kdx.progress import progress
 from kdx.roles import roles_among
 from kdx.runs import schema
-from kdx.runs.collected import Collected, check_classes, check_unreadable, prediction_columns
+from kdx.runs.collected import Collected, check_classes, prediction_columns
 from kdx.runs.feature_files import FeatureFiles, Shapes
-from kdx.runs.plan import Plan
+from kdx.runs.plan import Plan, aligned
 from kdx.runs.progress_records import LayerProducts, LayerRecord
 from kdx.runs.store import Store
 from kdx.scores.pool import Pool
-
-_ALIGNED = 16
-"""Passes contain a multiple of this many images. Runtimes compute the last images of other passes with other instructions, and the last
-bit of a result would then depend on the batch."""
 
 
 def feature_shapes(explainer: Explainer, size: tuple[int, int], project: int) -> Shapes:
@@ -58,7 +56,7 @@ def explain_whole(
 
 def _infer(files: FeatureFiles, explainer: Explainer, plan: Plan, size: tuple[int, int], announce: Callable[[str], None]) -> None:
     """Run the networks on every image that is not stored yet."""
-    unit = _aligned(plan.options.batch)
+    unit = aligned(plan.options.batch)
     total, pending = len(plan.indices), files.pending(unit)
     remaining = sum(part.stop - part.start for part in pending)
     if pending and remaining < total:
@@ -74,20 +72,16 @@ def _infer(files: FeatureFiles, explainer: Explainer, plan: Plan, size: tuple[in
         show("Networks", total, total, "images")
 
 
-def _aligned(count: int) -> int:
-    """The number of images in a pass that contains at least ``count``."""
-    return -(-count // _ALIGNED) * _ALIGNED
-
-
 def _infer_part(files: FeatureFiles, explainer: Explainer, plan: Plan, part: slice, planned: NDArray[np.int64], images: Images) -> None:
     readable = np.isin(planned, images.kept)
     # A blank image replaces every unreadable one, so that the other images keep their places in the pass, and blank images fill the pass.
-    pixels = torch.zeros(_aligned(len(planned)), *images.pixels.shape[1:])
+    pixels = torch.zeros(aligned(len(planned)), *images.pixels.shape[1:])
     pixels[: len(planned)][torch.from_numpy(readable)] = images.pixels
     logits, features = explainer.features(pixels)
     logits = {role: rows[: len(planned)] for role, rows in logits.items()}
     features = {layer: {role: rows[: len(planned)] for role, rows in by_role.items()} for layer, by_role in features.items()}
     check_classes(logits, len(plan.dataset.classes))
+    _check_finite(features, readable, [plan.dataset.ids[image] for image in planned])
     if plan.options.project:
         features = {
             layer: {role: projected(values, plan.options.project, plan.options.seed, role, layer) for role, values in by_role.items()}
@@ -96,28 +90,40 @@ def _infer_part(files: FeatureFiles, explainer: Explainer, plan: Plan, part: sli
     files.write(part, readable, features, prediction_columns(logits), images.unreadable)
 
 
+def _check_finite(features: Mapping[str, Mapping[str, Tensor]], readable: NDArray[np.bool_], names: Sequence[str]) -> None:
+    """KdxError, with the name of an image, if features of readable images contain NaN or infinity."""
+    for layer, by_role in features.items():
+        for role, values in by_role.items():
+            bad = readable & ~values.isfinite().flatten(1).all(1).numpy(force=True)
+            if bad.any():
+                raise KdxError(
+                    f"The {role}'s features at {layer} are not finite for {bad.sum()} of {len(bad)} images, such as {names[bad.argmax()]}.",
+                    "Check the weights, the preprocessing and --precision: NaN and infinity have no distances.",
+                )
+
+
 def _measure(store: Store, files: FeatureFiles, plan: Plan, place: int, layer: str, target: Target, device: torch.device) -> None:
     """Measure and store one layer, with maps and statistics in the order of the data set."""
     maps: dict[str, NDArray[np.float32]] = {}
 
     def output(kind: str, shape: tuple[int, int, int]) -> Tensor:
-        maps[kind] = files.maps(kind, shape)
+        maps[kind] = new_array(folder / f"maps-{kind}.npy", shape, "float32")
         return torch.from_numpy(maps[kind])
 
-    with progress() as show, torch.no_grad():
+    with files.scratch() as folder, progress() as show, torch.no_grad():
         measurement = measure_set(
             files.rows(layer, device),
             target,
             plan.options,
             output,
             shuffled=True,
-            folder=files.folder,
+            folder=folder,
             progress=lambda done, total: show(f"Geometry of {layer}", done, total, "tiles"),
         )
-    products = LayerProducts(measurement.products, measurement.permuted, measurement.moments)
-    order = _sorted(plan, files)
-    statistics = {kind: values.at(torch.from_numpy(order)) for kind, values in measurement.statistics.items()}
-    store.write_layer(place, layer, maps, order, LayerRecord(products, statistics, measurement.null))
+        products = LayerProducts(measurement.products, measurement.permuted, measurement.moments)
+        order = _sorted(plan, files)
+        statistics = {kind: values.at(torch.from_numpy(order)) for kind, values in measurement.statistics.items()}
+        store.write_layer(place, layer, maps, order, LayerRecord(products, statistics, measurement.null))
 
 
 def _shuffled(plan: Plan) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping
 from typing import cast
@@ -59,22 +60,18 @@ class EagerRunner(Runner):
 
     def _outputs_of(self, graph: Graph, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         """One pass. A network that squeezes its tensors does not run on a single image; it then runs on that image twice."""
-        may_repeat = len(inputs[0]) == 1 and isinstance(graph, WatchedNetwork)
-        if not (may_repeat and self._repeats_single):
-            try:
-                return cast("tuple[Tensor, ...]", graph(*inputs))
-            except KdxError:
-                if not may_repeat:
-                    raise
-                try:
-                    outputs = _of_first(graph, inputs)
-                except KdxError:
-                    outputs = None
-                if outputs is None:
-                    raise
+        if len(inputs[0]) != 1 or not isinstance(graph, WatchedNetwork):
+            return cast("tuple[Tensor, ...]", graph(*inputs))
+        if self._repeats_single:
+            return _of_image_twice(graph, inputs)
+        try:
+            return cast("tuple[Tensor, ...]", graph(*inputs))
+        except KdxError:
+            with contextlib.suppress(KdxError):
+                outputs = _of_image_twice(graph, inputs)
                 self._repeats_single = True
                 return outputs
-        return _of_first(graph, inputs)
+            raise
 
     @property
     def cotangent_layer(self) -> str | None:
@@ -97,6 +94,6 @@ class EagerRunner(Runner):
         self._graph = None
 
 
-def _of_first(graph: Graph, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+def _of_image_twice(graph: Graph, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     """The outputs for one image, from a pass of that image twice."""
     return tuple(output[:1] for output in graph(*(tensor.repeat(2, *[1] * (tensor.ndim - 1)) for tensor in inputs)))

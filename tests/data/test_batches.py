@@ -45,7 +45,7 @@ def test_no_swap_is_needed_exactly_if_the_u_centred_target_is_not_zero() -> None
 
 def test_a_class_too_rare_for_batches_of_this_size_is_an_error() -> None:
     with pytest.raises(KdxError, match="larger --batch"):
-        random_batches(np.repeat([0, 1], [99, 1]), 10, 0)
+        random_batches(np.repeat([0, 1], [97, 3]), 10, 0)
 
 
 def test_batches_differ_between_seeds() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from kdx.data.dataset import Dataset, open_data
 from kdx.data.images import decoded, load_images
@@ -57,6 +58,62 @@ def test_the_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif[0x0112] = 6  # shown after a quarter turn clockwise, so the upper half becomes the right half
     pixels = decode(tmp_path, image, exif=exif)
     assert pixels[:, :, 6:].min() > 0.9 and pixels[:, :, :2].max() < 0.1
+
+
+def _exif(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF data of one directory. entries: tag, type, count, and four bytes: the value or its offset."""
+    rows = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in sorted(entries))
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + rows + struct.pack("<I", 0)
+
+
+_DAMAGE = {
+    "rational without a value": (0x011A, 5, 1, struct.pack("<I", 60_000)),
+    "rational of zero values": (0x011A, 5, 0, b"\0\0\0\0"),
+    "number where text belongs": (0x010F, 3, 1, b"\x07\0\0\0"),
+    "text where a rational belongs": (0x011A, 2, 4, b"abc\0"),
+    "unknown type": (0x0131, 99, 1, b"\0\0\0\0"),
+    "directory outside the data": (0x8769, 4, 1, struct.pack("<I", 50_000)),
+    "directory that contains itself": (0x8769, 4, 1, struct.pack("<I", 8)),
+    "directory of text": (0x8769, 2, 4, b"abc\0"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("damage", list(_DAMAGE))
+def test_damaged_exif_data_leave_the_pixels_and_the_orientation(tmp_path: Path, suffix: str, damage: str) -> None:
+    image = Image.new("RGB", (8, 16), "black")
+    image.paste("white", (0, 0, 8, 8))
+    exif = _exif((0x0112, 3, 1, b"\x08\0\0\0"), _DAMAGE[damage])  # 8: shown after a quarter turn to the left
+    picture(tmp_path / "b" / "x.png")
+    (tmp_path / "a").mkdir()
+    image.save(tmp_path / "a" / f"x.{suffix}", exif=exif, **{"lossless": True} if suffix == "webp" else {})  # type: ignore[arg-type]
+    images = load_images(open_data(str(tmp_path)), [0], (8, 16))
+    assert not images.unreadable
+    assert images.pixels[..., :6].min() > 0.9 and images.pixels[..., 10:].max() < 0.1
+
+
+@pytest.mark.parametrize("exif", [b"", b"Exif\0\0", b"Exif\0\0II*\0\x08", b"Exif\0\0XX", b"Exif\0\0II*\0\xff\xff\xff\xff", b"\xff" * 40])
+def test_exif_data_without_structure_are_ignored(tmp_path: Path, exif: bytes) -> None:
+    image = Image.new("RGB", (8, 4), "black")
+    image.paste("white", (0, 0, 4, 4))
+    pixels = decode(tmp_path, image, exif=exif, suffix="jpg", quality=100)
+    assert pixels[..., :3].min() > 0.9 and pixels[..., 5:].max() < 0.1
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_orientations_are_those_of_pillow(tmp_path: Path, orientation: int) -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture(tmp_path / "b" / "x.png")
+    for index, suffix in enumerate(("png", "tif")):
+        path = tmp_path / "a" / f"{index}.{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(levels).save(path, exif=exif)
+        with Image.open(path) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image))
+        pixels = load_images(open_data(str(tmp_path)), [index], expected.shape[:2]).pixels[0].permute(1, 2, 0)
+        np.testing.assert_array_equal(np.rint(pixels.numpy() * 255), expected)
 
 
 @pytest.mark.parametrize(

@@ -158,3 +158,11 @@ def test_images_that_cannot_be_read_are_left_out_and_counted(
     capsys.readouterr()
     distill(str(tmp_path / "data"), teacher=TEACHER, student=STUDENT, out=tmp_path / "c", settings=settings)
     assert "dark/3.png" in capsys.readouterr().out.splitlines()[-1]  # discovered during training
+    for index in (4, 5, 7, 8):
+        (tmp_path / "data" / "dark" / f"{index}.png").write_bytes(b"")
+    for cached, name in ((0, "d"), (10**9, "e")):
+        monkeypatch.setattr(distill_data, "CACHE_BYTES", cached)
+        with pytest.raises(KdxError, match=r"of \d+ images cannot be read.*\n.*--max-unreadable"):
+            distill(str(tmp_path / "data"), teacher=TEACHER, student=STUDENT, out=tmp_path / name, settings=settings)
+    with pytest.raises(KdxError, match="max_unreadable"):
+        replace(settings, max_unreadable=1.5)

@@ -112,7 +112,7 @@ def test_stability_is_the_correlation_of_the_maps_with_either_half_as_context() 
     d = squared.sum(2).sqrt()
     g = geometry.u_centered(geometry.distances(torch.nn.functional.one_hot(labels).double()))
     parts = torch.where(d > 0, g / d, 0.0)[:, :, None] * squared
-    half = 3 * tiles.tile_side(N, [])  # of five tiles, three are the first half
+    half = 2 * tiles.tile_side(N, [])  # the boundary of tiles nearest to N/2
     first, second = parts[:, :half].sum(1).numpy(), parts[:, half:].sum(1).numpy()
     expected = [np.corrcoef(a, b)[0, 1] for a, b in zip(first, second, strict=True)]
     assert tiles.tile_side(N, []) == 32
@@ -147,7 +147,7 @@ def test_the_null_is_the_strength_under_a_permuted_target() -> None:
         "fss_student": kdx.decompose(features["student"], features["teacher"][turned]).maps,
         "distilled": kdx.unicam(features["student"], features["base"], labels[turned]).maps,
     }.items():
-        strength = maps[:32].abs().mean((1, 2))
+        strength = maps[:128].abs().mean((1, 2))
         assert measurement.null[name].median == pytest.approx(float(strength.quantile(0.5)), rel=1e-9)
         assert measurement.null[name].high == pytest.approx(float(strength.quantile(0.95)), rel=1e-9)
 
@@ -197,3 +197,26 @@ def test_a_whole_set_equals_a_batch_of_all_images() -> None:
     assert oracle.error(measurement.products, batch.products) < 1e-12
     for name, value in batch.maps.items():
         assert oracle.error(maps[name], value.maps) < 1e-9
+
+
+@pytest.mark.parametrize("n", [4, 5, 17, 33, 65])
+@pytest.mark.parametrize("objective", ["relevance", "uniqueness"])
+def test_sets_of_any_size_equal_all_images_at_once(n: int, objective: ObjectiveName) -> None:
+    features, labels = roles(n)
+    labels[:4] = torch.tensor([0, 0, 1, 1])
+    measurement, maps = measured(features, Target.of(labels), replace(SETTINGS, objective=objective))
+    for name, explained, given in (("distilled", "student", "base"), ("missed", "teacher", "student")):
+        expected = kdx.unicam(features[explained], features[given], labels, objective)
+        assert torch.equal(maps[name] != 0, expected.maps != 0)  # four images leave no gradient of relevance
+        assert torch.allclose(maps[name], expected.maps, rtol=1e-9, atol=1e-12)
+    expected_shares = kdx.decompose(features["student"], labels, given=features["base"]).maps
+    assert oracle.error(maps["rs_student_given_base"], expected_shares) < 1e-9
+    if n > 5:
+        assert not measurement.statistics["rs_student"].stability.isnan().any()
+
+
+def test_no_map_is_made_of_rounding_where_the_features_explain_the_target_completely() -> None:
+    features, _ = roles(40)
+    _, maps = measured(features, Target.of(features["student"].flatten(1)))
+    assert not maps["distilled"].any()  # G - <G^,B^> B^ - L R^ is zero
+    assert maps["rs_student"].any()

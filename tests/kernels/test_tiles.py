@@ -198,6 +198,14 @@ def test_a_tile_shrinks_if_rows_are_long() -> None:
     assert tiles.tile_side(600, [wide]) == 128  # four tiles at least, to turn
 
 
+def test_turns_permute_small_sets_in_many_ways() -> None:
+    """A p-value cannot be less than one over the number of permutations: the product of the sizes of the tiles."""
+    for n in range(16, 100):
+        side = tiles.tile_side(n, [Stored(torch.zeros(n, 1))])
+        sizes = [len(part) for part in torch.arange(n).split(side)]
+        assert len(sizes) >= 4 and np.prod(sizes, dtype=float) >= 256
+
+
 def test_classes_are_their_one_hot_rows(set_side: Callable[[int], None]) -> None:
     set_side(16)
     _, _, labels = rows(40)

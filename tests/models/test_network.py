@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -96,3 +97,17 @@ def test_random_weights_are_not_trained(tmp_path: Path) -> None:
     assert models.load(f"{SMALL}@w.safetensors", folder=tmp_path).trained
     assert models.load("torch.nn:Identity").trained  # a factory may have loaded its own
     assert models.parse_reference("torchvision:resnet18,pretrained=true").is_trained
+
+
+@pytest.mark.parametrize(("side", "size"), [("64", (64, 64)), ("64-96", (64, 96))])
+def test_the_image_size_of_timm_is_that_of_the_preprocessing(side: str, size: tuple[int, int]) -> None:
+    network = models.load(f"timm:vit_tiny_patch16_224,depth=1,img_size={side},num_classes=2")
+    assert network.preprocessing.size == size
+    assert network.module(torch.zeros(1, 3, *size)).shape == (1, 2)
+
+
+def test_a_head_of_timm_for_other_classes_is_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, **{**options, "pretrained": False}))  # no download
+    for classes, trained in ((1000, True), (7, False)):
+        assert models.load("timm:mobilenetv3_small_050,pretrained=true", classes=classes).trained is trained

@@ -44,7 +44,8 @@ class ReturnsNothing(Net):
 
 class Squeezing(Net):
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.fc(nn.functional.adaptive_avg_pool2d(self.block(self.stem(images)), 1).squeeze())
+        pooled = nn.functional.adaptive_avg_pool2d(self.block(self.stem(images)), 1).squeeze()
+        logits: Tensor = self.fc(pooled[:, :8])  # fails for a single image
         return logits
 
 

@@ -34,7 +34,9 @@ def test_weights_load_from_every_format(tmp_path: Path, kind: str) -> None:
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     save_file(models.load(SMALL).module.state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(KdxError, match=r"shapes differ: fc.weight is \[3, 16\] in the file and \[4, 16\] in the network"):
+    with pytest.raises(KdxError, match=r"shapes differ: conv1.weight is \[4, 3, 3, 3\] in the file and \[6, 3, 3, 3\] in the network"):
+        models.load(f"kdx:resnet,width=6,depth=1,classes=3@{tmp_path}/w.safetensors")
+    with pytest.raises(KdxError, match=r"fc is for 3 in the file and for 4 in the network.*\n.*new_head=true"):
         models.load(f"kdx:resnet,width=4,depth=1,classes=4@{tmp_path}/w.safetensors")
     with pytest.raises(KdxError, match=r"it lacks layer1.1.conv1.weight, .* and \d+ more"):
         models.load(f"kdx:resnet,width=4,depth=2,classes=3@{tmp_path}/w.safetensors")

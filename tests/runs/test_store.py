@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import resource
 from pathlib import Path
 from typing import Any, cast
 
@@ -137,3 +138,27 @@ def test_the_table_has_the_numbers_of_the_json_file(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="JSON compliant"):
             store.write_scores(scores)
         assert "NaN" not in (tmp_path / "run" / "scores.json").read_text()  # the file before is still there
+
+
+def test_maps_that_cannot_be_written_are_an_error_for_the_user(tmp_path: Path) -> None:
+    maps = np.random.default_rng(0).random((30, 20, 20)).astype(np.float32)
+    with Store.begin(tmp_path / "run", CONFIGURATION, CONTEXT) as store:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        try:
+            with pytest.raises(KdxError, match=r"maps\.zarr cannot be written: File too large"):
+                store.write_maps(0, 30, 30, {LAYER: {"distilled": maps}})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_finished_run_contains_no_file_that_a_killed_process_left(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with Store.begin(folder, CONFIGURATION, CONTEXT) as store:
+        store.write_maps(0, 3, 3, {LAYER: {"distilled": np.zeros((3, 2, 2), np.float32)}})
+        store.write_picture(0, np.zeros((4, 4, 3), np.uint8))
+        expected = {path.relative_to(folder) for path in folder.rglob("*")}
+        for left in ("maps.zarr/block/layer3/zarr.12ab.partial", ".scores.json.4711", "overlays/.00000.png.4711"):
+            (folder / left).write_bytes(b"part")
+        store.finish("", {"planned": 3, "explained": 3, "unreadable": []})
+    assert {path.relative_to(folder) for path in folder.rglob("*")} == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -22,13 +23,16 @@ import kdx
 from kdx.data.dataset import open_data
 from kdx.data.images import load_images
 from kdx.explain.explainer import Explainer
+from kdx.features import array_files
+from kdx.kernels.set_geometry import StoredDistances
+from kdx.kernels.tiles import tile_side
 from kdx.models.models_file import read_models
 from kdx.roles import SCORE_MAPS
 from kdx.runs import feature_files, geometry, store, whole
 from kdx.runs.plan import RunOptions
 from kdx.runs.record import read_run
 from tests import oracle
-from tests.runs.small_run import SIZE, WHOLE, interrupt, results, run, same
+from tests.runs.small_run import CLASSES, SIZE, WHOLE, interrupt, results, run, same
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,9 @@ def digests(out: Path) -> dict[str, str]:
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.mark.parametrize("changes", [{"batch": 4}, {"batch": 16}, {"batch": 64, "chunk": 16}, {"batch": 23, "workers": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"batch": 4}, {"batch": 16}, {"batch": 64, "chunk": 16}, {"batch": 32, "chunk": 5}, {"batch": 23, "workers": 0}]
+)
 def test_the_batch_changes_no_byte(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     run(folder, tmp_path / "expected", replace(WHOLE, batch=32))
     run(folder, tmp_path / "run", replace(WHOLE, **changes))
@@ -163,6 +169,8 @@ def test_features_are_kept_on_request_and_float16_takes_half_the_space(folder: P
         out = tmp_path / precision
         run(folder, out, replace(WHOLE, stored_precision=precision, keep_features=True))
         sizes[precision] = (out / "features" / "student-0.npy").stat().st_size
+        kept = {path.stem.split("-")[0] for path in (out / "features").rglob("*")}
+        assert kept == {"teacher", "student", "base", "prediction", "confidence", "state"}  # neither distances nor copies of maps
         for name, entry in read_run(complete).scores["layer3"].items():
             assert read_run(out).scores["layer3"][name].value == pytest.approx(entry.value, abs=1e-6 if precision == "float32" else 2e-3)
     assert sizes["float16"] == pytest.approx(sizes["float32"] / 2, rel=0.05)
@@ -216,13 +224,88 @@ def test_the_stated_space_is_at_least_what_is_used(folder: Path, tmp_path: Path,
         costs.append(original(*arguments))
         return costs[-1]
 
+    used: list[int] = []
+    write_layer = store.Store.write_layer
+
+    def measuring(self: store.Store, *arguments: Any) -> None:
+        files = list((self.folder / "features").rglob("*[0-9].npy"))
+        assert any(path.name == "distances-0.npy" for path in files)
+        used.append(sum(path.stat().st_size for path in files))
+        write_layer(self, *arguments)
+
     monkeypatch.setattr(geometry.Cost, "of", recorded)
-    run(folder, tmp_path / "run", replace(WHOLE, keep_features=True))
-    used = sum(path.stat().st_size for path in (tmp_path / "run" / "features").glob("*[0-9].npy"))
-    assert used <= costs[0].bytes * 1.05
+    monkeypatch.setattr(store.Store, "write_layer", measuring)
+    run(folder, tmp_path / "run", WHOLE)
+    assert max(used) <= costs[0].bytes * 1.05
+    for n in (*range(4, 200), 1023, 1025, 4095, 4097, 10_000):  # tiles are whole tiles
+        side = tile_side(n, [])
+        count = -(-n // side)
+        assert StoredDistances.bytes(n, 2) >= 2 * 4 * count * (count + 1) // 2 * side**2
 
 
 @pytest.mark.parametrize("changes", [{"geometry": "whole", "features": "salient"}, {"geometry": "whole", "reference_images": 8}])
 def test_requests_that_exclude_each_other_are_refused(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(kdx.KdxError):
         run(folder, tmp_path / "run", replace(WHOLE, **changes))
+
+
+def test_a_disk_that_becomes_full_is_reported_and_the_run_continues(
+    folder: Path, complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = array_files._reserve
+
+    def full(path: Path) -> None:
+        if path.name == "distances-1.npy":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(array_files, "_reserve", full)
+        with pytest.raises(kdx.KdxError, match="No space left on device"):
+            run(folder, tmp_path / "run", WHOLE)
+    run(folder, tmp_path / "run", WHOLE)
+    assert same(results(tmp_path / "run"), results(complete))
+
+
+def test_a_part_without_a_readable_image_is_stored_in_float16(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    data = open_data(str(tmp_path / "copy" / "pictures"), CLASSES)
+    for index in np.random.default_rng(WHOLE.seed).permutation(np.arange(29))[16:]:  # the second pass of 16 images
+        (tmp_path / "copy" / "pictures" / data.ids[index]).write_bytes(b"no picture")
+    run(tmp_path / "copy", tmp_path / "run", replace(WHOLE, batch=16, stored_precision="float16", max_unreadable=0.5))
+    assert read_run(tmp_path / "run").explained == 16
+
+
+def test_features_that_are_not_finite_are_reported_with_the_image_as_soon_as_they_occur(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_data(str(folder / "pictures"), CLASSES)
+    spoiled = data.ids[np.random.default_rng(WHOLE.seed).permutation(np.arange(29))[20]]
+    features = Explainer.features
+
+    def spoiling(self: Explainer, images: torch.Tensor) -> Any:
+        logits, layers = features(self, images)
+        if images.any() and not images[13:].any():  # the second pass, of 13 images
+            layers["layer3"]["student"][4, 0, 0, 0] = torch.inf
+        return logits, layers
+
+    monkeypatch.setattr(Explainer, "features", spoiling)
+    with pytest.raises(kdx.KdxError, match=f"student's features at layer3 are not finite for 1 of 13 images, such as {spoiled}"):
+        run(folder, tmp_path / "run", replace(WHOLE, batch=16))
+
+
+def test_classes_without_geometry_are_reported_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
+    for name, count in (("cat", 1), ("dog", 8)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number, picture in enumerate(sorted((folder / "pictures" / name).iterdir())[:count]):
+            shutil.copy(picture, tmp_path / "data" / name / f"{number}.png")
+    (tmp_path / "data" / "owl").mkdir()
+    with pytest.raises(kdx.KdxError, match="classes of these 9 images have no geometry"):
+        run(folder, tmp_path / "run", WHOLE, data=str(tmp_path / "data"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_of_stored_features_are_not_ignored_silently(folder: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    kdx_run(folder, tmp_path / "run", replace(WHOLE, geometry="batch", project=4), lines)
+    assert "The geometry batch stores no features: --store, --project and --keep-features have no effect." in lines
