@@ -16,10 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from kdx.errors import KdxError
+from kdx.export.passes import GradientsStayOn, network_errors, no_checkpointing
 from kdx.kernels import ambient, geometry
 
 _MAX_PREFIX_TOKENS = 8
 """The most class, distillation and register tokens that may precede a grid of patch tokens."""
+
+_RESERVED = ("images", "cotangent", "logits")
+"""Names of inputs and outputs that do not belong to layers."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,23 @@ class Preprocessing:
 
 
 def find_layer(network: nn.Module, name: str) -> nn.Module:
-    """The module at the dotted path ``name``, where ``path[i]`` stands for ``path``. Raises KdxError with the nearest names."""
-    modules: dict[str, nn.Module] = {path: module for path, module in network.named_modules() if path}
+    """The module at the dotted path ``name``, where ``path[i]`` stands for ``path``. Raises KdxError with the nearest names.
+
+    A path may contain the names that DataParallel and torch.compile add (``module.`` and ``_orig_mod.``).
+    """
+    modules: dict[str, nn.Module] = {path: module for path, module in network.named_modules(remove_duplicate=False) if path}
     path, _ = _parsed_layer(name)
+    if path not in modules:
+        path = path.replace("_orig_mod.", "").removeprefix("module.")
     if path in modules:
         return modules[path]
     near = difflib.get_close_matches(path, modules, n=4, cutoff=0.5) or [path for path, _ in network.named_children()][:6]
     raise KdxError(f"The network has no layer {name!r}.", f"Near matches: {', '.join(near)}.")
+
+
+def output_name(layer: str) -> str:
+    """The name of a graph's output with the feature of ``layer``: the layer's own, unless a graph uses that name for something else."""
+    return f"feature/{layer}" if layer in _RESERVED else layer
 
 
 def _parsed_layer(layer: str) -> tuple[str, int | None]:
@@ -137,7 +151,8 @@ class WatchedNetwork(nn.Module):
             for layer, module in zip(self.watched, self._watched_modules, strict=True)
         ]
         try:
-            logits = self._predict(((images - self.mean) / self.std).to(self._dtype()))
+            with no_checkpointing(), network_errors():
+                logits = self._predict(((images - self.mean) / self.std).to(self.dtype))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -156,7 +171,8 @@ class WatchedNetwork(nn.Module):
     def _predict(self, images: Tensor) -> object:
         return self.network(images)
 
-    def _dtype(self) -> torch.dtype:
+    @property
+    def dtype(self) -> torch.dtype:
         """The number format in which the network computes."""
         return next((weight.dtype for weight in self.network.parameters() if weight.is_floating_point()), self.mean.dtype)
 
@@ -172,7 +188,7 @@ class FeatureGraph(WatchedNetwork):
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        return ("logits", *self.layers)
+        return ("logits", *map(output_name, self.layers))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         logits, raw = self.watch(images)
@@ -212,7 +228,7 @@ class GradientGraph(WatchedNetwork):
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        return ("logits", *self.layers, *(f"gradient/{layer}" for layer in self.layers))
+        return ("logits", *map(output_name, self.layers), *(f"gradient/{layer}" for layer in self.layers))
 
     def forward(self, images: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -237,11 +253,14 @@ class GradientGraph(WatchedNetwork):
         leaves = [raw[layer] for layer in self.layers]
         raw_gradients: list[Tensor | None] = [None] * len(leaves)
         if end.requires_grad:
-            raw_gradients = list(torch.autograd.grad(end, leaves, cotangent.to(end.dtype), allow_unused=True))  # type: ignore[arg-type]
+            with network_errors("The backward pass of the network"):
+                cotangent = cotangent.to(end.dtype)
+                raw_gradients = list(torch.autograd.grad(end, leaves, cotangent, allow_unused=True))  # type: ignore[arg-type]
         for layer, gradient in zip(self.layers, raw_gradients, strict=True):
             if gradient is None:
                 raise KdxError(
-                    f"{self.at or 'The prediction'} does not depend on layer {layer!r}.", "Name layers that come before the cotangent."
+                    f"{self.at or 'The prediction'} does not depend on layer {layer!r}.",
+                    "Name layers that come before the cotangent, with no detach() between them.",
                 )
         gradients = [self.as_map(gradient, layer, images) for layer, gradient in zip(self.layers, raw_gradients, strict=True)]
         return tuple(geometry.wide(result).detach() for result in (logits, *maps, *gradients))
@@ -250,7 +269,8 @@ class GradientGraph(WatchedNetwork):
         # With detached weights autograd records from the first layer on, and the network's own requires_grad flags stay as they are.
         weights = {name: ambient.recordable(parameter.detach()) for name, parameter in self.network.named_parameters()}
         weights |= {name: buffer.clone() for name, buffer in self.network.named_buffers() if buffer.is_inference()}
-        return torch.func.functional_call(self.network, weights, (images.detach(),))
+        with GradientsStayOn():
+            return torch.func.functional_call(self.network, weights, (images.detach(),))
 
 
 def _cut(raw: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import logging
@@ -19,7 +18,9 @@ from torch import Tensor
 from kdx.choices import FilePrecision
 from kdx.disk import staging, unwritable, write_through
 from kdx.errors import KdxError, first_line
-from kdx.export import parity, trace
+from kdx.export import parity, trace, value_names
+from kdx.export.copies import copied
+from kdx.export.dependence import check_dependence
 from kdx.export.description import (
     METADATA_PREFIX,
     Description,
@@ -63,7 +64,8 @@ def write(
     The batch size is dynamic. Height and width are dynamic too if every network resizes its images; otherwise they are
     ``image_size``.
 
-    precision: the number format of the networks' weights and arithmetic. Inputs, outputs and the geometry of an explainer file stay
+    precision: the number format of the networks' weights and arithmetic in the file, whatever the modules' own; the comparison is with
+    the same weights in float32. Inputs, outputs and the geometry of an explainer file stay
     float32. origin: of the network, or of each role's network. classes: the names of the classes, and reference_ids: the ids of a
     `ReferenceGraph`'s images, both for the description. tolerance: of a float32 file, see `ParityReport`.
 
@@ -73,7 +75,9 @@ def write(
 
     Raises KdxError if the network cannot be traced, has no ONNX form or fails the comparison, or if the folder cannot be written.
     """
-    graph = graph.eval()
+    graph.eval()
+    check_dependence(graph, image_size)
+    graph = _in_float32(graph)
     origins = {"network": origin} if isinstance(origin, Origin) else dict(origin)
     name = " and ".join(origin.reference for origin in origins.values())
     resizes = all(network.preprocessing.size is not None for network in _networks(graph).values())
@@ -160,10 +164,28 @@ def _converted(graph: Graph, precision: FilePrecision) -> Graph:
     """The graph with its networks in ``precision``; a copy unless that is float32. Preprocessing stays float32."""
     if precision == "fp32":
         return graph
-    graph = copy.deepcopy(graph)
+    graph = copied(graph)
     for network in _networks(graph).values():
         network.network.to(_DTYPES[precision])
     return graph
+
+
+def _in_float32(graph: Graph) -> Graph:
+    """The graph with every network in float32; a copy unless all of them already are.
+
+    The format of the file is chosen by ``precision``, and ONNX Runtime computes in neither bfloat16 nor float64 on every machine.
+    """
+    if all(_is_float32(network) for network in _networks(graph).values()):
+        return graph
+    graph = copied(graph)
+    for network in _networks(graph).values():
+        network.float()
+    return graph
+
+
+def _is_float32(network: WatchedNetwork) -> bool:
+    tensors = (*network.parameters(), *network.buffers())
+    return all(tensor.dtype == torch.float32 for tensor in tensors if tensor.is_floating_point())
 
 
 def _exported(graph: Graph, inputs: dict[str, Tensor], resizes: bool, reference: str) -> onnx.ModelProto:
@@ -184,7 +206,7 @@ def _exported(graph: Graph, inputs: dict[str, Tensor], resizes: bool, reference:
                 program,
                 dynamo=True,
                 input_names=list(graph.input_names),
-                output_names=list(graph.output_names),
+                output_names=[value_names.placeholder(index) for index in range(len(graph.output_names))],
                 opset_version=_OPSET,
                 verbose=False,
             )
@@ -199,6 +221,7 @@ def _exported(graph: Graph, inputs: dict[str, Tensor], resizes: bool, reference:
         raise KdxError(f"{reference} cannot be exported: {cause}.", hint) from error
     assert exported is not None
     model = exported.model_proto
+    value_names.name_outputs(model, graph.output_names)
     _name_dimensions(model, dynamic)
     _round_weights_to_bfloat16(model)
     for node in model.graph.node:

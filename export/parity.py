@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from kdx.errors import KdxError, missing_package
 from kdx.export import half_precision
+from kdx.export.copies import copied
 from kdx.export.explainer_graphs import ExplainerGraph, Graph, ReferenceGraph
 from kdx.export.graphs import GradientGraph
 from kdx.kernels import ambient
@@ -170,7 +170,7 @@ def _differences(
     gradients = [name for name in outputs if name.startswith("gradient/") and tolerance is not None]
     exact: dict[str, NDArray[Any]] = {}
     if any(differences[name].max > (tolerance or 0) for name in gradients):
-        exact = _eager(copy.deepcopy(graph).double(), {name: tensor.double() for name, tensor in inputs.items()})
+        exact = _eager(copied(graph).double(), {name: tensor.double() for name, tensor in inputs.items()})
     for name in gradients:
         errors = _errors(outputs[name], expected[name])
         if name in exact:

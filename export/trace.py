@@ -24,11 +24,15 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputSpec, Tenso
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from kdx.disk import log
 from kdx.errors import KdxError
-from kdx.export import decompositions
+from kdx.export import decompositions, recurrence
 from kdx.export.graphs import GradientGraph, WatchedNetwork
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+_MANY = 2_000
+"""The number of operators from which an export announces that it takes minutes."""
 
 DynamicDimensions = tuple[dict[int, Any], ...]
 """The dynamic dimensions of each input, as torch.export takes them."""
@@ -43,6 +47,8 @@ def traced_program(graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: Dynami
         if isinstance(graph, GradientGraph):
             forward = torch.export.export(_Forward(graph), inputs, dynamic_shapes=dynamic).run_decompositions({})
             program = _with_gradients(forward, graph)
+            if len(program.graph.nodes) > _MANY:
+                log.info("converting %d operators to ONNX takes up to a minute per 1,000", len(program.graph.nodes))
         else:
             program = torch.export.export(graph, inputs, dynamic_shapes=dynamic)
     unsupported = unsupported_operators(program)
@@ -62,7 +68,7 @@ def unsupported_operators(program: ExportedProgram) -> list[tuple[str, str]]:
     for node in program.graph.nodes:
         operator = node.target
         if isinstance(operator, torch._ops.OpOverload) and not _exportable(operator):
-            operators[str(operator), _module_path(node)] = None
+            operators[str(operator), recurrence.module_path(node)] = None
     return list(operators)
 
 
@@ -80,12 +86,6 @@ def _exporter_tables() -> tuple[set[Any], dict[Any, Callable[..., Any]]]:
 
     implemented = set(_decomp.get_onnx_implemented_overloads(_registration.ONNXRegistry.from_torchlib()))
     return implemented, _decomp.create_onnx_friendly_decomposition_table(implemented)
-
-
-def _module_path(node: fx.Node) -> str:
-    """The dotted path within the network of the innermost module that a node comes from; empty if it comes from none."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return str(stack[-1][0]).removeprefix("network").removeprefix(".") if stack else ""
 
 
 class _Forward(WatchedNetwork):
@@ -168,6 +168,7 @@ def _joint(
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
     """The part of the forward pass behind the cuts with its vector-Jacobian product, and the node of each of its inputs."""
     behind = _behind(fx_graph, set(cuts.values()))
+    recurrence.check_steps(behind)
     outside = dict.fromkeys([images, cotangent])
     for node in (*behind, *cuts.values(), end):
         sources = node.all_input_nodes if node in behind else [node]

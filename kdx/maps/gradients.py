@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kdx import models
 from kdx.choices import Weighting
 from kdx.errors import KdxError
-from kdx.export.graphs import GradientGraph
+from kdx.export.graphs import GradientGraph, output_name
 from kdx.features import arrays
 from kdx.features.arrays import Array
 from kdx.kernels import rounding
@@ -71,7 +71,7 @@ def layer_gradients(
     first: the row of the first of these images among all images, for the message.
     """
     outputs = runner.run({"images": images, "cotangent": cotangent})
-    gradients = {layer: LayerGradient(outputs[layer], outputs[f"gradient/{layer}"], runner.dtype) for layer in layers}
+    gradients = {layer: LayerGradient(outputs[output_name(layer)], outputs[f"gradient/{layer}"], runner.dtype) for layer in layers}
     for layer, (feature, gradient, _) in gradients.items():
         finite = feature.isfinite().flatten(1).all(1) & gradient.isfinite().flatten(1).all(1)
         if not bool(finite.all()):

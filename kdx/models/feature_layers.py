@@ -63,7 +63,10 @@ def _trace(module: nn.Module, size: tuple[int, int]) -> _Trace:
     hooks = [child.register_forward_hook(_observe(trace, name, image.shape)) for name, child in module.named_modules() if name]
     try:
         module.eval()
-        module(image)
+        try:
+            module(image)
+        except Exception:  # a network that squeezes its tensors takes no single image
+            module(image.repeat(2, 1, 1, 1))
     except Exception as error:  # the network's own code runs here
         raise KdxError(
             f"The network does not run on an image of {size[0]} x {size[1]}: {first_line(error)}.", "Give the image size that it takes."
@@ -81,7 +84,7 @@ def _observe(trace: _Trace, name: str, image: torch.Size) -> Callable[[nn.Module
         output = _tensor_of(output)
         trace.order.setdefault(name, len(trace.order))
         trace.output[name] = output
-        if inputs and isinstance(inputs[0], Tensor) and inputs[0].shape == image:
+        if inputs and isinstance(inputs[0], Tensor) and inputs[0].shape[1:] == image[1:]:
             trace.stem.add(name)
         with contextlib.suppress(KdxError):
             height, width = as_map(output, name, (image[2], image[3])).shape[2:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 from kdx.errors import KdxError
 from kdx.export.graphs import Preprocessing
 from kdx.models.feature_layers import sensible_layers
+from kdx.models.prepared import check_kind, prepared, unwrapped
 from kdx.models.reference import NEW_HEAD, parse_reference
 from kdx.models.sources import build, timm_preprocessing
 from kdx.models.weights import load_weights
@@ -81,29 +81,32 @@ def load(reference: str, *, classes: int | None = None, folder: Path | None = No
     if parsed.weights:
         arguments.pop("pretrained", None)  # the weights file replaces them immediately
     module, preprocessing, complete = build(parsed.located(folder), arguments)
+    module = unwrapped(module)
+    check_kind(module)
     note = ""
     if parsed.weights:
         path = Path(parsed.weights).expanduser()
         note = load_weights(module, path if folder is None else folder / path, new_head=new_head)
         complete = not new_head
-    return Network(str(parsed), module.eval(), preprocessing, parsed.is_trained and complete, note)
+    module.eval()  # its result is not used: a user's train() may return nothing
+    return Network(str(parsed), module, preprocessing, parsed.is_trained and complete, note)
 
 
 def as_network(network: str | Path | Network | nn.Module) -> Network:
     """A network in eval mode that belongs to the caller: a reference is loaded, and an object is copied, because its owner decides its
-    mode and device. A bare module has no preprocessing."""
+    mode and device. `kdx.models.prepared.prepared` describes the copy. A bare module has no preprocessing."""
     if isinstance(network, nn.Module):
-        network = Network(type(network).__name__, network, Preprocessing())
+        network = Network(type(unwrapped(network)).__name__, network, Preprocessing())
     if isinstance(network, Network):
-        return replace(network, module=copy.deepcopy(network.module).eval())
+        return replace(network, module=prepared(network.module))
     return load(str(network))
 
 
 def layers(model: nn.Module | Network, size: tuple[int, int] | None = None) -> list[str]:
     """`kdx.models.feature_layers.sensible_layers` of a network, on an image of ``size``, by default the network's own or 224 x 224."""
     if isinstance(model, Network):
-        return sensible_layers(model.module, size or model.preprocessing.size or (224, 224))
-    return sensible_layers(model, size or _own_size(model) or (224, 224))
+        return sensible_layers(unwrapped(model.module), size or model.preprocessing.size or (224, 224))
+    return sensible_layers(prepared(model), size or _own_size(unwrapped(model)) or (224, 224))
 
 
 def _own_size(module: nn.Module) -> tuple[int, int] | None:

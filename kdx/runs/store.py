@@ -18,7 +18,7 @@ from typing import IO, Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.disk import lock_folder, read_json, unwritable, write_atomic
+from kdx.disk import lock_folder, read_json, remove_leftovers, unwritable, write_atomic
 from kdx.errors import KdxError
 from kdx.runs import schema
 from kdx.runs.progress_records import BatchRecord, LayerRecord

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from kdx.errors import KdxError
+from kdx.export.dependence import check_dependence
 from kdx.export.explainer_graphs import Graph
-from kdx.export.graphs import FeatureGraph, GradientGraph
+from kdx.export.graphs import FeatureGraph, GradientGraph, WatchedNetwork
 from kdx.kernels import ambient
 from kdx.runtimes.runner import Runner, check_names
 
@@ -25,7 +29,10 @@ class EagerRunner(Runner):
         self.layers = graph.layers
         self._inputs, self._outputs = graph.input_names, graph.output_names
         self._lock = threading.Lock()
-        self._graph: Graph | None = graph.eval().to(device)
+        self._checked_sizes: set[tuple[int, int]] = set()
+        self._repeats_single = False
+        graph.eval()
+        self._graph: Graph | None = graph.to(device)
         tensors = (*graph.parameters(), *graph.buffers())
         dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
         self._format = dtype
@@ -44,8 +51,30 @@ class EagerRunner(Runner):
         check_names(feeds, self._inputs)
         inputs = [ambient.recordable(feeds[name].to(self.device, self._dtype)) for name in self._inputs]
         with self._lock:  # during a pass the graph has hooks on its layers
-            outputs = graph(*inputs)
+            self._check(graph, inputs[0])
+            outputs = self._outputs_of(graph, inputs)
         return dict(zip(self._outputs, outputs, strict=True))
+
+    def _check(self, graph: Graph, images: Tensor) -> None:
+        """Check each network once per image size."""
+        if images.ndim == 4 and images.numel() and (size := (images.shape[2], images.shape[3])) not in self._checked_sizes:
+            check_dependence(graph, size)
+            self._checked_sizes.add(size)
+
+    def _outputs_of(self, graph: Graph, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        """One pass. A network that squeezes its tensors does not run on a single image; it then runs on that image twice."""
+        if len(inputs[0]) != 1 or not isinstance(graph, WatchedNetwork):
+            return cast("tuple[Tensor, ...]", graph(*inputs))
+        if self._repeats_single:
+            return _of_image_twice(graph, inputs)
+        try:
+            return cast("tuple[Tensor, ...]", graph(*inputs))
+        except KdxError:
+            with contextlib.suppress(KdxError):
+                outputs = _of_image_twice(graph, inputs)
+                self._repeats_single = True
+                return outputs
+            raise
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,3 +99,8 @@ class EagerRunner(Runner):
 
     def close(self) -> None:
         self._graph = None
+
+
+def _of_image_twice(graph: Graph, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs for one image, from a pass of that image twice."""
+    return tuple(output[:1] for output in graph(*(tensor.repeat(2, *[1] * (tensor.ndim - 1)) for tensor in inputs)))

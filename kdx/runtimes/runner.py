@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdx.errors import KdxError
 from kdx.export.description import Description, Shape
+from kdx.export.graphs import output_name
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Runner(ABC):
         if self.kind != "features":
             raise ValueError(f"a graph of {self.kind} is not one of features; use run")
         outputs = self.run({"images": images})
-        return NetworkOutputs(outputs["logits"], {layer: outputs[layer] for layer in self.layers})
+        return NetworkOutputs(outputs["logits"], {layer: outputs[output_name(layer)] for layer in self.layers})
 
     def __enter__(self) -> Self:
         return self

@@ -51,7 +51,7 @@ class Counting(Odd):
 class Branching(Odd):
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images)
-        return logits if images.mean() > 0.5 else -logits
+        return logits if images.min() > -1 else -logits
 
 
 @pytest.fixture(scope="module")

@@ -258,7 +258,7 @@ def test_hooks_are_removed_even_after_an_error() -> None:
     graph(torch.rand(2, 3, 7, 7))
     assert hook_count(network) == 0
     network.fails = True
-    with pytest.raises(ArithmeticError):
+    with pytest.raises(KdxError, match=r"The network raises ArithmeticError: in the middle\."):
         graph(torch.rand(2, 3, 7, 7))
     assert hook_count(network) == 0
 

@@ -64,7 +64,7 @@ class Branching(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.conv(images).mean((2, 3))
-        return logits if images.mean() > 0.5 else -logits
+        return logits if images.min() > -1 else -logits
 
 
 class FixedBatch(Plain):
