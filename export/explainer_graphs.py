@@ -19,6 +19,9 @@ from kdx.roles import MAPS, TARGET, maps_among, roles_among, score_maps_among, s
 _ROUNDING = 1e-5
 """The ratio ||R||/||D|| below which the residual R of one network given another is rounding: float32 distances are exact to about 1e-6."""
 
+_SUM = 32 * torch.finfo(torch.float32).eps
+"""The rounding of a feature's spatial mean, relative to the mean absolute value of the feature (see `kdx.kernels.rounding`)."""
+
 
 class ExplainerGraph(nn.Module):
     """Several networks and the geometry of their features: images, target -> logits, maps, weights, scores and distances.
@@ -211,12 +214,18 @@ class _Among:
         return cls(features, own, others, geometry.bordered(inside, border))
 
     def channel_weights(self, lap: Tensor) -> Tensor:
-        """[n, C], from Laplacians of the shape of the distances."""
+        """[n, C], from Laplacians of the shape of the distances. Weights that are only rounding are zero, as in `kdx.unicam`."""
         # Lap maps constants to zero. Centred features keep the rounding of a large mean out of the differences.
         own = geometry.gap(self.own, torch.float32)
+        sizes = self.own.abs().flatten(1).mean(1)
         if self.distances.ndim == 2:
-            return geometry.gradient(lap, own)
-        return geometry.query_gradient(lap, own, geometry.gap(self.others, torch.float32))
+            weights = geometry.gradient(lap, own)
+            real = (weights.abs().amax(1) - _SUM * (lap.abs() @ sizes)).amax(0) > 0
+            return torch.where(real, weights, 0.0)
+        weights = geometry.query_gradient(lap, own, geometry.gap(self.others, torch.float32))
+        row = lap[:, -1].abs()
+        errors = _SUM * (row[:, :-1] @ self.others.abs().flatten(1).mean(1) + row[:, -1] * sizes)
+        return torch.where((weights.abs().amax(1) > errors)[:, None], weights, 0.0)
 
     def shares(self, matrices: Tensor) -> Tensor:
         """`decomposition.cross_shares` on the grid of the features: [k, n, H, W] of U-centred matrices [k, ...] like the distances."""

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import kdx
+from kdx.explain.graph import ReferenceImages, explainer_graph
 from kdx.export import onnx_file
 from kdx.export.description import Origin
-from kdx.export.graphs import GradientGraph
+from kdx.export.graphs import GradientGraph, Preprocessing
+from kdx.models.network import Network
 from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
 from tests import oracle
 from tests.hooked import CLASSES, SIZE, batch, by_hand
@@ -159,3 +161,23 @@ def test_the_share_of_empty_maps() -> None:
     maps[1, 0, 2] = 1e-300
     weights = np.ones((4, 5))
     assert kdx.Maps(maps, weights, 0.5).empty == 0.75 and kdx.Maps(torch.from_numpy(maps), torch.from_numpy(weights), 0.5).empty == 0.75
+
+
+@pytest.mark.parametrize("norm", ["instance", "one group per channel"])
+def test_the_graph_of_an_explainer_file(norm: str) -> None:
+    """After the normalisation the maps are empty; after the ReLU that follows they are those of the Explainer."""
+    networks = {role: Network(role, _normalised(norm, seed), Preprocessing()) for seed, role in enumerate(("student", "base"))}
+    images, labels = batch(12, torch.float32, (21, 17)), torch.arange(12) % 3
+    graph = explainer_graph(networks, {"4": "4", "5": "5"})
+    with torch.no_grad():
+        outputs = dict(zip(graph.output_names, graph(images, nn.functional.one_hot(labels).float()), strict=True))
+    student, base = (network.module for network in networks.values())
+    with kdx.Explainer(student=student, base=base, layers=["4", "5"], runtime="eager", permutations=0) as explainer:
+        layers = explainer(images, labels).layers
+    assert not outputs["4/distilled/maps"].any() and layers["4"].distilled.empty == 1
+    assert outputs["5/distilled/maps"].any() and layers["5"].distilled.empty < 1
+    assert oracle.error(outputs["5/distilled/maps"], layers["5"].distilled.maps) < 1e-3
+    references = explainer_graph(networks, {"4": "4", "5": "5"}, ReferenceImages(images, labels))
+    with torch.no_grad():
+        outputs = dict(zip(references.output_names, references(images[:3].flip(3), labels[:3]), strict=True))
+    assert not outputs["4/distilled/maps"].any() and outputs["5/distilled/maps"].any()
