@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kdx.errors import KdxError
 from kdx.export.passes import GradientsStayOn, network_errors, no_checkpointing
-from kdx.kernels import geometry
+from kdx.kernels import ambient, geometry
 
 _MAX_PREFIX_TOKENS = 8
 """The most class, distillation and register tokens that may precede a grid of patch tokens."""
@@ -127,7 +127,7 @@ class WatchedNetwork(nn.Module):
         self.mean: Tensor
         self.std: Tensor
         weights = (parameter.detach() for parameter in network.parameters() if parameter.is_floating_point())
-        like = geometry.wide(next(weights, torch.empty(0)))
+        like = geometry.wide(next(weights, torch.empty(0, dtype=torch.float32)))
         for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
             self.register_buffer(name, torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1), persistent=False)
         self.watched = tuple(layers)
@@ -267,7 +267,8 @@ class GradientGraph(WatchedNetwork):
 
     def _predict(self, images: Tensor) -> object:
         # With detached weights autograd records from the first layer on, and the network's own requires_grad flags stay as they are.
-        weights = {name: parameter.detach() for name, parameter in self.network.named_parameters()}
+        weights = {name: ambient.recordable(parameter.detach()) for name, parameter in self.network.named_parameters()}
+        weights |= {name: buffer.clone() for name, buffer in self.network.named_buffers() if buffer.is_inference()}
         with GradientsStayOn():
             return torch.func.functional_call(self.network, weights, (images.detach(),))
 

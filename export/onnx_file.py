@@ -33,6 +33,7 @@ from kdx.export.description import (
 from kdx.export.explainer_graphs import ExplainerGraph, Graph, ReferenceGraph
 from kdx.export.graphs import GradientGraph, WatchedNetwork
 from kdx.export.parity import ParityReport
+from kdx.kernels import ambient
 
 _TRACE_BATCH = 5
 """The batch size of the trace. It is rare, because tracing merges a batch size with an equal dimension, such as three channels."""
@@ -46,6 +47,7 @@ _LARGEST = 2**31 - 2**20
 """The most bytes of weights that the file itself contains. Protocol Buffers are limited to 2 GiB."""
 
 
+@ambient.neutral()
 def write(
     graph: Graph,
     path: Path,
@@ -194,7 +196,7 @@ def _exported(graph: Graph, inputs: dict[str, Tensor], resizes: bool, reference:
         dynamic["target"] = {0: "batch", 1: "embedding"}
     dims = {name: torch.export.Dim(name) for names in dynamic.values() for name in names.values()}
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet():
             program = trace.traced_program(
                 graph,
                 tuple(inputs.values()),

@@ -17,6 +17,7 @@ from kdx.export import half_precision
 from kdx.export.copies import copied
 from kdx.export.explainer_graphs import ExplainerGraph, Graph, ReferenceGraph
 from kdx.export.graphs import GradientGraph
+from kdx.kernels import ambient
 
 TOLERANCE = 1e-4
 """The largest allowed error of an output, relative to its largest value. Reordered float32 sums in a deep network cause about 1e-6."""
@@ -117,18 +118,20 @@ def seeded_inputs(graph: Graph, n: int, size: tuple[int, int], seed: int) -> dic
     Images are patches of colour with a little noise, so that they differ from each other as photographs do.
     """
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(n, 3, 5, 5, generator=generator)
-    images = nn.functional.interpolate(coarse, size, mode="bilinear") * 0.8 + 0.2 * torch.rand(n, 3, *size, generator=generator)
+    coarse = torch.rand(n, 3, 5, 5, generator=generator, dtype=torch.float32)
+    noise = torch.rand(n, 3, *size, generator=generator, dtype=torch.float32)
+    images = nn.functional.interpolate(coarse, size, mode="bilinear") * 0.8 + 0.2 * noise
     inputs = {"images": images}
     if isinstance(graph, ReferenceGraph):
         inputs["labels"] = graph.labels.cpu()[torch.arange(n) % len(graph.labels)]
     elif isinstance(graph, ExplainerGraph):
         inputs["target"] = nn.functional.one_hot(torch.arange(n) % _CLASSES, _CLASSES).float()
     if isinstance(graph, GradientGraph):
-        inputs["cotangent"] = torch.randn(graph.cotangent_shape(images), generator=generator)
+        inputs["cotangent"] = torch.randn(graph.cotangent_shape(images), generator=generator, dtype=torch.float32)
     return inputs
 
 
+@ambient.neutral()
 def compare(path: Path, graph: Graph, size: tuple[int, int], tolerance: float | None = TOLERANCE) -> ParityReport:
     """Compare the file at ``path``, run in ONNX Runtime, with ``graph``, run in PyTorch.
 
@@ -239,8 +242,7 @@ def _run(session: Any, inputs: Mapping[str, Tensor]) -> list[NDArray[Any]]:
 def _eager(graph: Graph, inputs: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
     """The outputs of the graph in PyTorch."""
     device = next(iter((*graph.parameters(), *graph.buffers()))).device
-    with torch.no_grad():
-        outputs = graph(*(tensor.to(device) for tensor in inputs.values()))
+    outputs = graph(*(tensor.to(device) for tensor in inputs.values()))
     return {name: output.numpy(force=True) for name, output in zip(graph.output_names, outputs, strict=True)}
 
 

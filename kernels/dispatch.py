@@ -14,8 +14,9 @@ from kdx.choices import ObjectiveName
 from kdx.errors import KdxError
 from kdx.kernels import cuda, fused, geometry
 from kdx.kernels.cuda import Backend
+from kdx.kernels.distances import of_any_magnitude
 from kdx.kernels.fused_shares import PositionSquares
-from kdx.kernels.positions import PositionGeometry, PositionProducts
+from kdx.kernels.positions import PositionGeometry, PositionProducts, positions_of_any_magnitude
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +130,7 @@ class TorchBackend:
 
     def positions(self, features: Tensor) -> PositionGeometry:
         """The distances between images, and their shares of positions, of features [n, C, P]."""
-        return PositionProducts.of(features)
+        return positions_of_any_magnitude(PositionProducts.of, features)
 
 
 class CudaBackend(TorchBackend):
@@ -138,8 +139,7 @@ class CudaBackend(TorchBackend):
     def distances(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float64:
             return super().distances(x)
-        x = geometry.wide(x)
-        return fused.distances(x - x.mean(-2, keepdim=True)).double()
+        return of_any_magnitude(lambda rows: fused.distances(rows - rows.mean(-2, keepdim=True)).double(), geometry.wide(x))
 
     def centred_distances(self, x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor) -> Tensor:
         if x.dtype == torch.float64:
@@ -195,7 +195,7 @@ class CudaBackend(TorchBackend):
         return super().cam(features, weights) if features.dtype == torch.float64 else fused.cam(features, weights)
 
     def positions(self, features: Tensor) -> PositionGeometry:
-        return super().positions(features) if features.dtype == torch.float64 else PositionSquares.of(features)
+        return super().positions(features) if features.dtype == torch.float64 else positions_of_any_magnitude(PositionSquares.of, features)
 
 
 def chosen(x: Tensor, backend: Backend = "auto") -> TorchBackend:

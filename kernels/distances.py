@@ -6,6 +6,9 @@ leaves it out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import frexp, isfinite
+
 import torch
 from torch import Tensor
 
@@ -22,6 +25,12 @@ _TRACED_ZERO = 4e-6
 """The same bound for a traced graph, which repairs no pair. Without it, the square root of mere rounding would be a thousandth of the
 norms in place of zero, and a gradient divides by it."""
 
+_ORDINARY = {torch.float32: (2.0**-30, 2.0**50), torch.float64: (2.0**-400, 2.0**400)}
+"""The largest distance of a matrix lies in this range if the squares that it is made of keep all their digits."""
+
+_EXPONENTS = {torch.float32: 126, torch.float64: 1022}
+"""The largest exponents of a type's powers of two."""
+
 _BLOCK = 4096
 """Columns that one Gram product sums over. A float32 sum loses digits as it grows: two digits over 800,000 columns."""
 
@@ -36,6 +45,33 @@ memory, and the system takes longer to provide that than the products take: 3 ti
 def wide(x: Tensor) -> Tensor:
     """Features at the precision of their Gram product: float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def power_of_two(largest: float, dtype: torch.dtype) -> float:
+    """The power of two that brings the largest absolute value of features near one; 1 if that value is zero or not finite."""
+    if not isfinite(largest) or largest == 0:
+        return 1.0
+    bound = _EXPONENTS[dtype]
+    return 2.0 ** min(max(1 - frexp(largest)[1], -bound), bound)
+
+
+def ordinary(largest: Tensor, dtype: torch.dtype) -> bool:
+    """Whether squares of ``dtype`` are exact enough for distances of which this [...] contains the largest."""
+    low, high = _ORDINARY[dtype]
+    return not largest.numel() or low <= float(largest.amax()) <= high  # in this form NaN fails
+
+
+def of_any_magnitude(measure: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """The distances measure(*rows), in float64, of float32 or float64 rows of any magnitude.
+
+    The squares of very small or large features under- or overflow. Such rows are multiplied by one power of two, and their distances
+    divided by it, both of which are exact.
+    """
+    d = measure(*rows)
+    if ordinary(d, rows[0].dtype):
+        return d
+    factor = power_of_two(max(float(torch.linalg.vector_norm(x, torch.inf)) for x in rows), rows[0].dtype)
+    return measure(*(x * factor for x in rows)) / factor
 
 
 def hollow(n: int, like: Tensor) -> Tensor:
@@ -74,10 +110,14 @@ def distances(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     measured by direct difference.
     """
     x = wide(x)
-    mean = x.mean(-2, keepdim=True)
     if torch.compiler.is_compiling():
-        return _traced_squares(x - mean).to(dtype).sqrt()
-    return distances_of_gram(_centred_gram(x, mean), x, mean, dtype)
+        return _traced_squares(x - x.mean(-2, keepdim=True)).to(dtype).sqrt()
+    return of_any_magnitude(_distances, x).to(dtype)
+
+
+def _distances(x: Tensor) -> Tensor:
+    mean = x.mean(-2, keepdim=True)
+    return distances_of_gram(_centred_gram(x, mean), x, mean)
 
 
 def distances_of_gram(gram: Tensor, x: Tensor, mean: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -89,10 +129,13 @@ def distances_of_gram(gram: Tensor, x: Tensor, mean: Tensor, dtype: torch.dtype 
 
 def cross_distances(x: Tensor, y: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """||x_i - y_j|| [q, m] for x [q, d] and y [m, d], computed as in `distances`."""
-    x, y = wide(x), wide(y)
+    return of_any_magnitude(_cross_distances, wide(x), wide(y)).to(dtype)
+
+
+def _cross_distances(x: Tensor, y: Tensor) -> Tensor:
     centre = y.mean(0)
     x, y = x - centre, y - centre
-    return centred_distances(x, y, x.square().sum(1), y.square().sum(1), dtype)
+    return centred_distances(x, y, x.square().sum(1), y.square().sum(1))
 
 
 def centred_distances(x: Tensor, y: Tensor, x_norms: Tensor, y_norms: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -289,9 +289,9 @@ def cam(features: Tensor, channel_weights: Tensor) -> Tensor:
     features, channel_weights = features.contiguous(), channel_weights.float().contiguous()
     n, channels, height, width = features.shape
     plan = _plan(features, full_grid(features))
-    partial = torch.empty(n, plan.splits, height, width, device=features.device)
+    partial = torch.empty(n, plan.splits, height, width, dtype=torch.float32, device=features.device)
     finished = torch.zeros(n, dtype=torch.int32, device=features.device)
-    maps = torch.empty(n, height, width, device=features.device)
+    maps = torch.empty(n, height, width, dtype=torch.float32, device=features.device)
     shape = (channels, height, width, plan.period, plan.lanes, plan.periods_per_block, plan.wide)
     grid = (n, plan.slices, plan.splits)
     launch(features, "cam", str(kernel), grid, features, channel_weights, *shape, partial, finished, maps)

@@ -89,7 +89,7 @@ class PositionSquares:
 def _squares(features: Tensor, strip: _Strip) -> Tensor:
     """|F_i(p) - F_j(p)|^2 [splits, rows, n, P] of the strip's images i before all others, for each part of the channels."""
     n, channels, positions = features.shape
-    squares = torch.empty(strip.splits, strip.rows, n, positions, device=features.device)
+    squares = torch.empty(strip.splits, strip.rows, n, positions, dtype=torch.float32, device=features.device)
     lanes = _lanes(positions)
     tiles = -(-strip.rows // _ROWS) * -(-n // _COLUMNS)
     shape = (strip.rows, n, channels, positions, lanes.lanes, lanes.groups, strip.channels_per_block)

@@ -182,8 +182,8 @@ def laplacian(d: Tensor, a: Tensor, b: Tensor, g: Tensor, objective: Objective =
     b, g = unit(b), unit(g)
     r = residual(a, b)
     score, derivative = objective(r, g)
-    # The derivative of relevance is a difference of matrices of norm 1/||R||, and no more exact than they are.
-    scale = torch.maximum(dot(derivative, derivative), 1 / dot(r, r))
+    # The derivative of relevance is a difference of matrices of norm 1/||R|| and L/||R||, and no more exact than they are.
+    scale = torch.maximum(dot(derivative, derivative), score.square() / dot(r, r))
     derivative = derivative - dot(derivative, b)[..., None, None] * b
     # With four images, one dimension remains besides B, so L is plus or minus a constant. The derivative is then only rounding, but
     # its map would look like a real one. The same happens if R already points along G.
@@ -222,6 +222,17 @@ def cam(features: Tensor, channel_weights: Tensor) -> Tensor:
     flat = wide(features.flatten(2))
     weighted = channel_weights.to(flat.dtype)[:, None, :] @ flat
     return weighted.reshape(-1, *features.shape[2:]).relu()
+
+
+def split_exponent(a: Tensor) -> tuple[Tensor, Tensor]:
+    """(a', e) with a = 2^e a', for a [n, ...]: e [n] is such that the largest absolute value of each a'_i is near one."""
+    exponent = torch.frexp(torch.linalg.vector_norm(a.flatten(1), torch.inf, 1)).exponent
+    return torch.ldexp(a, -exponent.view(-1, *[1] * (a.ndim - 1))), exponent
+
+
+def times_power(maps: Tensor, exponent: Tensor) -> Tensor:
+    """2^e maps, for maps [n, H, W] and exponents [n] or []."""
+    return torch.ldexp(maps.double(), exponent.view(-1, 1, 1)).to(maps.dtype)
 
 
 def elementwise_cam(features: Tensor, gradients: Tensor) -> Tensor:

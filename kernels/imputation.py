@@ -66,7 +66,7 @@ def impute(
     images = images.detach()
     n, c, h, w = images.shape
     result = torch.empty_like(images)
-    drawn = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)) if noise else None
+    drawn = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32) if noise else None
     step = max(1, _VALUES // (c * h * w))
     for start in range(0, n, step):
         part = slice(start, start + step)

@@ -11,7 +11,7 @@ the features; where that is more than the features themselves, distances and sha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kdx.kernels import geometry
 from kdx.kernels.decomposition import PairWeights, add_in_contexts, context_shares
-from kdx.kernels.distances import distances_of_gram, parts_per_step
+from kdx.kernels.distances import distances_of_gram, ordinary, parts_per_step, power_of_two
 
 
 class PositionGeometry(Protocol):
@@ -75,6 +75,31 @@ class PositionProducts:
         wide = geometry.wide(self.features)
         add_in_contexts(result, pairs, contexts, lambda i, j: wide[i] - wide[j])
         return result
+
+
+@dataclass(frozen=True, eq=False)
+class _Rescaled:
+    """`PositionGeometry` of features from that of the same features times a power of two."""
+
+    multiplied: PositionGeometry
+    factor: float
+
+    @property
+    def distances(self) -> Tensor:
+        return self.multiplied.distances / self.factor
+
+    def shares(self, matrices: Tensor, contexts: Sequence[slice]) -> Tensor:
+        return self.multiplied.shares(matrices, contexts) / self.factor
+
+
+def positions_of_any_magnitude(measure: Callable[[Tensor], PositionGeometry], features: Tensor) -> PositionGeometry:
+    """measure(features), or that of the features times a power of two: see `kdx.kernels.distances.of_any_magnitude`."""
+    positions = measure(features)
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    if ordinary(positions.distances, dtype):
+        return positions
+    factor = power_of_two(float(torch.linalg.vector_norm(features, torch.inf)), dtype)
+    return _Rescaled(measure(geometry.wide(features) * factor), factor)
 
 
 def _products(features: Tensor, mean: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from kdx.explain.settings import Settings
 from kdx.features import arrays
 from kdx.features.arrays import Array, ArrayT
 from kdx.features.score_maps import terms
+from kdx.kernels import ambient
 from kdx.maps.decomposition import Decomposition
 from kdx.maps.unicam import Maps
 from kdx.roles import TARGET, ScoreMap, roles_among, score_maps_among
@@ -187,6 +188,7 @@ class Explainer:
         """The runtime and device, and the reason."""
         return self._networks.choice
 
+    @ambient.neutral()
     def open(self, image_size: tuple[int, int]) -> None:
         """Prepare for images of this size; otherwise the first call does this. Every runtime except eager then exports the networks."""
         self._networks.open(image_size)
@@ -195,6 +197,7 @@ class Explainer:
         """The record of each role's network: its reference, hash, parameter count, preprocessing, image size and whether it is trained."""
         return self._networks.networks()
 
+    @ambient.neutral()
     def use_references(self, images: Array, labels: Array) -> None:
         """Switch to reference mode: UniCAM maps every later image among these m images instead of the other images of the call.
 
@@ -209,6 +212,7 @@ class Explainer:
         self._has_references = True
         self._networks.use_references(arrays.pixels(images), arrays.tensor(labels, "reference labels"))
 
+    @ambient.neutral()
     def features(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """Each role's logits [n, classes], and per layer each role's features [n, C, H, W], of images [n, 3, h, w] in [0, 1].
 
@@ -216,6 +220,7 @@ class Explainer:
         """
         return self._networks.features(arrays.pixels(images))
 
+    @ambient.neutral()
     def explain(
         self, images: Tensor, labels: Tensor, seed: int | Sequence[int] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
@@ -230,6 +235,7 @@ class Explainer:
         permutations = permutation_table(len(labels), self.settings.permutations, seed)
         return self._networks.explain(arrays.pixels(images), labels, permutations, np.random.SeedSequence(seed))
 
+    @ambient.neutral()
     def __call__(self, images: ArrayT, labels: Array) -> Explanation[ArrayT]:
         """Maps and scores of n images [n, 3, h, w] in [0, 1] with labels [n] or an embedding [n, e], from NumPy or PyTorch."""
         batch, target = arrays.tensor(images, "images"), arrays.tensor(labels, "target")

@@ -13,6 +13,7 @@ from kdx.explain.layer import LayerReferences
 from kdx.export.explainer_graphs import ExplainerGraph, ReferenceGraph, References
 from kdx.export.graphs import FeatureGraph
 from kdx.features import arrays
+from kdx.kernels import ambient
 from kdx.models.network import Network
 from kdx.roles import roles_among
 
@@ -28,6 +29,7 @@ class ReferenceImages:
     labels: Tensor
 
 
+@ambient.neutral()
 def explainer_graph(
     networks: Mapping[str, Network], layers: Mapping[str, str], references: ReferenceImages | None = None
 ) -> ExplainerGraph:
@@ -59,8 +61,7 @@ def explainer_graph(
 def _features(graph: FeatureGraph, images: Tensor) -> list[Tensor]:
     """A network's features of these images, one tensor per layer."""
     graph.eval()
-    with torch.no_grad():
-        passes = [graph(part)[1:] for part in images.to(graph.mean).split(_PASS)]
+    passes = [graph(part)[1:] for part in images.to(graph.mean).split(_PASS)]
     return [torch.cat(parts) for parts in zip(*passes, strict=True)]
 
 

@@ -135,22 +135,21 @@ class NetworkRunners:
         self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence
     ) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
         outputs = self._infer(images)
-        with torch.no_grad():
-            labels, permutations = labels.to(self.choice.device), permutations.to(self.choice.device)
-            target = Target.of(labels).checked()
-            distances = {} if self._salience is None else self._salient_distances(self._salience, images, outputs, seed)
-            measurements = {
-                layer: measure(
-                    self._features(outputs, layer),
-                    target,
-                    objective=geometry.OBJECTIVES[self._settings.objective],
-                    weighting=self._settings.weighting,
-                    permutations=permutations,
-                    references=self._references.get(layer),
-                    distances=distances.get(layer),
-                )
-                for layer in self.layers
-            }
+        labels, permutations = labels.to(self.choice.device), permutations.to(self.choice.device)
+        target = Target.of(labels).checked()
+        distances = {} if self._salience is None else self._salient_distances(self._salience, images, outputs, seed)
+        measurements = {
+            layer: measure(
+                self._features(outputs, layer),
+                target,
+                objective=geometry.OBJECTIVES[self._settings.objective],
+                weighting=self._settings.weighting,
+                permutations=permutations,
+                references=self._references.get(layer),
+                distances=distances.get(layer),
+            )
+            for layer in self.layers
+        }
         return {role: passed.logits for role, passed in outputs.items()}, measurements
 
     def _salient_distances(

@@ -24,6 +24,9 @@ _Order = TypeVar("_Order", NDArray[np.int64], Tensor)
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+_LARGEST = 1e50
+"""The largest distance whose sixth power, which the moments of inner products contain, is a number in float64."""
+
 MIN_IMAGES = 4
 """The fewest images that have U-centred geometry: the unbiased inner product divides by n(n - 3)."""
 
@@ -153,8 +156,11 @@ def rows_text(bad: Tensor, first: int = 0) -> str:
 
 
 def check_distances(d: Tensor, x: Tensor, name: str) -> None:
-    """Raise KdxError if distances d of rows x are not finite. Only the small d is searched; x is read for the row numbers alone."""
-    if not bool(d.isfinite().all()):
+    """Raise KdxError if distances d of rows x are not finite, or too large to compute with.
+
+    Only the small d is searched; x is read for the row numbers alone.
+    """
+    if not float(d.amax()) <= _LARGEST:  # in this form NaN fails too
         check_finite(x, name)
         raise too_large(name)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from kdx.errors import KdxError
 from kdx.features import arrays
 from kdx.kernels import tiles
+from kdx.kernels.distances import ordinary, power_of_two
 from kdx.kernels.tiles import Rows
 
 if TYPE_CHECKING:
@@ -134,9 +135,51 @@ class Selected:
         return self.source.read(self.index[index.cpu()]).to(self.device)
 
 
+@dataclass(frozen=True)
+class _Multiplied:
+    """Other rows times a power of two."""
+
+    source: Rows
+    factor: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
+
+    @property
+    def run(self) -> int:
+        return self.source.run
+
+    def read(self, index: Tensor) -> Tensor:
+        return self.source.read(index) * self.factor
+
+
+def _largest(rows: Rows) -> float:
+    """The largest absolute value; NaN or infinity if there is one."""
+    everyone = torch.arange(rows.shape[0], device=rows.device)
+    parts = [torch.linalg.vector_norm(rows.read(part), torch.inf) for part in everyone.split(tiles.TILE)]
+    return float(torch.stack(parts).amax())
+
+
 def feature_distances(rows: Rows, name: str) -> tiles.FeatureDistances:
-    """``rows`` as a distance matrix whose tiles are computed on demand. Raises KdxError for rows that are not finite or too large."""
+    """``rows`` as a distance matrix whose tiles are computed on demand. Raises KdxError for rows that are not finite or too large.
+
+    Very small or large rows are multiplied by a power of two, so that their squares keep all digits. That changes no score.
+    """
     matrix = tiles.FeatureDistances.of(rows)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    if not ordinary(matrix.norms.sqrt(), dtype):
+        factor = power_of_two(_largest(rows), dtype)
+        if factor != 1:
+            matrix = tiles.FeatureDistances.of(_Multiplied(rows, factor))
     bad = ~matrix.norms.isfinite()
     if bool(bad.any()):
         for row in torch.nonzero(bad).flatten():  # a norm may overflow although its row is finite

@@ -11,6 +11,7 @@ from kdx.choices import Weighting
 from kdx.errors import KdxError
 from kdx.features import arrays
 from kdx.features.arrays import ArrayT
+from kdx.kernels import ambient
 from kdx.maps.gradients import ClassChoice, Differentiable, chosen_classes, class_gradients, gradient_runner
 from kdx.maps.scaling import ScalableMaps
 
@@ -21,7 +22,10 @@ class ClassMaps(ScalableMaps[ArrayT]):
 
     maps: [n, H, W] >= 0, at the resolution of the features, not scaled. Values are comparable within one map, not between images.
     weights: [n, C], the mean over h, w of the gradient of the class's logit. classes: [n], the classes that the maps explain.
-    logits: [n, number of classes].
+    logits: [n, number of classes]. ``empty`` is the share of maps that are zero everywhere.
+
+    A map that is only the rounding error of its own computation is zero, and so are such weights: for example Grad-CAM before an
+    instance normalisation, which removes the influence of every channel's mean.
     """
 
     maps: ArrayT
@@ -30,6 +34,7 @@ class ClassMaps(ScalableMaps[ArrayT]):
     logits: ArrayT
 
 
+@ambient.neutral()
 def grad_cam(
     network: Differentiable,
     images: ArrayT,
@@ -70,6 +75,7 @@ def grad_cam(
     return _like(_class_maps(network, arrays.pixels(images), layer, classes, "gap", device, chunk), images)
 
 
+@ambient.neutral()
 def hires_cam(
     network: Differentiable,
     images: ArrayT,
@@ -110,7 +116,7 @@ def _class_maps(
 ) -> ClassMaps[Tensor]:
     weights, maps, logits = [], [], []
     influences = False
-    with torch.no_grad(), gradient_runner(network, layer, images, device) as (runner, name):
+    with gradient_runner(network, layer, images, device) as (runner, name):
         chosen, count = chosen_classes(runner, images, classes, chunk)
         for part_logits, gradients in class_gradients(runner, [name], images, chosen, count, chunk):
             part_weights, part_maps = gradients[name].maps(weighting)

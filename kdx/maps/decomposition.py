@@ -11,7 +11,7 @@ from torch import Tensor
 from kdx.features import arrays
 from kdx.features.arrays import Array, ArrayT
 from kdx.features.target import Target
-from kdx.kernels import decomposition, dispatch, geometry
+from kdx.kernels import ambient, decomposition, dispatch, geometry
 from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import BatchDistances, TorchBackend
 from kdx.kernels.positions import PositionGeometry
@@ -42,6 +42,7 @@ class Decomposition(Generic[ArrayT]):
         return contributions
 
 
+@ambient.neutral()
 def decompose(
     explained: ArrayT, target: Array, given: Array | None = None, minus: Array | None = None, *, backend: Backend = "auto"
 ) -> Decomposition[ArrayT]:
@@ -86,31 +87,30 @@ def decompose(
     """
     if given is not None and minus is not None:
         raise ValueError("give `given` or `minus`, not both")
-    with torch.no_grad():
-        features = arrays.feature_map(explained, "explained features")
-        ops = dispatch.chosen(features, backend)
-        x = _network(features, "explained features", ops)
-        n, device = len(x.features), x.features.device
-        g = _target_matrix(target, n, device, ops)
-        norm = geometry.dot(g, g).sqrt()
-        share = x.shares(g)
-        second, name = (given, "given features") if given is not None else (minus, "subtracted features")
-        if second is None:
-            scale = _norm(x.distances.centred) * norm
-            return _decomposition(share / scale, None, geometry.correlation(x.distances.centred, g), explained)
-        y = _network(second, name, ops)
-        arrays.check_same(len(y.features), n, name, "explained features")
-        arrays.check_same_device(y.features.device, device, name, "explained features")
-        a, b = x.distances.centred, y.distances.centred
-        if given is not None:
-            beta = geometry.dot(a, b) / geometry.dot(b, b)
-            residual = geometry.residual(a, b)
-            check_residual(_norm(residual) / _norm(x.distances.raw), x.features.flatten(1), y.features.flatten(1))
-            scale = _norm(residual) * norm
-            return _decomposition(share / scale, beta * y.shares(g) / scale, geometry.correlation(residual, g), explained)
-        scales = _norm(a) * norm, _norm(b) * norm
-        score = geometry.correlation(a, g) - geometry.correlation(b, g)
-        return _decomposition(share / scales[0], y.shares(g) / scales[1], score, explained)
+    features = arrays.feature_map(explained, "explained features")
+    ops = dispatch.chosen(features, backend)
+    x = _network(features, "explained features", ops)
+    n, device = len(x.features), x.features.device
+    g = _target_matrix(target, n, device, ops)
+    norm = geometry.dot(g, g).sqrt()
+    share = x.shares(g)
+    second, name = (given, "given features") if given is not None else (minus, "subtracted features")
+    if second is None:
+        scale = _norm(x.distances.centred) * norm
+        return _decomposition(share / scale, None, geometry.correlation(x.distances.centred, g), explained)
+    y = _network(second, name, ops)
+    arrays.check_same(len(y.features), n, name, "explained features")
+    arrays.check_same_device(y.features.device, device, name, "explained features")
+    a, b = x.distances.centred, y.distances.centred
+    if given is not None:
+        beta = geometry.dot(a, b) / geometry.dot(b, b)
+        residual = geometry.residual(a, b)
+        check_residual(_norm(residual) / _norm(x.distances.raw), x.features.flatten(1), y.features.flatten(1))
+        scale = _norm(residual) * norm
+        return _decomposition(share / scale, beta * y.shares(g) / scale, geometry.correlation(residual, g), explained)
+    scales = _norm(a) * norm, _norm(b) * norm
+    score = geometry.correlation(a, g) - geometry.correlation(b, g)
+    return _decomposition(share / scales[0], y.shares(g) / scales[1], score, explained)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ from kdx.choices import ObjectiveName, Weighting
 from kdx.errors import KdxError
 from kdx.features import arrays
 from kdx.features.arrays import Array, ArrayT
+from kdx.kernels import ambient
 from kdx.maps import unicam
 from kdx.maps.gradients import Differentiable, LayerGradient, gradient_runner, layer_gradients
 from kdx.maps.unicam import Maps, ReferenceSet
 from kdx.runtimes.runner import parts
 
 
+@ambient.neutral()
 def unicam_before(
     network: Differentiable,
     images: ArrayT,
@@ -67,23 +69,23 @@ def unicam_before(
     unicam.check_weighting(weighting)
     batch = arrays.pixels(images)
     arrays.check_same(len(explained), len(batch), "explained features", "images")
-    with torch.no_grad():
-        pair = unicam.pair_geometry(explained, given, target, objective, pooled=pooled, reference=reference)
-        cotangent = pair.feature_gradient()
-        # The gradient of a score of many distances is small. Without this scaling, a network in half precision would lose it.
-        largest = cotangent.abs().max().clamp_min(torch.finfo(cotangent.dtype).tiny)
-        weights, maps = [], []
-        with gradient_runner(network, layer, batch, device, at) as (runner, name):
-            if runner.cotangent_layer is None:
-                raise KdxError(
-                    "The gradients are those of the logits, not of a feature layer.",
-                    "Name the feature layer with `at`, or export the file with --at.",
-                )
-            for part in parts(runner, chunk, len(batch)):
-                _, gradients = layer_gradients(runner, [name], batch[part], cotangent[part] / largest, part.start)
-                feature, gradient = gradients[name]
-                unscaled = LayerGradient(feature, gradient.double() * largest.to(gradient.device))
-                part_weights, part_maps = unscaled.maps(weighting)
-                weights.append(part_weights)
-                maps.append(part_maps)
+    pair = unicam.pair_geometry(explained, given, target, objective, pooled=pooled, reference=reference)
+    cotangent, exponent = pair.feature_gradient()
+    # The gradient of a score of many distances is small. Without this scaling, a network in half precision would lose it.
+    largest = cotangent.abs().max().clamp_min(torch.finfo(cotangent.dtype).tiny)
+    scale = torch.ldexp(largest.double(), exponent)
+    weights, maps = [], []
+    with gradient_runner(network, layer, batch, device, at) as (runner, name):
+        if runner.cotangent_layer is None:
+            raise KdxError(
+                "The gradients are those of the logits, not of a feature layer.",
+                "Name the feature layer with `at`, or export the file with --at.",
+            )
+        for part in parts(runner, chunk, len(batch)):
+            _, gradients = layer_gradients(runner, [name], batch[part], cotangent[part] / largest, part.start)
+            feature, gradient, dtype = gradients[name]
+            unscaled = LayerGradient(feature, gradient.double() * scale.to(gradient.device), dtype)
+            part_weights, part_maps = unscaled.maps(weighting)
+            weights.append(part_weights)
+            maps.append(part_maps)
     return Maps(arrays.like(torch.cat(maps), images), arrays.like(torch.cat(weights), images), pair.score)

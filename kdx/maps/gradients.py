@@ -22,7 +22,7 @@ from kdx.errors import KdxError
 from kdx.export.graphs import GradientGraph, output_name
 from kdx.features import arrays
 from kdx.features.arrays import Array
-from kdx.kernels import geometry
+from kdx.kernels import rounding
 from kdx.models.network import Network
 from kdx.runtimes.choice import choose, is_file, open_file
 from kdx.runtimes.eager import EagerRunner
@@ -36,17 +36,18 @@ ClassChoice = int | Array | None
 
 
 class LayerGradient(NamedTuple):
-    """A layer's feature and the gradient with respect to it, both [n, C, H, W]."""
+    """A layer's feature and the gradient with respect to it, both [n, C, H, W]. dtype: the type in which the network computed them."""
 
     feature: Tensor
     gradient: Tensor
+    dtype: torch.dtype
 
     def maps(self, weighting: Weighting) -> tuple[Tensor, Tensor]:
-        """(channel weights [n, C], maps [n, H, W]): ReLU(sum_c w_ic F_ic) with w the mean gradient, or each position's own."""
-        weights = geometry.gap(self.gradient)
-        maps = (
-            geometry.cam(self.feature, weights) if weighting == "gap" else geometry.elementwise_cam(self.feature, self.gradient.flatten(1))
-        )
+        """(channel weights [n, C], maps [n, H, W]): ReLU(sum_c w_ic F_ic) with w the mean gradient, or each position's own.
+
+        Weights and maps that are only rounding are zero.
+        """
+        weights, maps = rounding.class_maps(self.feature, self.gradient, weighting == "elementwise", self.dtype)
         return weights.to(self.feature.dtype), maps.to(self.feature.dtype)
 
 
@@ -70,8 +71,8 @@ def layer_gradients(
     first: the row of the first of these images among all images, for the message.
     """
     outputs = runner.run({"images": images, "cotangent": cotangent})
-    gradients = {layer: LayerGradient(outputs[output_name(layer)], outputs[f"gradient/{layer}"]) for layer in layers}
-    for layer, (feature, gradient) in gradients.items():
+    gradients = {layer: LayerGradient(outputs[output_name(layer)], outputs[f"gradient/{layer}"], runner.dtype) for layer in layers}
+    for layer, (feature, gradient, _) in gradients.items():
         finite = feature.isfinite().flatten(1).all(1) & gradient.isfinite().flatten(1).all(1)
         if not bool(finite.all()):
             raise KdxError(
@@ -133,7 +134,7 @@ def _last_layer(network: Network, image: Tensor, device: torch.device) -> str:
         raise KdxError(error.problem, "Name a layer.") from error
     for layer in reversed(known):
         with EagerRunner(GradientGraph(network.module, [layer], network.preprocessing), device) as runner:
-            unequal = torch.arange(1.0, 1 + runner.class_count(image))[None]
+            unequal = torch.arange(1, 1 + runner.class_count(image), dtype=torch.float32)[None]
             if bool(runner.run({"images": image, "cotangent": unequal})[f"gradient/{layer}"].any()):
                 return layer
     raise KdxError("The network has no layer whose output is a feature map that the logits depend on.", "Name a layer.")

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdx.errors import KdxError
 from kdx.features import arrays
 from kdx.features.arrays import Array, ArrayT
-from kdx.kernels import geometry, imputation
+from kdx.kernels import ambient, geometry, imputation
 from kdx.maps.gradients import ClassChoice, Differentiable, chosen_classes, class_gradients, gradient_runner
 from kdx.maps.scaling import scaled
 from kdx.runtimes.runner import Runner
@@ -46,6 +46,7 @@ class Salience:
         return imputation.impute(images, kept.to(images.device), noise=self.noise, seed=seed)
 
 
+@ambient.neutral()
 def salient_images(
     network: Differentiable,
     images: ArrayT,
@@ -82,12 +83,13 @@ def salient_images(
     ((3, 3, 32, 32), [0.25, 0.25, 0.25])
     """
     salience, batch = Salience(keep, noise), arrays.pixels(images)
-    with torch.no_grad(), gradient_runner(network, layer, batch, device) as (runner, name):
+    with gradient_runner(network, layer, batch, device) as (runner, name):
         chosen, count = chosen_classes(runner, batch, classes, chunk)
         maps = ranking_maps(runner, [name], batch, chosen, count, chunk)[name]
     return arrays.like(salience.images(batch, maps, seed).to(batch.device), images)
 
 
+@ambient.neutral()
 def impute(images: ArrayT, kept: Array, *, noise: float = 0.0, seed: int = 0) -> ArrayT:
     """Images in which every pixel that is not kept becomes the weighted mean of its neighbours.
 
@@ -114,6 +116,7 @@ def impute(images: ArrayT, kept: Array, *, noise: float = 0.0, seed: int = 0) ->
     return arrays.like(imputation.impute(pixels, arrays.tensor(kept, "mask").to(pixels.device), noise=noise, seed=seed), images)
 
 
+@ambient.neutral()
 def top_mask(maps: ArrayT, share: float = 0.5) -> ArrayT:
     """A mask of the largest values of each map: boolean [n, H, W], true at exactly round(share H W) positions of each map.
 
@@ -151,8 +154,9 @@ def ranking_maps(
     pieces: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     largest_sum = dict.fromkeys(layers, 0.0)
     for _, gradients in class_gradients(runner, layers, images, classes, count, chunk):
-        for layer, (feature, gradient) in gradients.items():
-            pieces[layer].append(geometry.elementwise_cam(feature, gradient.flatten(1)))
+        for layer, differentiated in gradients.items():
+            feature, gradient, _ = differentiated
+            pieces[layer].append(differentiated.maps("elementwise")[1])
             sums = geometry.elementwise_cam(feature.abs(), gradient.abs().flatten(1))
             largest_sum[layer] = max(largest_sum[layer], float(sums.max()))
     maps = {layer: torch.cat(parts) for layer, parts in pieces.items()}

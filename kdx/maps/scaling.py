@@ -18,6 +18,16 @@ class ScalableMaps(Generic[ArrayT]):
 
     maps: ArrayT
 
+    @property
+    def empty(self) -> float:
+        """The share of the maps that are zero everywhere, in [0, 1]; NaN for no maps.
+
+        Nothing raises the objective at any position of such an image, or what raises it is not larger than the rounding of its own
+        computation. A scaled empty map is zero too.
+        """
+        values = arrays.tensor(self.maps, "maps").flatten(1)
+        return float((values == 0).all(1).double().mean())
+
     def scaled(self, size: tuple[int, int] | None = None) -> ArrayT:
         """The maps, each min-max scaled to [0, 1], then resized (bilinear) to ``size`` (H, W) if given. A constant map becomes zero."""
         return scaled(self.maps, size)

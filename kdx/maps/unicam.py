@@ -14,7 +14,7 @@ from kdx.errors import KdxError
 from kdx.features import arrays
 from kdx.features.arrays import Array, ArrayT
 from kdx.features.target import Target
-from kdx.kernels import dispatch, geometry
+from kdx.kernels import ambient, dispatch, geometry, rounding
 from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import ReferenceDistances, TorchBackend, UnicamWeights
 from kdx.maps.scaling import ScalableMaps
@@ -27,7 +27,9 @@ class Maps(ScalableMaps[ArrayT]):
 
     maps: [n, H, W] >= 0, at the resolution of the features, not scaled. Values are comparable between images of one call, and not
     between layers, networks or sets of images. A map is zero everywhere if its weighted channels add up to zero or less at every position.
-    weights: the channel weights [n, C], the mean over h, w of the gradient of the objective L. They may be negative.
+    weights: the channel weights [n, C], the mean over h, w of the gradient of the objective L. They may be negative. Their unit is that of
+    L divided by that of the features: for relevance, features in another unit have the same maps, and weights in the inverse unit.
+    ``empty`` is the share of maps that are zero everywhere. A map of nothing but rounding error is zero, and so are its weights.
     score: the objective L; in reference mode its mean over the images.
     """
 
@@ -48,6 +50,7 @@ class ReferenceSet:
     Raises KdxError for what `unicam` refuses: m < 4, one class, constant or non-finite features, and numbers of rows that differ.
     """
 
+    @ambient.neutral()
     def __init__(self, explained: Array, given: Array, target: Array, *, pooled: bool = False) -> None:
         self.explained = arrays.feature_map(explained, "explained features of the reference set")
         self.given = arrays.feature_map(given, "given features of the reference set")
@@ -60,6 +63,7 @@ class ReferenceSet:
         self.target = Target.of(target, m).checked()
 
 
+@ambient.neutral()
 def unicam(
     explained: ArrayT,
     given: Array,
@@ -109,19 +113,18 @@ def unicam(
     ((8, 3, 3), (8, 6))
     """
     check_weighting(weighting)
-    with torch.no_grad():
-        pair = pair_geometry(
-            explained,
-            given,
-            target,
-            objective,
-            pooled=pooled,
-            reference=reference,
-            backend=backend,
-            laplacian=weighting == "elementwise",
-        )
-        weights, maps = pair.maps(weighting)
-        return Maps(arrays.like(maps, explained), arrays.like(weights, explained), pair.score)
+    pair = pair_geometry(
+        explained,
+        given,
+        target,
+        objective,
+        pooled=pooled,
+        reference=reference,
+        backend=backend,
+        laplacian=weighting == "elementwise",
+    )
+    weights, maps = pair.maps(weighting)
+    return Maps(arrays.like(maps, explained), arrays.like(weights, explained), pair.score)
 
 
 def check_weighting(weighting: str) -> None:
@@ -159,11 +162,12 @@ class PairGeometry:
         pooled: bool = False,
         references: Tensor | None = None,
     ) -> PairGeometry:
-        """The explained network at this index of a solution."""
+        """The explained network at this index of a solution, whose means have `rounding.with_probes`."""
         laplacian = None if solution.laplacians is None else solution.laplacians[index]
         # A user's objective returns a scalar, for a stack of one network.
         score = solution.score[index] if solution.score.ndim else solution.score
-        return cls(features, solution.weights[index], laplacian, float(score.mean()), ops, pooled, references)
+        weights = rounding.probed(solution.weights[index], features, together=references is None)
+        return cls(features, weights, laplacian, float(score.mean()), ops, pooled, references)
 
     def maps(self, weighting: Weighting) -> tuple[Tensor, Tensor]:
         """(channel weights [n, C], maps [n, H, W]). Elementwise weighting needs the Laplacian, unless the features are pooled."""
@@ -171,25 +175,31 @@ class PairGeometry:
         if self.pooled:  # every position gets 1/(HW) of a spatial mean's gradient, so both weightings agree
             weights = weights / (features.shape[2] * features.shape[3])
         elif weighting == "elementwise":
-            maps = geometry.elementwise_cam(features, self._row_gradient())
+            gradient, exponent = self._row_gradient()
+            maps = geometry.times_power(geometry.elementwise_cam(features, gradient), exponent)
             return weights.to(maps.dtype), maps
-        maps = self.ops.cam(features, weights)
+        # Weights are as large as the features are small, and may not be normal numbers in the type of the features.
+        normal, exponents = geometry.split_exponent(weights)
+        maps = geometry.times_power(self.ops.cam(features, normal), exponents)
         return weights.to(maps.dtype), maps
 
-    def feature_gradient(self) -> Tensor:
-        """dL/dF [n, C, H, W] of the explained features."""
-        features, gradient = self.features, self._row_gradient()
+    def feature_gradient(self) -> tuple[Tensor, Tensor]:
+        """dL/dF [n, C, H, W] of the explained features, as (g, e) with dL/dF = 2^e g, which the type of the features can represent."""
+        features, (gradient, exponent) = self.features, self._row_gradient()
         if self.pooled:
-            return (gradient / (features.shape[2] * features.shape[3]))[:, :, None, None].expand(features.shape)
-        return gradient.reshape(features.shape)
+            return (gradient / (features.shape[2] * features.shape[3]))[:, :, None, None].expand(features.shape), exponent
+        return gradient.reshape(features.shape), exponent
 
-    def _row_gradient(self) -> Tensor:
-        """dL/dX [n, d] of the rows X that distances were measured between."""
+    def _row_gradient(self) -> tuple[Tensor, Tensor]:
+        """dL/dX [n, d] of the rows X that distances were measured between, as (g, e) with dL/dX = 2^e g and g independent of X's scale."""
         assert self.laplacian is not None
         rows = distance_rows(self.features, self.pooled)
+        # Lap is about 1/|X|^2. With half of its exponent removed, Lap X and the products of Lap X with X are normal numbers.
+        exponent = torch.frexp(self.laplacian.abs().amax()).exponent // 2
+        laplacian = torch.ldexp(self.laplacian, -exponent)
         if self.references is None:
-            return geometry.gradient(self.laplacian, rows)
-        return geometry.query_gradient(self.laplacian, rows, distance_rows(self.references, self.pooled))
+            return geometry.gradient(laplacian, rows), exponent
+        return geometry.query_gradient(laplacian, rows, distance_rows(self.references, self.pooled)), exponent
 
 
 def pair_geometry(
@@ -242,7 +252,7 @@ class _Pair:
         goal = Target.of(target, n, device=self.explained.device, backend=self.ops)
         x, y = self.rows
         networks = arrays.row_distances({"explained features": x, "given features": y}, self.ops)
-        means = [geometry.gap(self.explained)]
+        means = [rounding.with_probes(geometry.gap(self.explained), self.explained)]
         return self.ops.channel_weights(
             networks.select([0]), networks.select([1]), goal.distances, means, self.objective, laplacians=self.laplacian
         )
@@ -258,8 +268,8 @@ class _Pair:
             [reference_distances(reference.explained, self.explained, among.raw[0], "explained features", self.pooled)],
             [reference_distances(reference.given, self.given, among.raw[1], "given features", self.pooled)],
             reference.target.reference_distances(queries),
-            [geometry.gap(self.explained)],
-            [geometry.gap(reference.explained)],
+            [rounding.with_probes(geometry.gap(self.explained), self.explained)],
+            [rounding.with_probes(geometry.gap(reference.explained), reference.explained, seed=1)],
             self.objective,
             laplacians=self.laplacian,
         )

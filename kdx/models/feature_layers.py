@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kdx.errors import KdxError, first_line
 from kdx.export.graphs import as_map
+from kdx.kernels import ambient
 
 
 def sensible_layers(module: nn.Module, size: tuple[int, int]) -> list[str]:
@@ -51,19 +52,21 @@ class _Trace:
     """The last output of each module."""
 
 
+@ambient.neutral()
 def _trace(module: nn.Module, size: tuple[int, int]) -> _Trace:
     trace = _Trace()
-    like = next((parameter.detach() for parameter in module.parameters() if parameter.is_floating_point()), torch.empty(0))
-    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(like)
+    like = next(
+        (parameter.detach() for parameter in module.parameters() if parameter.is_floating_point()), torch.empty(0, dtype=torch.float32)
+    )
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(like)
     modes = {child: child.training for child in module.modules()}
     hooks = [child.register_forward_hook(_observe(trace, name, image.shape)) for name, child in module.named_modules() if name]
     try:
         module.eval()
-        with torch.no_grad():
-            try:
-                module(image)
-            except Exception:  # a network that squeezes its tensors takes no single image
-                module(image.repeat(2, 1, 1, 1))
+        try:
+            module(image)
+        except Exception:  # a network that squeezes its tensors takes no single image
+            module(image.repeat(2, 1, 1, 1))
     except Exception as error:  # the network's own code runs here
         raise KdxError(
             f"The network does not run on an image of {size[0]} x {size[1]}: {first_line(error)}.", "Give the image size that it takes."

@@ -14,6 +14,7 @@ from kdx.errors import KdxError
 from kdx.export.dependence import check_dependence
 from kdx.export.explainer_graphs import Graph
 from kdx.export.graphs import FeatureGraph, GradientGraph, WatchedNetwork
+from kdx.kernels import ambient
 from kdx.runtimes.runner import Runner, check_names
 
 
@@ -34,6 +35,7 @@ class EagerRunner(Runner):
         self._graph: Graph | None = graph.to(device)
         tensors = (*graph.parameters(), *graph.buffers())
         dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+        self._format = dtype
         self._dtype = torch.promote_types(dtype, torch.float32)  # a network in half precision casts its inputs itself
 
     @property
@@ -43,11 +45,12 @@ class EagerRunner(Runner):
             raise ValueError("the runner is closed")
         return self._graph
 
+    @ambient.neutral()
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         graph = self.graph
         check_names(feeds, self._inputs)
-        inputs = [feeds[name].to(self.device, self._dtype) for name in self._inputs]
-        with self._lock, torch.no_grad():  # during a pass the graph has hooks on its layers
+        inputs = [ambient.recordable(feeds[name].to(self.device, self._dtype)) for name in self._inputs]
+        with self._lock:  # during a pass the graph has hooks on its layers
             self._check(graph, inputs[0])
             outputs = self._outputs_of(graph, inputs)
         return dict(zip(self._outputs, outputs, strict=True))
@@ -72,6 +75,10 @@ class EagerRunner(Runner):
                 self._repeats_single = True
                 return outputs
             raise
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._format
 
     @property
     def cotangent_layer(self) -> str | None:

@@ -56,6 +56,11 @@ class Runner(ABC):
         return None
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The number format in which the network computes; its outputs are float32 or float64."""
+        return torch.float32
+
+    @property
     @abstractmethod
     def cotangent_layer(self) -> str | None:
         """For a gradients graph: the layer whose cotangent is an input, or None for the logits' cotangent."""
@@ -103,6 +108,10 @@ class FileRunner(Runner):
         self.device = device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.description.precision, torch.float32)
+
+    @property
     def cotangent_layer(self) -> str | None:
         return self.description.at
 
@@ -124,7 +133,7 @@ class FileRunner(Runner):
     def _empty_outputs(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
         """Uninitialised memory for every output."""
         return {
-            name: torch.empty([sizes[size] if isinstance(size, str) else size for size in shape], device=self.device)
+            name: torch.empty([sizes[size] if isinstance(size, str) else size for size in shape], dtype=torch.float32, device=self.device)
             for name, shape in self.outputs.items()
         }
 

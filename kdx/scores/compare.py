@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from kdx.errors import KdxError
 from kdx.features.arrays import Array
 from kdx.features.rows import Source, rows_of
+from kdx.kernels import ambient
 from kdx.kernels.cuda import Backend
 from kdx.roles import TARGET, maps_among, permuted_among, roles_among
 from kdx.scores.inner_products import Sampling, check_residual, inner_products
 from kdx.scores.pool import LayerScores, adjusted, pooled_scores
 
 
+@ambient.neutral()
 def compare(
     features: Mapping[str, Mapping[str, Source]],
     target: Array,

@@ -20,7 +20,7 @@ from kdx.features import arrays
 from kdx.features.arrays import Array
 from kdx.features.rows import feature_distances
 from kdx.features.target import Target
-from kdx.kernels import dispatch, geometry, moments, tiles
+from kdx.kernels import ambient, dispatch, geometry, moments, tiles
 from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import BatchDistances
 from kdx.kernels.moments import Moments
@@ -67,6 +67,7 @@ class InnerProducts:
     rounding: Tensor
 
 
+@ambient.neutral()
 def inner_products(named: Mapping[str, Rows | Array], permuted: Collection[str], sampling: Sampling = Sampling()) -> InnerProducts:
     """Inner products of features by name and, under TARGET, of labels or an embedding. Errors are those of `fss` and `rs`.
 
@@ -87,10 +88,9 @@ def inner_products(named: Mapping[str, Rows | Array], permuted: Collection[str],
         name: features[name] if name in features else Target.of(value, n, device=device, backend=ops) for name, value in named.items()
     }
     plan = _Plan(n, device, tuple(permuted), estimator == "biased", permutations, seed, ops)
-    with torch.no_grad():
-        if batch is not None and batch < n:
-            return _in_batches(inputs, plan, batch)
-        return _of_all_pairs(inputs, plan) if n <= _ALL_PAIRS else _in_tiles(inputs, plan)
+    if batch is not None and batch < n:
+        return _in_batches(inputs, plan, batch)
+    return _of_all_pairs(inputs, plan) if n <= _ALL_PAIRS else _in_tiles(inputs, plan)
 
 
 def _common(features: Mapping[str, Rows]) -> tuple[int, torch.device, torch.dtype]:

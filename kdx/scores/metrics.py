@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from kdx.features.arrays import Array
 from kdx.features.rows import Source, rows_of
+from kdx.kernels import ambient
 from kdx.kernels.cuda import Backend
 from kdx.kernels.tiles import Rows
 from kdx.roles import TARGET
@@ -14,6 +15,7 @@ from kdx.scores.score import Estimator, Score, Statistic, correlation, estimate,
 from kdx.scores.uncertainty import with_permuted
 
 
+@ambient.neutral()
 def fss(
     student: Source,
     teacher: Source,
@@ -59,6 +61,7 @@ def fss(
     return _score(named, correlation, Sampling(estimator, batch, permutations, confidence, seed, backend))
 
 
+@ambient.neutral()
 def rs(
     features: Source,
     target: Array,
@@ -98,6 +101,7 @@ def rs(
     return _score(_relevance_inputs(features, target, given), statistic, sampling)
 
 
+@ambient.neutral()
 def partial_rs(
     features: Source,
     target: Array,

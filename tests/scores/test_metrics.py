@@ -260,7 +260,7 @@ def test_bad_input() -> None:
     with pytest.raises(kdx.KdxError, match="rows 7, 500"):
         kdx.fss(few, many)
     with pytest.raises(kdx.KdxError, match="too large"):
-        kdx.fss(few, 1e30 * few)
+        kdx.fss(x, 1e60 * x)
     with pytest.raises(kdx.KdxError, match="constant"):
         kdx.fss(few, torch.ones(600, 2))
     with pytest.raises(kdx.KdxError, match="one class"):

@@ -1,0 +1,35 @@
+"""PyTorch's ambient state, which a program sets around its calls of kdx, and which must not change a result.
+
+The state that belongs to a thread is set here, in one place: autocast, inference mode, gradient recording and the default device. The
+default number format belongs to the whole process, so code that makes a tensor names its type instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+
+@contextmanager
+def neutral() -> Iterator[None]:
+    """Run a block, or as a decorator a function, without autocast, inference mode, recorded gradients and default device.
+
+    Every public function that computes has this decorator. Code inside it that needs gradients uses torch.enable_grad().
+    """
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def recordable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or a copy of an inference tensor, which autograd cannot record."""
+    return tensor.clone() if tensor.is_inference() else tensor

@@ -1,0 +1,63 @@
+"""Maps that contain only the rounding error of their own computation, which scaling to [0, 1] would show as a real map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdx.kernels import geometry
+
+_PROBES = 8
+"""Columns of normal numbers that follow the channels through a product, to measure what it makes of rounding errors."""
+
+_SAMPLED = 32
+"""About this many channels show how large the entries of a feature are."""
+
+
+_SUM = 64
+"""The relative error of a mean or of a normalisation in units of eps: its sums and its differences lose a few digits each."""
+
+
+def class_maps(features: Tensor, gradient: Tensor, elementwise: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(channel weights [n, C] in float64, maps [n, H, W]) of features and their gradient [n, C, H, W], computed in ``dtype``.
+
+    A channel weight is a mean of gradients, and an elementwise map is a sum over channels. They are compared with the magnitudes that
+    were added, which are larger than the result where they cancel. If no weight of an image is larger than the rounding of its mean, the
+    weights and the map are zero; so is an elementwise map if no position is larger than the rounding of its sum.
+    """
+    eps, wide_eps = (torch.finfo(kind).eps for kind in (dtype, torch.promote_types(dtype, torch.float32)))
+    weights, magnitudes = geometry.gap(gradient), geometry.gap(gradient.abs())
+    real = (weights.abs() > (4 * eps + _SUM * wide_eps) * magnitudes).any(1)
+    weights = torch.where(real[:, None], weights, 0.0)
+    if elementwise:
+        maps = geometry.elementwise_cam(features, gradient.flatten(1))
+        sums = geometry.elementwise_cam(features.abs(), gradient.abs().flatten(1))
+        real = (maps > (eps / 4 + 16 * wide_eps) * sums).flatten(1).any(1)
+        return weights, torch.where(real[:, None, None], maps, 0.0)
+    normal, exponents = geometry.split_exponent(weights)
+    return weights, geometry.times_power(geometry.cam(features, normal), exponents)
+
+
+def with_probes(means: Tensor, features: Tensor, seed: int = 0) -> Tensor:
+    """The spatial means [n, C] of features [n, C, H, W], and probes [n, C + k] that are as large as the entries of the features.
+
+    Channel weights are a linear function of the means. The same function of the probes, times the relative rounding of the features, is
+    the rounding error of the weights. seed: of the probes, another one for the features of a reference set.
+    """
+    sample = features[:, :: max(1, features.shape[1] // _SAMPLED)].flatten(1)
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    size = torch.linalg.vector_norm(sample, 1, 1, dtype=dtype).double() / sample.shape[1]  # no squares, which could underflow
+    drawn = torch.randn(len(features), _PROBES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(means.device)
+    return torch.cat([means, size[:, None] * drawn], 1)
+
+
+def probed(weights: Tensor, features: Tensor, *, together: bool) -> Tensor:
+    """The channel weights [n, C] of the result of `with_probes`: zero for an image all of whose weights are only rounding.
+
+    together: whether this must hold for all images. Near-duplicates in a batch magnify rounding without making the weights wrong.
+    """
+    weights, probes = weights[:, :-_PROBES], weights[:, -_PROBES:]
+    eps, wide_eps = (torch.finfo(kind).eps for kind in (features.dtype, torch.promote_types(features.dtype, torch.float32)))
+    relative = eps / features[0, 0].numel() ** 0.5 + _SUM * wide_eps  # the entries' own rounding averages out
+    real = weights.abs().amax(1) > relative * probes.square().mean(1).sqrt()
+    return torch.where((real.any() if together else real)[..., None], weights, 0.0)
