@@ -138,3 +138,10 @@ def write_through(path: Path, data: bytes) -> None:
 def unwritable(path: Path, error: OSError) -> KdxError:
     """The KdxError for a file that cannot be written."""
     return KdxError(f"{path} cannot be written: {error.strerror or error}.", "Choose a folder that you may write to, on a disk with room.")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of `replacing` in this folder, which a killed process left."""
+    for path in folder.glob(".*.*"):
+        if path.suffix[1:].isdecimal():
+            path.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdx.disk import write_atomic
+from kdx.disk import remove_leftovers, write_atomic
 from kdx.report import overlays, plots, wording
 from kdx.report.gallery import Gallery, gradient, make_gallery
 from kdx.report.kinds import kinds_left_out
@@ -43,6 +43,8 @@ def write_page(folder: Path) -> Path:
     Raises KdxError where the folder is missing or incomplete, where the run is not complete, or where a newer kdx wrote it.
     """
     run = read_run(Path(folder))
+    for written_to in (run.folder, run.folder / schema.OVERLAYS):
+        remove_leftovers(written_to)
     page = _page(run, make_gallery(run))
     target = run.folder / schema.PAGE
     # A lone surrogate, which JSON can carry from a file name, has no UTF-8 form.

@@ -42,7 +42,7 @@ PAGE = "report.html"
 NETWORKS = "networks"
 PROGRESS = "progress"
 FEATURES = "features"
-_OVERLAYS = "overlays"
+OVERLAYS = "overlays"
 
 
 def batch_path(run: Path, batch: int) -> Path:
@@ -61,18 +61,18 @@ MAPS_PER_CHUNK = 64
 
 def picture_path(run: Path, row: int) -> Path:
     """The picture of a gallery image. ``row`` is the image's row in maps.zarr and its value of the column ``row`` in samples.parquet."""
-    return run / _OVERLAYS / f"{row:05d}.png"
+    return run / OVERLAYS / f"{row:05d}.png"
 
 
 def pictured_rows(run: Path) -> list[int]:
     """The rows of the gallery images, in ascending order."""
-    stems = (path.stem for path in (run / _OVERLAYS).glob("*.png"))
+    stems = (path.stem for path in (run / OVERLAYS).glob("*.png"))
     return sorted(int(stem) for stem in stems if re.fullmatch(r"[0-9]{5,}", stem))
 
 
 def overlay_path(run: Path, row: int, layer_name: str, kind: str) -> Path:
     """The picture of a map over its image. ``layer_name`` is the layer's name from `layer_file_names`."""
-    return run / _OVERLAYS / f"{row:05d}_{layer_name}_{kind}.png"
+    return run / OVERLAYS / f"{row:05d}_{layer_name}_{kind}.png"
 
 
 def may_precede_manifest(name: str) -> bool:

@@ -18,7 +18,7 @@ from typing import IO, Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.disk import lock_folder, read_json, unwritable, write_atomic
+from kdx.disk import lock_folder, read_json, remove_leftovers, unwritable, write_atomic
 from kdx.errors import KdxError
 from kdx.runs import schema
 from kdx.runs.progress_records import BatchRecord, LayerRecord
@@ -210,9 +210,10 @@ class Store:
 
     def _remove_partial_files(self) -> None:
         """Delete the temporary files that a killed process left: those of Zarr, and those of `kdx.disk.replacing` beside the results."""
-        for path in [*(self.folder / schema.MAPS_FILE).rglob("*.partial"), *self.folder.glob(".*.*"), *self.folder.glob("*/.*.png.*")]:
-            if path.suffix == ".partial" or path.suffix[1:].isdecimal():
-                path.unlink(missing_ok=True)
+        for path in (self.folder / schema.MAPS_FILE).rglob("*.partial"):
+            path.unlink(missing_ok=True)
+        for folder in (self.folder, self.folder / schema.OVERLAYS):
+            remove_leftovers(folder)
 
     def _write_manifest(self) -> None:
         self._write_json(schema.MANIFEST, self.manifest)

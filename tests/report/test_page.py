@@ -223,3 +223,11 @@ def test_salient_features_are_stated_beside_all_scores(tmp_path: Path, opened: C
     assert page.locator(".depends").inner_text().endswith("The maps describe whole images; the scores describe salient features.")
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     assert str(scores_table(folder).title) == "Scores of salient features with 95% intervals"
+
+
+def test_writing_the_page_removes_what_a_killed_process_left(run: Path) -> None:
+    leftovers = [run / "overlays" / ".00003_layer3_distilled.png.123", run / ".report.html.123"]
+    for path in leftovers:
+        path.write_bytes(b"part")
+    write_page(run)
+    assert not any(path.exists() for path in leftovers)
