@@ -52,7 +52,7 @@ def check_dependence(graph: Graph, image_size: tuple[int, int]) -> None:
 
 
 def _check(graph: WatchedNetwork, image_size: tuple[int, int]) -> None:
-    images = torch.rand(_IMAGES, 3, *image_size, generator=torch.Generator().manual_seed(0)).to(graph.mean)
+    images = torch.rand(_IMAGES, 3, *image_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(graph.mean)
     with torch.no_grad(), torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
         try:
             differs = _differs(graph, images, _tolerance(graph)) and _differs_in_float64(graph, images)
