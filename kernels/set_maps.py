@@ -13,7 +13,6 @@ over the images of either half of the set are kept apart, so that maps with eith
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from kdx.kernels import geometry
 from kdx.kernels.decomposition import PairWeights
 from kdx.kernels.set_geometry import SetGeometry
 from kdx.kernels.set_unicam import SetGradient
-from kdx.kernels.tiles import FeatureDistances
+from kdx.kernels.tiles import FeatureDistances, RowBuffer
 
 _CACHED = 1 << 19
 """Products of positions that one step computes. They stay in the processor's cache."""
@@ -54,8 +53,9 @@ class SetFeatures:
         norms, centre_products = (torch.empty(geometry_.n, positions, dtype=torch.float64, device=device) for _ in range(2))
         means = torch.empty(geometry_.n, channels, dtype=torch.float64, device=device)
         features = cls(matrix, geometry_.order, (positions, channels), norms, centre_products, means)
+        buffer = RowBuffer()
         for place in geometry_.places:
-            block = features.read(place)
+            block = features.read(place, buffer)
             norms[place] = block.square().sum(2)
             centre_products[place] = torch.einsum("npc,pc->np", block, features.centre)
             means[place] = block.mean(1, dtype=torch.float64)
@@ -66,9 +66,9 @@ class SetFeatures:
         """[P, C]."""
         return self.matrix.centre.view(self.shape)
 
-    def read(self, index: slice | Tensor) -> Tensor:
-        """The features [r, P, C] of these images, float32 at least, minus the centre."""
-        return torch.sub(geometry.wide(self.matrix.rows.read(self.order[index])), self.matrix.centre).view(-1, *self.shape)
+    def read(self, index: slice | Tensor, buffer: RowBuffer) -> Tensor:
+        """The features [r, P, C] of these images, float32 at least, minus the centre. They are in the buffer until its next use."""
+        return buffer.centred(self.matrix, self.order[index]).view(-1, *self.shape)
 
     def uncentred(self, index: slice) -> Tensor:
         """The features [r, P, C] of these images."""
@@ -104,12 +104,13 @@ def second_sweep(
     """
     sweep = _Sweep(geometry_, features, elementwise, geometry_.n)
     sums = sweep.zeros(len(matrices), len(gradients))
+    row_buffer, column_buffer = RowBuffer(), RowBuffer()
     left = -1, torch.empty(0)
     for a, b in geometry_.pairs:
         if left[0] != a:
-            left = a, features.read(geometry_.places[a])
+            left = a, features.read(geometry_.places[a], row_buffer)
         own = left[1]
-        other = own if a == b else features.read(geometry_.places[b])
+        other = own if a == b else features.read(geometry_.places[b], column_buffer)
         centred = [geometry_.centred(number, a, b) for number in range(len(geometry_.matrices))]
         tile = _Tile(geometry_.places[a], geometry_.places[b], geometry_.distances(network, a, b), own, other)
         sweep.add(sums, tile, centred, matrices, gradients, both=a != b)
@@ -131,18 +132,19 @@ def permuted_sums(
     """The sums for the first ``images`` images, under the first permutation of the matrix number ``permuted``."""
     sweep = _Sweep(geometry_, features, elementwise, images)
     sums = sweep.zeros(len(matrices), len(gradients))
-    for a, b in itertools.product(range(len(geometry_.places)), repeat=2):
-        own, place = geometry_.places[a], geometry_.places[b]
-        own = slice(own.start, min(own.stop, images))
+    row_buffer, column_buffer = RowBuffer(), RowBuffer()
+    for a, first in enumerate(geometry_.places):
+        own = slice(first.start, min(first.stop, images))
         if own.start >= own.stop:
             break
-        rows = slice(0, own.stop - own.start)
-        centred = [
-            (geometry_.turned(number, a, b, 0) if number == permuted else geometry_.centred(number, a, b))[rows]
-            for number in range(len(geometry_.matrices))
-        ]
-        tile = _Tile(own, place, geometry_.distances(network, a, b)[rows], features.read(own), features.read(place))
-        sweep.add(sums, tile, centred, matrices, gradients, both=False)
+        rows, block = slice(0, own.stop - own.start), features.read(own, row_buffer)
+        for b, place in enumerate(geometry_.places):
+            centred = [
+                (geometry_.turned(number, a, b, 0) if number == permuted else geometry_.centred(number, a, b))[rows]
+                for number in range(len(geometry_.matrices))
+            ]
+            tile = _Tile(own, place, geometry_.distances(network, a, b)[rows], block, features.read(place, column_buffer))
+            sweep.add(sums, tile, centred, matrices, gradients, both=False)
     return sums
 
 

@@ -249,6 +249,20 @@ def _pairs(tiles: int) -> Iterator[tuple[int, int]]:
     return ((a, b) for a in range(tiles) for b in range(a, tiles))
 
 
+class RowBuffer:
+    """Memory for the rows of one tile after another. New memory for each tile would take the system longer than the products."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def centred(self, matrix: FeatureDistances, index: Tensor) -> Tensor:
+        """The rows [k, d] of these images minus the centre, float32 at least. The next call overwrites them."""
+        rows = geometry.wide(matrix.rows.read(index))
+        if self._memory is None or len(self._memory) < len(rows):
+            self._memory = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        return torch.sub(rows, matrix.centre, out=self._memory[: len(rows)])
+
+
 class _ShiftedMatrix:
     """A matrix as tiles: distances minus the offsets of row and column, and zero on the diagonal."""
 
@@ -257,6 +271,7 @@ class _ShiftedMatrix:
         self._ops = ops
         self._offsets = offsets
         self._left: tuple[Tensor, Tensor] | None = None  # the images of the tile's rows, and their features
+        self._row_buffer, self._column_buffer = RowBuffer(), RowBuffer()
 
     def distances(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """The distances [l, r] of the images ``left`` [l] and ``right`` [r], which are the same tensor or have no image in common."""
@@ -271,13 +286,10 @@ class _ShiftedMatrix:
 
     def _measured(self, matrix: FeatureDistances, left: Tensor, right: Tensor) -> Tensor:
         if self._left is None or self._left[0] is not left:
-            self._left = left, self._rows(matrix, left)
+            self._left = left, self._row_buffer.centred(matrix, left)
         rows = self._left[1]
-        columns = rows if left is right else self._rows(matrix, right)
+        columns = rows if left is right else self._column_buffer.centred(matrix, right)
         return self._ops.centred_distances(rows, columns, matrix.norms[left].to(rows), matrix.norms[right].to(rows))
-
-    def _rows(self, matrix: FeatureDistances, index: Tensor) -> Tensor:
-        return geometry.wide(matrix.rows.read(index)) - matrix.centre
 
 
 class _Sums:
