@@ -23,7 +23,7 @@ from kdx.features.arrays import check_images, check_varied, rounding_of
 from kdx.features.rows import feature_distances
 from kdx.features.score_maps import combined
 from kdx.features.target import Target
-from kdx.kernels import tiles
+from kdx.kernels import dispatch, tiles
 from kdx.kernels.moments import Moments
 from kdx.kernels.set_geometry import SetGeometry, StoredDistances
 from kdx.kernels.set_maps import SetFeatures, SetSums, permuted_sums, second_sweep
@@ -93,6 +93,7 @@ def measure_set(
         permutations=settings.permutations,
         seed=settings.seed,
         shuffled=shuffled,
+        ops=dispatch.chosen(torch.empty(0, dtype=matrices[0].rows.dtype, device=matrices[0].rows.device)),
         keep=stored.keep,
         progress=lambda done, total: progress(done, (1 + len(roles)) * total),
     )
