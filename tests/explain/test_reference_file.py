@@ -39,6 +39,7 @@ from kdx.roles import maps_among, score_maps_among
 from tests.explain.test_graph import ALONE
 from tests.explain.written_files import CLASSES, MAPS_AGREE, SCORES_AGREE, by_definition, by_pytorch, decomposed, images, worst
 
+pytestmark = pytest.mark.slow  # writing the file takes ten seconds
 SIZE = (12, 10)
 COUNT = 13
 ROLES = ("student", "base")

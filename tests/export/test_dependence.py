@@ -114,6 +114,7 @@ def test_rounding_is_no_reason_to_refuse(middle: nn.Module, dtype: torch.dtype) 
     check_dependence(FeatureGraph(Net(middle).eval().to(dtype), ["first", "second"]), SIZE)
 
 
+@pytest.mark.slow
 def test_a_deep_network_with_large_values_passes() -> None:
     torch.manual_seed(0)
     network = resnet(5, 3, 8, 10).eval()

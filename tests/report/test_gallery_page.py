@@ -222,6 +222,7 @@ def test_the_address_restores_the_view(run: Path, opened: Callable[..., Page]) -
     assert len(shown(other)) == 12
 
 
+@pytest.mark.slow
 def test_an_image_is_enlarged_with_the_keyboard_and_saved(run: Path, opened: Callable[..., Page]) -> None:
     page = opened(run)
     opener = page.locator(".card").nth(1).get_by_role("button", name="Enlarge image-00001")

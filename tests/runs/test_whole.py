@@ -49,7 +49,14 @@ def digests(out: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"batch": 4}, {"batch": 16}, {"batch": 64, "chunk": 16}, {"batch": 32, "chunk": 5}, {"batch": 23, "workers": 0}]
+    "changes",
+    [
+        {"batch": 16},
+        {"batch": 64, "chunk": 5},
+        pytest.param({"batch": 4}, marks=pytest.mark.slow),
+        pytest.param({"batch": 32, "chunk": 16}, marks=pytest.mark.slow),
+        pytest.param({"batch": 23, "workers": 0}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_batch_changes_no_byte(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     run(folder, tmp_path / "expected", replace(WHOLE, batch=32))
@@ -124,6 +131,7 @@ def test_a_stopped_run_continues_to_the_same_result(
     assert not (tmp_path / "run" / "features").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_process_continues_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "kdx"), "explain", str(folder / "pictures"), "--models", str(folder / "models.toml")]
     command += ["--permutations", "19", "--runtime", "eager", "--seed", "3", "--geometry", "whole", "--out"]
