@@ -14,7 +14,7 @@ difference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from kdx.kernels import geometry
 _MANY = 0.01
 """The share of close pairs above which a product in float64 is quicker than one difference after another."""
 
-_ELEMENTS = 1 << 22
+ELEMENTS = 1 << 22
 """Elements of features that one step copies."""
 
 
@@ -46,13 +46,13 @@ def context_shares(features: Tensor, distances: Tensor, matrices: Tensor, contex
     features = features.to(pairs.dtype)
     n, channels, positions = features.shape
     result = distances.new_zeros(len(contexts), len(matrices), n, positions)
-    step = max(1, _ELEMENTS // (n * channels))
+    step = max(1, ELEMENTS // (n * channels))
     for start in range(0, positions, step):
         part = slice(start, start + step)
         columns = features[:, :, part] - features[:, :, part].mean(0)
         q = squared_norms(columns)
         for context, share in zip(contexts, result, strict=True):
-            share[:, :, part] = expanded(pairs.weights, columns, [(context, columns[context])], q, q)
+            share[:, :, part] = expanded(pairs.weights[:, :, context], columns, columns[context], q, q[context])
     add_in_contexts(result, pairs, contexts, lambda i, j: features[i] - features[j])
     return result
 
@@ -78,28 +78,20 @@ class PairWeights:
         if dtype == torch.float32 and len(close[0]) > _MANY * distances.numel():
             dtype = torch.float64
             close = _close(distances, own_norms, norms, dtype)
-        apart = distances > 0
-        weights = torch.where(apart, matrices / torch.where(apart, distances, 1.0), 0.0)
+        weights = geometry.pair_weights(matrices, distances)
         direct = weights[:, close[0], close[1]]
         weights[:, close[0], close[1]] = 0.0
         return cls(weights, close, direct, dtype)
 
 
-def expanded(weights: Tensor, own: Tensor, blocks: Iterable[tuple[slice, Tensor]], own_norms: Tensor, norms: Tensor) -> Tensor:
-    """sum_j W_ij |F_i(p) - F_j(p)|^2 [m, l, P] in the expanded form, for l images against n, which come in blocks.
+def expanded(weights: Tensor, own: Tensor, others: Tensor, own_norms: Tensor, norms: Tensor) -> Tensor:
+    """sum_j W_ij |F_i(p) - F_j(p)|^2 [m, l, P] in the expanded form, for l images against n others.
 
-    weights [m, l, n], float64. own [l, C, P]: the features of the l images. blocks: places among the n images, and the features
-    [r, C, P] there; all features are minus one centre. own_norms [l, P] and norms [n, P]: `squared_norms`. If the blocks are a part of
-    the n images, the sum is over that part.
+    weights [m, l, n], float64. own [l, C, P] and others [n, C, P]: the features, minus one centre. own_norms [l, P] and norms [n, P]: their
+    `squared_norms`.
     """
-    count = len(weights)
-    mixed = torch.zeros(count * len(own), own[0].numel(), dtype=own.dtype, device=own.device)
-    result = torch.zeros(count, len(own), own.shape[2], dtype=torch.float64, device=own.device)
-    for place, columns in blocks:
-        part = weights[:, :, place]
-        mixed.addmm_(part.to(own.dtype).flatten(0, 1), columns.flatten(1))
-        result += part.sum(2)[:, :, None] * own_norms + part @ norms[place]
-    return result.sub_(mixed.view(count, *own.shape).mul_(own).sum(2), alpha=2)
+    mixed = (weights.to(own.dtype).flatten(0, 1) @ others.flatten(1)).view(len(weights), *own.shape)
+    return (weights.sum(2)[:, :, None] * own_norms + weights @ norms).sub_(mixed.mul_(own).sum(2), alpha=2)
 
 
 def squared_norms(features: Tensor) -> Tensor:
@@ -114,16 +106,23 @@ def cross_shares(x: Tensor, y: Tensor, distances: Tensor, matrices: Tensor) -> T
     U-centred matrices G. Float64; a traced graph computes in float32 and repairs no close pair, as its distances do not.
     """
     if torch.compiler.is_compiling():
-        apart = distances > 0
-        weights = torch.where(apart, matrices / torch.where(apart, distances, 1.0), 0.0)
+        weights = geometry.pair_weights(matrices, distances)
         mixed = (weights @ y.flatten(1)).unflatten(2, y.shape[1:]) * x  # `expanded` without memory that is written in place
         traced: Tensor = weights.sum(2)[:, :, None] * x.square().sum(1) + weights @ y.square().sum(1) - 2 * mixed.sum(2)
         return traced
     own, others = squared_norms(x), squared_norms(y)
     pairs = PairWeights.of(distances.double(), matrices.double(), own.sum(1), others.sum(1), x.dtype)
     rows, columns = x.to(pairs.dtype), y.to(pairs.dtype)
-    result = expanded(pairs.weights, rows, [(slice(None), columns)], own, others)
+    result = expanded(pairs.weights, rows, columns, own, others)
     add_directly(result, *pairs.close, pairs.direct, lambda i, j: x[i] - y[j])
+    return result
+
+
+def in_contexts(weights: Tensor, contexts: Sequence[slice]) -> Tensor:
+    """Weights [m, n, n] as [contexts, m, n, n]: in each context, those of other images are zero."""
+    result = weights.new_zeros(len(contexts), *weights.shape)
+    for context, part in zip(contexts, result, strict=True):
+        part[:, :, context] = weights[:, :, context]
     return result
 
 
@@ -148,7 +147,7 @@ def add_directly(result: Tensor, rows: Tensor, columns: Tensor, direct: Tensor, 
         i, j = rows[start : start + step], columns[start : start + step]
         squared = difference(i, j).square()
         result.index_add_(1, i, direct[:, start : start + step, None] * squared.sum(1, dtype=torch.float64))
-        start, step = start + step, max(1, _ELEMENTS // squared[0].numel())
+        start, step = start + step, max(1, ELEMENTS // squared[0].numel())
 
 
 def _close(distances: Tensor, own_norms: Tensor, norms: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kdx.kernels import cuda, fused, geometry
+from kdx.kernels.decomposition import in_contexts
 from kdx.kernels.launches import check, launch
 
 _WARP = 32
@@ -70,11 +71,7 @@ class PositionSquares:
     def shares(self, matrices: Tensor, contexts: Sequence[slice]) -> Tensor:
         n, _, positions = self.features.shape
         check(matrices.ndim == 3 and matrices.shape[1:] == (n, n) and matrices.dtype == torch.float64, "matrices must be float64 [m, n, n]")
-        apart = self.distances > 0
-        pair_weights = torch.where(apart, matrices / torch.where(apart, self.distances, 1.0), 0.0)
-        weights = matrices.new_zeros(len(contexts), *matrices.shape)
-        for context, part in zip(contexts, weights, strict=True):
-            part[:, :, context] = pair_weights[:, :, context]
+        weights = in_contexts(geometry.pair_weights(matrices, self.distances), contexts)
         result = matrices.new_zeros(len(contexts), len(matrices), n, positions)
         first = 0
         while first < n:

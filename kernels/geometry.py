@@ -191,10 +191,15 @@ def laplacian(d: Tensor, a: Tensor, b: Tensor, g: Tensor, objective: Objective =
     rounding = (1e3 * torch.finfo(d.dtype).eps) ** 2 * share * scale
     derivative = torch.where((dot(derivative, derivative) > rounding)[..., None, None], derivative, 0.0)
     m = u_centered(derivative + derivative.mT)
-    apart = d > 0
-    w = torch.where(apart, m / torch.where(apart, d, 1.0), 0.0)
+    w = pair_weights(m, d)
     lap = w.sum(-1)[..., None] * (1 - hollow(w.shape[-1], w)) - w
     return Laplacian(lap, score, (dot(r, r) / dot(d, d)).sqrt())
+
+
+def pair_weights(matrix: Tensor, d: Tensor) -> Tensor:
+    """W_ij = M_ij/D_ij of matrices [..., l, n] and distances [l, n] or [..., l, n], and 0 for pairs at distance zero."""
+    apart = d > 0
+    return torch.where(apart, matrix / torch.where(apart, d, 1.0), 0.0)
 
 
 def gap(features: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kdx.kernels import geometry
-from kdx.kernels.decomposition import PairWeights, add_in_contexts, context_shares
+from kdx.kernels.decomposition import PairWeights, add_in_contexts, context_shares, in_contexts
 from kdx.kernels.distances import distances_of_gram, ordinary, parts_per_step, power_of_two
 
 
@@ -64,10 +64,7 @@ class PositionProducts:
         if pairs.dtype != products.dtype:  # most pairs are close
             return context_shares(self.features, self.distances, matrices, contexts)
         n = len(total)
-        weights = torch.zeros(len(contexts), len(matrices), n, n, dtype=torch.float64, device=total.device)
-        for context, part in zip(contexts, weights, strict=True):
-            part[:, :, context] = pairs.weights[:, :, context]
-        rows = weights.flatten(0, 1)
+        rows = in_contexts(pairs.weights, contexts).flatten(0, 1)
         # For each image i, [contexts m, n] x [n, P].
         mixed = torch.bmm(rows.to(products.dtype).transpose(0, 1), products.permute(1, 2, 0)).transpose(0, 1)
         result = rows.sum(2)[:, :, None] * norms.T + rows @ norms.T - 2 * mixed.double()

@@ -20,16 +20,13 @@ import torch
 from torch import Tensor
 
 from kdx.kernels import geometry
-from kdx.kernels.decomposition import PairWeights
+from kdx.kernels.decomposition import ELEMENTS, PairWeights
 from kdx.kernels.set_geometry import SetGeometry
 from kdx.kernels.set_unicam import SetGradient
 from kdx.kernels.tiles import FeatureDistances, RowBuffer
 
 _CACHED = 1 << 19
 """Products of positions that one step computes. They stay in the processor's cache."""
-
-_ELEMENTS = 1 << 22
-"""Elements of features that one step over close pairs copies."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +63,7 @@ class SetFeatures:
         """[P, C]."""
         return self.matrix.centre.view(self.shape)
 
-    def read(self, index: slice | Tensor, buffer: RowBuffer) -> Tensor:
+    def read(self, index: slice, buffer: RowBuffer) -> Tensor:
         """The features [r, P, C] of these images, float32 at least, minus the centre. They are in the buffer until its next use."""
         return buffer.centred(self.matrix, self.order[index]).view(-1, *self.shape)
 
@@ -187,10 +184,8 @@ class _Sweep:
     ) -> None:
         """Add a tile to the sums of its rows and, if ``both``, of its columns. centred: the tile of every U-centred matrix."""
         slopes = [gradient.tile(centred, tile.rows, tile.columns) for gradient in gradients]
-        apart = tile.distances > 0
         for number, slope in enumerate(slopes):
-            weights = torch.where(apart, slope / torch.where(apart, tile.distances, 1.0), 0.0)
-            self._add_channel_weights(sums.weights[number], tile, weights, both)
+            self._add_channel_weights(sums.weights[number], tile, geometry.pair_weights(slope, tile.distances), both)
         stack = [centred[number] for number in matrices] + (slopes if self._elementwise else [])
         if not stack:
             return
@@ -231,7 +226,7 @@ class _Sweep:
 
     def _add_close(self, sums: SetSums, tile: _Tile, pairs: PairWeights, count: int, own: Tensor, other: Tensor, both: bool) -> None:
         """Add the close pairs by direct differences."""
-        step = max(1, _ELEMENTS // own[0].numel())
+        step = max(1, ELEMENTS // own[0].numel())
         centre = self._features.centre.to(own.dtype)
         for start in range(0, len(pairs.close[0]), step):
             i, j = (index[start : start + step] for index in pairs.close)

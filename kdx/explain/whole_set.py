@@ -7,7 +7,7 @@ occur.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -130,6 +130,30 @@ def _check_geometry(matrices: Mapping[str, tiles.Matrix], products: Tensor) -> N
         check_residual(share, rounding=max(rounding[explained], rounding[given]))
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What is computed of each role: its shares with these matrices, and these of UniCAM's maps."""
+
+    matrices: Mapping[str, Sequence[str]]
+    kinds: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def everything(cls, roles: Sequence[str]) -> _Request:
+        matrices = {role: [matrix for share_role, matrix in shares_among(roles) if share_role == role] for role in roles}
+        return cls(matrices, _kinds(roles))
+
+    @classmethod
+    def of_matrix(cls, roles: Sequence[str], matrix: str, unicam: bool) -> _Request:
+        """The shares with one matrix, of the roles that have one. unicam: whether UniCAM's maps are computed too."""
+        matrices = {role: [matrix] for role, other in shares_among(roles) if other == matrix}
+        return cls(matrices, _kinds(roles) if unicam else dict.fromkeys(roles, ()))
+
+
+def _kinds(roles: Sequence[str]) -> dict[str, list[str]]:
+    """UniCAM's maps of each role's features."""
+    return {role: [name for name, (explained, _) in maps_among(roles).items() if explained == role] for role in roles}
+
+
 class _Layer:
     """The second sweep over one layer, and its maps."""
 
@@ -156,14 +180,15 @@ class _Layer:
     def write_maps(self, output: Callable[[str, tuple[int, int, int]], Tensor], step: Callable[[], None]) -> dict[str, MapStatistics]:
         """Compute and write all maps. Returns the statistics of each kind. step: called after each tile of each role."""
         geometry, products = self._geometry, self._geometry.swept.products
+        request = _Request.everything(self._roles)
         gradients = self._gradients(products)
         sums = {
             role: second_sweep(
                 geometry,
                 self._names.index(role),
                 self._features[role],
-                [self._names.index(matrix) for matrix in self._matrices(role)],
-                [gradients[name] for name in self._kinds(role)],
+                [self._names.index(matrix) for matrix in request.matrices[role]],
+                [gradients[name] for name in request.kinds[role]],
                 elementwise=self._elementwise,
                 step=step,
             )
@@ -172,7 +197,7 @@ class _Layer:
         arrays: dict[str, Tensor] = {}
         parts: dict[str, list[MapStatistics]] = {}
         for place in geometry.places:
-            for name, maps in self._maps(sums, place, products).items():
+            for name, maps in self._maps(request, sums, place, products).items():
                 whole = _whole(maps)
                 if name not in arrays:
                     arrays[name] = output(name, (geometry.n, *whole.shape[1:]))
@@ -182,38 +207,34 @@ class _Layer:
         inverse = geometry.order.argsort().cpu()
         return {name: MapStatistics.joined(values).at(inverse) for name, values in parts.items()}
 
-    def _matrices(self, role: str) -> list[str]:
-        """The matrices with which the role's shares are computed."""
-        return [matrix for share_role, matrix in shares_among(self._roles) if share_role == role]
-
-    def _kinds(self, role: str) -> list[str]:
-        """UniCAM's maps of the role's features."""
-        return [name for name, (explained, _) in maps_among(self._roles).items() if explained == role]
-
-    def _maps(self, sums: Mapping[str, SetSums], own: slice, products: Tensor) -> dict[str, Tensor]:
-        """The maps of the images ``own`` by name: [2, l, h, w] of shares, with each half of the set as context, which add up; and
-        [3, l, h, w] of UniCAM, with the whole set and with each half as context.
+    def _maps(self, request: _Request, sums: Mapping[str, SetSums], own: slice, products: Tensor) -> dict[str, Tensor]:
+        """The maps of the images ``own`` that the requested sums give, by name: [2, l, h, w] of shares, with each half of the set as
+        context, which add up; and [3, l, h, w] of UniCAM, with the whole set and with each half as context.
         """
         n = self._geometry.n
         shares: dict[tuple[str, str], Tensor] = {}
         maps: dict[str, Tensor] = {}
-        for role in self._roles:
+        for role, role_sums in sums.items():
             grid = self._shapes[role][1:]
-            for number, matrix in enumerate(self._matrices(role)):
-                shares[role, matrix] = (sums[role].shares[number, :, own] / (n * (n - 3))).unflatten(2, grid)
-            features = self._features[role].uncentred(own)
-            for number, name in enumerate(self._kinds(role)):
-                if self._elementwise:
-                    halves = sums[role].elementwise[number, :, own]
-                    values = torch.stack([halves.sum(0), *halves]).relu()
-                else:
-                    parts = sums[role].weights[number, :, own]
-                    contexts = torch.stack([parts.sum(0), *parts]).to(features.dtype)
-                    values = torch.einsum("npc,knc->knp", features, contexts).relu()
+            for number, matrix in enumerate(request.matrices[role]):
+                shares[role, matrix] = (role_sums.shares[number, :, own] / (n * (n - 3))).unflatten(2, grid)
+            for name, values in zip(request.kinds[role], self._unicam_maps(role, role_sums, own), strict=True):
                 maps[name] = values.unflatten(2, grid)
         for name, kind in score_maps_among(self._roles).items():
-            maps[name] = combined(kind, shares, products, self._names)
+            if shares.keys() >= set(kind.shares):
+                maps[name] = combined(kind, shares, products, self._names)
         return maps
+
+    def _unicam_maps(self, role: str, sums: SetSums, own: slice) -> Iterator[Tensor]:
+        """UniCAM's maps [3, l, P] of the images ``own`` for each gradient of the sums."""
+        if self._elementwise:
+            for halves in sums.elementwise[:, :, own]:
+                yield torch.stack([halves.sum(0), *halves]).relu()
+            return
+        features = self._features[role].uncentred(own) if len(sums.weights) else torch.empty(0)
+        for parts in sums.weights[:, :, own]:
+            contexts = torch.stack([parts.sum(0), *parts]).to(features.dtype)
+            yield torch.einsum("npc,knc->knp", features, contexts).relu()
 
     def null_strengths(self) -> dict[str, NullStrength]:
         """The strength of the maps of a random part of the images, if the matrix that shares are computed with is permuted once."""
@@ -221,32 +242,28 @@ class _Layer:
         result: dict[str, NullStrength] = {}
         for permuted in dict.fromkeys(matrix for _, matrix in shares_among(self._roles)):
             place, products = self._names.index(permuted), self._geometry.swept.products
+            # UniCAM depends on the target alone, and its uniqueness objective on no permuted matrix.
+            unicam = permuted == TARGET and self._settings.objective == "relevance"
             if permuted == TARGET:
                 products = with_permuted(products, place, self._geometry.swept.permuted[place][:1])[0]
-            gradients = self._gradients(products)
+            gradients = self._gradients(products) if unicam else {}
+            request = _Request.of_matrix(self._roles, permuted, unicam)
             sums = {
                 role: permuted_sums(
                     self._geometry,
                     self._names.index(role),
                     self._features[role],
-                    [self._names.index(matrix) for matrix in self._matrices(role)],
-                    [gradients[name] for name in self._kinds(role)],
+                    [place] * len(matrices),
+                    [gradients[name] for name in request.kinds[role]],
                     permuted=place,
                     images=images,
                     elementwise=self._elementwise,
                 )
-                for role in self._roles
+                for role, matrices in request.matrices.items()
             }
-            for name, values in self._maps(sums, slice(0, images), products).items():
-                if permuted in self._depends_on(name):
-                    result[name] = NullStrength.of(mean_strength(_whole(values)).cpu())
+            for name, values in self._maps(request, sums, slice(0, images), products).items():
+                result[name] = NullStrength.of(mean_strength(_whole(values)).cpu())
         return result
-
-    def _depends_on(self, name: str) -> set[str]:
-        """The matrices whose permutation makes the null of a kind of map."""
-        if name in score_maps_among(self._roles):
-            return {matrix for _, matrix in score_maps_among(self._roles)[name].shares}
-        return {TARGET} if self._settings.objective == "relevance" else set()
 
 
 def _whole(maps: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def choose_split(dataset: Dataset, models: ModelsFile, split: str | None, seed: 
         test_is_folder and name != "all",
         f"Explaining the split {name}: {len(indices):,} images of {dataset.reference}{origin}.",
         reason if relation == "changed" else "",
-        "Explain --split test for images that the networks have not seen." if relation == "same" and used is not None else "",
+        "Use --split test to explain images that the networks have not seen." if relation == "same" and used is not None else "",
     )
 
 
