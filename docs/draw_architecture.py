@@ -49,8 +49,8 @@ def imports() -> dict[str, set[str]]:
     for folder in ("kdx", "export", "kernels"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             relative = path.relative_to(ROOT / folder)
-            if relative == Path("__init__.py") and folder == "kdx":
-                continue  # the list of public names imports everything
+            if folder == "kdx" and relative in (Path("__init__.py"), Path("__main__.py")):
+                continue  # the list of public names imports everything, and `python -m kdx` the command line
             if folder == "kdx" and relative.parts[0] in ("export", "kernels"):
                 continue  # links to the folders beside kdx/
             mine = folder if folder != "kdx" else room(f"kdx.{relative.with_suffix('').as_posix().replace('/', '.')}")

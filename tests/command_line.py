@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kdx import cli
+from kdx import progress
 from kdx.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
@@ -33,7 +33,7 @@ def in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")
     console = Console(highlight=False)
-    monkeypatch.setattr(cli, "console", lambda: console)
+    monkeypatch.setattr(progress, "console", lambda: console)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         status = status_of(*arguments)

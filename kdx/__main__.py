@@ -1,0 +1,5 @@
+"""`python -m kdx`: the command line."""
+
+from kdx.cli import main
+
+main()

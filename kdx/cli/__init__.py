@@ -1,0 +1,75 @@
+"""The command line: one thin function per command. Everything heavy is imported inside the functions, so that help and errors are quick."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from kdx.cli.demo import demo
+from kdx.cli.distill import distill
+from kdx.cli.doctor import doctor
+from kdx.cli.explain import explain
+from kdx.cli.export import export
+from kdx.cli.report import report
+from kdx.errors import KdxError
+
+_RESUMABLE = ("demo", "distill", "explain")
+"""The commands that continue a stopped run when they are called again."""
+
+
+class _Commands(typer.core.TyperGroup):
+    """Handles Ctrl-C before typer does, which would exit without a message."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _print_error("Stopped. Run the same command again to resume." if ctx.invoked_subcommand in _RESUMABLE else "Stopped.")
+            sys.exit(130)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Shows what a student network learned from its teacher, and measures it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        import kdx
+
+        typer.echo(f"kdx {kdx.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None: ...
+
+
+for _command in (demo, distill, export, explain, report, doctor):
+    app.command()(_command)
+
+
+def _print_error(line: str, style: str | None = None) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(line, style=style, markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """The entry point. For a KdxError it prints two sentences and exits with 2; Ctrl-C exits with 130. Any other exception is a bug."""
+    try:
+        app()
+    except KdxError as error:
+        _print_error(f"Error: {error.problem}", style="bold red")
+        _print_error(error.hint)
+        sys.exit(2)

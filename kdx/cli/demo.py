@@ -1,0 +1,24 @@
+"""`kdx demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdx import progress
+from kdx.cli.options import SeedOption
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("kdx-demo"),
+    seed: SeedOption = 0,
+) -> None:
+    """Distil, export and explain networks on handwritten digits, and write the reports. This takes about a minute on two cores."""
+    from kdx.commands.demo import run, table
+
+    runs = run(out, seed=seed, announce=typer.echo)
+    progress.console().print(table(runs))
+    for method, folder in runs.items():
+        typer.echo(f"The page of the student distilled with {method}: {folder / 'report.html'}")
