@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdx import models
+from kdx.data.inputs import InputFormat
 from kdx.disk import log
 from kdx.errors import KdxError
 from kdx.explain.explainer_file import no_gradients
@@ -25,12 +26,18 @@ from kdx.features.target import Target
 from kdx.kernels import geometry
 from kdx.kernels.dispatch import BatchDistances, TorchBackend
 from kdx.maps.salient_images import Salience, ranking_maps
+from kdx.models.models_file import ModelsFile
 from kdx.models.network import Network
 from kdx.runtimes.choice import Choice, choose, describe_file, is_file
 from kdx.runtimes.eager import EagerRunner
 from kdx.runtimes.runner import NetworkOutputs, Runner, missing_layer, parts
 
 NetworkLike = str | Path | Network | nn.Module
+
+
+def networks_of(file: ModelsFile) -> dict[str, NetworkLike]:
+    """The network of each role in a models file: the path of an exported file, or the loaded network."""
+    return {role: file.path.parent / reference if is_file(reference) else file.load(role) for role, reference in file.references.items()}
 
 
 class NetworkRunners:
@@ -69,6 +76,7 @@ class NetworkRunners:
             for role, network in networks.items():
                 loaded = models.as_network(network)
                 self._graphs[role] = loaded, FeatureGraph(loaded.module, self._layers_of(role), loaded.preprocessing)
+        self.classes: tuple[str, ...] = self._files["student"][1].classes if paths else ()
         self._references: dict[str, LayerReferences] = {}
         self._runners: dict[str, Runner] = {}
         self._gradients: dict[str, Runner] = {}
@@ -118,6 +126,13 @@ class NetworkRunners:
     def _open_file(self, path: Path, name: str, image_size: tuple[int, int] | None) -> Runner:
         most = self._settings.chunk or ENGINE_IMAGES
         return open_exported(path, self.choice, self._folder, name, (1, most, most), image_size)
+
+    @property
+    def input_format(self) -> InputFormat:
+        files = [file for _, file in self._files.values()]
+        preprocessing = [file.networks["network"].preprocessing for file in files]
+        preprocessing += [network.preprocessing for network, _ in self._graphs.values()]
+        return InputFormat.of(preprocessing, [file.image_size for file in files])
 
     def networks(self) -> dict[str, NetworkRecord]:
         files = {role: NetworkRecord.of_file(file.networks["network"], file) for role, (_, file) in self._files.items()}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from kdx.data.inputs import Batches, Pictures
 from kdx.errors import KdxError
 from kdx.features import arrays
 from kdx.features.arrays import Array, ArrayT
@@ -46,7 +49,7 @@ class Salience:
         return imputation.impute(images, kept.to(images.device), noise=self.noise, seed=seed)
 
 
-@ambient.neutral()
+@overload
 def salient_images(
     network: Differentiable,
     images: ArrayT,
@@ -58,7 +61,33 @@ def salient_images(
     *,
     device: str = "auto",
     chunk: int | None = None,
-) -> ArrayT:
+) -> ArrayT: ...
+@overload
+def salient_images(
+    network: Differentiable,
+    images: Pictures | Batches,
+    layer: str | None = None,
+    keep: float = 0.5,
+    classes: ClassChoice = None,
+    noise: float = 0.0,
+    seed: int = 0,
+    *,
+    device: str = "auto",
+    chunk: int | None = None,
+) -> NDArray[Any]: ...
+@ambient.neutral()
+def salient_images(
+    network: Differentiable,
+    images: Any,
+    layer: str | None = None,
+    keep: float = 0.5,
+    classes: ClassChoice = None,
+    noise: float = 0.0,
+    seed: int = 0,
+    *,
+    device: str = "auto",
+    chunk: int | None = None,
+) -> Any:
     """Images in which the pixels that matter most to the network are kept, and the others are imputed from them.
 
     Equal to ``impute(images, top_mask(hires_cam(network, images, layer, classes).scaled((h, w)), keep), noise=noise, seed=seed)``: of
@@ -67,7 +96,7 @@ def salient_images(
     (arXiv 2412.13943).
 
     network, images, layer, classes, device, chunk: as in `hires_cam`. keep: in (0, 1). noise, seed: as in `impute`. Returns images
-    [n, 3, h, w] of the same kind and type, on the same device.
+    [n, 3, h, w] of the same kind and type, on the same device; float32 for uint8, and float32 in NumPy for files and Pillow images.
 
     If the map is positive on fewer pixels than the share, `top_mask` adds pixels in reading order; if a map is zero everywhere, it keeps
     the first rows of the image. A salient image does not show what the network sees: imputed pixels still have colours, and the border
@@ -82,8 +111,8 @@ def salient_images(
     >>> salient.shape, (salient == images).all(1).mean((1, 2)).round(2).tolist()
     ((3, 3, 32, 32), [0.25, 0.25, 0.25])
     """
-    salience, batch = Salience(keep, noise), arrays.pixels(images)
-    with gradient_runner(network, layer, batch, device) as (runner, name):
+    salience = Salience(keep, noise)
+    with gradient_runner(network, layer, images, device) as (runner, name, batch):
         chosen, count = chosen_classes(runner, batch, classes, chunk)
         maps = ranking_maps(runner, [name], batch, chosen, count, chunk)[name]
     return arrays.like(salience.images(batch, maps, seed).to(batch.device), images)

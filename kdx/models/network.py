@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -90,16 +90,6 @@ def load(reference: str, *, classes: int | None = None, folder: Path | None = No
         complete = not new_head
     module.eval()  # its result is not used: a user's train() may return nothing
     return Network(str(parsed), module, preprocessing, parsed.is_trained and complete, note)
-
-
-def as_network(network: str | Path | Network | nn.Module) -> Network:
-    """A network in eval mode that belongs to the caller: a reference is loaded, and an object is copied, because its owner decides its
-    mode and device. `kdx.models.prepared.prepared` describes the copy. A bare module has no preprocessing."""
-    if isinstance(network, nn.Module):
-        network = Network(type(unwrapped(network)).__name__, network, Preprocessing())
-    if isinstance(network, Network):
-        return replace(network, module=prepared(network.module))
-    return load(str(network))
 
 
 def layers(model: nn.Module | Network, size: tuple[int, int] | None = None) -> list[str]:

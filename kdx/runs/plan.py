@@ -18,6 +18,7 @@ from kdx.data.splits import class_balanced_sample
 from kdx.errors import KdxError
 from kdx.explain.explainer import Explainer
 from kdx.explain.explainer_file import describe_explainer, no_reference_mode, paired_layers
+from kdx.explain.networks import networks_of
 from kdx.explain.settings import Settings
 from kdx.features.arrays import MIN_IMAGES, check_images
 from kdx.models.layer_pairs import parse_layers
@@ -125,17 +126,14 @@ class Plan:
             if self.options.reference_images or self.options.geometry == "reference":
                 raise no_reference_mode(describe_explainer(models.path))
             return Explainer.of({}, self.layers, self.options, folder=folder, file=models.path)
-        networks = {
-            role: models.path.parent / reference if is_file(reference) else models.load(role)
-            for role, reference in models.references.items()
-        }
+        networks = networks_of(models)
         for role, network in networks.items():
             if isinstance(network, Network) and network.note:
                 announce(f"{role.capitalize()}: {network.note}")
         options = self.options
         if options.chunk is not None and options.geometry in ("auto", "whole"):
             options = replace(options, chunk=aligned(options.chunk))
-        return Explainer.of(networks, self.layers, options, folder=folder)
+        return Explainer.of(networks, self.layers, options, folder=folder, classes=self.dataset.classes)
 
 
 def _check_references(options: RunOptions) -> None:
