@@ -24,7 +24,7 @@ from kdx.features.arrays import MIN_IMAGES, check_images
 from kdx.models.layer_pairs import parse_layers
 from kdx.models.models_file import ModelsFile, read_models
 from kdx.models.network import Network
-from kdx.runs.split import SplitChoice, choose_split
+from kdx.runs.split import SplitChoice, choose_split, with_recorded_data
 from kdx.runtimes.choice import is_file
 
 REFERENCE_IMAGES = 256
@@ -93,7 +93,7 @@ class Plan:
     @classmethod
     def of(cls, data: str, models: Path, layers: Sequence[str], options: RunOptions) -> Plan:
         _check_references(options)
-        models_file = _from_explainer_file(models) if is_file(models) else read_models(models)
+        models_file = _from_explainer_file(models) if is_file(models) else with_recorded_data(read_models(models))
         dataset = open_data(data, models_file.classes or None)
         split = choose_split(dataset, models_file, options.split, options.seed)
         check_images(len(split.indices))
