@@ -89,7 +89,9 @@ class Explainer:
     wrote, a `kdx.models.Network`, or a PyTorch module (used as it is, without preprocessing). The teacher is optional.
     layers: names that all networks share, or a mapping from the student's and base's layer to the teacher's.
     runtime: ``auto``, ``eager``, ``onnx``, ``openvino`` or ``tensorrt``. The last three export the networks once, into ``folder`` or a
-    temporary folder. Files in ``folder`` are used again, except for PyTorch modules, whose code no reference identifies.
+    temporary folder. Files in ``folder`` and in the cache are used again, except for PyTorch modules, whose code no reference identifies.
+    Without a GPU, ``auto`` runs in PyTorch until an export would have saved time for the images so far, and then exports; results of the
+    two runtimes agree to about 1e-5, so name one where equal digits matter.
     device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     precision: the number format of the networks. ``bfloat16`` needs the runtime openvino and a CPU that supports it. Features then
     keep two to three digits; maps and scores are computed from them in float32.
@@ -214,9 +216,13 @@ class Explainer:
         return self._networks.choice
 
     @ambient.neutral()
-    def open(self, image_size: tuple[int, int]) -> None:
-        """Prepare for images of this size; otherwise the first call does this. Every runtime except eager then exports the networks."""
-        self._networks.open(image_size)
+    def open(self, image_size: tuple[int, int], images: int | None = None, *, runtime: str | None = None) -> None:
+        """Prepare for images of this size; otherwise the first call does this. Every runtime except eager then exports the networks.
+
+        images: how many will be explained. The runtime ``auto`` then exports only if this saves time. runtime: the one that has computed a
+        part of the results already, which ``auto`` keeps.
+        """
+        self._networks.open(image_size, images, runtime)
 
     def networks(self) -> dict[str, NetworkRecord]:
         """The record of each role's network: its reference, hash, parameter count, preprocessing, image size and whether it is trained."""

@@ -49,7 +49,7 @@ class ExplainerFile:
             raise rounds_geometry(path)
         self._runner: FileRunner | None = None
 
-    def open(self, image_size: tuple[int, int]) -> None:
+    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None) -> None:
         if self._runner is not None:
             return
         batch = self._file.least_images, ENGINE_IMAGES, ENGINE_IMAGES

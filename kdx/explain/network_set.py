@@ -60,8 +60,11 @@ class NetworkSet(Protocol):
     def input_format(self) -> InputFormat:
         """The images that the networks take."""
 
-    def open(self, image_size: tuple[int, int]) -> None:
-        """Prepare for images of this size. A second call does nothing."""
+    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None) -> None:
+        """Prepare for images of this size. A second call does nothing.
+
+        images: how many there will be, by which ``auto`` decides. runtime: which one computed a part of them already, for ``auto``.
+        """
 
     def networks(self) -> dict[str, NetworkRecord]:
         """The record of each role's network."""

@@ -73,7 +73,8 @@ def explain_dataset(
             return
         if store.complete:
             store.restart()
-        explainer.open(size)
+        started = store.manifest["environment"].get("runtime") if store.has_progress else None
+        explainer.open(size, len(plan.indices), runtime=None if started is None else str(started).split()[0])
         announce(f"Runtime {explainer.choice.why}.")
         store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
         store.manifest["random_weights"] = [role for role, record in records.items() if not record.trained]

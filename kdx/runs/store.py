@@ -91,6 +91,11 @@ class Store:
     def complete(self) -> bool:
         return bool(self.manifest["status"] == schema.COMPLETE)
 
+    @property
+    def has_progress(self) -> bool:
+        """Whether a part of the results is stored."""
+        return any((self.folder / schema.PROGRESS).glob("*.npz")) or any((self.folder / schema.FEATURES).glob("*.npy"))
+
     def set_geometry(self, kind: str, reason: str, *, batches: int) -> None:
         """Record the geometry, before anything is computed with it."""
         self.manifest["geometry"], self.manifest["geometry_reason"], self.manifest["batches"] = kind, reason, batches

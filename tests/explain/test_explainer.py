@@ -137,6 +137,7 @@ def test_the_users_networks_are_left_as_they_were(runtime: str, tmp_path: Path, 
     if runtime == "onnx":
         monkeypatch.setattr("kdx.export.onnx_file._exported", refuse_export)
     with explainer(runtime="auto" if runtime == "onnx" else "eager", folder=tmp_path, **user_networks) as opened:
+        opened.open(SIZE)
         opened(images(), labels())
     for network, earlier in zip(user_networks.values(), before.values(), strict=True):
         for module, unused in zip(network.modules(), earlier.modules(), strict=True):
