@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdx import models
 from kdx.data.inputs import InputFormat
 from kdx.disk import log
-from kdx.errors import KdxError
+from kdx.errors import KdxError, about_network
 from kdx.explain.explainer_file import no_gradients
 from kdx.explain.exported import ENGINE_IMAGES, Export, ExportFolder, open_exported
 from kdx.explain.layer import LayerMeasurement, LayerReferences, measure
@@ -71,12 +71,14 @@ class NetworkRunners:
             suggested = self._files["student"][1].layers if paths else _suggested_layers(models.as_network(networks["student"]))
             raise KdxError("No layer was named.", f"Name one or more of the student's: {', '.join(suggested)}.")
         for role, (path, file) in self._files.items():
-            _check_layers(path, file, self._layers_of(role))
+            with about_network(role):
+                _check_layers(path, file, self._layers_of(role))
         self._graphs: dict[str, tuple[Network, FeatureGraph]] = {}
         if not paths:
             for role, network in networks.items():
                 loaded = models.as_network(network)
-                self._graphs[role] = loaded, FeatureGraph(loaded.module, self._layers_of(role), loaded.preprocessing)
+                with about_network(role):
+                    self._graphs[role] = loaded, FeatureGraph(loaded.module, self._layers_of(role), loaded.preprocessing)
         self.classes: tuple[str, ...] = self._files["student"][1].classes if paths else ()
         self._references: dict[str, LayerReferences] = {}
         self._runners: dict[str, Runner] = {}
@@ -254,7 +256,8 @@ class NetworkRunners:
     def _run(self, role: str, images: Tensor) -> NetworkOutputs:
         """One pass of a role's network, in chunks of at most ``chunk`` images and of at most an engine's batch."""
         runner = self._runners[role]
-        return _concatenated([runner.infer(images[part]) for part in parts(runner, self._settings.chunk, len(images))])
+        with about_network(role):
+            return _concatenated([runner.infer(images[part]) for part in parts(runner, self._settings.chunk, len(images))])
 
     def _layer_of(self, role: str, layer: str) -> str:
         """A role's own name of a student's layer."""

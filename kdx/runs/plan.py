@@ -114,10 +114,15 @@ class Plan:
         """The number of images in the largest batch."""
         return max(map(len, self.batches))
 
+    @property
+    def reference_count(self) -> int:
+        """The number of reference images: as many as requested, or all that there are."""
+        return min(self.options.reference_images or REFERENCE_IMAGES, len(self.split.pool))
+
     def references(self) -> NDArray[np.int64]:
         """The reference images, as rows of the data set."""
         labels = self.dataset.labels[self.split.pool]
-        return self.split.pool[class_balanced_sample(labels, self.options.reference_images or REFERENCE_IMAGES, self.options.seed)]
+        return self.split.pool[class_balanced_sample(labels, self.reference_count, self.options.seed)]
 
     def explainer(self, folder: Path, announce: Callable[[str], None]) -> Explainer:
         """The Explainer of the networks. folder: where exported networks are written. announce: prints a line about weights."""

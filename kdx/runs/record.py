@@ -263,7 +263,7 @@ def read_run(folder: Path) -> RunRecord:
             samples=_samples(folder, roles),
             confidence=float(configuration["confidence"]),
             permutations=_integer(configuration.get("permutations")),
-            reference_images=int(configuration["reference_images"] or 0),
+            reference_images=len(manifest.get("reference_ids") or ()) or int(configuration["reference_images"] or 0),
             salient=(float(features["keep"]), float(features["noise"])) if features else None,
             batches=int(manifest["batches"]),
             explained=int(images["explained"]),

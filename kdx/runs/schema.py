@@ -182,7 +182,8 @@ class Context(TypedDict):
 
 
 class Manifest(Context):
-    """geometry: ``whole``, ``reference`` or ``batch``, chosen when the run started; geometry_reason: why. Runs of kdx 0.1.0 lack both."""
+    """failure: the error that ended an unfinished run. geometry: ``whole``, ``reference`` or ``batch``, chosen when the run started;
+    geometry_reason: why. Runs of kdx 0.1.0 lack both."""
 
     format: int
     status: str
@@ -191,6 +192,7 @@ class Manifest(Context):
     geometry: NotRequired[str]
     geometry_reason: NotRequired[str]
     reference_ids: NotRequired[list[str]]
+    failure: NotRequired[str]
     finished: NotRequired[str]
     images: NotRequired[ImageCounts]
 
