@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kdx.maps.earlier_layers import unicam_before
     from kdx.maps.salient_images import impute, salient_images, top_mask
     from kdx.maps.unicam import Maps, ReferenceSet, unicam
+    from kdx.runs.opened import ImageLayer, OpenedRun, RunImage, open_run
     from kdx.scores.compare import compare
     from kdx.scores.metrics import fss, partial_rs, rs
     from kdx.scores.pool import LayerScores
@@ -24,11 +25,14 @@ __all__ = [
     "Decomposition",
     "Explainer",
     "Explanation",
+    "ImageLayer",
     "KdxError",
     "LayerResult",
     "LayerScores",
     "Maps",
+    "OpenedRun",
     "ReferenceSet",
+    "RunImage",
     "Score",
     "compare",
     "decompose",
@@ -36,6 +40,7 @@ __all__ = [
     "grad_cam",
     "hires_cam",
     "impute",
+    "open_run",
     "partial_rs",
     "rs",
     "salient_images",
@@ -50,11 +55,14 @@ _HOMES = {
     "Decomposition": "maps.decomposition",
     "Explainer": "explain.explainer",
     "Explanation": "explain.explainer",
+    "ImageLayer": "runs.opened",
     "KdxError": "errors",
     "LayerResult": "explain.explainer",
     "LayerScores": "scores.pool",
     "Maps": "maps.unicam",
+    "OpenedRun": "runs.opened",
     "ReferenceSet": "maps.unicam",
+    "RunImage": "runs.opened",
     "Score": "scores.score",
     "compare": "scores.compare",
     "decompose": "maps.decomposition",
@@ -62,6 +70,7 @@ _HOMES = {
     "grad_cam": "maps.class_maps",
     "hires_cam": "maps.class_maps",
     "impute": "maps.salient_images",
+    "open_run": "runs.opened",
     "partial_rs": "scores.metrics",
     "rs": "scores.metrics",
     "salient_images": "maps.salient_images",

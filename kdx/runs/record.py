@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -125,6 +126,11 @@ class Samples:
     predictions: dict[str, NDArray[np.int64]]
     confidences: dict[str, NDArray[np.floating]]
 
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The place of each image by its name."""
+        return {name: place for place, name in enumerate(self.ids)}
+
     def correct(self, role: str) -> NDArray[np.bool_]:
         return np.asarray(self.predictions[role] == self.labels)
 
@@ -140,6 +146,7 @@ class RunRecord:
 
     folder: Path
     manifest: Manifest  # as stored
+    stored_scores: StoredScores
     data: str
     split: str | None
     method: str | None
@@ -244,6 +251,7 @@ def read_run(folder: Path) -> RunRecord:
         return RunRecord(
             folder=folder,
             manifest=manifest,
+            stored_scores=stored,
             data=str(configuration["data"]),
             split=configuration.get("split"),
             method=manifest.get("method"),
