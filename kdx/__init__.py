@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from kdx.maps.class_maps import ClassMaps, grad_cam, hires_cam
     from kdx.maps.decomposition import Decomposition, decompose
     from kdx.maps.earlier_layers import unicam_before
+    from kdx.maps.overlays import overlay
     from kdx.maps.salient_images import impute, salient_images, top_mask
     from kdx.maps.unicam import Maps, ReferenceSet, unicam
     from kdx.runs.opened import ImageLayer, OpenedRun, RunImage, open_run
@@ -41,6 +42,7 @@ __all__ = [
     "hires_cam",
     "impute",
     "open_run",
+    "overlay",
     "partial_rs",
     "rs",
     "salient_images",
@@ -71,6 +73,7 @@ _HOMES = {
     "hires_cam": "maps.class_maps",
     "impute": "maps.salient_images",
     "open_run": "runs.opened",
+    "overlay": "maps.overlays",
     "partial_rs": "scores.metrics",
     "rs": "scores.metrics",
     "salient_images": "maps.salient_images",
@@ -80,7 +83,21 @@ _HOMES = {
 }
 """The module of each public name. It is imported when the name is first used, since PyTorch takes seconds to load."""
 
-_FOLDERS = ("data", "distill", "explain", "export", "features", "kernels", "maps", "models", "report", "runs", "runtimes", "scores")
+_FOLDERS = (
+    "data",
+    "distill",
+    "explain",
+    "export",
+    "features",
+    "kernels",
+    "losses",
+    "maps",
+    "models",
+    "report",
+    "runs",
+    "runtimes",
+    "scores",
+)
 
 
 def __getattr__(name: str) -> Any:
