@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from kdx.maps.class_maps import ClassMaps, grad_cam, hires_cam
     from kdx.maps.decomposition import Decomposition, decompose
     from kdx.maps.earlier_layers import unicam_before
+    from kdx.maps.figures import Drawable
     from kdx.maps.overlays import overlay
     from kdx.maps.salient_images import impute, salient_images, top_mask
     from kdx.maps.unicam import Maps, ReferenceSet, unicam
@@ -24,6 +25,7 @@ __all__ = [
     "ClassMaps",
     "Contrast",
     "Decomposition",
+    "Drawable",
     "Explainer",
     "Explanation",
     "ImageLayer",
@@ -55,6 +57,7 @@ _HOMES = {
     "ClassMaps": "maps.class_maps",
     "Contrast": "scores.score",
     "Decomposition": "maps.decomposition",
+    "Drawable": "maps.figures",
     "Explainer": "explain.explainer",
     "Explanation": "explain.explainer",
     "ImageLayer": "runs.opened",

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdx.errors import KdxError
+from kdx.maps.drawing import Sheet
+from kdx.maps.figures import DRAWN_KINDS, Drawable, chosen_kinds, layers_sheet
 from kdx.roles import SCORE_MAPS
 from kdx.runs import schema
 from kdx.runs.image_numbers import image_number, number_names
@@ -74,6 +76,16 @@ class Named(Mapping[str, ValueT]):
         return f"<{self._what}s: {', '.join(self._names)}>"
 
 
+@dataclass(frozen=True)
+class _MapsOf:
+    maps: NDArray[np.float32]
+
+
+def _symbols(kinds: Iterable[str]) -> list[str]:
+    """Kinds of map by the names that results in Python have: score maps by symbol."""
+    return [SCORE_MAPS[kind].symbol if kind in SCORE_MAPS else kind for kind in kinds]
+
+
 def _unknown(what: str, name: object, names: Sequence[str]) -> UnknownName:
     near = difflib.get_close_matches(str(name), names, n=4, cutoff=0.4) or names[:4]
     listed = ", ".join(near) if near else "none"
@@ -113,8 +125,8 @@ class ImageLayer:
 
 
 @dataclass(frozen=True)
-class RunImage:
-    """One image of a run.
+class RunImage(Drawable):
+    """One image of a run. It draws itself (`show`, `save`), over its picture if the run has one, with a row of maps per layer.
 
     name: as in samples.parquet. row: its row in maps.zarr. label, label_name: its class. predictions: by role. layers: an `ImageLayer` per
     layer. numbers: by name, see `OpenedRun.number`. run: the run's folder. Maps and numbers are read when they are used.
@@ -136,6 +148,21 @@ class RunImage:
         if not schema.picture_path(self._record.folder, self.row).exists():
             return None
         return np.asarray(self._record.picture(self.row))
+
+    def _count(self) -> int:
+        return 1
+
+    def _sheet(self, images: list[NDArray[np.uint8]] | None, index: list[int], kinds: Sequence[str] | None) -> Sheet:
+        """One row per layer, so that each map is beside its image."""
+        image = self.pixels if images is None else images[0]
+        chosen = chosen_kinds(kinds, DRAWN_KINDS, _symbols(self._record.map_kinds))
+        sheets = []
+        for name, layer in self.layers.items():
+            maps = {kind: _MapsOf((layer.maps if kind in layer.maps else layer.score_maps)[kind][None]) for kind in chosen}
+            sheets.append(layers_sheet({name: maps}, None if image is None else [image], [0], chosen, [name]))
+        names = [f"{layer} ({height} × {width})" for layer, (height, width) in ((name, self.layers[name].grid) for name in self.layers)]
+        titles = [title.rpartition("\n")[2] for title in sheets[0].titles]
+        return Sheet([sheet.rows[0] for sheet in sheets], titles, names)
 
 
 class _Reader:
@@ -204,8 +231,8 @@ class _Reader:
         )
 
 
-class OpenedRun(Sequence[RunImage]):
-    """A finished run, or some of its images: a sequence of `RunImage`, in the order of samples.parquet.
+class OpenedRun(Drawable, Sequence[RunImage]):
+    """A finished run, or some of its images: a sequence of `RunImage`, in the order of samples.parquet. It draws itself (`show`, `save`).
 
     ``run["cat/003.jpg"]`` is the image of this name, ``run[0]`` the first one, and ``run[:10]`` a run of the first ten. `sorted` and
     `select` return runs of the same kind. Scores, layers and classes are always those of the whole run.
@@ -324,6 +351,17 @@ class OpenedRun(Sequence[RunImage]):
 
     def __repr__(self) -> str:
         return f"<run {self.folder}: {len(self)} images, layers {', '.join(self.layers)}, {', '.join(self.roles)}>"
+
+    def _count(self) -> int:
+        return len(self)
+
+    def _sheet(self, images: list[NDArray[np.uint8]] | None, index: list[int], kinds: Sequence[str] | None) -> Sheet:
+        drawn = self._view(self._places[index])
+        chosen = chosen_kinds(kinds, DRAWN_KINDS[:1], _symbols(self.kinds))
+        layers = {layer: {kind: _MapsOf(drawn.maps(layer, kind)) for kind in chosen} for layer in self.layers}
+        own = [image.pixels for image in drawn]
+        pictures = [images[place] for place in index] if images else own if any(picture is not None for picture in own) else None
+        return layers_sheet(layers, pictures, range(len(drawn)), chosen, drawn.images)
 
     def _view(self, places: NDArray[np.int64]) -> OpenedRun:
         return OpenedRun(self._reader, places)

@@ -179,3 +179,19 @@ def test_a_run_of_0_1_0_opens(tmp_path: Path) -> None:
     assert run.records[0]["id"] == samples["id"][0]
     with pytest.raises(KeyError):
         image_number(read_run(tmp_path / "complete"), "layer3/distilled/total")
+
+
+def test_images_of_a_run_draw_themselves(made: Path, tmp_path: Path) -> None:
+    run = kdx.open_run(made).select([f"image-{number:05d}" for number in (3, 90)])
+    figure = run[0].figure()
+    assert [axes.get_title() for axes in figure.axes[:5]] == ["image", "RS(S) − RS(B)", "RS(S)", "RS(B)", "distilled"]
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert texts == ["layer1 (16 × 16)", "block/2 (8 × 8)"]
+    picture = run[0].pixels
+    assert picture is not None and np.array_equal(np.asarray(figure.axes[0].get_images()[0].get_array())[::7, ::7], picture)
+    both = run.figure(kinds=["residual"])
+    assert [axes.get_title() for axes in both.axes[:3]] == ["image", "layer1 (16 × 16)\nresidual", "block/2 (8 × 8)\nresidual"]
+    assert not both.axes[3].get_images()  # the second image has no picture
+    highest = max(image.layers["block/2"].maps["residual"].max() for image in run)
+    assert both.axes[-1].get_xticklabels()[1].get_text() == f"{highest:.2g}"
+    assert run.save(tmp_path / "both.pdf").read_bytes().startswith(b"%PDF") and "2 images" in run._repr_html_()
