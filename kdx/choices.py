@@ -31,3 +31,7 @@ GeometryName = Literal["auto", "whole", "reference", "batch"]
 
 StoredPrecision = Literal["float32", "float16"]
 """The number format of features on disk."""
+
+TableFormat = Literal["csv", "latex", "markdown", "images"]
+"""A table of a run: its scores in one of three formats, or the numbers of every image as CSV."""
+TABLE_FORMATS: tuple[TableFormat, ...] = get_args(TableFormat)

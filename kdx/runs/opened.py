@@ -12,6 +12,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from kdx.choices import TableFormat
 from kdx.errors import KdxError
 from kdx.maps.drawing import Sheet
 from kdx.maps.figures import DRAWN_KINDS, Drawable, chosen_kinds, layers_sheet
@@ -19,6 +20,7 @@ from kdx.roles import SCORE_MAPS
 from kdx.runs import schema
 from kdx.runs.image_numbers import image_number, number_names
 from kdx.runs.record import RunRecord, read_run
+from kdx.runs.score_tables import csv_text, score_table
 
 ValueT = TypeVar("ValueT")
 
@@ -43,6 +45,11 @@ def open_run(folder: str | Path) -> OpenedRun:
 
 class Records(list[dict[str, Any]]):
     """A table as a list of dictionaries, one per row, all with the same keys."""
+
+    def csv(self) -> str:
+        """The table as CSV, with an empty field for None and NaN."""
+        rows = ((None if value != value else value for value in row.values()) for row in self)
+        return csv_text(list(self[0]) if self else [], map(list, rows))
 
     def frame(self) -> Any:
         """The table as a pandas.DataFrame. Raises KdxError if pandas is not installed; kdx does not need it otherwise."""
@@ -275,6 +282,15 @@ class OpenedRun(Drawable, Sequence[RunImage]):
         return Records(
             dict(zip(schema.SCORES_TABLE_COLUMNS, row, strict=True)) for row in schema.scores_table_rows(self._record.stored_scores)
         )
+
+    def table(self, format: TableFormat = "markdown", digits: int = 3) -> str:
+        """The scores as a table for a paper (``csv``, ``latex`` or ``markdown``), or the numbers of the images as CSV (``images``).
+
+        csv has every digit, and one row per number and layer, as in scores.csv. latex is a booktabs tabular. latex and markdown have one
+        row per number and one column per layer, with ``digits`` decimals, and each value has its interval. images has a row per image,
+        with its class, predictions and `numbers`. Raises KdxError for another format.
+        """
+        return self.records.csv() if format == "images" else score_table(self._record, format, digits)
 
     @property
     def numbers(self) -> tuple[str, ...]:
