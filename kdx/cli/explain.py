@@ -10,7 +10,18 @@ import typer
 
 from kdx import progress
 from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, StoredPrecision, Weighting
-from kdx.cli.options import DataArgument, DeviceOption, LayerOption, SeedOption, UnreadableOption, announce_line
+from kdx.cli.options import (
+    DataArgument,
+    DeviceOption,
+    GalleryOption,
+    ImagesOption,
+    LayerOption,
+    OrderOption,
+    SeedOption,
+    UnreadableOption,
+    announce_line,
+    image_names,
+)
 
 
 def explain(
@@ -98,6 +109,9 @@ def explain(
             show_default=False,
         ),
     ] = None,
+    gallery: GalleryOption = 60,
+    order: OrderOption = "balanced",
+    images: ImagesOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Explain a data set: store maps of every image at every layer, scores with intervals, and a page that shows them."""
@@ -128,6 +142,9 @@ def explain(
         confidence=confidence,
         max_unreadable=max_unreadable,
         workers=workers,
+        gallery=gallery,
+        gallery_order=order,
+        gallery_images=image_names(images),
         seed=seed,
     )
     page = run(data, models, out, layer or (), options, command=["kdx", *sys.argv[1:]], announce=announce_line)

@@ -17,9 +17,10 @@ from kdx.disk import write_atomic
 from kdx.maps import overlays
 from kdx.report.kinds import PageKind, opening_layer, page_kinds, shown_first
 from kdx.report.packing import PackedMap, data_uri, encoded, packed_map, rounded, rounded_or_none, shrunk
+from kdx.runs.gallery_choice import BALANCED, read_choice
 from kdx.runs.image_numbers import CHANGED, DISAGREEMENT, WRONG, prediction_numbers
 from kdx.runs.record import MapColumns, RunRecord
-from kdx.runs.schema import layer_file_names, overlay_path, pictured_rows
+from kdx.runs.schema import layer_file_names, overlay_path
 
 _COMPOSITE_EDGE = 112  # composites of smaller images are enlarged by an integer factor to about this size, in pixels
 
@@ -77,7 +78,8 @@ class Gallery:
     """Cards in the run's order, with the kinds of map and the classes that they have.
 
     grids: the height and width of the first kind of map per layer. opening: the layer that the page shows first. limits [layer][kind]: the
-    absolute value at which the layer's common scale ends. strip: the cards in the strip.
+    absolute value at which the layer's common scale ends. strip: the cards in the strip. chosen: how the images were
+    chosen, as a sentence. ordered: whether the cards have another order than the data.
     """
 
     cards: list[Card]
@@ -87,6 +89,8 @@ class Gallery:
     opening: str
     limits: list[list[float]]
     classes: list[tuple[int, str, int]]  # (class, name, number of cards)
+    chosen: str
+    ordered: bool
 
     @property
     def pixelated(self) -> bool:
@@ -139,7 +143,8 @@ def make_gallery(run: RunRecord) -> Gallery:
     """
     kinds = page_kinds(run)
     positions = {int(row): position for position, row in enumerate(run.samples.rows)}
-    rows = [row for row in pictured_rows(run.folder) if row in positions]
+    choice, chosen = read_choice(run)
+    rows = [row for row in chosen if row in positions]
     places = [positions[row] for row in rows]
     maps = {(layer, kind.name): run.maps(layer, kind.name, rows) for layer in run.layers for kind in kinds}
     numbers = {**prediction_numbers(run.samples), CONFIDENCE: run.samples.confidences["student"]}
@@ -167,6 +172,8 @@ def make_gallery(run: RunRecord) -> Gallery:
         opening_layer(run, kinds[0], grids),
         [[_limit(maps[layer, kind.name]) for kind in kinds] for layer in run.layers],
         [(label, run.class_name(label), count) for label, count in sorted(counts.items())],
+        choice.description(len(cards)),
+        choice.order != BALANCED or bool(choice.images),
     )
 
 

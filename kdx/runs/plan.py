@@ -23,6 +23,7 @@ from kdx.features.arrays import MIN_IMAGES, check_images
 from kdx.models.layer_pairs import parse_layers
 from kdx.models.models_file import ModelsFile, read_models
 from kdx.models.network import Network
+from kdx.runs.gallery_choice import BALANCED, GalleryChoice
 from kdx.runs.split import SplitChoice, choose_split
 from kdx.runtimes.choice import is_file
 
@@ -48,8 +49,8 @@ class RunOptions(Settings):
     geometry ``reference``.
     split: ``test``, ``validation``, ``train`` or ``all``. None takes ``test`` of the data that the models were trained on, and all of any
     other data. max_unreadable: the share of corrupt images above which the run fails; one image always passes, unless the share is 0.
-    gallery: images shown in the report. workers: threads that decode the next batches while one is explained; None takes one per core,
-    0 decodes each batch when it is needed.
+    gallery, gallery_order, gallery_images: the images on the page (`kdx.runs.gallery_choice.GalleryChoice`). workers: threads that decode
+    the next batches while one is explained; None takes one per core, 0 decodes each batch when it is needed.
     """
 
     batch: int = 64
@@ -62,12 +63,18 @@ class RunOptions(Settings):
     split: str | None = None
     max_unreadable: float = 0.01
     gallery: int = 60
+    gallery_order: str = BALANCED
+    gallery_images: tuple[str, ...] = ()
     workers: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stored_precision not in get_args(StoredPrecision):
             raise ValueError(f"no stored precision {self.stored_precision!r}")
+
+    @property
+    def gallery_choice(self) -> GalleryChoice:
+        return GalleryChoice(self.gallery, self.gallery_order, self.gallery_images)
 
 
 def aligned(count: int) -> int:
@@ -96,7 +103,9 @@ class Plan:
         dataset = open_data(data, models_file.classes or None)
         split = choose_split(dataset, models_file, options.split, options.seed)
         check_images(len(split.indices))
-        return cls(data, models_file, dataset, split, parse_layers(layers or models_file.layers), options)
+        plan = cls(data, models_file, dataset, split, parse_layers(layers or models_file.layers), options)
+        options.gallery_choice.check([dataset.ids[index] for index in plan.indices], models_file.references, plan.layers)
+        return plan
 
     @property
     def indices(self) -> NDArray[np.int64]:

@@ -126,6 +126,14 @@ class Samples:
     predictions: dict[str, NDArray[np.int64]]
     confidences: dict[str, NDArray[np.floating]]
 
+    @classmethod
+    def of(cls, columns: Mapping[str, NDArray[Any]], ids: list[str], roles: Sequence[str]) -> Samples:
+        """The images of these columns of samples.parquet."""
+        predictions = {role: columns[schema.prediction_column(role)] for role in roles}
+        return cls(
+            columns[schema.ROW], ids, columns[schema.LABEL], predictions, {role: columns[schema.confidence_column(role)] for role in roles}
+        )
+
     @cached_property
     def places(self) -> dict[str, int]:
         """The place of each image by its name."""
@@ -363,10 +371,4 @@ def _samples(folder: Path, roles: Sequence[str]) -> Samples:
     if incomplete:
         raise ValueError(f"{schema.SAMPLES_FILE} has missing values in the column {incomplete[0]}")
     arrays = {name: table[name].to_numpy() for name in columns if name != schema.ID}
-    return Samples(
-        arrays[schema.ROW],
-        [str(name) for name in table[schema.ID].to_pylist()],
-        arrays[schema.LABEL],
-        {role: arrays[schema.prediction_column(role)] for role in roles},
-        {role: arrays[schema.confidence_column(role)] for role in roles},
-    )
+    return Samples.of(arrays, [str(name) for name in table[schema.ID].to_pylist()], roles)

@@ -9,6 +9,7 @@ folder in this schema; `kdx.runs.record` reads it.
                      (`kdx.roles.SCORE_MAPS`). Kinds that involve the teacher exist only with a teacher.
     scores.json      accuracies, and per layer the scores and contrasts; scores.csv has them as a table
     report.html      the page
+    gallery.json     which images the page shows: how they were chosen, and their rows in the order of the page
     overlays/        the gallery's pictures: ROW.png is an image, ROW_LAYER_KIND.png a map over it
     networks/        the networks as the runtime executes them
     progress/        one file per finished batch or layer, until the run is complete
@@ -40,6 +41,7 @@ MAPS_FILE = "maps.zarr"
 SCORES_FILE = "scores.json"
 SCORES_TABLE = "scores.csv"
 PAGE = "report.html"
+GALLERY = "gallery.json"
 NETWORKS = "networks"
 PROGRESS = "progress"
 FEATURES = "features"

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from kdx.disk import lock_folder, read_json, remove_leftovers, unwritable, write_atomic
 from kdx.errors import KdxError
 from kdx.runs import schema
+from kdx.runs.gallery_choice import write_picture
 from kdx.runs.progress_records import BatchRecord, LayerRecord
 from kdx.runs.schema import Configuration, Context, ImageCounts, Manifest, StoredScores
 from kdx.runs.score_tables import csv_text
@@ -189,11 +190,7 @@ class Store:
 
     def write_picture(self, row: int, pixels: NDArray[np.uint8]) -> None:
         """Write an image [H, W, 3] of the gallery at the size that the networks receive."""
-        from PIL import Image
-
-        content = io.BytesIO()
-        Image.fromarray(pixels).save(content, "PNG")
-        write_atomic(schema.picture_path(self.folder, row), content.getvalue())
+        write_picture(self.folder, row, pixels)
 
     def finish(self, finished: str, images: ImageCounts, *, keep_features: bool = False) -> None:
         """Mark the run as complete, then delete the files that only a resumed run needs; the features only if they are not kept."""
