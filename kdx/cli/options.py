@@ -21,6 +21,10 @@ UnreadableOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, a GPU by number such as cuda:1, or auto, which prefers a GPU.")]
 
 
+ResizeHelp = "How images of other proportions are brought to the networks' size: cover and crop, squash, or letterbox with grey bars."
+InterpolationHelp = "How the pixels of a resized image are computed."
+
+
 def announce_line(line: str) -> None:
     """Print a line; a warning is bold and yellow in a terminal."""
     warning = line.startswith("Warning: ")

@@ -154,6 +154,7 @@ class RunRecord:
     permutations: int | None
     reference_images: int
     salient: tuple[float, float, str, str] | None  # keep, noise, class and score of salient features; None for raw features
+    target_file: str | None  # the file of class embeddings that relevance is measured against; None for labels
     batches: int
     explained: int
     trained_on: int | None
@@ -265,6 +266,7 @@ def read_run(folder: Path) -> RunRecord:
             permutations=_integer(configuration.get("permutations")),
             reference_images=int(configuration["reference_images"] or 0),
             salient=_salient(features) if features else None,
+            target_file=manifest.get("target_file"),
             batches=int(manifest["batches"]),
             explained=int(images["explained"]),
             trained_on=_integer(images.get("trained_on")),

@@ -149,7 +149,32 @@ class SplitRule(TypedDict):
     validation_is_test: NotRequired[bool]
 
 
-class Configuration(StoredOptions, SplitRule):
+class StoredTarget(TypedDict):
+    """Class embeddings in place of labels: the hash of their rows in the order of the classes, and how many numbers each has."""
+
+    sha256: str
+    width: int
+
+
+class StoredResizing(TypedDict):
+    mode: str
+    interpolation: str
+
+
+class StoredInputs(TypedDict):
+    """Omitted at their defaults: labels as the target, and images that cover the size, bicubic."""
+
+    target: NotRequired[StoredTarget]
+    resize: NotRequired[StoredResizing]
+
+
+class TargetFile(TypedDict):
+    """target_file: the name of the file of class embeddings; absent where labels are the target."""
+
+    target_file: NotRequired[str]
+
+
+class Configuration(StoredOptions, SplitRule, StoredInputs):
     """Everything that a run's results depend on. ``fingerprint`` identifies the data, wherever its folder ``data`` is."""
 
     data: str
@@ -175,7 +200,7 @@ class ImageCounts(TypedDict):
     trained_on: NotRequired[int | None]
 
 
-class Context(TypedDict):
+class Context(TargetFile):
     """The part of a manifest that the results do not depend on."""
 
     kdx: str
