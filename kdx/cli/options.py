@@ -35,6 +35,10 @@ def image_names(text: str | None) -> tuple[str, ...]:
     return tuple(filter(None, (name.strip() for name in (text or "").split(","))))
 
 
+ResizeHelp = "How images of other proportions are brought to the networks' size: cover and crop, squash, or letterbox with grey bars."
+InterpolationHelp = "How the pixels of a resized image are computed."
+
+
 def announce_line(line: str) -> None:
     """Print a line; a warning is bold and yellow in a terminal."""
     warning = line.startswith("Warning: ")

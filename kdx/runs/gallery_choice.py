@@ -7,13 +7,14 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kdx.choices import COVER, Interpolation, ResizeMode, Resizing
 from kdx.data.dataset import open_data
 from kdx.data.images import load_images
 from kdx.data.splits import class_balanced_sample
@@ -163,7 +164,7 @@ def _write_pictures(run: RunRecord, places: Sequence[int], data: str | None) -> 
     without = f"{len(places)} of these images"
     hint = "Give the data with --data, or choose among the images that the page shows."
     try:
-        dataset = open_data(reference, run.classes)
+        dataset = replace(open_data(reference, run.classes), resizing=_resizing(run))
     except KdxError as error:
         raise KdxError(
             f"{len(places)} of these images have no picture in the run, and its data cannot be opened: {error.problem}", hint
@@ -178,6 +179,11 @@ def _write_pictures(run: RunRecord, places: Sequence[int], data: str | None) -> 
         pixels = by_index.get(index[run.samples.ids[place]])
         if pixels is not None:
             write_picture(run.folder, int(run.samples.rows[place]), pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
+
+
+def _resizing(run: RunRecord) -> Resizing:
+    stored = run.manifest["configuration"].get("resize")
+    return COVER if stored is None else Resizing(cast(ResizeMode, stored["mode"]), cast(Interpolation, stored["interpolation"]))
 
 
 def write_picture(folder: Path, row: int, pixels: NDArray[np.uint8]) -> None:

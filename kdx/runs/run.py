@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kdx.choices import COVER
 from kdx.data.batches import check_labels
 from kdx.data.images import check_unreadable, load_images
 from kdx.explain.explainer import Explainer
@@ -26,7 +27,17 @@ from kdx.runs.image_numbers import prediction_numbers
 from kdx.runs.plan import Plan
 from kdx.runs.plan import RunOptions as RunOptions
 from kdx.runs.record import Samples
-from kdx.runs.schema import Configuration, Context, SplitRule, StoredFeatures, StoredLayer, StoredNetwork, StoredOptions
+from kdx.runs.schema import (
+    Configuration,
+    Context,
+    SplitRule,
+    StoredFeatures,
+    StoredInputs,
+    StoredLayer,
+    StoredNetwork,
+    StoredOptions,
+    TargetFile,
+)
 from kdx.runs.store import Store
 from kdx.runs.whole import collect_whole, explain_whole, feature_shapes
 from kdx.scores.pool import adjusted
@@ -57,6 +68,8 @@ def explain_dataset(
     for line in (*plan.split.lines(), plan.dataset.note):
         if line:
             announce(line)
+    if plan.embeddings is not None:
+        announce(f"Target: the class embeddings in {plan.embeddings.file}, with {plan.embeddings.rows.shape[1]} numbers per class.")
     geometry = unavoidable(plan)
     # Raise KdxError where the classes, or those of a batch, have no geometry, before anything is written.
     check_labels(plan.dataset.labels[plan.indices])
@@ -132,6 +145,7 @@ def _configuration(plan: Plan, records: Mapping[str, NetworkRecord], size: tuple
         "layers": plan.layers,
         "image_size": size,
         **_recorded_options(plan.options),
+        **_recorded_inputs(plan),
     }
 
 
@@ -162,6 +176,10 @@ def _recorded_options(options: RunOptions) -> StoredOptions:
         recorded["precision"] = options.precision
     if options.features == "salient":
         recorded["features"] = {"kind": options.features, "keep": options.keep, "noise": options.noise}
+        if options.salient_class != "predicted":
+            recorded["features"]["class"] = options.salient_class
+        if options.salient_score != "logit":
+            recorded["features"]["score"] = options.salient_score
     if options.geometry != "auto":
         recorded["geometry"] = options.geometry
     if options.stored_precision != "float32":
@@ -171,9 +189,21 @@ def _recorded_options(options: RunOptions) -> StoredOptions:
     return recorded
 
 
+def _recorded_inputs(plan: Plan) -> StoredInputs:
+    """The target and the resizing in a run's configuration; defaults are omitted."""
+    recorded: StoredInputs = {}
+    if plan.embeddings is not None:
+        recorded["target"] = {"sha256": plan.embeddings.sha256, "width": plan.embeddings.rows.shape[1]}
+    if plan.dataset.resizing != COVER:
+        recorded["resize"] = {"mode": plan.dataset.resizing.mode, "interpolation": plan.dataset.resizing.interpolation}
+    return recorded
+
+
 def _context(plan: Plan, command: Sequence[str]) -> Context:
     """The part of a manifest that does not affect the results."""
+    target: TargetFile = {} if plan.embeddings is None else {"target_file": plan.embeddings.file}
     return {
+        **target,
         "kdx": version("kdx"),
         "created": now(),
         "command": list(command),

@@ -112,12 +112,18 @@ class StoredNetwork(TypedDict):
     preprocessing: NotRequired[Any]
 
 
-class StoredFeatures(TypedDict):
-    """The features that the scores describe: ``kind`` is raw, or salient with its two parameters."""
-
-    kind: str
-    keep: NotRequired[float]
-    noise: NotRequired[float]
+StoredFeatures = TypedDict(
+    "StoredFeatures",
+    {
+        "kind": str,
+        "keep": NotRequired[float],
+        "noise": NotRequired[float],
+        "class": NotRequired[str],
+        "score": NotRequired[str],
+    },
+)
+"""The features that the scores describe: ``kind`` is raw, or salient with its parameters. ``class`` and ``score`` are omitted at their
+defaults, predicted and logit."""
 
 
 class StoredOptions(TypedDict):
@@ -146,7 +152,32 @@ class SplitRule(TypedDict):
     validation_is_test: NotRequired[bool]
 
 
-class Configuration(StoredOptions, SplitRule):
+class StoredTarget(TypedDict):
+    """Class embeddings in place of labels: the hash of their rows in the order of the classes, and how many numbers each has."""
+
+    sha256: str
+    width: int
+
+
+class StoredResizing(TypedDict):
+    mode: str
+    interpolation: str
+
+
+class StoredInputs(TypedDict):
+    """Omitted at their defaults: labels as the target, and images that cover the size, bicubic."""
+
+    target: NotRequired[StoredTarget]
+    resize: NotRequired[StoredResizing]
+
+
+class TargetFile(TypedDict):
+    """target_file: the name of the file of class embeddings; absent where labels are the target."""
+
+    target_file: NotRequired[str]
+
+
+class Configuration(StoredOptions, SplitRule, StoredInputs):
     """Everything that a run's results depend on. ``fingerprint`` identifies the data, wherever its folder ``data`` is."""
 
     data: str
@@ -172,7 +203,7 @@ class ImageCounts(TypedDict):
     trained_on: NotRequired[int | None]
 
 
-class Context(TypedDict):
+class Context(TargetFile):
     """The part of a manifest that the results do not depend on."""
 
     kdx: str

@@ -90,6 +90,7 @@ def test_every_option_of_explain_reaches_the_run(run: Run, monkeypatch: pytest.M
         precision="bfloat16", permutations=5, confidence=0.9, max_unreadable=0.5, seed=3, features="salient", keep=0.25, noise=0.1,
         workers=0, geometry="reference", stored_precision="float16", keep_features=True, project=8, max_disk=1.5, max_minutes=7.0,
         gallery=5, gallery_order="wrong", gallery_images=("a.png", "b/c.png"),
+        salient_class="true", salient_score="probability", target=Path("t.npy"), resize="squash", interpolation="bilinear",
     )  # fmt: skip
     default = RunOptions()
     assert not {field for field in vars(default) if getattr(chosen, field) == getattr(default, field)}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +16,14 @@ import pytest
 from PIL import Image
 
 import kdx
+from kdx.choices import Resizing
 from kdx.commands import explain
 from kdx.data.dataset import open_data
 from kdx.data.images import load_images
 from kdx.report.page import write_page
 from kdx.runs.gallery_choice import GalleryChoice, choose_again, read_choice
 from kdx.runs.record import read_run
+from tests.command_line import in_folder
 from tests.made_runs import make_run
 from tests.runs.small_run import OPTIONS, SIZE, run
 
@@ -85,12 +85,17 @@ def test_new_pictures_are_those_of_the_data(folder: Path, copy: Path) -> None:
 
 
 def test_a_run_is_computed_with_its_choice(folder: Path, tmp_path: Path) -> None:
-    out, options = tmp_path / "run", replace(OPTIONS, gallery=4, gallery_order="changed")
+    out, options = tmp_path / "run", replace(OPTIONS, gallery=4, gallery_order="changed", resize="squash", interpolation="bilinear")
     run(folder, out, options)
     expected = kdx.open_run(out).sorted("changed")[:4].images
     assert cards(out) == expected and len(list((out / "overlays").glob("?????.png"))) == 4
     run(folder, out, replace(options, gallery_order="wrong"))  # the run is complete: only the page changes
     assert cards(out) == kdx.open_run(out).sorted("wrong")[:4].images
+    dataset = replace(open_data(str(folder / "pictures")), resizing=Resizing("squash", "bilinear"))
+    for name in cards(out):  # resized as in the run
+        pixels = load_images(dataset, [dataset.ids.index(name)], SIZE).pixels[0].permute(1, 2, 0).numpy()
+        picture = kdx.open_run(out)[name].pixels
+        assert picture is not None and np.abs(picture / 255 - pixels).max() < 0.003
     run(folder, out, replace(options, gallery=60, gallery_order="balanced"))  # the default chooses nothing new
     assert cards(out) == kdx.open_run(out).sorted("wrong")[:4].images
 
@@ -146,13 +151,14 @@ def test_older_runs_and_damaged_choices_show_the_images_that_have_pictures(tmp_p
     assert cards(old) == kdx.open_run(old).sorted("changed")[:3].images
 
 
-def test_the_command_chooses(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", images=20, gallery=20)
-    command = [sys.executable, "-m", "kdx", "report", str(folder), "--gallery", "5", "--order", "disagreement"]
-    subprocess.run(command, check=True, capture_output=True)
+def test_the_command_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, command = make_run(tmp_path / "run", images=20, gallery=20), in_folder(tmp_path, monkeypatch, capsys)
+    assert command("report", "run", "--gallery", "5", "--order", "disagreement")[0] == 0
     assert cards(folder) == kdx.open_run(folder).sorted("disagreement")[:5].images
-    failed = subprocess.run([*command[:5], "--images", "image-1"], capture_output=True, text=True, check=False)
-    assert failed.returncode == 2 and "There is no image 'image-1'." in failed.stderr and "such as image-000" in failed.stderr
+    status, _, error = command("report", "run", "--images", "image-1")
+    assert status == 2 and "There is no image 'image-1'." in error and "such as image-000" in error
+    assert command("report", "run", "--images", "image-00007,image-00003")[0] == 0
+    assert cards(folder) == ["image-00007", "image-00003"]
 
 
 def test_the_choice_is_part_of_no_result(folder: Path, copy: Path) -> None:

@@ -10,8 +10,6 @@ import io
 import json
 import math
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from rich.table import Table
 import kdx
 from kdx import progress
 from kdx.choices import TableFormat
+from tests.command_line import in_folder
 from tests.made_runs import make_hostile_run, make_run
 
 GOLDEN = Path(__file__).with_name("tables")
@@ -89,12 +88,11 @@ def test_names_cannot_break_a_table(tmp_path: Path) -> None:
         run.table("html")  # type: ignore[arg-type]
 
 
-def test_the_command_prints_a_table_and_nothing_else(golden: Path) -> None:
-    page = golden / "report.html"
-    result = subprocess.run(
-        [sys.executable, "-m", "kdx", "report", str(golden), "--table", "latex"], capture_output=True, text=True, check=True
-    )
-    assert result.stdout == (GOLDEN / "scores.tex").read_text("utf-8") and not page.exists()
+def test_the_command_prints_a_table_and_nothing_else(
+    golden: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, error = in_folder(golden.parent, monkeypatch, capsys)("report", golden.name, "--table", "latex")
+    assert (status, out, error) == (0, (GOLDEN / "scores.tex").read_text("utf-8"), "") and not (golden / "report.html").exists()
 
 
 def test_tables_in_a_pipe_are_not_cut(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
