@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, Weighting
+from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, SalientClass, SalientScore, Weighting
 from kdx.data import inputs
 from kdx.data.inputs import Batches, Pictures
 from kdx.errors import KdxError
@@ -29,10 +29,12 @@ from kdx.features.score_maps import terms
 from kdx.features.target import ClassNames
 from kdx.kernels import ambient
 from kdx.maps.decomposition import Decomposition
+from kdx.maps.drawing import Sheet
+from kdx.maps.figures import DRAWN_KINDS, Drawable, chosen_kinds, layers_sheet
 from kdx.maps.unicam import Maps
 from kdx.models.layer_pairs import parse_layers
 from kdx.models.models_file import ModelsFile, read_models
-from kdx.roles import TARGET, ScoreMap, roles_among, score_maps_among
+from kdx.roles import MAPS, TARGET, ScoreMap, roles_among, score_maps_among
 from kdx.runtimes.choice import Choice
 from kdx.scores.pool import pooled_scores
 from kdx.scores.score import Contrast, Score
@@ -40,7 +42,7 @@ from kdx.scores.uncertainty import permutation_table
 
 
 @dataclass(frozen=True)
-class LayerResult(Generic[ArrayT]):
+class LayerResult(Drawable, Generic[ArrayT]):
     """The comparison of the networks at one layer.
 
     distilled, residual, missed, new: the maps (`kdx.roles.MAPS`). The student's features that the base's do not explain, the base's
@@ -72,13 +74,32 @@ class LayerResult(Generic[ArrayT]):
         """RS(S): the relevance of the student's features to the target."""
         return self.scores["RS(S)"]
 
+    @property
+    def kinds(self) -> dict[str, Maps[ArrayT] | Decomposition[ArrayT]]:
+        """All maps of the layer: those that add up to a score by symbol, then UniCAM's by name."""
+        unicam = {name: getattr(self, name) for name in MAPS}
+        return {**self.score_maps, **{name: maps for name, maps in unicam.items() if maps is not None}}
+
+    def _count(self) -> int:
+        return len(next(iter(self.kinds.values())).maps)
+
+    def _sheet(self, images: list[NDArray[np.uint8]] | None, index: list[int], kinds: Sequence[str] | None) -> Sheet:
+        return layers_sheet({"": self.kinds}, images, index, chosen_kinds(kinds, DRAWN_KINDS, list(self.kinds)))
+
 
 @dataclass(frozen=True)
-class Explanation(Generic[ArrayT]):
+class Explanation(Drawable, Generic[ArrayT]):
     """The explanation of the images of one call: a LayerResult per layer, and each role's logits [n, classes]."""
 
     layers: dict[str, LayerResult[ArrayT]]
     logits: dict[str, ArrayT]
+
+    def _count(self) -> int:
+        return len(next(iter(self.logits.values())))
+
+    def _sheet(self, images: list[NDArray[np.uint8]] | None, index: list[int], kinds: Sequence[str] | None) -> Sheet:
+        layers = {name: layer.kinds for name, layer in self.layers.items()}
+        return layers_sheet(layers, images, index, chosen_kinds(kinds, DRAWN_KINDS[:1], list(next(iter(layers.values())))))
 
 
 class Explainer:
@@ -103,11 +124,12 @@ class Explainer:
     chunk: images per pass of a network, by default all images of a call, or 64 for an engine. It does not change the results.
     permutations, confidence, seed: for the p-values and intervals of the scores.
     file: an explainer file. It replaces the networks, the objective and the weighting; its layers are the default.
-    features: ``raw``, or ``salient`` for scores, contrasts and p-values of salient features, as published. At each layer these are a
-    network's features of its own salient images (`kdx.salient_images`, for the class that it predicts), in which the share ``keep`` of
-    the pixels is kept and the rest is imputed with ``noise``. The maps are always those of the raw features. Salient features cost one
-    additional backward pass per network, and one additional forward pass per network and layer. Exported files contain no gradients for
-    them.
+    features: ``raw``, or ``salient`` for scores, contrasts and p-values of salient features. At each layer these are a network's features
+    of its own salient images (`kdx.salient_images`), in which the share ``keep`` of the pixels is kept and the rest is imputed with
+    ``noise``. salient_class: the class of which pixels are kept: the one that the network ``predicted``, or the ``true`` one.
+    salient_score: whether the ``logit`` of that class or its ``probability`` (softmax) ranks the pixels; a probability of 1 has no
+    gradient. The maps are always those of the raw features. Salient features cost one additional backward pass per network, and one
+    additional forward pass per network and layer. Exported files contain no gradients for them.
 
     Images are an array or tensor [n, 3, h, w] or [n, h, w, 3], in [0, 1] or as uint8; or Pillow images, paths of files, or a list of them,
     which are resized to the largest size that a network specifies (`kdx.data.as_pixels`). Pixels outside [0, 1] are refused, unless kdx
@@ -143,6 +165,8 @@ class Explainer:
         features: Features = "raw",
         keep: float = 0.5,
         noise: float = 0.0,
+        salient_class: SalientClass = "predicted",
+        salient_score: SalientScore = "logit",
     ) -> None:
         settings = Settings(
             runtime=runtime,
@@ -158,6 +182,8 @@ class Explainer:
             features=features,
             keep=keep,
             noise=noise,
+            salient_class=salient_class,
+            salient_score=salient_score,
         )
         roles = {"teacher": teacher, "student": student, "base": base}
         networks = {role: network for role, network in roles.items() if network is not None}
@@ -254,32 +280,39 @@ class Explainer:
 
     @ambient.neutral()
     def explain(
-        self, images: Tensor, labels: Tensor, seed: int | Sequence[int] | None = None
+        self, images: Tensor, labels: Tensor, seed: int | Sequence[int] | None = None, *, classes: Tensor | None = None
     ) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
         """Each role's logits [n, classes] and one LayerMeasurement per layer, from images [n, 3, h, w] in [0, 1] and labels [n] or [n, e].
 
-        seed: of the permutations for p-values and of the noise in salient images; by default the explainer's own. Calling the
-        explainer turns the same measurements into scores.
+        seed: of the permutations for p-values and of the noise in salient images; by default the explainer's own. classes [n]: the true
+        classes, for salient features of the true class where the labels are an embedding. Calling the explainer turns the same
+        measurements into scores.
         """
         if isinstance(seed, Tensor):
             raise TypeError("explain makes its permutations itself: give only a seed")
         seed = self.settings.seed if seed is None else seed
         permutations = permutation_table(len(labels), self.settings.permutations, seed)
         batch = inputs.as_pixels(images, self._networks.input_format)
-        return self._networks.explain(batch, labels, permutations, np.random.SeedSequence(seed))
+        return self._networks.explain(batch, labels, permutations, np.random.SeedSequence(seed), classes)
 
     @overload
-    def __call__(self, images: ArrayT, labels: Labels) -> Explanation[ArrayT]: ...
+    def __call__(self, images: ArrayT, labels: Labels, *, classes: Array | None = None) -> Explanation[ArrayT]: ...
     @overload
-    def __call__(self, images: Pictures | Batches, labels: Labels | None = None) -> Explanation[NDArray[Any]]: ...
+    def __call__(
+        self, images: Pictures | Batches, labels: Labels | None = None, *, classes: Array | None = None
+    ) -> Explanation[NDArray[Any]]: ...
     @ambient.neutral()
-    def __call__(self, images: Any, labels: Labels | None = None) -> Explanation[Any]:
-        """Maps and scores of n images with labels [n] or an embedding [n, e], or of a ``DataLoader`` of both."""
+    def __call__(self, images: Any, labels: Labels | None = None, *, classes: Array | None = None) -> Explanation[Any]:
+        """Maps and scores of n images with labels [n] or an embedding [n, e], or of a ``DataLoader`` of both.
+
+        classes [n]: as in `explain`.
+        """
         batch, target = self._converted(images, labels, "the target", "images")
         arrays.check_images(len(batch))
         if self.settings.geometry == "reference" and not self._has_references:
             raise KdxError("The geometry reference needs reference images.", "Call use_references(images, labels) first.")
-        logits, measurements = self.explain(batch, target)
+        true = None if classes is None else arrays.tensor(classes, "classes")
+        logits, measurements = self.explain(batch, target, classes=true)
         layers = {layer: self._result(measurement, len(batch), images) for layer, measurement in measurements.items()}
         return Explanation(layers, {role: arrays.like(rows, images) for role, rows in logits.items()})
 
