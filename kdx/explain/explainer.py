@@ -237,6 +237,11 @@ class Explainer:
         self._classes = ClassNames(list(names), known=bool(names))
 
     @property
+    def input_format(self) -> inputs.InputFormat:
+        """The size to which pictures are resized, and whether pixels must be in [0, 1]."""
+        return self._networks.input_format
+
+    @property
     def choice(self) -> Choice:
         """The runtime and device, and the reason."""
         return self._networks.choice
