@@ -71,7 +71,7 @@ _HOMES = {
 }
 """The module of each public name. It is imported when the name is first used, since PyTorch takes seconds to load."""
 
-_FOLDERS = ("data", "distill", "explain", "export", "features", "kernels", "maps", "models", "report", "runs", "runtimes", "scores")
+_FOLDERS = ("cam", "data", "distill", "explain", "export", "features", "kernels", "maps", "models", "report", "runs", "runtimes", "scores")
 
 
 def __getattr__(name: str) -> Any:

@@ -30,7 +30,7 @@ FLOORS = [
     {"kdx.export", "kdx.scores"},
     {"kdx.models", "kdx.data", "kdx.runtimes"},
     {"kdx.maps", "kdx.distill"},
-    {"kdx.explain"},
+    {"kdx.explain", "kdx.cam"},
     {"kdx.runs"},
     {"kdx.report"},
     {"kdx.commands"},
@@ -128,6 +128,7 @@ def test_version_changelog_and_citation_agree() -> None:
         "maps.decomposition",
         "scores.metrics",
         "scores.compare",
+        "cam.methods",
     ],
 )
 def test_docstring_examples(module: str) -> None:
