@@ -28,7 +28,7 @@ FLOORS = [
     {"kdx.kernels"},
     {"kdx.features"},
     {"kdx.export", "kdx.scores"},
-    {"kdx.models", "kdx.data", "kdx.runtimes"},
+    {"kdx.models", "kdx.data", "kdx.runtimes", "kdx.losses"},
     {"kdx.maps", "kdx.distill"},
     {"kdx.explain", "kdx.cam"},
     {"kdx.runs"},

@@ -14,7 +14,7 @@ from kdx.export.dependence import check_dependence
 from kdx.export.graphs import GradientGraph
 from kdx.features import arrays
 from kdx.kernels import geometry
-from kdx.maps.gradients import LayerGradient, check_gradients
+from kdx.maps.gradients import LayerGradient, check_gradients, derivatives
 from kdx.models.prepared import prepared, unwrapped
 
 Layers = Sequence[nn.Module | str]
@@ -81,17 +81,22 @@ class CamGraph(GradientGraph):
                 )
             return nn.functional.one_hot(logits.argmax(1), logits.shape[1]).to(logits.dtype)
         arrays.check_same(len(targets), len(logits), "targets", "images")
-        leaf = logits.detach().requires_grad_()
-        outputs = leaf.reshape(len(leaf), *self._output_shape)
-        values = [target(output) for target, output in zip(targets, outputs, strict=True)]
-        for value in values:
-            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-                raise KdxError(
-                    "A target does not return one number that depends on the output.",
-                    "Return a tensor with one entry, computed from the output for one image, such as output[3].",
-                )
-        (cotangent,) = torch.autograd.grad(torch.stack([value.reshape(()) for value in values]).sum(), leaf)
-        return cotangent
+
+        def values(rows: Tensor) -> Tensor:
+            outputs = rows.reshape(len(rows), *self._output_shape)
+            return torch.stack([_number(target(output)) for target, output in zip(targets, outputs, strict=True)])
+
+        return derivatives(values, logits)
+
+
+def _number(value: Tensor) -> Tensor:
+    """The one number [] that a target returns."""
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise KdxError(
+            "A target does not return one number that depends on the output.",
+            "Return a tensor with one entry, computed from the output for one image, such as output[3].",
+        )
+    return value.reshape(())
 
 
 def layer_names(model: nn.Module, layers: Layers) -> list[str]:

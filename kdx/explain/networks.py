@@ -132,12 +132,13 @@ class NetworkRunners:
         self._references = {layer: LayerReferences.of(self._features(outputs, layer), labels) for layer in self.layers}
 
     def explain(
-        self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence
+        self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence, classes: Tensor | None = None
     ) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
         outputs = self._infer(images)
         labels, permutations = labels.to(self.choice.device), permutations.to(self.choice.device)
         target = Target.of(labels).checked()
-        distances = {} if self._salience is None else self._salient_distances(self._salience, images, outputs, seed)
+        classes = labels if classes is None and labels.ndim == 1 else classes
+        distances = {} if self._salience is None else self._salient_distances(self._salience, images, classes, outputs, seed)
         measurements = {
             layer: measure(
                 self._features(outputs, layer),
@@ -153,14 +154,19 @@ class NetworkRunners:
         return {role: passed.logits for role, passed in outputs.items()}, measurements
 
     def _salient_distances(
-        self, salience: Salience, images: Tensor, outputs: Mapping[str, NetworkOutputs], seed: np.random.SeedSequence
+        self,
+        salience: Salience,
+        images: Tensor,
+        classes: Tensor | None,
+        outputs: Mapping[str, NetworkOutputs],
+        seed: np.random.SeedSequence,
     ) -> dict[str, dict[str, BatchDistances]]:
         """Per layer and role: the distances [n, n] between the role's features of its own salient images."""
         images = images.to(self.choice.device)
         rankings = {}
         for role, runner in self._gradients.items():
-            logits = outputs[role].logits
-            rankings[role] = ranking_maps(runner, runner.layers, images, logits.argmax(1), logits.shape[1], self._settings.chunk)
+            cotangents = salience.cotangents(outputs[role].logits, classes)
+            rankings[role] = ranking_maps(runner, runner.layers, images, cotangents, self._settings.chunk)
         distances: dict[str, dict[str, BatchDistances]] = {layer: {} for layer in self.layers}
         for layer in self.layers:
             # Each network has its own seed: noise that two networks' images share would raise their similarity.

@@ -71,6 +71,36 @@ def test_the_chunk_does_not_change_the_scores_of_salient_features(salient: Expla
         assert_same(opened(images(), labels()), salient, 1e-5)
 
 
+def test_salient_features_of_the_true_class_and_of_its_probability() -> None:
+    """Step by step: HiResCAM of a module that ends in the softmax of the true class."""
+
+    class Ending(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            scores: Tensor = self.network(pixels)
+            return scores if score == "logit" else scores.softmax(1)
+
+    for score in ("logit", "probability"):
+        expected: dict[str, Tensor] = {}
+        for role, network in networks().items():
+            layer = LAYERS["conv1"] if role == "teacher" else "conv1"
+            ranked = kdx.hires_cam(Ending(network).eval(), images(), f"network.{layer}", labels()).scaled(SIZE)
+            with torch.no_grad():
+                _, expected[role] = FeatureGraph(network, [layer])(kdx.impute(images(), kdx.top_mask(ranked, 0.4)))
+        settings: dict[str, Any] = {"features": "salient", "keep": 0.4, "salient_class": "true", "salient_score": score}
+        with explainer(**settings) as opened:
+            actual = opened(images(), labels()).layers["conv1"]
+            embedded = opened(images(), torch.eye(5)[labels()], classes=labels()).layers["conv1"]
+            with pytest.raises(KdxError, match="need the class of every image"):
+                opened(images(), torch.eye(5)[labels()])
+        for name, value in actual.scores.items():
+            assert value.value == pytest.approx(score_of(name, expected).value, abs=1e-9)
+            assert embedded.scores[name].value == pytest.approx(value.value, abs=1e-12)
+
+
 def test_references_map_and_salient_features_score(salient: Explanation[Any]) -> None:
     actual = []
     for settings in ({}, {"features": "salient", "keep": 0.4}):
