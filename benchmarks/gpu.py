@@ -32,7 +32,7 @@ from kdx.explain import layer
 from kdx.features.target import Target
 from kdx.kernels import cubins, cuda, fused, geometry
 from kdx.kernels.fused_shares import PositionSquares
-from kdx.kernels.precision import full_precision
+from kdx.kernels.precision import ieee_float32
 from kdx.scores import uncertainty
 from tests.oracle import TOLERANCE, error
 
@@ -212,7 +212,7 @@ def usable_gpu() -> torch.device:
     return device
 
 
-@full_precision()  # in PyTorch's passes and in the published method as well
+@ieee_float32()  # in PyTorch's passes and in the published method as well
 def measure(device: torch.device, samples: int, seed: int) -> dict[str, Any]:
     checks = [check(case) for sizes in CHECKED for case in cases(sizes, device, seed)]
     for result in checks:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from kdx.maps.class_maps import ClassMaps, grad_cam, hires_cam
     from kdx.maps.decomposition import Decomposition, decompose
     from kdx.maps.earlier_layers import unicam_before
+    from kdx.maps.overlays import overlay
     from kdx.maps.salient_images import impute, salient_images, top_mask
     from kdx.maps.unicam import Maps, ReferenceSet, unicam
     from kdx.scores.compare import compare
@@ -36,6 +37,7 @@ __all__ = [
     "grad_cam",
     "hires_cam",
     "impute",
+    "overlay",
     "partial_rs",
     "rs",
     "salient_images",
@@ -62,6 +64,7 @@ _HOMES = {
     "grad_cam": "maps.class_maps",
     "hires_cam": "maps.class_maps",
     "impute": "maps.salient_images",
+    "overlay": "maps.overlays",
     "partial_rs": "scores.metrics",
     "rs": "scores.metrics",
     "salient_images": "maps.salient_images",
@@ -71,7 +74,22 @@ _HOMES = {
 }
 """The module of each public name. It is imported when the name is first used, since PyTorch takes seconds to load."""
 
-_FOLDERS = ("data", "distill", "explain", "export", "features", "kernels", "maps", "models", "report", "runs", "runtimes", "scores")
+_FOLDERS = (
+    "cam",
+    "data",
+    "distill",
+    "explain",
+    "export",
+    "features",
+    "kernels",
+    "losses",
+    "maps",
+    "models",
+    "report",
+    "runs",
+    "runtimes",
+    "scores",
+)
 
 
 def __getattr__(name: str) -> Any:

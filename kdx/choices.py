@@ -26,8 +26,14 @@ Weighting = Literal["gap", "elementwise"]
 Features = Literal["raw", "salient"]
 """The features that scores compare: each network's features of the images, or of its own salient images."""
 
+SalientClass = Literal["predicted", "true"]
+"""The class of which salient features keep the pixels: the one that each network predicts, or the image's label."""
+
+SalientScore = Literal["logit", "probability"]
+"""What the ranking of the pixels of a salient image differentiates: the logit of the class, or its softmax."""
+
 GeometryName = Literal["auto", "whole", "reference", "batch"]
-"""The images that an image is compared with: the whole set, a fixed reference set, or the images of its batch, as published."""
+"""The images that an image is compared with: the whole set, a fixed reference set, or the images of its batch."""
 
 StoredPrecision = Literal["float32", "float16"]
 """The number format of features on disk."""

@@ -12,25 +12,37 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from kdx.kernels.precision import full_precision
+from kdx.kernels.precision import ieee_float32
 
 
 @contextmanager
 def neutral() -> Iterator[None]:
     """Run a block, or as a decorator a function, without autocast, inference mode, recorded gradients, default device and TF32.
 
-    Every public function that computes has this decorator. Code inside it that needs gradients uses torch.enable_grad().
+    Every public function that computes has this decorator, or that of `full_precision`. Code inside it that needs gradients uses
+    torch.enable_grad().
+    """
+    with ExitStack() as stack:
+        stack.enter_context(full_precision())
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Run a block, or as a decorator a function, without autocast, default device and TF32. The caller decides whether gradients are recorded.
+
+    For functions of tensors that are being trained.
     """
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(full_precision())
+        stack.enter_context(ieee_float32())
         yield
 
 

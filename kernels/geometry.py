@@ -258,6 +258,12 @@ def scaled(maps: Tensor) -> Tensor:
     return (maps - low) / torch.where(span > 0, span, 1.0)
 
 
+def symmetric(maps: Tensor) -> Tensor:
+    """Signed maps [..., H, W], each divided by its largest absolute value, in [-1, 1]; a map of zeros stays zero."""
+    highest = maps.abs().amax((-2, -1), keepdim=True)
+    return maps / torch.where(highest > 0, highest, 1.0)
+
+
 # Reference mode
 
 

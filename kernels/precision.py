@@ -1,7 +1,7 @@
 """Float32 products and convolutions without TensorFloat-32 or bfloat16, which would leave ten or seven bits of each factor.
 
 PyTorch's convolutions on a GPU use TensorFloat-32 unless a program forbids it. The settings belong to the whole process. They are
-therefore changed by the first block of `full_precision` that begins, in whatever thread, and restored by the last one that ends.
+therefore changed by the first block of `ieee_float32` that begins, in whatever thread, and restored by the last one that ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _restore: list[Callable[[], None]] = []
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
+def ieee_float32() -> Iterator[None]:
     """Run a block in which float32 products and convolutions are computed in float32, on a GPU and on the CPU."""
     global _blocks
     with _lock:

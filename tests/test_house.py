@@ -28,9 +28,9 @@ FLOORS = [
     {"kdx.kernels"},
     {"kdx.features"},
     {"kdx.export", "kdx.scores"},
-    {"kdx.models", "kdx.data", "kdx.runtimes"},
+    {"kdx.models", "kdx.data", "kdx.runtimes", "kdx.losses"},
     {"kdx.maps", "kdx.distill"},
-    {"kdx.explain"},
+    {"kdx.explain", "kdx.cam"},
     {"kdx.runs"},
     {"kdx.report"},
     {"kdx.commands"},
@@ -129,6 +129,7 @@ def test_version_changelog_and_citation_agree() -> None:
         "maps.decomposition",
         "scores.metrics",
         "scores.compare",
+        "cam.methods",
     ],
 )
 def test_docstring_examples(module: str) -> None:

@@ -9,7 +9,17 @@ from typing import Annotated
 import typer
 
 from kdx import progress
-from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, StoredPrecision, Weighting
+from kdx.choices import (
+    Features,
+    GeometryName,
+    ObjectiveName,
+    Precision,
+    RuntimeName,
+    SalientClass,
+    SalientScore,
+    StoredPrecision,
+    Weighting,
+)
 from kdx.cli.options import DataArgument, DeviceOption, LayerOption, SeedOption, UnreadableOption, announce_line
 
 
@@ -37,7 +47,7 @@ def explain(
         GeometryName,
         typer.Option(
             help="The images that an image is compared with. whole: all of them; reference: in UniCAM's maps a fixed set, else its batch; "
-            "batch: its batch, as published. auto: whole if it is within --max-disk and --max-minutes, else reference."
+            "batch: its batch, as in the authors' code. auto: whole if it is within --max-disk and --max-minutes, else reference."
         ),
     ] = "auto",
     runtime: Annotated[RuntimeName, typer.Option(help="What executes the networks.")] = "auto",
@@ -56,6 +66,12 @@ def explain(
     ] = "raw",
     keep: Annotated[float, typer.Option(help="salient: the share of pixels to keep. The other pixels are imputed.")] = 0.5,
     noise: Annotated[float, typer.Option(help="salient: the standard deviation of the noise on imputed pixels.")] = 0.0,
+    salient_class: Annotated[
+        SalientClass, typer.Option(help="salient: the class of which pixels are kept: the one that each network predicts, or the true one.")
+    ] = "predicted",
+    salient_score: Annotated[
+        SalientScore, typer.Option(help="salient: what ranks the pixels: the logit of that class, or its probability (softmax).")
+    ] = "logit",
     reference: Annotated[
         int, typer.Option(min=0, help="The size of the reference set, by default 256. A size above 0 selects --geometry reference.")
     ] = 0,
@@ -117,6 +133,8 @@ def explain(
         features=features,
         keep=keep,
         noise=noise,
+        salient_class=salient_class,
+        salient_score=salient_score,
         reference_images=reference,
         stored_precision=store,
         keep_features=keep_features,

@@ -15,6 +15,7 @@ from kdx.kernels import ambient, decomposition, dispatch, geometry
 from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import BatchDistances, TorchBackend
 from kdx.kernels.positions import PositionGeometry
+from kdx.maps.scaling import at_size
 from kdx.maps.unicam import check_residual
 
 
@@ -40,6 +41,13 @@ class Decomposition(Generic[ArrayT]):
         """Each image's contribution to the score [n]."""
         contributions: ArrayT = self.maps.sum((1, 2))
         return contributions
+
+    def at_size(self, size: tuple[int, int]) -> ArrayT:
+        """The maps resized (bilinear) to ``size`` (H, W), each then divided by its largest absolute value, which becomes 1.
+
+        Signs are kept, and a map of zeros stays zero. Maps at this scale no longer add up to the score.
+        """
+        return at_size(self.maps, size, signed=True)
 
 
 @ambient.neutral()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdx.disk import write_atomic
-from kdx.report import overlays
+from kdx.maps import overlays
 from kdx.report.kinds import PageKind, opening_layer, page_kinds, shown_first
 from kdx.report.packing import PackedMap, data_uri, encoded, packed_map, rounded, rounded_or_none, shrunk
 from kdx.runs.record import MapColumns, RunRecord

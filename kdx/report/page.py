@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdx.disk import remove_leftovers, write_atomic
-from kdx.report import overlays, plots, wording
+from kdx.maps import overlays
+from kdx.report import plots, wording
 from kdx.report.gallery import Gallery, gradient, make_gallery
 from kdx.report.kinds import kinds_left_out
 from kdx.report.map_facts import layer_facts

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kdx.errors import KdxError
 from kdx.roles import READING_ORDER, contrast_name, contrasts_among, maps_among, score_maps_among, scores_among
 from kdx.runs import schema
-from kdx.runs.schema import Manifest, StoredScore, StoredScores, UnreadableImage
+from kdx.runs.schema import Manifest, StoredFeatures, StoredScore, StoredScores, UnreadableImage
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -153,7 +153,7 @@ class RunRecord:
     confidence: float
     permutations: int | None
     reference_images: int
-    salient: tuple[float, float] | None  # the keep and noise of salient features; None for raw features
+    salient: tuple[float, float, str, str] | None  # keep, noise, class and score of salient features; None for raw features
     batches: int
     explained: int
     trained_on: int | None
@@ -264,7 +264,7 @@ def read_run(folder: Path) -> RunRecord:
             confidence=float(configuration["confidence"]),
             permutations=_integer(configuration.get("permutations")),
             reference_images=int(configuration["reference_images"] or 0),
-            salient=(float(features["keep"]), float(features["noise"])) if features else None,
+            salient=_salient(features) if features else None,
             batches=int(manifest["batches"]),
             explained=int(images["explained"]),
             trained_on=_integer(images.get("trained_on")),
@@ -319,6 +319,10 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
 
 def _integer(value: Any) -> int | None:
     return None if value is None else int(value)
+
+
+def _salient(stored: StoredFeatures) -> tuple[float, float, str, str]:
+    return float(stored["keep"]), float(stored["noise"]), str(stored.get("class", "predicted")), str(stored.get("score", "logit"))
 
 
 def _network(role: str, manifest: Manifest, accuracy: Mapping[str, Any]) -> NetworkResult:

@@ -162,6 +162,10 @@ def _recorded_options(options: RunOptions) -> StoredOptions:
         recorded["precision"] = options.precision
     if options.features == "salient":
         recorded["features"] = {"kind": options.features, "keep": options.keep, "noise": options.noise}
+        if options.salient_class != "predicted":
+            recorded["features"]["class"] = options.salient_class
+        if options.salient_score != "logit":
+            recorded["features"]["score"] = options.salient_score
     if options.geometry != "auto":
         recorded["geometry"] = options.geometry
     if options.stored_precision != "float32":

@@ -109,12 +109,18 @@ class StoredNetwork(TypedDict):
     preprocessing: NotRequired[Any]
 
 
-class StoredFeatures(TypedDict):
-    """The features that the scores describe: ``kind`` is raw, or salient with its two parameters."""
-
-    kind: str
-    keep: NotRequired[float]
-    noise: NotRequired[float]
+StoredFeatures = TypedDict(
+    "StoredFeatures",
+    {
+        "kind": str,
+        "keep": NotRequired[float],
+        "noise": NotRequired[float],
+        "class": NotRequired[str],
+        "score": NotRequired[str],
+    },
+)
+"""The features that the scores describe: ``kind`` is raw, or salient with its parameters. ``class`` and ``score`` are omitted at their
+defaults, predicted and logit."""
 
 
 class StoredOptions(TypedDict):
