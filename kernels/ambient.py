@@ -6,17 +6,21 @@ default number format belongs to the whole process, so code that makes a tensor 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+
+from kdx import threads
 
 
 @contextmanager
 def neutral() -> Iterator[None]:
     """Run a block, or as a decorator a function, without autocast, inference mode, recorded gradients and default device.
 
-    Every public function that computes has this decorator. Code inside it that needs gradients uses torch.enable_grad().
+    OpenMP's threads do not spin in it, and there are at most as many as the process has cores (`kdx.threads`). Every public function that
+    computes has this decorator. Code inside it that needs gradients uses torch.enable_grad().
     """
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
@@ -27,7 +31,27 @@ def neutral() -> Iterator[None]:
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(threads.patient())
+        stack.enter_context(within_limits())
         yield
+
+
+@contextmanager
+def within_limits() -> Iterator[None]:
+    """Run a block with at most as many threads of PyTorch as a container allows, unless the user has set one of `threads.COUNTS`.
+
+    The number belongs to the calling thread. A thread that first uses PyTorch while another one is in the block starts with that
+    block's number.
+    """
+    before, limit = torch.get_num_threads(), threads.quota()
+    if limit is None or before <= limit or any(name in os.environ for name in threads.COUNTS):
+        yield
+        return
+    torch.set_num_threads(limit)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def recordable(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,329 @@
+"""Threads: the cores that control groups allow, the user's own settings, and OpenMP threads that wait without spinning."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdx
+from kdx import threads
+from kdx.data import images
+from kdx.kernels import ambient
+
+
+def machine(root: Path, groups: str, mounts: list[str], **quotas: str) -> Path:
+    """A file system with these memberships, mounts, and files "folder__name" of quotas."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(groups)
+    lines = [f"{31 + number} 23 0:{28 + number} {mount}\n" for number, mount in enumerate(mounts)]
+    (root / "proc/self/mountinfo").write_text("22 1 0:20 / / rw - ext4 /dev/vda rw\n" + "".join(lines))
+    return root
+
+
+def write(root: Path, name: str, content: str) -> None:
+    file = root / "sys/fs/cgroup" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content)
+
+
+V2 = "/ /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
+V1 = "/ /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct"
+
+
+class TestQuota:
+    def test_version_2_takes_the_smallest_of_nested_groups(self, tmp_path: Path) -> None:
+        root = machine(tmp_path, "0::/team/job/step\n", [V2])
+        write(root, "team/cpu.max", "700000 100000\n")
+        write(root, "team/job/cpu.max", "125000 50000\n")
+        write(root, "team/job/step/cpu.max", "max 100000\n")
+        assert threads.quota_cores(root) == 2.5
+        assert threads.smaller_quota(root, 16) == 3
+        assert threads.smaller_quota(root, 3) is None  # no smaller than what the libraries know already
+
+    def test_groups_beside_and_below_do_not_count(self, tmp_path: Path) -> None:
+        root = machine(tmp_path, "0::/team/job\n", [V2])
+        write(root, "team/other/cpu.max", "100000 100000\n")
+        write(root, "team/job/step/cpu.max", "100000 100000\n")
+        assert threads.quota_cores(root) is None
+
+    def test_a_container_sees_its_own_group_as_the_root(self, tmp_path: Path) -> None:
+        root = machine(tmp_path, "0::/\n", [V2])
+        write(root, "cpu.max", "150000 100000\n")
+        assert threads.quota_cores(root) == 1.5
+
+    @pytest.mark.parametrize("path", ["/docker/3f", "/../sibling", "/docker"])
+    def test_a_group_outside_the_mounted_part_is_the_mount(self, tmp_path: Path, path: str) -> None:
+        root = machine(tmp_path, f"0::{path}\n", ["/docker/3f /sys/fs/cgroup ro - cgroup2 cgroup2 rw"])
+        write(root, "cpu.max", "300000 100000\n")
+        assert threads.quota_cores(root) == 3
+
+    def test_the_mounted_part_is_removed_from_the_path(self, tmp_path: Path) -> None:
+        root = machine(tmp_path, "0::/docker/3f/inner\n", ["/docker/3f /sys/fs/cgroup ro - cgroup2 cgroup2 rw"])
+        write(root, "inner/cpu.max", "50000 100000\n")
+        write(root, "cpu.max", "300000 100000\n")
+        assert threads.quota_cores(root) == 0.5
+        assert threads.smaller_quota(root, 2) == 1
+
+    def test_version_1(self, tmp_path: Path) -> None:
+        root = machine(tmp_path, "5:memory:/a\n4:cpuset,cpu,cpuacct:/job/step\n1:name=systemd:/x:y\n", [V1])
+        for group, quota in {"job": "400000", "job/step": "-1"}.items():
+            write(root, f"cpu,cpuacct/{group}/cpu.cfs_quota_us", f"{quota}\n")
+            write(root, f"cpu,cpuacct/{group}/cpu.cfs_period_us", "100000\n")
+        assert threads.quota_cores(root) == 4
+
+    def test_both_versions_together(self, tmp_path: Path) -> None:
+        root = machine(tmp_path, "3:cpu,cpuacct:/job\n0::/job\n", [V1, V2.replace("cgroup rw", "cgroup/unified rw")])
+        write(root, "cpu,cpuacct/job/cpu.cfs_quota_us", "600000")
+        write(root, "cpu,cpuacct/job/cpu.cfs_period_us", "100000")
+        write(root, "unified/job/cpu.max", "800000 100000")
+        assert threads.quota_cores(root) == 6
+
+    @pytest.mark.parametrize("content", ["", "max\n", "nonsense 100000\n", "100000 0\n", "0 100000\n"])
+    def test_what_is_no_limit_limits_nothing(self, tmp_path: Path, content: str) -> None:
+        root = machine(tmp_path, "0::/\n", [V2])
+        write(root, "cpu.max", content)
+        assert threads.quota_cores(root) is None
+
+    def test_no_control_groups(self, tmp_path: Path) -> None:
+        assert threads.quota_cores(tmp_path) is None
+
+
+@pytest.fixture
+def container(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A container with a quota of one core, in which PyTorch uses three threads."""
+    for name in threads.COUNTS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(threads, "quota", lambda: 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("container")
+class TestNumberOfThreads:
+    def test_the_quota_holds_in_a_block_and_is_restored(self) -> None:
+        with ambient.neutral():
+            assert torch.get_num_threads() == 1
+            with ambient.neutral():
+                assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+        with pytest.raises(ZeroDivisionError), ambient.neutral():
+            _ = 1 / 0
+        assert torch.get_num_threads() == 3
+
+    @pytest.mark.parametrize("name", threads.COUNTS)
+    def test_the_user_wins(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        monkeypatch.setenv(name, "3")
+        with ambient.neutral():
+            assert torch.get_num_threads() == 3
+
+    def test_decoders(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        counts = []
+
+        @contextmanager
+        def prefetch(_: object, workers: int) -> Iterator[None]:
+            counts.append(workers)
+            yield
+
+        monkeypatch.setattr(images, "prefetch", prefetch)
+        with images.decoded([], [], (8, 8)):  # type: ignore[arg-type]
+            pass
+        assert counts == [1]
+
+
+class TestEnvironment:
+    def test_a_new_process_does_not_spin(self) -> None:
+        environment: dict[str, str] = {}
+        threads.set_environment(environment, None)
+        assert environment == {"OMP_WAIT_POLICY": "PASSIVE"}
+        threads.set_environment(environment, 2)
+        assert environment == {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}
+
+    @pytest.mark.parametrize("name", [*threads.WAITING, *threads.COUNTS])
+    def test_the_user_wins(self, name: str) -> None:
+        environment = {name: "7"}
+        threads.set_environment(environment, 2)
+        related = threads.WAITING if name in threads.WAITING else threads.COUNTS
+        assert {key: value for key, value in environment.items() if key in related} == {name: "7"}
+
+
+def running_threads() -> int:
+    return sum(1 for _ in Path("/proc/self/task").iterdir())
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+@pytest.fixture
+def no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in threads.WAITING:
+        monkeypatch.delenv(name, raising=False)
+
+
+needs_libgomp = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "GOMP_parallel") or hasattr(ctypes.CDLL(None), "kmp_set_blocktime"),
+    reason="PyTorch does not use libgomp here",
+)
+
+
+@pytest.mark.usefixtures("no_setting")
+@needs_libgomp
+class TestIdleTeam:
+    @pytest.fixture
+    def team(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[threads.IdleTeam]:
+        team = threads.IdleTeam()
+        monkeypatch.setattr(threads, "_TEAM", team)
+        monkeypatch.setattr(threads, "KEPT_SECONDS", 0.02)
+        yield team
+        assert wait_until(lambda: not team.running)
+
+    def test_libgomp_manages_more_threads_than_cores_in_a_block_and_not_after_it(self, team: threads.IdleTeam) -> None:
+        cores = len(os.sched_getaffinity(0))
+        before = running_threads()
+        with ambient.neutral():
+            # One thread of Python and its team, of which it is a member: cores + 1 threads beside the one that libgomp counts at first.
+            assert running_threads() - before == cores + 1
+            time.sleep(0.1)  # longer than it is kept after a block
+            assert team.running
+        assert wait_until(lambda: running_threads() == before)
+
+    def test_nested_and_parallel_blocks_share_one_team(self, team: threads.IdleTeam) -> None:
+        before, cores = running_threads(), len(os.sched_getaffinity(0))
+        together = threading.Barrier(4)
+
+        def block(_: int) -> int:
+            with threads.patient(), threads.patient():
+                together.wait()
+                count = running_threads()
+                together.wait()
+            return count
+
+        with ThreadPoolExecutor(4) as pool:
+            assert set(pool.map(block, range(4))) == {before + 4 + cores + 1}
+        assert wait_until(lambda: running_threads() == before)
+
+    def test_a_block_soon_after_another_finds_the_same_team(self, team: threads.IdleTeam, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(threads, "KEPT_SECONDS", 30)
+        started = []
+        start = threading.Thread.start
+
+        def recorded(thread: threading.Thread) -> None:
+            started.append(thread.name)
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", recorded)
+        for _ in range(3):
+            with threads.patient():
+                pass
+        assert started == ["kdx-idle-team"] and team.running
+        with team._changed:  # the test does not wait for 30 seconds
+            monkeypatch.setattr(threads, "KEPT_SECONDS", 0.02)
+            team._changed.notify()
+
+    @pytest.mark.parametrize("name", threads.WAITING)
+    def test_the_user_wins(self, team: threads.IdleTeam, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        monkeypatch.setenv(name, "ACTIVE")
+        with threads.patient():
+            assert not team.running
+
+    def test_an_exception_ends_the_block(self, team: threads.IdleTeam) -> None:
+        with pytest.raises(ZeroDivisionError), threads.patient():
+            _ = 1 / 0
+        assert wait_until(lambda: not team.running)
+
+    def test_a_system_without_another_thread_computes_all_the_same(self, team: threads.IdleTeam, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refused(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refused)
+        with threads.patient():
+            assert not team.running
+        monkeypatch.undo()
+
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    def test_a_forked_child_starts_its_own_team(self) -> None:
+        with threads.patient():
+            assert threads._TEAM.running
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    before = running_threads()
+                    with threads.patient():
+                        status = 0 if before == 1 and running_threads() > 2 and threads._TEAM.running else 2
+                finally:
+                    os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+class FakeRuntime:
+    """A runtime of Intel's or LLVM's interface, which records the block times that it is given."""
+
+    def __init__(self) -> None:
+        self.times = [200]
+
+    def kmp_get_blocktime(self) -> int:
+        return self.times[-1]
+
+    def kmp_set_blocktime(self, milliseconds: int) -> None:
+        self.times.append(milliseconds)
+
+
+@pytest.mark.usefixtures("no_setting")
+def test_other_runtimes_are_set_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = FakeRuntime()
+    monkeypatch.setattr(threads, "_runtime", lambda: runtime)
+    with pytest.raises(ZeroDivisionError), threads.patient(), threads.patient():
+        assert runtime.kmp_get_blocktime() == 0
+        _ = 1 / 0
+    assert runtime.times == [200, 0, 0, 0, 200]
+
+
+@pytest.mark.usefixtures("no_setting")
+def test_without_a_known_runtime_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_runtime", lambda: None)
+    before = running_threads()
+    with threads.patient():
+        assert running_threads() == before
+
+
+def test_results_do_not_depend_on_the_way_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    student, base = (torch.randn(24, 40, 5, 5, generator=generator) for _ in range(2))
+    results = []
+    for setting in (None, "ACTIVE"):
+        for name in threads.WAITING:
+            monkeypatch.delenv(name, raising=False)
+        if setting:
+            monkeypatch.setenv("OMP_WAIT_POLICY", setting)
+        results.append(kdx.unicam(student, base, torch.arange(24) % 3).maps)
+    assert torch.equal(*results)
+
+
+def test_the_command_line_sets_the_environment_before_pytorch_is_loaded(tmp_path: Path) -> None:
+    """The variables reach the C library, from which OpenMP reads them, and the processes that a command starts."""
+    code = """
+import ctypes, sys
+import kdx.cli
+kdx.cli.app = lambda: print("torch" in sys.modules, ctypes.CDLL(None).getenv(b"OMP_WAIT_POLICY") != 0)
+kdx.cli.main()
+"""
+    clean = {name: value for name, value in os.environ.items() if name not in threads.WAITING}
+    output = subprocess.run([sys.executable, "-c", code], env=clean, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert output.split() == ["False", "True"]
