@@ -5,7 +5,8 @@ which another process or another team of this process occupies, the spinning tak
 region of a millisecond then takes tens of milliseconds. PyTorch, MKL and oneDNN share one OpenMP runtime.
 
 A new process can choose in its environment, before the runtime is loaded (`set_environment`). The runtime never reads the environment
-again, so code in a process that has loaded PyTorch already uses `patient`. The user's own setting wins in both.
+again, so code in a process that has loaded PyTorch already uses `patient`. The user's own setting wins in both. On a machine with a core
+for every thread spinning is faster, because a sleeping thread wakes up late: a call of a few milliseconds can take half as long.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import ctypes
 import math
 import os
 import threading
+import time
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,7 +29,14 @@ COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables that say how many threads PyTorch uses."""
 
 KEPT_SECONDS = 1.0
-"""How long `patient` lasts after its last block, so that a loop over short calls does not start the threads again in each of them."""
+"""How long `patient` lasts after its last block, so that a loop over short calls does not start the threads again in each of them, and
+how long a machine must be quiet until threads spin again."""
+
+INTERVAL = 0.05
+"""Seconds between two looks at what other processes do. One look takes about 30 microseconds."""
+
+LOOKS = 3
+"""The number of looks that must agree that other processes need the cores."""
 
 
 # Cores
@@ -126,18 +135,16 @@ def set_environment(environment: MutableMapping[str, str], limit: int | None) ->
 
 
 @contextmanager
-def patient() -> Iterator[None]:
-    """Run a block in which OpenMP's threads wait without spinning, as with OMP_WAIT_POLICY=PASSIVE, in a process that has loaded PyTorch.
+def patient(team: int) -> Iterator[None]:
+    """Run a block in which OpenMP's threads, ``team`` of them, wait without spinning while the machine is `crowded`.
 
-    libgomp spins 100 times instead of 300,000 times while it manages more threads than there are cores ("GOMP_SPINCOUNT" in its manual),
-    so a team of idle threads is kept, up to `KEPT_SECONDS` longer than the block. Intel's and LLVM's runtimes have a function for it.
-    Blocks may be nested, and several threads may be in one. Nothing happens if the user has set one of `WAITING`, or if no runtime is
-    loaded globally.
+    That is as with OMP_WAIT_POLICY=PASSIVE, in a process that has loaded PyTorch. On a machine with a core for each thread, spinning is
+    faster and stays. libgomp spins 100 times instead of 300,000 times while it manages more threads than there are cores ("GOMP_SPINCOUNT"
+    in its manual), so a team of idle threads is kept as long as the machine is crowded, up to `KEPT_SECONDS` longer than the block. Intel's
+    and LLVM's runtimes have a function for it, which is always used. Blocks may be nested, and several threads may be in one. Nothing
+    happens if the user has set one of `WAITING`, or if no runtime is loaded globally.
     """
-    if any(name in os.environ for name in WAITING):
-        yield
-        return
-    runtime = _runtime()
+    runtime = None if team == 1 or any(name in os.environ for name in WAITING) else _runtime()
     if runtime is None:
         yield
     elif hasattr(runtime, "kmp_set_blocktime"):
@@ -148,8 +155,37 @@ def patient() -> Iterator[None]:
         finally:
             runtime.kmp_set_blocktime(before)
     else:
-        with _TEAM.kept(runtime):
+        with _WATCH.block(runtime, team):
             yield
+
+
+def crowded(team: int, files: Path = Path("/proc")) -> bool:
+    """Whether other processes want so many cores that fewer than ``team`` are left.
+
+    Several looks must agree, because some process runs for a moment on every machine. What cannot be known counts as crowded: the cores of
+    a container or of an affinity, which other processes share unseen, and a system that does not tell.
+    """
+    total = os.cpu_count() or 1
+    if available_cores() < total:
+        return True
+    for look in range(LOOKS):
+        if look:
+            time.sleep(1e-4)
+        if not _wanted_by_others(total - team, files):
+            return False
+    return True
+
+
+def _wanted_by_others(free: int, files: Path) -> bool:
+    """Whether more threads of other processes than ``free`` run or wait for a core at this moment."""
+    try:
+        running = int((files / "loadavg").read_text().split()[3].partition("/")[0])
+        if 1 <= running <= free + 1:  # the calling thread is one of them
+            return False
+        states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in (files / "self/task").iterdir()]
+    except (OSError, ValueError, IndexError):
+        return True
+    return running < 1 or running - states.count("R") > free
 
 
 @cache
@@ -162,55 +198,92 @@ def _runtime() -> Any:
     return symbols if hasattr(symbols, "kmp_set_blocktime") or hasattr(symbols, "GOMP_parallel") else None
 
 
-class IdleTeam:
+class _IdleTeam:
     """More OpenMP threads than cores, which never have work. They belong to one Python thread, and end with it."""
+
+    def __init__(self, runtime: Any) -> None:
+        self._ready, self._over = threading.Event(), threading.Event()
+        threading.Thread(target=self._run, args=(runtime,), name="kdx-idle-team", daemon=True).start()
+        self._ready.wait()
+
+    def end(self) -> None:
+        self._over.set()
+
+    def _run(self, runtime: Any) -> None:
+        # The function that the team runs only has to return. This one takes no argument and changes nothing.
+        runtime.GOMP_parallel(runtime.omp_get_num_procs, None, runtime.omp_get_num_procs() + 1, 0)
+        self._ready.set()
+        self._over.wait()
+
+
+class Watch:
+    """Starts an idle team when the machine is crowded in a block, and ends it when the machine is quiet or no block runs any more.
+
+    A block looks when it begins, and a thread looks again every `INTERVAL`.
+    """
 
     def __init__(self) -> None:
         self._blocks = 0
         self.forget()
 
     def forget(self) -> None:
-        """Start again without a team, as in a forked child, which has none of its parent's threads."""
-        self._changed = threading.Condition()
-        self._ready = threading.Event()
-        self._used = self._running = False
+        """Start again without threads, as in a forked child, which has none of its parent's threads."""
+        self._lock = threading.Lock()
+        self._team: _IdleTeam | None = None
+        self._used = self._watching = False
+        self._looked = -math.inf
 
     @property
-    def running(self) -> bool:
-        """Whether the team exists."""
-        return self._running
+    def patient(self) -> bool:
+        """Whether OpenMP's threads wait without spinning now."""
+        return self._team is not None
+
+    @property
+    def watching(self) -> bool:
+        """Whether the thread exists that looks again."""
+        return self._watching
 
     @contextmanager
-    def kept(self, runtime: Any) -> Iterator[None]:
-        """Run a block while the team exists."""
-        with self._changed:
+    def block(self, runtime: Any, team: int) -> Iterator[None]:
+        with self._lock:
             self._blocks += 1
             self._used = True
-            if not self._running:
-                self._ready.clear()
-                try:
-                    threading.Thread(target=self._run, args=(runtime,), name="kdx-idle-team", daemon=True).start()
-                    self._running = True
-                except RuntimeError:  # the system allows no further thread; results are the same without the team
-                    self._ready.set()
-        self._ready.wait()
+            # The system may allow no further thread. Results are the same without these.
+            with suppress(RuntimeError):
+                if self._team is None and time.monotonic() - self._looked > INTERVAL:
+                    if crowded(team):
+                        self._team = _IdleTeam(runtime)
+                    self._looked = time.monotonic()
+                if not self._watching:
+                    threading.Thread(target=self._watch, args=(runtime, team), name="kdx-watch", daemon=True).start()
+                    self._watching = True
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 self._blocks -= 1
 
-    def _run(self, runtime: Any) -> None:
-        # The function that the team runs only has to return. This one takes no argument and changes nothing.
-        runtime.GOMP_parallel(runtime.omp_get_num_procs, None, runtime.omp_get_num_procs() + 1, 0)
-        self._ready.set()
-        with self._changed:
-            while self._blocks or self._used:
+    def _watch(self, runtime: Any, team: int) -> None:
+        last_crowded = last_used = time.monotonic()
+        while True:
+            time.sleep(INTERVAL)
+            is_crowded, now = crowded(team), time.monotonic()
+            with self._lock:
+                last_crowded = now if is_crowded else last_crowded
+                last_used = now if self._used or self._blocks else last_used
                 self._used = False
-                self._changed.wait(KEPT_SECONDS)
-            self._running = False
+                over = now - last_used > KEPT_SECONDS
+                if self._team is None and is_crowded and self._blocks:
+                    with suppress(RuntimeError):
+                        self._team = _IdleTeam(runtime)
+                elif self._team is not None and (over or now - last_crowded > KEPT_SECONDS):
+                    self._team.end()
+                    self._team = None
+                if over:
+                    self._watching = False
+                    return
 
 
-_TEAM = IdleTeam()
+_WATCH = Watch()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_TEAM.forget)
+    os.register_at_fork(after_in_child=_WATCH.forget)

@@ -19,8 +19,8 @@ from kdx import threads
 def neutral() -> Iterator[None]:
     """Run a block, or as a decorator a function, without autocast, inference mode, recorded gradients and default device.
 
-    OpenMP's threads do not spin in it, and there are at most as many as the process has cores (`kdx.threads`). Every public function that
-    computes has this decorator. Code inside it that needs gradients uses torch.enable_grad().
+    In it, OpenMP's threads do not spin beside busy processes, and there are at most as many as the process has cores (`kdx.threads`).
+    Every public function that computes has this decorator. Code inside it that needs gradients uses torch.enable_grad().
     """
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
@@ -31,8 +31,8 @@ def neutral() -> Iterator[None]:
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(threads.patient())
         stack.enter_context(within_limits())
+        stack.enter_context(threads.patient(torch.get_num_threads()))
         yield
 
 

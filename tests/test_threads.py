@@ -182,91 +182,149 @@ needs_libgomp = pytest.mark.skipif(
 )
 
 
+def processes(root: Path, running: str, *states: str) -> Path:
+    """The files in /proc of a machine with so many running threads, of which this process has some in these states."""
+    (root / "loadavg").write_text(f"0.50 0.40 0.30 {running}/412 9731\n")
+    for number, state in enumerate(states):
+        (root / f"self/task/{number}").mkdir(parents=True)
+        (root / f"self/task/{number}/stat").write_text(f"{number} (a (b) c) {state} 1 2 3\n")
+    return root
+
+
+class TestCrowded:
+    @pytest.fixture(autouse=True)
+    def four_cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(threads, "available_cores", lambda: 4)
+        monkeypatch.setattr(os, "cpu_count", lambda: 4)
+
+    @pytest.mark.parametrize(
+        ("team", "running", "states", "expected"),
+        [
+            (4, "1", "R", False),
+            (4, "2", "R", True),
+            (4, "4", "RRRRSS", False),  # own threads that spin after a region
+            (4, "5", "RSRRRS", True),
+            (2, "3", "R", False),  # two cores are left for a team of two
+            (2, "4", "R", True),
+            (1, "4", "R", False),
+        ],
+    )
+    def test_others_want_cores_of_the_team(self, tmp_path: Path, team: int, running: str, states: str, expected: bool) -> None:
+        assert threads.crowded(team, processes(tmp_path, running, *states)) is expected
+
+    @pytest.mark.parametrize("running", ["0", "unknown"])
+    def test_what_the_system_does_not_tell_counts_as_crowded(self, tmp_path: Path, running: str) -> None:
+        assert threads.crowded(4, processes(tmp_path, running, "R"))
+        assert threads.crowded(4, tmp_path / "no such folder")
+
+    def test_a_limited_process_cannot_see_who_shares_its_cores(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(threads, "available_cores", lambda: 3)
+        assert threads.crowded(2, processes(tmp_path, "1", "R"))
+
+    def test_a_process_that_runs_for_a_moment_is_no_neighbour(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        processes(tmp_path, "3", "R")
+        monkeypatch.setattr(time, "sleep", lambda _: (tmp_path / "loadavg").write_text("0.50 0.40 0.30 1/412 9732\n"))
+        assert not threads.crowded(4, tmp_path)
+
+
 @pytest.mark.usefixtures("no_setting")
 @needs_libgomp
-class TestIdleTeam:
-    @pytest.fixture
-    def team(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[threads.IdleTeam]:
-        team = threads.IdleTeam()
-        monkeypatch.setattr(threads, "_TEAM", team)
+class TestPatient:
+    @pytest.fixture(autouse=True)
+    def watch(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[threads.Watch]:
+        watch = threads.Watch()
+        monkeypatch.setattr(threads, "_WATCH", watch)
         monkeypatch.setattr(threads, "KEPT_SECONDS", 0.02)
-        yield team
-        assert wait_until(lambda: not team.running)
+        monkeypatch.setattr(threads, "INTERVAL", 0.005)
+        monkeypatch.setattr(threads, "crowded", lambda _: True)
+        yield watch
+        assert wait_until(lambda: not watch.watching and not watch.patient)
 
-    def test_libgomp_manages_more_threads_than_cores_in_a_block_and_not_after_it(self, team: threads.IdleTeam) -> None:
-        cores = len(os.sched_getaffinity(0))
-        before = running_threads()
-        with ambient.neutral():
-            # One thread of Python and its team, of which it is a member: cores + 1 threads beside the one that libgomp counts at first.
-            assert running_threads() - before == cores + 1
-            time.sleep(0.1)  # longer than it is kept after a block
-            assert team.running
+    def test_libgomp_manages_more_threads_than_cores_in_a_block_and_not_after_it(self, watch: threads.Watch) -> None:
+        before, cores = running_threads(), len(os.sched_getaffinity(0))
+        with threads.patient(2):
+            # The watching thread, the thread of the team, and its team, which has one member more than there are cores.
+            assert running_threads() - before == 1 + (cores + 1)
+            time.sleep(0.1)  # longer than the team is kept after a block
+            assert watch.patient
         assert wait_until(lambda: running_threads() == before)
 
-    def test_nested_and_parallel_blocks_share_one_team(self, team: threads.IdleTeam) -> None:
+    def test_public_functions_are_such_blocks(self, watch: threads.Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        with ambient.neutral():
+            assert watch.patient
+
+    def test_nested_and_parallel_blocks_share_one_team(self) -> None:
         before, cores = running_threads(), len(os.sched_getaffinity(0))
         together = threading.Barrier(4)
 
         def block(_: int) -> int:
-            with threads.patient(), threads.patient():
+            with threads.patient(2), threads.patient(2):
                 together.wait()
                 count = running_threads()
                 together.wait()
             return count
 
         with ThreadPoolExecutor(4) as pool:
-            assert set(pool.map(block, range(4))) == {before + 4 + cores + 1}
+            assert set(pool.map(block, range(4))) == {before + 4 + 1 + (cores + 1)}
         assert wait_until(lambda: running_threads() == before)
 
-    def test_a_block_soon_after_another_finds_the_same_team(self, team: threads.IdleTeam, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_block_soon_after_another_finds_the_same_team(self, watch: threads.Watch, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(threads, "KEPT_SECONDS", 30)
-        started = []
-        start = threading.Thread.start
-
-        def recorded(thread: threading.Thread) -> None:
-            started.append(thread.name)
-            start(thread)
-
-        monkeypatch.setattr(threading.Thread, "start", recorded)
+        teams = []
         for _ in range(3):
-            with threads.patient():
-                pass
-        assert started == ["kdx-idle-team"] and team.running
-        with team._changed:  # the test does not wait for 30 seconds
-            monkeypatch.setattr(threads, "KEPT_SECONDS", 0.02)
-            team._changed.notify()
+            with threads.patient(2):
+                teams.append(watch._team)
+            time.sleep(0.02)
+        assert teams[0] is teams[1] is teams[2] is not None
+        monkeypatch.setattr(threads, "KEPT_SECONDS", 0.02)  # the test does not wait for 30 seconds
+
+    def test_the_watch_follows_the_machine_in_a_block(self, watch: threads.Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(threads, "crowded", lambda _: False)
+        with threads.patient(2):
+            assert not watch.patient
+            monkeypatch.setattr(threads, "crowded", lambda _: True)
+            assert wait_until(lambda: watch.patient)
+            monkeypatch.setattr(threads, "crowded", lambda _: False)
+            assert wait_until(lambda: not watch.patient)
 
     @pytest.mark.parametrize("name", threads.WAITING)
-    def test_the_user_wins(self, team: threads.IdleTeam, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def test_the_user_wins(self, watch: threads.Watch, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         monkeypatch.setenv(name, "ACTIVE")
-        with threads.patient():
-            assert not team.running
+        with threads.patient(2):
+            assert not watch.patient and not watch.watching
 
-    def test_an_exception_ends_the_block(self, team: threads.IdleTeam) -> None:
-        with pytest.raises(ZeroDivisionError), threads.patient():
+    def test_one_thread_waits_for_nobody(self, watch: threads.Watch) -> None:
+        with threads.patient(1):
+            assert not watch.patient and not watch.watching
+
+    def test_an_exception_ends_the_block(self, watch: threads.Watch) -> None:
+        with pytest.raises(ZeroDivisionError), threads.patient(2):
             _ = 1 / 0
-        assert wait_until(lambda: not team.running)
+        assert wait_until(lambda: not watch.watching)
 
-    def test_a_system_without_another_thread_computes_all_the_same(self, team: threads.IdleTeam, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_system_without_another_thread_computes_all_the_same(self, watch: threads.Watch, monkeypatch: pytest.MonkeyPatch) -> None:
         def refused(_: threading.Thread) -> None:
             raise RuntimeError("can't start new thread")
 
-        monkeypatch.setattr(threading.Thread, "start", refused)
-        with threads.patient():
-            assert not team.running
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refused)
+            with threads.patient(2):
+                assert not watch.patient and not watch.watching
+        with threads.patient(2):
+            assert watch.patient
 
     @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-    def test_a_forked_child_starts_its_own_team(self) -> None:
-        with threads.patient():
-            assert threads._TEAM.running
+    def test_a_forked_child_starts_its_own_team(self, watch: threads.Watch) -> None:
+        with threads.patient(2):
+            assert watch.patient
             child = os.fork()
             if child == 0:
                 status = 1
                 try:
-                    before = running_threads()
-                    with threads.patient():
-                        status = 0 if before == 1 and running_threads() > 2 and threads._TEAM.running else 2
+                    watch.forget()  # the process does this for its own watch, in place of which the test has put another
+                    with threads.patient(2):
+                        status = 0 if watch.patient and running_threads() > 2 else 2
                 finally:
                     os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -289,7 +347,7 @@ class FakeRuntime:
 def test_other_runtimes_are_set_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = FakeRuntime()
     monkeypatch.setattr(threads, "_runtime", lambda: runtime)
-    with pytest.raises(ZeroDivisionError), threads.patient(), threads.patient():
+    with pytest.raises(ZeroDivisionError), threads.patient(2), threads.patient(2):
         assert runtime.kmp_get_blocktime() == 0
         _ = 1 / 0
     assert runtime.times == [200, 0, 0, 0, 200]
@@ -299,7 +357,7 @@ def test_other_runtimes_are_set_and_restored(monkeypatch: pytest.MonkeyPatch) ->
 def test_without_a_known_runtime_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_runtime", lambda: None)
     before = running_threads()
-    with threads.patient():
+    with threads.patient(2):
         assert running_threads() == before
 
 
