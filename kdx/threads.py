@@ -16,9 +16,9 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,15 +28,17 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables that say how many threads PyTorch uses."""
 
-KEPT_SECONDS = 1.0
-"""How long `patient` lasts after its last block, so that a loop over short calls does not start the threads again in each of them, and
-how long a machine must be quiet until threads spin again."""
+KEPT_SECONDS = 60.0
+"""How long `patient` stays prepared after its last block: on a crowded machine a new thread waits long for its first turn."""
+
+QUIET_SECONDS = 1.0
+"""How long no other process must need the cores until threads spin again."""
 
 INTERVAL = 0.05
-"""Seconds between two looks at what other processes do. One look takes about 30 microseconds."""
+"""Seconds between two looks at what other processes do."""
 
-LOOKS = 3
-"""The number of looks that must agree that other processes need the cores."""
+LOOK_SECONDS = 5e-4
+"""How long other processes must need the cores, without interruption, for a machine to be crowded."""
 
 
 # Cores
@@ -162,18 +164,17 @@ def patient(team: int) -> Iterator[None]:
 def crowded(team: int, files: Path = Path("/proc")) -> bool:
     """Whether other processes want so many cores that fewer than ``team`` are left.
 
-    Several looks must agree, because some process runs for a moment on every machine. What cannot be known counts as crowded: the cores of
-    a container or of an affinity, which other processes share unseen, and a system that does not tell.
+    On every machine some process runs for a moment, so they must want them for `LOOK_SECONDS`. What cannot be known counts as crowded: the
+    cores of a container or of an affinity, which other processes share unseen, and a system that does not tell.
     """
     total = os.cpu_count() or 1
     if available_cores() < total:
         return True
-    for look in range(LOOKS):
-        if look:
-            time.sleep(1e-4)
-        if not _wanted_by_others(total - team, files):
-            return False
-    return True
+    end = time.perf_counter() + LOOK_SECONDS  # no pause between the looks: on a crowded machine a thread that sleeps loses its core
+    while _wanted_by_others(total - team, files):
+        if time.perf_counter() > end:
+            return True
+    return False
 
 
 def _wanted_by_others(free: int, files: Path) -> bool:
@@ -201,8 +202,10 @@ def _runtime() -> Any:
 class _IdleTeam:
     """More OpenMP threads than cores, which never have work. They belong to one Python thread, and end with it."""
 
-    def __init__(self, runtime: Any) -> None:
+    def __init__(self, runtime: Any, then: Callable[[], None]) -> None:
+        """Start them, and call ``then`` in their thread, for which nothing waits."""
         self._ready, self._over = threading.Event(), threading.Event()
+        self._then = then
         threading.Thread(target=self._run, args=(runtime,), name="kdx-idle-team", daemon=True).start()
         self._ready.wait()
 
@@ -213,6 +216,7 @@ class _IdleTeam:
         # The function that the team runs only has to return. This one takes no argument and changes nothing.
         runtime.GOMP_parallel(runtime.omp_get_num_procs, None, runtime.omp_get_num_procs() + 1, 0)
         self._ready.set()
+        self._then()
         self._over.wait()
 
 
@@ -248,20 +252,26 @@ class Watch:
         with self._lock:
             self._blocks += 1
             self._used = True
-            # The system may allow no further thread. Results are the same without these.
-            with suppress(RuntimeError):
+            with suppress(RuntimeError):  # the system may allow no further thread; results are the same without these
                 if self._team is None and time.monotonic() - self._looked > INTERVAL:
                     if crowded(team):
-                        self._team = _IdleTeam(runtime)
+                        self._team = _IdleTeam(runtime, partial(self._start_watch, runtime, team))
                     self._looked = time.monotonic()
-                if not self._watching:
-                    threading.Thread(target=self._watch, args=(runtime, team), name="kdx-watch", daemon=True).start()
-                    self._watching = True
+            if self._team is None:
+                self._start_watch(runtime, team)
         try:
             yield
         finally:
             with self._lock:
                 self._blocks -= 1
+
+    def _start_watch(self, runtime: Any, team: int) -> None:
+        if not self._watching:
+            self._watching = True
+            try:
+                threading.Thread(target=self._watch, args=(runtime, team), name="kdx-watch", daemon=True).start()
+            except RuntimeError:
+                self._watching = False
 
     def _watch(self, runtime: Any, team: int) -> None:
         last_crowded = last_used = time.monotonic()
@@ -275,8 +285,8 @@ class Watch:
                 over = now - last_used > KEPT_SECONDS
                 if self._team is None and is_crowded and self._blocks:
                     with suppress(RuntimeError):
-                        self._team = _IdleTeam(runtime)
-                elif self._team is not None and (over or now - last_crowded > KEPT_SECONDS):
+                        self._team = _IdleTeam(runtime, lambda: None)
+                elif self._team is not None and (over or now - last_crowded > QUIET_SECONDS):
                     self._team.end()
                     self._team = None
                 if over:

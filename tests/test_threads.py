@@ -223,8 +223,18 @@ class TestCrowded:
 
     def test_a_process_that_runs_for_a_moment_is_no_neighbour(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         processes(tmp_path, "3", "R")
-        monkeypatch.setattr(time, "sleep", lambda _: (tmp_path / "loadavg").write_text("0.50 0.40 0.30 1/412 9732\n"))
+        looks = []
+        wanted = threads._wanted_by_others
+
+        def look(free: int, files: Path) -> bool:
+            looks.append(wanted(free, files))
+            (files / "loadavg").write_text("0.50 0.40 0.30 1/412 9732\n")
+            return looks[-1]
+
+        monkeypatch.setattr(threads, "LOOK_SECONDS", 60)
+        monkeypatch.setattr(threads, "_wanted_by_others", look)
         assert not threads.crowded(4, tmp_path)
+        assert looks == [True, False]
 
 
 @pytest.mark.usefixtures("no_setting")
@@ -235,6 +245,7 @@ class TestPatient:
         watch = threads.Watch()
         monkeypatch.setattr(threads, "_WATCH", watch)
         monkeypatch.setattr(threads, "KEPT_SECONDS", 0.02)
+        monkeypatch.setattr(threads, "QUIET_SECONDS", 0.02)
         monkeypatch.setattr(threads, "INTERVAL", 0.005)
         monkeypatch.setattr(threads, "crowded", lambda _: True)
         yield watch
@@ -244,7 +255,7 @@ class TestPatient:
         before, cores = running_threads(), len(os.sched_getaffinity(0))
         with threads.patient(2):
             # The watching thread, the thread of the team, and its team, which has one member more than there are cores.
-            assert running_threads() - before == 1 + (cores + 1)
+            assert wait_until(lambda: running_threads() - before == 1 + (cores + 1))
             time.sleep(0.1)  # longer than the team is kept after a block
             assert watch.patient
         assert wait_until(lambda: running_threads() == before)
@@ -258,15 +269,15 @@ class TestPatient:
         before, cores = running_threads(), len(os.sched_getaffinity(0))
         together = threading.Barrier(4)
 
-        def block(_: int) -> int:
+        def block(_: int) -> bool:
             with threads.patient(2), threads.patient(2):
                 together.wait()
-                count = running_threads()
+                expected = wait_until(lambda: running_threads() == before + 4 + 1 + (cores + 1))
                 together.wait()
-            return count
+            return expected
 
         with ThreadPoolExecutor(4) as pool:
-            assert set(pool.map(block, range(4))) == {before + 4 + 1 + (cores + 1)}
+            assert all(pool.map(block, range(4)))
         assert wait_until(lambda: running_threads() == before)
 
     def test_a_block_soon_after_another_finds_the_same_team(self, watch: threads.Watch, monkeypatch: pytest.MonkeyPatch) -> None:
