@@ -232,8 +232,12 @@ class GradientGraph(WatchedNetwork):
 
     def forward(self, images: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            logits, raw = self.watch(images, _cut)
-            return self.with_gradients(images, cotangent, logits, raw)
+            return self.with_gradients(images, cotangent, *self.recorded(images))
+
+    def recorded(self, images: Tensor) -> tuple[Tensor, dict[str, object]]:
+        """`watch` in a pass that autograd records from the first layer on."""
+        with torch.enable_grad():
+            return self.watch(images, _cut)
 
     def cotangent_shape(self, images: Tensor) -> tuple[int, ...]:
         """The shape of the cotangent for these images."""
@@ -267,10 +271,25 @@ class GradientGraph(WatchedNetwork):
 
     def _predict(self, images: Tensor) -> object:
         # With detached weights autograd records from the first layer on, and the network's own requires_grad flags stay as they are.
-        weights = {name: ambient.recordable(parameter.detach()) for name, parameter in self.network.named_parameters()}
-        weights |= {name: buffer.clone() for name, buffer in self.network.named_buffers() if buffer.is_inference()}
         with GradientsStayOn():
-            return torch.func.functional_call(self.network, weights, (images.detach(),))
+            return torch.func.functional_call(self.network, _detached_weights(self.network), (images.detach(),), tie_weights=False)
+
+
+def _detached_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The detached parameters by path, and the buffers that autograd could not record.
+
+    One path per attribute of a module. `functional_call` would otherwise replace an attribute once per path of a module that is
+    registered at several paths, and leave its replacement in place of the parameter.
+    """
+    weights: dict[str, Tensor] = {}
+    for path, module in network.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            weights[prefix + name] = ambient.recordable(parameter.detach())
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if buffer.is_inference():
+                weights[prefix + name] = buffer.clone()
+    return weights
 
 
 def _cut(raw: Tensor) -> Tensor:

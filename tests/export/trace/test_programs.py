@@ -142,6 +142,53 @@ def test_the_gradient_of_a_module_called_twice_is_that_of_its_last_call(layers: 
     in_pytorch(GradientGraph(Twice().eval(), layers))
 
 
+class Position(nn.Module):
+    """A block of its own weights and of a position encoding that other blocks contain too."""
+
+    def __init__(self, encoding: nn.Module) -> None:
+        super().__init__()
+        self.encoding = encoding
+        self.mix = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.mix(self.encoding(x)))
+
+
+class Sharing(nn.Module):
+    """One module registered at four paths, and one parameter at two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3)
+        self.encoding = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=2), nn.BatchNorm2d(6))
+        self.blocks = nn.Sequential(*(Position(self.encoding) for _ in range(3)))
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.blocks(self.stem(images)).mean((2, 3))
+        logits: Tensor = self.fc(self.second(self.first(features).relu()))
+        return logits
+
+
+def test_modules_and_parameters_with_several_names() -> None:
+    """The gradient is autograd's on the network itself, and the network keeps its parameters."""
+    network = Sharing().eval()
+    graph = GradientGraph(network, ["stem", "blocks.1"])
+    images, cotangent = random_inputs(graph, 3)
+    parameters = {name: id(parameter) for name, parameter in network.named_parameters(remove_duplicate=False)}
+    results = dict(zip(graph.output_names, graph(images, cotangent), strict=True))
+    assert {name: id(parameter) for name, parameter in network.named_parameters(remove_duplicate=False)} == parameters
+    stem = network.stem(images).detach().requires_grad_()
+    logits = network.fc(network.second(network.first(network.blocks(stem).mean((2, 3))).relu()))
+    (expected,) = torch.autograd.grad(logits, stem, cotangent)
+    whole = dict(zip(("logits", "stem", "gradient"), GradientGraph(network, ["stem"])(images, cotangent), strict=False))
+    torch.testing.assert_close(whole["gradient"], expected)
+    torch.testing.assert_close(results["logits"], logits.detach())
+    in_pytorch(graph)
+
+
 class Skip(nn.Module):
     """A dropout, which in eval mode returns its input itself, and a path around it."""
 
