@@ -198,7 +198,7 @@ def main() -> None:
     every.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts of the networks")
     every.add_argument("--stages", default=",".join(STAGES), help=f"of {', '.join(STAGES)}")
     every.add_argument("--again", action="store_true", help="run also what was refused or failed")
-    every.add_argument("--limit", type=float, default=all_families.LIMIT, help="seconds per network")
+    every.add_argument("--limit", type=float, default=all_families.LIMIT, help="seconds of processor time per network")
     every.add_argument("--minutes", type=float, help="start no network after this time")
     arguments = parser.parse_args()
     if arguments.all:

@@ -39,7 +39,7 @@ _PATCH_SIDE = 0.25
 
 
 def check(row: dict[str, Any], stages: Sequence[str], store: Callable[[dict[str, Any]], None]) -> None:
-    """Run ``stages`` of the network ``row["network"]`` and add their results, each with its seconds, to the row.
+    """Run ``stages`` of the network ``row["network"]`` and add their results, each with its seconds of processor time, to the row.
 
     The result of a stage has the key ``refused`` if kdx raised its own error, and ``failed`` for any other exception. store: receives
     the row before and after each stage, so that results survive if the process is stopped; then the stage's is ``{"stopped": true}``.
@@ -94,14 +94,14 @@ def agrees(row: Mapping[str, Any], stage: str) -> bool:
 def _run(row: dict[str, Any], stage: str, store: Callable[[dict[str, Any]], None], work: Callable[[], dict[str, Any]]) -> None:
     row[stage] = {"stopped": True}
     store(row)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         result = work()
     except KdxError as error:
         result = {"refused": f"{error.problem} {error.hint}"}
     except Exception as error:  # code of other packages runs here; the table shows the exception
         result = {"failed": f"{type(error).__name__}: {first_line(error)}"}
-    row[stage] = result | {"seconds": round(time.perf_counter() - start, 1)}
+    row[stage] = result | {"seconds": round(time.process_time() - start, 1)}
     store(row)
 
 

@@ -107,7 +107,7 @@ def _from_transformers(architecture: str) -> tuple[nn.Module, Preprocessing]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as names
 
     transformers.logging.set_verbosity_error()
-    kind = CONFIG_MAPPING[architecture]
+    kind: Any = CONFIG_MAPPING[architecture]
     standard = kind().to_dict()
     settings: dict[str, Any] = {key: value for key, value in _SMALL.items() if isinstance(standard.get(key), int)}
     if isinstance(standard.get("depths"), list):

@@ -116,7 +116,8 @@ class WatchedNetwork(nn.Module):
 
     Every runtime executes a graph that is built on this class, or a file exported from one, so only this class decides on
     preprocessing and on the layout of features. A layer is a dotted module path; ``path[i]`` is the i-th output of a module that
-    has several. A network in half precision still takes float32 images and returns float32 results.
+    has several, which is necessary if several are floating-point tensors. A network in half precision still takes float32 images and
+    returns float32 results.
     """
 
     def __init__(self, network: nn.Module, layers: Sequence[str], preprocessing: Preprocessing = Preprocessing()) -> None:
@@ -311,17 +312,25 @@ def _capture_hook(raw: dict[str, object], layer: str, capture: Callable[[Tensor]
 
     def hook(_module: nn.Module, _inputs: object, output: object) -> object:
         items = list(output) if isinstance(output, list | tuple) else [output]
-        position = index or 0
-        if position >= len(items):
+        if index is not None and index >= len(items):
             raise KdxError(
                 f"There is no {layer!r}: {path} has {len(items)} outputs.", f"Name one from {path}[0] to {path}[{len(items) - 1}]."
             )
-        tensor = items[position]
-        if not isinstance(tensor, Tensor) or (index is None and len(items) > 1):
+        position = _only_feature(items) if index is None else index
+        tensor = None if position is None else items[position]
+        if position is None or not isinstance(tensor, Tensor):
             raw[layer] = output  # `as_map` raises the error
             return None
         raw[layer] = captured = capture(tensor)
         items[position] = captured.clone()
-        return type(output)(items) if isinstance(output, list | tuple) else items[0]
+        if not isinstance(output, list | tuple):
+            return items[0]
+        return output._make(items) if hasattr(output, "_make") else type(output)(items)  # a named tuple takes its entries one by one
 
     return hook
+
+
+def _only_feature(items: Sequence[object]) -> int | None:
+    """The place of the only floating-point tensor among a module's outputs, such as tokens with the size of their grid; else None."""
+    places = [place for place, item in enumerate(items) if isinstance(item, Tensor) and item.is_floating_point()]
+    return places[0] if len(places) == 1 else None

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -101,6 +102,51 @@ class Pair(nn.Module):
 )
 def test_several_layers_in_any_order_nested_and_side_by_side(layers: list[str]) -> None:
     in_pytorch(GradientGraph(Branches().eval(), layers))
+
+
+class Sized(NamedTuple):
+    tokens: Tensor
+    size: tuple[int, int]
+    mask: Tensor | None
+
+
+class Stage(nn.Module):
+    """Tokens with the size of their grid, as a tuple, a list or a named tuple."""
+
+    def __init__(self, kind: Callable[[Tensor, tuple[int, int]], Any], stride: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv = nn.Conv2d(6, 6, stride, stride)
+
+    def forward(self, tokens: Tensor, size: tuple[int, int]) -> Any:
+        grid = self.conv(tokens.transpose(1, 2).unflatten(2, size)).tanh()
+        return self.kind(grid.flatten(2).transpose(1, 2), (grid.shape[2], grid.shape[3]))
+
+
+class Stages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 1)
+        self.pair = Stage(lambda tokens, size: (tokens, size), 2)
+        self.items = Stage(lambda tokens, size: [torch.tensor(7), list(size), tokens], 1)
+        self.named = Stage(lambda tokens, size: Sized(tokens, size, None), 1)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        tokens, size = self.pair(x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3]))
+        _, size, tokens = self.items(tokens, tuple(size))
+        logits: Tensor = self.fc(self.named(tokens, tuple(size)).tokens.square().mean(1))
+        return logits
+
+
+def test_the_only_feature_of_several_outputs_needs_no_index() -> None:
+    network = Stages().eval()
+    graph = GradientGraph(network, ["pair", "items", "named"])
+    in_pytorch(graph, size=(12, 8))
+    inputs = random_inputs(graph, 3, (12, 8))
+    for ours, indexed in zip(graph(*inputs), GradientGraph(network, ["pair[0]", "items[2]", "named[0]"])(*inputs), strict=True):
+        assert torch.equal(ours, indexed)
 
 
 def test_layers_and_their_parts_in_a_residual_network_with_the_cotangent_at_a_layer() -> None:
