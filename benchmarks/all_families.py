@@ -49,17 +49,20 @@ def run(chosen: Sequence[str], stages: Sequence[str], *, again: bool, workers: i
 
     assert timm and transformers  # imported before the processes are forked
     torch.set_num_threads(1)
+    source = origin("benchmarks.families")
     stored = {row["network"]: row for row in read()["networks"]}
     pending = []
     for name in chosen:
         done = stored.get(name, {})
         todo = [stage for stage in STAGES if stage in stages and _is_due(done, stage, again)]
         if todo:
-            pending.append(({"network": name} | {key: value for key, value in done.items() if key not in todo}, todo))
+            known = {key: value for key, value in done.items() if key not in todo}
+            pending.append((known | {"network": name, "commit": source["commit"], "environment": source["environment"]}, todo))
 
     def work(task: tuple[dict[str, Any], list[str]]) -> None:
         if deadline is None or time.monotonic() < deadline:
-            _keep(_checked(*task, limit))
+            row = _checked(*task, limit)
+            print(row["network"], *(f"{stage}: {_cell(row, stage)}" for stage in STAGES), sep="  ", flush=True)
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(work, pending))
@@ -72,7 +75,7 @@ def _is_due(done: Mapping[str, Any], stage: str, again: bool) -> bool:
 
 
 def _checked(row: dict[str, Any], stages: Sequence[str], limit: float) -> dict[str, Any]:
-    """The row after a process has run its stages, or has been stopped at the limit."""
+    """The row after a process has run its stages, or has been stopped at the limit. It is stored after every stage."""
     context = multiprocessing.get_context("fork")
     with _lock:  # a process that is forked at the same time would inherit the sender, and no end of file would arrive
         receiver, sender = context.Pipe(duplex=False)
@@ -82,10 +85,12 @@ def _checked(row: dict[str, Any], stages: Sequence[str], limit: float) -> dict[s
     with suppress(EOFError):
         while True:
             row = receiver.recv()
+            _keep(row)
     process.join()
     for stage in ("build", *STAGES):
         if row.get(stage, {}).get("stopped"):
             row[stage] = {"stopped": f"not finished after {limit:.0f} s" if process.exitcode == -signal.SIGXCPU else "the process ended"}
+    _keep(row)
     return row
 
 
@@ -102,15 +107,14 @@ def _keep(row: dict[str, Any]) -> None:
         others = [other for other in record["networks"] if other["network"] != row["network"]]
         record["networks"] = sorted([*others, row], key=lambda other: str(other["network"]))
 
-    source = origin("benchmarks.families")
-    row |= {"commit": source["commit"], "environment": source["environment"]}
     _update(replace)
-    print(row["network"], *(f"{stage}: {_cell(row, stage)}" for stage in STAGES), sep="  ", flush=True)
 
 
 def read() -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": []}
-    return {"networks": []} | record
+    """The stored results, without stages that were running when they were stored."""
+    record: dict[str, Any] = {"rows": [], "networks": []} | (json.loads(RESULT.read_text()) if RESULT.exists() else {})
+    record["networks"] = [{key: value for key, value in row.items() if value != {"stopped": True}} for row in record["networks"]]
+    return record
 
 
 def _update(change: Callable[[dict[str, Any]], object]) -> None:

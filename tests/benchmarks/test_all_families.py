@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import kdx
 from benchmarks import all_families, family_checks
 from kdx.errors import KdxError
 from kdx.export.graphs import Preprocessing
@@ -55,27 +57,31 @@ def test_positions_in_another_order_are_found(change: Callable[[Tensor], Tensor]
 
 
 def test_a_wrong_grad_cam_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    correct = family_checks.kdx.grad_cam
+    correct = kdx.grad_cam
 
     def wrong(*arguments: Any) -> Any:
         maps = correct(*arguments)
         return type(maps)(maps.maps * 1.01, maps.weights, maps.classes, maps.logits)
 
-    monkeypatch.setattr(family_checks.kdx, "grad_cam", wrong)
+    monkeypatch.setattr(kdx, "grad_cam", wrong)
     assert family_checks.grad_cam_error(network(resnet(4, 1, 5)), "layer2")["error"] == pytest.approx(0.01, rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("end", "reason"), [(lambda: os._exit(3), "the process ended"), (lambda: [None for _ in iter(int, 1)], "not finished after 1 s")]
 )
-def test_results_survive_a_process_that_stops(end: Callable[[], object], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_survive_a_process_that_stops(
+    end: Callable[[], object], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def check(row: dict[str, Any], _stages: object, store: Callable[[dict[str, Any]], None]) -> None:
         store(row | {"layers": {"names": ["a"]}, "grad_cam": {"stopped": True}})
         end()
 
     monkeypatch.setattr(family_checks, "check", check)
+    monkeypatch.setattr(all_families, "RESULT", tmp_path / "families.json")
     row = all_families._checked({"network": "a:network"}, ["layers", "grad_cam"], 1)
     assert row == {"network": "a:network", "layers": {"names": ["a"]}, "grad_cam": {"stopped": reason}}
+    assert all_families.read()["networks"] == [row]
 
 
 def test_a_stage_states_whether_kdx_refused_it_or_it_failed() -> None:
