@@ -12,15 +12,30 @@ from kdx import progress
 from kdx.choices import (
     Features,
     GeometryName,
+    Interpolation,
     ObjectiveName,
     Precision,
+    ResizeMode,
     RuntimeName,
     SalientClass,
     SalientScore,
     StoredPrecision,
     Weighting,
 )
-from kdx.cli.options import DataArgument, DeviceOption, LayerOption, SeedOption, UnreadableOption, announce_line
+from kdx.cli.options import (
+    DataArgument,
+    DeviceOption,
+    GalleryOption,
+    ImagesOption,
+    InterpolationHelp,
+    LayerOption,
+    OrderOption,
+    ResizeHelp,
+    SeedOption,
+    UnreadableOption,
+    announce_line,
+    image_names,
+)
 
 
 def explain(
@@ -99,6 +114,21 @@ def explain(
     max_minutes: Annotated[
         float, typer.Option(min=0, help="whole: the time that the geometry may take, by estimate. Beyond it, auto selects reference.")
     ] = 60.0,
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            help="Class embeddings that relevance is measured against, in place of one-hot labels: .npy [classes, e] in the order of the "
+            "classes, or .npz, .csv or .parquet with class names.",
+            show_default=False,
+        ),
+    ] = None,
+    resize: Annotated[
+        ResizeMode | None, typer.Option(help=f"{ResizeHelp} By default as the models file states, else cover.", show_default=False)
+    ] = None,
+    interpolation: Annotated[
+        Interpolation | None,
+        typer.Option(help=f"{InterpolationHelp} By default as the models file states, else bicubic.", show_default=False),
+    ] = None,
     split: Annotated[
         str | None,
         typer.Option(help="test, validation, train or all. By default test for the data that the networks were trained on, else all."),
@@ -114,6 +144,9 @@ def explain(
             show_default=False,
         ),
     ] = None,
+    gallery: GalleryOption = 60,
+    order: OrderOption = "balanced",
+    images: ImagesOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Explain a data set: store maps of every image at every layer, scores with intervals, and a page that shows them."""
@@ -141,11 +174,17 @@ def explain(
         project=project,
         max_disk=max_disk,
         max_minutes=max_minutes,
+        target=target,
+        resize=resize,
+        interpolation=interpolation,
         split=split,
         permutations=permutations,
         confidence=confidence,
         max_unreadable=max_unreadable,
         workers=workers,
+        gallery=gallery,
+        gallery_order=order,
+        gallery_images=image_names(images),
         seed=seed,
     )
     page = run(data, models, out, layer or (), options, command=["kdx", *sys.argv[1:]], announce=announce_line)

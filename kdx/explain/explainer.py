@@ -10,6 +10,7 @@ from typing import Generic, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, SalientClass, SalientScore, Weighting
@@ -25,8 +26,10 @@ from kdx.features.arrays import Array, ArrayT
 from kdx.features.score_maps import terms
 from kdx.kernels import ambient
 from kdx.maps.decomposition import Decomposition
+from kdx.maps.drawing import Sheet
+from kdx.maps.figures import DRAWN_KINDS, Drawable, chosen_kinds, layers_sheet
 from kdx.maps.unicam import Maps
-from kdx.roles import TARGET, ScoreMap, roles_among, score_maps_among
+from kdx.roles import MAPS, TARGET, ScoreMap, roles_among, score_maps_among
 from kdx.runtimes.choice import Choice
 from kdx.scores.pool import pooled_scores
 from kdx.scores.score import Contrast, Score
@@ -34,7 +37,7 @@ from kdx.scores.uncertainty import permutation_table
 
 
 @dataclass(frozen=True)
-class LayerResult(Generic[ArrayT]):
+class LayerResult(Drawable, Generic[ArrayT]):
     """The comparison of the networks at one layer.
 
     distilled, residual, missed, new: the maps (`kdx.roles.MAPS`). The student's features that the base's do not explain, the base's
@@ -66,13 +69,32 @@ class LayerResult(Generic[ArrayT]):
         """RS(S): the relevance of the student's features to the target."""
         return self.scores["RS(S)"]
 
+    @property
+    def kinds(self) -> dict[str, Maps[ArrayT] | Decomposition[ArrayT]]:
+        """All maps of the layer: those that add up to a score by symbol, then UniCAM's by name."""
+        unicam = {name: getattr(self, name) for name in MAPS}
+        return {**self.score_maps, **{name: maps for name, maps in unicam.items() if maps is not None}}
+
+    def _count(self) -> int:
+        return len(next(iter(self.kinds.values())).maps)
+
+    def _sheet(self, images: list[NDArray[np.uint8]] | None, index: list[int], kinds: Sequence[str] | None) -> Sheet:
+        return layers_sheet({"": self.kinds}, images, index, chosen_kinds(kinds, DRAWN_KINDS, list(self.kinds)))
+
 
 @dataclass(frozen=True)
-class Explanation(Generic[ArrayT]):
+class Explanation(Drawable, Generic[ArrayT]):
     """The explanation of the images of one call: a LayerResult per layer, and each role's logits [n, classes]."""
 
     layers: dict[str, LayerResult[ArrayT]]
     logits: dict[str, ArrayT]
+
+    def _count(self) -> int:
+        return len(next(iter(self.logits.values())))
+
+    def _sheet(self, images: list[NDArray[np.uint8]] | None, index: list[int], kinds: Sequence[str] | None) -> Sheet:
+        layers = {name: layer.kinds for name, layer in self.layers.items()}
+        return layers_sheet(layers, images, index, chosen_kinds(kinds, DRAWN_KINDS[:1], list(next(iter(layers.values())))))
 
 
 class Explainer:

@@ -17,7 +17,7 @@ from kdx.features.target import Target
 from kdx.kernels import ambient, dispatch, geometry, rounding
 from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import ReferenceDistances, TorchBackend, UnicamWeights
-from kdx.maps.scaling import ScalableMaps
+from kdx.maps.scalable_maps import ScalableMaps
 from kdx.roles import TARGET
 
 

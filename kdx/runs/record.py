@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -125,6 +126,19 @@ class Samples:
     predictions: dict[str, NDArray[np.int64]]
     confidences: dict[str, NDArray[np.floating]]
 
+    @classmethod
+    def of(cls, columns: Mapping[str, NDArray[Any]], ids: list[str], roles: Sequence[str]) -> Samples:
+        """The images of these columns of samples.parquet."""
+        predictions = {role: columns[schema.prediction_column(role)] for role in roles}
+        return cls(
+            columns[schema.ROW], ids, columns[schema.LABEL], predictions, {role: columns[schema.confidence_column(role)] for role in roles}
+        )
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The place of each image by its name."""
+        return {name: place for place, name in enumerate(self.ids)}
+
     def correct(self, role: str) -> NDArray[np.bool_]:
         return np.asarray(self.predictions[role] == self.labels)
 
@@ -140,6 +154,7 @@ class RunRecord:
 
     folder: Path
     manifest: Manifest  # as stored
+    stored_scores: StoredScores
     data: str
     split: str | None
     method: str | None
@@ -154,6 +169,7 @@ class RunRecord:
     permutations: int | None
     reference_images: int
     salient: tuple[float, float, str, str] | None  # keep, noise, class and score of salient features; None for raw features
+    target_file: str | None  # the file of class embeddings that relevance is measured against; None for labels
     batches: int
     explained: int
     trained_on: int | None
@@ -244,6 +260,7 @@ def read_run(folder: Path) -> RunRecord:
         return RunRecord(
             folder=folder,
             manifest=manifest,
+            stored_scores=stored,
             data=str(configuration["data"]),
             split=configuration.get("split"),
             method=manifest.get("method"),
@@ -265,6 +282,7 @@ def read_run(folder: Path) -> RunRecord:
             permutations=_integer(configuration.get("permutations")),
             reference_images=int(configuration["reference_images"] or 0),
             salient=_salient(features) if features else None,
+            target_file=manifest.get("target_file"),
             batches=int(manifest["batches"]),
             explained=int(images["explained"]),
             trained_on=_integer(images.get("trained_on")),
@@ -359,10 +377,4 @@ def _samples(folder: Path, roles: Sequence[str]) -> Samples:
     if incomplete:
         raise ValueError(f"{schema.SAMPLES_FILE} has missing values in the column {incomplete[0]}")
     arrays = {name: table[name].to_numpy() for name in columns if name != schema.ID}
-    return Samples(
-        arrays[schema.ROW],
-        [str(name) for name in table[schema.ID].to_pylist()],
-        arrays[schema.LABEL],
-        {role: arrays[schema.prediction_column(role)] for role in roles},
-        {role: arrays[schema.confidence_column(role)] for role in roles},
-    )
+    return Samples.of(arrays, [str(name) for name in table[schema.ID].to_pylist()], roles)
