@@ -18,7 +18,7 @@ from torch import Tensor
 from kdx.choices import ObjectiveName
 from kdx.kernels import geometry
 from kdx.kernels.launches import THREADS, check, full_grid, launch, warps
-from kdx.kernels.precision import full_precision as full_precision
+from kdx.kernels.precision import ieee_float32 as ieee_float32
 
 _TILE = 64
 """Side of a tile of distances."""
@@ -113,7 +113,7 @@ def _gram(x: Tensor, y: Tensor) -> Tensor:
     rows = geometry.blocks(x)
     columns = rows if x is y else geometry.blocks(y)
     blocks = rows.shape[1]
-    with full_precision():
+    with ieee_float32():
         if len(x) == 1 and 1 < blocks <= _ELEMENTS // (x.shape[1] * y.shape[1]):
             return torch.bmm(rows[0], columns[0].mT).sum(0, keepdim=True)
         gram = torch.bmm(rows[:, 0], columns[:, 0].mT)

@@ -83,7 +83,7 @@ def _squares(features: Tensor, rows: Tensor, norms: Tensor, first: int, strip: i
     """|F_i(p) - F_j(p)|^2 [strip, count, P] of the strip's images i before all others, with their ``distances`` if requested."""
     positions, n, channels = rows.shape
     count = n - first
-    with fused.full_precision():
+    with fused.ieee_float32():
         products = torch.bmm(rows[:, first : first + strip], rows[:, first:].mT)
     squares = torch.empty(strip, count, positions, dtype=torch.float32, device=rows.device)
     sizes = (n, first, count, channels, positions)

@@ -22,7 +22,7 @@ from kdx.disk import write_atomic
 from kdx.errors import KdxError
 from kdx.roles import maps_among, score_maps_among
 from kdx.runs import schema
-from kdx.runs.image_numbers import MEANINGS, image_number, number_names
+from kdx.runs.image_numbers import MEANINGS, image_number, number_names, prediction_names
 from kdx.runs.record import RunRecord, Samples
 
 BALANCED = "balanced"
@@ -47,7 +47,7 @@ class GalleryChoice:
         _named(self.images, ids)
         kinds = (*maps_among(roles), *score_maps_among(roles))
         maps = (schema.map_column(layer, kind, name) for layer in layers for kind in kinds for name in schema.MAP_COLUMNS)
-        _check_order(self.order, (*MEANINGS, *map(schema.confidence_column, roles), *maps))
+        check_order(self.order, (*prediction_names(roles), *map(schema.confidence_column, roles), *maps))
 
     def places(self, samples: Samples, number: Callable[[str], NDArray[np.float64]], seed: int) -> NDArray[np.int64]:
         """The chosen images, as places in samples.parquet, in the order of the page."""
@@ -107,9 +107,10 @@ def _named(names: Sequence[str], ids: Sequence[str], *, required: bool = True) -
     return np.array(list(dict.fromkeys(places)), dtype=np.int64)
 
 
-def _check_order(order: str, names: Sequence[str]) -> None:
+def check_order(order: str, names: Sequence[str]) -> None:
+    """KdxError for an order that is neither `BALANCED` nor among these numbers."""
     if order != BALANCED and order not in names:
-        near = difflib.get_close_matches(order, names, n=3, cutoff=0.5) or list(MEANINGS)
+        near = difflib.get_close_matches(order, names, n=3, cutoff=0.5) or names[:3]
         raise KdxError(f"Images have no number {order!r} to be ordered by.", f"Give {BALANCED}, or a number such as {', '.join(near)}.")
 
 
@@ -147,7 +148,7 @@ def choose_again(run: RunRecord, choice: GalleryChoice, data: str | None = None)
     pictures are needed and the data is not the run's.
     """
     _named(choice.images, run.samples.ids)
-    _check_order(choice.order, number_names(run))
+    check_order(choice.order, number_names(run))
     places = choice.places(run.samples, lambda name: image_number(run, name), int(run.manifest["configuration"]["seed"]))
     rows = run.samples.rows[places]
     pictured = set(schema.pictured_rows(run.folder))

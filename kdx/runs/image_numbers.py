@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import combinations
 
 import numpy as np
@@ -46,8 +46,8 @@ def wrong(samples: Samples) -> NDArray[np.float64]:
 
 def disagreement(samples: Samples) -> NDArray[np.float64]:
     """How many pairs of the run's networks predict different classes, [n]: an integer from 0 to the number of pairs."""
-    pairs = list(combinations(samples.predictions.values(), 2))
-    return np.sum([a != b for a, b in pairs], axis=0, dtype=np.float64) if pairs else np.zeros(len(samples.rows))
+    pairs = [a != b for a, b in combinations(samples.predictions.values(), 2)]
+    return np.asarray(np.sum(pairs, axis=0, dtype=np.float64))
 
 
 _FROM_PREDICTIONS: dict[str, Callable[[Samples], NDArray[np.float64]]] = {CHANGED: changed, WRONG: wrong, DISAGREEMENT: disagreement}
@@ -57,10 +57,14 @@ def _compared(samples: Samples) -> tuple[str, str]:
     return "student", "base" if "base" in samples.predictions else "teacher"
 
 
+def prediction_names(roles: Collection[str]) -> tuple[str, ...]:
+    """The numbers of `MEANINGS` that images have with these roles. A single network can only be wrong."""
+    return tuple(MEANINGS) if len(roles) > 1 else (WRONG,)
+
+
 def prediction_numbers(samples: Samples) -> dict[str, NDArray[np.float64]]:
-    """The numbers of `MEANINGS` that these images have. A single network has no `changed`."""
-    several = len(samples.predictions) > 1
-    return {name: compute(samples) for name, compute in _FROM_PREDICTIONS.items() if several or name != CHANGED}
+    """The numbers of `prediction_names` of these images [n]."""
+    return {name: _FROM_PREDICTIONS[name](samples) for name in prediction_names(samples.predictions)}
 
 
 def number_names(run: RunRecord) -> tuple[str, ...]:
@@ -75,7 +79,7 @@ def number_names(run: RunRecord) -> tuple[str, ...]:
         if kind in run.map_summaries[layer]
         for name in schema.MAP_COLUMNS
     ]
-    return (*prediction_numbers(run.samples), *map(schema.confidence_column, run.roles), *maps)
+    return (*prediction_names(run.roles), *map(schema.confidence_column, run.roles), *maps)
 
 
 def image_number(run: RunRecord, name: str) -> NDArray[np.float64]:

@@ -23,7 +23,7 @@ from kdx.runs.batches import collect_batches, explain_batches
 from kdx.runs.class_order import class_order_warning
 from kdx.runs.collected import Collected
 from kdx.runs.environment import environment, now
-from kdx.runs.gallery_choice import write_choice
+from kdx.runs.gallery_choice import check_order, write_choice
 from kdx.runs.geometry import Geometry, choose_geometry, unavoidable
 from kdx.runs.image_numbers import prediction_numbers
 from kdx.runs.plan import Plan
@@ -266,6 +266,7 @@ def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int
     )
     samples = Samples.of(columns, [dataset.ids[i] for i in index], roles)
     numbers = {**columns, **prediction_numbers(samples), **maps}
+    check_order(options.gallery_order, tuple(numbers))  # salient features, for example, have no maps that add up to a score
     gallery = options.gallery_choice.places(samples, lambda name: np.asarray(numbers[name], dtype=np.float64), options.seed)
     pictures = load_images(dataset, index[gallery], size)
     for row, pixels in zip(columns[schema.ROW][gallery], pictures.pixels, strict=True):

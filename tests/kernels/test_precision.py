@@ -1,4 +1,4 @@
-"""Float32 products keep their digits while any thread is in a block of `full_precision`, and a program's settings come back after it."""
+"""Float32 products keep their digits while any thread is in a block of `ieee_float32`, and a program's settings come back after it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from kdx.kernels.precision import full_precision
+from kdx.kernels.precision import ieee_float32, tf32
 
 State = tuple[object, ...]
 
@@ -55,9 +55,9 @@ def test_nothing_is_reduced_inside_and_everything_is_as_before_after(allow: Call
     allow()
     before = state()
     assert reduced()
-    with full_precision():
+    with ieee_float32():
         assert not reduced()
-        with full_precision():
+        with ieee_float32():
             assert not reduced()
         assert not reduced()
         with torch.backends.cudnn.flags(enabled=False, allow_tf32=False):  # what torch.export does
@@ -70,12 +70,12 @@ def test_a_thread_that_leaves_first_does_not_end_the_block_of_another() -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def work() -> None:
-        with full_precision():
+        with ieee_float32():
             inside.set()
             leave.wait()
 
     thread = threading.Thread(target=work)
-    with full_precision():
+    with ieee_float32():
         thread.start()
         inside.wait()
     assert not reduced()
@@ -86,6 +86,16 @@ def test_a_thread_that_leaves_first_does_not_end_the_block_of_another() -> None:
 
 def test_an_error_restores_the_settings() -> None:
     before = state()
-    with pytest.raises(ZeroDivisionError), full_precision():
+    with pytest.raises(ZeroDivisionError), ieee_float32():
         1 / 0  # noqa: B018
+    assert state() == before
+
+
+def test_a_pass_may_use_tensor_float_32() -> None:
+    before = state()
+    with ieee_float32():
+        exact = state()
+        with tf32(), tf32():
+            assert {"True", "tf32"} <= set(reduced())
+        assert state() == exact
     assert state() == before

@@ -21,8 +21,9 @@ from kdx.commands import explain
 from kdx.data.dataset import open_data
 from kdx.data.images import load_images
 from kdx.report.page import write_page
-from kdx.runs.gallery_choice import GalleryChoice, choose_again, read_choice
-from kdx.runs.record import read_run
+from kdx.runs.gallery_choice import GalleryChoice, check_order, choose_again, read_choice
+from kdx.runs.image_numbers import prediction_names, prediction_numbers
+from kdx.runs.record import Samples, read_run
 from tests.command_line import in_folder
 from tests.made_runs import make_run
 from tests.runs.small_run import OPTIONS, SIZE, run
@@ -149,6 +150,15 @@ def test_older_runs_and_damaged_choices_show_the_images_that_have_pictures(tmp_p
     choose_again(read_run(old), GalleryChoice(3, "changed"), "digits")
     write_page(old)
     assert cards(old) == kdx.open_run(old).sorted("changed")[:3].images
+
+
+def test_a_single_network_has_no_changes() -> None:
+    samples = Samples(
+        np.arange(3), ["a", "b", "c"], np.zeros(3, int), {"student": np.array([0, 1, 0])}, {"student": np.array([0.5, 0.6, 0.7])}
+    )
+    assert {name: values.tolist() for name, values in prediction_numbers(samples).items()} == {"wrong": [-0.5, 0.6, -0.7]}
+    with pytest.raises(kdx.KdxError, match="no number 'changed'"):
+        check_order("changed", prediction_names(["student"]))
 
 
 def test_the_command_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
