@@ -14,7 +14,11 @@ _SAVED = 0.4
 """The share of PyTorch's time for a pass that ONNX Runtime and OpenVINO save on a CPU; measured: 0.4 to 0.5 for residual networks."""
 
 _START, _PER_NETWORK, _PER_MODULE = 2.3, 1.0, 0.02
-"""Seconds that an export takes: once for the packages, per network, and per module of a network."""
+"""Seconds of one free core that an export takes: once for the packages, per network, and per module of a network."""
+
+_STEPS, _STEPS_SECONDS = 400_000, 0.012
+"""Steps of a Python loop, and the seconds that they took on the same core. An export is Python code, so it slows down as the loop does: on
+slower cores, and beside other processes."""
 
 _COMPARED_IMAGES = 10
 """The images that PyTorch computes for the comparison of an exported file."""
@@ -37,8 +41,9 @@ class ExportCost:
 
         exports: the files per network. passes: the passes per image, in multiples of a forward pass.
         """
+        slowness = _loop_seconds() / _STEPS_SECONDS
         images = torch.rand(2, 3, *image_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-        networks, exporting, per_image = 0, _START, 0.0
+        networks, exporting, per_image = 0, slowness * _START, 0.0
         for runner in runners:
             runner.infer(images)  # the first pass also checks the network and allocates memory
             start = time.perf_counter()
@@ -46,7 +51,7 @@ class ExportCost:
             seconds = (time.perf_counter() - start) / len(images)
             modules = sum(1 for _ in runner.graph.modules())
             networks += 1
-            exporting += exports * (_PER_NETWORK + _PER_MODULE * modules + _COMPARED_IMAGES * seconds)
+            exporting += exports * (slowness * (_PER_NETWORK + _PER_MODULE * modules) + _COMPARED_IMAGES * seconds)
             per_image += seconds
         return cls(networks, exporting, _SAVED * passes * per_image)
 
@@ -59,6 +64,17 @@ class ExportCost:
         saved, exporting = _seconds(self.saved * images), _seconds(self.exporting)
         count = f"{images:,} image{'s' if images != 1 else ''}"
         return f"{runtime} would save about {saved} for {count}, and exporting {self.networks} networks takes about {exporting}"
+
+
+def _loop_seconds() -> float:
+    """The seconds that the loop of _STEPS takes now: the median of three."""
+    times = []
+    for _ in range(3):
+        start, total = time.perf_counter(), 0
+        for step in range(_STEPS):
+            total += step
+        times.append(time.perf_counter() - start)
+    return sorted(times)[1]
 
 
 def _seconds(value: float) -> str:
