@@ -40,7 +40,10 @@ from kdx.cli.options import (
 def explain(
     data: Annotated[
         list[str],
-        typer.Argument(help="A folder with one folder per class, cifar10:FOLDER, or digits; or a few image files, with --data."),
+        typer.Argument(
+            help="A folder with one folder per class, a CSV file with the columns path and label, cifar10:FOLDER, or digits; "
+            "or a few image files, with --data."
+        ),
     ],
     models: Annotated[
         Path, typer.Option(help="The models file, which names the student, the base and optionally the teacher; or an explainer file.")

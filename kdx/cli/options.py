@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-DataArgument = Annotated[str, typer.Argument(help="A folder with one folder per class, cifar10:FOLDER, or digits.")]
+DataArgument = Annotated[
+    str, typer.Argument(help="A folder with one folder per class, a CSV file with the columns path and label, cifar10:FOLDER, or digits.")
+]
 LayerOption = Annotated[
     list[str] | None,
     typer.Option("--layer", "-l", help="A layer, or STUDENT_LAYER=TEACHER_LAYER. Repeat the option for more layers.", show_default=False),

@@ -14,7 +14,7 @@ from kdx.runs.run import RunOptions, explain_dataset
 
 def check_data_set(data: Sequence[str], labels: Sequence[str] | None) -> None:
     """Raise KdxError for image files, several data sets, or labels of images, where one data set is expected."""
-    if labels or len(data) > 1 or Path(data[0]).is_file():
+    if labels or len(data) > 1 or (Path(data[0]).is_file() and not data[0].lower().endswith(".csv")):
         raise KdxError(
             "Image files and their labels need a data set to be compared with.", "Name it with --data, or explain a single data set."
         )
