@@ -230,10 +230,12 @@ class GradientGraph(WatchedNetwork):
     def output_names(self) -> tuple[str, ...]:
         return ("logits", *map(output_name, self.layers), *(f"gradient/{layer}" for layer in self.layers))
 
-    def forward(self, images: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, cotangent: Tensor | Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        """cotangent: a tensor, or a function of the logits that returns one."""
         with torch.enable_grad():
             logits, raw = self.watch(images, _cut)
-            return self.with_gradients(images, cotangent, logits, raw)
+            tensor = cotangent if isinstance(cotangent, Tensor) else cotangent(logits)
+            return self.with_gradients(images, tensor, logits, raw)
 
     def cotangent_shape(self, images: Tensor) -> tuple[int, ...]:
         """The shape of the cotangent for these images."""

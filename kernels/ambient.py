@@ -1,7 +1,8 @@
 """PyTorch's ambient state, which a program sets around its calls of kdx, and which must not change a result.
 
 The state that belongs to a thread is set here, in one place: autocast, inference mode, gradient recording and the default device. The
-default number format belongs to the whole process, so code that makes a tensor names its type instead.
+default number format belongs to the whole process, so code that makes a tensor names its type instead. The precision of float32 products
+also belongs to the process; `kdx.kernels.precision` sets it for as long as any thread is in a function of kdx.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from kdx.kernels.precision import ieee_float32
+
 
 @contextmanager
 def neutral() -> Iterator[None]:
-    """Run a block, or as a decorator a function, without autocast, inference mode, recorded gradients and default device.
+    """Run a block, or as a decorator a function, without autocast, inference mode, recorded gradients, default device and TF32.
 
     Every public function that computes has this decorator, or that of `full_precision`. Code inside it that needs gradients uses
     torch.enable_grad().
@@ -29,7 +32,7 @@ def neutral() -> Iterator[None]:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Run a block, or as a decorator a function, without autocast and default device. The caller decides whether gradients are recorded.
+    """Run a block, or as a decorator a function, without autocast, default device and TF32. The caller decides whether gradients are recorded.
 
     For functions of tensors that are being trained.
     """
@@ -39,6 +42,7 @@ def full_precision() -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
+        stack.enter_context(ieee_float32())
         yield
 
 

@@ -48,6 +48,7 @@ class NetworkRunners:
         self._settings = settings
         self._folder = ExportFolder(folder)
         self._salience = settings.salience
+        self._reported: set[tuple[str, str]] = set()
         self._may_fall_back = settings.runtime == "auto" and settings.precision == "float32"
         paths = {role: Path(str(network)) for role, network in networks.items() if is_file(network)}
         _check_files(networks, paths, settings)
@@ -172,10 +173,19 @@ class NetworkRunners:
             # Each network has its own seed: noise that two networks' images share would raise their similarity.
             for role, noise_seed in zip(rankings, seed.spawn(len(rankings)), strict=True):
                 name = self._layer_of(role, layer)
+                self._report_empty(role, name, rankings[role][name])
                 salient = salience.images(images, rankings[role][name], int(noise_seed.generate_state(1)[0]))
                 rows = self._run(role, salient).features[name].flatten(1)
                 distances[layer][role] = arrays.row_distances({f"{role}'s salient features": rows}, TorchBackend())[0]
         return distances
+
+    def _report_empty(self, role: str, layer: str, maps: Tensor) -> None:
+        """Log, once per network and layer, that maps which rank pixels are zero everywhere."""
+        count = int((maps == 0).flatten(1).all(1).sum())
+        if count and (role, layer) not in self._reported:
+            self._reported.add((role, layer))
+            message = "HiResCAM of the %s at %s is zero everywhere for %d of %d images; their salient images keep the first rows."
+            log.warning(message, role, layer, count, len(maps))
 
     def _infer(self, images: Tensor) -> dict[str, NetworkOutputs]:
         """One pass of every network."""

@@ -100,7 +100,7 @@ def _device_for(runtime: RuntimeName, device: str) -> torch.device:
     if runtime == "tensorrt":
         check_gpu("cuda" if device == "auto" else device, "TensorRT")
         if not (_installed("tensorrt") or _installed("tensorrt_rtx")):
-            raise missing_package("tensorrt", "gpu", "The runtime tensorrt")
+            raise missing_package("tensorrt", "tensorrt", "The runtime tensorrt")
         return torch.device("cuda" if device == "auto" else device)
     if runtime == "openvino":
         if device.startswith("cuda"):
@@ -113,7 +113,9 @@ def _device_for(runtime: RuntimeName, device: str) -> torch.device:
             raise missing_package("onnxruntime", "cpu", "The runtime onnx")
         if device.startswith("cuda") and not has_cuda_provider():
             raise KdxError("The installed ONNX Runtime runs only on the CPU.", GPU_PACKAGE)
-        return CPU if device == "auto" else torch.device(device)
+        if device == "auto":
+            return torch.device("cuda") if _gpus() and has_cuda_provider() else CPU
+        return torch.device(device)
     if device == "auto":
         return torch.device("cuda") if _gpus() else CPU
     return torch.device(device)

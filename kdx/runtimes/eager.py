@@ -23,6 +23,7 @@ class EagerRunner(Runner):
 
     runtime = "eager"
 
+    @ambient.neutral()  # parameters that are moved in inference mode could not be used outside of it
     def __init__(self, graph: Graph, device: torch.device) -> None:
         self.device = device
         self.kind = graph.kind

@@ -130,6 +130,8 @@ def test_onnx_runtime_uses_the_named_gpu_if_it_has_cuda(name: RuntimeName, files
     _machine(monkeypatch, onnx=True, cuda=True, provider=True)
     actual = choose(name, "cuda:1", files=files)
     assert (actual.runtime, actual.device) == ("onnx", torch.device("cuda:1")) and actual.why.startswith("onnx on cuda:1")
+    assert choose(name, files=files).device == torch.device("cuda")
+    _machine(monkeypatch, onnx=True, cuda=True, provider=False)
     assert choose(name, files=files).device == CPU
 
 
@@ -195,7 +197,7 @@ def test_engines_run_only_in_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     _machine(monkeypatch, onnx=True, cuda=True, tensorrt=False)
     with pytest.raises(KdxError, match="needs the package tensorrt") as caught:
         choose("tensorrt")
-    assert "kdx[gpu]" in caught.value.hint
+    assert "kdx[tensorrt]" in caught.value.hint
 
 
 @pytest.mark.parametrize("device", ["cuda:x", "cuda:-1", "cuda:2", "cuda:", "cudax"])
