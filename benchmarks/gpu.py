@@ -32,7 +32,7 @@ from kdx.explain import layer
 from kdx.features.target import Target
 from kdx.kernels import cubins, cuda, fused, geometry
 from kdx.kernels.fused_shares import PositionSquares
-from kdx.kernels.precision import ieee_float32
+from kdx.kernels.precision import ieee_float32, tf32
 from kdx.scores import uncertainty
 from tests.oracle import TOLERANCE, error
 
@@ -146,7 +146,7 @@ def time_batch(clock: Clock, seed: int) -> dict[str, Any]:
 
         samples[f"maps and scores, {permutations} permutations"] = clock.seconds(measured)
     samples["passes, float32"] = _time_passes(clock, torch.float32, generator)
-    with torch.backends.cudnn.flags(allow_tf32=True):
+    with tf32():
         samples["passes, TF32"] = _time_passes(clock, torch.float32, generator)
     samples["passes, float16"] = _time_passes(clock, torch.float16, generator)
     torch.cuda.empty_cache()

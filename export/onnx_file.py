@@ -18,7 +18,7 @@ from torch import Tensor
 from kdx.choices import FilePrecision
 from kdx.disk import staging, unwritable, write_through
 from kdx.errors import KdxError, first_line
-from kdx.export import parity, trace, value_names
+from kdx.export import parity, recurrence, trace, value_names
 from kdx.export.copies import copied
 from kdx.export.dependence import check_dependence
 from kdx.export.description import (
@@ -86,6 +86,8 @@ def write(
         # A size that differs from all others, such as the one that images are resized to: tracing merges equal dimensions.
         traced_size = (image_size[0] + 3, image_size[1] + 7) if resizes else image_size
         inputs = parity.seeded_inputs(graph, _TRACE_BATCH, traced_size, seed=0)
+        if isinstance(graph, GradientGraph):
+            recurrence.check_steps(graph, inputs["images"])
         model = _exported(_converted(graph, precision), inputs, resizes, name, _OPSETS[precision])
         description = _description(graph, model, origins, precision, None if resizes else image_size)
         _add_metadata(model, asdict(replace(description, classes=classes, references=_references(graph, reference_ids))))

@@ -106,7 +106,8 @@ class Explainer:
     runtime: ``auto``, ``eager``, ``onnx``, ``openvino`` or ``tensorrt``. The last three export the networks once, into ``folder`` or a
     temporary folder. Files in ``folder`` are used again, except for PyTorch modules, whose code no reference identifies.
     device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-    precision: the number format of the networks. ``bfloat16`` needs the runtime openvino and a CPU that supports it. Features then
+    precision: the number format of the networks. ``tf32`` lets a GPU round the factors of products and convolutions to ten bits, in the
+    runtimes eager and onnx. ``bfloat16`` needs the runtime openvino and a CPU that supports it. Features then
     keep two to three digits; maps and scores are computed from them in float32.
     geometry: the images that an image is compared with. ``whole`` and ``batch`` both stand for all images of one call, so give a set in
     one call; ``kdx explain`` is for sets that do not fit in memory. ``reference`` stands for the images of `use_references`, which must be

@@ -105,7 +105,7 @@ class NetworkRunners:
     def _runner(self, role: str, graph: FeatureGraph | GradientGraph, image_size: tuple[int, int]) -> Runner:
         """The runner of a graph of a role's network. For every runtime but PyTorch the graph is exported, unless its file is there."""
         if self.choice.runtime == "eager":
-            return EagerRunner(graph, self.choice.device)
+            return EagerRunner(graph, self.choice.device, self.choice.precision)
         network, _ = self._graphs[role]
         suffix = ".onnx" if graph.kind == "features" else f".{graph.kind}.onnx"
         path = self._folder.path / f"{role}-{network.weights_hash[:12]}{suffix}"

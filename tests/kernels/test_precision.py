@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from kdx.kernels.precision import ieee_float32
+from kdx.kernels.precision import ieee_float32, tf32
 
 State = tuple[object, ...]
 
@@ -88,4 +88,14 @@ def test_an_error_restores_the_settings() -> None:
     before = state()
     with pytest.raises(ZeroDivisionError), ieee_float32():
         1 / 0  # noqa: B018
+    assert state() == before
+
+
+def test_a_pass_may_use_tensor_float_32() -> None:
+    before = state()
+    with ieee_float32():
+        exact = state()
+        with tf32(), tf32():
+            assert {"True", "tf32"} <= set(reduced())
+        assert state() == exact
     assert state() == before

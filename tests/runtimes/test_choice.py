@@ -210,3 +210,14 @@ def test_a_gpu_that_pytorch_does_not_see_is_an_error(device: str, monkeypatch: p
 def test_the_same_choice_compares_equal(machine: pytest.MonkeyPatch) -> None:
     assert choose("auto") == choose("auto", "auto") == Choice("onnx", CPU, choose("auto").why)
     assert RUNTIMES == ("auto", "eager", "onnx", "openvino", "tensorrt")
+
+
+def test_tensor_float_32_needs_a_gpu_and_a_runtime_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    _machine(monkeypatch, onnx=True, cuda=True, provider=True, tensorrt=True)
+    for name in ("auto", "eager", "onnx"):
+        actual = choose(name, precision="tf32")  # type: ignore[arg-type]
+        assert actual.precision == "tf32" and actual.device.type == "cuda" and actual.why.endswith(", in tf32")
+        with pytest.raises(KdxError, match="does not support tf32 on cpu"):
+            choose(name, "cpu", precision="tf32")  # type: ignore[arg-type]
+    with pytest.raises(KdxError, match="tensorrt does not support tf32"):
+        choose("tensorrt", precision="tf32")
