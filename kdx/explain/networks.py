@@ -172,7 +172,10 @@ class NetworkRunners:
             # Each network has its own seed: noise that two networks' images share would raise their similarity.
             for role, noise_seed in zip(rankings, seed.spawn(len(rankings)), strict=True):
                 name = self._layer_of(role, layer)
-                salient = salience.images(images, rankings[role][name], int(noise_seed.generate_state(1)[0]))
+                # The authors' code ranks the pixels once, at the deepest layer.
+                ranking = rankings[role][self._layers_of(role)[-1] if salience.image == "published" else name]
+                preprocessing = self._graphs[role][0].preprocessing
+                salient = salience.images(images, ranking, int(noise_seed.generate_state(1)[0]), preprocessing)
                 rows = self._run(role, salient).features[name].flatten(1)
                 distances[layer][role] = arrays.row_distances({f"{role}'s salient features": rows}, TorchBackend())[0]
         return distances

@@ -12,6 +12,7 @@ import pytest
 
 import kdx
 import kdx.distill
+import kdx.losses
 import kdx.models
 from docs import draw_architecture, error_messages
 
@@ -114,6 +115,7 @@ def test_the_api_page_has_every_public_name_once() -> None:
     listed = re.findall(r"^::: (\S+)", (DOCS / "api.md").read_text("utf-8"), re.M)
     public = {f"kdx.{name}" for name in kdx.__all__}
     public |= {f"kdx.models.{name}" for name in kdx.models.__all__} | {f"kdx.distill.{name}" for name in kdx.distill.__all__}
+    public |= {f"kdx.losses.{name}" for name in kdx.losses.__all__}
     assert sorted(listed) == sorted(public)
 
 
