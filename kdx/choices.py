@@ -8,8 +8,8 @@ from typing import Literal, get_args
 RuntimeName = Literal["auto", "eager", "onnx", "openvino", "tensorrt"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 
-Precision = Literal["float32", "bfloat16"]
-"""The number format in which a runtime computes a network. Inputs and outputs are always float32."""
+Precision = Literal["float32", "tf32", "bfloat16"]
+"""The number format in which a runtime computes a network. Inputs and outputs are always float32. tf32 is that of a GPU's products."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 FilePrecision = Literal["fp32", "fp16", "bf16"]
@@ -72,3 +72,7 @@ COVER = Resizing()
 
 StoredPrecision = Literal["float32", "float16"]
 """The number format of features on disk."""
+
+TableFormat = Literal["csv", "latex", "markdown", "images"]
+"""A table of a run: its scores in one of three formats, or the numbers of every image as CSV."""
+TABLE_FORMATS: tuple[TableFormat, ...] = get_args(TableFormat)

@@ -28,12 +28,16 @@ from kdx.choices import (
 from kdx.cli.options import (
     DataArgument,
     DeviceOption,
+    GalleryOption,
+    ImagesOption,
     InterpolationHelp,
     LayerOption,
+    OrderOption,
     ResizeHelp,
     SeedOption,
     UnreadableOption,
     announce_line,
+    image_names,
 )
 
 if TYPE_CHECKING:
@@ -71,7 +75,10 @@ def explain(
     runtime: Annotated[RuntimeName, typer.Option(help="What executes the networks.")] = "auto",
     device: DeviceOption = "auto",
     precision: Annotated[
-        Precision, typer.Option(help="Number format of the networks. bfloat16 needs the runtime openvino and a CPU that supports it.")
+        Precision,
+        typer.Option(
+            help="Number format of the networks. tf32: fewer digits, faster on a GPU. bfloat16: for openvino on a CPU that supports it."
+        ),
     ] = "float32",
     objective: Annotated[
         ObjectiveName, typer.Option(help="What the maps explain: relevance to the target, or uniqueness of the explained network.")
@@ -160,6 +167,9 @@ def explain(
             show_default=False,
         ),
     ] = None,
+    gallery: GalleryOption = 60,
+    order: OrderOption = "balanced",
+    images: ImagesOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Explain a data set: store maps of every image at every layer, scores with intervals, and a page that shows them."""
@@ -198,6 +208,9 @@ def explain(
         confidence=confidence,
         max_unreadable=max_unreadable,
         workers=workers,
+        gallery=gallery,
+        gallery_order=order,
+        gallery_images=image_names(images),
         seed=seed,
     )
     page = run(data, models, out, layer or (), options, command=["kdx", *sys.argv[1:]], announce=announce_line)

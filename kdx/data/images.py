@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kdx import threads
 from kdx.data.dataset import Dataset, Indices
 from kdx.data.pixels import fit
-from kdx.data.prefetch import Job, available_cores, prefetch
+from kdx.data.prefetch import Job, prefetch
 from kdx.errors import KdxError, printable
 
 
@@ -72,7 +73,8 @@ def decoded(dataset: Dataset, batches: Iterable[Indices], size: tuple[int, int],
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.|kdx\.data")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with prefetch((_job(dataset, batch, size) for batch in batches), available_cores() if workers is None else workers) as results:
+        count = threads.available_cores() if workers is None else workers
+        with prefetch((_job(dataset, batch, size) for batch in batches), count) as results:
             yield results
 
 

@@ -10,6 +10,7 @@ from typing import Generic, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, SalientClass, SalientImage, SalientScore, Weighting
@@ -25,8 +26,10 @@ from kdx.features.arrays import Array, ArrayT
 from kdx.features.score_maps import terms
 from kdx.kernels import ambient
 from kdx.maps.decomposition import Decomposition
+from kdx.maps.drawing import Sheet
+from kdx.maps.figures import DRAWN_KINDS, Drawable, chosen_kinds, layers_sheet
 from kdx.maps.unicam import Maps
-from kdx.roles import TARGET, ScoreMap, roles_among, score_maps_among
+from kdx.roles import MAPS, TARGET, ScoreMap, roles_among, score_maps_among
 from kdx.runtimes.choice import Choice
 from kdx.scores.pool import pooled_scores
 from kdx.scores.score import Contrast, Score
@@ -34,7 +37,7 @@ from kdx.scores.uncertainty import permutation_table
 
 
 @dataclass(frozen=True)
-class LayerResult(Generic[ArrayT]):
+class LayerResult(Drawable, Generic[ArrayT]):
     """The comparison of the networks at one layer.
 
     distilled, residual, missed, new: the maps (`kdx.roles.MAPS`). The student's features that the base's do not explain, the base's
@@ -66,13 +69,32 @@ class LayerResult(Generic[ArrayT]):
         """RS(S): the relevance of the student's features to the target."""
         return self.scores["RS(S)"]
 
+    @property
+    def kinds(self) -> dict[str, Maps[ArrayT] | Decomposition[ArrayT]]:
+        """All maps of the layer: those that add up to a score by symbol, then UniCAM's by name."""
+        unicam = {name: getattr(self, name) for name in MAPS}
+        return {**self.score_maps, **{name: maps for name, maps in unicam.items() if maps is not None}}
+
+    def _count(self) -> int:
+        return len(next(iter(self.kinds.values())).maps)
+
+    def _sheet(self, images: list[NDArray[np.uint8]] | None, index: list[int], kinds: Sequence[str] | None) -> Sheet:
+        return layers_sheet({"": self.kinds}, images, index, chosen_kinds(kinds, DRAWN_KINDS, list(self.kinds)))
+
 
 @dataclass(frozen=True)
-class Explanation(Generic[ArrayT]):
+class Explanation(Drawable, Generic[ArrayT]):
     """The explanation of the images of one call: a LayerResult per layer, and each role's logits [n, classes]."""
 
     layers: dict[str, LayerResult[ArrayT]]
     logits: dict[str, ArrayT]
+
+    def _count(self) -> int:
+        return len(next(iter(self.logits.values())))
+
+    def _sheet(self, images: list[NDArray[np.uint8]] | None, index: list[int], kinds: Sequence[str] | None) -> Sheet:
+        layers = {name: layer.kinds for name, layer in self.layers.items()}
+        return layers_sheet(layers, images, index, chosen_kinds(kinds, DRAWN_KINDS[:1], list(next(iter(layers.values())))))
 
 
 class Explainer:
@@ -84,7 +106,8 @@ class Explainer:
     runtime: ``auto``, ``eager``, ``onnx``, ``openvino`` or ``tensorrt``. The last three export the networks once, into ``folder`` or a
     temporary folder. Files in ``folder`` are used again, except for PyTorch modules, whose code no reference identifies.
     device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-    precision: the number format of the networks. ``bfloat16`` needs the runtime openvino and a CPU that supports it. Features then
+    precision: the number format of the networks. ``tf32`` lets a GPU round the factors of products and convolutions to ten bits, in the
+    runtimes eager and onnx. ``bfloat16`` needs the runtime openvino and a CPU that supports it. Features then
     keep two to three digits; maps and scores are computed from them in float32.
     geometry: the images that an image is compared with. ``whole`` and ``batch`` both stand for all images of one call, so give a set in
     one call; ``kdx explain`` is for sets that do not fit in memory. ``reference`` stands for the images of `use_references`, which must be

@@ -48,6 +48,7 @@ class NetworkRunners:
         self._settings = settings
         self._folder = ExportFolder(folder)
         self._salience = settings.salience
+        self._reported: set[tuple[str, str]] = set()
         self._may_fall_back = settings.runtime == "auto" and settings.precision == "float32"
         paths = {role: Path(str(network)) for role, network in networks.items() if is_file(network)}
         _check_files(networks, paths, settings)
@@ -104,7 +105,7 @@ class NetworkRunners:
     def _runner(self, role: str, graph: FeatureGraph | GradientGraph, image_size: tuple[int, int]) -> Runner:
         """The runner of a graph of a role's network. For every runtime but PyTorch the graph is exported, unless its file is there."""
         if self.choice.runtime == "eager":
-            return EagerRunner(graph, self.choice.device)
+            return EagerRunner(graph, self.choice.device, self.choice.precision)
         network, _ = self._graphs[role]
         suffix = ".onnx" if graph.kind == "features" else f".{graph.kind}.onnx"
         path = self._folder.path / f"{role}-{network.weights_hash[:12]}{suffix}"
@@ -173,12 +174,22 @@ class NetworkRunners:
             for role, noise_seed in zip(rankings, seed.spawn(len(rankings)), strict=True):
                 name = self._layer_of(role, layer)
                 # The authors' code ranks the pixels once, at the deepest layer.
-                ranking = rankings[role][self._layers_of(role)[-1] if salience.image == "published" else name]
+                ranked = self._layers_of(role)[-1] if salience.image == "published" else name
+                self._report_empty(role, ranked, rankings[role][ranked])
                 preprocessing = self._graphs[role][0].preprocessing
-                salient = salience.images(images, ranking, int(noise_seed.generate_state(1)[0]), preprocessing)
+                salient = salience.images(images, rankings[role][ranked], int(noise_seed.generate_state(1)[0]), preprocessing)
                 rows = self._run(role, salient).features[name].flatten(1)
                 distances[layer][role] = arrays.row_distances({f"{role}'s salient features": rows}, TorchBackend())[0]
         return distances
+
+    def _report_empty(self, role: str, layer: str, maps: Tensor) -> None:
+        """Log, once per network and layer, that maps which rank pixels are zero everywhere."""
+        count = int((maps == 0).flatten(1).all(1).sum())
+        if count and (role, layer) not in self._reported:
+            self._reported.add((role, layer))
+            message = "HiResCAM of the %s at %s is zero everywhere for %d of %d images; their salient images keep %s."
+            kept = "all pixels" if self._settings.salient_image == "published" else "the first rows"
+            log.warning(message, role, layer, count, len(maps), kept)
 
     def _infer(self, images: Tensor) -> dict[str, NetworkOutputs]:
         """One pass of every network."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from kdx.features import arrays
 from kdx.features.arrays import ArrayT
 from kdx.kernels import ambient
 from kdx.maps.gradients import ClassChoice, Differentiable, LogitTarget, class_gradients, explained_classes, gradient_runner
-from kdx.maps.scaling import ScalableMaps
+from kdx.maps.scalable_maps import ScalableMaps
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class ClassMaps(ScalableMaps[ArrayT]):
     A map that is only the rounding error of its own computation is zero, and so are such weights: for example Grad-CAM before an
     instance normalisation, which removes the influence of every channel's mean.
     """
+
+    _comparable: ClassVar[bool] = False
 
     maps: ArrayT
     weights: ArrayT

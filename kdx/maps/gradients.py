@@ -7,7 +7,7 @@ gradients of each layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -74,6 +74,12 @@ def layer_gradients(
     """
     outputs = runner.run({"images": images, "cotangent": cotangent})
     gradients = {layer: LayerGradient(outputs[output_name(layer)], outputs[f"gradient/{layer}"], runner.dtype) for layer in layers}
+    check_gradients(gradients, first)
+    return outputs["logits"], gradients
+
+
+def check_gradients(gradients: Mapping[str, LayerGradient], first: int = 0) -> None:
+    """Raise KdxError for values that are not finite. first: the row of the first image among all images, for the message."""
     for layer, (feature, gradient, _) in gradients.items():
         finite = feature.isfinite().flatten(1).all(1) & gradient.isfinite().flatten(1).all(1)
         if not bool(finite.all()):
@@ -81,7 +87,6 @@ def layer_gradients(
                 f"The features of layer {layer!r} or their gradients are not finite {arrays.rows_text(~finite, first)}.",
                 "Look at those images, and at the network's weights and precision.",
             )
-    return outputs["logits"], gradients
 
 
 def explained_classes(

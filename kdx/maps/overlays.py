@@ -48,7 +48,7 @@ def overlay(image: Array | Image, map_: Array, /, *, peak: float | None = None, 
     >>> drawn.shape, drawn[0, 0].tolist(), drawn[-1, -1].tolist()
     ((32, 48, 3), [0, 0, 0], [201, 152, 28])
     """
-    picture = _picture(image)
+    pixels = picture(image)
     values = arrays.tensor(map_, "map")
     if values.ndim != 2 or 0 in values.shape or not bool(values.isfinite().all()):
         raise KdxError(
@@ -59,12 +59,12 @@ def overlay(image: Array | Image, map_: Array, /, *, peak: float | None = None, 
     if peak is not None and not 0 < peak < np.inf:
         raise KdxError(f"The peak {peak} is not a positive number.", "Give the largest value of the maps that you compare, such as 0.02.")
     signed = bool((values < 0).any())
-    size, maps = (picture.shape[0], picture.shape[1]), values.double()[None].numpy(force=True)
+    size, maps = (pixels.shape[0], pixels.shape[1]), values.double()[None].numpy(force=True)
     drawn = at_size(maps, size, signed=signed) if peak is None else np.clip(resized(maps / peak, size), -1, 1)
-    return composite(picture, drawn[0], opacity, signed=signed)
+    return composite(pixels, drawn[0], opacity, signed=signed)
 
 
-def _picture(image: Array | Image) -> NDArray[np.uint8]:
+def picture(image: Array | Image) -> NDArray[np.uint8]:
     """One image as uint8 RGB [H, W, 3]."""
     if not isinstance(image, Tensor | np.ndarray):
         if not hasattr(image, "convert"):
@@ -137,16 +137,25 @@ def diverging_colours() -> NDArray[np.uint8]:
     return np.asarray(np.rint(np.concatenate([negative, positive])), dtype=np.uint8)
 
 
-def composite(image: NDArray[np.uint8], map_: NDArray[np.floating], opacity: float = OPACITY, *, signed: bool = False) -> NDArray[np.uint8]:
+def composite(
+    image: NDArray[np.uint8],
+    map_: NDArray[np.floating],
+    opacity: float = OPACITY,
+    *,
+    signed: bool = False,
+    table: NDArray[np.uint8] | None = None,
+    opaque: bool = False,
+) -> NDArray[np.uint8]:
     """Draw one scaled map over its image: ``out = (1 - a) image + a colour(t)`` with ``a = opacity * |t|``.
 
     ``image`` is uint8 ``[H, W, 3]``. ``map_`` is ``[h, w]`` in [0, 1], or in [-1, 1] if it is ``signed``, and is resized to the image.
-    Returns uint8 ``[H, W, 3]``. Where the map is zero the image does not change.
+    Returns uint8 ``[H, W, 3]``. Where the map is zero the image does not change, unless the map is ``opaque``: a is then the opacity
+    everywhere. ``table``: other colours [256, 3] than kdx's, from the lowest value to the highest.
     """
     value = _resized(map_, *image.shape[:2])
-    table, row = (diverging_colours(), (value + 1) * 127.5) if signed else (colours(), value * 255)
-    colour = table[np.rint(row).astype(int)]
-    alpha = opacity * np.abs(value)[..., None]
+    table = (diverging_colours() if signed else colours()) if table is None else table
+    colour = table[np.rint((value + 1) * 127.5 if signed else value * 255).astype(int)]
+    alpha = opacity * (np.ones_like(value) if opaque else np.abs(value))[..., None]
     return np.asarray(np.rint((1 - alpha) * image + alpha * colour), dtype=np.uint8)
 
 

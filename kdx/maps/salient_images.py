@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,7 +107,8 @@ def salient_images(
     (0, 1). noise, seed: as in `impute`. Returns images [n, 3, h, w] of the same kind and type, on the same device.
 
     If the map is positive on fewer pixels than the share, `top_mask` adds pixels in reading order; if a map is zero everywhere, it keeps
-    the first rows of the image. A salient image does not show what the network sees: imputed pixels still have colours, and the border
+    the first rows of the image, and a warning names the image (`kdx.hires_cam` returns the maps and, as ``empty``, the share of such maps).
+    A salient image does not show what the network sees: imputed pixels still have colours, and the border
     of the kept pixels still shows traces of shape.
 
     Raises KdxError for what `hires_cam` refuses, for a share outside (0, 1), and for a layer at which the maps of all images are zero up
@@ -122,6 +124,10 @@ def salient_images(
     with gradient_runner(network, layer, batch, device) as (runner, name):
         _, cotangents = explained_classes(runner, batch, classes, target, chunk)
         maps = ranking_maps(runner, [name], batch, cotangents, chunk)[name]
+    empty = (maps == 0).flatten(1).all(1)
+    if bool(empty.any()):
+        rows = arrays.rows_text(empty)
+        warnings.warn(f"HiResCAM is zero everywhere {rows}, so the first rows of these images are kept.", stacklevel=3)
     return arrays.like(salience.images(batch, maps, seed).to(batch.device), images)
 
 

@@ -161,7 +161,7 @@ def _payload(run: RunRecord, gallery: Gallery) -> Markup:
             "limits": gallery.limits,
             "nulls": [[None if summary is None else summary.null_strength for summary in kinds] for kinds in summaries],
             "strip": gallery.strip,
-            "disagreement": [card.disagreement for card in gallery.cards],
+            "numbers": {name: [card.numbers[name] for card in gallery.cards] for name in gallery.numbers},
             "figures": [card.figures for card in gallery.cards],
             "maps": [card.maps for card in gallery.cards],
         }

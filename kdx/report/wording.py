@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kdx.roles import BALANCE, CONTRASTS, GAIN, LIKENESS, MAPS, ROLES, MapKind
+from kdx.runs.number_text import number as number
 from kdx.runs.record import Entry, RunRecord
 from kdx.runs.split import training_warning
 from kdx.scores.uncertainty import sign_test
@@ -61,14 +61,6 @@ class Reading:
     accuracy: tuple[Statement, ...]
     layers: tuple[LayerReading, ...]
     cautions: tuple[str, ...]
-
-
-def number(value: float, digits: int = 2, sign: bool = False) -> str:
-    """A number with a true minus sign and no negative zero; an en dash where it is not finite."""
-    if not math.isfinite(value):
-        return "–"
-    value = float(round(value, digits)) or 0.0
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
 def span(entry: Entry, digits: int | None = None, sign: bool = False) -> tuple[str, str]:

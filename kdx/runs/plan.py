@@ -26,6 +26,7 @@ from kdx.features.arrays import MIN_IMAGES, check_images
 from kdx.models.layer_pairs import parse_layers
 from kdx.models.models_file import ModelsFile, read_models
 from kdx.models.network import Network
+from kdx.runs.gallery_choice import BALANCED, GalleryChoice
 from kdx.runs.split import SplitChoice, choose_split
 from kdx.runtimes.choice import is_file
 
@@ -54,8 +55,8 @@ class RunOptions(Settings):
     ratios: ``pooled``, or ``mean`` for the mean of the batches' scores, with the geometry ``batch``.
     split: ``test``, ``validation``, ``train`` or ``all``. None takes ``test`` of the data that the models were trained on, and all of any
     other data. max_unreadable: the share of corrupt images above which the run fails; one image always passes, unless the share is 0.
-    gallery: images shown in the report. workers: threads that decode the next batches while one is explained; None takes one per core,
-    0 decodes each batch when it is needed.
+    gallery, gallery_order, gallery_images: the images on the page (`kdx.runs.gallery_choice.GalleryChoice`). workers: threads that decode
+    the next batches while one is explained; None takes one per core, 0 decodes each batch when it is needed.
     """
 
     batch: int = 64
@@ -72,6 +73,8 @@ class RunOptions(Settings):
     split: str | None = None
     max_unreadable: float = 0.01
     gallery: int = 60
+    gallery_order: str = BALANCED
+    gallery_images: tuple[str, ...] = ()
     workers: int | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +85,10 @@ class RunOptions(Settings):
             raise ValueError(f"no ratios {self.ratios!r}")
         if self.ratios == "mean" and self.geometry != "batch":
             raise KdxError("The mean of the batches' scores needs the geometry batch.", "Give --geometry batch, or leave --ratios out.")
+
+    @property
+    def gallery_choice(self) -> GalleryChoice:
+        return GalleryChoice(self.gallery, self.gallery_order, self.gallery_images)
 
 
 def aligned(count: int) -> int:
@@ -113,7 +120,9 @@ class Plan:
         embeddings = None if options.target is None else read_class_embeddings(options.target, dataset.classes)
         split = choose_split(dataset, models_file, options.split, options.seed)
         check_images(len(split.indices))
-        return cls(data, models_file, dataset, split, parse_layers(layers or models_file.layers), options, embeddings)
+        plan = cls(data, models_file, dataset, split, parse_layers(layers or models_file.layers), options, embeddings)
+        options.gallery_choice.check([dataset.ids[index] for index in plan.indices], models_file.references, plan.layers)
+        return plan
 
     @property
     def indices(self) -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -125,6 +126,19 @@ class Samples:
     predictions: dict[str, NDArray[np.int64]]
     confidences: dict[str, NDArray[np.floating]]
 
+    @classmethod
+    def of(cls, columns: Mapping[str, NDArray[Any]], ids: list[str], roles: Sequence[str]) -> Samples:
+        """The images of these columns of samples.parquet."""
+        predictions = {role: columns[schema.prediction_column(role)] for role in roles}
+        return cls(
+            columns[schema.ROW], ids, columns[schema.LABEL], predictions, {role: columns[schema.confidence_column(role)] for role in roles}
+        )
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The place of each image by its name."""
+        return {name: place for place, name in enumerate(self.ids)}
+
     def correct(self, role: str) -> NDArray[np.bool_]:
         return np.asarray(self.predictions[role] == self.labels)
 
@@ -140,6 +154,7 @@ class RunRecord:
 
     folder: Path
     manifest: Manifest  # as stored
+    stored_scores: StoredScores
     data: str
     split: str | None
     method: str | None
@@ -246,6 +261,7 @@ def read_run(folder: Path) -> RunRecord:
         return RunRecord(
             folder=folder,
             manifest=manifest,
+            stored_scores=stored,
             data=str(configuration["data"]),
             split=configuration.get("split"),
             method=manifest.get("method"),
@@ -364,10 +380,4 @@ def _samples(folder: Path, roles: Sequence[str]) -> Samples:
     if incomplete:
         raise ValueError(f"{schema.SAMPLES_FILE} has missing values in the column {incomplete[0]}")
     arrays = {name: table[name].to_numpy() for name in columns if name != schema.ID}
-    return Samples(
-        arrays[schema.ROW],
-        [str(name) for name in table[schema.ID].to_pylist()],
-        arrays[schema.LABEL],
-        {role: arrays[schema.prediction_column(role)] for role in roles},
-        {role: arrays[schema.confidence_column(role)] for role in roles},
-    )
+    return Samples.of(arrays, [str(name) for name in table[schema.ID].to_pylist()], roles)

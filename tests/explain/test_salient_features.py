@@ -278,3 +278,23 @@ def test_salient_features_that_cannot_be_computed_are_refused_at_once(changes: d
     with pytest.raises(KdxError) as caught:
         explainer(**changes)
     assert message in caught.value.problem and hint in caught.value.hint
+
+
+def test_images_whose_map_is_empty_are_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A black image has no feature behind a ReLU of a convolution without bias, so its HiResCAM is zero everywhere."""
+
+    def network(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        head = nn.Linear(4 * 10 * 7, 3)
+        with torch.no_grad():
+            head.weight.abs_()
+        return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Flatten(), head)
+
+    pixels = torch.rand(8, 3, 12, 9, generator=torch.Generator().manual_seed(0))
+    pixels[2] = 0
+    options: dict[str, Any] = {"layers": ["1"], "runtime": "eager", "permutations": 0, "features": "salient"}
+    with kdx.Explainer(student=network(0), base=network(1), **options) as explained, caplog.at_level("WARNING", logger="kdx"):
+        for _ in range(2):
+            explained(pixels, torch.arange(8) % 2)
+    expected = "at 1 is zero everywhere for 1 of 8 images"
+    assert [expected in record.getMessage() for record in caplog.records] == [True, True]  # the student's and the base's
