@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -63,4 +64,4 @@ def distill(
         max_unreadable=max_unreadable,
     )
     models = train(data, teacher=teacher, student=student, out=out, settings=settings, layers=layer, device=device)
-    typer.echo(f"Models file: {models}\nNext: kdx explain {data} --models {models} --out RUN")
+    typer.echo(f"Models file: {models}\nNext: {shlex.join(['kdx', 'explain', data, '--models', str(models), '--out', 'RUN'])}")

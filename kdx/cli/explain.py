@@ -26,7 +26,6 @@ from kdx.choices import (
     Weighting,
 )
 from kdx.cli.options import (
-    DataArgument,
     DeviceOption,
     GalleryOption,
     ImagesOption,
@@ -46,7 +45,10 @@ if TYPE_CHECKING:
 
 def explain(
     context: typer.Context,
-    data: DataArgument,
+    data: Annotated[
+        list[str],
+        typer.Argument(help="A folder with one folder per class, cifar10:FOLDER, or digits; or a few image files, with --data."),
+    ],
     models: Annotated[
         Path, typer.Option(help="The models file, which names the student, the base and optionally the teacher; or an explainer file.")
     ],
@@ -170,10 +172,19 @@ def explain(
     gallery: GalleryOption = 60,
     order: OrderOption = "balanced",
     images: ImagesOption = None,
+    among: Annotated[
+        str | None,
+        typer.Option("--data", help="Explain a few image files among reference images of this data set.", show_default=False),
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="With --data: the class of each image, in order; by default what the student predicts.", show_default=False),
+    ] = None,
     seed: SeedOption = 0,
 ) -> None:
     """Explain a data set: store maps of every image at every layer, scores with intervals, and a page that shows them."""
-    from kdx.commands.explain import run
+    from kdx.commands import explain_images
+    from kdx.commands.explain import check_data_set, run
     from kdx.report.terminal import scores_table
 
     options = _options(
@@ -213,7 +224,14 @@ def explain(
         gallery_images=image_names(images),
         seed=seed,
     )
-    page = run(data, models, out, layer or (), options, command=["kdx", *sys.argv[1:]], announce=announce_line)
+    if among is not None:
+        images_page = explain_images.run(
+            list(map(Path, data)), models, among, out, layer or (), options, labels=label or (), announce=announce_line
+        )
+        typer.echo(f"The page: {images_page}")
+        return
+    check_data_set(data, label)
+    page = run(data[0], models, out, layer or (), options, command=["kdx", *sys.argv[1:]], announce=announce_line)
     progress.console().print(scores_table(out))
     typer.echo(f"The page: {page}")
 

@@ -13,7 +13,7 @@ from kdx.data.splits import class_balanced_sample
 from kdx.explain.graph import ReferenceImages
 from kdx.models.models_file import ModelsFile, read_models
 from kdx.progress import console
-from kdx.runs.split import choose_split
+from kdx.runs.split import choose_split, with_recorded_data
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ def choose_references(data: str, count: int, seed: int, models: ModelsFile, size
     dataset = replace(open_data(data, models.classes or None), resizing=models.resizing)
     if dataset.note:
         console().print(dataset.note, markup=False, soft_wrap=True)
-    pool = choose_split(dataset, models, "train", seed).pool
+    pool = choose_split(dataset, with_recorded_data(models), "train", seed).pool
     rows = pool[class_balanced_sample(dataset.labels[pool], count, seed)]
     images = ReferenceImages(load_references(dataset, rows, size), torch.from_numpy(dataset.labels[rows]))
     return ChosenReferences(images, tuple(dataset.ids[row] for row in rows), dataset.classes)

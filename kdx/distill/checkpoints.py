@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kdx.disk import replacing
 from kdx.errors import KdxError
+from kdx.models.checkpoint_files import read_recipe
 
 TRAINED_ON = "trained_on"
 """The entry of a recipe for the training data of weights that were not trained here (the fields of `TrainingData`)."""
@@ -118,10 +119,8 @@ def save_weights(path: Path, state: Mapping[str, Tensor], recipe: Recipe) -> Non
 
 def read_training_data(path: Path) -> TrainingData | None:
     """The data that the weights in ``path`` were trained on; None if kdx did not train them."""
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
+    recipe = read_recipe(path)
     try:
-        recipe = json.loads(_metadata(path)["recipe"])
         if TRAINED_ON in recipe:
             return TrainingData(**recipe[TRAINED_ON])
         return TrainingData(str(recipe["data"]), int(recipe.get("split_seed", recipe["seed"])), "split_seed" not in recipe)

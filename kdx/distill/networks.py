@@ -20,7 +20,7 @@ from kdx.distill.data import SplitImages
 from kdx.distill.reused_weights import check_weights
 from kdx.distill.seeding import seeded
 from kdx.distill.settings import TrainingSettings
-from kdx.errors import KdxError
+from kdx.errors import KdxError, about_network
 from kdx.export.graphs import FeatureGraph, Preprocessing, find_layer
 from kdx.models.layer_pairs import parse_layers
 from kdx.models.reference import ModelReference
@@ -170,8 +170,10 @@ def layer_pairs(distillation: Distillation, layers: Sequence[str] | None) -> lis
     if layers is not None:
         pairs = list(parse_layers(layers).items())
         for student_layer, teacher_layer in pairs:
-            find_layer(student, student_layer)
-            find_layer(teacher, teacher_layer)
+            with about_network("student"):
+                find_layer(student, student_layer)
+            with about_network("teacher"):
+                find_layer(teacher, teacher_layer)
         return pairs
     size = distillation.preprocessing.size
     student_layers, teacher_layers = models.layers(student, size), models.layers(teacher, size)

@@ -24,7 +24,7 @@ from kdx.distill import checkpoints, loop
 from kdx.distill.losses import LOSS_SETTINGS, METHODS, Outputs
 from kdx.distill.networks import Distillation, check_networks, layer_pairs
 from kdx.distill.settings import EpochCallback, EpochResult, TrainingSettings
-from kdx.errors import KdxError, printable
+from kdx.errors import KdxError, printable, resumable
 from kdx.export.graphs import FeatureGraph
 from kdx.models import models_file
 
@@ -66,7 +66,7 @@ def distill(
             style = "bold yellow" if line.startswith("Warning: ") else None
             progress.console().print(line, style=style, markup=False, soft_wrap=True)
     announced = report is not None or _print_unreadable(distillation)
-    with ExitStack() as stack:
+    with ExitStack() as stack, resumable(lambda: any(Path(out).glob("*.state.pt")) or any(Path(out).glob("*.safetensors"))):
         on_epoch = report or stack.enter_context(_console())
         pairs = layer_pairs(distillation, layers)
         check_networks(distillation)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, Self
+from typing import Any, Generic, Self, overload
 
 import numpy as np
 import torch
@@ -14,21 +14,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, SalientClass, SalientImage, SalientScore, Weighting
+from kdx.data import inputs
+from kdx.data.inputs import Batches, Pictures
 from kdx.errors import KdxError
 from kdx.explain.explainer_file import ExplainerFile
 from kdx.explain.layer import LayerMeasurement
 from kdx.explain.map_statistics import stability
 from kdx.explain.network_set import NetworkRecord, NetworkSet
-from kdx.explain.networks import NetworkLike, NetworkRunners
+from kdx.explain.networks import NetworkLike, NetworkRunners, networks_of
 from kdx.explain.settings import Settings
 from kdx.features import arrays
-from kdx.features.arrays import Array, ArrayT
+from kdx.features.arrays import Array, ArrayT, Labels
 from kdx.features.score_maps import terms
+from kdx.features.target import ClassNames
 from kdx.kernels import ambient
 from kdx.maps.decomposition import Decomposition
 from kdx.maps.drawing import Sheet
 from kdx.maps.figures import DRAWN_KINDS, Drawable, chosen_kinds, layers_sheet
 from kdx.maps.unicam import Maps
+from kdx.models.layer_pairs import parse_layers
+from kdx.models.models_file import ModelsFile, read_models
 from kdx.roles import MAPS, TARGET, ScoreMap, roles_among, score_maps_among
 from kdx.runtimes.choice import Choice
 from kdx.scores.pool import pooled_scores
@@ -100,11 +105,14 @@ class Explanation(Drawable, Generic[ArrayT]):
 class Explainer:
     """Explains images with two or three networks: ``explainer(images, labels) -> Explanation``.
 
-    student, base, teacher: a model reference, the path of a file that ``kdx export`` wrote, a `kdx.models.Network`, or a PyTorch
-    module (used as it is, without preprocessing). The teacher is optional.
+    models: a models file (`kdx.models.read_models`, or its path), which names the networks of all roles; its layers are the default.
+    student, base, teacher: instead, each role's network: a model reference, ``MODELS.toml:ROLE``, the path of a file that ``kdx export``
+    wrote, a `kdx.models.Network`, or a PyTorch module (used as it is, without preprocessing). The teacher is optional.
     layers: names that all networks share, or a mapping from the student's and base's layer to the teacher's.
     runtime: ``auto``, ``eager``, ``onnx``, ``openvino`` or ``tensorrt``. The last three export the networks once, into ``folder`` or a
-    temporary folder. Files in ``folder`` are used again, except for PyTorch modules, whose code no reference identifies.
+    temporary folder. Files in ``folder`` and in the cache are used again, except for PyTorch modules, whose code no reference identifies.
+    Without a GPU, ``auto`` runs in PyTorch until an export would have saved time for the images so far, and then exports; results of the
+    two runtimes agree to about 1e-5, so name one where equal digits matter.
     device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     precision: the number format of the networks. ``tf32`` lets a GPU round the factors of products and convolutions to ten bits, in the
     runtimes eager and onnx. ``bfloat16`` needs the runtime openvino and a CPU that supports it. Features then
@@ -125,12 +133,20 @@ class Explainer:
     normalised pixels. The maps are always those of the raw features. Salient features cost one additional backward pass per network, and
     one additional forward pass per network and layer. Exported files contain no gradients for them.
 
+    Images are an array or tensor [n, 3, h, w] or [n, h, w, 3], in [0, 1] or as uint8; or Pillow images, paths of files, or a list of them,
+    which are resized to the largest size that a network specifies (`kdx.data.as_pixels`). Pixels outside [0, 1] are refused, unless kdx
+    normalises for none of the networks: PyTorch modules without preprocessing may take any range, and then images of any range are used
+    as they are. Labels are integers or class names, in an array or a list, or an embedding [n, e]. Class names are those of the models
+    file or the explainer file; where neither is given, any names may be used. A PyTorch ``DataLoader`` contains both: give it alone. All
+    its images are then in memory. Results are tensors for a tensor of images, and NumPy arrays otherwise.
+
     The explainer is a context manager; `close` frees the networks. ``choice.why`` states in one line what ``auto`` chose and why. If a
     network cannot be exported, ``auto`` falls back to PyTorch and states it there; any other runtime raises KdxError.
     """
 
     def __init__(
         self,
+        models: str | Path | ModelsFile | None = None,
         *,
         student: NetworkLike | None = None,
         base: NetworkLike | None = None,
@@ -175,7 +191,13 @@ class Explainer:
         )
         roles = {"teacher": teacher, "student": student, "base": base}
         networks = {role: network for role, network in roles.items() if network is not None}
-        self._set_up(networks, layers, settings, folder, None if file is None else Path(file))
+        classes: Sequence[str] = ()
+        if models is not None:
+            if networks or file is not None:
+                raise ValueError("a models file names all networks; do not give others as well")
+            known = models if isinstance(models, ModelsFile) else read_models(models)
+            networks, layers, classes = networks_of(known), layers or parse_layers(known.layers), known.classes
+        self._set_up(networks, layers, settings, folder, None if file is None else Path(file), classes)
 
     @classmethod
     def of(
@@ -186,10 +208,11 @@ class Explainer:
         *,
         folder: Path | None = None,
         file: Path | None = None,
+        classes: Sequence[str] = (),
     ) -> Self:
-        """An explainer of networks by role, or of an explainer file, from one Settings object."""
+        """An explainer of networks by role, or of an explainer file, from one Settings object. classes: their names, if known."""
         explainer = cls.__new__(cls)
-        explainer._set_up(networks, layers, settings, folder, file)
+        explainer._set_up(networks, layers, settings, folder, file, classes)
         return explainer
 
     def _set_up(
@@ -199,6 +222,7 @@ class Explainer:
         settings: Settings,
         folder: Path | None,
         file: Path | None,
+        classes: Sequence[str],
     ) -> None:
         if isinstance(layers, str):
             layers = [layers]
@@ -213,6 +237,13 @@ class Explainer:
         else:
             self._networks = ExplainerFile(file, pairs, settings, folder)
         self.layers, self.roles = self._networks.layers, self._networks.roles
+        names = classes or self._networks.classes
+        self._classes = ClassNames(list(names), known=bool(names))
+
+    @property
+    def input_format(self) -> inputs.InputFormat:
+        """The size to which pictures are resized, and whether pixels must be in [0, 1]."""
+        return self._networks.input_format
 
     @property
     def choice(self) -> Choice:
@@ -220,28 +251,33 @@ class Explainer:
         return self._networks.choice
 
     @ambient.neutral()
-    def open(self, image_size: tuple[int, int]) -> None:
-        """Prepare for images of this size; otherwise the first call does this. Every runtime except eager then exports the networks."""
-        self._networks.open(image_size)
+    def open(self, image_size: tuple[int, int], images: int | None = None, *, runtime: str | None = None) -> None:
+        """Prepare for images of this size; otherwise the first call does this. Every runtime except eager then exports the networks.
+
+        images: how many will be explained. The runtime ``auto`` then exports only if this saves time. runtime: the one that has computed a
+        part of the results already, which ``auto`` keeps.
+        """
+        self._networks.open(image_size, images, runtime)
 
     def networks(self) -> dict[str, NetworkRecord]:
         """The record of each role's network: its reference, hash, parameter count, preprocessing, image size and whether it is trained."""
         return self._networks.networks()
 
     @ambient.neutral()
-    def use_references(self, images: Array, labels: Array) -> None:
+    def use_references(self, images: Array | Pictures | Batches, labels: Labels | None = None) -> None:
         """Switch to reference mode: UniCAM maps every later image among these m images instead of the other images of the call.
 
-        images [m, 3, h, w] in [0, 1]. labels [m]. An explainer file has no reference mode and raises KdxError.
+        images [m, 3, h, w] and labels [m], or a ``DataLoader`` of both, in every form that the explainer takes. An explainer file has no
+        reference mode and raises KdxError.
         """
         if self.settings.geometry in ("whole", "batch"):
             raise KdxError(
                 f"The explainer has the geometry {self.settings.geometry}, which compares an image with the others of its call.",
                 'Make it with geometry="reference" or "auto".',
             )
-        arrays.check_same(len(labels), len(images), "reference labels", "reference images")
+        batch, target = self._converted(images, labels, "reference labels", "reference images")
         self._has_references = True
-        self._networks.use_references(arrays.pixels(images), arrays.tensor(labels, "reference labels"))
+        self._networks.use_references(batch, target)
 
     @ambient.neutral()
     def features(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
@@ -249,7 +285,7 @@ class Explainer:
 
         Raises KdxError for an explainer file, which does not output features.
         """
-        return self._networks.features(arrays.pixels(images))
+        return self._networks.features(inputs.as_pixels(images, self._networks.input_format))
 
     @ambient.neutral()
     def explain(
@@ -265,23 +301,40 @@ class Explainer:
             raise TypeError("explain makes its permutations itself: give only a seed")
         seed = self.settings.seed if seed is None else seed
         permutations = permutation_table(len(labels), self.settings.permutations, seed)
-        return self._networks.explain(arrays.pixels(images), labels, permutations, np.random.SeedSequence(seed), classes)
+        batch = inputs.as_pixels(images, self._networks.input_format)
+        return self._networks.explain(batch, labels, permutations, np.random.SeedSequence(seed), classes)
 
+    @overload
+    def __call__(self, images: ArrayT, labels: Labels, *, classes: Array | None = None) -> Explanation[ArrayT]: ...
+    @overload
+    def __call__(
+        self, images: Pictures | Batches, labels: Labels | None = None, *, classes: Array | None = None
+    ) -> Explanation[NDArray[Any]]: ...
     @ambient.neutral()
-    def __call__(self, images: ArrayT, labels: Array, *, classes: Array | None = None) -> Explanation[ArrayT]:
-        """Maps and scores of n images [n, 3, h, w] in [0, 1] with labels [n] or an embedding [n, e], from NumPy or PyTorch.
+    def __call__(self, images: Any, labels: Labels | None = None, *, classes: Array | None = None) -> Explanation[Any]:
+        """Maps and scores of n images with labels [n] or an embedding [n, e], or of a ``DataLoader`` of both.
 
         classes [n]: as in `explain`.
         """
-        batch, target = arrays.tensor(images, "images"), arrays.tensor(labels, "target")
+        batch, target = self._converted(images, labels, "the target", "images")
         arrays.check_images(len(batch))
-        arrays.check_same(len(target), len(batch), "the target", "images")
         if self.settings.geometry == "reference" and not self._has_references:
             raise KdxError("The geometry reference needs reference images.", "Call use_references(images, labels) first.")
         true = None if classes is None else arrays.tensor(classes, "classes")
         logits, measurements = self.explain(batch, target, classes=true)
         layers = {layer: self._result(measurement, len(batch), images) for layer, measurement in measurements.items()}
         return Explanation(layers, {role: arrays.like(rows, images) for role, rows in logits.items()})
+
+    def _converted(self, images: Any, labels: Any, labels_name: str, images_name: str) -> tuple[Tensor, Tensor]:
+        """Pixels [n, 3, h, w], and labels [n] or an embedding [n, e], from what the user gave."""
+        expected = self._networks.input_format
+        if labels is None:
+            if not inputs.has_labels(images):
+                raise KdxError("The images have no labels.", "Give one label per image, or a DataLoader that yields (images, labels).")
+            images, labels = inputs.labelled(images, expected)
+        batch, target = inputs.as_pixels(images, expected), arrays.tensor(self._classes.target(labels), "target")
+        arrays.check_same(len(target), len(batch), labels_name, images_name)
+        return batch, target
 
     def _result(self, measurement: LayerMeasurement, n: int, images: ArrayT) -> LayerResult[ArrayT]:
         summary = pooled_scores(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdx.data.inputs import InputFormat
 from kdx.disk import log
 from kdx.errors import KdxError
 from kdx.explain.exported import ENGINE_IMAGES, ExportFolder, open_exported
@@ -42,18 +43,23 @@ class ExplainerFile:
             if available.get(layer) != other:
                 raise missing_layer(path, _pair(layer, other), [_pair(*pair) for pair in available.items()])
         self.layers = dict(layers) or available
+        self.classes = file.classes
         self.choice = choose(settings.runtime, settings.device, precision=settings.precision, files=True, engines=path.suffix == ".engine")
         if self.choice.precision != "float32":
             raise rounds_geometry(path)
         self._runner: FileRunner | None = None
 
-    def open(self, image_size: tuple[int, int]) -> None:
+    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None) -> None:
         if self._runner is not None:
             return
         batch = self._file.least_images, ENGINE_IMAGES, ENGINE_IMAGES
         size = image_size if self._file.image_size is None else None
         self._runner = open_exported(self._path, self.choice, self._folder, self._path.stem, batch, size)
         log.info("runtime: %s", self.choice.why)
+
+    @property
+    def input_format(self) -> InputFormat:
+        return InputFormat.of((network.preprocessing for network in self._file.networks.values()), [self._file.image_size])
 
     def networks(self) -> dict[str, NetworkRecord]:
         return {role: NetworkRecord.of_file(self._file.networks[role], self._file) for role in self.roles}

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdx.choices import ObjectiveName, Weighting
 from kdx.errors import KdxError
 from kdx.features import arrays
-from kdx.features.arrays import Array, ArrayT
+from kdx.features.arrays import Array, ArrayT, Labels
 from kdx.features.target import Target
 from kdx.kernels import ambient, dispatch, geometry, rounding
 from kdx.kernels.cuda import Backend
@@ -51,7 +51,7 @@ class ReferenceSet:
     """
 
     @ambient.neutral()
-    def __init__(self, explained: Array, given: Array, target: Array, *, pooled: bool = False) -> None:
+    def __init__(self, explained: Array, given: Array, target: Labels, *, pooled: bool = False) -> None:
         self.explained = arrays.feature_map(explained, "explained features of the reference set")
         self.given = arrays.feature_map(given, "given features of the reference set")
         self.pooled = pooled
@@ -67,7 +67,7 @@ class ReferenceSet:
 def unicam(
     explained: ArrayT,
     given: Array,
-    target: Array,
+    target: Labels,
     objective: ObjectiveName | Callable[[Tensor], Tensor] = "relevance",
     weighting: Weighting = "gap",
     *,
@@ -205,7 +205,7 @@ class PairGeometry:
 def pair_geometry(
     explained: Array,
     given: Array,
-    target: Array,
+    target: Labels,
     objective: ObjectiveName | Callable[[Tensor], Tensor],
     *,
     pooled: bool,
@@ -245,7 +245,7 @@ class _Pair:
         """The rows of both networks, between which distances are measured."""
         return distance_rows(self.explained, self.pooled), distance_rows(self.given, self.pooled)
 
-    def among_each_other(self, target: Array) -> UnicamWeights:
+    def among_each_other(self, target: Labels) -> UnicamWeights:
         """The weights of images among the other images of the batch."""
         n = len(self.explained)
         arrays.check_images(n)
@@ -257,11 +257,11 @@ class _Pair:
             networks.select([0]), networks.select([1]), goal.distances, means, self.objective, laplacians=self.laplacian
         )
 
-    def among_references(self, target: Array, reference: ReferenceSet) -> UnicamWeights:
+    def among_references(self, target: Labels, reference: ReferenceSet) -> UnicamWeights:
         """The weights of each image among the reference images."""
         if self.pooled != reference.pooled:
             raise ValueError("pooled differs between the call and its reference set")
-        queries = arrays.tensor(target, TARGET)
+        queries = arrays.tensor(reference.target.names.target(target), TARGET)
         arrays.check_same(len(queries) if queries.ndim else 0, len(self.explained), "the target", "features")
         among = reference.distances
         return self.ops.query_channel_weights(

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from torch import nn
+
 from kdx.choices import COVER, Interpolation, ResizeMode, Resizing
 from kdx.disk import write_atomic
 from kdx.errors import KdxError, first_line
 from kdx.export.graphs import Preprocessing
 from kdx.models.network import Network, load
+from kdx.models.prepared import prepared, unwrapped
 from kdx.roles import READING_ORDER
 
 T = TypeVar("T")
@@ -67,6 +70,8 @@ class ModelsFile:
 
 def load_any(model: str) -> tuple[Network, tuple[str, ...]]:
     """The network of a model reference or of ``MODELS.toml:ROLE``, and the names of its classes; without a models file these are ()."""
+    if model.endswith(".toml"):
+        raise KdxError(f"The models file {model} names several networks.", f"Name one of them: {model}:student.")
     path, colon, role = model.rpartition(":")
     if not (colon and path.endswith(".toml")):
         return load(model), ()
@@ -74,6 +79,17 @@ def load_any(model: str) -> tuple[Network, tuple[str, ...]]:
         raise KdxError(f"{role!r} in {model!r} is not a role.", f"Choose one of: {', '.join(READING_ORDER)}.")
     file = read_models(path)
     return file.load(role), file.classes
+
+
+def as_network(network: str | Path | Network | nn.Module) -> Network:
+    """A network in eval mode that belongs to the caller: a model reference or ``MODELS.toml:ROLE`` is loaded, and an object is copied,
+    because its owner decides its mode and device. `kdx.models.prepared.prepared` describes the copy. A bare module has no preprocessing.
+    """
+    if isinstance(network, nn.Module):
+        network = Network(type(unwrapped(network)).__name__, network, Preprocessing())
+    if isinstance(network, Network):
+        return replace(network, module=prepared(network.module))
+    return load_any(str(network))[0]
 
 
 def read_models(path: Path | str) -> ModelsFile:

@@ -13,7 +13,7 @@ from kdx.errors import KdxError
 from kdx.kernels.set_geometry import StoredDistances
 from kdx.roles import shares_among
 from kdx.runs.feature_files import FeatureFiles, Shapes
-from kdx.runs.plan import REFERENCE_IMAGES, Plan
+from kdx.runs.plan import Plan
 from kdx.runtimes.choice import is_file
 
 
@@ -63,9 +63,8 @@ def unavoidable(plan: Plan) -> Geometry | None:
         if options.geometry == "auto" and not options.reference_images:
             return Geometry("batch", "salient features are compared within a batch")
     if options.reference_images or options.geometry == "reference":
-        return Geometry(
-            "reference", f"UniCAM's maps compare every image with {options.reference_images or REFERENCE_IMAGES} reference images"
-        )
+        few = f" (all that there are, instead of {options.reference_images:,})" if options.reference_images > plan.reference_count else ""
+        return Geometry("reference", f"UniCAM's maps compare every image with {plan.reference_count:,} reference images{few}")
     return Geometry("batch", "as requested") if options.geometry == "batch" else None
 
 

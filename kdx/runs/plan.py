@@ -21,13 +21,14 @@ from kdx.data.splits import class_balanced_sample
 from kdx.errors import KdxError
 from kdx.explain.explainer import Explainer
 from kdx.explain.explainer_file import describe_explainer, no_reference_mode, paired_layers
+from kdx.explain.networks import networks_of
 from kdx.explain.settings import Settings
 from kdx.features.arrays import MIN_IMAGES, check_images
 from kdx.models.layer_pairs import parse_layers
 from kdx.models.models_file import ModelsFile, read_models
 from kdx.models.network import Network
 from kdx.runs.gallery_choice import BALANCED, GalleryChoice
-from kdx.runs.split import SplitChoice, choose_split
+from kdx.runs.split import SplitChoice, choose_split, with_recorded_data
 from kdx.runtimes.choice import is_file
 
 REFERENCE_IMAGES = 256
@@ -114,7 +115,7 @@ class Plan:
     @classmethod
     def of(cls, data: str, models: Path, layers: Sequence[str], options: RunOptions) -> Plan:
         _check_references(options)
-        models_file = _from_explainer_file(models) if is_file(models) else read_models(models)
+        models_file = _from_explainer_file(models) if is_file(models) else with_recorded_data(read_models(models))
         resizing = Resizing(options.resize or models_file.resizing.mode, options.interpolation or models_file.resizing.interpolation)
         dataset = replace(open_data(data, models_file.classes or None), resizing=resizing)
         embeddings = None if options.target is None else read_class_embeddings(options.target, dataset.classes)
@@ -143,10 +144,15 @@ class Plan:
         """The number of images in the largest batch."""
         return max(map(len, self.batches))
 
+    @property
+    def reference_count(self) -> int:
+        """The number of reference images: as many as requested, or all that there are."""
+        return min(self.options.reference_images or REFERENCE_IMAGES, len(self.split.pool))
+
     def references(self) -> NDArray[np.int64]:
         """The reference images, as rows of the data set."""
         labels = self.dataset.labels[self.split.pool]
-        return self.split.pool[class_balanced_sample(labels, self.options.reference_images or REFERENCE_IMAGES, self.options.seed)]
+        return self.split.pool[class_balanced_sample(labels, self.reference_count, self.options.seed)]
 
     def explainer(self, folder: Path, announce: Callable[[str], None]) -> Explainer:
         """The Explainer of the networks. folder: where exported networks are written. announce: prints a line about weights."""
@@ -155,17 +161,14 @@ class Plan:
             if self.options.reference_images or self.options.geometry == "reference":
                 raise no_reference_mode(describe_explainer(models.path))
             return Explainer.of({}, self.layers, self.options, folder=folder, file=models.path)
-        networks = {
-            role: models.path.parent / reference if is_file(reference) else models.load(role)
-            for role, reference in models.references.items()
-        }
+        networks = networks_of(models)
         for role, network in networks.items():
             if isinstance(network, Network) and network.note:
                 announce(f"{role.capitalize()}: {network.note}")
         options = self.options
         if options.chunk is not None and options.geometry in ("auto", "whole"):
             options = replace(options, chunk=aligned(options.chunk))
-        return Explainer.of(networks, self.layers, options, folder=folder)
+        return Explainer.of(networks, self.layers, options, folder=folder, classes=self.dataset.classes)
 
 
 def _check_references(options: RunOptions) -> None:

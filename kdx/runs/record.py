@@ -281,7 +281,7 @@ def read_run(folder: Path) -> RunRecord:
             samples=_samples(folder, roles),
             confidence=float(configuration["confidence"]),
             permutations=_integer(configuration.get("permutations")),
-            reference_images=int(configuration["reference_images"] or 0),
+            reference_images=len(manifest.get("reference_ids") or ()) or int(configuration["reference_images"] or 0),
             salient=_salient(features) if features else None,
             mean_of_ratios=configuration.get("ratios") == "mean",
             target_file=manifest.get("target_file"),

@@ -13,12 +13,14 @@ import numpy as np
 from kdx.choices import COVER
 from kdx.data.batches import check_labels
 from kdx.data.images import check_unreadable, load_images
+from kdx.errors import KdxError, resumable
 from kdx.explain.explainer import Explainer
 from kdx.explain.graph import largest_size
 from kdx.explain.network_set import NetworkRecord
 from kdx.roles import roles_among
 from kdx.runs import schema
 from kdx.runs.batches import collect_batches, explain_batches
+from kdx.runs.class_order import class_order_warning
 from kdx.runs.collected import Collected
 from kdx.runs.environment import environment, now
 from kdx.runs.gallery_choice import check_order, write_choice
@@ -81,18 +83,39 @@ def explain_dataset(
         store = stack.enter_context(
             Store.begin(out, _configuration(plan, records, size), _context(plan, command), lambda: plan.dataset.fingerprint_of_0_1_0)
         )
+        if store.replaces:
+            announce(store.replaces)
         if store.complete and not restart:
             announce(f"{out} is already complete; its page is written again.")
             return
         if store.complete:
             store.restart()
-        explainer.open(size)
-        announce(f"Runtime {explainer.choice.why}.")
-        store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
-        store.manifest["random_weights"] = [role for role, record in records.items() if not record.trained]
-        for role in store.manifest["random_weights"]:
-            announce(f"Some or all weights of the {role} are random: {records[role].reference}.")
-        _explain(store, explainer, plan, size, geometry, announce)
+        try:
+            with resumable(lambda: store.has_progress):
+                _prepare_and_explain(store, explainer, plan, records, size, geometry, announce)
+        except KdxError as error:
+            store.fail(error.problem)
+            raise
+
+
+def _prepare_and_explain(
+    store: Store,
+    explainer: Explainer,
+    plan: Plan,
+    records: Mapping[str, NetworkRecord],
+    size: tuple[int, int],
+    geometry: Geometry | None,
+    announce: Callable[[str], None],
+) -> None:
+    """Open the networks, record what they are, and compute what is missing."""
+    started = store.manifest["environment"].get("runtime") if store.has_progress else None
+    explainer.open(size, len(plan.indices), runtime=None if started is None else str(started).split()[0])
+    announce(f"Runtime {explainer.choice.why}.")
+    store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
+    store.manifest["random_weights"] = [role for role, record in records.items() if not record.trained]
+    for role in store.manifest["random_weights"]:
+        announce(f"Some or all weights of the {role} are random: {records[role].reference}.")
+    _explain(store, explainer, plan, size, geometry, announce)
 
 
 def _explain(
@@ -113,7 +136,7 @@ def _explain(
             announce(_projection_note(plan.options.project))
         files = explain_whole(store, explainer, plan, shapes, size, announce)
         explainer.close()
-        _finish(store, plan, collect_whole(store, plan, files), size)
+        _finish(store, plan, collect_whole(store, plan, files), size, announce)
         return
     if plan.options.keep_features or plan.options.project or plan.options.stored_precision != "float32":
         announce(f"The geometry {geometry.kind} stores no features: --store, --project and --keep-features have no effect.")
@@ -122,7 +145,7 @@ def _explain(
         store.manifest["reference_ids"] = [plan.dataset.ids[index] for index in references]
     explain_batches(store, explainer, plan, references, size, announce)
     explainer.close()
-    _finish(store, plan, collect_batches(store, plan), size)
+    _finish(store, plan, collect_batches(store, plan), size, announce)
 
 
 def _projection_note(project: int) -> str:
@@ -218,7 +241,7 @@ def _context(plan: Plan, command: Sequence[str]) -> Context:
     }
 
 
-def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int]) -> None:
+def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int], announce: Callable[[str], None]) -> None:
     """Write the scores and samples, the pictures of the gallery, and the rest of the manifest."""
     dataset, options = plan.dataset, plan.options
     roles = roles_among(store.manifest["configuration"]["models"])
@@ -226,6 +249,10 @@ def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int
     check_unreadable(collected.unreadable, planned, options.max_unreadable)
     index = columns.pop(schema.INDEX)
     columns[schema.LABEL] = dataset.labels[index]
+    predictions = {role: columns[schema.prediction_column(role)] for role in roles}
+    warning = class_order_warning(columns[schema.LABEL], predictions, dataset.classes)
+    if warning is not None:
+        announce(warning)
     maps = collected.map_columns()
     store.write_samples({schema.ID: [dataset.ids[i] for i in index], **columns, **maps})
     raw: StoredFeatures = {"kind": "raw"}

@@ -218,7 +218,8 @@ class Context(TargetFile):
 
 
 class Manifest(Context):
-    """geometry: ``whole``, ``reference`` or ``batch``, chosen when the run started; geometry_reason: why. Runs of kdx 0.1.0 lack both."""
+    """failure: the error that ended an unfinished run. geometry: ``whole``, ``reference`` or ``batch``, chosen when the run started;
+    geometry_reason: why. Runs of kdx 0.1.0 lack both."""
 
     format: int
     status: str
@@ -227,6 +228,7 @@ class Manifest(Context):
     geometry: NotRequired[str]
     geometry_reason: NotRequired[str]
     reference_ids: NotRequired[list[str]]
+    failure: NotRequired[str]
     finished: NotRequired[str]
     images: NotRequired[ImageCounts]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kdx.errors import KdxError
-from kdx.features.arrays import Array
+from kdx.features.arrays import Labels
 from kdx.features.rows import Source, rows_of
 from kdx.kernels import ambient
 from kdx.kernels.cuda import Backend
@@ -17,7 +17,7 @@ from kdx.scores.pool import LayerScores, adjusted, pooled_scores
 @ambient.neutral()
 def compare(
     features: Mapping[str, Mapping[str, Source]],
-    target: Array,
+    target: Labels,
     *,
     batch: int | None = None,
     permutations: int = 999,
@@ -52,12 +52,12 @@ def compare(
     return adjusted({layer: _layer(layer, by_role, target, sampling) for layer, by_role in features.items()})
 
 
-def _layer(layer: str, features: Mapping[str, Source], target: Array, sampling: Sampling) -> LayerScores:
+def _layer(layer: str, features: Mapping[str, Source], target: Labels, sampling: Sampling) -> LayerScores:
     roles = roles_among(features)
     names = {role: f"{role}'s features at {layer}" for role in roles} | {TARGET: TARGET}
     named = {names[role]: rows_of(features[role], names[role]) for role in roles}
     permuted = {role: names[role] for role in permuted_among(roles)}
-    sums = inner_products(named | {TARGET: target}, [*permuted.values()], sampling)
+    sums = inner_products({**named, TARGET: target}, [*permuted.values()], sampling)
     for explained, other in maps_among(roles).values():
         check_residual(sums, roles.index(explained), roles.index(other))
     products = {role: sums.permuted[name] for role, name in permuted.items()}

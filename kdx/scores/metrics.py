@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kdx.features.arrays import Array
+from kdx.features.arrays import Labels
 from kdx.features.rows import Source, UnitRows, rows_of
 from kdx.kernels import ambient
 from kdx.kernels.cuda import Backend
@@ -68,7 +68,7 @@ def fss(
 @ambient.neutral()
 def rs(
     features: Source,
-    target: Array,
+    target: Labels,
     given: Source | None = None,
     estimator: Estimator = "unbiased",
     *,
@@ -108,7 +108,7 @@ def rs(
 @ambient.neutral()
 def partial_rs(
     features: Source,
-    target: Array,
+    target: Labels,
     given: Source,
     estimator: Estimator = "unbiased",
     *,
@@ -136,12 +136,12 @@ def partial_rs(
     return _score(_relevance_inputs(features, target, given), partial, sampling)
 
 
-def _relevance_inputs(features: Source, target: Array, given: Source | None) -> dict[str, Rows | Array]:
-    named: dict[str, Rows | Array] = {"features": rows_of(features, "features"), TARGET: target}
+def _relevance_inputs(features: Source, target: Labels, given: Source | None) -> dict[str, Rows | Labels]:
+    named: dict[str, Rows | Labels] = {"features": rows_of(features, "features"), TARGET: target}
     return named if given is None else named | {"given features": rows_of(given, "given features")}
 
 
-def _score(named: Mapping[str, Rows | Array], statistic: Statistic, sampling: Sampling) -> Score:
+def _score(named: Mapping[str, Rows | Labels], statistic: Statistic, sampling: Sampling) -> Score:
     """The statistic of these matrices, in this order. The images of the second one are permuted."""
     permuted = list(named)[1]
     sums = inner_products(named, [permuted], sampling)

@@ -21,7 +21,7 @@ from kdx.choices import Resizing
 from kdx.cli import app
 from kdx.commands import doctor
 from kdx.distill import TrainingSettings
-from kdx.errors import KdxError
+from kdx.errors import KdxError, Stopped, resumable
 from kdx.export import onnx_file
 from kdx.export.description import describe
 from kdx.export.parity import Difference, ParityReport
@@ -124,7 +124,7 @@ def test_every_option_of_distill_reaches_the_training(run: Run, monkeypatch: pyt
         "--resize squash --interpolation bilinear"
     )
     status, out, _ = run(*command.split())
-    assert status == 0 and "kdx explain digits --models [o]/models.toml" in out
+    assert status == 0 and "kdx explain digits --models '[o]/models.toml' --out RUN" in out
     assert seen[0]["settings"] == TrainingSettings(
         method="at", epochs=2, batch=9, learning_rate=0.5, temperature=2.0, alpha=0.25, beta=10.0, seed=6, split_seed=4,
         augment=True, flip=True, student_images=40, image_size=(8, 8), resizing=Resizing("squash", "bilinear"),
@@ -295,26 +295,36 @@ def test_a_bug_propagates(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- Ctrl-C ----
 
 
+INTERRUPTED = [
+    ("demo", "kdx.commands.demo.run"),
+    ("distill D --teacher t --student s --out O", "kdx.distill.distill"),
+    ("explain D --models m --out R", "kdx.commands.explain.run"),
+    ("export t --layer a", "kdx.commands.export.export"),
+    ("report R", "kdx.report.page.write_page"),
+    ("doctor", "kdx.commands.doctor.probe"),
+]
+
+
+@pytest.mark.parametrize(("command", "function"), INTERRUPTED)
 @pytest.mark.parametrize(
-    ("command", "function", "message"),
-    [
-        ("demo", "kdx.commands.demo.run", "Stopped. Run the same command again to resume."),
-        ("distill D --teacher t --student s --out O", "kdx.distill.distill", "Stopped. Run the same command again to resume."),
-        ("explain D --models m --out R", "kdx.commands.explain.run", "Stopped. Run the same command again to resume."),
-        ("export t --layer a", "kdx.commands.export.export", "Stopped."),
-        ("report R", "kdx.report.page.write_page", "Stopped."),
-        ("doctor", "kdx.commands.doctor.probe", "Stopped."),
-    ],
+    ("interrupt", "message"), [(KeyboardInterrupt, "Stopped."), (Stopped, "Stopped. Run the same command again to resume.")]
 )
 def test_an_interrupt_is_status_130_and_promises_no_more_than_the_command_keeps(
-    command: str, function: str, message: str, run: Run, monkeypatch: pytest.MonkeyPatch
+    command: str, function: str, interrupt: type[KeyboardInterrupt], message: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+        raise interrupt
 
     monkeypatch.setattr(function, interrupted)
     status, _, err = run(*command.split())
     assert (status, err) == (130, f"{message}\n")
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_ctrl_c_promises_to_resume_only_what_was_stored(stored: bool) -> None:
+    with pytest.raises(KeyboardInterrupt) as caught, resumable(lambda: stored):
+        raise KeyboardInterrupt
+    assert isinstance(caught.value, Stopped) == stored
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

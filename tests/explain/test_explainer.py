@@ -137,6 +137,7 @@ def test_the_users_networks_are_left_as_they_were(runtime: str, tmp_path: Path, 
     if runtime == "onnx":
         monkeypatch.setattr("kdx.export.onnx_file._exported", refuse_export)
     with explainer(runtime="auto" if runtime == "onnx" else "eager", folder=tmp_path, **user_networks) as opened:
+        opened.open(SIZE)
         opened(images(), labels())
     for network, earlier in zip(user_networks.values(), before.values(), strict=True):
         for module, unused in zip(network.modules(), earlier.modules(), strict=True):
@@ -182,16 +183,18 @@ def spoiled() -> nn.Module:
         (*wrong(base=spoiled()), "base's features are not finite"),
         ({}, images(), torch.full((N,), 2), "one class"),
         (*wrong(3), "at least 4 images, and there are 3"),
-        (*wrong(0), "at least 4 images, and there are 0"),
+        (*wrong(0), "shape [0, 3, 11, 9]"),
         ({}, images(), labels(12), "12 rows of the target and 13 of images"),
         ({}, images()[:, :1], labels(), "shape [13, 1, 11, 9]"),
         ({}, images()[:, 0], labels(), "shape [13, 11, 9]"),
         ({}, images().flatten(1), labels(), "shape [13, 297]"),
-        ({}, (images() * 255).to(torch.uint8), labels(), "type torch.uint8"),
+        ({}, (images() * 255).int(), labels(), "type torch.int32"),
+        ({}, images(), None, "The images have no labels"),
         ({}, images().fill_(0.5), labels(), "constant"),
         ({}, torch.full((N, 3, *SIZE), float("nan")), labels(), "not finite"),
         ({}, images(), labels().float(), "The target has shape [13]"),
         ({}, np.array(["a"] * N), labels(), "not of numbers"),
+        ({}, images(), ["a"] * N, "one class"),
     ],
 )
 def test_inputs_without_an_explanation_are_an_error(changes: dict[str, Any], pixels: Any, target: Any, message: str) -> None:

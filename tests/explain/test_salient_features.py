@@ -225,6 +225,7 @@ def test_auto_falls_back_where_gradients_cannot_be_exported(
         shutil.copy2(file, tmp_path)
     monkeypatch.setattr("kdx.export.onnx_file._exported", refuse_export)
     with explainer(runtime="auto", folder=tmp_path, **named_networks(), features="salient", keep=0.4) as opened:
+        opened.open(SIZE)
         actual = opened(images(), labels())
         assert opened.choice.runtime == "eager" and "No export in this test." in opened.choice.why
     assert_same(actual, salient, 1e-6)

@@ -237,7 +237,7 @@ class Engine(TensorRtRunner):
         self.inputs = {"images": ("batch", 3, *SIZE), "cotangent": ("batch", CLASSES)}
         self.outputs = {"logits": ("batch", CLASSES)}
         self.engine = cast("EngineDescription", SimpleNamespace(batch=(1, 2, 3)))
-        self.description = cast("Any", SimpleNamespace(at=graph.at, precision="fp32"))
+        self.description = cast("Any", SimpleNamespace(at=graph.at, precision="fp32", networks={}, image_size=None))
         self.inside = EagerRunner(graph, CPU)
         self.taken: list[int] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import kdx
 from kdx.commands import explain
 from kdx.models.layer_pairs import parse_layers
+from kdx.runs.record import read_run
 from tests.runs.small_run import OPTIONS, run
 
 
@@ -90,3 +92,27 @@ def test_identical_student_and_base_are_refused(folder: Path, tmp_path: Path) ->
     shutil.copy(folder / "base.safetensors", tmp_path / "copy" / "student.safetensors")
     with pytest.raises(kdx.KdxError, match="Nothing is left of the explained features"):
         run(tmp_path / "copy", tmp_path / "run")
+
+
+def test_a_corrected_command_runs_in_the_folder_of_one_that_failed(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.copy(folder / "base.safetensors", tmp_path / "copy" / "student.safetensors")
+    with pytest.raises(kdx.KdxError, match="Nothing is left"):
+        run(tmp_path / "copy", tmp_path / "run")
+    run(folder, tmp_path / "run")  # with other weights
+    assert (tmp_path / "run" / "report.html").exists()
+    with pytest.raises(kdx.KdxError, match=r"^Teacher: The network has no layer 'layr3'"):
+        run(folder, tmp_path / "new", layers=("layr3",))
+
+
+def test_a_reference_set_is_as_large_as_the_data(folder: Path, tmp_path: Path, lines: list[str]) -> None:
+    options = replace(OPTIONS, geometry="reference", reference_images=5000)
+    explain.run(str(folder / "pictures"), folder / "models.toml", tmp_path / "run", (), options, announce=lines.append)
+    assert any("with 29 reference images (all that there are, instead of 5,000)" in line for line in lines)
+    assert read_run(tmp_path / "run").reference_images == 29
+    assert "29 reference images" in (tmp_path / "run" / "report.html").read_text()
+    assert "5,000 reference images" not in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_manifest_names_the_runtime_that_ran(finished: Path) -> None:
+    assert json.loads((finished / "manifest.json").read_text())["environment"]["runtime"] == "eager on cpu"

@@ -267,8 +267,8 @@ def test_bad_input() -> None:
     for seed in (-1, 2**63):
         with pytest.raises(ValueError, match="seed"):
             kdx.fss(x, y, seed=seed)
-    with pytest.raises(TypeError):
-        kdx.rs(x, [0, 1])  # type: ignore[arg-type]
+    with pytest.raises(kdx.KdxError, match="2 rows of the target"):
+        kdx.rs(x, [0, 1])
     many, few = torch.randn(600, 3), torch.randn(600, 3)
     many[[7, 500]] = torch.nan
     with pytest.raises(kdx.KdxError, match="rows 7, 500"):
