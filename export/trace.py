@@ -43,6 +43,9 @@ def traced_program(graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: Dynami
 
     Raises KdxError if an operator has no ONNX form, and any exception that the network's own code raises under tracing.
     """
+    for network in graph.modules():
+        if isinstance(network, WatchedNetwork):
+            network.decide_for((inputs[0].shape[2], inputs[0].shape[3]))
     with torch.no_grad():
         if isinstance(graph, GradientGraph):
             forward = torch.export.export(_Forward(graph), inputs, dynamic_shapes=dynamic).run_decompositions({})
@@ -96,6 +99,7 @@ class _Forward(WatchedNetwork):
 
     def __init__(self, graph: GradientGraph) -> None:
         super().__init__(graph.network, graph.watched, graph.preprocessing)
+        self.decisions = graph.decisions  # those of a copied network, which has none of its own
         self.output_count = len(graph.output_names)
 
     def forward(self, images: Tensor, cotangent: Tensor) -> tuple[object, ...]:
