@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,48 @@ def sensible_layers(module: nn.Module, size: tuple[int, int]) -> list[str]:
     """
     trace = _trace(module, size)
     return _usable(module, [trace.names[path] for path in _stages(module, trace)], size)
+
+
+@dataclass(frozen=True)
+class LayerDescription:
+    """A layer for one size of images. feature: the shape (C, H, W) of its feature map; None if there is none. layout: that of its output.
+
+    source: how the layout is known: ``stated``, ``convolutions``, a library's name, or ``probe``. advised: whether `sensible_layers` names
+    the layer. problem: why it is not usable or not advised, or "".
+    """
+
+    name: str
+    feature: tuple[int, int, int] | None
+    layout: str
+    source: str
+    advised: bool
+    problem: str
+
+
+@ambient.neutral()
+def described_layers(module: nn.Module, size: tuple[int, int], layers: Sequence[str] = ()) -> list[LayerDescription]:
+    """The named layers; by default the stages and blocks of the network, also those that are not advised, in order of execution.
+
+    Raises KdxError if the network does not run on an image of ``size``, and for a layer that does not exist.
+    """
+    trace = _trace(module, size)
+    stages = [trace.names[path] for path in _stages(module, trace)]
+    advised = _usable(module, stages, size)
+    graph = FeatureGraph(module, layers or stages)
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(graph.mean)
+    with layouts.eval_mode(module):
+        _, raw = graph.watch(images)
+        return [_described(graph, layer, raw[layer], images, layer.partition(":")[0] in advised, layer in stages) for layer in graph.layers]
+
+
+def _described(graph: FeatureGraph, layer: str, raw: object, images: Tensor, advised: bool, stage: bool) -> LayerDescription:
+    try:
+        channels, height, width = graph.as_map(raw, layer, images).shape[1:]
+    except KdxError as error:
+        return LayerDescription(layer, None, "", "", False, error.problem)
+    decided = graph.decisions[layer, (images.shape[2], images.shape[3])]
+    problem = "" if advised or not stage else "No position has a gradient."
+    return LayerDescription(layer, (channels, height, width), str(decided.layout), decided.source, advised, problem)
 
 
 def _stages(module: nn.Module, trace: _Trace) -> list[str]:
