@@ -150,7 +150,7 @@ def _inserted(
     constants = dict(forward.constants)
     copies = dict(zip(joint.graph.find_nodes(op="placeholder"), boundary, strict=True))
     inputs = list(forward.graph_signature.input_specs)
-    first = next(iter(fx_graph.nodes))
+    first, new = next(iter(fx_graph.nodes)), 0
     for node in joint.graph.nodes:
         if node.op == "get_attr":
             with fx_graph.inserting_before(first):
@@ -158,7 +158,8 @@ def _inserted(
                 constants[name] = getattr(joint, str(node.target))
                 copies[node] = fx_graph.placeholder(name)
                 copies[node].meta["val"] = node.meta.get("val", constants[name])
-            inputs.insert(0, InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(copies[node].name), name))
+            inputs.insert(new, InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(copies[node].name), name))
+            new += 1  # specifications are in the order of the nodes, which are all inserted before the first old one
         elif node.op == "call_function":
             with fx_graph.inserting_before(fx_graph.output_node()):
                 copies[node] = fx_graph.node_copy(node, lambda source: copies[source])

@@ -6,6 +6,7 @@ A `Layout` is data: it turns a raw output into a feature map [n, C, H, W]. A `St
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -65,9 +66,14 @@ class Layout:
             if isinstance(self.tokens, range):
                 flat = flat[:, :, self.tokens.start : self.tokens.stop]
             else:
-                flat = flat.index_select(2, torch.tensor(self.tokens, device=flat.device))
+                flat = flat.index_select(2, _index(self.tokens, flat.device))
         grid: Tensor = flat.unflatten(2, self.grid)
         return grid
+
+    def prepare(self, device: torch.device) -> None:
+        """Make the index of the tokens on a device. A graph that is traced afterwards contains it as a constant."""
+        if not isinstance(self.tokens, range):
+            _index(self.tokens, device)
 
     def __str__(self) -> str:
         """In the notation of a stated layout, as far as it has one."""
@@ -95,6 +101,12 @@ class Layout:
     def _is_whole(self) -> bool:
         """Whether the tokens are exactly the positions, in reading order."""
         return self.tokens == range(self.count)
+
+
+@functools.lru_cache(maxsize=256)
+def _index(tokens: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(tokens, device=device)
 
 
 @dataclass(frozen=True)

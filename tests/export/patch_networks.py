@@ -32,7 +32,7 @@ class Patches(nn.Module):
         self.head = nn.Linear(CHANNELS, 4)
 
     def forward(self, images: Tensor) -> Tensor:
-        tokens = torch.cat([self.patch(images).flatten(2).transpose(1, 2), self.extra.expand(len(images), -1, -1)], 1)[:, self.places]
+        tokens = torch.cat([self.patch(images).flatten(2).transpose(1, 2), self.extra.expand(images.shape[0], -1, -1)], 1)[:, self.places]
         tokens = tokens + 0.5 * self.attention(tokens, tokens, tokens)[0]
         if "H" in self.axes:
             tokens = tokens.unflatten(1, self.grid)
@@ -45,7 +45,7 @@ class Patches(nn.Module):
     def expected(self, images: Tensor) -> Tensor:
         """The feature map [n, C, H, W] by definition: the mixed token of each patch, at its patch."""
         count = self.grid[0] * self.grid[1]
-        tokens = torch.cat([self.patch(images).flatten(2).transpose(1, 2), self.extra.expand(len(images), -1, -1)], 1)
+        tokens = torch.cat([self.patch(images).flatten(2).transpose(1, 2), self.extra.expand(images.shape[0], -1, -1)], 1)
         tokens = tokens + 0.5 * self.attention(tokens, tokens, tokens)[0]  # attention does not depend on the order of the tokens
         feature: Tensor = tokens[:, :count].transpose(1, 2).unflatten(2, self.grid)
         return feature
@@ -67,5 +67,5 @@ class Windowed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         rows = self.inside(self.partitioned(images))
-        logits: Tensor = self.head(self.windows(rows.reshape(len(images), -1, 4, 8)).mean((1, 2)))
+        logits: Tensor = self.head(self.windows(rows.reshape(images.shape[0], -1, 4, 8)).mean((1, 2)))
         return logits
