@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, SalientClass, SalientScore, Weighting
+from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, SalientClass, SalientImage, SalientScore, Weighting
 from kdx.data import inputs
 from kdx.data.inputs import Batches, Pictures
 from kdx.errors import KdxError
@@ -129,8 +129,9 @@ class Explainer:
     of its own salient images (`kdx.salient_images`), in which the share ``keep`` of the pixels is kept and the rest is imputed with
     ``noise``. salient_class: the class of which pixels are kept: the one that the network ``predicted``, or the ``true`` one.
     salient_score: whether the ``logit`` of that class or its ``probability`` (softmax) ranks the pixels; a probability of 1 has no
-    gradient. The maps are always those of the raw features. Salient features cost one additional backward pass per network, and one
-    additional forward pass per network and layer. Exported files contain no gradients for them.
+    gradient. salient_image: ``exact``, or ``published`` for the images of the authors' code (docs/published.md), with ``noise`` in units of
+    normalised pixels. The maps are always those of the raw features. Salient features cost one additional backward pass per network, and
+    one additional forward pass per network and layer. Exported files contain no gradients for them.
 
     Images are an array or tensor [n, 3, h, w] or [n, h, w, 3], in [0, 1] or as uint8; or Pillow images, paths of files, or a list of them,
     which are resized to the largest size that a network specifies (`kdx.data.as_pixels`). Pixels outside [0, 1] are refused, unless kdx
@@ -168,6 +169,7 @@ class Explainer:
         noise: float = 0.0,
         salient_class: SalientClass = "predicted",
         salient_score: SalientScore = "logit",
+        salient_image: SalientImage = "exact",
     ) -> None:
         settings = Settings(
             runtime=runtime,
@@ -185,6 +187,7 @@ class Explainer:
             noise=noise,
             salient_class=salient_class,
             salient_score=salient_score,
+            salient_image=salient_image,
         )
         roles = {"teacher": teacher, "student": student, "base": base}
         networks = {role: network for role, network in roles.items() if network is not None}

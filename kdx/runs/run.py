@@ -203,12 +203,16 @@ def _recorded_options(options: RunOptions) -> StoredOptions:
             recorded["features"]["class"] = options.salient_class
         if options.salient_score != "logit":
             recorded["features"]["score"] = options.salient_score
+        if options.salient_image != "exact":
+            recorded["features"]["image"] = options.salient_image
     if options.geometry != "auto":
         recorded["geometry"] = options.geometry
     if options.stored_precision != "float32":
         recorded["stored_precision"] = options.stored_precision
     if options.project:
         recorded["project"] = options.project
+    if options.ratios != "pooled":
+        recorded["ratios"] = options.ratios
     return recorded
 
 
