@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.features.score_maps import combined
 from kdx.kernels import decomposition, geometry
-from kdx.roles import MAPS, TARGET, maps_among, roles_among, score_maps_among, scores_among, shares_among
+from kdx.roles import MAPS, TARGET, maps_among, pairs_among, roles_among, score_maps_among, scores_among, shares_among
 
 _ROUNDING = 1e-5
 """The ratio ||R||/||D|| below which the residual R of one network given another is rounding: float32 distances are exact to about 1e-6."""
@@ -51,7 +51,7 @@ class ExplainerGraph(nn.Module):
         self.roles = roles_among(networks)
         self.networks = nn.ModuleDict({role: networks[role] for role in self.roles})
         self.layers = networks["student"].layers
-        self.maps = maps_among(self.roles)
+        self.maps, self.pairs = maps_among(self.roles), pairs_among(self.roles)
         self.score_maps = score_maps_among(self.roles)
         self.scores = scores_among(self.roles)
 
@@ -94,7 +94,9 @@ class ExplainerGraph(nn.Module):
         distances = {role: context.distances for role, context in among.items()} | {TARGET: target_distances}
         matrices = geometry.u_centered(torch.stack([distances[name] for name in names]))
         centred = dict(zip(names, matrices.unbind(0), strict=True))
-        explained, given = (torch.stack([centred[pair[side]] for pair in self.maps.values()]) for side in (0, 1))
+        explained = torch.stack([centred[role] for role, _ in self.maps.values()])
+        # No map, or every map, is given another network.
+        given = torch.stack([centred[role] for _, role in self.pairs.values()]) if self.pairs else None
         solution = geometry.laplacian(torch.stack([distances[role] for role, _ in self.maps.values()]), explained, given, centred[TARGET])
         distinct = (solution.left > _ROUNDING)[..., None, None]
         laplacians = torch.where(distinct, solution.lap, 0.0).unbind(0)
@@ -105,17 +107,22 @@ class ExplainerGraph(nn.Module):
             scaled = nn.functional.interpolate(geometry.scaled(maps)[:, None], size=size, mode="bilinear", align_corners=False)
             results += [maps, scaled[:, 0], weights]
         n = target_distances.shape[-1]
-        residual = geometry.residual(explained, given)
-        squared = dict(zip(self.maps.values(), (geometry.dot(residual, residual) / (n * (n - 3))).unbind(0), strict=True))
+        squared: dict[tuple[str, str], Tensor] = {}
+        conditional: dict[str, Tensor] = {}
+        if given is not None:
+            residual = geometry.residual(explained, given)
+            squared = dict(zip(self.pairs.values(), (geometry.dot(residual, residual) / (n * (n - 3))).unbind(0), strict=True))
+            conditional = dict(zip((MAPS[name].score for name in self.pairs), distinct.unbind(0), strict=True))
         products = geometry.products(torch.stack(list(centred.values()), -3))
         shares = self._shares(among, centred, n)
-        conditional = dict(zip((kind.score for kind in map(MAPS.__getitem__, self.maps)), distinct.unbind(0), strict=True))
         for kind in self.score_maps.values():
             maps = combined(kind, shares, products, names, squared)
             results.append(torch.where(conditional[kind.score], maps, 0.0) if kind.score in conditional else maps)
         pairs = [definition.matrices for definition in self.scores.values() if len(definition.matrices) == 2]
         first, second = (torch.stack([centred[pair[side]] for pair in pairs]) for side in (0, 1))
-        scores = torch.cat([geometry.correlation(first, second), solution.score])  # in the order of `scores_among`
+        scores = geometry.correlation(first, second)
+        if self.pairs:
+            scores = torch.cat([scores, solution.score])  # in the order of `scores_among`
         return [*results, scores.movedim(0, -1)]
 
     def _shares(self, among: Mapping[str, _Among], centred: Mapping[str, Tensor], n: int) -> dict[tuple[str, str], Tensor]:

@@ -16,7 +16,7 @@ from kdx.cli.options import DataArgument, DeviceOption, LayerOption, SeedOption,
 def explain(
     data: DataArgument,
     models: Annotated[
-        Path, typer.Option(help="The models file, which names the student, the base and optionally the teacher; or an explainer file.")
+        Path, typer.Option(help="The models file, which names the student and optionally the base and the teacher; or an explainer file.")
     ],
     out: Annotated[Path, typer.Option(help="The folder of the run. A stopped run there is resumed.")],
     layer: LayerOption = None,

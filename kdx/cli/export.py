@@ -23,12 +23,12 @@ def export(
     kind: Annotated[
         FileKind,
         typer.Option(
-            help="features: logits and features; gradients: also the gradients at the layers; explainer: two networks and their maps."
+            help="features: logits and features; gradients: also the gradients at the layers; explainer: one to three networks and maps."
         ),
     ] = "features",
     explainer: Annotated[bool, typer.Option("--explainer", help="The same as --kind explainer.")] = False,
     student: Annotated[str | None, typer.Option(help="explainer: the student.", show_default=False)] = None,
-    base: Annotated[str | None, typer.Option(help="explainer: the base.", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option(help="explainer: the base, which may be left out.", show_default=False)] = None,
     teacher: Annotated[str | None, typer.Option(help="explainer: the teacher, which may be left out.", show_default=False)] = None,
     reference: Annotated[
         int,

@@ -22,9 +22,9 @@ from kdx.export.explainer_graphs import Graph
 from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.export.parity import ParityReport
 from kdx.features.arrays import MIN_IMAGES
-from kdx.models.layer_pairs import parse_layers
 from kdx.models.models_file import load_any
 from kdx.models.network import Network
+from kdx.roles import ROLES
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def export(
 ) -> list[Exported]:
     """Export networks to a file of a kind, and optionally build its engine. ``out`` is a folder, or the path of the .onnx file.
 
-    references: the model reference (or ``MODELS.toml:ROLE``) of ``network``. For an explainer file, those of ``student``, ``base`` and
-    optionally ``teacher``; a layer may then be ``student_layer=teacher_layer``. ``network`` may also be an .onnx file that kdx wrote, from
-    which an engine is built. Raises KdxError for anything that the user can fix.
+    references: the model reference (or ``MODELS.toml:ROLE``) of ``network``. For an explainer file, those of ``student`` and optionally
+    ``base`` and ``teacher``; a layer may then be ``student_layer=teacher_layer`` or ``student=layer,teacher=layer``. ``network`` may also
+    be an .onnx file that kdx wrote, from which an engine is built. Raises KdxError for anything that the user can fix.
     """
     file = references.get("network", "")
     if file.endswith(".onnx"):
@@ -151,9 +151,9 @@ def parse_batch(text: str) -> BatchRange:
 
 def _check_options(roles: set[str], kind: FileKind, options: ExportOptions) -> None:
     """KdxError for options that contradict each other, before an export that may take minutes."""
-    if kind == "explainer" and roles - {"teacher"} != {"student", "base"}:
+    if kind == "explainer" and not {"student"} <= roles <= set(ROLES):
         raise KdxError(
-            "An explainer file contains a student and a base, and optionally their teacher.",
+            "An explainer file contains a student, and optionally a base and a teacher.",
             "Name them with --student, --base and --teacher.",
         )
     if kind != "explainer" and roles != {"network"}:
@@ -191,7 +191,7 @@ def _graph(
     networks: dict[str, Network], layers: Sequence[str], kind: FileKind, at: str | None, references: ReferenceImages | None
 ) -> Graph:
     if kind == "explainer":
-        return explainer_graph(networks, parse_layers(layers), references)
+        return explainer_graph(networks, layers, references)
     network = networks["network"]
     if kind == "features":
         return FeatureGraph(network.module, layers, network.preprocessing)
@@ -204,7 +204,7 @@ def _references(
     if options.data is None:
         return None
     announce(f"Running the networks on {options.reference} reference images of {options.data}")
-    models_file = models_file_of(references["student"], references["base"])
+    models_file = models_file_of(references["student"])
     chosen = choose_references(options.data, options.reference, options.seed, models_file, size)
     if len(chosen.ids) < options.reference:
         announce(f"The train split has only {len(chosen.ids)} images; all of them are reference images.")
@@ -220,8 +220,15 @@ def _resized(network: Network, side: int | None) -> Network:
 
 
 def _stem(networks: dict[str, Network], kind: FileKind, precision: FilePrecision) -> str:
-    name = "-given-".join(models.file_name(networks[role].reference) for role in ("network", "student", "base") if role in networks)
+    name = "-given-".join(
+        models.file_name(networks[role].reference) for role in ("network", "student", _given(networks)) if role in networks
+    )
     return f"{name}.{kind}" + ("" if precision == "fp32" else f".{precision}")
+
+
+def _given(networks: dict[str, Network]) -> str:
+    """The role beside the student in the name of an explainer file."""
+    return "base" if "base" in networks else "teacher"
 
 
 def _size(path: Path) -> int:

@@ -165,7 +165,7 @@ def layer_pairs(distillation: Distillation, layers: Sequence[str] | None) -> lis
     """
     student, teacher = distillation.initial_network("student"), distillation.initial_network("teacher")
     if layers is not None:
-        pairs = list(parse_layers(layers).items())
+        pairs = [(layer, names.teacher) for layer, names in parse_layers(layers).items()]
         for student_layer, teacher_layer in pairs:
             find_layer(student, student_layer)
             find_layer(teacher, teacher_layer)

@@ -1,8 +1,8 @@
-"""The Explainer: compares student, base and optional teacher on any images, layer by layer."""
+"""The Explainer: compares a student with its base and its teacher on any images, layer by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from kdx.features.score_maps import terms
 from kdx.kernels import ambient
 from kdx.maps.decomposition import Decomposition
 from kdx.maps.unicam import Maps
+from kdx.models.layer_pairs import LayerNamesLike, layer_names
 from kdx.roles import TARGET, ScoreMap, roles_among, score_maps_among
 from kdx.runtimes.choice import Choice
 from kdx.scores.pool import pooled_scores
@@ -37,22 +38,48 @@ from kdx.scores.uncertainty import permutation_table
 class LayerResult(Generic[ArrayT]):
     """The comparison of the networks at one layer.
 
-    distilled, residual, missed, new: the maps (`kdx.roles.MAPS`). The student's features that the base's do not explain, the base's
-    that the student's do not, the teacher's that the student's do not, and the student's that the teacher's do not. Without a teacher
-    the last two are None, and no score or contrast involves it.
+    unicam: UniCAM's maps by name, those of `kdx.roles.MAPS` whose roles exist. distilled, residual, missed, new, alone: the same as
+    attributes.
     score_maps: signed maps that add up to a score or contrast over all images and positions, by their symbol in `kdx.roles.SCORE_MAPS`:
     ``score_maps["RS(S) - RS(B)"]`` is what `kdx.decompose` returns for the student and the target, minus the base. Empty with salient
     features, and for explainer files of older versions.
     scores: by name (`kdx.roles.SCORES`). contrasts: the differences of two scores by name, each with its confidence interval.
     """
 
-    distilled: Maps[ArrayT]
-    residual: Maps[ArrayT]
-    missed: Maps[ArrayT] | None
-    new: Maps[ArrayT] | None
+    unicam: dict[str, Maps[ArrayT]]
     score_maps: dict[str, Decomposition[ArrayT]]
     scores: dict[str, Score]
     contrasts: dict[str, Contrast]
+
+    @property
+    def distilled(self) -> Maps[ArrayT]:
+        """The map of the student's features that the base's do not explain. Raises KdxError without a base."""
+        return self._of_base("distilled")
+
+    @property
+    def residual(self) -> Maps[ArrayT]:
+        """The map of the base's features that the student's do not explain. Raises KdxError without a base."""
+        return self._of_base("residual")
+
+    @property
+    def missed(self) -> Maps[ArrayT] | None:
+        """The map of the teacher's features that the student's do not explain; None without a teacher."""
+        return self.unicam.get("missed")
+
+    @property
+    def new(self) -> Maps[ArrayT] | None:
+        """The map of the student's features that the teacher's do not explain; None without a teacher."""
+        return self.unicam.get("new")
+
+    @property
+    def alone(self) -> Maps[ArrayT] | None:
+        """The map of the student's features given nothing; None if there is another network."""
+        return self.unicam.get("alone")
+
+    def _of_base(self, name: str) -> Maps[ArrayT]:
+        if name not in self.unicam:
+            raise KdxError(f"The map {name} compares the student with a base, and there is none.", "Give kdx.Explainer a base.")
+        return self.unicam[name]
 
     @property
     def fss(self) -> Score:
@@ -76,11 +103,14 @@ class Explanation(Generic[ArrayT]):
 
 
 class Explainer:
-    """Explains images with two or three networks: ``explainer(images, labels) -> Explanation``.
+    """Explains images with one, two or three networks: ``explainer(images, labels) -> Explanation``.
 
     student, base, teacher: a model reference, the path of a file that ``kdx export`` wrote, a `kdx.models.Network`, or a PyTorch
-    module (used as it is, without preprocessing). The teacher is optional.
-    layers: names that all networks share, or a mapping from the student's and base's layer to the teacher's.
+    module (used as it is, without preprocessing). Base and teacher are optional. The maps, scores and contrasts are those whose roles
+    exist: a student and a teacher have *missed*, *new*, FSS(S,T) and their RS; a student alone has the map *alone* and RS(S).
+    layers: names that all networks share, or a list in which an entry may name each role's layer: ``"student_layer=teacher_layer"``,
+    ``"student=layer4,teacher=blocks.9"`` or ``{"student": "layer4", "teacher": "blocks.9"}``; roles that are not named have the student's.
+    A mapping is from the student's and base's layer to the teacher's.
     runtime: ``auto``, ``eager``, ``onnx``, ``openvino`` or ``tensorrt``. The last three export the networks once, into ``folder`` or a
     temporary folder. Files in ``folder`` are used again, except for PyTorch modules, whose code no reference identifies.
     device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -110,7 +140,7 @@ class Explainer:
         student: NetworkLike | None = None,
         base: NetworkLike | None = None,
         teacher: NetworkLike | None = None,
-        layers: str | Iterable[str] | Mapping[str, str] = (),
+        layers: LayerNamesLike = (),
         runtime: RuntimeName = "auto",
         device: str = "auto",
         precision: Precision = "float32",
@@ -150,7 +180,7 @@ class Explainer:
     def of(
         cls,
         networks: Mapping[str, NetworkLike],
-        layers: str | Iterable[str] | Mapping[str, str],
+        layers: LayerNamesLike,
         settings: Settings,
         *,
         folder: Path | None = None,
@@ -164,24 +194,23 @@ class Explainer:
     def _set_up(
         self,
         networks: Mapping[str, NetworkLike],
-        layers: str | Iterable[str] | Mapping[str, str],
+        layers: LayerNamesLike,
         settings: Settings,
         folder: Path | None,
         file: Path | None,
     ) -> None:
-        if isinstance(layers, str):
-            layers = [layers]
-        pairs = dict(layers) if isinstance(layers, Mapping) else {layer: layer for layer in layers}
+        names = layer_names(layers)
         self.settings = settings
         self._has_references = False
         self._networks: NetworkSet
         if file is None:
-            self._networks = NetworkRunners({role: networks[role] for role in roles_among(networks)}, pairs, settings, folder)
+            self._networks = NetworkRunners({role: networks[role] for role in roles_among(networks)}, names, settings, folder)
         elif networks:
             raise ValueError(f"an explainer file contains its networks; do not give {', '.join(networks)} as well")
         else:
-            self._networks = ExplainerFile(file, pairs, settings, folder)
-        self.layers, self.roles = self._networks.layers, self._networks.roles
+            self._networks = ExplainerFile(file, names, settings, folder)
+        self.layers = {layer: names.teacher for layer, names in self._networks.layers.items()}
+        self.roles = self._networks.roles
 
     @property
     def choice(self) -> Choice:
@@ -265,9 +294,7 @@ class Explainer:
             for kind in score_maps_among(self.roles).values()
             if measurement.shares
         }
-        return LayerResult(
-            maps["distilled"], maps["residual"], maps.get("missed"), maps.get("new"), score_maps, summary.scores, summary.contrasts
-        )
+        return LayerResult(maps, score_maps, summary.scores, summary.contrasts)
 
     def _decomposition(self, kind: ScoreMap, measurement: LayerMeasurement, images: ArrayT) -> Decomposition[ArrayT]:
         parts = terms(kind, measurement.shares, measurement.products, (*self.roles, TARGET))  # [contexts, n, h, w]

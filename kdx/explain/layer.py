@@ -21,7 +21,7 @@ from kdx.kernels.dispatch import BatchDistances
 from kdx.kernels.moments import Moments
 from kdx.kernels.positions import PositionGeometry
 from kdx.maps.unicam import Maps, PairGeometry, check_residual, reference_distances
-from kdx.roles import TARGET, maps_among, permuted_among, roles_among, shares_among
+from kdx.roles import TARGET, maps_among, pairs_among, permuted_among, roles_among, shares_among
 from kdx.scores import uncertainty
 
 
@@ -103,14 +103,15 @@ def _maps(
     """The maps of `measure`, from features and the distances [r, n, n] between them."""
     roles = roles_among(features)
     among = maps_among(roles)
-    explained, given = zip(*among.values(), strict=True)
+    explained = [role for role, _ in among.values()]
+    given = [role for _, role in among.values() if role is not None]  # no map, or every map, is given another network
     means = {role: rounding.with_probes(geometry.gap(features[role]), features[role]) for role in roles}
     explained_means = [means[role] for role in explained]
     laplacians = weighting == "elementwise"
     if references is None:
         solution = ops.channel_weights(
             distances.select([roles.index(role) for role in explained]),
-            distances.select([roles.index(role) for role in given]),
+            distances.select([roles.index(role) for role in given]) if given else None,
             target.distances,
             explained_means,
             objective,
@@ -125,14 +126,15 @@ def _maps(
         reference_means = {role: rounding.with_probes(geometry.gap(known[role]), known[role], seed=1) for role in roles}
         solution = ops.query_channel_weights(
             [pairs[role] for role in explained],
-            [pairs[role] for role in given],
+            [pairs[role] for role in given] or None,
             references.target.reference_distances(target.values),
             explained_means,
             [reference_means[role] for role in explained],
             objective,
             laplacians=laplacians,
         )
-    check_residual(solution.residual_share, *(features[role].flatten(1) for role in roles))
+    if given:
+        check_residual(solution.residual_share, *(features[role].flatten(1) for role in roles))
     maps = {}
     for index, (name, role) in enumerate(zip(among, explained, strict=True)):
         pair = PairGeometry.of(features[role], solution, index, ops, references=None if references is None else references.features[role])
@@ -176,8 +178,11 @@ def measure_distances(
 
 
 def _check_residuals(roles: Sequence[str], distances: BatchDistances, target: Target, *rows: Tensor) -> None:
-    """`check_residual` for each map, from distances [r, n, n] alone."""
-    explained, given = ([roles.index(role) for role in side] for side in zip(*maps_among(roles).values(), strict=True))
+    """`check_residual` for each map of two networks, from distances [r, n, n] alone."""
+    pairs = pairs_among(roles)
+    if not pairs:
+        return
+    explained, given = ([roles.index(role) for role in side] for side in zip(*pairs.values(), strict=True))
     d, e = distances.select(explained), distances.select(given)
     check_residual(geometry.laplacian(d.raw, d.centred, e.centred, target.distances.centred).left, *(rows or distances.raw))
 

@@ -25,7 +25,9 @@ from kdx.features.target import Target
 from kdx.kernels import geometry
 from kdx.kernels.dispatch import BatchDistances, TorchBackend
 from kdx.maps.salient_images import Salience, ranking_maps
+from kdx.models.layer_pairs import LayerNames
 from kdx.models.network import Network
+from kdx.roles import ROLES
 from kdx.runtimes.choice import Choice, choose, describe_file, is_file
 from kdx.runtimes.eager import EagerRunner
 from kdx.runtimes.runner import NetworkOutputs, Runner, missing_layer, parts
@@ -36,12 +38,14 @@ NetworkLike = str | Path | Network | nn.Module
 class NetworkRunners:
     """One runner per network, plus the distance geometry of their features.
 
-    networks: by role, all as exported files or none. layers: the student's and base's layer to the teacher's. folder: where exported
+    networks: by role, all as exported files or none. layers: each role's names by the student's. folder: where exported
     files and engines are written; a temporary folder by default.
     """
 
-    def __init__(self, networks: Mapping[str, NetworkLike], layers: Mapping[str, str], settings: Settings, folder: Path | None) -> None:
-        _check_pairs(networks, layers)
+    def __init__(
+        self, networks: Mapping[str, NetworkLike], layers: Mapping[str, LayerNames], settings: Settings, folder: Path | None
+    ) -> None:
+        _check_names(networks, layers)
         self.roles = tuple(networks)
         self.layers = dict(layers)
         self._networks = networks
@@ -183,7 +187,7 @@ class NetworkRunners:
 
     def _layer_of(self, role: str, layer: str) -> str:
         """A role's own name of a student's layer."""
-        return self.layers[layer] if role == "teacher" else layer
+        return self.layers[layer].at(role)
 
     def _layers_of(self, role: str) -> tuple[str, ...]:
         return tuple(self._layer_of(role, layer) for layer in self.layers)
@@ -199,13 +203,12 @@ class NetworkRunners:
         self._folder.close()
 
 
-def _check_pairs(networks: Mapping[str, NetworkLike], layers: Mapping[str, str]) -> None:
-    """KdxError for a layer with a teacher's layer if there is no teacher."""
-    pairs = [f"{layer}={other}" for layer, other in layers.items() if layer != other]
-    if "teacher" not in networks and pairs:
-        raise KdxError(
-            f"{pairs[0]} pairs a layer with one of the teacher's, but there is no teacher.", "Name the layer alone, or give a teacher."
-        )
+def _check_names(networks: Mapping[str, NetworkLike], layers: Mapping[str, LayerNames]) -> None:
+    """KdxError for a layer with a name for a role that has no network."""
+    for names in layers.values():
+        for role in ROLES:
+            if role not in networks and names.at(role) != names.student:
+                raise KdxError(f"{names} names a layer of the {role}, but there is no {role}.", f"Name the layer alone, or give a {role}.")
 
 
 def _check_files(networks: Mapping[str, NetworkLike], paths: Mapping[str, Path], settings: Settings) -> None:

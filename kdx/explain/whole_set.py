@@ -30,7 +30,7 @@ from kdx.kernels.set_maps import SetFeatures, SetSums, permuted_sums, second_swe
 from kdx.kernels.set_unicam import SetGradient
 from kdx.kernels.tiles import FeatureDistances, Rows
 from kdx.maps.unicam import check_residual
-from kdx.roles import TARGET, maps_among, permuted_among, roles_among, score_maps_among, shares_among
+from kdx.roles import TARGET, maps_among, pairs_among, permuted_among, roles_among, score_maps_among, shares_among
 from kdx.scores.uncertainty import with_permuted
 
 _NULL_IMAGES = 128
@@ -123,7 +123,7 @@ def _check_geometry(matrices: Mapping[str, tiles.Matrix], products: Tensor) -> N
         check_varied(
             float(products[i, i]), float(matrix.scale), max(rounding[name], 1e-8), name if name == TARGET else f"{name}'s features"
         )
-    for explained, given in maps_among(names[:-1]).values():
+    for explained, given in pairs_among(names[:-1]).values():
         i, j = names.index(explained), names.index(given)
         left = products[i, i] - products[i, j] ** 2 / products[j, j]
         share = (left.clamp_min(0) / matrices[explained].scale).sqrt()
@@ -173,7 +173,14 @@ class _Layer:
         """The gradient of each of UniCAM's maps, from the inner products."""
         place = self._names.index
         return {
-            name: SetGradient.of(self._geometry, products, place(explained), place(given), place(TARGET), self._settings.objective)
+            name: SetGradient.of(
+                self._geometry,
+                products,
+                place(explained),
+                None if given is None else place(given),
+                place(TARGET),
+                self._settings.objective,
+            )
             for name, (explained, given) in maps_among(self._roles).items()
         }
 

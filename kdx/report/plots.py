@@ -55,6 +55,7 @@ RELEVANCE_SERIES = tuple(_series(name, score.label, score.label) for name, score
 BEYOND_SERIES = tuple(
     _series(kind.score, f"{kind.explained} beyond {kind.given} ({kind.name})", kind.explained, filled=kind.name != "new")
     for kind in roles.MAPS.values()
+    if kind.given is not None
 )
 
 _DRAWINGS = (

@@ -20,7 +20,7 @@ from kdx.explain.explainer import Explainer
 from kdx.explain.explainer_file import describe_explainer, no_reference_mode, paired_layers
 from kdx.explain.settings import Settings
 from kdx.features.arrays import MIN_IMAGES, check_images
-from kdx.models.layer_pairs import parse_layers
+from kdx.models.layer_pairs import LayerNames, parse_layers
 from kdx.models.models_file import ModelsFile, read_models
 from kdx.models.network import Network
 from kdx.runs.split import SplitChoice, choose_split
@@ -86,7 +86,7 @@ class Plan:
     models: ModelsFile
     dataset: Dataset
     split: SplitChoice
-    layers: dict[str, str]
+    layers: dict[str, LayerNames]
     options: RunOptions
 
     @classmethod
@@ -97,6 +97,11 @@ class Plan:
         split = choose_split(dataset, models_file, options.split, options.seed)
         check_images(len(split.indices))
         return cls(data, models_file, dataset, split, parse_layers(layers or models_file.layers), options)
+
+    @property
+    def _layers(self) -> list[str]:
+        """The layers as an Explainer takes them."""
+        return [str(names) for names in self.layers.values()]
 
     @property
     def indices(self) -> NDArray[np.int64]:
@@ -124,7 +129,7 @@ class Plan:
         if is_file(models.path):
             if self.options.reference_images or self.options.geometry == "reference":
                 raise no_reference_mode(describe_explainer(models.path))
-            return Explainer.of({}, self.layers, self.options, folder=folder, file=models.path)
+            return Explainer.of({}, self._layers, self.options, folder=folder, file=models.path)
         networks = {
             role: models.path.parent / reference if is_file(reference) else models.load(role)
             for role, reference in models.references.items()
@@ -135,7 +140,7 @@ class Plan:
         options = self.options
         if options.chunk is not None and options.geometry in ("auto", "whole"):
             options = replace(options, chunk=aligned(options.chunk))
-        return Explainer.of(networks, self.layers, options, folder=folder)
+        return Explainer.of(networks, self._layers, options, folder=folder)
 
 
 def _check_references(options: RunOptions) -> None:
@@ -157,7 +162,6 @@ def _from_explainer_file(path: Path) -> ModelsFile:
             f"{path} compares each image with its own {count} reference images, and a run measures the images of its data.",
             "Give the networks themselves with --geometry reference, or use the file with kdx.Explainer(file=...).",
         )
-    layers = tuple(f"{layer}={other}" for layer, other in paired_layers(file).items())
-    base, student, teacher = (file.networks[role].reference if role in file.networks else None for role in ("base", "student", "teacher"))
-    assert base is not None and student is not None
-    return ModelsFile(path, base, student, teacher, layers, file.classes)
+    references = {role: network.reference for role, network in file.networks.items()}
+    layers = tuple(map(str, paired_layers(file).values()))
+    return ModelsFile(path, references.get("base"), references["student"], references.get("teacher"), layers, file.classes)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdx.errors import KdxError
-from kdx.roles import READING_ORDER, contrast_name, contrasts_among, maps_among, score_maps_among, scores_among
+from kdx.roles import READING_ORDER, contrast_name, contrasts_among, counterpart, maps_among, score_maps_among, scores_among
 from kdx.runs import schema
 from kdx.runs.schema import Manifest, StoredScore, StoredScores, UnreadableImage
 
@@ -70,6 +70,13 @@ class Entry:
         """
         p = self.p_value if self.p_adjusted is None else self.p_adjusted
         return self.sign != 0 and (p is None or p <= 1 - confidence + 1e-12)
+
+    def direction(self, confidence: float) -> int:
+        """1 where the images settle that the number is above zero, -1 where they settle that it is below, 0 where they settle neither.
+
+        Below zero the interval alone decides: the permutation test is one-sided, so it cannot reject chance for a negative score.
+        """
+        return self.sign if self.sign < 0 or self.settled(confidence) else 0
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ class RunRecord:
     method: str | None
     classes: list[str]
     networks: dict[str, NetworkResult]
-    layers: dict[str, str]  # student layer -> teacher layer
+    layers: dict[str, str]  # student layer -> teacher layer, or itself without a teacher
     scores: dict[str, dict[str, Entry]]  # layer -> name -> entry
     contrasts: dict[str, dict[str, Entry]]
     map_summaries: dict[str, dict[str, MapSummary]]  # layer -> kind -> summary; empty for runs of older versions
@@ -165,6 +172,21 @@ class RunRecord:
     @property
     def roles(self) -> tuple[str, ...]:
         return tuple(self.networks)
+
+    def layer_of(self, role: str, layer: str) -> str:
+        """The name that a role's network has for a layer of the student."""
+        if role == "teacher":
+            return self.layers[layer]
+        return self.manifest["configuration"].get("base_layers", {}).get(layer, layer) if role == "base" else layer
+
+    @property
+    def discordant(self) -> tuple[int, int] | None:
+        """The number of images that only the student, and that only its counterpart, classifies correctly; None for a student alone."""
+        other = counterpart(self.roles)
+        if other is None:
+            return None
+        student, rival = self.samples.correct("student"), self.samples.correct(other)
+        return int((student & ~rival).sum()), int((rival & ~student).sum())
 
     @property
     def score_names(self) -> tuple[str, ...]:

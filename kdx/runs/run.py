@@ -26,7 +26,7 @@ from kdx.runs.environment import environment, now
 from kdx.runs.geometry import Geometry, choose_geometry, unavoidable
 from kdx.runs.plan import Plan
 from kdx.runs.plan import RunOptions as RunOptions
-from kdx.runs.schema import Configuration, Context, SplitRule, StoredFeatures, StoredLayer, StoredNetwork, StoredOptions
+from kdx.runs.schema import BaseLayers, Configuration, Context, SplitRule, StoredFeatures, StoredLayer, StoredNetwork, StoredOptions
 from kdx.runs.store import Store
 from kdx.runs.whole import collect_whole, explain_whole, feature_shapes
 from kdx.scores.pool import adjusted
@@ -129,10 +129,17 @@ def _configuration(plan: Plan, records: Mapping[str, NetworkRecord], size: tuple
         "split_seed": plan.models.split_seed,
         **rule,
         "models": {role: _identity(record) for role, record in records.items()},
-        "layers": plan.layers,
+        "layers": {layer: names.teacher for layer, names in plan.layers.items()},
+        **_base_layers(plan),
         "image_size": size,
         **_recorded_options(plan.options),
     }
+
+
+def _base_layers(plan: Plan) -> BaseLayers:
+    """The base's layers that have other names than the student's."""
+    other = {layer: names.base for layer, names in plan.layers.items() if names.base != layer}
+    return {"base_layers": other} if other else {}
 
 
 def _identity(record: NetworkRecord) -> StoredNetwork:

@@ -143,8 +143,15 @@ class SplitRule(TypedDict):
     validation_is_test: NotRequired[bool]
 
 
-class Configuration(StoredOptions, SplitRule):
-    """Everything that a run's results depend on. ``fingerprint`` identifies the data, wherever its folder ``data`` is."""
+class BaseLayers(TypedDict):
+    """base_layers: the base's layers that have other names than the student's, by the student's; omitted if there are none."""
+
+    base_layers: NotRequired[dict[str, str]]
+
+
+class Configuration(StoredOptions, SplitRule, BaseLayers):
+    """Everything that a run's results depend on. ``fingerprint`` identifies the data, wherever its folder ``data`` is. layers: the
+    student's layer to the teacher's, or to itself without a teacher."""
 
     data: str
     split: str

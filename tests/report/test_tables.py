@@ -9,17 +9,17 @@ from rich.console import Console
 
 from kdx.report.tables import TABLES
 from kdx.report.terminal import scores_table
-from kdx.roles import BALANCE, CONTRASTS, GAIN, LIKENESS, MAPS, SCORES
+from kdx.roles import BALANCE, CONTRASTS, GAIN, LEAD, LIKENESS, MAPS, SCORES
 
 
 def test_the_page_has_exactly_the_scores_and_maps_that_are_computed() -> None:
-    assert [" - ".join(pair) for pair in CONTRASTS] == [LIKENESS, BALANCE, GAIN]
+    assert [" - ".join(pair) for pair in CONTRASTS] == [LIKENESS, BALANCE, GAIN, LEAD]
     assert [kind.name for kind in MAPS.values()] == list(MAPS)
     for kind in MAPS.values():
         assert kind.score == f"RS({kind.symbol.replace(' ', '')})" and kind.score in SCORES
-        assert kind.symbol == " | ".join(role[0].upper() for role in (kind.explained, kind.given))
+        assert kind.symbol == " | ".join(role[0].upper() for role in (kind.explained, kind.given) if role)
     in_tables = [name for _, _, names in TABLES for name in names]
-    assert sorted(in_tables) == sorted([*SCORES, LIKENESS, BALANCE, GAIN])
+    assert sorted(in_tables) == sorted([*SCORES, LIKENESS, BALANCE, GAIN, LEAD])
 
 
 def test_the_terminal_table_contains_every_score(run: Path) -> None:

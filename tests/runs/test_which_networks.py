@@ -1,0 +1,70 @@
+"""Runs of a student and a teacher without a base, and of a student alone: the results, the record and the page."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdx.commands import explain
+from kdx.report.terminal import scores_table
+from kdx.roles import maps_among, score_maps_among, scores_among
+from kdx.runs.record import RunRecord, read_run
+from tests.runs.small_run import OPTIONS, WHOLE
+
+
+def run_of(folder: Path, out: Path, roles: tuple[str, ...], options: object = OPTIONS, layers: tuple[str, ...] = ()) -> RunRecord:
+    """The record of a run with only these roles of the folder's models file."""
+    absent = tuple(role for role in ("teacher", "base") if role not in roles)
+    lines = (folder / "models.toml").read_text().splitlines(keepends=True)
+    models = folder / f"{'-'.join(roles)}.toml"
+    models.write_text("".join(line for line in lines if not line.startswith(absent)))
+    explain.run(str(folder / "pictures"), models, out, layers, options, announce=lambda line: None)  # type: ignore[arg-type]
+    return read_run(out)
+
+
+@pytest.mark.parametrize(
+    ("roles", "title", "words"),
+    [
+        (("student", "teacher"), "How the student differs from its teacher", ("Student right, teacher wrong", "RS(S) − RS(T)")),
+        (("student",), "Where the student’s features are relevant", ("Student right", "RS(S)")),
+    ],
+)
+def test_a_run_has_the_results_of_its_roles_and_a_page(
+    folder: Path, finished: Path, tmp_path: Path, roles: tuple[str, ...], title: str, words: tuple[str, ...]
+) -> None:
+    record, three = run_of(folder, tmp_path / "run", roles), read_run(finished)
+    assert set(record.roles) == set(roles)
+    assert record.score_names == tuple(scores_among(roles)) and set(record.map_kinds) == {*maps_among(roles), *score_maps_among(roles)}
+    rows = [int(row) for row in record.samples.rows]
+    for layer in record.layers:
+        for name in record.score_names:
+            assert record.scores[layer][name].value == pytest.approx(three.scores[layer][name].value, abs=1e-9)
+        for kind in set(record.map_kinds) & set(three.map_kinds):
+            np.testing.assert_allclose(record.maps(layer, kind, rows), three.maps(layer, kind, rows), rtol=1e-4, atol=1e-7)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert title in page and all(word in page for word in words)
+    absent = {"base", "teacher"} - set(roles)
+    text = re.sub(r"<[^>]*>", "", page.split("<main>")[1].split('<section id="run"')[0])
+    assert not [role for role in absent if re.search(rf"\bthe {role}\b|\b{role}:", text)]
+    assert scores_table(tmp_path / "run").row_count == len(record.score_names) + len(record.contrast_names)
+
+
+def test_the_geometry_whole_of_a_student_and_a_teacher_with_their_own_layers(folder: Path, tmp_path: Path) -> None:
+    layers = ("student=layer2,teacher=layer3", "layer3=layer3.0")
+    record = run_of(folder, tmp_path / "run", ("student", "teacher"), WHOLE, layers)
+    assert record.layers == {"layer2": "layer3", "layer3": "layer3.0"} and record.geometry == "whole"
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<td><code>layer2</code></td><td><code>layer3</code></td>" in page
+    assert all(record.map_summaries[layer]["missed"].null_strength is not None for layer in record.layers)
+
+
+def test_other_layers_of_the_base_are_recorded(folder: Path, tmp_path: Path) -> None:
+    record = run_of(folder, tmp_path / "run", ("student", "base"), replace(OPTIONS, permutations=0), ("student=layer2,base=layer3",))
+    assert record.manifest["configuration"]["base_layers"] == {"layer2": "layer3"} and record.layer_of("base", "layer2") == "layer3"
+    assert "<td><code>layer2</code></td><td><code>layer3</code></td>" in (tmp_path / "run" / "report.html").read_text()
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["configuration"]["layers"] == {"layer2": "layer2"}
