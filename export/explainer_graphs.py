@@ -41,18 +41,21 @@ class ExplainerGraph(nn.Module):
     At least four images are needed, because scores and maps are those of a batch. The geometry is float32 in any precision of the
     networks. Images whose features are closer than the rounding of float32 count as equal; their distance and their part in every map
     are 0. If two networks differ only by rounding, the maps of one given the other are zero everywhere.
+
+    pooled: distances are between the spatial means of the features, as in `kdx.unicam`; there are then no score maps.
     """
 
     kind = "explainer"
     input_names: tuple[str, ...] = ("images", "target")
 
-    def __init__(self, networks: Mapping[str, FeatureGraph]) -> None:
+    def __init__(self, networks: Mapping[str, FeatureGraph], *, pooled: bool = False) -> None:
         super().__init__()
+        self.pooled = pooled
         self.roles = roles_among(networks)
         self.networks = nn.ModuleDict({role: networks[role] for role in self.roles})
         self.layers = networks["student"].layers
         self.maps, self.pairs = maps_among(self.roles), pairs_among(self.roles)
-        self.score_maps = score_maps_among(self.roles)
+        self.score_maps = {} if pooled else score_maps_among(self.roles)
         self.scores = scores_among(self.roles)
 
     def network(self, role: str) -> FeatureGraph:
@@ -76,14 +79,16 @@ class ExplainerGraph(nn.Module):
         for index in range(len(self.layers)):
             features = {role: maps[index] for role, (_, *maps) in outputs.items()}
             distances = self._distances(features)
-            among = {role: _Among.batch(feature, distances[role]) for role, feature in features.items()}
+            among = {role: _Among.batch(feature, distances[role], self.pooled) for role, feature in features.items()}
             results += self._layer(among, target_distances, (images.shape[2], images.shape[3]))
             results.append(torch.stack([distances[role] for role in self.roles]))
         return tuple(results)
 
     def _distances(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The distances [n, n] between the images of the batch."""
-        return {role: geometry.distances(feature.flatten(1), torch.float32) for role, feature in features.items()}
+        # Without their centre, means of positions keep more digits.
+        centred = {role: feature - feature.mean(0) if self.pooled else feature for role, feature in features.items()}
+        return {role: geometry.distances(_rows(feature, self.pooled), torch.float32) for role, feature in centred.items()}
 
     def _layer(self, among: Mapping[str, _Among], target_distances: Tensor, size: tuple[int, int]) -> list[Tensor]:
         """The outputs of one layer, except the distances: three per map, one per score map, and the scores.
@@ -114,7 +119,7 @@ class ExplainerGraph(nn.Module):
             squared = dict(zip(self.pairs.values(), (geometry.dot(residual, residual) / (n * (n - 3))).unbind(0), strict=True))
             conditional = dict(zip((MAPS[name].score for name in self.pairs), distinct.unbind(0), strict=True))
         products = geometry.products(torch.stack(list(centred.values()), -3))
-        shares = self._shares(among, centred, n)
+        shares = self._shares(among, centred, n) if self.score_maps else {}
         for kind in self.score_maps.values():
             maps = combined(kind, shares, products, names, squared)
             results.append(torch.where(conditional[kind.score], maps, 0.0) if kind.score in conditional else maps)
@@ -166,8 +171,10 @@ class ReferenceGraph(ExplainerGraph):
 
     input_names = ("images", "labels")
 
-    def __init__(self, networks: Mapping[str, FeatureGraph], references: Mapping[str, Sequence[References]], labels: Tensor) -> None:
-        super().__init__(networks)
+    def __init__(
+        self, networks: Mapping[str, FeatureGraph], references: Mapping[str, Sequence[References]], labels: Tensor, *, pooled: bool = False
+    ) -> None:
+        super().__init__(networks, pooled=pooled)
         self.labels: Tensor
         self.register_buffer("labels", labels.long())
         for role in self.roles:
@@ -192,7 +199,7 @@ class ReferenceGraph(ExplainerGraph):
 
     def _among(self, features: Tensor, role: str, index: int) -> _Among:
         centre, references, inside = (self.get_buffer(f"{name}_{role}_{index}") for name in ("centre", "features", "inside"))
-        return _Among.references(features, features - centre, references, inside)
+        return _Among.references(features, features - centre, references, inside, self.pooled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,28 +207,35 @@ class _Among:
     """One network's features of n images among others, at one layer.
 
     features: [n, C, H, W]. own, others: features of the n images, and of those they are compared with, [m, C, H, W], minus one centre.
-    distances: [n, n] if the two are the same, else [n, m+1, m+1], in which each image is the last one behind the m others.
+    distances: [n, n] if the two are the same, else [n, m+1, m+1], in which each image is the last one behind the m others. pooled: whether
+    they are between spatial means.
     """
 
     features: Tensor
     own: Tensor
     others: Tensor
     distances: Tensor
+    pooled: bool
 
     @classmethod
-    def batch(cls, features: Tensor, distances: Tensor) -> _Among:
+    def batch(cls, features: Tensor, distances: Tensor, pooled: bool) -> _Among:
         centred = features - features.mean(0)
-        return cls(features, centred, centred, distances)
+        return cls(features, centred, centred, distances, pooled)
 
     @classmethod
-    def references(cls, features: Tensor, own: Tensor, others: Tensor, inside: Tensor) -> _Among:
+    def references(cls, features: Tensor, own: Tensor, others: Tensor, inside: Tensor, pooled: bool) -> _Among:
         """inside: the distances [m, m] between the others."""
-        x, y = own.flatten(1), others.flatten(1)
+        x, y = _rows(own, pooled), _rows(others, pooled)
         border = geometry.centred_distances(x, y, x.square().sum(1), y.square().sum(1), torch.float32)
-        return cls(features, own, others, geometry.bordered(inside, border))
+        return cls(features, own, others, geometry.bordered(inside, border), pooled)
 
     def channel_weights(self, lap: Tensor) -> Tensor:
         """[n, C], from Laplacians of the shape of the distances. Weights that are only rounding are zero, as in `kdx.unicam`."""
+        weights = self._mean_gradient(lap)
+        return weights / (self.features.shape[2] * self.features.shape[3]) if self.pooled else weights
+
+    def _mean_gradient(self, lap: Tensor) -> Tensor:
+        """Lap times the spatial means."""
         # Lap maps constants to zero. Centred features keep the rounding of a large mean out of the differences.
         own = geometry.gap(self.own, torch.float32)
         sizes = self.own.abs().flatten(1).mean(1)
@@ -242,6 +256,11 @@ class _Among:
         values = decomposition.cross_shares(self.own.flatten(2), self.others.flatten(2), distances, matrices)
         maps: Tensor = values.to(torch.float32).unflatten(2, self.features.shape[2:])
         return maps
+
+
+def _rows(features: Tensor, pooled: bool) -> Tensor:
+    """The rows between which distances are measured."""
+    return geometry.gap(features, torch.float32) if pooled else features.flatten(1)
 
 
 def _label_distances(labels: Tensor, others: Tensor) -> Tensor:

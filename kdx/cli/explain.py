@@ -51,6 +51,7 @@ def explain(
     weighting: Annotated[
         Weighting, typer.Option(help="gap: one weight per channel; elementwise: one weight per position (HiRes).")
     ] = "gap",
+    pooled: Annotated[bool, typer.Option("--pooled", help="Measure distances between the spatial means of features.")] = False,
     features: Annotated[
         Features, typer.Option(help="What the scores compare: whole images, or the pixels that matter most to each network.")
     ] = "raw",
@@ -114,6 +115,7 @@ def explain(
         geometry=geometry,
         objective=objective,
         weighting=weighting,
+        pooled=pooled,
         features=features,
         keep=keep,
         noise=noise,

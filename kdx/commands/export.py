@@ -36,7 +36,7 @@ class ExportOptions:
     max) images per pass, by default (1, 32, 64), or (4, 32, 64) for an explainer without reference images. arch: the architecture of the
     engine's GPU, such as sm_86, by default that of this machine. tf32: whether the engine may round products to TensorFloat-32.
     reference: with m > 0, an explainer file contains m class-balanced images of the train split of ``data``, chosen with ``seed``, and
-    compares each image with them.
+    compares each image with them. pooled: an explainer file measures distances between spatial means.
     """
 
     at: str | None = None
@@ -49,6 +49,7 @@ class ExportOptions:
     reference: int = 0
     data: str | None = None
     seed: int = 0
+    pooled: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def export(
         raise KdxError("No layer was named.", f"Name one or more with --layer; this network has {', '.join(models.layers(network))}.")
     size = largest_size(network.preprocessing.size for network in networks.values())
     chosen = _references(options, references, size, announce)
-    graph = _graph(networks, layers, kind, options.at, None if chosen is None else chosen.images)
+    graph = _graph(networks, layers, kind, options, None if chosen is None else chosen.images)
     path = out if out.suffix == ".onnx" else out / f"{_stem(networks, kind, options.precision)}.onnx"
     announce(f"Exporting {path.name} and comparing it with PyTorch")
     start = time.perf_counter()
@@ -162,6 +163,8 @@ def _check_options(roles: set[str], kind: FileKind, options: ExportOptions) -> N
         )
     if kind != "gradients" and options.at is not None:
         raise KdxError(f"A file of {kind} has no cotangent.", "Leave --at out, or choose --kind gradients.")
+    if kind != "explainer" and options.pooled:
+        raise KdxError(f"A file of {kind} contains no distances.", "Leave --pooled out, or choose --kind explainer.")
     _check_references(kind, options)
     if options.to == "tensorrt":
         least = MIN_IMAGES if kind == "explainer" and not options.reference else 1
@@ -188,14 +191,14 @@ def _batch(least: int) -> BatchRange:
 
 
 def _graph(
-    networks: dict[str, Network], layers: Sequence[str], kind: FileKind, at: str | None, references: ReferenceImages | None
+    networks: dict[str, Network], layers: Sequence[str], kind: FileKind, options: ExportOptions, references: ReferenceImages | None
 ) -> Graph:
     if kind == "explainer":
-        return explainer_graph(networks, layers, references)
+        return explainer_graph(networks, layers, references, pooled=options.pooled)
     network = networks["network"]
     if kind == "features":
         return FeatureGraph(network.module, layers, network.preprocessing)
-    return GradientGraph(network.module, layers, network.preprocessing, at)
+    return GradientGraph(network.module, layers, network.preprocessing, options.at)
 
 
 def _references(

@@ -42,7 +42,7 @@ class LayerResult(Generic[ArrayT]):
     attributes.
     score_maps: signed maps that add up to a score or contrast over all images and positions, by their symbol in `kdx.roles.SCORE_MAPS`:
     ``score_maps["RS(S) - RS(B)"]`` is what `kdx.decompose` returns for the student and the target, minus the base. Empty with salient
-    features, and for explainer files of older versions.
+    or pooled features, and for explainer files of older versions.
     scores: by name (`kdx.roles.SCORES`). contrasts: the differences of two scores by name, each with its confidence interval.
     """
 
@@ -120,7 +120,7 @@ class Explainer:
     one call; ``kdx explain`` is for sets that do not fit in memory. ``reference`` stands for the images of `use_references`, which must be
     called first; UniCAM's maps are then compared with them, and scores and the maps that add up to them with the images of the call.
     ``auto`` is reference after `use_references`, and whole otherwise.
-    objective, weighting: as in `kdx.unicam`.
+    objective, weighting, pooled: as in `kdx.unicam`. pooled also applies to the scores; there are then no maps that add up to them.
     chunk: images per pass of a network, by default all images of a call, or 64 for an engine. It does not change the results.
     permutations, confidence, seed: for the p-values and intervals of the scores.
     file: an explainer file. It replaces the networks, the objective and the weighting; its layers are the default.
@@ -147,6 +147,7 @@ class Explainer:
         geometry: GeometryName = "auto",
         objective: ObjectiveName = "relevance",
         weighting: Weighting = "gap",
+        pooled: bool = False,
         chunk: int | None = None,
         permutations: int = 999,
         confidence: float = 0.95,
@@ -164,6 +165,7 @@ class Explainer:
             geometry=geometry,
             objective=objective,
             weighting=weighting,
+            pooled=pooled,
             chunk=chunk,
             permutations=permutations,
             confidence=confidence,

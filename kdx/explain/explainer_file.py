@@ -36,6 +36,12 @@ class ExplainerFile:
     def __init__(self, path: Path, layers: Mapping[str, LayerNames], settings: Settings, folder: Path | None) -> None:
         _check_settings(settings)
         file = describe_explainer(path)
+        if file.pooled != settings.pooled:
+            between = "spatial means" if file.pooled else "whole features"
+            raise KdxError(
+                f"The explainer file {path} measures distances between {between}.",
+                "Set pooled (--pooled) as the file was exported, or export another file.",
+            )
         self._path, self._file, self._folder = path, file, ExportFolder(folder)
         self.roles = roles_among(file.networks)
         available = paired_layers(file)

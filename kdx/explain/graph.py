@@ -31,10 +31,13 @@ class ReferenceImages:
 
 
 @ambient.neutral()
-def explainer_graph(networks: Mapping[str, Network], layers: LayerNamesLike, references: ReferenceImages | None = None) -> ExplainerGraph:
+def explainer_graph(
+    networks: Mapping[str, Network], layers: LayerNamesLike, references: ReferenceImages | None = None, *, pooled: bool = False
+) -> ExplainerGraph:
     """The graph of an explainer file, from the network of each role and the names of the layers (see `kdx.Explainer`).
 
     references: if given, the graph contains their features and compares each image with them. Otherwise it compares the images of a batch.
+    pooled: as in `kdx.unicam`.
 
     Raises KdxError if a map compares a layer with itself (of networks with the same weights), and for references without geometry: fewer
     than four, one class, or features that are constant or not finite.
@@ -51,14 +54,15 @@ def explainer_graph(networks: Mapping[str, Network], layers: LayerNamesLike, ref
         for role in roles
     }
     if references is None:
-        return ExplainerGraph(graphs)
+        return ExplainerGraph(graphs, pooled=pooled)
     arrays.check_images(len(references.labels))
     features = {role: _features(graph, references.images) for role, graph in graphs.items()}
     at_layers = [
-        LayerReferences.of({role: maps[place] for role, maps in features.items()}, references.labels) for place in range(len(names))
+        LayerReferences.of({role: maps[place] for role, maps in features.items()}, references.labels, pooled=pooled)
+        for place in range(len(names))
     ]
     contexts = {role: [References(layer.features[role], layer.distances[place]) for layer in at_layers] for place, role in enumerate(roles)}
-    return ReferenceGraph(graphs, contexts, references.labels)
+    return ReferenceGraph(graphs, contexts, references.labels, pooled=pooled)
 
 
 def _features(graph: FeatureGraph, images: Tensor) -> list[Tensor]:

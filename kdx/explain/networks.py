@@ -25,6 +25,7 @@ from kdx.features.target import Target
 from kdx.kernels import geometry
 from kdx.kernels.dispatch import BatchDistances, TorchBackend
 from kdx.maps.salient_images import Salience, ranking_maps
+from kdx.maps.unicam import distance_rows
 from kdx.models.layer_pairs import LayerNames
 from kdx.models.network import Network
 from kdx.roles import ROLES
@@ -133,7 +134,9 @@ class NetworkRunners:
 
     def use_references(self, images: Tensor, labels: Tensor) -> None:
         labels, outputs = labels.to(self.choice.device), self._infer(images)
-        self._references = {layer: LayerReferences.of(self._features(outputs, layer), labels) for layer in self.layers}
+        self._references = {
+            layer: LayerReferences.of(self._features(outputs, layer), labels, pooled=self._settings.pooled) for layer in self.layers
+        }
 
     def explain(
         self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence
@@ -151,6 +154,7 @@ class NetworkRunners:
                 permutations=permutations,
                 references=self._references.get(layer),
                 distances=distances.get(layer),
+                pooled=self._settings.pooled,
             )
             for layer in self.layers
         }
@@ -171,7 +175,7 @@ class NetworkRunners:
             for role, noise_seed in zip(rankings, seed.spawn(len(rankings)), strict=True):
                 name = self._layer_of(role, layer)
                 salient = salience.images(images, rankings[role][name], int(noise_seed.generate_state(1)[0]))
-                rows = self._run(role, salient).features[name].flatten(1)
+                rows = distance_rows(self._run(role, salient).features[name], self._settings.pooled)
                 distances[layer][role] = arrays.row_distances({f"{role}'s salient features": rows}, TorchBackend())[0]
         return distances
 

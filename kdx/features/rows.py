@@ -169,6 +169,11 @@ def _largest(rows: Rows) -> float:
     return float(torch.stack(parts).amax())
 
 
+def factor_of(rows: Rows) -> float:
+    """The power of two by which `feature_distances` multiplied the rows."""
+    return rows.factor if isinstance(rows, _Multiplied) else 1.0
+
+
 def feature_distances(rows: Rows, name: str) -> tiles.FeatureDistances:
     """``rows`` as a distance matrix whose tiles are computed on demand. Raises KdxError for rows that are not finite or too large.
 

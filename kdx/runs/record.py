@@ -206,6 +206,11 @@ class RunRecord:
         return self.manifest.get("geometry") or ("reference" if self.reference_images else "batch")
 
     @property
+    def pooled(self) -> bool:
+        """Whether distances are between the spatial means of features."""
+        return bool(self.manifest["configuration"].get("pooled", False))
+
+    @property
     def map_kinds(self) -> tuple[str, ...]:
         """The kinds of map that the run contains: UniCAM's, then those that add up to a score."""
         first = next(iter(self.layers))

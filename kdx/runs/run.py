@@ -169,6 +169,8 @@ def _recorded_options(options: RunOptions) -> StoredOptions:
         recorded["precision"] = options.precision
     if options.features == "salient":
         recorded["features"] = {"kind": options.features, "keep": options.keep, "noise": options.noise}
+    if options.pooled:
+        recorded["pooled"] = True
     if options.geometry != "auto":
         recorded["geometry"] = options.geometry
     if options.stored_precision != "float32":

@@ -118,8 +118,8 @@ class StoredFeatures(TypedDict):
 
 
 class StoredOptions(TypedDict):
-    """The options that a run's results depend on. Those that are not required are omitted at their defaults: float32, raw, auto,
-    float32 and 0."""
+    """The options that a run's results depend on. Those that are not required are omitted at their defaults: float32, raw,
+    false, auto, float32 and 0."""
 
     batch: int
     runtime: str
@@ -132,6 +132,7 @@ class StoredOptions(TypedDict):
     confidence: float
     precision: NotRequired[str]
     features: NotRequired[StoredFeatures]
+    pooled: NotRequired[bool]
     geometry: NotRequired[str]
     stored_precision: NotRequired[str]
     project: NotRequired[int]

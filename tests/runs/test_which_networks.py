@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kdx.choices import GeometryName
 from kdx.commands import explain
 from kdx.report.terminal import scores_table
 from kdx.roles import maps_among, score_maps_among, scores_among
@@ -68,3 +69,12 @@ def test_other_layers_of_the_base_are_recorded(folder: Path, tmp_path: Path) -> 
     assert record.manifest["configuration"]["base_layers"] == {"layer2": "layer3"} and record.layer_of("base", "layer2") == "layer3"
     assert "<td><code>layer2</code></td><td><code>layer3</code></td>" in (tmp_path / "run" / "report.html").read_text()
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["configuration"]["layers"] == {"layer2": "layer2"}
+
+
+@pytest.mark.parametrize("geometry", ["whole", "batch"])
+def test_a_run_of_spatial_means_has_no_score_maps_and_states_it(folder: Path, tmp_path: Path, geometry: GeometryName) -> None:
+    options = replace(OPTIONS, pooled=True, geometry=geometry, permutations=9)
+    record = run_of(folder, tmp_path / "run", ("student", "base", "teacher"), options)
+    assert record.pooled and record.map_kinds == ("distilled", "residual", "missed", "new")
+    assert "Distances are between spatial means" in (tmp_path / "run" / "report.html").read_text()
+    assert (tmp_path / "run" / "manifest.json").read_text().count('"pooled": true') == 1
