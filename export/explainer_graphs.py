@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.features.score_maps import combined
 from kdx.kernels import decomposition, geometry
-from kdx.roles import MAPS, TARGET, maps_among, pairs_among, roles_among, score_maps_among, scores_among, shares_among
+from kdx.roles import MAPS, TARGET, mapped_among, maps_among, pairs_among, roles_among, score_maps_among, scores_among, shares_among
 
 _ROUNDING = 1e-5
 """The ratio ||R||/||D|| below which the residual R of one network given another is rounding: float32 distances are exact to about 1e-6."""
@@ -133,7 +133,8 @@ class ExplainerGraph(nn.Module):
     def _shares(self, among: Mapping[str, _Among], centred: Mapping[str, Tensor], n: int) -> dict[tuple[str, str], Tensor]:
         """The shares [images, H, W] from which the score maps are combined, in the normalisation of `geometry.products`."""
         shares: dict[tuple[str, str], Tensor] = {}
-        for role, context in among.items():
+        for role in mapped_among(self.roles):
+            context = among[role]
             matrices = [matrix for share_role, matrix in shares_among(self.roles) if share_role == role]
             values = context.shares(torch.stack([centred[name] for name in matrices])) / (n * (n - 3))
             shares |= {(role, name): value for name, value in zip(matrices, values.unbind(0), strict=True)}

@@ -14,12 +14,18 @@ TARGET = "target"
 """The name of the target's matrix beside the matrices of the roles."""
 
 ROLES = ("teacher", "student", "base")
+"""The roles that have maps and relevance."""
+
+BASELINE = "random"
+"""The role of a network with the student's architecture and random weights. Only its FSS is computed, beside which FSS(S,T) is read."""
+
+MEASURED = (*ROLES, BASELINE)
 """The order of every stack of matrices. The target's matrix comes last."""
 
 READING_ORDER = ("teacher", "base", "student")
 """The order in which a reader meets the roles: in tables, in records and in a models file."""
 
-LETTERS = {role: role[0].upper() for role in ROLES}
+LETTERS = {role: role[0].upper() for role in MEASURED}
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,8 @@ class Definition:
 
 
 SIMILARITY: dict[str, Definition] = {
-    f"FSS({LETTERS[role]},T)": Definition("correlation", (role, "teacher"), "teacher", f"{role} and teacher")
-    for role in ("student", "base")
+    f"FSS({LETTERS[role]},T)": Definition("correlation", (role, "teacher"), "teacher", f"{name} and teacher")
+    for role, name in (("student", "student"), ("base", "base"), (BASELINE, "random weights"))
 }
 RELEVANCE: dict[str, Definition] = {f"RS({LETTERS[role]})": Definition("correlation", (role, TARGET), TARGET, role) for role in ROLES}
 CONDITIONAL: dict[str, Definition] = {
@@ -84,17 +90,24 @@ CONDITIONAL: dict[str, Definition] = {
 }
 SCORES: dict[str, Definition] = SIMILARITY | RELEVANCE | CONDITIONAL
 
-CONTRASTS: tuple[tuple[str, str], ...] = (("FSS(S,T)", "FSS(B,T)"), ("RS(S|B)", "RS(B|S)"), ("RS(S)", "RS(B)"), ("RS(S)", "RS(T)"))
-"""Pairs of scores whose difference has an interval. The first three show an effect of distillation; the last compares with the teacher."""
+CONTRASTS: tuple[tuple[str, str], ...] = (
+    ("FSS(S,T)", "FSS(B,T)"),
+    ("RS(S|B)", "RS(B|S)"),
+    ("RS(S)", "RS(B)"),
+    ("RS(S)", "RS(T)"),
+    ("FSS(S,T)", "FSS(R,T)"),
+)
+"""Pairs of scores whose difference has an interval. The first three show an effect of distillation."""
 
 
 def contrast_name(more: str, less: str) -> str:
     return f"{more} - {less}"
 
 
-LIKENESS, BALANCE, GAIN, LEAD = (contrast_name(more, less) for more, less in CONTRASTS)
+LIKENESS, BALANCE, GAIN, LEAD, EXCESS = (contrast_name(more, less) for more, less in CONTRASTS)
 """LIKENESS: is the student closer to the teacher than the base is? BALANCE: which of student and base is more relevant beyond the other?
-GAIN: are the student's features more relevant than the base's? LEAD: are they more relevant than the teacher's?"""
+GAIN: are the student's features more relevant than the base's? LEAD: are they more relevant than the teacher's? EXCESS: is the student
+closer to the teacher than random weights of the same architecture are?"""
 
 
 @dataclass(frozen=True)
@@ -137,10 +150,18 @@ SCORE_MAPS: dict[str, ScoreMap] = {kind.name: kind for kind in _score_maps()}
 
 
 def roles_among(present: Collection[str]) -> tuple[str, ...]:
-    """The roles present, in the order of ROLES. Raises ValueError without a student, and for any other name."""
-    if not {"student"} <= set(present) <= set(ROLES):
+    """The roles present, in the order of MEASURED. Raises ValueError without a student, for the baseline without a teacher, and for any
+    other name."""
+    if not {"student"} <= set(present) <= set(MEASURED):
         raise ValueError(f"the roles are student and optionally base and teacher, not {', '.join(present) or 'none'}")
-    return tuple(role for role in ROLES if role in present)
+    if BASELINE in present and "teacher" not in present:
+        raise ValueError("the random baseline is compared with a teacher, and there is none")
+    return tuple(role for role in MEASURED if role in present)
+
+
+def mapped_among(roles: Collection[str]) -> tuple[str, ...]:
+    """The roles present that have maps: all except the baseline."""
+    return tuple(role for role in roles_among(roles) if role != BASELINE)
 
 
 def counterpart(roles: Collection[str]) -> str | None:

@@ -84,6 +84,14 @@ def explain(
     max_minutes: Annotated[
         float, typer.Option(min=0, help="whole: the time that the geometry may take, by estimate. Beyond it, auto selects reference.")
     ] = 60.0,
+    random_baseline: Annotated[
+        bool | None,
+        typer.Option(
+            help="Also compute the FSS of the student's architecture with random weights, in one more pass. By default only with a teacher "
+            "and without a base.",
+            show_default=False,
+        ),
+    ] = None,
     split: Annotated[
         str | None,
         typer.Option(help="test, validation, train or all. By default test for the data that the networks were trained on, else all."),
@@ -125,6 +133,7 @@ def explain(
         project=project,
         max_disk=max_disk,
         max_minutes=max_minutes,
+        random_baseline=random_baseline,
         split=split,
         permutations=permutations,
         confidence=confidence,

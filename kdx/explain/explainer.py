@@ -27,7 +27,7 @@ from kdx.kernels import ambient
 from kdx.maps.decomposition import Decomposition
 from kdx.maps.unicam import Maps
 from kdx.models.layer_pairs import LayerNamesLike, layer_names
-from kdx.roles import TARGET, ScoreMap, roles_among, score_maps_among
+from kdx.roles import BASELINE, TARGET, ScoreMap, roles_among, score_maps_among
 from kdx.runtimes.choice import Choice
 from kdx.scores.pool import pooled_scores
 from kdx.scores.score import Contrast, Score
@@ -108,6 +108,8 @@ class Explainer:
     student, base, teacher: a model reference, the path of a file that ``kdx export`` wrote, a `kdx.models.Network`, or a PyTorch
     module (used as it is, without preprocessing). Base and teacher are optional. The maps, scores and contrasts are those whose roles
     exist: a student and a teacher have *missed*, *new*, FSS(S,T) and their RS; a student alone has the map *alone* and RS(S).
+    random: the student's architecture with random weights (`kdx.models.untrained`), at the student's layers. It adds FSS(R,T), beside which
+    FSS(S,T) is read, and their difference. It needs a teacher.
     layers: names that all networks share, or a list in which an entry may name each role's layer: ``"student_layer=teacher_layer"``,
     ``"student=layer4,teacher=blocks.9"`` or ``{"student": "layer4", "teacher": "blocks.9"}``; roles that are not named have the student's.
     A mapping is from the student's and base's layer to the teacher's.
@@ -140,6 +142,7 @@ class Explainer:
         student: NetworkLike | None = None,
         base: NetworkLike | None = None,
         teacher: NetworkLike | None = None,
+        random: NetworkLike | None = None,
         layers: LayerNamesLike = (),
         runtime: RuntimeName = "auto",
         device: str = "auto",
@@ -174,7 +177,7 @@ class Explainer:
             keep=keep,
             noise=noise,
         )
-        roles = {"teacher": teacher, "student": student, "base": base}
+        roles = {"teacher": teacher, "student": student, "base": base, BASELINE: random}
         networks = {role: network for role, network in roles.items() if network is not None}
         self._set_up(networks, layers, settings, folder, None if file is None else Path(file))
 

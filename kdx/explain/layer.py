@@ -21,7 +21,7 @@ from kdx.kernels.dispatch import BatchDistances
 from kdx.kernels.moments import Moments
 from kdx.kernels.positions import PositionGeometry
 from kdx.maps.unicam import Maps, PairGeometry, check_residual, distance_rows, reference_distances
-from kdx.roles import TARGET, maps_among, pairs_among, permuted_among, roles_among, shares_among
+from kdx.roles import TARGET, mapped_among, maps_among, pairs_among, permuted_among, roles_among, shares_among
 from kdx.scores import uncertainty
 
 
@@ -156,7 +156,7 @@ def _shares(
     centred = {**dict(zip(roles, distances.centred, strict=True)), TARGET: target.distances.centred}
     n = len(target.values)
     result = {}
-    for role in roles:
+    for role in mapped_among(roles):
         names = [matrix for share_role, matrix in shares_among(roles) if share_role == role]
         contexts = [slice(0, n, 2), slice(1, n, 2)]
         values = positions[role].shares(torch.stack([centred[name] for name in names]), contexts)
@@ -211,7 +211,7 @@ def _backend(features: Mapping[str, Tensor], backend: Backend = "auto") -> dispa
 
 
 def _distances(features: Mapping[str, Tensor], ops: dispatch.TorchBackend, pooled: bool) -> BatchDistances:
-    """The distances [r, n, n] between each role's features, in the order of ROLES, checked."""
+    """The distances [r, n, n] between each role's features, in the order of MEASURED, checked."""
     return arrays.row_distances({f"{role}'s features": distance_rows(features[role], pooled) for role in roles_among(features)}, ops)
 
 

@@ -47,7 +47,7 @@ class NetworkRecord:
 class NetworkSet(Protocol):
     """The networks of an Explainer, and the measurements of what they compute: one runner per network, or one explainer file.
 
-    roles: in the order of `kdx.roles.ROLES`. layers: each role's names by the student's. choice: the runtime and device, and the
+    roles: in the order of `kdx.roles.MEASURED`. layers: each role's names by the student's. choice: the runtime and device, and the
     reason.
     """
 

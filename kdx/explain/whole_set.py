@@ -31,7 +31,7 @@ from kdx.kernels.set_maps import SetFeatures, SetSums, permuted_sums, second_swe
 from kdx.kernels.set_unicam import SetGradient
 from kdx.kernels.tiles import TILE, FeatureDistances, Rows
 from kdx.maps.unicam import check_residual
-from kdx.roles import TARGET, maps_among, pairs_among, permuted_among, roles_among, score_maps_among, shares_among
+from kdx.roles import TARGET, mapped_among, maps_among, pairs_among, permuted_among, roles_among, score_maps_among, shares_among
 from kdx.scores.uncertainty import with_permuted
 
 _NULL_IMAGES = 128
@@ -99,7 +99,7 @@ def measure_set(
     known = [*matrices, target.matrix()]
     names = (*roles, TARGET)
     stored = StoredDistances(known, None if folder is None else partial(_on_disk, folder))
-    permuted = permuted_among(roles)
+    permuted, sweeps = permuted_among(roles), 1 + len(mapped_among(roles))
     swept = tiles.sweep(
         known,
         permuted=[names.index(name) for name in permuted],
@@ -108,13 +108,13 @@ def measure_set(
         shuffled=shuffled,
         ops=dispatch.chosen(torch.empty(0, dtype=matrices[0].rows.dtype, device=matrices[0].rows.device)),
         keep=stored.keep,
-        progress=lambda done, total: progress(done, (1 + len(roles)) * total),
+        progress=lambda done, total: progress(done, sweeps * total),
     )
     _check_geometry(dict(zip(names, known, strict=True)), swept.products)
     geometry = SetGeometry(known, swept, stored)
     layer = _Layer(names, geometry, features, settings)
     steps = count(len(geometry.pairs) + 1)
-    statistics = layer.write_maps(output, lambda: progress(next(steps), (1 + len(roles)) * len(geometry.pairs)))
+    statistics = layer.write_maps(output, lambda: progress(next(steps), sweeps * len(geometry.pairs)))
     null = layer.null_strengths() if settings.permutations else {}
     products = {name: swept.permuted[names.index(name)] for name in permuted}
     return SetMeasurement(swept.products, products, swept.moments, statistics, null)
@@ -174,13 +174,13 @@ class _Layer:
 
     def __init__(self, names: tuple[str, ...], geometry: SetGeometry, rows: Mapping[str, SetRows], settings: Settings) -> None:
         self._names, self._geometry, self._rows, self._settings = names, geometry, rows, settings
-        self._roles = names[:-1]
+        self._roles = mapped_among(names[:-1])
         # Every position of a spatial mean has the same gradient, so both weightings agree, and no position has a share of a distance.
         self._elementwise = settings.weighting == "elementwise" and not settings.pooled
         self._shares = () if settings.pooled else shares_among(self._roles)
         self._features: dict[str, SetFeatures] = {}
-        for i, role in enumerate(self._roles):
-            matrix = geometry.matrices[i]
+        for role in self._roles:
+            matrix = geometry.matrices[names.index(role)]
             assert isinstance(matrix, FeatureDistances)
             self._features[role] = SetFeatures.of(matrix, geometry, rows[role].shape[0])
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kdx.errors import KdxError
-from kdx.roles import READING_ORDER, ROLES
+from kdx.roles import BASELINE, READING_ORDER, ROLES
 
 _SYNTAX = "Write LAYER, STUDENT_LAYER=TEACHER_LAYER, or a layer per role: student=LAYER,teacher=LAYER."
 
@@ -38,7 +38,7 @@ class LayerNames:
 
     def at(self, role: str) -> str:
         """The name that a role's network has for the layer."""
-        return {"student": self.student, "base": self.base, "teacher": self.teacher}[role]
+        return {"student": self.student, "base": self.base, "teacher": self.teacher, BASELINE: self.student}[role]
 
     def __str__(self) -> str:
         by_role = {role: self.at(role) for role in ("student", *READING_ORDER) if role == "student" or self.at(role) != self.student}

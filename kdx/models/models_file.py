@@ -15,7 +15,7 @@ from kdx.disk import write_atomic
 from kdx.errors import KdxError, first_line
 from kdx.export.graphs import Preprocessing
 from kdx.models.layer_pairs import LayerNames
-from kdx.models.network import Network, load
+from kdx.models.network import Network, load, untrained
 from kdx.roles import READING_ORDER
 
 T = TypeVar("T")
@@ -58,7 +58,13 @@ class ModelsFile:
             raise ValueError(f"role is one of {READING_ORDER}, not {role!r}")
         if role not in self.references:
             raise _missing_role(self.path, role)
-        network = load(self.references[role], classes=len(self.classes) or None, folder=self.path.parent)
+        return self._prepared(load(self.references[role], classes=len(self.classes) or None, folder=self.path.parent))
+
+    def untrained(self, seed: int) -> Network:
+        """The student's architecture with random weights (`kdx.models.untrained`) and the file's preprocessing."""
+        return self._prepared(untrained(self.student, seed=seed, classes=len(self.classes) or None, folder=self.path.parent))
+
+    def _prepared(self, network: Network) -> Network:
         return network if self.preprocessing is None else replace(network, preprocessing=self.preprocessing)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from kdx.report import wording
 from kdx.report.kinds import CLEARLY_ABOVE_CHANCE, PageKind, score_entry
-from kdx.roles import BALANCE, GAIN, LEAD, LIKENESS, MAPS, counterpart
+from kdx.roles import BALANCE, EXCESS, GAIN, LEAD, LIKENESS, MAPS, counterpart
 from kdx.runs.record import Entry, RunRecord
 from kdx.scores.uncertainty import sign_test
 
@@ -31,6 +31,11 @@ class Claim:
 CLAIMS = (
     Claim(LIKENESS, "The student is closer to the teacher than the base is", "The base is closer to the teacher than the student is"),
     Claim("FSS(S,T)", "The student is like the teacher", "The student is the opposite of the teacher", unless=LIKENESS),
+    Claim(
+        EXCESS,
+        "The student is closer to the teacher than random weights are",
+        "Random weights of the student’s architecture are closer to the teacher than the student is",
+    ),
     Claim("RS(S)", "The student is related to the labels", "The student is negatively related to the labels", unless=GAIN),
     Claim(GAIN, "The student is more relevant to the labels than the base", "The base is more relevant to the labels than the student"),
     Claim(

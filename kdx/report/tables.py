@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kdx.report import wording
-from kdx.roles import BALANCE, CONDITIONAL, GAIN, LEAD, LIKENESS, RELEVANCE, SCORES, SIMILARITY, counterpart
+from kdx.roles import BALANCE, CONDITIONAL, EXCESS, GAIN, LEAD, LIKENESS, RELEVANCE, SCORES, SIMILARITY, counterpart
 from kdx.runs.record import Entry, RunRecord
 
 TABLES = (
-    ("Likeness to the teacher", "FSS", (*SIMILARITY, LIKENESS)),
+    ("Likeness to the teacher", "FSS", (*SIMILARITY, LIKENESS, EXCESS)),
     ("Relevance to the labels", "RS", (*RELEVANCE, GAIN, LEAD)),
     ("Relevance beyond another network", "RS(·|·)", (*CONDITIONAL, BALANCE)),
 )
@@ -17,7 +17,7 @@ TABLES = (
 
 OVERVIEW = {
     "base": (LIKENESS, "RS(S)", "RS(B)", GAIN, "RS(S|B)", "RS(B|S)"),
-    "teacher": ("FSS(S,T)", "RS(S)", "RS(T)", LEAD, "RS(T|S)", "RS(S|T)"),
+    "teacher": ("FSS(S,T)", "FSS(R,T)", EXCESS, "RS(S)", "RS(T)", LEAD, "RS(T|S)", "RS(S|T)"),
     None: ("RS(S)",),
 }
 """The scores and contrasts of the table at the top of the page, by the student's counterpart."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from kdx.report.headline import headline
-from kdx.roles import BALANCE, CONTRASTS, GAIN, LEAD, LIKENESS, MAPS, ROLES, MapKind, counterpart
+from kdx.roles import BALANCE, CONTRASTS, EXCESS, GAIN, LEAD, LIKENESS, MAPS, ROLES, MapKind, counterpart
 from kdx.runs.record import Entry, RunRecord
 from kdx.runs.split import training_warning
 from kdx.scores.uncertainty import sign_test
@@ -136,7 +136,15 @@ def read(
         headline({name: {**scores, **contrasts} for name, (_, scores, contrasts) in layers.items()}, confidence),
         _accuracy(accuracy, discordant, confidence),
         tuple(LayerReading(name, _layer(name, *rest, confidence)) for name, rest in layers.items()),
-        _cautions(min(images, default=None), len(layers), max(map(len, scores_of_layers)), adjusted, accuracy, salient),
+        _cautions(
+            min(images, default=None),
+            len(layers),
+            max(map(len, scores_of_layers)),
+            adjusted,
+            accuracy,
+            any("FSS(R,T)" in scores for scores in scores_of_layers),
+            salient,
+        ),
     )
 
 
@@ -174,6 +182,8 @@ def _layer(
     likeness = [_likeness(layer, teacher_layer, scores, contrasts[LIKENESS], confidence)] if LIKENESS in contrasts else []
     if not likeness and "FSS(S,T)" in scores:
         likeness = [_alike(layer, teacher_layer, scores["FSS(S,T)"], confidence)]
+    if EXCESS in contrasts:
+        likeness.append(_excess(layer, teacher_layer, scores["FSS(R,T)"], contrasts[EXCESS], confidence))
     present = [kind for kind in MAPS.values() if kind.score in scores and kind.given is not None]
     compared = [_beyond(kind, scores, confidence) for kind in present if kind.score in _BALANCE_SCORES]
     others = [_beyond(kind, scores, confidence) for kind in present if kind.score not in _BALANCE_SCORES]
@@ -192,6 +202,20 @@ def _alike(layer: str, teacher_layer: str, entry: Entry, confidence: float) -> S
     start = "The student’s features" if settled else "These images do not settle whether the student’s features"
     verdict = f"{start} at {layer} are like {_theirs(layer, teacher_layer)}. {_why(entry, confidence)}"
     return Statement("Likeness", verdict, figures, settled)
+
+
+def _excess(layer: str, teacher_layer: str, baseline: Entry, contrast: Entry, confidence: float) -> Statement:
+    """The statement about FSS(S,T) beside that of random weights."""
+    figures = (_figure("FSS(R,T)", baseline), _figure("difference", contrast, sign=True))
+    if not (baseline.known and contrast.known):
+        return Statement("Baseline", "The likeness of random weights to the teacher could not be computed.", figures, False)
+    settled = contrast.direction(confidence)
+    relation = {1: "are closer to", -1: "are further from", 0: "may or may not be closer to"}[settled]
+    verdict = (
+        f"The student’s features at {layer} {relation} {_theirs(layer, teacher_layer)} than those of its architecture with random weights. "
+        f"{_why(contrast, confidence, _DIFFERENCE_INTERVAL)}"
+    )
+    return Statement("Baseline", verdict, figures, settled != 0)
 
 
 def _relevance(layer: str, entry: Entry, confidence: float) -> Statement:
@@ -298,7 +322,9 @@ def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count:,} images"
 
 
-def _cautions(images: int | None, layers: int, scores: int, adjusted: bool, roles: Collection[str], salient: str) -> tuple[str, ...]:
+def _cautions(
+    images: int | None, layers: int, scores: int, adjusted: bool, roles: Collection[str], baseline: bool, salient: str
+) -> tuple[str, ...]:
     cautions = []
     if salient:
         cautions.append(
@@ -309,6 +335,11 @@ def _cautions(images: int | None, layers: int, scores: int, adjusted: bool, role
         cautions.append(
             f"The scores are based on {_images(images)}. Intervals from so few images are wide, and their width is itself uncertain. "
             "More images would narrow them."
+        )
+    if "teacher" in roles and not baseline:
+        cautions.append(
+            "FSS has no baseline here. Networks with random weights can have a high FSS too, because images differ in the same simple ways "
+            "for all of them. kdx explain --random-baseline computes it."
         )
     where = f"over {layers} {'layer' if layers == 1 else 'layers'} with {scores} scores each"
     if adjusted:

@@ -22,7 +22,9 @@ from kdx.explain.settings import Settings
 from kdx.features.arrays import MIN_IMAGES, check_images
 from kdx.models.layer_pairs import LayerNames, parse_layers
 from kdx.models.models_file import ModelsFile, read_models
-from kdx.models.network import Network
+from kdx.models.network import INITIALISED, Network
+from kdx.models.reference import parse_reference
+from kdx.roles import BASELINE
 from kdx.runs.split import SplitChoice, choose_split
 from kdx.runtimes.choice import is_file
 
@@ -48,6 +50,8 @@ class RunOptions(Settings):
     geometry ``reference``.
     split: ``test``, ``validation``, ``train`` or ``all``. None takes ``test`` of the data that the models were trained on, and all of any
     other data. max_unreadable: the share of corrupt images above which the run fails; one image always passes, unless the share is 0.
+    random_baseline: whether FSS(S,T) has a baseline, the FSS of the student's architecture with random weights, which costs one more pass.
+    None computes it if there is a teacher and no base, and the student is a model reference whose architecture kdx can initialise.
     gallery: images shown in the report. workers: threads that decode the next batches while one is explained; None takes one per core,
     0 decodes each batch when it is needed.
     """
@@ -59,6 +63,7 @@ class RunOptions(Settings):
     project: int = 0
     max_disk: float | None = None
     max_minutes: float = 60.0
+    random_baseline: bool | None = None
     split: str | None = None
     max_unreadable: float = 0.01
     gallery: int = 60
@@ -123,6 +128,19 @@ class Plan:
         labels = self.dataset.labels[self.split.pool]
         return self.split.pool[class_balanced_sample(labels, self.options.reference_images or REFERENCE_IMAGES, self.options.seed)]
 
+    def _has_baseline(self) -> bool:
+        """Whether the run compares random weights with the teacher. KdxError if that was requested and is not possible."""
+        requested, references = self.options.random_baseline, self.models.references
+        if requested and "teacher" not in references:
+            raise KdxError(
+                "The random baseline is compared with the teacher, and there is none.", "Name a teacher, or leave the baseline out."
+            )
+        if requested and is_file(self.models.student):
+            raise KdxError("An exported file cannot get random weights.", "Name the student by a model reference.")
+        if requested is None:
+            return "teacher" in references and "base" not in references and _is_architecture(self.models.student)
+        return requested
+
     def explainer(self, folder: Path, announce: Callable[[str], None]) -> Explainer:
         """The Explainer of the networks. folder: where exported networks are written. announce: prints a line about weights."""
         models = self.models
@@ -134,6 +152,9 @@ class Plan:
             role: models.path.parent / reference if is_file(reference) else models.load(role)
             for role, reference in models.references.items()
         }
+        if self._has_baseline():
+            networks[BASELINE] = models.untrained(self.options.seed)
+            announce("The baseline of FSS: the student's architecture with random weights, in one more pass.")
         for role, network in networks.items():
             if isinstance(network, Network) and network.note:
                 announce(f"{role.capitalize()}: {network.note}")
@@ -141,6 +162,10 @@ class Plan:
         if options.chunk is not None and options.geometry in ("auto", "whole"):
             options = replace(options, chunk=aligned(options.chunk))
         return Explainer.of(networks, self._layers, options, folder=folder)
+
+
+def _is_architecture(reference: str) -> bool:
+    return not is_file(reference) and parse_reference(reference).source in INITIALISED
 
 
 def _check_references(options: RunOptions) -> None:

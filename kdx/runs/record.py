@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdx.errors import KdxError
-from kdx.roles import READING_ORDER, contrast_name, contrasts_among, counterpart, maps_among, score_maps_among, scores_among
+from kdx.roles import MEASURED, READING_ORDER, contrast_name, contrasts_among, counterpart, maps_among, score_maps_among, scores_among
 from kdx.runs import schema
 from kdx.runs.schema import Manifest, StoredScore, StoredScores, UnreadableImage
 
@@ -266,7 +266,8 @@ def read_run(folder: Path) -> RunRecord:
         configuration, images = manifest["configuration"], manifest["images"]
         roles = [role for role in READING_ORDER if role in configuration["models"]]
         layers = {str(student): str(teacher) for student, teacher in configuration["layers"].items()}
-        contrasts = [contrast_name(*pair) for pair in contrasts_among(roles)]
+        measured = [role for role in MEASURED if role in configuration["models"]]
+        contrasts = [contrast_name(*pair) for pair in contrasts_among(measured)]
         features = configuration.get("features")
         return RunRecord(
             folder=folder,
@@ -277,7 +278,7 @@ def read_run(folder: Path) -> RunRecord:
             classes=[str(name) for name in manifest["classes"]],
             networks={role: _network(role, manifest, stored["accuracy"][role]) for role in roles},
             layers=layers,
-            scores={layer: _entries(stored["layers"][layer]["scores"], scores_among(roles)) for layer in layers},
+            scores={layer: _entries(stored["layers"][layer]["scores"], scores_among(measured)) for layer in layers},
             contrasts={
                 layer: _entries(known, [name for name in contrasts if name in known])  # older versions had fewer contrasts
                 for layer in layers

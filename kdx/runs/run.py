@@ -18,7 +18,7 @@ from kdx.data.splits import class_balanced_sample
 from kdx.explain.explainer import Explainer
 from kdx.explain.graph import largest_size
 from kdx.explain.network_set import NetworkRecord
-from kdx.roles import roles_among
+from kdx.roles import BASELINE, mapped_among
 from kdx.runs import schema
 from kdx.runs.batches import collect_batches, explain_batches
 from kdx.runs.collected import Collected
@@ -76,7 +76,7 @@ def explain_dataset(
         explainer.open(size)
         announce(f"Runtime {explainer.choice.why}.")
         store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
-        store.manifest["random_weights"] = [role for role, record in records.items() if not record.trained]
+        store.manifest["random_weights"] = [role for role, record in records.items() if not record.trained and role != BASELINE]
         for role in store.manifest["random_weights"]:
             announce(f"Some or all weights of the {role} are random: {records[role].reference}.")
         _explain(store, explainer, plan, size, geometry, announce)
@@ -196,8 +196,10 @@ def _context(plan: Plan, command: Sequence[str]) -> Context:
 def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int]) -> None:
     """Write the scores and samples, the pictures of the gallery, and the rest of the manifest."""
     dataset, options = plan.dataset, plan.options
-    roles = roles_among(store.manifest["configuration"]["models"])
+    roles = mapped_among(store.manifest["configuration"]["models"])
     columns, planned = collected.columns, len(plan.indices)
+    for name in (schema.prediction_column(BASELINE), schema.confidence_column(BASELINE)):  # what random weights predict means nothing
+        columns.pop(name, None)
     check_unreadable(collected.unreadable, planned, options.max_unreadable)
     index = columns.pop(schema.INDEX)
     columns[schema.LABEL] = dataset.labels[index]

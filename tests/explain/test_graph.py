@@ -24,7 +24,7 @@ from kdx.export.description import describe
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.kernels import reference
 from kdx.models.network import Network
-from kdx.roles import ROLES, SCORES, pairs_among, score_maps_among, scores_among
+from kdx.roles import ROLES, pairs_among, score_maps_among, scores_among
 from kdx.scores.score import Score
 from tests.explain.written_files import (
     CLASSES,
@@ -109,7 +109,7 @@ def test_its_scores_are_those_of_the_functions(trio: Written) -> None:
     pixels, labels = images(9, (16, 12), seed=6), torch.arange(9) % 3
     actual = trio.run(pixels, torch.eye(3)[labels])
     for layer, features in trio.eager(pixels)[1].items():
-        scores = dict(zip(SCORES, actual[f"{layer}/scores"].tolist(), strict=True))
+        scores = dict(zip(scores_among(trio.roles), actual[f"{layer}/scores"].tolist(), strict=True))
         assert scores == pytest.approx({name: score.value for name, score in by_functions(features, labels).items()}, abs=SCORES_AGREE)
 
 
@@ -146,7 +146,12 @@ def test_four_images_have_scores_and_no_maps(which: str, request: pytest.Fixture
 
 def test_its_description(trio: Written, pair: Written) -> None:
     actual = describe(trio.path)
-    assert (actual.kind, actual.layers, actual.scores, actual.image_size) == ("explainer", ("layer1", "relu"), tuple(SCORES), None)
+    assert (actual.kind, actual.layers, actual.scores, actual.image_size) == (
+        "explainer",
+        ("layer1", "relu"),
+        tuple(scores_among(ROLES)),
+        None,
+    )
     assert actual.networks["teacher"].layers == ("layer2", "layer1.0.bn2") and actual.at is None
     for role, model in trio.networks.items():
         about = actual.networks[role]

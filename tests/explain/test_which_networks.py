@@ -236,3 +236,21 @@ def test_a_layer_of_an_absent_role_is_refused() -> None:
     for absent, layer in (("teacher", "conv1=stem"), ("base", "student=conv1,base=conv2,teacher=stem")):
         with pytest.raises(kdx.KdxError, match=f"names a layer of the {absent}, but there is no {absent}"):
             kdx.Explainer(**nets | {absent: None}, layers=layer)
+
+
+def test_random_weights_are_a_baseline_of_fss_alone(explained: Explanation[Any]) -> None:
+    random = Small(9).eval()
+    with explainer(random=random) as opened:
+        actual = opened(images(), labels())
+    for layer, result in actual.layers.items():
+        expected = explained.layers[layer]
+        with torch.no_grad():
+            x = random.get_submodule(layer)(images() if layer == "conv1" else random.norm(random.conv1(images())).relu())  # type: ignore[operator]
+        fss = kdx.fss(x, features()["teacher"][layer], permutations=19)
+        assert result.scores["FSS(R,T)"].value == pytest.approx(fss.value, abs=1e-6)
+        assert result.scores.keys() - expected.scores.keys() == {"FSS(R,T)"}
+        assert result.contrasts.keys() - expected.contrasts.keys() == {"FSS(S,T) - FSS(R,T)"}
+        assert result.unicam.keys() == expected.unicam.keys() and result.score_maps.keys() == expected.score_maps.keys()
+        close(result.distilled.maps, expected.distilled.maps, 1e-9)
+    with pytest.raises(ValueError, match="compared with a teacher"):
+        explainer(random=random, teacher=None, layers=list(LAYERS))
