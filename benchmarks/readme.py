@@ -191,6 +191,7 @@ PAGES: dict[Path, dict[str, Callable[[Records], str]]] = {
         "decomposition": variants("decomposition"),
         "scores": variants("scores", "estimators", "beside dcor", "permutations", "batches"),
         "imputation": variants("imputation"),
+        "neighbours": variants("neighbours of unicam", "neighbours of compare"),
         "folder": folder,
         "whole": whole,
         "growth": growing,

@@ -109,7 +109,7 @@ def _maps(
     among = maps_among(roles)
     explained = [role for role, _ in among.values()]
     given = [role for _, role in among.values() if role is not None]  # no map, or every map, is given another network
-    means = {role: rounding.with_probes(geometry.gap(features[role]), features[role]) for role in roles}
+    means = {role: rounding.with_probes(ops.means(features[role]), features[role]) for role in roles}
     explained_means = [means[role] for role in explained]
     laplacians = weighting == "elementwise" and not pooled
     if references is None:
@@ -127,7 +127,7 @@ def _maps(
             role: reference_distances(known[role], features[role], references.distances[i], f"{role}'s features", pooled)
             for i, role in enumerate(roles)
         }
-        reference_means = {role: rounding.with_probes(geometry.gap(known[role]), known[role], seed=1) for role in roles}
+        reference_means = {role: rounding.with_probes(ops.means(known[role]), known[role], seed=1) for role in roles}
         solution = ops.query_channel_weights(
             [pairs[role] for role in explained],
             [pairs[role] for role in given] or None,

@@ -20,7 +20,7 @@ from kdx.explain.map_statistics import MapStatistics, NullStrength, mean_strengt
 from kdx.explain.settings import Settings
 from kdx.features.array_files import new_array
 from kdx.features.arrays import check_images, check_varied, rounding_of
-from kdx.features.rows import InMemory, factor_of, feature_distances
+from kdx.features.rows import InMemory, feature_distances, unit_of
 from kdx.features.score_maps import combined
 from kdx.features.target import Target
 from kdx.kernels import dispatch, tiles
@@ -249,14 +249,16 @@ class _Layer:
 
     def _unicam_maps(self, role: str, sums: SetSums, own: slice) -> Iterator[Tensor]:
         """UniCAM's maps [3, l, P] of the images ``own`` for each gradient of the sums."""
+        # Like L, maps of relevance have no unit, and maps of uniqueness have that of the features.
+        unit = 1.0 if self._settings.objective == "relevance" else unit_of(self._features[role].matrix.rows)
         if self._elementwise:
             for halves in sums.elementwise[:, :, own]:
-                yield torch.stack([halves.sum(0), *halves]).relu()
+                yield torch.stack([halves.sum(0), *halves]).relu() / unit
             return
         features = self._features_of(role, own) if len(sums.weights) else torch.empty(0)
         for parts in sums.weights[:, :, own]:
             contexts = torch.stack([parts.sum(0), *parts]).to(features.dtype)
-            yield torch.einsum("npc,knc->knp", features, contexts).relu()
+            yield torch.einsum("npc,knc->knp", features, contexts).relu() / unit
 
     def _features_of(self, role: str, own: slice) -> Tensor:
         """The features [l, P, C] to which the channel weights of the images ``own`` apply."""
@@ -264,7 +266,7 @@ class _Layer:
         if not self._settings.pooled:
             return features.uncentred(own)
         height, width = self._rows[role].shape[1:]
-        return self._rows[role].read(features.order[own]) * (factor_of(features.matrix.rows) / (height * width))
+        return self._rows[role].read(features.order[own]) * (unit_of(features.matrix.rows) / (height * width))
 
     def null_strengths(self) -> dict[str, NullStrength]:
         """The strength of the maps of a random part of the images, if the matrix that shares are computed with is permuted once."""

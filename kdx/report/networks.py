@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kdx.report import wording
+from kdx.roles import counterpart
 from kdx.runs.record import RunRecord
 
 
@@ -52,9 +53,25 @@ def titles(run: RunRecord) -> Titles:
     return Titles("What the student learned from its teacher", "What the student learned", number)
 
 
+def discordant(run: RunRecord) -> tuple[int, int] | None:
+    """The number of images that only the student, and that only its counterpart, classifies correctly; None for a student alone."""
+    other = counterpart(run.roles)
+    if other is None:
+        return None
+    student, rival = run.samples.correct("student"), run.samples.correct(other)
+    return int((student & ~rival).sum()), int((rival & ~student).sum())
+
+
+def _layer_of(run: RunRecord, role: str, layer: str) -> str:
+    """The name that a role's network has for a layer of the student."""
+    if role == "teacher":
+        return run.layers[layer]
+    return run.manifest["configuration"].get("base_layers", {}).get(layer, layer) if role == "base" else layer
+
+
 def layer_table(run: RunRecord) -> dict[str, list[str]]:
     """The layers that are compared, by the roles that have these names for them; empty if all networks of the run have the same."""
-    by_role = {role: [run.layer_of(role, layer) for layer in run.layers] for role in ("student", "base", "teacher") if role in run.roles}
+    by_role = {role: [_layer_of(run, role, layer) for layer in run.layers] for role in ("student", "base", "teacher") if role in run.roles}
     columns: dict[tuple[str, ...], list[str]] = {}
     for role, names in by_role.items():
         columns.setdefault(tuple(names), []).append(role)

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdx.disk import remove_leftovers, write_atomic
-from kdx.report import overlays, plots, wording
+from kdx.maps import overlays
+from kdx.report import plots, wording
 from kdx.report.gallery import Gallery, gradient, make_gallery
 from kdx.report.kinds import kinds_left_out
 from kdx.report.map_facts import layer_facts
-from kdx.report.networks import layer_table, network_cards, titles
+from kdx.report.networks import discordant, layer_table, network_cards, titles
 from kdx.report.statements import statement_matrix
 from kdx.report.tables import overview_table, score_tables
 from kdx.runs import schema
@@ -140,7 +141,7 @@ def _reading(run: RunRecord, salient: str) -> wording.Reading:
     return wording.read(
         {layer: (teacher, run.scores[layer], run.contrasts[layer]) for layer, teacher in run.layers.items()},
         {role: network.accuracy for role, network in run.networks.items()},
-        run.discordant,
+        discordant(run),
         run.confidence,
         salient,
     )
@@ -161,7 +162,7 @@ def _payload(run: RunRecord, gallery: Gallery) -> Markup:
             "limits": gallery.limits,
             "nulls": [[None if summary is None else summary.null_strength for summary in kinds] for kinds in summaries],
             "strip": gallery.strip,
-            "disagreement": [card.disagreement for card in gallery.cards],
+            "numbers": {name: [card.numbers[name] for card in gallery.cards] for name in gallery.numbers},
             "figures": [card.figures for card in gallery.cards],
             "maps": [card.maps for card in gallery.cards],
         }

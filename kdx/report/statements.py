@@ -7,6 +7,7 @@ from typing import Literal
 
 from kdx.report import wording
 from kdx.report.kinds import CLEARLY_ABOVE_CHANCE, PageKind, score_entry
+from kdx.report.networks import discordant
 from kdx.roles import BALANCE, EXCESS, GAIN, LEAD, LIKENESS, MAPS, counterpart
 from kdx.runs.record import Entry, RunRecord
 from kdx.scores.uncertainty import sign_test
@@ -113,10 +114,10 @@ def _printed(score: str) -> str:
 
 def _accuracy(run: RunRecord) -> list[Row]:
     """The row about accuracy, if there is another network."""
-    other, discordant = counterpart(run.roles), run.discordant
-    if discordant is None:
+    other, images = counterpart(run.roles), discordant(run)
+    if images is None:
         return []
-    gained, lost = discordant
+    gained, lost = images
     p = sign_test(gained, lost)
     value = wording.number(100 * (gained - lost) / max(1, run.explained), 1, sign=True)
     figures = f"only the student is right on {gained:,} images, only the {other} on {lost:,}, exact sign test {wording.probability(p)}"
