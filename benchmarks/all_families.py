@@ -36,7 +36,8 @@ def names(record: Mapping[str, Any]) -> list[str]:
     """All networks, by the stored list of timm's smallest networks if it is of the installed version."""
     known = record.get("timm", {})
     if known.get("version") != version("timm"):
-        known = {"version": version("timm"), "networks": family_networks.timm_networks()}
+        counts = family_networks.parameter_counts()
+        known = {"version": version("timm"), "networks": family_networks.smallest_classifiers(counts)}
         _update(lambda stored: stored.update(timm=known))
     architectures = [f"transformers:{name}" for name in family_networks.transformers_architectures()]
     return [f"timm:{name}" for name in known["networks"].values()] + architectures

@@ -7,8 +7,8 @@ transformers' networks have small configurations with blocks of every kind that 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -39,25 +39,39 @@ _OWN: dict[str, dict[str, Any]] = {
 """Settings of single architectures, which replace those of `_SMALL`."""
 
 
-@cache
-def timm_networks() -> dict[str, str]:
-    """timm's module -> its network with the fewest parameters, among those with a classifier. Parameters are counted without memory."""
+def parameter_counts() -> dict[str, dict[str, int]]:
+    """timm's module -> the number of parameters of each of its networks, counted without memory. It takes some minutes."""
     import timm
     from timm.models import _registry
 
-    smallest: dict[str, tuple[int, str]] = {}
+    counts: dict[str, dict[str, int]] = {}
     for name in timm.list_models():
-        module = _registry._model_to_module[name]
-        try:
-            with torch.device("meta"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                network = timm.create_model(name, num_classes=CLASSES)
-        except (NotImplementedError, RuntimeError, TypeError):  # constructors that compute with values, or take no num_classes
-            continue
-        if getattr(network, "num_classes", 0) == CLASSES:
-            count = sum(parameter.numel() for parameter in network.parameters())
-            smallest[module] = min(smallest.get(module, (count, name)), (count, name))
-    return {module: name for module, (_, name) in sorted(smallest.items())}
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            network = timm.create_model(name)
+        counts.setdefault(_registry._model_to_module[name], {})[name] = sum(parameter.numel() for parameter in network.parameters())
+    return counts
+
+
+def smallest_classifiers(counts: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
+    """timm's module -> its network with the fewest parameters among its classifiers, from `parameter_counts`."""
+    smallest = {
+        module: next(filter(_is_classifier, sorted(networks, key=networks.__getitem__)), None) for module, networks in counts.items()
+    }
+    return {module: name for module, name in sorted(smallest.items()) if name is not None}
+
+
+def _is_classifier(name: str) -> bool:
+    """Whether a timm network takes a number of classes and returns logits of that many."""
+    import timm
+
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            network = timm.create_model(name, num_classes=CLASSES)
+    except TypeError:  # it does not take num_classes
+        return False
+    return bool(getattr(network, "num_classes", 0) == CLASSES)
 
 
 def transformers_architectures() -> list[str]:

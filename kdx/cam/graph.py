@@ -13,7 +13,7 @@ from kdx.export.copies import original
 from kdx.export.dependence import check_dependence
 from kdx.export.graphs import GradientGraph
 from kdx.features import arrays
-from kdx.kernels import geometry
+from kdx.kernels import ambient, geometry
 from kdx.maps.gradients import LayerGradient, check_gradients, derivatives
 from kdx.models.prepared import prepared, unwrapped
 
@@ -54,7 +54,7 @@ class CamGraph(GradientGraph):
 
     def differentiated(self, images: Tensor, targets: Sequence[OutputTarget] | None) -> tuple[Tensor, dict[str, LayerGradient]]:
         """(the model's output [n, ...], each layer's feature and the gradient of the sum of the targets). targets: one per image."""
-        self._check(images)
+        images = self._checked(images)
         logits, *results = self(images, lambda logits: self._cotangent(logits, targets))
         count = len(self.layers)
         gradients = {layer: LayerGradient(results[place], results[count + place], self.dtype) for place, layer in enumerate(self.layers)}
@@ -63,13 +63,15 @@ class CamGraph(GradientGraph):
 
     def features(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(the model's output [n, ...], each layer's feature [n, C, H, W])."""
-        self._check(images)
-        logits, raw = self.watch(images.to(self.mean.device))
+        images = self._checked(images)
+        logits, raw = self.watch(images)
         features = {layer: geometry.wide(self.as_map(raw[layer], layer, images)).detach() for layer in self.layers}
         return geometry.wide(logits).reshape(len(logits), *self._output_shape).detach(), features
 
-    def _check(self, images: Tensor) -> None:
+    def _checked(self, images: Tensor) -> Tensor:
+        """The images on the model's device, after a check that its output for an image depends on that image alone."""
         check_dependence(self, (images.shape[2], images.shape[3]))
+        return ambient.recordable(images.to(self.mean.device))
 
     def _cotangent(self, logits: Tensor, targets: Sequence[OutputTarget] | None) -> Tensor:
         """The gradient of the sum of the targets by the logits, [n, k]."""

@@ -173,6 +173,21 @@ class LayerCAM(GradientMethod):
         return layer.gradient.relu() * layer.feature
 
 
+class GradCAMPlusPlus(GradientMethod):
+    """Grad-CAM++: ReLU(sum_c a_ic F_ic), a_ic = sum over positions of ReLU(g)/(2 + s_ic g). Arguments and errors: `GradCAM`.
+
+    g is the gradient at a position, and s_ic the sum of F_ic over positions; positions where 2 + s_ic g is zero do not count. Source:
+    Chattopadhay et al., "Grad-CAM++", WACV 2018, equation 19. It assumes features that are not negative, and depends on the unit of the
+    target.
+    """
+
+    def _weighted(self, layer: LayerGradient) -> Tensor:
+        feature, gradient = layer.feature.double(), layer.gradient.double()
+        divisor = 2 + feature.sum((2, 3), keepdim=True) * gradient
+        weights = torch.where(divisor != 0, gradient.relu() / divisor, 0.0).sum((2, 3), keepdim=True)
+        return (weights * feature).to(layer.feature.dtype)
+
+
 class UniCAM(CamMethod):
     """UniCAM (`kdx.unicam`): where a model has features that matter to the labels and that the given model does not explain.
 

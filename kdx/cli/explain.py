@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,9 +15,12 @@ from kdx.choices import (
     Interpolation,
     ObjectiveName,
     Precision,
+    PresetName,
+    RatioName,
     ResizeMode,
     RuntimeName,
     SalientClass,
+    SalientImage,
     SalientScore,
     StoredPrecision,
     Weighting,
@@ -37,8 +40,12 @@ from kdx.cli.options import (
     image_names,
 )
 
+if TYPE_CHECKING:
+    from kdx.runs.run import RunOptions
+
 
 def explain(
+    context: typer.Context,
     data: DataArgument,
     models: Annotated[
         Path, typer.Option(help="The models file, which names the student and optionally the base and the teacher; or an explainer file.")
@@ -91,6 +98,19 @@ def explain(
     salient_score: Annotated[
         SalientScore, typer.Option(help="salient: what ranks the pixels: the logit of that class, or its probability (softmax).")
     ] = "logit",
+    salient_image: Annotated[
+        SalientImage,
+        typer.Option(help="salient: exactly the share of the pixels, or as in the authors' code, with its contrast and noise."),
+    ] = "exact",
+    ratios: Annotated[
+        RatioName, typer.Option(help="batch: pool the inner products of all batches, or take the mean of their scores, which is biased.")
+    ] = "pooled",
+    preset: Annotated[
+        PresetName | None,
+        typer.Option(
+            help="Set all options to those of the authors' code of December 2024, except options that are given.", show_default=False
+        ),
+    ] = None,
     reference: Annotated[
         int, typer.Option(min=0, help="The size of the reference set, by default 256. A size above 0 selects --geometry reference.")
     ] = 0,
@@ -164,9 +184,10 @@ def explain(
     """Explain a data set: store maps of every image at every layer, scores with intervals, and a page that shows them."""
     from kdx.commands.explain import run
     from kdx.report.terminal import scores_table
-    from kdx.runs.run import RunOptions
 
-    options = RunOptions(
+    options = _options(
+        context,
+        preset,
         batch=batch,
         chunk=chunk,
         runtime=runtime,
@@ -181,6 +202,8 @@ def explain(
         noise=noise,
         salient_class=salient_class,
         salient_score=salient_score,
+        salient_image=salient_image,
+        ratios=ratios,
         reference_images=reference,
         stored_precision=store,
         keep_features=keep_features,
@@ -204,3 +227,15 @@ def explain(
     page = run(data, models, out, layer or (), options, command=["kdx", *sys.argv[1:]], announce=announce_line)
     progress.console().print(scores_table(out))
     typer.echo(f"The page: {page}")
+
+
+def _options(context: typer.Context, preset: PresetName | None, **values: Any) -> RunOptions:
+    """The options of a run: those of the command line, and those of the preset where the command line gives none."""
+    from kdx.runs.presets import PRESETS
+    from kdx.runs.run import RunOptions
+
+    for name, value in ({} if preset is None else PRESETS[preset]).items():
+        source = context.get_parameter_source(name)
+        if source is None or source.name == "DEFAULT":
+            values[name] = value
+    return RunOptions(**values)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, SalientClass, SalientScore, Weighting
+from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, SalientClass, SalientImage, SalientScore, Weighting
 from kdx.errors import KdxError
 from kdx.explain.explainer_file import ExplainerFile
 from kdx.explain.layer import LayerMeasurement
@@ -152,8 +152,9 @@ class Explainer:
     of its own salient images (`kdx.salient_images`), in which the share ``keep`` of the pixels is kept and the rest is imputed with
     ``noise``. salient_class: the class of which pixels are kept: the one that the network ``predicted``, or the ``true`` one.
     salient_score: whether the ``logit`` of that class or its ``probability`` (softmax) ranks the pixels; a probability of 1 has no
-    gradient. The maps are always those of the raw features. Salient features cost one additional backward pass per network, and one
-    additional forward pass per network and layer. Exported files contain no gradients for them.
+    gradient. salient_image: ``exact``, or ``published`` for the images of the authors' code (docs/published.md), with ``noise`` in units of
+    normalised pixels. The maps are always those of the raw features. Salient features cost one additional backward pass per network, and
+    one additional forward pass per network and layer. Exported files contain no gradients for them.
 
     The explainer is a context manager; `close` frees the networks. ``choice.why`` states in one line what ``auto`` chose and why. If a
     network cannot be exported, ``auto`` falls back to PyTorch and states it there; any other runtime raises KdxError.
@@ -185,6 +186,7 @@ class Explainer:
         noise: float = 0.0,
         salient_class: SalientClass = "predicted",
         salient_score: SalientScore = "logit",
+        salient_image: SalientImage = "exact",
     ) -> None:
         settings = Settings(
             runtime=runtime,
@@ -203,6 +205,7 @@ class Explainer:
             noise=noise,
             salient_class=salient_class,
             salient_score=salient_score,
+            salient_image=salient_image,
         )
         roles = {"teacher": teacher, "student": student, "base": base, BASELINE: random}
         networks = {role: network for role, network in roles.items() if network is not None}

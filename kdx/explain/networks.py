@@ -181,8 +181,11 @@ class NetworkRunners:
             # Each network has its own seed: noise that two networks' images share would raise their similarity.
             for role, noise_seed in zip(rankings, seed.spawn(len(rankings)), strict=True):
                 name = self._layer_of(role, layer)
-                self._report_empty(role, name, rankings[role][name])
-                salient = salience.images(images, rankings[role][name], int(noise_seed.generate_state(1)[0]))
+                # The authors' code ranks the pixels once, at the deepest layer.
+                ranked = self._layers_of(role)[-1] if salience.image == "published" else name
+                self._report_empty(role, ranked, rankings[role][ranked])
+                preprocessing = self._graphs[role][0].preprocessing
+                salient = salience.images(images, rankings[role][ranked], int(noise_seed.generate_state(1)[0]), preprocessing)
                 rows = distance_rows(self._run(role, salient).features[name], self._settings.pooled)
                 distances[layer][role] = arrays.row_distances({f"{role}'s salient features": rows}, TorchBackend())[0]
         return distances
@@ -192,8 +195,9 @@ class NetworkRunners:
         count = int((maps == 0).flatten(1).all(1).sum())
         if count and (role, layer) not in self._reported:
             self._reported.add((role, layer))
-            message = "HiResCAM of the %s at %s is zero everywhere for %d of %d images; their salient images keep the first rows."
-            log.warning(message, role, layer, count, len(maps))
+            message = "HiResCAM of the %s at %s is zero everywhere for %d of %d images; their salient images keep %s."
+            kept = "all pixels" if self._settings.salient_image == "published" else "the first rows"
+            log.warning(message, role, layer, count, len(maps), kept)
 
     def _infer(self, images: Tensor) -> dict[str, NetworkOutputs]:
         """One pass of every network."""

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdx.choices import SalientClass, SalientScore
+from kdx.choices import SalientClass, SalientImage, SalientScore
 from kdx.errors import KdxError
+from kdx.export.graphs import Preprocessing
 from kdx.features import arrays
 from kdx.features.arrays import Array, ArrayT
 from kdx.kernels import ambient, geometry, imputation
@@ -26,6 +27,7 @@ from kdx.maps.gradients import (
     explained_classes,
     gradient_runner,
 )
+from kdx.maps.published_images import published_images
 from kdx.maps.scaling import scaled
 from kdx.runtimes.runner import Runner
 
@@ -40,13 +42,15 @@ class Salience:
     """How a salient image is made.
 
     keep: the share of its pixels that are kept, in (0, 1). noise: the standard deviation of the normal noise that is added to the
-    imputed pixels, in units of pixels in [0, 1]. of_class, score: what ranks the pixels. Raises KdxError for values out of range.
+    imputed pixels, in units of pixels in [0, 1]. of_class, score: what ranks the pixels. image: ``exact``, or ``published`` for
+    `published_images`, whose noise is in units of normalised pixels. Raises KdxError for values out of range.
     """
 
     keep: float = 0.5
     noise: float = 0.0
     of_class: SalientClass = "predicted"
     score: SalientScore = "logit"
+    image: SalientImage = "exact"
 
     def __post_init__(self) -> None:
         if not 0 < self.keep < 1:  # in this form NaN fails too
@@ -67,8 +71,13 @@ class Salience:
             return derivatives(class_probability(chosen), logits)
         return torch.nn.functional.one_hot(chosen, logits.shape[1])
 
-    def images(self, images: Tensor, maps: Tensor, seed: int = 0) -> Tensor:
-        """Images [n, 3, h, w]: the pixels that the maps [n, H, W], resized to the images, rank highest are kept, and the rest imputed."""
+    def images(self, images: Tensor, maps: Tensor, seed: int = 0, preprocessing: Preprocessing = Preprocessing()) -> Tensor:
+        """Images [n, 3, h, w]: the pixels that the maps [n, H, W], resized to the images, rank highest are kept, and the rest imputed.
+
+        preprocessing: of the network that will read them.
+        """
+        if self.image == "published":
+            return published_images(images, maps, preprocessing, self.keep, self.noise, seed)
         kept = top_mask(scaled(maps, (images.shape[2], images.shape[3])), self.keep)
         return imputation.impute(images, kept.to(images.device), noise=self.noise, seed=seed)
 

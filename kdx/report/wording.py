@@ -98,12 +98,13 @@ def training_notice(run: RunRecord) -> str | None:
     return training_warning(run.trained_on, run.explained)
 
 
-def kept_pixels(keep: float, noise: float, of_class: str = "predicted", score: str = "logit") -> str:
+def kept_pixels(keep: float, noise: float, of_class: str = "predicted", score: str = "logit", image: str = "exact") -> str:
     """How a salient image is made, as a clause."""
     with_noise = f" with noise of standard deviation {noise:g}" if noise else ""
     plain = (of_class, score) == ("predicted", "logit")
     ranking = "" if plain else f" of the {score} of the {of_class} class"
-    return f"the top {100 * keep:.4g}% of pixels by HiResCAM{ranking} are kept and the rest are imputed{with_noise}"
+    authors = ", in the way and with the contrast of the authors’ code" if image == "published" else ""
+    return f"the top {100 * keep:.4g}% of pixels by HiResCAM{ranking} are kept and the rest are imputed{with_noise}{authors}"
 
 
 def read(

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdx.choices import Interpolation, ResizeMode, Resizing, StoredPrecision
+from kdx.choices import Interpolation, RatioName, ResizeMode, Resizing, StoredPrecision
 from kdx.data.batches import random_batches
 from kdx.data.class_embeddings import ClassEmbeddings, read_class_embeddings
 from kdx.data.dataset import Dataset, open_data
@@ -54,6 +54,7 @@ class RunOptions(Settings):
     geometry ``reference``.
     target: a file of class embeddings (`kdx.data.class_embeddings`), which are the target in place of labels. resize, interpolation: how
     images are brought to the networks' size, by default as the models file states.
+    ratios: ``pooled``, or ``mean`` for the mean of the batches' scores, with the geometry ``batch``.
     split: ``test``, ``validation``, ``train`` or ``all``. None takes ``test`` of the data that the models were trained on, and all of any
     other data. max_unreadable: the share of corrupt images above which the run fails; one image always passes, unless the share is 0.
     random_baseline: whether FSS(S,T) has a baseline, the FSS of the student's architecture with random weights, which costs one more pass.
@@ -73,6 +74,7 @@ class RunOptions(Settings):
     target: Path | None = None
     resize: ResizeMode | None = None
     interpolation: Interpolation | None = None
+    ratios: RatioName = "pooled"
     split: str | None = None
     max_unreadable: float = 0.01
     gallery: int = 60
@@ -84,6 +86,10 @@ class RunOptions(Settings):
         super().__post_init__()
         if self.stored_precision not in get_args(StoredPrecision):
             raise ValueError(f"no stored precision {self.stored_precision!r}")
+        if self.ratios not in get_args(RatioName):
+            raise ValueError(f"no ratios {self.ratios!r}")
+        if self.ratios == "mean" and self.geometry != "batch":
+            raise KdxError("The mean of the batches' scores needs the geometry batch.", "Give --geometry batch, or leave --ratios out.")
 
     @property
     def gallery_choice(self) -> GalleryChoice:

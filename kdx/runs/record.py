@@ -175,7 +175,8 @@ class RunRecord:
     confidence: float
     permutations: int | None
     reference_images: int
-    salient: tuple[float, float, str, str] | None  # keep, noise, class and score of salient features; None for raw features
+    salient: tuple[float, float, str, str, str] | None  # keep, noise, class, score and kind of salient images; None for raw features
+    mean_of_ratios: bool  # whether scores are means of the batches' scores
     target_file: str | None  # the file of class embeddings that relevance is measured against; None for labels
     batches: int
     explained: int
@@ -295,6 +296,7 @@ def read_run(folder: Path) -> RunRecord:
             permutations=_integer(configuration.get("permutations")),
             reference_images=int(configuration["reference_images"] or 0),
             salient=_salient(features) if features else None,
+            mean_of_ratios=configuration.get("ratios") == "mean",
             target_file=manifest.get("target_file"),
             batches=int(manifest["batches"]),
             explained=int(images["explained"]),
@@ -352,8 +354,9 @@ def _integer(value: Any) -> int | None:
     return None if value is None else int(value)
 
 
-def _salient(stored: StoredFeatures) -> tuple[float, float, str, str]:
-    return float(stored["keep"]), float(stored["noise"]), str(stored.get("class", "predicted")), str(stored.get("score", "logit"))
+def _salient(stored: StoredFeatures) -> tuple[float, float, str, str, str]:
+    kinds = str(stored.get("class", "predicted")), str(stored.get("score", "logit")), str(stored.get("image", "exact"))
+    return float(stored["keep"]), float(stored["noise"]), *kinds
 
 
 def _network(role: str, manifest: Manifest, accuracy: Mapping[str, Any]) -> NetworkResult:

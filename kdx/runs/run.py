@@ -188,6 +188,8 @@ def _recorded_options(options: RunOptions) -> StoredOptions:
             recorded["features"]["class"] = options.salient_class
         if options.salient_score != "logit":
             recorded["features"]["score"] = options.salient_score
+        if options.salient_image != "exact":
+            recorded["features"]["image"] = options.salient_image
     if options.pooled:
         recorded["pooled"] = True
     if options.geometry != "auto":
@@ -196,6 +198,8 @@ def _recorded_options(options: RunOptions) -> StoredOptions:
         recorded["stored_precision"] = options.stored_precision
     if options.project:
         recorded["project"] = options.project
+    if options.ratios != "pooled":
+        recorded["ratios"] = options.ratios
     return recorded
 
 

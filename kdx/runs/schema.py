@@ -120,15 +120,16 @@ StoredFeatures = TypedDict(
         "noise": NotRequired[float],
         "class": NotRequired[str],
         "score": NotRequired[str],
+        "image": NotRequired[str],
     },
 )
-"""The features that the scores describe: ``kind`` is raw, or salient with its parameters. ``class`` and ``score`` are omitted at their
-defaults, predicted and logit."""
+"""The features that the scores describe: ``kind`` is raw, or salient with its parameters. ``class``, ``score`` and ``image`` are
+omitted at their defaults, predicted, logit and exact."""
 
 
 class StoredOptions(TypedDict):
-    """The options that a run's results depend on. Those that are not required are omitted at their defaults: float32, raw,
-    false, auto, float32 and 0."""
+    """The options that a run's results depend on. Those that are not required are omitted at their defaults: float32, raw, distances
+    between whole features, auto, float32, 0 and pooled ratios."""
 
     batch: int
     runtime: str
@@ -145,6 +146,7 @@ class StoredOptions(TypedDict):
     geometry: NotRequired[str]
     stored_precision: NotRequired[str]
     project: NotRequired[int]
+    ratios: NotRequired[str]
 
 
 class SplitRule(TypedDict):

@@ -104,6 +104,27 @@ def test_a_wrapped_model_gives_the_same_maps() -> None:
         assert np.array_equal(GradCAM(wrapped, [layer])(batch()), expected)
 
 
+def test_the_ambient_state_of_pytorch_changes_nothing() -> None:
+    student, base = Net(0).eval(), Net(1).eval()
+    images = batch(dtype=torch.float32)
+    methods: list[tuple[Any, Any]] = [(LayerCAM(student, ["conv2"]), [lambda output: output[1] - output[2]] * 8)]
+    methods.append((UniCAM(student, base, ["conv2"]), LABELS))
+    for cam, targets in methods:
+        expected = cam(images, targets)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            assert np.array_equal(cam(images.clone(), targets), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_model_may_be_on_a_gpu() -> None:
+    student, base = pair()
+    images, targets = batch(), [ClassifierOutputTarget(number % 5) for number in range(8)]
+    expected = [GradCAM(student, ["conv2"])(images, targets), UniCAM(student, base, ["conv2"])(images, LABELS)]
+    actual = [GradCAM(student.cuda(), ["conv2"])(images, targets), UniCAM(student, base, ["conv2"])(images, LABELS)]
+    for maps, others in zip(actual, expected, strict=True):
+        assert np.abs(maps - others).max() < 1e-5
+
+
 def test_outputs_are_those_of_the_model() -> None:
     model = Net().double().eval()
     cam = GradCAM(model, [model.conv2])

@@ -17,6 +17,7 @@ import typer.main
 
 import kdx.distill
 import kdx.explain
+from kdx.choices import Resizing
 from kdx.cli import app
 from kdx.commands import doctor
 from kdx.distill import TrainingSettings
@@ -88,9 +89,11 @@ def test_every_option_of_explain_reaches_the_run(run: Run, monkeypatch: pytest.M
     chosen = RunOptions(
         batch=31, chunk=7, runtime="eager", device="cpu", objective="uniqueness", weighting="elementwise", reference_images=12, split="all",
         precision="bfloat16", permutations=5, confidence=0.9, max_unreadable=0.5, seed=3, features="salient", keep=0.25, noise=0.1,
-        workers=0, geometry="reference", stored_precision="float16", keep_features=True, project=8, max_disk=1.5, max_minutes=7.0,
+        workers=0, geometry="batch", stored_precision="float16", keep_features=True, project=8, max_disk=1.5, max_minutes=7.0,
         gallery=5, gallery_order="wrong", gallery_images=("a.png", "b/c.png"),
-        salient_class="true", salient_score="probability", target=Path("t.npy"), resize="squash", interpolation="bilinear",
+        salient_class="true", salient_score="probability", salient_image="published", ratios="mean", pooled=True,
+            random_baseline=True,
+        target=Path("t.npy"), resize="squash", interpolation="bilinear",
     )  # fmt: skip
     default = RunOptions()
     assert not {field for field in vars(default) if getattr(chosen, field) == getattr(default, field)}
@@ -118,13 +121,14 @@ def test_every_option_of_distill_reaches_the_training(run: Run, monkeypatch: pyt
     monkeypatch.setattr(kdx.distill, "distill", distill)
     command = (
         "distill digits --teacher t --student s --out o --method at --layer a=b --epochs 2 --batch 9 --lr 0.5 --temperature 2 "
-        "--alpha 0.25 --beta 10 --image-size 8 --augment --flip --student-images 40 --seed 6 --split-seed 4 --device cpu"
+        "--alpha 0.25 --beta 10 --image-size 8 --augment --flip --student-images 40 --seed 6 --split-seed 4 --device cpu "
+        "--resize squash --interpolation bilinear"
     )
     status, out, _ = run(*command.split())
     assert status == 0 and "kdx explain digits --models [o]/models.toml" in out
     assert seen[0]["settings"] == TrainingSettings(
         method="at", epochs=2, batch=9, learning_rate=0.5, temperature=2.0, alpha=0.25, beta=10.0, seed=6, split_seed=4,
-        augment=True, flip=True, student_images=40, image_size=(8, 8),
+        augment=True, flip=True, student_images=40, image_size=(8, 8), resizing=Resizing("squash", "bilinear"),
     )  # fmt: skip
     assert {key: seen[0][key] for key in ("teacher", "student", "out", "layers", "device")} == {
         "teacher": "t", "student": "s", "out": Path("o"), "layers": ["a=b"], "device": "cpu",

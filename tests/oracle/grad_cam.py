@@ -9,6 +9,7 @@ The tests do not need the package: it depends on OpenCV and on torchvision.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,16 +51,24 @@ def difference(output: Tensor) -> Tensor:
 
 
 class Amplified(NamedTuple):
-    """10,000 times a logit, because the package divides a map by 1e-7 plus its largest value."""
+    """1e8 times a logit, because the package adds 1e-7 to the largest value of a map, and in Grad-CAM++ 1e-6 to squared gradients."""
 
     category: int
 
     def __call__(self, output: Tensor) -> Tensor:
-        return 1e4 * output[self.category]
+        return 1e8 * output[self.category]
 
 
 def region(output: Tensor) -> Tensor:
     return (output[1] * torch.from_numpy(MASK)).sum()
+
+
+def steep_difference(output: Tensor) -> Tensor:
+    return 1e8 * difference(output)
+
+
+def steep_region(output: Tensor) -> Tensor:
+    return 1e8 * region(output)
 
 
 class Case(NamedTuple):
@@ -74,15 +83,18 @@ class Case(NamedTuple):
 
 def cases() -> Iterator[tuple[str, Case]]:
     classes = (0, 4, 2, 2)
-    for method in ("GradCAM", "HiResCAM", "LayerCAM"):
-        yield f"{method}/predicted", Case(method, "conv", ("conv2",), None)
-        yield f"{method}/classes", Case(method, "conv", ("conv2",), classes)
-        yield f"{method}/function", Case(method, "conv", ("conv3",), (difference,) * IMAGES)
+    for method in ("GradCAM", "HiResCAM", "LayerCAM", "GradCAMPlusPlus"):
+        # Grad-CAM++ depends on the unit of the target, and the package adds 1e-6 to a square of gradients.
+        steep = method == "GradCAMPlusPlus"
+        plain = tuple(map(Amplified, classes)) if steep else classes
+        yield f"{method}/predicted", Case(method, "conv", ("conv2",), plain if steep else None)
+        yield f"{method}/classes", Case(method, "conv", ("conv2",), plain)
+        yield f"{method}/function", Case(method, "conv", ("conv3",), (steep_difference if steep else difference,) * IMAGES)
         yield f"{method}/layers", Case(method, "conv", ("conv3", "conv1", "conv2"), tuple(map(Amplified, classes)))
         yield f"{method}/augmented", Case(method, "conv", ("conv2", "conv3"), tuple(map(Amplified, classes)), {"aug_smooth": True})
-        yield f"{method}/tokens", Case(method, "tokens", ("first",), classes, {}, grid)
-        yield f"{method}/regions", Case(method, "segmenter", ("conv",), (region,) * IMAGES)
-        yield f"{method}/eigen", Case(method, "conv", ("conv2",), classes, {"eigen_smooth": True})
+        yield f"{method}/tokens", Case(method, "tokens", ("first",), plain, {}, grid)
+        yield f"{method}/regions", Case(method, "segmenter", ("conv",), (steep_region if steep else region,) * IMAGES)
+        yield f"{method}/eigen", Case(method, "conv", ("conv2",), plain, {"eigen_smooth": True})
 
 
 def networks(weights: dict[str, Any]) -> dict[str, nn.Module]:
@@ -101,11 +113,10 @@ def images_of(network: str) -> Tensor:
 
 
 def _write() -> None:
+    import_module("tests.conftest")  # it registers the operators that torchvision misses on some builds of PyTorch
     import pytorch_grad_cam as package
     from pytorch_grad_cam.utils.image import show_cam_on_image
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
-    import tests.conftest  # noqa: F401 - the operators that torchvision registers
 
     built = networks({})
     content: dict[str, Any] = {f"weights/{name}/{key}": value for name, net in built.items() for key, value in net.state_dict().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import dcor
 import numpy as np
@@ -32,6 +33,8 @@ def test_published_numbers(case: str) -> None:
         (kdx.partial_rs(x, target, y, permutations=9), "dcor_library_partial_xg_given_y"),
     ):
         assert score.value == pytest.approx(float(known[key]), rel=1e-9), key
+    directions = kdx.fss(x, y, "biased", unit_length=True, permutations=0).value
+    assert directions == pytest.approx(float(known["dcor_biased_normalized_xy"]), rel=1e-5)  # the authors' code adds small constants
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -80,6 +83,17 @@ def test_scale_rotation_shift_and_order_change_nothing(estimator: str) -> None:
     assert kdx.fss(y[order], turned[order], estimator, permutations=0).value == pytest.approx(plain, rel=1e-9)  # type: ignore[arg-type]
     conditional = kdx.rs(x, labels, y, permutations=0).value
     assert kdx.rs(turned[order], labels[order], -3 * y[order], permutations=0).value == pytest.approx(conditional, rel=1e-9)
+
+
+def test_unit_length_compares_directions(tmp_path: Path) -> None:
+    x, y, _ = oracle.features(n=300)
+    lengths = torch.rand(300, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    x[7] = 0
+    expected = kdx.fss(torch.nn.functional.normalize(x.flatten(1)), torch.nn.functional.normalize(y.flatten(1)), permutations=0).value
+    np.save(tmp_path / "x.npy", (lengths * x).numpy())
+    on_disk = np.load(tmp_path / "x.npy", mmap_mode="r")
+    for source in (x, lengths * x, 1e-200 * x, on_disk):
+        assert kdx.fss(source, y if source is not on_disk else y.numpy(), unit_length=True, permutations=0).value == pytest.approx(expected)
 
 
 def test_bounds() -> None:
