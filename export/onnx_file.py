@@ -139,6 +139,7 @@ def _description(
         inputs=shapes_by_name(model.graph.input),
         outputs=shapes_by_name(model.graph.output),
         versions=versions(),
+        pooled=isinstance(graph, ExplainerGraph) and graph.pooled,
     )
 
 

@@ -53,7 +53,7 @@ def explain(
         ),
     ],
     models: Annotated[
-        Path, typer.Option(help="The models file, which names the student, the base and optionally the teacher; or an explainer file.")
+        Path, typer.Option(help="The models file, which names the student and optionally the base and the teacher; or an explainer file.")
     ],
     out: Annotated[Path, typer.Option(help="The folder of the run. A stopped run there is resumed.")],
     layer: LayerOption = None,
@@ -91,6 +91,7 @@ def explain(
     weighting: Annotated[
         Weighting, typer.Option(help="gap: one weight per channel; elementwise: one weight per position (HiRes).")
     ] = "gap",
+    pooled: Annotated[bool, typer.Option("--pooled", help="Measure distances between the spatial means of features.")] = False,
     features: Annotated[
         Features, typer.Option(help="What the scores compare: whole images, or the pixels that matter most to each network.")
     ] = "raw",
@@ -142,6 +143,14 @@ def explain(
     max_minutes: Annotated[
         float, typer.Option(min=0, help="whole: the time that the geometry may take, by estimate. Beyond it, auto selects reference.")
     ] = 60.0,
+    random_baseline: Annotated[
+        bool | None,
+        typer.Option(
+            help="Also compute the FSS of the student's architecture with random weights, in one more pass. By default only with a teacher "
+            "and without a base.",
+            show_default=False,
+        ),
+    ] = None,
     target: Annotated[
         Path | None,
         typer.Option(
@@ -201,6 +210,7 @@ def explain(
         geometry=geometry,
         objective=objective,
         weighting=weighting,
+        pooled=pooled,
         features=features,
         keep=keep,
         noise=noise,
@@ -214,6 +224,7 @@ def explain(
         project=project,
         max_disk=max_disk,
         max_minutes=max_minutes,
+        random_baseline=random_baseline,
         target=target,
         resize=resize,
         interpolation=interpolation,

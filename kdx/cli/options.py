@@ -11,7 +11,12 @@ DataArgument = Annotated[
 ]
 LayerOption = Annotated[
     list[str] | None,
-    typer.Option("--layer", "-l", help="A layer, or STUDENT_LAYER=TEACHER_LAYER. Repeat the option for more layers.", show_default=False),
+    typer.Option(
+        "--layer",
+        "-l",
+        help="A layer, STUDENT_LAYER=TEACHER_LAYER, or student=LAYER,teacher=LAYER. Repeat the option for more layers.",
+        show_default=False,
+    ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every random choice except the split of the data. It is recorded.")]
 UnreadableOption = Annotated[

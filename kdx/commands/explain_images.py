@@ -97,10 +97,18 @@ def _maps(explainer: Explainer, pixels: Tensor, references: ChosenReferences, la
         known = {role: torch.cat([part[layer][role] for part in parts]) for role in explainer.roles}
         kinds = {}
         for kind, (explained, other) in maps_among(explainer.roles).items():
-            context = kdx.ReferenceSet(known[explained], known[other], references.images.labels)
-            own = features[layer]
+            own, theirs = features[layer], None if other is None else features[layer][other]
+            context = kdx.ReferenceSet(
+                known[explained], None if other is None else known[other], references.images.labels, pooled=settings.pooled
+            )
             result = kdx.unicam(
-                own[explained], own[other], given, objective=settings.objective, weighting=settings.weighting, reference=context
+                own[explained],
+                theirs,
+                given,
+                objective=settings.objective,
+                weighting=settings.weighting,
+                pooled=settings.pooled,
+                reference=context,
             )
             kinds[kind] = result.maps.float().numpy(force=True)
         maps[layer] = kinds

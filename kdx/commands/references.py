@@ -40,7 +40,7 @@ def choose_references(data: str, count: int, seed: int, models: ModelsFile, size
     return ChosenReferences(images, tuple(dataset.ids[row] for row in rows), dataset.classes)
 
 
-def models_file_of(student: str, base: str) -> ModelsFile:
-    """The models file that the student's reference ``MODELS.toml:ROLE`` names, or one that states nothing but the two networks."""
+def models_file_of(student: str) -> ModelsFile:
+    """The models file that the student's reference ``MODELS.toml:ROLE`` names, or one that states nothing else."""
     path, _, _ = student.rpartition(":")
-    return read_models(path) if path.endswith(".toml") else ModelsFile(Path(), base, student)
+    return read_models(path) if path.endswith(".toml") else ModelsFile(Path(), None, student)

@@ -169,7 +169,7 @@ def layer_pairs(distillation: Distillation, layers: Sequence[str] | None) -> lis
     """
     student, teacher = distillation.initial_network("student"), distillation.initial_network("teacher")
     if layers is not None:
-        pairs = list(parse_layers(layers).items())
+        pairs = [(layer, names.teacher) for layer, names in parse_layers(layers).items()]
         for student_layer, teacher_layer in pairs:
             with about_network("student"):
                 find_layer(student, student_layer)

@@ -1,8 +1,8 @@
-"""The Explainer: compares student, base and optional teacher on any images, layer by layer."""
+"""The Explainer: compares a student with its base and its teacher on any images, layer by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,9 +32,9 @@ from kdx.maps.decomposition import Decomposition
 from kdx.maps.drawing import Sheet
 from kdx.maps.figures import DRAWN_KINDS, Drawable, chosen_kinds, layers_sheet
 from kdx.maps.unicam import Maps
-from kdx.models.layer_pairs import parse_layers
+from kdx.models.layer_pairs import LayerNamesLike, layer_names, parse_layers
 from kdx.models.models_file import ModelsFile, read_models
-from kdx.roles import MAPS, TARGET, ScoreMap, roles_among, score_maps_among
+from kdx.roles import BASELINE, TARGET, ScoreMap, roles_among, score_maps_among
 from kdx.runtimes.choice import Choice
 from kdx.scores.pool import pooled_scores
 from kdx.scores.score import Contrast, Score
@@ -45,22 +45,48 @@ from kdx.scores.uncertainty import permutation_table
 class LayerResult(Drawable, Generic[ArrayT]):
     """The comparison of the networks at one layer.
 
-    distilled, residual, missed, new: the maps (`kdx.roles.MAPS`). The student's features that the base's do not explain, the base's
-    that the student's do not, the teacher's that the student's do not, and the student's that the teacher's do not. Without a teacher
-    the last two are None, and no score or contrast involves it.
+    unicam: UniCAM's maps by name, those of `kdx.roles.MAPS` whose roles exist. distilled, residual, missed, new, alone: the same as
+    attributes.
     score_maps: signed maps that add up to a score or contrast over all images and positions, by their symbol in `kdx.roles.SCORE_MAPS`:
     ``score_maps["RS(S) - RS(B)"]`` is what `kdx.decompose` returns for the student and the target, minus the base. Empty with salient
-    features, and for explainer files of older versions.
+    or pooled features, and for explainer files of older versions.
     scores: by name (`kdx.roles.SCORES`). contrasts: the differences of two scores by name, each with its confidence interval.
     """
 
-    distilled: Maps[ArrayT]
-    residual: Maps[ArrayT]
-    missed: Maps[ArrayT] | None
-    new: Maps[ArrayT] | None
+    unicam: dict[str, Maps[ArrayT]]
     score_maps: dict[str, Decomposition[ArrayT]]
     scores: dict[str, Score]
     contrasts: dict[str, Contrast]
+
+    @property
+    def distilled(self) -> Maps[ArrayT]:
+        """The map of the student's features that the base's do not explain. Raises KdxError without a base."""
+        return self._of_base("distilled")
+
+    @property
+    def residual(self) -> Maps[ArrayT]:
+        """The map of the base's features that the student's do not explain. Raises KdxError without a base."""
+        return self._of_base("residual")
+
+    @property
+    def missed(self) -> Maps[ArrayT] | None:
+        """The map of the teacher's features that the student's do not explain; None without a teacher."""
+        return self.unicam.get("missed")
+
+    @property
+    def new(self) -> Maps[ArrayT] | None:
+        """The map of the student's features that the teacher's do not explain; None without a teacher."""
+        return self.unicam.get("new")
+
+    @property
+    def alone(self) -> Maps[ArrayT] | None:
+        """The map of the student's features given nothing; None if there is another network."""
+        return self.unicam.get("alone")
+
+    def _of_base(self, name: str) -> Maps[ArrayT]:
+        if name not in self.unicam:
+            raise KdxError(f"The map {name} compares the student with a base, and there is none.", "Give kdx.Explainer a base.")
+        return self.unicam[name]
 
     @property
     def fss(self) -> Score:
@@ -77,8 +103,7 @@ class LayerResult(Drawable, Generic[ArrayT]):
     @property
     def kinds(self) -> dict[str, Maps[ArrayT] | Decomposition[ArrayT]]:
         """All maps of the layer: those that add up to a score by symbol, then UniCAM's by name."""
-        unicam = {name: getattr(self, name) for name in MAPS}
-        return {**self.score_maps, **{name: maps for name, maps in unicam.items() if maps is not None}}
+        return {**self.score_maps, **self.unicam}
 
     def _count(self) -> int:
         return len(next(iter(self.kinds.values())).maps)
@@ -103,12 +128,18 @@ class Explanation(Drawable, Generic[ArrayT]):
 
 
 class Explainer:
-    """Explains images with two or three networks: ``explainer(images, labels) -> Explanation``.
+    """Explains images with one, two or three networks: ``explainer(images, labels) -> Explanation``.
 
     models: a models file (`kdx.models.read_models`, or its path), which names the networks of all roles; its layers are the default.
     student, base, teacher: instead, each role's network: a model reference, ``MODELS.toml:ROLE``, the path of a file that ``kdx export``
-    wrote, a `kdx.models.Network`, or a PyTorch module (used as it is, without preprocessing). The teacher is optional.
-    layers: names that all networks share, or a mapping from the student's and base's layer to the teacher's.
+    wrote, a `kdx.models.Network`, or a PyTorch module (used as it is, without preprocessing). Base and teacher are optional. The maps,
+    scores and contrasts are those whose roles exist: a student and a teacher have *missed*, *new*, FSS(S,T) and their RS; a student alone
+    has the map *alone* and RS(S).
+    random: the student's architecture with random weights (`kdx.models.untrained`), at the student's layers. It adds FSS(R,T), beside which
+    FSS(S,T) is read, and their difference. It needs a teacher.
+    layers: names that all networks share, or a list in which an entry may name each role's layer: ``"student_layer=teacher_layer"``,
+    ``"student=layer4,teacher=blocks.9"`` or ``{"student": "layer4", "teacher": "blocks.9"}``; roles that are not named have the student's.
+    A mapping is from the student's and base's layer to the teacher's.
     runtime: ``auto``, ``eager``, ``onnx``, ``openvino`` or ``tensorrt``. The last three export the networks once, into ``folder`` or a
     temporary folder. Files in ``folder`` and in the cache are used again, except for PyTorch modules, whose code no reference identifies.
     Without a GPU, ``auto`` runs in PyTorch until an export would have saved time for the images so far, and then exports; results of the
@@ -121,7 +152,7 @@ class Explainer:
     one call; ``kdx explain`` is for sets that do not fit in memory. ``reference`` stands for the images of `use_references`, which must be
     called first; UniCAM's maps are then compared with them, and scores and the maps that add up to them with the images of the call.
     ``auto`` is reference after `use_references`, and whole otherwise.
-    objective, weighting: as in `kdx.unicam`.
+    objective, weighting, pooled: as in `kdx.unicam`. pooled also applies to the scores; there are then no maps that add up to them.
     chunk: images per pass of a network, by default all images of a call, or 64 for an engine. It does not change the results.
     permutations, confidence, seed: for the p-values and intervals of the scores.
     file: an explainer file. It replaces the networks, the objective and the weighting; its layers are the default.
@@ -151,13 +182,15 @@ class Explainer:
         student: NetworkLike | None = None,
         base: NetworkLike | None = None,
         teacher: NetworkLike | None = None,
-        layers: str | Iterable[str] | Mapping[str, str] = (),
+        random: NetworkLike | None = None,
+        layers: LayerNamesLike = (),
         runtime: RuntimeName = "auto",
         device: str = "auto",
         precision: Precision = "float32",
         geometry: GeometryName = "auto",
         objective: ObjectiveName = "relevance",
         weighting: Weighting = "gap",
+        pooled: bool = False,
         chunk: int | None = None,
         permutations: int = 999,
         confidence: float = 0.95,
@@ -178,6 +211,7 @@ class Explainer:
             geometry=geometry,
             objective=objective,
             weighting=weighting,
+            pooled=pooled,
             chunk=chunk,
             permutations=permutations,
             confidence=confidence,
@@ -189,7 +223,7 @@ class Explainer:
             salient_score=salient_score,
             salient_image=salient_image,
         )
-        roles = {"teacher": teacher, "student": student, "base": base}
+        roles = {"teacher": teacher, "student": student, "base": base, BASELINE: random}
         networks = {role: network for role, network in roles.items() if network is not None}
         classes: Sequence[str] = ()
         if models is not None:
@@ -203,7 +237,7 @@ class Explainer:
     def of(
         cls,
         networks: Mapping[str, NetworkLike],
-        layers: str | Iterable[str] | Mapping[str, str],
+        layers: LayerNamesLike,
         settings: Settings,
         *,
         folder: Path | None = None,
@@ -218,27 +252,26 @@ class Explainer:
     def _set_up(
         self,
         networks: Mapping[str, NetworkLike],
-        layers: str | Iterable[str] | Mapping[str, str],
+        layers: LayerNamesLike,
         settings: Settings,
         folder: Path | None,
         file: Path | None,
         classes: Sequence[str],
     ) -> None:
-        if isinstance(layers, str):
-            layers = [layers]
-        pairs = dict(layers) if isinstance(layers, Mapping) else {layer: layer for layer in layers}
+        names = layer_names(layers)
         self.settings = settings
         self._has_references = False
         self._networks: NetworkSet
         if file is None:
-            self._networks = NetworkRunners({role: networks[role] for role in roles_among(networks)}, pairs, settings, folder)
+            self._networks = NetworkRunners({role: networks[role] for role in roles_among(networks)}, names, settings, folder)
         elif networks:
             raise ValueError(f"an explainer file contains its networks; do not give {', '.join(networks)} as well")
         else:
-            self._networks = ExplainerFile(file, pairs, settings, folder)
-        self.layers, self.roles = self._networks.layers, self._networks.roles
-        names = classes or self._networks.classes
-        self._classes = ClassNames(list(names), known=bool(names))
+            self._networks = ExplainerFile(file, names, settings, folder)
+        self.layers = {layer: names.teacher for layer, names in self._networks.layers.items()}
+        self.roles = self._networks.roles
+        known = classes or self._networks.classes
+        self._classes = ClassNames(list(known), known=bool(known))
 
     @property
     def input_format(self) -> inputs.InputFormat:
@@ -354,9 +387,7 @@ class Explainer:
             for kind in score_maps_among(self.roles).values()
             if measurement.shares
         }
-        return LayerResult(
-            maps["distilled"], maps["residual"], maps.get("missed"), maps.get("new"), score_maps, summary.scores, summary.contrasts
-        )
+        return LayerResult(maps, score_maps, summary.scores, summary.contrasts)
 
     def _decomposition(self, kind: ScoreMap, measurement: LayerMeasurement, images: ArrayT) -> Decomposition[ArrayT]:
         parts = terms(kind, measurement.shares, measurement.products, (*self.roles, TARGET))  # [contexts, n, h, w]

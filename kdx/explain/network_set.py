@@ -12,6 +12,7 @@ from kdx.data.inputs import InputFormat
 from kdx.explain.layer import LayerMeasurement
 from kdx.export.description import Description, NetworkDescription
 from kdx.export.graphs import Preprocessing
+from kdx.models.layer_pairs import LayerNames
 from kdx.models.network import Network
 from kdx.runtimes.choice import Choice
 
@@ -47,12 +48,12 @@ class NetworkRecord:
 class NetworkSet(Protocol):
     """The networks of an Explainer, and the measurements of what they compute: one runner per network, or one explainer file.
 
-    roles: in the order of `kdx.roles.ROLES`. layers: the student's and base's layer to the teacher's. choice: the runtime and device,
-    and the reason. classes: the names of the classes; () if they are not known.
+    roles: in the order of `kdx.roles.MEASURED`. layers: each role's names by the student's. choice: the runtime and device, and the
+    reason. classes: the names of the classes; () if they are not known.
     """
 
     roles: tuple[str, ...]
-    layers: dict[str, str]
+    layers: dict[str, LayerNames]
     choice: Choice
     classes: tuple[str, ...]
 

@@ -27,8 +27,11 @@ from kdx.features.target import Target
 from kdx.kernels import geometry
 from kdx.kernels.dispatch import BatchDistances, TorchBackend
 from kdx.maps.salient_images import Salience, ranking_maps
+from kdx.maps.unicam import distance_rows
+from kdx.models.layer_pairs import LayerNames
 from kdx.models.models_file import ModelsFile
 from kdx.models.network import Network
+from kdx.roles import ROLES
 from kdx.runtimes.choice import Choice, choose, describe_file, is_file
 from kdx.runtimes.eager import EagerRunner
 from kdx.runtimes.runner import NetworkOutputs, Runner, missing_layer, parts
@@ -44,12 +47,14 @@ def networks_of(file: ModelsFile) -> dict[str, NetworkLike]:
 class NetworkRunners:
     """One runner per network, plus the distance geometry of their features.
 
-    networks: by role, all as exported files or none. layers: the student's and base's layer to the teacher's. folder: where exported
+    networks: by role, all as exported files or none. layers: each role's names by the student's. folder: where exported
     files and engines are written; a temporary folder by default.
     """
 
-    def __init__(self, networks: Mapping[str, NetworkLike], layers: Mapping[str, str], settings: Settings, folder: Path | None) -> None:
-        _check_pairs(networks, layers)
+    def __init__(
+        self, networks: Mapping[str, NetworkLike], layers: Mapping[str, LayerNames], settings: Settings, folder: Path | None
+    ) -> None:
+        _check_names(networks, layers)
         self.roles = tuple(networks)
         self.layers = dict(layers)
         self._networks = networks
@@ -201,7 +206,9 @@ class NetworkRunners:
 
     def use_references(self, images: Tensor, labels: Tensor) -> None:
         labels, outputs = labels.to(self.choice.device), self._infer(images)
-        self._references = {layer: LayerReferences.of(self._features(outputs, layer), labels) for layer in self.layers}
+        self._references = {
+            layer: LayerReferences.of(self._features(outputs, layer), labels, pooled=self._settings.pooled) for layer in self.layers
+        }
 
     def explain(
         self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence, classes: Tensor | None = None
@@ -220,6 +227,7 @@ class NetworkRunners:
                 permutations=permutations,
                 references=self._references.get(layer),
                 distances=distances.get(layer),
+                pooled=self._settings.pooled,
             )
             for layer in self.layers
         }
@@ -249,7 +257,7 @@ class NetworkRunners:
                 self._report_empty(role, ranked, rankings[role][ranked])
                 preprocessing = self._graphs[role][0].preprocessing
                 salient = salience.images(images, rankings[role][ranked], int(noise_seed.generate_state(1)[0]), preprocessing)
-                rows = self._run(role, salient).features[name].flatten(1)
+                rows = distance_rows(self._run(role, salient).features[name], self._settings.pooled)
                 distances[layer][role] = arrays.row_distances({f"{role}'s salient features": rows}, TorchBackend())[0]
         return distances
 
@@ -281,7 +289,7 @@ class NetworkRunners:
 
     def _layer_of(self, role: str, layer: str) -> str:
         """A role's own name of a student's layer."""
-        return self.layers[layer] if role == "teacher" else layer
+        return self.layers[layer].at(role)
 
     def _layers_of(self, role: str) -> tuple[str, ...]:
         return tuple(self._layer_of(role, layer) for layer in self.layers)
@@ -300,13 +308,12 @@ class NetworkRunners:
         self._folder.close()
 
 
-def _check_pairs(networks: Mapping[str, NetworkLike], layers: Mapping[str, str]) -> None:
-    """KdxError for a layer with a teacher's layer if there is no teacher."""
-    pairs = [f"{layer}={other}" for layer, other in layers.items() if layer != other]
-    if "teacher" not in networks and pairs:
-        raise KdxError(
-            f"{pairs[0]} pairs a layer with one of the teacher's, but there is no teacher.", "Name the layer alone, or give a teacher."
-        )
+def _check_names(networks: Mapping[str, NetworkLike], layers: Mapping[str, LayerNames]) -> None:
+    """KdxError for a layer with a name for a role that has no network."""
+    for names in layers.values():
+        for role in ROLES:
+            if role not in networks and names.at(role) != names.student:
+                raise KdxError(f"{names} names a layer of the {role}, but there is no {role}.", f"Name the layer alone, or give a {role}.")
 
 
 def _check_files(networks: Mapping[str, NetworkLike], paths: Mapping[str, Path], settings: Settings) -> None:

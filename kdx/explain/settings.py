@@ -30,6 +30,7 @@ class Settings:
     permutations: int = 999
     confidence: float = 0.95
     seed: int = 0
+    pooled: bool = False
     features: Features = "raw"
     keep: float = 0.5
     noise: float = 0.0

@@ -24,7 +24,7 @@ def unicam_before(
     images: ArrayT,
     layer: str,
     explained: Array,
-    given: Array,
+    given: Array | None,
     target: Labels,
     objective: ObjectiveName | Callable[[Tensor], Tensor] = "relevance",
     weighting: Weighting = "gap",

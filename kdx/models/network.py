@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,9 @@ from kdx.models.prepared import check_kind, prepared, unwrapped
 from kdx.models.reference import NEW_HEAD, parse_reference
 from kdx.models.sources import build, timm_preprocessing
 from kdx.models.weights import load_weights, split_key
+
+INITIALISED = ("timm", "torchvision", "kdx", "hf")
+"""The sources whose architectures kdx can build with random weights."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,30 @@ def load(reference: str, *, classes: int | None = None, folder: Path | None = No
         complete = not new_head
     module.eval()  # its result is not used: a user's train() may return nothing
     return Network(str(parsed), module, preprocessing, parsed.is_trained and complete, note)
+
+
+def untrained(reference: str, *, seed: int = 0, classes: int | None = None, folder: Path | None = None) -> Network:
+    """The network that a model reference names with random weights instead of its own, as its library initialises them.
+
+    seed: of the weights; PyTorch's random state is unchanged. classes, folder: as in `load`. Raises KdxError for a program (.pt2) and for
+    a function of the user, whose initialisation kdx does not know, and for what `load` refuses.
+
+    >>> import kdx
+    >>> kdx.models.untrained("kdx:resnet,width=4,depth=1,classes=5@student.safetensors", seed=1).trained
+    False
+    """
+    parsed = parse_reference(reference)
+    if parsed.source not in INITIALISED:
+        raise KdxError(
+            f"How {reference!r} initialises its weights is not known.",
+            "Give a network with random weights yourself: kdx.Explainer(random=...).",
+        )
+    architecture = parsed.with_weights(None)
+    if parsed.source == "hf":
+        architecture = replace(architecture, arguments={**architecture.arguments, "pretrained": False})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return load(str(architecture), classes=classes, folder=folder)
 
 
 def layers(model: nn.Module | Network, size: tuple[int, int] | None = None) -> list[str]:

@@ -36,9 +36,11 @@ class Cost:
     def of(cls, n: int, shapes: Shapes, plan: Plan) -> Cost:
         """The cost for n images. The distances of one layer are on disk at a time, the features of all layers."""
         roles = tuple(shapes)
-        products = {role: 1 + 2 * sum(share == role for share, _ in shares_among(roles)) for role in roles}
+        pooled = plan.options.pooled
+        shares = () if pooled else shares_among(roles)
+        products = {role: 1 + 2 * sum(share == role for share, _ in shares) for role in roles}
         operations = sum(
-            products[role] * n**2 * channels * height * width
+            products[role] * n**2 * channels * (1 if pooled else height * width)
             for role, by_layer in shapes.items()
             for channels, height, width in by_layer.values()
         )

@@ -24,9 +24,11 @@ from kdx.explain.explainer_file import describe_explainer, no_reference_mode, pa
 from kdx.explain.networks import networks_of
 from kdx.explain.settings import Settings
 from kdx.features.arrays import MIN_IMAGES, check_images
-from kdx.models.layer_pairs import parse_layers
+from kdx.models.layer_pairs import LayerNames, parse_layers
 from kdx.models.models_file import ModelsFile, read_models
-from kdx.models.network import Network
+from kdx.models.network import INITIALISED, Network
+from kdx.models.reference import parse_reference
+from kdx.roles import BASELINE
 from kdx.runs.gallery_choice import BALANCED, GalleryChoice
 from kdx.runs.split import SplitChoice, choose_split, with_recorded_data
 from kdx.runtimes.choice import is_file
@@ -56,6 +58,8 @@ class RunOptions(Settings):
     ratios: ``pooled``, or ``mean`` for the mean of the batches' scores, with the geometry ``batch``.
     split: ``test``, ``validation``, ``train`` or ``all``. None takes ``test`` of the data that the models were trained on, and all of any
     other data. max_unreadable: the share of corrupt images above which the run fails; one image always passes, unless the share is 0.
+    random_baseline: whether FSS(S,T) has a baseline, the FSS of the student's architecture with random weights, which costs one more pass.
+    None computes it if there is a teacher and no base, and the student is a model reference whose architecture kdx can initialise.
     gallery, gallery_order, gallery_images: the images on the page (`kdx.runs.gallery_choice.GalleryChoice`). workers: threads that decode
     the next batches while one is explained; None takes one per core, 0 decodes each batch when it is needed.
     """
@@ -67,6 +71,7 @@ class RunOptions(Settings):
     project: int = 0
     max_disk: float | None = None
     max_minutes: float = 60.0
+    random_baseline: bool | None = None
     target: Path | None = None
     resize: ResizeMode | None = None
     interpolation: Interpolation | None = None
@@ -108,7 +113,7 @@ class Plan:
     models: ModelsFile
     dataset: Dataset
     split: SplitChoice
-    layers: dict[str, str]
+    layers: dict[str, LayerNames]
     options: RunOptions
     embeddings: ClassEmbeddings | None = None
 
@@ -124,6 +129,11 @@ class Plan:
         plan = cls(data, models_file, dataset, split, parse_layers(layers or models_file.layers), options, embeddings)
         options.gallery_choice.check([dataset.ids[index] for index in plan.indices], models_file.references, plan.layers)
         return plan
+
+    @property
+    def _layers(self) -> list[str]:
+        """The layers as an Explainer takes them."""
+        return [str(names) for names in self.layers.values()]
 
     @property
     def indices(self) -> NDArray[np.int64]:
@@ -154,21 +164,41 @@ class Plan:
         labels = self.dataset.labels[self.split.pool]
         return self.split.pool[class_balanced_sample(labels, self.reference_count, self.options.seed)]
 
+    def _has_baseline(self) -> bool:
+        """Whether the run compares random weights with the teacher. KdxError if that was requested and is not possible."""
+        requested, references = self.options.random_baseline, self.models.references
+        if requested and "teacher" not in references:
+            raise KdxError(
+                "The random baseline is compared with the teacher, and there is none.", "Name a teacher, or leave the baseline out."
+            )
+        if requested and is_file(self.models.student):
+            raise KdxError("An exported file cannot get random weights.", "Name the student by a model reference.")
+        if requested is None:
+            return "teacher" in references and "base" not in references and _is_architecture(self.models.student)
+        return requested
+
     def explainer(self, folder: Path, announce: Callable[[str], None]) -> Explainer:
         """The Explainer of the networks. folder: where exported networks are written. announce: prints a line about weights."""
         models = self.models
         if is_file(models.path):
             if self.options.reference_images or self.options.geometry == "reference":
                 raise no_reference_mode(describe_explainer(models.path))
-            return Explainer.of({}, self.layers, self.options, folder=folder, file=models.path)
+            return Explainer.of({}, self._layers, self.options, folder=folder, file=models.path)
         networks = networks_of(models)
+        if self._has_baseline():
+            networks[BASELINE] = models.untrained(self.options.seed)
+            announce("The baseline of FSS: the student's architecture with random weights, in one more pass.")
         for role, network in networks.items():
             if isinstance(network, Network) and network.note:
                 announce(f"{role.capitalize()}: {network.note}")
         options = self.options
         if options.chunk is not None and options.geometry in ("auto", "whole"):
             options = replace(options, chunk=aligned(options.chunk))
-        return Explainer.of(networks, self.layers, options, folder=folder, classes=self.dataset.classes)
+        return Explainer.of(networks, self._layers, options, folder=folder, classes=self.dataset.classes)
+
+
+def _is_architecture(reference: str) -> bool:
+    return not is_file(reference) and parse_reference(reference).source in INITIALISED
 
 
 def _check_references(options: RunOptions) -> None:
@@ -190,7 +220,6 @@ def _from_explainer_file(path: Path) -> ModelsFile:
             f"{path} compares each image with its own {count} reference images, and a run measures the images of its data.",
             "Give the networks themselves with --geometry reference, or use the file with kdx.Explainer(file=...).",
         )
-    layers = tuple(f"{layer}={other}" for layer, other in paired_layers(file).items())
-    base, student, teacher = (file.networks[role].reference if role in file.networks else None for role in ("base", "student", "teacher"))
-    assert base is not None and student is not None
-    return ModelsFile(path, base, student, teacher, layers, file.classes)
+    references = {role: network.reference for role, network in file.networks.items()}
+    layers = tuple(map(str, paired_layers(file).values()))
+    return ModelsFile(path, references.get("base"), references["student"], references.get("teacher"), layers, file.classes)

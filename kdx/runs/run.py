@@ -17,7 +17,7 @@ from kdx.errors import KdxError, resumable
 from kdx.explain.explainer import Explainer
 from kdx.explain.graph import largest_size
 from kdx.explain.network_set import NetworkRecord
-from kdx.roles import roles_among
+from kdx.roles import BASELINE, mapped_among
 from kdx.runs import schema
 from kdx.runs.batches import collect_batches, explain_batches
 from kdx.runs.class_order import class_order_warning
@@ -30,6 +30,7 @@ from kdx.runs.plan import Plan
 from kdx.runs.plan import RunOptions as RunOptions
 from kdx.runs.record import Samples
 from kdx.runs.schema import (
+    BaseLayers,
     Configuration,
     Context,
     SplitRule,
@@ -112,7 +113,7 @@ def _prepare_and_explain(
     explainer.open(size, len(plan.indices), runtime=None if started is None else str(started).split()[0])
     announce(f"Runtime {explainer.choice.why}.")
     store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
-    store.manifest["random_weights"] = [role for role, record in records.items() if not record.trained]
+    store.manifest["random_weights"] = [role for role, record in records.items() if not record.trained and role != BASELINE]
     for role in store.manifest["random_weights"]:
         announce(f"Some or all weights of the {role} are random: {records[role].reference}.")
     _explain(store, explainer, plan, size, geometry, announce)
@@ -165,11 +166,18 @@ def _configuration(plan: Plan, records: Mapping[str, NetworkRecord], size: tuple
         "split_seed": plan.models.split_seed,
         **rule,
         "models": {role: _identity(record) for role, record in records.items()},
-        "layers": plan.layers,
+        "layers": {layer: names.teacher for layer, names in plan.layers.items()},
+        **_base_layers(plan),
         "image_size": size,
         **_recorded_options(plan.options),
         **_recorded_inputs(plan),
     }
+
+
+def _base_layers(plan: Plan) -> BaseLayers:
+    """The base's layers that have other names than the student's."""
+    other = {layer: names.base for layer, names in plan.layers.items() if names.base != layer}
+    return {"base_layers": other} if other else {}
 
 
 def _identity(record: NetworkRecord) -> StoredNetwork:
@@ -205,6 +213,8 @@ def _recorded_options(options: RunOptions) -> StoredOptions:
             recorded["features"]["score"] = options.salient_score
         if options.salient_image != "exact":
             recorded["features"]["image"] = options.salient_image
+    if options.pooled:
+        recorded["pooled"] = True
     if options.geometry != "auto":
         recorded["geometry"] = options.geometry
     if options.stored_precision != "float32":
@@ -244,8 +254,10 @@ def _context(plan: Plan, command: Sequence[str]) -> Context:
 def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int], announce: Callable[[str], None]) -> None:
     """Write the scores and samples, the pictures of the gallery, and the rest of the manifest."""
     dataset, options = plan.dataset, plan.options
-    roles = roles_among(store.manifest["configuration"]["models"])
+    roles = mapped_among(store.manifest["configuration"]["models"])
     columns, planned = collected.columns, len(plan.indices)
+    for name in (schema.prediction_column(BASELINE), schema.confidence_column(BASELINE)):  # what random weights predict means nothing
+        columns.pop(name, None)
     check_unreadable(collected.unreadable, planned, options.max_unreadable)
     index = columns.pop(schema.INDEX)
     columns[schema.LABEL] = dataset.labels[index]

@@ -128,8 +128,8 @@ omitted at their defaults, predicted, logit and exact."""
 
 
 class StoredOptions(TypedDict):
-    """The options that a run's results depend on. Those that are not required are omitted at their defaults: float32, raw, auto,
-    float32, 0 and pooled."""
+    """The options that a run's results depend on. Those that are not required are omitted at their defaults: float32, raw, distances
+    between whole features, auto, float32, 0 and pooled ratios."""
 
     batch: int
     runtime: str
@@ -142,6 +142,7 @@ class StoredOptions(TypedDict):
     confidence: float
     precision: NotRequired[str]
     features: NotRequired[StoredFeatures]
+    pooled: NotRequired[bool]
     geometry: NotRequired[str]
     stored_precision: NotRequired[str]
     project: NotRequired[int]
@@ -152,6 +153,12 @@ class SplitRule(TypedDict):
     """validation_is_test: true where the data's validation images are the test split; kdx 0.1.0 did not have this rule."""
 
     validation_is_test: NotRequired[bool]
+
+
+class BaseLayers(TypedDict):
+    """base_layers: the base's layers that have other names than the student's, by the student's; omitted if there are none."""
+
+    base_layers: NotRequired[dict[str, str]]
 
 
 class StoredTarget(TypedDict):
@@ -179,8 +186,9 @@ class TargetFile(TypedDict):
     target_file: NotRequired[str]
 
 
-class Configuration(StoredOptions, SplitRule, StoredInputs):
-    """Everything that a run's results depend on. ``fingerprint`` identifies the data, wherever its folder ``data`` is."""
+class Configuration(StoredOptions, SplitRule, StoredInputs, BaseLayers):
+    """Everything that a run's results depend on. ``fingerprint`` identifies the data, wherever its folder ``data`` is. layers: the
+    student's layer to the teacher's, or to itself without a teacher."""
 
     data: str
     split: str

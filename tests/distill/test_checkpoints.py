@@ -90,6 +90,7 @@ def test_a_models_file_without_data_takes_it_from_the_checkpoints(finished: Path
     shutil.copy(finished / "base.safetensors", tmp_path / "base.safetensors")
     recipe = read_recipe(finished / "base.safetensors") | {"split_seed": 7}
     save_file(load_file(finished / "base.safetensors"), tmp_path / "base.safetensors", metadata={"recipe": json.dumps(recipe)})
+    assert written.base is not None
     other = replace(by_hand, base=written.base.replace("@base", f"@{tmp_path}/base"))
     assert with_recorded_data(other) == other  # the checkpoints contradict each other
     stated = replace(by_hand, data="digits", split_seed=3)

@@ -18,7 +18,7 @@ from kdx.explain.explainer import Explanation
 from kdx.explain.networks import NetworkLike
 from kdx.export.graphs import Preprocessing
 from kdx.models.network import Network
-from kdx.roles import MAPS
+from kdx.roles import ROLES, pairs_among
 from tests.explain.small_networks import (
     EXPLAINED,
     LAYERS,
@@ -40,7 +40,7 @@ from tests.explain.small_networks import (
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", pairs_among(ROLES))
 def test_its_maps_are_unicams(explained: Explanation[Any], layer: str, name: str) -> None:
     role_features = features()
     one, other = EXPLAINED[name]
@@ -91,7 +91,7 @@ def test_an_embedding_of_the_labels_is_the_labels(eager: Explainer, explained: E
 def test_numpy_in_numpy_out(eager: Explainer, explained: Explanation[Any]) -> None:
     actual = eager(images().numpy(), labels().numpy())
     for result in actual.layers.values():
-        for name in MAPS:
+        for name in pairs_among(ROLES):
             assert isinstance(getattr(result, name).maps, np.ndarray) and isinstance(getattr(result, name).weights, np.ndarray)
     assert all(isinstance(logits, np.ndarray) for logits in actual.logits.values())
     assert isinstance(explained.layers["conv1"].distilled.maps, Tensor) and isinstance(explained.logits["base"], Tensor)
@@ -117,7 +117,7 @@ def test_permuting_the_batch_permutes_the_maps(eager: Explainer, explained: Expl
     order = torch.from_numpy(np.random.default_rng(0).permutation(N))
     actual = eager(images()[order], labels()[order])
     for layer, result in actual.layers.items():
-        for name in MAPS:
+        for name in pairs_among(ROLES):
             close(getattr(result, name).maps, getattr(explained.layers[layer], name).maps[order], 1e-5)
         for name, score in result.scores.items():
             assert score.value == pytest.approx(explained.layers[layer].scores[name].value, abs=1e-6)
@@ -209,10 +209,10 @@ def test_inputs_without_an_explanation_are_an_error(changes: dict[str, Any], pix
         ({"layers": ["conv9"]}, "no layer 'conv9'"),
         ({"layers": ["conv1"]}, "no layer 'conv1'"),  # the teacher's is its stem
         ({"layers": {"stem": "stem"}}, "no layer 'stem'"),
-        ({"layers": [""]}, "no layer ''"),
+        ({"layers": [""]}, "'' is not a layer"),
         ({"layers": []}, "No layer was named"),
         ({"layers": {}}, "No layer was named"),
-        ({"layers": {"conv1": "stem", "conv2": "conv2"}, "teacher": None}, "conv1=stem pairs a layer with one of the teacher's"),
+        ({"layers": {"conv1": "stem", "conv2": "conv2"}, "teacher": None}, "conv1=stem names a layer of the teacher"),
         ({"device": "tpu"}, "'tpu' cannot run here"),
         ({"runtime": "abacus"}, "no runtime 'abacus'"),
         ({"student": "kdx:resnot"}, "resnot"),

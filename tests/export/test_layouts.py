@@ -206,10 +206,12 @@ def test_a_text_that_is_not_a_layout_is_refused(text: str) -> None:
 
 def test_a_layout_is_parsed() -> None:
     assert parse_layout("tokens(prefix=1, grid=14x7)") == StatedLayout("tokens(prefix=1, grid=14x7)", "nLC", 1, 0, (14, 7))
-    assert parse_layers(["a:tokens(prefix=1,grid=2x2)=b[0]:nHWC", "c", "d=e"]) == {
+    names = parse_layers(["a:tokens(prefix=1,grid=2x2)=b[0]:nHWC", "c", "d=e", "student=f:nHWC,teacher=g:tokens(prefix=1)"])
+    assert {layer: name.teacher for layer, name in names.items()} == {
         "a:tokens(prefix=1,grid=2x2)": "b[0]:nHWC",
         "c": "c",
         "d": "e",
+        "f:nHWC": "g:tokens(prefix=1)",
     }
 
 

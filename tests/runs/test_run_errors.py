@@ -18,7 +18,7 @@ from tests.runs.small_run import OPTIONS, run
 
 
 def test_a_teachers_layer_without_a_teacher_is_refused(folder: Path, pair: Path, tmp_path: Path) -> None:
-    with pytest.raises(kdx.KdxError, match="layer2=layer3 pairs a layer with one of the teacher's"):
+    with pytest.raises(kdx.KdxError, match="layer2=layer3 names a layer of the teacher, but there is no teacher"):
         explain.run(str(folder / "pictures"), pair, tmp_path / "run", ("layer2=layer3",), OPTIONS)
     assert not (tmp_path / "run").exists()
 
@@ -31,6 +31,10 @@ def test_a_teachers_layer_without_a_teacher_is_refused(folder: Path, pair: Path,
         (("",), "'' is not a layer"),
         (("a=b", "c", "a=c"), "'a' is named twice"),
         (("a", "a"), "'a' is named twice"),
+        (("student=a,teacher=b", "a"), "'a' is named twice"),
+        (("student=a,student=b",), "layer of a role twice"),
+        (("teacher=b",), "is not a layer for each role"),
+        (("student=a,base=",), "is not a layer for each role"),
     ],
 )
 def test_malformed_layers_are_refused(names: tuple[str, ...], message: str) -> None:
@@ -39,7 +43,10 @@ def test_malformed_layers_are_refused(names: tuple[str, ...], message: str) -> N
 
 
 def test_layers_are_paired() -> None:
-    assert parse_layers(("a", "b=c", "d=a=b")) == {"a": "a", "b": "c", "d": "a=b"}
+    parsed = parse_layers(("a", "b=c", "d=a=b", "student=e,teacher=f.0", "student=g:x,base=h[1],teacher=i,j=k"))
+    expected = {"a": ("a", "a"), "b": ("b", "c"), "d": ("d", "a=b"), "e": ("e", "f.0"), "g:x": ("h[1]", "i,j=k")}
+    assert {layer: (names.base, names.teacher) for layer, names in parsed.items()} == expected
+    assert parse_layers([str(names) for names in parsed.values()]) == parsed
 
 
 def test_without_a_layer_the_error_lists_the_layers(folder: Path, tmp_path: Path) -> None:
