@@ -14,7 +14,7 @@ VGG16 = "timm:vgg16_bn"
 MOBILENET = "timm:mobilenetv3_large_100"
 VIT = "timm:vit_small_patch16_224"
 
-PROCESS_KINDS = frozenset({"cold start", "process start"})
+PROCESS_KINDS = frozenset({"cold start", "process start", "neighbours of unicam", "neighbours of compare"})
 """Kinds whose variants start processes of their own. The memory of those processes is not measured."""
 
 
@@ -56,6 +56,23 @@ def _decomposition(n: int, channels: int, side: int, **more: Any) -> Case:
 
 def _published_over_kdx(ratio: float) -> tuple[Goal, ...]:
     return (Goal("published", "least", ratio),)
+
+
+def _neighbours(function: str, size: str, **arguments: int) -> list[Case]:
+    """The same work beside busy processes, where kdx has a goal relative to threads that do not spin, and on an idle machine."""
+    imported = [f"kdx, imported {order} PyTorch" for order in ("after", "before")]
+    conditions = (("beside busy processes", True, "passive", 1.5), ("on an idle machine", False, "spinning", 1.1))
+    return [
+        Case(
+            f"{condition}: {function} {size}",
+            f"neighbours of {function}",
+            {**arguments, "busy": busy},
+            baseline=baseline,
+            rounds=3,
+            goals=tuple(Goal(variant, "most", bound) for variant in imported),
+        )
+        for condition, busy, baseline, bound in conditions
+    ]
 
 
 CASES = [
@@ -109,6 +126,9 @@ CASES = [
         for score, goals in (("RS", (Goal("RS, 999 permutations", "most", 4.0),)), ("FSS", ()))
     ),
     Case("batches of 64, N=10,000", "batches", {"n": 10_000, "d": 512, "batch": 64}),
+    # Threads that wait
+    *_neighbours("unicam", "n=32 512x7x7", n=32, channels=512, side=7),
+    *_neighbours("compare", "N=3,000 d=256", n=3000, d=256),
     # Imputation
     *(
         Case(f"imputation, {label}", "imputation", {"side": side}, goals=(Goal("spsolve", "least", 20.0),))

@@ -1,10 +1,11 @@
 """Export every family of vision networks in every kind of file, and write the results into the table of docs/export.md.
 
     python -m benchmarks.families [--only NAME ...]     exports, and adds to benchmarks/results/families.json
+    python -m benchmarks.families --all [--part 1/8]    checks the smallest network of every family of timm and transformers
     python -m benchmarks.families --table               fills docs/export.md from that file
 
 Weights are random, since only the graph is checked. Each family is exported in a process of its own. The student and the base of its
-explainer file are two random networks of the same architecture.
+explainer file are two random networks of the same architecture. `benchmarks.all_families` describes ``--all``.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import all_families
+from benchmarks.family_checks import STAGES
+
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "families.json"
 PAGE = ROOT / "docs" / "export.md"
 START, END = "<!-- families -->", "<!-- /families -->"
+ALL_START, ALL_END = "<!-- all families -->", "<!-- /all families -->"
 
 KINDS = ("features", "gradients", "explainer")
 ARCHITECTURES = ("sm_86", "sm_120")
@@ -157,10 +162,12 @@ def measure(family: str) -> list[dict[str, Any]]:
 
 
 def filled(page: str, record: dict[str, Any]) -> str:
-    """The text of docs/export.md with the table of a record between its markers."""
-    before, _, rest = page.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n{table(record)}{END}{after}"
+    """The text of docs/export.md with the tables of a record between their markers."""
+    for (start, end), text in {(START, END): table(record), (ALL_START, ALL_END): all_families.table(record)}.items():
+        before, _, rest = page.partition(start)
+        _, _, after = rest.partition(end)
+        page = f"{before}{start}\n{text}{end}{after}"
+    return page
 
 
 def table(record: dict[str, Any]) -> str:
@@ -182,23 +189,49 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="networks to run, also those that have results")
+    parser.add_argument("--workers", type=int, default=2, help="processes at a time")
+    parser.add_argument("--table", action="store_true", help="fill docs/export.md from the stored results, and run nothing")
+    every = parser.add_argument_group("every family")
+    every.add_argument("--all", action="store_true", help="run what has no result yet of every family")
+    every.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts of the networks")
+    every.add_argument("--stages", default=",".join(STAGES), help=f"of {', '.join(STAGES)}")
+    every.add_argument("--again", action="store_true", help="run also what was refused or failed")
+    every.add_argument("--limit", type=float, default=all_families.LIMIT, help="seconds of processor time per network")
+    every.add_argument("--minutes", type=float, help="start no network after this time")
+    arguments = parser.parse_args()
+    if arguments.all:
+        _run_all(arguments)
+    elif not arguments.table:
+        _run_engines(arguments.only or list(FAMILIES), arguments.workers)
+    PAGE.write_text(filled(PAGE.read_text(), all_families.read()))
+
+
+def _run_all(arguments: argparse.Namespace) -> None:
+    part, parts = map(int, arguments.part.split("/"))
+    deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    all_families.run(
+        arguments.only or all_families.names(all_families.read())[part - 1 :: parts],
+        arguments.stages.split(","),
+        again=arguments.again,
+        workers=arguments.workers,
+        limit=arguments.limit,
+        deadline=deadline,
+    )
+
+
+def _run_engines(names: list[str], workers: int) -> None:
     from kdx.runs.environment import environment
 
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=list(FAMILIES))
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--table", action="store_true")
-    arguments = parser.parse_args()
-    record = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": []}
-    if not arguments.table:
-        order = list(FAMILIES)
-        with multiprocessing.get_context("fork").Pool(arguments.workers, maxtasksperchild=1) as pool:
-            for rows in pool.imap_unordered(measure, arguments.only):
-                others = [row for row in record["rows"] if row["family"] != rows[0]["family"]]
-                record = {"environment": environment(), "rows": sorted(others + rows, key=lambda row: order.index(row["family"]))}
-                RESULT.write_text(json.dumps(record, indent=1) + "\n")
-                print(table({"rows": rows}).split("\n", 2)[2], end="", flush=True)
-    PAGE.write_text(filled(PAGE.read_text(), record))
+    order = list(FAMILIES)
+    with multiprocessing.get_context("fork").Pool(workers, maxtasksperchild=1) as pool:
+        for rows in pool.imap_unordered(measure, names):
+            record = all_families.read()
+            others = [row for row in record["rows"] if row["family"] != rows[0]["family"]]
+            rows_in_order = sorted(others + rows, key=lambda row: order.index(row["family"]))
+            RESULT.write_text(json.dumps(record | {"environment": environment(), "rows": rows_in_order}, indent=1) + "\n")
+            print(table({"rows": rows}).split("\n", 2)[2], end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Gram product (cuBLAS) if the kernel needs one. The whole geometry of a batch (Re
 forward passes and with the published method: a broadcast of n x n x d differences and a backward pass through them.
 
 Samples are GPU times, measured by events. The GPU's cache is overwritten before each. The networks' weights are random, which does not
-change the timing.
+change the timing. Float32 is computed without TensorFloat-32 everywhere, except in one row that says so.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from kdx.explain import layer
 from kdx.features.target import Target
 from kdx.kernels import cubins, cuda, fused, geometry
 from kdx.kernels.fused_shares import PositionSquares
+from kdx.kernels.precision import ieee_float32, tf32
 from kdx.scores import uncertainty
 from tests.oracle import TOLERANCE, error
 
@@ -97,7 +98,7 @@ def explained(student: Tensor, base: Tensor, target: Tensor) -> list[Tensor]:
 
 
 def _explained(student: Tensor, base: Tensor, d: Tensor) -> list[Tensor]:
-    means = torch.stack([geometry.gap(student), geometry.gap(base)])
+    means = torch.stack([fused.means(student), fused.means(base)])
     weights = fused.weights(d[[0, 1]], d[[1, 0]], d[[2, 2]], means)
     pairs = zip((student, base), weights.channel_weights, strict=True)
     maps = [fused.cam(features, channel_weights) for features, channel_weights in pairs]
@@ -144,8 +145,10 @@ def time_batch(clock: Clock, seed: int) -> dict[str, Any]:
             return layer.measure({"student": student, "base": base}, target, permutations=table)
 
         samples[f"maps and scores, {permutations} permutations"] = clock.seconds(measured)
-    for name, dtype in (("float32", torch.float32), ("float16", torch.float16)):
-        samples[f"passes, {name}"] = _time_passes(clock, dtype, generator)
+    samples["passes, float32"] = _time_passes(clock, torch.float32, generator)
+    with tf32():
+        samples["passes, TF32"] = _time_passes(clock, torch.float32, generator)
+    samples["passes, float16"] = _time_passes(clock, torch.float16, generator)
     torch.cuda.empty_cache()
     image_bytes, memory = student[0].nbytes, torch.cuda.get_device_properties(device).total_memory
     # All differences exist five times at once (`eager.published`), beside the memory that PyTorch keeps.
@@ -209,6 +212,7 @@ def usable_gpu() -> torch.device:
     return device
 
 
+@ieee_float32()  # in PyTorch's passes and in the published method as well
 def measure(device: torch.device, samples: int, seed: int) -> dict[str, Any]:
     checks = [check(case) for sizes in CHECKED for case in cases(sizes, device, seed)]
     for result in checks:

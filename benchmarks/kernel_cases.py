@@ -182,6 +182,7 @@ def cases(sizes: Sizes, device: torch.device, seed: int, kernel_reference: Kerne
         yield _query_case(batch, objective, kernel_reference)
     weights = draw(n, channels)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        yield _means_case(x.to(dtype))
         yield _cam_case(x.to(dtype), weights)
         yield _shares_case(x.to(dtype), batch.distances[2], kernel_reference)
     yield _imputation_case(draw(sizes.stack, 3, *sizes.picture).sigmoid(), draw(sizes.stack, height, width), kernel_reference)
@@ -255,6 +256,13 @@ def _query_case(batch: Batch, objective: ObjectiveName, kernel_reference: Kernel
 
     moved = inside.nbytes + border.nbytes + means.nbytes + means[m:].nbytes
     return KernelCase(f"weights of queries, {objective}", run, expected, bytes=moved)
+
+
+def _means_case(features: Tensor) -> KernelCase:
+    kind = str(features.dtype).removeprefix("torch.")
+    moved = features.nbytes + 8 * features.shape[0] * features.shape[1]
+    expected = lambda: (features.double().mean((2, 3)),)  # noqa: E731
+    return KernelCase(f"means, {kind}", lambda: (fused.means(features),), expected, bytes=moved, goal=BANDWIDTH_SHARE)
 
 
 def _cam_case(features: Tensor, weights: Tensor) -> KernelCase:

@@ -1,4 +1,4 @@
-"""Write the tables of figures in README.md, docs/performance.md and docs/evidence.md from the stored results.
+"""Write the tables of figures in README.md and of docs/ from the stored results.
 
 Only this module writes the text between the pages' markers.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import growth, planted_tables
+from benchmarks import gpu_tables, growth, planted_tables
 from benchmarks.cases import CASES, PROCESS_KINDS
 from benchmarks.cold import COMMANDS, IMPORTS
 from benchmarks.folder import MORE, PICTURE
@@ -24,6 +24,7 @@ from benchmarks.stored import SUITE, read
 
 ROOT = Path(__file__).parents[1]
 README, PERFORMANCE, EVIDENCE = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "evidence.md"
+GPU = ROOT / "docs" / "gpu.md"
 DRAWING = ROOT / "docs" / "growth.svg"
 
 NONE = "–"
@@ -184,19 +185,21 @@ def growing(records: Records) -> str:
 
 
 PAGES: dict[Path, dict[str, Callable[[Records], str]]] = {
-    README: {"explain": headline},
+    README: {"explain": headline, "gpu": lambda _: gpu_tables.headline()},
     PERFORMANCE: {
         "explain": explain,
         "geometry": geometry,
         "decomposition": variants("decomposition"),
         "scores": variants("scores", "estimators", "beside dcor", "permutations", "batches"),
         "imputation": variants("imputation"),
+        "neighbours": variants("neighbours of unicam", "neighbours of compare"),
         "folder": folder,
         "whole": whole,
         "growth": growing,
         "files": variants("gradients", "export", "cold start"),
         "start": process_start,
     },
+    GPU: {"batch": lambda _: gpu_tables.batch(), "kernels": lambda _: gpu_tables.kernels()},
     EVIDENCE: {name: planted(table) for name, table in planted_tables.TABLES.items()},
 }
 

@@ -30,7 +30,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cold, decomposition, explain, geometry, gradients, imputation, limits, scores, stored
+from benchmarks import cold, decomposition, explain, geometry, gradients, imputation, limits, neighbours, scores, stored
 from benchmarks.cases import CASES, PROCESS_KINDS, Case
 from benchmarks.comparison import Comparison, Work
 from benchmarks.record import child, origin, quartiles, ratio
@@ -57,6 +57,8 @@ KINDS = {
     "beside dcor": Kind(scores.beside_dcor),
     "permutations": Kind(scores.permutations),
     "batches": Kind(scores.batches),
+    "neighbours of unicam": Kind(neighbours.unicam),
+    "neighbours of compare": Kind(neighbours.compare),
     "imputation": Kind(imputation.comparison),
     "gradients": Kind(gradients.comparison, gradients.prepare),
     "export": Kind(gradients.export),

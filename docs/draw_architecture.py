@@ -36,9 +36,9 @@ PLACES = ((0, 0.5), (1, 0.5), (2, 0.5), (3, 0.5), (3.6, 1.5), (2.2, 1.5), (2.9, 
 
 
 def room(module: str) -> str:
-    """The box of a module: its folder, ``cli``, or the box of the single files."""
+    """The box of a module: its folder, ``losses``, or the box of the single files."""
     parts = module.split(".")
-    if len(parts) > 1 and ((ROOT / "kdx" / parts[1]).is_dir() or parts[1] == "cli"):
+    if len(parts) > 1 and ((ROOT / "kdx" / parts[1]).is_dir() or parts[1] == "losses"):
         return parts[1]
     return BASE
 

@@ -16,8 +16,8 @@ from docs.draw_architecture import svg
 from kdx.data.dataset import open_data
 from kdx.data.splits import stratified_splits
 from kdx.distill import TrainingSettings, distill
+from kdx.maps.overlays import composite, scaled_for_display
 from kdx.models import read_models
-from kdx.report.overlays import composite, scaled_for_display
 from kdx.roles import MAPS
 from kdx.scores.score import Estimator
 

@@ -19,7 +19,7 @@ TOPICS = {
     "data": ("data",),
     "models": ("models",),
     "distill": ("distill",),
-    "features": ("features", "maps", "scores", "kernels"),
+    "features": ("features", "maps", "cam", "scores", "kernels"),
     "explain": ("explain", "runs", "report", "disk"),
     "runtimes": ("runtimes",),
     "export": ("export", "commands"),

@@ -34,7 +34,10 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 
 On sm_75 it multiplies matrices in float16 only.
 """
-_INSTALL: dict[PackageName, str] = {"tensorrt": "pip install 'kdx[gpu]'", "tensorrt_rtx": "pip install tensorrt-rtx-cu13"}
+_INSTALL: dict[PackageName, str] = {
+    "tensorrt": "pip install 'kdx[tensorrt]'",
+    "tensorrt_rtx": "pip install 'kdx[tensorrt-rtx]'",
+}
 
 _building = threading.Lock()
 

@@ -22,6 +22,10 @@ _ROUNDING = 1e-5
 _SUM = 32 * torch.finfo(torch.float32).eps
 """The rounding of a feature's spatial mean, relative to the mean absolute value of the feature (see `kdx.kernels.rounding`)."""
 
+_EXPONENTS = 64, 32, 16
+"""Features and targets whose largest value is at most 2^-16 or at least 2^16 are multiplied by powers of two with these exponents, which is
+exact. Fourth powers of the others, which inner products contain, are numbers in float32."""
+
 
 class ExplainerGraph(nn.Module):
     """Several networks and the geometry of their features: images, target -> logits, maps, weights, scores and distances.
@@ -40,7 +44,8 @@ class ExplainerGraph(nn.Module):
 
     At least four images are needed, because scores and maps are those of a batch. The geometry is float32 in any precision of the
     networks. Images whose features are closer than the rounding of float32 count as equal; their distance and their part in every map
-    are 0. If two networks differ only by rounding, the maps of one given the other are zero everywhere.
+    are 0. If two networks differ only by rounding, the maps of one given the other are zero everywhere. Results do not depend on the unit
+    of the features, except distances and weights, which have it.
     """
 
     kind = "explainer"
@@ -70,20 +75,16 @@ class ExplainerGraph(nn.Module):
         return tuple(names)
 
     def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        target_distances = geometry.distances(target, torch.float32)
         outputs = {role: network(images) for role, network in self.networks.items()}
         results = [logits for logits, *_ in outputs.values()]
+        target_power, *powers = _powers([target, *(feature for _, *maps in outputs.values() for feature in maps)])
+        target_distances = geometry.distances(target * target_power, torch.float32)
         for index in range(len(self.layers)):
-            features = {role: maps[index] for role, (_, *maps) in outputs.items()}
-            distances = self._distances(features)
-            among = {role: _Among.batch(feature, distances[role]) for role, feature in features.items()}
+            of_layer = zip(outputs.items(), powers[index :: len(self.layers)], strict=True)
+            among = {role: _Among.batch(maps[index], power) for (role, (_, *maps)), power in of_layer}
             results += self._layer(among, target_distances, (images.shape[2], images.shape[3]))
-            results.append(torch.stack([distances[role] for role in self.roles]))
+            results.append(torch.stack([among[role].distances / among[role].power for role in self.roles]))
         return tuple(results)
-
-    def _distances(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The distances [n, n] between the images of the batch."""
-        return {role: geometry.distances(feature.flatten(1), torch.float32) for role, feature in features.items()}
 
     def _layer(self, among: Mapping[str, _Among], target_distances: Tensor, size: tuple[int, int]) -> list[Tensor]:
         """The outputs of one layer, except the distances: three per map, one per score map, and the scores.
@@ -103,7 +104,7 @@ class ExplainerGraph(nn.Module):
             weights = among[role].channel_weights(lap)
             maps = geometry.cam(among[role].features, weights)
             scaled = nn.functional.interpolate(geometry.scaled(maps)[:, None], size=size, mode="bilinear", align_corners=False)
-            results += [maps, scaled[:, 0], weights]
+            results += [maps, scaled[:, 0], weights * among[role].power]
         n = target_distances.shape[-1]
         residual = geometry.residual(explained, given)
         squared = dict(zip(self.maps.values(), (geometry.dot(residual, residual) / (n * (n - 3))).unbind(0), strict=True))
@@ -165,8 +166,10 @@ class ReferenceGraph(ExplainerGraph):
         self.register_buffer("labels", labels.long())
         for role in self.roles:
             for index, layer in enumerate(references[role]):
-                centre = geometry.wide(layer.features).double().mean(0)
-                values = {"centre": centre, "features": layer.features.double() - centre, "inside": layer.distances}
+                power = _powers([layer.features])[0].double()
+                features = layer.features.double() * power
+                centre = features.mean(0)
+                values = {"centre": centre, "features": features - centre, "inside": layer.distances * power, "power": power}
                 for name, value in values.items():
                     self.register_buffer(f"{name}_{role}_{index}", value.float())
 
@@ -176,21 +179,22 @@ class ReferenceGraph(ExplainerGraph):
         outputs = {role: network(images) for role, network in self.networks.items()}
         results = [logits for logits, *_ in outputs.values()]
         for index in range(len(self.layers)):
-            features = {role: maps[index] for role, (_, *maps) in outputs.items()}
-            among = {role: self._among(feature, role, index) for role, feature in features.items()}
+            among = {role: self._among(maps[index], role, index) for role, (_, *maps) in outputs.items()}
             results += self._layer(among, target_distances, (images.shape[2], images.shape[3]))
-            distances = self._distances(features)
-            results.append(torch.stack([distances[role] for role in self.roles]))
+            results.append(torch.stack([_distances(among[role].features) / among[role].power for role in self.roles]))
         return tuple(results)
 
     def _among(self, features: Tensor, role: str, index: int) -> _Among:
-        centre, references, inside = (self.get_buffer(f"{name}_{role}_{index}") for name in ("centre", "features", "inside"))
-        return _Among.references(features, features - centre, references, inside)
+        centre, references, inside, power = (
+            self.get_buffer(f"{name}_{role}_{index}") for name in ("centre", "features", "inside", "power")
+        )
+        features = features * power
+        return _Among.references(features, features - centre, references, inside, power)
 
 
 @dataclass(frozen=True, eq=False)
 class _Among:
-    """One network's features of n images among others, at one layer.
+    """One network's features of n images among others, at one layer, times a power of two that makes them ordinary numbers.
 
     features: [n, C, H, W]. own, others: features of the n images, and of those they are compared with, [m, C, H, W], minus one centre.
     distances: [n, n] if the two are the same, else [n, m+1, m+1], in which each image is the last one behind the m others.
@@ -200,18 +204,21 @@ class _Among:
     own: Tensor
     others: Tensor
     distances: Tensor
+    power: Tensor
 
     @classmethod
-    def batch(cls, features: Tensor, distances: Tensor) -> _Among:
+    def batch(cls, features: Tensor, power: Tensor) -> _Among:
+        """features: as the network returns them."""
+        features = features * power
         centred = features - features.mean(0)
-        return cls(features, centred, centred, distances)
+        return cls(features, centred, centred, _distances(features), power)
 
     @classmethod
-    def references(cls, features: Tensor, own: Tensor, others: Tensor, inside: Tensor) -> _Among:
+    def references(cls, features: Tensor, own: Tensor, others: Tensor, inside: Tensor, power: Tensor) -> _Among:
         """inside: the distances [m, m] between the others."""
         x, y = own.flatten(1), others.flatten(1)
         border = geometry.centred_distances(x, y, x.square().sum(1), y.square().sum(1), torch.float32)
-        return cls(features, own, others, geometry.bordered(inside, border))
+        return cls(features, own, others, geometry.bordered(inside, border), power)
 
     def channel_weights(self, lap: Tensor) -> Tensor:
         """[n, C], from Laplacians of the shape of the distances. Weights that are only rounding are zero, as in `kdx.unicam`."""
@@ -235,6 +242,23 @@ class _Among:
         values = decomposition.cross_shares(self.own.flatten(2), self.others.flatten(2), distances, matrices)
         maps: Tensor = values.to(torch.float32).unflatten(2, self.features.shape[2:])
         return maps
+
+
+def _powers(values: Sequence[Tensor]) -> Sequence[Tensor]:
+    """For each tensor the power of two [], 1 for ordinary values, that makes its largest value ordinary."""
+    flat = [geometry.wide(tensor).flatten() for tensor in values]
+    largest = torch.stack([torch.maximum(tensor.amax(0), -tensor.amin(0)).to(torch.float32) for tensor in flat])
+    powers = torch.ones_like(largest)
+    for exponent in _EXPONENTS:
+        step = 2.0**exponent
+        powers = torch.where(largest * powers <= 1 / step, powers * step, powers)
+        powers = torch.where(largest * powers >= step, powers / step, powers)
+    return powers.unbind(0)
+
+
+def _distances(features: Tensor) -> Tensor:
+    """The distances [n, n] between features [n, C, H, W]."""
+    return geometry.distances(features.flatten(1), torch.float32)
 
 
 def _label_distances(labels: Tensor, others: Tensor) -> Tensor:

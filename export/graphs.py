@@ -37,8 +37,8 @@ class WatchedNetwork(nn.Module):
 
     Every runtime executes a graph that is built on this class, or a file exported from one, so only this class decides on
     preprocessing and on the layout of features (`kdx.export.layouts`). A layer is a dotted module path; ``path[i]`` is the i-th output
-    of a module that has several, and ``path:layout`` states the layout of its output. A network in half precision still takes float32
-    images and returns float32 results.
+    of a module that has several, which is necessary if several are floating-point tensors, and ``path:layout`` states
+    the layout of its output. A network in half precision still takes float32 images and returns float32 results.
     """
 
     def __init__(self, network: nn.Module, layers: Sequence[str], preprocessing: Preprocessing = Preprocessing()) -> None:
@@ -189,11 +189,17 @@ class GradientGraph(WatchedNetwork):
     def output_names(self) -> tuple[str, ...]:
         return ("logits", *map(output_name, self.layers), *(f"gradient/{layer}" for layer in self.layers))
 
-    def forward(self, images: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, cotangent: Tensor | Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        """cotangent: a tensor, or a function of the logits that returns one."""
         with torch.enable_grad():
-            logits, raw = self.watch(images, _cut)
+            logits, raw = self.recorded(images)
             self.decide(raw, images)
-            return self.with_gradients(images, cotangent, logits, raw)
+            return self.with_gradients(images, cotangent if isinstance(cotangent, Tensor) else cotangent(logits), logits, raw)
+
+    def recorded(self, images: Tensor) -> tuple[Tensor, dict[str, object]]:
+        """`watch` in a pass that autograd records from the first layer on."""
+        with torch.enable_grad():
+            return self.watch(images, _cut)
 
     def cotangent_shape(self, images: Tensor) -> tuple[int, ...]:
         """The shape of the cotangent for these images."""
@@ -227,10 +233,25 @@ class GradientGraph(WatchedNetwork):
 
     def _predict(self, images: Tensor) -> object:
         # With detached weights autograd records from the first layer on, and the network's own requires_grad flags stay as they are.
-        weights = {name: ambient.recordable(parameter.detach()) for name, parameter in self.network.named_parameters()}
-        weights |= {name: buffer.clone() for name, buffer in self.network.named_buffers() if buffer.is_inference()}
         with GradientsStayOn():
-            return torch.func.functional_call(self.network, weights, (images.detach(),))
+            return torch.func.functional_call(self.network, _detached_weights(self.network), (images.detach(),), tie_weights=False)
+
+
+def _detached_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The detached parameters by path, and the buffers that autograd could not record.
+
+    One path per attribute of a module. `functional_call` would otherwise replace an attribute once per path of a module that is
+    registered at several paths, and leave its replacement in place of the parameter.
+    """
+    weights: dict[str, Tensor] = {}
+    for path, module in network.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            weights[prefix + name] = ambient.recordable(parameter.detach())
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if buffer.is_inference():
+                weights[prefix + name] = buffer.clone()
+    return weights
 
 
 def _cut(raw: Tensor) -> Tensor:
@@ -253,17 +274,25 @@ def _capture_hook(raw: dict[str, object], layer: str, capture: Callable[[Tensor]
 
     def hook(_module: nn.Module, _inputs: object, output: object) -> object:
         items = list(output) if isinstance(output, list | tuple) else [output]
-        position = index or 0
-        if position >= len(items):
+        if index is not None and index >= len(items):
             raise KdxError(
                 f"There is no {layer!r}: {path} has {len(items)} outputs.", f"Name one from {path}[0] to {path}[{len(items) - 1}]."
             )
-        tensor = items[position]
-        if not isinstance(tensor, Tensor) or (index is None and len(items) > 1):
+        position = _only_feature(items) if index is None else index
+        tensor = None if position is None else items[position]
+        if position is None or not isinstance(tensor, Tensor):
             raw[layer] = output  # `checked_feature` raises the error
             return None
         raw[layer] = captured = capture(tensor)
         items[position] = captured.clone()
-        return type(output)(items) if isinstance(output, list | tuple) else items[0]
+        if not isinstance(output, list | tuple):
+            return items[0]
+        return output._make(items) if hasattr(output, "_make") else type(output)(items)  # a named tuple takes its entries one by one
 
     return hook
+
+
+def _only_feature(items: Sequence[object]) -> int | None:
+    """The place of the only floating-point tensor among a module's outputs, such as tokens with the size of their grid; else None."""
+    places = [place for place, item in enumerate(items) if isinstance(item, Tensor) and item.is_floating_point()]
+    return places[0] if len(places) == 1 else None

@@ -18,7 +18,7 @@ from torch import Tensor
 from kdx.choices import FilePrecision
 from kdx.disk import staging, unwritable, write_through
 from kdx.errors import KdxError, first_line
-from kdx.export import parity, trace, value_names
+from kdx.export import parity, recurrence, trace, value_names
 from kdx.export.copies import copied
 from kdx.export.dependence import check_dependence
 from kdx.export.description import (
@@ -38,8 +38,9 @@ from kdx.kernels import ambient
 _TRACE_BATCH = 5
 """The batch size of the trace. It is rare, because tracing merges a batch size with an equal dimension, such as three channels."""
 
-_OPSET = 22
-"""The first opset whose convolutions and pools take bfloat16."""
+_OPSETS: dict[FilePrecision, int] = {"fp32": 21, "fp16": 21, "bf16": 22}
+"""The opset of a file: that of bfloat16 is the first whose convolutions and pools take it. ONNX Runtime's CUDA provider does not have
+the pools of opset 22, and would leave them to the CPU."""
 
 _DTYPES: dict[FilePrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -87,7 +88,9 @@ def write(
         # A size that differs from all others, such as the one that images are resized to: tracing merges equal dimensions.
         traced_size = (image_size[0] + 3, image_size[1] + 7) if resizes else image_size
         inputs = parity.seeded_inputs(graph, _TRACE_BATCH, traced_size, seed=0)
-        model = _exported(_converted(graph, precision), inputs, resizes, name)
+        if isinstance(graph, GradientGraph):
+            recurrence.check_steps(graph, inputs["images"])
+        model = _exported(_converted(graph, precision), inputs, resizes, name, _OPSETS[precision])
         description = _description(graph, model, origins, precision, None if resizes else image_size)
         _add_metadata(model, asdict(replace(description, classes=classes, references=_references(graph, reference_ids))))
         staged = folder / path.name
@@ -190,7 +193,7 @@ def _is_float32(network: WatchedNetwork) -> bool:
     return all(tensor.dtype == torch.float32 for tensor in tensors if tensor.is_floating_point())
 
 
-def _exported(graph: Graph, inputs: dict[str, Tensor], resizes: bool, reference: str) -> onnx.ModelProto:
+def _exported(graph: Graph, inputs: dict[str, Tensor], resizes: bool, reference: str, opset: int) -> onnx.ModelProto:
     dynamic = {name: {0: "batch"} for name in inputs}
     if resizes:
         dynamic["images"] = {0: "batch", 2: "height", 3: "width"}
@@ -209,7 +212,7 @@ def _exported(graph: Graph, inputs: dict[str, Tensor], resizes: bool, reference:
                 dynamo=True,
                 input_names=list(graph.input_names),
                 output_names=[value_names.placeholder(index) for index in range(len(graph.output_names))],
-                opset_version=_OPSET,
+                opset_version=opset,
                 verbose=False,
             )
     except KdxError:

@@ -26,10 +26,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from kdx.disk import log
 from kdx.errors import KdxError
-from kdx.export import decompositions, recurrence
+from kdx.export import decompositions
 from kdx.export.graphs import GradientGraph, WatchedNetwork
+from kdx.export.nodes import argument_values, module_path
 
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 _MANY = 2_000
 """The number of operators from which an export announces that it takes minutes."""
@@ -50,10 +53,11 @@ def traced_program(graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: Dynami
         if isinstance(graph, GradientGraph):
             forward = torch.export.export(_Forward(graph), inputs, dynamic_shapes=dynamic).run_decompositions({})
             program = _with_gradients(forward, graph)
-            if len(program.graph.nodes) > _MANY:
-                log.info("converting %d operators to ONNX takes up to a minute per 1,000", len(program.graph.nodes))
         else:
             program = torch.export.export(graph, inputs, dynamic_shapes=dynamic)
+        program = _with_translatable_attention(program)
+    if len(program.graph.nodes) > _MANY:
+        log.info("converting %d operators to ONNX takes up to a minute per 1,000", len(program.graph.nodes))
     unsupported = unsupported_operators(program)
     if unsupported:
         names = [f"{operator} of {layer or 'the network itself'}" for operator, layer in unsupported]
@@ -65,13 +69,27 @@ def traced_program(graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: Dynami
     return program
 
 
+def _with_translatable_attention(program: ExportedProgram) -> ExportedProgram:
+    """The program with its attention as plain operators, if any attention is in a form that torch.onnx.export does not translate."""
+    if not any(_needs_plain_attention(node) for node in program.graph.find_nodes(op="call_function", target=_ATTENTION)):
+        return program
+    plain: ExportedProgram = program.run_decompositions({_ATTENTION: decompositions.FORWARD[_ATTENTION]})
+    return plain
+
+
+def _needs_plain_attention(node: fx.Node) -> bool:
+    """Whether the queries, keys or values of an attention have another number of dimensions than four."""
+    arguments = argument_values(node)
+    return any(arguments[name].meta["val"].ndim != 4 for name in ("query", "key", "value"))
+
+
 def unsupported_operators(program: ExportedProgram) -> list[tuple[str, str]]:
     """The operators that torch.onnx.export neither knows nor decomposes, each with the path of the module that it comes from."""
     operators: dict[tuple[str, str], None] = {}
     for node in program.graph.nodes:
         operator = node.target
         if isinstance(operator, torch._ops.OpOverload) and not _exportable(operator):
-            operators[str(operator), recurrence.module_path(node)] = None
+            operators[str(operator), module_path(node)] = None
     return list(operators)
 
 
@@ -173,7 +191,6 @@ def _joint(
 ) -> tuple[fx.GraphModule, list[fx.Node]]:
     """The part of the forward pass behind the cuts with its vector-Jacobian product, and the node of each of its inputs."""
     behind = _behind(fx_graph, set(cuts.values()))
-    recurrence.check_steps(behind)
     outside = dict.fromkeys([images, cotangent])
     for node in (*behind, *cuts.values(), end):
         sources = node.all_input_nodes if node in behind else [node]

@@ -9,8 +9,11 @@ if TYPE_CHECKING:
     from kdx.maps.class_maps import ClassMaps, grad_cam, hires_cam
     from kdx.maps.decomposition import Decomposition, decompose
     from kdx.maps.earlier_layers import unicam_before
+    from kdx.maps.figures import Drawable
+    from kdx.maps.overlays import overlay
     from kdx.maps.salient_images import impute, salient_images, top_mask
     from kdx.maps.unicam import Maps, ReferenceSet, unicam
+    from kdx.runs.opened import ImageLayer, OpenedRun, RunImage, open_run
     from kdx.scores.compare import compare
     from kdx.scores.metrics import fss, partial_rs, rs
     from kdx.scores.pool import LayerScores
@@ -22,13 +25,17 @@ __all__ = [
     "ClassMaps",
     "Contrast",
     "Decomposition",
+    "Drawable",
     "Explainer",
     "Explanation",
+    "ImageLayer",
     "KdxError",
     "LayerResult",
     "LayerScores",
     "Maps",
+    "OpenedRun",
     "ReferenceSet",
+    "RunImage",
     "Score",
     "compare",
     "decompose",
@@ -36,6 +43,8 @@ __all__ = [
     "grad_cam",
     "hires_cam",
     "impute",
+    "open_run",
+    "overlay",
     "partial_rs",
     "rs",
     "salient_images",
@@ -48,13 +57,17 @@ _HOMES = {
     "ClassMaps": "maps.class_maps",
     "Contrast": "scores.score",
     "Decomposition": "maps.decomposition",
+    "Drawable": "maps.figures",
     "Explainer": "explain.explainer",
     "Explanation": "explain.explainer",
+    "ImageLayer": "runs.opened",
     "KdxError": "errors",
     "LayerResult": "explain.explainer",
     "LayerScores": "scores.pool",
     "Maps": "maps.unicam",
+    "OpenedRun": "runs.opened",
     "ReferenceSet": "maps.unicam",
+    "RunImage": "runs.opened",
     "Score": "scores.score",
     "compare": "scores.compare",
     "decompose": "maps.decomposition",
@@ -62,6 +75,8 @@ _HOMES = {
     "grad_cam": "maps.class_maps",
     "hires_cam": "maps.class_maps",
     "impute": "maps.salient_images",
+    "open_run": "runs.opened",
+    "overlay": "maps.overlays",
     "partial_rs": "scores.metrics",
     "rs": "scores.metrics",
     "salient_images": "maps.salient_images",
@@ -71,7 +86,22 @@ _HOMES = {
 }
 """The module of each public name. It is imported when the name is first used, since PyTorch takes seconds to load."""
 
-_FOLDERS = ("data", "distill", "explain", "export", "features", "kernels", "maps", "models", "report", "runs", "runtimes", "scores")
+_FOLDERS = (
+    "cam",
+    "data",
+    "distill",
+    "explain",
+    "export",
+    "features",
+    "kernels",
+    "losses",
+    "maps",
+    "models",
+    "report",
+    "runs",
+    "runtimes",
+    "scores",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 RuntimeName = Literal["auto", "eager", "onnx", "openvino", "tensorrt"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 
-Precision = Literal["float32", "bfloat16"]
-"""The number format in which a runtime computes a network. Inputs and outputs are always float32."""
+Precision = Literal["float32", "tf32", "bfloat16"]
+"""The number format in which a runtime computes a network. Inputs and outputs are always float32. tf32 is that of a GPU's products."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 FilePrecision = Literal["fp32", "fp16", "bf16"]
@@ -26,8 +27,41 @@ Weighting = Literal["gap", "elementwise"]
 Features = Literal["raw", "salient"]
 """The features that scores compare: each network's features of the images, or of its own salient images."""
 
+SalientClass = Literal["predicted", "true"]
+"""The class of which salient features keep the pixels: the one that each network predicts, or the image's label."""
+
+SalientScore = Literal["logit", "probability"]
+"""What the ranking of the pixels of a salient image differentiates: the logit of the class, or its softmax."""
+
 GeometryName = Literal["auto", "whole", "reference", "batch"]
-"""The images that an image is compared with: the whole set, a fixed reference set, or the images of its batch, as published."""
+"""The images that an image is compared with: the whole set, a fixed reference set, or the images of its batch."""
+
+ResizeMode = Literal["cover", "squash", "letterbox"]
+"""How an image of other proportions is brought to a size. cover: resized until it covers the size, and cropped at its centre. squash:
+resized to the size, without regard to its proportions. letterbox: resized until it fits into the size, with grey bars at two sides."""
+
+Interpolation = Literal["bicubic", "bilinear"]
+"""How the pixels of a resized image are computed: by Pillow, antialiased."""
+
+
+@dataclass(frozen=True)
+class Resizing:
+    """How images are brought to the size of the networks."""
+
+    mode: ResizeMode = "cover"
+    interpolation: Interpolation = "bicubic"
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(ResizeMode) or self.interpolation not in get_args(Interpolation):
+            raise ValueError(f"no resize mode {self.mode!r} or no interpolation {self.interpolation!r}")
+
+
+COVER = Resizing()
+"""The default: cover, bicubic."""
 
 StoredPrecision = Literal["float32", "float16"]
 """The number format of features on disk."""
+
+TableFormat = Literal["csv", "latex", "markdown", "images"]
+"""A table of a run: its scores in one of three formats, or the numbers of every image as CSV."""
+TABLE_FORMATS: tuple[TableFormat, ...] = get_args(TableFormat)

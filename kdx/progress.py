@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,13 +18,19 @@ Show = Callable[[str, int, int, str], None]
 
 _SECONDS_BETWEEN_LINES = 10.0
 
+_UNLIMITED = 10_000  # columns
+
 
 @cache
 def console() -> Console:
-    """The console on standard output, for tables, status lines and progress bars."""
+    """The console on standard output, for tables, status lines and progress bars.
+
+    Output that goes to a file or another program has no width, so no table is cut there, unless COLUMNS states one.
+    """
     from rich.console import Console
 
-    return Console(highlight=False)
+    terminal = Console(highlight=False)
+    return terminal if terminal.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=_UNLIMITED)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Launches of kernels through PyCUDA, on PyTorch's device, context, stream and memory.
+"""Launches of kernels on PyTorch's device, stream and memory.
 
 `runs` decides whether a call goes to CUDA or stays in PyTorch; `launcher(tensor.device).launch(...)` launches a kernel.
 """
@@ -7,27 +7,23 @@ from __future__ import annotations
 
 import atexit
 import functools
-import importlib
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kdx.errors import KdxError, first_line, missing_package
+from kdx.errors import KdxError
 from kdx.kernels import cubins
+from kdx.kernels.drivers import DriverError, Number, Size, open_driver
 
 Backend = Literal["auto", "torch", "cuda"]
 _BACKENDS = get_args(Backend)
 
-_NON_BLOCKING = 1
-"""CU_STREAM_NON_BLOCKING: a stream that does not wait for the default stream."""
-Size = tuple[int, int, int]
 Argument = Tensor | np.generic | None
 
 log = logging.getLogger("kdx")
@@ -107,52 +103,35 @@ class Gpu:
                 "Choose the backend torch.",
             )
         self.multiprocessors = torch.cuda.get_device_properties(index).multi_processor_count
-        self._driver = _driver()
         # Compile all sources now, so that no call fails halfway for lack of a kernel.
         with ThreadPoolExecutor() as pool:
             codes = dict(zip(cubins.names(), pool.map(self._code, cubins.names()), strict=True))
         try:
-            self._driver.init()
-            self._context = self._driver.Device(index).retain_primary_context()  # the context that PyTorch uses
-            with self._current():
-                self._modules = {source: self._driver.module_from_buffer(code) for source, code in codes.items()}
-        except self._driver.Error as error:
+            self._driver = open_driver(index)
+            self._modules = {source: self._driver.load(code) for source, code in codes.items()}
+        except DriverError as error:
             raise KdxError(
-                f"The driver of {self.device} does not load the CUDA kernels: {first_line(error)}.",
+                f"The driver of {self.device} does not load the CUDA kernels: {error}.",
                 "Install a driver as new as the CUDA toolkit that compiles them, or choose the backend torch.",
             ) from error
         self._functions: dict[tuple[str, str], Any] = {}
-        self._stream: tuple[Any, torch.cuda.Stream] | None = None  # one stream, as PyCUDA and as PyTorch name it
         self._lock = threading.Lock()
 
     def launch(self, source: str, kernel: str, grid: Size, block: Size, arguments: Sequence[Argument], shared: int = 0) -> None:
         packed = [self._packed(place, argument) for place, argument in enumerate(arguments)]
-        current = torch.cuda.current_stream(self.device)
-        with self._lock, self._current():
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        with self._lock:
             if (source, kernel) not in self._functions:
-                self._functions[source, kernel] = self._modules[source].get_function(kernel)
-            function = self._functions[source, kernel]
-            if current.cuda_stream == 0:
-                function(*packed, grid=grid, block=block, shared=shared)
-                return
-            # PyCUDA launches only on the default stream or on a stream that it made. That stream waits for the current one before the
-            # kernel, and the current one waits for it after.
-            if self._stream is None:
-                stream = self._driver.Stream(_NON_BLOCKING)
-                self._stream = stream, torch.cuda.ExternalStream(stream.handle, device=self.device)
-            stream, same_in_pytorch = self._stream
-            same_in_pytorch.wait_stream(current)
-            function(*packed, grid=grid, block=block, shared=shared, stream=stream)
-            current.wait_stream(same_in_pytorch)
+                self._functions[source, kernel] = self._driver.function(self._modules[source], kernel)
+            self._driver.launch(self._functions[source, kernel], grid, block, shared, packed, stream)
 
     def close(self) -> None:
-        """Release modules, stream and context; PyCUDA warns about any that are left when it ends itself."""
+        """Release modules and context; a driver warns about any that are left when it ends itself."""
         self._functions.clear()
         self._modules.clear()
-        self._stream = None
-        self._context.detach()  # without this call, PyCUDA would release the context as if it had made it
+        self._driver.close()
 
-    def _packed(self, place: int, argument: Argument) -> np.generic:
+    def _packed(self, place: int, argument: Argument) -> Number:
         if argument is None:
             return np.uintp(0)
         if isinstance(argument, Tensor):
@@ -165,15 +144,6 @@ class Gpu:
 
     def _code(self, source: str) -> bytes:
         return cubins.load(source, self.capability).code
-
-    @contextmanager
-    def _current(self) -> Iterator[None]:
-        """Make PyTorch's context current, for PyCUDA's calls."""
-        self._context.push()
-        try:
-            yield
-        finally:
-            self._driver.Context.pop()
 
 
 _gpus: dict[int, Gpu | KdxError] = {}
@@ -191,15 +161,3 @@ def _gpu(index: int) -> Gpu | KdxError:
             except KdxError as obstacle:
                 _gpus[index] = obstacle
         return _gpus[index]
-
-
-def _driver() -> Any:
-    """The module pycuda.driver; KdxError if it cannot be imported."""
-    try:
-        return importlib.import_module("pycuda.driver")
-    except ModuleNotFoundError:
-        raise missing_package("pycuda", "gpu", "The CUDA backend") from None
-    except ImportError as error:  # the driver's library is missing
-        raise KdxError(
-            f"PyCUDA does not load: {first_line(error)}.", "Install the NVIDIA driver; kdx doctor shows what is missing."
-        ) from error

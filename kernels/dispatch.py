@@ -124,6 +124,10 @@ class TorchBackend:
         ]
         return UnicamWeights(weights, solution.score, solution.left, solution.lap if laplacians else None)
 
+    def means(self, features: Tensor) -> Tensor:
+        """`geometry.gap`, in float64."""
+        return geometry.gap(features)
+
     def cam(self, features: Tensor, weights: Tensor) -> Tensor:
         """`geometry.cam`."""
         return geometry.cam(features, weights)
@@ -190,6 +194,9 @@ class CudaBackend(TorchBackend):
         ]
         score, share = (torch.stack(values) for values in zip(*((result.score, result.left) for result in results), strict=True))
         return UnicamWeights([result.channel_weights for result in results], score, share, None)
+
+    def means(self, features: Tensor) -> Tensor:
+        return super().means(features) if features.dtype == torch.float64 else fused.means(features)
 
     def cam(self, features: Tensor, weights: Tensor) -> Tensor:
         return super().cam(features, weights) if features.dtype == torch.float64 else fused.cam(features, weights)

@@ -8,8 +8,6 @@ A wrong shape or type is a ValueError: callers check what users give before they
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import gcd
 
@@ -20,6 +18,7 @@ from torch import Tensor
 from kdx.choices import ObjectiveName
 from kdx.kernels import geometry
 from kdx.kernels.launches import THREADS, check, full_grid, launch, warps
+from kdx.kernels.precision import ieee_float32 as ieee_float32
 
 _TILE = 64
 """Side of a tile of distances."""
@@ -78,7 +77,7 @@ def distances(x: Tensor) -> Tensor:
     """
     check(x.ndim in (2, 3) and x.dtype == torch.float32, "x must be float32 [n, d] or [B, n, d]")
     rows = x.reshape(-1, *x.shape[-2:]).contiguous()
-    return _symmetric(rows, rows.square().sum(-1)).view(*x.shape[:-1], x.shape[-2])
+    return _symmetric(rows).view(*x.shape[:-1], x.shape[-2])
 
 
 def centred_distances(x: Tensor, y: Tensor, norms_x: Tensor, norms_y: Tensor) -> Tensor:
@@ -91,20 +90,21 @@ def centred_distances(x: Tensor, y: Tensor, norms_x: Tensor, norms_y: Tensor) ->
     same = x is y
     x, norms_x = x.contiguous(), norms_x.float().contiguous()
     if same:
-        return _symmetric(x[None], norms_x[None])[0]
+        return _symmetric(x[None])[0]
     y, norms_y = y.contiguous(), norms_y.float().contiguous()
     (q, d), m = x.shape, y.shape[0]
     matrix = _gram(x[None], y[None])[0]
-    launch(x, "pairwise", "pairwise_cross", (-(-m // _TILE), -(-q // _TILE), 1), matrix, x, y, norms_x, norms_y, _near(), q, m, d)
+    launch(x, "pairwise", "pairwise_cross", (-(-m // _TILE), -(-q // _TILE), 1), matrix, x, y, norms_x, norms_y, near(), q, m, d)
     return matrix
 
 
-def _symmetric(x: Tensor, norms: Tensor) -> Tensor:
+def _symmetric(x: Tensor) -> Tensor:
     """Distances [B, n, n] of contiguous rows x [B, n, d]."""
     count, n, d = x.shape
     matrices = _gram(x, x)
+    norms = matrices.diagonal(dim1=1, dim2=2).contiguous()  # rounded as the products beside them
     tiles = -(-n // _TILE)
-    launch(x, "pairwise", "pairwise_symmetric", (count, tiles, tiles), matrices, x, norms, _near(), n, d)
+    launch(x, "pairwise", "pairwise_symmetric", (count, tiles, tiles), matrices, x, norms, near(), n, d)
     return matrices
 
 
@@ -113,7 +113,7 @@ def _gram(x: Tensor, y: Tensor) -> Tensor:
     rows = geometry.blocks(x)
     columns = rows if x is y else geometry.blocks(y)
     blocks = rows.shape[1]
-    with _full_precision():
+    with ieee_float32():
         if len(x) == 1 and 1 < blocks <= _ELEMENTS // (x.shape[1] * y.shape[1]):
             return torch.bmm(rows[0], columns[0].mT).sum(0, keepdim=True)
         gram = torch.bmm(rows[:, 0], columns[:, 0].mT)
@@ -122,19 +122,8 @@ def _gram(x: Tensor, y: Tensor) -> Tensor:
         return gram
 
 
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Matrix products without TF32, which would leave ten bits of a distance."""
-    settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
-
-
-def _near() -> np.float32:
+def near() -> np.float32:
+    """The share of the squared norms below which a squared distance is computed from the features."""
     return np.float32(geometry.REPAIR_BELOW[torch.float32])
 
 
@@ -275,7 +264,20 @@ def _maxima(kernel: str, inputs: tuple[Tensor, ...], stack: int, n: int) -> tupl
     return column, count, residual, given
 
 
-# Maps
+# Means and maps
+
+_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def means(features: Tensor) -> Tensor:
+    """Float64 spatial means [n, C] of float32, float16 or bfloat16 features [n, C, H, W]: `geometry.gap`. Reads the features once."""
+    check(features.ndim == 4 and features.dtype in _NAMES, "features must be float32, float16 or bfloat16 [n, C, H, W]")
+    features = features.contiguous()
+    rows, positions = features.shape[0] * features.shape[1], features.shape[2] * features.shape[3]
+    result = torch.empty(features.shape[:2], dtype=torch.float64, device=features.device)
+    grid = (-(-rows // THREADS), 1, 1)
+    launch(features, "means", f"means_{_NAMES[features.dtype]}", grid, features, np.int64(rows), positions, result)
+    return result
 
 
 def cam(features: Tensor, channel_weights: Tensor) -> Tensor:
@@ -283,8 +285,7 @@ def cam(features: Tensor, channel_weights: Tensor) -> Tensor:
 
     Reads the features once. As `geometry.cam`.
     """
-    kernel = {torch.float32: "cam_float32", torch.float16: "cam_float16", torch.bfloat16: "cam_bfloat16"}.get(features.dtype)
-    check(features.ndim == 4 and kernel is not None, "features must be float32, float16 or bfloat16 [n, C, H, W]")
+    check(features.ndim == 4 and features.dtype in _NAMES, "features must be float32, float16 or bfloat16 [n, C, H, W]")
     check(channel_weights.shape == features.shape[:2], "weights must be [n, C]")
     features, channel_weights = features.contiguous(), channel_weights.float().contiguous()
     n, channels, height, width = features.shape
@@ -294,7 +295,7 @@ def cam(features: Tensor, channel_weights: Tensor) -> Tensor:
     maps = torch.empty(n, height, width, dtype=torch.float32, device=features.device)
     shape = (channels, height, width, plan.period, plan.lanes, plan.periods_per_block, plan.wide)
     grid = (n, plan.slices, plan.splits)
-    launch(features, "cam", str(kernel), grid, features, channel_weights, *shape, partial, finished, maps)
+    launch(features, "cam", f"cam_{_NAMES[features.dtype]}", grid, features, channel_weights, *shape, partial, finished, maps)
     return maps
 
 

@@ -15,7 +15,10 @@ from kdx.kernels import cuda
 from kdx.kernels.multigrid import PixelGrid
 
 _VALUES = 2_500_000
-"""Pixels, in all channels, that are solved at once. Each takes about thirty times four bytes of memory."""
+"""Pixels, in all channels, that the CPU solves at once: about as many as its cache is good for."""
+
+_BYTES = 120
+"""Memory of each of these pixels in float32: thirty numbers."""
 
 _STAGES = 16
 """The most corrections of a solution. Three are usual; after this many, it will not converge."""
@@ -67,7 +70,7 @@ def impute(
     n, c, h, w = images.shape
     result = torch.empty_like(images)
     drawn = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32) if noise else None
-    step = max(1, _VALUES // (c * h * w))
+    step = max(1, _values(images.device) // (c * h * w))
     for start in range(0, n, step):
         part = slice(start, start + step)
         wide = images[part].to(torch.promote_types(images.dtype, torch.float32))
@@ -76,6 +79,11 @@ def impute(
             imputed += noise * drawn[part].to(imputed)
         torch.where(kept[part, None], images[part], imputed.to(images.dtype), out=result[part])
     return result
+
+
+def _values(device: torch.device) -> int:
+    """Pixels that are solved at once: on a GPU, where a step costs thousands of launches, as many as fit into half of the free memory."""
+    return torch.cuda.mem_get_info(device)[0] // (2 * _BYTES) if device.type == "cuda" else _VALUES
 
 
 def _solved(images: Tensor, kept: Tensor, tolerance: float, launcher: cuda.Launcher | None, first: int) -> Tensor:

@@ -6,13 +6,14 @@ import numpy as np
 from torch import Tensor
 
 from kdx.kernels import cuda
+from kdx.kernels.drivers import Size
 
 THREADS = 256
 _BLOCKS_PER_MULTIPROCESSOR = 8
 """More blocks than a multiprocessor runs at once, so that all multiprocessors finish at about the same time."""
 
 
-def launch(on: Tensor, source: str, kernel: str, grid: cuda.Size, *arguments: Tensor | np.generic | float | None) -> None:
+def launch(on: Tensor, source: str, kernel: str, grid: Size, *arguments: Tensor | np.generic | float | None) -> None:
     """Launch a kernel on a tensor's device. Python integers become int32, other Python numbers float64."""
     packed = [
         np.int32(value) if isinstance(value, int) else np.float64(value) if isinstance(value, float) else value for value in arguments

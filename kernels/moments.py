@@ -91,8 +91,9 @@ def of_matrices(matrices: Tensor, biased: bool = False) -> Moments | None:
     # The parts are random, but the same in each call: images that are stored together may be alike.
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(matrices.device)
     matrices, sizes = matrices[:, order][:, :, order], part_sizes(n)
-    pairs = torch.stack([torch.stack([_summed(_summed(a * b, sizes).T, sizes).T for b in matrices]) for a in matrices])
-    return of_parts(pairs, torch.stack([_summed(a, sizes).T for a in matrices]), sizes, biased).scaled(scale)
+    rows = _summed(matrices, sizes).mT
+    pairs = torch.stack([_summed(_summed(a * matrices, sizes).mT, sizes).mT for a in matrices])
+    return of_parts(pairs, rows, sizes, biased).scaled(scale)
 
 
 def part_sizes(n: int) -> list[int]:
@@ -107,23 +108,23 @@ def of_parts(pairs: Tensor, rows: Tensor, sizes: Sequence[int], biased: bool = F
     pairs [k, k, u, u]: sum of D_ij E_ij over the images i of one part and j of the other, for every two matrices D and E. rows [k, n, u]:
     sum_j D_ij over the images j of each part. The matrices need not be centred.
     """
-    k, n, parts = rows.shape
+    _, n, parts = rows.shape
+    first, second = upper(len(rows), rows.device)
+    pairs, totals = pairs[first, second], _pair_sums(_summed(rows, sizes))
     left = torch.tensor([n - size for size in sizes], dtype=rows.dtype, device=rows.device)
-    left_of_two = left[:, None] + left - n
-    totals = [_total_sums(matrix, sizes) for matrix in rows]
+    counts: tuple[int | Tensor, ...] = (n, left, left[:, None] + left - n)
     second_order = n - 2 * max(sizes) >= _FEWEST
     influences, interactions = [], []
-    for a, b in zip(*(index.tolist() for index in upper(k)), strict=True):
-        sums = zip(_pair_sums(pairs[a, b]), _row_sums(rows[a], rows[b], sizes), totals[a], totals[b], strict=True)
-        counts: tuple[int | Tensor, ...] = (n, left, left_of_two)
-        whole, one, two = (
-            geometry.combined(pair, row, t * u, count, biased) for (pair, row, t, u), count in zip(sums, counts, strict=True)
-        )
-        influence = (parts - 1) * (whole - one)
-        influences.append(influence - influence.mean())
+    for part in torch.arange(len(pairs), device=rows.device).split(geometry.per_step(n * parts, rows.device)):
+        a, b = first[part], second[part]
+        sums = zip(_pair_sums(pairs[part]), _row_sums(rows[a], rows[b], sizes), totals, counts, strict=True)
+        whole, one, two = (geometry.combined(pair, row, total[a] * total[b], count, biased) for pair, row, total, count in sums)
+        influence = (parts - 1) * (whole[:, None] - one)
+        influences.append(influence - influence.mean(1, keepdim=True))
         if second_order:
-            interactions.append(_off_diagonal(parts * whole - (parts - 1) * (one[:, None] + one) + (parts - 2) * two))
-    return _moments(torch.stack(influences), torch.stack(interactions) if second_order else None)
+            whole, both = whole[:, None, None], one[:, :, None] + one[:, None]
+            interactions.append(_off_diagonal(parts * whole - (parts - 1) * both + (parts - 2) * two))
+    return _moments(torch.cat(influences), torch.cat(interactions) if second_order else None)
 
 
 def _moments(influences: Tensor, interactions: Tensor | None) -> Moments:
@@ -140,40 +141,40 @@ def _moments(influences: Tensor, interactions: Tensor | None) -> Moments:
 
 
 def _off_diagonal(values: Tensor) -> Tensor:
-    """Values [u, u] minus their mean, both without the diagonal, which becomes zero."""
-    off = hollow(len(values), values)
+    """Values [..., u, u] minus the mean of each matrix, both without the diagonal, which becomes zero."""
+    off = hollow(values.shape[-1], values)
     values = torch.where(off > 0, values, 0.0)
-    return (values - values.sum() / off.sum()) * off
+    return (values - values.sum((-2, -1), keepdim=True) / off.sum()) * off
 
 
 def _pair_sums(pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of pairs [u, u] over all parts [], without each part [u], and without every two parts [u, u]."""
-    whole = pairs.sum()
-    one = whole - 2 * pairs.sum(1) + pairs.diagonal()
-    return whole, one, one[:, None] + one - whole + 2 * pairs
-
-
-def _total_sums(rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of a matrix, given as in `of_parts` by its rows [n, u]: of all [], without each part, and without every two parts."""
-    return _pair_sums(_summed(rows, sizes))
+    """Sums of pairs [m, u, u] over all parts [m], without each part [m, u], and without every two parts [m, u, u]."""
+    whole = pairs.sum((1, 2))
+    one = whole[:, None] - 2 * pairs.sum(2) + pairs.diagonal(dim1=1, dim2=2)
+    return whole, one, one[:, :, None] + one[:, None] - whole[:, None, None] + 2 * pairs
 
 
 def _row_sums(rows: Tensor, others: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """sum_i r_i s_i, with r and s the row sums of two matrices: of all images, without each part, and without every two parts.
 
-    Without parts u and v, image i has the row sum r_i - R_iu - R_iv, and the images of u and v themselves do not count.
+    rows, others [m, n, u]: of m pairs of matrices, as in `of_parts`. Without parts u and v, image i has the row sum r_i - R_iu - R_iv,
+    and the images of u and v themselves do not count.
     """
-    r, s = rows.sum(1), others.sum(1)
-    cross = rows.T @ others
-    part = torch.repeat_interleave(torch.arange(len(sizes), device=rows.device), torch.tensor(sizes, device=rows.device))[:, None]
-    r_one, s_one = r - rows.gather(1, part)[:, 0], s - others.gather(1, part)[:, 0]  # row sums without the image's own part
-    own = _summed((r_one * s_one)[:, None], sizes)[:, 0]
-    whole = r @ s
-    loss = r @ others + s @ rows - cross.diagonal() + own
-    mixed = cross + _summed(r_one[:, None] * others + s_one[:, None] * rows - rows * others, sizes)
-    return whole, whole - loss, whole - loss[:, None] - loss + mixed + mixed.T
+    r, s = rows.sum(2, keepdim=True), others.sum(2, keepdim=True)
+    cross = rows.mT @ others
+    part = torch.repeat_interleave(torch.arange(len(sizes), device=rows.device), torch.tensor(sizes, device=rows.device))
+    part = part[:, None].expand(len(rows), -1, 1)
+    r_one, s_one = r - rows.gather(2, part), s - others.gather(2, part)  # row sums without the image's own part
+    own = _summed(r_one * s_one, sizes)[:, :, 0]
+    whole = (r * s).sum((1, 2))
+    loss = (r.mT @ others + s.mT @ rows)[:, 0] - cross.diagonal(dim1=1, dim2=2) + own
+    mixed = cross + _summed(r_one * others + s_one * rows - rows * others, sizes)
+    one = whole[:, None] - loss
+    return whole, one, one[:, :, None] - loss[:, None] + mixed + mixed.mT
 
 
 def _summed(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Rows [n, ...] summed over consecutive parts [u, ...]."""
-    return rows if len(sizes) == len(rows) else torch.stack([part.sum(0) for part in rows.split(list(sizes))])
+    """Rows [m, n, ...] summed over consecutive parts [m, u, ...]."""
+    if len(sizes) == rows.shape[1]:
+        return rows
+    return torch.stack([part.sum(1) for part in rows.split(list(sizes), 1)], 1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdx.kernels import geometry
 
-_PROBES = 8
+PROBES = 8
 """Columns of normal numbers that follow the channels through a product, to measure what it makes of rounding errors."""
 
 _SAMPLED = 32
@@ -44,11 +44,23 @@ def with_probes(means: Tensor, features: Tensor, seed: int = 0) -> Tensor:
     Channel weights are a linear function of the means. The same function of the probes, times the relative rounding of the features, is
     the rounding error of the weights. seed: of the probes, another one for the features of a reference set.
     """
-    sample = features[:, :: max(1, features.shape[1] // _SAMPLED)].flatten(1)
+    return with_probes_of(means, entry_sizes(features), seed)
+
+
+def with_probes_of(means: Tensor, sizes: Tensor, seed: int) -> Tensor:
+    """`with_probes` of features whose entries have these `entry_sizes` [n]."""
+    drawn = torch.randn(len(sizes), PROBES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(means.device)
+    return torch.cat([means, sizes[:, None] * drawn], 1)
+
+
+def entry_sizes(features: Tensor, centre: Tensor | None = None) -> Tensor:
+    """The mean absolute value [n], over some channels, of the features [n, C, ...] plus the centre [C, ...]."""
+    step = max(1, features.shape[1] // _SAMPLED)
+    sample = features[:, ::step] if centre is None else features[:, ::step] + centre[::step]
+    sample = sample.flatten(1)
     dtype = torch.promote_types(features.dtype, torch.float32)
-    size = torch.linalg.vector_norm(sample, 1, 1, dtype=dtype).double() / sample.shape[1]  # no squares, which could underflow
-    drawn = torch.randn(len(features), _PROBES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(means.device)
-    return torch.cat([means, size[:, None] * drawn], 1)
+    sums: Tensor = torch.linalg.vector_norm(sample, 1, 1, dtype=dtype)  # no squares, which could underflow
+    return sums.double() / sample.shape[1]
 
 
 def probed(weights: Tensor, features: Tensor, *, together: bool) -> Tensor:
@@ -56,8 +68,23 @@ def probed(weights: Tensor, features: Tensor, *, together: bool) -> Tensor:
 
     together: whether this must hold for all images. Near-duplicates in a batch magnify rounding without making the weights wrong.
     """
-    weights, probes = weights[:, :-_PROBES], weights[:, -_PROBES:]
-    eps, wide_eps = (torch.finfo(kind).eps for kind in (features.dtype, torch.promote_types(features.dtype, torch.float32)))
-    relative = eps / features[0, 0].numel() ** 0.5 + _SUM * wide_eps  # the entries' own rounding averages out
-    real = weights.abs().amax(1) > relative * probes.square().mean(1).sqrt()
-    return torch.where((real.any() if together else real)[..., None], weights, 0.0)
+    real = exceed_rounding(weights, features.dtype, features[0, 0].numel())
+    return torch.where((real.any() if together else real)[..., None], weights[:, :-PROBES], 0.0)
+
+
+def probed_set(weights: Tensor, dtype: torch.dtype, positions: int) -> Tensor:
+    """The channel weights [2, n, C] of a set, from those of `with_probes` with either half as context: zero if all are only rounding.
+
+    dtype, positions: of the features.
+    """
+    real = exceed_rounding(weights.sum(0), dtype, positions).any()
+    return torch.where(real, weights[..., :-PROBES], 0.0)
+
+
+def exceed_rounding(weights: Tensor, dtype: torch.dtype, positions: int) -> Tensor:
+    """Whether any channel weight of an image, [n], is larger than its rounding, which the probes behind the weights [n, C + k] show."""
+    weights, probes = weights[:, :-PROBES], weights[:, -PROBES:]
+    eps, wide_eps = (torch.finfo(kind).eps for kind in (dtype, torch.promote_types(dtype, torch.float32)))
+    relative = eps / positions**0.5 + _SUM * wide_eps  # the entries' own rounding averages out
+    real: Tensor = weights.abs().amax(1) > relative * probes.square().mean(1).sqrt()
+    return real

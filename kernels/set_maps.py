@@ -14,12 +14,12 @@ over the images of either half of the set are kept apart, so that maps with eith
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kdx.kernels import geometry
+from kdx.kernels import geometry, rounding
 from kdx.kernels.decomposition import ELEMENTS, PairWeights
 from kdx.kernels.set_geometry import SetGeometry
 from kdx.kernels.set_unicam import SetGradient
@@ -34,7 +34,8 @@ class SetFeatures:
     """One network's features of n images, read on demand, in the order of a `SetGeometry`.
 
     Rows are [positions, channels]: shape is (P, C). norms [n, P]: q about the centre. centre_products [n, P]: <F_i(p) - centre(p),
-    centre(p)>. means [n, C]: the spatial means minus that of the centre. These three are float64.
+    centre(p)>. means [n, C + k]: the spatial means minus that of the centre, and the probes of `kdx.kernels.rounding`. These three are
+    float64.
     """
 
     matrix: FeatureDistances
@@ -48,14 +49,15 @@ class SetFeatures:
     def of(cls, matrix: FeatureDistances, geometry_: SetGeometry, channels: int) -> SetFeatures:
         positions, device = matrix.rows.shape[1] // channels, matrix.rows.device
         norms, centre_products = (torch.empty(geometry_.n, positions, dtype=torch.float64, device=device) for _ in range(2))
-        means = torch.empty(geometry_.n, channels, dtype=torch.float64, device=device)
+        means = torch.empty(geometry_.n, channels + rounding.PROBES, dtype=torch.float64, device=device)
         features = cls(matrix, geometry_.order, (positions, channels), norms, centre_products, means)
         buffer = RowBuffer()
-        for place in geometry_.places:
+        for number, place in enumerate(geometry_.places):
             block = features.read(place, buffer)
             norms[place] = block.square().sum(2)
             centre_products[place] = torch.einsum("npc,pc->np", block, features.centre)
-            means[place] = block.mean(1, dtype=torch.float64)
+            sizes = rounding.entry_sizes(block.mT, features.centre.mT)  # those of the features, which rounding is relative to
+            means[place] = rounding.with_probes_of(block.mean(1, dtype=torch.float64), sizes, seed=number)
         return features
 
     @property
@@ -76,13 +78,20 @@ class SetFeatures:
 class SetSums:
     """What the second sweep sums for one network, with the images of either half of the set as context, in float64.
 
-    shares [m, 2, n, P], of m matrices. weights [g, 2, n, C]: the channel weights of g gradients. elementwise [g, 2, n, P]: their
-    elementwise maps before the ReLU, or [0, 2, n, P] if they were not requested.
+    shares [m, 2, n, P], of m matrices. weights [g, 2, n, C]: the channel weights of g gradients, zero if all are only rounding; while
+    they are summed, with probes. elementwise [g, 2, n, P]: their elementwise maps before the ReLU, or [0, 2, n, P] if they were not
+    requested.
     """
 
     shares: Tensor
     weights: Tensor
     elementwise: Tensor
+
+    def without_probes(self, features: SetFeatures) -> SetSums:
+        """The sums after the last tile."""
+        dtype, (positions, channels) = features.matrix.rows.dtype, features.shape
+        weights = [rounding.probed_set(gradient, dtype, positions) for gradient in self.weights]
+        return replace(self, weights=torch.stack(weights) if weights else self.weights[..., :channels])
 
 
 def second_sweep(
@@ -112,7 +121,7 @@ def second_sweep(
         tile = _Tile(geometry_.places[a], geometry_.places[b], geometry_.distances(network, a, b), own, other)
         sweep.add(sums, tile, centred, matrices, gradients, both=a != b)
         step()
-    return sums
+    return sums.without_probes(features)
 
 
 def permuted_sums(
@@ -142,7 +151,7 @@ def permuted_sums(
             ]
             tile = _Tile(own, place, geometry_.distances(network, a, b)[rows], block, features.read(place, column_buffer))
             sweep.add(sums, tile, centred, matrices, gradients, both=False)
-    return sums
+    return sums.without_probes(features)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,12 +174,16 @@ class _Sweep:
         self._middle = min((place.stop for place in geometry_.places), key=lambda end: abs(2 * end - geometry_.n))
 
     def zeros(self, matrices: int, gradients: int) -> SetSums:
-        positions, channels = self._features.shape
+        positions, channels = self._features.shape[0], self._features.means.shape[1]
 
         def zeros(count: int, width: int) -> Tensor:
             return torch.zeros(count, 2, self._images, width, dtype=torch.float64, device=self._norms.device)
 
-        return SetSums(zeros(matrices, positions), zeros(gradients, channels), zeros(gradients if self._elementwise else 0, positions))
+        return SetSums(
+            zeros(matrices, positions),
+            zeros(gradients, channels),
+            zeros(gradients if self._elementwise else 0, positions),
+        )
 
     def add(
         self,
@@ -207,7 +220,7 @@ class _Sweep:
         return int(columns.start >= self._middle)
 
     def _add_channel_weights(self, result: Tensor, tile: _Tile, weights: Tensor, both: bool) -> None:
-        """Add r_i f_i - (W f)_i to ``result`` [2, n, C]."""
+        """Add r_i f_i - (W f)_i to ``result`` [2, n, C + k]."""
         means = self._features.means
         sides = [(tile.rows, tile.columns, weights)] + ([(tile.columns, tile.rows, weights.mT)] if both else [])
         for rows, columns, w in sides:

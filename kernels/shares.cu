@@ -2,104 +2,122 @@
 //
 //     c_i(p) = sum_j W_ij |F_i(p) - F_j(p)|^2,    W_ij = G_ij/D_ij, and 0 where D_ij = 0.
 //
-// The sum is taken as it stands. Its other form, r_i |F_i(p)|^2 - 2 F_i(p) . (W F)_i(p) + (W q)_i(p), needs a product [n, n] x [n, d] for
-// each W and loses the digits of near-duplicates, whose W is large, so that it needs centred features, a product without TF32, and a second
-// path for close pairs. Differences of features lose no digit. Their count is no larger: a squared difference belongs to a pair and not to
-// an image, so half of the n^2 pairs are enough, with two operations per element (a difference and a multiply-add) in place of the product's
-// one multiply-add for each of all pairs. They do not depend on W, so one pass serves the shares of every score, and their sum over the
-// positions is D_ij^2: the distances need no Gram product, and no repair.
+// The squared differences follow from one product per position, which cuBLAS computes as a batch, K_p = F(p) F(p)^T:
 //
-// shares_squares_{float32,float16,bfloat16}  |F_i(p) - F_j(p)|^2 of the pairs i < j. Lanes are neighbouring positions; a thread has 8 x 8
-//                     pairs in registers, and the warps of a block read the same 32 + 16 images, mostly from L1.
-//                     Bytes: n C P sizeof(T) read from memory once, and from L2 by each tile of pairs, n/21 times in all; 2 n^2 P written
-//                     for each part of the channels, which is n/(2 C) of float32 features. Centred features and W F, which the product
-//                     would write and read again, do not exist.
-//                     Operations: n^2 C P in float32. The floor is the time of the operations.
-// shares_contract     The sum over j for up to four W at a time. Bytes: 2 n^2 P read twice for each part of the channels, and 8 n^2 per W
-//                     and 32 positions, mostly from L2. Operations: n^2 P per W in float64. The floor is the bytes over the bandwidth.
+//     |F_i(p) - F_j(p)|^2 = q_i(p) + q_j(p) - 2 K_p,ij,    q_i(p) = |F_i(p)|^2.
 //
-// Squares of many images would not fit into memory. Both kernels therefore take a strip: the pairs whose first image is one of the first
-// ``rows`` of ``count`` images. The next strip begins behind these rows.
+// The products of all positions take as many operations as the one Gram product of whole images, which is their sum. They do not depend
+// on W, so one pass serves the shares of every score, and the sum of the squared differences over the positions is D_ij^2: the distances
+// need no Gram product of their own. If D_ij^2 is tiny beside the norms, the differences are mostly rounding; a warp then computes them
+// from the features.
+//
+// shares_rows_{float32,float16,bfloat16}  Features [n, C, P] minus their mean over the images, as rows [P, n, C], through shared memory.
+//                     Bytes: n C P sizeof(T) read and 4 n C P written. The floor is the bytes over the bandwidth.
+// shares_squares_{float32,float16,bfloat16}  The squared differences of the pairs i < j, in the order [i, j, p], and their distances. A block has one image and 32
+//                     others, and transposes their products through shared memory. Bytes: 2 n^2 P read and 2 n^2 P written.
+// shares_contract     The sum over j for up to four W at a time. Bytes: 2 n^2 P read twice, and 8 n^2 per W and 32 positions, mostly from
+//                     L2. Operations: n^2 P per W in float64. The floor is the bytes over the bandwidth.
+//
+// Squares of many images would not fit into memory. The last two kernels therefore take a strip: the pairs whose first image is one of the
+// first ``rows`` of ``count`` images. The next strip begins behind these rows.
 
 #include "reduce.cuh"
 
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kSide = 8;     // images of a thread, on each side of its pairs
-constexpr int kAcross = 2;   // warps beside each other
-constexpr int kAtOnce = 4;   // shares of a block
-constexpr int kRows = kWarps / kAcross * kSide, kColumns = kAcross * kSide;  // images of a block
+constexpr int kLanes = 32;
+constexpr int kPositions = 64;  // of a block that transposes features
+constexpr int kAtOnce = 4;      // shares of a block
 
-// How lanes share the positions: a warp has ``lanes`` positions. If all positions are at most half a warp, ``groups`` channels lie side
-// by side in it.
-struct Lanes {
-    int positions, lanes, groups;
-};
-
-// The squared differences of one tile of pairs in a part of the channels, into squares [rows, count, positions].
+// 32 channels of one image, at up to kPositions positions.
 template <class T>
-__device__ void measure(const T* features, int rows, int count, int channels, Lanes shape, int channels_per_block, float* squares) {
-    const int tiles = (count + kColumns - 1) / kColumns, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int top = blockIdx.x / tiles * kRows + warp / kAcross * kSide, left = blockIdx.x % tiles * kColumns + warp % kAcross * kSide;
-    if (top >= rows || left >= count || left + kSide - 1 <= top) return;  // no pair i < j
-    const int group = lane / shape.lanes, position = blockIdx.y * shape.lanes + lane % shape.lanes;
-    const bool present = group < shape.groups && position < shape.positions;
+__device__ void centre(const T* features, const float* mean, int count, int channels, int positions, float* rows) {
+    __shared__ float tile[kLanes][kPositions + 1];
+    const int tiles = (channels + kLanes - 1) / kLanes, image = blockIdx.x / tiles, first = blockIdx.x % tiles * kLanes;
+    const int left = blockIdx.y * kPositions, width = min(kPositions, positions - left), height = min(kLanes, channels - first);
+    const long long corner = (long long)first * positions + left;
+    features += (long long)image * channels * positions + corner;
+    mean += corner;
+    for (int at = threadIdx.x; at < height * width; at += kLanes * kWarps) {
+        const int channel = at / width, position = at % width, from = channel * positions + position;
+        tile[channel][position] = float(features[from]) - mean[from];
+    }
+    __syncthreads();
+    const int lane = threadIdx.x % kLanes;
+    if (lane >= height) return;
+    rows += ((long long)left * count + image) * channels + first + lane;
+    for (int position = threadIdx.x / kLanes; position < width; position += kWarps)
+        rows[(long long)position * count * channels] = tile[lane][position];
+}
 
-    float sum[kSide][kSide] = {};
-    const int image = channels * shape.positions;
-    int own_at[kSide], other_at[kSide];  // elements from the tile's first images; in place of images beyond the last one, the last one
-#pragma unroll
-    for (int k = 0; k < kSide; ++k) {
-        own_at[k] = min(k, count - 1 - top) * image;
-        other_at[k] = min(k, count - 1 - left) * image;
-    }
-    const int begin = blockIdx.z * channels_per_block, end = present ? min(channels, begin + channels_per_block) : 0;
-    const T* first = features + ((long long)top * image + (begin + group) * shape.positions + position);
-    const T* second = first + (long long)(left - top) * image;
-#pragma unroll 1
-    for (int channel = begin + group; channel < end; channel += shape.groups) {
-        float own[kSide];
-#pragma unroll
-        for (int i = 0; i < kSide; ++i) own[i] = float(first[own_at[i]]);
-#pragma unroll
-        for (int j = 0; j < kSide; ++j) {
-            const float other = float(second[other_at[j]]);
-#pragma unroll
-            for (int i = 0; i < kSide; ++i) sum[i][j] += (own[i] - other) * (own[i] - other);
+// One image of the strip and 32 images from ``left`` on. The strip begins at the image ``first`` of ``images``.
+template <class T>
+__device__ void measure(
+    const float* products, const T* features, const float* norms, const float* totals, float near, int images, int first, int count,
+    int channels, int positions, float* squares, double* distances
+) {
+    __shared__ float tile[kLanes][kLanes + 1];
+    const int own = blockIdx.x, left = blockIdx.y * kLanes, height = gridDim.x, warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+    if (left + kLanes - 1 <= own) return;  // no pair i < j
+    const int column = min(left + lane, count - 1);
+    norms += first;
+    totals += first;
+    double squared[kLanes / kWarps] = {};
+    for (int begin = 0; begin < positions; begin += kLanes) {
+        const int end = min(positions, begin + kLanes);
+        for (int position = begin + warp; position < end; position += kWarps) {
+            const float* norm = norms + (long long)position * images;
+            const float difference = norm[own] + norm[column] - 2 * products[((long long)position * height + own) * count + column];
+            tile[lane][position - begin] = difference < 0 ? 0.0f : difference;  // not fmaxf, which would hide a NaN
         }
-        first += shape.groups * shape.positions;
-        second += shape.groups * shape.positions;
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < kLanes / kWarps; ++k) {
+            const int other = left + warp + k * kWarps;
+            const bool present = begin + lane < end && other < count && own < other;
+            const float value = present ? tile[warp + k * kWarps][lane] : 0.0f;
+            if (present) squares[((long long)own * count + other) * positions + begin + lane] = value;
+            squared[k] += warp_sum(double(value));
+        }
+        __syncthreads();
     }
 #pragma unroll 1
-    for (int next = 1; next < shape.groups; ++next)  // the first group adds up the others in order
+    for (int k = 0; k < kLanes / kWarps; ++k) {
+        const int other = left + warp + k * kWarps;
+        if (other >= count || other <= own) continue;
+        double sum = squared[0];
 #pragma unroll
-        for (int i = 0; i < kSide; ++i)
-#pragma unroll
-            for (int j = 0; j < kSide; ++j) {
-                const float more = __shfl_sync(kWarp, sum[i][j], lane % shape.lanes + next * shape.lanes);
-                if (group == 0) sum[i][j] += more;
+        for (int place = 1; place < kLanes / kWarps; ++place) sum = place == k ? squared[place] : sum;
+        if (sum < near * (totals[own] + totals[other])) {
+            const T* one = features + (long long)(first + own) * channels * positions;
+            const T* two = features + (long long)(first + other) * channels * positions;
+            sum = 0;
+            for (int position = lane; position < positions; position += kLanes) {
+                double exact = 0;
+                for (int channel = 0; channel < channels; ++channel) {
+                    const int at = channel * positions + position;
+                    const double difference = double(float(one[at])) - float(two[at]);
+                    exact += difference * difference;
+                }
+                squares[((long long)own * count + other) * positions + position] = float(exact);
+                sum += exact;
             }
-    if (!present || group) return;
-    squares += (long long)blockIdx.z * rows * count * shape.positions + position;
-#pragma unroll
-    for (int i = 0; i < kSide; ++i)
-#pragma unroll
-        for (int j = 0; j < kSide; ++j)
-            if (top + i < rows && left + j < count && top + i < left + j)
-                squares[((long long)(top + i) * count + left + j) * shape.positions] = sum[i][j];
+            sum = warp_sum(sum);
+        }
+        if (lane == 0 && distances) distances[(long long)own * count + other] = distances[(long long)other * count + own] = sqrt(sum);
+    }
 }
 
 // Adds the strip's part of up to kAtOnce shares of one image at up to 32 positions. An image of the strip has its pairs with all others,
 // and an image behind the strip has its pairs with the strip.
 __device__ void contract(
-    const float* squares, const double* weights, int matrices, int images, int rows, int count, Lanes shape, int splits, double* shares
+    const float* squares, const double* weights, int matrices, int images, int rows, int count, int positions, int lanes, double* shares
 ) {
     __shared__ double sums[kWarps][kAtOnce][32];
     const int own = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, partners = own < rows ? count : rows;
-    const int position = blockIdx.y * shape.lanes + lane, matrix = blockIdx.z * kAtOnce;
-    const bool present = lane < shape.lanes && position < shape.positions;
-    const long long split_size = (long long)rows * count * shape.positions;
+    const int position = blockIdx.y * lanes + lane, matrix = blockIdx.z * kAtOnce;
+    const bool present = lane < lanes && position < positions;
     weights += (long long)matrix * images * images + (long long)own * images;
     double sum[kAtOnce] = {};
     for (int begin = warp * 32; begin < partners; begin += kWarps * 32) {
@@ -112,10 +130,7 @@ __device__ void contract(
         for (int k = 0; k < min(32, partners - begin); ++k) {
             const int other = begin + k;
             float squared = 0;
-            if (present && other != own) {
-                const float* square = squares + ((long long)min(own, other) * count + max(own, other)) * shape.positions + position;
-                for (int split = 0; split < splits; ++split) squared += square[split * split_size];
-            }
+            if (present && other != own) squared = squares[((long long)min(own, other) * count + max(own, other)) * positions + position];
 #pragma unroll
             for (int m = 0; m < kAtOnce; ++m) sum[m] += __shfl_sync(kWarp, weight[m], k) * squared;
         }
@@ -126,19 +141,31 @@ __device__ void contract(
     if (warp >= kAtOnce || matrix + warp >= matrices || !present) return;
     double total = 0;
     for (int w = 0; w < kWarps; ++w) total += sums[w][warp][lane];
-    shares[((long long)(matrix + warp) * images + own) * shape.positions + position] += total;
+    shares[((long long)(matrix + warp) * images + own) * positions + position] += total;
 }
 
 }  // namespace
 
-// features [count, C, P]; out: squares [splits, rows, count, P] where i < j. Grid (ceil(rows/32) ceil(count/16), parts of the positions,
-// parts of the channels).
-#define KDX_SQUARES(name, T)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(32 * kWarps, 2) name(                                               \
-        const T* features, int rows, int count, int channels, int positions, int lanes, int groups,                  \
-        int channels_per_block, float* squares                                                                       \
-    ) {                                                                                                              \
-        measure<T>(features, rows, count, channels, {positions, lanes, groups}, channels_per_block, squares);        \
+// features [count, C, P], mean [C, P]; out: rows [P, count, C]. Grid (count ceil(C/32), ceil(P/64)).
+#define KDX_ROWS(name, T)                                                                                \
+    extern "C" __global__ void __launch_bounds__(kLanes * kWarps) name(                                  \
+        const T* features, const float* mean, int count, int channels, int positions, float* rows        \
+    ) {                                                                                                  \
+        centre<T>(features, mean, count, channels, positions, rows);                                     \
+    }
+KDX_ROWS(shares_rows_float32, float)
+KDX_ROWS(shares_rows_float16, __half)
+KDX_ROWS(shares_rows_bfloat16, __nv_bfloat16)
+
+// products [P, rows, count] of the strip's images with those from its first on; features [images, C, P]; norms [P, images] = q; totals
+// [images], their sums over the positions. Out: squares [rows, count, P] where i < j, and unless null the distances [count, count] off the
+// diagonal. Grid (rows, ceil(count/32)).
+#define KDX_SQUARES(name, T)                                                                                                         \
+    extern "C" __global__ void __launch_bounds__(kLanes * kWarps) name(                                                              \
+        const float* products, const T* features, const float* norms, const float* totals, float near, int images, int first,        \
+        int count, int channels, int positions, float* squares, double* distances                                                    \
+    ) {                                                                                                                              \
+        measure<T>(products, features, norms, totals, near, images, first, count, channels, positions, squares, distances);          \
     }
 KDX_SQUARES(shares_squares_float32, float)
 KDX_SQUARES(shares_squares_float16, __half)
@@ -146,9 +173,8 @@ KDX_SQUARES(shares_squares_bfloat16, __nv_bfloat16)
 
 // weights [matrices, images, images] and shares [matrices, images, P], which are added to, from the first row and column of the strip on.
 // Grid (count, parts of the positions, ceil(matrices/4)).
-extern "C" __global__ void __launch_bounds__(32 * kWarps, 3) shares_contract(
-    const float* squares, const double* weights, int matrices, int images, int rows, int count, int positions, int lanes, int splits,
-    double* shares
+extern "C" __global__ void __launch_bounds__(kLanes * kWarps, 3) shares_contract(
+    const float* squares, const double* weights, int matrices, int images, int rows, int count, int positions, int lanes, double* shares
 ) {
-    contract(squares, weights, matrices, images, rows, count, {positions, lanes, 1}, splits, shares);
+    contract(squares, weights, matrices, images, rows, count, positions, lanes, shares);
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
 import typer
 import typer.core
 
+from kdx import threads
 from kdx.cli.demo import demo
 from kdx.cli.distill import distill
 from kdx.cli.doctor import doctor
@@ -68,6 +70,7 @@ def _print_error(line: str, style: str | None = None) -> None:
 
 def main() -> None:
     """The entry point. For a KdxError it prints two sentences and exits with 2; Ctrl-C exits with 130. Any other exception is a bug."""
+    threads.set_environment(os.environ, threads.quota())  # before a command loads PyTorch
     try:
         app()
     except KdxError as error:

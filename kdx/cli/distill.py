@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from kdx.cli.options import DataArgument, DeviceOption, LayerOption, SeedOption, UnreadableOption
+from kdx.choices import Interpolation, ResizeMode, Resizing
+from kdx.cli.options import DataArgument, DeviceOption, InterpolationHelp, LayerOption, ResizeHelp, SeedOption, UnreadableOption
 
 
 def distill(
@@ -28,6 +29,8 @@ def distill(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Resize images to a square of this side; by default the teacher's own size.")
     ] = None,
+    resize: Annotated[ResizeMode, typer.Option(help=f"{ResizeHelp} The models file records it.")] = "cover",
+    interpolation: Annotated[Interpolation, typer.Option(help=InterpolationHelp)] = "bicubic",
     augment: Annotated[bool, typer.Option("--augment", help="Shift the training images by a few pixels.")] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the training images.")] = False,
     student_images: Annotated[int | None, typer.Option(min=2, help="Train base and student on only this many images.")] = None,
@@ -56,6 +59,7 @@ def distill(
         flip=flip,
         student_images=student_images,
         image_size=None if image_size is None else (image_size, image_size),
+        resizing=Resizing(resize, interpolation),
         max_unreadable=max_unreadable,
     )
     models = train(data, teacher=teacher, student=student, out=out, settings=settings, layers=layer, device=device)

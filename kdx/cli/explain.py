@@ -9,8 +9,33 @@ from typing import Annotated
 import typer
 
 from kdx import progress
-from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, StoredPrecision, Weighting
-from kdx.cli.options import DataArgument, DeviceOption, LayerOption, SeedOption, UnreadableOption, announce_line
+from kdx.choices import (
+    Features,
+    GeometryName,
+    Interpolation,
+    ObjectiveName,
+    Precision,
+    ResizeMode,
+    RuntimeName,
+    SalientClass,
+    SalientScore,
+    StoredPrecision,
+    Weighting,
+)
+from kdx.cli.options import (
+    DataArgument,
+    DeviceOption,
+    GalleryOption,
+    ImagesOption,
+    InterpolationHelp,
+    LayerOption,
+    OrderOption,
+    ResizeHelp,
+    SeedOption,
+    UnreadableOption,
+    announce_line,
+    image_names,
+)
 
 
 def explain(
@@ -37,13 +62,16 @@ def explain(
         GeometryName,
         typer.Option(
             help="The images that an image is compared with. whole: all of them; reference: in UniCAM's maps a fixed set, else its batch; "
-            "batch: its batch, as published. auto: whole if it is within --max-disk and --max-minutes, else reference."
+            "batch: its batch, as in the authors' code. auto: whole if it is within --max-disk and --max-minutes, else reference."
         ),
     ] = "auto",
     runtime: Annotated[RuntimeName, typer.Option(help="What executes the networks.")] = "auto",
     device: DeviceOption = "auto",
     precision: Annotated[
-        Precision, typer.Option(help="Number format of the networks. bfloat16 needs the runtime openvino and a CPU that supports it.")
+        Precision,
+        typer.Option(
+            help="Number format of the networks. tf32: fewer digits, faster on a GPU. bfloat16: for openvino on a CPU that supports it."
+        ),
     ] = "float32",
     objective: Annotated[
         ObjectiveName, typer.Option(help="What the maps explain: relevance to the target, or uniqueness of the explained network.")
@@ -56,6 +84,12 @@ def explain(
     ] = "raw",
     keep: Annotated[float, typer.Option(help="salient: the share of pixels to keep. The other pixels are imputed.")] = 0.5,
     noise: Annotated[float, typer.Option(help="salient: the standard deviation of the noise on imputed pixels.")] = 0.0,
+    salient_class: Annotated[
+        SalientClass, typer.Option(help="salient: the class of which pixels are kept: the one that each network predicts, or the true one.")
+    ] = "predicted",
+    salient_score: Annotated[
+        SalientScore, typer.Option(help="salient: what ranks the pixels: the logit of that class, or its probability (softmax).")
+    ] = "logit",
     reference: Annotated[
         int, typer.Option(min=0, help="The size of the reference set, by default 256. A size above 0 selects --geometry reference.")
     ] = 0,
@@ -83,6 +117,21 @@ def explain(
     max_minutes: Annotated[
         float, typer.Option(min=0, help="whole: the time that the geometry may take, by estimate. Beyond it, auto selects reference.")
     ] = 60.0,
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            help="Class embeddings that relevance is measured against, in place of one-hot labels: .npy [classes, e] in the order of the "
+            "classes, or .npz, .csv or .parquet with class names.",
+            show_default=False,
+        ),
+    ] = None,
+    resize: Annotated[
+        ResizeMode | None, typer.Option(help=f"{ResizeHelp} By default as the models file states, else cover.", show_default=False)
+    ] = None,
+    interpolation: Annotated[
+        Interpolation | None,
+        typer.Option(help=f"{InterpolationHelp} By default as the models file states, else bicubic.", show_default=False),
+    ] = None,
     split: Annotated[
         str | None,
         typer.Option(help="test, validation, train or all. By default test for the data that the networks were trained on, else all."),
@@ -98,6 +147,9 @@ def explain(
             show_default=False,
         ),
     ] = None,
+    gallery: GalleryOption = 60,
+    order: OrderOption = "balanced",
+    images: ImagesOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Explain a data set: store maps of every image at every layer, scores with intervals, and a page that shows them."""
@@ -117,17 +169,25 @@ def explain(
         features=features,
         keep=keep,
         noise=noise,
+        salient_class=salient_class,
+        salient_score=salient_score,
         reference_images=reference,
         stored_precision=store,
         keep_features=keep_features,
         project=project,
         max_disk=max_disk,
         max_minutes=max_minutes,
+        target=target,
+        resize=resize,
+        interpolation=interpolation,
         split=split,
         permutations=permutations,
         confidence=confidence,
         max_unreadable=max_unreadable,
         workers=workers,
+        gallery=gallery,
+        gallery_order=order,
+        gallery_images=image_names(images),
         seed=seed,
     )
     page = run(data, models, out, layer or (), options, command=["kdx", *sys.argv[1:]], announce=announce_line)

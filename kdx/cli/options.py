@@ -19,6 +19,24 @@ UnreadableOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, a GPU by number such as cuda:1, or auto, which prefers a GPU.")]
+GalleryOption = Annotated[int, typer.Option(min=0, help="How many images the page shows.")]
+ORDER_HELP = (
+    "The images of the page: balanced over the classes, or those with the highest value of a number: "
+    "changed (prediction of student and base), wrong (confidence in a wrong class), disagreement, or LAYER/KIND/strength."
+)
+OrderOption = Annotated[str, typer.Option(help=ORDER_HELP)]
+ImagesOption = Annotated[
+    str | None, typer.Option(help="The images of the page by name, such as cat/a.jpg,dog/b.jpg, in place of --gallery.", show_default=False)
+]
+
+
+def image_names(text: str | None) -> tuple[str, ...]:
+    """The names in the value of --images."""
+    return tuple(filter(None, (name.strip() for name in (text or "").split(","))))
+
+
+ResizeHelp = "How images of other proportions are brought to the networks' size: cover and crop, squash, or letterbox with grey bars."
+InterpolationHelp = "How the pixels of a resized image are computed."
 
 
 def announce_line(line: str) -> None:

@@ -7,9 +7,42 @@ from typing import Annotated
 
 import typer
 
+from kdx.choices import TableFormat
+from kdx.cli.options import ORDER_HELP, ImagesOption, image_names
 
-def report(run: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
-    """Write the page of a run again, from the stored results."""
+
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    table: Annotated[
+        TableFormat | None,
+        typer.Option(
+            help="Print a table instead of writing the page: the scores as csv, latex (booktabs) or markdown, "
+            "or the numbers of all images as CSV (images).",
+            show_default=False,
+        ),
+    ] = None,
+    gallery: Annotated[int | None, typer.Option(min=0, help="How many images the page shows, from now on.", show_default=False)] = None,
+    order: Annotated[str | None, typer.Option(help=ORDER_HELP, show_default=False)] = None,
+    images: ImagesOption = None,
+    data: Annotated[
+        str | None, typer.Option(help="Where the run's data is now, for images that have no picture in the run.", show_default=False)
+    ] = None,
+) -> None:
+    """Write the page of a run again, from the stored results, with the same images or others, or print its scores as a table."""
+    if table is not None:
+        from kdx.runs.opened import open_run
+
+        typer.echo(open_run(run).table(table), nl=False)
+        return
     from kdx.report.page import write_page
 
+    if gallery is not None or order is not None or images is not None:
+        from kdx.runs.gallery_choice import GalleryChoice, choose_again
+        from kdx.runs.record import read_run
+
+        default = GalleryChoice()
+        choice = GalleryChoice(
+            default.count if gallery is None else gallery, default.order if order is None else order, image_names(images)
+        )
+        choose_again(read_run(run), choice, data)
     typer.echo(f"The page: {write_page(run)}")

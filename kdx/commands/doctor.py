@@ -113,11 +113,19 @@ def _tensorrt_rtx() -> str:
     return f"{package.__version__}, builds engines for {', '.join(built)}"
 
 
+def _cuda_bindings() -> str:
+    installed = version("cuda-bindings")
+    driver = importlib.import_module("cuda.bindings.driver")
+    status, number = driver.cuDriverGetVersion()
+    if int(status):
+        raise RuntimeError("the NVIDIA driver does not answer")
+    return f"{installed}, driver {number}"
+
+
 def _pycuda() -> str:
     installed = version("pycuda")
-    import pycuda.driver
-
-    return f"{installed}, driver {pycuda.driver.get_driver_version()}"
+    driver = importlib.import_module("pycuda.driver")
+    return f"{installed}, driver {driver.get_driver_version()}, is used in place of cuda-bindings"
 
 
 def _cuda_compiler() -> str:
@@ -143,11 +151,15 @@ _PROBES: dict[str, tuple[Callable[[], str], str]] = {
     "runtime openvino: OpenVINO": (_openvino, "pip install 'kdx[openvino]'"),
     "GPU": (_gpu, "the runtime eager uses a GPU that PyTorch sees: it needs an NVIDIA driver and a CUDA build of PyTorch"),
     "runtime onnx on the GPU": (_cuda_provider, _GPU_EXTRA),
-    "runtime tensorrt: TensorRT": (_tensorrt, _GPU_EXTRA),
-    "runtime tensorrt: TensorRT-RTX": (_tensorrt_rtx, "pip install tensorrt-rtx-cu13; it also builds engines on a machine without a GPU"),
-    "PyCUDA": (_pycuda, _GPU_EXTRA),
+    "runtime tensorrt: TensorRT": (_tensorrt, "pip install 'kdx[tensorrt]'"),
+    "runtime tensorrt: TensorRT-RTX": (_tensorrt_rtx, "pip install 'kdx[tensorrt-rtx]'; it also builds engines on a machine without a GPU"),
+    "cuda-bindings": (_cuda_bindings, _GPU_EXTRA),
+    "PyCUDA": (_pycuda, "not needed where cuda-bindings is installed: pip install 'kdx[pycuda]' builds it with a CUDA toolkit"),
     "CUDA compiler": (_cuda_compiler, "the CUDA toolkit (nvcc on PATH), or a CUDA build of PyTorch, which includes NVRTC"),
-    "CUDA kernels": (_cuda_kernels, f"a GPU, its driver, a CUDA compiler and PyCUDA: {_GPU_EXTRA}; without them PyTorch computes the same"),
+    "CUDA kernels": (
+        _cuda_kernels,
+        f"a GPU, its driver, a CUDA compiler and cuda-bindings: {_GPU_EXTRA}; without them PyTorch computes the same",
+    ),
     "models timm:": (_timm, "pip install 'kdx[models]'"),
     "models torchvision:": (_torchvision, "pip install 'kdx[models]', in the build that matches PyTorch"),
 }

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kdx.report.page import write_page
-from kdx.runs.record import LostResult
+from kdx.runs.gallery_choice import GalleryChoice, choose_again, read_choice
+from kdx.runs.record import LostResult, read_run
 from kdx.runs.run import RunOptions, explain_dataset
 
 
@@ -28,6 +29,8 @@ def run(
 
     def explain_and_write(restart: bool) -> Path:
         explain_dataset(data, models, out, layers, options, networks=networks, command=command, restart=restart, announce=announce)
+        if options.gallery_choice not in (GalleryChoice(), read_choice(run := read_run(out))[0]):  # a run that was already complete
+            choose_again(run, options.gallery_choice, data)
         return write_page(out)
 
     try:

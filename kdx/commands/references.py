@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ def choose_references(data: str, count: int, seed: int, models: ModelsFile, size
     models: names the classes, the training data and the seed of their split, as in `kdx.runs.split.choose_split`. seed: of the choice,
     and of the split where ``models`` does not state one. Raises KdxError for data that cannot be opened, and for a corrupt image.
     """
-    dataset = open_data(data, models.classes or None)
+    dataset = replace(open_data(data, models.classes or None), resizing=models.resizing)
     if dataset.note:
         console().print(dataset.note, markup=False, soft_wrap=True)
     pool = choose_split(dataset, models, "train", seed).pool

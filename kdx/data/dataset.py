@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from kdx.choices import COVER, Resizing
 from kdx.data.class_folders import list_images, natural_key, utf8_name
 from kdx.data.fingerprint import SourceFile, content_fingerprint, fingerprint_of_0_1_0, image_keys, stamps_of_0_1_0
 from kdx.data.pixels import to_rgb
@@ -33,7 +34,7 @@ class Dataset:
     ``labels`` [N] index ``classes``. ``ids`` name the images (a path relative to the folder, or ``digits/0012``). ``files`` are the files
     that they are read from, by name. ``splits`` are the indices of the splits that the data itself defines. ``note`` is one line about
     what was left out of a folder (`kdx.data.class_folders.Listing.note`). ``relabelled_from`` is the data set with its own classes, if
-    ``classes`` are those of models.
+    ``classes`` are those of models. ``resizing`` states how images are brought to the size of the networks.
     """
 
     reference: str
@@ -45,6 +46,7 @@ class Dataset:
     splits: Mapping[str, Indices] = field(default_factory=dict, repr=False)
     note: str = field(default="", repr=False)
     relabelled_from: Dataset | None = field(default=None, repr=False)
+    resizing: Resizing = COVER
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kdx import threads
 from kdx.data.dataset import Dataset, Indices
 from kdx.data.pixels import fit
-from kdx.data.prefetch import Job, available_cores, prefetch
+from kdx.data.prefetch import Job, prefetch
 from kdx.errors import KdxError, printable
 
 
@@ -29,7 +30,7 @@ class Images:
 
 
 def load_images(dataset: Dataset, indices: Sequence[int] | Indices, size: tuple[int, int]) -> Images:
-    """Decode images, in order, as RGB, resized (bicubic, antialiased) to cover ``size`` = (height, width), and cropped at the centre.
+    """Decode images, in order, as RGB, brought to ``size`` = (height, width) as ``dataset.resizing`` states.
 
     An image that is corrupt, truncated or too large to be safe (PIL's decompression bomb limit) raises no error. It is left out
     and listed in ``unreadable`` with the reason.
@@ -72,7 +73,8 @@ def decoded(dataset: Dataset, batches: Iterable[Indices], size: tuple[int, int],
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.|kdx\.data")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with prefetch((_job(dataset, batch, size) for batch in batches), available_cores() if workers is None else workers) as results:
+        count = threads.available_cores() if workers is None else workers
+        with prefetch((_job(dataset, batch, size) for batch in batches), count) as results:
             yield results
 
 
@@ -83,7 +85,7 @@ def _job(dataset: Dataset, indices: Indices, size: tuple[int, int]) -> Job[Image
 
     def decode(row: int) -> None:
         try:
-            levels = np.asarray(fit(dataset.read(int(indices[row])), size))  # [H, W, 3]
+            levels = np.asarray(fit(dataset.read(int(indices[row])), size, dataset.resizing))  # [H, W, 3]
         except Exception as error:  # decoders raise SyntaxError, struct.error, MemoryError and more on damaged files
             reasons[row] = printable(f"{type(error).__name__}: {error}")
         else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import ExifTags, Image
 
+from kdx.choices import COVER, Resizing
+
 _TURNS: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,11 +53,23 @@ def _orientation(image: Image.Image) -> object:
         return 1
 
 
-def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """``image`` resized (bicubic, antialiased) so that it just covers ``size`` = (height, width), then cropped at its centre."""
+_BAR = (128, 128, 128)
+"""The colour of the bars of a letterbox."""
+
+
+def fit(image: Image.Image, size: tuple[int, int], resizing: Resizing = COVER) -> Image.Image:
+    """An RGB ``image`` brought to ``size`` = (height, width), antialiased. `kdx.choices.ResizeMode` describes the modes."""
     height, width = size
-    scale = max(height / image.height, width / image.width)
-    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-    resized = image if covering == image.size else image.resize(covering, Image.Resampling.BICUBIC)
+    filter_ = Image.Resampling[resizing.interpolation.upper()]
+    if resizing.mode == "squash":
+        return image if image.size == (width, height) else image.resize((width, height), filter_)
+    scales = height / image.height, width / image.width
+    if resizing.mode == "letterbox":
+        inside = max(1, min(width, round(image.width * min(scales)))), max(1, min(height, round(image.height * min(scales))))
+        boxed = Image.new("RGB", (width, height), _BAR)
+        boxed.paste(image if inside == image.size else image.resize(inside, filter_), ((width - inside[0]) // 2, (height - inside[1]) // 2))
+        return boxed
+    covering = (max(width, round(image.width * max(scales))), max(height, round(image.height * max(scales))))
+    resized = image if covering == image.size else image.resize(covering, filter_)
     left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
     return resized.crop((left, top, left + width, top + height))

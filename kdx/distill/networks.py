@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kdx import models
+from kdx.choices import COVER
 from kdx.data.dataset import Dataset, open_data
 from kdx.data.splits import class_balanced_sample, stratified_splits, validation_is_test
 from kdx.distill.checkpoints import Recipe, TrainingData
@@ -50,7 +51,7 @@ class Distillation:
     @classmethod
     def prepare(cls, data: str, folder: Path, settings: TrainingSettings, device: torch.device, teacher: str, student: str) -> Distillation:
         """Open the data, load the teacher and decode the splits. Raises KdxError for anything that cannot be trained."""
-        dataset = open_data(data)
+        dataset = replace(open_data(data), resizing=settings.resizing)
         # Local folders and files become absolute paths, so that the models file is valid from any folder.
         teacher_reference, student_reference = (
             models.parse_reference(reference).located().with_classes(len(dataset.classes)) for reference in (teacher, student)
@@ -142,6 +143,8 @@ class Distillation:
             "std": list(self.preprocessing.std),
             **{key: getattr(settings, key) for key in common},
         }
+        if settings.resizing != COVER:  # kdx 0.1.0 had no other
+            entries["resizing"] = [settings.resizing.mode, settings.resizing.interpolation]
         if validation_is_test(self.dataset):  # kdx 0.1.0 did not have this rule
             entries["validation_is_test"] = True
         return Recipe(entries, lambda: self.dataset.fingerprint_of_0_1_0)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from kdx.choices import COVER, Resizing
 from kdx.distill.losses import METHODS
 from kdx.errors import KdxError
 
@@ -19,7 +20,8 @@ class TrainingSettings:
     ``student_images`` trains base and student on a class-balanced part of the train split; the teacher is always trained on all of it.
     ``teacher_epochs`` is the number of epochs of the teacher, by default ``epochs``. ``temperature``, ``alpha`` and ``beta`` belong to
     the distillation losses and do not change the teacher's training. ``augment`` shifts each image by up to a twelfth of its size,
-    and ``flip`` mirrors half of the images. ``image_size`` is (height, width). ``split_seed`` determines which images are in the splits
+    and ``flip`` mirrors half of the images. ``image_size`` is (height, width), and ``resizing`` how images are brought to
+    it. ``split_seed`` determines which images are in the splits
     train, validation and test, and ``seed`` everything else that is random: networks with the same ``split_seed`` are trained on the same
     images. ``max_unreadable`` is the share of corrupt images in a split above which the training fails; one image always passes, unless the
     share is 0.
@@ -43,6 +45,7 @@ class TrainingSettings:
     flip: bool = False
     student_images: int | None = None
     image_size: tuple[int, int] | None = None
+    resizing: Resizing = COVER
     max_unreadable: float = 0.01
 
     def __post_init__(self) -> None:

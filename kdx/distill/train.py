@@ -194,12 +194,13 @@ def _write_models_file(distillation: Distillation, pairs: Sequence[tuple[str, st
             **{
                 key: value
                 for key, value in vars(settings).items()
-                if key not in ("split_seed", "image_size", "max_unreadable") and value is not None
+                if key not in ("split_seed", "image_size", "max_unreadable", "resizing") and value is not None
             },
             **accuracies,
             "test_images": len(test),
             "unreadable_images": len(distillation.unreadable),
         },
+        resizing=settings.resizing,
     )
     return path
 

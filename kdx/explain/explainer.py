@@ -10,9 +10,10 @@ from typing import Generic, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, Weighting
+from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, SalientClass, SalientScore, Weighting
 from kdx.errors import KdxError
 from kdx.explain.explainer_file import ExplainerFile
 from kdx.explain.layer import LayerMeasurement
@@ -25,8 +26,10 @@ from kdx.features.arrays import Array, ArrayT
 from kdx.features.score_maps import terms
 from kdx.kernels import ambient
 from kdx.maps.decomposition import Decomposition
+from kdx.maps.drawing import Sheet
+from kdx.maps.figures import DRAWN_KINDS, Drawable, chosen_kinds, layers_sheet
 from kdx.maps.unicam import Maps
-from kdx.roles import TARGET, ScoreMap, roles_among, score_maps_among
+from kdx.roles import MAPS, TARGET, ScoreMap, roles_among, score_maps_among
 from kdx.runtimes.choice import Choice
 from kdx.scores.pool import pooled_scores
 from kdx.scores.score import Contrast, Score
@@ -34,7 +37,7 @@ from kdx.scores.uncertainty import permutation_table
 
 
 @dataclass(frozen=True)
-class LayerResult(Generic[ArrayT]):
+class LayerResult(Drawable, Generic[ArrayT]):
     """The comparison of the networks at one layer.
 
     distilled, residual, missed, new: the maps (`kdx.roles.MAPS`). The student's features that the base's do not explain, the base's
@@ -66,13 +69,32 @@ class LayerResult(Generic[ArrayT]):
         """RS(S): the relevance of the student's features to the target."""
         return self.scores["RS(S)"]
 
+    @property
+    def kinds(self) -> dict[str, Maps[ArrayT] | Decomposition[ArrayT]]:
+        """All maps of the layer: those that add up to a score by symbol, then UniCAM's by name."""
+        unicam = {name: getattr(self, name) for name in MAPS}
+        return {**self.score_maps, **{name: maps for name, maps in unicam.items() if maps is not None}}
+
+    def _count(self) -> int:
+        return len(next(iter(self.kinds.values())).maps)
+
+    def _sheet(self, images: list[NDArray[np.uint8]] | None, index: list[int], kinds: Sequence[str] | None) -> Sheet:
+        return layers_sheet({"": self.kinds}, images, index, chosen_kinds(kinds, DRAWN_KINDS, list(self.kinds)))
+
 
 @dataclass(frozen=True)
-class Explanation(Generic[ArrayT]):
+class Explanation(Drawable, Generic[ArrayT]):
     """The explanation of the images of one call: a LayerResult per layer, and each role's logits [n, classes]."""
 
     layers: dict[str, LayerResult[ArrayT]]
     logits: dict[str, ArrayT]
+
+    def _count(self) -> int:
+        return len(next(iter(self.logits.values())))
+
+    def _sheet(self, images: list[NDArray[np.uint8]] | None, index: list[int], kinds: Sequence[str] | None) -> Sheet:
+        layers = {name: layer.kinds for name, layer in self.layers.items()}
+        return layers_sheet(layers, images, index, chosen_kinds(kinds, DRAWN_KINDS[:1], list(next(iter(layers.values())))))
 
 
 class Explainer:
@@ -84,7 +106,8 @@ class Explainer:
     runtime: ``auto``, ``eager``, ``onnx``, ``openvino`` or ``tensorrt``. The last three export the networks once, into ``folder`` or a
     temporary folder. Files in ``folder`` are used again, except for PyTorch modules, whose code no reference identifies.
     device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-    precision: the number format of the networks. ``bfloat16`` needs the runtime openvino and a CPU that supports it. Features then
+    precision: the number format of the networks. ``tf32`` lets a GPU round the factors of products and convolutions to ten bits, in the
+    runtimes eager and onnx. ``bfloat16`` needs the runtime openvino and a CPU that supports it. Features then
     keep two to three digits; maps and scores are computed from them in float32.
     geometry: the images that an image is compared with. ``whole`` and ``batch`` both stand for all images of one call, so give a set in
     one call; ``kdx explain`` is for sets that do not fit in memory. ``reference`` stands for the images of `use_references`, which must be
@@ -94,11 +117,12 @@ class Explainer:
     chunk: images per pass of a network, by default all images of a call, or 64 for an engine. It does not change the results.
     permutations, confidence, seed: for the p-values and intervals of the scores.
     file: an explainer file. It replaces the networks, the objective and the weighting; its layers are the default.
-    features: ``raw``, or ``salient`` for scores, contrasts and p-values of salient features, as published. At each layer these are a
-    network's features of its own salient images (`kdx.salient_images`, for the class that it predicts), in which the share ``keep`` of
-    the pixels is kept and the rest is imputed with ``noise``. The maps are always those of the raw features. Salient features cost one
-    additional backward pass per network, and one additional forward pass per network and layer. Exported files contain no gradients for
-    them.
+    features: ``raw``, or ``salient`` for scores, contrasts and p-values of salient features. At each layer these are a network's features
+    of its own salient images (`kdx.salient_images`), in which the share ``keep`` of the pixels is kept and the rest is imputed with
+    ``noise``. salient_class: the class of which pixels are kept: the one that the network ``predicted``, or the ``true`` one.
+    salient_score: whether the ``logit`` of that class or its ``probability`` (softmax) ranks the pixels; a probability of 1 has no
+    gradient. The maps are always those of the raw features. Salient features cost one additional backward pass per network, and one
+    additional forward pass per network and layer. Exported files contain no gradients for them.
 
     The explainer is a context manager; `close` frees the networks. ``choice.why`` states in one line what ``auto`` chose and why. If a
     network cannot be exported, ``auto`` falls back to PyTorch and states it there; any other runtime raises KdxError.
@@ -126,6 +150,8 @@ class Explainer:
         features: Features = "raw",
         keep: float = 0.5,
         noise: float = 0.0,
+        salient_class: SalientClass = "predicted",
+        salient_score: SalientScore = "logit",
     ) -> None:
         settings = Settings(
             runtime=runtime,
@@ -141,6 +167,8 @@ class Explainer:
             features=features,
             keep=keep,
             noise=noise,
+            salient_class=salient_class,
+            salient_score=salient_score,
         )
         roles = {"teacher": teacher, "student": student, "base": base}
         networks = {role: network for role, network in roles.items() if network is not None}
@@ -222,28 +250,33 @@ class Explainer:
 
     @ambient.neutral()
     def explain(
-        self, images: Tensor, labels: Tensor, seed: int | Sequence[int] | None = None
+        self, images: Tensor, labels: Tensor, seed: int | Sequence[int] | None = None, *, classes: Tensor | None = None
     ) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
         """Each role's logits [n, classes] and one LayerMeasurement per layer, from images [n, 3, h, w] in [0, 1] and labels [n] or [n, e].
 
-        seed: of the permutations for p-values and of the noise in salient images; by default the explainer's own. Calling the
-        explainer turns the same measurements into scores.
+        seed: of the permutations for p-values and of the noise in salient images; by default the explainer's own. classes [n]: the true
+        classes, for salient features of the true class where the labels are an embedding. Calling the explainer turns the same
+        measurements into scores.
         """
         if isinstance(seed, Tensor):
             raise TypeError("explain makes its permutations itself: give only a seed")
         seed = self.settings.seed if seed is None else seed
         permutations = permutation_table(len(labels), self.settings.permutations, seed)
-        return self._networks.explain(arrays.pixels(images), labels, permutations, np.random.SeedSequence(seed))
+        return self._networks.explain(arrays.pixels(images), labels, permutations, np.random.SeedSequence(seed), classes)
 
     @ambient.neutral()
-    def __call__(self, images: ArrayT, labels: Array) -> Explanation[ArrayT]:
-        """Maps and scores of n images [n, 3, h, w] in [0, 1] with labels [n] or an embedding [n, e], from NumPy or PyTorch."""
+    def __call__(self, images: ArrayT, labels: Array, *, classes: Array | None = None) -> Explanation[ArrayT]:
+        """Maps and scores of n images [n, 3, h, w] in [0, 1] with labels [n] or an embedding [n, e], from NumPy or PyTorch.
+
+        classes [n]: as in `explain`.
+        """
         batch, target = arrays.tensor(images, "images"), arrays.tensor(labels, "target")
         arrays.check_images(len(batch))
         arrays.check_same(len(target), len(batch), "the target", "images")
         if self.settings.geometry == "reference" and not self._has_references:
             raise KdxError("The geometry reference needs reference images.", "Call use_references(images, labels) first.")
-        logits, measurements = self.explain(batch, target)
+        true = None if classes is None else arrays.tensor(classes, "classes")
+        logits, measurements = self.explain(batch, target, classes=true)
         layers = {layer: self._result(measurement, len(batch), images) for layer, measurement in measurements.items()}
         return Explanation(layers, {role: arrays.like(rows, images) for role, rows in logits.items()})
 

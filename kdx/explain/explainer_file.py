@@ -65,7 +65,7 @@ class ExplainerFile:
         raise no_reference_mode(self._file)
 
     def explain(
-        self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence
+        self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence, classes: Tensor | None = None
     ) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
         self.open((images.shape[2], images.shape[3]))
         assert self._runner is not None

@@ -104,7 +104,7 @@ def _maps(
     roles = roles_among(features)
     among = maps_among(roles)
     explained, given = zip(*among.values(), strict=True)
-    means = {role: rounding.with_probes(geometry.gap(features[role]), features[role]) for role in roles}
+    means = {role: rounding.with_probes(ops.means(features[role]), features[role]) for role in roles}
     explained_means = [means[role] for role in explained]
     laplacians = weighting == "elementwise"
     if references is None:
@@ -122,7 +122,7 @@ def _maps(
             role: reference_distances(known[role], features[role], references.distances[i], f"{role}'s features")
             for i, role in enumerate(roles)
         }
-        reference_means = {role: rounding.with_probes(geometry.gap(known[role]), known[role], seed=1) for role in roles}
+        reference_means = {role: rounding.with_probes(ops.means(known[role]), known[role], seed=1) for role in roles}
         solution = ops.query_channel_weights(
             [pairs[role] for role in explained],
             [pairs[role] for role in given],

@@ -67,12 +67,12 @@ class NetworkSet(Protocol):
         """UniCAM maps every later image among these images instead of the others of its call."""
 
     def explain(
-        self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence
+        self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence, classes: Tensor | None = None
     ) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
         """Each role's logits [n, classes], and one measurement per layer.
 
         images [n, 3, h, w] in [0, 1]. labels [n], or an embedding [n, e]. permutations [p, n] of the images. seed: of the noise in
-        salient images.
+        salient images. classes [n]: the true classes for salient images, by default the labels if they are not an embedding.
         """
 
     def close(self) -> None:

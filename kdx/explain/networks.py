@@ -48,6 +48,7 @@ class NetworkRunners:
         self._settings = settings
         self._folder = ExportFolder(folder)
         self._salience = settings.salience
+        self._reported: set[tuple[str, str]] = set()
         self._may_fall_back = settings.runtime == "auto" and settings.precision == "float32"
         paths = {role: Path(str(network)) for role, network in networks.items() if is_file(network)}
         _check_files(networks, paths, settings)
@@ -104,7 +105,7 @@ class NetworkRunners:
     def _runner(self, role: str, graph: FeatureGraph | GradientGraph, image_size: tuple[int, int]) -> Runner:
         """The runner of a graph of a role's network. For every runtime but PyTorch the graph is exported, unless its file is there."""
         if self.choice.runtime == "eager":
-            return EagerRunner(graph, self.choice.device)
+            return EagerRunner(graph, self.choice.device, self.choice.precision)
         network, _ = self._graphs[role]
         suffix = ".onnx" if graph.kind == "features" else f".{graph.kind}.onnx"
         path = self._folder.path / f"{role}-{network.weights_hash[:12]}{suffix}"
@@ -132,12 +133,13 @@ class NetworkRunners:
         self._references = {layer: LayerReferences.of(self._features(outputs, layer), labels) for layer in self.layers}
 
     def explain(
-        self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence
+        self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence, classes: Tensor | None = None
     ) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
         outputs = self._infer(images)
         labels, permutations = labels.to(self.choice.device), permutations.to(self.choice.device)
         target = Target.of(labels).checked()
-        distances = {} if self._salience is None else self._salient_distances(self._salience, images, outputs, seed)
+        classes = labels if classes is None and labels.ndim == 1 else classes
+        distances = {} if self._salience is None else self._salient_distances(self._salience, images, classes, outputs, seed)
         measurements = {
             layer: measure(
                 self._features(outputs, layer),
@@ -153,23 +155,37 @@ class NetworkRunners:
         return {role: passed.logits for role, passed in outputs.items()}, measurements
 
     def _salient_distances(
-        self, salience: Salience, images: Tensor, outputs: Mapping[str, NetworkOutputs], seed: np.random.SeedSequence
+        self,
+        salience: Salience,
+        images: Tensor,
+        classes: Tensor | None,
+        outputs: Mapping[str, NetworkOutputs],
+        seed: np.random.SeedSequence,
     ) -> dict[str, dict[str, BatchDistances]]:
         """Per layer and role: the distances [n, n] between the role's features of its own salient images."""
         images = images.to(self.choice.device)
         rankings = {}
         for role, runner in self._gradients.items():
-            logits = outputs[role].logits
-            rankings[role] = ranking_maps(runner, runner.layers, images, logits.argmax(1), logits.shape[1], self._settings.chunk)
+            cotangents = salience.cotangents(outputs[role].logits, classes)
+            rankings[role] = ranking_maps(runner, runner.layers, images, cotangents, self._settings.chunk)
         distances: dict[str, dict[str, BatchDistances]] = {layer: {} for layer in self.layers}
         for layer in self.layers:
             # Each network has its own seed: noise that two networks' images share would raise their similarity.
             for role, noise_seed in zip(rankings, seed.spawn(len(rankings)), strict=True):
                 name = self._layer_of(role, layer)
+                self._report_empty(role, name, rankings[role][name])
                 salient = salience.images(images, rankings[role][name], int(noise_seed.generate_state(1)[0]))
                 rows = self._run(role, salient).features[name].flatten(1)
                 distances[layer][role] = arrays.row_distances({f"{role}'s salient features": rows}, TorchBackend())[0]
         return distances
+
+    def _report_empty(self, role: str, layer: str, maps: Tensor) -> None:
+        """Log, once per network and layer, that maps which rank pixels are zero everywhere."""
+        count = int((maps == 0).flatten(1).all(1).sum())
+        if count and (role, layer) not in self._reported:
+            self._reported.add((role, layer))
+            message = "HiResCAM of the %s at %s is zero everywhere for %d of %d images; their salient images keep the first rows."
+            log.warning(message, role, layer, count, len(maps))
 
     def _infer(self, images: Tensor) -> dict[str, NetworkOutputs]:
         """One pass of every network."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, Weighting
+from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, SalientClass, SalientScore, Weighting
 from kdx.errors import KdxError
 from kdx.kernels import geometry
 from kdx.maps.salient_images import Salience
@@ -16,8 +16,8 @@ from kdx.maps.unicam import check_weighting
 class Settings:
     """How the networks are executed, and which maps and scores are computed. `kdx.Explainer` documents each setting.
 
-    Raises ValueError for an unknown objective, weighting, geometry or kind of features and for a chunk below 1, and KdxError for ``keep``
-    and ``noise`` out of range, or given without salient features.
+    Raises ValueError for an unknown objective, weighting, geometry, kind of features or of salient images and for a chunk below 1, and
+    KdxError for ``keep`` and ``noise`` out of range, and for settings of salient images without salient features.
     """
 
     runtime: RuntimeName = "auto"
@@ -33,6 +33,8 @@ class Settings:
     features: Features = "raw"
     keep: float = 0.5
     noise: float = 0.0
+    salient_class: SalientClass = "predicted"
+    salient_score: SalientScore = "logit"
 
     def __post_init__(self) -> None:
         if self.objective not in geometry.OBJECTIVES:
@@ -44,13 +46,19 @@ class Settings:
             raise ValueError(f"no geometry {self.geometry!r}")
         if self.features not in get_args(Features):
             raise ValueError(f"no features {self.features!r}")
-        if Salience(self.keep, self.noise) != Salience() and self.features == "raw":
+        if self.salient_class not in get_args(SalientClass) or self.salient_score not in get_args(SalientScore):
+            raise ValueError(f"no salient class {self.salient_class!r} or no salient score {self.salient_score!r}")
+        if self._salience != Salience() and self.features == "raw":
             raise KdxError(
-                "`keep` and `noise` apply only to salient features.",
-                "Choose salient features (--features salient), or leave keep and noise out.",
+                "`keep`, `noise`, and the class and score of salient images apply only to salient features.",
+                "Choose salient features (--features salient), or leave these settings out.",
             )
+
+    @property
+    def _salience(self) -> Salience:
+        return Salience(self.keep, self.noise, self.salient_class, self.salient_score)
 
     @property
     def salience(self) -> Salience | None:
         """What salient images keep, or None for raw features."""
-        return Salience(self.keep, self.noise) if self.features == "salient" else None
+        return self._salience if self.features == "salient" else None

@@ -20,7 +20,7 @@ from kdx.explain.map_statistics import MapStatistics, NullStrength, mean_strengt
 from kdx.explain.settings import Settings
 from kdx.features.array_files import new_array
 from kdx.features.arrays import check_images, check_varied, rounding_of
-from kdx.features.rows import feature_distances
+from kdx.features.rows import feature_distances, unit_of
 from kdx.features.score_maps import combined
 from kdx.features.target import Target
 from kdx.kernels import dispatch, tiles
@@ -227,14 +227,16 @@ class _Layer:
 
     def _unicam_maps(self, role: str, sums: SetSums, own: slice) -> Iterator[Tensor]:
         """UniCAM's maps [3, l, P] of the images ``own`` for each gradient of the sums."""
+        # Like L, maps of relevance have no unit, and maps of uniqueness have that of the features.
+        unit = 1.0 if self._settings.objective == "relevance" else unit_of(self._features[role].matrix.rows)
         if self._elementwise:
             for halves in sums.elementwise[:, :, own]:
-                yield torch.stack([halves.sum(0), *halves]).relu()
+                yield torch.stack([halves.sum(0), *halves]).relu() / unit
             return
         features = self._features[role].uncentred(own) if len(sums.weights) else torch.empty(0)
         for parts in sums.weights[:, :, own]:
             contexts = torch.stack([parts.sum(0), *parts]).to(features.dtype)
-            yield torch.einsum("npc,knc->knp", features, contexts).relu()
+            yield torch.einsum("npc,knc->knp", features, contexts).relu() / unit
 
     def null_strengths(self) -> dict[str, NullStrength]:
         """The strength of the maps of a random part of the images, if the matrix that shares are computed with is permuted once."""

@@ -52,8 +52,8 @@ def tensor(array: Array, name: str) -> Tensor:
 
 
 def like(result: Tensor, kind: ArrayT) -> ArrayT:
-    """``result`` as a NumPy array if ``kind`` is one, else unchanged."""
-    return result if isinstance(kind, Tensor) else result.numpy(force=True)
+    """``result`` as a NumPy array if ``kind`` is one, else on the device of ``kind``."""
+    return result.to(kind.device) if isinstance(kind, Tensor) else result.numpy(force=True)
 
 
 def feature_map(array: Array, name: str) -> Tensor:

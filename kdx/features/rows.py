@@ -169,10 +169,16 @@ def _largest(rows: Rows) -> float:
     return float(torch.stack(parts).amax())
 
 
+def unit_of(rows: Rows) -> float:
+    """The power of two that features were multiplied by to get the rows of `feature_distances`."""
+    return rows.factor if isinstance(rows, _Multiplied) else 1.0
+
+
 def feature_distances(rows: Rows, name: str) -> tiles.FeatureDistances:
     """``rows`` as a distance matrix whose tiles are computed on demand. Raises KdxError for rows that are not finite or too large.
 
-    Very small or large rows are multiplied by a power of two, so that their squares keep all digits. That changes no score.
+    Very small or large rows are multiplied by a power of two, so that their squares keep all digits. That changes no score, but whatever
+    has the unit of a distance; see `unit_of`.
     """
     matrix = tiles.FeatureDistances.of(rows)
     dtype = torch.promote_types(rows.dtype, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from kdx.errors import KdxError
 from kdx.features import arrays
 from kdx.features.arrays import ArrayT
 from kdx.kernels import ambient
-from kdx.maps.gradients import ClassChoice, Differentiable, chosen_classes, class_gradients, gradient_runner
-from kdx.maps.scaling import ScalableMaps
+from kdx.maps.gradients import ClassChoice, Differentiable, LogitTarget, class_gradients, explained_classes, gradient_runner
+from kdx.maps.scalable_maps import ScalableMaps
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,15 @@ class ClassMaps(ScalableMaps[ArrayT]):
     """Grad-CAM or HiResCAM maps of one layer, for one class per image. All arrays are of the same kind as the images.
 
     maps: [n, H, W] >= 0, at the resolution of the features, not scaled. Values are comparable within one map, not between images.
-    weights: [n, C], the mean over h, w of the gradient of the class's logit. classes: [n], the classes that the maps explain.
+    weights: [n, C], the mean over h, w of the gradient of the class's logit, or of the target. classes: [n], the classes that the maps
+    explain; with a target, the predicted classes.
     logits: [n, number of classes]. ``empty`` is the share of maps that are zero everywhere.
 
     A map that is only the rounding error of its own computation is zero, and so are such weights: for example Grad-CAM before an
     instance normalisation, which removes the influence of every channel's mean.
     """
+
+    _comparable: ClassVar[bool] = False
 
     maps: ArrayT
     weights: ArrayT
@@ -41,6 +45,7 @@ def grad_cam(
     layer: str | None = None,
     classes: ClassChoice = None,
     *,
+    target: LogitTarget | None = None,
     device: str = "auto",
     chunk: int | None = None,
 ) -> ClassMaps[ArrayT]:
@@ -55,16 +60,20 @@ def grad_cam(
     network: a model reference, the path of a file that was exported with ``--kind gradients``, a `kdx.models.Network`, a PyTorch module
     (used as it is, without preprocessing), or an open runner of a graph of gradients, which stays open. images: [n, 3, h, w] in [0, 1],
     NumPy or PyTorch. layer: by default the only layer of a file or runner, or the last layer of a network whose feature map has a
-    gradient. classes: one integer for all images, or integers [n]; by default the predicted classes, which costs one more forward pass.
-    device: where a network or a file runs, as in `kdx.Explainer`. chunk: how many images are computed at once, by default all of them, or
-    as many as an engine accepts; it does not change the result. Tensors are returned on the device that computed them.
+    gradient. classes: one integer for all images, or integers [n], such as the true labels; by default the predicted classes, which costs
+    one more forward pass. target: what is differentiated in place of a logit: any differentiable function from the logits [n, classes] to
+    one value per image [n], such as ``lambda logits: logits[:, 3] - logits[:, 5]``, or a probability. It also works with exported files,
+    and costs one more forward pass; y_k above is then its value, and ``classes`` of the result are the predicted ones. device: where a
+    network or a file runs, as in `kdx.Explainer`. chunk: how many images are computed at once, by default all of them, or as many as an
+    engine accepts; it does not change the result. Tensors are returned on the device that computed them.
 
     A map is not a share of the logit: its sum has no meaning, and the maps of two images have no common scale. Because the gradient is
     averaged over positions before it is multiplied with the features, a map can be high at a position that the class does not use;
     `hires_cam` does not average. The ReLU removes what lowers the logit.
 
     Raises KdxError for no images, for a layer or class that does not exist, for a file or runner without gradients of the logits, for
-    features or gradients that are not finite, and for a layer without a gradient at any position of any image.
+    features or gradients that are not finite, for a layer without a gradient at any position of any image, and for a target that does not
+    give one differentiable value per image. Raises ValueError for both classes and a target.
 
     >>> import numpy as np, kdx
     >>> images = np.random.default_rng(0).random((3, 3, 32, 32), dtype=np.float32)
@@ -72,7 +81,7 @@ def grad_cam(
     >>> result.maps.shape, result.weights.shape, result.scaled((32, 32)).shape
     ((3, 8, 8), (3, 16), (3, 32, 32))
     """
-    return _like(_class_maps(network, arrays.pixels(images), layer, classes, "gap", device, chunk), images)
+    return _like(_class_maps(network, arrays.pixels(images), layer, classes, target, "gap", device, chunk), images)
 
 
 @ambient.neutral()
@@ -82,6 +91,7 @@ def hires_cam(
     layer: str | None = None,
     classes: ClassChoice = None,
     *,
+    target: LogitTarget | None = None,
     device: str = "auto",
     chunk: int | None = None,
 ) -> ClassMaps[ArrayT]:
@@ -108,17 +118,24 @@ def hires_cam(
     >>> result.maps.shape, bool((result.classes == result.logits.argmax(1)).all())
     ((3, 16, 16), True)
     """
-    return _like(_class_maps(network, arrays.pixels(images), layer, classes, "elementwise", device, chunk), images)
+    return _like(_class_maps(network, arrays.pixels(images), layer, classes, target, "elementwise", device, chunk), images)
 
 
 def _class_maps(
-    network: Differentiable, images: Tensor, layer: str | None, classes: ClassChoice, weighting: Weighting, device: str, chunk: int | None
+    network: Differentiable,
+    images: Tensor,
+    layer: str | None,
+    classes: ClassChoice,
+    target: LogitTarget | None,
+    weighting: Weighting,
+    device: str,
+    chunk: int | None,
 ) -> ClassMaps[Tensor]:
     weights, maps, logits = [], [], []
     influences = False
     with gradient_runner(network, layer, images, device) as (runner, name):
-        chosen, count = chosen_classes(runner, images, classes, chunk)
-        for part_logits, gradients in class_gradients(runner, [name], images, chosen, count, chunk):
+        chosen, cotangents = explained_classes(runner, images, classes, target, chunk)
+        for part_logits, gradients in class_gradients(runner, [name], images, cotangents, chunk):
             part_weights, part_maps = gradients[name].maps(weighting)
             weights.append(part_weights)
             maps.append(part_maps)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdx.features import arrays
@@ -15,11 +18,14 @@ from kdx.kernels import ambient, decomposition, dispatch, geometry
 from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import BatchDistances, TorchBackend
 from kdx.kernels.positions import PositionGeometry
+from kdx.maps.drawing import Sheet
+from kdx.maps.figures import Drawable, contact_sheet, single_kind
+from kdx.maps.scaling import at_size
 from kdx.maps.unicam import check_residual
 
 
 @dataclass(frozen=True)
-class Decomposition(Generic[ArrayT]):
+class Decomposition(Drawable, Generic[ArrayT]):
     """A score as a sum over images and positions.
 
     maps: [n, H, W], signed; their sum over everything is ``score``. explained, other: the two parts whose difference the maps are, that is,
@@ -40,6 +46,20 @@ class Decomposition(Generic[ArrayT]):
         """Each image's contribution to the score [n]."""
         contributions: ArrayT = self.maps.sum((1, 2))
         return contributions
+
+    def at_size(self, size: tuple[int, int]) -> ArrayT:
+        """The maps resized (bilinear) to ``size`` (H, W), each then divided by its largest absolute value, which becomes 1.
+
+        Signs are kept, and a map of zeros stays zero. Maps at this scale no longer add up to the score.
+        """
+        return at_size(self.maps, size, signed=True)
+
+    def _count(self) -> int:
+        return len(self.maps)
+
+    def _sheet(self, images: list[NDArray[np.uint8]] | None, index: list[int], kinds: Sequence[str] | None) -> Sheet:
+        single_kind(kinds)
+        return contact_sheet(self.maps, images, index, signed=True)
 
 
 @ambient.neutral()

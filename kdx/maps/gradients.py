@@ -7,7 +7,7 @@ gradients of each layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +35,9 @@ preprocessing), or an open runner of a graph of gradients, which stays open."""
 
 ClassChoice = int | Array | None
 
+LogitTarget = Callable[[Tensor], Tensor]
+"""What is differentiated in place of a logit: a function from the logits [n, classes] to one value per image [n]."""
+
 
 class LayerGradient(NamedTuple):
     """A layer's feature and the gradient with respect to it, both [n, C, H, W]. dtype: the type in which the network computed them."""
@@ -53,15 +56,14 @@ class LayerGradient(NamedTuple):
 
 
 def class_gradients(
-    runner: Runner, layers: Sequence[str], images: Tensor, classes: Tensor, count: int, chunk: int | None
+    runner: Runner, layers: Sequence[str], images: Tensor, cotangents: Tensor, chunk: int | None
 ) -> Iterator[tuple[Tensor, dict[str, LayerGradient]]]:
     """(logits, each layer's feature and gradient) for one part of the images after another.
 
-    The gradients are those of the logits of ``classes`` [n], out of ``count`` classes.
+    The gradients are those of sum_k c_ik y_ik, with y the logits and c the cotangents [n, classes].
     """
     for part in parts(runner, chunk, len(images)):
-        cotangent = nn.functional.one_hot(classes[part], count).to(images.dtype)
-        yield layer_gradients(runner, layers, images[part], cotangent, part.start)
+        yield layer_gradients(runner, layers, images[part], cotangents[part].to(images.dtype), part.start)
 
 
 def layer_gradients(
@@ -73,6 +75,12 @@ def layer_gradients(
     """
     outputs = runner.run({"images": images, "cotangent": cotangent})
     gradients = {layer: LayerGradient(outputs[output_name(layer)], outputs[f"gradient/{layer}"], runner.dtype) for layer in layers}
+    check_gradients(gradients, first)
+    return outputs["logits"], gradients
+
+
+def check_gradients(gradients: Mapping[str, LayerGradient], first: int = 0) -> None:
+    """Raise KdxError for values that are not finite. first: the row of the first image among all images, for the message."""
     for layer, (feature, gradient, _) in gradients.items():
         finite = feature.isfinite().flatten(1).all(1) & gradient.isfinite().flatten(1).all(1)
         if not bool(finite.all()):
@@ -80,17 +88,48 @@ def layer_gradients(
                 f"The features of layer {layer!r} or their gradients are not finite {arrays.rows_text(~finite, first)}.",
                 "Look at those images, and at the network's weights and precision.",
             )
-    return outputs["logits"], gradients
 
 
-def chosen_classes(runner: Runner, images: Tensor, classes: ClassChoice, chunk: int | None) -> tuple[Tensor, int]:
-    """The classes [n] to explain, by default those that the network predicts, and how many classes the network has."""
+def explained_classes(
+    runner: Runner, images: Tensor, classes: ClassChoice, target: LogitTarget | None, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """The classes [n] to explain, by default those that the network predicts, and the cotangents [n, classes] of the logits.
+
+    The cotangents are one at the class to explain, or the derivatives of ``target``.
+    """
+    if classes is not None and target is not None:
+        raise ValueError("give classes or a target, not both")
     if runner.cotangent_layer is not None:
         raise KdxError("The gradients are those of a feature layer, not of the logits.", "Export the network without --at.")
     count = runner.class_count(images)
     if classes is not None:
-        return _checked_classes(classes, len(images), count).to(runner.device), count
-    return torch.cat([runner.logits(images[part]).argmax(1) for part in parts(runner, chunk, len(images))]), count
+        chosen = checked_classes(classes, len(images), count).to(runner.device)
+        return chosen, nn.functional.one_hot(chosen, count)
+    logits = torch.cat([runner.logits(images[part]) for part in parts(runner, chunk, len(images))])
+    chosen = logits.argmax(1)
+    return chosen, nn.functional.one_hot(chosen, count) if target is None else derivatives(target, logits)
+
+
+def derivatives(target: LogitTarget, logits: Tensor) -> Tensor:
+    """The derivatives [n, classes] of the target of each image by its logits. Raises KdxError for a target that is not one per image."""
+    with torch.enable_grad():
+        leaf = logits.detach().clone().requires_grad_()
+        values = target(leaf)
+        if not isinstance(values, Tensor) or values.shape != logits.shape[:1] or not values.requires_grad:
+            shape = f"a tensor of shape {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+            raise KdxError(
+                f"The target gives {shape} for logits of shape {list(logits.shape)}, or one that does not depend on them.",
+                "Give a differentiable function from logits [n, classes] to one value per image [n].",
+            )
+        (gradient,) = torch.autograd.grad(values.sum(), leaf, allow_unused=True)
+    if gradient is None or not bool(gradient.isfinite().all()):
+        raise KdxError("The target has no finite derivative by the logits.", "Give a differentiable function of the logits.")
+    return gradient
+
+
+def class_probability(classes: Tensor) -> LogitTarget:
+    """The softmax of each image's class [n], as a target."""
+    return lambda logits: logits.softmax(1).gather(1, classes[:, None].to(logits.device))[:, 0]
 
 
 @contextmanager
@@ -141,7 +180,7 @@ def _last_layer(network: Network, image: Tensor, device: torch.device) -> str:
     raise KdxError("The network has no layer whose output is a feature map that the logits depend on.", "Name a layer.")
 
 
-def _checked_classes(classes: int | Array, n: int, count: int) -> Tensor:
+def checked_classes(classes: int | Array, n: int, count: int) -> Tensor:
     """Classes [n], each from 0 to ``count`` - 1."""
     values = torch.full((n,), int(classes)) if isinstance(classes, int | np.integer) else arrays.tensor(classes, "classes")
     if values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool:

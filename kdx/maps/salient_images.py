@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kdx.choices import SalientClass, SalientScore
 from kdx.errors import KdxError
 from kdx.features import arrays
 from kdx.features.arrays import Array, ArrayT
 from kdx.kernels import ambient, geometry, imputation
-from kdx.maps.gradients import ClassChoice, Differentiable, chosen_classes, class_gradients, gradient_runner
+from kdx.maps.gradients import (
+    ClassChoice,
+    Differentiable,
+    LogitTarget,
+    checked_classes,
+    class_gradients,
+    class_probability,
+    derivatives,
+    explained_classes,
+    gradient_runner,
+)
 from kdx.maps.scaling import scaled
 from kdx.runtimes.runner import Runner
 
@@ -28,17 +40,32 @@ class Salience:
     """How a salient image is made.
 
     keep: the share of its pixels that are kept, in (0, 1). noise: the standard deviation of the normal noise that is added to the
-    imputed pixels, in units of pixels in [0, 1]. Raises KdxError for values out of range.
+    imputed pixels, in units of pixels in [0, 1]. of_class, score: what ranks the pixels. Raises KdxError for values out of range.
     """
 
     keep: float = 0.5
     noise: float = 0.0
+    of_class: SalientClass = "predicted"
+    score: SalientScore = "logit"
 
     def __post_init__(self) -> None:
         if not 0 < self.keep < 1:  # in this form NaN fails too
             raise KdxError(f"The share {self.keep} of pixels to keep is not between 0 and 1.", "Give a share such as 0.5.")
         if not 0 <= self.noise < math.inf:
             raise KdxError(f"The noise {self.noise} is not a standard deviation.", "Give 0, or a small number such as 0.01.")
+
+    def cotangents(self, logits: Tensor, classes: Tensor | None) -> Tensor:
+        """The derivatives [n, classes] of the score that ranks pixels by the logits. classes [n]: the true classes, if they are known."""
+        if self.of_class == "true" and classes is None:
+            raise KdxError(
+                "Salient features of the true class need the class of every image, and the target is an embedding.",
+                "Give integer labels, or classes=, or the predicted class (--salient-class predicted).",
+            )
+        known = logits.argmax(1) if self.of_class == "predicted" or classes is None else classes
+        chosen = checked_classes(known, *logits.shape).to(logits.device)
+        if self.score == "probability":
+            return derivatives(class_probability(chosen), logits)
+        return torch.nn.functional.one_hot(chosen, logits.shape[1])
 
     def images(self, images: Tensor, maps: Tensor, seed: int = 0) -> Tensor:
         """Images [n, 3, h, w]: the pixels that the maps [n, H, W], resized to the images, rank highest are kept, and the rest imputed."""
@@ -56,6 +83,7 @@ def salient_images(
     noise: float = 0.0,
     seed: int = 0,
     *,
+    target: LogitTarget | None = None,
     device: str = "auto",
     chunk: int | None = None,
 ) -> ArrayT:
@@ -63,14 +91,15 @@ def salient_images(
 
     Equal to ``impute(images, top_mask(hires_cam(network, images, layer, classes).scaled((h, w)), keep), noise=noise, seed=seed)``: of
     each image, the share ``keep`` of the pixels that its HiResCAM map, resized to the image, ranks highest is kept. A network's features
-    of its salient images are its salient features. FSS and RS were published on salient features, with half of the pixels kept
-    (arXiv 2412.13943).
+    of its salient images are its salient features. The paper computes FSS and RS of salient features, with half of the pixels kept
+    (arXiv 2412.13943); docs/published.md lists how its code differs from kdx's defaults.
 
-    network, images, layer, classes, device, chunk: as in `hires_cam`. keep: in (0, 1). noise, seed: as in `impute`. Returns images
-    [n, 3, h, w] of the same kind and type, on the same device.
+    network, images, layer, classes, target, device, chunk: as in `hires_cam`. Give ``classes=labels`` for the true classes. keep: in
+    (0, 1). noise, seed: as in `impute`. Returns images [n, 3, h, w] of the same kind and type, on the same device.
 
     If the map is positive on fewer pixels than the share, `top_mask` adds pixels in reading order; if a map is zero everywhere, it keeps
-    the first rows of the image. A salient image does not show what the network sees: imputed pixels still have colours, and the border
+    the first rows of the image, and a warning names the image (`kdx.hires_cam` returns the maps and, as ``empty``, the share of such maps).
+    A salient image does not show what the network sees: imputed pixels still have colours, and the border
     of the kept pixels still shows traces of shape.
 
     Raises KdxError for what `hires_cam` refuses, for a share outside (0, 1), and for a layer at which the maps of all images are zero up
@@ -84,8 +113,12 @@ def salient_images(
     """
     salience, batch = Salience(keep, noise), arrays.pixels(images)
     with gradient_runner(network, layer, batch, device) as (runner, name):
-        chosen, count = chosen_classes(runner, batch, classes, chunk)
-        maps = ranking_maps(runner, [name], batch, chosen, count, chunk)[name]
+        _, cotangents = explained_classes(runner, batch, classes, target, chunk)
+        maps = ranking_maps(runner, [name], batch, cotangents, chunk)[name]
+    empty = (maps == 0).flatten(1).all(1)
+    if bool(empty.any()):
+        rows = arrays.rows_text(empty)
+        warnings.warn(f"HiResCAM is zero everywhere {rows}, so the first rows of these images are kept.", stacklevel=3)
     return arrays.like(salience.images(batch, maps, seed).to(batch.device), images)
 
 
@@ -144,16 +177,14 @@ def top_mask(maps: ArrayT, share: float = 0.5) -> ArrayT:
     return arrays.like(mask.reshape(values.shape), maps)
 
 
-def ranking_maps(
-    runner: Runner, layers: Sequence[str], images: Tensor, classes: Tensor, count: int, chunk: int | None = None
-) -> dict[str, Tensor]:
-    """HiResCAM [n, H, W] at each layer, from one pass of a graph of gradients over images [n, 3, h, w] with classes [n] of ``count``.
+def ranking_maps(runner: Runner, layers: Sequence[str], images: Tensor, cotangents: Tensor, chunk: int | None = None) -> dict[str, Tensor]:
+    """HiResCAM [n, H, W] at each layer, from one pass of a graph of gradients over images [n, 3, h, w] with cotangents [n, classes].
 
     Raises KdxError for a layer at which the maps of all images are zero up to rounding.
     """
     pieces: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     largest_sum = dict.fromkeys(layers, 0.0)
-    for _, gradients in class_gradients(runner, layers, images, classes, count, chunk):
+    for _, gradients in class_gradients(runner, layers, images, cotangents, chunk):
         for layer, differentiated in gradients.items():
             feature, gradient, _ = differentiated
             pieces[layer].append(differentiated.maps("elementwise")[1])

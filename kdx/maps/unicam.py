@@ -17,7 +17,7 @@ from kdx.features.target import Target
 from kdx.kernels import ambient, dispatch, geometry, rounding
 from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import ReferenceDistances, TorchBackend, UnicamWeights
-from kdx.maps.scaling import ScalableMaps
+from kdx.maps.scalable_maps import ScalableMaps
 from kdx.roles import TARGET
 
 
@@ -60,7 +60,7 @@ class ReferenceSet:
         arrays.check_same(self.given.shape[0], m, "given features", "explained features")
         rows = {"explained features": self.explained, "given features": self.given}
         self.distances = arrays.row_distances({name: distance_rows(value, pooled) for name, value in rows.items()}, TorchBackend())
-        self.target = Target.of(target, m).checked()
+        self.target = Target.of(target, m, device=self.explained.device).checked()
 
 
 @ambient.neutral()
@@ -252,7 +252,7 @@ class _Pair:
         goal = Target.of(target, n, device=self.explained.device, backend=self.ops)
         x, y = self.rows
         networks = arrays.row_distances({"explained features": x, "given features": y}, self.ops)
-        means = [rounding.with_probes(geometry.gap(self.explained), self.explained)]
+        means = [rounding.with_probes(self.ops.means(self.explained), self.explained)]
         return self.ops.channel_weights(
             networks.select([0]), networks.select([1]), goal.distances, means, self.objective, laplacians=self.laplacian
         )
@@ -268,8 +268,8 @@ class _Pair:
             [reference_distances(reference.explained, self.explained, among.raw[0], "explained features", self.pooled)],
             [reference_distances(reference.given, self.given, among.raw[1], "given features", self.pooled)],
             reference.target.reference_distances(queries),
-            [rounding.with_probes(geometry.gap(self.explained), self.explained)],
-            [rounding.with_probes(geometry.gap(reference.explained), reference.explained, seed=1)],
+            [rounding.with_probes(self.ops.means(self.explained), self.explained)],
+            [rounding.with_probes(self.ops.means(reference.explained), reference.explained, seed=1)],
             self.objective,
             laplacians=self.laplacian,
         )

@@ -9,8 +9,9 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
+from kdx.choices import COVER, Interpolation, ResizeMode, Resizing
 from kdx.disk import write_atomic
 from kdx.errors import KdxError, first_line
 from kdx.export.graphs import Preprocessing
@@ -24,7 +25,7 @@ _REQUIRED = ("base", "student")
 
 @dataclass(frozen=True)
 class ModelsFile:
-    """The contents of a models file. The teacher is optional.
+    """The contents of a models file. The teacher is optional. resizing: how images are brought to the networks' size.
 
     data, fingerprint, split_seed: the data that the networks were trained on, by reference and by content (`Dataset.fingerprint`), and
     the seed of their split. used: a NumPy file beside this one with the keys of the images that were used to fit or to choose the weights
@@ -43,6 +44,7 @@ class ModelsFile:
     split_seed: int | None = None
     used: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    resizing: Resizing = COVER
 
     @property
     def references(self) -> dict[str, str]:
@@ -77,10 +79,10 @@ def load_any(model: str) -> tuple[Network, tuple[str, ...]]:
 def read_models(path: Path | str) -> ModelsFile:
     """Read a models file (TOML).
 
-    ``base`` and ``student`` are model references. Optional keys are ``teacher`` (a model reference), ``layers`` (a list of ``layer``
-    or ``student_layer=teacher_layer``), ``classes`` (a list of names), and the tables ``[preprocessing]`` (size, mean, std),
-    ``[data]`` (reference, fingerprint, split_seed, used) and ``[training]`` (anything). kdx 0.1.0 wrote split_seed as seed. Raises
-    KdxError for a file that is missing, is not TOML, lacks base or student, or has any other key.
+    ``base`` and ``student`` are model references. Optional keys are ``teacher`` (a model reference), ``layers`` (a list of ``layer`` or
+    ``student_layer=teacher_layer``), ``classes`` (a list of names), and the tables ``[preprocessing]`` (size, mean, std, resize,
+    interpolation), ``[data]`` (reference, fingerprint, split_seed, used) and ``[training]`` (anything). kdx 0.1.0 wrote split_seed as seed.
+    Raises KdxError for a file that is missing, is not TOML, lacks base or student, or has any other key.
     """
     path = Path(path)
     try:
@@ -107,6 +109,7 @@ def read_models(path: Path | str) -> ModelsFile:
         split_seed=None if seed not in data else _check(path, f"data.{seed}", data[seed], int),
         used=None if "used" not in data else _check(path, "data.used", data["used"], str),
         training=_check(path, "training", content.get("training", {}), dict),
+        resizing=_resizing(path, content),
     )
 
 
@@ -124,13 +127,17 @@ def write_models(
     split_seed: int | None = None,
     used: str | None = None,
     training: Mapping[str, Any] | None = None,
+    resizing: Resizing = COVER,
 ) -> ModelsFile:
     """Write a models file atomically and return its contents, as ``read_models`` reads them. Entries that are None are left out."""
     lines = [f"{role} = {_toml(value)}" for role, value in zip(READING_ORDER, (teacher, base, student), strict=True) if value is not None]
     lines += [f"{key} = {_toml(list(values))}" for key, values in (("layers", layers), ("classes", classes)) if values]
+    values: dict[str, Any] = {}
     if preprocessing is not None:
         values = {"size": preprocessing.size, "mean": preprocessing.mean, "std": preprocessing.std}
-        lines += _toml_table("preprocessing", values)
+    if resizing != COVER:
+        values |= {"resize": resizing.mode, "interpolation": resizing.interpolation}
+    lines += _toml_table("preprocessing", values)
     lines += _toml_table("data", {"reference": data, "fingerprint": fingerprint, "split_seed": split_seed, "used": used})
     lines += _toml_table("training", training or {})
     path = Path(path)
@@ -170,9 +177,9 @@ def _table(path: Path, content: Mapping[str, Any], key: str, known: Sequence[str
 
 
 def _preprocessing(path: Path, content: Mapping[str, Any]) -> Preprocessing | None:
-    if "preprocessing" not in content:
-        return None
-    table = _table(path, content, "preprocessing", ("size", "mean", "std"))
+    table = _table(path, content, "preprocessing", ("size", "mean", "std", "resize", "interpolation"))
+    if not table.keys() & {"size", "mean", "std"} and ("preprocessing" not in content or table):
+        return None  # each network's own
     size: Any = table.get("size")
     mean: Any = table.get("mean", [0.0])
     std: Any = table.get("std", [1.0])
@@ -185,6 +192,15 @@ def _preprocessing(path: Path, content: Mapping[str, Any]) -> Preprocessing | No
             "Write size = [height, width], and mean and std with one number or one per channel, where no std is 0.",
         )
     return Preprocessing(None if size is None else (size[0], size[1]), tuple(map(float, mean)), tuple(map(float, std)))
+
+
+def _resizing(path: Path, content: Mapping[str, Any]) -> Resizing:
+    table = content.get("preprocessing", {})
+    chosen = {"mode": table.get("resize", "cover"), "interpolation": table.get("interpolation", "bicubic")}
+    for key, choices in (("mode", get_args(ResizeMode)), ("interpolation", get_args(Interpolation))):
+        if chosen[key] not in choices:
+            raise KdxError(f"The models file {path} has an unknown resize {chosen[key]!r}.", f"Choose one of: {', '.join(choices)}.")
+    return Resizing(**chosen)
 
 
 def _toml_table(name: str, values: Mapping[str, Any]) -> list[str]:

@@ -66,7 +66,8 @@ def check_kind(module: nn.Module) -> None:
 def _reason_against(module: nn.Module) -> tuple[str, str] | None:
     """Why a module cannot be explained, as the end of a sentence, and the hint; None if it can."""
     home = type(module).__module__
-    if type(module).__name__ == "FullyShardedDataParallel" or home.startswith("torch.distributed.fsdp"):
+    sharded = any(type(parameter).__name__ == "DTensor" for parameter in module.parameters(recurse=False))
+    if sharded or type(module).__name__ == "FullyShardedDataParallel" or home.startswith("torch.distributed.fsdp"):
         return "is sharded over processes", "Load its full state_dict into the module that it was built from, and give that module."
     if home.startswith("torch.jit"):
         return "is scripted or traced: its layers cannot be observed", "Give the Python module that it was made from."

@@ -8,18 +8,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from kdx.disk import write_atomic
-from kdx.report import overlays
+from kdx.maps import overlays
 from kdx.report.kinds import PageKind, opening_layer, page_kinds, shown_first
 from kdx.report.packing import PackedMap, data_uri, encoded, packed_map, rounded, rounded_or_none, shrunk
+from kdx.runs.gallery_choice import BALANCED, read_choice
+from kdx.runs.image_numbers import CHANGED, DISAGREEMENT, WRONG, prediction_numbers
 from kdx.runs.record import MapColumns, RunRecord
-from kdx.runs.schema import layer_file_names, overlay_path, pictured_rows
+from kdx.runs.schema import layer_file_names, overlay_path
 
 _COMPOSITE_EDGE = 112  # composites of smaller images are enlarged by an integer factor to about this size, in pixels
 
@@ -30,6 +31,17 @@ _SATURATION = 0.95  # the common scale of a layer ends at this quantile of the h
 _STRIP_HIGHEST, _STRIP_LOWEST = 4, 2  # the images of the strip: those with the highest sums, then those with the lowest
 
 _LEAST_STABILITY = 0.5  # an image of the strip has a map that is at least this stable, where stability is known
+
+CONFIDENCE = "confidence"
+"""The number of a card that is the student's confidence in its prediction."""
+
+_SORTED_BY = {
+    CHANGED: "Change of the prediction",
+    WRONG: "Student’s confidence in a wrong class",
+    DISAGREEMENT: "Disagreement of predictions",
+    CONFIDENCE: "Student’s confidence",
+}
+"""The numbers of a card by which the page sorts, in words."""
 
 MapFigures = tuple[float, float | None, float | None]
 """The sum of a map over its positions, its strength and its stability (`kdx.runs.record.MapColumns`)."""
@@ -45,8 +57,8 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Card:
-    """One image of the gallery. ``image`` is a data URI of width x height pixels. ``disagreement``: how many pairs of networks predict
-    different classes.
+    """One image of the gallery. ``image`` is a data URI of width x height pixels. ``numbers``: those of
+    `kdx.runs.image_numbers.MEANINGS`, by name, and ``confidence``, the student's.
     """
 
     id: str
@@ -56,7 +68,7 @@ class Card:
     width: int
     height: int
     predictions: list[Prediction]
-    disagreement: int
+    numbers: dict[str, float]
     maps: list[list[PackedMap | None]]  # [layer][kind]; None where the map is zero everywhere
     figures: list[list[MapFigures]]
 
@@ -66,7 +78,8 @@ class Gallery:
     """Cards in the run's order, with the kinds of map and the classes that they have.
 
     grids: the height and width of the first kind of map per layer. opening: the layer that the page shows first. limits [layer][kind]: the
-    absolute value at which the layer's common scale ends. strip: the cards in the strip.
+    absolute value at which the layer's common scale ends. strip: the cards in the strip. chosen: how the images were
+    chosen, as a sentence. ordered: whether the cards have another order than the data.
     """
 
     cards: list[Card]
@@ -76,11 +89,18 @@ class Gallery:
     opening: str
     limits: list[list[float]]
     classes: list[tuple[int, str, int]]  # (class, name, number of cards)
+    chosen: str
+    ordered: bool
 
     @property
     def pixelated(self) -> bool:
         """Whether every image is so small that its pixels should appear as squares."""
         return all(max(card.width, card.height) <= _PIXELATED for card in self.cards)
+
+    @property
+    def numbers(self) -> dict[str, str]:
+        """The numbers of a card by which the page sorts, in words; `CHANGED` only where there is a network to compare with."""
+        return {name: label for name, label in _SORTED_BY.items() if self.cards and name in self.cards[0].numbers}
 
     @property
     def opacity(self) -> int:
@@ -123,9 +143,11 @@ def make_gallery(run: RunRecord) -> Gallery:
     """
     kinds = page_kinds(run)
     positions = {int(row): position for position, row in enumerate(run.samples.rows)}
-    rows = [row for row in pictured_rows(run.folder) if row in positions]
+    choice, chosen = read_choice(run)
+    rows = [row for row in chosen if row in positions]
     places = [positions[row] for row in rows]
     maps = {(layer, kind.name): run.maps(layer, kind.name, rows) for layer in run.layers for kind in kinds}
+    numbers = {**prediction_numbers(run.samples), CONFIDENCE: run.samples.confidences["student"]}
     figures = {key: _figures(run.map_columns(*key), stack, places) for key, stack in maps.items()}
 
     def make_card(place: int) -> Card:
@@ -133,7 +155,10 @@ def make_gallery(run: RunRecord) -> Gallery:
         of_image = {key: stack[place] for key, stack in maps.items()}
         _write_composites(run, rows[place], picture, of_image, kinds)
         packed = [[packed_map(of_image[layer, kind.name], signed=kind.signed) for kind in kinds] for layer in run.layers]
-        return _card(run, places[place], picture, packed, [[figures[layer, kind.name][place] for kind in kinds] for layer in run.layers])
+        of_card = {name: rounded(float(values[places[place]])) for name, values in numbers.items()}
+        return _card(
+            run, places[place], picture, of_card, packed, [[figures[layer, kind.name][place] for kind in kinds] for layer in run.layers]
+        )
 
     with ThreadPoolExecutor() as pool:  # most of the time goes to zlib, which releases the interpreter's lock
         cards = list(pool.map(make_card, range(len(rows))))
@@ -147,6 +172,8 @@ def make_gallery(run: RunRecord) -> Gallery:
         opening_layer(run, kinds[0], grids),
         [[_limit(maps[layer, kind.name]) for kind in kinds] for layer in run.layers],
         [(label, run.class_name(label), count) for label, count in sorted(counts.items())],
+        choice.description(len(cards)),
+        choice.order != BALANCED or bool(choice.images),
     )
 
 
@@ -175,7 +202,14 @@ def _limit(maps: NDArray[np.float32]) -> float:
     return rounded(float(np.quantile(highest, _SATURATION))) if len(highest) else 1.0
 
 
-def _card(run: RunRecord, position: int, picture: Image.Image, maps: list[list[PackedMap | None]], figures: list[list[MapFigures]]) -> Card:
+def _card(
+    run: RunRecord,
+    position: int,
+    picture: Image.Image,
+    numbers: dict[str, float],
+    maps: list[list[PackedMap | None]],
+    figures: list[list[MapFigures]],
+) -> Card:
     samples = run.samples
     label = int(samples.labels[position])
     classes = [int(samples.predictions[role][position]) for role in run.roles]
@@ -183,10 +217,9 @@ def _card(run: RunRecord, position: int, picture: Image.Image, maps: list[list[P
         Prediction(role, run.class_name(class_), bool(samples.correct(role)[position]), float(samples.confidences[role][position]))
         for role, class_ in zip(run.roles, classes, strict=True)
     ]
-    disagreement = sum(a != b for a, b in combinations(classes, 2))
     shown = shrunk(picture)
     name = samples.ids[position]
-    return Card(name, label, run.class_name(label), data_uri(shown), *shown.size, predictions, disagreement, maps, figures)
+    return Card(name, label, run.class_name(label), data_uri(shown), *shown.size, predictions, numbers, maps, figures)
 
 
 def _write_composites(

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdx.disk import remove_leftovers, write_atomic
-from kdx.report import overlays, plots, wording
+from kdx.maps import overlays
+from kdx.report import plots, wording
 from kdx.report.gallery import Gallery, gradient, make_gallery
 from kdx.report.kinds import kinds_left_out
 from kdx.report.map_facts import layer_facts
@@ -160,7 +161,7 @@ def _payload(run: RunRecord, gallery: Gallery) -> Markup:
             "limits": gallery.limits,
             "nulls": [[None if summary is None else summary.null_strength for summary in kinds] for kinds in summaries],
             "strip": gallery.strip,
-            "disagreement": [card.disagreement for card in gallery.cards],
+            "numbers": {name: [card.numbers[name] for card in gallery.cards] for name in gallery.numbers},
             "figures": [card.figures for card in gallery.cards],
             "maps": [card.maps for card in gallery.cards],
         }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kdx.roles import BALANCE, CONTRASTS, GAIN, LIKENESS, MAPS, ROLES, MapKind
+from kdx.runs.number_text import number as number
 from kdx.runs.record import Entry, RunRecord
 from kdx.runs.split import training_warning
 from kdx.scores.uncertainty import sign_test
@@ -63,14 +63,6 @@ class Reading:
     cautions: tuple[str, ...]
 
 
-def number(value: float, digits: int = 2, sign: bool = False) -> str:
-    """A number with a true minus sign and no negative zero; an en dash where it is not finite."""
-    if not math.isfinite(value):
-        return "–"
-    value = float(round(value, digits)) or 0.0
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
-
-
 def span(entry: Entry, digits: int | None = None, sign: bool = False) -> tuple[str, str]:
     """Value and interval as text, such as ``("0.91", "0.89 to 0.93")``.
 
@@ -113,10 +105,12 @@ def training_notice(run: RunRecord) -> str | None:
     return training_warning(run.trained_on, run.explained)
 
 
-def kept_pixels(keep: float, noise: float) -> str:
+def kept_pixels(keep: float, noise: float, of_class: str = "predicted", score: str = "logit") -> str:
     """How a salient image is made, as a clause."""
     with_noise = f" with noise of standard deviation {noise:g}" if noise else ""
-    return f"the top {100 * keep:.4g}% of pixels by HiResCAM are kept and the rest are imputed{with_noise}"
+    plain = (of_class, score) == ("predicted", "logit")
+    ranking = "" if plain else f" of the {score} of the {of_class} class"
+    return f"the top {100 * keep:.4g}% of pixels by HiResCAM{ranking} are kept and the rest are imputed{with_noise}"
 
 
 def read(

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdx.data.dataset import Dataset
 from kdx.data.images import Images, check_unreadable, decoded, load_references
 from kdx.explain.explainer import Explainer
 from kdx.explain.map_statistics import MapStatistics, mean_strength, stability
@@ -34,7 +33,7 @@ def explain_batches(
     if pending and len(pending) < total:
         announce(f"Resuming: {total - len(pending)} of {total} batches are done.")
     if len(references) and pending:
-        _use_references(explainer, plan.dataset, references, size)
+        _use_references(explainer, plan, references, size)
     unreadable: list[tuple[str, str]] = []
     planned = (plan.indices[plan.batches[batch]] for batch in pending)
     with decoded(plan.dataset, planned, size, plan.options.workers) as results, progress() as show:
@@ -46,14 +45,16 @@ def explain_batches(
         show("Explaining", total, total, "batches")
 
 
-def _use_references(explainer: Explainer, dataset: Dataset, references: NDArray[np.int64], size: tuple[int, int]) -> None:
-    explainer.use_references(load_references(dataset, references, size), torch.from_numpy(dataset.labels[references]))
+def _use_references(explainer: Explainer, plan: Plan, references: NDArray[np.int64], size: tuple[int, int]) -> None:
+    explainer.use_references(load_references(plan.dataset, references, size), plan.target(plan.dataset.labels[references]))
 
 
 def _explain_batch(store: Store, explainer: Explainer, plan: Plan, batch: int, images: Images) -> None:
     """Explain and store one batch."""
-    labels = torch.from_numpy(plan.dataset.labels[images.kept])
-    logits, measurements = explainer.explain(images.pixels, labels, (plan.options.seed, batch))
+    labels = plan.dataset.labels[images.kept]
+    logits, measurements = explainer.explain(
+        images.pixels, plan.target(labels), (plan.options.seed, batch), classes=torch.from_numpy(labels)
+    )
     check_classes(logits, len(plan.dataset.classes))
     columns = {schema.INDEX: images.kept, **prediction_columns(logits)}
     products = {

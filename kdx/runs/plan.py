@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from kdx.choices import StoredPrecision
+from kdx.choices import Interpolation, ResizeMode, Resizing, StoredPrecision
 from kdx.data.batches import random_batches
+from kdx.data.class_embeddings import ClassEmbeddings, read_class_embeddings
 from kdx.data.dataset import Dataset, open_data
 from kdx.data.splits import class_balanced_sample
 from kdx.errors import KdxError
@@ -23,6 +26,7 @@ from kdx.features.arrays import MIN_IMAGES, check_images
 from kdx.models.layer_pairs import parse_layers
 from kdx.models.models_file import ModelsFile, read_models
 from kdx.models.network import Network
+from kdx.runs.gallery_choice import BALANCED, GalleryChoice
 from kdx.runs.split import SplitChoice, choose_split
 from kdx.runtimes.choice import is_file
 
@@ -46,10 +50,12 @@ class RunOptions(Settings):
     standard error of at most sqrt(2/K). max_disk: the gigabytes that features and distances may take; by default half of the free space.
     max_minutes: the time that the sweeps over all pairs of images may take by estimate. Beyond these two limits ``auto`` selects the
     geometry ``reference``.
+    target: a file of class embeddings (`kdx.data.class_embeddings`), which are the target in place of labels. resize, interpolation: how
+    images are brought to the networks' size, by default as the models file states.
     split: ``test``, ``validation``, ``train`` or ``all``. None takes ``test`` of the data that the models were trained on, and all of any
     other data. max_unreadable: the share of corrupt images above which the run fails; one image always passes, unless the share is 0.
-    gallery: images shown in the report. workers: threads that decode the next batches while one is explained; None takes one per core,
-    0 decodes each batch when it is needed.
+    gallery, gallery_order, gallery_images: the images on the page (`kdx.runs.gallery_choice.GalleryChoice`). workers: threads that decode
+    the next batches while one is explained; None takes one per core, 0 decodes each batch when it is needed.
     """
 
     batch: int = 64
@@ -59,15 +65,24 @@ class RunOptions(Settings):
     project: int = 0
     max_disk: float | None = None
     max_minutes: float = 60.0
+    target: Path | None = None
+    resize: ResizeMode | None = None
+    interpolation: Interpolation | None = None
     split: str | None = None
     max_unreadable: float = 0.01
     gallery: int = 60
+    gallery_order: str = BALANCED
+    gallery_images: tuple[str, ...] = ()
     workers: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stored_precision not in get_args(StoredPrecision):
             raise ValueError(f"no stored precision {self.stored_precision!r}")
+
+    @property
+    def gallery_choice(self) -> GalleryChoice:
+        return GalleryChoice(self.gallery, self.gallery_order, self.gallery_images)
 
 
 def aligned(count: int) -> int:
@@ -88,15 +103,20 @@ class Plan:
     split: SplitChoice
     layers: dict[str, str]
     options: RunOptions
+    embeddings: ClassEmbeddings | None = None
 
     @classmethod
     def of(cls, data: str, models: Path, layers: Sequence[str], options: RunOptions) -> Plan:
         _check_references(options)
         models_file = _from_explainer_file(models) if is_file(models) else read_models(models)
-        dataset = open_data(data, models_file.classes or None)
+        resizing = Resizing(options.resize or models_file.resizing.mode, options.interpolation or models_file.resizing.interpolation)
+        dataset = replace(open_data(data, models_file.classes or None), resizing=resizing)
+        embeddings = None if options.target is None else read_class_embeddings(options.target, dataset.classes)
         split = choose_split(dataset, models_file, options.split, options.seed)
         check_images(len(split.indices))
-        return cls(data, models_file, dataset, split, parse_layers(layers or models_file.layers), options)
+        plan = cls(data, models_file, dataset, split, parse_layers(layers or models_file.layers), options, embeddings)
+        options.gallery_choice.check([dataset.ids[index] for index in plan.indices], models_file.references, plan.layers)
+        return plan
 
     @property
     def indices(self) -> NDArray[np.int64]:
@@ -107,6 +127,10 @@ class Plan:
     def batches(self) -> list[NDArray[np.int64]]:
         """The batches of the geometries ``batch`` and ``reference``: positions in ``indices``."""
         return random_batches(self.dataset.labels[self.indices], self.options.batch, self.options.seed)
+
+    def target(self, labels: NDArray[np.integer]) -> Tensor:
+        """The target of images with these labels [n]: the labels themselves, or the embeddings [n, e] of their classes."""
+        return torch.from_numpy(labels if self.embeddings is None else self.embeddings.of(labels))
 
     @property
     def widest(self) -> int:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from kdx.errors import KdxError
 from kdx.roles import READING_ORDER, contrast_name, contrasts_among, maps_among, score_maps_among, scores_among
 from kdx.runs import schema
-from kdx.runs.schema import Manifest, StoredScore, StoredScores, UnreadableImage
+from kdx.runs.schema import Manifest, StoredFeatures, StoredScore, StoredScores, UnreadableImage
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -125,6 +126,19 @@ class Samples:
     predictions: dict[str, NDArray[np.int64]]
     confidences: dict[str, NDArray[np.floating]]
 
+    @classmethod
+    def of(cls, columns: Mapping[str, NDArray[Any]], ids: list[str], roles: Sequence[str]) -> Samples:
+        """The images of these columns of samples.parquet."""
+        predictions = {role: columns[schema.prediction_column(role)] for role in roles}
+        return cls(
+            columns[schema.ROW], ids, columns[schema.LABEL], predictions, {role: columns[schema.confidence_column(role)] for role in roles}
+        )
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The place of each image by its name."""
+        return {name: place for place, name in enumerate(self.ids)}
+
     def correct(self, role: str) -> NDArray[np.bool_]:
         return np.asarray(self.predictions[role] == self.labels)
 
@@ -140,6 +154,7 @@ class RunRecord:
 
     folder: Path
     manifest: Manifest  # as stored
+    stored_scores: StoredScores
     data: str
     split: str | None
     method: str | None
@@ -153,7 +168,8 @@ class RunRecord:
     confidence: float
     permutations: int | None
     reference_images: int
-    salient: tuple[float, float] | None  # the keep and noise of salient features; None for raw features
+    salient: tuple[float, float, str, str] | None  # keep, noise, class and score of salient features; None for raw features
+    target_file: str | None  # the file of class embeddings that relevance is measured against; None for labels
     batches: int
     explained: int
     trained_on: int | None
@@ -244,6 +260,7 @@ def read_run(folder: Path) -> RunRecord:
         return RunRecord(
             folder=folder,
             manifest=manifest,
+            stored_scores=stored,
             data=str(configuration["data"]),
             split=configuration.get("split"),
             method=manifest.get("method"),
@@ -264,7 +281,8 @@ def read_run(folder: Path) -> RunRecord:
             confidence=float(configuration["confidence"]),
             permutations=_integer(configuration.get("permutations")),
             reference_images=int(configuration["reference_images"] or 0),
-            salient=(float(features["keep"]), float(features["noise"])) if features else None,
+            salient=_salient(features) if features else None,
+            target_file=manifest.get("target_file"),
             batches=int(manifest["batches"]),
             explained=int(images["explained"]),
             trained_on=_integer(images.get("trained_on")),
@@ -321,6 +339,10 @@ def _integer(value: Any) -> int | None:
     return None if value is None else int(value)
 
 
+def _salient(stored: StoredFeatures) -> tuple[float, float, str, str]:
+    return float(stored["keep"]), float(stored["noise"]), str(stored.get("class", "predicted")), str(stored.get("score", "logit"))
+
+
 def _network(role: str, manifest: Manifest, accuracy: Mapping[str, Any]) -> NetworkResult:
     stored = manifest["configuration"]["models"][role]
     random_weights = role in manifest.get("random_weights", [])
@@ -355,10 +377,4 @@ def _samples(folder: Path, roles: Sequence[str]) -> Samples:
     if incomplete:
         raise ValueError(f"{schema.SAMPLES_FILE} has missing values in the column {incomplete[0]}")
     arrays = {name: table[name].to_numpy() for name in columns if name != schema.ID}
-    return Samples(
-        arrays[schema.ROW],
-        [str(name) for name in table[schema.ID].to_pylist()],
-        arrays[schema.LABEL],
-        {role: arrays[schema.prediction_column(role)] for role in roles},
-        {role: arrays[schema.confidence_column(role)] for role in roles},
-    )
+    return Samples.of(arrays, [str(name) for name in table[schema.ID].to_pylist()], roles)

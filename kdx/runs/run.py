@@ -7,14 +7,12 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from kdx.choices import COVER
 from kdx.data.batches import check_labels
 from kdx.data.images import check_unreadable, load_images
-from kdx.data.splits import class_balanced_sample
 from kdx.explain.explainer import Explainer
 from kdx.explain.graph import largest_size
 from kdx.explain.network_set import NetworkRecord
@@ -23,10 +21,23 @@ from kdx.runs import schema
 from kdx.runs.batches import collect_batches, explain_batches
 from kdx.runs.collected import Collected
 from kdx.runs.environment import environment, now
+from kdx.runs.gallery_choice import check_order, write_choice
 from kdx.runs.geometry import Geometry, choose_geometry, unavoidable
+from kdx.runs.image_numbers import prediction_numbers
 from kdx.runs.plan import Plan
 from kdx.runs.plan import RunOptions as RunOptions
-from kdx.runs.schema import Configuration, Context, SplitRule, StoredFeatures, StoredLayer, StoredNetwork, StoredOptions
+from kdx.runs.record import Samples
+from kdx.runs.schema import (
+    Configuration,
+    Context,
+    SplitRule,
+    StoredFeatures,
+    StoredInputs,
+    StoredLayer,
+    StoredNetwork,
+    StoredOptions,
+    TargetFile,
+)
 from kdx.runs.store import Store
 from kdx.runs.whole import collect_whole, explain_whole, feature_shapes
 from kdx.scores.pool import adjusted
@@ -57,6 +68,8 @@ def explain_dataset(
     for line in (*plan.split.lines(), plan.dataset.note):
         if line:
             announce(line)
+    if plan.embeddings is not None:
+        announce(f"Target: the class embeddings in {plan.embeddings.file}, with {plan.embeddings.rows.shape[1]} numbers per class.")
     geometry = unavoidable(plan)
     # Raise KdxError where the classes, or those of a batch, have no geometry, before anything is written.
     check_labels(plan.dataset.labels[plan.indices])
@@ -132,6 +145,7 @@ def _configuration(plan: Plan, records: Mapping[str, NetworkRecord], size: tuple
         "layers": plan.layers,
         "image_size": size,
         **_recorded_options(plan.options),
+        **_recorded_inputs(plan),
     }
 
 
@@ -162,6 +176,10 @@ def _recorded_options(options: RunOptions) -> StoredOptions:
         recorded["precision"] = options.precision
     if options.features == "salient":
         recorded["features"] = {"kind": options.features, "keep": options.keep, "noise": options.noise}
+        if options.salient_class != "predicted":
+            recorded["features"]["class"] = options.salient_class
+        if options.salient_score != "logit":
+            recorded["features"]["score"] = options.salient_score
     if options.geometry != "auto":
         recorded["geometry"] = options.geometry
     if options.stored_precision != "float32":
@@ -171,9 +189,21 @@ def _recorded_options(options: RunOptions) -> StoredOptions:
     return recorded
 
 
+def _recorded_inputs(plan: Plan) -> StoredInputs:
+    """The target and the resizing in a run's configuration; defaults are omitted."""
+    recorded: StoredInputs = {}
+    if plan.embeddings is not None:
+        recorded["target"] = {"sha256": plan.embeddings.sha256, "width": plan.embeddings.rows.shape[1]}
+    if plan.dataset.resizing != COVER:
+        recorded["resize"] = {"mode": plan.dataset.resizing.mode, "interpolation": plan.dataset.resizing.interpolation}
+    return recorded
+
+
 def _context(plan: Plan, command: Sequence[str]) -> Context:
     """The part of a manifest that does not affect the results."""
+    target: TargetFile = {} if plan.embeddings is None else {"target_file": plan.embeddings.file}
     return {
+        **target,
         "kdx": version("kdx"),
         "created": now(),
         "command": list(command),
@@ -192,7 +222,8 @@ def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int
     check_unreadable(collected.unreadable, planned, options.max_unreadable)
     index = columns.pop(schema.INDEX)
     columns[schema.LABEL] = dataset.labels[index]
-    store.write_samples({schema.ID: [dataset.ids[i] for i in index], **columns, **collected.map_columns()})
+    maps = collected.map_columns()
+    store.write_samples({schema.ID: [dataset.ids[i] for i in index], **columns, **maps})
     raw: StoredFeatures = {"kind": "raw"}
     layers: dict[str, StoredLayer] = {
         layer: {**schema.stored_layer(scores), "maps": collected.stored_maps(layer)} for layer, scores in adjusted(collected.scores).items()
@@ -206,10 +237,14 @@ def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int
             "layers": layers,
         }
     )
-    gallery = _gallery(columns, roles, options)
+    samples = Samples.of(columns, [dataset.ids[i] for i in index], roles)
+    numbers = {**columns, **prediction_numbers(samples), **maps}
+    check_order(options.gallery_order, tuple(numbers))  # salient features, for example, have no maps that add up to a score
+    gallery = options.gallery_choice.places(samples, lambda name: np.asarray(numbers[name], dtype=np.float64), options.seed)
     pictures = load_images(dataset, index[gallery], size)
     for row, pixels in zip(columns[schema.ROW][gallery], pictures.pixels, strict=True):
         store.write_picture(int(row), pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
+    write_choice(store.folder, options.gallery_choice, [int(row) for row in columns[schema.ROW][gallery]])
     store.finish(
         now(),
         {
@@ -220,16 +255,3 @@ def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int
         },
         keep_features=options.keep_features,
     )
-
-
-def _gallery(columns: Mapping[str, NDArray[Any]], roles: Sequence[str], options: RunOptions) -> NDArray[np.int64]:
-    """The rows of the gallery's images: balanced over classes, a third of them misclassified by at least one network."""
-    wrong = np.flatnonzero(np.any([columns[schema.prediction_column(role)] != columns[schema.LABEL] for role in roles], axis=0))
-    picked: NDArray[np.int64] = np.empty(0, np.int64)
-    if len(wrong):
-        picked = wrong[class_balanced_sample(columns[schema.LABEL][wrong], max(1, options.gallery // 3), options.seed)]
-    rest = np.setdiff1d(np.arange(len(columns[schema.LABEL])), picked)
-    more = min(options.gallery - len(picked), len(rest))
-    if more > 0:
-        picked = np.concatenate([picked, rest[class_balanced_sample(columns[schema.LABEL][rest], more, options.seed)]])
-    return np.sort(picked)

@@ -7,8 +7,9 @@ folder in this schema; `kdx.runs.record` reads it.
     samples.parquet  one row per image
     maps.zarr        LAYER/KIND [rows, h, w]: UniCAM's maps (`kdx.roles.MAPS`) and the maps that add up to a score
                      (`kdx.roles.SCORE_MAPS`). Kinds that involve the teacher exist only with a teacher.
-    scores.json      accuracies, and per layer the scores and contrasts; scores.csv has the scores and contrasts as a table
+    scores.json      accuracies, and per layer the scores and contrasts; scores.csv has them as a table
     report.html      the page
+    gallery.json     which images the page shows: how they were chosen, and their rows in the order of the page
     overlays/        the gallery's pictures: ROW.png is an image, ROW_LAYER_KIND.png a map over it
     networks/        the networks as the runtime executes them
     progress/        one file per finished batch or layer, until the run is complete
@@ -25,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from kdx.roles import LETTERS, READING_ORDER
 from kdx.scores.pool import LayerScores
 
 FORMAT = 1
@@ -39,6 +41,7 @@ MAPS_FILE = "maps.zarr"
 SCORES_FILE = "scores.json"
 SCORES_TABLE = "scores.csv"
 PAGE = "report.html"
+GALLERY = "gallery.json"
 NETWORKS = "networks"
 PROGRESS = "progress"
 FEATURES = "features"
@@ -109,12 +112,18 @@ class StoredNetwork(TypedDict):
     preprocessing: NotRequired[Any]
 
 
-class StoredFeatures(TypedDict):
-    """The features that the scores describe: ``kind`` is raw, or salient with its two parameters."""
-
-    kind: str
-    keep: NotRequired[float]
-    noise: NotRequired[float]
+StoredFeatures = TypedDict(
+    "StoredFeatures",
+    {
+        "kind": str,
+        "keep": NotRequired[float],
+        "noise": NotRequired[float],
+        "class": NotRequired[str],
+        "score": NotRequired[str],
+    },
+)
+"""The features that the scores describe: ``kind`` is raw, or salient with its parameters. ``class`` and ``score`` are omitted at their
+defaults, predicted and logit."""
 
 
 class StoredOptions(TypedDict):
@@ -143,7 +152,32 @@ class SplitRule(TypedDict):
     validation_is_test: NotRequired[bool]
 
 
-class Configuration(StoredOptions, SplitRule):
+class StoredTarget(TypedDict):
+    """Class embeddings in place of labels: the hash of their rows in the order of the classes, and how many numbers each has."""
+
+    sha256: str
+    width: int
+
+
+class StoredResizing(TypedDict):
+    mode: str
+    interpolation: str
+
+
+class StoredInputs(TypedDict):
+    """Omitted at their defaults: labels as the target, and images that cover the size, bicubic."""
+
+    target: NotRequired[StoredTarget]
+    resize: NotRequired[StoredResizing]
+
+
+class TargetFile(TypedDict):
+    """target_file: the name of the file of class embeddings; absent where labels are the target."""
+
+    target_file: NotRequired[str]
+
+
+class Configuration(StoredOptions, SplitRule, StoredInputs):
     """Everything that a run's results depend on. ``fingerprint`` identifies the data, wherever its folder ``data`` is."""
 
     data: str
@@ -169,7 +203,7 @@ class ImageCounts(TypedDict):
     trained_on: NotRequired[int | None]
 
 
-class Context(TypedDict):
+class Context(TargetFile):
     """The part of a manifest that the results do not depend on."""
 
     kdx: str
@@ -257,8 +291,16 @@ def stored_layer(layer: LayerScores) -> StoredLayer:
 SCORES_TABLE_COLUMNS = ("layer", "score", "value", "low", "high", "p_value", "p_adjusted", "n", "batches")
 
 
+def accuracy_name(role: str) -> str:
+    """The name of a network's accuracy among the scores."""
+    return f"accuracy({LETTERS[role]})"
+
+
 def scores_table_rows(scores: StoredScores) -> Iterator[tuple[Any, ...]]:
-    """The rows of scores.csv: every score and contrast of every layer."""
+    """The rows of scores.csv: the accuracy of every network, without a layer, then every score and contrast of every layer."""
+    for role in (role for role in READING_ORDER if role in scores["accuracy"]):
+        accuracy = scores["accuracy"][role]
+        yield None, accuracy_name(role), accuracy["value"], *accuracy["interval"], None, None, accuracy["n"], None
     for layer, entry in scores["layers"].items():
         for name, score in (entry["scores"] | entry["contrasts"]).items():
             yield layer, name, score["value"], *score["interval"], score["p_value"], score.get("p_adjusted"), score["n"], score["batches"]

@@ -5,7 +5,6 @@ A batch's maps are written first. Its file under progress/ is written last, by a
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import shutil
@@ -21,8 +20,10 @@ from numpy.typing import NDArray
 from kdx.disk import lock_folder, read_json, remove_leftovers, unwritable, write_atomic
 from kdx.errors import KdxError
 from kdx.runs import schema
+from kdx.runs.gallery_choice import write_picture
 from kdx.runs.progress_records import BatchRecord, LayerRecord
 from kdx.runs.schema import Configuration, Context, ImageCounts, Manifest, StoredScores
+from kdx.runs.score_tables import csv_text
 
 
 class Store:
@@ -185,19 +186,11 @@ class Store:
     def write_scores(self, scores: StoredScores) -> None:
         """Write scores.json, and its scores and contrasts as rows of scores.csv."""
         self._write_json(schema.SCORES_FILE, scores)
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(schema.SCORES_TABLE_COLUMNS)
-        table.writerows(schema.scores_table_rows(scores))
-        write_atomic(self.folder / schema.SCORES_TABLE, text.getvalue().encode())
+        write_atomic(self.folder / schema.SCORES_TABLE, csv_text(schema.SCORES_TABLE_COLUMNS, schema.scores_table_rows(scores)).encode())
 
     def write_picture(self, row: int, pixels: NDArray[np.uint8]) -> None:
         """Write an image [H, W, 3] of the gallery at the size that the networks receive."""
-        from PIL import Image
-
-        content = io.BytesIO()
-        Image.fromarray(pixels).save(content, "PNG")
-        write_atomic(schema.picture_path(self.folder, row), content.getvalue())
+        write_picture(self.folder, row, pixels)
 
     def finish(self, finished: str, images: ImageCounts, *, keep_features: bool = False) -> None:
         """Mark the run as complete, then delete the files that only a resumed run needs; the features only if they are not kept."""

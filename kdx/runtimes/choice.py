@@ -13,7 +13,7 @@ from kdx.errors import KdxError, missing_package
 from kdx.export import engine
 from kdx.export.description import Description, describe
 from kdx.runtimes.cuda_stream import CPU, check_gpu
-from kdx.runtimes.onnx_runtime import GPU_PACKAGE, OnnxRuntimeRunner, has_cuda_provider
+from kdx.runtimes.onnx_runtime import GPU_PACKAGE, OnnxRuntimeRunner, Provider, has_cuda_provider
 from kdx.runtimes.openvino import OpenVinoRunner, check_precision
 from kdx.runtimes.runner import FileRunner
 from kdx.runtimes.tensorrt import TensorRtRunner
@@ -47,7 +47,8 @@ def open_file(path: Path, choice: Choice) -> FileRunner:
         raise KdxError(f"{path} is neither an .onnx nor an .engine file.", "Give a file that kdx export wrote.")
     if choice.runtime == "openvino":
         return OpenVinoRunner(path, precision=choice.precision)
-    return OnnxRuntimeRunner(path, "cpu" if choice.device.type == "cpu" else "cuda", choice.device)
+    provider: Provider = "cpu" if choice.device.type == "cpu" else "cuda"
+    return OnnxRuntimeRunner(path, provider, choice.device, tf32=choice.precision == "tf32")
 
 
 def choose(
@@ -71,10 +72,15 @@ def choose(
     if files and chosen == "eager":
         raise KdxError("An .onnx file cannot run in PyTorch.", "Choose --runtime onnx, or give the network itself.")
     place = _device_for(chosen, device)
+    if precision == "tf32" and (place == CPU or chosen not in ("eager", "onnx")):
+        raise KdxError(
+            f"The runtime {chosen} does not support tf32 on {place}.",
+            "Choose --runtime eager or onnx on a GPU, or leave --precision out; an engine has the precision that it was built with.",
+        )
+    if precision == "bfloat16" and chosen != "openvino":
+        raise KdxError(f"The runtime {chosen} does not support bfloat16.", "Choose --runtime openvino, or leave --precision out.")
     if chosen == "openvino":
         check_precision(precision)
-    elif precision != "float32":
-        raise KdxError(f"The runtime {chosen} does not support {precision}.", "Choose --runtime openvino, or leave --precision out.")
     where = "the CPU" if place == CPU else str(place)
     return Choice(chosen, place, f"{chosen} on {where}: {reason}" + ("" if precision == "float32" else f", in {precision}"), precision)
 
@@ -100,7 +106,7 @@ def _device_for(runtime: RuntimeName, device: str) -> torch.device:
     if runtime == "tensorrt":
         check_gpu("cuda" if device == "auto" else device, "TensorRT")
         if not (_installed("tensorrt") or _installed("tensorrt_rtx")):
-            raise missing_package("tensorrt", "gpu", "The runtime tensorrt")
+            raise missing_package("tensorrt", "tensorrt", "The runtime tensorrt")
         return torch.device("cuda" if device == "auto" else device)
     if runtime == "openvino":
         if device.startswith("cuda"):
@@ -113,7 +119,9 @@ def _device_for(runtime: RuntimeName, device: str) -> torch.device:
             raise missing_package("onnxruntime", "cpu", "The runtime onnx")
         if device.startswith("cuda") and not has_cuda_provider():
             raise KdxError("The installed ONNX Runtime runs only on the CPU.", GPU_PACKAGE)
-        return CPU if device == "auto" else torch.device(device)
+        if device == "auto":
+            return torch.device("cuda") if _gpus() and has_cuda_provider() else CPU
+        return torch.device(device)
     if device == "auto":
         return torch.device("cuda") if _gpus() else CPU
     return torch.device(device)

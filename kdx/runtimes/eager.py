@@ -10,20 +10,24 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from kdx.choices import Precision
 from kdx.errors import KdxError
 from kdx.export.dependence import check_dependence
 from kdx.export.explainer_graphs import Graph
 from kdx.export.graphs import FeatureGraph, GradientGraph, WatchedNetwork
 from kdx.kernels import ambient
+from kdx.kernels.precision import tf32
 from kdx.runtimes.runner import Runner, check_names
 
 
 class EagerRunner(Runner):
-    """PyTorch, on any device that it supports."""
+    """PyTorch, on any device that it supports. precision: ``float32``, or ``tf32`` on a GPU."""
 
     runtime = "eager"
 
-    def __init__(self, graph: Graph, device: torch.device) -> None:
+    @ambient.neutral()  # parameters that are moved in inference mode could not be used outside of it
+    def __init__(self, graph: Graph, device: torch.device, precision: Precision = "float32") -> None:
+        self._precision = precision
         self.device = device
         self.kind = graph.kind
         self.layers = graph.layers
@@ -50,7 +54,7 @@ class EagerRunner(Runner):
         graph = self.graph
         check_names(feeds, self._inputs)
         inputs = [ambient.recordable(feeds[name].to(self.device, self._dtype)) for name in self._inputs]
-        with self._lock:  # during a pass the graph has hooks on its layers
+        with self._lock, tf32() if self._precision == "tf32" else contextlib.nullcontext():  # a pass has hooks on the graph's layers
             self._check(graph, inputs[0])
             outputs = self._outputs_of(graph, inputs)
         return dict(zip(self._outputs, outputs, strict=True))
@@ -89,7 +93,7 @@ class EagerRunner(Runner):
 
     def logits(self, images: Tensor) -> Tensor:
         graph = self._gradient_graph()
-        forward = EagerRunner(FeatureGraph(graph.network, (), graph.preprocessing), self.device)  # without a backward pass
+        forward = EagerRunner(FeatureGraph(graph.network, (), graph.preprocessing), self.device, self._precision)  # without a backward pass
         return forward.run({"images": images})["logits"]
 
     def _gradient_graph(self) -> GradientGraph:

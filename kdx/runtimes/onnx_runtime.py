@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdx import threads
 from kdx.errors import KdxError, first_line, missing_package
 from kdx.export.description import Shape, describe
 from kdx.runtimes.cuda_stream import CPU, CudaStream, gpu_device
@@ -104,6 +105,7 @@ def _session(onnxruntime: Any, path: Path, provider: Provider, stream: CudaStrea
     options = onnxruntime.SessionOptions()
     # Otherwise its threads spin after a pass, and take cores from the other network, the geometry and the decoders.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.intra_op_num_threads = threads.quota() or 0  # 0: as many as the process has cores, which does not include a container's quota
     settings: dict[str, str] = {}
     if stream is not None:
         if name not in onnxruntime.get_available_providers():

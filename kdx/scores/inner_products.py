@@ -225,7 +225,12 @@ def check_residual(sums: InnerProducts, explained: int, given: int) -> None:
     # A difference of inner products is known to 1e-16 of them, whichever type the features have.
     floor = torch.maximum(sums.rounding.max() ** 2 * sums.raw[explained], 1e-13 * norm)
     if not bool(norm - cross**2 / given_norm > floor):
-        raise KdxError(
-            f"Nothing is left of the {sums.names[explained]}: the {sums.names[given]} explain them completely.",
-            "Compare two different networks or layers.",
-        )
+        raise explained_completely(sums.names[explained], sums.names[given])
+
+
+def explained_completely(explained: str, given: str) -> KdxError:
+    """The error for features, or a target, of which the given features leave only rounding."""
+    return KdxError(
+        f"Nothing is left of the {explained}: the {given} explain {'it' if explained == TARGET else 'them'} completely.",
+        "Compare two different networks or layers.",
+    )

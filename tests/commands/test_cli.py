@@ -89,13 +89,15 @@ def test_every_option_of_explain_reaches_the_run(run: Run, monkeypatch: pytest.M
         batch=31, chunk=7, runtime="eager", device="cpu", objective="uniqueness", weighting="elementwise", reference_images=12, split="all",
         precision="bfloat16", permutations=5, confidence=0.9, max_unreadable=0.5, seed=3, features="salient", keep=0.25, noise=0.1,
         workers=0, geometry="reference", stored_precision="float16", keep_features=True, project=8, max_disk=1.5, max_minutes=7.0,
+        gallery=5, gallery_order="wrong", gallery_images=("a.png", "b/c.png"),
+        salient_class="true", salient_score="probability", target=Path("t.npy"), resize="squash", interpolation="bilinear",
     )  # fmt: skip
     default = RunOptions()
-    without_option = {"gallery"}  # no option sets it
-    assert {field for field in vars(default) if getattr(chosen, field) == getattr(default, field)} == without_option
-    names = {"reference_images": "reference", "stored_precision": "store"}
-    flags = {key: f"--{names.get(key, key).replace('_', '-')}" for key in vars(chosen) if key not in without_option}
+    assert not {field for field in vars(default) if getattr(chosen, field) == getattr(default, field)}
+    names = {"reference_images": "reference", "stored_precision": "store", "gallery_order": "order", "gallery_images": "images"}
+    flags = {key: f"--{names.get(key, key).replace('_', '-')}" for key in vars(chosen)}
     values = {key: [] if getattr(chosen, key) is True else [getattr(chosen, key)] for key in flags}  # a switch has no value
+    values["gallery_images"] = ["a.png, b/c.png"]
     options = [text for key, flag in flags.items() for text in (flag, *values[key])]
     status, out, _ = run("explain", "D", "--models", "m.toml", "--out", "R", "-l", "a", "--layer", "b=c", *options)
     assert status == 0 and "the table" in out and "The page: R/report.html" in out

@@ -101,7 +101,7 @@ def test_tensorrt_rtx_lists_the_architectures_that_it_builds_for(monkeypatch: py
     assert set(finding.result.split(" for ")[1].split(", ")) == set(ARCHITECTURES)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     finding = finding_of("runtime tensorrt: TensorRT-RTX")
-    assert not finding.works and "tensorrt_rtx" in finding.result and "tensorrt-rtx-cu13" in finding.hint
+    assert not finding.works and "tensorrt_rtx" in finding.result and "kdx[tensorrt-rtx]" in finding.hint
 
 
 def test_a_tensorrt_without_its_libraries_names_the_missing_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,8 +142,15 @@ def test_a_provider_works_when_a_session_of_it_starts(
     assert starts or "kdx[gpu]" in finding.hint
 
 
-@pytest.mark.parametrize(("name", "package"), [("runtime tensorrt: TensorRT", "tensorrt"), ("PyCUDA", "pycuda")])
-def test_gpu_packages_without_metadata_are_not_installed(name: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [
+        ("runtime tensorrt: TensorRT", "tensorrt", "tensorrt"),
+        ("cuda-bindings", "cuda-bindings", "gpu"),
+        ("PyCUDA", "pycuda", "pycuda"),
+    ],
+)
+def test_gpu_packages_without_metadata_are_not_installed(name: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(distribution: str) -> str:
         assert distribution == package
         raise PackageNotFoundError(distribution)
@@ -151,7 +158,7 @@ def test_gpu_packages_without_metadata_are_not_installed(name: str, package: str
     monkeypatch.setattr(doctor, "version", absent)
     monkeypatch.setattr(doctor, "_PROBES", {name: doctor._PROBES[name]})
     (finding,) = probe()
-    assert (finding.works, finding.result) == (False, "not installed") and "kdx[gpu]" in finding.hint
+    assert (finding.works, finding.result) == (False, "not installed") and f"kdx[{extra}]" in finding.hint
 
 
 def test_a_machine_without_a_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from kdx.choices import Interpolation, Resizing
 from kdx.data.dataset import Dataset, open_data
 from kdx.data.images import decoded, load_images
 from tests.data.pictures import class_folders, picture
@@ -198,3 +200,26 @@ def test_pixels_do_not_depend_on_the_chunk() -> None:
     parts = [load_images(digits, np.arange(start, start + 10), (24, 20)).pixels for start in range(0, 50, 10)]
     assert torch.equal(whole, torch.cat(parts))
     assert whole.dtype == torch.float32 and float(whole.min()) >= 0 and float(whole.max()) <= 1
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("source", [(41, 30), (20, 57), (9, 9)])
+def test_images_are_brought_to_a_size_as_pillow_does(tmp_path: Path, source: tuple[int, int], interpolation: Interpolation) -> None:
+    """Pillow's own functions, with `ImageOps.pad` for the letterbox, are the independent computation."""
+    levels = np.random.default_rng(0).integers(0, 256, (source[1], source[0], 3), dtype=np.uint8)
+    image, method = Image.fromarray(levels), Image.Resampling[interpolation.upper()]
+    picture(tmp_path / "b" / "0.png")
+    (tmp_path / "a").mkdir()
+    image.save(tmp_path / "a" / "0.png")
+
+    def loaded(mode: str) -> NDArray[np.float32]:
+        dataset = replace(open_data(str(tmp_path)), resizing=Resizing(mode, interpolation))  # type: ignore[arg-type]
+        pixels: NDArray[np.float32] = load_images(dataset, [0], (18, 24)).pixels[0].permute(1, 2, 0).numpy() * 255
+        return pixels
+
+    np.testing.assert_allclose(loaded("squash"), np.asarray(image.resize((24, 18), method)), atol=1e-3)
+    np.testing.assert_allclose(loaded("letterbox"), np.asarray(ImageOps.pad(image, (24, 18), method, color=(128,) * 3)), atol=1e-3)
+    scale = max(24 / image.width, 18 / image.height)
+    whole = image.resize((max(24, round(image.width * scale)), max(18, round(image.height * scale))), method)
+    left, top = (whole.width - 24) // 2, (whole.height - 18) // 2
+    np.testing.assert_allclose(loaded("cover"), np.asarray(whole)[top : top + 18, left : left + 24], atol=1e-3)

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from kdx.data.prefetch import PREFETCH_DEPTH, Job, available_cores, prefetch
+from kdx.data.prefetch import PREFETCH_DEPTH, Job, prefetch
 
 SECONDS = 20  # the longest wait for a thread, far more than it needs
 
@@ -141,7 +141,3 @@ def test_without_workers_the_caller_runs_the_tasks() -> None:
 def test_invalid_numbers_are_refused(workers: int, depth: int) -> None:
     with pytest.raises(ValueError, match="must be"), prefetch([], workers, depth):
         pass
-
-
-def test_there_is_at_least_one_core() -> None:
-    assert available_cores() >= 1

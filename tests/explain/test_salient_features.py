@@ -71,6 +71,36 @@ def test_the_chunk_does_not_change_the_scores_of_salient_features(salient: Expla
         assert_same(opened(images(), labels()), salient, 1e-5)
 
 
+def test_salient_features_of_the_true_class_and_of_its_probability() -> None:
+    """Step by step: HiResCAM of a module that ends in the softmax of the true class."""
+
+    class Ending(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            scores: Tensor = self.network(pixels)
+            return scores if score == "logit" else scores.softmax(1)
+
+    for score in ("logit", "probability"):
+        expected: dict[str, Tensor] = {}
+        for role, network in networks().items():
+            layer = LAYERS["conv1"] if role == "teacher" else "conv1"
+            ranked = kdx.hires_cam(Ending(network).eval(), images(), f"network.{layer}", labels()).scaled(SIZE)
+            with torch.no_grad():
+                _, expected[role] = FeatureGraph(network, [layer])(kdx.impute(images(), kdx.top_mask(ranked, 0.4)))
+        settings: dict[str, Any] = {"features": "salient", "keep": 0.4, "salient_class": "true", "salient_score": score}
+        with explainer(**settings) as opened:
+            actual = opened(images(), labels()).layers["conv1"]
+            embedded = opened(images(), torch.eye(5)[labels()], classes=labels()).layers["conv1"]
+            with pytest.raises(KdxError, match="need the class of every image"):
+                opened(images(), torch.eye(5)[labels()])
+        for name, value in actual.scores.items():
+            assert value.value == pytest.approx(score_of(name, expected).value, abs=1e-9)
+            assert embedded.scores[name].value == pytest.approx(value.value, abs=1e-12)
+
+
 def test_references_map_and_salient_features_score(salient: Explanation[Any]) -> None:
     actual = []
     for settings in ({}, {"features": "salient", "keep": 0.4}):
@@ -219,3 +249,23 @@ def test_salient_features_that_cannot_be_computed_are_refused_at_once(changes: d
     with pytest.raises(KdxError) as caught:
         explainer(**changes)
     assert message in caught.value.problem and hint in caught.value.hint
+
+
+def test_images_whose_map_is_empty_are_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A black image has no feature behind a ReLU of a convolution without bias, so its HiResCAM is zero everywhere."""
+
+    def network(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        head = nn.Linear(4 * 10 * 7, 3)
+        with torch.no_grad():
+            head.weight.abs_()
+        return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Flatten(), head)
+
+    pixels = torch.rand(8, 3, 12, 9, generator=torch.Generator().manual_seed(0))
+    pixels[2] = 0
+    options: dict[str, Any] = {"layers": ["1"], "runtime": "eager", "permutations": 0, "features": "salient"}
+    with kdx.Explainer(student=network(0), base=network(1), **options) as explained, caplog.at_level("WARNING", logger="kdx"):
+        for _ in range(2):
+            explained(pixels, torch.arange(8) % 2)
+    expected = "at 1 is zero everywhere for 1 of 8 images"
+    assert [expected in record.getMessage() for record in caplog.records] == [True, True]  # the student's and the base's

@@ -26,7 +26,7 @@ def hiera() -> Any:
 
     torch.manual_seed(0)
     stages: dict[str, Any] = {"embed_dim": 16, "num_heads": 1, "stages": (1, 2, 1, 1), "mask_unit_size": (8, 8)}
-    network = Hiera(img_size=SIZE, num_classes=5, **stages)
+    network: Any = Hiera(img_size=SIZE, num_classes=5, **stages)
     nn.init.normal_(network.head.fc.weight)
     return network.eval()
 

@@ -26,7 +26,7 @@ def all_results() -> list[Tensor]:
         results += vars(fused.query_weights(inside, border, queries, references, objective)).values()  # type: ignore[arg-type]
     positions = fused_shares.PositionSquares.of(features.flatten(2).mT.reshape(14, 7, 64))
     shares = positions.shares(geometry.u_centered(matrices(1, 5, 14)[0]), [slice(0, 14)])
-    return [*results, fused.cam(features, torch.ones(2, 64)), positions.distances, shares]
+    return [*results, fused.cam(features, torch.ones(2, 64)), fused.means(features), positions.distances, shares]
 
 
 def test_the_order_of_blocks_and_threads_changes_no_bit() -> None:
@@ -34,7 +34,7 @@ def test_the_order_of_blocks_and_threads_changes_no_bit() -> None:
     for order in ORDERS:
         with running(HostLauncher(order)):
             results.append(all_results())
-    assert len(results[0]) == 23
+    assert len(results[0]) == 24
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
@@ -86,12 +86,18 @@ def check_cam() -> None:
     assert oracle.error(fused.cam(features, torch.ones(2, 320)), features.double().sum(1).relu()) < SINGLE
 
 
+def check_means() -> None:
+    features = torch.randn(3, 11, 5, 9, generator=torch.Generator().manual_seed(0))
+    assert oracle.error(fused.means(features), features.double().mean((2, 3))) < EXACT
+
+
 def check_shares() -> None:
-    """Five matrices, in two strips and two parts of the channels."""
-    x = torch.randn(35, 80, 14, generator=torch.Generator().manual_seed(0))
+    """Five matrices, in four strips. Two images are close to each other."""
+    x = torch.randn(35, 20, 40, generator=torch.Generator().manual_seed(0))
+    x[3] = 1.001 * x[2]
     g = geometry.u_centered(matrices(1, 5, 35)[0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_shares, "_SQUARES", 2 * 20 * 35 * 14)
+        patch.setattr(fused_shares, "_SQUARES", 10 * 35 * 40)
         actual = fused_shares.PositionSquares.of(x).shares(g, [slice(0, 35)])[0]
     for shares, matrix in zip(actual, g, strict=True):
         assert oracle.error(shares, reference.shares(x, matrix)) < SINGLE
@@ -106,8 +112,15 @@ MISTAKES = [
     ("weights", check_weights, f"{BARRIER}\n        if (!present)", "if (!present)"),
     ("cam", check_cam, f"{BARRIER}\n    // Element e", ""),
     ("cam", check_cam, f"- 1;\n    {BARRIER}", "- 1;"),
-    ("shares", check_shares, BARRIER, ""),
+    ("shares", check_shares, f"- mean[from];\n    }}\n    {BARRIER}", "- mean[from];\n    }"),
+    ("shares", check_shares, f"{BARRIER}\n#pragma unroll\n        for", "#pragma unroll\n        for"),
+    ("shares", check_shares, f"{BARRIER}\n    }}\n#pragma unroll 1", "}\n#pragma unroll 1"),
+    ("shares", check_shares, f"= sum[m];\n    {BARRIER}", "= sum[m];"),
+    ("means", check_means, "__syncwarp();\n        if (lane < height)", "if (lane < height)"),
+    ("means", check_means, "+= double(tile[warp][lane][k]);\n        __syncwarp();", "+= double(tile[warp][lane][k]);"),
     # Off by one
+    ("means", check_means, "k < width; ++k", "k + 1 < width; ++k"),
+    ("means", check_means, "min((long long)kRows, rows - first)", "kRows"),
     ("pairwise", check_pairwise, "= i < x.count && j < y.count ? gram", "= i <= x.count && j < y.count ? gram"),
     ("pairwise", check_pairwise, "k < d; k += 32", "k <= d; k += 32"),
     ("products", check_products, "begin + rows_per_block)", "begin + rows_per_block + 1)"),
@@ -115,10 +128,12 @@ MISTAKES = [
     ("weights", check_weights, "j < n; j += 32) {\n        const double a", "j + 1 < n; j += 32) {\n        const double a"),
     ("cam", check_cam, "position < count; position", "position <= count; position"),
     ("cam", check_cam, "begin + image.periods_per_block)", "begin + image.periods_per_block + 1)"),
-    ("shares", check_shares, "left + j < count && top", "left + j <= count && top"),
-    ("shares", check_shares, "begin + channels_per_block)", "begin + channels_per_block + 1)"),
-    ("shares", check_shares, "left + kSide - 1 <= top", "left + kSide - 1 <= top + kSide"),
-    ("shares", check_shares, "next < shape.groups", "next + 1 < shape.groups"),
+    ("shares", check_shares, "if (lane >= height)", "if (lane > height)"),
+    ("shares", check_shares, "position < width; position", "position <= width; position"),
+    ("shares", check_shares, "other < count && own < other", "other <= count && own < other"),
+    ("shares", check_shares, "left + kLanes - 1 <= own", "left <= own"),
+    ("shares", check_shares, "channel < channels; ++channel", "channel + 1 < channels; ++channel"),
+    ("shares", check_shares, "norm[own] + norm[column]", "norm[own] + norm[own]"),
     ("shares", check_shares, "own < rows ? count : rows", "rows"),
     ("shares", check_shares, "min(own, other) * count + max(own, other)", "own * count + other"),
     ("shares", check_shares, "begin + lane < partners && ", ""),
@@ -135,7 +150,7 @@ def test_a_mistake_in_a_kernel_is_caught(source: str, check: Callable[[], None],
                 check()
 
 
-@pytest.mark.parametrize("check", [check_pairwise, check_products, check_weights, check_cam, check_shares])
+@pytest.mark.parametrize("check", [check_pairwise, check_products, check_weights, check_cam, check_means, check_shares])
 def test_without_a_mistake_nothing_is_caught(check: Callable[[], None]) -> None:
     with running():
         check()

@@ -70,3 +70,15 @@ def test_nan_stays_in_a_map() -> None:
     with running():
         map_ = fused.cam(features, torch.ones(1, 3))[0]
     assert map_[0, 1].isnan() and map_[[0, 1, 1], [0, 0, 1]].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 9, 1), (2, 67, 5), (3, 11, 32), (2, 40, 33), (1, 2, 100)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_means_are_those_of_float64(shape: tuple[int, int, int], dtype: torch.dtype, order: Order) -> None:
+    images, channels, positions = shape
+    features = torch.randn(images, channels, 1, positions, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with running(HostLauncher(order)):
+        actual = fused.means(features)
+        strided = fused.means(features.mT)
+    assert actual.dtype == torch.float64 and oracle.error(actual, features.double().mean((2, 3))) < 1e-14
+    assert torch.equal(actual, strided)

@@ -64,6 +64,59 @@ def test_maps_equal_those_of_hooks_and_a_backward_pass(weighting: str, layer: st
     torch.testing.assert_close(actual.logits, expected.logits)
 
 
+TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a difference": lambda logits: logits[:, 3] - 2 * logits[:, 1],
+    "a probability": lambda logits: logits.softmax(1)[:, 2],
+    "an entropy": lambda logits: -(logits.softmax(1) * logits.log_softmax(1)).sum(1),
+}
+
+
+@pytest.mark.parametrize("weighting", METHODS)
+@pytest.mark.parametrize("name", TARGETS)
+def test_maps_of_a_target_equal_those_of_a_network_that_ends_in_it(weighting: str, name: str) -> None:
+    """The target is appended to the network as a module with one logit, and that logit is explained."""
+
+    class Ending(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, images: Tensor) -> Tensor:
+            return TARGETS[name](self.network(images))[:, None]
+
+    network, images = Net().double().eval(), batch()
+    actual = METHODS[weighting](network, images, "conv2", target=TARGETS[name], chunk=3)
+    expected = METHODS[weighting](Ending(network).eval(), images, "network.conv2", 0)
+    assert oracle.error(actual.maps, expected.maps) < 1e-9 and oracle.error(actual.weights, expected.weights) < 1e-9
+    assert torch.equal(actual.classes, network(images).argmax(1)) and actual.logits.shape == (8, CLASSES)
+
+
+def test_a_target_that_is_a_logit_gives_the_maps_of_the_class_in_every_kind_of_network(tmp_path: Path) -> None:
+    network, images = Net().eval(), batch().float()
+    path = exported(tmp_path, network, ["conv2"])
+    for source in (network, path):
+        assert torch.equal(
+            kdx.grad_cam(source, images, "conv2", target=lambda logits: logits[:, 3]).maps, kdx.grad_cam(source, images, "conv2", 3).maps
+        )
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (lambda logits: logits, r"shape \[8, 5\] for logits"),
+        (lambda logits: logits.sum(), r"shape \[\] for logits"),
+        (lambda logits: 3.0, "a float for logits"),
+        (lambda logits: logits.argmax(1).double(), "does not depend on them"),
+        (lambda logits: (logits[:, 0] * 0).sqrt(), "no finite derivative"),
+    ],
+)
+def test_targets_that_cannot_be_differentiated(target: Any, message: str) -> None:
+    with pytest.raises(KdxError, match=message):
+        kdx.grad_cam(Net().double().eval(), batch(), "conv2", target=target)
+    with pytest.raises(ValueError, match="not both"):
+        kdx.hires_cam(Net().double().eval(), batch(), "conv2", 1, target=target)
+
+
 def test_the_two_methods_differ_where_positions_matter() -> None:
     network, images = Net().double().eval(), batch()
     assert oracle.error(kdx.grad_cam(network, images, "conv2").maps, kdx.hires_cam(network, images, "conv2").maps) > 0.01

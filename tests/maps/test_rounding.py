@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from torch import Tensor, nn
 
 import kdx
 from kdx.explain.graph import ReferenceImages, explainer_graph
+from kdx.explain.settings import Settings
 from kdx.export import onnx_file
 from kdx.export.description import Origin
 from kdx.export.graphs import GradientGraph, Preprocessing
+from kdx.features.target import Target
 from kdx.models.network import Network
 from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
 from tests import oracle
+from tests.explain.test_whole_set import measured
 from tests.hooked import CLASSES, SIZE, batch, by_hand
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -181,3 +185,23 @@ def test_the_graph_of_an_explainer_file(norm: str) -> None:
     with torch.no_grad():
         outputs = dict(zip(references.output_names, references(images[:3].flip(3), labels[:3]), strict=True))
     assert not outputs["4/distilled/maps"].any() and outputs["5/distilled/maps"].any()
+
+
+@pytest.mark.parametrize("objective", ["relevance", "uniqueness"])
+@pytest.mark.parametrize("unit", [2.0**-99, 1.0, 2.0**99])
+def test_unicam_over_a_whole_set(objective: Any, unit: float) -> None:
+    """Features with equal spatial means have empty maps; after a ReLU the maps are those of all images in one batch, in any unit."""
+    given, settings = _features("instance", 1)[:, :7, ::2, ::2].relu(), Settings(permutations=1, objective=objective)
+    unnormalised, labels = _features("instance"), Target.of(LABELS)
+    measurement, maps = measured({"student": unit * unnormalised, "base": unit * given}, labels, settings)
+    assert not maps["distilled"].any() and measurement.statistics["distilled"].empty == 1 and maps["residual"].any()
+    expected = kdx.unicam(unnormalised.relu(), given, LABELS, objective)
+    if objective == "relevance":  # uniqueness ignores the target, so it has no null
+        assert measurement.null["distilled"].high == 0 < measurement.null["residual"].high
+    _, maps = measured({"student": unit * unnormalised.relu(), "base": unit * given}, labels, settings)
+    factor = unit if objective == "uniqueness" else 1  # L has the unit of a distance
+    assert oracle.error(maps["distilled"] / factor, expected.maps) < oracle.TOLERANCE["float32"]
+    expected = kdx.unicam(unnormalised.relu(), given, LABELS, objective, "elementwise")
+    settings = replace(settings, weighting="elementwise")
+    _, maps = measured({"student": unit * unnormalised.relu(), "base": unit * given}, labels, settings)
+    assert oracle.error(maps["distilled"] / factor, expected.maps) < oracle.TOLERANCE["float32"]

@@ -168,7 +168,10 @@ def test_the_first_rows_of_an_image_with_a_zero_map_are_kept() -> None:
     images[3] = 0
     with torch.no_grad():
         linear.weight.abs_()
-    salient = kdx.salient_images(network, images, "1", classes=2, noise=0.1)
+    images[6] = 0
+    with pytest.warns(UserWarning, match=r"zero everywhere in rows 3, 6, so the first rows") as record:
+        salient = kdx.salient_images(network, images, "1", classes=2, noise=0.1)
+    assert record[0].filename == __file__ and kdx.hires_cam(network, images, "1", 2).empty == 2 / 8
     kept = (salient == images).all(1)[3]
     assert kept[:6].all() and not kept[6:].any()
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from kdx import models
+from kdx.choices import Resizing
 from kdx.errors import KdxError
 from kdx.export.graphs import Preprocessing
 from kdx.models import models_file
@@ -27,6 +28,7 @@ def test_reading_a_models_file_is_the_inverse_of_writing_it(tmp_path: Path) -> N
         layers=["layer3", "layer1=stem.0"],
         classes=["cat", 'a "quoted"\n\\name\x7f', "猫"],
         preprocessing=Preprocessing((24, 32), (0.5, 0.25, 1e-7), (0.1,)),
+        resizing=Resizing("letterbox", "bilinear"),
         data="digits",
         fingerprint="ab12",
         split_seed=3,
@@ -35,6 +37,7 @@ def test_reading_a_models_file_is_the_inverse_of_writing_it(tmp_path: Path) -> N
     )
     assert models_file.read_models(tmp_path / "models.toml") == written
     assert written.preprocessing == Preprocessing((24, 32), (0.5, 0.25, 1e-7), (0.1,))
+    assert written.resizing == Resizing("letterbox", "bilinear")
     assert written.classes == ("cat", 'a "quoted"\n\\name\x7f', "猫")
     assert written.training == {"method": "kd", "accuracy": 0.97, "whole": 1.0, "augment": True, "nested": {"odd key": [1, 2]}}
     assert (written.layers, written.data) == (("layer3", "layer1=stem.0"), "digits")
@@ -88,6 +91,7 @@ def test_the_teacher_of_a_models_file_is_optional(tmp_path: Path) -> None:
         ("{roles}\n[data]\nseed = true", "'data.seed' .* is not a whole number"),
         ("{roles}\n[data]\nsed = 1", "unknown key data.'sed'"),
         ("{roles}\n[preprocessing]\nsize = [3]", "not valid"),
+        ("{roles}\n[preprocessing]\nresize = 'crop'", "unknown resize 'crop'"),
         ("{roles}\n[preprocessing]\nstd = [0.0]", "not valid"),
         ("{roles}\n[preprocessing]\nmean = ['x']", "not valid"),
         ("teacher = 1\nbase = 'a:b'\nstudent = 'a:b'", "'teacher' .* is not text"),
@@ -103,3 +107,10 @@ def test_errors_in_a_models_file_are_named(tmp_path: Path, text: str, message: s
 def test_a_missing_models_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(KdxError, match="No such file"):
         models_file.read_models(tmp_path / "m.toml")
+
+
+def test_a_table_with_only_a_resize_keeps_each_networks_own_preprocessing(tmp_path: Path) -> None:
+    path = tmp_path / "models.toml"
+    path.write_text('base = "kdx:resnet"\nstudent = "kdx:resnet"\n[preprocessing]\nresize = "squash"\n')
+    file = models_file.read_models(path)
+    assert file.preprocessing is None and file.resizing == Resizing("squash") and file.load("base").preprocessing.size == (32, 32)

@@ -182,6 +182,20 @@ def test_images_are_sorted_and_searched(run: Path, opened: Callable[..., Page]) 
     assert shown(page) == order(lambda row: -row["layer1/rs_student_minus_base/total"])
     choose("disagreement")
     assert shown(page) == order(disagreement) and len({disagreement(row) for row in rows}) > 1
+
+    def wrong(row: dict[str, Any]) -> float:
+        return float(row["student_confidence"] * (-1 if row["student_prediction"] == row["label"] else 1))
+
+    def changed(row: dict[str, Any]) -> float:
+        student, base = row["student_confidence"], row["base_confidence"]
+        return float(abs(student - base) if row["student_prediction"] == row["base_prediction"] else student + base)
+
+    numbers: dict[str, Callable[[dict[str, Any]], float]] = {"wrong": wrong, "changed": changed}
+    for name, value in (numbers | {"confidence": lambda row: float(row["student_confidence"])}).items():
+        choose(name)
+        assert shown(page) == order(value)
+    choose("stability")
+    assert shown(page) == order(lambda row: row["layer1/rs_student_minus_base/stability"])
     choose("strength")
     for kind in ("rs_student_minus_base", "rs_student", "rs_base"):
         page.locator(f"[data-kind-button={kind}]").click()
@@ -259,6 +273,8 @@ def test_the_figures_are_saved_as_a_table(run: Path, opened: Callable[..., Page]
     assert len(table) == len(chosen) * 2 * 11
     for line in table:
         row = next(row for row in chosen if row["id"] == line["image"])
+        assert float(line["confidence"]) == pytest.approx(row["student_confidence"], rel=1e-4)
+        assert abs(float(line["wrong"])) == pytest.approx(row["student_confidence"], rel=1e-4)
         for name, column in (("sum", "total"), ("strength", "strength")):
             assert float(line[name]) == pytest.approx(row[f"{line['layer']}/{line['map']}/{column}"], rel=1e-4)
 

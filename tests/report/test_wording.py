@@ -166,6 +166,9 @@ def test_numbers_never_round_a_bound_to_zero(value: float, interval: tuple[float
 )
 def test_the_clause_about_salient_images(keep: float, noise: float, clause: str) -> None:
     assert wording.kept_pixels(keep, noise) == clause
+    assert wording.kept_pixels(keep, noise, "true", "probability") == clause.replace(
+        "HiResCAM", "HiResCAM of the probability of the true class"
+    )
 
 
 def test_the_notice_about_training_images_is_that_of_the_run(tmp_path: Path) -> None:

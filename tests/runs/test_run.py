@@ -58,8 +58,10 @@ def test_files_agree_with_each_other(finished: Path) -> None:
     assert not (finished / "progress").exists()
     with (finished / "scores.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert len(table) == 2 * (9 + 3)
-    for row in table:
+    assert len(table) == 3 + 2 * (9 + 3)
+    for row, role in zip(table[:3], ("T", "B", "S"), strict=True):
+        assert (row["layer"], row["score"], row["n"]) == ("", f"accuracy({role})", "29")
+    for row in table[3:]:
         entry = content["layers"][row["layer"]]
         score = (entry["scores"] | entry["contrasts"])[row["score"]]
         assert float(row["value"]) == score["value"] and [float(row["low"]), float(row["high"])] == list(score["interval"])
@@ -203,7 +205,7 @@ def test_without_a_teacher_the_other_results_are_the_same(folder: Path, pair: Pa
     manifest = json.loads((out / "manifest.json").read_text())
     assert set(manifest["configuration"]["models"]) == {"student", "base"}
     with (out / "scores.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == 2 * (4 + 2)
+        assert len(list(csv.DictReader(file))) == 2 + 2 * (4 + 2)
     drawn = {path.stem.split("_", 2)[2] for path in (out / "overlays").glob("*_*.png")}
     assert drawn == {"distilled", "residual", "rs_student_minus_base"}
     page = (out / "report.html").read_text()

@@ -130,6 +130,8 @@ def test_onnx_runtime_uses_the_named_gpu_if_it_has_cuda(name: RuntimeName, files
     _machine(monkeypatch, onnx=True, cuda=True, provider=True)
     actual = choose(name, "cuda:1", files=files)
     assert (actual.runtime, actual.device) == ("onnx", torch.device("cuda:1")) and actual.why.startswith("onnx on cuda:1")
+    assert choose(name, files=files).device == torch.device("cuda")
+    _machine(monkeypatch, onnx=True, cuda=True, provider=False)
     assert choose(name, files=files).device == CPU
 
 
@@ -195,7 +197,7 @@ def test_engines_run_only_in_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     _machine(monkeypatch, onnx=True, cuda=True, tensorrt=False)
     with pytest.raises(KdxError, match="needs the package tensorrt") as caught:
         choose("tensorrt")
-    assert "kdx[gpu]" in caught.value.hint
+    assert "kdx[tensorrt]" in caught.value.hint
 
 
 @pytest.mark.parametrize("device", ["cuda:x", "cuda:-1", "cuda:2", "cuda:", "cudax"])
@@ -208,3 +210,14 @@ def test_a_gpu_that_pytorch_does_not_see_is_an_error(device: str, monkeypatch: p
 def test_the_same_choice_compares_equal(machine: pytest.MonkeyPatch) -> None:
     assert choose("auto") == choose("auto", "auto") == Choice("onnx", CPU, choose("auto").why)
     assert RUNTIMES == ("auto", "eager", "onnx", "openvino", "tensorrt")
+
+
+def test_tensor_float_32_needs_a_gpu_and_a_runtime_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    _machine(monkeypatch, onnx=True, cuda=True, provider=True, tensorrt=True)
+    for name in ("auto", "eager", "onnx"):
+        actual = choose(name, precision="tf32")
+        assert actual.precision == "tf32" and actual.device.type == "cuda" and actual.why.endswith(", in tf32")
+        with pytest.raises(KdxError, match="does not support tf32 on cpu"):
+            choose(name, "cpu", precision="tf32")
+    with pytest.raises(KdxError, match="tensorrt does not support tf32"):
+        choose("tensorrt", precision="tf32")

@@ -4,7 +4,7 @@ const PER_PAGE = 12;
 const TILE_EDGE = 144; // longer edge of a map's canvas, in pixels; the browser scales the canvas to the tile
 
 function makeGallery(data) {
-  const { layers, kinds, maps, figures, limits, nulls, disagreement } = data;
+  const { layers, kinds, maps, figures, limits, nulls, numbers } = data;
   const colours = { sequential: bytes(data.colours.sequential), diverging: bytes(data.colours.diverging) };
   const container = document.getElementById("cards");
   const cards = [...container.children];
@@ -127,8 +127,10 @@ function makeGallery(data) {
 
   // What an image is sorted by, highest first. Images with equal values stay in the order of the data.
   function sortValue(index) {
-    const [total, strength] = figures[index][layer][firstKind()];
-    return { highest: total, lowest: -total, strength: strength ?? total, disagreement: disagreement[index] }[inputs.sort.value] ?? 0;
+    const by = inputs.sort.value;
+    if (Object.hasOwn(numbers, by)) return numbers[by][index];
+    const [total, strength, stability] = figures[index][layer][firstKind()];
+    return { highest: total, lowest: -total, strength: strength ?? total, stability: stability ?? -2 }[by] ?? 0;
   }
 
   function describeOrder() {
@@ -189,9 +191,9 @@ function makeGallery(data) {
   }
 
   function saveTable() {
-    const head = ["image", "class", "layer", "map", "sum", "strength", "stability"];
+    const head = ["image", "class", ...Object.keys(numbers), "layer", "map", "sum", "strength", "stability"];
     const rows = order.flatMap((index) => layers.flatMap(({ name }, l) => kinds.map((kind, k) =>
-      [cards[index].dataset.id, cards[index].dataset.name, name, kind.name, ...figures[index][l][k]])));
+      [cards[index].dataset.id, cards[index].dataset.name, ...Object.values(numbers).map((of) => of[index]), name, kind.name, ...figures[index][l][k]])));
     saveFile("maps.csv", new Blob([asCsv([head, ...rows])], { type: "text/csv" }));
   }
 

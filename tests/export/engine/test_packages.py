@@ -60,10 +60,10 @@ def test_the_error_has_a_hint_if_no_package_can_build(monkeypatch: pytest.Monkey
     _machine(monkeypatch, (9, 0), tensorrt=False)
     with pytest.raises(KdxError, match="An engine for sm_90 needs the package tensorrt") as caught:
         engine.choose_target()
-    assert "kdx[gpu]" in caught.value.hint
+    assert "kdx[tensorrt]" in caught.value.hint
 
 
-@pytest.mark.parametrize(("name", "hint"), [("tensorrt_rtx", "tensorrt-rtx-cu13"), ("tensorrt", "kdx[gpu]")])
+@pytest.mark.parametrize(("name", "hint"), [("tensorrt_rtx", "kdx[tensorrt-rtx]"), ("tensorrt", "kdx[tensorrt]")])
 def test_the_error_for_a_missing_or_broken_package_names_its_installation(
     name: Any, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

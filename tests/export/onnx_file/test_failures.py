@@ -109,7 +109,7 @@ def test_exporting_restores_logging_and_warning_filters(monkeypatch: pytest.Monk
     before = logging.getLogger("torch").level, list(warnings.filters)
     monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: warnings.warn("loud", stacklevel=1))
     with pytest.raises(AssertionError):
-        onnx_file._exported(FeatureGraph(Plain(), ["conv"]), {"images": torch.rand(2, 3, 5, 5)}, False, "r")
+        onnx_file._exported(FeatureGraph(Plain(), ["conv"]), {"images": torch.rand(2, 3, 5, 5)}, False, "r", 21)
     assert (logging.getLogger("torch").level, list(warnings.filters)) == before
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from kdx.export import trace
-from kdx.export.graphs import GradientGraph
+from kdx.export.graphs import FeatureGraph, GradientGraph
 
 TOLERANCE = 1e-5
 """Relative to an output's largest value: float32 sums in another order."""
@@ -52,7 +52,7 @@ def traced(graph: GradientGraph, size: tuple[int, int] = (12, 10)) -> ExportedPr
         return trace.traced_program(graph, random_inputs(graph, 5, size), (BATCH, BATCH))
 
 
-def run(program: ExportedProgram, graph: GradientGraph, inputs: Sequence[Tensor]) -> list[Tensor]:
+def run(program: ExportedProgram, graph: FeatureGraph | GradientGraph, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The outputs of the program in ONNX Runtime."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")

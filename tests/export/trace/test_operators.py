@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdx.export.graphs import GradientGraph
-from tests.export.trace.programs import Behind, agree, random_inputs, run, traced
+from kdx.export import trace
+from kdx.export.graphs import FeatureGraph, GradientGraph
+from tests.export.trace.programs import BATCH, Behind, agree, random_inputs, run, traced
 
 
 def activations(x: Tensor) -> Tensor:
@@ -117,3 +119,40 @@ def test_the_operators_of_networks_have_gradients_in_onnx(rest: Callable[[Tensor
     graph = GradientGraph(network, ["layer"])
     inputs = random_inputs(graph, 3)
     agree(run(traced(graph), graph, inputs), graph, inputs)
+
+
+class Windows(nn.Module):
+    """Attention inside windows, as queries, keys and values of five dimensions, and over all tokens, of three; then a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 2, 2)
+        self.project = nn.Linear(8, 24)
+        self.after = nn.Conv2d(8, 6, 1)
+        self.fc = nn.Linear(6, 4)
+        self.seen: Tensor
+        self.register_buffer("seen", torch.eye(5, dtype=torch.bool) | (torch.rand(3, 1, 5, 5) > 0.4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.patch(images)
+        tokens = features.flatten(2).transpose(1, 2)
+        query, key, value = self.project(tokens).chunk(3, -1)
+        single = F.scaled_dot_product_attention(query, key, value)
+        windows = self.project(single).unflatten(1, (3, 10)).unflatten(3, (3, 2, 4)).permute(3, 0, 1, 4, 2, 5)[..., ::2, :]
+        query, key, value = windows.unbind(0)
+        inside = F.scaled_dot_product_attention(query, key, value, self.seen).transpose(2, 3).flatten(3).flatten(1, 2)
+        logits: Tensor = self.fc(self.after(inside.transpose(1, 2).unflatten(2, (3, 5))).mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize(
+    "graph", [FeatureGraph(Windows().eval(), ["after"]), GradientGraph(Windows().eval(), ["after"])], ids=["features", "gradients"]
+)
+def test_attention_over_other_than_four_dimensions_before_the_layer(graph: FeatureGraph | GradientGraph) -> None:
+    inputs: tuple[Tensor, ...] = (torch.rand(5, 3, 12, 10),) if isinstance(graph, FeatureGraph) else random_inputs(graph, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = trace.traced_program(graph, inputs, (BATCH,) * len(inputs))
+    inputs = tuple(tensor[:3] for tensor in inputs)
+    for ours, theirs in zip(run(program, graph, inputs), graph(*inputs), strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-5 * float(theirs.detach().abs().max()))

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -103,6 +104,51 @@ def test_several_layers_in_any_order_nested_and_side_by_side(layers: list[str]) 
     in_pytorch(GradientGraph(Branches().eval(), layers))
 
 
+class Sized(NamedTuple):
+    tokens: Tensor
+    size: tuple[int, int]
+    mask: Tensor | None
+
+
+class Stage(nn.Module):
+    """Tokens with the size of their grid, as a tuple, a list or a named tuple."""
+
+    def __init__(self, kind: Callable[[Tensor, tuple[int, int]], Any], stride: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv = nn.Conv2d(6, 6, stride, stride)
+
+    def forward(self, tokens: Tensor, size: tuple[int, int]) -> Any:
+        grid = self.conv(tokens.transpose(1, 2).unflatten(2, size)).tanh()
+        return self.kind(grid.flatten(2).transpose(1, 2), (grid.shape[2], grid.shape[3]))
+
+
+class Stages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 1)
+        self.pair = Stage(lambda tokens, size: (tokens, size), 2)
+        self.items = Stage(lambda tokens, size: [torch.tensor(7), list(size), tokens], 1)
+        self.named = Stage(lambda tokens, size: Sized(tokens, size, None), 1)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        tokens, size = self.pair(x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3]))
+        _, size, tokens = self.items(tokens, tuple(size))
+        logits: Tensor = self.fc(self.named(tokens, tuple(size)).tokens.square().mean(1))
+        return logits
+
+
+def test_the_only_feature_of_several_outputs_needs_no_index() -> None:
+    network = Stages().eval()
+    graph = GradientGraph(network, ["pair", "items", "named"])
+    in_pytorch(graph, size=(12, 8))
+    inputs = random_inputs(graph, 3, (12, 8))
+    for ours, indexed in zip(graph(*inputs), GradientGraph(network, ["pair[0]", "items[2]", "named[0]"])(*inputs), strict=True):
+        assert torch.equal(ours, indexed)
+
+
 def test_layers_and_their_parts_in_a_residual_network_with_the_cotangent_at_a_layer() -> None:
     network = resnet(4, (1, 2, 1), 4).eval()
     in_pytorch(GradientGraph(network, ["layer2.1", "layer1", "layer2"], at="layer3"))
@@ -140,6 +186,53 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("layers", [["shared"], ["shared", "between"], ["stem", "shared"]])
 def test_the_gradient_of_a_module_called_twice_is_that_of_its_last_call(layers: list[str]) -> None:
     in_pytorch(GradientGraph(Twice().eval(), layers))
+
+
+class Position(nn.Module):
+    """A block of its own weights and of a position encoding that other blocks contain too."""
+
+    def __init__(self, encoding: nn.Module) -> None:
+        super().__init__()
+        self.encoding = encoding
+        self.mix = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.mix(self.encoding(x)))
+
+
+class Sharing(nn.Module):
+    """One module registered at four paths, and one parameter at two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3)
+        self.encoding = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=2), nn.BatchNorm2d(6))
+        self.blocks = nn.Sequential(*(Position(self.encoding) for _ in range(3)))
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.blocks(self.stem(images)).mean((2, 3))
+        logits: Tensor = self.fc(self.second(self.first(features).relu()))
+        return logits
+
+
+def test_modules_and_parameters_with_several_names() -> None:
+    """The gradient is autograd's on the network itself, and the network keeps its parameters."""
+    network = Sharing().eval()
+    graph = GradientGraph(network, ["stem", "blocks.1"])
+    images, cotangent = random_inputs(graph, 3)
+    parameters = {name: id(parameter) for name, parameter in network.named_parameters(remove_duplicate=False)}
+    results = dict(zip(graph.output_names, graph(images, cotangent), strict=True))
+    assert {name: id(parameter) for name, parameter in network.named_parameters(remove_duplicate=False)} == parameters
+    stem = network.stem(images).detach().requires_grad_()
+    logits = network.fc(network.second(network.first(network.blocks(stem).mean((2, 3))).relu()))
+    (expected,) = torch.autograd.grad(logits, stem, cotangent)
+    whole = dict(zip(("logits", "stem", "gradient"), GradientGraph(network, ["stem"])(images, cotangent), strict=False))
+    torch.testing.assert_close(whole["gradient"], expected)
+    torch.testing.assert_close(results["logits"], logits.detach())
+    in_pytorch(graph)
 
 
 class Skip(nn.Module):

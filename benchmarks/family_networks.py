@@ -1,0 +1,134 @@
+"""The networks of `benchmarks.families --all`: the smallest of each timm module with classifiers, and transformers' image classifiers.
+
+All weights are random. timm's networks have their own image size, or 128 x 128 if their configuration does not fix the size.
+transformers' networks have small configurations with blocks of every kind that the architecture has.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import torchvision_operators as torchvision_operators
+from kdx import models
+from kdx.export.graphs import Preprocessing
+
+CLASSES = 10
+SIDE = 128
+"""Height and width of the images of networks that take any size."""
+
+_SMALL: dict[str, int] = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96, "image_size": SIDE}
+"""Values of a small configuration, where an architecture has the setting as a number."""
+
+_VISION: dict[str, Any] = {"vision_config": {**_SMALL, "patch_size": 16}}
+_OWN: dict[str, dict[str, Any]] = {
+    "clip": _VISION,
+    "dinov2": {"image_size": 112},
+    "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.5},
+    "levit": {"image_size": 224},
+    "metaclip_2": _VISION,
+    "siglip": _VISION,
+    "siglip2": _VISION,
+    "textnet": {"image_size": [SIDE, SIDE]},
+}
+"""Settings of single architectures, which replace those of `_SMALL`."""
+
+
+def parameter_counts() -> dict[str, dict[str, int]]:
+    """timm's module -> the number of parameters of each of its networks, counted without memory. It takes some minutes."""
+    import timm
+    from timm.models import _registry
+
+    counts: dict[str, dict[str, int]] = {}
+    for name in timm.list_models():
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            network = timm.create_model(name)
+        counts.setdefault(_registry._model_to_module[name], {})[name] = sum(parameter.numel() for parameter in network.parameters())
+    return counts
+
+
+def smallest_classifiers(counts: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
+    """timm's module -> its network with the fewest parameters among its classifiers, from `parameter_counts`."""
+    smallest = {
+        module: next(filter(_is_classifier, sorted(networks, key=networks.__getitem__)), None) for module, networks in counts.items()
+    }
+    return {module: name for module, name in sorted(smallest.items()) if name is not None}
+
+
+def _is_classifier(name: str) -> bool:
+    """Whether a timm network takes a number of classes and returns logits of that many."""
+    import timm
+
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            network = timm.create_model(name, num_classes=CLASSES)
+    except TypeError:  # it does not take num_classes
+        return False
+    return bool(getattr(network, "num_classes", 0) == CLASSES)
+
+
+def transformers_architectures() -> list[str]:
+    """The architectures for which transformers has an image classifier."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as names
+
+    return list(names)
+
+
+def build(name: str, seed: int) -> tuple[nn.Module, Preprocessing]:
+    """The network ``timm:NAME`` or ``transformers:ARCHITECTURE`` in eval mode, with random weights from ``seed``, and its preprocessing.
+
+    Weights that start at zero, such as some heads and residual branches, are random too: without them there would be no gradient.
+    """
+    torch.manual_seed(seed)
+    source, _, rest = name.partition(":")
+    module, preprocessing = _from_timm(rest) if source == "timm" else _from_transformers(rest)
+    for parameter in module.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return module.eval(), preprocessing
+
+
+def _from_timm(name: str) -> tuple[nn.Module, Preprocessing]:
+    network = models.load(f"timm:{name}", classes=CLASSES)
+    preprocessing = network.preprocessing
+    assert preprocessing.size is not None
+    configuration: Any = getattr(network.module, "pretrained_cfg", {})
+    if not configuration.get("fixed_input_size") and min(preprocessing.size) > SIDE and _runs(network.module):
+        preprocessing = replace(preprocessing, size=(SIDE, SIDE))
+    return network.module, preprocessing
+
+
+def _runs(module: nn.Module) -> bool:
+    """Whether a network takes images of the small size."""
+    try:
+        with torch.no_grad():
+            module.eval()(torch.rand(2, 3, SIDE, SIDE))
+    except Exception:  # networks of another package refuse a size with exceptions of any kind
+        return False
+    return True
+
+
+def _from_transformers(architecture: str) -> tuple[nn.Module, Preprocessing]:
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as names
+
+    transformers.logging.set_verbosity_error()
+    kind: Any = CONFIG_MAPPING[architecture]
+    standard = kind().to_dict()
+    settings: dict[str, Any] = {key: value for key, value in _SMALL.items() if isinstance(standard.get(key), int)}
+    if isinstance(standard.get("depths"), list):
+        settings["depths"] = [min(depth, 2) for depth in standard["depths"]]
+    configuration = kind(**settings | _OWN.get(architecture, {}), num_labels=CLASSES)
+    class_name = names[architecture]
+    module = getattr(transformers, class_name if isinstance(class_name, str) else class_name[0])(configuration)
+    vision = getattr(configuration, "vision_config", configuration)
+    side = getattr(vision, "image_size", SIDE)
+    return module, Preprocessing(tuple(side) if isinstance(side, list | tuple) else (side, side), (0.5,), (0.5,))
