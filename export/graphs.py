@@ -86,12 +86,13 @@ class WatchedNetwork(nn.Module):
 
     def decide_for(self, image_size: tuple[int, int]) -> None:
         """Before tracing: decide on the layouts of all layers for images of this size, with a pass of two random images if any is open."""
-        images = torch.rand(2, 3, *image_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(self.mean)
-        if any((layer, self._size_of(images)) not in self.decisions for layer in self.watched):
+        size = self.preprocessing.size or image_size
+        if any((layer, size) not in self.decisions for layer in self.watched):
+            images = torch.rand(2, 3, *image_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(self.mean)
             with torch.no_grad(), layouts.eval_mode(self.network):
                 self.decide(self.watch(images)[1], images)
         for layer in self.watched:
-            self.decisions[layer, self._size_of(images)].layout.prepare(self.mean.device)
+            self.decisions[layer, size].layout.prepare(self.mean.device)
 
     def _size_of(self, images: Tensor) -> tuple[int, int]:
         return self.preprocessing.size or (images.shape[2], images.shape[3])

@@ -84,11 +84,14 @@ class Decider:
             sample, rows = self._probe.sample(layer), self._probe.rows_axis(layer)
         except KdxError as error:
             raise _unknown(layer, shape, images, f"it takes no three images of {_text(self._size)}: {error.problem}") from error
-        if rows is None:
+        is_finite = isinstance(sample, Tensor) and bool(sample.isfinite().all())
+        if rows is None and is_finite:
             raise _no_rows(layer, sample)
-        layout = self._probe.layout(layer, self._grids)
-        if layout is None and library_layouts.is_convolutional(module, shape) and rows == 0:
+        layout = self._probe.layout(layer, self._grids) if is_finite else None
+        if layout is None and library_layouts.is_convolutional(module, shape) and shape[0] == images:
             return DecidedLayout(channels_first(shape), "convolutions")
+        if not is_finite:
+            raise _unknown(layer, shape, images, "it contains values that are not finite")
         if layout is None or not layout.fits(shape):
             raise _unknown(layer, shape, images, "a change of its images does not show where its positions are")
         check_rows(layout, shape, layer, images)

@@ -199,11 +199,11 @@ def _observe(trace: _Trace, path: str, images: torch.Size) -> Callable[[nn.Modul
         parts = list(output) if isinstance(output, (tuple, list)) else [output]
         grids = [_possible_grid(part, images) for part in parts]
         place = next((place for place, grid in enumerate(grids) if grid is not None), 0)
-        only = sum(isinstance(part, Tensor) for part in parts) == 1
+        only = sum(isinstance(part, Tensor) and part.is_floating_point() for part in parts) == 1
         trace.output[path] = parts[place] if only else output
         if parts and (grid := grids[place]) is not None:
             trace.grid[path] = grid
-            trace.names[path] = f"{path}[{place}]" if len(parts) > 1 else path
+            trace.names[path] = path if only else f"{path}[{place}]"
 
     return hook
 

@@ -9,6 +9,8 @@ from torch import nn
 from kdx import models
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph
+from kdx.models.feature_layers import described_layers
+from tests import hooked
 
 
 @pytest.mark.parametrize(
@@ -79,3 +81,20 @@ def test_layers_of_a_custom_network() -> None:
     assert not any(module._forward_hooks for module in network.modules())
     with pytest.raises(KdxError, match="does not run on an image of 2 x 2"):
         models.layers(network, (2, 2))
+
+
+def test_layers_are_described_with_their_layout_and_the_reason_against_them() -> None:
+    network = hooked.Blocks().eval()
+    first, last = described_layers(network, (12, 9))
+    assert (first.name, first.feature, first.layout, first.source, first.advised) == (
+        "first",
+        (8, 4, 3),
+        "tokens(prefix=1,grid=4x3)",
+        "probe",
+        True,
+    )
+    assert (last.name, last.advised, last.problem) == ("last", False, "No position has a gradient.")
+    (stated,) = described_layers(network, (12, 9), ["first:tokens(prefix=1,grid=2x6)"])
+    assert stated.feature == (8, 2, 6) and stated.source == "stated" and stated.advised
+    (refused,) = described_layers(network, (12, 9), ["first:channels-last"])
+    assert refused.feature is None and "it has 3 axes" in refused.problem
