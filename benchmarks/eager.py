@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from kdx.export.graphs import as_map, find_layer
+from kdx.export.layer_names import find_layer
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _feature(network: nn.Module, layer: str, images: Tensor) -> Tensor:
     features: list[Tensor] = []
 
     def store(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-        features.append(as_map(output, layer, (images.shape[2], images.shape[3])))
+        features.append(output)
 
     handle = find_layer(network, layer).register_forward_hook(store)
     try:
@@ -190,7 +190,7 @@ def compiled(student: nn.Module, base: nn.Module, layer: str) -> Callable[[Tenso
             for network in networks:
                 network(images)
         size = (images.shape[2], images.shape[3])
-        base_features, student_features = (as_map(outputs.pop(), layer, size) for _ in networks)
+        base_features, student_features = (outputs.pop() for _ in networks)
         return _careful_maps(student_features, base_features, target, size)
 
     graph = torch.compile(whole, fullgraph=True)

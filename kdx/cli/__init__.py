@@ -13,6 +13,7 @@ from kdx.cli.distill import distill
 from kdx.cli.doctor import doctor
 from kdx.cli.explain import explain
 from kdx.cli.export import export
+from kdx.cli.layers import layers
 from kdx.cli.report import report
 from kdx.errors import KdxError
 
@@ -55,7 +56,7 @@ def _options(
 ) -> None: ...
 
 
-for _command in (demo, distill, export, explain, report, doctor):
+for _command in (demo, distill, export, explain, report, layers, doctor):
     app.command()(_command)
 
 

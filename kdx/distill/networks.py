@@ -20,7 +20,8 @@ from kdx.distill.reused_weights import check_weights
 from kdx.distill.seeding import seeded
 from kdx.distill.settings import TrainingSettings
 from kdx.errors import KdxError
-from kdx.export.graphs import FeatureGraph, Preprocessing, find_layer
+from kdx.export.graphs import FeatureGraph, Preprocessing
+from kdx.export.layer_names import find_layer
 from kdx.models.layer_pairs import parse_layers
 from kdx.models.reference import ModelReference
 

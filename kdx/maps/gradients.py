@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from kdx import models
 from kdx.choices import Weighting
 from kdx.errors import KdxError
-from kdx.export.graphs import GradientGraph, output_name
+from kdx.export.graphs import GradientGraph
+from kdx.export.layer_names import output_name
 from kdx.features import arrays
 from kdx.features.arrays import Array
 from kdx.kernels import rounding

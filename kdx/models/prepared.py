@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from kdx.errors import KdxError
-from kdx.export import dependence
+from kdx.export import dependence, layouts
 from kdx.export.copies import copied, original
 
 _WRAPPERS = {
@@ -37,6 +37,7 @@ def prepared(module: nn.Module) -> nn.Module:
         if isinstance(inner, nn.DataParallel):
             inner.device_ids = []  # it then calls its module in this thread, so that hooks work
     dependence.share_record(module, copy_of_module)
+    layouts.share_decisions(module, copy_of_module)
     return copy_of_module
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdx.errors import KdxError
 from kdx.export.description import Description, Shape
-from kdx.export.graphs import output_name
+from kdx.export.layer_names import output_name
 
 
 @dataclass(frozen=True)
