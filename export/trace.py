@@ -73,8 +73,14 @@ def _with_translatable_attention(program: ExportedProgram) -> ExportedProgram:
     """The program with its attention as plain operators, if any attention is in a form that torch.onnx.export does not translate."""
     if not any(_needs_plain_attention(node) for node in program.graph.find_nodes(op="call_function", target=_ATTENTION)):
         return program
-    plain: ExportedProgram = program.run_decompositions({_ATTENTION: decompositions.FORWARD[_ATTENTION]})
+    plain: ExportedProgram = program.run_decompositions({_ATTENTION: _plain_attention})
     return plain
+
+
+def _plain_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """Attention as plain operators. A result of four dimensions has the strides of PyTorch's kernel, on which later views rely."""
+    out: Tensor = decompositions.FORWARD[_ATTENTION](*args, **kwargs)
+    return out.transpose(1, 2).contiguous().transpose(1, 2) if out.ndim == 4 else out
 
 
 def _needs_plain_attention(node: fx.Node) -> bool:
