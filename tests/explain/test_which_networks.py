@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import kdx
-from kdx.explain.explainer import Explanation
 from kdx.explain.layer import measure
+from kdx.explain.results import Explanation
 from kdx.explain.settings import Settings
 from kdx.explain.whole_set import measure_set
 from kdx.export.graphs import Preprocessing
