@@ -30,7 +30,7 @@ from kdx.features.target import ClassNames
 from kdx.kernels import ambient
 from kdx.maps.decomposition import Decomposition
 from kdx.maps.unicam import Maps
-from kdx.models.layer_pairs import LayerNamesLike, layer_names, parse_layers
+from kdx.models.layer_pairs import LayerNamesLike, layer_names
 from kdx.models.models_file import ModelsFile, read_models
 from kdx.roles import BASELINE, TARGET, ScoreMap, roles_among, score_maps_among
 from kdx.runtimes.choice import Choice
@@ -141,7 +141,7 @@ class Explainer:
             if networks or file is not None:
                 raise ValueError("a models file names all networks; do not give others as well")
             known = models if isinstance(models, ModelsFile) else read_models(models)
-            networks, layers, classes = networks_of(known), layers or parse_layers(known.layers), known.classes
+            networks, layers, classes = networks_of(known), layers or known.layers, known.classes
         self._set_up(networks, layers, settings, folder, None if file is None else Path(file), classes)
 
     @classmethod

@@ -216,6 +216,7 @@ def explained(**settings: Any) -> Explanation[Any]:
         return explainer(images(32), torch.arange(32) % 4)
 
 
+@pytest.mark.slow
 def test_the_explainer_gives_the_same_results_in_openvino(networks: dict[str, Network], files: dict[str, Path], tmp_path: Path) -> None:
     expected = explained(**networks, runtime="eager")
     by_networks = explained(**networks, runtime="openvino", folder=tmp_path, chunk=5)
@@ -248,6 +249,7 @@ def test_bfloat16_is_used_only_on_request(files: dict[str, Path]) -> None:
 
 
 @needs_bfloat16
+@pytest.mark.slow
 def test_maps_and_scores_of_bfloat16_features_agree(networks: dict[str, Network], tmp_path: Path) -> None:
     exact = explained(**networks, runtime="openvino", folder=tmp_path)
     rounded = explained(**networks, runtime="openvino", folder=tmp_path, precision="bfloat16")
