@@ -33,6 +33,15 @@ def copied(module: ModuleT) -> ModuleT:
     return copy_of_module
 
 
+def to_eval_mode(module: nn.Module) -> None:
+    """Eval mode, also of modules whose own ``eval`` or ``train`` raises an exception."""
+    try:
+        module.eval()  # its result is not used: a user's train() may return nothing
+    except Exception:  # the user's code, such as a guard that forbids another mode
+        for inner in module.modules():
+            inner.training = False
+
+
 def original(module: nn.Module) -> nn.Module:
     """The module that torch.compile has wrapped, or the module itself."""
     while isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):

@@ -227,7 +227,7 @@ class GradientGraph(WatchedNetwork):
             if gradient is None:
                 raise KdxError(
                     f"{self.at or 'The prediction'} does not depend on layer {layer!r}.",
-                    "Name layers that come before the cotangent, with no detach() between them.",
+                    "Name layers that come before the cotangent, with no detach() and no torch.inference_mode() between them.",
                 )
         gradients = [self.as_map(gradient, layer, images) for layer, gradient in zip(self.layers, raw_gradients, strict=True)]
         return tuple(geometry.wide(result).detach() for result in (logits, *maps, *gradients))

@@ -48,16 +48,16 @@ def convolutional(network: nn.Module, module: nn.Module, shape: Sequence[int], i
     """[n, C, H, W] of a layer with convolutions, if [n, H, W, C] would not have the images' aspect ratio; otherwise None."""
     if len(shape) != 4 or has_aspect(shape[1], shape[2], image_size):
         return None
-    if usually_convolutional(network, module, shape):
+    if usually_convolutional(network, module, shape, image_size):
         return channels_first(shape)
     only_here = has_aspect(shape[2], shape[3], image_size)
     return channels_first(shape) if only_here and (shape[1] in _widths(module) or _weights_are_convolutions(module)) else None
 
 
-def usually_convolutional(network: nn.Module, module: nn.Module, shape: Sequence[int]) -> bool:
+def usually_convolutional(network: nn.Module, module: nn.Module, shape: Sequence[int], image_size: Grid) -> bool:
     """Whether [n, C, H, W] is the layout of a layer unless a probe shows another one: its modules take that layout, or it has no weights
     and is in a network of convolutions."""
-    return is_convolutional(module, shape) or (len(shape) == 4 and _is_plain(network, module, shape[1]))
+    return is_convolutional(module, shape, image_size) or (len(shape) == 4 and _is_plain(network, module, shape[1]))
 
 
 def _is_plain(network: nn.Module, module: nn.Module, channels: int) -> bool:
@@ -67,9 +67,12 @@ def _is_plain(network: nn.Module, module: nn.Module, channels: int) -> bool:
     return not any(isinstance(inner, _MIXING) for inner in network.modules())
 
 
-def is_convolutional(module: nn.Module, shape: Sequence[int]) -> bool:
-    """Whether the layer's own modules all take [n, C, H, W], so that this is its layout unless a probe shows another one."""
-    if len(shape) != 4:
+def is_convolutional(module: nn.Module, shape: Sequence[int], image_size: Grid) -> bool:
+    """Whether the layer's own modules all take [n, C, H, W], so that this is its layout unless a probe shows another one.
+
+    A layer of several modules may also rearrange what its convolutions return, so its output must have the images' aspect ratio too.
+    """
+    if len(shape) != 4 or (any(module.children()) and not has_aspect(shape[2], shape[3], image_size)):
         return False
     return isinstance(module, _POOLS) or (shape[1] in _widths(module) and _weights_are_convolutions(module))
 
@@ -126,6 +129,9 @@ def _timm(owner: Any, family: str, rest: str, shape: Sequence[int], image_size: 
     if getattr(owner, "output_fmt", None) == "NHWC":
         return channels_last(shape) if _is_channels_last(shape, image_size) else None
     prefix = int(getattr(owner, "num_prefix_tokens", 0))
+    if family == "coat" and len(shape) == 3:  # a class token and a grid that changes, and no class token from the embeddings of patches
+        prefixes = [prefix for prefix in (1, 0) if aspect_grid(shape[1] - prefix, image_size)]
+        return _tokens(shape, aspect_grid(shape[1] - prefixes[0], image_size) or (1, 1), prefixes) if prefixes else None
     if family in _TIMM_GRIDS:
         is_stage = re.fullmatch(r"(stages|blocks)(\.\d+)?(\[0\])?", rest)
         grid = aspect_grid(shape[1] - prefix, image_size) if is_stage else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,7 +136,9 @@ class Probe:
         orders = list(_known_orders(count, grid))
         (agreement, order), *rest = sorted(((both.agreement(order), order) for order in orders), key=lambda item: -item[0])
         # Another order must be clearly worse, and no part of the tokens may contradict this one: an extra token among them shifts the rest.
-        if agreement >= _needed(grid) and (not rest or rest[0][0] < 0.8 * agreement):
+        # Among many extra tokens, some follow a known order of few positions by chance: those of a finer grid belong to its quadrants.
+        by_chance = math.prod(grid) < _MANY and count > math.prod(grid) + 1 and not both.stand_out(order)
+        if agreement >= _needed(grid) and not by_chance and (not rest or rest[0][0] < 0.8 * agreement):
             least = min(cells.agreement(order, part) for cells in each for part in _parts(order))
             return _Candidate(rows, channels, count, grid, order, agreement) if least >= _IN_PARTS else None
         if 2 not in grid:
@@ -279,9 +281,12 @@ class _Cells:
         if len(best) < count:
             return None
         order = [best[cell] for cell in range(count)]
+        return compact(order) if self.stand_out(order) else None
+
+    def stand_out(self, order: Sequence[int]) -> bool:
+        """Whether the tokens of an order are moved more clearly by one cell than all others."""
         others = [self.clearness[token] for token in range(len(self.cells)) if token not in set(order)]
-        least = min(self.clearness[token] for token in order)
-        return compact(order) if least > _APART * max(others, default=1.0) else None
+        return min(self.clearness[token] for token in order) > _APART * max(others, default=1.0)
 
 
 def _digits(size: int) -> list[Tensor]:

@@ -123,10 +123,8 @@ def _stacked(images: Sequence[Tensor]) -> Tensor:
 
 def _single(image: Any, size: tuple[int, int] | None) -> Tensor:
     """One image of a list as [3, h, w]."""
-    if isinstance(image, str | Path):
-        image = read_picture(Path(image))
-    if isinstance(image, Image.Image):
-        rgb = to_rgb(image.copy())
+    if isinstance(image, str | Path | Image.Image):
+        rgb = to_rgb(image.copy()) if isinstance(image, Image.Image) else read_picture(Path(image))
         levels = np.asarray(rgb if size is None else fit(rgb, size))
         return torch.from_numpy(np.divide(levels.transpose(2, 0, 1), np.float32(255)))
     return _channels_first(arrays.tensor(image, "images")[None])[0]

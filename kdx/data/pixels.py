@@ -30,6 +30,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     turn = _TURNS.get(_orientation(image))
     if turn is not None:
         image = image.transpose(turn)
+        # The result is upright, so it must not state an orientation, which EXIF and XMP data do: a later call would turn it again.
+        image.info = {name: value for name, value in image.info.items() if name == "transparency"}
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
         levels = np.clip(np.asarray(image, dtype=np.float64) / 257, 0, 255)  # 65535 / 257 = 255
         image = Image.fromarray(np.rint(levels).astype(np.uint8))

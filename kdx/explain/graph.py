@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdx.errors import KdxError
 from kdx.explain.layer import LayerReferences
+from kdx.export.copies import to_eval_mode
 from kdx.export.explainer_graphs import ExplainerGraph, ReferenceGraph, References
 from kdx.export.graphs import FeatureGraph
 from kdx.features import arrays
@@ -67,7 +68,7 @@ def explainer_graph(
 
 def _features(graph: FeatureGraph, images: Tensor) -> list[Tensor]:
     """A network's features of these images, one tensor per layer."""
-    graph.eval()
+    to_eval_mode(graph)
     passes = [graph(part)[1:] for part in images.to(graph.mean).split(_PASS)]
     return [torch.cat(parts) for parts in zip(*passes, strict=True)]
 

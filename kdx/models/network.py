@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kdx.errors import KdxError
+from kdx.export.copies import to_eval_mode
 from kdx.export.graphs import Preprocessing
 from kdx.kernels import ambient
 from kdx.models.checkpoint_files import recorded_preprocessing
@@ -96,7 +97,7 @@ def load(reference: str, *, classes: int | None = None, folder: Path | None = No
         note = load_weights(module, path, new_head=new_head)
         preprocessing = recorded_preprocessing(split_key(path)[0]) or preprocessing
         complete = not new_head
-    module.eval()  # its result is not used: a user's train() may return nothing
+    to_eval_mode(module)
     return Network(str(parsed), module, preprocessing, parsed.is_trained and complete, note)
 
 

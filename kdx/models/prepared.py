@@ -6,7 +6,7 @@ from torch import nn
 
 from kdx.errors import KdxError
 from kdx.export import dependence, layouts
-from kdx.export.copies import copied, original
+from kdx.export.copies import copied, original, to_eval_mode
 from kdx.kernels import ambient
 
 _WRAPPERS = {
@@ -34,7 +34,7 @@ def prepared(module: nn.Module) -> nn.Module:
     module = unwrapped(module)
     check_kind(module)
     copy_of_module = copied(module)
-    copy_of_module.eval()  # its result is not used: a user's train() may return nothing
+    to_eval_mode(copy_of_module)
     for inner in copy_of_module.modules():
         if isinstance(inner, nn.DataParallel):
             inner.device_ids = []  # it then calls its module in this thread, so that hooks work

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,11 +55,23 @@ def _construct(reference: ModelReference, factory: Callable[..., Any], arguments
     return module
 
 
-def _from_timm(reference: ModelReference, arguments: dict[str, Value]) -> SourceNetwork:
+@contextmanager
+def _imports(package: str, reference: ModelReference) -> Iterator[None]:
+    """Turn an import that fails into a KdxError: of a missing package, or of one that does not fit the installed PyTorch."""
     try:
-        import timm
+        yield
     except ImportError as error:
-        raise missing_package("timm", "models", f"The model reference {str(reference)!r}") from error
+        raise missing_package(package, "models", f"The model reference {str(reference)!r}") from error
+    except Exception as error:  # a torchvision of another version of PyTorch raises RuntimeError
+        raise KdxError(
+            f"The package {package} cannot be imported: {first_line(error)}.",
+            "Install versions of torch and torchvision that belong together.",
+        ) from error
+
+
+def _from_timm(reference: ModelReference, arguments: dict[str, Value]) -> SourceNetwork:
+    with _imports("timm", reference):
+        import timm
     if not timm.is_model(reference.name):
         raise _unknown("timm", reference.name, timm.list_models())
     module = _construct(
@@ -85,10 +98,8 @@ def timm_preprocessing(module: nn.Module) -> Preprocessing:
 
 
 def _from_torchvision(reference: ModelReference, arguments: dict[str, Value]) -> SourceNetwork:
-    try:
+    with _imports("torchvision", reference):
         from torchvision import models
-    except ImportError as error:
-        raise missing_package("torchvision", "models", f"The model reference {str(reference)!r}") from error
     names = models.list_models(module=models)  # the classifiers; detectors and others are in submodules
     if reference.name not in names:
         raise _unknown("torchvision", reference.name, names)

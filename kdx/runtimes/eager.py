@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdx.choices import Precision
 from kdx.errors import KdxError
+from kdx.export.copies import to_eval_mode
 from kdx.export.dependence import check_dependence
 from kdx.export.explainer_graphs import Graph
 from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing, WatchedNetwork
@@ -35,7 +36,7 @@ class EagerRunner(Runner):
         self._lock = threading.Lock()
         self._checked_sizes: set[tuple[int, int]] = set()
         self._repeats_single = False
-        graph.eval()
+        to_eval_mode(graph)
         self._graph: Graph | None = graph.to(device)
         tensors = (*graph.parameters(), *graph.buffers())
         dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, TensorDataset
 
 from kdx import KdxError
@@ -16,6 +16,7 @@ from kdx.data.class_folders import list_images
 from kdx.data.dataset import open_data
 from kdx.data.images import load_images
 from kdx.data.inputs import InputFormat, as_pixels, labelled
+from kdx.data.pixels import to_rgb
 from kdx.export.graphs import Preprocessing
 
 LEVELS = np.random.default_rng(0).integers(0, 256, (4, 6, 5, 3), dtype=np.uint8)
@@ -132,3 +133,17 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(written(tmp_path)[0].read_bytes()[:60])
     with pytest.raises(KdxError, match=r"cut\.png cannot be read"):
         as_pixels([path])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_turned_upright_once(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned.png"
+    Image.fromarray(LEVELS[0]).save(path, exif=exif)
+    with Image.open(path) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image))
+        expected = torch.from_numpy(upright / np.float32(255)).permute(2, 0, 1)[None]
+        torch.testing.assert_close(as_pixels(image), expected)
+        torch.testing.assert_close(as_pixels(to_rgb(to_rgb(image))), expected)
+    torch.testing.assert_close(as_pixels(path), expected)

@@ -287,3 +287,25 @@ def test_a_layer_without_weights_after_a_convolution_needs_no_probe_that_succeed
     logits, feature = FeatureGraph(network, ["1"])(pixels)
     torch.testing.assert_close(feature, network[:2](pixels))
     torch.testing.assert_close(logits, network(pixels))
+
+
+class QuadrantTokens(nn.Module):
+    """17 tokens, each of which sees one quadrant of the image, in no order: no grid of them is right."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.embedding = nn.Conv2d(3, 6, 8, 8)
+        self.layer, self.head = nn.Identity(), nn.Linear(6, 3)
+        self.quadrants = torch.randint(4, (17,), generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embedding(x).flatten(2).transpose(1, 2)
+        logits: Tensor = self.head(self.layer(tokens[:, self.quadrants]).mean(1))
+        return logits
+
+
+def test_tokens_that_follow_no_grid_are_not_read_as_a_small_one() -> None:
+    for seed in range(40):
+        with pytest.raises(KdxError, match="is not known"):
+            FeatureGraph(QuadrantTokens(seed).eval(), ["layer"])(torch.rand(2, 3, 16, 16, dtype=torch.float32))

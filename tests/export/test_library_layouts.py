@@ -100,6 +100,29 @@ def test_class_maps_of_hiera_are_those_of_autograd_and_reroll(block: int) -> Non
     torch.testing.assert_close(kdx.hires_cam(network, images, f"blocks.{block}", 3).maps, elementwise, rtol=1e-3, atol=1e-6)
 
 
+def test_coat_states_its_tokens_and_its_tables_are_not_maps() -> None:
+    from timm.models.coat import CoaT
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"embed_dims": [16, 16, 16, 16], "serial_depths": [1, 1, 1, 1], "num_heads": 8, "mlp_ratios": [2, 2, 2, 2]}
+    network = CoaT(img_size=96, patch_size=4, parallel_depth=1, num_classes=5, **sizes).eval()
+    images, kept = pixels(size=(96, 96)), {}
+    paths = {"serial_blocks1.0": 24, "serial_blocks2.0": 12, "serial_blocks3.0": 6, "parallel_blocks.0.factoratt_crpe3": 6}
+    handles = [
+        network.get_submodule(path).register_forward_hook(lambda _m, _i, output, path=path: kept.update({path: output})) for path in paths
+    ]
+    with torch.no_grad():
+        network(images)
+    for handle in handles:
+        handle.remove()
+    graph = FeatureGraph(network, [*paths])
+    for feature, (path, side) in zip(graph(images)[1:], paths.items(), strict=True):
+        torch.testing.assert_close(feature, kept[path][:, 1:].transpose(1, 2).unflatten(2, (side, side)))
+    assert {decided.source for decided in graph.decisions.values()} == {"timm"}
+    with pytest.raises(kdx.KdxError, match="crpe3"):
+        kdx.grad_cam(network, images, "crpe3", 0)
+
+
 def test_rows_in_swins_windows_are_refused() -> None:
     with pytest.raises(kdx.KdxError, match=r"'layers.0.blocks.0.attn.proj' returns \d+ rows for 3 images"):
         kdx.grad_cam(swin(), pixels(), "layers.0.blocks.0.attn.proj", 0)

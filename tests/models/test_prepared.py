@@ -42,6 +42,16 @@ class ReturnsNothing(Net):
         self.stem[1].eval()
 
 
+class Guarded(Net):
+    def train(self, mode: bool = True) -> Guarded:
+        raise RuntimeError("do not change the mode")
+
+
+class GuardedEval(Net):
+    def eval(self) -> GuardedEval:
+        raise RuntimeError("frozen")
+
+
 class Squeezing(Net):
     def forward(self, images: Tensor) -> Tensor:
         pooled = nn.functional.adaptive_avg_pool2d(self.block(self.stem(images)), 1).squeeze()
@@ -77,6 +87,8 @@ WORKING: list[Callable[[], nn.Module]] = [
     compiled_and_run,
     compiled_in_place,
     ReturnsNothing,
+    Guarded,
+    GuardedEval,
     Squeezing,
 ]
 
