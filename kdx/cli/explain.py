@@ -37,6 +37,7 @@ from kdx.cli.options import (
     UnreadableOption,
     announce_line,
     image_names,
+    is_given,
 )
 
 if TYPE_CHECKING:
@@ -239,6 +240,7 @@ def explain(
         seed=seed,
     )
     if among is not None:
+        explain_images.check_options([name for name in context.params if is_given(context, name)])
         images_page = explain_images.run(
             list(map(Path, data)), models, among, out, layer or (), options, labels=label or (), announce=announce_line
         )
@@ -256,7 +258,6 @@ def _options(context: typer.Context, preset: PresetName | None, **values: Any) -
     from kdx.runs.run import RunOptions
 
     for name, value in ({} if preset is None else PRESETS[preset]).items():
-        source = context.get_parameter_source(name)
-        if source is None or source.name == "DEFAULT":
+        if not is_given(context, name):
             values[name] = value
     return RunOptions(**values)

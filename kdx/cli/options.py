@@ -37,6 +37,12 @@ ImagesOption = Annotated[
 ]
 
 
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether the command line gives the option with this name in Python."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
 def image_names(text: str | None) -> tuple[str, ...]:
     """The names in the value of --images."""
     return tuple(filter(None, (name.strip() for name in (text or "").split(","))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import kdx
 from kdx.commands.references import ChosenReferences, choose_references
+from kdx.data.class_embeddings import ClassEmbeddings, read_class_embeddings
 from kdx.data.inputs import as_pixels
 from kdx.disk import write_atomic
 from kdx.errors import KdxError
@@ -31,8 +32,16 @@ from kdx.models.models_file import read_models
 from kdx.roles import maps_among
 from kdx.runs.collected import check_classes
 from kdx.runs.plan import REFERENCE_IMAGES, RunOptions
-from kdx.runs.schema import layer_file_names
+from kdx.runs.schema import MANIFEST, layer_file_names
 from kdx.runtimes.choice import is_file
+
+OPTIONS = frozenset(
+    (
+        *("data", "among", "label", "models", "out", "layer", "reference", "seed", "resize", "interpolation"),
+        *("runtime", "device", "precision", "chunk", "objective", "weighting", "pooled", "target"),
+    )
+)
+"""The options of `kdx explain`, by their names in Python, that apply to a few images."""
 
 _PASS = 32
 """Reference images per pass."""
@@ -64,7 +73,8 @@ def run(
 
     The maps are UniCAM's: ``kdx.unicam(..., reference=...)`` of each image among ``options.reference_images`` (by default 256)
     class-balanced images of the train split. A map depends on its own image and on the reference images alone. labels: the classes of the
-    images by name, in order; by default those that the student predicts. Scores need a set of images and are not computed.
+    images by name, in order; by default those that the student predicts. Of ``options``, those in
+    OPTIONS apply. Scores need a set of images and are not computed.
 
     Raises KdxError for files, networks, data and labels that do not work, and for an explainer file.
     """
@@ -75,36 +85,60 @@ def run(
     file = read_models(models)
     options = replace(options, geometry="reference")
     networks, pairs = networks_of(file), parse_layers(layers or file.layers)
+    _check_folder(out)
     with Explainer.of(networks, pairs, options, classes=file.classes) as explainer:
         size = largest_size(record.image_size for record in explainer.networks().values())
-        pixels = as_pixels(list(paths), replace(explainer.input_format, size=size))
-        references = choose_references(data, options.reference_images or REFERENCE_IMAGES, options.seed, file, size)
+        resizing = options.resizing(file.resizing)
+        pixels = as_pixels(list(paths), replace(explainer.input_format, size=size, resizing=resizing))
+        references = choose_references(data, options.reference_images or REFERENCE_IMAGES, options.seed, file, size, resizing)
         explainer.open(size, len(paths) + len(references.ids))
         announce(f"Runtime {explainer.choice.why}.")
         announce(f"Every image is compared with {len(references.ids)} reference images of {data}.")
-        maps = _maps(explainer, pixels, references, labels)
+        embeddings = None if options.target is None else read_class_embeddings(options.target, references.classes)
+        maps = _maps(explainer, pixels, references, labels, embeddings)
     return _write(out, paths, maps, references.classes)
 
 
-def _maps(explainer: Explainer, pixels: Tensor, references: ChosenReferences, labels: Sequence[str]) -> ImageMaps:
+def check_options(given: Collection[str]) -> None:
+    """Raise KdxError for options of `kdx explain`, by their names in Python, that do not apply to a few images."""
+    others = [f"--{name.replace('_', '-')}" for name in given if name not in OPTIONS]
+    if others:
+        verb, them = ("does", "it") if len(others) == 1 else ("do", "them")
+        raise KdxError(
+            f"{', '.join(others)} {verb} not apply to a few images.", f"Leave {them} out, or explain the data set without --data."
+        )
+
+
+def _check_folder(out: Path) -> None:
+    """KdxError for the folder of a run, whose files are not to be mixed with these."""
+    if (out / MANIFEST).exists():
+        raise KdxError(f"{out} contains a run over a data set.", "Choose another --out.")
+
+
+def _maps(
+    explainer: Explainer, pixels: Tensor, references: ChosenReferences, labels: Sequence[str], embeddings: ClassEmbeddings | None
+) -> ImageMaps:
     logits, features = explainer.features(pixels)
     check_classes(logits, len(references.classes))
     predictions = {role: rows.argmax(1).numpy(force=True) for role, rows in logits.items()}
     given = ClassNames(list(references.classes), known=True).target(list(labels)) if labels else predictions["student"]
     parts = [explainer.features(part)[1] for part in references.images.images.split(_PASS)]
     settings, maps = explainer.settings, {}
+    own_target, their_target = (
+        numbers if embeddings is None else embeddings.of(numbers) for numbers in (given, references.images.labels.numpy())
+    )
     for layer in explainer.layers:
         known = {role: torch.cat([part[layer][role] for part in parts]) for role in explainer.roles}
         kinds = {}
         for kind, (explained, other) in maps_among(explainer.roles).items():
             own, theirs = features[layer], None if other is None else features[layer][other]
             context = kdx.ReferenceSet(
-                known[explained], None if other is None else known[other], references.images.labels, pooled=settings.pooled
+                known[explained], None if other is None else known[other], torch.from_numpy(their_target), pooled=settings.pooled
             )
             result = kdx.unicam(
                 own[explained],
                 theirs,
-                given,
+                torch.from_numpy(own_target),
                 objective=settings.objective,
                 weighting=settings.weighting,
                 pooled=settings.pooled,

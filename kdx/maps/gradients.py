@@ -155,7 +155,7 @@ def gradient_runner(
             yield runner, _layer_of(runner, str(path), layer), _pixels(runner, images)
         return
     network, chosen = models.as_network(source), choose("eager", device).device
-    batch = inputs.as_pixels(images, InputFormat.of([network.preprocessing]))
+    batch = inputs.as_pixels(images, InputFormat.of([network.preprocessing], resizing=network.resizing))
     layer = _last_layer(network, batch[:1], chosen) if layer is None else layer
     with EagerRunner(GradientGraph(network.module, [layer], network.preprocessing, at), chosen) as eager:
         yield eager, layer, batch

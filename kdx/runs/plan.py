@@ -92,6 +92,10 @@ class RunOptions(Settings):
         if self.ratios == "mean" and self.geometry != "batch":
             raise KdxError("The mean of the batches' scores needs the geometry batch.", "Give --geometry batch, or leave --ratios out.")
 
+    def resizing(self, default: Resizing) -> Resizing:
+        """``resize`` and ``interpolation``, where they are given, in place of those of ``default``."""
+        return Resizing(self.resize or default.mode, self.interpolation or default.interpolation)
+
     @property
     def gallery_choice(self) -> GalleryChoice:
         return GalleryChoice(self.gallery, self.gallery_order, self.gallery_images)
@@ -121,8 +125,7 @@ class Plan:
     def of(cls, data: str, models: Path, layers: Sequence[str], options: RunOptions) -> Plan:
         _check_references(options)
         models_file = _from_explainer_file(models) if is_file(models) else with_recorded_data(read_models(models))
-        resizing = Resizing(options.resize or models_file.resizing.mode, options.interpolation or models_file.resizing.interpolation)
-        dataset = replace(open_data(data, models_file.classes or None), resizing=resizing)
+        dataset = replace(open_data(data, models_file.classes or None), resizing=options.resizing(models_file.resizing))
         embeddings = None if options.target is None else read_class_embeddings(options.target, dataset.classes)
         split = choose_split(dataset, models_file, options.split, options.seed)
         check_images(len(split.indices))
