@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -161,14 +162,14 @@ def test_a_student_alone_and_class_embeddings(folder: Path, tmp_path: Path) -> N
     text = (folder / "models.toml").read_text("utf-8").replace("@", f"@{folder}/")
     models.write_text("".join(line for line in text.splitlines(True) if not line.startswith("base")), "utf-8")
     np.save(tmp_path / "far.npy", np.array([[0.0], [1.0], [9.0]]))
-    drawn = {}
+    drawn: dict[Path | None, NDArray[np.uint8]] = {}
     for target in (None, tmp_path / "far.npy"):
         out = tmp_path / f"out{len(drawn)}"
         options = replace(OPTIONS, target=target)
         explain_images.run([folder / "b.png"], models, str(folder / "pictures"), out, ["layer2"], options, announce=lambda line: None)
         assert sorted(path.name for path in out.glob("*.png")) == ["001_b.png", "001_b_layer2_alone.png"]
         drawn[target] = np.asarray(Image.open(out / "001_b_layer2_alone.png"))
-    assert not np.array_equal(*drawn.values())
+    assert not np.array_equal(drawn[None], drawn[tmp_path / "far.npy"])
 
 
 def test_options_that_do_not_apply_are_refused(folder: Path, tmp_path: Path) -> None:
