@@ -109,8 +109,11 @@ def explain(
         typer.Option(help="salient: exactly the share of the pixels, or as in the authors' code, with its contrast and noise."),
     ] = "exact",
     ratios: Annotated[
-        RatioName, typer.Option(help="batch: pool the inner products of all batches, or take the mean of their scores, which is biased.")
-    ] = "pooled",
+        RatioName,
+        typer.Option(
+            help="batch: one score from the summed inner products of all batches, or the mean of the batches' scores, which is biased."
+        ),
+    ] = "summed",
     preset: Annotated[
         PresetName | None,
         typer.Option(
@@ -118,7 +121,8 @@ def explain(
         ),
     ] = None,
     reference: Annotated[
-        int, typer.Option(min=0, help="The size of the reference set, by default 256. A size above 0 selects --geometry reference.")
+        int,
+        typer.Option(min=0, help="The number of reference images, by default 256. It selects --geometry reference.", show_default=False),
     ] = 0,
     store: Annotated[
         StoredPrecision, typer.Option(help="whole: the number format of the features on disk. float16 takes half the space.")
@@ -142,7 +146,7 @@ def explain(
         ),
     ] = None,
     max_minutes: Annotated[
-        float, typer.Option(min=0, help="whole: the time that the geometry may take, by estimate. Beyond it, auto selects reference.")
+        float, typer.Option(min=0, help="whole: the estimated minutes that the geometry may take. Beyond them, auto selects reference.")
     ] = 60.0,
     random_baseline: Annotated[
         bool | None,
@@ -155,8 +159,8 @@ def explain(
     target: Annotated[
         Path | None,
         typer.Option(
-            help="Class embeddings that relevance is measured against, in place of one-hot labels: .npy [classes, e] in the order of the "
-            "classes, or .npz, .csv or .parquet with class names.",
+            help="Class embeddings that relevance is measured against, in place of one-hot labels: .npy with one row per class in order, "
+            "or .npz, .csv or .parquet with class names.",
             show_default=False,
         ),
     ] = None,

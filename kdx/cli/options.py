@@ -22,7 +22,9 @@ SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every random choic
 UnreadableOption = Annotated[
     float,
     typer.Option(
-        min=0, max=1, help="The share of corrupt images above which the command fails. One image always may be, unless this is 0."
+        min=0,
+        max=1,
+        help="The share of corrupt images above which the command fails. One corrupt image is always accepted, unless this is 0.",
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, a GPU by number such as cuda:1, or auto, which prefers a GPU.")]

@@ -55,7 +55,8 @@ class RunOptions(Settings):
     geometry ``reference``.
     target: a file of class embeddings (`kdx.data.class_embeddings`), which are the target in place of labels. resize, interpolation: how
     images are brought to the networks' size, by default as the models file states.
-    ratios: ``pooled``, or ``mean`` for the mean of the batches' scores, with the geometry ``batch``.
+    ratios: ``summed`` for one score from the inner products of all batches, or ``mean`` for the mean of the batches' scores, with the
+    geometry ``batch``.
     split: ``test``, ``validation``, ``train`` or ``all``. None takes ``test`` of the data that the models were trained on, and all of any
     other data. max_unreadable: the share of corrupt images above which the run fails; one image always passes, unless the share is 0.
     random_baseline: whether FSS(S,T) has a baseline, the FSS of the student's architecture with random weights, which costs one more pass.
@@ -75,7 +76,7 @@ class RunOptions(Settings):
     target: Path | None = None
     resize: ResizeMode | None = None
     interpolation: Interpolation | None = None
-    ratios: RatioName = "pooled"
+    ratios: RatioName = "summed"
     split: str | None = None
     max_unreadable: float = 0.01
     gallery: int = 60
