@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from kdx.errors import KdxError, first_line, missing_package
+from kdx.errors import KdxError, first_line, import_optional
 from kdx.export.graphs import Preprocessing
 from kdx.models import exported_program, hugging_face, resnet
 from kdx.models.reference import ModelReference, Value
@@ -55,10 +55,7 @@ def _construct(reference: ModelReference, factory: Callable[..., Any], arguments
 
 
 def _from_timm(reference: ModelReference, arguments: dict[str, Value]) -> SourceNetwork:
-    try:
-        import timm
-    except ImportError as error:
-        raise missing_package("timm", "models", f"The model reference {str(reference)!r}") from error
+    timm = import_optional("timm", "models", f"The model reference {str(reference)!r}")
     if not timm.is_model(reference.name):
         raise _unknown("timm", reference.name, timm.list_models())
     module = _construct(
@@ -85,10 +82,7 @@ def timm_preprocessing(module: nn.Module) -> Preprocessing:
 
 
 def _from_torchvision(reference: ModelReference, arguments: dict[str, Value]) -> SourceNetwork:
-    try:
-        from torchvision import models
-    except ImportError as error:
-        raise missing_package("torchvision", "models", f"The model reference {str(reference)!r}") from error
+    models = import_optional("torchvision.models", "models", f"The model reference {str(reference)!r}")
     names = models.list_models(module=models)  # the classifiers; detectors and others are in submodules
     if reference.name not in names:
         raise _unknown("torchvision", reference.name, names)

@@ -125,6 +125,7 @@ class Plan:
     @classmethod
     def of(cls, data: str, models: Path, layers: Sequence[str], options: RunOptions) -> Plan:
         _check_references(options)
+        _check_storage(options)
         models_file = _from_explainer_file(models) if is_file(models) else with_recorded_data(read_models(models))
         dataset = replace(open_data(data, models_file.classes or None), resizing=options.resizing(models_file.resizing))
         embeddings = None if options.target is None else read_class_embeddings(options.target, dataset.classes)
@@ -212,6 +213,15 @@ def _check_references(options: RunOptions) -> None:
     if options.reference_images and options.geometry not in ("auto", "reference"):
         raise KdxError(
             f"A reference set does not apply to the geometry {options.geometry}.", "Give --geometry reference, or leave --reference out."
+        )
+
+
+def _check_storage(options: RunOptions) -> None:
+    """KdxError for choices about stored features with a geometry that stores none."""
+    stores = options.stored_precision != "float32" or options.keep_features or options.project
+    if stores and (options.geometry in ("batch", "reference") or options.reference_images):
+        raise KdxError(
+            "Only the geometry whole stores features.", "Give --geometry whole, or leave --store, --keep-features and --project out."
         )
 
 

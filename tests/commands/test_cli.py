@@ -251,6 +251,9 @@ def test_doctor_lists_every_probe_with_a_hint_for_the_broken(run: Run, monkeypat
         ("export none.onnx", "is already an ONNX file"),
         ("export none.onnx --to tensorrt --for sm_86 --layer layer1", "are fixed"),
         ("explain digits --models none.onnx --out R", "There is no file none.onnx"),
+        ("report R --table csv --gallery 3", "A table does not depend on the images of the page"),
+        ("report R --images a.png --order wrong", "--images names all images of the page"),
+        ("report R --data D", "shows the same images as before"),
         ("report no/such/run", "no/such/run"),
     ],
 )
