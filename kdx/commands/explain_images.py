@@ -29,7 +29,7 @@ from kdx.features.target import ClassNames
 from kdx.maps.overlays import overlay
 from kdx.models.layer_pairs import parse_layers
 from kdx.models.models_file import read_models
-from kdx.roles import maps_among
+from kdx.roles import MAPS, maps_among
 from kdx.runs.collected import check_classes
 from kdx.runs.plan import REFERENCE_IMAGES, RunOptions
 from kdx.runs.schema import MANIFEST, layer_file_names
@@ -42,6 +42,11 @@ OPTIONS = frozenset(
     )
 )
 """The options of `kdx explain`, by their names in Python, that apply to a few images."""
+
+_STYLE = (
+    ":root{color-scheme:light dark}body{font-family:sans-serif;margin:1.5em}p{max-width:60em}div{overflow-x:auto}dt{font-weight:bold}"
+    "td{vertical-align:top}td img{width:224px}th{text-align:left;padding-top:1em}"
+)
 
 _PASS = 32
 """Reference images per pass."""
@@ -93,10 +98,11 @@ def run(
         references = choose_references(data, options.reference_images or REFERENCE_IMAGES, options.seed, file, size, resizing)
         explainer.open(size, len(paths) + len(references.ids))
         announce(f"Runtime {explainer.choice.why}.")
-        announce(f"Every image is compared with {len(references.ids)} reference images of {data}.")
+        context = f"Every image is compared with {len(references.ids)} reference images of {data}."
+        announce(context)
         embeddings = None if options.target is None else read_class_embeddings(options.target, references.classes)
         maps = _maps(explainer, pixels, references, labels, embeddings)
-    return _write(out, paths, maps, references.classes)
+    return _write(out, paths, maps, references.classes, context)
 
 
 def check_options(given: Collection[str]) -> None:
@@ -149,11 +155,14 @@ def _maps(
     return ImageMaps(pixels, given, predictions, maps)
 
 
-def _write(out: Path, paths: Sequence[Path], images: ImageMaps, classes: Sequence[str]) -> Path:
-    """One picture per image, and per image, layer and kind of map; and a page that shows them."""
+def _write(out: Path, paths: Sequence[Path], images: ImageMaps, classes: Sequence[str], context: str) -> Path:
+    """One picture per image, and per image, layer and kind of map; and a page that shows them. context: a sentence for the page about what
+    the images are compared with."""
     files = layer_file_names(list(images.maps))
     columns = [(layer, kind) for layer, kinds in images.maps.items() for kind in kinds]
-    head = "".join(f"<th>{html.escape(f'{layer} {kind}')}</th>" for layer, kind in columns)
+    head = "".join(f"<th>{html.escape(layer)}<br>{html.escape(kind)}</th>" for layer, kind in columns)
+    kinds = dict.fromkeys(kind for _, kind in columns)
+    meanings = "".join(f"<dt>{kind} ({html.escape(MAPS[kind].symbol)})</dt><dd>{html.escape(MAPS[kind].meaning)}</dd>" for kind in kinds)
     rows = []
     for number, path in enumerate(paths):
         picture = images.pixels[number].mul(255).round().byte().permute(1, 2, 0).numpy(force=True)
@@ -167,10 +176,12 @@ def _write(out: Path, paths: Sequence[Path], images: ImageMaps, classes: Sequenc
         facts = html.escape(f"{path.name}, explained as {classes[images.labels[number]]} ({predicted})")
         rows.append(f'<tr><th colspan="{len(cells)}">{facts}</th></tr><tr>{"".join(cells)}</tr>')
     page = out / "images.html"
-    style = "body{font-family:sans-serif}td{vertical-align:top}img{max-width:224px}th{text-align:left;padding-top:1em}"
+    title = f"UniCAM’s maps of {len(paths)} {'image' if len(paths) == 1 else 'images'}"
     text = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>kdx: maps of {len(paths)} images</title><style>{style}</style>'
-        f"<table><tr><th>image</th>{head}</tr>{''.join(rows)}</table></html>\n"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>kdx: {title}</title><style>{_STYLE}</style><h1>{title}</h1><p>{html.escape(context)} A map is transparent where it is "
+        "zero, and yellow at its own highest value: two maps have no common scale.</p>"
+        f"<dl>{meanings}</dl><div><table><tr><th>image</th>{head}</tr>{''.join(rows)}</table></div></html>\n"
     )
     write_atomic(page, text.encode())
     return page

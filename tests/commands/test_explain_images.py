@@ -75,6 +75,8 @@ def test_pictures_show_the_maps_among_the_references(folder: Path, tmp_path: Pat
     assert "my cat.png, explained as owl (student: " in text and "b.png, explained as cat" in text
     file = models_file.read_models(folder / "models.toml")
     references = choose_references(str(folder / "pictures"), 20, 0, file, SIZE)
+    assert f"compared with {len(references.ids)} reference images of {folder / 'pictures'}." in text
+    assert "residual (B | S)</dt><dd>What the base has and the student does not.</dd>" in text and "missed" not in text
     assert any(f"compared with {len(references.ids)} reference images" in line for line in lines)
     pixels = kdx.data.as_pixels([folder / "my cat.png", folder / "b.png"])
     features = {}
