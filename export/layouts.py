@@ -88,7 +88,7 @@ class Decider:
         if rows is None and is_finite:
             raise _no_rows(layer, sample)
         layout = self._probe.layout(layer, self._grids) if is_finite else None
-        if layout is None and library_layouts.is_convolutional(module, shape) and shape[0] == images:
+        if layout is None and shape[0] == images and library_layouts.usually_convolutional(self._network, module, shape):
             return DecidedLayout(channels_first(shape), "convolutions")
         if not is_finite:
             raise _unknown(layer, shape, images, "it contains values that are not finite")

@@ -48,10 +48,16 @@ def convolutional(network: nn.Module, module: nn.Module, shape: Sequence[int], i
     """[n, C, H, W] of a layer with convolutions, if [n, H, W, C] would not have the images' aspect ratio; otherwise None."""
     if len(shape) != 4 or has_aspect(shape[1], shape[2], image_size):
         return None
-    if is_convolutional(module, shape) or _is_plain(network, module, shape[1]):
+    if usually_convolutional(network, module, shape):
         return channels_first(shape)
     only_here = has_aspect(shape[2], shape[3], image_size)
     return channels_first(shape) if only_here and (shape[1] in _widths(module) or _weights_are_convolutions(module)) else None
+
+
+def usually_convolutional(network: nn.Module, module: nn.Module, shape: Sequence[int]) -> bool:
+    """Whether [n, C, H, W] is the layout of a layer unless a probe shows another one: its modules take that layout, or it has no weights
+    and is in a network of convolutions."""
+    return is_convolutional(module, shape) or (len(shape) == 4 and _is_plain(network, module, shape[1]))
 
 
 def _is_plain(network: nn.Module, module: nn.Module, channels: int) -> bool:

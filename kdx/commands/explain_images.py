@@ -27,7 +27,6 @@ from kdx.explain.graph import largest_size
 from kdx.explain.networks import networks_of
 from kdx.features.target import ClassNames
 from kdx.maps.overlays import overlay
-from kdx.models.layer_pairs import parse_layers
 from kdx.models.models_file import read_models
 from kdx.roles import MAPS, maps_among
 from kdx.runs.collected import check_classes
@@ -89,9 +88,8 @@ def run(
         raise KdxError(f"There are {len(labels)} labels and {len(paths)} images.", "Give --label once per image, or leave it out.")
     file = read_models(models)
     options = replace(options, geometry="reference")
-    networks, pairs = networks_of(file), parse_layers(layers or file.layers)
     _check_folder(out)
-    with Explainer.of(networks, pairs, options, classes=file.classes) as explainer:
+    with Explainer.of(networks_of(file), layers or file.layers, options, classes=file.classes) as explainer:
         size = largest_size(record.image_size for record in explainer.networks().values())
         resizing = options.resizing(file.resizing)
         pixels = as_pixels(list(paths), replace(explainer.input_format, size=size, resizing=resizing))

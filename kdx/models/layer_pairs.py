@@ -14,6 +14,10 @@ _SYNTAX = "Write LAYER, STUDENT_LAYER=TEACHER_LAYER, or a layer per role: studen
 _ROLE = re.compile(rf"(?:^|,)({'|'.join(ROLES)})=")
 """The start of a role's layer. The names of modules, and everything after them, may contain commas and equals signs."""
 
+LayerNamesLike = str | Iterable[str | Mapping[str, str]] | Mapping[str, str]
+"""One layer, or several: each as text that `parse_layers` reads, or as a mapping from roles to names. A mapping of several layers is from
+the student's and base's layer to the teacher's."""
+
 
 @dataclass(frozen=True)
 class LayerNames:
@@ -45,11 +49,6 @@ class LayerNames:
         return ",".join(f"{role}={name}" for role, name in by_role.items())
 
 
-LayerNamesLike = str | Iterable[str | Mapping[str, str]] | Mapping[str, str] | Mapping[str, LayerNames]
-"""One layer, or several: each as text that `parse_layers` reads, or as a mapping from roles to names. A mapping of several layers is from
-the student's and base's layer to the teacher's, or the result of `parse_layers`."""
-
-
 def parse_layers(names: Sequence[str]) -> dict[str, LayerNames]:
     """The names of each layer by the student's name, in order, from ``layer``, ``student_layer=teacher_layer`` or
     ``student=layer,base=layer,teacher=layer``. In the last form, a role that is not named has the student's layer; a layer that is itself
@@ -68,10 +67,8 @@ def layer_names(layers: LayerNamesLike) -> dict[str, LayerNames]:
         return parse_layers([layers])
     if isinstance(layers, Mapping):
         if "student" in layers and set(layers) <= set(ROLES):
-            return _by_student([LayerNames.of({role: str(name) for role, name in layers.items()})])
-        return _by_student(
-            teacher if isinstance(teacher, LayerNames) else LayerNames(student, student, teacher) for student, teacher in layers.items()
-        )
+            return _by_student([LayerNames.of(layers)])
+        return _by_student(LayerNames(student, student, teacher) for student, teacher in layers.items())
     return _by_student(LayerNames.of(layer) if isinstance(layer, Mapping) else _parsed(layer) for layer in layers)
 
 

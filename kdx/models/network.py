@@ -12,6 +12,7 @@ from torch import nn
 from kdx.choices import COVER, Resizing
 from kdx.errors import KdxError
 from kdx.export.graphs import Preprocessing
+from kdx.kernels import ambient
 from kdx.models.checkpoint_files import recorded_preprocessing
 from kdx.models.feature_layers import sensible_layers
 from kdx.models.prepared import check_kind, prepared, unwrapped
@@ -57,6 +58,7 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@ambient.neutral()
 def load(reference: str, *, classes: int | None = None, folder: Path | None = None) -> Network:
     """The network that a model reference names, in eval mode.
 

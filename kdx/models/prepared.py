@@ -7,6 +7,7 @@ from torch import nn
 from kdx.errors import KdxError
 from kdx.export import dependence, layouts
 from kdx.export.copies import copied, original
+from kdx.kernels import ambient
 
 _WRAPPERS = {
     "DataParallel": "module",
@@ -20,6 +21,7 @@ _WRAPPERS = {
 """The classes of PyTorch and timm that only run, replicate or average another module, and the attribute that is that module."""
 
 
+@ambient.neutral()  # parameters that are copied in inference mode could not be used outside of it
 def prepared(module: nn.Module) -> nn.Module:
     """A copy of a user's module in eval mode, for passes, gradients and exports. The user's module stays as it is.
 

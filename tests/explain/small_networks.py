@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import kdx
 from kdx import Explainer, KdxError
-from kdx.explain.explainer import Explanation
+from kdx.explain.results import Explanation
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.models.network import Network
 from kdx.roles import ROLES, pairs_among

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import kdx
 from kdx import Explainer, KdxError
-from kdx.explain.explainer import Explanation
 from kdx.explain.networks import NetworkLike
+from kdx.explain.results import Explanation
 from kdx.export.graphs import Preprocessing
 from kdx.models.network import Network
 from kdx.roles import ROLES, pairs_among

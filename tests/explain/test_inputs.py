@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import kdx
 from kdx import Explainer, KdxError
-from kdx.explain.explainer import Explanation
+from kdx.explain.results import Explanation
 from kdx.export.graphs import Preprocessing
 from kdx.maps.class_maps import ClassMaps
 from kdx.models.network import Network

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from kdx import KdxError
-from kdx.explain.explainer import Explanation
 from kdx.explain.networks import NetworkRunners
+from kdx.explain.results import Explanation
 from kdx.runtimes.choice import Choice
 from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
 from tests.explain.small_networks import (

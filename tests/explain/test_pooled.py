@@ -99,6 +99,7 @@ def test_salient_features_are_pooled_too() -> None:
 
 
 @pytest.mark.parametrize("references", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_an_explainer_file_of_means(tmp_path: Path, references: bool) -> None:
     nets = {role: written_files.network(seed, 4 + seed, 3, Preprocessing()) for seed, role in enumerate(("student", "base"))}
     known = ReferenceImages(written_files.images(8, seed=3), torch.arange(8) % 3) if references else None

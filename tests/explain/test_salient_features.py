@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kdx
 from kdx import KdxError
-from kdx.explain.explainer import Explanation
+from kdx.explain.results import Explanation
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.maps.salient_images import Salience
 from kdx.models.network import Network

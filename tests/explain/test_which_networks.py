@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import kdx
-from kdx.explain.explainer import Explanation
 from kdx.explain.layer import measure
+from kdx.explain.results import Explanation
 from kdx.explain.settings import Settings
 from kdx.explain.whole_set import measure_set
 from kdx.export.graphs import Preprocessing
@@ -166,6 +166,7 @@ def test_the_whole_set_measures_these_roles_as_one_batch_does(present: tuple[str
     "layers",
     [pytest.param({"student": "layer2"}, id="alone"), pytest.param({"student": "layer2", "teacher": "layer1"}, marks=pytest.mark.slow)],
 )
+@pytest.mark.slow
 def test_an_explainer_file_of_these_roles(tmp_path: Path, layers: dict[str, str]) -> None:
     nets = {role: written_files.network(seed, 4 + seed, 3, Preprocessing()) for seed, role in enumerate(layers)}
     file = written_files.written(tmp_path, nets, {layer: names.teacher for layer, names in layer_names([layers]).items()}, (12, 10))

@@ -276,3 +276,14 @@ def test_a_small_grid_is_never_misread(seed: int) -> None:
     except KdxError:
         return
     torch.testing.assert_close(feature, network[:2](pixels))
+
+
+@pytest.mark.parametrize("seed", [45, 47, 59, 65])
+def test_a_layer_without_weights_after_a_convolution_needs_no_probe_that_succeeds(seed: int) -> None:
+    """Four channels beside six positions, most of them zero: shape and probe leave the layout open, and the convolution before does not."""
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
+    pixels = torch.rand(2, 3, 8, 8)
+    logits, feature = FeatureGraph(network, ["1"])(pixels)
+    torch.testing.assert_close(feature, network[:2](pixels))
+    torch.testing.assert_close(logits, network(pixels))

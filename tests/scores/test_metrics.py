@@ -53,6 +53,7 @@ def test_the_partial_score_equals_dcors_on_random_data() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=str)
+@pytest.mark.slow
 def test_every_estimator_equals_dcors_at_a_thousand_images(dtype: torch.dtype, tolerance: float) -> None:
     rng = np.random.default_rng(6)
     x, labels = rng.normal(size=(1000, 64)), rng.integers(0, 6, 1000)
@@ -159,6 +160,7 @@ def test_products_of_a_permuted_target_of_classes_are_those_of_its_matrix(labels
     assert uncertainty.permuted_target_products(matrices, target, table[:0]).shape == (0, 2)
 
 
+@pytest.mark.slow
 def test_p_values_of_many_unrelated_images_are_uniform() -> None:
     """In tiles and in batches, where permutations rotate parts of the images. The images are sorted by class, as in a folder of folders."""
     rng = np.random.default_rng(3)
