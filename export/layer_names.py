@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 
 from torch import nn
 
-from kdx.errors import KdxError
+from kdx.errors import KdxError, near_names
 from kdx.features.layout import StatedLayout, parse_layout
 
 _RESERVED = ("images", "cotangent", "logits")
@@ -43,8 +42,8 @@ def find_layer(network: nn.Module, layer: str) -> nn.Module:
         path = path.replace("_orig_mod.", "").removeprefix("module.")
     if path in modules:
         return modules[path]
-    near = difflib.get_close_matches(path, modules, n=4, cutoff=0.5) or [path for path, _ in network.named_children()][:6]
-    raise KdxError(f"The network has no layer {layer!r}.", f"Near matches: {', '.join(near)}.")
+    children = (child for child, _ in network.named_children())
+    raise KdxError(f"The network has no layer {layer!r}.", f"Existing names: {near_names(path, modules, children)}.")
 
 
 def output_name(layer: str) -> str:

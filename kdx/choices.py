@@ -37,8 +37,8 @@ SalientImage = Literal["exact", "published"]
 """How a salient image is made. exact: exactly the share of its pixels is kept, in each layer's own images. published: as in the authors'
 code of December 2024, which `kdx.maps.published_images` describes."""
 
-RatioName = Literal["pooled", "mean"]
-"""How the scores of several batches become one. pooled: inner products are summed, and one ratio is taken at the end. mean: the mean of the
+RatioName = Literal["summed", "mean"]
+"""How the scores of several batches become one. summed: inner products are summed, and one ratio is taken at the end. mean: the mean of the
 batches' ratios, which is biased."""
 
 PresetName = Literal["published"]

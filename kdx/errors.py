@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from itertools import islice
+from typing import Any
 
 _TERMINAL_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])")
 """Commands to a terminal (ECMA-48): colours, moves of the cursor, window titles, changes of the character set."""
@@ -52,6 +56,25 @@ class KdxError(Exception):
 
     def __str__(self) -> str:
         return f"{self.problem}\n{self.hint}"
+
+
+def import_optional(package: str, extra: str, purpose: str) -> Any:
+    """The imported optional package. Raises KdxError if it is missing, or if it is installed and its import fails, whatever that raises:
+    a torchvision of another PyTorch raises RuntimeError."""
+    try:
+        return import_module(package)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package.partition(".")[0]:
+            raise missing_package(package.partition(".")[0], extra, purpose) from error
+        raise KdxError(
+            f"{purpose} needs the package {package}, whose import fails: {first_line(error)}.",
+            "Install the versions of it, and of torchvision, that belong to this PyTorch.",
+        ) from error
+
+
+def near_names(name: str, names: Iterable[str], others: Iterable[str]) -> str:
+    """Up to four of ``names`` that are spelled almost like ``name``; without any, six of ``others``."""
+    return ", ".join(difflib.get_close_matches(name, list(names), n=4, cutoff=0.5) or islice(others, 6))
 
 
 def missing_package(package: str, extra: str, purpose: str) -> KdxError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from kdx.errors import KdxError, first_line, missing_package, printable
+from kdx.errors import KdxError, first_line, import_optional, missing_package, near_names, printable
 
 
 def test_an_error_has_a_problem_and_a_hint() -> None:
@@ -54,3 +56,25 @@ def test_quoted_text_gives_a_terminal_no_commands(text: str, shown: str) -> None
     error = KdxError(f"{text} is wrong.", f"Fix {text}.")
     assert (error.problem, error.hint, error.args) == (f"{shown} is wrong.", f"Fix {shown}.", (error.problem, error.hint))
     assert first_line(ValueError(f"{text}.")) == shown.split("\n", maxsplit=1)[0]
+
+
+def test_a_package_that_is_missing_or_whose_import_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that itself needs a missing one is installed, so the hint must not say to install it."""
+    (tmp_path / "broken_operators.py").write_text("raise RuntimeError('operator vision::nms does not exist')")
+    (tmp_path / "needs_another.py").write_text("import no_such_package_at_all")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert import_optional("json", "models", "This").dumps([1]) == "[1]"
+    for package, problem, hint in (
+        ("no_such_package", "not installed", "pip install 'kdx"),
+        ("no_such_package.part", "no_such_package, which is not installed", "pip install 'kdx"),
+        ("broken_operators", "import fails: operator vision::nms does not exist.", "belong to this PyTorch"),
+        ("needs_another", "import fails: No module named 'no_such_package_at_all'", "belong to this PyTorch"),
+    ):
+        with pytest.raises(KdxError) as caught:
+            import_optional(package, "models", "This")
+        assert problem in caught.value.problem and hint in caught.value.hint
+
+
+def test_names_like_a_misspelt_one_or_the_first() -> None:
+    assert near_names("laier3", ["layer3", "conv1"], ["conv1"]) == "layer3"
+    assert near_names("cow", ["heron", "astronaut"], iter("abcdefgh")) == "a, b, c, d, e, f"

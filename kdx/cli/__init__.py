@@ -16,6 +16,7 @@ from kdx.cli.doctor import doctor
 from kdx.cli.explain import explain
 from kdx.cli.export import export
 from kdx.cli.layers import layers
+from kdx.cli.panels import Command
 from kdx.cli.report import report
 from kdx.errors import KdxError, Stopped
 
@@ -58,7 +59,7 @@ def _options(
 
 
 for _command in (demo, distill, export, explain, report, layers, doctor):
-    app.command()(_command)
+    app.command(cls=Command)(_command)
 
 
 def _print_error(line: str, style: str | None = None) -> None:

@@ -37,6 +37,7 @@ from kdx.cli.options import (
     UnreadableOption,
     announce_line,
     image_names,
+    is_given,
 )
 
 if TYPE_CHECKING:
@@ -108,8 +109,11 @@ def explain(
         typer.Option(help="salient: exactly the share of the pixels, or as in the authors' code, with its contrast and noise."),
     ] = "exact",
     ratios: Annotated[
-        RatioName, typer.Option(help="batch: pool the inner products of all batches, or take the mean of their scores, which is biased.")
-    ] = "pooled",
+        RatioName,
+        typer.Option(
+            help="batch: one score from the summed inner products of all batches, or the mean of the batches' scores, which is biased."
+        ),
+    ] = "summed",
     preset: Annotated[
         PresetName | None,
         typer.Option(
@@ -117,7 +121,8 @@ def explain(
         ),
     ] = None,
     reference: Annotated[
-        int, typer.Option(min=0, help="The size of the reference set, by default 256. A size above 0 selects --geometry reference.")
+        int,
+        typer.Option(min=0, help="The number of reference images, by default 256. It selects --geometry reference.", show_default=False),
     ] = 0,
     store: Annotated[
         StoredPrecision, typer.Option(help="whole: the number format of the features on disk. float16 takes half the space.")
@@ -141,7 +146,7 @@ def explain(
         ),
     ] = None,
     max_minutes: Annotated[
-        float, typer.Option(min=0, help="whole: the time that the geometry may take, by estimate. Beyond it, auto selects reference.")
+        float, typer.Option(min=0, help="whole: the estimated minutes that the geometry may take. Beyond them, auto selects reference.")
     ] = 60.0,
     random_baseline: Annotated[
         bool | None,
@@ -154,8 +159,8 @@ def explain(
     target: Annotated[
         Path | None,
         typer.Option(
-            help="Class embeddings that relevance is measured against, in place of one-hot labels: .npy [classes, e] in the order of the "
-            "classes, or .npz, .csv or .parquet with class names.",
+            help="Class embeddings that relevance is measured against, in place of one-hot labels: .npy with one row per class in order, "
+            "or .npz, .csv or .parquet with class names.",
             show_default=False,
         ),
     ] = None,
@@ -239,6 +244,7 @@ def explain(
         seed=seed,
     )
     if among is not None:
+        explain_images.check_options([name for name in context.params if is_given(context, name)])
         images_page = explain_images.run(
             list(map(Path, data)), models, among, out, layer or (), options, labels=label or (), announce=announce_line
         )
@@ -256,7 +262,6 @@ def _options(context: typer.Context, preset: PresetName | None, **values: Any) -
     from kdx.runs.run import RunOptions
 
     for name, value in ({} if preset is None else PRESETS[preset]).items():
-        source = context.get_parameter_source(name)
-        if source is None or source.name == "DEFAULT":
+        if not is_given(context, name):
             values[name] = value
     return RunOptions(**values)

@@ -22,7 +22,9 @@ SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every random choic
 UnreadableOption = Annotated[
     float,
     typer.Option(
-        min=0, max=1, help="The share of corrupt images above which the command fails. One image always may be, unless this is 0."
+        min=0,
+        max=1,
+        help="The share of corrupt images above which the command fails. One corrupt image is always accepted, unless this is 0.",
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, a GPU by number such as cuda:1, or auto, which prefers a GPU.")]
@@ -35,6 +37,12 @@ OrderOption = Annotated[str, typer.Option(help=ORDER_HELP)]
 ImagesOption = Annotated[
     str | None, typer.Option(help="The images of the page by name, such as cat/a.jpg,dog/b.jpg, in place of --gallery.", show_default=False)
 ]
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether the command line gives the option with this name in Python."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def image_names(text: str | None) -> tuple[str, ...]:

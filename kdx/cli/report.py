@@ -29,6 +29,9 @@ def report(
     ] = None,
 ) -> None:
     """Write the page of a run again, from the stored results, with the same images or others, or print its scores as a table."""
+    from kdx.commands.report import check_options
+
+    check_options(table, gallery, order, images, data)
     if table is not None:
         from kdx.runs.opened import open_run
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kdx.errors import KdxError
+from kdx.errors import KdxError, printable
 from kdx.report.page import write_page
 from kdx.runs.gallery_choice import GalleryChoice, choose_again, read_choice
-from kdx.runs.record import LostResult, read_run
+from kdx.runs.record import LostResult, RunRecord, read_run
 from kdx.runs.run import RunOptions, explain_dataset
 
 
@@ -40,6 +40,7 @@ def run(
         explain_dataset(data, models, out, layers, options, networks=networks, command=command, restart=restart, announce=announce)
         if options.gallery_choice not in (GalleryChoice(), read_choice(run := read_run(out))[0]):  # a run that was already complete
             choose_again(run, options.gallery_choice, data)
+        _report_unreadable(read_run(out), announce)
         return write_page(out)
 
     try:
@@ -47,3 +48,11 @@ def run(
     except LostResult as error:
         announce(f"{error.problem} It is computed again.")
         return explain_and_write(restart=True)
+
+
+def _report_unreadable(run: RunRecord, announce: Callable[[str], None]) -> None:
+    """One line about the images that could not be read."""
+    if run.unreadable:
+        first, count = run.unreadable[0], len(run.unreadable)
+        images = "1 image is" if count == 1 else f"{count:,} images are"
+        announce(printable(f"{images} left out because unreadable, first {first['id']}: {first['reason']}"))

@@ -165,6 +165,8 @@ def _check_options(roles: set[str], kind: FileKind, options: ExportOptions) -> N
         raise KdxError(f"A file of {kind} has no cotangent.", "Leave --at out, or choose --kind gradients.")
     if kind != "explainer" and options.pooled:
         raise KdxError(f"A file of {kind} contains no distances.", "Leave --pooled out, or choose --kind explainer.")
+    if options.to != "tensorrt" and (options.arch or options.batch or options.tf32):
+        raise KdxError("Only an engine is built for a GPU, a range of batches and TF32.", "Give --to tensorrt, or leave these options out.")
     _check_references(kind, options)
     if options.to == "tensorrt":
         least = MIN_IMAGES if kind == "explainer" and not options.reference else 1

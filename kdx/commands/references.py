@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from kdx.choices import Resizing
 from kdx.data.dataset import open_data
 from kdx.data.images import load_references
 from kdx.data.splits import class_balanced_sample
@@ -25,13 +26,17 @@ class ChosenReferences:
     classes: tuple[str, ...]
 
 
-def choose_references(data: str, count: int, seed: int, models: ModelsFile, size: tuple[int, int]) -> ChosenReferences:
+def choose_references(
+    data: str, count: int, seed: int, models: ModelsFile, size: tuple[int, int], resizing: Resizing | None = None
+) -> ChosenReferences:
     """``count`` class-balanced images of the train split of ``data``, of height and width ``size``; all images if there are fewer.
+
+    resizing: by default as ``models`` states.
 
     models: names the classes, the training data and the seed of their split, as in `kdx.runs.split.choose_split`. seed: of the choice,
     and of the split where ``models`` does not state one. Raises KdxError for data that cannot be opened, and for a corrupt image.
     """
-    dataset = replace(open_data(data, models.classes or None), resizing=models.resizing)
+    dataset = replace(open_data(data, models.classes or None), resizing=resizing or models.resizing)
     if dataset.note:
         console().print(dataset.note, markup=False, soft_wrap=True)
     pool = choose_split(dataset, with_recorded_data(models), "train", seed).pool

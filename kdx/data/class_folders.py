@@ -55,7 +55,8 @@ class Listing:
             sentences.append(f"No classes, because they contain no images: {names}.")
         animated = sum(image.path.suffix.lower() in _ANIMATED for image in self.images)
         if animated:
-            sentences.append(f"Animations count with their first frame ({animated} files of a type that can be animated).")
+            files = "1 file is" if animated == 1 else f"{animated} files are"
+            sentences.append(f"Only the first frame of an animation is used ({files} of a type that can be animated).")
         lost = self.without_images or any(reason != _NOT_AN_IMAGE for _, reason in self.skipped)
         return printable(" ".join(["Warning:"] * bool(lost) + sentences))
 
@@ -74,7 +75,7 @@ def list_images(folder: Path) -> Listing:
     """
     if not folder.is_dir():
         problem = f"{folder} is not a folder." if folder.exists() else f"There is no folder {folder}."
-        raise KdxError(problem, "A data reference is a folder of class folders, cifar10:FOLDER, or digits.")
+        raise KdxError(problem, "A data reference is a folder of class folders, a CSV file, cifar10:FOLDER, or digits.")
     listing = _list_splits(folder) or _list_classes(folder, "", folder)
     if not listing.images:
         raise _no_images(folder)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from kdx.choices import COVER, Resizing
 from kdx.data.pixels import fit, to_rgb
 from kdx.errors import KdxError, printable
 from kdx.export.graphs import Preprocessing
@@ -39,34 +40,37 @@ class InputFormat:
     """The images that a set of networks takes.
 
     size: the (height, width) to which Pillow images and files are resized; None if no network specifies one. unit_range: whether pixels
-    must be in [0, 1], because kdx normalises them for a network.
+    must be in [0, 1], because kdx normalises them for a network. resizing: how Pillow images and files are brought to the size.
     """
 
     size: tuple[int, int] | None = None
     unit_range: bool = False
+    resizing: Resizing = COVER
 
     @classmethod
-    def of(cls, preprocessing: Iterable[Preprocessing], file_sizes: Iterable[tuple[int, int] | None] = ()) -> Self:
+    def of(
+        cls, preprocessing: Iterable[Preprocessing], file_sizes: Iterable[tuple[int, int] | None] = (), resizing: Resizing = COVER
+    ) -> Self:
         """The format for networks with these preprocessings. file_sizes: the only size that an exported file takes, or None."""
         steps = list(preprocessing)
         fixed = [size for size in file_sizes if size is not None]
         sizes = fixed or [step.size for step in steps if step.size is not None]
         largest = max(sizes, key=lambda size: size[0] * size[1], default=None)
-        return cls(largest, any({*step.mean} != {0.0} or {*step.std} != {1.0} for step in steps))
+        return cls(largest, any({*step.mean} != {0.0} or {*step.std} != {1.0} for step in steps), resizing)
 
 
 def as_pixels(images: Any, expected: InputFormat = InputFormat()) -> Tensor:
     """Images as a floating-point tensor [n, 3, h, w], n >= 1.
 
     images: an array or tensor, floating-point or uint8 (level v becomes v / 255), with the channels first or last; if both could be meant,
-    they are first. Or a Pillow image, the path of a file, or a list of them. These are made RGB and upright, resized (bicubic,
-    antialiased) to cover ``expected.size``, and cropped at the centre, as in `kdx explain`; without a size they keep their own, which
-    must be equal. Or an iterable of batches, whose images are joined.
+    they are first. Or a Pillow image, the path of a file, or a list of them. These are made RGB and upright, and brought to
+    ``expected.size`` with ``expected.resizing`` (by default they cover it, bicubic and antialiased, and are cropped at the centre), as in
+    `kdx explain`; without a size they keep their own, which must be equal. Or an iterable of batches, whose images are joined.
 
     Raises KdxError for anything else, for a file that cannot be read, and for pixels outside [0, 1] where ``expected`` does not allow
     them.
     """
-    return _checked(labelled(images, expected)[0] if _yields_batches(images) else _batch(images, expected.size), expected)
+    return _checked(labelled(images, expected)[0] if _yields_batches(images) else _batch(images, expected), expected)
 
 
 def labelled(batches: Batches, expected: InputFormat = InputFormat()) -> tuple[Tensor, Any]:
@@ -78,7 +82,7 @@ def labelled(batches: Batches, expected: InputFormat = InputFormat()) -> tuple[T
             raise KdxError(
                 f"The data loader yields {type(batch).__name__}, not (images, labels).", "Give images and labels as two arrays instead."
             )
-        images.append(_checked(_batch(batch[0], expected.size), expected))
+        images.append(_checked(_batch(batch[0], expected), expected))
         labels += list(batch[1])
     sizes = {tuple(part.shape[2:]) for part in images}
     if len(sizes) != 1:
@@ -103,11 +107,11 @@ def _yields_batches(images: Any) -> bool:
     return isinstance(images, Iterable) and not isinstance(images, Tensor | np.ndarray | str | Path | Image.Image | Sequence | Mapping)
 
 
-def _batch(images: Any, size: tuple[int, int] | None) -> Tensor:
+def _batch(images: Any, expected: InputFormat) -> Tensor:
     if isinstance(images, Image.Image | str | Path):
         images = [images]
     if isinstance(images, Sequence):
-        return _stacked([_single(image, size) for image in images])
+        return _stacked([_single(image, expected) for image in images])
     return _channels_first(arrays.tensor(images, "images"))
 
 
@@ -121,11 +125,11 @@ def _stacked(images: Sequence[Tensor]) -> Tensor:
     return torch.stack([image.to(images[0]) for image in images])
 
 
-def _single(image: Any, size: tuple[int, int] | None) -> Tensor:
+def _single(image: Any, expected: InputFormat) -> Tensor:
     """One image of a list as [3, h, w]."""
     if isinstance(image, str | Path | Image.Image):
         rgb = to_rgb(image.copy()) if isinstance(image, Image.Image) else read_picture(Path(image))
-        levels = np.asarray(rgb if size is None else fit(rgb, size))
+        levels = np.asarray(rgb if expected.size is None else fit(rgb, expected.size, expected.resizing))
         return torch.from_numpy(np.divide(levels.transpose(2, 0, 1), np.float32(255)))
     return _channels_first(arrays.tensor(image, "images")[None])[0]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdx import models
+from kdx.choices import COVER
 from kdx.data.inputs import InputFormat
 from kdx.disk import log
 from kdx.errors import KdxError, about_network
@@ -194,7 +195,8 @@ class NetworkRunners:
         files = [file for _, file in self._files.values()]
         preprocessing = [file.networks["network"].preprocessing for file in files]
         preprocessing += [network.preprocessing for network, _ in self._graphs.values()]
-        return InputFormat.of(preprocessing, [file.image_size for file in files])
+        resizing = next((network.resizing for network, _ in self._graphs.values()), COVER)
+        return InputFormat.of(preprocessing, [file.image_size for file in files], resizing)
 
     def networks(self) -> dict[str, NetworkRecord]:
         files = {role: NetworkRecord.of_file(file.networks["network"], file) for role, (_, file) in self._files.items()}

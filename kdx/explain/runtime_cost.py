@@ -63,7 +63,8 @@ class ExportCost:
         """The comparison in words."""
         saved, exporting = _seconds(self.saved * images), _seconds(self.exporting)
         count = f"{images:,} image{'s' if images != 1 else ''}"
-        return f"{runtime} would save about {saved} for {count}, and exporting {self.networks} networks takes about {exporting}"
+        networks = f"{self.networks} network{'s' if self.networks != 1 else ''}"
+        return f"{runtime} would save about {saved} for {count}, and exporting {networks} takes about {exporting}"
 
 
 def _loop_seconds() -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdx.errors import KdxError
+from kdx.errors import KdxError, near_names
 from kdx.features import arrays
 from kdx.features.rows import feature_distances, rows_of
 from kdx.kernels import geometry, tiles
@@ -48,8 +47,8 @@ class ClassNames:
         numbers = {name: number for number, name in enumerate(self.names)}
         for name in dict.fromkeys(map(str, values)):
             if name not in numbers and self.known:
-                near = difflib.get_close_matches(name, self.names, n=3) or self.names[:5]
-                hint = f"Near matches: {', '.join(near)}." if near else "Give integer labels, as for the reference images."
+                near = near_names(name, self.names, self.names)
+                hint = f"Existing names: {near}." if near else "Give integer labels, as for the reference images."
                 raise KdxError(f"There is no class {name!r}.", hint)
             if name not in numbers:
                 numbers[name] = len(self.names)

@@ -101,6 +101,8 @@ def explained_classes(
     """
     if classes is not None and target is not None:
         raise ValueError("give classes or a target, not both")
+    if target is not None and not callable(target):
+        raise TypeError(f"target is a function of the logits, not {type(target).__name__}; give class numbers as classes=")
     if runner.cotangent_layer is not None:
         raise KdxError("The gradients are those of a feature layer, not of the logits.", "Export the network without --at.")
     count = runner.class_count(images)
@@ -118,7 +120,7 @@ def derivatives(target: LogitTarget, logits: Tensor) -> Tensor:
         leaf = logits.detach().clone().requires_grad_()
         values = target(leaf)
         if not isinstance(values, Tensor) or values.shape != logits.shape[:1] or not values.requires_grad:
-            shape = f"a tensor of shape {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+            shape = f"a tensor of shape {list(values.shape)}" if isinstance(values, Tensor) else f"a value of type {type(values).__name__}"
             raise KdxError(
                 f"The target gives {shape} for logits of shape {list(logits.shape)}, or one that does not depend on them.",
                 "Give a differentiable function from logits [n, classes] to one value per image [n].",
@@ -155,7 +157,7 @@ def gradient_runner(
             yield runner, _layer_of(runner, str(path), layer), _pixels(runner, images)
         return
     network, chosen = models.as_network(source), choose("eager", device).device
-    batch = inputs.as_pixels(images, InputFormat.of([network.preprocessing]))
+    batch = inputs.as_pixels(images, InputFormat.of([network.preprocessing], resizing=network.resizing))
     layer = _last_layer(network, batch[:1], chosen) if layer is None else layer
     with EagerRunner(GradientGraph(network.module, [layer], network.preprocessing, at), chosen) as eager:
         yield eager, layer, batch

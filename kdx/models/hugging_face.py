@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdx.errors import KdxError, first_line, missing_package
+from kdx.errors import KdxError, first_line, import_optional
 from kdx.export.graphs import Preprocessing
 
 _KNOWN_STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
@@ -23,10 +23,7 @@ def load_classifier(name: str, arguments: Mapping[str, Any], *, pretrained: bool
     code from a repository is executed. A head that the checkpoint lacks, or has for another number of classes, is new and random;
     without ``pretrained`` all weights are. Raises KdxError for a network that is missing, unreadable, or not an image classifier.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise missing_package("transformers", "models", f"The model reference 'hf:{name}'") from error
+    transformers = import_optional("transformers", "models", f"The model reference 'hf:{name}'")
     arguments = dict(arguments)
     version = {"revision": str(arguments.pop("revision"))} if "revision" in arguments else {}
     if Path(name).is_absolute() and not Path(name).is_dir():

@@ -70,7 +70,7 @@ class ModelsFile:
         return self._prepared(untrained(self.student, seed=seed, classes=len(self.classes) or None, folder=self.path.parent))
 
     def _prepared(self, network: Network) -> Network:
-        return network if self.preprocessing is None else replace(network, preprocessing=self.preprocessing)
+        return replace(network, preprocessing=self.preprocessing or network.preprocessing, resizing=self.resizing)
 
 
 def load_any(model: str) -> tuple[Network, tuple[str, ...]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from kdx.choices import COVER, Resizing
 from kdx.errors import KdxError
 from kdx.export.copies import to_eval_mode
 from kdx.export.graphs import Preprocessing
@@ -35,6 +36,8 @@ class Network:
     """False if weights are random: the reference names none, or the checkpoint's head is for other classes."""
     note: str = field(default="", compare=False)
     """One line about choices that were made in the weights file (`kdx.models.load_weights`); "" if there were none."""
+    resizing: Resizing = field(default=COVER, compare=False)
+    """How pictures are brought to the network's size: as the models file states, which recorded it in training."""
 
     @property
     def weights_hash(self) -> str:

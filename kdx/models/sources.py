@@ -5,15 +5,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from kdx.errors import KdxError, first_line, missing_package
+from kdx.errors import KdxError, first_line, import_optional
 from kdx.export.graphs import Preprocessing
 from kdx.models import exported_program, hugging_face, resnet
 from kdx.models.reference import ModelReference, Value
@@ -55,23 +54,8 @@ def _construct(reference: ModelReference, factory: Callable[..., Any], arguments
     return module
 
 
-@contextmanager
-def _imports(package: str, reference: ModelReference) -> Iterator[None]:
-    """Turn an import that fails into a KdxError: of a missing package, or of one that does not fit the installed PyTorch."""
-    try:
-        yield
-    except ImportError as error:
-        raise missing_package(package, "models", f"The model reference {str(reference)!r}") from error
-    except Exception as error:  # a torchvision of another version of PyTorch raises RuntimeError
-        raise KdxError(
-            f"The package {package} cannot be imported: {first_line(error)}.",
-            "Install versions of torch and torchvision that belong together.",
-        ) from error
-
-
 def _from_timm(reference: ModelReference, arguments: dict[str, Value]) -> SourceNetwork:
-    with _imports("timm", reference):
-        import timm
+    timm = import_optional("timm", "models", f"The model reference {str(reference)!r}")
     if not timm.is_model(reference.name):
         raise _unknown("timm", reference.name, timm.list_models())
     module = _construct(
@@ -98,8 +82,7 @@ def timm_preprocessing(module: nn.Module) -> Preprocessing:
 
 
 def _from_torchvision(reference: ModelReference, arguments: dict[str, Value]) -> SourceNetwork:
-    with _imports("torchvision", reference):
-        from torchvision import models
+    models = import_optional("torchvision.models", "models", f"The model reference {str(reference)!r}")
     names = models.list_models(module=models)  # the classifiers; detectors and others are in submodules
     if reference.name not in names:
         raise _unknown("torchvision", reference.name, names)

@@ -72,10 +72,12 @@ def _page(run: RunRecord, gallery: Gallery) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = wording.percent
+    environment.filters["of_target"] = wording.of_target if run.target_file else str
     salient = wording.kept_pixels(*run.salient) if run.salient else ""
     return environment.get_template("report.html.j2").render(
         run=run,
         salient=salient,
+        ranking=wording.ranking_map(*run.salient[2:]) if run.salient else "",
         assets=_Assets.load(),
         reading=_reading(run, salient),
         notice=wording.training_notice(run),

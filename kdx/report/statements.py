@@ -31,13 +31,23 @@ class Claim:
 
 CLAIMS = (
     Claim(LIKENESS, "The student is closer to the teacher than the base is", "The base is closer to the teacher than the student is"),
-    Claim("FSS(S,T)", "The student is like the teacher", "The student is the opposite of the teacher", unless=LIKENESS),
+    Claim(
+        "FSS(S,T)",
+        "The student’s features are like the teacher’s",
+        "The student’s features are negatively related to the teacher’s",
+        unless=LIKENESS,
+    ),
     Claim(
         EXCESS,
         "The student is closer to the teacher than random weights are",
         "Random weights of the student’s architecture are closer to the teacher than the student is",
     ),
-    Claim("RS(S)", "The student is related to the labels", "The student is negatively related to the labels", unless=GAIN),
+    Claim(
+        "RS(S)",
+        "The student’s features are related to the labels",
+        "The student’s features are negatively related to the labels",
+        unless=GAIN,
+    ),
     Claim(GAIN, "The student is more relevant to the labels than the base", "The base is more relevant to the labels than the student"),
     Claim(
         LEAD, "The student is more relevant to the labels than the teacher", "The teacher is more relevant to the labels than the student"

@@ -107,6 +107,18 @@ def kept_pixels(keep: float, noise: float, of_class: str = "predicted", score: s
     return f"the top {100 * keep:.4g}% of pixels by HiResCAM{ranking} are kept and the rest are imputed{with_noise}{authors}"
 
 
+def ranking_map(of_class: str, score: str, image: str) -> str:
+    """Which HiResCAM map ranks the pixels of a salient image, as a sentence."""
+    layer = "the last of the explained layers" if image == "published" else "the same layer"
+    explained = "true class" if of_class == "true" else "class that it predicts"
+    return f"The HiResCAM map is the network’s own map at {layer}, for the {score} of the {explained}."
+
+
+def of_target(text: str) -> str:
+    """A sentence of the page about relevance, for a run whose target is a file of class embeddings in place of labels."""
+    return text.replace("the labels", "the class embeddings")
+
+
 def read(
     layers: Mapping[str, tuple[str, Mapping[str, Entry], Mapping[str, Entry]]],
     accuracy: Mapping[str, Entry],
@@ -336,13 +348,14 @@ def _cautions(
             "FSS has no baseline here. Networks with random weights can have a high FSS too, because images differ in the same simple ways "
             "for all of them. kdx explain --random-baseline computes it."
         )
-    where = f"over {layers} {'layer' if layers == 1 else 'layers'} with {scores} scores each"
-    if adjusted:
+    where = f"over {layers} {'layer' if layers == 1 else 'layers'} with {scores} {'score' if scores == 1 else 'scores'} each"
+    several = layers * scores > 1
+    if several and adjusted:
         cautions.append(
             f"Each interval refers to one score alone: {where}, some can exclude zero by chance. The p-values behind the statements are "
             "adjusted for the number of layers, not for that of scores."
         )
-    else:
+    elif several:
         cautions.append(f"Each interval and p-value refers to one score alone: {where}, some can exclude zero or be significant by chance.")
     cautions.append(_CAUTIONS["teacher" in roles, "base" in roles])
     return tuple(cautions)

@@ -55,7 +55,8 @@ class RunOptions(Settings):
     geometry ``reference``.
     target: a file of class embeddings (`kdx.data.class_embeddings`), which are the target in place of labels. resize, interpolation: how
     images are brought to the networks' size, by default as the models file states.
-    ratios: ``pooled``, or ``mean`` for the mean of the batches' scores, with the geometry ``batch``.
+    ratios: ``summed`` for one score from the inner products of all batches, or ``mean`` for the mean of the batches' scores, with the
+    geometry ``batch``.
     split: ``test``, ``validation``, ``train`` or ``all``. None takes ``test`` of the data that the models were trained on, and all of any
     other data. max_unreadable: the share of corrupt images above which the run fails; one image always passes, unless the share is 0.
     random_baseline: whether FSS(S,T) has a baseline, the FSS of the student's architecture with random weights, which costs one more pass.
@@ -75,7 +76,7 @@ class RunOptions(Settings):
     target: Path | None = None
     resize: ResizeMode | None = None
     interpolation: Interpolation | None = None
-    ratios: RatioName = "pooled"
+    ratios: RatioName = "summed"
     split: str | None = None
     max_unreadable: float = 0.01
     gallery: int = 60
@@ -91,6 +92,10 @@ class RunOptions(Settings):
             raise ValueError(f"no ratios {self.ratios!r}")
         if self.ratios == "mean" and self.geometry != "batch":
             raise KdxError("The mean of the batches' scores needs the geometry batch.", "Give --geometry batch, or leave --ratios out.")
+
+    def resizing(self, default: Resizing) -> Resizing:
+        """``resize`` and ``interpolation``, where they are given, in place of those of ``default``."""
+        return Resizing(self.resize or default.mode, self.interpolation or default.interpolation)
 
     @property
     def gallery_choice(self) -> GalleryChoice:
@@ -120,9 +125,9 @@ class Plan:
     @classmethod
     def of(cls, data: str, models: Path, layers: Sequence[str], options: RunOptions) -> Plan:
         _check_references(options)
+        _check_storage(options)
         models_file = _from_explainer_file(models) if is_file(models) else with_recorded_data(read_models(models))
-        resizing = Resizing(options.resize or models_file.resizing.mode, options.interpolation or models_file.resizing.interpolation)
-        dataset = replace(open_data(data, models_file.classes or None), resizing=resizing)
+        dataset = replace(open_data(data, models_file.classes or None), resizing=options.resizing(models_file.resizing))
         embeddings = None if options.target is None else read_class_embeddings(options.target, dataset.classes)
         split = choose_split(dataset, models_file, options.split, options.seed)
         check_images(len(split.indices))
@@ -208,6 +213,15 @@ def _check_references(options: RunOptions) -> None:
     if options.reference_images and options.geometry not in ("auto", "reference"):
         raise KdxError(
             f"A reference set does not apply to the geometry {options.geometry}.", "Give --geometry reference, or leave --reference out."
+        )
+
+
+def _check_storage(options: RunOptions) -> None:
+    """KdxError for choices about stored features with a geometry that stores none."""
+    stores = options.stored_precision != "float32" or options.keep_features or options.project
+    if stores and (options.geometry in ("batch", "reference") or options.reference_images):
+        raise KdxError(
+            "Only the geometry whole stores features.", "Give --geometry whole, or leave --store, --keep-features and --project out."
         )
 
 

@@ -221,7 +221,7 @@ def _recorded_options(options: RunOptions) -> StoredOptions:
         recorded["stored_precision"] = options.stored_precision
     if options.project:
         recorded["project"] = options.project
-    if options.ratios != "pooled":
+    if options.ratios != "summed":
         recorded["ratios"] = options.ratios
     return recorded
 

@@ -129,7 +129,7 @@ omitted at their defaults, predicted, logit and exact."""
 
 class StoredOptions(TypedDict):
     """The options that a run's results depend on. Those that are not required are omitted at their defaults: float32, raw, distances
-    between whole features, auto, float32, 0 and pooled ratios."""
+    between whole features, auto, float32, 0 and summed ratios."""
 
     batch: int
     runtime: str

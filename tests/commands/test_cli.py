@@ -19,6 +19,7 @@ import kdx.distill
 import kdx.explain
 from kdx.choices import Resizing
 from kdx.cli import app
+from kdx.cli.panels import PANELS
 from kdx.commands import doctor
 from kdx.distill import TrainingSettings
 from kdx.errors import KdxError, Stopped, resumable
@@ -72,6 +73,25 @@ def test_help_names_every_option_and_argument(name: str, run: Run) -> None:
     options = [option for parameter in COMMANDS[name].params for option in parameter.opts if option.startswith("-")]
     assert all(option in out for option in options)
     assert inspect.getdoc(COMMANDS[name].callback).split(":")[0] in out  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_help_text_is_read_as_markup(name: str) -> None:
+    """A text in square brackets would be missing on the help page."""
+    for parameter in COMMANDS[name].params:
+        assert "[" not in (getattr(parameter, "help", None) or ""), parameter.name
+
+
+@pytest.mark.parametrize("name", PANELS)
+def test_help_shows_the_options_in_panels(name: str, run: Run) -> None:
+    out = run(name, "--help")[1]
+    starts = [out.index(f"─ {panel} ─") for panel in PANELS[name]]
+    assert starts == sorted(starts) and out.index("─ Options ─") < starts[0]
+    options = {parameter.name: parameter.opts for parameter in COMMANDS[name].params}
+    for (panel, names), start in zip(PANELS[name].items(), starts, strict=True):
+        end = min((other for other in starts if other > start), default=len(out))
+        for option in names:
+            assert any(f"{spelling} " in out[start:end] for spelling in options[option]), (panel, option)
 
 
 # ---- what a command hands on ----
@@ -231,6 +251,9 @@ def test_doctor_lists_every_probe_with_a_hint_for_the_broken(run: Run, monkeypat
         ("export none.onnx", "is already an ONNX file"),
         ("export none.onnx --to tensorrt --for sm_86 --layer layer1", "are fixed"),
         ("explain digits --models none.onnx --out R", "There is no file none.onnx"),
+        ("report R --table csv --gallery 3", "A table does not depend on the images of the page"),
+        ("report R --images a.png --order wrong", "--images names all images of the page"),
+        ("report R --data D", "shows the same images as before"),
         ("report no/such/run", "no/such/run"),
     ],
 )

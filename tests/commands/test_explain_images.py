@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
+from typer.main import get_command
+from typer.testing import CliRunner
 
 import kdx
 from kdx import KdxError
+from kdx.cli import app
 from kdx.commands import explain_images
 from kdx.commands.explain import check_data_set
 from kdx.commands.references import choose_references
@@ -71,6 +75,8 @@ def test_pictures_show_the_maps_among_the_references(folder: Path, tmp_path: Pat
     assert "my cat.png, explained as owl (student: " in text and "b.png, explained as cat" in text
     file = models_file.read_models(folder / "models.toml")
     references = choose_references(str(folder / "pictures"), 20, 0, file, SIZE)
+    assert f"compared with {len(references.ids)} reference images of {folder / 'pictures'}." in text
+    assert "residual (B | S)</dt><dd>What the base has and the student does not.</dd>" in text and "missed" not in text
     assert any(f"compared with {len(references.ids)} reference images" in line for line in lines)
     pixels = kdx.data.as_pixels([folder / "my cat.png", folder / "b.png"])
     features = {}
@@ -133,3 +139,52 @@ def test_the_settings_of_the_maps_apply(folder: Path, tmp_path: Path) -> None:
         )
     one, two = (np.asarray(Image.open(tmp_path / name / "001_b_layer2_distilled.png")) for name in ("gap", "elementwise"))
     assert not np.array_equal(one, two)
+
+
+def test_the_models_files_resize_applies_to_the_images(folder: Path, tmp_path: Path) -> None:
+    """A picture twice as wide as high, in a letterbox, has bars; the option in the command line takes precedence."""
+    models = tmp_path / "models.toml"
+    text = (folder / "models.toml").read_text("utf-8").replace("@", f"@{folder}/")
+    models.write_text(text.replace("[preprocessing]", '[preprocessing]\nresize = "letterbox"'), "utf-8")
+    Image.new("RGB", (24, 12), (255, 0, 0)).save(tmp_path / "wide.png")
+    for options, bars in ((OPTIONS, True), (replace(OPTIONS, resize="squash"), False)):
+        out = tmp_path / str(options.resize)
+        explain_images.run([tmp_path / "wide.png"], models, str(folder / "pictures"), out, ["layer2"], options, announce=lambda line: None)
+        picture = np.asarray(Image.open(out / "001_wide.png"))
+        assert (picture[0, 0].tolist() != [255, 0, 0]) == bars
+        assert picture[6, 6].tolist() == [255, 0, 0]
+    with kdx.Explainer(str(models), runtime="eager") as explainer:
+        assert list(explainer.layers) == ["layer1", "layer2"]
+        assert explainer.input_format.resizing.mode == "letterbox"
+
+
+def test_a_student_alone_and_class_embeddings(folder: Path, tmp_path: Path) -> None:
+    """The only map is that of the student alone; with three classes at other distances it is another map."""
+    models = tmp_path / "models.toml"
+    text = (folder / "models.toml").read_text("utf-8").replace("@", f"@{folder}/")
+    models.write_text("".join(line for line in text.splitlines(True) if not line.startswith("base")), "utf-8")
+    np.save(tmp_path / "far.npy", np.array([[0.0], [1.0], [9.0]]))
+    drawn: dict[Path | None, NDArray[np.uint8]] = {}
+    for target in (None, tmp_path / "far.npy"):
+        out = tmp_path / f"out{len(drawn)}"
+        options = replace(OPTIONS, target=target)
+        explain_images.run([folder / "b.png"], models, str(folder / "pictures"), out, ["layer2"], options, announce=lambda line: None)
+        assert sorted(path.name for path in out.glob("*.png")) == ["001_b.png", "001_b_layer2_alone.png"]
+        drawn[target] = np.asarray(Image.open(out / "001_b_layer2_alone.png"))
+    assert not np.array_equal(drawn[None], drawn[tmp_path / "far.npy"])
+
+
+def test_options_that_do_not_apply_are_refused(folder: Path, tmp_path: Path) -> None:
+    """From the command line, where an option that is not given has its default."""
+    given = ["explain", str(folder / "b.png"), "--models", str(folder / "models.toml"), "--data", str(folder / "pictures")]
+    result = CliRunner().invoke(app, [*given, "--out", str(tmp_path), "--gallery", "60", "--split", "test"])
+    assert isinstance(result.exception, KdxError)
+    assert result.exception.problem == "--gallery, --split do not apply to a few images."
+    names = [parameter.name for parameter in get_command(app).commands["explain"].params]  # type: ignore[attr-defined]
+    assert set(names) >= explain_images.OPTIONS
+
+
+def test_the_folder_of_a_run_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(KdxError, match="contains a run over a data set"):
+        explained(folder, tmp_path, ["b.png"], [], [])

@@ -244,6 +244,9 @@ def test_options_that_contradict_each_other_are_refused_before_anything_is_loade
         (two, "explainer", ExportOptions(reference=3, data="digits"), "A reference set of 3 images is too small"),
         (two, "explainer", ExportOptions(data="digits"), "A reference set of 0 images is too small"),
         (one, "features", ExportOptions(reference=8, data="digits"), "A file of features has no reference images"),
+        (one, "features", ExportOptions(arch="sm_86"), "Only an engine is built for a GPU"),
+        (one, "gradients", ExportOptions(tf32=True), "Only an engine is built for a GPU"),
+        (two, "explainer", ExportOptions(batch=(4, 8, 16)), "Only an engine is built for a GPU"),
         (one, "features", ExportOptions(to="tensorrt", arch="sm_1"), "does not build for 'sm_1'"),
         (one, "features", ExportOptions(to="tensorrt", arch="sm_86", batch=(4, 2, 8)), "from 4 to 8, best 2"),
     ]

@@ -54,7 +54,7 @@ def test_an_animation_counts_with_its_first_frame(tmp_path: Path) -> None:
     dataset = open_data(str(tmp_path))
     pixels = load_images(dataset, np.arange(4), (6, 6)).pixels
     assert pixels.shape[0] == 4 and np.abs(pixels.mean((2, 3)).numpy() - [0, 0, 1]).max() < 0.01
-    assert dataset.note == "Animations count with their first frame (2 files of a type that can be animated)."
+    assert dataset.note == "Only the first frame of an animation is used (2 files are of a type that can be animated)."
 
 
 def test_one_line_states_what_is_left_out(tmp_path: Path) -> None:

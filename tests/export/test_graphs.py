@@ -88,7 +88,7 @@ def test_the_error_for_a_misspelt_layer_names_its_near_matches(name: str) -> Non
     network = resnet(4, 1, 5)
     with pytest.raises(KdxError) as caught:
         find_layer(network, name)
-    near = caught.value.hint.removeprefix("Near matches: ").removesuffix(".").split(", ")
+    near = caught.value.hint.removeprefix("Existing names: ").removesuffix(".").split(", ")
     assert {"layr2": "layer2", "layer22": "layer2", "layer1.0.con1": "layer1.0.conv1"}[name] in near
     assert all(find_layer(network, match) for match in near)
 
@@ -98,7 +98,7 @@ def test_the_error_for_the_root_or_an_unknown_layer_names_layers_that_exist(name
     network = resnet(4, 1, 5)
     with pytest.raises(KdxError, match=f"no layer '{name}'") as caught:
         find_layer(network, name)
-    for match in caught.value.hint.removeprefix("Near matches: ").removesuffix(".").split(", "):
+    for match in caught.value.hint.removeprefix("Existing names: ").removesuffix(".").split(", "):
         assert find_layer(network, match)
 
 

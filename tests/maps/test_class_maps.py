@@ -105,7 +105,7 @@ def test_a_target_that_is_a_logit_gives_the_maps_of_the_class_in_every_kind_of_n
     [
         (lambda logits: logits, r"shape \[8, 5\] for logits"),
         (lambda logits: logits.sum(), r"shape \[\] for logits"),
-        (lambda logits: 3.0, "a float for logits"),
+        (lambda logits: 3.0, "a value of type float for logits"),
         (lambda logits: logits.argmax(1).double(), "does not depend on them"),
         (lambda logits: (logits[:, 0] * 0).sqrt(), "no finite derivative"),
     ],
@@ -113,6 +113,8 @@ def test_a_target_that_is_a_logit_gives_the_maps_of_the_class_in_every_kind_of_n
 def test_targets_that_cannot_be_differentiated(target: Any, message: str) -> None:
     with pytest.raises(KdxError, match=message):
         kdx.grad_cam(Net().double().eval(), batch(), "conv2", target=target)
+    with pytest.raises(TypeError, match="not int; give class numbers as classes="):
+        kdx.grad_cam(Net().double().eval(), batch(), "conv2", target=3)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="not both"):
         kdx.hires_cam(Net().double().eval(), batch(), "conv2", 1, target=target)
 

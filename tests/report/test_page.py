@@ -225,6 +225,30 @@ def test_salient_features_are_stated_beside_all_scores(tmp_path: Path, opened: C
     assert str(scores_table(folder).title) == "Scores of salient features with 95% intervals"
 
 
+def test_the_map_that_ranks_pixels_is_described_as_chosen(tmp_path: Path) -> None:
+    """The scores of the authors' code rank by the true class's probability at the last layer, not as kdx does by default."""
+    folder = make_run(tmp_path / "run", images=8, gallery=0)
+    for settings, sentence in (
+        ({}, "map at the same layer, for the logit of the class that it predicts."),
+        (
+            {"class": "true", "score": "probability", "image": "published"},
+            "map at the last of the explained layers, for the probability of the true class.",
+        ),
+    ):
+        edit(folder / "manifest.json", configuration__features={"kind": "salient", "keep": 0.5, "noise": 0.0, **settings})
+        assert write_page(folder).read_text().count(sentence) == 1
+
+
+def test_the_page_of_class_embeddings_does_not_speak_of_labels(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", images=8, gallery=0)
+    plain = write_page(folder).read_text()
+    edit(folder / "manifest.json", target_file="words.csv")
+    page = write_page(folder).read_text()
+    assert plain.count("the labels") > 5 and "the labels" not in page
+    assert page.count("the class embeddings") > plain.count("the labels")
+    assert "Relevance to the class embeddings" in page
+
+
 def test_writing_the_page_removes_what_a_killed_process_left(run: Path) -> None:
     leftovers = [run / "overlays" / ".00003_layer3_distilled.png.123", run / ".report.html.123"]
     for path in leftovers:

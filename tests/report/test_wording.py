@@ -178,3 +178,14 @@ def test_the_notice_about_training_images_is_that_of_the_run(tmp_path: Path) -> 
     assert (wording.training_notice(read_run(folder)) or "").startswith("All 8 images explained were used in training")
     edit(folder / "manifest.json", images={"planned": 8, "explained": 8, "unreadable": []})  # as kdx 0.1.0 wrote it
     assert (wording.training_notice(read_run(folder)) or "").startswith("It is not known whether the 8 images")
+
+
+def test_a_single_score_has_no_caution_about_several() -> None:
+    """One interval cannot exclude zero by the choice among several; two can."""
+
+    def cautions(*layers: str) -> str:
+        scores = {"RS(S)": Entry.of(entry(0.5, 0.1))}
+        return " ".join(wording.read({name: (name, scores, {}) for name in layers}, {"student": ACCURACY["student"]}, None, 0.95).cautions)
+
+    assert "refers to one score alone" not in cautions("layer1")
+    assert "over 2 layers with 1 score each" in cautions("layer1", "layer2")

@@ -62,9 +62,9 @@ def test_scores_are_the_means_of_the_batches(options: RunOptions, folder: Path, 
 
 
 def test_one_batch_is_its_own_mean(folder: Path, tmp_path: Path) -> None:
-    for ratios in ("pooled", "mean"):
+    for ratios in ("summed", "mean"):
         run(folder, tmp_path / ratios, replace(OPTIONS, batch=64, ratios=ratios))
-    assert (tmp_path / "pooled" / "scores.json").read_bytes() == (tmp_path / "mean" / "scores.json").read_bytes()
+    assert (tmp_path / "summed" / "scores.json").read_bytes() == (tmp_path / "mean" / "scores.json").read_bytes()
 
 
 def test_the_preset_sets_what_the_command_line_does_not(folder: Path, tmp_path: Path) -> None:

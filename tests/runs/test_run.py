@@ -135,7 +135,9 @@ def test_a_corrupt_image_is_skipped_and_named(folder: Path, tmp_path: Path) -> N
     with pytest.raises(kdx.KdxError, match=r"1 of 30 images cannot be read.*torn0\.png"):
         run(folder, tmp_path / "run", replace(OPTIONS, max_unreadable=0), data=str(pictures))
     # The hint of the error resumes the run that stopped.
-    run(folder, tmp_path / "run", data=str(pictures))
+    lines: list[str] = []
+    explain.run(str(pictures), folder / "models.toml", tmp_path / "run", (), OPTIONS, announce=lines.append)
+    assert [line for line in lines if line.startswith("1 image is left out because unreadable, first dog/torn0.png: ")]
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["images"]["explained"] == 29
     assert [entry["id"] for entry in manifest["images"]["unreadable"]] == ["dog/torn0.png"]

@@ -74,6 +74,8 @@ def test_a_refused_folder_is_left_as_it_was(folder: Path, tmp_path: Path) -> Non
         ({"options": replace(OPTIONS, split="tset"), "out": "new"}, "tset"),
         ({"data": "nowhere", "out": "new"}, "nowhere"),
         ({"options": replace(OPTIONS, geometry="reference", reference_images=3), "out": "new"}, "reference set of 3"),
+        ({"options": replace(OPTIONS, geometry="batch", stored_precision="float16"), "out": "new"}, "Only the geometry whole stores"),
+        ({"options": replace(OPTIONS, geometry="auto", reference_images=8, project=4), "out": "new"}, "Only the geometry whole stores"),
         ({"out": "occupied"}, "neither empty"),
     ],
 )

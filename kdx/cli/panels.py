@@ -1,0 +1,43 @@
+"""Which options a help page shows together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer.core
+
+PANELS: dict[str, dict[str, tuple[str, ...]]] = {
+    "explain": {
+        "Images": ("split", "resize", "interpolation", "workers", "max_unreadable"),
+        "A few images": ("among", "label"),
+        "Networks": ("runtime", "device", "precision", "batch", "chunk", "random_baseline"),
+        "Geometry": ("geometry", "reference", "store", "keep_features", "project", "max_disk", "max_minutes"),
+        "Maps and scores": ("objective", "weighting", "pooled", "target", "ratios", "permutations", "confidence"),
+        "Salient features": ("features", "keep", "noise", "salient_class", "salient_score", "salient_image"),
+        "Page": ("gallery", "order", "images"),
+    },
+    "distill": {
+        "Training": (
+            *("method", "epochs", "batch", "learning_rate", "temperature", "alpha", "beta", "augment", "flip", "student_images", "device"),
+        ),
+        "Images": ("image_size", "resize", "interpolation", "max_unreadable", "split_seed"),
+    },
+    "export": {
+        "Explainer files": ("explainer", "student", "base", "teacher", "pooled", "reference", "data", "seed"),
+        "TensorRT engines": ("to", "batch", "arch", "tf32"),
+    },
+}
+"""The panels of each command's help page, in order, and the options in them by their names in Python. The others come first."""
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose options are in the panels that PANELS states."""
+
+    def __init__(self, name: str | None, **settings: Any) -> None:
+        super().__init__(name, **settings)
+        panels = PANELS.get(name or "", {})
+        place = {option: (number, panel) for number, (panel, options) in enumerate(panels.items()) for option in options}
+        for parameter in self.params:
+            if parameter.name in place and isinstance(parameter, typer.core.TyperOption):
+                parameter.rich_help_panel = place[parameter.name][1]
+        self.params.sort(key=lambda parameter: place.get(parameter.name or "", (-1, ""))[0])
