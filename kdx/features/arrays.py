@@ -148,13 +148,17 @@ def rows_text(bad: Tensor, first: int = 0) -> str:
 
 
 def check_distances(d: Tensor, x: Tensor, name: str) -> None:
-    """Raise KdxError if distances d of rows x are not finite, or too large to compute with.
+    """Raise KdxError if distances d of rows x are not finite, or too large or too small to compute with.
 
     Only the small d is searched; x is read for the row numbers alone.
     """
-    if not float(d.amax()) <= _LARGEST:  # in this form NaN fails too
+    largest = float(d.amax())
+    if not largest <= _LARGEST:  # in this form NaN fails too
         check_finite(x, name)
         raise too_large(name)
+    if 0 < largest < 1 / _LARGEST:
+        verb = "is" if name == TARGET else "are"
+        raise KdxError(f"The {name} {verb} too close to zero: their products are zero in float64.", "Scale them up.")
 
 
 def too_large(name: str) -> KdxError:

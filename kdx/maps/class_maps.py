@@ -193,7 +193,8 @@ def _class_maps(
     if not influences:
         raise KdxError(
             f"No position of layer {name!r} has any influence on these classes.",
-            "Choose an earlier layer: after the last block of a transformer, the head may read only the class token.",
+            "Choose an earlier layer: after the last block of a transformer, the head may read "
+            "only the class token. A head of zeros, as before training, gives no layer any influence.",
         )
     return ClassMaps(torch.cat(maps), torch.cat(weights), chosen, torch.cat(logits))
 

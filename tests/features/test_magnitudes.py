@@ -138,3 +138,11 @@ def test_networks(power: int, weighting: Any) -> None:
 def test_features_beyond_computing_are_refused() -> None:
     with pytest.raises(kdx.KdxError, match="too large"):
         kdx.unicam(1e60 * X, Y, LABELS)
+
+
+@pytest.mark.parametrize("power", [-250, -300, -600])
+def test_features_whose_products_underflow_are_refused_and_not_called_constant(power: int) -> None:
+    small = X * 2.0**power
+    for call in (lambda: kdx.fss(small, small), lambda: kdx.rs(Y, LABELS, small), lambda: kdx.unicam(small, Y, LABELS)):
+        with pytest.raises(kdx.KdxError, match="too close to zero"):
+            call()
