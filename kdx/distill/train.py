@@ -23,7 +23,7 @@ from kdx.disk import write_atomic
 from kdx.distill import checkpoints, loop
 from kdx.distill.losses import LOSS_SETTINGS, METHODS, Outputs
 from kdx.distill.networks import Distillation, check_networks, layer_pairs
-from kdx.distill.settings import EpochCallback, EpochResult, TrainingSettings
+from kdx.distill.settings import ADDED_LATER, EpochCallback, EpochResult, TrainingSettings
 from kdx.errors import KdxError, printable
 from kdx.export.graphs import FeatureGraph
 from kdx.models import models_file
@@ -117,8 +117,8 @@ def _label_training(distillation: Distillation, role: str) -> loop.Training:
     """The training of a network from labels alone."""
     graph = distillation.graph(distillation.initial_network(role))
 
-    def loss(images: Tensor, labels: Tensor) -> Tensor:
-        return functional.cross_entropy(graph(images)[0], labels)
+    def loss(images: Tensor, labels: Tensor, _positions: Tensor) -> dict[str, Tensor]:
+        return {"labels": functional.cross_entropy(graph(images)[0], labels, label_smoothing=distillation.settings.label_smoothing)}
 
     return _training(distillation, role, graph, loss, distillation.recipe(role))
 
@@ -142,10 +142,10 @@ def _train_student(distillation: Distillation, pairs: Sequence[tuple[str, str]],
         }
     )
 
-    def loss(images: Tensor, labels: Tensor) -> Tensor:
+    def loss(images: Tensor, labels: Tensor, positions: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             teacher_outputs = _outputs(teacher_graph, images)
-        return method.loss(_outputs(student_graph, images), teacher_outputs, labels, settings)
+        return {"a": method.loss(_outputs(student_graph, images), teacher_outputs, labels, settings)}
 
     loop.train(_training(distillation, "student", student_graph, loss, recipe), distillation.folder, on_epoch)
 
@@ -163,6 +163,8 @@ def _training(
         recipe=recipe,
         settings=distillation.settings,
         device=distillation.device,
+        augmentation=distillation.augmentation,
+        processes=distillation.processes,
     )
 
 
@@ -194,8 +196,9 @@ def _write_models_file(distillation: Distillation, pairs: Sequence[tuple[str, st
             **{
                 key: value
                 for key, value in vars(settings).items()
-                if key not in ("split_seed", "image_size", "max_unreadable", "resizing") and value is not None
+                if key not in ("split_seed", "image_size", "max_unreadable", "resizing", "save_minutes", *ADDED_LATER) and value is not None
             },
+            **settings.later_entries(),
             **accuracies,
             "test_images": len(test),
             "unreadable_images": len(distillation.unreadable),
