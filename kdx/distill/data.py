@@ -43,13 +43,15 @@ class SplitImages:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, positions: Indices) -> tuple[Tensor, Tensor]:
-        """Images [n, 3, H, W] in [0, 1] and labels [n]. An image that cannot be read is left out."""
+    def read(self, positions: Indices) -> tuple[Tensor, Tensor, Indices]:
+        """Images [n, 3, H, W] in [0, 1], labels [n], and the positions [n] of these. An image that cannot be read is left out."""
         if self.pixels is not None:
-            return self.pixels[torch.from_numpy(positions)].float().div(255), torch.from_numpy(self.dataset.labels[self.indices[positions]])
+            labels = torch.from_numpy(self.dataset.labels[self.indices[positions]])
+            return self.pixels[torch.from_numpy(positions)].float().div(255), labels, positions
         images = load_images(self.dataset, self.indices[positions], self.size)
         self._record(images.unreadable)
-        return images.pixels, torch.from_numpy(self.dataset.labels[images.kept])
+        kept = positions[np.isin(self.indices[positions], images.kept)]
+        return images.pixels, torch.from_numpy(self.dataset.labels[images.kept]), kept
 
 
 def augmented(pixels: Tensor, settings: TrainingSettings, generator: np.random.Generator) -> Tensor:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from kdx.distill import checkpoints
 from kdx.distill.data import SplitImages, augmented
+from kdx.distill.losses import summed
 from kdx.distill.seeding import seeded
 from kdx.distill.settings import EpochCallback, EpochResult, TrainingSettings
 from kdx.errors import KdxError
@@ -21,8 +22,8 @@ from kdx.export.graphs import FeatureGraph
 
 _WARM_UP = 0.1  # share of the steps over which the learning rate rises
 
-BatchLoss = Callable[[Tensor, Tensor], Tensor]
-"""The scalar loss of a batch, from images [n, 3, H, W] in [0, 1] and labels [n]."""
+BatchLoss = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
+"""The parts of the loss of a batch, from images [n, 3, H, W] in [0, 1], labels [n], and positions [n] among the training images."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Training:
     """Everything that the weights depend on; stored with them."""
     settings: TrainingSettings
     device: torch.device
+    objective: nn.Module = field(default_factory=nn.Module)
+    """What is trained beside the network and discarded afterwards; its state is stored with the unfinished training."""
 
 
 def train(training: Training, folder: Path, on_epoch: EpochCallback) -> None:
@@ -53,8 +56,9 @@ def train(training: Training, folder: Path, on_epoch: EpochCallback) -> None:
         state_path.unlink(missing_ok=True)
         on_epoch(EpochResult(role, epochs, epochs))
         return
-    optimizer = _optimizer(graph, training.settings)
+    optimizer = _optimizer(training)
     state = checkpoints.resume(state_path, recipe, graph.network, optimizer)
+    training.objective.load_state_dict(state.get("objective", {}))
     for epoch in range(state["epoch"], epochs):
         loss = _train_epoch(training, epoch, optimizer)
         accuracy, entropy = evaluate(graph, training.validation, training.device)
@@ -64,6 +68,7 @@ def train(training: Training, folder: Path, on_epoch: EpochCallback) -> None:
             best = {key: value.detach().cpu().clone() for key, value in graph.network.state_dict().items()}
             state |= {"best_score": [accuracy, -entropy], "best": best}
         state |= {"epoch": epoch + 1, "model": graph.network.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"objective": training.objective.state_dict()}
         checkpoints.save_state(state_path, state)
         on_epoch(EpochResult(role, epoch + 1, epochs, loss, accuracy))
     checkpoints.save_weights(path, state["best"], recipe)
@@ -77,11 +82,12 @@ def _train_epoch(training: Training, epoch: int, optimizer: torch.optim.Optimize
     batches = np.array_split(generator.permutation(len(images)), math.ceil(len(images) / settings.batch))
     total = torch.zeros((), dtype=torch.float64, device=device)
     training.graph.train()
+    training.objective.train()
     with seeded(device, settings.seed, epoch):  # for dropout
         for step, positions in enumerate(batches):
-            pixels, labels = images.read(positions)
+            pixels, labels, read = images.read(positions)
             pixels = augmented(pixels, settings, generator)
-            loss = training.loss(pixels.to(device), labels.to(device))
+            loss = summed(training.loss(pixels.to(device), labels.to(device), torch.from_numpy(read).to(device)))
             done = (epoch * len(batches) + step + 1) / (training.epochs * len(batches))
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _schedule(done)
@@ -98,17 +104,18 @@ def evaluate(graph: FeatureGraph, images: SplitImages, device: torch.device) -> 
     graph.eval()
     with torch.no_grad():
         for positions in np.array_split(np.arange(len(images)), math.ceil(len(images) / 256)):
-            pixels, labels = images.read(positions)
+            pixels, labels, _ = images.read(positions)
             logits = graph(pixels.to(device))[0].float().cpu()
             correct += float((logits.argmax(1) == labels).sum())
             entropy += float(functional.cross_entropy(logits, labels, reduction="sum"))
     return correct / len(images), entropy / len(images)
 
 
-def _optimizer(graph: FeatureGraph, settings: TrainingSettings) -> torch.optim.Optimizer:
+def _optimizer(training: Training) -> torch.optim.Optimizer:
+    settings, parameters = training.settings, [*training.graph.parameters(), *training.objective.parameters()]
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(graph.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(graph.parameters(), settings.learning_rate, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(parameters, settings.learning_rate, momentum=0.9, nesterov=True, weight_decay=settings.weight_decay)
 
 
 def _schedule(done: float) -> float:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from kdx.choices import COVER, Resizing
-from kdx.distill.losses import METHODS
+from kdx.distill.losses import parse_method
 from kdx.errors import KdxError
 
 
@@ -49,10 +48,7 @@ class TrainingSettings:
     max_unreadable: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            near = difflib.get_close_matches(self.method, METHODS, n=1)
-            hint = f"Did you mean {near[0]}? " if near else ""
-            raise KdxError(f"There is no distillation method {self.method!r}.", f"{hint}Choose one of: {', '.join(METHODS)}.")
+        parse_method(self.method)
         in_range = {
             "epochs": self.epochs >= 1,
             "teacher_epochs": self.teacher_epochs is None or self.teacher_epochs >= 1,
