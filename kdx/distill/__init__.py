@@ -5,11 +5,26 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
-from kdx.distill.losses import METHODS, Method, Outputs, attention_transfer, kd
+from kdx.distill.losses import METHODS, Batch, DistillationLoss, Method, Objective, Outputs, Requirements, Shapes, attention_transfer, kd
 from kdx.distill.settings import DEMO, EpochResult, TrainingSettings
 from kdx.distill.train import distill
 
-__all__ = ["DEMO", "METHODS", "EpochResult", "Method", "Outputs", "TrainingSettings", "attention_transfer", "distill", "kd"]
+__all__ = [
+    "DEMO",
+    "METHODS",
+    "Batch",
+    "DistillationLoss",
+    "EpochResult",
+    "Method",
+    "Objective",
+    "Outputs",
+    "Requirements",
+    "Shapes",
+    "TrainingSettings",
+    "attention_transfer",
+    "distill",
+    "kd",
+]
 
 _OLD_NAMES = {"Progress": EpochResult, "Settings": TrainingSettings}
 

@@ -19,6 +19,7 @@ from kdx.data.dataset import Indices
 from kdx.distill import checkpoints
 from kdx.distill.augmentation import Augmentation
 from kdx.distill.data import SplitImages
+from kdx.distill.losses import summed
 from kdx.distill.number_formats import autocast, gradient_scaler, prepare_layout
 from kdx.distill.optimization import learning_rate, make_optimizer
 from kdx.distill.processes import SINGLE, Processes
@@ -103,7 +104,9 @@ class _Run:
         average = None if settings.ema is None else get_ema_multi_avg_fn(settings.ema)
         self.ema = None if average is None else AveragedModel(graph.network, multi_avg_fn=average, use_buffers=True)
         others = {"objective": training.objective, "scaler": self.scaler, "ema": self.ema}
-        self._others: dict[str, checkpoints.Resumable] = {name: part for name, part in others.items() if part is not None and part.state_dict()}
+        self._others: dict[str, checkpoints.Resumable] = {
+            name: part for name, part in others.items() if part is not None and part.state_dict()
+        }
         self.state = checkpoints.resume(path, training.recipe, graph.network, self.optimizer, self._others)
         self.step = training.processes.wrap(step)
         self._saved_at = time.monotonic()
@@ -209,10 +212,9 @@ class _Run:
             losses = self.step(
                 images.to(device, memory_format=layout, non_blocking=True), labels.to(device), torch.from_numpy(positions).to(device)
             )
-        first, *others = losses.values()
-        total = sum(others, first)
-        torch.autograd.backward(self.scaler.scale(total if share == 1 else total * share))
-        return {"total": total.detach(), **{name: loss.detach() for name, loss in losses.items()}}
+        loss = summed(losses)
+        torch.autograd.backward(self.scaler.scale(loss if share == 1 else loss * share))
+        return {"total": loss.detach(), **{name: part.detach() for name, part in losses.items()}}
 
     def _summed(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
         return {name: float(self.training.processes.sum(value)) for name, value in totals.items()}
@@ -232,7 +234,9 @@ class _Run:
         place = f"epoch {epoch + 1}" if step is None else f"epoch {epoch + 1} at step {step}"
         best = self.state.get("best_epoch")
         kept = f" {self.path} contains the weights of epoch {best}, the best until then, as its entry best." if best else ""
-        raise KdxError(f"The training of the {self.training.role} diverged in {place}: {what} is {value}.", f"Give a lower learning rate.{kept}")
+        raise KdxError(
+            f"The training of the {self.training.role} diverged in {place}: {what} is {value}.", f"Give a lower learning rate.{kept}"
+        )
 
 
 def evaluate(graph: FeatureGraph, images: SplitImages, device: torch.device, processes: Processes = SINGLE) -> tuple[float, float]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from kdx.choices import COVER, OptimizerName, Resizing, ScheduleName, Selection, TrainingPrecision
-from kdx.distill.losses import METHODS
+from kdx.distill.losses import method_requirements, parse_method
 from kdx.errors import KdxError
 
 
@@ -84,10 +83,7 @@ class TrainingSettings:
     save_minutes: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            near = difflib.get_close_matches(self.method, METHODS, n=1)
-            hint = f"Did you mean {near[0]}? " if near else ""
-            raise KdxError(f"There is no distillation method {self.method!r}.", f"{hint}Choose one of: {', '.join(METHODS)}.")
+        parse_method(self.method)
         in_range = {
             "epochs": self.epochs >= 1,
             "teacher_epochs": self.teacher_epochs is None or self.teacher_epochs >= 1,
@@ -127,6 +123,10 @@ class TrainingSettings:
             if not is_in_range:
                 hint = _RANGE_HINTS.get(name, "Give a number above 0.")
                 raise KdxError(f"The training setting {name} cannot be {getattr(self, name)!r}.", hint)
+        if self.mixes_images and method_requirements(self.method).classes:
+            raise KdxError(
+                f"The method {self.method} needs one class per image, which mixed images do not have.", "Leave out mixup and cutmix."
+            )
 
     def later_entries(self) -> dict[str, Any]:
         """The settings in `ADDED_LATER` that differ from their defaults, for records that older versions of kdx wrote without them."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,18 @@ from kdx import models, progress
 from kdx.data.dataset import located
 from kdx.disk import write_atomic
 from kdx.distill import checkpoints, loop
-from kdx.distill.losses import LOSS_SETTINGS, METHODS, Outputs
+from kdx.distill.losses import LABELS, LOSS_SETTINGS, Batch, LabelLoss, Objective, Outputs, Shapes, method_requirements, source_hashes
 from kdx.distill.networks import Distillation, check_networks, layer_pairs
+from kdx.distill.seeding import seeded
 from kdx.distill.settings import ADDED_LATER, EpochCallback, EpochResult, TrainingSettings
 from kdx.errors import KdxError, printable
 from kdx.export.graphs import FeatureGraph
 from kdx.models import models_file
 
 USED_IMAGES = "used_images.npy"
+
+_ADAPTERS = 2
+"""The random stream of the initial weights of adapters, after those of the student and of the teacher."""
 
 
 def distill(
@@ -115,18 +120,24 @@ def _train_base(distillation: Distillation, checkpoint: Path | str | None, on_ep
 
 def _label_training(distillation: Distillation, role: str) -> loop.Training:
     """The training of a network from labels alone."""
-    graph = distillation.graph(distillation.initial_network(role))
+    graph, label_loss = distillation.graph(distillation.initial_network(role)), _label_loss(distillation)
 
     def loss(images: Tensor, labels: Tensor, _positions: Tensor) -> dict[str, Tensor]:
-        return {"labels": functional.cross_entropy(graph(images)[0], labels, label_smoothing=distillation.settings.label_smoothing)}
+        return {LABELS: label_loss(graph(images)[0], labels)}
 
     return _training(distillation, role, graph, loss, distillation.recipe(role))
 
 
+def _label_loss(distillation: Distillation) -> LabelLoss:
+    """The cross entropy with smoothed labels."""
+    return partial(functional.cross_entropy, label_smoothing=distillation.settings.label_smoothing)
+
+
 def _train_student(distillation: Distillation, pairs: Sequence[tuple[str, str]], on_epoch: EpochCallback) -> None:
-    settings, method = distillation.settings, METHODS[distillation.settings.method]
-    matched = list(pairs) if method.uses_features else []
-    if method.uses_features and not matched:
+    settings = distillation.settings
+    requirements = method_requirements(settings.method)
+    matched = list(pairs[{"none": len(pairs), "last": -1, "all": 0}[requirements.pairs] :])
+    if requirements.pairs != "none" and not matched:
         raise KdxError(
             f"The method {settings.method} matches features, and there is no pair of layers.", "Name them: student_layer=teacher_layer."
         )
@@ -139,15 +150,34 @@ def _train_student(distillation: Distillation, pairs: Sequence[tuple[str, str]],
             "method": settings.method,
             "layers": [list(pair) for pair in matched],
             **{key: getattr(settings, key) for key in LOSS_SETTINGS},
+            **({"sources": sources} if (sources := source_hashes(settings.method)) else {}),
         }
     )
+    objective = _objective(distillation, student_graph, teacher_graph)
 
     def loss(images: Tensor, labels: Tensor, positions: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             teacher_outputs = _outputs(teacher_graph, images)
-        return {"a": method.loss(_outputs(student_graph, images), teacher_outputs, labels, settings)}
+        parts: dict[str, Tensor] = objective(Batch(_outputs(student_graph, images), teacher_outputs, labels, positions))
+        return parts
 
-    loop.train(_training(distillation, "student", student_graph, loss, recipe), distillation.folder, on_epoch)
+    training = _training(distillation, "student", student_graph, loss, recipe)
+    loop.train(replace(training, objective=objective), distillation.folder, on_epoch)
+
+
+def _objective(distillation: Distillation, student: FeatureGraph, teacher: FeatureGraph) -> Objective:
+    """The student's objective, with adapters that fit the shapes of the layers and follow from the seed."""
+    settings, device, images = distillation.settings, distillation.device, distillation.images["student"]
+    with torch.no_grad():
+        pixels = images.read(np.arange(2))[0].to(device)
+        outputs = {role: _outputs(graph.eval(), pixels) for role, graph in (("student", student), ("teacher", teacher))}
+    shapes = Shapes(
+        **{role: tuple(feature.shape[1:] for feature in output.features) for role, output in outputs.items()},
+        classes=outputs["student"].logits.shape[1],
+        labels=torch.from_numpy(distillation.dataset.labels[images.indices]),
+    )
+    with seeded(device, settings.seed, _ADAPTERS):
+        return Objective(settings.method, shapes, settings, _label_loss(distillation)).to(device)
 
 
 def _training(
