@@ -113,7 +113,7 @@ def _torchvision() -> Any:
     try:
         from torchvision.transforms import v2
     except ModuleNotFoundError as error:
-        raise missing_package("torchvision", "models", "This augmentation") from error
+        raise missing_package("torchvision", "distill", "This augmentation") from error
     except Exception as error:  # torchvision for another version of PyTorch
         raise KdxError(
             f"torchvision cannot be imported: {first_line(error)}.", "Install the version of torchvision that belongs to this PyTorch."

@@ -20,7 +20,7 @@ from kdx.distill import checkpoints
 from kdx.distill.augmentation import Augmentation
 from kdx.distill.data import SplitImages
 from kdx.distill.losses import summed
-from kdx.distill.number_formats import autocast, gradient_scaler, prepare_layout
+from kdx.distill.number_formats import autocast, gradient_scaler
 from kdx.distill.optimization import learning_rate, make_optimizer
 from kdx.distill.processes import SINGLE, Processes
 from kdx.distill.seeding import random_state, seeded, set_random_state
@@ -96,7 +96,6 @@ class _Run:
     def __init__(self, training: Training, path: Path) -> None:
         self.training, self.path = training, path
         settings, graph = training.settings, training.graph
-        prepare_layout(graph.network, settings)
         step = _Step(training)
         self.parameters = [*graph.parameters(), *training.objective.parameters()]
         self.optimizer = make_optimizer(self.parameters, settings)
@@ -223,7 +222,7 @@ class _Run:
         """Write the state file: training goes on in this epoch at this place."""
         for name in ("step", "random", "losses"):
             self.state.pop(name, None)
-        parts = {"model": self.training.graph.network, "optimizer": self.optimizer, **self._others}
+        parts: dict[str, checkpoints.Resumable] = {"model": self.training.graph.network, "optimizer": self.optimizer, **self._others}
         self.state |= {"epoch": epoch, **place, **{name: part.state_dict() for name, part in parts.items()}}
         if self.training.processes.is_main:
             checkpoints.save_state(self.path, self.state)

@@ -18,6 +18,7 @@ from kdx.data.splits import class_balanced_sample, stratified_splits, validation
 from kdx.distill.augmentation import Augmentation
 from kdx.distill.checkpoints import Recipe, TrainingData
 from kdx.distill.data import SplitImages
+from kdx.distill.number_formats import CompiledGraph
 from kdx.distill.processes import SINGLE, Processes
 from kdx.distill.reused_weights import check_weights
 from kdx.distill.seeding import seeded
@@ -136,6 +137,14 @@ class Distillation:
         """The graph of a network and its layers. Images are decoded at their final size, so the graph does not resize them."""
         return FeatureGraph(module, layers, replace(self.preprocessing, size=None)).to(self.device)
 
+    def training_graph(self, module: nn.Module, layers: Sequence[str] = ()) -> FeatureGraph:
+        """`graph` in the memory layout and the form, compiled or not, that the settings choose for training."""
+        if self.settings.channels_last:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if not self.settings.compile:
+            return self.graph(module, layers)
+        return CompiledGraph(module, layers, replace(self.preprocessing, size=None)).to(self.device)
+
     def epochs(self, role: str) -> int:
         """The number of epochs of a role's training."""
         return self.settings.teacher_epochs or self.settings.epochs if role == "teacher" else self.settings.epochs
@@ -168,6 +177,12 @@ class Distillation:
         if validation_is_test(self.dataset):  # kdx 0.1.0 did not have this rule
             entries["validation_is_test"] = True
         return Recipe(entries, lambda: self.dataset.fingerprint_of_0_1_0)
+
+    def merge_unreadable(self) -> None:
+        """Add the unreadable images that the other processes have come upon."""
+        for part in self.images.values():
+            for unreadable in self.processes.gather(part.unreadable):
+                part.unreadable |= unreadable
 
     @property
     def unreadable(self) -> dict[str, str]:

@@ -22,6 +22,7 @@ from kdx.distill.data import SplitImages
 from kdx.distill.optimization import learning_rate
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph
+from tests.distill.small import Interruption
 
 CPU = torch.device("cpu")
 COUNT = 60
@@ -84,7 +85,7 @@ def test_the_default_training_is_the_plain_loop(images: SplitImages, tmp_path: P
             optimizer.param_groups[0]["lr"] = 0.05 * factor
             loss = functional.cross_entropy(module(pixels), torch.from_numpy(images.dataset.labels[batch]))
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             losses += float(loss.detach()) * len(batch) / COUNT
         means.append(losses)
@@ -112,7 +113,7 @@ def test_every_option_of_the_optimizer_follows_its_formula(images: SplitImages, 
             logs = functional.log_softmax(module(images.pixels[torch.from_numpy(batch)].float() / 255), 1)
             hard = -logs[torch.arange(len(batch)), torch.from_numpy(images.dataset.labels[batch])].mean()
             optimizer.zero_grad()
-            (0.8 * hard - 0.2 * logs.mean()).backward()  # type: ignore[no-untyped-call]
+            (0.8 * hard - 0.2 * logs.mean()).backward()
             gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
             norm = torch.sqrt(sum((gradient.square().sum() for gradient in gradients), torch.zeros(())))
             if norm > 0.5:
@@ -132,11 +133,12 @@ def test_every_option_of_the_optimizer_follows_its_formula(images: SplitImages, 
 def test_the_selected_epoch_is_kept_and_patience_stops(images: SplitImages, tmp_path: Path, select: Any) -> None:
     settings = replace(PLAIN, epochs=12, learning_rate=0.9, schedule="constant", warm_up=0, select=select)
     weights, results = trained(images, settings, tmp_path / "all")
-    scores = {
-        "accuracy": [(result.accuracy, -(result.entropy or 0)) for result in results],
-        "loss": [(-(result.entropy or 0), 0) for result in results],
-        "last": [(result.epoch, 0) for result in results],
-    }[select]
+    all_scores: dict[str, list[tuple[float, ...]]] = {
+        "accuracy": [(result.accuracy or 0, -(result.entropy or 0)) for result in results],
+        "loss": [(-(result.entropy or 0),) for result in results],
+        "last": [(result.epoch,) for result in results],
+    }
+    scores = all_scores[select]
     best = max(range(12), key=scores.__getitem__)
     module = network()
     module.load_state_dict(weights)
@@ -153,12 +155,14 @@ def test_the_selected_epoch_is_kept_and_patience_stops(images: SplitImages, tmp_
 
 def test_an_average_of_the_weights_includes_the_statistics_of_batch_normalisation(images: SplitImages, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 10))
+    normalisation = nn.BatchNorm2d(4)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), normalisation, nn.Flatten(), nn.Linear(36, 10))
     settings = replace(PLAIN, ema=0.9, select="last")
     results: list[EpochResult] = []
     loop.train(training(images, settings, module), tmp_path, results.append)
     average = load_file(tmp_path / "base.safetensors")
-    assert not torch.equal(average["1.running_mean"], module[1].running_mean) and average["1.running_mean"].abs().sum() > 0
+    live = normalisation.state_dict()["running_mean"]
+    assert not torch.equal(average["1.running_mean"], live) and average["1.running_mean"].abs().sum() > 0
     module.load_state_dict(average)
     assert loop.evaluate(FeatureGraph(module, []), images, CPU) == pytest.approx((results[-1].accuracy, results[-1].entropy))
 
@@ -194,3 +198,34 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(images: SplitImages, tmp_pa
         loop.train(bad, tmp_path, lambda result: None)
     assert "lower learning rate" in error.value.hint
     assert all(torch.isfinite(tensor).all() for tensor in torch.load(tmp_path / "base.state.pt")["best"].values())
+
+
+def test_a_training_that_stops_within_an_epoch_goes_on_as_if_it_had_not(images: SplitImages, tmp_path: Path) -> None:
+    """With dropout, an adapter beside the network, momentum, an average of the weights, and shifted images."""
+    settings = replace(PLAIN, augment=True, flip=True, ema=0.8, accumulate=2, save_minutes=0)
+
+    def fresh(stop_after: int) -> loop.Training:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Flatten(), nn.Dropout(0.4), nn.Linear(36, 10))
+        graph, adapter, calls = FeatureGraph(module, []), nn.Sequential(nn.Linear(10, 10), nn.BatchNorm1d(10)), []
+
+        def loss(pixels: Tensor, labels: Tensor, _positions: Tensor) -> dict[str, Tensor]:
+            calls.append(len(labels))
+            if len(calls) > stop_after:
+                raise Interruption
+            logits = graph(pixels)[0]
+            return {"labels": functional.cross_entropy(logits, labels), "adapted": functional.cross_entropy(adapter(logits), labels)}
+
+        return replace(training(images, settings, module), graph=graph, loss=loss, objective=adapter)
+
+    whole: list[EpochResult] = []
+    resumed: list[EpochResult] = []
+    loop.train(fresh(1000), tmp_path / "whole", whole.append)
+    for stop_after in (5, 8, 1):  # calls; every step has two
+        with pytest.raises(Interruption):
+            loop.train(fresh(stop_after), tmp_path / "parts", resumed.append)
+    assert torch.load(tmp_path / "parts" / "base.state.pt", weights_only=True)["step"] == 2
+    loop.train(fresh(1000), tmp_path / "parts", resumed.append)
+    assert (tmp_path / "parts" / "base.safetensors").read_bytes() == (tmp_path / "whole" / "base.safetensors").read_bytes()
+    for one, two in zip(whole, resumed, strict=True):
+        assert (one.loss, one.parts, one.accuracy, one.entropy) == (two.loss, two.parts, two.accuracy, two.entropy)
