@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -127,4 +128,5 @@ def distill(
         save_minutes=save_minutes,
     )
     models = train(data, teacher=teacher, student=student, out=out, settings=settings, layers=layer, device=device)
-    typer.echo(f"Models file: {models}\nNext: kdx explain {data} --models {models} --out RUN")
+    if os.environ.get("RANK", "0") == "0":  # the first of several processes
+        typer.echo(f"Models file: {models}\nNext: kdx explain {data} --models {models} --out RUN")

@@ -102,10 +102,10 @@ class _Run:
         self.scaler = gradient_scaler(settings, training.device)
         average = None if settings.ema is None else get_ema_multi_avg_fn(settings.ema)
         self.ema = None if average is None else AveragedModel(graph.network, multi_avg_fn=average, use_buffers=True)
-        others = {"objective": training.objective, "scaler": self.scaler, "ema": self.ema}
-        self._others: dict[str, checkpoints.Resumable] = {
-            name: part for name, part in others.items() if part is not None and part.state_dict()
-        }
+        others: dict[str, checkpoints.Resumable] = {"objective": training.objective, "scaler": self.scaler}
+        if self.ema is not None:
+            others["ema"] = self.ema
+        self._others = {name: part for name, part in others.items() if part.state_dict()}
         self.state = checkpoints.resume(path, training.recipe, graph.network, self.optimizer, self._others)
         self.step = training.processes.wrap(step)
         self._saved_at = time.monotonic()
