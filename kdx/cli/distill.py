@@ -18,13 +18,19 @@ def distill(
     ],
     student: Annotated[str, typer.Option(help="Model reference of the student and the base.")],
     out: Annotated[Path, typer.Option(help="The folder for the checkpoints and the models file.")],
-    method: Annotated[str, typer.Option(help="kd (Hinton 2015) or at (attention transfer).")] = "kd",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="kd, fitnet, at, ofd, rkd, crd, reviewkd, dkd, dist, catkd or lskd; several with weights: kd+at:0.5; options:"
+            " dkd,nontarget=4; your own loss: package.module:loss."
+        ),
+    ] = "kd",
     layer: LayerOption = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, per network.")] = 30,
     batch: Annotated[int, typer.Option(min=2, help="Images per training step.")] = 64,
     learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="The largest learning rate of the schedule.")] = 0.1,
-    temperature: Annotated[float, typer.Option(help="kd: divides the logits of both networks.")] = 4.0,
-    alpha: Annotated[float, typer.Option(min=0, max=1, help="kd: the teacher's share of the loss.")] = 0.9,
+    temperature: Annotated[float, typer.Option(help="kd, lskd, dkd, dist: divides the logits of both networks.")] = 4.0,
+    alpha: Annotated[float, typer.Option(min=0, max=1, help="kd, lskd: the teacher's share of the loss.")] = 0.9,
     beta: Annotated[float, typer.Option(help="at: the weight of the attention loss.")] = 1000.0,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Resize images to a square of this side; by default the teacher's own size.")

@@ -58,7 +58,8 @@ def train(training: Training, folder: Path, on_epoch: EpochCallback) -> None:
         return
     optimizer = _optimizer(training)
     state = checkpoints.resume(state_path, recipe, graph.network, optimizer)
-    training.objective.load_state_dict(state.get("objective", {}))
+    if "objective" in state:
+        training.objective.load_state_dict(state["objective"])
     for epoch in range(state["epoch"], epochs):
         loss = _train_epoch(training, epoch, optimizer)
         accuracy, entropy = evaluate(graph, training.validation, training.device)
