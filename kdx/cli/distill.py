@@ -26,10 +26,17 @@ def distill(
     ],
     student: Annotated[str, typer.Option(help="Model reference of the student and the base.")],
     out: Annotated[Path, typer.Option(help="The folder for the checkpoints and the models file.")],
-    method: Annotated[str, _option(_LOSS, "kd (Hinton 2015) or at (attention transfer).")] = "kd",
+    method: Annotated[
+        str,
+        _option(
+            _LOSS,
+            "kd, fitnet, at, ofd, rkd, crd, reviewkd, dkd, dist, catkd or lskd; several with weights: kd+at:0.5; options:"
+            " dkd,nontarget=4; your own loss: package.module:loss.",
+        ),
+    ] = "kd",
     layer: LayerOption = None,
-    temperature: Annotated[float, _option(_LOSS, "kd: divides the logits of both networks.")] = 4.0,
-    alpha: Annotated[float, _option(_LOSS, "kd: the teacher's share of the loss.", min=0, max=1)] = 0.9,
+    temperature: Annotated[float, _option(_LOSS, "kd, lskd, dkd, dist: divides the logits of both networks.")] = 4.0,
+    alpha: Annotated[float, _option(_LOSS, "kd, lskd: the teacher's share of the loss.", min=0, max=1)] = 0.9,
     beta: Annotated[float, _option(_LOSS, "at: the weight of the attention loss.")] = 1000.0,
     label_smoothing: Annotated[float, _option(_LOSS, "The share of every label that is spread over all classes.")] = 0.0,
     epochs: Annotated[int, _option(_TRAINING, "Passes over the training images, per network.", min=1)] = 30,

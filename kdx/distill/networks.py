@@ -1,4 +1,4 @@
-"""The networks of a distillation: references, initial and trained weights, recipes, layer pairs, and checks before training."""
+"""The networks of a distillation: references, initial and trained weights, recipes, and checks before training."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from kdx.distill.reused_weights import check_weights
 from kdx.distill.seeding import seeded
 from kdx.distill.settings import TrainingSettings
 from kdx.errors import KdxError
-from kdx.export.graphs import FeatureGraph, Preprocessing, find_layer
-from kdx.models.layer_pairs import parse_layers
+from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.models.reference import ModelReference
 
 
@@ -195,24 +194,6 @@ def _preprocessing(teacher: models.Network, settings: TrainingSettings) -> Prepr
     if size is None:
         raise KdxError(f"{teacher.reference} does not state the size of its images.", "Give the image size.")
     return replace(teacher.preprocessing, size=size)
-
-
-def layer_pairs(distillation: Distillation, layers: Sequence[str] | None) -> list[tuple[str, str]]:
-    """Pairs (student's layer, teacher's layer): those of ``layers``, or else the layers that both networks have by name.
-
-    Without a common name, the pair is the last layer of each. Raises KdxError for a layer that a network does not have.
-    """
-    student, teacher = distillation.initial_network("student"), distillation.initial_network("teacher")
-    if layers is not None:
-        pairs = list(parse_layers(layers).items())
-        for student_layer, teacher_layer in pairs:
-            find_layer(student, student_layer)
-            find_layer(teacher, teacher_layer)
-        return pairs
-    size = distillation.preprocessing.size
-    student_layers, teacher_layers = models.layers(student, size), models.layers(teacher, size)
-    common = [(name, name) for name in student_layers if name in teacher_layers]
-    return common or list(zip(student_layers[-1:], teacher_layers[-1:], strict=False))
 
 
 def check_networks(distillation: Distillation) -> None:

@@ -23,6 +23,11 @@ def check_settings(settings: TrainingSettings, device: torch.device, processes: 
         )
     if processes.count > 1 and method_requirements(settings.method).memory:
         raise KdxError(f"The method {settings.method} stores numbers of every image, and needs a single process.", "Start one process.")
+    if settings.compile and method_requirements(settings.method).pre_activations:
+        raise KdxError(
+            f"The method {settings.method} reads features before the activation, which compiled networks do not show.",
+            "Leave out --compile.",
+        )
     if settings.precision == "float16" and device.type != "cuda":
         raise KdxError("float16 needs a GPU for training.", "Choose --precision bfloat16 where the processor has it, or float32.")
     if settings.precision == "bfloat16" and not has_bfloat16(device):

@@ -22,9 +22,10 @@ from kdx import models, progress
 from kdx.data.dataset import located
 from kdx.disk import write_atomic
 from kdx.distill import checkpoints, loop
-from kdx.distill.losses import LABELS, LOSS_SETTINGS, Batch, LabelLoss, Objective, Outputs, Shapes, method_requirements, source_hashes
-from kdx.distill.networks import Distillation, check_networks, layer_pairs
+from kdx.distill.losses import LABELS, LOSS_SETTINGS, Batch, LabelLoss, Objective, Observed, Shapes, method_requirements, source_hashes
+from kdx.distill.networks import Distillation, check_networks
 from kdx.distill.number_formats import check_settings
+from kdx.distill.pairing import Pair, layer_pairs
 from kdx.distill.processes import Processes
 from kdx.distill.seeding import seeded
 from kdx.distill.settings import ADDED_LATER, EpochCallback, EpochResult, TrainingSettings
@@ -55,8 +56,8 @@ def distill(
     A teacher whose reference has ``@weights``, or is a trained network by itself (``hf:``, ``.pt2``), is not trained. ``base`` is a
     base checkpoint of another run, which must have the same recipe. The weights with the best validation accuracy are kept. The
     accuracy on the test split is measured at the end and recorded. ``layers`` are the pairs that feature losses match and that the
-    models file names: ``layer3``, or ``student_layer=teacher_layer``; by default the layers that both networks have, or else
-    the last layer of each. Images are resized for all three networks to the size of the teacher's preprocessing, or to
+    models file names: ``layer3``, or ``student_layer=teacher_layer``; by default the layers that both networks have by name, or
+    else pairs by resolution. Images are resized for all three networks to the size of the teacher's preprocessing, or to
     ``settings.image_size``. ``report`` is called after every epoch. By default, epochs appear as progress bars in a terminal and as lines
     elsewhere.
 
@@ -158,7 +159,7 @@ def _label_loss(distillation: Distillation) -> LabelLoss:
     return partial(functional.cross_entropy, label_smoothing=distillation.settings.label_smoothing)
 
 
-def _train_student(distillation: Distillation, pairs: Sequence[tuple[str, str]], on_epoch: EpochCallback) -> None:
+def _train_student(distillation: Distillation, pairs: Sequence[Pair], on_epoch: EpochCallback) -> None:
     settings = distillation.settings
     requirements = method_requirements(settings.method)
     matched = list(pairs[{"none": len(pairs), "last": -1, "all": 0}[requirements.pairs] :])
@@ -178,24 +179,28 @@ def _train_student(distillation: Distillation, pairs: Sequence[tuple[str, str]],
             **({"sources": sources} if (sources := source_hashes(settings.method)) else {}),
         }
     )
-    objective = _objective(distillation, student_graph, teacher_graph)
+    observed_student, observed_teacher = Observed(student_graph, requirements), Observed(teacher_graph, requirements)
+    objective = _objective(distillation, observed_student, observed_teacher)
 
     def loss(images: Tensor, labels: Tensor, positions: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
-            teacher_outputs = _outputs(teacher_graph, images)
-        parts: dict[str, Tensor] = objective(Batch(_outputs(student_graph, images), teacher_outputs, labels, positions))
+            teacher_outputs = observed_teacher(images)
+        parts: dict[str, Tensor] = objective(Batch(observed_student(images), teacher_outputs, labels, positions))
         return parts
 
     training = _training(distillation, "student", student_graph, loss, recipe)
     loop.train(replace(training, objective=objective), distillation.folder, on_epoch)
 
 
-def _objective(distillation: Distillation, student: FeatureGraph, teacher: FeatureGraph) -> Objective:
+def _objective(distillation: Distillation, student: Observed, teacher: Observed) -> Objective:
     """The student's objective, with adapters that fit the shapes of the layers and follow from the seed."""
     settings, device, images = distillation.settings, distillation.device, distillation.images["student"]
     with torch.no_grad():
         pixels = images.read(np.arange(2))[0].to(device)
-        outputs = {role: _outputs(graph.eval(), pixels) for role, graph in (("student", student), ("teacher", teacher))}
+        outputs = {}
+        for role, observed in (("student", student), ("teacher", teacher)):
+            observed.graph.eval()
+            outputs[role] = observed(pixels)
     shapes = Shapes(
         **{role: tuple(feature.shape[1:] for feature in output.features) for role, output in outputs.items()},
         classes=outputs["student"].logits.shape[1],
@@ -221,11 +226,6 @@ def _training(
         augmentation=distillation.augmentation,
         processes=distillation.processes,
     )
-
-
-def _outputs(graph: FeatureGraph, images: Tensor) -> Outputs:
-    logits, *features = graph(images)
-    return Outputs(logits, tuple(features))
 
 
 def _write_models_file(path: Path, distillation: Distillation, pairs: Sequence[tuple[str, str]]) -> None:

@@ -92,3 +92,8 @@ def test_settings_that_a_machine_cannot_train_with_are_refused() -> None:
         check_settings(TrainingSettings(precision="float16"), CPU, SINGLE)
     with pytest.raises(KdxError, match="batch of 8 images cannot be split into 6 parts"):
         check_settings(TrainingSettings(batch=8, accumulate=2), CPU, Processes(0, 3))
+    with pytest.raises(KdxError, match="ofd reads features before the activation"):
+        check_settings(TrainingSettings(method="ofd", compile=True), CPU, SINGLE)
+    with pytest.raises(KdxError, match="crd stores numbers of every image"):
+        check_settings(TrainingSettings(method="crd"), CPU, Processes(0, 2))
+    check_settings(TrainingSettings(method="crd"), CPU, SINGLE)

@@ -15,9 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-from kdx.distill.losses.attention import AttentionTransfer
+from kdx.distill.losses.attention import AttentionTransfer, ClassAttention
 from kdx.distill.losses.base import Batch, DistillationLoss, LossSettings, Requirements, Shapes
-from kdx.distill.losses.logits import SoftTargets
+from kdx.distill.losses.contrast import Contrast
+from kdx.distill.losses.hints import FeatureOverhaul, Hints
+from kdx.distill.losses.logits import DecoupledKd, Dist, SoftTargets, StandardisedSoftTargets
+from kdx.distill.losses.relations import Relations
+from kdx.distill.losses.review import Review
 from kdx.errors import KdxError, first_line
 
 
@@ -36,7 +40,16 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "kd": Method("soft targets: (1 - alpha) cross entropy + alpha T^2 KL (Hinton et al. 2015)", SoftTargets),
+    "fitnet": Method("hints: mean (S - T)^2 of features (Romero et al. 2015)", Hints),
     "at": Method("attention transfer: cross entropy + beta/2 mean (Q_S - Q_T)^2 (Zagoruyko & Komodakis 2017)", AttentionTransfer),
+    "ofd": Method("feature overhaul: partial distance of features before the activation (Heo et al. 2019)", FeatureOverhaul),
+    "rkd": Method("relations: distances and angles between images (Park et al. 2019)", Relations),
+    "crd": Method("contrast: embeddings of the same image against those of other classes (Tian et al. 2020)", Contrast),
+    "reviewkd": Method("knowledge review: fused features of deeper layers (Chen et al. 2021)", Review),
+    "dkd": Method("decoupled soft targets: the true class and the others (Zhao et al. 2022)", DecoupledKd),
+    "dist": Method("correlations of probabilities within images and within classes (Huang et al. 2022)", Dist),
+    "catkd": Method("class attention transfer: class activation maps (Guo et al. 2023)", ClassAttention),
+    "lskd": Method("soft targets of standardised logits (Sun et al. 2024)", StandardisedSoftTargets),
 }
 """The methods by name."""
 
