@@ -87,6 +87,10 @@ def distill(
     channels_last: Annotated[
         bool, _option(_SPEED, "Store features with channels last, which convolutions are often faster with.", "--channels-last")
     ] = False,
+    teacher_cache: Annotated[
+        Path | None,
+        _option(_SPEED, "A folder that stores the teacher's outputs, for all students that see the same images without augmentation."),
+    ] = None,
     compile_networks: Annotated[bool, _option(_SPEED, "Compile the networks with torch.compile.", "--compile")] = False,
 ) -> None:
     """Train a teacher (or use an existing one), a base and a student, and write a models file for kdx explain."""
@@ -134,6 +138,8 @@ def distill(
         compile=compile_networks,
         save_minutes=save_minutes,
     )
-    models = train(data, teacher=teacher, student=student, out=out, settings=settings, layers=layer, device=device)
+    models = train(
+        data, teacher=teacher, student=student, out=out, settings=settings, layers=layer, teacher_cache=teacher_cache, device=device
+    )
     if os.environ.get("RANK", "0") == "0":  # the first of several processes
         typer.echo(f"Models file: {models}\nNext: kdx explain {data} --models {models} --out RUN")

@@ -29,6 +29,7 @@ from kdx.distill.pairing import Pair, layer_pairs
 from kdx.distill.processes import Processes
 from kdx.distill.seeding import seeded
 from kdx.distill.settings import ADDED_LATER, EpochCallback, EpochResult, TrainingSettings
+from kdx.distill.teacher_outputs import teacher_outputs
 from kdx.errors import KdxError, printable
 from kdx.export.graphs import FeatureGraph
 from kdx.models import models_file
@@ -48,6 +49,7 @@ def distill(
     settings: TrainingSettings = TrainingSettings(),
     layers: Sequence[str] | None = None,
     base: Path | str | None = None,
+    teacher_cache: Path | str | None = None,
     device: str = "auto",
     report: EpochCallback | None = None,
 ) -> Path:
@@ -58,8 +60,9 @@ def distill(
     accuracy on the test split is measured at the end and recorded. ``layers`` are the pairs that feature losses match and that the
     models file names: ``layer3``, or ``student_layer=teacher_layer``; by default the layers that both networks have by name, or
     else pairs by resolution. Images are resized for all three networks to the size of the teacher's preprocessing, or to
-    ``settings.image_size``. ``report`` is called after every epoch. By default, epochs appear as progress bars in a terminal and as lines
-    elsewhere.
+    ``settings.image_size``. ``teacher_cache`` is a folder that stores the teacher's outputs for the training images, for this and later
+    students; it excludes augmentation. ``report`` is called after every epoch. By default, epochs appear as progress bars in a terminal
+    and as lines elsewhere.
 
     OUT/ROLE.state.pt contains everything needed to resume, also within an epoch: the same call after an interruption, even a killed
     process, gives the weights that an uninterrupted one gives. Finished networks are kept.
@@ -85,7 +88,7 @@ def distill(
         check_networks(distillation)
         _train_teacher(distillation, on_epoch)
         _train_base(distillation, base, on_epoch)
-        _train_student(distillation, pairs, on_epoch)
+        _train_student(distillation, pairs, None if teacher_cache is None else Path(teacher_cache), on_epoch)
     distillation.merge_unreadable()
     path = distillation.folder / "models.toml"
     if processes.is_main:
@@ -159,7 +162,7 @@ def _label_loss(distillation: Distillation) -> LabelLoss:
     return partial(functional.cross_entropy, label_smoothing=distillation.settings.label_smoothing)
 
 
-def _train_student(distillation: Distillation, pairs: Sequence[Pair], on_epoch: EpochCallback) -> None:
+def _train_student(distillation: Distillation, pairs: Sequence[Pair], teacher_cache: Path | None, on_epoch: EpochCallback) -> None:
     settings = distillation.settings
     requirements = method_requirements(settings.method)
     matched = list(pairs[{"none": len(pairs), "last": -1, "all": 0}[requirements.pairs] :])
@@ -168,11 +171,12 @@ def _train_student(distillation: Distillation, pairs: Sequence[Pair], on_epoch: 
             f"The method {settings.method} matches features, and there is no pair of layers.", "Name them: student_layer=teacher_layer."
         )
     teacher = distillation.trained_network("teacher")
+    weights_hash = models.weights_hash(teacher)
     teacher_graph = distillation.training_graph(teacher, [teacher_layer for _, teacher_layer in matched])
     student_graph = distillation.training_graph(distillation.initial_network("student"), [student_layer for student_layer, _ in matched])
     recipe = distillation.recipe("base").with_entries(
         {
-            "teacher": models.weights_hash(teacher),
+            "teacher": weights_hash,
             "method": settings.method,
             "layers": [list(pair) for pair in matched],
             **{key: getattr(settings, key) for key in LOSS_SETTINGS},
@@ -181,11 +185,11 @@ def _train_student(distillation: Distillation, pairs: Sequence[Pair], on_epoch: 
     )
     observed_student, observed_teacher = Observed(student_graph, requirements), Observed(teacher_graph, requirements)
     objective = _objective(distillation, observed_student, observed_teacher)
+    from_teacher = teacher_outputs(distillation, observed_teacher, weights_hash, teacher_cache)
 
     def loss(images: Tensor, labels: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad():
-            teacher_outputs = observed_teacher(images)
-        parts: dict[str, Tensor] = objective(Batch(observed_student(images), teacher_outputs, labels, positions))
+        teacher_batch = from_teacher(images, positions)
+        parts: dict[str, Tensor] = objective(Batch(observed_student(images), teacher_batch, labels, positions))
         return parts
 
     training = _training(distillation, "student", student_graph, loss, recipe)
