@@ -156,5 +156,5 @@ class Dist(DistillationLoss):
 def single_classes(batch: Batch, method: str) -> Tensor:
     """The labels as classes [n]. Raises KdxError for mixed images, which have no single class."""
     if batch.labels.ndim != 1:
-        raise KdxError(f"The method {method} needs one class per image.", "Train without mixup and cutmix, or choose another method.")
+        raise KdxError(f"The method {method} needs one class per image, which mixed images do not have.", "Leave out mixup and cutmix.")
     return batch.labels

@@ -42,19 +42,19 @@ class Observed:
         return Outputs(logits, tuple(features), tuple(before) if self.requirements.pre_activations else (), head)
 
     def _watch(self, layer: str) -> None:
-        module = find_layer(self.graph.network, layer)
-        for part in module.modules():
-            if isinstance(part, _ACTIVATIONS):
-                part.register_forward_hook(_record(self._latest, layer))
-                if hasattr(part, "inplace"):
-                    part.inplace = False
-
         def finished(_module: nn.Module, _inputs: object, output: object) -> None:
             before, after = self._latest.get(layer, (None, None))
             if after is output:
                 self._raw[layer] = (before, output)
 
-        module.register_forward_hook(finished)
+        # Before the graph's own hook, which lets the network continue with a copy, and after that of the layer's activation.
+        module = find_layer(self.graph.network, layer)
+        module.register_forward_hook(finished, prepend=True)
+        for part in module.modules():
+            if isinstance(part, _ACTIVATIONS):
+                part.register_forward_hook(_record(self._latest, layer), prepend=True)
+                if hasattr(part, "inplace"):
+                    part.inplace = False
 
     def _pre_activation(self, layer: str, feature: Tensor, images: Tensor) -> Tensor:
         if layer not in self._raw:

@@ -53,6 +53,8 @@ def test_activations_in_place_do_not_overwrite_what_losses_need() -> None:
     outputs = Observed(FeatureGraph(network, ["block", "linear"]), BEFORE)(IMAGES)
     assert torch.equal(outputs.logits, expected)
     torch.testing.assert_close(outputs.pre_activations[0], convolved)
+    alone = Observed(FeatureGraph(network, ["relu"]), BEFORE)(IMAGES)  # the layer is the activation itself
+    torch.testing.assert_close(alone.pre_activations[0], outputs.features[1])
     assert torch.equal(outputs.pre_activations[1], outputs.features[1]) and float(outputs.features[1].detach().min()) < 0
 
 
