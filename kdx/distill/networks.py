@@ -15,8 +15,11 @@ from kdx import models
 from kdx.choices import COVER
 from kdx.data.dataset import Dataset, open_data
 from kdx.data.splits import class_balanced_sample, stratified_splits, validation_is_test
+from kdx.distill.augmentation import Augmentation
 from kdx.distill.checkpoints import Recipe, TrainingData
 from kdx.distill.data import SplitImages
+from kdx.distill.number_formats import CompiledGraph
+from kdx.distill.processes import SINGLE, Processes
 from kdx.distill.reused_weights import check_weights
 from kdx.distill.seeding import seeded
 from kdx.distill.settings import TrainingSettings
@@ -42,12 +45,22 @@ class Distillation:
     """Whether the teacher comes with weights and is not trained here."""
     teacher_data: TrainingData | None
     """What a teacher that is not trained here was trained on, if known."""
+    processes: Processes
     notes: tuple[str, ...]
     """Lines for the user: what was left out of the data, which weights of a file are used, and, after ``Warning:``, that existing weights
     may have seen images of the test split."""
 
     @classmethod
-    def prepare(cls, data: str, folder: Path, settings: TrainingSettings, device: torch.device, teacher: str, student: str) -> Distillation:
+    def prepare(
+        cls,
+        data: str,
+        folder: Path,
+        settings: TrainingSettings,
+        device: torch.device,
+        teacher: str,
+        student: str,
+        processes: Processes = SINGLE,
+    ) -> Distillation:
         """Open the data, load the teacher and decode the splits. Raises KdxError for anything that cannot be trained."""
         dataset = replace(open_data(data), resizing=settings.resizing)
         # Local folders and files become absolute paths, so that the models file is valid from any folder.
@@ -92,6 +105,7 @@ class Distillation:
             student_reference,
             teacher_is_trained=(teacher_reference.weights is not None and not teacher_reference.has_new_head) or has_own_weights,
             teacher_data=earlier["teacher"][0] if "teacher" in earlier else None,
+            processes=processes,
             notes=(
                 dataset.note,
                 *(model.note for model in loaded),
@@ -122,9 +136,22 @@ class Distillation:
         """The graph of a network and its layers. Images are decoded at their final size, so the graph does not resize them."""
         return FeatureGraph(module, layers, replace(self.preprocessing, size=None)).to(self.device)
 
+    def training_graph(self, module: nn.Module, layers: Sequence[str] = ()) -> FeatureGraph:
+        """`graph` in the memory layout and the form, compiled or not, that the settings choose for training."""
+        if self.settings.channels_last:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if not self.settings.compile:
+            return self.graph(module, layers)
+        return CompiledGraph(module, layers, replace(self.preprocessing, size=None)).to(self.device)
+
     def epochs(self, role: str) -> int:
         """The number of epochs of a role's training."""
         return self.settings.teacher_epochs or self.settings.epochs if role == "teacher" else self.settings.epochs
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """The augmentation of the training images."""
+        return Augmentation(self.settings, self.preprocessing.size or (0, 0), len(self.dataset.classes))
 
     def recipe(self, role: str) -> Recipe:
         """Everything that the weights of the teacher or the base depend on."""
@@ -140,12 +167,21 @@ class Distillation:
             "mean": list(self.preprocessing.mean),
             "std": list(self.preprocessing.std),
             **{key: getattr(settings, key) for key in common},
+            **settings.later_entries(),
         }
+        if self.processes.count > 1:
+            entries["processes"] = self.processes.count
         if settings.resizing != COVER:  # kdx 0.1.0 had no other
             entries["resizing"] = [settings.resizing.mode, settings.resizing.interpolation]
         if validation_is_test(self.dataset):  # kdx 0.1.0 did not have this rule
             entries["validation_is_test"] = True
         return Recipe(entries, lambda: self.dataset.fingerprint_of_0_1_0)
+
+    def merge_unreadable(self) -> None:
+        """Add the unreadable images that the other processes have come upon."""
+        for part in self.images.values():
+            for unreadable in self.processes.gather(part.unreadable):
+                part.unreadable |= unreadable
 
     @property
     def unreadable(self) -> dict[str, str]:

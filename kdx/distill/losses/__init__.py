@@ -9,7 +9,7 @@ from kdx.distill.losses.contrast import contrast
 from kdx.distill.losses.hints import hints, partial_distance
 from kdx.distill.losses.logits import decoupled_kd, dist, kd, pearson, standardised
 from kdx.distill.losses.methods import METHODS, Method, Term, method_requirements, parse_method, source_hashes
-from kdx.distill.losses.objective import LABELS, Objective, summed
+from kdx.distill.losses.objective import LABELS, LabelLoss, Objective, summed
 from kdx.distill.losses.observed import Observed
 from kdx.distill.losses.relations import relational_angle, relational_distance
 from kdx.distill.losses.review import hierarchical_context
@@ -20,6 +20,7 @@ __all__ = [
     "METHODS",
     "Batch",
     "DistillationLoss",
+    "LabelLoss",
     "LossSettings",
     "Method",
     "Objective",
