@@ -26,6 +26,13 @@ def distill(
     ],
     student: Annotated[str, typer.Option(help="Model reference of the student and the base.")],
     out: Annotated[Path, typer.Option(help="The folder for the checkpoints and the models file.")],
+    assistant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Model reference of a network that learns from the teacher and then teaches the student; repeat it for a chain.",
+            show_default=False,
+        ),
+    ] = None,
     method: Annotated[
         str,
         _option(
@@ -139,7 +146,15 @@ def distill(
         save_minutes=save_minutes,
     )
     models = train(
-        data, teacher=teacher, student=student, out=out, settings=settings, layers=layer, teacher_cache=teacher_cache, device=device
+        data,
+        teacher=teacher,
+        student=student,
+        out=out,
+        assistants=assistant or (),
+        settings=settings,
+        layers=layer,
+        teacher_cache=teacher_cache,
+        device=device,
     )
     if os.environ.get("RANK", "0") == "0":  # the first of several processes
         typer.echo(f"Models file: {models}\nNext: kdx explain {data} --models {models} --out RUN")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdx.disk import replacing
 from kdx.errors import KdxError
+from kdx.export.graphs import Preprocessing
 
 TRAINED_ON = "trained_on"
 """The entry of a recipe for the training data of weights that were not trained here (the fields of `TrainingData`)."""
@@ -131,6 +132,18 @@ def save_weights(path: Path, state: Mapping[str, Tensor], recipe: Recipe) -> Non
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     with replacing(path) as temporary:  # one entry of metadata, because safetensors writes several in random order
         save_file(tensors, temporary, metadata={"recipe": recipe.to_json()})
+
+
+def read_preprocessing(path: Path) -> Preprocessing | None:
+    """The preprocessing that the weights in ``path`` were trained with; None if kdx did not train them."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    try:
+        recipe = json.loads(_metadata(path)["recipe"])
+        height, width = recipe["size"]
+        return Preprocessing((int(height), int(width)), tuple(map(float, recipe["mean"])), tuple(map(float, recipe["std"])))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def read_training_data(path: Path) -> TrainingData | None:

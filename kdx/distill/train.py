@@ -46,6 +46,7 @@ def distill(
     teacher: str,
     student: str,
     out: Path | str,
+    assistants: Sequence[str] = (),
     settings: TrainingSettings = TrainingSettings(),
     layers: Sequence[str] | None = None,
     base: Path | str | None = None,
@@ -61,7 +62,10 @@ def distill(
     models file names: ``layer3``, or ``student_layer=teacher_layer``; by default the layers that both networks have by name, or
     else pairs by resolution. Images are resized for all three networks to the size of the teacher's preprocessing, or to
     ``settings.image_size``. ``teacher_cache`` is a folder that stores the teacher's outputs for the training images, for this and later
-    students; it excludes augmentation. ``report`` is called after every epoch. By default, epochs appear as progress bars in a terminal
+    students; it excludes augmentation. ``assistants`` are networks between teacher and student (Mirzadeh et al., "Improved Knowledge
+    Distillation via Teacher Assistant", AAAI 2020, arXiv:1902.03393): each is distilled, as a student with a base of its own, into
+    OUT/assistant-N from the network before it, with the same settings and default pairs of layers, and the last one is the student's
+    teacher. ``report`` is called after every epoch. By default, epochs appear as progress bars in a terminal
     and as lines elsewhere.
 
     OUT/ROLE.state.pt contains everything needed to resume, also within an epoch: the same call after an interruption, even a killed
@@ -74,6 +78,8 @@ def distill(
     numbers that are not finite, for too many unreadable images, for an OUT that contains networks of another configuration, and if
     training diverges.
     """
+    if assistants:
+        teacher = _train_assistants(data, teacher, assistants, Path(out), settings, teacher_cache, device, report)
     processes, device = Processes.of_environment(device)
     chosen_device = _device(device)
     check_settings(settings, chosen_device, processes)
@@ -98,6 +104,41 @@ def distill(
     if not announced:  # images that are decoded again in every epoch are discovered to be unreadable during training
         _print_unreadable(distillation)
     return path
+
+
+def _train_assistants(
+    data: str,
+    teacher: str,
+    assistants: Sequence[str],
+    out: Path,
+    settings: TrainingSettings,
+    teacher_cache: Path | str | None,
+    device: str,
+    report: EpochCallback | None,
+) -> str:
+    """Distil each assistant from the network before it; the reference of the last one, with its weights."""
+    for number, assistant in enumerate(assistants, 1):
+        folder = out.absolute() / f"assistant-{number}"
+        named = None if report is None else partial(_report_as, report, folder.name)
+        if named is None and Processes.of_environment(device)[0].is_main:
+            progress.console().print(f"Assistant {number} of {len(assistants)}: {assistant}", markup=False, soft_wrap=True)
+        distill(
+            data,
+            teacher=teacher,
+            student=assistant,
+            out=folder,
+            settings=settings,
+            teacher_cache=teacher_cache,
+            device=device,
+            report=named,
+        )
+        teacher = str(models.parse_reference(assistant).with_weights(str(folder / "student.safetensors")))
+    return teacher
+
+
+def _report_as(report: EpochCallback, folder: str, result: EpochResult) -> None:
+    """Report the epoch of a network of an assistant's distillation under the name of its folder."""
+    report(replace(result, network=f"{folder}/{result.network}"))
 
 
 def _ignore(_result: EpochResult) -> None:

@@ -23,6 +23,7 @@ from kdx.distill.losses.logits import DecoupledKd, Dist, SoftTargets, Standardis
 from kdx.distill.losses.relations import Relations
 from kdx.distill.losses.review import Review
 from kdx.errors import KdxError, first_line
+from kdx.models.sources import search_current_folder
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,13 @@ def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _imported(name: str) -> Any:
     module, _, attribute = name.partition(":")
+    search_current_folder()
     try:
         own = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the user's own code runs here
         raise KdxError(
-            f"The loss {name} cannot be imported: {first_line(error)}.", "Give package.module:loss of installed code."
+            f"The loss {name} cannot be imported: {first_line(error)}.",
+            "Name a loss of an installed package or of a file in the current folder.",
         ) from error
     if not callable(own) or (isinstance(own, type) and not issubclass(own, DistillationLoss)):
         raise KdxError(

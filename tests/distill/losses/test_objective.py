@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -301,7 +304,7 @@ def test_a_users_own_losses() -> None:
         ("no.such.module:loss", "cannot be imported: No module named 'no'"),
         (f"{__name__}:no_such_loss", "cannot be imported"),
         (f"{__name__}:NOT_A_LOSS", "is not a loss.\nGive a function"),
-        (f"{__name__}:Path", "cannot be imported"),
+        (f"{__name__}:Missing", "cannot be imported"),
         ("torch.nn:Linear", "is not a loss.\nGive a function"),
     ],
 )
@@ -317,3 +320,28 @@ def test_weights_may_have_exponents() -> None:
         ("kd", 0.5, ()),
         ("dkd", 1.0, (("nontarget", 0.1),)),
     ]
+
+
+def test_a_loss_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "losses_of_a_user.py").write_text("def gap(batch, power=2.0):\n    return batch.student.logits.abs().pow(power).mean()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    inputs = batch()
+    parts = objective("losses_of_a_user:gap,power=1")(inputs)
+    torch.testing.assert_close(parts["losses_of_a_user:gap"], inputs.student.logits.abs().mean())
+
+
+def test_the_page_states_what_each_method_needs() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "distillation.md").read_text("utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    table = {row[0].strip("`"): row for row in rows if len(row) == 8}
+    assert list(table) == list(METHODS)
+    assert [row[0].strip("`") for row in rows if len(row) == 3] == list(METHODS)  # formulas and sources
+    symbols = {0.9: "alpha", 500.0: "beta/2"}
+    for name, method in METHODS.items():
+        _, _, weight, options, pairs, adapters, memory, mixed = table[name]
+        needs, value = method.requirements, objective(name).weights[name]
+        assert weight == symbols.get(value, f"{value:g}")
+        defaults = inspect.signature(method.loss).parameters
+        assert options == ", ".join(f"`{key}`" for key, value in defaults.items() if isinstance(value.default, int | float))
+        assert (pairs, adapters == "yes", memory == "yes", mixed == "no") == (needs.pairs, needs.adapters, needs.memory, needs.classes)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kdx import models
 from kdx.distill.losses import Observed, Requirements
+from kdx.distill.number_formats import CompiledGraph
 from kdx.distill.pairing import pairs_by_resolution
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph, Preprocessing
@@ -31,12 +35,15 @@ class InPlace(nn.Module):
         return features
 
 
+@pytest.mark.parametrize("graph_class", [FeatureGraph, partial(CompiledGraph, backend="eager")])
 @pytest.mark.parametrize("reference", ["kdx:resnet,width=4,depth=2", "kdx:resnet,width=4,depth=1,block=bottleneck"])
-def test_pre_activations_of_residual_networks(reference: str) -> None:
+def test_pre_activations_of_residual_networks(reference: str, graph_class: Callable[..., FeatureGraph]) -> None:
     torch.manual_seed(0)
-    graph = FeatureGraph(models.load(reference).module, ["layer1", "layer3"]).eval()
-    plain = graph(IMAGES)
-    outputs = Observed(graph, BEFORE)(IMAGES)
+    graph = graph_class(models.load(reference).module, ["layer1", "layer3"], Preprocessing()).eval()
+    plain = FeatureGraph(graph.network, graph.layers)(IMAGES)
+    observed = Observed(graph, BEFORE)
+    observed(IMAGES.flip(0))
+    outputs = observed(IMAGES)
     assert torch.equal(outputs.logits, plain[0])
     for feature, expected, before in zip(outputs.features, plain[1:], outputs.pre_activations, strict=True):
         assert torch.equal(feature, expected) and torch.equal(before.relu(), feature)
