@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class Distillation:
     teacher_data: TrainingData | None
     """What a teacher that is not trained here was trained on, if known."""
     processes: Processes
+    log: Callable[[str, Sequence[Mapping[str, float]]], None] | None
+    """Called after every epoch of a role with the figures of all its epochs."""
     notes: tuple[str, ...]
     """Lines for the user: what was left out of the data, which weights of a file are used, and, after ``Warning:``, that existing weights
     may have seen images of the test split."""
@@ -61,6 +63,7 @@ class Distillation:
         teacher: str,
         student: str,
         processes: Processes = SINGLE,
+        log: Callable[[str, Sequence[Mapping[str, float]]], None] | None = None,
     ) -> Distillation:
         """Open the data, load the teacher and decode the splits. Raises KdxError for anything that cannot be trained."""
         dataset = replace(open_data(data), resizing=settings.resizing)
@@ -107,6 +110,7 @@ class Distillation:
             teacher_is_trained=(teacher_reference.weights is not None and not teacher_reference.has_new_head) or has_own_weights,
             teacher_data=earlier["teacher"][0] if "teacher" in earlier else None,
             processes=processes,
+            log=log,
             notes=(
                 dataset.note,
                 *(model.note for model in loaded),
