@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdx import models, progress
+from kdx import models, progress, threads
 from kdx.data.dataset import located
 from kdx.disk import write_atomic
 from kdx.distill import checkpoints, loop
@@ -89,6 +89,7 @@ def distill(
         _print_notes(distillation)
         announced = announced or _print_unreadable(distillation)
     with ExitStack() as stack:
+        stack.enter_context(threads.patient(torch.get_num_threads()))
         on_epoch = (report or stack.enter_context(_console())) if processes.is_main else _ignore
         pairs = layer_pairs(distillation, layers)
         check_networks(distillation)

@@ -79,7 +79,8 @@ def test_the_teacher_computes_each_image_once_for_all_students(tmp_path: Path, t
 
 def test_augmentation_excludes_stored_outputs(finished: Path, tmp_path: Path) -> None:
     teacher = f"{TEACHER}@{finished / 'teacher.safetensors'}"
-    for name, value in {"augment": True, "flip": True, "random_crop": 0.5, "mixup": 0.2}.items():
+    augmentations: dict[str, Any] = {"augment": True, "flip": True, "random_crop": 0.5, "mixup": 0.2}
+    for name, value in augmentations.items():
         assert not PLAIN.images_vary and replace(PLAIN, **{name: value}).images_vary
     with pytest.raises(KdxError, match="cannot be stored, because augmentation"):
         losses(tmp_path / "out", teacher, replace(PLAIN, flip=True), teacher_cache=tmp_path / "cache")
