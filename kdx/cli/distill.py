@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -167,4 +168,4 @@ def distill(
         device=device,
     )
     if os.environ.get("RANK", "0") == "0":  # the first of several processes
-        typer.echo(f"Models file: {models}\nNext: kdx explain {data} --models {models} --out RUN")
+        typer.echo(f"Models file: {models}\nNext: {shlex.join(['kdx', 'explain', data, '--models', str(models), '--out', 'RUN'])}")

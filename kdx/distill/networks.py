@@ -16,7 +16,7 @@ from kdx.choices import COVER
 from kdx.data.dataset import Dataset, open_data
 from kdx.data.splits import class_balanced_sample, stratified_splits, validation_is_test
 from kdx.distill.augmentation import Augmentation
-from kdx.distill.checkpoints import Recipe, TrainingData, read_preprocessing
+from kdx.distill.checkpoints import Recipe, TrainingData
 from kdx.distill.data import SplitImages
 from kdx.distill.number_formats import CompiledGraph
 from kdx.distill.processes import SINGLE, Processes
@@ -26,7 +26,6 @@ from kdx.distill.settings import TrainingSettings
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.models.reference import ModelReference
-from kdx.models.weights import split_key
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Distillation:
         network = models.load(str(teacher_reference))
         loaded = [network] if student_reference.weights is None else [network, models.load(str(student_reference))]
         has_own_weights = teacher_reference.source in ("hf", "pt2") and network.trained
-        preprocessing = _preprocessing(network, teacher_reference.weights, settings)
+        preprocessing = _preprocessing(network, settings)
         splits = stratified_splits(dataset, settings.split_seed)
         earlier = {
             role: check_weights(role, reference.weights, dataset, splits)
@@ -194,14 +193,11 @@ class Distillation:
         return {name: reason for part in self.images.values() for name, reason in part.unreadable.items()}
 
 
-def _preprocessing(teacher: models.Network, weights: str | None, settings: TrainingSettings) -> Preprocessing:
-    """That of the teacher's training if kdx trained it, otherwise that of its source."""
-    trained_with = None if weights is None else read_preprocessing(split_key(weights)[0])
-    preprocessing = trained_with or teacher.preprocessing
-    size = settings.image_size or preprocessing.size
+def _preprocessing(teacher: models.Network, settings: TrainingSettings) -> Preprocessing:
+    size = settings.image_size or teacher.preprocessing.size
     if size is None:
         raise KdxError(f"{teacher.reference} does not state the size of its images.", "Give the image size.")
-    return replace(preprocessing, size=size)
+    return replace(teacher.preprocessing, size=size)
 
 
 def check_networks(distillation: Distillation) -> None:

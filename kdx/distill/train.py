@@ -31,7 +31,7 @@ from kdx.distill.processes import Processes
 from kdx.distill.seeding import seeded
 from kdx.distill.settings import ADDED_LATER, EpochCallback, EpochResult, TrainingSettings
 from kdx.distill.teacher_outputs import teacher_outputs
-from kdx.errors import KdxError, printable
+from kdx.errors import KdxError, printable, resumable
 from kdx.export.graphs import FeatureGraph
 from kdx.models import models_file
 
@@ -88,7 +88,7 @@ def distill(
     processes, device = Processes.of_environment(device)
     chosen_device = _device(device)
     check_settings(settings, chosen_device, processes)
-    with ExitStack() as stack:
+    with ExitStack() as stack, resumable(lambda: any(Path(out).glob("*.state.pt")) or any(Path(out).glob("*.safetensors"))):
         stack.enter_context(threads.patient(torch.get_num_threads()))
         row_log = stack.enter_context(open_logs([*log, *(["csv"] if probe else [])], Path(out))) if processes.is_main else None
         distillation = Distillation.prepare(data, Path(out), settings, chosen_device, teacher, student, processes, row_log)
