@@ -62,11 +62,14 @@ class CompiledGraph(FeatureGraph):
         super().__init__(network, layers, preprocessing)
         self._raw: dict[str, object] = {}
         self._register_hooks(self._raw, lambda raw: raw)
-        self._compiled = torch.compile(self._captured, backend=backend)
 
-    def _captured(self, images: Tensor) -> tuple[object, dict[str, object]]:
-        self._raw.clear()
-        return self._predict(images), dict(self._raw)
+        def captured(images: Tensor) -> tuple[object, dict[str, object]]:
+            self._raw.clear()
+            return self._predict(images), dict(self._raw)
+
+        # Compiled passes are stored with the code, and are reused for another network of the same shapes without looking at its hooks.
+        captured.__code__ = captured.__code__.replace()
+        self._compiled = torch.compile(captured, backend=backend)
 
     def _pass(self, images: Tensor, capture: Callable[[Tensor], Tensor]) -> tuple[object, dict[str, object]]:
         return self._compiled(images)

@@ -6,6 +6,8 @@ for rounding, for batch normalisation, whose statistics are those of a part, and
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -37,13 +39,9 @@ class Processes:
         """
         if int(os.environ.get("WORLD_SIZE") or 1) == 1:
             return SINGLE, device
-        try:
-            from accelerate import Accelerator
-        except ModuleNotFoundError as error:
-            raise missing_package("accelerate", "distill", "A training with several processes") from error
         if device not in ("auto", "cpu", "cuda"):
             raise KdxError(f"Several processes cannot share the device {device!r}.", "Give cpu, cuda or auto.")
-        accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")  # kdx's own settings choose the precision
+        accelerator = _accelerator(device == "cpu")
         return cls(accelerator.process_index, accelerator.num_processes, accelerator), str(accelerator.device)
 
     @property
@@ -96,6 +94,18 @@ class Processes:
         """Return once every process has called this."""
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
+
+
+@functools.cache
+def _accelerator(cpu: bool) -> Any:
+    """The connection to the other processes, which ends with this process: gloo aborts a process whose peers have left before."""
+    try:
+        from accelerate import Accelerator
+    except ModuleNotFoundError as error:
+        raise missing_package("accelerate", "distill", "A training with several processes") from error
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # kdx's own settings choose the precision
+    atexit.register(accelerator.end_training)
+    return accelerator
 
 
 SINGLE = Processes()

@@ -44,6 +44,11 @@ def test_a_compiled_graph_has_the_outputs_and_gradients_of_the_graph() -> None:
     for one, two in zip(plain.parameters(), other.parameters(), strict=True):
         assert one.grad is not None and two.grad is not None
         torch.testing.assert_close(one.grad, two.grad)
+    for layers in ([], ["1"], ["3", "1"]):  # other layers of an equal network
+        images = torch.rand(6, 3, 12, 12)
+        another = CompiledGraph(network(), layers, preprocessing, "aot_eager")(images)
+        for one, two in zip(FeatureGraph(network(), layers, preprocessing)(images), another, strict=True):
+            torch.testing.assert_close(one, two)
     assert compiled.network.state_dict().keys() == plain.state_dict().keys()
     averaged = copy.deepcopy(compiled.network)  # as the average of the weights is made
     torch.testing.assert_close(FeatureGraph(averaged.eval(), [], preprocessing)(images)[0], compiled.eval()(images)[0])
@@ -80,6 +85,7 @@ def test_networks_compute_in_bfloat16() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
 def test_a_compiled_training_is_the_training(finished: Path, tmp_path: Path) -> None:
     for method in ("kd", "at"):
         settings = replace(QUICK, method=method, student_images=60, epochs=2)
