@@ -74,7 +74,7 @@ def launch(out: Path, *arguments: str, status: int = 0) -> list[list[float | str
         [sys.executable, "-m", "accelerate.commands.launch", *options, "--main_process_port", "0", str(script), str(out), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert (process.returncode == 0) == (status == 0), process.stderr[-3000:]
+    assert (process.returncode == 0) == (status == 0), process.stderr[:3000]
     lines = [line for line in process.stdout.splitlines() if line.startswith("[[")]
     assert len(lines) == (status == 0)  # only the first process reports
     return [epoch for line in lines for epoch in json.loads(line)]
