@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kdx.errors import KdxError
 from kdx.export import layouts
@@ -104,17 +105,8 @@ class WatchedNetwork(nn.Module):
         """
         if self.preprocessing.size is not None:
             images = nn.functional.interpolate(images, size=self.preprocessing.size, mode="bilinear", align_corners=False)
-        raw: dict[str, object] = {}
-        hooks = [
-            module.register_forward_hook(_capture_hook(raw, layer, capture))
-            for layer, module in zip(self.watched, self._watched_modules, strict=True)
-        ]
-        try:
-            with no_checkpointing(), network_errors():
-                logits = self._predict(((images - self.mean) / self.std).to(self.dtype))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with no_checkpointing(), network_errors():
+            logits, raw = self._pass(((images - self.mean) / self.std).to(self.dtype), capture)
         unreached = [layer for layer in self.watched if layer not in raw]
         if unreached:
             raise KdxError(
@@ -126,6 +118,23 @@ class WatchedNetwork(nn.Module):
                 "The network does not return logits [n, classes].", "Wrap it in a module whose forward returns one tensor of logits."
             )
         return logits, raw
+
+    def _pass(self, images: Tensor, capture: Callable[[Tensor], Tensor]) -> tuple[object, dict[str, object]]:
+        """The network's output for preprocessed images, and each layer's raw output."""
+        raw: dict[str, object] = {}
+        hooks = self._register_hooks(raw, capture)
+        try:
+            return self._predict(images), raw
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _register_hooks(self, raw: dict[str, object], capture: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
+        """Hooks that store the output of every watched layer in ``raw``."""
+        return [
+            module.register_forward_hook(_capture_hook(raw, layer, capture))
+            for layer, module in zip(self.watched, self._watched_modules, strict=True)
+        ]
 
     def _predict(self, images: Tensor) -> object:
         return self.network(images)

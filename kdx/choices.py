@@ -70,6 +70,18 @@ class Resizing:
 COVER = Resizing()
 """The default: cover, bicubic."""
 
+OptimizerName = Literal["sgd", "adamw"]
+"""The optimizer of a training."""
+
+ScheduleName = Literal["cosine", "step", "constant"]
+"""The learning rate of a training after its warm-up."""
+
+Selection = Literal["accuracy", "loss", "last"]
+"""The epoch whose weights are kept: the highest accuracy or the lowest cross entropy on the validation split, or the last epoch."""
+
+TrainingPrecision = Literal["float32", "bfloat16", "float16"]
+"""The number format in which networks compute during training. Weights, their updates and losses are float32."""
+
 StoredPrecision = Literal["float32", "float16"]
 """The number format of features on disk."""
 

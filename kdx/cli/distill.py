@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from kdx.choices import Interpolation, ResizeMode, Resizing
+from kdx.choices import Interpolation, OptimizerName, ResizeMode, Resizing, ScheduleName, Selection, TrainingPrecision
 from kdx.cli.options import DataArgument, DeviceOption, InterpolationHelp, LayerOption, ResizeHelp, SeedOption, UnreadableOption
+
+_TRAINING, _LOSS, _IMAGES, _SPEED = "Training", "Method", "Images", "Speed and machine"
+"""The groups of options in the help page."""
+
+
+def _option(group: str, help_text: str, *names: str, **limits: Any) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel=group, **limits)
 
 
 def distill(
@@ -19,28 +27,87 @@ def distill(
     ],
     student: Annotated[str, typer.Option(help="Model reference of the student and the base.")],
     out: Annotated[Path, typer.Option(help="The folder for the checkpoints and the models file.")],
-    method: Annotated[str, typer.Option(help="kd (Hinton 2015) or at (attention transfer).")] = "kd",
-    layer: LayerOption = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, per network.")] = 30,
-    batch: Annotated[int, typer.Option(min=2, help="Images per training step.")] = 64,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="The largest learning rate of the schedule.")] = 0.1,
-    temperature: Annotated[float, typer.Option(help="kd: divides the logits of both networks.")] = 4.0,
-    alpha: Annotated[float, typer.Option(min=0, max=1, help="kd: the teacher's share of the loss.")] = 0.9,
-    beta: Annotated[float, typer.Option(help="at: the weight of the attention loss.")] = 1000.0,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Resize images to a square of this side; by default the teacher's own size.")
+    assistant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Model reference of a network that learns from the teacher and then teaches the student; repeat it for a chain.",
+            show_default=False,
+        ),
     ] = None,
-    resize: Annotated[ResizeMode, typer.Option(help=f"{ResizeHelp} The models file records it.")] = "cover",
-    interpolation: Annotated[Interpolation, typer.Option(help=InterpolationHelp)] = "bicubic",
-    augment: Annotated[bool, typer.Option("--augment", help="Shift the training images by a few pixels.")] = False,
-    flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the training images.")] = False,
-    student_images: Annotated[int | None, typer.Option(min=2, help="Train base and student on only this many images.")] = None,
+    method: Annotated[
+        str,
+        _option(
+            _LOSS,
+            "kd, fitnet, at, ofd, rkd, crd, reviewkd, dkd, dist, catkd or lskd; several with weights: kd+at:0.5; options:"
+            " dkd,nontarget=4; your own loss: package.module:loss.",
+        ),
+    ] = "kd",
+    layer: LayerOption = None,
+    temperature: Annotated[float, _option(_LOSS, "kd, lskd, dkd, dist: divides the logits of both networks.")] = 4.0,
+    alpha: Annotated[float, _option(_LOSS, "kd, lskd: the teacher's share of the loss.", min=0, max=1)] = 0.9,
+    beta: Annotated[float, _option(_LOSS, "at: the weight of the attention loss.")] = 1000.0,
+    label_smoothing: Annotated[float, _option(_LOSS, "The share of every label that is spread over all classes.")] = 0.0,
+    epochs: Annotated[int, _option(_TRAINING, "Passes over the training images, per network.", min=1)] = 30,
+    teacher_epochs: Annotated[int | None, _option(_TRAINING, "Epochs of the teacher, if they differ.", min=1)] = None,
+    batch: Annotated[int, _option(_TRAINING, "Images per training step, over all processes.", min=2)] = 64,
+    accumulate: Annotated[int, _option(_TRAINING, "Compute the gradient of a batch in this many parts, to save memory.", min=1)] = 1,
+    optimizer: Annotated[OptimizerName, _option(_TRAINING, "The optimizer.")] = "sgd",
+    learning_rate: Annotated[float, _option(_TRAINING, "The largest learning rate of the schedule.", "--learning-rate", "--lr")] = 0.1,
+    momentum: Annotated[float, _option(_TRAINING, "sgd: the momentum.", min=0)] = 0.9,
+    nesterov: Annotated[bool, _option(_TRAINING, "sgd: Nesterov's form of momentum.")] = True,
+    weight_decay: Annotated[float, _option(_TRAINING, "The weight decay of all weights.", min=0)] = 5e-4,
+    clip: Annotated[float | None, _option(_TRAINING, "The largest L2 norm of the gradient of all weights.")] = None,
+    schedule: Annotated[ScheduleName, _option(_TRAINING, "The learning rate after the warm-up.")] = "cosine",
+    warm_up: Annotated[float, _option(_TRAINING, "The share of the steps over which the learning rate rises.")] = 0.1,
+    milestone: Annotated[
+        list[int] | None,
+        _option(_TRAINING, "step: an epoch after which the rate falls; repeat it. Default: half and three quarters.", show_default=False),
+    ] = None,
+    gamma: Annotated[float, _option(_TRAINING, "step: the factor of the learning rate at a milestone.")] = 0.1,
+    ema: Annotated[float | None, _option(_TRAINING, "Keep a moving average of the weights, with this decay per step (0.999).")] = None,
+    select: Annotated[Selection, _option(_TRAINING, "Keep the epoch with the best validation accuracy or loss, or the last.")] = "accuracy",
+    patience: Annotated[int | None, _option(_TRAINING, "Stop after this many epochs without a better one.", min=1)] = None,
+    save_minutes: Annotated[float, _option(_TRAINING, "Minutes between the states from which a run resumes.", min=0)] = 5.0,
+    log: Annotated[
+        list[str] | None,
+        _option(_TRAINING, "Log every epoch: csv (OUT/ROLE.csv), tensorboard or wandb. Repeat the option for several.", show_default=False),
+    ] = None,
+    probe: Annotated[
+        int | None,
+        _option(_TRAINING, "Compute FSS and RS of this many validation images after every epoch of the student (OUT/student.csv).", min=4),
+    ] = None,
+    image_size: Annotated[
+        int | None, _option(_IMAGES, "Resize images to a square of this side; by default the teacher's own size.", min=1)
+    ] = None,
+    resize: Annotated[ResizeMode, _option(_IMAGES, f"{ResizeHelp} The models file records it.")] = "cover",
+    interpolation: Annotated[Interpolation, _option(_IMAGES, InterpolationHelp)] = "bicubic",
+    augment: Annotated[bool, _option(_IMAGES, "Shift the training images by a few pixels.", "--augment")] = False,
+    flip: Annotated[bool, _option(_IMAGES, "Mirror half of the training images.", "--flip")] = False,
+    random_crop: Annotated[
+        float | None, _option(_IMAGES, "Resize a random crop of each image; the number is the smallest share of its area, such as 0.3.")
+    ] = None,
+    colour_jitter: Annotated[float, _option(_IMAGES, "Change brightness, contrast, saturation and hue by up to this share.")] = 0.0,
+    rand_augment: Annotated[int | None, _option(_IMAGES, "Apply RandAugment at this magnitude from 0 to 30, such as 9.")] = None,
+    mixup: Annotated[float, _option(_IMAGES, "Mix images and labels by mixup with this parameter, such as 0.2.")] = 0.0,
+    cutmix: Annotated[float, _option(_IMAGES, "Mix images and labels by cutmix with this parameter, such as 1.")] = 0.0,
+    student_images: Annotated[int | None, _option(_IMAGES, "Train base and student on only this many images.", min=2)] = None,
     max_unreadable: UnreadableOption = 0.01,
     split_seed: Annotated[
         int, typer.Option(min=0, help="Seed of the split into training, validation and test images. The models file records it.")
     ] = 0,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    precision: Annotated[
+        TrainingPrecision, _option(_SPEED, "The number format of the networks in training; weights and losses are float32.")
+    ] = "float32",
+    channels_last: Annotated[
+        bool, _option(_SPEED, "Store features with channels last, which convolutions are often faster with.", "--channels-last")
+    ] = False,
+    teacher_cache: Annotated[
+        Path | None,
+        _option(_SPEED, "A folder that stores the teacher's outputs, for all students that see the same images without augmentation."),
+    ] = None,
+    compile_networks: Annotated[bool, _option(_SPEED, "Compile the networks with torch.compile.", "--compile")] = False,
 ) -> None:
     """Train a teacher (or use an existing one), a base and a student, and write a models file for kdx explain."""
     from kdx.distill import TrainingSettings
@@ -49,8 +116,11 @@ def distill(
     settings = TrainingSettings(
         method=method,
         epochs=epochs,
+        teacher_epochs=teacher_epochs,
         batch=batch,
+        optimizer=optimizer,
         learning_rate=learning_rate,
+        weight_decay=weight_decay,
         temperature=temperature,
         alpha=alpha,
         beta=beta,
@@ -62,6 +132,40 @@ def distill(
         image_size=None if image_size is None else (image_size, image_size),
         resizing=Resizing(resize, interpolation),
         max_unreadable=max_unreadable,
+        momentum=momentum,
+        nesterov=nesterov and momentum > 0,
+        schedule=schedule,
+        warm_up=warm_up,
+        milestones=tuple(milestone or ()),
+        gamma=gamma,
+        label_smoothing=label_smoothing,
+        clip=clip,
+        accumulate=accumulate,
+        ema=ema,
+        select=select,
+        patience=patience,
+        random_crop=random_crop,
+        colour_jitter=colour_jitter,
+        rand_augment=rand_augment,
+        mixup=mixup,
+        cutmix=cutmix,
+        precision=precision,
+        channels_last=channels_last,
+        compile=compile_networks,
+        save_minutes=save_minutes,
     )
-    models = train(data, teacher=teacher, student=student, out=out, settings=settings, layers=layer, device=device)
-    typer.echo(f"Models file: {models}\nNext: {shlex.join(['kdx', 'explain', data, '--models', str(models), '--out', 'RUN'])}")
+    models = train(
+        data,
+        teacher=teacher,
+        student=student,
+        out=out,
+        assistants=assistant or (),
+        settings=settings,
+        layers=layer,
+        teacher_cache=teacher_cache,
+        log=log or (),
+        probe=probe,
+        device=device,
+    )
+    if os.environ.get("RANK", "0") == "0":  # the first of several processes
+        typer.echo(f"Models file: {models}\nNext: {shlex.join(['kdx', 'explain', data, '--models', str(models), '--out', 'RUN'])}")

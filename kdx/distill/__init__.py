@@ -6,11 +6,27 @@ import warnings
 from typing import TYPE_CHECKING
 
 from kdx.choices import Resizing
-from kdx.distill.losses import METHODS, Method, Outputs, attention_transfer, kd
+from kdx.distill.losses import METHODS, Batch, DistillationLoss, Method, Objective, Outputs, Requirements, Shapes, attention_transfer, kd
 from kdx.distill.settings import DEMO, EpochResult, TrainingSettings
 from kdx.distill.train import distill
 
-__all__ = ["DEMO", "METHODS", "EpochResult", "Method", "Outputs", "Resizing", "TrainingSettings", "attention_transfer", "distill", "kd"]
+__all__ = [
+    "DEMO",
+    "METHODS",
+    "Batch",
+    "DistillationLoss",
+    "EpochResult",
+    "Method",
+    "Objective",
+    "Outputs",
+    "Requirements",
+    "Resizing",
+    "Shapes",
+    "TrainingSettings",
+    "attention_transfer",
+    "distill",
+    "kd",
+]
 
 _OLD_NAMES = {"Progress": EpochResult, "Settings": TrainingSettings}
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -58,13 +60,26 @@ class TrainingData:
     of_0_1_0: bool = False
 
 
-def resume(path: Path, recipe: Recipe, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load the state file at ``path`` into network and optimizer, and return the state; without a file, the state of epoch 0.
+class Resumable(Protocol):
+    """A part of a training with a state: a module, an optimizer, a scaler."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> object: ...
+
+
+def resume(
+    path: Path,
+    recipe: Recipe,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    others: Mapping[str, Resumable] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Load the state file at ``path`` into network, optimizer and ``others``, and return the state; without a file, that of epoch 0.
 
     Raises KdxError for a file that cannot be read or that belongs to another recipe.
     """
     if not path.exists():
-        return {"recipe": recipe.to_json(), "epoch": 0, "best_score": [-1.0, 0.0]}
+        return {"recipe": recipe.to_json(), "epoch": 0, "best_score": [-math.inf, -math.inf]}
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # kdx writes it atomically, so another program has changed it
@@ -72,6 +87,8 @@ def resume(path: Path, recipe: Recipe, network: nn.Module, optimizer: torch.opti
     _check_recipe(path, state["recipe"], recipe)
     network.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    for name, part in others.items():
+        part.load_state_dict(state[name])
     return state
 
 

@@ -1,4 +1,4 @@
-"""The images that a training reads: splits, cached in memory where they fit, and augmentation."""
+"""The images that a training reads: splits, cached in memory where they fit."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kdx.data.dataset import Dataset, Indices
 from kdx.data.images import check_unreadable, load_images
-from kdx.distill.settings import TrainingSettings
 
 CACHE_BYTES = 1_000_000_000
 """A split whose decoded pixels (uint8) take fewer bytes stays in memory. A larger one is decoded again in every epoch."""
@@ -43,25 +41,12 @@ class SplitImages:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, positions: Indices) -> tuple[Tensor, Tensor]:
-        """Images [n, 3, H, W] in [0, 1] and labels [n]. An image that cannot be read is left out."""
+    def read(self, positions: Indices) -> tuple[Tensor, Tensor, Indices]:
+        """Images [n, 3, H, W] in [0, 1], labels [n], and the positions [n] of these. An image that cannot be read is left out."""
         if self.pixels is not None:
-            return self.pixels[torch.from_numpy(positions)].float().div(255), torch.from_numpy(self.dataset.labels[self.indices[positions]])
+            labels = torch.from_numpy(self.dataset.labels[self.indices[positions]])
+            return self.pixels[torch.from_numpy(positions)].float().div(255), labels, positions
         images = load_images(self.dataset, self.indices[positions], self.size)
         self._record(images.unreadable)
-        return images.pixels, torch.from_numpy(self.dataset.labels[images.kept])
-
-
-def augmented(pixels: Tensor, settings: TrainingSettings, generator: np.random.Generator) -> Tensor:
-    """Images [n, 3, H, W], each shifted (with its edge repeated) if ``settings.augment``, and mirrored with probability 1/2 if
-    ``settings.flip``."""
-    count, _, height, width = pixels.shape
-    if settings.augment:
-        reach = max(1, min(height, width) // 12)
-        padded = functional.pad(pixels, (reach, reach, reach, reach), mode="replicate")
-        tops, lefts = generator.integers(0, 2 * reach + 1, (2, count))
-        pixels = torch.stack([padded[i, :, tops[i] : tops[i] + height, lefts[i] : lefts[i] + width] for i in range(count)])
-    if settings.flip:
-        mirrored = torch.from_numpy(generator.random(count) < 0.5)
-        pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
-    return pixels
+        kept = positions[np.isin(self.indices[positions], images.kept)]
+        return images.pixels, torch.from_numpy(self.dataset.labels[images.kept]), kept

@@ -1,8 +1,8 @@
-"""The networks of a distillation: references, initial and trained weights, recipes, layer pairs, and checks before training."""
+"""The networks of a distillation: references, initial and trained weights, recipes, and checks before training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,16 @@ from kdx import models
 from kdx.choices import COVER
 from kdx.data.dataset import Dataset, open_data
 from kdx.data.splits import class_balanced_sample, stratified_splits, validation_is_test
+from kdx.distill.augmentation import Augmentation
 from kdx.distill.checkpoints import Recipe, TrainingData
 from kdx.distill.data import SplitImages
+from kdx.distill.number_formats import CompiledGraph
+from kdx.distill.processes import SINGLE, Processes
 from kdx.distill.reused_weights import check_weights
 from kdx.distill.seeding import seeded
 from kdx.distill.settings import TrainingSettings
-from kdx.errors import KdxError, about_network
+from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph, Preprocessing
-from kdx.export.layer_names import find_layer
-from kdx.models.layer_pairs import parse_layers
 from kdx.models.reference import ModelReference
 
 
@@ -44,12 +45,25 @@ class Distillation:
     """Whether the teacher comes with weights and is not trained here."""
     teacher_data: TrainingData | None
     """What a teacher that is not trained here was trained on, if known."""
+    processes: Processes
+    log: Callable[[str, Sequence[Mapping[str, float]]], None] | None
+    """Called after every epoch of a role with the figures of all its epochs."""
     notes: tuple[str, ...]
     """Lines for the user: what was left out of the data, which weights of a file are used, and, after ``Warning:``, that existing weights
     may have seen images of the test split."""
 
     @classmethod
-    def prepare(cls, data: str, folder: Path, settings: TrainingSettings, device: torch.device, teacher: str, student: str) -> Distillation:
+    def prepare(
+        cls,
+        data: str,
+        folder: Path,
+        settings: TrainingSettings,
+        device: torch.device,
+        teacher: str,
+        student: str,
+        processes: Processes = SINGLE,
+        log: Callable[[str, Sequence[Mapping[str, float]]], None] | None = None,
+    ) -> Distillation:
         """Open the data, load the teacher and decode the splits. Raises KdxError for anything that cannot be trained."""
         dataset = replace(open_data(data), resizing=settings.resizing)
         # Local folders and files become absolute paths, so that the models file is valid from any folder.
@@ -94,6 +108,8 @@ class Distillation:
             student_reference,
             teacher_is_trained=(teacher_reference.weights is not None and not teacher_reference.has_new_head) or has_own_weights,
             teacher_data=earlier["teacher"][0] if "teacher" in earlier else None,
+            processes=processes,
+            log=log,
             notes=(
                 dataset.note,
                 *(model.note for model in loaded),
@@ -124,9 +140,22 @@ class Distillation:
         """The graph of a network and its layers. Images are decoded at their final size, so the graph does not resize them."""
         return FeatureGraph(module, layers, replace(self.preprocessing, size=None)).to(self.device)
 
+    def training_graph(self, module: nn.Module, layers: Sequence[str] = ()) -> FeatureGraph:
+        """`graph` in the memory layout and the form, compiled or not, that the settings choose for training."""
+        if self.settings.channels_last:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if not self.settings.compile:
+            return self.graph(module, layers)
+        return CompiledGraph(module, layers, replace(self.preprocessing, size=None)).to(self.device)
+
     def epochs(self, role: str) -> int:
         """The number of epochs of a role's training."""
         return self.settings.teacher_epochs or self.settings.epochs if role == "teacher" else self.settings.epochs
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """The augmentation of the training images."""
+        return Augmentation(self.settings, self.preprocessing.size or (0, 0), len(self.dataset.classes))
 
     def recipe(self, role: str) -> Recipe:
         """Everything that the weights of the teacher or the base depend on."""
@@ -142,12 +171,21 @@ class Distillation:
             "mean": list(self.preprocessing.mean),
             "std": list(self.preprocessing.std),
             **{key: getattr(settings, key) for key in common},
+            **settings.later_entries(),
         }
+        if self.processes.count > 1:
+            entries["processes"] = self.processes.count
         if settings.resizing != COVER:  # kdx 0.1.0 had no other
             entries["resizing"] = [settings.resizing.mode, settings.resizing.interpolation]
         if validation_is_test(self.dataset):  # kdx 0.1.0 did not have this rule
             entries["validation_is_test"] = True
         return Recipe(entries, lambda: self.dataset.fingerprint_of_0_1_0)
+
+    def merge_unreadable(self) -> None:
+        """Add the unreadable images that the other processes have come upon."""
+        for part in self.images.values():
+            for unreadable in self.processes.gather(part.unreadable):
+                part.unreadable |= unreadable
 
     @property
     def unreadable(self) -> dict[str, str]:
@@ -160,26 +198,6 @@ def _preprocessing(teacher: models.Network, settings: TrainingSettings) -> Prepr
     if size is None:
         raise KdxError(f"{teacher.reference} does not state the size of its images.", "Give the image size.")
     return replace(teacher.preprocessing, size=size)
-
-
-def layer_pairs(distillation: Distillation, layers: Sequence[str] | None) -> list[tuple[str, str]]:
-    """Pairs (student's layer, teacher's layer): those of ``layers``, or else the layers that both networks have by name.
-
-    Without a common name, the pair is the last layer of each. Raises KdxError for a layer that a network does not have.
-    """
-    student, teacher = distillation.initial_network("student"), distillation.initial_network("teacher")
-    if layers is not None:
-        pairs = [(layer, names.teacher) for layer, names in parse_layers(layers).items()]
-        for student_layer, teacher_layer in pairs:
-            with about_network("student"):
-                find_layer(student, student_layer)
-            with about_network("teacher"):
-                find_layer(teacher, teacher_layer)
-        return pairs
-    size = distillation.preprocessing.size
-    student_layers, teacher_layers = models.layers(student, size), models.layers(teacher, size)
-    common = [(name, name) for name in student_layers if name in teacher_layers]
-    return common or list(zip(student_layers[-1:], teacher_layers[-1:], strict=False))
 
 
 def check_networks(distillation: Distillation) -> None:

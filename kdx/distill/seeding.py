@@ -3,15 +3,53 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 
 
 @contextmanager
-def seeded(device: torch.device, seed: int, stream: int) -> Iterator[None]:
-    """Inside the block, PyTorch's random numbers follow from (seed, stream). Afterwards its generators are as they were before."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {stream}".encode()).digest()[:7]))
-        yield
+def seeded(device: torch.device, seed: int, *stream: int) -> Iterator[None]:
+    """Inside the block, the random numbers of PyTorch, NumPy's global generator and Python follow from (seed, stream).
+
+    Afterwards these generators are as they were before.
+    """
+    number = int.from_bytes(hashlib.sha256(" ".join(map(str, (seed, *stream))).encode()).digest()[:7])
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - networks of other packages may use it
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(number)
+            random.seed(number)
+            np.random.seed(number % 2**32)  # noqa: NPY002
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def random_state(device: torch.device, generator: np.random.Generator) -> dict[str, Any]:
+    """The states of ``generator`` and of all generators that `seeded` controls, as values that a file of weights may contain."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "generator": json.dumps(generator.bit_generator.state),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+    }
+
+
+def set_random_state(device: torch.device, generator: np.random.Generator, state: dict[str, Any]) -> None:
+    """Put the generators back into a state of `random_state`."""
+    generator.bit_generator.state = json.loads(state["generator"])
+    torch.set_rng_state(state["torch"])
+    if state["device"] is not None:
+        torch.cuda.set_rng_state(state["device"], device)
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
-from kdx.choices import COVER, Resizing
-from kdx.distill.losses import METHODS
+from kdx.choices import COVER, OptimizerName, Resizing, ScheduleName, Selection, TrainingPrecision
+from kdx.distill.losses import method_requirements, parse_method
 from kdx.errors import KdxError
 
 
@@ -19,21 +18,35 @@ class TrainingSettings:
 
     ``student_images`` trains base and student on a class-balanced part of the train split; the teacher is always trained on all of it.
     ``teacher_epochs`` is the number of epochs of the teacher, by default ``epochs``. ``temperature``, ``alpha`` and ``beta`` belong to
-    the distillation losses and do not change the teacher's training. ``augment`` shifts each image by up to a twelfth of its size,
-    and ``flip`` mirrors half of the images. ``image_size`` is (height, width), and ``resizing`` how images are brought to
-    it. ``split_seed`` determines which images are in the splits
-    train, validation and test, and ``seed`` everything else that is random: networks with the same ``split_seed`` are trained on the same
-    images. ``max_unreadable`` is the share of corrupt images in a split above which the training fails; one image always passes, unless the
-    share is 0.
+    the distillation losses and do not change the teacher's training. ``image_size`` is (height, width), and ``resizing`` how images are
+    brought to it. ``split_seed`` determines which images are in the splits train, validation and test, and ``seed`` everything else that
+    is random: networks with the same ``split_seed`` are trained on the same images. ``max_unreadable`` is the share of corrupt images in
+    a split above which the training fails; one image always passes, unless the share is 0.
 
-    Raises KdxError for an unknown method and for a setting out of range.
+    ``batch`` is the number of images per step of the optimizer, over all processes. ``accumulate`` computes its gradient in this many
+    parts, which saves memory; batch normalisation then uses the statistics of a part. ``schedule`` is the learning rate after the
+    linear rise over the share ``warm_up`` of the steps: half a cosine down to 0; ``step``, multiplied by ``gamma`` after the epochs
+    ``milestones`` (by default after 1/2 and 3/4 of the epochs); or ``constant``. ``momentum`` and ``nesterov`` belong to ``sgd``.
+    ``clip`` is the largest L2 norm of the gradient of all weights. ``ema`` is the decay per step of the exponential moving average of the
+    weights, which is then what is validated and kept. ``select`` names the epoch whose weights are kept: the highest validation
+    accuracy, the lowest validation loss (cross entropy), or the last. ``patience`` stops a training after this many epochs without a
+    better one.
+
+    ``augment`` shifts each image by up to a twelfth of its size, and ``flip`` mirrors half of the images. `kdx.distill.augmentation`
+    describes ``random_crop``, ``colour_jitter``, ``rand_augment``, ``mixup`` and ``cutmix``.
+
+    ``precision`` is the number format in which networks are trained (autocast); weights and losses are float32. ``channels_last``
+    changes the memory layout, and ``compile`` compiles the networks with torch.compile. All of these change results by rounding.
+    ``save_minutes`` is the time between two states from which a training resumes; one is also saved after every epoch.
+
+    Raises KdxError for an unknown method, for a setting out of range, and for settings that exclude one another.
     """
 
     method: str = "kd"
     epochs: int = 30
     teacher_epochs: int | None = None
     batch: int = 64
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: OptimizerName = "sgd"
     learning_rate: float = 0.1
     weight_decay: float = 5e-4
     temperature: float = 4.0
@@ -47,17 +60,35 @@ class TrainingSettings:
     image_size: tuple[int, int] | None = None
     resizing: Resizing = COVER
     max_unreadable: float = 0.01
+    momentum: float = 0.9
+    nesterov: bool = True
+    schedule: ScheduleName = "cosine"
+    warm_up: float = 0.1
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    label_smoothing: float = 0.0
+    clip: float | None = None
+    accumulate: int = 1
+    ema: float | None = None
+    select: Selection = "accuracy"
+    patience: int | None = None
+    random_crop: float | None = None
+    colour_jitter: float = 0.0
+    rand_augment: int | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    precision: TrainingPrecision = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    save_minutes: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            near = difflib.get_close_matches(self.method, METHODS, n=1)
-            hint = f"Did you mean {near[0]}? " if near else ""
-            raise KdxError(f"There is no distillation method {self.method!r}.", f"{hint}Choose one of: {', '.join(METHODS)}.")
+        parse_method(self.method)
         in_range = {
             "epochs": self.epochs >= 1,
             "teacher_epochs": self.teacher_epochs is None or self.teacher_epochs >= 1,
             "batch": self.batch >= 2,
-            "optimizer": self.optimizer in ("sgd", "adamw"),
+            "optimizer": self.optimizer in get_args(OptimizerName),
             "learning_rate": 0 < self.learning_rate < math.inf,
             "weight_decay": 0 <= self.weight_decay < math.inf,
             "temperature": 0 < self.temperature < math.inf,
@@ -68,12 +99,60 @@ class TrainingSettings:
             "student_images": self.student_images is None or self.student_images >= 2,
             "max_unreadable": 0 <= self.max_unreadable <= 1,
             "image_size": self.image_size is None or min(self.image_size) >= 1,
+            "momentum": 0 <= self.momentum < 1,
+            "nesterov": not self.nesterov or self.momentum > 0 or self.optimizer != "sgd",
+            "schedule": self.schedule in get_args(ScheduleName),
+            "warm_up": 0 <= self.warm_up < 1,
+            "milestones": list(self.milestones) == sorted(set(self.milestones)) and min(self.milestones, default=1) >= 1,
+            "gamma": 0 < self.gamma <= 1,
+            "label_smoothing": 0 <= self.label_smoothing < 1,
+            "clip": self.clip is None or 0 < self.clip < math.inf,
+            "accumulate": 1 <= self.accumulate <= self.batch // 2,
+            "ema": self.ema is None or 0 < self.ema < 1,
+            "select": self.select in get_args(Selection),
+            "patience": self.patience is None or (self.patience >= 1 and self.select != "last"),
+            "random_crop": self.random_crop is None or 0 < self.random_crop <= 1,
+            "colour_jitter": 0 <= self.colour_jitter <= 1,
+            "rand_augment": self.rand_augment is None or 0 <= self.rand_augment <= 30,
+            "mixup": 0 <= self.mixup < math.inf,
+            "cutmix": 0 <= self.cutmix < math.inf,
+            "save_minutes": 0 <= self.save_minutes < math.inf,
+            "precision": self.precision in get_args(TrainingPrecision),
         }
         for name, is_in_range in in_range.items():
             if not is_in_range:
                 hint = _RANGE_HINTS.get(name, "Give a number above 0.")
                 raise KdxError(f"The training setting {name} cannot be {getattr(self, name)!r}.", hint)
+        if self.mixes_images and method_requirements(self.method).classes:
+            raise KdxError(
+                f"The method {self.method} needs one class per image, which mixed images do not have.", "Leave out mixup and cutmix."
+            )
 
+    def later_entries(self) -> dict[str, Any]:
+        """The settings in `ADDED_LATER` that differ from their defaults, for records that older versions of kdx wrote without them."""
+        return {name: getattr(self, name) for name in ADDED_LATER if getattr(self, name) != getattr(type(self), name)}
+
+    @property
+    def images_vary(self) -> bool:
+        """Whether the pixels of a training image differ from epoch to epoch."""
+        return bool(self.augment or self.flip or self.uses_transforms or self.mixes_images)
+
+    @property
+    def uses_transforms(self) -> bool:
+        """Whether a random transform of torchvision is applied to each image."""
+        return self.random_crop is not None or self.colour_jitter > 0 or self.rand_augment is not None
+
+    @property
+    def mixes_images(self) -> bool:
+        """Whether images are mixed, so that labels are distributions over the classes."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+ADDED_LATER = (
+    "momentum", "nesterov", "schedule", "warm_up", "milestones", "gamma", "label_smoothing", "clip", "accumulate", "ema", "select",
+    "patience", "random_crop", "colour_jitter", "rand_augment", "mixup", "cutmix", "precision", "channels_last", "compile",
+)  # fmt: skip
+"""The settings that kdx 0.1.0 did not have. Their defaults are what it did."""
 
 _RANGE_HINTS = {
     "batch": "Give a batch of 2 or more, because batch normalisation needs it.",
@@ -85,6 +164,24 @@ _RANGE_HINTS = {
     "seed": "Give 0 or more.",
     "split_seed": "Give 0 or more.",
     "student_images": "Give 2 or more; leave it out for the whole train split.",
+    "momentum": "Give a number from 0 to below 1.",
+    "nesterov": "Give a momentum above 0, or switch Nesterov's momentum off.",
+    "schedule": "Choose cosine, step or constant.",
+    "warm_up": "Give a share of the steps, from 0 to below 1.",
+    "milestones": "Give epochs in ascending order, each once.",
+    "gamma": "Give a factor above 0 and at most 1.",
+    "label_smoothing": "Give a share from 0 to below 1.",
+    "accumulate": "Give a number of parts from 1 to half of the batch, because batch normalisation needs two images in each.",
+    "ema": "Give a decay between 0 and 1, such as 0.999.",
+    "select": "Choose accuracy, loss or last.",
+    "patience": "Give 1 or more epochs, and select by accuracy or loss.",
+    "random_crop": "Give the smallest share of the image's area, above 0 and at most 1.",
+    "colour_jitter": "Give a strength from 0 to 1.",
+    "rand_augment": "Give a magnitude from 0 to 30, such as 9.",
+    "mixup": "Give 0 (off) or the parameter of the Beta distribution, such as 0.2.",
+    "save_minutes": "Give 0 (after every step) or more minutes.",
+    "cutmix": "Give 0 (off) or the parameter of the Beta distribution, such as 1.",
+    "precision": "Choose float32, bfloat16 or float16.",
 }
 
 
@@ -92,7 +189,9 @@ _RANGE_HINTS = {
 class EpochResult:
     """The mean training loss and the accuracy on the validation split after one epoch of the training of ``network`` (a role).
 
-    Both are None for a network that an earlier run finished.
+    Both are None for a network that an earlier run finished. ``epochs`` is the number of all epochs, also where the training stops early.
+    entropy: the mean cross entropy on the validation split. parts: the mean of each part of the loss. images_per_second: the speed of
+    the training steps, without validation. scores: of the probe images by LAYER/SCORE, if there are any.
     """
 
     network: str
@@ -100,6 +199,16 @@ class EpochResult:
     epochs: int
     loss: float | None = None
     accuracy: float | None = None
+    entropy: float | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    images_per_second: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, float]:
+        """The figures by name, for logs."""
+        figures = {"loss": self.loss, "accuracy": self.accuracy, "entropy": self.entropy, "images_per_second": self.images_per_second}
+        parts = {f"loss/{name}": value for name, value in self.parts.items()}
+        return {"epoch": self.epoch, **{name: value for name, value in figures.items() if value is not None}, **parts, **self.scores}
 
 
 EpochCallback = Callable[[EpochResult], None]

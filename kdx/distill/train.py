@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +18,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kdx import models, progress
+from kdx import models, progress, threads
 from kdx.data.dataset import located
 from kdx.disk import write_atomic
 from kdx.distill import checkpoints, loop
-from kdx.distill.losses import LOSS_SETTINGS, METHODS, Outputs
-from kdx.distill.networks import Distillation, check_networks, layer_pairs
-from kdx.distill.settings import EpochCallback, EpochResult, TrainingSettings
+from kdx.distill.losses import LABELS, LOSS_SETTINGS, Batch, LabelLoss, Objective, Observed, Shapes, method_requirements, source_hashes
+from kdx.distill.monitoring import Probe, open_logs
+from kdx.distill.networks import Distillation, check_networks
+from kdx.distill.number_formats import check_settings
+from kdx.distill.pairing import Pair, layer_pairs
+from kdx.distill.processes import Processes
+from kdx.distill.seeding import seeded
+from kdx.distill.settings import ADDED_LATER, EpochCallback, EpochResult, TrainingSettings
+from kdx.distill.teacher_outputs import teacher_outputs
 from kdx.errors import KdxError, printable, resumable
 from kdx.export.graphs import FeatureGraph
 from kdx.models import models_file
 
 USED_IMAGES = "used_images.npy"
+
+_ADAPTERS = 2
+"""The random stream of the initial weights of adapters, after those of the student and of the teacher."""
 
 
 def distill(
@@ -37,9 +47,13 @@ def distill(
     teacher: str,
     student: str,
     out: Path | str,
+    assistants: Sequence[str] = (),
     settings: TrainingSettings = TrainingSettings(),
     layers: Sequence[str] | None = None,
     base: Path | str | None = None,
+    teacher_cache: Path | str | None = None,
+    log: Sequence[str] = (),
+    probe: int | None = None,
     device: str = "auto",
     report: EpochCallback | None = None,
 ) -> Path:
@@ -48,35 +62,100 @@ def distill(
     A teacher whose reference has ``@weights``, or is a trained network by itself (``hf:``, ``.pt2``), is not trained. ``base`` is a
     base checkpoint of another run, which must have the same recipe. The weights with the best validation accuracy are kept. The
     accuracy on the test split is measured at the end and recorded. ``layers`` are the pairs that feature losses match and that the
-    models file names: ``layer3``, or ``student_layer=teacher_layer``; by default the layers that both networks have, or else
-    the last layer of each. Images are resized for all three networks to the size of the teacher's preprocessing, or to
-    ``settings.image_size``. ``report`` is called after every epoch. By default, epochs appear as progress bars in a terminal and as lines
-    elsewhere.
+    models file names: ``layer3``, or ``student_layer=teacher_layer``; by default the layers that both networks have by name, or
+    else pairs by resolution. Images are resized for all three networks to the size of the teacher's preprocessing, or to
+    ``settings.image_size``. ``teacher_cache`` is a folder that stores the teacher's outputs for the training images, for this and later
+    students; it excludes augmentation. ``assistants`` are networks between teacher and student (Mirzadeh et al., "Improved Knowledge
+    Distillation via Teacher Assistant", AAAI 2020, arXiv:1902.03393): each is distilled, as a student with a base of its own, into
+    OUT/assistant-N from the network before it, with the same settings and default pairs of layers, and the last one is the student's
+    teacher. ``log`` names logs
+    of every epoch: ``csv`` (OUT/ROLE.csv), ``tensorboard`` or ``wandb``. ``probe`` is a number of validation images whose scores are
+    computed after every epoch of the student and stored in OUT/student.csv (`kdx.distill.monitoring.Probe`). ``report`` is called after
+    every epoch. By default, epochs appear as progress bars in a terminal and as lines elsewhere.
 
-    After each epoch, OUT/ROLE.state.pt contains everything needed to resume: the same call after an interruption gives the weights that an
-    uninterrupted one gives. Finished networks are kept.
+    OUT/ROLE.state.pt contains everything needed to resume, also within an epoch: the same call after an interruption, even a killed
+    process, gives the weights that an uninterrupted one gives. Finished networks are kept.
+
+    In the processes that ``accelerate launch`` or ``torchrun`` started, all train together (`kdx.distill.processes`), and the first one
+    writes the files and reports.
 
     Raises KdxError for references, layers and devices that do not work, for networks that do not have the data's classes or contain
     numbers that are not finite, for too many unreadable images, for an OUT that contains networks of another configuration, and if
     training diverges.
     """
-    distillation = Distillation.prepare(data, Path(out), settings, _device(device), teacher, student)
-    for line in distillation.notes:
-        if line:
-            style = "bold yellow" if line.startswith("Warning: ") else None
-            progress.console().print(line, style=style, markup=False, soft_wrap=True)
-    announced = report is not None or _print_unreadable(distillation)
+    if assistants:
+        teacher = _train_assistants(data, teacher, assistants, Path(out), settings, teacher_cache, device, report)
+    processes, device = Processes.of_environment(device)
+    chosen_device = _device(device)
+    check_settings(settings, chosen_device, processes)
     with ExitStack() as stack, resumable(lambda: any(Path(out).glob("*.state.pt")) or any(Path(out).glob("*.safetensors"))):
-        on_epoch = report or stack.enter_context(_console())
+        stack.enter_context(threads.patient(torch.get_num_threads()))
+        row_log = stack.enter_context(open_logs([*log, *(["csv"] if probe else [])], Path(out))) if processes.is_main else None
+        distillation = Distillation.prepare(data, Path(out), settings, chosen_device, teacher, student, processes, row_log)
+        announced = report is not None or not processes.is_main
+        if processes.is_main:
+            _print_notes(distillation)
+            announced = announced or _print_unreadable(distillation)
+        on_epoch = (report or stack.enter_context(_console())) if processes.is_main else _ignore
         pairs = layer_pairs(distillation, layers)
         check_networks(distillation)
         _train_teacher(distillation, on_epoch)
         _train_base(distillation, base, on_epoch)
-        _train_student(distillation, pairs, on_epoch)
-    path = _write_models_file(distillation, pairs)
+        _train_student(distillation, pairs, None if teacher_cache is None else Path(teacher_cache), probe, on_epoch)
+    distillation.merge_unreadable()
+    path = distillation.folder / "models.toml"
+    if processes.is_main:
+        _write_models_file(path, distillation, pairs)
+    processes.wait()
     if not announced:  # images that are decoded again in every epoch are discovered to be unreadable during training
         _print_unreadable(distillation)
     return path
+
+
+def _train_assistants(
+    data: str,
+    teacher: str,
+    assistants: Sequence[str],
+    out: Path,
+    settings: TrainingSettings,
+    teacher_cache: Path | str | None,
+    device: str,
+    report: EpochCallback | None,
+) -> str:
+    """Distil each assistant from the network before it; the reference of the last one, with its weights."""
+    for number, assistant in enumerate(assistants, 1):
+        folder = out.absolute() / f"assistant-{number}"
+        named = None if report is None else partial(_report_as, report, folder.name)
+        if named is None and Processes.of_environment(device)[0].is_main:
+            progress.console().print(f"Assistant {number} of {len(assistants)}: {assistant}", markup=False, soft_wrap=True)
+        distill(
+            data,
+            teacher=teacher,
+            student=assistant,
+            out=folder,
+            settings=settings,
+            teacher_cache=teacher_cache,
+            device=device,
+            report=named,
+        )
+        teacher = str(models.parse_reference(assistant).with_weights(str(folder / "student.safetensors")))
+    return teacher
+
+
+def _report_as(report: EpochCallback, folder: str, result: EpochResult) -> None:
+    """Report the epoch of a network of an assistant's distillation under the name of its folder."""
+    report(replace(result, network=f"{folder}/{result.network}"))
+
+
+def _ignore(_result: EpochResult) -> None:
+    """The callback of processes other than the first."""
+
+
+def _print_notes(distillation: Distillation) -> None:
+    for line in distillation.notes:
+        if line:
+            style = "bold yellow" if line.startswith("Warning: ") else None
+            progress.console().print(line, style=style, markup=False, soft_wrap=True)
 
 
 def _device(name: str) -> torch.device:
@@ -97,8 +176,9 @@ def _train_teacher(distillation: Distillation, on_epoch: EpochCallback) -> None:
     network, path = distillation.initial_network("teacher"), distillation.weights_path("teacher")
     trained_on = {} if distillation.teacher_data is None else {checkpoints.TRAINED_ON: asdict(distillation.teacher_data)}
     recipe = checkpoints.Recipe({"given": models.weights_hash(network), **trained_on})
-    if not checkpoints.is_finished(path, recipe):
+    if not checkpoints.is_finished(path, recipe) and distillation.processes.is_main:
         checkpoints.save_weights(path, network.state_dict(), recipe)
+    distillation.processes.wait()
     on_epoch(EpochResult("teacher", 1, 1))
 
 
@@ -109,45 +189,80 @@ def _train_base(distillation: Distillation, checkpoint: Path | str | None, on_ep
             raise KdxError(f"There is no base checkpoint {checkpoint}.", "Give the base.safetensors that another run of kdx distill wrote.")
         module = distillation.initial_network("base")
         models.load_weights(module, Path(checkpoint))
-        checkpoints.save_weights(path, module.state_dict(), training.recipe)
+        if distillation.processes.is_main:
+            checkpoints.save_weights(path, module.state_dict(), training.recipe)
+        distillation.processes.wait()
     loop.train(training, distillation.folder, on_epoch)
 
 
 def _label_training(distillation: Distillation, role: str) -> loop.Training:
     """The training of a network from labels alone."""
-    graph = distillation.graph(distillation.initial_network(role))
+    graph, label_loss = distillation.training_graph(distillation.initial_network(role)), _label_loss(distillation)
 
-    def loss(images: Tensor, labels: Tensor) -> Tensor:
-        return functional.cross_entropy(graph(images)[0], labels)
+    def loss(images: Tensor, labels: Tensor, _positions: Tensor) -> dict[str, Tensor]:
+        return {LABELS: label_loss(graph(images)[0], labels)}
 
     return _training(distillation, role, graph, loss, distillation.recipe(role))
 
 
-def _train_student(distillation: Distillation, pairs: Sequence[tuple[str, str]], on_epoch: EpochCallback) -> None:
-    settings, method = distillation.settings, METHODS[distillation.settings.method]
-    matched = list(pairs) if method.uses_features else []
-    if method.uses_features and not matched:
+def _label_loss(distillation: Distillation) -> LabelLoss:
+    """The cross entropy with smoothed labels."""
+    return partial(functional.cross_entropy, label_smoothing=distillation.settings.label_smoothing)
+
+
+def _train_student(
+    distillation: Distillation, pairs: Sequence[Pair], teacher_cache: Path | None, probe: int | None, on_epoch: EpochCallback
+) -> None:
+    settings = distillation.settings
+    requirements = method_requirements(settings.method)
+    matched = list(pairs[{"none": len(pairs), "last": -1, "all": 0}[requirements.pairs] :])
+    if requirements.pairs != "none" and not matched:
         raise KdxError(
             f"The method {settings.method} matches features, and there is no pair of layers.", "Name them: student_layer=teacher_layer."
         )
     teacher = distillation.trained_network("teacher")
-    teacher_graph = distillation.graph(teacher, [teacher_layer for _, teacher_layer in matched])
-    student_graph = distillation.graph(distillation.initial_network("student"), [student_layer for student_layer, _ in matched])
+    weights_hash = models.weights_hash(teacher)
+    teacher_graph = distillation.training_graph(teacher, [teacher_layer for _, teacher_layer in matched])
+    student_graph = distillation.training_graph(distillation.initial_network("student"), [student_layer for student_layer, _ in matched])
     recipe = distillation.recipe("base").with_entries(
         {
-            "teacher": models.weights_hash(teacher),
+            "teacher": weights_hash,
             "method": settings.method,
             "layers": [list(pair) for pair in matched],
             **{key: getattr(settings, key) for key in LOSS_SETTINGS},
+            **({"sources": sources} if (sources := source_hashes(settings.method)) else {}),
         }
     )
+    observed_student, observed_teacher = Observed(student_graph, requirements), Observed(teacher_graph, requirements)
+    objective = _objective(distillation, observed_student, observed_teacher)
+    from_teacher = teacher_outputs(distillation, observed_teacher, weights_hash, teacher_cache)
 
-    def loss(images: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad():
-            teacher_outputs = _outputs(teacher_graph, images)
-        return method.loss(_outputs(student_graph, images), teacher_outputs, labels, settings)
+    def loss(images: Tensor, labels: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        teacher_batch = from_teacher(images, positions)
+        parts: dict[str, Tensor] = objective(Batch(observed_student(images), teacher_batch, labels, positions))
+        return parts
 
-    loop.train(_training(distillation, "student", student_graph, loss, recipe), distillation.folder, on_epoch)
+    training = _training(distillation, "student", student_graph, loss, recipe)
+    scores = Probe(distillation, pairs, probe) if probe and distillation.processes.is_main else None
+    loop.train(replace(training, objective=objective, probe=scores), distillation.folder, on_epoch)
+
+
+def _objective(distillation: Distillation, student: Observed, teacher: Observed) -> Objective:
+    """The student's objective, with adapters that fit the shapes of the layers and follow from the seed."""
+    settings, device, images = distillation.settings, distillation.device, distillation.images["student"]
+    with torch.no_grad():
+        pixels = images.read(np.arange(2))[0].to(device)
+        outputs = {}
+        for role, observed in (("student", student), ("teacher", teacher)):
+            observed.graph.eval()
+            outputs[role] = observed(pixels)
+    shapes = Shapes(
+        **{role: tuple(feature.shape[1:] for feature in output.features) for role, output in outputs.items()},
+        classes=outputs["student"].logits.shape[1],
+        labels=torch.from_numpy(distillation.dataset.labels[images.indices]),
+    )
+    with seeded(device, settings.seed, _ADAPTERS):
+        return Objective(settings.method, shapes, settings, _label_loss(distillation)).to(device)
 
 
 def _training(
@@ -163,21 +278,18 @@ def _training(
         recipe=recipe,
         settings=distillation.settings,
         device=distillation.device,
+        augmentation=distillation.augmentation,
+        processes=distillation.processes,
+        log=distillation.log,
     )
 
 
-def _outputs(graph: FeatureGraph, images: Tensor) -> Outputs:
-    logits, *features = graph(images)
-    return Outputs(logits, tuple(features))
-
-
-def _write_models_file(distillation: Distillation, pairs: Sequence[tuple[str, str]]) -> Path:
+def _write_models_file(path: Path, distillation: Distillation, pairs: Sequence[tuple[str, str]]) -> None:
     settings, test = distillation.settings, distillation.images["test"]
     accuracies = {}
     for role in ("teacher", "base", "student"):
         accuracy, _ = loop.evaluate(distillation.graph(distillation.trained_network(role)), test, distillation.device)
         accuracies[f"{role}_accuracy"] = round(accuracy, 6)
-    path = distillation.folder / "models.toml"
     models_file.write_models(
         path,
         teacher=str(distillation.teacher.with_weights("teacher.safetensors")),
@@ -194,15 +306,15 @@ def _write_models_file(distillation: Distillation, pairs: Sequence[tuple[str, st
             **{
                 key: value
                 for key, value in vars(settings).items()
-                if key not in ("split_seed", "image_size", "max_unreadable", "resizing") and value is not None
+                if key not in ("split_seed", "image_size", "max_unreadable", "resizing", "save_minutes", *ADDED_LATER) and value is not None
             },
+            **settings.later_entries(),
             **accuracies,
             "test_images": len(test),
             "unreadable_images": len(distillation.unreadable),
         },
         resizing=settings.resizing,
     )
-    return path
 
 
 def _write_used_images(distillation: Distillation) -> str | None:
@@ -239,4 +351,6 @@ def _console() -> Iterator[EpochCallback]:
 def _note(result: EpochResult) -> str:
     if result.loss is None or result.accuracy is None:
         return "already there"
-    return f"epochs, loss {result.loss:.3f}, validation accuracy {result.accuracy:.1%}"
+    parts = f" ({' + '.join(f'{name} {value:.3f}' for name, value in result.parts.items())})" if len(result.parts) > 1 else ""
+    speed = "" if result.images_per_second is None else f", {result.images_per_second:,.0f} images/s"
+    return f"epochs, loss {result.loss:.3f}{parts}, validation accuracy {result.accuracy:.1%}{speed}"

@@ -106,9 +106,14 @@ def _from_kdx(reference: ModelReference, arguments: dict[str, Value]) -> SourceN
     return SourceNetwork(module, Preprocessing((32, 32), *_HALF))
 
 
-def _from_factory(reference: ModelReference, arguments: dict[str, Value]) -> SourceNetwork:
+def search_current_folder() -> None:
+    """Let modules of the current folder be imported, as `python -m` does."""
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
+        sys.path.insert(0, str(Path.cwd()))
+
+
+def _from_factory(reference: ModelReference, arguments: dict[str, Value]) -> SourceNetwork:
+    search_current_folder()
     sources = ", ".join(source for source in _SOURCES if source != "pt2")
     try:
         module = importlib.import_module(reference.source)

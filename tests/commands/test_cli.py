@@ -142,17 +142,29 @@ def test_every_option_of_distill_reaches_the_training(run: Run, monkeypatch: pyt
     command = (
         "distill digits --teacher t --student s --out o --method at --layer a=b --epochs 2 --batch 9 --lr 0.5 --temperature 2 "
         "--alpha 0.25 --beta 10 --image-size 8 --augment --flip --student-images 40 --seed 6 --split-seed 4 --device cpu "
-        "--resize squash --interpolation bilinear"
+        "--teacher-epochs 3 --optimizer adamw --weight-decay 0.2 --momentum 0.8 --no-nesterov --schedule step --warm-up 0.3 --milestone 1 "
+        "--milestone 2 --gamma 0.4 --label-smoothing 0.1 --clip 5 --accumulate 3 --ema 0.99 --select loss --patience 7 --random-crop 0.4 "
+        "--colour-jitter 0.2 --rand-augment 9 --mixup 0.3 --cutmix 0.7 --precision bfloat16 --channels-last --compile --save-minutes 2 "
+        "--max-unreadable 0.5 --resize squash --interpolation bilinear --teacher-cache c --log csv --log wandb --probe 64"
     )
     status, out, _ = run(*command.split())
     assert status == 0 and "kdx explain digits --models '[o]/models.toml' --out RUN" in out
-    assert seen[0]["settings"] == TrainingSettings(
+    expected = TrainingSettings(
         method="at", epochs=2, batch=9, learning_rate=0.5, temperature=2.0, alpha=0.25, beta=10.0, seed=6, split_seed=4,
-        augment=True, flip=True, student_images=40, image_size=(8, 8), resizing=Resizing("squash", "bilinear"),
+        augment=True, flip=True, student_images=40, image_size=(8, 8), teacher_epochs=3, optimizer="adamw", weight_decay=0.2,
+        momentum=0.8, nesterov=False, schedule="step", warm_up=0.3, milestones=(1, 2), gamma=0.4, label_smoothing=0.1, clip=5.0,
+        accumulate=3, ema=0.99, select="loss", patience=7, random_crop=0.4, colour_jitter=0.2, rand_augment=9, mixup=0.3, cutmix=0.7,
+        precision="bfloat16", channels_last=True, compile=True, save_minutes=2.0, max_unreadable=0.5,
+        resizing=Resizing("squash", "bilinear"),
     )  # fmt: skip
-    assert {key: seen[0][key] for key in ("teacher", "student", "out", "layers", "device")} == {
-        "teacher": "t", "student": "s", "out": Path("o"), "layers": ["a=b"], "device": "cpu",
+    assert seen[0]["settings"] == expected
+    assert all(value != getattr(TrainingSettings(), name) for name, value in vars(expected).items())  # so every setting has an option
+    assert {key: seen[0][key] for key in ("teacher", "student", "out", "layers", "teacher_cache", "log", "probe", "device")} == {
+        "teacher": "t", "student": "s", "out": Path("o"), "layers": ["a=b"], "teacher_cache": Path("c"),
+        "log": ["csv", "wandb"], "probe": 64, "device": "cpu",
     }  # fmt: skip
+    assert run("distill", "digits", "--teacher", "t", "--student", "s", "--out", "o")[0] == 0
+    assert seen[1]["settings"] == TrainingSettings()
 
 
 def test_export_writes_a_checked_file_and_describes_it(run: Run, tmp_path: Path) -> None:

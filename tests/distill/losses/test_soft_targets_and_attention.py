@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kdx.distill import METHODS, Outputs, TrainingSettings, attention_transfer, kd
+from kdx.distill import Batch, Objective, Outputs, Shapes, TrainingSettings, attention_transfer, kd
 
 Array = NDArray[np.float64]
 
@@ -78,7 +78,13 @@ def test_methods_mix_hard_labels_in() -> None:
     hard = torch.nn.functional.cross_entropy(student.logits, labels)
     settings = TrainingSettings(alpha=0.25, temperature=2.0, beta=10.0)
     soft = kd(student.logits, teacher.logits, 2.0)
-    torch.testing.assert_close(METHODS["kd"].loss(student, teacher, labels, settings), 0.75 * hard + 0.25 * soft)
-    torch.testing.assert_close(METHODS["kd"].loss(student, teacher, labels, replace(settings, alpha=0.0)), hard)
     attention = attention_transfer(student.features, teacher.features)
-    torch.testing.assert_close(METHODS["at"].loss(student, teacher, labels, settings), hard + 5 * attention)
+
+    def loss(method: str, settings: TrainingSettings = settings) -> torch.Tensor:
+        parts = Objective(method, Shapes(), settings)(Batch(student, teacher, labels))
+        return torch.stack(list(parts.values())).sum()
+
+    torch.testing.assert_close(loss("kd"), 0.75 * hard + 0.25 * soft)
+    torch.testing.assert_close(loss("kd", replace(settings, alpha=0.0)), hard)
+    torch.testing.assert_close(loss("at"), hard + 5 * attention)
+    torch.testing.assert_close(loss("kd+at:0.5"), 0.75 * hard + 0.25 * soft + 2.5 * attention)

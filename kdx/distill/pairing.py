@@ -1,0 +1,62 @@
+"""The pairs of layers that a distillation matches and its models file names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from kdx import models
+from kdx.distill.networks import Distillation
+from kdx.errors import about_network
+from kdx.export.layer_names import find_layer
+from kdx.models.layer_pairs import parse_layers
+
+Pair = tuple[str, str]
+"""A layer of the student and a layer of the teacher."""
+
+
+def layer_pairs(distillation: Distillation, layers: Sequence[str] | None) -> list[Pair]:
+    """The pairs of ``layers``, or by default the layers that both networks have by name, or else pairs by resolution.
+
+    Raises KdxError for a layer that a network does not have.
+    """
+    student, teacher = distillation.initial_network("student"), distillation.initial_network("teacher")
+    if layers is not None:
+        pairs = [(layer, names.teacher) for layer, names in parse_layers(layers).items()]
+        for student_layer, teacher_layer in pairs:
+            with about_network("student"):
+                find_layer(student, student_layer)
+            with about_network("teacher"):
+                find_layer(teacher, teacher_layer)
+        return pairs
+    size = distillation.preprocessing.size
+    student_layers, teacher_layers = models.layers(student, size), models.layers(teacher, size)
+    common = [(name, name) for name in student_layers if name in teacher_layers]
+    if common:
+        return common
+    return pairs_by_resolution(_resolutions(distillation, student, student_layers), _resolutions(distillation, teacher, teacher_layers))
+
+
+def pairs_by_resolution(student: Mapping[str, tuple[int, int]], teacher: Mapping[str, tuple[int, int]]) -> list[Pair]:
+    """Pairs of layers of networks of different families, from the resolution (height, width) of each layer in order of execution.
+
+    The last layers of both are a pair. Before it, the last layer of the student at each resolution is paired with the last one of the
+    teacher at the same resolution, without those two. So each layer is in one pair at most.
+    """
+    if not student or not teacher:
+        return []
+    last = list(student)[-1], list(teacher)[-1]
+    # Later entries of a dict replace earlier ones.
+    student_last, teacher_last = ({size: name for name, size in layers.items()} for layers in (student, teacher))
+    pairs = [(name, teacher_last[size]) for size, name in student_last.items() if size in teacher_last]
+    return [pair for pair in pairs if pair[0] != last[0] and pair[1] != last[1]] + [last]
+
+
+def _resolutions(distillation: Distillation, module: nn.Module, layers: Sequence[str]) -> dict[str, tuple[int, int]]:
+    height, width = distillation.preprocessing.size or (0, 0)
+    graph = distillation.graph(module, layers).eval()
+    with torch.no_grad():
+        _, *features = graph(torch.zeros(2, 3, height, width, device=distillation.device))
+    return {layer: (feature.shape[2], feature.shape[3]) for layer, feature in zip(layers, features, strict=True)}

@@ -1,0 +1,61 @@
+"""Chains of teacher assistants: the same as one distillation after another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdx.distill import EpochResult, distill
+from kdx.export.graphs import Preprocessing
+from kdx.models import models_file
+from kdx.models.checkpoint_files import recorded_preprocessing
+from tests.distill.small import QUICK, STUDENT, TEACHER, summaries
+
+ASSISTANT = "kdx:resnet,width=3,depth=1,stages=2"
+SETTINGS = replace(QUICK, epochs=1, method="kd+fitnet:0.1")
+
+
+@pytest.fixture(scope="module")
+def teacher(finished: Path) -> str:
+    return f"{TEACHER}@{finished / 'teacher.safetensors'}"
+
+
+def test_a_chain_is_one_distillation_after_another(teacher: str, tmp_path: Path) -> None:
+    results: list[EpochResult] = []
+    chain = tmp_path / "chain"
+    path = distill("digits", teacher=teacher, assistants=[ASSISTANT], student=STUDENT, out=chain, settings=SETTINGS, report=results.append)
+    assert summaries(results) == [
+        ("assistant-1/teacher", 1, False),
+        ("assistant-1/base", 1, True),
+        ("assistant-1/student", 1, True),
+        ("teacher", 1, False),
+        ("base", 1, True),
+        ("student", 1, True),
+    ]
+    distill("digits", teacher=teacher, assistants=[ASSISTANT], student=STUDENT, out=chain, settings=SETTINGS, report=results.append)
+    assert {trained for _, _, trained in summaries(results[6:])} == {False}  # everything is there already
+    distill("digits", teacher=teacher, student=ASSISTANT, out=tmp_path / "a", settings=SETTINGS, report=results.append)
+    step = f"{ASSISTANT}@{tmp_path / 'a' / 'student.safetensors'}"
+    distill("digits", teacher=step, student=STUDENT, out=tmp_path / "b", settings=SETTINGS, report=results.append)
+    for ours, theirs in ((chain / "assistant-1", tmp_path / "a"), (chain, tmp_path / "b")):
+        for role in ("teacher", "base", "student"):
+            expected, actual = load_file(theirs / f"{role}.safetensors"), load_file(ours / f"{role}.safetensors")
+            assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    assert models_file.read_models(path).teacher == f"{ASSISTANT},classes=10@teacher.safetensors"
+    assert models_file.read_models(chain / "assistant-1" / "models.toml").student == f"{ASSISTANT},classes=10@student.safetensors"
+
+
+def test_a_network_that_kdx_trained_teaches_with_the_preprocessing_of_its_training(teacher: str, finished: Path, tmp_path: Path) -> None:
+    """The resolution is not given again, and the statistics are those of the first step, whatever the source of the second teacher."""
+    trained = models_file.read_models(finished / "models.toml").load("student")
+    assert recorded_preprocessing(finished / "student.safetensors") == trained.preprocessing
+    settings = replace(SETTINGS, image_size=None, student_images=20)
+    path = distill("digits", teacher=teacher, student=STUDENT, out=tmp_path, settings=settings, report=lambda result: None)
+    assert models_file.read_models(path).load("student").preprocessing == trained.preprocessing
+    assert isinstance(recorded_preprocessing(tmp_path / "base.safetensors"), Preprocessing)
+    assert recorded_preprocessing(tmp_path / "teacher.safetensors") is None  # a copy of weights that were given
+    assert recorded_preprocessing(tmp_path / "none.safetensors") is None

@@ -1,0 +1,98 @@
+"""Stored outputs of the teacher are those that it computes, and later students read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kdx.distill import EpochResult, TrainingSettings, distill
+from kdx.distill import data as distill_data
+from kdx.errors import KdxError
+from tests.distill.small import QUICK, STUDENT, TEACHER
+
+PLAIN = replace(QUICK, augment=False, flip=False, student_images=60, epochs=2)
+
+
+class Counted(nn.Module):
+    """A teacher that counts the images it sees."""
+
+    images = 0
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer1 = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU())
+        self.layer2 = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        Counted.images += len(images)
+        logits: torch.Tensor = self.head(self.layer2(self.layer1(images)).mean((2, 3)))
+        return logits
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Iterator[str]:
+    torch.save(Counted().state_dict(), tmp_path / "weights.pt")
+    yield f"tests.distill.test_teacher_outputs:Counted@{tmp_path / 'weights.pt'}"
+
+
+def losses(out: Path, teacher: str, settings: TrainingSettings, **keywords: Any) -> list[float]:
+    results: list[EpochResult] = []
+    distill("digits", teacher=teacher, student=STUDENT, out=out, settings=settings, device="cpu", report=results.append, **keywords)
+    return [result.loss for result in results if result.network == "student" and result.loss is not None]
+
+
+@pytest.mark.parametrize("method", ["kd", "at+kd", "ofd", "catkd", "crd"])
+def test_students_learn_from_stored_outputs_as_from_computed_ones(tmp_path: Path, teacher: str, method: str) -> None:
+    settings = replace(PLAIN, method=method)
+    expected = losses(tmp_path / "computed", teacher, settings)
+    actual = losses(tmp_path / "stored", teacher, settings, teacher_cache=tmp_path / "cache")
+    assert actual == pytest.approx(expected, rel=1e-5)
+    (folder,) = (tmp_path / "cache").iterdir()
+    logits = np.load(folder / "logits.npy")
+    assert logits.shape == (60, 10) and logits.dtype == np.float32 and (logits.std(0) > 0).all()
+
+
+def test_the_teacher_computes_each_image_once_for_all_students(tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(out: str, settings: TrainingSettings, **keywords: Any) -> int:
+        Counted.images = 0
+        losses(tmp_path / out, teacher, settings, **keywords)
+        return Counted.images
+
+    cache = {"teacher_cache": tmp_path / "cache"}
+    plain, first = seen("plain", PLAIN), seen("first", PLAIN, **cache)
+    assert plain - first == (PLAIN.epochs - 1) * 60
+    assert first - seen("second", replace(PLAIN, seed=1, temperature=2.0, student_images=None), **cache) < 0  # other images
+    assert first - seen("third", replace(PLAIN, learning_rate=0.01, temperature=2.0), **cache) == 60
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    monkeypatch.setattr(distill_data, "CACHE_BYTES", 0)  # images that are decoded in every epoch have the same places
+    assert first - seen("fourth", PLAIN, **cache) == 60
+
+
+def test_augmentation_excludes_stored_outputs(finished: Path, tmp_path: Path) -> None:
+    teacher = f"{TEACHER}@{finished / 'teacher.safetensors'}"
+    augmentations: dict[str, Any] = {"augment": True, "flip": True, "random_crop": 0.5, "mixup": 0.2}
+    for name, value in augmentations.items():
+        assert not PLAIN.images_vary and replace(PLAIN, **{name: value}).images_vary
+    with pytest.raises(KdxError, match="cannot be stored, because augmentation"):
+        losses(tmp_path / "out", teacher, replace(PLAIN, flip=True), teacher_cache=tmp_path / "cache")
+
+
+def test_a_store_that_was_interrupted_is_written_again(tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.format, "open_memmap", full_disk)
+        with pytest.raises(KdxError, match="cannot be written: No space left"):
+            losses(tmp_path / "out", teacher, PLAIN, teacher_cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert len(losses(tmp_path / "out", teacher, PLAIN, teacher_cache=tmp_path / "cache")) == 2
