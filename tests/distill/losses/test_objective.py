@@ -238,7 +238,8 @@ def test_layers_without_positions_are_refused() -> None:
     with pytest.raises(KdxError, match="only one"):
         Objective("at", vectors, SETTINGS)
     with pytest.raises(KdxError, match="cannot be normalised"):
-        Objective("catkd,normalise=1", vectors, SETTINGS)
+        Objective("catkd", vectors, SETTINGS)
+    assert len(Objective("catkd,normalise=0", vectors, SETTINGS).terms) == 1
 
 
 def own_loss(batch: Batch, scale: float = 2.0) -> Tensor:
