@@ -44,7 +44,10 @@ def names(record: Mapping[str, Any]) -> list[str]:
 
 
 def run(chosen: Sequence[str], stages: Sequence[str], *, again: bool, workers: int, limit: float, deadline: float | None) -> None:
-    """Run the missing stages of the chosen networks; with ``again``, also those that did not succeed. deadline: in time.monotonic()."""
+    """Run the missing stages of the chosen networks; with ``again``, all stages of those with one that did not succeed.
+
+    deadline: in time.monotonic().
+    """
     import timm
     import transformers
 
@@ -55,7 +58,7 @@ def run(chosen: Sequence[str], stages: Sequence[str], *, again: bool, workers: i
     pending = []
     for name in chosen:
         done = stored.get(name, {})
-        todo = [stage for stage in STAGES if stage in stages and _is_due(done, stage, again)]
+        todo = _due(done, [stage for stage in STAGES if stage in stages], again)
         if todo:
             known = {key: value for key, value in done.items() if key not in todo}
             pending.append((known | {"network": name, "commit": source["commit"], "environment": source["environment"]}, todo))
@@ -69,10 +72,13 @@ def run(chosen: Sequence[str], stages: Sequence[str], *, again: bool, workers: i
         list(pool.map(work, pending))
 
 
-def _is_due(done: Mapping[str, Any], stage: str, again: bool) -> bool:
+def _due(done: Mapping[str, Any], stages: list[str], again: bool) -> list[str]:
+    """The stages to run: those without a result, or with ``again`` all of them if any did not succeed, as the layer may be another now."""
+    if again and not all(agrees(done, stage) for stage in stages):
+        return stages
     if "build" in done and not is_successful(done["build"]):
-        return again and stage == "layers"
-    return stage not in done or (again and not agrees(done, stage))
+        return []
+    return [stage for stage in stages if stage not in done]
 
 
 def _checked(row: dict[str, Any], stages: Sequence[str], limit: float) -> dict[str, Any]:

@@ -37,6 +37,8 @@ DIMENSIONS = 16
 TRUE_SET = 100
 NAMES = ("FSS(S,T)", "FSS(B,T)", "RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)")
 
+_CONTRASTS = [pair for pair in CONTRASTS if set(pair) <= set(NAMES)]
+
 
 @dataclass(frozen=True)
 class Population:
@@ -72,7 +74,7 @@ class Population:
         return torch.stack([geometry.distances(torch.from_numpy(each)) for each in rows])
 
     def true_scores(self) -> dict[str, float]:
-        names = [*NAMES, *(contrast_name(*pair) for pair in CONTRASTS)]
+        names = [*NAMES, *(contrast_name(*pair) for pair in _CONTRASTS)]
         if not self.relation:
             return dict.fromkeys(names, 0.0)
         rng = np.random.default_rng(99)
@@ -117,7 +119,7 @@ def estimates(products: Tensor) -> dict[str, Estimate]:
         index = torch.tensor([place[matrix] for matrix in SCORES[name].matrices])
         statistic = STATISTICS[SCORES[name].statistic]
         result[name] = estimate(lambda p, s=statistic, at=index: s(p[..., at[:, None], at]), products)  # type: ignore[misc]
-    return result | {contrast_name(more, less): result[more] - result[less] for more, less in CONTRASTS}
+    return result | {contrast_name(more, less): result[more] - result[less] for more, less in _CONTRASTS}
 
 
 def sampled(population: Population, rng: np.random.Generator, n: int, batches: int) -> tuple[Tensor, Moments | None]:

@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from kdx.export.graphs import as_map, find_layer
+from kdx.export.graphs import FeatureGraph
+from kdx.export.layer_names import find_layer
+from kdx.export.layouts import decisions_of
+from kdx.features.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,10 @@ def _hooked_maps(explained: nn.Module, given: nn.Module, layer: str, images: Ten
 def _feature(network: nn.Module, layer: str, images: Tensor) -> Tensor:
     """The layer's output [n, C, H, W] in a whole forward pass, stored by a hook."""
     features: list[Tensor] = []
+    layout = _layout(network, layer, (images.shape[2], images.shape[3]))
 
     def store(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-        features.append(as_map(output, layer, (images.shape[2], images.shape[3])))
+        features.append(layout.as_map(output))
 
     handle = find_layer(network, layer).register_forward_hook(store)
     try:
@@ -129,6 +133,14 @@ def _feature(network: nn.Module, layer: str, images: Tensor) -> Tensor:
     finally:
         handle.remove()
     return features[-1]
+
+
+def _layout(network: nn.Module, layer: str, size: tuple[int, int]) -> Layout:
+    """The layout of the layer's output, which is decided at the first call."""
+    decisions = decisions_of(network)
+    if (layer, size) not in decisions:
+        FeatureGraph(network, [layer]).decide_for(size)
+    return decisions[layer, size].layout
 
 
 def _broadcast_scores(x: Tensor, y: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +186,7 @@ def fair_geometry(student: Tensor, base: Tensor, target: Tensor) -> tuple[tuple[
 
 
 def compiled(student: nn.Module, base: nn.Module, layer: str) -> Callable[[Tensor, Tensor], EagerResult]:
-    """A function of images and target that computes `fair` by torch.compile in its default mode.
+    """A function of images and target that computes `fair` by torch.compile in its default mode, for a layer that returns [n, C, H, W].
 
     Both forward passes and the geometry with its backward pass are one graph without a break. The first call compiles, and so does the
     first call with another batch size. PyTorch traces torch.autograd.grad only with `torch._dynamo.config.trace_autograd_ops`, and needs
@@ -190,7 +202,7 @@ def compiled(student: nn.Module, base: nn.Module, layer: str) -> Callable[[Tenso
             for network in networks:
                 network(images)
         size = (images.shape[2], images.shape[3])
-        base_features, student_features = (as_map(outputs.pop(), layer, size) for _ in networks)
+        base_features, student_features = (outputs.pop() for _ in networks)
         return _careful_maps(student_features, base_features, target, size)
 
     graph = torch.compile(whole, fullgraph=True)

@@ -29,11 +29,14 @@ _VISION: dict[str, Any] = {"vision_config": {**_SMALL, "patch_size": 16}}
 _OWN: dict[str, dict[str, Any]] = {
     "clip": _VISION,
     "dinov2": {"image_size": 112},
-    "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.5},
+    "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640},
+    "donut-swin": {"image_size": 224},  # the windows of the last stage do not fit into a smaller image
     "levit": {"image_size": 224},
     "metaclip_2": _VISION,
     "siglip": _VISION,
     "siglip2": _VISION,
+    "swin": {"image_size": 224},
+    "swinv2": {"image_size": 224},
     "textnet": {"image_size": [SIDE, SIDE]},
 }
 """Settings of single architectures, which replace those of `_SMALL`."""

@@ -116,7 +116,7 @@ def _cosine(done: float) -> float:
 def kdx_loop(folder: Path, side: int, variant: str) -> list[tuple[float, float]]:
     """Mean loss and images per second of each epoch of the student of `kdx distill`."""
     results: list[EpochResult] = []
-    references = {
+    references: dict[str, Any] = {
         role: f"{reference},num_classes={CLASSES}@{folder / f'{role}.safetensors'}"
         for role, reference in (("teacher", TEACHER), ("student", STUDENT))
     }

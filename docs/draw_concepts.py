@@ -18,10 +18,12 @@ from kdx.data.splits import stratified_splits
 from kdx.distill import TrainingSettings, distill
 from kdx.maps.overlays import composite, scaled_for_display
 from kdx.models import read_models
-from kdx.roles import MAPS
+from kdx.roles import MAPS, ROLES, pairs_among
 from kdx.scores.score import Estimator
 
 FOLDER = Path(__file__).parent
+
+KINDS = {name: MAPS[name] for name in pairs_among(ROLES)}
 
 
 def roles_svg() -> str:
@@ -32,7 +34,7 @@ def roles_svg() -> str:
     for role, (x, y) in places.items():
         parts.append(f'<rect x="{x - 110}" y="{y - 28}" width="220" height="56" rx="6"/>')
         parts.append(f'<text x="{x}" y="{y - 4}">{role}</text><text x="{x}" y="{y + 15}" class="folder">{captions[role]}</text>')
-    symbols = {name: f"{name}: {kind.symbol}" for name, kind in MAPS.items()}
+    symbols = {name: f"{name}: {kind.symbol}" for name, kind in KINDS.items()}
     parts += [
         '<path d="M275 182 L485 182"/>',
         '<path d="M485 200 L275 200"/>',
@@ -58,10 +60,10 @@ def draw_maps(path: Path) -> None:
         with kdx.Explainer(teacher=teacher, student=student, base=base, layers=["layer2"], runtime="eager") as explainer:
             result = explainer(images, data.labels[chosen]).layers["layer2"]
     shown = np.flatnonzero(result.distilled.maps.max((1, 2)) > 0)[:8]
-    figure, axes = pyplot.subplots(1 + len(MAPS), len(shown), figsize=(8, 5.2))
+    figure, axes = pyplot.subplots(1 + len(KINDS), len(shown), figsize=(8, 5.2))
     for column, index in enumerate(shown):
         pixels = np.rint(images[index].transpose(1, 2, 0) * 255).astype(np.uint8).repeat(12, 0).repeat(12, 1)
-        pictures = [pixels, *(composite(pixels, scaled_for_display(getattr(result, name).maps)[index]) for name in MAPS)]
+        pictures = [pixels, *(composite(pixels, scaled_for_display(getattr(result, name).maps)[index]) for name in KINDS)]
         for axis, picture in zip(axes[:, column], pictures, strict=True):
             axis.imshow(picture)
             axis.set(xticks=[], yticks=[])

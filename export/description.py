@@ -56,6 +56,7 @@ class Description:
     cotangent, None for the logits. scores: the names of an explainer file's scores, in order. image_size: height and width; None if
     the file takes images of any size. inputs, outputs: shapes by name, in which ``batch``, ``height``, ``width`` and ``embedding``
     stand for any number. references: of an explainer file that compares each image with them; None if it compares the images of a batch.
+    pooled: whether an explainer file measures distances between spatial means.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class Description:
     outputs: dict[str, Shape]
     versions: dict[str, str]
     references: ReferenceDescription | None = None
+    pooled: bool = False
 
     @classmethod
     def of(cls, entries: Mapping[str, Any]) -> Self:

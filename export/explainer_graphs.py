@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.features.score_maps import combined
 from kdx.kernels import decomposition, geometry
-from kdx.roles import MAPS, TARGET, maps_among, roles_among, score_maps_among, scores_among, shares_among
+from kdx.roles import MAPS, TARGET, mapped_among, maps_among, pairs_among, roles_among, score_maps_among, scores_among, shares_among
 
 _ROUNDING = 1e-5
 """The ratio ||R||/||D|| below which the residual R of one network given another is rounding: float32 distances are exact to about 1e-6."""
@@ -46,18 +46,21 @@ class ExplainerGraph(nn.Module):
     networks. Images whose features are closer than the rounding of float32 count as equal; their distance and their part in every map
     are 0. If two networks differ only by rounding, the maps of one given the other are zero everywhere. Results do not depend on the unit
     of the features, except distances and weights, which have it.
+
+    pooled: distances are between the spatial means of the features, as in `kdx.unicam`; there are then no score maps.
     """
 
     kind = "explainer"
     input_names: tuple[str, ...] = ("images", "target")
 
-    def __init__(self, networks: Mapping[str, FeatureGraph]) -> None:
+    def __init__(self, networks: Mapping[str, FeatureGraph], *, pooled: bool = False) -> None:
         super().__init__()
+        self.pooled = pooled
         self.roles = roles_among(networks)
         self.networks = nn.ModuleDict({role: networks[role] for role in self.roles})
         self.layers = networks["student"].layers
-        self.maps = maps_among(self.roles)
-        self.score_maps = score_maps_among(self.roles)
+        self.maps, self.pairs = maps_among(self.roles), pairs_among(self.roles)
+        self.score_maps = {} if pooled else score_maps_among(self.roles)
         self.scores = scores_among(self.roles)
 
     def network(self, role: str) -> FeatureGraph:
@@ -81,7 +84,7 @@ class ExplainerGraph(nn.Module):
         target_distances = geometry.distances(target * target_power, torch.float32)
         for index in range(len(self.layers)):
             of_layer = zip(outputs.items(), powers[index :: len(self.layers)], strict=True)
-            among = {role: _Among.batch(maps[index], power) for (role, (_, *maps)), power in of_layer}
+            among = {role: _Among.batch(maps[index], power, self.pooled) for (role, (_, *maps)), power in of_layer}
             results += self._layer(among, target_distances, (images.shape[2], images.shape[3]))
             results.append(torch.stack([among[role].distances / among[role].power for role in self.roles]))
         return tuple(results)
@@ -95,7 +98,9 @@ class ExplainerGraph(nn.Module):
         distances = {role: context.distances for role, context in among.items()} | {TARGET: target_distances}
         matrices = geometry.u_centered(torch.stack([distances[name] for name in names]))
         centred = dict(zip(names, matrices.unbind(0), strict=True))
-        explained, given = (torch.stack([centred[pair[side]] for pair in self.maps.values()]) for side in (0, 1))
+        explained = torch.stack([centred[role] for role, _ in self.maps.values()])
+        # No map, or every map, is given another network.
+        given = torch.stack([centred[role] for _, role in self.pairs.values()]) if self.pairs else None
         solution = geometry.laplacian(torch.stack([distances[role] for role, _ in self.maps.values()]), explained, given, centred[TARGET])
         distinct = (solution.left > _ROUNDING)[..., None, None]
         laplacians = torch.where(distinct, solution.lap, 0.0).unbind(0)
@@ -106,23 +111,29 @@ class ExplainerGraph(nn.Module):
             scaled = nn.functional.interpolate(geometry.scaled(maps)[:, None], size=size, mode="bilinear", align_corners=False)
             results += [maps, scaled[:, 0], weights * among[role].power]
         n = target_distances.shape[-1]
-        residual = geometry.residual(explained, given)
-        squared = dict(zip(self.maps.values(), (geometry.dot(residual, residual) / (n * (n - 3))).unbind(0), strict=True))
+        squared: dict[tuple[str, str], Tensor] = {}
+        conditional: dict[str, Tensor] = {}
+        if given is not None:
+            residual = geometry.residual(explained, given)
+            squared = dict(zip(self.pairs.values(), (geometry.dot(residual, residual) / (n * (n - 3))).unbind(0), strict=True))
+            conditional = dict(zip((MAPS[name].score for name in self.pairs), distinct.unbind(0), strict=True))
         products = geometry.products(torch.stack(list(centred.values()), -3))
-        shares = self._shares(among, centred, n)
-        conditional = dict(zip((kind.score for kind in map(MAPS.__getitem__, self.maps)), distinct.unbind(0), strict=True))
+        shares = self._shares(among, centred, n) if self.score_maps else {}
         for kind in self.score_maps.values():
             maps = combined(kind, shares, products, names, squared)
             results.append(torch.where(conditional[kind.score], maps, 0.0) if kind.score in conditional else maps)
         pairs = [definition.matrices for definition in self.scores.values() if len(definition.matrices) == 2]
         first, second = (torch.stack([centred[pair[side]] for pair in pairs]) for side in (0, 1))
-        scores = torch.cat([geometry.correlation(first, second), solution.score])  # in the order of `scores_among`
+        scores = geometry.correlation(first, second)
+        if self.pairs:
+            scores = torch.cat([scores, solution.score])  # in the order of `scores_among`
         return [*results, scores.movedim(0, -1)]
 
     def _shares(self, among: Mapping[str, _Among], centred: Mapping[str, Tensor], n: int) -> dict[tuple[str, str], Tensor]:
         """The shares [images, H, W] from which the score maps are combined, in the normalisation of `geometry.products`."""
         shares: dict[tuple[str, str], Tensor] = {}
-        for role, context in among.items():
+        for role in mapped_among(self.roles):
+            context = among[role]
             matrices = [matrix for share_role, matrix in shares_among(self.roles) if share_role == role]
             values = context.shares(torch.stack([centred[name] for name in matrices])) / (n * (n - 3))
             shares |= {(role, name): value for name, value in zip(matrices, values.unbind(0), strict=True)}
@@ -160,8 +171,10 @@ class ReferenceGraph(ExplainerGraph):
 
     input_names = ("images", "labels")
 
-    def __init__(self, networks: Mapping[str, FeatureGraph], references: Mapping[str, Sequence[References]], labels: Tensor) -> None:
-        super().__init__(networks)
+    def __init__(
+        self, networks: Mapping[str, FeatureGraph], references: Mapping[str, Sequence[References]], labels: Tensor, *, pooled: bool = False
+    ) -> None:
+        super().__init__(networks, pooled=pooled)
         self.labels: Tensor
         self.register_buffer("labels", labels.long())
         for role in self.roles:
@@ -181,7 +194,7 @@ class ReferenceGraph(ExplainerGraph):
         for index in range(len(self.layers)):
             among = {role: self._among(maps[index], role, index) for role, (_, *maps) in outputs.items()}
             results += self._layer(among, target_distances, (images.shape[2], images.shape[3]))
-            results.append(torch.stack([_distances(among[role].features) / among[role].power for role in self.roles]))
+            results.append(torch.stack([_distances(among[role].features, self.pooled) / among[role].power for role in self.roles]))
         return tuple(results)
 
     def _among(self, features: Tensor, role: str, index: int) -> _Among:
@@ -189,7 +202,7 @@ class ReferenceGraph(ExplainerGraph):
             self.get_buffer(f"{name}_{role}_{index}") for name in ("centre", "features", "inside", "power")
         )
         features = features * power
-        return _Among.references(features, features - centre, references, inside, power)
+        return _Among.references(features, features - centre, references, inside, power, self.pooled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +210,8 @@ class _Among:
     """One network's features of n images among others, at one layer, times a power of two that makes them ordinary numbers.
 
     features: [n, C, H, W]. own, others: features of the n images, and of those they are compared with, [m, C, H, W], minus one centre.
-    distances: [n, n] if the two are the same, else [n, m+1, m+1], in which each image is the last one behind the m others.
+    distances: [n, n] if the two are the same, else [n, m+1, m+1], in which each image is the last one behind the m others. pooled: whether
+    they are between spatial means.
     """
 
     features: Tensor
@@ -205,23 +219,29 @@ class _Among:
     others: Tensor
     distances: Tensor
     power: Tensor
+    pooled: bool
 
     @classmethod
-    def batch(cls, features: Tensor, power: Tensor) -> _Among:
+    def batch(cls, features: Tensor, power: Tensor, pooled: bool) -> _Among:
         """features: as the network returns them."""
         features = features * power
         centred = features - features.mean(0)
-        return cls(features, centred, centred, _distances(features), power)
+        return cls(features, centred, centred, _distances(features, pooled), power, pooled)
 
     @classmethod
-    def references(cls, features: Tensor, own: Tensor, others: Tensor, inside: Tensor, power: Tensor) -> _Among:
+    def references(cls, features: Tensor, own: Tensor, others: Tensor, inside: Tensor, power: Tensor, pooled: bool) -> _Among:
         """inside: the distances [m, m] between the others."""
-        x, y = own.flatten(1), others.flatten(1)
+        x, y = _rows(own, pooled), _rows(others, pooled)
         border = geometry.centred_distances(x, y, x.square().sum(1), y.square().sum(1), torch.float32)
-        return cls(features, own, others, geometry.bordered(inside, border), power)
+        return cls(features, own, others, geometry.bordered(inside, border), power, pooled)
 
     def channel_weights(self, lap: Tensor) -> Tensor:
         """[n, C], from Laplacians of the shape of the distances. Weights that are only rounding are zero, as in `kdx.unicam`."""
+        weights = self._mean_gradient(lap)
+        return weights / (self.features.shape[2] * self.features.shape[3]) if self.pooled else weights
+
+    def _mean_gradient(self, lap: Tensor) -> Tensor:
+        """Lap times the spatial means."""
         # Lap maps constants to zero. Centred features keep the rounding of a large mean out of the differences.
         own = geometry.gap(self.own, torch.float32)
         sizes = self.own.abs().flatten(1).mean(1)
@@ -244,6 +264,11 @@ class _Among:
         return maps
 
 
+def _rows(features: Tensor, pooled: bool) -> Tensor:
+    """The rows between which distances are measured."""
+    return geometry.gap(features, torch.float32) if pooled else features.flatten(1)
+
+
 def _powers(values: Sequence[Tensor]) -> Sequence[Tensor]:
     """For each tensor the power of two [], 1 for ordinary values, that makes its largest value ordinary."""
     flat = [geometry.wide(tensor).flatten() for tensor in values]
@@ -256,9 +281,10 @@ def _powers(values: Sequence[Tensor]) -> Sequence[Tensor]:
     return powers.unbind(0)
 
 
-def _distances(features: Tensor) -> Tensor:
+def _distances(features: Tensor, pooled: bool) -> Tensor:
     """The distances [n, n] between features [n, C, H, W]."""
-    return geometry.distances(features.flatten(1), torch.float32)
+    # Without their centre, means of positions keep more digits.
+    return geometry.distances(_rows(features - features.mean(0) if pooled else features, pooled), torch.float32)
 
 
 def _label_distances(labels: Tensor, others: Tensor) -> Tensor:

@@ -6,9 +6,6 @@ the graphs of several networks. Preprocessing is inside every graph. A file has 
 
 from __future__ import annotations
 
-import difflib
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,14 +14,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kdx.errors import KdxError
+from kdx.export import layouts
+from kdx.export.layer_names import find_layer, output_name, parse_layer
 from kdx.export.passes import GradientsStayOn, network_errors, no_checkpointing
 from kdx.kernels import ambient, geometry
-
-_MAX_PREFIX_TOKENS = 8
-"""The most class, distillation and register tokens that may precede a grid of patch tokens."""
-
-_RESERVED = ("images", "cotangent", "logits")
-"""Names of inputs and outputs that do not belong to layers."""
 
 
 @dataclass(frozen=True)
@@ -40,85 +33,13 @@ class Preprocessing:
     std: tuple[float, ...] = (1.0,)
 
 
-def find_layer(network: nn.Module, name: str) -> nn.Module:
-    """The module at the dotted path ``name``, where ``path[i]`` stands for ``path``. Raises KdxError with the nearest names.
-
-    A path may contain the names that DataParallel and torch.compile add (``module.`` and ``_orig_mod.``).
-    """
-    modules: dict[str, nn.Module] = {path: module for path, module in network.named_modules(remove_duplicate=False) if path}
-    path, _ = _parsed_layer(name)
-    if path not in modules:
-        path = path.replace("_orig_mod.", "").removeprefix("module.")
-    if path in modules:
-        return modules[path]
-    near = difflib.get_close_matches(path, modules, n=4, cutoff=0.5) or [path for path, _ in network.named_children()][:6]
-    raise KdxError(f"The network has no layer {name!r}.", f"Near matches: {', '.join(near)}.")
-
-
-def output_name(layer: str) -> str:
-    """The name of a graph's output with the feature of ``layer``: the layer's own, unless a graph uses that name for something else."""
-    return f"feature/{layer}" if layer in _RESERVED else layer
-
-
-def _parsed_layer(layer: str) -> tuple[str, int | None]:
-    """Split ``path`` or ``path[i]`` into the path and the index of the module's output, None if there is no index."""
-    match = re.fullmatch(r"(.+)\[(\d+)\]", layer)
-    return (match[1], int(match[2])) if match else (layer, None)
-
-
-def as_map(feature: object, layer: str, image: tuple[int, int]) -> Tensor:
-    """A layer's output as a feature map [n, C, H, W]. image: height and width of the images.
-
-    [n, C, H, W] stays as it is. [n, H, W, C], which is recognised by the images' aspect ratio, is permuted. Tokens [n, L, C] lose
-    their leading class tokens, and the others become a grid of the images' aspect ratio. A vector [n, C] becomes [n, C, 1, 1].
-
-    Raises KdxError for any other output, and for tokens that do not form such a grid.
-    """
-    if not isinstance(feature, Tensor) or not feature.is_floating_point() or feature.ndim not in (2, 3, 4):
-        kind = f"a tensor {list(feature.shape)}" if isinstance(feature, Tensor) else type(feature).__name__
-        hint = "Choose a layer whose output is one floating-point tensor [n, C, H, W], tokens [n, L, C] or a vector [n, C]."
-        if isinstance(feature, list | tuple) and len(feature) > 1:
-            hint = f"Name one of its {len(feature)} outputs, such as {layer}[0]."
-        raise KdxError(f"The output of layer {layer!r} is {kind}, not one feature map.", hint)
-    if feature.ndim == 4:
-        _, a, b, c = feature.shape
-        channels_last = c > max(a, b) and _has_aspect(a, b, image) and not _has_aspect(b, c, image)
-        return feature.permute(0, 3, 1, 2) if channels_last else feature
-    if feature.ndim == 2:
-        return feature[:, :, None, None]
-    height, width, prefix = _grid(feature.shape[1], layer, image)
-    grid: Tensor = feature[:, prefix:].transpose(1, 2).unflatten(2, (height, width))
-    return grid
-
-
-def _grid(tokens: int, layer: str, image: tuple[int, int]) -> tuple[int, int, int]:
-    """Height and width of the largest grid with exactly the images' aspect ratio, and the number of tokens before it."""
-    unit = math.gcd(*image)
-    ratio = image[0] // unit, image[1] // unit
-    scale = math.isqrt(tokens // (ratio[0] * ratio[1]))
-    height, width = ratio[0] * scale, ratio[1] * scale
-    prefix = tokens - height * width
-    if scale == 0 or prefix > _MAX_PREFIX_TOKENS:
-        raise KdxError(
-            f"The {tokens} tokens of layer {layer!r} are not a grid of the images' aspect ratio after at most"
-            f" {_MAX_PREFIX_TOKENS} class tokens.",
-            "Choose a layer whose tokens form a grid, or images of another size.",
-        )
-    return height, width, prefix
-
-
-def _has_aspect(height: int, width: int, image: tuple[int, int]) -> bool:
-    """Whether height : width is the image's aspect ratio, up to the rounding of strides to whole positions."""
-    return abs(height * image[1] - width * image[0]) <= image[0] + image[1]
-
-
 class WatchedNetwork(nn.Module):
     """A network with its preprocessing, and with a hook on each layer during a forward pass.
 
     Every runtime executes a graph that is built on this class, or a file exported from one, so only this class decides on
-    preprocessing and on the layout of features. A layer is a dotted module path; ``path[i]`` is the i-th output of a module that
-    has several, which is necessary if several are floating-point tensors. A network in half precision still takes float32 images and
-    returns float32 results.
+    preprocessing and on the layout of features (`kdx.export.layouts`). A layer is a dotted module path; ``path[i]`` is the i-th output
+    of a module that has several, which is necessary if several are floating-point tensors, and ``path:layout`` states the layout of its
+    output. A network in half precision still takes float32 images and returns float32 results.
     """
 
     def __init__(self, network: nn.Module, layers: Sequence[str], preprocessing: Preprocessing = Preprocessing()) -> None:
@@ -135,10 +56,47 @@ class WatchedNetwork(nn.Module):
         self.watched = tuple(layers)
         # A tuple, so that the layers' modules are not registered a second time.
         self._watched_modules = tuple(find_layer(network, layer) for layer in layers)
+        self.decisions = layouts.decisions_of(network)
 
     def as_map(self, raw: object, layer: str, images: Tensor) -> Tensor:
-        """A layer's raw output for these images, from `watch`, as a feature map."""
-        return as_map(raw, layer, self.preprocessing.size or (images.shape[2], images.shape[3]))
+        """A layer's raw output for these images, from `watch`, or its gradient, as a feature map [n, C, H, W].
+
+        Raises KdxError for an output that is not one floating-point tensor with one row per image, and for a layout that is not known.
+        """
+        feature = layouts.checked_feature(raw, layer)
+        key = layer, self._size_of(images)
+        if key in self.decisions and not self.decisions[key].layout.fits(feature.shape):
+            del self.decisions[key]  # the network was changed since
+        self.decide({layer: raw}, images)
+        layout = self.decisions[key].layout
+        if not isinstance(images.shape[0], torch.SymInt):  # under tracing, the comparison would fix the size of the batch
+            layouts.check_rows(layout, tuple(feature.shape), layer, images.shape[0])
+        return layout.as_map(feature)
+
+    def decide(self, raw: Mapping[str, object], images: Tensor) -> None:
+        """Decide on the layouts of these layers' outputs for images of this size, as far as they are not decided."""
+        size = self._size_of(images)
+        open_layers = [layer for layer in raw if (layer, size) not in self.decisions]
+        if not open_layers:
+            return
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"the layout of {open_layers[0]} must be decided before tracing")
+        decider = layouts.Decider(self.network, lambda probes: self.watch(probes)[1], size, self.mean)
+        for layer in open_layers:
+            self.decisions[layer, size] = decider.decide(layer, raw[layer], len(images))
+
+    def decide_for(self, image_size: tuple[int, int]) -> None:
+        """Before tracing: decide on the layouts of all layers for images of this size, with a pass of two random images if any is open."""
+        size = self.preprocessing.size or image_size
+        if any((layer, size) not in self.decisions for layer in self.watched):
+            images = torch.rand(2, 3, *image_size, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(self.mean)
+            with torch.no_grad(), layouts.eval_mode(self.network):
+                self.decide(self.watch(images)[1], images)
+        for layer in self.watched:
+            self.decisions[layer, size].layout.prepare(self.mean.device)
+
+    def _size_of(self, images: Tensor) -> tuple[int, int]:
+        return self.preprocessing.size or (images.shape[2], images.shape[3])
 
     def watch(self, images: Tensor, capture: Callable[[Tensor], Tensor] = lambda raw: raw) -> tuple[Tensor, dict[str, object]]:
         """One forward pass: logits [n, classes], and each layer's raw output, in the layer's own layout.
@@ -202,6 +160,7 @@ class FeatureGraph(WatchedNetwork):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         logits, raw = self.watch(images)
+        self.decide(raw, images)
         return geometry.wide(logits), *(geometry.wide(self.as_map(raw[layer], layer, images)) for layer in self.layers)
 
 
@@ -244,6 +203,7 @@ class GradientGraph(WatchedNetwork):
         """cotangent: a tensor, or a function of the logits that returns one."""
         with torch.enable_grad():
             logits, raw = self.recorded(images)
+            self.decide(raw, images)
             return self.with_gradients(images, cotangent if isinstance(cotangent, Tensor) else cotangent(logits), logits, raw)
 
     def recorded(self, images: Tensor) -> tuple[Tensor, dict[str, object]]:
@@ -319,7 +279,8 @@ def _capture_hook(raw: dict[str, object], layer: str, capture: Callable[[Tensor]
 
     A copy, since an in-place ReLU after the layer would overwrite the feature.
     """
-    path, index = _parsed_layer(layer)
+    name = parse_layer(layer)
+    path, index = name.path, name.index
 
     def hook(_module: nn.Module, _inputs: object, output: object) -> object:
         items = list(output) if isinstance(output, list | tuple) else [output]
@@ -330,7 +291,7 @@ def _capture_hook(raw: dict[str, object], layer: str, capture: Callable[[Tensor]
         position = _only_feature(items) if index is None else index
         tensor = None if position is None else items[position]
         if position is None or not isinstance(tensor, Tensor):
-            raw[layer] = output  # `as_map` raises the error
+            raw[layer] = output  # `checked_feature` raises the error
             return None
         raw[layer] = captured = capture(tensor)
         items[position] = captured.clone()

@@ -78,6 +78,8 @@ def write(
     """
     graph.eval()
     check_dependence(graph, image_size)
+    for network in _networks(graph).values():
+        network.decide_for(image_size)
     graph = _in_float32(graph)
     origins = {"network": origin} if isinstance(origin, Origin) else dict(origin)
     name = " and ".join(origin.reference for origin in origins.values())
@@ -137,6 +139,7 @@ def _description(
         inputs=shapes_by_name(model.graph.input),
         outputs=shapes_by_name(model.graph.output),
         versions=versions(),
+        pooled=isinstance(graph, ExplainerGraph) and graph.pooled,
     )
 
 

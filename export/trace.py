@@ -46,6 +46,9 @@ def traced_program(graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: Dynami
 
     Raises KdxError if an operator has no ONNX form, and any exception that the network's own code raises under tracing.
     """
+    for network in graph.modules():
+        if isinstance(network, WatchedNetwork):
+            network.decide_for((inputs[0].shape[2], inputs[0].shape[3]))
     with torch.no_grad():
         if isinstance(graph, GradientGraph):
             forward = torch.export.export(_Forward(graph), inputs, dynamic_shapes=dynamic).run_decompositions({})
@@ -70,8 +73,14 @@ def _with_translatable_attention(program: ExportedProgram) -> ExportedProgram:
     """The program with its attention as plain operators, if any attention is in a form that torch.onnx.export does not translate."""
     if not any(_needs_plain_attention(node) for node in program.graph.find_nodes(op="call_function", target=_ATTENTION)):
         return program
-    plain: ExportedProgram = program.run_decompositions({_ATTENTION: decompositions.FORWARD[_ATTENTION]})
+    plain: ExportedProgram = program.run_decompositions({_ATTENTION: _plain_attention})
     return plain
+
+
+def _plain_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """Attention as plain operators. A result of four dimensions has the strides of PyTorch's kernel, on which later views rely."""
+    out: Tensor = decompositions.FORWARD[_ATTENTION](*args, **kwargs)
+    return out.transpose(1, 2).contiguous().transpose(1, 2) if out.ndim == 4 else out
 
 
 def _needs_plain_attention(node: fx.Node) -> bool:
@@ -114,6 +123,7 @@ class _Forward(WatchedNetwork):
 
     def __init__(self, graph: GradientGraph) -> None:
         super().__init__(graph.network, graph.watched, graph.preprocessing)
+        self.decisions = graph.decisions  # those of a copied network, which has none of its own
         self.output_count = len(graph.output_names)
 
     def forward(self, images: Tensor, cotangent: Tensor) -> tuple[object, ...]:
@@ -164,7 +174,7 @@ def _inserted(
     constants = dict(forward.constants)
     copies = dict(zip(joint.graph.find_nodes(op="placeholder"), boundary, strict=True))
     inputs = list(forward.graph_signature.input_specs)
-    first = next(iter(fx_graph.nodes))
+    first, new = next(iter(fx_graph.nodes)), 0
     for node in joint.graph.nodes:
         if node.op == "get_attr":
             with fx_graph.inserting_before(first):
@@ -172,7 +182,8 @@ def _inserted(
                 constants[name] = getattr(joint, str(node.target))
                 copies[node] = fx_graph.placeholder(name)
                 copies[node].meta["val"] = node.meta.get("val", constants[name])
-            inputs.insert(0, InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(copies[node].name), name))
+            inputs.insert(new, InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(copies[node].name), name))
+            new += 1  # specifications are in the order of the nodes, which are all inserted before the first old one
         elif node.op == "call_function":
             with fx_graph.inserting_before(fx_graph.output_node()):
                 copies[node] = fx_graph.node_copy(node, lambda source: copies[source])

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdx.errors import KdxError
-    from kdx.explain.explainer import Explainer, Explanation, LayerResult
+    from kdx.explain.explainer import Explainer
+    from kdx.explain.results import Explanation, LayerResult
     from kdx.maps.class_maps import ClassMaps, grad_cam, hires_cam
     from kdx.maps.decomposition import Decomposition, decompose
     from kdx.maps.earlier_layers import unicam_before
@@ -59,10 +60,10 @@ _HOMES = {
     "Decomposition": "maps.decomposition",
     "Drawable": "maps.figures",
     "Explainer": "explain.explainer",
-    "Explanation": "explain.explainer",
+    "Explanation": "explain.results",
     "ImageLayer": "runs.opened",
     "KdxError": "errors",
-    "LayerResult": "explain.explainer",
+    "LayerResult": "explain.results",
     "LayerScores": "scores.pool",
     "Maps": "maps.unicam",
     "OpenedRun": "runs.opened",

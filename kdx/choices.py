@@ -33,6 +33,17 @@ SalientClass = Literal["predicted", "true"]
 SalientScore = Literal["logit", "probability"]
 """What the ranking of the pixels of a salient image differentiates: the logit of the class, or its softmax."""
 
+SalientImage = Literal["exact", "published"]
+"""How a salient image is made. exact: exactly the share of its pixels is kept, in each layer's own images. published: as in the authors'
+code of December 2024, which `kdx.maps.published_images` describes."""
+
+RatioName = Literal["pooled", "mean"]
+"""How the scores of several batches become one. pooled: inner products are summed, and one ratio is taken at the end. mean: the mean of the
+batches' ratios, which is biased."""
+
+PresetName = Literal["published"]
+"""A named set of options (`kdx.runs.presets`)."""
+
 GeometryName = Literal["auto", "whole", "reference", "batch"]
 """The images that an image is compared with: the whole set, a fixed reference set, or the images of its batch."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 _TERMINAL_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-~])")
 """Commands to a terminal (ECMA-48): colours, moves of the cursor, window titles, changes of the character set."""
@@ -61,3 +63,28 @@ def first_line(error: BaseException) -> str:
     """The first line of another library's message, `printable` and without its full stop, to quote in an error."""
     lines = printable(str(error)).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C after a part of the work was stored: the same command resumes it."""
+
+
+@contextmanager
+def about_network(name: str) -> Iterator[None]:
+    """Put the name of a network, such as a role, before the problem of a KdxError that the block raises."""
+    try:
+        yield
+    except KdxError as error:
+        error.problem = f"{name.capitalize()}: {error.problem}"
+        raise
+
+
+@contextmanager
+def resumable(has_progress: Callable[[], bool]) -> Iterator[None]:
+    """Turn Ctrl-C in the block into `Stopped` if there is something to resume."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if has_progress():
+            raise Stopped from None
+        raise

@@ -39,7 +39,7 @@ def neutral() -> Iterator[None]:
 def full_precision() -> Iterator[None]:
     """Run a block, or as a decorator a function, without autocast, default device and TF32, but with the caller's recording of gradients.
 
-    For functions of tensors that are being trained.
+    The caller decides whether gradients are recorded: for functions of tensors that are being trained.
     """
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):

@@ -84,7 +84,7 @@ class TorchBackend:
     def channel_weights(
         self,
         explained: BatchDistances,
-        given: BatchDistances,
+        given: BatchDistances | None,
         target: BatchDistances,
         means: Sequence[Tensor],
         objective: geometry.Objective,
@@ -93,17 +93,18 @@ class TorchBackend:
     ) -> UnicamWeights:
         """Channel weights of s explained networks among the images of a batch.
 
-        explained, given: stacks [s, n, n]. target: [n, n]. means: the spatial means [n, C] of each explained network's features.
-        laplacians: whether the result contains them.
+        explained, given: stacks [s, n, n]; given is None for given nothing. target: [n, n]. means: the spatial means [n, C] of each
+        explained network's features. laplacians: whether the result contains them.
         """
-        solution = geometry.laplacian(explained.raw, explained.centred, given.centred, target.centred, objective)
+        b = None if given is None else given.centred
+        solution = geometry.laplacian(explained.raw, explained.centred, b, target.centred, objective)
         weights = [geometry.gradient(lap, rows) for lap, rows in zip(solution.lap, means, strict=True)]
         return UnicamWeights(weights, solution.score, solution.left, solution.lap if laplacians else None)
 
     def query_channel_weights(
         self,
         explained: Sequence[ReferenceDistances],
-        given: Sequence[ReferenceDistances],
+        given: Sequence[ReferenceDistances] | None,
         target: ReferenceDistances,
         means: Sequence[Tensor],
         reference_means: Sequence[Tensor],
@@ -117,7 +118,8 @@ class TorchBackend:
         images [m, C]. The rest is as in `channel_weights`.
         """
         raw, centred = torch.stack([d.raw for d in explained]), torch.stack([d.centred for d in explained])
-        solution = geometry.laplacian(raw, centred, torch.stack([d.centred for d in given]), target.centred, objective)
+        b = None if given is None else torch.stack([d.centred for d in given])
+        solution = geometry.laplacian(raw, centred, b, target.centred, objective)
         weights = [
             geometry.query_gradient(lap, queries, references)
             for lap, queries, references in zip(solution.lap, means, reference_means, strict=True)
@@ -138,7 +140,8 @@ class TorchBackend:
 
 
 class CudaBackend(TorchBackend):
-    """The CUDA kernels. PyTorch computes what no kernel covers: float64, a user's own objective, and Laplacians in reference mode."""
+    """The CUDA kernels. PyTorch computes what no kernel covers: float64, a user's own objective, given nothing, and Laplacians in
+    reference mode."""
 
     def distances(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float64:
@@ -156,7 +159,7 @@ class CudaBackend(TorchBackend):
     def channel_weights(
         self,
         explained: BatchDistances,
-        given: BatchDistances,
+        given: BatchDistances | None,
         target: BatchDistances,
         means: Sequence[Tensor],
         objective: geometry.Objective,
@@ -164,14 +167,14 @@ class CudaBackend(TorchBackend):
         laplacians: bool,
     ) -> UnicamWeights:
         name = _kernel_objective(objective)
-        if name is None:
+        if name is None or given is None:
             return super().channel_weights(explained, given, target, means, objective, laplacians=laplacians)
         return _stacked_weights(explained.raw.float(), given.raw.float(), target.raw.float(), means, name, laplacians)
 
     def query_channel_weights(
         self,
         explained: Sequence[ReferenceDistances],
-        given: Sequence[ReferenceDistances],
+        given: Sequence[ReferenceDistances] | None,
         target: ReferenceDistances,
         means: Sequence[Tensor],
         reference_means: Sequence[Tensor],
@@ -180,7 +183,7 @@ class CudaBackend(TorchBackend):
         laplacians: bool,
     ) -> UnicamWeights:
         name = _kernel_objective(objective)
-        if name is None or laplacians:
+        if name is None or given is None or laplacians:
             return super().query_channel_weights(explained, given, target, means, reference_means, objective, laplacians=laplacians)
         results = [
             fused.query_weights(

@@ -5,7 +5,7 @@ PyTorch without control flow that depends on the data (except the repair in `dis
 exported graph is this same code. The definitions are in `reference.py`; the derivation:
 
     with R the residual, L the objective and E = dL/dR, the gradient with respect to the distances is
-        M = U(E - <E,B>/<B,B> B),      U the U-centring, which is linear and its own adjoint,
+        M = U(E - <E,B>/<B,B> B),      U the U-centring, which is linear and its own adjoint (given nothing, R = A and M = U(E)),
     and with W_ij = (M_ij + M_ji)/D_ij off the diagonal, Lap = diag(W 1) - W,
         dL/dX = Lap X,      and, because the spatial mean is linear,      dL/dX averaged over h, w = Lap mean_hw(F).
 
@@ -179,18 +179,19 @@ class Laplacian:
     left: Tensor
 
 
-def laplacian(d: Tensor, a: Tensor, b: Tensor, g: Tensor, objective: Objective = relevance) -> Laplacian:
+def laplacian(d: Tensor, a: Tensor, b: Tensor | None, g: Tensor, objective: Objective = relevance) -> Laplacian:
     """Lap of the objective for the explained model's distances d and U-centred a, given b, target g, all [..., n, n].
 
-    Pairs at distance zero carry no gradient. If ``left`` is near the rounding of distances, the given model explains everything, and
-    the score and the gradient mean nothing.
+    b: None for given nothing: then R = A. Pairs at distance zero carry no gradient. If ``left`` is near the rounding of distances, the
+    given model explains everything, and the score and the gradient mean nothing.
     """
-    b, g = unit(b), unit(g)
-    r = residual(a, b)
+    b, g = None if b is None else unit(b), unit(g)
+    r = a if b is None else residual(a, b)
     score, derivative = objective(r, g)
     # The derivative of relevance is a difference of matrices of norm 1/||R|| and L/||R||, and no more exact than they are.
     scale = torch.maximum(dot(derivative, derivative), score.square() / dot(r, r))
-    derivative = derivative - dot(derivative, b)[..., None, None] * b
+    if b is not None:
+        derivative = derivative - dot(derivative, b)[..., None, None] * b
     # With four images, one dimension remains besides B, so L is plus or minus a constant. The derivative is then only rounding, but
     # its map would look like a real one. The same happens if R already points along G.
     share = dot(a, a) / dot(r, r)  # R is a difference: the smaller it is compared with A, the larger is its rounding

@@ -65,18 +65,19 @@ def uniqueness(r: Tensor) -> Tensor:
 
 
 def unicam(
-    x: Tensor, y: Tensor, target: Tensor, objective: str, weighting: str = "gap", pooled: bool = False
+    x: Tensor, y: Tensor | None, target: Tensor, objective: str, weighting: str = "gap", pooled: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(score, weights [n, C], maps [n, H, W] after ReLU) by autograd through the features x [n, C, H, W].
 
     weights_ic = mean over h, w of dL/dx_ichw; the map is ReLU(sum_c weights_ic x_ic) or, elementwise (HiRes),
     ReLU(sum_c (dL/dx_ic) x_ic). ``pooled`` measures distances between spatial means instead of whole features.
+    y: None for given nothing, where the residual is the U-centred matrix of x itself.
     """
     x = x.double().detach().requires_grad_()
-    y, target = y.double(), target.double()
-    flat_x, flat_y = (x.mean((2, 3)), y.mean((2, 3))) if pooled else (x.flatten(1), y.flatten(1))
-    r = residual(u_centered(distances(flat_x)), u_centered(distances(flat_y)))
-    score = uniqueness(r) if objective == "uniqueness" else correlation(r, u_centered(distances(target)))
+    r = u_centered(distances(x.mean((2, 3)) if pooled else x.flatten(1)))
+    if y is not None:
+        r = residual(r, u_centered(distances(y.double().mean((2, 3)) if pooled else y.double().flatten(1))))
+    score = uniqueness(r) if objective == "uniqueness" else correlation(r, u_centered(distances(target.double())))
     (gradient,) = torch.autograd.grad(score, x)
     weights = gradient.mean((2, 3))
     weighted = gradient * x if weighting == "elementwise" else weights[:, :, None, None] * x

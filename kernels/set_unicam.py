@@ -6,6 +6,8 @@ images:
     relevance    M = 2/||R|| (G^ - <G^,B^> B^ - L R^),             L = <R^,G^>
     uniqueness   M = U(E + E^T) - 2 (<E,B>/<B,B>) B,               L = sum_i max_j R_ij, E one at the first maximum of each row
 
+Given nothing, R = A, and the terms with B are absent.
+
 So a tile of M costs arithmetic on tiles of A, B and G. Uniqueness first needs the maxima of all rows.
 """
 
@@ -23,7 +25,7 @@ from kdx.kernels.set_geometry import SetGeometry
 
 @dataclass(frozen=True, eq=False)
 class SetGradient:
-    """M = dL/dD of one explained and one given network, as a combination of the k matrices of a `SetGeometry`.
+    """M = dL/dD of one explained network given another or given nothing, as a combination of the k matrices of a `SetGeometry`.
 
     coefficients [k]. maxima [n]: the place of the first maximum in each row of R, or None. score: L. residual_norm: ||R||.
     """
@@ -34,8 +36,10 @@ class SetGradient:
     residual_norm: float
 
     @classmethod
-    def of(cls, geometry: SetGeometry, products: Tensor, explained: int, given: int, target: int, objective: ObjectiveName) -> SetGradient:
-        """products [k, k]: those of the geometry, or those under a permutation."""
+    def of(
+        cls, geometry: SetGeometry, products: Tensor, explained: int, given: int | None, target: int, objective: ObjectiveName
+    ) -> SetGradient:
+        """products [k, k]: those of the geometry, or those under a permutation. given: None for given nothing."""
         if objective == "uniqueness":
             return _uniqueness(geometry, explained, given)
         return _relevance(products * geometry.n * (geometry.n - 3), explained, given, target)
@@ -51,10 +55,13 @@ class SetGradient:
         return result
 
 
-def _relevance(products: Tensor, explained: int, given: int, target: int) -> SetGradient:
+def _relevance(products: Tensor, explained: int, given: int | None, target: int) -> SetGradient:
     """From unnormalised inner products [k, k] of all matrices."""
-    aa, bb, gg = (products[i, i] for i in (explained, given, target))
-    ab, ag, bg = products[explained, given], products[explained, target], products[given, target]
+    aa, ag, gg = products[explained, explained], products[explained, target], products[target, target]
+    ab = bg = products.new_zeros(())
+    bb = products.new_ones(())  # given nothing, R = A: the inner products with B are 0
+    if given is not None:
+        bb, ab, bg = products[given, given], products[explained, given], products[given, target]
     share = ab / bb
     rr = aa - share * ab
     score = (ag - share * bg) / (rr * gg).sqrt()
@@ -64,21 +71,22 @@ def _relevance(products: Tensor, explained: int, given: int, target: int) -> Set
     coefficients = products.new_zeros(len(products))
     if bool(left > rounding):
         coefficients[target] += 1 / gg.sqrt()
-        coefficients[given] += score * share / rr.sqrt() - bg / (bb * gg.sqrt())
+        if given is not None:
+            coefficients[given] += score * share / rr.sqrt() - bg / (bb * gg.sqrt())
         coefficients[explained] -= score / rr.sqrt()
         coefficients *= 2 / rr.sqrt()
     return SetGradient(coefficients, None, float(score), float(rr.sqrt()))
 
 
-def _uniqueness(geometry: SetGeometry, explained: int, given: int) -> SetGradient:
+def _uniqueness(geometry: SetGeometry, explained: int, given: int | None) -> SetGradient:
     n, products = geometry.n, geometry.swept.products
-    share = products[explained, given] / products[given, given]
+    share = products.new_zeros(()) if given is None else products[explained, given] / products[given, given]
     maxima = torch.zeros(n, dtype=torch.int64, device=products.device)
     best = torch.full((n,), -torch.inf, dtype=torch.float64, device=products.device)
     matching = torch.zeros(n, dtype=torch.float64, device=products.device)
     for a, b in geometry.pairs:
-        x, y = (geometry.centred(matrix, a, b) for matrix in (explained, given))
-        residual = x - share * y
+        x, y = (geometry.centred(explained if matrix is None else matrix, a, b) for matrix in (explained, given))
+        residual = x - share * y  # given nothing, the share is 0 and y has no effect
         for rows, columns, r, given_tile in ((a, b, residual, y), (b, a, residual.T, y.T))[: 1 + (a != b)]:
             own, place = geometry.places[rows], geometry.places[columns]
             largest, where = r.max(1)
@@ -90,8 +98,10 @@ def _uniqueness(geometry: SetGeometry, explained: int, given: int) -> SetGradien
     score, with_given = float(best.sum()), float(matching.sum())
     size = n * (n - 3)
     coefficients = products.new_zeros(len(products))
-    coefficients[given] = -2 * with_given / (float(products[given, given]) * size)
-    squared = (products[explained, explained] - share * products[explained, given]) * size
+    squared = products[explained, explained] * size
+    if given is not None:
+        coefficients[given] = -2 * with_given / (float(products[given, given]) * size)
+        squared = (products[explained, explained] - share * products[explained, given]) * size
     return SetGradient(coefficients, maxima, score, float(squared.sqrt()))
 
 

@@ -185,6 +185,7 @@ def _scores(depth: int, layers: int, n: int, teacher: bool, gain_known: bool) ->
     }
     if gain_known:
         contrasts["RS(S) - RS(B)"] = entry(values[3] - values[4], 0.04, None, n)
+        contrasts["RS(S) - RS(T)"] = entry(values[3] - values[2], 0.04, None, n)
     if not teacher:
         scores, contrasts = ({name: number for name, number in table.items() if "T" not in name} for table in (scores, contrasts))
     return {"scores": scores, "contrasts": contrasts}
@@ -203,6 +204,7 @@ def _score_maps(
         maps[name] = (blobs - blobs.mean()) / blobs.size + numbers[kind.score] / blobs.size
     maps["rs_student_minus_base"] = maps["rs_student"] - maps["rs_base"]
     if "teacher" in roles:
+        maps["rs_student_minus_teacher"] = maps["rs_student"] - maps["rs_teacher"]
         maps["fss_student_minus_base"] = maps["fss_student"] - maps["fss_base"]
     return {name: values.astype(np.float32) for name, values in maps.items()}
 

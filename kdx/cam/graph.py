@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,10 @@ class CamGraph(GradientGraph):
         super().__init__(prepared(model), list(dict.fromkeys(names)))
         self._reshape = reshape_transform
         self._output_shape: tuple[int, ...] = ()
+
+    def decide(self, raw: Mapping[str, object], images: Tensor) -> None:
+        if self._reshape is None:  # otherwise the user's function states the layout
+            super().decide(raw, images)
 
     def as_map(self, raw: object, layer: str, images: Tensor) -> Tensor:
         if self._reshape is None:

@@ -138,6 +138,7 @@ class GradCAM(GradientMethod):
 
     >>> import torch
     >>> from kdx.cam import ClassifierOutputTarget, GradCAM
+    >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 6 * 6, 5))
     >>> with GradCAM(model, target_layers=[model[1]]) as cam:
     ...     maps = cam(input_tensor=torch.rand(2, 3, 8, 8), targets=[ClassifierOutputTarget(1), ClassifierOutputTarget(3)])

@@ -15,11 +15,9 @@ from kdx.cli.distill import distill
 from kdx.cli.doctor import doctor
 from kdx.cli.explain import explain
 from kdx.cli.export import export
+from kdx.cli.layers import layers
 from kdx.cli.report import report
-from kdx.errors import KdxError
-
-_RESUMABLE = ("demo", "distill", "explain")
-"""The commands that continue a stopped run when they are called again."""
+from kdx.errors import KdxError, Stopped
 
 
 class _Commands(typer.core.TyperGroup):
@@ -28,9 +26,11 @@ class _Commands(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except Stopped:
+            _print_error("Stopped. Run the same command again to resume.")
         except KeyboardInterrupt:
-            _print_error("Stopped. Run the same command again to resume." if ctx.invoked_subcommand in _RESUMABLE else "Stopped.")
-            sys.exit(130)
+            _print_error("Stopped.")
+        sys.exit(130)
 
 
 app = typer.Typer(
@@ -57,7 +57,7 @@ def _options(
 ) -> None: ...
 
 
-for _command in (demo, distill, export, explain, report, doctor):
+for _command in (demo, distill, export, explain, report, layers, doctor):
     app.command()(_command)
 
 

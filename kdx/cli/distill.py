@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,6 +68,14 @@ def distill(
     select: Annotated[Selection, _option(_TRAINING, "Keep the epoch with the best validation accuracy or loss, or the last.")] = "accuracy",
     patience: Annotated[int | None, _option(_TRAINING, "Stop after this many epochs without a better one.", min=1)] = None,
     save_minutes: Annotated[float, _option(_TRAINING, "Minutes between the states from which a run resumes.", min=0)] = 5.0,
+    log: Annotated[
+        list[str] | None,
+        _option(_TRAINING, "Log every epoch: csv (OUT/ROLE.csv), tensorboard or wandb. Repeat the option for several.", show_default=False),
+    ] = None,
+    probe: Annotated[
+        int | None,
+        _option(_TRAINING, "Compute FSS and RS of this many validation images after every epoch of the student (OUT/student.csv).", min=4),
+    ] = None,
     image_size: Annotated[
         int | None, _option(_IMAGES, "Resize images to a square of this side; by default the teacher's own size.", min=1)
     ] = None,
@@ -154,7 +163,9 @@ def distill(
         settings=settings,
         layers=layer,
         teacher_cache=teacher_cache,
+        log=log or (),
+        probe=probe,
         device=device,
     )
     if os.environ.get("RANK", "0") == "0":  # the first of several processes
-        typer.echo(f"Models file: {models}\nNext: kdx explain {data} --models {models} --out RUN")
+        typer.echo(f"Models file: {models}\nNext: {shlex.join(['kdx', 'explain', data, '--models', str(models), '--out', 'RUN'])}")

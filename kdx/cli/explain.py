@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,15 +15,17 @@ from kdx.choices import (
     Interpolation,
     ObjectiveName,
     Precision,
+    PresetName,
+    RatioName,
     ResizeMode,
     RuntimeName,
     SalientClass,
+    SalientImage,
     SalientScore,
     StoredPrecision,
     Weighting,
 )
 from kdx.cli.options import (
-    DataArgument,
     DeviceOption,
     GalleryOption,
     ImagesOption,
@@ -37,11 +39,21 @@ from kdx.cli.options import (
     image_names,
 )
 
+if TYPE_CHECKING:
+    from kdx.runs.run import RunOptions
+
 
 def explain(
-    data: DataArgument,
+    context: typer.Context,
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            help="A folder with one folder per class, a CSV file with the columns path and label, cifar10:FOLDER, or digits; "
+            "or a few image files, with --data."
+        ),
+    ],
     models: Annotated[
-        Path, typer.Option(help="The models file, which names the student, the base and optionally the teacher; or an explainer file.")
+        Path, typer.Option(help="The models file, which names the student and optionally the base and the teacher; or an explainer file.")
     ],
     out: Annotated[Path, typer.Option(help="The folder of the run. A stopped run there is resumed.")],
     layer: LayerOption = None,
@@ -79,6 +91,7 @@ def explain(
     weighting: Annotated[
         Weighting, typer.Option(help="gap: one weight per channel; elementwise: one weight per position (HiRes).")
     ] = "gap",
+    pooled: Annotated[bool, typer.Option("--pooled", help="Measure distances between the spatial means of features.")] = False,
     features: Annotated[
         Features, typer.Option(help="What the scores compare: whole images, or the pixels that matter most to each network.")
     ] = "raw",
@@ -90,6 +103,19 @@ def explain(
     salient_score: Annotated[
         SalientScore, typer.Option(help="salient: what ranks the pixels: the logit of that class, or its probability (softmax).")
     ] = "logit",
+    salient_image: Annotated[
+        SalientImage,
+        typer.Option(help="salient: exactly the share of the pixels, or as in the authors' code, with its contrast and noise."),
+    ] = "exact",
+    ratios: Annotated[
+        RatioName, typer.Option(help="batch: pool the inner products of all batches, or take the mean of their scores, which is biased.")
+    ] = "pooled",
+    preset: Annotated[
+        PresetName | None,
+        typer.Option(
+            help="Set all options to those of the authors' code of December 2024, except options that are given.", show_default=False
+        ),
+    ] = None,
     reference: Annotated[
         int, typer.Option(min=0, help="The size of the reference set, by default 256. A size above 0 selects --geometry reference.")
     ] = 0,
@@ -117,6 +143,14 @@ def explain(
     max_minutes: Annotated[
         float, typer.Option(min=0, help="whole: the time that the geometry may take, by estimate. Beyond it, auto selects reference.")
     ] = 60.0,
+    random_baseline: Annotated[
+        bool | None,
+        typer.Option(
+            help="Also compute the FSS of the student's architecture with random weights, in one more pass. By default only with a teacher "
+            "and without a base.",
+            show_default=False,
+        ),
+    ] = None,
     target: Annotated[
         Path | None,
         typer.Option(
@@ -150,14 +184,24 @@ def explain(
     gallery: GalleryOption = 60,
     order: OrderOption = "balanced",
     images: ImagesOption = None,
+    among: Annotated[
+        str | None,
+        typer.Option("--data", help="Explain a few image files among reference images of this data set.", show_default=False),
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="With --data: the class of each image, in order; by default what the student predicts.", show_default=False),
+    ] = None,
     seed: SeedOption = 0,
 ) -> None:
     """Explain a data set: store maps of every image at every layer, scores with intervals, and a page that shows them."""
-    from kdx.commands.explain import run
+    from kdx.commands import explain_images
+    from kdx.commands.explain import check_data_set, run
     from kdx.report.terminal import scores_table
-    from kdx.runs.run import RunOptions
 
-    options = RunOptions(
+    options = _options(
+        context,
+        preset,
         batch=batch,
         chunk=chunk,
         runtime=runtime,
@@ -166,17 +210,21 @@ def explain(
         geometry=geometry,
         objective=objective,
         weighting=weighting,
+        pooled=pooled,
         features=features,
         keep=keep,
         noise=noise,
         salient_class=salient_class,
         salient_score=salient_score,
+        salient_image=salient_image,
+        ratios=ratios,
         reference_images=reference,
         stored_precision=store,
         keep_features=keep_features,
         project=project,
         max_disk=max_disk,
         max_minutes=max_minutes,
+        random_baseline=random_baseline,
         target=target,
         resize=resize,
         interpolation=interpolation,
@@ -190,6 +238,25 @@ def explain(
         gallery_images=image_names(images),
         seed=seed,
     )
-    page = run(data, models, out, layer or (), options, command=["kdx", *sys.argv[1:]], announce=announce_line)
+    if among is not None:
+        images_page = explain_images.run(
+            list(map(Path, data)), models, among, out, layer or (), options, labels=label or (), announce=announce_line
+        )
+        typer.echo(f"The page: {images_page}")
+        return
+    check_data_set(data, label)
+    page = run(data[0], models, out, layer or (), options, command=["kdx", *sys.argv[1:]], announce=announce_line)
     progress.console().print(scores_table(out))
     typer.echo(f"The page: {page}")
+
+
+def _options(context: typer.Context, preset: PresetName | None, **values: Any) -> RunOptions:
+    """The options of a run: those of the command line, and those of the preset where the command line gives none."""
+    from kdx.runs.presets import PRESETS
+    from kdx.runs.run import RunOptions
+
+    for name, value in ({} if preset is None else PRESETS[preset]).items():
+        source = context.get_parameter_source(name)
+        if source is None or source.name == "DEFAULT":
+            values[name] = value
+    return RunOptions(**values)

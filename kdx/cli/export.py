@@ -23,12 +23,12 @@ def export(
     kind: Annotated[
         FileKind,
         typer.Option(
-            help="features: logits and features; gradients: also the gradients at the layers; explainer: two networks and their maps."
+            help="features: logits and features; gradients: also the gradients at the layers; explainer: one to three networks and maps."
         ),
     ] = "features",
     explainer: Annotated[bool, typer.Option("--explainer", help="The same as --kind explainer.")] = False,
     student: Annotated[str | None, typer.Option(help="explainer: the student.", show_default=False)] = None,
-    base: Annotated[str | None, typer.Option(help="explainer: the base.", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option(help="explainer: the base, which may be left out.", show_default=False)] = None,
     teacher: Annotated[str | None, typer.Option(help="explainer: the teacher, which may be left out.", show_default=False)] = None,
     reference: Annotated[
         int,
@@ -40,6 +40,7 @@ def export(
         str | None,
         typer.Option(help="explainer: the data whose train split the reference images are from; see kdx explain.", show_default=False),
     ] = None,
+    pooled: Annotated[bool, typer.Option("--pooled", help="explainer: measure distances between the spatial means of features.")] = False,
     at: Annotated[
         str | None,
         typer.Option(help="gradients: differentiate the feature of this layer instead of the logits.", show_default=False),
@@ -73,7 +74,7 @@ def export(
 
     references = {"network": model, "student": student, "base": base, "teacher": teacher}
     batches = None if batch is None else command.parse_batch(batch)
-    options = command.ExportOptions(at, precision, image_size, to, batches, arch, tf32, reference, data, seed)
+    options = command.ExportOptions(at, precision, image_size, to, batches, arch, tf32, reference, data, seed, pooled)
     with progress.console().status("") as status:
 
         def announce(step: str) -> None:

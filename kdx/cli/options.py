@@ -6,10 +6,17 @@ from typing import Annotated
 
 import typer
 
-DataArgument = Annotated[str, typer.Argument(help="A folder with one folder per class, cifar10:FOLDER, or digits.")]
+DataArgument = Annotated[
+    str, typer.Argument(help="A folder with one folder per class, a CSV file with the columns path and label, cifar10:FOLDER, or digits.")
+]
 LayerOption = Annotated[
     list[str] | None,
-    typer.Option("--layer", "-l", help="A layer, or STUDENT_LAYER=TEACHER_LAYER. Repeat the option for more layers.", show_default=False),
+    typer.Option(
+        "--layer",
+        "-l",
+        help="A layer, STUDENT_LAYER=TEACHER_LAYER, or student=LAYER,teacher=LAYER. Repeat the option for more layers.",
+        show_default=False,
+    ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of every random choice except the split of the data. It is recorded.")]
 UnreadableOption = Annotated[

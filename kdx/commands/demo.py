@@ -11,13 +11,14 @@ from rich.table import Table
 
 from kdx.commands import explain
 from kdx.distill import DEMO, distill
+from kdx.errors import resumable
 from kdx.report import wording
-from kdx.roles import CONTRASTS, READING_ORDER, contrast_name
+from kdx.roles import READING_ORDER, contrast_name, contrasts_among
 from kdx.runs.record import Entry, read_run
 from kdx.runs.run import RunOptions
 
-_SHOWN = [name for pair in CONTRASTS for name in (*pair, contrast_name(*pair))]
-"""Each contrast after its two scores."""
+_SHOWN = list(dict.fromkeys(name for pair in contrasts_among(READING_ORDER) for name in (*pair, contrast_name(*pair))))
+"""Each contrast after its two scores, which may belong to an earlier one as well."""
 
 
 def run(out: Path, *, seed: int = 0, announce: Callable[[str], None] = print) -> dict[str, Path]:
@@ -25,6 +26,11 @@ def run(out: Path, *, seed: int = 0, announce: Callable[[str], None] = print) ->
 
     Both students have the same teacher and base, so that the runs differ only in the method.
     """
+    with resumable(lambda: any(out.rglob("*.safetensors")) or any(out.rglob("*.state.pt"))):
+        return _run(out, seed, announce)
+
+
+def _run(out: Path, seed: int, announce: Callable[[str], None]) -> dict[str, Path]:
     runs = {}
     teacher, base = DEMO["teacher"], None
     for method in ("kd", "at"):

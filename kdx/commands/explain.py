@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from kdx.errors import KdxError
 from kdx.report.page import write_page
 from kdx.runs.gallery_choice import GalleryChoice, choose_again, read_choice
 from kdx.runs.record import LostResult, read_run
 from kdx.runs.run import RunOptions, explain_dataset
+
+
+def check_data_set(data: Sequence[str], labels: Sequence[str] | None) -> None:
+    """Raise KdxError for image files, several data sets, or labels of images, where one data set is expected."""
+    if labels or len(data) > 1 or (Path(data[0]).is_file() and not data[0].lower().endswith(".csv")):
+        raise KdxError(
+            "Image files and their labels need a data set to be compared with.", "Name it with --data, or explain a single data set."
+        )
 
 
 def run(

@@ -22,9 +22,9 @@ from kdx.export.explainer_graphs import Graph
 from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.export.parity import ParityReport
 from kdx.features.arrays import MIN_IMAGES
-from kdx.models.layer_pairs import parse_layers
 from kdx.models.models_file import load_any
 from kdx.models.network import Network
+from kdx.roles import ROLES
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ExportOptions:
     max) images per pass, by default (1, 32, 64), or (4, 32, 64) for an explainer without reference images. arch: the architecture of the
     engine's GPU, such as sm_86, by default that of this machine. tf32: whether the engine may round products to TensorFloat-32.
     reference: with m > 0, an explainer file contains m class-balanced images of the train split of ``data``, chosen with ``seed``, and
-    compares each image with them.
+    compares each image with them. pooled: an explainer file measures distances between spatial means.
     """
 
     at: str | None = None
@@ -49,6 +49,7 @@ class ExportOptions:
     reference: int = 0
     data: str | None = None
     seed: int = 0
+    pooled: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,9 @@ def export(
 ) -> list[Exported]:
     """Export networks to a file of a kind, and optionally build its engine. ``out`` is a folder, or the path of the .onnx file.
 
-    references: the model reference (or ``MODELS.toml:ROLE``) of ``network``. For an explainer file, those of ``student``, ``base`` and
-    optionally ``teacher``; a layer may then be ``student_layer=teacher_layer``. ``network`` may also be an .onnx file that kdx wrote, from
-    which an engine is built. Raises KdxError for anything that the user can fix.
+    references: the model reference (or ``MODELS.toml:ROLE``) of ``network``. For an explainer file, those of ``student`` and optionally
+    ``base`` and ``teacher``; a layer may then be ``student_layer=teacher_layer`` or ``student=layer,teacher=layer``. ``network`` may also
+    be an .onnx file that kdx wrote, from which an engine is built. Raises KdxError for anything that the user can fix.
     """
     file = references.get("network", "")
     if file.endswith(".onnx"):
@@ -100,7 +101,7 @@ def export(
         raise KdxError("No layer was named.", f"Name one or more with --layer; this network has {', '.join(models.layers(network))}.")
     size = largest_size(network.preprocessing.size for network in networks.values())
     chosen = _references(options, references, size, announce)
-    graph = _graph(networks, layers, kind, options.at, None if chosen is None else chosen.images)
+    graph = _graph(networks, layers, kind, options, None if chosen is None else chosen.images)
     path = out if out.suffix == ".onnx" else out / f"{_stem(networks, kind, options.precision)}.onnx"
     announce(f"Exporting {path.name} and comparing it with PyTorch")
     start = time.perf_counter()
@@ -151,9 +152,9 @@ def parse_batch(text: str) -> BatchRange:
 
 def _check_options(roles: set[str], kind: FileKind, options: ExportOptions) -> None:
     """KdxError for options that contradict each other, before an export that may take minutes."""
-    if kind == "explainer" and roles - {"teacher"} != {"student", "base"}:
+    if kind == "explainer" and not {"student"} <= roles <= set(ROLES):
         raise KdxError(
-            "An explainer file contains a student and a base, and optionally their teacher.",
+            "An explainer file contains a student, and optionally a base and a teacher.",
             "Name them with --student, --base and --teacher.",
         )
     if kind != "explainer" and roles != {"network"}:
@@ -162,6 +163,8 @@ def _check_options(roles: set[str], kind: FileKind, options: ExportOptions) -> N
         )
     if kind != "gradients" and options.at is not None:
         raise KdxError(f"A file of {kind} has no cotangent.", "Leave --at out, or choose --kind gradients.")
+    if kind != "explainer" and options.pooled:
+        raise KdxError(f"A file of {kind} contains no distances.", "Leave --pooled out, or choose --kind explainer.")
     _check_references(kind, options)
     if options.to == "tensorrt":
         least = MIN_IMAGES if kind == "explainer" and not options.reference else 1
@@ -188,14 +191,14 @@ def _batch(least: int) -> BatchRange:
 
 
 def _graph(
-    networks: dict[str, Network], layers: Sequence[str], kind: FileKind, at: str | None, references: ReferenceImages | None
+    networks: dict[str, Network], layers: Sequence[str], kind: FileKind, options: ExportOptions, references: ReferenceImages | None
 ) -> Graph:
     if kind == "explainer":
-        return explainer_graph(networks, parse_layers(layers), references)
+        return explainer_graph(networks, layers, references, pooled=options.pooled)
     network = networks["network"]
     if kind == "features":
         return FeatureGraph(network.module, layers, network.preprocessing)
-    return GradientGraph(network.module, layers, network.preprocessing, at)
+    return GradientGraph(network.module, layers, network.preprocessing, options.at)
 
 
 def _references(
@@ -204,7 +207,7 @@ def _references(
     if options.data is None:
         return None
     announce(f"Running the networks on {options.reference} reference images of {options.data}")
-    models_file = models_file_of(references["student"], references["base"])
+    models_file = models_file_of(references["student"])
     chosen = choose_references(options.data, options.reference, options.seed, models_file, size)
     if len(chosen.ids) < options.reference:
         announce(f"The train split has only {len(chosen.ids)} images; all of them are reference images.")
@@ -220,8 +223,15 @@ def _resized(network: Network, side: int | None) -> Network:
 
 
 def _stem(networks: dict[str, Network], kind: FileKind, precision: FilePrecision) -> str:
-    name = "-given-".join(models.file_name(networks[role].reference) for role in ("network", "student", "base") if role in networks)
+    name = "-given-".join(
+        models.file_name(networks[role].reference) for role in ("network", "student", _given(networks)) if role in networks
+    )
     return f"{name}.{kind}" + ("" if precision == "fp32" else f".{precision}")
+
+
+def _given(networks: dict[str, Network]) -> str:
+    """The role beside the student in the name of an explainer file."""
+    return "base" if "base" in networks else "teacher"
 
 
 def _size(path: Path) -> int:

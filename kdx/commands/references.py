@@ -13,7 +13,7 @@ from kdx.data.splits import class_balanced_sample
 from kdx.explain.graph import ReferenceImages
 from kdx.models.models_file import ModelsFile, read_models
 from kdx.progress import console
-from kdx.runs.split import choose_split
+from kdx.runs.split import choose_split, with_recorded_data
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +34,13 @@ def choose_references(data: str, count: int, seed: int, models: ModelsFile, size
     dataset = replace(open_data(data, models.classes or None), resizing=models.resizing)
     if dataset.note:
         console().print(dataset.note, markup=False, soft_wrap=True)
-    pool = choose_split(dataset, models, "train", seed).pool
+    pool = choose_split(dataset, with_recorded_data(models), "train", seed).pool
     rows = pool[class_balanced_sample(dataset.labels[pool], count, seed)]
     images = ReferenceImages(load_references(dataset, rows, size), torch.from_numpy(dataset.labels[rows]))
     return ChosenReferences(images, tuple(dataset.ids[row] for row in rows), dataset.classes)
 
 
-def models_file_of(student: str, base: str) -> ModelsFile:
-    """The models file that the student's reference ``MODELS.toml:ROLE`` names, or one that states nothing but the two networks."""
+def models_file_of(student: str) -> ModelsFile:
+    """The models file that the student's reference ``MODELS.toml:ROLE`` names, or one that states nothing else."""
     path, _, _ = student.rpartition(":")
-    return read_models(path) if path.endswith(".toml") else ModelsFile(Path(), base, student)
+    return read_models(path) if path.endswith(".toml") else ModelsFile(Path(), None, student)

@@ -4,11 +4,13 @@ from kdx.data.batches import random_batches
 from kdx.data.composites import Composites, draw_composites
 from kdx.data.dataset import Dataset, open_data
 from kdx.data.images import load_images
+from kdx.data.inputs import as_pixels
 from kdx.data.splits import class_balanced_sample, stratified_splits
 
 __all__ = [
     "Composites",
     "Dataset",
+    "as_pixels",
     "class_balanced_sample",
     "draw_composites",
     "load_images",

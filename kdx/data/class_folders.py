@@ -11,7 +11,8 @@ from pathlib import Path
 from kdx.data.image_types import decodable_suffixes, decoding_hint, is_image_type
 from kdx.errors import KdxError, printable
 
-_SPLIT_FOLDERS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+SPLIT_NAMES = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+"""The splits by the names that folders and tables may give them."""
 
 _ANIMATED = (".gif", ".apng", ".avifs", ".flc", ".fli")
 
@@ -87,7 +88,7 @@ def _list_splits(folder: Path) -> Listing | None:
     A folder ``train`` may also be an ordinary class (of vehicles). It is a split if it contains class folders and if every folder
     beside it that contains images is a split too.
     """
-    subfolders = [(subfolder, _SPLIT_FOLDERS.get(subfolder.name.lower(), "")) for subfolder in _subfolders(folder)]
+    subfolders = [(subfolder, SPLIT_NAMES.get(subfolder.name.lower(), "")) for subfolder in _subfolders(folder)]
     if any(not split and _has_images(subfolder) for subfolder, split in subfolders):
         return None
     listing = Listing()

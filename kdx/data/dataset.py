@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdx.choices import COVER, Resizing
-from kdx.data.class_folders import list_images, natural_key, utf8_name
+from kdx.data.class_folders import FolderImage, list_images, natural_key, utf8_name
 from kdx.data.fingerprint import SourceFile, content_fingerprint, fingerprint_of_0_1_0, image_keys, stamps_of_0_1_0
+from kdx.data.label_tables import read_label_table
 from kdx.data.pixels import to_rgb
 from kdx.errors import KdxError
 
@@ -86,7 +87,8 @@ def open_data(reference: str, classes: Sequence[str] | None = None) -> Dataset:
     ``digits`` is scikit-learn's 1797 scans of handwritten digits, 8 x 8. ``cifar10:FOLDER`` is the published binary version
     (``*.bin``), where test_batch.bin is the test split. Any other reference is a folder of class folders, FOLDER/class/*.jpg (or any
     other type that Pillow decodes), or of splits: FOLDER/train/class/..., with val, valid or validation, and test. Class folders are in
-    natural order (2 before 10). With ``classes``, labels index these classes, of which the data may contain only some.
+    natural order (2 before 10). ``labels.csv`` lists images with their labels (`kdx.data.label_tables`). With ``classes``, labels index
+    these classes, of which the data may contain only some.
 
     Raises KdxError for a folder that is missing or empty or has no class folders, for a class folder whose images Pillow does not decode
     here, for a single class, and for a class that is not in ``classes``.
@@ -96,8 +98,12 @@ def open_data(reference: str, classes: Sequence[str] | None = None) -> Dataset:
         dataset = _open_digits()
     elif source == "cifar10" and folder:
         dataset = _open_cifar10(reference, Path(folder).expanduser())
+    elif reference.lower().endswith(".csv") and not Path(reference).expanduser().is_dir():
+        table = Path(reference).expanduser()
+        dataset = _of_files(reference, table.parent, read_label_table(table), "")
     else:
-        dataset = _open_folder(reference, Path(reference).expanduser())
+        listing = list_images(Path(reference).expanduser())
+        dataset = _of_files(reference, Path(reference).expanduser(), listing.images, listing.note())
     return dataset if classes is None else _relabelled(dataset, tuple(classes))
 
 
@@ -152,21 +158,24 @@ def _open_cifar10(reference: str, folder: Path) -> Dataset:
     return Dataset(reference, _CIFAR10, labels, ids, {path.name: path for path in files}, read, splits)
 
 
-def _open_folder(reference: str, folder: Path) -> Dataset:
-    listing = list_images(folder)
-    images = listing.images
+def _of_files(reference: str, folder: Path, images: Sequence[FolderImage], note: str) -> Dataset:
+    """The data set of image files below a folder."""
     classes = tuple(sorted({image.class_name for image in images}, key=natural_key))
     if len(classes) < 2:
         raise KdxError(
-            f"{folder} has only one class, {classes[0]!r}.", "Relevance compares classes: give a folder with two class folders or more."
+            f"{reference} has only one class, {classes[0]!r}.", "Relevance compares classes: give images of two classes or more."
         )
     paths = [image.path for image in images]
-    ids = tuple(utf8_name(path.relative_to(folder).as_posix()) for path in paths)
+    ids = tuple(utf8_name(_relative(path, folder)) for path in paths)
     labels = np.array([classes.index(image.class_name) for image in images], dtype=np.int64)
     split_names = np.array([image.split for image in images])
     splits = {name: np.flatnonzero(split_names == name) for name in SPLITS if (split_names == name).any()}
     files = dict(zip(ids, paths, strict=True))
-    return Dataset(reference, classes, labels, ids, files, lambda index: Image.open(paths[index]), splits, listing.note())
+    return Dataset(reference, classes, labels, ids, files, lambda index: Image.open(paths[index]), splits, note)
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()
 
 
 def _relabelled(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
+from kdx.choices import Resizing
 from kdx.distill.losses import METHODS, Batch, DistillationLoss, Method, Objective, Outputs, Requirements, Shapes, attention_transfer, kd
 from kdx.distill.settings import DEMO, EpochResult, TrainingSettings
 from kdx.distill.train import distill
@@ -19,6 +20,7 @@ __all__ = [
     "Objective",
     "Outputs",
     "Requirements",
+    "Resizing",
     "Shapes",
     "TrainingSettings",
     "attention_transfer",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kdx.disk import replacing
 from kdx.errors import KdxError
-from kdx.export.graphs import Preprocessing
+from kdx.models.checkpoint_files import read_recipe
 
 TRAINED_ON = "trained_on"
 """The entry of a recipe for the training data of weights that were not trained here (the fields of `TrainingData`)."""
@@ -134,24 +134,10 @@ def save_weights(path: Path, state: Mapping[str, Tensor], recipe: Recipe) -> Non
         save_file(tensors, temporary, metadata={"recipe": recipe.to_json()})
 
 
-def read_preprocessing(path: Path) -> Preprocessing | None:
-    """The preprocessing that the weights in ``path`` were trained with; None if kdx did not train them."""
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
-    try:
-        recipe = json.loads(_metadata(path)["recipe"])
-        height, width = recipe["size"]
-        return Preprocessing((int(height), int(width)), tuple(map(float, recipe["mean"])), tuple(map(float, recipe["std"])))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None
-
-
 def read_training_data(path: Path) -> TrainingData | None:
     """The data that the weights in ``path`` were trained on; None if kdx did not train them."""
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
+    recipe = read_recipe(path)
     try:
-        recipe = json.loads(_metadata(path)["recipe"])
         if TRAINED_ON in recipe:
             return TrainingData(**recipe[TRAINED_ON])
         return TrainingData(str(recipe["data"]), int(recipe.get("split_seed", recipe["seed"])), "split_seed" not in recipe)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ class Training:
     objective: nn.Module = field(default_factory=nn.Module)
     """What is trained beside the network and discarded afterwards; its state is stored with the unfinished training."""
     processes: Processes = SINGLE
+    probe: Callable[[nn.Module], dict[str, float]] | None = None
+    """Scores of the network after an epoch."""
+    log: Callable[[str, Sequence[Mapping[str, float]]], None] | None = None
+    """Called after every epoch with the role and the figures of all epochs so far."""
 
 
 def train(training: Training, folder: Path, on_epoch: EpochCallback) -> None:
@@ -134,10 +138,14 @@ class _Run:
         if score >= self.state["best_score"]:
             best = {key: value.detach().cpu().clone() for key, value in evaluated.network.state_dict().items()}
             self.state |= {"best_score": score, "best": best, "best_epoch": epoch + 1}
-        self._save(epoch + 1, {"step": 0})
-        epochs = epoch + 1 if self.is_over else training.epochs
+        scores = training.probe(evaluated.network) if training.probe is not None and processes.is_main else {}
         loss = losses.pop("total")
-        return EpochResult(training.role, epoch + 1, epochs, loss, accuracy, entropy, losses, images / seconds)
+        result = EpochResult(training.role, epoch + 1, training.epochs, loss, accuracy, entropy, losses, images / seconds, scores)
+        self.state["history"] = [*self.state.get("history", []), result.row()]
+        self._save(epoch + 1, {"step": 0})
+        if training.log is not None and processes.is_main:
+            training.log(training.role, self.state["history"])
+        return replace(result, epochs=epoch + 1) if self.is_over else result
 
     def _steps(self, epoch: int) -> tuple[dict[str, float], int]:
         """The mean losses over an epoch, ``total`` and its parts, and the number of images in the steps of this call.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from kdx.choices import COVER
 from kdx.data.dataset import Dataset, open_data
 from kdx.data.splits import class_balanced_sample, stratified_splits, validation_is_test
 from kdx.distill.augmentation import Augmentation
-from kdx.distill.checkpoints import Recipe, TrainingData, read_preprocessing
+from kdx.distill.checkpoints import Recipe, TrainingData
 from kdx.distill.data import SplitImages
 from kdx.distill.number_formats import CompiledGraph
 from kdx.distill.processes import SINGLE, Processes
@@ -26,7 +26,6 @@ from kdx.distill.settings import TrainingSettings
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.models.reference import ModelReference
-from kdx.models.weights import split_key
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,8 @@ class Distillation:
     teacher_data: TrainingData | None
     """What a teacher that is not trained here was trained on, if known."""
     processes: Processes
+    log: Callable[[str, Sequence[Mapping[str, float]]], None] | None
+    """Called after every epoch of a role with the figures of all its epochs."""
     notes: tuple[str, ...]
     """Lines for the user: what was left out of the data, which weights of a file are used, and, after ``Warning:``, that existing weights
     may have seen images of the test split."""
@@ -61,6 +62,7 @@ class Distillation:
         teacher: str,
         student: str,
         processes: Processes = SINGLE,
+        log: Callable[[str, Sequence[Mapping[str, float]]], None] | None = None,
     ) -> Distillation:
         """Open the data, load the teacher and decode the splits. Raises KdxError for anything that cannot be trained."""
         dataset = replace(open_data(data), resizing=settings.resizing)
@@ -73,7 +75,7 @@ class Distillation:
         network = models.load(str(teacher_reference))
         loaded = [network] if student_reference.weights is None else [network, models.load(str(student_reference))]
         has_own_weights = teacher_reference.source in ("hf", "pt2") and network.trained
-        preprocessing = _preprocessing(network, teacher_reference.weights, settings)
+        preprocessing = _preprocessing(network, settings)
         splits = stratified_splits(dataset, settings.split_seed)
         earlier = {
             role: check_weights(role, reference.weights, dataset, splits)
@@ -107,6 +109,7 @@ class Distillation:
             teacher_is_trained=(teacher_reference.weights is not None and not teacher_reference.has_new_head) or has_own_weights,
             teacher_data=earlier["teacher"][0] if "teacher" in earlier else None,
             processes=processes,
+            log=log,
             notes=(
                 dataset.note,
                 *(model.note for model in loaded),
@@ -190,14 +193,11 @@ class Distillation:
         return {name: reason for part in self.images.values() for name, reason in part.unreadable.items()}
 
 
-def _preprocessing(teacher: models.Network, weights: str | None, settings: TrainingSettings) -> Preprocessing:
-    """That of the teacher's training if kdx trained it, otherwise that of its source."""
-    trained_with = None if weights is None else read_preprocessing(split_key(weights)[0])
-    preprocessing = trained_with or teacher.preprocessing
-    size = settings.image_size or preprocessing.size
+def _preprocessing(teacher: models.Network, settings: TrainingSettings) -> Preprocessing:
+    size = settings.image_size or teacher.preprocessing.size
     if size is None:
         raise KdxError(f"{teacher.reference} does not state the size of its images.", "Give the image size.")
-    return replace(preprocessing, size=size)
+    return replace(teacher.preprocessing, size=size)
 
 
 def check_networks(distillation: Distillation) -> None:

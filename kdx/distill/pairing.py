@@ -9,7 +9,8 @@ from torch import nn
 
 from kdx import models
 from kdx.distill.networks import Distillation
-from kdx.export.graphs import find_layer
+from kdx.errors import about_network
+from kdx.export.layer_names import find_layer
 from kdx.models.layer_pairs import parse_layers
 
 Pair = tuple[str, str]
@@ -23,10 +24,12 @@ def layer_pairs(distillation: Distillation, layers: Sequence[str] | None) -> lis
     """
     student, teacher = distillation.initial_network("student"), distillation.initial_network("teacher")
     if layers is not None:
-        pairs = list(parse_layers(layers).items())
+        pairs = [(layer, names.teacher) for layer, names in parse_layers(layers).items()]
         for student_layer, teacher_layer in pairs:
-            find_layer(student, student_layer)
-            find_layer(teacher, teacher_layer)
+            with about_network("student"):
+                find_layer(student, student_layer)
+            with about_network("teacher"):
+                find_layer(teacher, teacher_layer)
         return pairs
     size = distillation.preprocessing.size
     student_layers, teacher_layers = models.layers(student, size), models.layers(teacher, size)

@@ -191,7 +191,7 @@ class EpochResult:
 
     Both are None for a network that an earlier run finished. ``epochs`` is the number of all epochs, also where the training stops early.
     entropy: the mean cross entropy on the validation split. parts: the mean of each part of the loss. images_per_second: the speed of
-    the training steps, without validation.
+    the training steps, without validation. scores: of the probe images by LAYER/SCORE, if there are any.
     """
 
     network: str
@@ -202,6 +202,13 @@ class EpochResult:
     entropy: float | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
     images_per_second: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, float]:
+        """The figures by name, for logs."""
+        figures = {"loss": self.loss, "accuracy": self.accuracy, "entropy": self.entropy, "images_per_second": self.images_per_second}
+        parts = {f"loss/{name}": value for name, value in self.parts.items()}
+        return {"epoch": self.epoch, **{name: value for name, value in figures.items() if value is not None}, **parts, **self.scores}
 
 
 EpochCallback = Callable[[EpochResult], None]

@@ -23,6 +23,7 @@ from kdx.data.dataset import located
 from kdx.disk import write_atomic
 from kdx.distill import checkpoints, loop
 from kdx.distill.losses import LABELS, LOSS_SETTINGS, Batch, LabelLoss, Objective, Observed, Shapes, method_requirements, source_hashes
+from kdx.distill.monitoring import Probe, open_logs
 from kdx.distill.networks import Distillation, check_networks
 from kdx.distill.number_formats import check_settings
 from kdx.distill.pairing import Pair, layer_pairs
@@ -30,7 +31,7 @@ from kdx.distill.processes import Processes
 from kdx.distill.seeding import seeded
 from kdx.distill.settings import ADDED_LATER, EpochCallback, EpochResult, TrainingSettings
 from kdx.distill.teacher_outputs import teacher_outputs
-from kdx.errors import KdxError, printable
+from kdx.errors import KdxError, printable, resumable
 from kdx.export.graphs import FeatureGraph
 from kdx.models import models_file
 
@@ -51,6 +52,8 @@ def distill(
     layers: Sequence[str] | None = None,
     base: Path | str | None = None,
     teacher_cache: Path | str | None = None,
+    log: Sequence[str] = (),
+    probe: int | None = None,
     device: str = "auto",
     report: EpochCallback | None = None,
 ) -> Path:
@@ -65,8 +68,10 @@ def distill(
     students; it excludes augmentation. ``assistants`` are networks between teacher and student (Mirzadeh et al., "Improved Knowledge
     Distillation via Teacher Assistant", AAAI 2020, arXiv:1902.03393): each is distilled, as a student with a base of its own, into
     OUT/assistant-N from the network before it, with the same settings and default pairs of layers, and the last one is the student's
-    teacher. ``report`` is called after every epoch. By default, epochs appear as progress bars in a terminal
-    and as lines elsewhere.
+    teacher. ``log`` names logs
+    of every epoch: ``csv`` (OUT/ROLE.csv), ``tensorboard`` or ``wandb``. ``probe`` is a number of validation images whose scores are
+    computed after every epoch of the student and stored in OUT/student.csv (`kdx.distill.monitoring.Probe`). ``report`` is called after
+    every epoch. By default, epochs appear as progress bars in a terminal and as lines elsewhere.
 
     OUT/ROLE.state.pt contains everything needed to resume, also within an epoch: the same call after an interruption, even a killed
     process, gives the weights that an uninterrupted one gives. Finished networks are kept.
@@ -83,19 +88,20 @@ def distill(
     processes, device = Processes.of_environment(device)
     chosen_device = _device(device)
     check_settings(settings, chosen_device, processes)
-    distillation = Distillation.prepare(data, Path(out), settings, chosen_device, teacher, student, processes)
-    announced = report is not None or not processes.is_main
-    if processes.is_main:
-        _print_notes(distillation)
-        announced = announced or _print_unreadable(distillation)
-    with ExitStack() as stack:
+    with ExitStack() as stack, resumable(lambda: any(Path(out).glob("*.state.pt")) or any(Path(out).glob("*.safetensors"))):
         stack.enter_context(threads.patient(torch.get_num_threads()))
+        row_log = stack.enter_context(open_logs([*log, *(["csv"] if probe else [])], Path(out))) if processes.is_main else None
+        distillation = Distillation.prepare(data, Path(out), settings, chosen_device, teacher, student, processes, row_log)
+        announced = report is not None or not processes.is_main
+        if processes.is_main:
+            _print_notes(distillation)
+            announced = announced or _print_unreadable(distillation)
         on_epoch = (report or stack.enter_context(_console())) if processes.is_main else _ignore
         pairs = layer_pairs(distillation, layers)
         check_networks(distillation)
         _train_teacher(distillation, on_epoch)
         _train_base(distillation, base, on_epoch)
-        _train_student(distillation, pairs, None if teacher_cache is None else Path(teacher_cache), on_epoch)
+        _train_student(distillation, pairs, None if teacher_cache is None else Path(teacher_cache), probe, on_epoch)
     distillation.merge_unreadable()
     path = distillation.folder / "models.toml"
     if processes.is_main:
@@ -204,7 +210,9 @@ def _label_loss(distillation: Distillation) -> LabelLoss:
     return partial(functional.cross_entropy, label_smoothing=distillation.settings.label_smoothing)
 
 
-def _train_student(distillation: Distillation, pairs: Sequence[Pair], teacher_cache: Path | None, on_epoch: EpochCallback) -> None:
+def _train_student(
+    distillation: Distillation, pairs: Sequence[Pair], teacher_cache: Path | None, probe: int | None, on_epoch: EpochCallback
+) -> None:
     settings = distillation.settings
     requirements = method_requirements(settings.method)
     matched = list(pairs[{"none": len(pairs), "last": -1, "all": 0}[requirements.pairs] :])
@@ -235,7 +243,8 @@ def _train_student(distillation: Distillation, pairs: Sequence[Pair], teacher_ca
         return parts
 
     training = _training(distillation, "student", student_graph, loss, recipe)
-    loop.train(replace(training, objective=objective), distillation.folder, on_epoch)
+    scores = Probe(distillation, pairs, probe) if probe and distillation.processes.is_main else None
+    loop.train(replace(training, objective=objective, probe=scores), distillation.folder, on_epoch)
 
 
 def _objective(distillation: Distillation, student: Observed, teacher: Observed) -> Objective:
@@ -271,6 +280,7 @@ def _training(
         device=distillation.device,
         augmentation=distillation.augmentation,
         processes=distillation.processes,
+        log=distillation.log,
     )
 
 
@@ -341,4 +351,6 @@ def _console() -> Iterator[EpochCallback]:
 def _note(result: EpochResult) -> str:
     if result.loss is None or result.accuracy is None:
         return "already there"
-    return f"epochs, loss {result.loss:.3f}, validation accuracy {result.accuracy:.1%}"
+    parts = f" ({' + '.join(f'{name} {value:.3f}' for name, value in result.parts.items())})" if len(result.parts) > 1 else ""
+    speed = "" if result.images_per_second is None else f", {result.images_per_second:,.0f} images/s"
+    return f"epochs, loss {result.loss:.3f}{parts}, validation accuracy {result.accuracy:.1%}{speed}"

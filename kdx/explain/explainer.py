@@ -1,110 +1,60 @@
-"""The Explainer: compares student, base and optional teacher on any images, layer by layer."""
+"""The Explainer: compares a student with its base and its teacher on any images, layer by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, Self
+from typing import Any, Self, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, SalientClass, SalientScore, Weighting
+from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, SalientClass, SalientImage, SalientScore, Weighting
+from kdx.data import inputs
+from kdx.data.inputs import Batches, Pictures
 from kdx.errors import KdxError
 from kdx.explain.explainer_file import ExplainerFile
 from kdx.explain.layer import LayerMeasurement
 from kdx.explain.map_statistics import stability
 from kdx.explain.network_set import NetworkRecord, NetworkSet
-from kdx.explain.networks import NetworkLike, NetworkRunners
+from kdx.explain.networks import NetworkLike, NetworkRunners, networks_of
+from kdx.explain.results import Explanation, LayerResult
 from kdx.explain.settings import Settings
 from kdx.features import arrays
-from kdx.features.arrays import Array, ArrayT
+from kdx.features.arrays import Array, ArrayT, Labels
 from kdx.features.score_maps import terms
+from kdx.features.target import ClassNames
 from kdx.kernels import ambient
 from kdx.maps.decomposition import Decomposition
-from kdx.maps.drawing import Sheet
-from kdx.maps.figures import DRAWN_KINDS, Drawable, chosen_kinds, layers_sheet
 from kdx.maps.unicam import Maps
-from kdx.roles import MAPS, TARGET, ScoreMap, roles_among, score_maps_among
+from kdx.models.layer_pairs import LayerNamesLike, layer_names
+from kdx.models.models_file import ModelsFile, read_models
+from kdx.roles import BASELINE, TARGET, ScoreMap, roles_among, score_maps_among
 from kdx.runtimes.choice import Choice
 from kdx.scores.pool import pooled_scores
-from kdx.scores.score import Contrast, Score
 from kdx.scores.uncertainty import permutation_table
 
 
-@dataclass(frozen=True)
-class LayerResult(Drawable, Generic[ArrayT]):
-    """The comparison of the networks at one layer.
-
-    distilled, residual, missed, new: the maps (`kdx.roles.MAPS`). The student's features that the base's do not explain, the base's
-    that the student's do not, the teacher's that the student's do not, and the student's that the teacher's do not. Without a teacher
-    the last two are None, and no score or contrast involves it.
-    score_maps: signed maps that add up to a score or contrast over all images and positions, by their symbol in `kdx.roles.SCORE_MAPS`:
-    ``score_maps["RS(S) - RS(B)"]`` is what `kdx.decompose` returns for the student and the target, minus the base. Empty with salient
-    features, and for explainer files of older versions.
-    scores: by name (`kdx.roles.SCORES`). contrasts: the differences of two scores by name, each with its confidence interval.
-    """
-
-    distilled: Maps[ArrayT]
-    residual: Maps[ArrayT]
-    missed: Maps[ArrayT] | None
-    new: Maps[ArrayT] | None
-    score_maps: dict[str, Decomposition[ArrayT]]
-    scores: dict[str, Score]
-    contrasts: dict[str, Contrast]
-
-    @property
-    def fss(self) -> Score:
-        """FSS(S,T): the similarity of the student's and the teacher's features. Raises KdxError without a teacher."""
-        if "FSS(S,T)" not in self.scores:
-            raise KdxError("FSS compares the student with its teacher, and there is none.", "Give kdx.Explainer a teacher.")
-        return self.scores["FSS(S,T)"]
-
-    @property
-    def rs(self) -> Score:
-        """RS(S): the relevance of the student's features to the target."""
-        return self.scores["RS(S)"]
-
-    @property
-    def kinds(self) -> dict[str, Maps[ArrayT] | Decomposition[ArrayT]]:
-        """All maps of the layer: those that add up to a score by symbol, then UniCAM's by name."""
-        unicam = {name: getattr(self, name) for name in MAPS}
-        return {**self.score_maps, **{name: maps for name, maps in unicam.items() if maps is not None}}
-
-    def _count(self) -> int:
-        return len(next(iter(self.kinds.values())).maps)
-
-    def _sheet(self, images: list[NDArray[np.uint8]] | None, index: list[int], kinds: Sequence[str] | None) -> Sheet:
-        return layers_sheet({"": self.kinds}, images, index, chosen_kinds(kinds, DRAWN_KINDS, list(self.kinds)))
-
-
-@dataclass(frozen=True)
-class Explanation(Drawable, Generic[ArrayT]):
-    """The explanation of the images of one call: a LayerResult per layer, and each role's logits [n, classes]."""
-
-    layers: dict[str, LayerResult[ArrayT]]
-    logits: dict[str, ArrayT]
-
-    def _count(self) -> int:
-        return len(next(iter(self.logits.values())))
-
-    def _sheet(self, images: list[NDArray[np.uint8]] | None, index: list[int], kinds: Sequence[str] | None) -> Sheet:
-        layers = {name: layer.kinds for name, layer in self.layers.items()}
-        return layers_sheet(layers, images, index, chosen_kinds(kinds, DRAWN_KINDS[:1], list(next(iter(layers.values())))))
-
-
 class Explainer:
-    """Explains images with two or three networks: ``explainer(images, labels) -> Explanation``.
+    """Explains images with one, two or three networks: ``explainer(images, labels) -> Explanation``.
 
-    student, base, teacher: a model reference, the path of a file that ``kdx export`` wrote, a `kdx.models.Network`, or a PyTorch
-    module (used as it is, without preprocessing). The teacher is optional.
-    layers: names that all networks share, or a mapping from the student's and base's layer to the teacher's.
+    models: a models file (`kdx.models.read_models`, or its path), which names the networks of all roles; its layers are the default.
+    student, base, teacher: instead, each role's network: a model reference, ``MODELS.toml:ROLE``, the path of a file that ``kdx export``
+    wrote, a `kdx.models.Network`, or a PyTorch module (used as it is, without preprocessing). Base and teacher are optional. The maps,
+    scores and contrasts are those whose roles exist: a student and a teacher have *missed*, *new*, FSS(S,T) and their RS; a student alone
+    has the map *alone* and RS(S).
+    random: the student's architecture with random weights (`kdx.models.untrained`), at the student's layers. It adds FSS(R,T), beside which
+    FSS(S,T) is read, and their difference. It needs a teacher.
+    layers: names that all networks share, or a list in which an entry may name each role's layer: ``"student_layer=teacher_layer"``,
+    ``"student=layer4,teacher=blocks.9"`` or ``{"student": "layer4", "teacher": "blocks.9"}``; roles that are not named have the student's.
+    A mapping is from the student's and base's layer to the teacher's.
     runtime: ``auto``, ``eager``, ``onnx``, ``openvino`` or ``tensorrt``. The last three export the networks once, into ``folder`` or a
-    temporary folder. Files in ``folder`` are used again, except for PyTorch modules, whose code no reference identifies.
+    temporary folder. Files in ``folder`` and in the cache are used again, except for PyTorch modules, whose code no reference identifies.
+    Without a GPU, ``auto`` runs in PyTorch until an export would have saved time for the images so far, and then exports; results of the
+    two runtimes agree to about 1e-5, so name one where equal digits matter.
     device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     precision: the number format of the networks. ``tf32`` lets a GPU round the factors of products and convolutions to ten bits, in the
     runtimes eager and onnx. ``bfloat16`` needs the runtime openvino and a CPU that supports it. Features then
@@ -113,7 +63,7 @@ class Explainer:
     one call; ``kdx explain`` is for sets that do not fit in memory. ``reference`` stands for the images of `use_references`, which must be
     called first; UniCAM's maps are then compared with them, and scores and the maps that add up to them with the images of the call.
     ``auto`` is reference after `use_references`, and whole otherwise.
-    objective, weighting: as in `kdx.unicam`.
+    objective, weighting, pooled: as in `kdx.unicam`. pooled also applies to the scores; there are then no maps that add up to them.
     chunk: images per pass of a network, by default all images of a call, or 64 for an engine. It does not change the results.
     permutations, confidence, seed: for the p-values and intervals of the scores.
     file: an explainer file. It replaces the networks, the objective and the weighting; its layers are the default.
@@ -121,8 +71,16 @@ class Explainer:
     of its own salient images (`kdx.salient_images`), in which the share ``keep`` of the pixels is kept and the rest is imputed with
     ``noise``. salient_class: the class of which pixels are kept: the one that the network ``predicted``, or the ``true`` one.
     salient_score: whether the ``logit`` of that class or its ``probability`` (softmax) ranks the pixels; a probability of 1 has no
-    gradient. The maps are always those of the raw features. Salient features cost one additional backward pass per network, and one
-    additional forward pass per network and layer. Exported files contain no gradients for them.
+    gradient. salient_image: ``exact``, or ``published`` for the images of the authors' code (docs/published.md), with ``noise`` in units of
+    normalised pixels. The maps are always those of the raw features. Salient features cost one additional backward pass per network, and
+    one additional forward pass per network and layer. Exported files contain no gradients for them.
+
+    Images are an array or tensor [n, 3, h, w] or [n, h, w, 3], in [0, 1] or as uint8; or Pillow images, paths of files, or a list of them,
+    which are resized to the largest size that a network specifies (`kdx.data.as_pixels`). Pixels outside [0, 1] are refused, unless kdx
+    normalises for none of the networks: PyTorch modules without preprocessing may take any range, and then images of any range are used
+    as they are. Labels are integers or class names, in an array or a list, or an embedding [n, e]. Class names are those of the models
+    file or the explainer file; where neither is given, any names may be used. A PyTorch ``DataLoader`` contains both: give it alone. All
+    its images are then in memory. Results are tensors for a tensor of images, and NumPy arrays otherwise.
 
     The explainer is a context manager; `close` frees the networks. ``choice.why`` states in one line what ``auto`` chose and why. If a
     network cannot be exported, ``auto`` falls back to PyTorch and states it there; any other runtime raises KdxError.
@@ -130,17 +88,20 @@ class Explainer:
 
     def __init__(
         self,
+        models: str | Path | ModelsFile | None = None,
         *,
         student: NetworkLike | None = None,
         base: NetworkLike | None = None,
         teacher: NetworkLike | None = None,
-        layers: str | Iterable[str] | Mapping[str, str] = (),
+        random: NetworkLike | None = None,
+        layers: LayerNamesLike = (),
         runtime: RuntimeName = "auto",
         device: str = "auto",
         precision: Precision = "float32",
         geometry: GeometryName = "auto",
         objective: ObjectiveName = "relevance",
         weighting: Weighting = "gap",
+        pooled: bool = False,
         chunk: int | None = None,
         permutations: int = 999,
         confidence: float = 0.95,
@@ -152,6 +113,7 @@ class Explainer:
         noise: float = 0.0,
         salient_class: SalientClass = "predicted",
         salient_score: SalientScore = "logit",
+        salient_image: SalientImage = "exact",
     ) -> None:
         settings = Settings(
             runtime=runtime,
@@ -160,6 +122,7 @@ class Explainer:
             geometry=geometry,
             objective=objective,
             weighting=weighting,
+            pooled=pooled,
             chunk=chunk,
             permutations=permutations,
             confidence=confidence,
@@ -169,47 +132,62 @@ class Explainer:
             noise=noise,
             salient_class=salient_class,
             salient_score=salient_score,
+            salient_image=salient_image,
         )
-        roles = {"teacher": teacher, "student": student, "base": base}
+        roles = {"teacher": teacher, "student": student, "base": base, BASELINE: random}
         networks = {role: network for role, network in roles.items() if network is not None}
-        self._set_up(networks, layers, settings, folder, None if file is None else Path(file))
+        classes: Sequence[str] = ()
+        if models is not None:
+            if networks or file is not None:
+                raise ValueError("a models file names all networks; do not give others as well")
+            known = models if isinstance(models, ModelsFile) else read_models(models)
+            networks, layers, classes = networks_of(known), layers or known.layers, known.classes
+        self._set_up(networks, layers, settings, folder, None if file is None else Path(file), classes)
 
     @classmethod
     def of(
         cls,
         networks: Mapping[str, NetworkLike],
-        layers: str | Iterable[str] | Mapping[str, str],
+        layers: LayerNamesLike,
         settings: Settings,
         *,
         folder: Path | None = None,
         file: Path | None = None,
+        classes: Sequence[str] = (),
     ) -> Self:
-        """An explainer of networks by role, or of an explainer file, from one Settings object."""
+        """An explainer of networks by role, or of an explainer file, from one Settings object. classes: their names, if known."""
         explainer = cls.__new__(cls)
-        explainer._set_up(networks, layers, settings, folder, file)
+        explainer._set_up(networks, layers, settings, folder, file, classes)
         return explainer
 
     def _set_up(
         self,
         networks: Mapping[str, NetworkLike],
-        layers: str | Iterable[str] | Mapping[str, str],
+        layers: LayerNamesLike,
         settings: Settings,
         folder: Path | None,
         file: Path | None,
+        classes: Sequence[str],
     ) -> None:
-        if isinstance(layers, str):
-            layers = [layers]
-        pairs = dict(layers) if isinstance(layers, Mapping) else {layer: layer for layer in layers}
+        names = layer_names(layers)
         self.settings = settings
         self._has_references = False
         self._networks: NetworkSet
         if file is None:
-            self._networks = NetworkRunners({role: networks[role] for role in roles_among(networks)}, pairs, settings, folder)
+            self._networks = NetworkRunners({role: networks[role] for role in roles_among(networks)}, names, settings, folder)
         elif networks:
             raise ValueError(f"an explainer file contains its networks; do not give {', '.join(networks)} as well")
         else:
-            self._networks = ExplainerFile(file, pairs, settings, folder)
-        self.layers, self.roles = self._networks.layers, self._networks.roles
+            self._networks = ExplainerFile(file, names, settings, folder)
+        self.layers = {layer: names.teacher for layer, names in self._networks.layers.items()}
+        self.roles = self._networks.roles
+        known = classes or self._networks.classes
+        self._classes = ClassNames(list(known), known=bool(known))
+
+    @property
+    def input_format(self) -> inputs.InputFormat:
+        """The size to which pictures are resized, and whether pixels must be in [0, 1]."""
+        return self._networks.input_format
 
     @property
     def choice(self) -> Choice:
@@ -217,28 +195,33 @@ class Explainer:
         return self._networks.choice
 
     @ambient.neutral()
-    def open(self, image_size: tuple[int, int]) -> None:
-        """Prepare for images of this size; otherwise the first call does this. Every runtime except eager then exports the networks."""
-        self._networks.open(image_size)
+    def open(self, image_size: tuple[int, int], images: int | None = None, *, runtime: str | None = None) -> None:
+        """Prepare for images of this size; otherwise the first call does this. Every runtime except eager then exports the networks.
+
+        images: how many will be explained. The runtime ``auto`` then exports only if this saves time. runtime: the one that has computed a
+        part of the results already, which ``auto`` keeps.
+        """
+        self._networks.open(image_size, images, runtime)
 
     def networks(self) -> dict[str, NetworkRecord]:
         """The record of each role's network: its reference, hash, parameter count, preprocessing, image size and whether it is trained."""
         return self._networks.networks()
 
     @ambient.neutral()
-    def use_references(self, images: Array, labels: Array) -> None:
+    def use_references(self, images: Array | Pictures | Batches, labels: Labels | None = None) -> None:
         """Switch to reference mode: UniCAM maps every later image among these m images instead of the other images of the call.
 
-        images [m, 3, h, w] in [0, 1]. labels [m]. An explainer file has no reference mode and raises KdxError.
+        images [m, 3, h, w] and labels [m], or a ``DataLoader`` of both, in every form that the explainer takes. An explainer file has no
+        reference mode and raises KdxError.
         """
         if self.settings.geometry in ("whole", "batch"):
             raise KdxError(
                 f"The explainer has the geometry {self.settings.geometry}, which compares an image with the others of its call.",
                 'Make it with geometry="reference" or "auto".',
             )
-        arrays.check_same(len(labels), len(images), "reference labels", "reference images")
+        batch, target = self._converted(images, labels, "reference labels", "reference images")
         self._has_references = True
-        self._networks.use_references(arrays.pixels(images), arrays.tensor(labels, "reference labels"))
+        self._networks.use_references(batch, target)
 
     @ambient.neutral()
     def features(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
@@ -246,7 +229,7 @@ class Explainer:
 
         Raises KdxError for an explainer file, which does not output features.
         """
-        return self._networks.features(arrays.pixels(images))
+        return self._networks.features(inputs.as_pixels(images, self._networks.input_format))
 
     @ambient.neutral()
     def explain(
@@ -262,23 +245,40 @@ class Explainer:
             raise TypeError("explain makes its permutations itself: give only a seed")
         seed = self.settings.seed if seed is None else seed
         permutations = permutation_table(len(labels), self.settings.permutations, seed)
-        return self._networks.explain(arrays.pixels(images), labels, permutations, np.random.SeedSequence(seed), classes)
+        batch = inputs.as_pixels(images, self._networks.input_format)
+        return self._networks.explain(batch, labels, permutations, np.random.SeedSequence(seed), classes)
 
+    @overload
+    def __call__(self, images: ArrayT, labels: Labels, *, classes: Array | None = None) -> Explanation[ArrayT]: ...
+    @overload
+    def __call__(
+        self, images: Pictures | Batches, labels: Labels | None = None, *, classes: Array | None = None
+    ) -> Explanation[NDArray[Any]]: ...
     @ambient.neutral()
-    def __call__(self, images: ArrayT, labels: Array, *, classes: Array | None = None) -> Explanation[ArrayT]:
-        """Maps and scores of n images [n, 3, h, w] in [0, 1] with labels [n] or an embedding [n, e], from NumPy or PyTorch.
+    def __call__(self, images: Any, labels: Labels | None = None, *, classes: Array | None = None) -> Explanation[Any]:
+        """Maps and scores of n images with labels [n] or an embedding [n, e], or of a ``DataLoader`` of both.
 
         classes [n]: as in `explain`.
         """
-        batch, target = arrays.tensor(images, "images"), arrays.tensor(labels, "target")
+        batch, target = self._converted(images, labels, "the target", "images")
         arrays.check_images(len(batch))
-        arrays.check_same(len(target), len(batch), "the target", "images")
         if self.settings.geometry == "reference" and not self._has_references:
             raise KdxError("The geometry reference needs reference images.", "Call use_references(images, labels) first.")
         true = None if classes is None else arrays.tensor(classes, "classes")
         logits, measurements = self.explain(batch, target, classes=true)
         layers = {layer: self._result(measurement, len(batch), images) for layer, measurement in measurements.items()}
         return Explanation(layers, {role: arrays.like(rows, images) for role, rows in logits.items()})
+
+    def _converted(self, images: Any, labels: Any, labels_name: str, images_name: str) -> tuple[Tensor, Tensor]:
+        """Pixels [n, 3, h, w], and labels [n] or an embedding [n, e], from what the user gave."""
+        expected = self._networks.input_format
+        if labels is None:
+            if not inputs.has_labels(images):
+                raise KdxError("The images have no labels.", "Give one label per image, or a DataLoader that yields (images, labels).")
+            images, labels = inputs.labelled(images, expected)
+        batch, target = inputs.as_pixels(images, expected), arrays.tensor(self._classes.target(labels), "target")
+        arrays.check_same(len(target), len(batch), labels_name, images_name)
+        return batch, target
 
     def _result(self, measurement: LayerMeasurement, n: int, images: ArrayT) -> LayerResult[ArrayT]:
         summary = pooled_scores(
@@ -298,9 +298,7 @@ class Explainer:
             for kind in score_maps_among(self.roles).values()
             if measurement.shares
         }
-        return LayerResult(
-            maps["distilled"], maps["residual"], maps.get("missed"), maps.get("new"), score_maps, summary.scores, summary.contrasts
-        )
+        return LayerResult(maps, score_maps, summary.scores, summary.contrasts)
 
     def _decomposition(self, kind: ScoreMap, measurement: LayerMeasurement, images: ArrayT) -> Decomposition[ArrayT]:
         parts = terms(kind, measurement.shares, measurement.products, (*self.roles, TARGET))  # [contexts, n, h, w]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kdx.data.inputs import InputFormat
 from kdx.disk import log
 from kdx.errors import KdxError
 from kdx.explain.exported import ENGINE_IMAGES, ExportFolder, open_exported
@@ -19,6 +20,7 @@ from kdx.export.description import Description
 from kdx.features.score_maps import coefficients
 from kdx.features.target import Target
 from kdx.maps.unicam import Maps
+from kdx.models.layer_pairs import LayerNames
 from kdx.roles import MAPS, TARGET, maps_among, roles_among, score_maps_among
 from kdx.runtimes.choice import choose, describe_file
 from kdx.runtimes.openvino import rounds_geometry
@@ -32,28 +34,39 @@ class ExplainerFile:
     default.
     """
 
-    def __init__(self, path: Path, layers: Mapping[str, str], settings: Settings, folder: Path | None) -> None:
+    def __init__(self, path: Path, layers: Mapping[str, LayerNames], settings: Settings, folder: Path | None) -> None:
         _check_settings(settings)
         file = describe_explainer(path)
+        if file.pooled != settings.pooled:
+            between = "spatial means" if file.pooled else "whole features"
+            raise KdxError(
+                f"The explainer file {path} measures distances between {between}.",
+                "Set pooled (--pooled) as the file was exported, or export another file.",
+            )
         self._path, self._file, self._folder = path, file, ExportFolder(folder)
         self.roles = roles_among(file.networks)
         available = paired_layers(file)
-        for layer, other in layers.items():
-            if available.get(layer) != other:
-                raise missing_layer(path, _pair(layer, other), [_pair(*pair) for pair in available.items()])
+        for layer, names in layers.items():
+            if available.get(layer) != names:
+                raise missing_layer(path, str(names), list(map(str, available.values())))
         self.layers = dict(layers) or available
+        self.classes = file.classes
         self.choice = choose(settings.runtime, settings.device, precision=settings.precision, files=True, engines=path.suffix == ".engine")
         if self.choice.precision != "float32":
             raise rounds_geometry(path)
         self._runner: FileRunner | None = None
 
-    def open(self, image_size: tuple[int, int]) -> None:
+    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None) -> None:
         if self._runner is not None:
             return
         batch = self._file.least_images, ENGINE_IMAGES, ENGINE_IMAGES
         size = image_size if self._file.image_size is None else None
         self._runner = open_exported(self._path, self.choice, self._folder, self._path.stem, batch, size)
         log.info("runtime: %s", self.choice.why)
+
+    @property
+    def input_format(self) -> InputFormat:
+        return InputFormat.of((network.preprocessing for network in self._file.networks.values()), [self._file.image_size])
 
     def networks(self) -> dict[str, NetworkRecord]:
         return {role: NetworkRecord.of_file(self._file.networks[role], self._file) for role in self.roles}
@@ -141,15 +154,10 @@ def describe_explainer(path: Path) -> Description:
     return file
 
 
-def paired_layers(file: Description) -> dict[str, str]:
-    """An explainer file's layers: the student's and base's to the teacher's, or to themselves without a teacher."""
-    teacher = file.networks.get("teacher")
-    return dict(zip(file.layers, file.layers if teacher is None else teacher.layers, strict=True))
-
-
-def _pair(layer: str, other: str) -> str:
-    """The notation of a layer with the teacher's layer, as an explainer accepts it."""
-    return layer if layer == other else f"{layer}={other}"
+def paired_layers(file: Description) -> dict[str, LayerNames]:
+    """The names of an explainer file's layers by the student's."""
+    by_role = {role: network.layers for role, network in file.networks.items()}
+    return {layer: LayerNames.of({role: layers[place] for role, layers in by_role.items()}) for place, layer in enumerate(file.layers)}
 
 
 def no_reference_mode(file: Description) -> KdxError:

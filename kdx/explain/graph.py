@@ -14,8 +14,9 @@ from kdx.export.explainer_graphs import ExplainerGraph, ReferenceGraph, Referenc
 from kdx.export.graphs import FeatureGraph
 from kdx.features import arrays
 from kdx.kernels import ambient
+from kdx.models.layer_pairs import LayerNamesLike, layer_names
 from kdx.models.network import Network
-from kdx.roles import roles_among
+from kdx.roles import pairs_among, roles_among
 
 _PASS = 32
 """Reference images per pass of a network."""
@@ -31,31 +32,37 @@ class ReferenceImages:
 
 @ambient.neutral()
 def explainer_graph(
-    networks: Mapping[str, Network], layers: Mapping[str, str], references: ReferenceImages | None = None
+    networks: Mapping[str, Network], layers: LayerNamesLike, references: ReferenceImages | None = None, *, pooled: bool = False
 ) -> ExplainerGraph:
-    """The graph of an explainer file, from the network of each role and the student's and base's layer to the teacher's.
+    """The graph of an explainer file, from the network of each role and the names of the layers (see `kdx.Explainer`).
 
     references: if given, the graph contains their features and compares each image with them. Otherwise it compares the images of a batch.
+    pooled: as in `kdx.unicam`.
 
-    Raises KdxError if student and base have the same weights, and for references without geometry: fewer than four, one class, or
-    features that are constant or not finite.
+    Raises KdxError if a map compares a layer with itself (of networks with the same weights), and for references without geometry: fewer
+    than four, one class, or features that are constant or not finite.
     """
-    roles = roles_among(networks)
-    if len({networks[role].weights_hash for role in ("student", "base")}) == 1:
-        raise KdxError("The student and the base have the same weights, so no feature sets them apart.", "Name two networks that differ.")
+    roles, names = roles_among(networks), layer_names(layers)
+    hashes = {role: networks[role].weights_hash for role in roles}
+    for explained, given in pairs_among(roles).values():
+        if hashes[explained] == hashes[given] and any(layer.at(explained) == layer.at(given) for layer in names.values()):
+            raise KdxError(
+                f"The {explained} and the {given} have the same weights, so no feature sets them apart.", "Name two networks that differ."
+            )
     graphs = {
-        role: FeatureGraph(networks[role].module, [*(layers.values() if role == "teacher" else layers)], networks[role].preprocessing)
+        role: FeatureGraph(networks[role].module, [layer.at(role) for layer in names.values()], networks[role].preprocessing)
         for role in roles
     }
     if references is None:
-        return ExplainerGraph(graphs)
+        return ExplainerGraph(graphs, pooled=pooled)
     arrays.check_images(len(references.labels))
     features = {role: _features(graph, references.images) for role, graph in graphs.items()}
     at_layers = [
-        LayerReferences.of({role: maps[place] for role, maps in features.items()}, references.labels) for place in range(len(layers))
+        LayerReferences.of({role: maps[place] for role, maps in features.items()}, references.labels, pooled=pooled)
+        for place in range(len(names))
     ]
     contexts = {role: [References(layer.features[role], layer.distances[place]) for layer in at_layers] for place, role in enumerate(roles)}
-    return ReferenceGraph(graphs, contexts, references.labels)
+    return ReferenceGraph(graphs, contexts, references.labels, pooled=pooled)
 
 
 def _features(graph: FeatureGraph, images: Tensor) -> list[Tensor]:

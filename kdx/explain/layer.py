@@ -20,8 +20,8 @@ from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import BatchDistances
 from kdx.kernels.moments import Moments
 from kdx.kernels.positions import PositionGeometry
-from kdx.maps.unicam import Maps, PairGeometry, check_residual, reference_distances
-from kdx.roles import TARGET, maps_among, permuted_among, roles_among, shares_among
+from kdx.maps.unicam import Maps, PairGeometry, check_residual, distance_rows, reference_distances
+from kdx.roles import TARGET, mapped_among, maps_among, pairs_among, permuted_among, roles_among, shares_among
 from kdx.scores import uncertainty
 
 
@@ -34,8 +34,8 @@ class LayerReferences:
     target: Target
 
     @classmethod
-    def of(cls, features: Mapping[str, Tensor], labels: Tensor) -> LayerReferences:
-        return cls(features, _distances(features, _backend(features)).raw, Target.of(labels).checked())
+    def of(cls, features: Mapping[str, Tensor], labels: Tensor, *, pooled: bool = False) -> LayerReferences:
+        return cls(features, _distances(features, _backend(features), pooled).raw, Target.of(labels).checked())
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class LayerMeasurement:
 
     maps: a `Maps` for each name of `maps_among`. shares: for each (role, matrix) of `shares_among`, the share [2, n, h, w] of every image
     and position in their inner product, with each half of the images as context; everything adds up to the inner product. An explainer
-    file gives [1, n, h, w], with all images as one context. Empty where the scores are of other features than the maps.
+    file gives [1, n, h, w], with all images as one context. Empty where the scores are of other features than the maps, and with pooled
+    features.
     products: inner products [r + 1, r + 1] of the roles' matrices and, last, the target's. permuted: for each name of `permuted_among`,
     the inner products [p, r + 1] of its matrix with all of them, under p permutations of its images. moments: the sampling moments of the
     products; None for four images, where three would remain without one.
@@ -67,24 +68,26 @@ def measure(
     references: LayerReferences | None = None,
     distances: Mapping[str, BatchDistances] | None = None,
     shares: bool = True,
+    pooled: bool = False,
     backend: Backend = "auto",
 ) -> LayerMeasurement:
     """The maps and inner products of one layer and one batch, from each role's features [n, C, H, W].
 
     permutations: [p, n]. references: if given, the maps are those of reference mode. distances: if given, the inner products are those of
-    these distances, between each role's other features of the same images. shares: whether the shares are computed as well. backend: as in
-    `kdx.unicam`.
+    these distances, between each role's other features of the same images. shares: whether the shares are computed as well. pooled,
+    backend: as in `kdx.unicam`; the references must have been made with the same ``pooled``.
     """
     roles, ops = roles_among(features), _backend(features, backend)
     parts: dict[tuple[str, str], Tensor] = {}
-    if not shares or distances is not None:  # the shares would be those of other scores than ``distances`` have
-        among = _distances(features, ops)
+    # The shares would be those of other scores than ``distances`` have, and distances between means have none.
+    if not shares or pooled or distances is not None:
+        among = _distances(features, ops, pooled)
     else:
         positions = {role: ops.positions(features[role].flatten(2)) for role in roles}
         rows = {f"{role}'s features": features[role].flatten(1) for role in roles}
         among = arrays.checked_distances(torch.stack([positions[role].distances for role in roles]), rows)
         parts = _shares(features, positions, among, target)
-    maps = _maps(features, among, target, objective, weighting, references, ops)
+    maps = _maps(features, among, target, objective, weighting, references, ops, pooled)
     if distances is not None:
         among = _stack([distances[role] for role in roles])
         _check_residuals(roles, among, target)
@@ -99,18 +102,20 @@ def _maps(
     weighting: Weighting,
     references: LayerReferences | None,
     ops: dispatch.TorchBackend,
+    pooled: bool,
 ) -> dict[str, Maps[Tensor]]:
     """The maps of `measure`, from features and the distances [r, n, n] between them."""
     roles = roles_among(features)
     among = maps_among(roles)
-    explained, given = zip(*among.values(), strict=True)
+    explained = [role for role, _ in among.values()]
+    given = [role for _, role in among.values() if role is not None]  # no map, or every map, is given another network
     means = {role: rounding.with_probes(ops.means(features[role]), features[role]) for role in roles}
     explained_means = [means[role] for role in explained]
-    laplacians = weighting == "elementwise"
+    laplacians = weighting == "elementwise" and not pooled
     if references is None:
         solution = ops.channel_weights(
             distances.select([roles.index(role) for role in explained]),
-            distances.select([roles.index(role) for role in given]),
+            distances.select([roles.index(role) for role in given]) if given else None,
             target.distances,
             explained_means,
             objective,
@@ -119,23 +124,25 @@ def _maps(
     else:
         known = references.features
         pairs = {
-            role: reference_distances(known[role], features[role], references.distances[i], f"{role}'s features")
+            role: reference_distances(known[role], features[role], references.distances[i], f"{role}'s features", pooled)
             for i, role in enumerate(roles)
         }
         reference_means = {role: rounding.with_probes(ops.means(known[role]), known[role], seed=1) for role in roles}
         solution = ops.query_channel_weights(
             [pairs[role] for role in explained],
-            [pairs[role] for role in given],
+            [pairs[role] for role in given] or None,
             references.target.reference_distances(target.values),
             explained_means,
             [reference_means[role] for role in explained],
             objective,
             laplacians=laplacians,
         )
-    check_residual(solution.residual_share, *(features[role].flatten(1) for role in roles))
+    if given:
+        check_residual(solution.residual_share, *(distance_rows(features[role], pooled) for role in roles))
     maps = {}
     for index, (name, role) in enumerate(zip(among, explained, strict=True)):
-        pair = PairGeometry.of(features[role], solution, index, ops, references=None if references is None else references.features[role])
+        known_features = None if references is None else references.features[role]
+        pair = PairGeometry.of(features[role], solution, index, ops, pooled=pooled, references=known_features)
         weights, values = pair.maps(weighting)
         maps[name] = Maps(values, weights, pair.score)
     return maps
@@ -149,7 +156,7 @@ def _shares(
     centred = {**dict(zip(roles, distances.centred, strict=True)), TARGET: target.distances.centred}
     n = len(target.values)
     result = {}
-    for role in roles:
+    for role in mapped_among(roles):
         names = [matrix for share_role, matrix in shares_among(roles) if share_role == role]
         contexts = [slice(0, n, 2), slice(1, n, 2)]
         values = positions[role].shares(torch.stack([centred[name] for name in names]), contexts)
@@ -176,8 +183,11 @@ def measure_distances(
 
 
 def _check_residuals(roles: Sequence[str], distances: BatchDistances, target: Target, *rows: Tensor) -> None:
-    """`check_residual` for each map, from distances [r, n, n] alone."""
-    explained, given = ([roles.index(role) for role in side] for side in zip(*maps_among(roles).values(), strict=True))
+    """`check_residual` for each map of two networks, from distances [r, n, n] alone."""
+    pairs = pairs_among(roles)
+    if not pairs:
+        return
+    explained, given = ([roles.index(role) for role in side] for side in zip(*pairs.values(), strict=True))
     d, e = distances.select(explained), distances.select(given)
     check_residual(geometry.laplacian(d.raw, d.centred, e.centred, target.distances.centred).left, *(rows or distances.raw))
 
@@ -200,9 +210,9 @@ def _backend(features: Mapping[str, Tensor], backend: Backend = "auto") -> dispa
     return dispatch.chosen(features["student"], backend)
 
 
-def _distances(features: Mapping[str, Tensor], ops: dispatch.TorchBackend) -> BatchDistances:
-    """The distances [r, n, n] between each role's features, in the order of ROLES, checked."""
-    return arrays.row_distances({f"{role}'s features": features[role].flatten(1) for role in roles_among(features)}, ops)
+def _distances(features: Mapping[str, Tensor], ops: dispatch.TorchBackend, pooled: bool) -> BatchDistances:
+    """The distances [r, n, n] between each role's features, in the order of MEASURED, checked."""
+    return arrays.row_distances({f"{role}'s features": distance_rows(features[role], pooled) for role in roles_among(features)}, ops)
 
 
 def _stack(distances: Sequence[BatchDistances]) -> BatchDistances:

@@ -8,9 +8,11 @@ from typing import Protocol, Self
 import numpy as np
 from torch import Tensor
 
+from kdx.data.inputs import InputFormat
 from kdx.explain.layer import LayerMeasurement
 from kdx.export.description import Description, NetworkDescription
 from kdx.export.graphs import Preprocessing
+from kdx.models.layer_pairs import LayerNames
 from kdx.models.network import Network
 from kdx.runtimes.choice import Choice
 
@@ -46,16 +48,24 @@ class NetworkRecord:
 class NetworkSet(Protocol):
     """The networks of an Explainer, and the measurements of what they compute: one runner per network, or one explainer file.
 
-    roles: in the order of `kdx.roles.ROLES`. layers: the student's and base's layer to the teacher's. choice: the runtime and device,
-    and the reason.
+    roles: in the order of `kdx.roles.MEASURED`. layers: each role's names by the student's. choice: the runtime and device, and the
+    reason. classes: the names of the classes; () if they are not known.
     """
 
     roles: tuple[str, ...]
-    layers: dict[str, str]
+    layers: dict[str, LayerNames]
     choice: Choice
+    classes: tuple[str, ...]
 
-    def open(self, image_size: tuple[int, int]) -> None:
-        """Prepare for images of this size. A second call does nothing."""
+    @property
+    def input_format(self) -> InputFormat:
+        """The images that the networks take."""
+
+    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None) -> None:
+        """Prepare for images of this size. A second call does nothing.
+
+        images: how many there will be, by which ``auto`` decides. runtime: which one computed a part of them already, for ``auto``.
+        """
 
     def networks(self) -> dict[str, NetworkRecord]:
         """The record of each role's network."""

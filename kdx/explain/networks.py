@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,22 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from kdx import models
+from kdx.data.inputs import InputFormat
 from kdx.disk import log
-from kdx.errors import KdxError
+from kdx.errors import KdxError, about_network
 from kdx.explain.explainer_file import no_gradients
-from kdx.explain.exported import ENGINE_IMAGES, ExportFolder, open_exported
+from kdx.explain.exported import ENGINE_IMAGES, Export, ExportFolder, open_exported
 from kdx.explain.layer import LayerMeasurement, LayerReferences, measure
 from kdx.explain.network_set import NetworkRecord
+from kdx.explain.runtime_cost import FEW_IMAGES, ExportCost
 from kdx.explain.settings import Settings
-from kdx.export import onnx_file
-from kdx.export.description import Description, Origin, is_export_of
+from kdx.export.description import Description
 from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.features import arrays
 from kdx.features.target import Target
 from kdx.kernels import geometry
 from kdx.kernels.dispatch import BatchDistances, TorchBackend
 from kdx.maps.salient_images import Salience, ranking_maps
+from kdx.maps.unicam import distance_rows
+from kdx.models.layer_pairs import LayerNames
+from kdx.models.models_file import ModelsFile
 from kdx.models.network import Network
+from kdx.roles import ROLES
 from kdx.runtimes.choice import Choice, choose, describe_file, is_file
 from kdx.runtimes.eager import EagerRunner
 from kdx.runtimes.runner import NetworkOutputs, Runner, missing_layer, parts
@@ -33,15 +39,22 @@ from kdx.runtimes.runner import NetworkOutputs, Runner, missing_layer, parts
 NetworkLike = str | Path | Network | nn.Module
 
 
+def networks_of(file: ModelsFile) -> dict[str, NetworkLike]:
+    """The network of each role in a models file: the path of an exported file, or the loaded network."""
+    return {role: file.path.parent / reference if is_file(reference) else file.load(role) for role, reference in file.references.items()}
+
+
 class NetworkRunners:
     """One runner per network, plus the distance geometry of their features.
 
-    networks: by role, all as exported files or none. layers: the student's and base's layer to the teacher's. folder: where exported
+    networks: by role, all as exported files or none. layers: each role's names by the student's. folder: where exported
     files and engines are written; a temporary folder by default.
     """
 
-    def __init__(self, networks: Mapping[str, NetworkLike], layers: Mapping[str, str], settings: Settings, folder: Path | None) -> None:
-        _check_pairs(networks, layers)
+    def __init__(
+        self, networks: Mapping[str, NetworkLike], layers: Mapping[str, LayerNames], settings: Settings, folder: Path | None
+    ) -> None:
+        _check_names(networks, layers)
         self.roles = tuple(networks)
         self.layers = dict(layers)
         self._networks = networks
@@ -64,21 +77,68 @@ class NetworkRunners:
             suggested = self._files["student"][1].layers if paths else _suggested_layers(models.as_network(networks["student"]))
             raise KdxError("No layer was named.", f"Name one or more of the student's: {', '.join(suggested)}.")
         for role, (path, file) in self._files.items():
-            _check_layers(path, file, self._layers_of(role))
+            with about_network(role):
+                _check_layers(path, file, self._layers_of(role))
         self._graphs: dict[str, tuple[Network, FeatureGraph]] = {}
         if not paths:
             for role, network in networks.items():
                 loaded = models.as_network(network)
-                self._graphs[role] = loaded, FeatureGraph(loaded.module, self._layers_of(role), loaded.preprocessing)
+                with about_network(role):
+                    self._graphs[role] = loaded, FeatureGraph(loaded.module, self._layers_of(role), loaded.preprocessing)
+        self.classes: tuple[str, ...] = self._files["student"][1].classes if paths else ()
         self._references: dict[str, LayerReferences] = {}
         self._runners: dict[str, Runner] = {}
         self._gradients: dict[str, Runner] = {}
+        self._is_automatic = self._may_fall_back and self.choice.runtime in ("onnx", "openvino") and not paths
+        self._candidate: Choice | None = None  # the runtime to export for, while PyTorch runs because that would not pay
+        self._cost: ExportCost | None = None
+        self._images = 0
 
-    def open(self, image_size: tuple[int, int]) -> None:
+    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None) -> None:
         if self._runners:
             return
         if not self._networks:
             raise ValueError("the explainer is closed")
+        if self._is_automatic and runtime == "eager":
+            self.choice = Choice("eager", self.choice.device, "eager on the CPU: the run was started with it")
+        elif self._is_automatic and runtime is None and images is not None:
+            self._images = images
+            self._open_provisionally(image_size)
+        if not self._runners:
+            self._start_or_fall_back(image_size)
+        self._candidate = None
+
+    def _open_provisionally(self, image_size: tuple[int, int]) -> None:
+        """Start with exported files if they are there already, else with PyTorch until an export pays for the number of images."""
+        self._candidate = candidate = self.choice
+        if all(self._has_export(role, graph, image_size) for role, graph in self._all_graphs()):
+            self._candidate = None
+            self.choice = replace(candidate, why=f"{candidate.runtime} on the CPU: the networks are exported already")
+        else:
+            why = f"eager on the CPU: an export takes longer than it would save for {self._images} images"
+            self.choice = Choice("eager", candidate.device, why)
+        self._start_or_fall_back(image_size)
+        self._reconsider(image_size)
+
+    def _reconsider(self, image_size: tuple[int, int]) -> None:
+        """Export the networks as soon as this pays for the number of images so far."""
+        if self._candidate is None or self._images <= FEW_IMAGES:
+            return
+        if self._cost is None:
+            salient = self._salience is not None
+            runners = [runner for runner in self._runners.values() if isinstance(runner, EagerRunner)]
+            passes = 4 + len(self.layers) if salient else 1  # the gradients take about three passes
+            self._cost = ExportCost.measured(runners, image_size, 2 if salient else 1, passes)
+        candidate, pays = self._candidate, self._cost.pays(self._images)
+        reason = self._cost.why(self._images, candidate.runtime)
+        self.choice = replace(candidate if pays else self.choice, why=f"{candidate.runtime if pays else 'eager'} on the CPU: {reason}")
+        if pays:
+            self._candidate = None
+            self._close_runners()
+            self._start_or_fall_back(image_size)
+
+    def _start_or_fall_back(self, image_size: tuple[int, int]) -> None:
+        """Start every runner; with ``auto``, in PyTorch if the export fails."""
         try:
             self._start(image_size)
         except KdxError as error:
@@ -88,6 +148,13 @@ class NetworkRunners:
             self._start(image_size)
         log.info("runtime: %s", self.choice.why)
 
+    def _all_graphs(self) -> Iterator[tuple[str, FeatureGraph | GradientGraph]]:
+        """Every graph to run, with the role of its network."""
+        for role, (network, graph) in self._graphs.items():
+            yield role, graph
+            if self._salience is not None:
+                yield role, GradientGraph(network.module, list(dict.fromkeys(graph.layers)), network.preprocessing)
+
     def _start(self, image_size: tuple[int, int]) -> None:
         """Start every runner. After an error none is kept."""
         runners: dict[str, Runner] = {}
@@ -95,30 +162,39 @@ class NetworkRunners:
         for role, (path, file) in self._files.items():
             weights = file.networks["network"].weights
             runners[role] = self._open_file(path, f"{role}-{weights[:12]}", image_size if file.image_size is None else None)
-        for role, (network, graph) in self._graphs.items():
-            runners[role] = self._runner(role, graph, image_size)
-            if self._salience is not None:
-                differentiable = GradientGraph(network.module, list(dict.fromkeys(graph.layers)), network.preprocessing)
-                gradients[role] = self._runner(role, differentiable, image_size)
+        for role, graph in self._all_graphs():
+            (runners if graph.kind == "features" else gradients)[role] = self._runner(role, graph, image_size)
         self._runners, self._gradients = runners, gradients
 
     def _runner(self, role: str, graph: FeatureGraph | GradientGraph, image_size: tuple[int, int]) -> Runner:
         """The runner of a graph of a role's network. For every runtime but PyTorch the graph is exported, unless its file is there."""
         if self.choice.runtime == "eager":
             return EagerRunner(graph, self.choice.device, self.choice.precision)
-        network, _ = self._graphs[role]
-        suffix = ".onnx" if graph.kind == "features" else f".{graph.kind}.onnx"
-        path = self._folder.path / f"{role}-{network.weights_hash[:12]}{suffix}"
+        export = self._export_of(role, graph, image_size)
+        if not export.is_there():
+            export.write()
+        size = graph.preprocessing.size
+        return self._open_file(export.path, export.path.stem, image_size if size else None)
+
+    def _has_export(self, role: str, graph: FeatureGraph | GradientGraph, image_size: tuple[int, int]) -> bool:
+        return self._export_of(role, graph, image_size).is_available()
+
+    def _export_of(self, role: str, graph: FeatureGraph | GradientGraph, image_size: tuple[int, int]) -> Export:
         # Modules with equal weights may differ in their code. A model reference identifies the code as well.
+        network, _ = self._graphs[role]
         is_module = isinstance(self._networks[role], nn.Module)
-        size = network.preprocessing.size
-        if is_module or not is_export_of(path, graph, network.weights_hash):
-            onnx_file.write(graph, path, origin=Origin(network.reference, network.weights_hash), image_size=size or image_size)
-        return self._open_file(path, path.stem, image_size if size else None)
+        return Export(network, graph, role, self._folder, image_size, reusable=not is_module)
 
     def _open_file(self, path: Path, name: str, image_size: tuple[int, int] | None) -> Runner:
         most = self._settings.chunk or ENGINE_IMAGES
         return open_exported(path, self.choice, self._folder, name, (1, most, most), image_size)
+
+    @property
+    def input_format(self) -> InputFormat:
+        files = [file for _, file in self._files.values()]
+        preprocessing = [file.networks["network"].preprocessing for file in files]
+        preprocessing += [network.preprocessing for network, _ in self._graphs.values()]
+        return InputFormat.of(preprocessing, [file.image_size for file in files])
 
     def networks(self) -> dict[str, NetworkRecord]:
         files = {role: NetworkRecord.of_file(file.networks["network"], file) for role, (_, file) in self._files.items()}
@@ -130,7 +206,9 @@ class NetworkRunners:
 
     def use_references(self, images: Tensor, labels: Tensor) -> None:
         labels, outputs = labels.to(self.choice.device), self._infer(images)
-        self._references = {layer: LayerReferences.of(self._features(outputs, layer), labels) for layer in self.layers}
+        self._references = {
+            layer: LayerReferences.of(self._features(outputs, layer), labels, pooled=self._settings.pooled) for layer in self.layers
+        }
 
     def explain(
         self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence, classes: Tensor | None = None
@@ -149,6 +227,7 @@ class NetworkRunners:
                 permutations=permutations,
                 references=self._references.get(layer),
                 distances=distances.get(layer),
+                pooled=self._settings.pooled,
             )
             for layer in self.layers
         }
@@ -173,9 +252,12 @@ class NetworkRunners:
             # Each network has its own seed: noise that two networks' images share would raise their similarity.
             for role, noise_seed in zip(rankings, seed.spawn(len(rankings)), strict=True):
                 name = self._layer_of(role, layer)
-                self._report_empty(role, name, rankings[role][name])
-                salient = salience.images(images, rankings[role][name], int(noise_seed.generate_state(1)[0]))
-                rows = self._run(role, salient).features[name].flatten(1)
+                # The authors' code ranks the pixels once, at the deepest layer.
+                ranked = self._layers_of(role)[-1] if salience.image == "published" else name
+                self._report_empty(role, ranked, rankings[role][ranked])
+                preprocessing = self._graphs[role][0].preprocessing
+                salient = salience.images(images, rankings[role][ranked], int(noise_seed.generate_state(1)[0]), preprocessing)
+                rows = distance_rows(self._run(role, salient).features[name], self._settings.pooled)
                 distances[layer][role] = arrays.row_distances({f"{role}'s salient features": rows}, TorchBackend())[0]
         return distances
 
@@ -184,22 +266,30 @@ class NetworkRunners:
         count = int((maps == 0).flatten(1).all(1).sum())
         if count and (role, layer) not in self._reported:
             self._reported.add((role, layer))
-            message = "HiResCAM of the %s at %s is zero everywhere for %d of %d images; their salient images keep the first rows."
-            log.warning(message, role, layer, count, len(maps))
+            message = "HiResCAM of the %s at %s is zero everywhere for %d of %d images; their salient images keep %s."
+            kept = "all pixels" if self._settings.salient_image == "published" else "the first rows"
+            log.warning(message, role, layer, count, len(maps), kept)
 
     def _infer(self, images: Tensor) -> dict[str, NetworkOutputs]:
         """One pass of every network."""
-        self.open((images.shape[2], images.shape[3]))
+        size = images.shape[2], images.shape[3]
+        self._images += len(images)
+        if self._is_automatic and not self._runners and self._networks:
+            self._open_provisionally(size)
+        elif not self._runners:
+            self.open(size)
+        self._reconsider(size)
         return {role: self._run(role, images) for role in self._runners}
 
     def _run(self, role: str, images: Tensor) -> NetworkOutputs:
         """One pass of a role's network, in chunks of at most ``chunk`` images and of at most an engine's batch."""
         runner = self._runners[role]
-        return _concatenated([runner.infer(images[part]) for part in parts(runner, self._settings.chunk, len(images))])
+        with about_network(role):
+            return _concatenated([runner.infer(images[part]) for part in parts(runner, self._settings.chunk, len(images))])
 
     def _layer_of(self, role: str, layer: str) -> str:
         """A role's own name of a student's layer."""
-        return self.layers[layer] if role == "teacher" else layer
+        return self.layers[layer].at(role)
 
     def _layers_of(self, role: str) -> tuple[str, ...]:
         return tuple(self._layer_of(role, layer) for layer in self.layers)
@@ -208,20 +298,22 @@ class NetworkRunners:
         """Every role's features at a student's layer."""
         return {role: passed.features[self._layer_of(role, layer)] for role, passed in outputs.items()}
 
-    def close(self) -> None:
+    def _close_runners(self) -> None:
         for runner in (*self._runners.values(), *self._gradients.values()):
             runner.close()
+
+    def close(self) -> None:
+        self._close_runners()
         self._networks, self._files, self._graphs, self._references = {}, {}, {}, {}
         self._folder.close()
 
 
-def _check_pairs(networks: Mapping[str, NetworkLike], layers: Mapping[str, str]) -> None:
-    """KdxError for a layer with a teacher's layer if there is no teacher."""
-    pairs = [f"{layer}={other}" for layer, other in layers.items() if layer != other]
-    if "teacher" not in networks and pairs:
-        raise KdxError(
-            f"{pairs[0]} pairs a layer with one of the teacher's, but there is no teacher.", "Name the layer alone, or give a teacher."
-        )
+def _check_names(networks: Mapping[str, NetworkLike], layers: Mapping[str, LayerNames]) -> None:
+    """KdxError for a layer with a name for a role that has no network."""
+    for names in layers.values():
+        for role in ROLES:
+            if role not in networks and names.at(role) != names.student:
+                raise KdxError(f"{names} names a layer of the {role}, but there is no {role}.", f"Name the layer alone, or give a {role}.")
 
 
 def _check_files(networks: Mapping[str, NetworkLike], paths: Mapping[str, Path], settings: Settings) -> None:

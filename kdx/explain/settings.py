@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, SalientClass, SalientScore, Weighting
+from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, SalientClass, SalientImage, SalientScore, Weighting
 from kdx.errors import KdxError
 from kdx.kernels import geometry
 from kdx.maps.salient_images import Salience
@@ -30,11 +30,13 @@ class Settings:
     permutations: int = 999
     confidence: float = 0.95
     seed: int = 0
+    pooled: bool = False
     features: Features = "raw"
     keep: float = 0.5
     noise: float = 0.0
     salient_class: SalientClass = "predicted"
     salient_score: SalientScore = "logit"
+    salient_image: SalientImage = "exact"
 
     def __post_init__(self) -> None:
         if self.objective not in geometry.OBJECTIVES:
@@ -46,17 +48,18 @@ class Settings:
             raise ValueError(f"no geometry {self.geometry!r}")
         if self.features not in get_args(Features):
             raise ValueError(f"no features {self.features!r}")
-        if self.salient_class not in get_args(SalientClass) or self.salient_score not in get_args(SalientScore):
-            raise ValueError(f"no salient class {self.salient_class!r} or no salient score {self.salient_score!r}")
+        for name, kinds in (("class", SalientClass), ("score", SalientScore), ("image", SalientImage)):
+            if getattr(self, f"salient_{name}") not in get_args(kinds):
+                raise ValueError(f"no salient {name} {getattr(self, f'salient_{name}')!r}")
         if self._salience != Salience() and self.features == "raw":
             raise KdxError(
-                "`keep`, `noise`, and the class and score of salient images apply only to salient features.",
+                "`keep`, `noise`, and the class, score and kind of salient images apply only to salient features.",
                 "Choose salient features (--features salient), or leave these settings out.",
             )
 
     @property
     def _salience(self) -> Salience:
-        return Salience(self.keep, self.noise, self.salient_class, self.salient_score)
+        return Salience(self.keep, self.noise, self.salient_class, self.salient_score, self.salient_image)
 
     @property
     def salience(self) -> Salience | None:

@@ -20,17 +20,18 @@ from kdx.explain.map_statistics import MapStatistics, NullStrength, mean_strengt
 from kdx.explain.settings import Settings
 from kdx.features.array_files import new_array
 from kdx.features.arrays import check_images, check_varied, rounding_of
-from kdx.features.rows import feature_distances, unit_of
+from kdx.features.rows import InMemory, feature_distances, unit_of
 from kdx.features.score_maps import combined
 from kdx.features.target import Target
 from kdx.kernels import dispatch, tiles
+from kdx.kernels.geometry import wide
 from kdx.kernels.moments import Moments
 from kdx.kernels.set_geometry import SetGeometry, StoredDistances
 from kdx.kernels.set_maps import SetFeatures, SetSums, permuted_sums, second_sweep
 from kdx.kernels.set_unicam import SetGradient
-from kdx.kernels.tiles import FeatureDistances, Rows
+from kdx.kernels.tiles import TILE, FeatureDistances, Rows
 from kdx.maps.unicam import check_residual
-from kdx.roles import TARGET, maps_among, permuted_among, roles_among, score_maps_among, shares_among
+from kdx.roles import TARGET, mapped_among, maps_among, pairs_among, permuted_among, roles_among, score_maps_among, shares_among
 from kdx.scores.uncertainty import with_permuted
 
 _NULL_IMAGES = 128
@@ -43,6 +44,16 @@ class SetRows:
 
     rows: Rows
     shape: tuple[int, int, int]
+
+    def read(self, index: Tensor) -> Tensor:
+        """The features [k, h * w, C] of the images ``index`` [k], in float32 at least."""
+        features: Tensor = wide(self.rows.read(index)).unflatten(1, (-1, self.shape[0]))
+        return features
+
+    def pooled(self) -> InMemory:
+        """The spatial means [n, C]."""
+        parts = torch.arange(self.rows.shape[0], device=self.rows.device).split(TILE)
+        return InMemory(torch.cat([features.mean(1, dtype=torch.float64).to(features.dtype) for features in map(self.read, parts)]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +93,13 @@ def measure_set(
     """
     roles = roles_among(features)
     check_images(features["student"].rows.shape[0])
-    matrices = [feature_distances(features[role].rows, f"{role}'s features") for role in roles]
+    matrices = [
+        feature_distances(features[role].pooled() if settings.pooled else features[role].rows, f"{role}'s features") for role in roles
+    ]
     known = [*matrices, target.matrix()]
     names = (*roles, TARGET)
     stored = StoredDistances(known, None if folder is None else partial(_on_disk, folder))
-    permuted = permuted_among(roles)
+    permuted, sweeps = permuted_among(roles), 1 + len(mapped_among(roles))
     swept = tiles.sweep(
         known,
         permuted=[names.index(name) for name in permuted],
@@ -95,13 +108,13 @@ def measure_set(
         shuffled=shuffled,
         ops=dispatch.chosen(torch.empty(0, dtype=matrices[0].rows.dtype, device=matrices[0].rows.device)),
         keep=stored.keep,
-        progress=lambda done, total: progress(done, (1 + len(roles)) * total),
+        progress=lambda done, total: progress(done, sweeps * total),
     )
     _check_geometry(dict(zip(names, known, strict=True)), swept.products)
     geometry = SetGeometry(known, swept, stored)
-    layer = _Layer(names, geometry, {role: features[role].shape for role in roles}, settings)
+    layer = _Layer(names, geometry, features, settings)
     steps = count(len(geometry.pairs) + 1)
-    statistics = layer.write_maps(output, lambda: progress(next(steps), (1 + len(roles)) * len(geometry.pairs)))
+    statistics = layer.write_maps(output, lambda: progress(next(steps), sweeps * len(geometry.pairs)))
     null = layer.null_strengths() if settings.permutations else {}
     products = {name: swept.permuted[names.index(name)] for name in permuted}
     return SetMeasurement(swept.products, products, swept.moments, statistics, null)
@@ -123,7 +136,7 @@ def _check_geometry(matrices: Mapping[str, tiles.Matrix], products: Tensor) -> N
         check_varied(
             float(products[i, i]), float(matrix.scale), max(rounding[name], 1e-8), name if name == TARGET else f"{name}'s features"
         )
-    for explained, given in maps_among(names[:-1]).values():
+    for explained, given in pairs_among(names[:-1]).values():
         i, j = names.index(explained), names.index(given)
         left = products[i, i] - products[i, j] ** 2 / products[j, j]
         share = (left.clamp_min(0) / matrices[explained].scale).sqrt()
@@ -138,15 +151,17 @@ class _Request:
     kinds: Mapping[str, Sequence[str]]
 
     @classmethod
-    def everything(cls, roles: Sequence[str]) -> _Request:
-        matrices = {role: [matrix for share_role, matrix in shares_among(roles) if share_role == role] for role in roles}
+    def everything(cls, roles: Sequence[str], shares: Sequence[tuple[str, str]]) -> _Request:
+        matrices = {role: [matrix for share_role, matrix in shares if share_role == role] for role in roles}
         return cls(matrices, _kinds(roles))
 
     @classmethod
-    def of_matrix(cls, roles: Sequence[str], matrix: str, unicam: bool) -> _Request:
+    def of_matrix(cls, roles: Sequence[str], shares: Sequence[tuple[str, str]], matrix: str, unicam: bool) -> _Request:
         """The shares with one matrix, of the roles that have one. unicam: whether UniCAM's maps are computed too."""
-        matrices = {role: [matrix] for role, other in shares_among(roles) if other == matrix}
-        return cls(matrices, _kinds(roles) if unicam else dict.fromkeys(roles, ()))
+        matrices = {role: [matrix] for role, other in shares if other == matrix}
+        if not unicam:
+            return cls(matrices, dict.fromkeys(matrices, ()))
+        return cls({role: matrices.get(role, []) for role in roles}, _kinds(roles))
 
 
 def _kinds(roles: Sequence[str]) -> dict[str, list[str]]:
@@ -157,30 +172,37 @@ def _kinds(roles: Sequence[str]) -> dict[str, list[str]]:
 class _Layer:
     """The second sweep over one layer, and its maps."""
 
-    def __init__(
-        self, names: tuple[str, ...], geometry: SetGeometry, shapes: Mapping[str, tuple[int, int, int]], settings: Settings
-    ) -> None:
-        self._names, self._geometry, self._shapes, self._settings = names, geometry, shapes, settings
-        self._roles = names[:-1]
-        self._elementwise = settings.weighting == "elementwise"
+    def __init__(self, names: tuple[str, ...], geometry: SetGeometry, rows: Mapping[str, SetRows], settings: Settings) -> None:
+        self._names, self._geometry, self._rows, self._settings = names, geometry, rows, settings
+        self._roles = mapped_among(names[:-1])
+        # Every position of a spatial mean has the same gradient, so both weightings agree, and no position has a share of a distance.
+        self._elementwise = settings.weighting == "elementwise" and not settings.pooled
+        self._shares = () if settings.pooled else shares_among(self._roles)
         self._features: dict[str, SetFeatures] = {}
-        for i, role in enumerate(self._roles):
-            matrix = geometry.matrices[i]
+        for role in self._roles:
+            matrix = geometry.matrices[names.index(role)]
             assert isinstance(matrix, FeatureDistances)
-            self._features[role] = SetFeatures.of(matrix, geometry, shapes[role][0])
+            self._features[role] = SetFeatures.of(matrix, geometry, rows[role].shape[0])
 
     def _gradients(self, products: Tensor) -> dict[str, SetGradient]:
         """The gradient of each of UniCAM's maps, from the inner products."""
         place = self._names.index
         return {
-            name: SetGradient.of(self._geometry, products, place(explained), place(given), place(TARGET), self._settings.objective)
+            name: SetGradient.of(
+                self._geometry,
+                products,
+                place(explained),
+                None if given is None else place(given),
+                place(TARGET),
+                self._settings.objective,
+            )
             for name, (explained, given) in maps_among(self._roles).items()
         }
 
     def write_maps(self, output: Callable[[str, tuple[int, int, int]], Tensor], step: Callable[[], None]) -> dict[str, MapStatistics]:
         """Compute and write all maps. Returns the statistics of each kind. step: called after each tile of each role."""
         geometry, products = self._geometry, self._geometry.swept.products
-        request = _Request.everything(self._roles)
+        request = _Request.everything(self._roles, self._shares)
         gradients = self._gradients(products)
         sums = {
             role: second_sweep(
@@ -215,7 +237,7 @@ class _Layer:
         shares: dict[tuple[str, str], Tensor] = {}
         maps: dict[str, Tensor] = {}
         for role, role_sums in sums.items():
-            grid = self._shapes[role][1:]
+            grid = self._rows[role].shape[1:]
             for number, matrix in enumerate(request.matrices[role]):
                 shares[role, matrix] = (role_sums.shares[number, :, own] / (n * (n - 3))).unflatten(2, grid)
             for name, values in zip(request.kinds[role], self._unicam_maps(role, role_sums, own), strict=True):
@@ -233,23 +255,31 @@ class _Layer:
             for halves in sums.elementwise[:, :, own]:
                 yield torch.stack([halves.sum(0), *halves]).relu() / unit
             return
-        features = self._features[role].uncentred(own) if len(sums.weights) else torch.empty(0)
+        features = self._features_of(role, own) if len(sums.weights) else torch.empty(0)
         for parts in sums.weights[:, :, own]:
             contexts = torch.stack([parts.sum(0), *parts]).to(features.dtype)
             yield torch.einsum("npc,knc->knp", features, contexts).relu() / unit
+
+    def _features_of(self, role: str, own: slice) -> Tensor:
+        """The features [l, P, C] to which the channel weights of the images ``own`` apply."""
+        features = self._features[role]
+        if not self._settings.pooled:
+            return features.uncentred(own)
+        height, width = self._rows[role].shape[1:]
+        return self._rows[role].read(features.order[own]) * (unit_of(features.matrix.rows) / (height * width))
 
     def null_strengths(self) -> dict[str, NullStrength]:
         """The strength of the maps of a random part of the images, if the matrix that shares are computed with is permuted once."""
         images = min(self._geometry.n, _NULL_IMAGES)
         result: dict[str, NullStrength] = {}
-        for permuted in dict.fromkeys(matrix for _, matrix in shares_among(self._roles)):
+        for permuted in dict.fromkeys((TARGET, *(matrix for _, matrix in self._shares))):
             place, products = self._names.index(permuted), self._geometry.swept.products
             # UniCAM depends on the target alone, and its uniqueness objective on no permuted matrix.
             unicam = permuted == TARGET and self._settings.objective == "relevance"
             if permuted == TARGET:
                 products = with_permuted(products, place, self._geometry.swept.permuted[place][:1])[0]
             gradients = self._gradients(products) if unicam else {}
-            request = _Request.of_matrix(self._roles, permuted, unicam)
+            request = _Request.of_matrix(self._roles, self._shares, permuted, unicam)
             sums = {
                 role: permuted_sums(
                     self._geometry,

@@ -17,6 +17,9 @@ from kdx.roles import TARGET
 
 Array = NDArray[Any] | Tensor
 
+Labels = Array | Sequence[Any]
+"""Labels [n], integers or class names, or an embedding [n, e]: an array or a list (`kdx.features.target`)."""
+
 ArrayT = TypeVar("ArrayT", NDArray[Any], Tensor, NDArray[Any] | Tensor)
 """The kind of an array: NumPy in, NumPy out; Tensor in, Tensor out. An argument that may be either gives a result that may be either."""
 
@@ -110,17 +113,6 @@ def check_same_device(device: torch.device, other: torch.device, name: str, othe
     """Raise KdxError if the arrays ``name`` and ``other_name`` are on two devices."""
     if device != other:
         raise KdxError(f"The {other_name} are on {other}, and the {name} on {device}.", "Move both to one device.")
-
-
-def pixels(images: Array) -> Tensor:
-    """Images as a floating-point tensor [n, 3, h, w], n >= 1. Raises KdxError for anything else."""
-    batch = tensor(images, "images")
-    if batch.ndim != 4 or batch.shape[1] != 3 or not batch.is_floating_point() or len(batch) == 0:
-        raise KdxError(
-            f"The images have shape {list(batch.shape)} and type {batch.dtype}.",
-            "Give at least one image: floating-point RGB [n, 3, height, width] in [0, 1].",
-        )
-    return batch
 
 
 def rounding(x: Tensor) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from kdx.errors import KdxError
 from kdx.features import arrays
 from kdx.kernels import tiles
-from kdx.kernels.distances import ordinary, power_of_two
+from kdx.kernels.distances import ordinary, power_of_two, wide
 from kdx.kernels.tiles import Rows
 
 if TYPE_CHECKING:
@@ -160,6 +160,36 @@ class _Multiplied:
 
     def read(self, index: Tensor) -> Tensor:
         return self.source.read(index) * self.factor
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """Other rows, each divided by its Euclidean norm, in float32 or float64. A row of zeros stays as it is."""
+
+    source: Rows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.source.dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.source.device)
+
+    @property
+    def run(self) -> int:
+        return self.source.run
+
+    def read(self, index: Tensor) -> Tensor:
+        rows = wide(self.source.read(index))
+        largest = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True)
+        rows = rows / torch.where(largest > 0, largest, 1.0)  # the squares of very small or large rows would under- or overflow
+        norms = torch.linalg.vector_norm(rows, 2, 1, keepdim=True)
+        return rows / torch.where(norms > 0, norms, 1.0)
 
 
 def _largest(rows: Rows) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +26,41 @@ _SAMPLED_ROWS = 4096
 """Only if this many rows have few distinct ones, the distinct rows of the whole embedding are searched for."""
 
 
+@dataclass
+class ClassNames:
+    """The numbers of classes that are given by name.
+
+    names: in the order of their numbers. known: whether these are all classes; otherwise a new name gets the next number.
+    """
+
+    names: list[str] = field(default_factory=list)
+    known: bool = False
+
+    def target(self, values: Any) -> Any:
+        """Labels or an embedding as an array: a list becomes an array, and names become numbers. Other values are returned unchanged.
+
+        Raises KdxError for a name that is not one of the known classes.
+        """
+        if isinstance(values, Sequence) or (hasattr(values, "__array__") and not isinstance(values, np.ndarray | Tensor)):
+            values = np.asarray(values)
+        if not isinstance(values, np.ndarray) or values.ndim != 1 or not _are_names(values):
+            return values
+        numbers = {name: number for number, name in enumerate(self.names)}
+        for name in dict.fromkeys(map(str, values)):
+            if name not in numbers and self.known:
+                near = difflib.get_close_matches(name, self.names, n=3) or self.names[:5]
+                hint = f"Near matches: {', '.join(near)}." if near else "Give integer labels, as for the reference images."
+                raise KdxError(f"There is no class {name!r}.", hint)
+            if name not in numbers:
+                numbers[name] = len(self.names)
+                self.names.append(name)
+        return np.array([numbers[str(name)] for name in values], dtype=np.int64)
+
+
+def _are_names(values: np.ndarray[Any, Any]) -> bool:
+    return values.dtype.kind in "UT" or (values.dtype.kind == "O" and len(values) > 0 and all(isinstance(name, str) for name in values))
+
+
 @dataclass(frozen=True, eq=False)
 class Classes:
     """The distinct rows of a target, in lexicographic order.
@@ -41,20 +78,24 @@ class Classes:
 class Target:
     """The target of n images. Its geometry is computed once, when it is first used.
 
-    values: integer labels [n] or an embedding [n, e]. backend: computes the distances.
+    values: integer labels [n] or an embedding [n, e]. backend: computes the distances. names: the classes by name, if labels were names.
     """
 
     values: Tensor
     backend: TorchBackend
+    names: ClassNames = field(default_factory=lambda: ClassNames(known=True))
 
     @classmethod
     def of(cls, target: Any, n: int | None = None, *, device: torch.device | None = None, backend: TorchBackend = TorchBackend()) -> Target:
-        """The target of n images from integer labels [n] or an embedding [n, e]: NumPy, PyTorch or Zarr.
+        """The target of n images from labels [n] (integers or class names) or an embedding [n, e]: NumPy, PyTorch, Zarr, or lists.
 
         n: the expected number of rows. device: where the target is moved to. Raises KdxError for another number of rows, for fewer than
-        four, and for any other shape or type; TypeError for anything but an array.
+        four, and for any other shape or type; TypeError for anything but an array or a list.
         """
-        values = arrays.tensor(np.asarray(target[...]) if hasattr(target, "oindex") else target, TARGET).to(device)
+        names = ClassNames()
+        target = np.asarray(target[...]) if hasattr(target, "oindex") else names.target(target)
+        names.known = not names.names
+        values = arrays.tensor(target, TARGET).to(device)
         rows = values.shape[0] if values.ndim else 0
         n = rows if n is None else n
         arrays.check_same(rows, n, "the target", "features")
@@ -65,7 +106,7 @@ class Target:
                 "Give integer labels [n] or an embedding [n, e]; one number per image is an embedding [n, 1].",
             )
         arrays.check_images(n)
-        return cls(values, backend)
+        return cls(values, backend, names)
 
     @cached_property
     def rows(self) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdx.choices import Weighting
+from kdx.data.inputs import Batches, Pictures
 from kdx.errors import KdxError
 from kdx.features import arrays
 from kdx.features.arrays import ArrayT
@@ -38,7 +40,7 @@ class ClassMaps(ScalableMaps[ArrayT]):
     logits: ArrayT
 
 
-@ambient.neutral()
+@overload
 def grad_cam(
     network: Differentiable,
     images: ArrayT,
@@ -48,7 +50,29 @@ def grad_cam(
     target: LogitTarget | None = None,
     device: str = "auto",
     chunk: int | None = None,
-) -> ClassMaps[ArrayT]:
+) -> ClassMaps[ArrayT]: ...
+@overload
+def grad_cam(
+    network: Differentiable,
+    images: Pictures | Batches,
+    layer: str | None = None,
+    classes: ClassChoice = None,
+    *,
+    target: LogitTarget | None = None,
+    device: str = "auto",
+    chunk: int | None = None,
+) -> ClassMaps[NDArray[Any]]: ...
+@ambient.neutral()
+def grad_cam(
+    network: Differentiable,
+    images: Any,
+    layer: str | None = None,
+    classes: ClassChoice = None,
+    *,
+    target: LogitTarget | None = None,
+    device: str = "auto",
+    chunk: int | None = None,
+) -> ClassMaps[Any]:
     """Grad-CAM: where the features of a layer, weighted by channel, raise the logit of a class.
 
     With F [n, C, H, W] the feature of the layer and y_k the logit of image i's class k,
@@ -57,23 +81,26 @@ def grad_cam(
 
     Source: Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization", ICCV 2017.
 
-    network: a model reference, the path of a file that was exported with ``--kind gradients``, a `kdx.models.Network`, a PyTorch module
-    (used as it is, without preprocessing), or an open runner of a graph of gradients, which stays open. images: [n, 3, h, w] in [0, 1],
-    NumPy or PyTorch. layer: by default the only layer of a file or runner, or the last layer of a network whose feature map has a
-    gradient. classes: one integer for all images, or integers [n], such as the true labels; by default the predicted classes, which costs
+    network: a model reference, ``MODELS.toml:ROLE``, the path of a file that was exported with ``--kind gradients``, a
+    `kdx.models.Network`, a PyTorch module (used as it is, without preprocessing), or an open runner of a graph of gradients, which stays
+    open. images: an array or tensor [n, 3, h, w] or [n, h, w, 3], in [0, 1] or as uint8; or Pillow images, paths of files, a list of them,
+    or a ``DataLoader``, whose labels are not used (`kdx.data.as_pixels`). For a network that kdx does not normalise for, such as a PyTorch
+    module, pixels may have any range. layer: by default the only layer of a file or runner, or the last layer of a network whose feature
+    map has a gradient. classes: one integer for all images, or integers [n], also as a list; by default the predicted classes, which costs
     one more forward pass. target: what is differentiated in place of a logit: any differentiable function from the logits [n, classes] to
     one value per image [n], such as ``lambda logits: logits[:, 3] - logits[:, 5]``, or a probability. It also works with exported files,
     and costs one more forward pass; y_k above is then its value, and ``classes`` of the result are the predicted ones. device: where a
     network or a file runs, as in `kdx.Explainer`. chunk: how many images are computed at once, by default all of them, or as many as an
-    engine accepts; it does not change the result. Tensors are returned on the device that computed them.
+    engine accepts; it does not change the result. Results are tensors for a tensor of images, on the device that computed them, and NumPy
+    arrays otherwise.
 
     A map is not a share of the logit: its sum has no meaning, and the maps of two images have no common scale. Because the gradient is
     averaged over positions before it is multiplied with the features, a map can be high at a position that the class does not use;
     `hires_cam` does not average. The ReLU removes what lowers the logit.
 
-    Raises KdxError for no images, for a layer or class that does not exist, for a file or runner without gradients of the logits, for
-    features or gradients that are not finite, for a layer without a gradient at any position of any image, and for a target that does not
-    give one differentiable value per image. Raises ValueError for both classes and a target.
+    Raises KdxError for no images, for pixels outside [0, 1] if kdx normalises them, for a layer or class that does not exist, for a file or
+    runner without gradients of the logits, for features or gradients that are not finite, for a layer without a gradient at any position
+    of any image, and for a target that does not give one differentiable value per image. Raises ValueError for both classes and a target.
 
     >>> import numpy as np, kdx
     >>> images = np.random.default_rng(0).random((3, 3, 32, 32), dtype=np.float32)
@@ -81,10 +108,10 @@ def grad_cam(
     >>> result.maps.shape, result.weights.shape, result.scaled((32, 32)).shape
     ((3, 8, 8), (3, 16), (3, 32, 32))
     """
-    return _like(_class_maps(network, arrays.pixels(images), layer, classes, target, "gap", device, chunk), images)
+    return _like(_class_maps(network, images, layer, classes, target, "gap", device, chunk), images)
 
 
-@ambient.neutral()
+@overload
 def hires_cam(
     network: Differentiable,
     images: ArrayT,
@@ -94,7 +121,29 @@ def hires_cam(
     target: LogitTarget | None = None,
     device: str = "auto",
     chunk: int | None = None,
-) -> ClassMaps[ArrayT]:
+) -> ClassMaps[ArrayT]: ...
+@overload
+def hires_cam(
+    network: Differentiable,
+    images: Pictures | Batches,
+    layer: str | None = None,
+    classes: ClassChoice = None,
+    *,
+    target: LogitTarget | None = None,
+    device: str = "auto",
+    chunk: int | None = None,
+) -> ClassMaps[NDArray[Any]]: ...
+@ambient.neutral()
+def hires_cam(
+    network: Differentiable,
+    images: Any,
+    layer: str | None = None,
+    classes: ClassChoice = None,
+    *,
+    target: LogitTarget | None = None,
+    device: str = "auto",
+    chunk: int | None = None,
+) -> ClassMaps[Any]:
     """HiResCAM: where the features of a layer raise the logit of a class, with each position's own gradient.
 
     With F [n, C, H, W] the feature of the layer and y_k the logit of image i's class k,
@@ -118,12 +167,12 @@ def hires_cam(
     >>> result.maps.shape, bool((result.classes == result.logits.argmax(1)).all())
     ((3, 16, 16), True)
     """
-    return _like(_class_maps(network, arrays.pixels(images), layer, classes, target, "elementwise", device, chunk), images)
+    return _like(_class_maps(network, images, layer, classes, target, "elementwise", device, chunk), images)
 
 
 def _class_maps(
     network: Differentiable,
-    images: Tensor,
+    images: Any,
     layer: str | None,
     classes: ClassChoice,
     target: LogitTarget | None,
@@ -133,9 +182,9 @@ def _class_maps(
 ) -> ClassMaps[Tensor]:
     weights, maps, logits = [], [], []
     influences = False
-    with gradient_runner(network, layer, images, device) as (runner, name):
-        chosen, cotangents = explained_classes(runner, images, classes, target, chunk)
-        for part_logits, gradients in class_gradients(runner, [name], images, cotangents, chunk):
+    with gradient_runner(network, layer, images, device) as (runner, name, batch):
+        chosen, cotangents = explained_classes(runner, batch, classes, target, chunk)
+        for part_logits, gradients in class_gradients(runner, [name], batch, cotangents, chunk):
             part_weights, part_maps = gradients[name].maps(weighting)
             weights.append(part_weights)
             maps.append(part_maps)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdx.features import arrays
-from kdx.features.arrays import Array, ArrayT
+from kdx.features.arrays import Array, ArrayT, Labels
 from kdx.features.target import Target
 from kdx.kernels import ambient, decomposition, dispatch, geometry
 from kdx.kernels.cuda import Backend
@@ -64,7 +64,7 @@ class Decomposition(Drawable, Generic[ArrayT]):
 
 @ambient.neutral()
 def decompose(
-    explained: ArrayT, target: Array, given: Array | None = None, minus: Array | None = None, *, backend: Backend = "auto"
+    explained: ArrayT, target: Labels, given: Array | None = None, minus: Array | None = None, *, backend: Backend = "auto"
 ) -> Decomposition[ArrayT]:
     """Distribute a score over the positions of the images: exact, signed, and without a gradient.
 
@@ -154,9 +154,9 @@ def _network(array: Array, name: str, ops: TorchBackend) -> _Network:
     return _Network(features, positions, arrays.checked_distances(positions.distances[None], {name: features.flatten(1)})[0])
 
 
-def _target_matrix(target: Array, n: int, device: torch.device, ops: TorchBackend) -> Tensor:
+def _target_matrix(target: Labels, n: int, device: torch.device, ops: TorchBackend) -> Tensor:
     """The U-centred matrix [n, n] of labels, of an embedding, or of another network's features."""
-    if target.ndim != 4:
+    if not isinstance(target, Tensor | np.ndarray) or target.ndim != 4:
         return Target.of(target, n, device=device, backend=ops).distances.centred
     features = arrays.feature_map(target, "target features")
     arrays.check_images(len(features))

@@ -10,7 +10,7 @@ from torch import Tensor
 from kdx.choices import ObjectiveName, Weighting
 from kdx.errors import KdxError
 from kdx.features import arrays
-from kdx.features.arrays import Array, ArrayT
+from kdx.features.arrays import Array, ArrayT, Labels
 from kdx.kernels import ambient
 from kdx.maps import unicam
 from kdx.maps.gradients import Differentiable, LayerGradient, gradient_runner, layer_gradients
@@ -24,8 +24,8 @@ def unicam_before(
     images: ArrayT,
     layer: str,
     explained: Array,
-    given: Array,
-    target: Array,
+    given: Array | None,
+    target: Labels,
     objective: ObjectiveName | Callable[[Tensor], Tensor] = "relevance",
     weighting: Weighting = "gap",
     *,
@@ -67,15 +67,14 @@ def unicam_before(
     (torch.Size([8, 32, 32]), torch.Size([8, 4]))
     """
     unicam.check_weighting(weighting)
-    batch = arrays.pixels(images)
-    arrays.check_same(len(explained), len(batch), "explained features", "images")
     pair = unicam.pair_geometry(explained, given, target, objective, pooled=pooled, reference=reference)
     cotangent, exponent = pair.feature_gradient()
     # The gradient of a score of many distances is small. Without this scaling, a network in half precision would lose it.
     largest = cotangent.abs().max().clamp_min(torch.finfo(cotangent.dtype).tiny)
     scale = torch.ldexp(largest.double(), exponent)
     weights, maps = [], []
-    with gradient_runner(network, layer, batch, device, at) as (runner, name):
+    with gradient_runner(network, layer, images, device, at) as (runner, name, batch):
+        arrays.check_same(len(explained), len(batch), "explained features", "images")
         if runner.cotangent_layer is None:
             raise KdxError(
                 "The gradients are those of the logits, not of a feature layer.",

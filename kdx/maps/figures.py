@@ -34,7 +34,7 @@ _PER_LINE = 8  # maps per line where a figure has a single kind
 _IN_NOTEBOOK = 8  # images that a notebook shows
 
 
-DRAWN_KINDS = (GAIN, "RS(S)", "RS(B)", "distilled")
+DRAWN_KINDS = (GAIN, "RS(S)", "RS(B)", "distilled", "missed", "alone")
 """The kinds of map that a figure shows unless others are chosen. A figure of several images and layers shows the first one."""
 
 

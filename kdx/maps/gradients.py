@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +18,11 @@ from torch import Tensor, nn
 
 from kdx import models
 from kdx.choices import Weighting
+from kdx.data import inputs
+from kdx.data.inputs import InputFormat
 from kdx.errors import KdxError
-from kdx.export.graphs import GradientGraph, output_name
+from kdx.export.graphs import GradientGraph
+from kdx.export.layer_names import output_name
 from kdx.features import arrays
 from kdx.features.arrays import Array
 from kdx.kernels import rounding
@@ -29,10 +32,10 @@ from kdx.runtimes.eager import EagerRunner
 from kdx.runtimes.runner import Runner, missing_layer, parts
 
 Differentiable = str | Path | Network | nn.Module | Runner
-"""A model reference, the path of a file that was exported with gradients, a network, a PyTorch module (used as it is, without
-preprocessing), or an open runner of a graph of gradients, which stays open."""
+"""A model reference, ``MODELS.toml:ROLE``, the path of a file that was exported with gradients, a network, a PyTorch module (used as it is,
+without preprocessing), or an open runner of a graph of gradients, which stays open."""
 
-ClassChoice = int | Array | None
+ClassChoice = int | Sequence[int] | Array | None
 
 LogitTarget = Callable[[Tensor], Tensor]
 """What is differentiated in place of a logit: a function from the logits [n, classes] to one value per image [n]."""
@@ -133,25 +136,33 @@ def class_probability(classes: Tensor) -> LogitTarget:
 
 @contextmanager
 def gradient_runner(
-    source: Differentiable, layer: str | None, images: Tensor, device: str, at: str | None = None
-) -> Iterator[tuple[Runner, str]]:
-    """A runner with gradients, and the layer to explain. A runner that is opened here is closed at the end."""
+    source: Differentiable, layer: str | None, images: Any, device: str, at: str | None = None
+) -> Iterator[tuple[Runner, str, Tensor]]:
+    """A runner with gradients, the layer to explain, and the images (`kdx.data.as_pixels`) [n, 3, h, w] that it takes.
+
+    A runner that is opened here is closed at the end.
+    """
     if isinstance(source, Runner):
         if at is not None or device != "auto":
             raise ValueError("an open runner already has a device and a layer for its cotangent; do not give device or at")
-        yield source, _layer_of(source, "The runner", layer)
+        yield source, _layer_of(source, "The runner", layer), _pixels(source, images)
         return
     if is_file(source):
         if at is not None:
             raise ValueError("an exported file already has a layer for its cotangent; do not give at")
         path = Path(str(source))
         with open_file(path, choose("auto", device, files=True, engines=path.suffix == ".engine")) as runner:
-            yield runner, _layer_of(runner, str(path), layer)
+            yield runner, _layer_of(runner, str(path), layer), _pixels(runner, images)
         return
     network, chosen = models.as_network(source), choose("eager", device).device
-    layer = _last_layer(network, images[:1], chosen) if layer is None else layer
+    batch = inputs.as_pixels(images, InputFormat.of([network.preprocessing]))
+    layer = _last_layer(network, batch[:1], chosen) if layer is None else layer
     with EagerRunner(GradientGraph(network.module, [layer], network.preprocessing, at), chosen) as eager:
-        yield eager, layer
+        yield eager, layer, batch
+
+
+def _pixels(runner: Runner, images: Any) -> Tensor:
+    return inputs.as_pixels(images, InputFormat.of(runner.preprocessing, [runner.image_size]))
 
 
 def _layer_of(runner: Runner, name: str, layer: str | None) -> str:
@@ -179,9 +190,12 @@ def _last_layer(network: Network, image: Tensor, device: torch.device) -> str:
     raise KdxError("The network has no layer whose output is a feature map that the logits depend on.", "Name a layer.")
 
 
-def checked_classes(classes: int | Array, n: int, count: int) -> Tensor:
+def checked_classes(classes: int | Sequence[int] | Array, n: int, count: int) -> Tensor:
     """Classes [n], each from 0 to ``count`` - 1."""
-    values = torch.full((n,), int(classes)) if isinstance(classes, int | np.integer) else arrays.tensor(classes, "classes")
+    if isinstance(classes, int | np.integer):
+        values = torch.full((n,), int(classes))
+    else:
+        values = arrays.tensor(np.asarray(classes) if isinstance(classes, Sequence) else classes, "classes")
     if values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool:
         raise KdxError(f"The classes have shape {list(values.shape)} and type {values.dtype}.", "Give one integer, or integers [n].")
     arrays.check_same(len(values), n, "classes", "images")

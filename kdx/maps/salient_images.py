@@ -6,12 +6,16 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from kdx.choices import SalientClass, SalientScore
+from kdx.choices import SalientClass, SalientImage, SalientScore
+from kdx.data.inputs import Batches, Pictures
 from kdx.errors import KdxError
+from kdx.export.graphs import Preprocessing
 from kdx.features import arrays
 from kdx.features.arrays import Array, ArrayT
 from kdx.kernels import ambient, geometry, imputation
@@ -26,6 +30,7 @@ from kdx.maps.gradients import (
     explained_classes,
     gradient_runner,
 )
+from kdx.maps.published_images import published_images
 from kdx.maps.scaling import scaled
 from kdx.runtimes.runner import Runner
 
@@ -40,13 +45,15 @@ class Salience:
     """How a salient image is made.
 
     keep: the share of its pixels that are kept, in (0, 1). noise: the standard deviation of the normal noise that is added to the
-    imputed pixels, in units of pixels in [0, 1]. of_class, score: what ranks the pixels. Raises KdxError for values out of range.
+    imputed pixels, in units of pixels in [0, 1]. of_class, score: what ranks the pixels. image: ``exact``, or ``published`` for
+    `published_images`, whose noise is in units of normalised pixels. Raises KdxError for values out of range.
     """
 
     keep: float = 0.5
     noise: float = 0.0
     of_class: SalientClass = "predicted"
     score: SalientScore = "logit"
+    image: SalientImage = "exact"
 
     def __post_init__(self) -> None:
         if not 0 < self.keep < 1:  # in this form NaN fails too
@@ -67,13 +74,18 @@ class Salience:
             return derivatives(class_probability(chosen), logits)
         return torch.nn.functional.one_hot(chosen, logits.shape[1])
 
-    def images(self, images: Tensor, maps: Tensor, seed: int = 0) -> Tensor:
-        """Images [n, 3, h, w]: the pixels that the maps [n, H, W], resized to the images, rank highest are kept, and the rest imputed."""
+    def images(self, images: Tensor, maps: Tensor, seed: int = 0, preprocessing: Preprocessing = Preprocessing()) -> Tensor:
+        """Images [n, 3, h, w]: the pixels that the maps [n, H, W], resized to the images, rank highest are kept, and the rest imputed.
+
+        preprocessing: of the network that will read them.
+        """
+        if self.image == "published":
+            return published_images(images, maps, preprocessing, self.keep, self.noise, seed)
         kept = top_mask(scaled(maps, (images.shape[2], images.shape[3])), self.keep)
         return imputation.impute(images, kept.to(images.device), noise=self.noise, seed=seed)
 
 
-@ambient.neutral()
+@overload
 def salient_images(
     network: Differentiable,
     images: ArrayT,
@@ -86,7 +98,35 @@ def salient_images(
     target: LogitTarget | None = None,
     device: str = "auto",
     chunk: int | None = None,
-) -> ArrayT:
+) -> ArrayT: ...
+@overload
+def salient_images(
+    network: Differentiable,
+    images: Pictures | Batches,
+    layer: str | None = None,
+    keep: float = 0.5,
+    classes: ClassChoice = None,
+    noise: float = 0.0,
+    seed: int = 0,
+    *,
+    target: LogitTarget | None = None,
+    device: str = "auto",
+    chunk: int | None = None,
+) -> NDArray[Any]: ...
+@ambient.neutral()
+def salient_images(
+    network: Differentiable,
+    images: Any,
+    layer: str | None = None,
+    keep: float = 0.5,
+    classes: ClassChoice = None,
+    noise: float = 0.0,
+    seed: int = 0,
+    *,
+    target: LogitTarget | None = None,
+    device: str = "auto",
+    chunk: int | None = None,
+) -> Any:
     """Images in which the pixels that matter most to the network are kept, and the others are imputed from them.
 
     Equal to ``impute(images, top_mask(hires_cam(network, images, layer, classes).scaled((h, w)), keep), noise=noise, seed=seed)``: of
@@ -95,7 +135,8 @@ def salient_images(
     (arXiv 2412.13943); docs/published.md lists how its code differs from kdx's defaults.
 
     network, images, layer, classes, target, device, chunk: as in `hires_cam`. Give ``classes=labels`` for the true classes. keep: in
-    (0, 1). noise, seed: as in `impute`. Returns images [n, 3, h, w] of the same kind and type, on the same device.
+    (0, 1). noise, seed: as in `impute`. Returns images [n, 3, h, w] of the same kind and type, on the same device; float32 for uint8, and
+    float32 in NumPy for files and Pillow images.
 
     If the map is positive on fewer pixels than the share, `top_mask` adds pixels in reading order; if a map is zero everywhere, it keeps
     the first rows of the image, and a warning names the image (`kdx.hires_cam` returns the maps and, as ``empty``, the share of such maps).
@@ -111,8 +152,8 @@ def salient_images(
     >>> salient.shape, (salient == images).all(1).mean((1, 2)).round(2).tolist()
     ((3, 3, 32, 32), [0.25, 0.25, 0.25])
     """
-    salience, batch = Salience(keep, noise), arrays.pixels(images)
-    with gradient_runner(network, layer, batch, device) as (runner, name):
+    salience = Salience(keep, noise)
+    with gradient_runner(network, layer, images, device) as (runner, name, batch):
         _, cotangents = explained_classes(runner, batch, classes, target, chunk)
         maps = ranking_maps(runner, [name], batch, cotangents, chunk)[name]
     empty = (maps == 0).flatten(1).all(1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdx.choices import ObjectiveName, Weighting
 from kdx.errors import KdxError
 from kdx.features import arrays
-from kdx.features.arrays import Array, ArrayT
+from kdx.features.arrays import Array, ArrayT, Labels
 from kdx.features.target import Target
 from kdx.kernels import ambient, dispatch, geometry, rounding
 from kdx.kernels.cuda import Backend
@@ -43,22 +43,25 @@ class ReferenceSet:
 
     The map of an image then depends on that image and on this set alone. The distances between the references are computed once, here.
 
-    explained, given: the two networks' features of the reference images, [m, C, H, W] or [m, d]. target: their labels [m] or embedding
-    [m, e]. pooled: as in the call of `unicam`. Choose class-balanced images. The features of a later call must come from the same layers
-    of the same networks, and its target must be labels with the same meaning, or an embedding in the same space.
+    explained, given: the two networks' features of the reference images, [m, C, H, W] or [m, d]; given is None for a call without given
+    features. target: their labels [m] or embedding [m, e]. pooled: as in the call of `unicam`. Choose class-balanced images. The features
+    of a later call must come from the same layers of the same networks, and its target must be labels with the same meaning, or an
+    embedding in the same space.
 
     Raises KdxError for what `unicam` refuses: m < 4, one class, constant or non-finite features, and numbers of rows that differ.
     """
 
     @ambient.neutral()
-    def __init__(self, explained: Array, given: Array, target: Array, *, pooled: bool = False) -> None:
+    def __init__(self, explained: Array, given: Array | None, target: Labels, *, pooled: bool = False) -> None:
         self.explained = arrays.feature_map(explained, "explained features of the reference set")
-        self.given = arrays.feature_map(given, "given features of the reference set")
+        self.given = None if given is None else arrays.feature_map(given, "given features of the reference set")
         self.pooled = pooled
         m = self.explained.shape[0]
         arrays.check_images(m)
-        arrays.check_same(self.given.shape[0], m, "given features", "explained features")
-        rows = {"explained features": self.explained, "given features": self.given}
+        rows = {"explained features": self.explained}
+        if self.given is not None:
+            arrays.check_same(self.given.shape[0], m, "given features", "explained features")
+            rows["given features"] = self.given
         self.distances = arrays.row_distances({name: distance_rows(value, pooled) for name, value in rows.items()}, TorchBackend())
         self.target = Target.of(target, m, device=self.explained.device).checked()
 
@@ -66,8 +69,8 @@ class ReferenceSet:
 @ambient.neutral()
 def unicam(
     explained: ArrayT,
-    given: Array,
-    target: Array,
+    given: Array | None,
+    target: Labels,
     objective: ObjectiveName | Callable[[Tensor], Tensor] = "relevance",
     weighting: Weighting = "gap",
     *,
@@ -88,9 +91,10 @@ def unicam(
 
         a_ic = mean over h, w of dL/dF_ichw,        map_i = ReLU(sum_c a_ic F_ic).
 
-    With ``elementwise`` weighting each position has its own gradient (HiRes): map_ihw = ReLU(sum_c dL/dF_ichw F_ichw). Everything is
-    computed in closed form, without a backward pass and without arrays of n x n x d. Source: Adhane et al., "On Explaining Knowledge
-    Distillation: Measuring and Visualising the Knowledge Transfer Process", WACV 2025, arXiv 2412.13943.
+    ``given=None`` maps one network alone: nothing is projected, R = A, and the relevance L is RS(X), the distance correlation of features
+    and target. With ``elementwise`` weighting each position has its own gradient (HiRes): map_ihw = ReLU(sum_c dL/dF_ichw F_ichw).
+    Everything is computed in closed form, without a backward pass and without arrays of n x n x d. Source: Adhane et al., "On Explaining
+    Knowledge Distillation: Measuring and Visualising the Knowledge Transfer Process", WACV 2025, arXiv 2412.13943.
 
     explained, given: features of the same images, [n, C, H, W] or [n, d], float16, bfloat16, float32 or float64, NumPy or PyTorch, on one
     device. The two may differ in channels and size. target: integer labels [n] or an embedding [n, e]. objective, weighting: see above.
@@ -99,7 +103,8 @@ def unicam(
     the kernels for features on a GPU that can run them.
 
     A map shows where the features that raise L are. It does not show that the network's prediction depends on them. Without
-    ``reference``, a map changes with the other images of the batch. With four images all maps of the relevance objective are zero.
+    ``reference``, a map changes with the other images of the batch. With four images and given features all maps of the relevance objective
+    are zero.
 
     Raises KdxError for fewer than four images, a target with one class or one image per class, constant or non-finite features, numbers of
     rows that differ, features that ``given`` explains completely, and the backend ``cuda`` where it cannot run. Raises ValueError for
@@ -204,8 +209,8 @@ class PairGeometry:
 
 def pair_geometry(
     explained: Array,
-    given: Array,
-    target: Array,
+    given: Array | None,
+    target: Labels,
     objective: ObjectiveName | Callable[[Tensor], Tensor],
     *,
     pooled: bool,
@@ -215,58 +220,69 @@ def pair_geometry(
 ) -> PairGeometry:
     """The n x n part of `unicam`, with the same arguments. laplacian: whether the result contains the Laplacian."""
     features = arrays.feature_map(explained, "explained features")
-    others = arrays.feature_map(given, "given features")
-    n = features.shape[0]
-    arrays.check_same(others.shape[0], n, "given features", "explained features")
-    arrays.check_same_device(others.device, features.device, "given features", "explained features")
+    others = None if given is None else arrays.feature_map(given, "given features")
+    if others is not None:
+        arrays.check_same(others.shape[0], features.shape[0], "given features", "explained features")
+        arrays.check_same_device(others.device, features.device, "given features", "explained features")
     if not callable(objective) and objective not in geometry.OBJECTIVES:
         raise ValueError(f"objective must be one of {sorted(geometry.OBJECTIVES)} or a function of R, not {objective!r}")
     chosen = geometry.differentiated(objective) if callable(objective) else geometry.OBJECTIVES[objective]
     pair = _Pair(features, others, chosen, dispatch.chosen(features, backend), pooled, laplacian)
     solution = pair.among_each_other(target) if reference is None else pair.among_references(target, reference)
-    check_residual(solution.residual_share, *pair.rows)
+    if others is not None:
+        check_residual(solution.residual_share, *pair.rows.values())
     references = None if reference is None else reference.explained
     return PairGeometry.of(features, solution, 0, pair.ops, pooled=pooled, references=references)
 
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """Two networks' features [n, C, H, W] of the same images, and what is computed from them. laplacian: whether it is requested."""
+    """Features [n, C, H, W] of the same images, of one network or of two, and what is computed from them. laplacian: whether it is
+    requested."""
 
     explained: Tensor
-    given: Tensor
+    given: Tensor | None
     objective: geometry.Objective
     ops: TorchBackend
     pooled: bool
     laplacian: bool
 
     @cached_property
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """The rows of both networks, between which distances are measured."""
-        return distance_rows(self.explained, self.pooled), distance_rows(self.given, self.pooled)
+    def rows(self) -> dict[str, Tensor]:
+        """The rows of each network, between which distances are measured."""
+        features = {"explained features": self.explained, "given features": self.given}
+        return {name: distance_rows(values, self.pooled) for name, values in features.items() if values is not None}
 
-    def among_each_other(self, target: Array) -> UnicamWeights:
+    def among_each_other(self, target: Labels) -> UnicamWeights:
         """The weights of images among the other images of the batch."""
         n = len(self.explained)
         arrays.check_images(n)
         goal = Target.of(target, n, device=self.explained.device, backend=self.ops)
-        x, y = self.rows
-        networks = arrays.row_distances({"explained features": x, "given features": y}, self.ops)
+        networks = arrays.row_distances(self.rows, self.ops)
         means = [rounding.with_probes(self.ops.means(self.explained), self.explained)]
         return self.ops.channel_weights(
-            networks.select([0]), networks.select([1]), goal.distances, means, self.objective, laplacians=self.laplacian
+            networks.select([0]),
+            None if self.given is None else networks.select([1]),
+            goal.distances,
+            means,
+            self.objective,
+            laplacians=self.laplacian,
         )
 
-    def among_references(self, target: Array, reference: ReferenceSet) -> UnicamWeights:
+    def among_references(self, target: Labels, reference: ReferenceSet) -> UnicamWeights:
         """The weights of each image among the reference images."""
         if self.pooled != reference.pooled:
             raise ValueError("pooled differs between the call and its reference set")
-        queries = arrays.tensor(target, TARGET)
+        if (self.given is None) != (reference.given is None):
+            raise ValueError("either the call or its reference set has given features, and the other has none")
+        queries = arrays.tensor(reference.target.names.target(target), TARGET)
         arrays.check_same(len(queries) if queries.ndim else 0, len(self.explained), "the target", "features")
-        among = reference.distances
+        among, given = reference.distances, None
+        if self.given is not None and reference.given is not None:
+            given = [reference_distances(reference.given, self.given, among.raw[1], "given features", self.pooled)]
         return self.ops.query_channel_weights(
             [reference_distances(reference.explained, self.explained, among.raw[0], "explained features", self.pooled)],
-            [reference_distances(reference.given, self.given, among.raw[1], "given features", self.pooled)],
+            given,
             reference.target.reference_distances(queries),
             [rounding.with_probes(self.ops.means(self.explained), self.explained)],
             [rounding.with_probes(self.ops.means(reference.explained), reference.explained, seed=1)],

@@ -3,8 +3,8 @@
 import warnings
 from typing import TYPE_CHECKING
 
-from kdx.models.models_file import ModelsFile, read_models, write_models
-from kdx.models.network import Network, as_network, layers, load, weights_hash
+from kdx.models.models_file import ModelsFile, as_network, read_models, write_models
+from kdx.models.network import Network, layers, load, untrained, weights_hash
 from kdx.models.reference import ModelReference, file_name, parse_reference
 from kdx.models.weights import load_weights
 
@@ -19,6 +19,7 @@ __all__ = [
     "load_weights",
     "parse_reference",
     "read_models",
+    "untrained",
     "weights_hash",
     "write_models",
 ]

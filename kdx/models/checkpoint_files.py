@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _compat_pickle
+import json
 import pickle
 import pickletools
 import re
@@ -14,6 +15,7 @@ from typing import IO, Any
 import torch
 
 from kdx.errors import KdxError, first_line
+from kdx.export.graphs import Preprocessing
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".tar", ".bin")
 
@@ -69,6 +71,31 @@ def read_checkpoint(path: Path) -> Any:
             "Check the path after the @, which is relative to the models file or to the current folder.",
         )
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe that `kdx distill` stores in a checkpoint: what its weights depend on; {} for any other file."""
+    import safetensors
+
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            recipe = json.loads((file.metadata() or {})["recipe"])
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError):  # damaged, or another program wrote it
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def recorded_preprocessing(path: Path) -> Preprocessing | None:
+    """The preprocessing with which `kdx distill` trained the weights in ``path``; None for any other file."""
+    recipe = read_recipe(path)
+    try:
+        height, width = recipe["size"]
+        mean, std = (tuple(map(float, recipe[key])) for key in ("mean", "std"))
+        return Preprocessing((int(height), int(width)), mean, std)
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _read_safetensors(path: Path) -> Any:

@@ -11,21 +11,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from torch import nn
+
 from kdx.choices import COVER, Interpolation, ResizeMode, Resizing
 from kdx.disk import write_atomic
 from kdx.errors import KdxError, first_line
 from kdx.export.graphs import Preprocessing
-from kdx.models.network import Network, load
+from kdx.models.layer_pairs import LayerNames
+from kdx.models.network import Network, load, untrained
+from kdx.models.prepared import prepared, unwrapped
 from kdx.roles import READING_ORDER
 
 T = TypeVar("T")
 
-_REQUIRED = ("base", "student")
-
 
 @dataclass(frozen=True)
 class ModelsFile:
-    """The contents of a models file. The teacher is optional. resizing: how images are brought to the networks' size.
+    """The contents of a models file. Base and teacher are optional. resizing: how images are brought to the networks' size.
 
     data, fingerprint, split_seed: the data that the networks were trained on, by reference and by content (`Dataset.fingerprint`), and
     the seed of their split. used: a NumPy file beside this one with the keys of the images that were used to fit or to choose the weights
@@ -33,7 +35,7 @@ class ModelsFile:
     """
 
     path: Path
-    base: str
+    base: str | None
     student: str
     teacher: str | None = None
     layers: tuple[str, ...] = ()
@@ -55,18 +57,26 @@ class ModelsFile:
     def load(self, role: str) -> Network:
         """The network of a role (teacher, base, student), with weights relative to the file and the file's preprocessing if it has one.
 
-        Raises KdxError for the teacher if the file does not name one.
+        Raises KdxError for a base or a teacher that the file does not name.
         """
         if role not in READING_ORDER:
             raise ValueError(f"role is one of {READING_ORDER}, not {role!r}")
         if role not in self.references:
-            raise _missing_roles(self.path, [role])
-        network = load(self.references[role], classes=len(self.classes) or None, folder=self.path.parent)
+            raise _missing_role(self.path, role)
+        return self._prepared(load(self.references[role], classes=len(self.classes) or None, folder=self.path.parent))
+
+    def untrained(self, seed: int) -> Network:
+        """The student's architecture with random weights (`kdx.models.untrained`) and the file's preprocessing."""
+        return self._prepared(untrained(self.student, seed=seed, classes=len(self.classes) or None, folder=self.path.parent))
+
+    def _prepared(self, network: Network) -> Network:
         return network if self.preprocessing is None else replace(network, preprocessing=self.preprocessing)
 
 
 def load_any(model: str) -> tuple[Network, tuple[str, ...]]:
     """The network of a model reference or of ``MODELS.toml:ROLE``, and the names of its classes; without a models file these are ()."""
+    if model.endswith(".toml"):
+        raise KdxError(f"The models file {model} names several networks.", f"Name one of them: {model}:student.")
     path, colon, role = model.rpartition(":")
     if not (colon and path.endswith(".toml")):
         return load(model), ()
@@ -76,13 +86,25 @@ def load_any(model: str) -> tuple[Network, tuple[str, ...]]:
     return file.load(role), file.classes
 
 
+def as_network(network: str | Path | Network | nn.Module) -> Network:
+    """A network in eval mode that belongs to the caller: a model reference or ``MODELS.toml:ROLE`` is loaded, and an object is copied,
+    because its owner decides its mode and device. `kdx.models.prepared.prepared` describes the copy. A bare module has no preprocessing.
+    """
+    if isinstance(network, nn.Module):
+        network = Network(type(unwrapped(network)).__name__, network, Preprocessing())
+    if isinstance(network, Network):
+        return replace(network, module=prepared(network.module))
+    return load_any(str(network))[0]
+
+
 def read_models(path: Path | str) -> ModelsFile:
     """Read a models file (TOML).
 
-    ``base`` and ``student`` are model references. Optional keys are ``teacher`` (a model reference), ``layers`` (a list of ``layer`` or
-    ``student_layer=teacher_layer``), ``classes`` (a list of names), and the tables ``[preprocessing]`` (size, mean, std, resize,
-    interpolation), ``[data]`` (reference, fingerprint, split_seed, used) and ``[training]`` (anything). kdx 0.1.0 wrote split_seed as seed.
-    Raises KdxError for a file that is missing, is not TOML, lacks base or student, or has any other key.
+    ``student`` is a model reference. Optional keys are ``base`` and ``teacher`` (model references), ``layers`` (a list of ``layer``,
+    ``student_layer=teacher_layer``, or tables such as ``{student = "layer4", teacher = "blocks.9"}``), ``classes`` (a list of names), and
+    the tables ``[preprocessing]`` (size, mean, std, resize, interpolation), ``[data]`` (reference, fingerprint, split_seed, used) and
+    ``[training]`` (anything). kdx 0.1.0 wrote split_seed as seed. Raises KdxError for a file that is missing, is not TOML, lacks the
+    student, or has any other key.
     """
     path = Path(path)
     try:
@@ -93,15 +115,16 @@ def read_models(path: Path | str) -> ModelsFile:
             f"The models file {path} cannot be read: {reason}.", "Give the models.toml that kdx distill wrote, or write one."
         ) from error
     _only_keys(path, "", content, (*READING_ORDER, "layers", "classes", "preprocessing", "data", "training"))
-    missing = [role for role in _REQUIRED if role not in content]
-    if missing:
-        raise _missing_roles(path, missing)
+    if "student" not in content:
+        raise _missing_role(path, "student")
     data = _table(path, content, "data", ("reference", "fingerprint", "split_seed", "used", "seed"))
     seed = "split_seed" if "split_seed" in data else "seed"
     return ModelsFile(
         path,
-        **{role: _check(path, role, content[role], str) for role in READING_ORDER if role in content},
-        layers=_strings(path, content, "layers"),
+        base=_reference(path, content, "base"),
+        student=_check(path, "student", content["student"], str),
+        teacher=_reference(path, content, "teacher"),
+        layers=_layers(path, content),
         classes=_strings(path, content, "classes"),
         preprocessing=_preprocessing(path, content),
         data=None if "reference" not in data else _check(path, "data.reference", data["reference"], str),
@@ -116,7 +139,7 @@ def read_models(path: Path | str) -> ModelsFile:
 def write_models(
     path: Path | str,
     *,
-    base: str,
+    base: str | None = None,
     student: str,
     teacher: str | None = None,
     layers: Sequence[str] = (),
@@ -145,8 +168,8 @@ def write_models(
     return read_models(path)
 
 
-def _missing_roles(path: Path, roles: Sequence[str]) -> KdxError:
-    return KdxError(f"The models file {path} names no {' and no '.join(roles)}.", f'Add a line such as {roles[0]} = "timm:resnet18@w.pt".')
+def _missing_role(path: Path, role: str) -> KdxError:
+    return KdxError(f"The models file {path} names no {role}.", f'Add a line such as {role} = "timm:resnet18@w.pt".')
 
 
 def _only_keys(path: Path, table: str, content: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -168,6 +191,20 @@ _KINDS: dict[type, str] = {str: "text", int: "a whole number", dict: "a table", 
 
 def _strings(path: Path, content: Mapping[str, Any], key: str) -> tuple[str, ...]:
     return tuple(_check(path, key, value, str) for value in _check(path, key, content.get(key, []), list))
+
+
+def _reference(path: Path, content: Mapping[str, Any], role: str) -> str | None:
+    return _check(path, role, content[role], str) if role in content else None
+
+
+def _layers(path: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
+    """The layers as text. A table has a layer per role."""
+    layers = []
+    for layer in _check(path, "layers", content.get("layers", []), list):
+        names = layer if isinstance(layer, dict) else {"": layer}
+        named = {role: _check(path, "layers", name, str) for role, name in names.items()}
+        layers.append(str(LayerNames.of(named)) if isinstance(layer, dict) else layer)
+    return tuple(layers)
 
 
 def _table(path: Path, content: Mapping[str, Any], key: str, known: Sequence[str]) -> dict[str, Any]:

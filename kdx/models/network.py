@@ -11,11 +11,16 @@ from torch import nn
 
 from kdx.errors import KdxError
 from kdx.export.graphs import Preprocessing
+from kdx.kernels import ambient
+from kdx.models.checkpoint_files import recorded_preprocessing
 from kdx.models.feature_layers import sensible_layers
 from kdx.models.prepared import check_kind, prepared, unwrapped
 from kdx.models.reference import NEW_HEAD, parse_reference
 from kdx.models.sources import build, timm_preprocessing
-from kdx.models.weights import load_weights
+from kdx.models.weights import load_weights, split_key
+
+INITIALISED = ("timm", "torchvision", "kdx", "hf")
+"""The sources whose architectures kdx can build with random weights."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@ambient.neutral()
 def load(reference: str, *, classes: int | None = None, folder: Path | None = None) -> Network:
     """The network that a model reference names, in eval mode.
 
@@ -65,7 +71,8 @@ def load(reference: str, *, classes: int | None = None, folder: Path | None = No
 
     The preprocessing is the configuration's for timm, ImageNet's for torchvision, 32 x 32 with mean and deviation 0.5 for kdx, that of
     preprocessor_config.json for hf, and only the image size for a program. A factory's module may carry a ``Preprocessing`` as its
-    attribute ``preprocessing``; otherwise the preprocessing does nothing.
+    attribute ``preprocessing``; otherwise the preprocessing does nothing. Weights that ``kdx distill`` trained have the preprocessing of
+    their training.
 
     Raises KdxError for a reference that is malformed or names nothing, for arguments the model does not take, and for
     weights that are missing, unreadable, or belong to another network.
@@ -85,21 +92,36 @@ def load(reference: str, *, classes: int | None = None, folder: Path | None = No
     check_kind(module)
     note = ""
     if parsed.weights:
-        path = Path(parsed.weights).expanduser()
-        note = load_weights(module, path if folder is None else folder / path, new_head=new_head)
+        path = (folder or Path()) / Path(parsed.weights).expanduser()
+        note = load_weights(module, path, new_head=new_head)
+        preprocessing = recorded_preprocessing(split_key(path)[0]) or preprocessing
         complete = not new_head
     module.eval()  # its result is not used: a user's train() may return nothing
     return Network(str(parsed), module, preprocessing, parsed.is_trained and complete, note)
 
 
-def as_network(network: str | Path | Network | nn.Module) -> Network:
-    """A network in eval mode that belongs to the caller: a reference is loaded, and an object is copied, because its owner decides its
-    mode and device. `kdx.models.prepared.prepared` describes the copy. A bare module has no preprocessing."""
-    if isinstance(network, nn.Module):
-        network = Network(type(unwrapped(network)).__name__, network, Preprocessing())
-    if isinstance(network, Network):
-        return replace(network, module=prepared(network.module))
-    return load(str(network))
+def untrained(reference: str, *, seed: int = 0, classes: int | None = None, folder: Path | None = None) -> Network:
+    """The network that a model reference names with random weights instead of its own, as its library initialises them.
+
+    seed: of the weights; PyTorch's random state is unchanged. classes, folder: as in `load`. Raises KdxError for a program (.pt2) and for
+    a function of the user, whose initialisation kdx does not know, and for what `load` refuses.
+
+    >>> import kdx
+    >>> kdx.models.untrained("kdx:resnet,width=4,depth=1,classes=5@student.safetensors", seed=1).trained
+    False
+    """
+    parsed = parse_reference(reference)
+    if parsed.source not in INITIALISED:
+        raise KdxError(
+            f"How {reference!r} initialises its weights is not known.",
+            "Give a network with random weights yourself: kdx.Explainer(random=...).",
+        )
+    architecture = parsed.with_weights(None)
+    if parsed.source == "hf":
+        architecture = replace(architecture, arguments={**architecture.arguments, "pretrained": False})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return load(str(architecture), classes=classes, folder=folder)
 
 
 def layers(model: nn.Module | Network, size: tuple[int, int] | None = None) -> list[str]:

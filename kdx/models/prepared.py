@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from kdx.errors import KdxError
-from kdx.export import dependence
+from kdx.export import dependence, layouts
 from kdx.export.copies import copied, original
+from kdx.kernels import ambient
 
 _WRAPPERS = {
     "DataParallel": "module",
@@ -20,6 +21,7 @@ _WRAPPERS = {
 """The classes of PyTorch and timm that only run, replicate or average another module, and the attribute that is that module."""
 
 
+@ambient.neutral()  # parameters that are copied in inference mode could not be used outside of it
 def prepared(module: nn.Module) -> nn.Module:
     """A copy of a user's module in eval mode, for passes, gradients and exports. The user's module stays as it is.
 
@@ -37,6 +39,7 @@ def prepared(module: nn.Module) -> nn.Module:
         if isinstance(inner, nn.DataParallel):
             inner.device_ids = []  # it then calls its module in this thread, so that hooks work
     dependence.share_record(module, copy_of_module)
+    layouts.share_decisions(module, copy_of_module)
     return copy_of_module
 
 

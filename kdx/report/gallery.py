@@ -167,7 +167,7 @@ def make_gallery(run: RunRecord) -> Gallery:
     return Gallery(
         cards,
         kinds,
-        shown_first(kinds),
+        shown_first(run, kinds),
         grids,
         opening_layer(run, kinds[0], grids),
         [[_limit(maps[layer, kind.name]) for kind in kinds] for layer in run.layers],

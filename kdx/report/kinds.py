@@ -5,24 +5,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kdx.roles import MAPS, SCORE_MAPS
+from kdx.roles import MAPS, SCORE_MAPS, counterpart
 from kdx.runs.record import Entry, RunRecord
 
-_PAGE_ORDER = (
-    "rs_student_minus_base",
-    "rs_student",
-    "rs_base",
-    "rs_student_given_base",
-    "fss_student_minus_base",
-    "fss_student",
-    "fss_base",
-    *MAPS,
-)
-"""The kinds on the page. The first is the map of what the student has and the base does not. The others that add up to a score are the
-parts of a difference on the page, and its relatives over the positions of student and base. Maps over the teacher's positions, and
-given the student, are only in maps.zarr."""
+_PAGE_ORDER = {
+    "base": (
+        "rs_student_minus_base",
+        "rs_student",
+        "rs_base",
+        "rs_student_given_base",
+        "fss_student_minus_base",
+        "fss_student",
+        "fss_base",
+        *MAPS,
+    ),
+    "teacher": (
+        "rs_student_minus_teacher",
+        "rs_student",
+        "rs_teacher",
+        "rs_teacher_given_student",
+        "fss_student",
+        "fss_teacher",
+        *MAPS,
+    ),
+    None: ("rs_student", *MAPS),
+}
+"""The kinds on the page, by the student's counterpart. The first is the map of what the student has and the counterpart does not. The
+others that add up to a score are the parts of a difference on the page, and its relatives. Other maps are only in maps.zarr: with a base,
+those over the teacher's positions and those given the student."""
 
-_SHOWN_FIRST = ("rs_student_minus_base", "rs_student", "rs_base", "distilled")
+_SHOWN_FIRST = {
+    "base": ("rs_student_minus_base", "rs_student", "rs_base", "distilled"),
+    "teacher": ("rs_student_minus_teacher", "rs_student", "rs_teacher", "missed"),
+    None: ("rs_student", "alone"),
+}
 """The kinds that the page shows until the reader chooses others, where a run has maps that add up to a score."""
 
 CLEARLY_ABOVE_CHANCE = 0.1
@@ -50,17 +66,18 @@ class PageKind:
 
 def page_kinds(run: RunRecord) -> list[PageKind]:
     """The kinds of map on the run's page; the first is the page's first map."""
-    return [_page_kind(name) for name in _PAGE_ORDER if name in run.map_kinds]
+    return [_page_kind(name) for name in _PAGE_ORDER[counterpart(run.roles)] if name in run.map_kinds]
 
 
-def shown_first(kinds: list[PageKind]) -> list[PageKind]:
+def shown_first(run: RunRecord, kinds: list[PageKind]) -> list[PageKind]:
     """The kinds that the page shows when it opens: all of UniCAM's in a run that has no others."""
-    return [kind for kind in kinds if kind.name in _SHOWN_FIRST] if any(kind.signed for kind in kinds) else kinds
+    first = _SHOWN_FIRST[counterpart(run.roles)]
+    return [kind for kind in kinds if kind.name in first] if any(kind.signed for kind in kinds) else kinds
 
 
 def kinds_left_out(run: RunRecord) -> list[str]:
     """The names of the run's kinds of map that are not on the page."""
-    return [name for name in run.map_kinds if name not in _PAGE_ORDER]
+    return [name for name in run.map_kinds if name not in _PAGE_ORDER[counterpart(run.roles)]]
 
 
 def score_entry(run: RunRecord, layer: str, score: str) -> Entry | None:

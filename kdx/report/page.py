@@ -17,7 +17,7 @@ from kdx.report import plots, wording
 from kdx.report.gallery import Gallery, gradient, make_gallery
 from kdx.report.kinds import kinds_left_out
 from kdx.report.map_facts import layer_facts
-from kdx.report.networks import network_cards
+from kdx.report.networks import discordant, layer_table, network_cards, titles
 from kdx.report.statements import statement_matrix
 from kdx.report.tables import overview_table, score_tables
 from kdx.runs import schema
@@ -81,7 +81,9 @@ def _page(run: RunRecord, gallery: Gallery) -> str:
         notice=wording.training_notice(run),
         overview=overview_table(run),
         matrix=statement_matrix(run, gallery.kinds[0]),
+        titles=titles(run),
         networks=network_cards(run),
+        layers=layer_table(run),
         drawings=plots.drawings(run),
         tables=score_tables(run),
         gallery=gallery,
@@ -136,11 +138,10 @@ def _facts(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, s
 
 
 def _reading(run: RunRecord, salient: str) -> wording.Reading:
-    student, base = (run.samples.correct(role) for role in ("student", "base"))
     return wording.read(
         {layer: (teacher, run.scores[layer], run.contrasts[layer]) for layer, teacher in run.layers.items()},
         {role: network.accuracy for role, network in run.networks.items()},
-        (int((student & ~base).sum()), int((base & ~student).sum())),
+        discordant(run),
         run.confidence,
         salient,
     )

@@ -43,18 +43,21 @@ class Series:
     filled: bool = True
 
 
-_MARKERS = {"teacher": "D", "student": "o", "base": "s"}
+_MARKERS = {"teacher": "D", "student": "o", "base": "s", roles.BASELINE: "s"}
 
 
 def _series(score: str, label: str, role: str, filled: bool = True) -> Series:
     return Series(score, label, role, _MARKERS[role], filled)
 
 
-SIMILARITY_SERIES = tuple(_series(name, score.label, score.matrices[0]) for name, score in roles.SIMILARITY.items())
+SIMILARITY_SERIES = tuple(
+    _series(name, score.label, score.matrices[0], filled=score.matrices[0] != roles.BASELINE) for name, score in roles.SIMILARITY.items()
+)
 RELEVANCE_SERIES = tuple(_series(name, score.label, score.label) for name, score in roles.RELEVANCE.items())
 BEYOND_SERIES = tuple(
     _series(kind.score, f"{kind.explained} beyond {kind.given} ({kind.name})", kind.explained, filled=kind.name != "new")
     for kind in roles.MAPS.values()
+    if kind.given is not None
 )
 
 _DRAWINGS = (
@@ -145,7 +148,7 @@ def plot(points: Points, series: Sequence[Series], prefix: str, *, from_zero: bo
 def _draw_score(axes: Axes, series: Series, value: float, interval: tuple[float, float], y: float) -> None:
     if not all(map(math.isfinite, (value, *interval))):
         return
-    colour = _COLOUR_OF[f"var(--{series.role})"]
+    colour = _COLOUR_OF.get(f"var(--{series.role})", _INK)
     axes.plot(interval, [y, y], color=colour, linewidth=2.5, alpha=0.55, solid_capstyle="round")
     face = colour if series.filled else _COLOUR_OF["var(--surface)"]
     axes.plot([value], [y], series.marker, color=colour, markerfacecolor=face, markersize=7 - 1.5 * (series.marker == "D"), mew=1.6)

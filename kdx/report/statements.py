@@ -1,4 +1,4 @@
-"""The matrix of statements: which statement about student, base and teacher the images settle, at which layer."""
+"""The matrix of statements: which statement about the networks the images settle, at which layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Literal
 
 from kdx.report import wording
 from kdx.report.kinds import CLEARLY_ABOVE_CHANCE, PageKind, score_entry
-from kdx.roles import BALANCE, GAIN, LIKENESS, MAPS
+from kdx.report.networks import discordant
+from kdx.roles import BALANCE, EXCESS, GAIN, LEAD, LIKENESS, MAPS, counterpart
 from kdx.runs.record import Entry, RunRecord
 from kdx.scores.uncertainty import sign_test
 
@@ -17,16 +18,30 @@ State = Literal["settled", "opposite", "open", "unknown"]
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement about a score or a contrast: ``above`` holds where it is above zero, ``below`` where it is below."""
+    """A statement about a score or a contrast: ``above`` holds where it is above zero, ``below`` where it is below.
+
+    unless: the contrast that makes the statement redundant where a run has it.
+    """
 
     score: str
     above: str
     below: str
+    unless: str = ""
 
 
 CLAIMS = (
     Claim(LIKENESS, "The student is closer to the teacher than the base is", "The base is closer to the teacher than the student is"),
+    Claim("FSS(S,T)", "The student is like the teacher", "The student is the opposite of the teacher", unless=LIKENESS),
+    Claim(
+        EXCESS,
+        "The student is closer to the teacher than random weights are",
+        "Random weights of the student’s architecture are closer to the teacher than the student is",
+    ),
+    Claim("RS(S)", "The student is related to the labels", "The student is negatively related to the labels", unless=GAIN),
     Claim(GAIN, "The student is more relevant to the labels than the base", "The base is more relevant to the labels than the student"),
+    Claim(
+        LEAD, "The student is more relevant to the labels than the teacher", "The teacher is more relevant to the labels than the student"
+    ),
     Claim(MAPS["distilled"].score, "The student has relevance beyond the base", "The student falls short of the base"),
     Claim(MAPS["residual"].score, "The student lacks relevance that the base has", "The base falls short of the student"),
     Claim(
@@ -58,8 +73,10 @@ class Row:
 
 def statement_matrix(run: RunRecord, kind: PageKind) -> list[Row]:
     """The statements that the run has scores for. ``kind`` is the page's first map, which the statement about maps describes."""
-    rows = [_accuracy(run)]
+    rows = _accuracy(run)
     for claim in CLAIMS:
+        if claim.unless in run.contrast_names:
+            continue
         entries = [score_entry(run, layer, claim.score) for layer in run.layers]
         if any(entry is not None for entry in entries):
             rows.append(Row(claim.above, [mark(claim, entry, run.confidence) for entry in entries]))
@@ -69,12 +86,12 @@ def statement_matrix(run: RunRecord, kind: PageKind) -> list[Row]:
 
 
 def mark(claim: Claim, entry: Entry | None, confidence: float) -> Mark:
-    """The mark of a statement about one number, by `wording.direction`."""
+    """The mark of a statement about one number, by `Entry.direction`."""
     if entry is None or not entry.known:
         return Mark("unknown", "–", f"{_printed(claim.score)} could not be computed")
     value, interval = wording.span(entry, sign=True)
     figures = f"{_printed(claim.score)} {value} ({wording.percent(confidence, 0)} interval {interval}{_p_values(entry)})"
-    direction = wording.direction(entry, confidence)
+    direction = entry.direction(confidence)
     if direction > 0:
         return Mark("settled", value, f"settled: {figures}")
     if direction < 0:
@@ -95,17 +112,20 @@ def _printed(score: str) -> str:
     return score.replace(" - ", " − ")
 
 
-def _accuracy(run: RunRecord) -> Row:
-    student, base = (run.samples.correct(role) for role in ("student", "base"))
-    gained, lost = int((student & ~base).sum()), int((base & ~student).sum())
+def _accuracy(run: RunRecord) -> list[Row]:
+    """The row about accuracy, if there is another network."""
+    other, images = counterpart(run.roles), discordant(run)
+    if images is None:
+        return []
+    gained, lost = images
     p = sign_test(gained, lost)
     value = wording.number(100 * (gained - lost) / max(1, run.explained), 1, sign=True)
-    figures = f"only the student is right on {gained:,} images, only the base on {lost:,}, exact sign test {wording.probability(p)}"
+    figures = f"only the student is right on {gained:,} images, only the {other} on {lost:,}, exact sign test {wording.probability(p)}"
     state: State = "open"
     if p <= 1 - run.confidence + 1e-12:
         state = "settled" if gained > lost else "opposite"
     start = {"open": "not settled", "settled": "settled", "opposite": "the opposite is settled"}[state]
-    return Row("The student is more accurate than the base", [Mark(state, f"{value} points", f"{start}: {figures}")])
+    return [Row(f"The student is more accurate than the {other}", [Mark(state, f"{value} points", f"{start}: {figures}")])]
 
 
 def _above_null(run: RunRecord, layer: str, kind: PageKind) -> float | None:

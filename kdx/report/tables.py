@@ -5,18 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kdx.report import wording
-from kdx.roles import BALANCE, CONDITIONAL, GAIN, LIKENESS, RELEVANCE, SCORES, SIMILARITY
+from kdx.roles import BALANCE, CONDITIONAL, EXCESS, GAIN, LEAD, LIKENESS, RELEVANCE, SCORES, SIMILARITY, counterpart
 from kdx.runs.record import Entry, RunRecord
 
 TABLES = (
-    ("Likeness to the teacher", "FSS", (*SIMILARITY, LIKENESS)),
-    ("Relevance to the labels", "RS", (*RELEVANCE, GAIN)),
+    ("Likeness to the teacher", "FSS", (*SIMILARITY, LIKENESS, EXCESS)),
+    ("Relevance to the labels", "RS", (*RELEVANCE, GAIN, LEAD)),
     ("Relevance beyond another network", "RS(·|·)", (*CONDITIONAL, BALANCE)),
 )
-"""Title, symbol and names of each table: the scores, then their contrast."""
+"""Title, symbol and names of each table: the scores, then their contrasts."""
 
-OVERVIEW = (LIKENESS, "RS(S)", "RS(B)", GAIN, "RS(S|B)", "RS(B|S)")
-"""The scores and contrasts of the table at the top of the page."""
+OVERVIEW = {
+    "base": (LIKENESS, "RS(S)", "RS(B)", GAIN, "RS(S|B)", "RS(B|S)"),
+    "teacher": ("FSS(S,T)", "FSS(R,T)", EXCESS, "RS(S)", "RS(T)", LEAD, "RS(T|S)", "RS(S|T)"),
+    None: ("RS(S)",),
+}
+"""The scores and contrasts of the table at the top of the page, by the student's counterpart."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def score_tables(run: RunRecord) -> list[ScoreTable]:
 def overview_table(run: RunRecord) -> ScoreTable:
     """The table at the top of the page."""
     present = {*run.score_names, *run.contrast_names}
-    return _table(run, "Main scores", "", [name for name in OVERVIEW if name in present])
+    return _table(run, "Main scores", "", [name for name in OVERVIEW[counterpart(run.roles)] if name in present])
 
 
 def _table(run: RunRecord, title: str, symbol: str, names: list[str]) -> ScoreTable:

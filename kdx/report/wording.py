@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from kdx.roles import BALANCE, CONTRASTS, GAIN, LIKENESS, MAPS, ROLES, MapKind
+from kdx.report.headline import headline
+from kdx.roles import BALANCE, CONTRASTS, EXCESS, GAIN, LEAD, LIKENESS, MAPS, ROLES, MapKind, counterpart
 from kdx.runs.number_text import number as number
 from kdx.runs.record import Entry, RunRecord
 from kdx.runs.split import training_warning
@@ -92,130 +93,80 @@ def percent(x: float, digits: int = 1) -> str:
     return f"{number(100 * x, digits)}%"
 
 
-def direction(entry: Entry, confidence: float) -> int:
-    """1 where the images settle that the number is above zero, -1 where they settle that it is below, 0 where they settle neither.
-
-    Below zero the interval alone decides: the permutation test is one-sided, so it cannot reject chance for a negative score.
-    """
-    return entry.sign if entry.sign < 0 or entry.settled(confidence) else 0
-
-
 def training_notice(run: RunRecord) -> str | None:
     """The notice near the top of the page of a run whose images were or may have been used in training; None where none of them was."""
     return training_warning(run.trained_on, run.explained)
 
 
-def kept_pixels(keep: float, noise: float, of_class: str = "predicted", score: str = "logit") -> str:
+def kept_pixels(keep: float, noise: float, of_class: str = "predicted", score: str = "logit", image: str = "exact") -> str:
     """How a salient image is made, as a clause."""
     with_noise = f" with noise of standard deviation {noise:g}" if noise else ""
     plain = (of_class, score) == ("predicted", "logit")
     ranking = "" if plain else f" of the {score} of the {of_class} class"
-    return f"the top {100 * keep:.4g}% of pixels by HiResCAM{ranking} are kept and the rest are imputed{with_noise}"
+    authors = ", in the way and with the contrast of the authors’ code" if image == "published" else ""
+    return f"the top {100 * keep:.4g}% of pixels by HiResCAM{ranking} are kept and the rest are imputed{with_noise}{authors}"
 
 
 def read(
     layers: Mapping[str, tuple[str, Mapping[str, Entry], Mapping[str, Entry]]],
     accuracy: Mapping[str, Entry],
-    discordant: tuple[int, int],
+    discordant: tuple[int, int] | None,
     confidence: float,
     salient: str = "",
 ) -> Reading:
     """The scores of one run in plain words.
 
     layers: each student layer -> (teacher layer, scores, contrasts). accuracy: role -> accuracy. discordant: the number of images that
-    only the student, and that only the base, classifies correctly. salient: how salient images are made (`kept_pixels`) where the
-    scores describe them, else empty.
+    only the student, and that only its counterpart (`kdx.roles.counterpart`), classifies correctly; None for a student alone. salient: how
+    salient images are made (`kept_pixels`) where the scores describe them, else empty.
 
-    A run without a teacher has no score or contrast of a teacher; its statements compare student and base. A statement has a direction
-    only where `direction` has one. Every other statement is that these images do not settle the question. No sentence claims a cause.
+    The statements are those whose scores and contrasts exist. A statement has a direction only where `Entry.direction` has one. Every
+    other statement is that these images do not settle the question. No sentence claims a cause.
     """
     scores_of_layers = [scores for _, scores, _ in layers.values()]
     entries = [entry for scores in scores_of_layers for entry in scores.values()]
     images = [entry.n for entry in entries if entry.n is not None]
     adjusted = any(entry.p_adjusted != entry.p_value for entry in entries)  # runs of kdx 0.1.0 have p-values of single scores
-    teacher = "teacher" in accuracy
     return Reading(
-        _headline(
-            {name: contrasts[LIKENESS if teacher else BALANCE] for name, (_, _, contrasts) in layers.items()},
-            _CLOSER if teacher else _MORE_RELEVANT,
-            confidence,
-        ),
+        headline({name: {**scores, **contrasts} for name, (_, scores, contrasts) in layers.items()}, confidence),
         _accuracy(accuracy, discordant, confidence),
         tuple(LayerReading(name, _layer(name, *rest, confidence)) for name, rest in layers.items()),
-        _cautions(min(images, default=None), len(layers), max(map(len, scores_of_layers)), adjusted, teacher, salient),
+        _cautions(
+            min(images, default=None),
+            len(layers),
+            max(map(len, scores_of_layers)),
+            adjusted,
+            accuracy,
+            any("FSS(R,T)" in scores for scores in scores_of_layers),
+            salient,
+        ),
     )
 
 
-@dataclass(frozen=True)
-class _Question:
-    """The question that the headline answers per layer, as clauses.
-
-    above, below: the answers where the contrast is above or below zero. unsettled: the question itself, where no layer answers it.
-    unsettled_rest: the question in short, after an answer for other layers.
-    """
-
-    above: str
-    below: str
-    unsettled: str
-    unsettled_rest: str
-
-
-_CLOSER = _Question(
-    "the student’s features are closer to the teacher’s than the base’s are",
-    "the student’s features are further from the teacher’s than the base’s are",
-    "whether the student’s or the base’s features are closer to the teacher’s",
-    "which of the two is closer",
-)
-
-_MORE_RELEVANT = _Question(
-    "what the student has beyond the base is more relevant to the labels than what the base has beyond the student",
-    "what the base has beyond the student is more relevant to the labels than what the student has beyond the base",
-    "whether the student or the base is more relevant to the labels beyond the other",
-    "which of the two is more relevant beyond the other",
-)
-
-
-def _headline(contrasts: Mapping[str, Entry], question: _Question, confidence: float) -> str:
-    above = [name for name, entry in contrasts.items() if direction(entry, confidence) > 0]
-    below = [name for name, entry in contrasts.items() if direction(entry, confidence) < 0]
-    unsettled = [name for name in contrasts if name not in above and name not in below]
-    parts = []
-    if above:
-        parts.append(f"{_at(above, contrasts)} {question.above}")
-    if below:
-        parts.append(f"{_at(below, contrasts)} {question.below}")
-    if unsettled and not parts:
-        return f"{_at(unsettled, contrasts)} these images do not settle {question.unsettled}."
-    if unsettled:
-        parts.append(f"{_at(unsettled, contrasts)} these images do not settle {question.unsettled_rest}")
-    return "; ".join(part if i == 0 else part[0].lower() + part[1:] for i, part in enumerate(parts)) + "."
-
-
-def _at(names: Sequence[str], among: Mapping[str, Entry]) -> str:
-    if len(names) <= 2:
-        return f"At {' and '.join(names)}"
-    return f"At all {len(among)} layers" if len(names) == len(among) else f"At {len(names)} of {len(among)} layers"
-
-
-def _accuracy(accuracy: Mapping[str, Entry], discordant: tuple[int, int], confidence: float) -> tuple[Statement, ...]:
+def _accuracy(accuracy: Mapping[str, Entry], discordant: tuple[int, int] | None, confidence: float) -> tuple[Statement, ...]:
     figures = [
         Figure(role, percent(accuracy[role].value), " to ".join(map(percent, accuracy[role].interval)))
         for role in ROLES
         if role in accuracy
     ]
+    other = counterpart(accuracy)
+    if other is None or discordant is None:
+        return (Statement("Accuracy", "The student is compared with no other network.", tuple(figures), False),)
     gained, lost = discordant
     if gained + lost == 0:
-        verdict = "The student and the base are right and wrong on the same images, so these images do not settle which is more accurate."
+        verdict = (
+            f"The student and the {other} are right and wrong on the same images, so these images do not settle which is more accurate."
+        )
         return (Statement("Accuracy", verdict, tuple(figures), False),)
     p = sign_test(gained, lost)
     figures.append(Figure("exact sign test", "", "", probability(p)))
-    split = f"only the student is right on {_images(gained)}, only the base on {lost:,}"
+    split = f"only the student is right on {_images(gained)}, only the {other} on {lost:,}"
     settled = p <= 1 - confidence + 1e-12
     if settled:
-        better, worse = ("student", "base") if gained > lost else ("base", "student")
+        better, worse = ("student", other) if gained > lost else (other, "student")
         verdict = f"On images like these the {better} is more accurate than the {worse}: {split}."
     else:
-        verdict = f"These images do not settle whether the student or the base is more accurate: {split}."
+        verdict = f"These images do not settle whether the student or the {other} is more accurate: {split}."
     return (Statement("Accuracy", verdict, tuple(figures), settled),)
 
 
@@ -224,11 +175,56 @@ def _layer(
 ) -> tuple[Statement, ...]:
     """The statements about a layer. The statement about a contrast is next to those about its two scores."""
     likeness = [_likeness(layer, teacher_layer, scores, contrasts[LIKENESS], confidence)] if LIKENESS in contrasts else []
-    present = [kind for kind in MAPS.values() if kind.score in scores]
+    if not likeness and "FSS(S,T)" in scores:
+        likeness = [_alike(layer, teacher_layer, scores["FSS(S,T)"], confidence)]
+    if EXCESS in contrasts:
+        likeness.append(_excess(layer, teacher_layer, scores["FSS(R,T)"], contrasts[EXCESS], confidence))
+    present = [kind for kind in MAPS.values() if kind.score in scores and kind.given is not None]
     compared = [_beyond(kind, scores, confidence) for kind in present if kind.score in _BALANCE_SCORES]
     others = [_beyond(kind, scores, confidence) for kind in present if kind.score not in _BALANCE_SCORES]
-    gain = [_gain(contrasts[GAIN], confidence)] if GAIN in contrasts else []  # older versions did not have this contrast
-    return (*likeness, *gain, *compared, _balance(contrasts[BALANCE], confidence), *others)
+    gains = [_gain(contrasts[name], other, confidence) for name, other in ((GAIN, "base"), (LEAD, "teacher")) if name in contrasts]
+    balance = [_balance(contrasts[BALANCE], confidence)] if BALANCE in contrasts else []
+    alone = [] if present else [_relevance(layer, scores["RS(S)"], confidence)]
+    return (*likeness, *alone, *gains, *compared, *balance, *others)
+
+
+def _alike(layer: str, teacher_layer: str, entry: Entry, confidence: float) -> Statement:
+    """The statement about FSS(S,T) where there is no base to compare it with."""
+    figures = (_figure("FSS(S,T)", entry),)
+    if not entry.known:
+        return Statement("Likeness", f"The likeness of the features at {layer} to the teacher’s could not be computed.", figures, False)
+    settled = entry.direction(confidence) > 0
+    start = "The student’s features" if settled else "These images do not settle whether the student’s features"
+    verdict = f"{start} at {layer} are like {_theirs(layer, teacher_layer)}. {_why(entry, confidence)}"
+    return Statement("Likeness", verdict, figures, settled)
+
+
+def _excess(layer: str, teacher_layer: str, baseline: Entry, contrast: Entry, confidence: float) -> Statement:
+    """The statement about FSS(S,T) beside that of random weights."""
+    figures = (_figure("FSS(R,T)", baseline), _figure("difference", contrast, sign=True))
+    if not (baseline.known and contrast.known):
+        return Statement("Baseline", "The likeness of random weights to the teacher could not be computed.", figures, False)
+    settled = contrast.direction(confidence)
+    relation = {1: "are closer to", -1: "are further from", 0: "may or may not be closer to"}[settled]
+    verdict = (
+        f"The student’s features at {layer} {relation} {_theirs(layer, teacher_layer)} than those of its architecture with random weights. "
+        f"{_why(contrast, confidence, _DIFFERENCE_INTERVAL)}"
+    )
+    return Statement("Baseline", verdict, figures, settled != 0)
+
+
+def _relevance(layer: str, entry: Entry, confidence: float) -> Statement:
+    """The statement about a student alone."""
+    figures = (_figure("RS(S)", entry),)
+    if not entry.known:
+        return Statement("Relevance", "RS(S) could not be computed from these images.", figures, False)
+    settled = entry.direction(confidence) > 0
+    start = "The student’s features" if settled else "These images do not settle whether the student’s features"
+    return Statement("Relevance", f"{start} at {layer} are related to the labels. {_why(entry, confidence)}", figures, settled)
+
+
+def _theirs(layer: str, teacher_layer: str) -> str:
+    return "the teacher’s" if layer == teacher_layer else f"the teacher’s at {teacher_layer}"
 
 
 def _likeness(layer: str, teacher_layer: str, scores: Mapping[str, Entry], contrast: Entry, confidence: float) -> Statement:
@@ -236,8 +232,8 @@ def _likeness(layer: str, teacher_layer: str, scores: Mapping[str, Entry], contr
     figures = (*(_figure(name, scores[name]) for name in _LIKENESS_SCORES), _figure("difference", contrast, sign=True))
     if not (student.known and base.known and contrast.known):
         return Statement("Likeness", f"The likeness of the features at {layer} to the teacher’s could not be computed.", figures, False)
-    theirs = "the teacher’s" if layer == teacher_layer else f"the teacher’s at {teacher_layer}"
-    settled = direction(contrast, confidence) != 0
+    theirs = _theirs(layer, teacher_layer)
+    settled = contrast.direction(confidence) != 0
     if settled:
         relation = "closer to" if contrast.sign > 0 else "further from"
         verdict = f"The student’s features at {layer} are {relation} {theirs} than the base’s are."
@@ -256,7 +252,7 @@ def _beyond(kind: MapKind, scores: Mapping[str, Entry], confidence: float) -> St
     figures = (_figure(kind.score, entry),)
     if not entry.known:
         return Statement(topic, f"{kind.score} could not be computed from these images.", figures, False)
-    settled = direction(entry, confidence)
+    settled = entry.direction(confidence)
     if not settled:
         verdict = (
             f"These images do not settle whether the {explained}’s features are relevant to the labels beyond the {given}’s. "
@@ -273,17 +269,19 @@ def _beyond(kind: MapKind, scores: Mapping[str, Entry], confidence: float) -> St
     return Statement(topic, verdict, figures, settled != 0)
 
 
-def _gain(contrast: Entry, confidence: float) -> Statement:
-    figures = (_figure("difference", contrast, sign=True),)
+def _gain(contrast: Entry, other: str, confidence: float) -> Statement:
+    """The statement about the difference of the student's relevance and that of another role."""
+    topic, figures = {"base": "Gain", "teacher": "Lead"}[other], (_figure("difference", contrast, sign=True),)
     if not contrast.known:
-        return Statement("Gain", "The difference between RS(S) and RS(B) could not be computed from these images.", figures, False)
-    settled = direction(contrast, confidence)
+        verdict = f"The difference between RS(S) and RS({other[0].upper()}) could not be computed from these images."
+        return Statement(topic, verdict, figures, False)
+    settled = contrast.direction(confidence)
     if settled:
-        more, less = ("student", "base") if settled > 0 else ("base", "student")
+        more, less = ("student", other) if settled > 0 else (other, "student")
         verdict = f"The {more}’s features are more relevant to the labels than the {less}’s."
     else:
-        verdict = "These images do not settle whether the student’s or the base’s features are more relevant to the labels."
-    return Statement("Gain", f"{verdict} {_why(contrast, confidence, _DIFFERENCE_INTERVAL)}", figures, settled != 0)
+        verdict = f"These images do not settle whether the student’s or the {other}’s features are more relevant to the labels."
+    return Statement(topic, f"{verdict} {_why(contrast, confidence, _DIFFERENCE_INTERVAL)}", figures, settled != 0)
 
 
 def _balance(contrast: Entry, confidence: float) -> Statement:
@@ -291,7 +289,7 @@ def _balance(contrast: Entry, confidence: float) -> Statement:
     if not contrast.known:
         verdict = f"The difference between {' and '.join(_BALANCE_SCORES)} could not be computed from these images."
         return Statement("Balance", verdict, figures, False)
-    settled = direction(contrast, confidence) != 0
+    settled = contrast.direction(confidence) != 0
     if settled:
         more, less = ("student", "base") if contrast.sign > 0 else ("base", "student")
         verdict = f"What the {more} has beyond the {less} is more relevant to the labels than what the {less} has beyond the {more}."
@@ -319,7 +317,9 @@ def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count:,} images"
 
 
-def _cautions(images: int | None, layers: int, scores: int, adjusted: bool, teacher: bool, salient: str) -> tuple[str, ...]:
+def _cautions(
+    images: int | None, layers: int, scores: int, adjusted: bool, roles: Collection[str], baseline: bool, salient: str
+) -> tuple[str, ...]:
     cautions = []
     if salient:
         cautions.append(
@@ -331,6 +331,11 @@ def _cautions(images: int | None, layers: int, scores: int, adjusted: bool, teac
             f"The scores are based on {_images(images)}. Intervals from so few images are wide, and their width is itself uncertain. "
             "More images would narrow them."
         )
+    if "teacher" in roles and not baseline:
+        cautions.append(
+            "FSS has no baseline here. Networks with random weights can have a high FSS too, because images differ in the same simple ways "
+            "for all of them. kdx explain --random-baseline computes it."
+        )
     where = f"over {layers} {'layer' if layers == 1 else 'layers'} with {scores} scores each"
     if adjusted:
         cautions.append(
@@ -339,14 +344,24 @@ def _cautions(images: int | None, layers: int, scores: int, adjusted: bool, teac
         )
     else:
         cautions.append(f"Each interval and p-value refers to one score alone: {where}, some can exclude zero or be significant by chance.")
-    if teacher:
-        cautions.append(
-            "The numbers describe one teacher, one base and one student on these images. A base and a student also differ because "
-            "training is random, so a difference here does not show, by itself, that the teacher caused it."
-        )
-    else:
-        cautions.append(
-            "The numbers describe one base and one student on these images. Any two networks differ because training is random, so a "
-            "difference here does not show, by itself, what caused it."
-        )
+    cautions.append(_CAUTIONS["teacher" in roles, "base" in roles])
     return tuple(cautions)
+
+
+_CAUTIONS = {
+    (True, True): "The numbers describe one teacher, one base and one student on these images. A base and a student also differ because "
+    "training is random, so a difference here does not show, by itself, that the teacher caused it.",
+    (
+        False,
+        True,
+    ): "The numbers describe one base and one student on these images. Any two networks differ because training is random, so a "
+    "difference here does not show, by itself, what caused it.",
+    (
+        True,
+        False,
+    ): "The numbers describe one teacher and one student on these images. Both learned the same task, so what they share may come "
+    "from the task instead of the teacher. A base, the student’s architecture trained without the teacher, would tell the two apart.",
+    (False, False): "The numbers describe one network on these images. They show how its features follow the labels, not what it learned "
+    "from another network.",
+}
+"""What the numbers cannot show, by whether there is a teacher and whether there is a base."""

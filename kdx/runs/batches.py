@@ -71,7 +71,7 @@ def _explain_batch(store: Store, explainer: Explainer, plan: Plan, batch: int, i
 def collect_batches(store: Store, plan: Plan) -> Collected:
     """The results of all batches. The maps that add up to the scores are computed here, since they depend on the inner products of all."""
     roles = roles_among(store.manifest["configuration"]["models"])
-    pools = {layer: Pool(roles) for layer in plan.layers}
+    pools = {layer: Pool(roles, mean=plan.options.ratios == "mean") for layer in plan.layers}
     records = [store.read_batch(batch) for batch in range(len(plan.batches))]
     parts: list[dict[str, NDArray[Any]]] = []
     for batch, record in enumerate(records):

@@ -13,7 +13,7 @@ from kdx.errors import KdxError
 from kdx.kernels.set_geometry import StoredDistances
 from kdx.roles import shares_among
 from kdx.runs.feature_files import FeatureFiles, Shapes
-from kdx.runs.plan import REFERENCE_IMAGES, Plan
+from kdx.runs.plan import Plan
 from kdx.runtimes.choice import is_file
 
 
@@ -36,9 +36,11 @@ class Cost:
     def of(cls, n: int, shapes: Shapes, plan: Plan) -> Cost:
         """The cost for n images. The distances of one layer are on disk at a time, the features of all layers."""
         roles = tuple(shapes)
-        products = {role: 1 + 2 * sum(share == role for share, _ in shares_among(roles)) for role in roles}
+        pooled = plan.options.pooled
+        shares = () if pooled else shares_among(roles)
+        products = {role: 1 + 2 * sum(share == role for share, _ in shares) for role in roles}
         operations = sum(
-            products[role] * n**2 * channels * height * width
+            products[role] * n**2 * channels * (1 if pooled else height * width)
             for role, by_layer in shapes.items()
             for channels, height, width in by_layer.values()
         )
@@ -63,9 +65,8 @@ def unavoidable(plan: Plan) -> Geometry | None:
         if options.geometry == "auto" and not options.reference_images:
             return Geometry("batch", "salient features are compared within a batch")
     if options.reference_images or options.geometry == "reference":
-        return Geometry(
-            "reference", f"UniCAM's maps compare every image with {options.reference_images or REFERENCE_IMAGES} reference images"
-        )
+        few = f" (all that there are, instead of {options.reference_images:,})" if options.reference_images > plan.reference_count else ""
+        return Geometry("reference", f"UniCAM's maps compare every image with {plan.reference_count:,} reference images{few}")
     return Geometry("batch", "as requested") if options.geometry == "batch" else None
 
 

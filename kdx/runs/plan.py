@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdx.choices import Interpolation, ResizeMode, Resizing, StoredPrecision
+from kdx.choices import Interpolation, RatioName, ResizeMode, Resizing, StoredPrecision
 from kdx.data.batches import random_batches
 from kdx.data.class_embeddings import ClassEmbeddings, read_class_embeddings
 from kdx.data.dataset import Dataset, open_data
@@ -21,13 +21,16 @@ from kdx.data.splits import class_balanced_sample
 from kdx.errors import KdxError
 from kdx.explain.explainer import Explainer
 from kdx.explain.explainer_file import describe_explainer, no_reference_mode, paired_layers
+from kdx.explain.networks import networks_of
 from kdx.explain.settings import Settings
 from kdx.features.arrays import MIN_IMAGES, check_images
-from kdx.models.layer_pairs import parse_layers
+from kdx.models.layer_pairs import LayerNames, parse_layers
 from kdx.models.models_file import ModelsFile, read_models
-from kdx.models.network import Network
+from kdx.models.network import INITIALISED, Network
+from kdx.models.reference import parse_reference
+from kdx.roles import BASELINE
 from kdx.runs.gallery_choice import BALANCED, GalleryChoice
-from kdx.runs.split import SplitChoice, choose_split
+from kdx.runs.split import SplitChoice, choose_split, with_recorded_data
 from kdx.runtimes.choice import is_file
 
 REFERENCE_IMAGES = 256
@@ -52,8 +55,11 @@ class RunOptions(Settings):
     geometry ``reference``.
     target: a file of class embeddings (`kdx.data.class_embeddings`), which are the target in place of labels. resize, interpolation: how
     images are brought to the networks' size, by default as the models file states.
+    ratios: ``pooled``, or ``mean`` for the mean of the batches' scores, with the geometry ``batch``.
     split: ``test``, ``validation``, ``train`` or ``all``. None takes ``test`` of the data that the models were trained on, and all of any
     other data. max_unreadable: the share of corrupt images above which the run fails; one image always passes, unless the share is 0.
+    random_baseline: whether FSS(S,T) has a baseline, the FSS of the student's architecture with random weights, which costs one more pass.
+    None computes it if there is a teacher and no base, and the student is a model reference whose architecture kdx can initialise.
     gallery, gallery_order, gallery_images: the images on the page (`kdx.runs.gallery_choice.GalleryChoice`). workers: threads that decode
     the next batches while one is explained; None takes one per core, 0 decodes each batch when it is needed.
     """
@@ -65,9 +71,11 @@ class RunOptions(Settings):
     project: int = 0
     max_disk: float | None = None
     max_minutes: float = 60.0
+    random_baseline: bool | None = None
     target: Path | None = None
     resize: ResizeMode | None = None
     interpolation: Interpolation | None = None
+    ratios: RatioName = "pooled"
     split: str | None = None
     max_unreadable: float = 0.01
     gallery: int = 60
@@ -79,6 +87,10 @@ class RunOptions(Settings):
         super().__post_init__()
         if self.stored_precision not in get_args(StoredPrecision):
             raise ValueError(f"no stored precision {self.stored_precision!r}")
+        if self.ratios not in get_args(RatioName):
+            raise ValueError(f"no ratios {self.ratios!r}")
+        if self.ratios == "mean" and self.geometry != "batch":
+            raise KdxError("The mean of the batches' scores needs the geometry batch.", "Give --geometry batch, or leave --ratios out.")
 
     @property
     def gallery_choice(self) -> GalleryChoice:
@@ -101,14 +113,14 @@ class Plan:
     models: ModelsFile
     dataset: Dataset
     split: SplitChoice
-    layers: dict[str, str]
+    layers: dict[str, LayerNames]
     options: RunOptions
     embeddings: ClassEmbeddings | None = None
 
     @classmethod
     def of(cls, data: str, models: Path, layers: Sequence[str], options: RunOptions) -> Plan:
         _check_references(options)
-        models_file = _from_explainer_file(models) if is_file(models) else read_models(models)
+        models_file = _from_explainer_file(models) if is_file(models) else with_recorded_data(read_models(models))
         resizing = Resizing(options.resize or models_file.resizing.mode, options.interpolation or models_file.resizing.interpolation)
         dataset = replace(open_data(data, models_file.classes or None), resizing=resizing)
         embeddings = None if options.target is None else read_class_embeddings(options.target, dataset.classes)
@@ -117,6 +129,11 @@ class Plan:
         plan = cls(data, models_file, dataset, split, parse_layers(layers or models_file.layers), options, embeddings)
         options.gallery_choice.check([dataset.ids[index] for index in plan.indices], models_file.references, plan.layers)
         return plan
+
+    @property
+    def _layers(self) -> list[str]:
+        """The layers as an Explainer takes them."""
+        return [str(names) for names in self.layers.values()]
 
     @property
     def indices(self) -> NDArray[np.int64]:
@@ -137,10 +154,28 @@ class Plan:
         """The number of images in the largest batch."""
         return max(map(len, self.batches))
 
+    @property
+    def reference_count(self) -> int:
+        """The number of reference images: as many as requested, or all that there are."""
+        return min(self.options.reference_images or REFERENCE_IMAGES, len(self.split.pool))
+
     def references(self) -> NDArray[np.int64]:
         """The reference images, as rows of the data set."""
         labels = self.dataset.labels[self.split.pool]
-        return self.split.pool[class_balanced_sample(labels, self.options.reference_images or REFERENCE_IMAGES, self.options.seed)]
+        return self.split.pool[class_balanced_sample(labels, self.reference_count, self.options.seed)]
+
+    def _has_baseline(self) -> bool:
+        """Whether the run compares random weights with the teacher. KdxError if that was requested and is not possible."""
+        requested, references = self.options.random_baseline, self.models.references
+        if requested and "teacher" not in references:
+            raise KdxError(
+                "The random baseline is compared with the teacher, and there is none.", "Name a teacher, or leave the baseline out."
+            )
+        if requested and is_file(self.models.student):
+            raise KdxError("An exported file cannot get random weights.", "Name the student by a model reference.")
+        if requested is None:
+            return "teacher" in references and "base" not in references and _is_architecture(self.models.student)
+        return requested
 
     def explainer(self, folder: Path, announce: Callable[[str], None]) -> Explainer:
         """The Explainer of the networks. folder: where exported networks are written. announce: prints a line about weights."""
@@ -148,18 +183,22 @@ class Plan:
         if is_file(models.path):
             if self.options.reference_images or self.options.geometry == "reference":
                 raise no_reference_mode(describe_explainer(models.path))
-            return Explainer.of({}, self.layers, self.options, folder=folder, file=models.path)
-        networks = {
-            role: models.path.parent / reference if is_file(reference) else models.load(role)
-            for role, reference in models.references.items()
-        }
+            return Explainer.of({}, self._layers, self.options, folder=folder, file=models.path)
+        networks = networks_of(models)
+        if self._has_baseline():
+            networks[BASELINE] = models.untrained(self.options.seed)
+            announce("The baseline of FSS: the student's architecture with random weights, in one more pass.")
         for role, network in networks.items():
             if isinstance(network, Network) and network.note:
                 announce(f"{role.capitalize()}: {network.note}")
         options = self.options
         if options.chunk is not None and options.geometry in ("auto", "whole"):
             options = replace(options, chunk=aligned(options.chunk))
-        return Explainer.of(networks, self.layers, options, folder=folder)
+        return Explainer.of(networks, self._layers, options, folder=folder, classes=self.dataset.classes)
+
+
+def _is_architecture(reference: str) -> bool:
+    return not is_file(reference) and parse_reference(reference).source in INITIALISED
 
 
 def _check_references(options: RunOptions) -> None:
@@ -181,7 +220,6 @@ def _from_explainer_file(path: Path) -> ModelsFile:
             f"{path} compares each image with its own {count} reference images, and a run measures the images of its data.",
             "Give the networks themselves with --geometry reference, or use the file with kdx.Explainer(file=...).",
         )
-    layers = tuple(f"{layer}={other}" for layer, other in paired_layers(file).items())
-    base, student, teacher = (file.networks[role].reference if role in file.networks else None for role in ("base", "student", "teacher"))
-    assert base is not None and student is not None
-    return ModelsFile(path, base, student, teacher, layers, file.classes)
+    references = {role: network.reference for role, network in file.networks.items()}
+    layers = tuple(map(str, paired_layers(file).values()))
+    return ModelsFile(path, references.get("base"), references["student"], references.get("teacher"), layers, file.classes)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdx.errors import KdxError
-from kdx.roles import READING_ORDER, contrast_name, contrasts_among, maps_among, score_maps_among, scores_among
+from kdx.roles import MEASURED, READING_ORDER, contrast_name, contrasts_among, maps_among, score_maps_among, scores_among
 from kdx.runs import schema
 from kdx.runs.schema import Manifest, StoredFeatures, StoredScore, StoredScores, UnreadableImage
 
@@ -71,6 +71,13 @@ class Entry:
         """
         p = self.p_value if self.p_adjusted is None else self.p_adjusted
         return self.sign != 0 and (p is None or p <= 1 - confidence + 1e-12)
+
+    def direction(self, confidence: float) -> int:
+        """1 where the images settle that the number is above zero, -1 where they settle that it is below, 0 where they settle neither.
+
+        Below zero the interval alone decides: the permutation test is one-sided, so it cannot reject chance for a negative score.
+        """
+        return self.sign if self.sign < 0 or self.settled(confidence) else 0
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,7 @@ class RunRecord:
     method: str | None
     classes: list[str]
     networks: dict[str, NetworkResult]
-    layers: dict[str, str]  # student layer -> teacher layer
+    layers: dict[str, str]  # student layer -> teacher layer, or itself without a teacher
     scores: dict[str, dict[str, Entry]]  # layer -> name -> entry
     contrasts: dict[str, dict[str, Entry]]
     map_summaries: dict[str, dict[str, MapSummary]]  # layer -> kind -> summary; empty for runs of older versions
@@ -168,7 +175,8 @@ class RunRecord:
     confidence: float
     permutations: int | None
     reference_images: int
-    salient: tuple[float, float, str, str] | None  # keep, noise, class and score of salient features; None for raw features
+    salient: tuple[float, float, str, str, str] | None  # keep, noise, class, score and kind of salient images; None for raw features
+    mean_of_ratios: bool  # whether scores are means of the batches' scores
     target_file: str | None  # the file of class embeddings that relevance is measured against; None for labels
     batches: int
     explained: int
@@ -198,6 +206,11 @@ class RunRecord:
     def geometry(self) -> str:
         """Which images an image is compared with: whole, reference or batch."""
         return self.manifest.get("geometry") or ("reference" if self.reference_images else "batch")
+
+    @property
+    def pooled(self) -> bool:
+        """Whether distances are between the spatial means of features."""
+        return bool(self.manifest["configuration"].get("pooled", False))
 
     @property
     def map_kinds(self) -> tuple[str, ...]:
@@ -255,7 +268,8 @@ def read_run(folder: Path) -> RunRecord:
         configuration, images = manifest["configuration"], manifest["images"]
         roles = [role for role in READING_ORDER if role in configuration["models"]]
         layers = {str(student): str(teacher) for student, teacher in configuration["layers"].items()}
-        contrasts = [contrast_name(*pair) for pair in contrasts_among(roles)]
+        measured = [role for role in MEASURED if role in configuration["models"]]
+        contrasts = [contrast_name(*pair) for pair in contrasts_among(measured)]
         features = configuration.get("features")
         return RunRecord(
             folder=folder,
@@ -267,7 +281,7 @@ def read_run(folder: Path) -> RunRecord:
             classes=[str(name) for name in manifest["classes"]],
             networks={role: _network(role, manifest, stored["accuracy"][role]) for role in roles},
             layers=layers,
-            scores={layer: _entries(stored["layers"][layer]["scores"], scores_among(roles)) for layer in layers},
+            scores={layer: _entries(stored["layers"][layer]["scores"], scores_among(measured)) for layer in layers},
             contrasts={
                 layer: _entries(known, [name for name in contrasts if name in known])  # older versions had fewer contrasts
                 for layer in layers
@@ -280,8 +294,9 @@ def read_run(folder: Path) -> RunRecord:
             samples=_samples(folder, roles),
             confidence=float(configuration["confidence"]),
             permutations=_integer(configuration.get("permutations")),
-            reference_images=int(configuration["reference_images"] or 0),
+            reference_images=len(manifest.get("reference_ids") or ()) or int(configuration["reference_images"] or 0),
             salient=_salient(features) if features else None,
+            mean_of_ratios=configuration.get("ratios") == "mean",
             target_file=manifest.get("target_file"),
             batches=int(manifest["batches"]),
             explained=int(images["explained"]),
@@ -339,8 +354,9 @@ def _integer(value: Any) -> int | None:
     return None if value is None else int(value)
 
 
-def _salient(stored: StoredFeatures) -> tuple[float, float, str, str]:
-    return float(stored["keep"]), float(stored["noise"]), str(stored.get("class", "predicted")), str(stored.get("score", "logit"))
+def _salient(stored: StoredFeatures) -> tuple[float, float, str, str, str]:
+    kinds = str(stored.get("class", "predicted")), str(stored.get("score", "logit")), str(stored.get("image", "exact"))
+    return float(stored["keep"]), float(stored["noise"]), *kinds
 
 
 def _network(role: str, manifest: Manifest, accuracy: Mapping[str, Any]) -> NetworkResult:

@@ -13,12 +13,14 @@ import numpy as np
 from kdx.choices import COVER
 from kdx.data.batches import check_labels
 from kdx.data.images import check_unreadable, load_images
+from kdx.errors import KdxError, resumable
 from kdx.explain.explainer import Explainer
 from kdx.explain.graph import largest_size
 from kdx.explain.network_set import NetworkRecord
-from kdx.roles import roles_among
+from kdx.roles import BASELINE, mapped_among
 from kdx.runs import schema
 from kdx.runs.batches import collect_batches, explain_batches
+from kdx.runs.class_order import class_order_warning
 from kdx.runs.collected import Collected
 from kdx.runs.environment import environment, now
 from kdx.runs.gallery_choice import check_order, write_choice
@@ -28,6 +30,7 @@ from kdx.runs.plan import Plan
 from kdx.runs.plan import RunOptions as RunOptions
 from kdx.runs.record import Samples
 from kdx.runs.schema import (
+    BaseLayers,
     Configuration,
     Context,
     SplitRule,
@@ -81,18 +84,39 @@ def explain_dataset(
         store = stack.enter_context(
             Store.begin(out, _configuration(plan, records, size), _context(plan, command), lambda: plan.dataset.fingerprint_of_0_1_0)
         )
+        if store.replaces:
+            announce(store.replaces)
         if store.complete and not restart:
             announce(f"{out} is already complete; its page is written again.")
             return
         if store.complete:
             store.restart()
-        explainer.open(size)
-        announce(f"Runtime {explainer.choice.why}.")
-        store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
-        store.manifest["random_weights"] = [role for role, record in records.items() if not record.trained]
-        for role in store.manifest["random_weights"]:
-            announce(f"Some or all weights of the {role} are random: {records[role].reference}.")
-        _explain(store, explainer, plan, size, geometry, announce)
+        try:
+            with resumable(lambda: store.has_progress):
+                _prepare_and_explain(store, explainer, plan, records, size, geometry, announce)
+        except KdxError as error:
+            store.fail(error.problem)
+            raise
+
+
+def _prepare_and_explain(
+    store: Store,
+    explainer: Explainer,
+    plan: Plan,
+    records: Mapping[str, NetworkRecord],
+    size: tuple[int, int],
+    geometry: Geometry | None,
+    announce: Callable[[str], None],
+) -> None:
+    """Open the networks, record what they are, and compute what is missing."""
+    started = store.manifest["environment"].get("runtime") if store.has_progress else None
+    explainer.open(size, len(plan.indices), runtime=None if started is None else str(started).split()[0])
+    announce(f"Runtime {explainer.choice.why}.")
+    store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
+    store.manifest["random_weights"] = [role for role, record in records.items() if not record.trained and role != BASELINE]
+    for role in store.manifest["random_weights"]:
+        announce(f"Some or all weights of the {role} are random: {records[role].reference}.")
+    _explain(store, explainer, plan, size, geometry, announce)
 
 
 def _explain(
@@ -113,7 +137,7 @@ def _explain(
             announce(_projection_note(plan.options.project))
         files = explain_whole(store, explainer, plan, shapes, size, announce)
         explainer.close()
-        _finish(store, plan, collect_whole(store, plan, files), size)
+        _finish(store, plan, collect_whole(store, plan, files), size, announce)
         return
     if plan.options.keep_features or plan.options.project or plan.options.stored_precision != "float32":
         announce(f"The geometry {geometry.kind} stores no features: --store, --project and --keep-features have no effect.")
@@ -122,7 +146,7 @@ def _explain(
         store.manifest["reference_ids"] = [plan.dataset.ids[index] for index in references]
     explain_batches(store, explainer, plan, references, size, announce)
     explainer.close()
-    _finish(store, plan, collect_batches(store, plan), size)
+    _finish(store, plan, collect_batches(store, plan), size, announce)
 
 
 def _projection_note(project: int) -> str:
@@ -142,11 +166,18 @@ def _configuration(plan: Plan, records: Mapping[str, NetworkRecord], size: tuple
         "split_seed": plan.models.split_seed,
         **rule,
         "models": {role: _identity(record) for role, record in records.items()},
-        "layers": plan.layers,
+        "layers": {layer: names.teacher for layer, names in plan.layers.items()},
+        **_base_layers(plan),
         "image_size": size,
         **_recorded_options(plan.options),
         **_recorded_inputs(plan),
     }
+
+
+def _base_layers(plan: Plan) -> BaseLayers:
+    """The base's layers that have other names than the student's."""
+    other = {layer: names.base for layer, names in plan.layers.items() if names.base != layer}
+    return {"base_layers": other} if other else {}
 
 
 def _identity(record: NetworkRecord) -> StoredNetwork:
@@ -180,12 +211,18 @@ def _recorded_options(options: RunOptions) -> StoredOptions:
             recorded["features"]["class"] = options.salient_class
         if options.salient_score != "logit":
             recorded["features"]["score"] = options.salient_score
+        if options.salient_image != "exact":
+            recorded["features"]["image"] = options.salient_image
+    if options.pooled:
+        recorded["pooled"] = True
     if options.geometry != "auto":
         recorded["geometry"] = options.geometry
     if options.stored_precision != "float32":
         recorded["stored_precision"] = options.stored_precision
     if options.project:
         recorded["project"] = options.project
+    if options.ratios != "pooled":
+        recorded["ratios"] = options.ratios
     return recorded
 
 
@@ -214,14 +251,20 @@ def _context(plan: Plan, command: Sequence[str]) -> Context:
     }
 
 
-def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int]) -> None:
+def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int], announce: Callable[[str], None]) -> None:
     """Write the scores and samples, the pictures of the gallery, and the rest of the manifest."""
     dataset, options = plan.dataset, plan.options
-    roles = roles_among(store.manifest["configuration"]["models"])
+    roles = mapped_among(store.manifest["configuration"]["models"])
     columns, planned = collected.columns, len(plan.indices)
+    for name in (schema.prediction_column(BASELINE), schema.confidence_column(BASELINE)):  # what random weights predict means nothing
+        columns.pop(name, None)
     check_unreadable(collected.unreadable, planned, options.max_unreadable)
     index = columns.pop(schema.INDEX)
     columns[schema.LABEL] = dataset.labels[index]
+    predictions = {role: columns[schema.prediction_column(role)] for role in roles}
+    warning = class_order_warning(columns[schema.LABEL], predictions, dataset.classes)
+    if warning is not None:
+        announce(warning)
     maps = collected.map_columns()
     store.write_samples({schema.ID: [dataset.ids[i] for i in index], **columns, **maps})
     raw: StoredFeatures = {"kind": "raw"}

@@ -120,15 +120,16 @@ StoredFeatures = TypedDict(
         "noise": NotRequired[float],
         "class": NotRequired[str],
         "score": NotRequired[str],
+        "image": NotRequired[str],
     },
 )
-"""The features that the scores describe: ``kind`` is raw, or salient with its parameters. ``class`` and ``score`` are omitted at their
-defaults, predicted and logit."""
+"""The features that the scores describe: ``kind`` is raw, or salient with its parameters. ``class``, ``score`` and ``image`` are
+omitted at their defaults, predicted, logit and exact."""
 
 
 class StoredOptions(TypedDict):
-    """The options that a run's results depend on. Those that are not required are omitted at their defaults: float32, raw, auto,
-    float32 and 0."""
+    """The options that a run's results depend on. Those that are not required are omitted at their defaults: float32, raw, distances
+    between whole features, auto, float32, 0 and pooled ratios."""
 
     batch: int
     runtime: str
@@ -141,15 +142,23 @@ class StoredOptions(TypedDict):
     confidence: float
     precision: NotRequired[str]
     features: NotRequired[StoredFeatures]
+    pooled: NotRequired[bool]
     geometry: NotRequired[str]
     stored_precision: NotRequired[str]
     project: NotRequired[int]
+    ratios: NotRequired[str]
 
 
 class SplitRule(TypedDict):
     """validation_is_test: true where the data's validation images are the test split; kdx 0.1.0 did not have this rule."""
 
     validation_is_test: NotRequired[bool]
+
+
+class BaseLayers(TypedDict):
+    """base_layers: the base's layers that have other names than the student's, by the student's; omitted if there are none."""
+
+    base_layers: NotRequired[dict[str, str]]
 
 
 class StoredTarget(TypedDict):
@@ -177,8 +186,9 @@ class TargetFile(TypedDict):
     target_file: NotRequired[str]
 
 
-class Configuration(StoredOptions, SplitRule, StoredInputs):
-    """Everything that a run's results depend on. ``fingerprint`` identifies the data, wherever its folder ``data`` is."""
+class Configuration(StoredOptions, SplitRule, StoredInputs, BaseLayers):
+    """Everything that a run's results depend on. ``fingerprint`` identifies the data, wherever its folder ``data`` is. layers: the
+    student's layer to the teacher's, or to itself without a teacher."""
 
     data: str
     split: str
@@ -216,7 +226,8 @@ class Context(TargetFile):
 
 
 class Manifest(Context):
-    """geometry: ``whole``, ``reference`` or ``batch``, chosen when the run started; geometry_reason: why. Runs of kdx 0.1.0 lack both."""
+    """failure: the error that ended an unfinished run. geometry: ``whole``, ``reference`` or ``batch``, chosen when the run started;
+    geometry_reason: why. Runs of kdx 0.1.0 lack both."""
 
     format: int
     status: str
@@ -225,6 +236,7 @@ class Manifest(Context):
     geometry: NotRequired[str]
     geometry_reason: NotRequired[str]
     reference_ids: NotRequired[list[str]]
+    failure: NotRequired[str]
     finished: NotRequired[str]
     images: NotRequired[ImageCounts]
 

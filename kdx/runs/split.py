@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,8 +11,12 @@ from numpy.typing import NDArray
 
 from kdx.data.dataset import Dataset, located
 from kdx.data.splits import stratified_splits, validation_is_test
+from kdx.distill.checkpoints import read_training_data
 from kdx.errors import KdxError
 from kdx.models.models_file import ModelsFile
+from kdx.models.reference import parse_reference
+from kdx.models.weights import split_key
+from kdx.runtimes.choice import is_file
 
 _Relation = Literal["same", "changed", "other", "unknown"]
 
@@ -109,6 +113,21 @@ def choose_split(dataset: Dataset, models: ModelsFile, split: str | None, seed: 
         reason if relation == "changed" else "",
         "Use --split test to explain images that the networks have not seen." if relation == "same" and used is not None else "",
     )
+
+
+def with_recorded_data(models: ModelsFile) -> ModelsFile:
+    """A models file that states no data, with the data and the split seed that the networks' checkpoints state if these agree.
+
+    A checkpoint of `kdx distill` states them; a network with other weights is not considered.
+    """
+    if models.fingerprint is not None or models.data is not None:
+        return models
+    weights = [parse_reference(reference).weights for reference in models.references.values() if not is_file(reference)]
+    paths = [split_key(models.path.parent / Path(name).expanduser())[0] for name in weights if name is not None]
+    records = {record for record in map(read_training_data, paths) if record is not None}
+    if len(records) != 1 or (record := records.pop()).of_0_1_0:
+        return models
+    return replace(models, fingerprint=record.fingerprint, split_seed=record.split_seed)
 
 
 _OLD_FINGERPRINT = "data_fingerprint"

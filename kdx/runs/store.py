@@ -9,7 +9,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, cast
@@ -32,10 +32,12 @@ class Store:
     A context manager. The lock ends with the process, even when the process is killed.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, lock: IO[bytes]) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, lock: IO[bytes], replaces: str = "") -> None:
         self.folder = folder
         self.manifest = manifest
         self._lock = lock
+        self.replaces = replaces
+        """Why an unfinished run of another configuration in this folder was discarded, as a sentence; "" if there was none."""
 
     @classmethod
     def begin(
@@ -46,7 +48,9 @@ class Store:
         The data are recognised by their fingerprint, wherever their folder is. fingerprint_of_0_1_0 returns the one that kdx 0.1.0
         recorded for the same data.
 
-        Raises KdxError where the folder contains another run or other files, or while another process writes to it.
+        Another configuration replaces an unfinished run that has stored no results or that an error has ended, so that a corrected command
+        runs in the same folder. Raises KdxError where the folder contains any other run or other files, or while another process writes
+        to it.
         """
         configuration = json.loads(json.dumps(configuration))
         path = folder / schema.MANIFEST
@@ -54,9 +58,9 @@ class Store:
             raise KdxError(f"{folder} is neither empty nor a run.", "Choose a new folder for --out.")
         lock = lock_folder(folder)
         try:
+            new = {**context, "format": schema.FORMAT, "status": schema.RUNNING, "configuration": configuration}
             if not path.exists():
-                manifest = {**context, "format": schema.FORMAT, "status": schema.RUNNING, "configuration": configuration}
-                store = cls(folder, cast(Manifest, manifest), lock)
+                store = cls(folder, cast(Manifest, new), lock)
                 store._write_manifest()
                 return store
             stored = read_json(path)
@@ -69,12 +73,20 @@ class Store:
                 different = [key for key in different if key != "batch"]
             if "fingerprint" not in different:  # the same images in another folder
                 different = [key for key in different if key != "data"]
+            store = cls(folder, cast(Manifest, stored), lock)
+            if different and stored.get("format") == schema.FORMAT and not store.complete and not store.has_results:
+                names = ", ".join(different)
+                store = cls(
+                    folder, cast(Manifest, new), lock, f"A run in {folder} that had no results is replaced (it differs in {names})."
+                )
+                store.restart()
+                return store
             if stored.get("format") != schema.FORMAT or different:
                 raise KdxError(
                     f"{folder} contains another run (it differs in {', '.join(different) or 'format'}).",
                     "Choose another --out, or delete that folder.",
                 )
-            return cls(folder, cast(Manifest, stored), lock)
+            return store
         except BaseException:
             lock.close()
             raise
@@ -91,6 +103,23 @@ class Store:
     @property
     def complete(self) -> bool:
         return bool(self.manifest["status"] == schema.COMPLETE)
+
+    @property
+    def has_progress(self) -> bool:
+        """Whether a part of the results, or of the features that they need, is stored."""
+        state = self.folder / schema.FEATURES / "state.npy"
+        return any((self.folder / schema.PROGRESS).glob("*.npz")) or (state.exists() and bool(np.load(state, mmap_mode="r").any()))
+
+    @property
+    def has_results(self) -> bool:
+        """Whether an unfinished run is worth keeping: it has progress, and no error has ended it."""
+        return self.has_progress and "failure" not in self.manifest
+
+    def fail(self, problem: str) -> None:
+        """Record the error that ended the run. The same command may still resume it."""
+        self.manifest["failure"] = problem
+        with suppress(KdxError):  # a full disk, for example
+            self._write_manifest()
 
     def set_geometry(self, kind: str, reason: str, *, batches: int) -> None:
         """Record the geometry, before anything is computed with it."""
@@ -196,6 +225,7 @@ class Store:
         """Mark the run as complete, then delete the files that only a resumed run needs; the features only if they are not kept."""
         self._remove_partial_files()
         self.manifest = {**self.manifest, "finished": finished, "images": images, "status": schema.COMPLETE}
+        self.manifest.pop("failure", None)
         self._write_manifest()
         shutil.rmtree(self.folder / schema.PROGRESS, ignore_errors=True)
         if not keep_features:

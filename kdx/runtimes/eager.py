@@ -14,7 +14,7 @@ from kdx.choices import Precision
 from kdx.errors import KdxError
 from kdx.export.dependence import check_dependence
 from kdx.export.explainer_graphs import Graph
-from kdx.export.graphs import FeatureGraph, GradientGraph, WatchedNetwork
+from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing, WatchedNetwork
 from kdx.kernels import ambient
 from kdx.kernels.precision import tf32
 from kdx.runtimes.runner import Runner, check_names
@@ -79,6 +79,10 @@ class EagerRunner(Runner):
                 self._repeats_single = True
                 return outputs
             raise
+
+    @property
+    def preprocessing(self) -> tuple[Preprocessing, ...]:
+        return tuple(module.preprocessing for module in self.graph.modules() if isinstance(module, WatchedNetwork))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kdx.errors import KdxError
 from kdx.export.description import Description, Shape
-from kdx.export.graphs import output_name
+from kdx.export.graphs import Preprocessing
+from kdx.export.layer_names import output_name
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,16 @@ class Runner(ABC):
     def max_batch(self) -> int | None:
         """The largest number of images per pass; None for no limit."""
         return None
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """The (height, width) of the images that the runner takes; None for any."""
+        return None
+
+    @property
+    @abstractmethod
+    def preprocessing(self) -> tuple[Preprocessing, ...]:
+        """The preprocessing of each network in the graph."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,6 +117,14 @@ class FileRunner(Runner):
         self.description = description
         self.kind, self.layers = description.kind, description.layers
         self.device = device
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        return self.description.image_size
+
+    @property
+    def preprocessing(self) -> tuple[Preprocessing, ...]:
+        return tuple(network.preprocessing for network in self.description.networks.values())
 
     @property
     def dtype(self) -> torch.dtype:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kdx.errors import KdxError
-from kdx.features.arrays import Array
+from kdx.features.arrays import Labels
 from kdx.features.rows import Source, rows_of
 from kdx.kernels import ambient
 from kdx.kernels.cuda import Backend
-from kdx.roles import TARGET, maps_among, permuted_among, roles_among
+from kdx.roles import TARGET, pairs_among, permuted_among, roles_among
 from kdx.scores.inner_products import Sampling, check_residual, inner_products
 from kdx.scores.pool import LayerScores, adjusted, pooled_scores
 
@@ -17,7 +17,7 @@ from kdx.scores.pool import LayerScores, adjusted, pooled_scores
 @ambient.neutral()
 def compare(
     features: Mapping[str, Mapping[str, Source]],
-    target: Array,
+    target: Labels,
     *,
     batch: int | None = None,
     permutations: int = 999,
@@ -28,11 +28,11 @@ def compare(
     """FSS and RS of every layer: how similar two networks' features are, and how relevant each network's features are to the target.
 
     features: layer -> role -> features of the same images, [n, C, H, W] or [n, d], in any form that `kdx.fss` takes. The roles are
-    student, base and optionally teacher. target: labels [n] or an embedding [n, e]. batch: the number of images in a set of distances; by
-    default all images are one set, which is exact for any n. permutations, confidence, seed, backend: as in `kdx.fss`.
+    student and optionally base and teacher. target: labels [n] or an embedding [n, e]. batch: the number of images in a set of distances;
+    by default all images are one set, which is exact for any n. permutations, confidence, seed, backend: as in `kdx.fss`.
 
     Returns, for each layer, `scores` by name and `contrasts` by name. The scores are those of `kdx.fss` and `kdx.rs`: "FSS(S,T)",
-    "FSS(B,T)", "RS(T)", "RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)", "RS(T|S)" and "RS(S|T)"; without a teacher, those that do not name T. A
+    "FSS(B,T)", "RS(T)", "RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)", "RS(T|S)" and "RS(S|T)", as far as the roles exist. A
     contrast is the difference of two scores, as (value, interval). Each score's ``p_adjusted`` is its p-value adjusted for the number of
     layers by Holm's method, so that claims about several layers together err with at most the stated probability. Each network's
     distances are computed once per layer, for all scores.
@@ -52,13 +52,13 @@ def compare(
     return adjusted({layer: _layer(layer, by_role, target, sampling) for layer, by_role in features.items()})
 
 
-def _layer(layer: str, features: Mapping[str, Source], target: Array, sampling: Sampling) -> LayerScores:
+def _layer(layer: str, features: Mapping[str, Source], target: Labels, sampling: Sampling) -> LayerScores:
     roles = roles_among(features)
     names = {role: f"{role}'s features at {layer}" for role in roles} | {TARGET: TARGET}
     named = {names[role]: rows_of(features[role], names[role]) for role in roles}
     permuted = {role: names[role] for role in permuted_among(roles)}
-    sums = inner_products(named | {TARGET: target}, [*permuted.values()], sampling)
-    for explained, other in maps_among(roles).values():
+    sums = inner_products({**named, TARGET: target}, [*permuted.values()], sampling)
+    for explained, other in pairs_among(roles).values():
         check_residual(sums, roles.index(explained), roles.index(other))
     products = {role: sums.permuted[name] for role, name in permuted.items()}
     return pooled_scores(sums.products, products, sums.moments, n=sums.n, batches=sums.batches, confidence=sampling.confidence, roles=roles)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdx.errors import KdxError
 from kdx.features import arrays
-from kdx.features.arrays import Array
+from kdx.features.arrays import Labels
 from kdx.features.rows import feature_distances
 from kdx.features.target import Target
 from kdx.kernels import ambient, dispatch, geometry, moments, tiles
@@ -68,7 +68,7 @@ class InnerProducts:
 
 
 @ambient.neutral()
-def inner_products(named: Mapping[str, Rows | Array], permuted: Collection[str], sampling: Sampling = Sampling()) -> InnerProducts:
+def inner_products(named: Mapping[str, Rows | Labels], permuted: Collection[str], sampling: Sampling = Sampling()) -> InnerProducts:
     """Inner products of features by name and, under TARGET, of labels or an embedding. Errors are those of `fss` and `rs`.
 
     permuted: the names of the matrices whose images are permuted.
@@ -81,7 +81,7 @@ def inner_products(named: Mapping[str, Rows | Array], permuted: Collection[str],
         raise ValueError(f"permutations must be 0 or more, not {permutations}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"the seed must lie between 0 and 2^63, not {seed}")
-    features = {name: value for name, value in named.items() if name != TARGET and not isinstance(value, Tensor | np.ndarray)}
+    features = {name: value for name, value in named.items() if name != TARGET and not isinstance(value, Tensor | np.ndarray | Sequence)}
     n, device, dtype = _common(features)
     ops = dispatch.chosen(torch.empty(0, dtype=dtype, device=device), sampling.backend)
     inputs = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kdx.features.arrays import Array
-from kdx.features.rows import Source, rows_of
+from kdx.features.arrays import Labels
+from kdx.features.rows import Source, UnitRows, rows_of
 from kdx.kernels import ambient
 from kdx.kernels.cuda import Backend
 from kdx.kernels.tiles import Rows
@@ -21,6 +21,7 @@ def fss(
     teacher: Source,
     estimator: Estimator = "unbiased",
     *,
+    unit_length: bool = False,
     batch: int | None = None,
     permutations: int = 999,
     confidence: float = 0.95,
@@ -40,6 +41,7 @@ def fss(
     computed in tiles and not kept, so memory grows with n and not with n x n.
     estimator: ``unbiased`` (U-centring) is in [-1, 1] and expected to be 0 for unrelated features. ``biased`` (the V-statistic) is in
     [0, 1] and is about 1 for any two high-dimensional features of few images; it is offered for comparison only.
+    unit_length: divide the features of every image by their Euclidean norm first; the score then compares directions alone.
     batch: the number of images in a set of distances. Images are assigned to batches at random, and inner products are summed over
     batches. By default all images are one set, which is exact.
     permutations: how many permutations of the teacher's images the p-value uses. In batches, and above 256 images, a permutation rotates
@@ -58,13 +60,15 @@ def fss(
     1.0
     """
     named = {"student's features": rows_of(student, "student's features"), "teacher's features": rows_of(teacher, "teacher's features")}
+    if unit_length:
+        named = {name: UnitRows(rows) for name, rows in named.items()}
     return _score(named, correlation, Sampling(estimator, batch, permutations, confidence, seed, backend))
 
 
 @ambient.neutral()
 def rs(
     features: Source,
-    target: Array,
+    target: Labels,
     given: Source | None = None,
     estimator: Estimator = "unbiased",
     *,
@@ -104,7 +108,7 @@ def rs(
 @ambient.neutral()
 def partial_rs(
     features: Source,
-    target: Array,
+    target: Labels,
     given: Source,
     estimator: Estimator = "unbiased",
     *,
@@ -132,12 +136,12 @@ def partial_rs(
     return _score(_relevance_inputs(features, target, given), partial, sampling)
 
 
-def _relevance_inputs(features: Source, target: Array, given: Source | None) -> dict[str, Rows | Array]:
-    named: dict[str, Rows | Array] = {"features": rows_of(features, "features"), TARGET: target}
+def _relevance_inputs(features: Source, target: Labels, given: Source | None) -> dict[str, Rows | Labels]:
+    named: dict[str, Rows | Labels] = {"features": rows_of(features, "features"), TARGET: target}
     return named if given is None else named | {"given features": rows_of(given, "given features")}
 
 
-def _score(named: Mapping[str, Rows | Array], statistic: Statistic, sampling: Sampling) -> Score:
+def _score(named: Mapping[str, Rows | Labels], statistic: Statistic, sampling: Sampling) -> Score:
     """The statistic of these matrices, in this order. The images of the second one are permuted."""
     permuted = list(named)[1]
     sums = inner_products(named, [permuted], sampling)

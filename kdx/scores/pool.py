@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,6 +55,42 @@ def pooled_scores(
     return LayerScores(scores, contrasts)
 
 
+def _mean_scores(
+    products: Tensor, permuted: Sequence[Mapping[str, Tensor]], *, n: int, confidence: float, roles: Collection[str]
+) -> LayerScores:
+    """The means over b batches of their scores and contrasts, from each batch's products [b, r + 1, r + 1] and permuted products.
+
+    Intervals come from the variation between batches. A permutation permutes the images of every batch.
+    """
+    place = {name: index for index, name in enumerate((*roles_among(roles), TARGET))}
+    count, scores, values = len(products), {}, {}
+    for name, definition in scores_among(roles).items():
+        index = torch.tensor([place[matrix] for matrix in definition.matrices])
+        statistic, turned = STATISTICS[definition.statistic], place[definition.permuted]
+        values[name] = statistic(products[:, index[:, None], index])
+        null = torch.stack(
+            [
+                statistic(uncertainty.with_permuted(each, turned, rows[definition.permuted])[..., index[:, None], index])
+                for each, rows in zip(products, permuted, strict=True)
+            ]
+        ).mean(0)
+        value, at_least = float(values[name].mean()), int((null >= values[name].mean() - 1e-12).sum())
+        ends = _interval_of_mean(values[name], confidence, n)
+        p_value = (1 + at_least) / (1 + len(null)) if len(null) else None
+        scores[name] = Score(value, ends, p_value, n, count, "unbiased", confidence, len(null))
+    contrasts = {}
+    for more, less in contrasts_among(roles):
+        difference = values[more] - values[less]
+        contrasts[contrast_name(more, less)] = Contrast(float(difference.mean()), _interval_of_mean(difference, confidence, n, 2.0))
+    return LayerScores(scores, contrasts)
+
+
+def _interval_of_mean(values: Tensor, confidence: float, n: int, limit: float = 1.0) -> tuple[float, float]:
+    """The interval of the mean of independent values [b] in [-limit, limit]."""
+    spread = uncertainty.Spread(float(values.var()) / len(values), 0.0, len(values))
+    return uncertainty.interval(float(values.mean()), spread, confidence, n=n, limit=limit)
+
+
 def adjusted(layers: Mapping[str, LayerScores]) -> dict[str, LayerScores]:
     """The same layers with ``p_adjusted`` in every score: Holm's method over the p-values of the same score at all layers."""
     names = dict.fromkeys(name for layer in layers.values() for name in layer.scores)
@@ -68,19 +104,26 @@ def adjusted(layers: Mapping[str, LayerScores]) -> dict[str, LayerScores]:
 
 
 class Pool:
-    """The scores of a layer over batches that are added one at a time: inner products are summed, and one ratio is taken at the end."""
+    """The scores of a layer over batches that are added one at a time: inner products are summed, and one ratio is taken at the end.
 
-    def __init__(self, roles: Collection[str] = ROLES) -> None:
+    mean: take the mean of the batches' ratios instead, as the authors' code does. It is biased.
+    """
+
+    def __init__(self, roles: Collection[str] = ROLES, *, mean: bool = False) -> None:
         self._roles = roles
+        self._mean = mean
         self._products: list[Tensor] = []
         self._permuted: dict[str, Tensor] = {}
         self._moments: list[Moments | None] = []
+        self._each: list[Mapping[str, Tensor]] = []
 
     def add(self, products: Tensor, permuted: Mapping[str, Tensor], moments: Moments | None) -> None:
         """Add the inner products of a batch; the arguments are fields of `kdx.explain.layer.LayerMeasurement`."""
         self._products.append(products)
         self._permuted = {name: rows + self._permuted[name] if name in self._permuted else rows for name, rows in permuted.items()}
         self._moments.append(moments)
+        if self._mean:
+            self._each.append(permuted)
 
     @property
     def products(self) -> Tensor:
@@ -90,5 +133,7 @@ class Pool:
     def scores(self, *, n: int, confidence: float = 0.95) -> LayerScores:
         """The scores of n images, with intervals from `kdx.scores.uncertainty.pooled_moments`."""
         products = torch.stack(self._products)
+        if self._mean and len(products) > 1:
+            return _mean_scores(products, self._each, n=n, confidence=confidence, roles=self._roles)
         moments = uncertainty.pooled_moments(products, self._moments)
         return pooled_scores(products.sum(0), self._permuted, moments, n=n, batches=len(products), confidence=confidence, roles=self._roles)

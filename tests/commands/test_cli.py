@@ -21,7 +21,7 @@ from kdx.choices import Resizing
 from kdx.cli import app
 from kdx.commands import doctor
 from kdx.distill import TrainingSettings
-from kdx.errors import KdxError
+from kdx.errors import KdxError, Stopped, resumable
 from kdx.export import onnx_file
 from kdx.export.description import describe
 from kdx.export.parity import Difference, ParityReport
@@ -58,7 +58,7 @@ def test_the_version_is_that_of_the_package(run: Run) -> None:
 
 
 def test_the_help_lists_every_command(run: Run) -> None:
-    assert list(COMMANDS) == ["demo", "distill", "export", "explain", "report", "doctor"]
+    assert list(COMMANDS) == ["demo", "distill", "export", "explain", "report", "layers", "doctor"]
     for status, out, err in (run("--help"), run("-h")):
         assert status == 0 and err == ""
         assert all(name in out for name in COMMANDS)
@@ -89,9 +89,11 @@ def test_every_option_of_explain_reaches_the_run(run: Run, monkeypatch: pytest.M
     chosen = RunOptions(
         batch=31, chunk=7, runtime="eager", device="cpu", objective="uniqueness", weighting="elementwise", reference_images=12, split="all",
         precision="bfloat16", permutations=5, confidence=0.9, max_unreadable=0.5, seed=3, features="salient", keep=0.25, noise=0.1,
-        workers=0, geometry="reference", stored_precision="float16", keep_features=True, project=8, max_disk=1.5, max_minutes=7.0,
+        workers=0, geometry="batch", stored_precision="float16", keep_features=True, project=8, max_disk=1.5, max_minutes=7.0,
         gallery=5, gallery_order="wrong", gallery_images=("a.png", "b/c.png"),
-        salient_class="true", salient_score="probability", target=Path("t.npy"), resize="squash", interpolation="bilinear",
+        salient_class="true", salient_score="probability", salient_image="published", ratios="mean", pooled=True,
+            random_baseline=True,
+        target=Path("t.npy"), resize="squash", interpolation="bilinear",
     )  # fmt: skip
     default = RunOptions()
     assert not {field for field in vars(default) if getattr(chosen, field) == getattr(default, field)}
@@ -123,10 +125,10 @@ def test_every_option_of_distill_reaches_the_training(run: Run, monkeypatch: pyt
         "--teacher-epochs 3 --optimizer adamw --weight-decay 0.2 --momentum 0.8 --no-nesterov --schedule step --warm-up 0.3 --milestone 1 "
         "--milestone 2 --gamma 0.4 --label-smoothing 0.1 --clip 5 --accumulate 3 --ema 0.99 --select loss --patience 7 --random-crop 0.4 "
         "--colour-jitter 0.2 --rand-augment 9 --mixup 0.3 --cutmix 0.7 --precision bfloat16 --channels-last --compile --save-minutes 2 "
-        "--max-unreadable 0.5 --resize squash --interpolation bilinear --teacher-cache c"
+        "--max-unreadable 0.5 --resize squash --interpolation bilinear --teacher-cache c --log csv --log wandb --probe 64"
     )
     status, out, _ = run(*command.split())
-    assert status == 0 and "kdx explain digits --models [o]/models.toml" in out
+    assert status == 0 and "kdx explain digits --models '[o]/models.toml' --out RUN" in out
     expected = TrainingSettings(
         method="at", epochs=2, batch=9, learning_rate=0.5, temperature=2.0, alpha=0.25, beta=10.0, seed=6, split_seed=4,
         augment=True, flip=True, student_images=40, image_size=(8, 8), teacher_epochs=3, optimizer="adamw", weight_decay=0.2,
@@ -137,8 +139,9 @@ def test_every_option_of_distill_reaches_the_training(run: Run, monkeypatch: pyt
     )  # fmt: skip
     assert seen[0]["settings"] == expected
     assert all(value != getattr(TrainingSettings(), name) for name, value in vars(expected).items())  # so every setting has an option
-    assert {key: seen[0][key] for key in ("teacher", "student", "out", "layers", "teacher_cache", "device")} == {
-        "teacher": "t", "student": "s", "out": Path("o"), "layers": ["a=b"], "teacher_cache": Path("c"), "device": "cpu",
+    assert {key: seen[0][key] for key in ("teacher", "student", "out", "layers", "teacher_cache", "log", "probe", "device")} == {
+        "teacher": "t", "student": "s", "out": Path("o"), "layers": ["a=b"], "teacher_cache": Path("c"),
+        "log": ["csv", "wandb"], "probe": 64, "device": "cpu",
     }  # fmt: skip
     assert run("distill", "digits", "--teacher", "t", "--student", "s", "--out", "o")[0] == 0
     assert seen[1]["settings"] == TrainingSettings()
@@ -221,11 +224,10 @@ def test_doctor_lists_every_probe_with_a_hint_for_the_broken(run: Run, monkeypat
         ("export --layer layer1", "contains one network"),
         ("export TINY --student TINY --layer layer1", "contains one network"),
         ("export TINY --teacher TINY --layer layer1", "contains one network"),
-        ("export TINY --explainer --student TINY --base TINY --layer layer1", "a student and a base"),
-        ("export TINY --explainer --layer layer1", "a student and a base"),
-        ("export --explainer --student TINY --layer layer1", "a student and a base"),
-        ("export --explainer --base TINY --teacher TINY --layer layer1", "a student and a base"),
-        ("export --explainer --layer layer1", "a student and a base"),
+        ("export TINY --explainer --student TINY --base TINY --layer layer1", "contains a student, and optionally"),
+        ("export TINY --explainer --layer layer1", "contains a student, and optionally"),
+        ("export --explainer --base TINY --teacher TINY --layer layer1", "contains a student, and optionally"),
+        ("export --explainer --layer layer1", "contains a student, and optionally"),
         ("export --explainer --student models.toml:student --base models.toml:base", "No layer was named"),
         ("export --explainer --student models.toml:student --base models.toml:base --layer layer1 --at layer1", "has no cotangent"),
         ("export TINY --layer layer1 --at layer1", "has no cotangent"),
@@ -305,26 +307,36 @@ def test_a_bug_propagates(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- Ctrl-C ----
 
 
+INTERRUPTED = [
+    ("demo", "kdx.commands.demo.run"),
+    ("distill D --teacher t --student s --out O", "kdx.distill.distill"),
+    ("explain D --models m --out R", "kdx.commands.explain.run"),
+    ("export t --layer a", "kdx.commands.export.export"),
+    ("report R", "kdx.report.page.write_page"),
+    ("doctor", "kdx.commands.doctor.probe"),
+]
+
+
+@pytest.mark.parametrize(("command", "function"), INTERRUPTED)
 @pytest.mark.parametrize(
-    ("command", "function", "message"),
-    [
-        ("demo", "kdx.commands.demo.run", "Stopped. Run the same command again to resume."),
-        ("distill D --teacher t --student s --out O", "kdx.distill.distill", "Stopped. Run the same command again to resume."),
-        ("explain D --models m --out R", "kdx.commands.explain.run", "Stopped. Run the same command again to resume."),
-        ("export t --layer a", "kdx.commands.export.export", "Stopped."),
-        ("report R", "kdx.report.page.write_page", "Stopped."),
-        ("doctor", "kdx.commands.doctor.probe", "Stopped."),
-    ],
+    ("interrupt", "message"), [(KeyboardInterrupt, "Stopped."), (Stopped, "Stopped. Run the same command again to resume.")]
 )
 def test_an_interrupt_is_status_130_and_promises_no_more_than_the_command_keeps(
-    command: str, function: str, message: str, run: Run, monkeypatch: pytest.MonkeyPatch
+    command: str, function: str, interrupt: type[KeyboardInterrupt], message: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+        raise interrupt
 
     monkeypatch.setattr(function, interrupted)
     status, _, err = run(*command.split())
     assert (status, err) == (130, f"{message}\n")
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_ctrl_c_promises_to_resume_only_what_was_stored(stored: bool) -> None:
+    with pytest.raises(KeyboardInterrupt) as caught, resumable(lambda: stored):
+        raise KeyboardInterrupt
+    assert isinstance(caught.value, Stopped) == stored
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")

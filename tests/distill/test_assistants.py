@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from kdx.distill import EpochResult, distill
-from kdx.distill.checkpoints import read_preprocessing
 from kdx.export.graphs import Preprocessing
 from kdx.models import models_file
+from kdx.models.checkpoint_files import recorded_preprocessing
 from tests.distill.small import QUICK, STUDENT, TEACHER, summaries
 
 ASSISTANT = "kdx:resnet,width=3,depth=1,stages=2"
@@ -52,10 +52,10 @@ def test_a_chain_is_one_distillation_after_another(teacher: str, tmp_path: Path)
 def test_a_network_that_kdx_trained_teaches_with_the_preprocessing_of_its_training(teacher: str, finished: Path, tmp_path: Path) -> None:
     """The resolution is not given again, and the statistics are those of the first step, whatever the source of the second teacher."""
     trained = models_file.read_models(finished / "models.toml").load("student")
-    assert read_preprocessing(finished / "student.safetensors") == trained.preprocessing
+    assert recorded_preprocessing(finished / "student.safetensors") == trained.preprocessing
     settings = replace(SETTINGS, image_size=None, student_images=20)
     path = distill("digits", teacher=teacher, student=STUDENT, out=tmp_path, settings=settings, report=lambda result: None)
     assert models_file.read_models(path).load("student").preprocessing == trained.preprocessing
-    assert isinstance(read_preprocessing(tmp_path / "base.safetensors"), Preprocessing)
-    assert read_preprocessing(tmp_path / "teacher.safetensors") is None  # a copy of weights that were given
-    assert read_preprocessing(tmp_path / "none.safetensors") is None
+    assert isinstance(recorded_preprocessing(tmp_path / "base.safetensors"), Preprocessing)
+    assert recorded_preprocessing(tmp_path / "teacher.safetensors") is None  # a copy of weights that were given
+    assert recorded_preprocessing(tmp_path / "none.safetensors") is None

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from kdx import models
 from kdx.distill import TrainingSettings, distill
 from kdx.distill.checkpoints import Recipe, is_finished, resume, save_state, save_weights
 from kdx.errors import KdxError
+from kdx.models import ModelsFile, read_models
+from kdx.models.checkpoint_files import read_recipe
+from kdx.runs.split import with_recorded_data
 from tests.distill.small import QUICK, STUDENT, TEACHER, Interruption, stop_at
 
 
@@ -63,3 +70,28 @@ def test_a_checkpoint_in_a_folder_that_is_a_file_is_an_error(tmp_path: Path) -> 
     (tmp_path / "out").touch()
     with pytest.raises(KdxError, match="cannot be written"):
         save_state(tmp_path / "out" / "student.state.pt", {"epoch": 1})
+
+
+def test_a_network_that_is_named_by_its_own_reference_has_the_size_of_its_training(finished: Path) -> None:
+    """kdx:resnet takes 32 x 32 by itself, and these were distilled at 8 x 8."""
+    for role, architecture in (("student", STUDENT), ("teacher", TEACHER)):
+        network = models.load(f"{architecture}@{finished / role}.safetensors", classes=10)
+        assert network.preprocessing == read_models(finished / "models.toml").load(role).preprocessing
+        assert network.preprocessing.size == (8, 8)
+    assert models.load(STUDENT).preprocessing.size == (32, 32)
+
+
+def test_a_models_file_without_data_takes_it_from_the_checkpoints(finished: Path, tmp_path: Path) -> None:
+    written = read_models(finished / "models.toml")
+    by_hand = ModelsFile(finished / "own.toml", written.base, written.student)
+    assert (by_hand.fingerprint, by_hand.split_seed) == (None, None)
+    record = with_recorded_data(by_hand)
+    assert (record.fingerprint, record.split_seed) == (written.fingerprint, written.split_seed)
+    shutil.copy(finished / "base.safetensors", tmp_path / "base.safetensors")
+    recipe = read_recipe(finished / "base.safetensors") | {"split_seed": 7}
+    save_file(load_file(finished / "base.safetensors"), tmp_path / "base.safetensors", metadata={"recipe": json.dumps(recipe)})
+    assert written.base is not None
+    other = replace(by_hand, base=written.base.replace("@base", f"@{tmp_path}/base"))
+    assert with_recorded_data(other) == other  # the checkpoints contradict each other
+    stated = replace(by_hand, data="digits", split_seed=3)
+    assert with_recorded_data(stated) == stated

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def run_and_kill(arguments: list[str], state: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot stop a process and let it go on")
 def test_a_killed_run_ends_with_the_same_weights(finished: Path, tmp_path: Path) -> None:
-    networks = {"teacher": f"{TEACHER}@{finished / 'teacher.safetensors'}", "student": "tests.distill.test_killed:Dropping"}
+    networks: dict[str, Any] = {"teacher": f"{TEACHER}@{finished / 'teacher.safetensors'}", "student": "tests.distill.test_killed:Dropping"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     arguments = ["distill", "digits", *OPTIONS.split(), "--out", str(killed)]
     run_and_kill([*arguments, "--teacher", networks["teacher"], "--student", networks["student"]], killed / "student.state.pt")

@@ -116,7 +116,7 @@ def test_weights_that_have_seen_test_images_are_refused(photos: Path, trained: P
     data = open_data(str(photos))
     tested = [{data.ids[index] for index in stratified_splits(data, seed)["test"]} for seed in (0, 3)]
     seen = len(tested[0] - tested[1])
-    references = {"teacher": TEACHER, "student": STUDENT}
+    references: dict[str, Any] = {"teacher": TEACHER, "student": STUDENT}
     references[role] += f"@{weights}"
     message = rf"The {role}'s weights .* split seed 3, and {seen} of the 20 test images"
     with pytest.raises(KdxError, match=message) as caught:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from kdx.explain.explainer import Explainer, Explanation
+from kdx.explain.explainer import Explainer
+from kdx.explain.results import Explanation
 from kdx.export import onnx_file
 from kdx.export.description import Origin
 from kdx.export.graphs import FeatureGraph, Preprocessing

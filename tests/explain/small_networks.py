@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import kdx
 from kdx import Explainer, KdxError
-from kdx.explain.explainer import Explanation
+from kdx.explain.results import Explanation
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.models.network import Network
-from kdx.roles import MAPS
+from kdx.roles import ROLES, pairs_among
 from kdx.runtimes.choice import Choice
 from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
 from kdx.scores.score import Score
@@ -115,7 +115,7 @@ def assert_same(actual: Explanation[Any], expected: Explanation[Any], tolerance:
     assert list(actual.layers) == list(expected.layers)
     for layer, one in actual.layers.items():
         other = expected.layers[layer]
-        for name in MAPS:
+        for name in pairs_among(ROLES):
             close(getattr(one, name).maps, getattr(other, name).maps, tolerance)
             close(getattr(one, name).weights, getattr(other, name).weights, tolerance)
             assert getattr(one, name).score == pytest.approx(getattr(other, name).score, abs=tolerance)
@@ -149,7 +149,7 @@ def assert_without_teacher(actual: Explanation[Any], expected: Explanation[Any],
 
 def assert_same_maps(actual: Explanation[Any], expected: Explanation[Any], tolerance: float) -> None:
     for layer, one in actual.layers.items():
-        for name in MAPS:
+        for name in pairs_among(ROLES):
             close(getattr(one, name).maps, getattr(expected.layers[layer], name).maps, tolerance)
             assert getattr(one, name).score == pytest.approx(getattr(expected.layers[layer], name).score, abs=tolerance)
 

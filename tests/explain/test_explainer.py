@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import kdx
 from kdx import Explainer, KdxError
-from kdx.explain.explainer import Explanation
 from kdx.explain.networks import NetworkLike
+from kdx.explain.results import Explanation
 from kdx.export.graphs import Preprocessing
 from kdx.models.network import Network
-from kdx.roles import MAPS
+from kdx.roles import ROLES, pairs_among
 from tests.explain.small_networks import (
     EXPLAINED,
     LAYERS,
@@ -40,7 +40,7 @@ from tests.explain.small_networks import (
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", pairs_among(ROLES))
 def test_its_maps_are_unicams(explained: Explanation[Any], layer: str, name: str) -> None:
     role_features = features()
     one, other = EXPLAINED[name]
@@ -91,7 +91,7 @@ def test_an_embedding_of_the_labels_is_the_labels(eager: Explainer, explained: E
 def test_numpy_in_numpy_out(eager: Explainer, explained: Explanation[Any]) -> None:
     actual = eager(images().numpy(), labels().numpy())
     for result in actual.layers.values():
-        for name in MAPS:
+        for name in pairs_among(ROLES):
             assert isinstance(getattr(result, name).maps, np.ndarray) and isinstance(getattr(result, name).weights, np.ndarray)
     assert all(isinstance(logits, np.ndarray) for logits in actual.logits.values())
     assert isinstance(explained.layers["conv1"].distilled.maps, Tensor) and isinstance(explained.logits["base"], Tensor)
@@ -117,7 +117,7 @@ def test_permuting_the_batch_permutes_the_maps(eager: Explainer, explained: Expl
     order = torch.from_numpy(np.random.default_rng(0).permutation(N))
     actual = eager(images()[order], labels()[order])
     for layer, result in actual.layers.items():
-        for name in MAPS:
+        for name in pairs_among(ROLES):
             close(getattr(result, name).maps, getattr(explained.layers[layer], name).maps[order], 1e-5)
         for name, score in result.scores.items():
             assert score.value == pytest.approx(explained.layers[layer].scores[name].value, abs=1e-6)
@@ -137,6 +137,7 @@ def test_the_users_networks_are_left_as_they_were(runtime: str, tmp_path: Path, 
     if runtime == "onnx":
         monkeypatch.setattr("kdx.export.onnx_file._exported", refuse_export)
     with explainer(runtime="auto" if runtime == "onnx" else "eager", folder=tmp_path, **user_networks) as opened:
+        opened.open(SIZE)
         opened(images(), labels())
     for network, earlier in zip(user_networks.values(), before.values(), strict=True):
         for module, unused in zip(network.modules(), earlier.modules(), strict=True):
@@ -182,16 +183,18 @@ def spoiled() -> nn.Module:
         (*wrong(base=spoiled()), "base's features are not finite"),
         ({}, images(), torch.full((N,), 2), "one class"),
         (*wrong(3), "at least 4 images, and there are 3"),
-        (*wrong(0), "at least 4 images, and there are 0"),
+        (*wrong(0), "shape [0, 3, 11, 9]"),
         ({}, images(), labels(12), "12 rows of the target and 13 of images"),
         ({}, images()[:, :1], labels(), "shape [13, 1, 11, 9]"),
         ({}, images()[:, 0], labels(), "shape [13, 11, 9]"),
         ({}, images().flatten(1), labels(), "shape [13, 297]"),
-        ({}, (images() * 255).to(torch.uint8), labels(), "type torch.uint8"),
+        ({}, (images() * 255).int(), labels(), "type torch.int32"),
+        ({}, images(), None, "The images have no labels"),
         ({}, images().fill_(0.5), labels(), "constant"),
         ({}, torch.full((N, 3, *SIZE), float("nan")), labels(), "not finite"),
         ({}, images(), labels().float(), "The target has shape [13]"),
         ({}, np.array(["a"] * N), labels(), "not of numbers"),
+        ({}, images(), ["a"] * N, "one class"),
     ],
 )
 def test_inputs_without_an_explanation_are_an_error(changes: dict[str, Any], pixels: Any, target: Any, message: str) -> None:
@@ -206,10 +209,10 @@ def test_inputs_without_an_explanation_are_an_error(changes: dict[str, Any], pix
         ({"layers": ["conv9"]}, "no layer 'conv9'"),
         ({"layers": ["conv1"]}, "no layer 'conv1'"),  # the teacher's is its stem
         ({"layers": {"stem": "stem"}}, "no layer 'stem'"),
-        ({"layers": [""]}, "no layer ''"),
+        ({"layers": [""]}, "'' is not a layer"),
         ({"layers": []}, "No layer was named"),
         ({"layers": {}}, "No layer was named"),
-        ({"layers": {"conv1": "stem", "conv2": "conv2"}, "teacher": None}, "conv1=stem pairs a layer with one of the teacher's"),
+        ({"layers": {"conv1": "stem", "conv2": "conv2"}, "teacher": None}, "conv1=stem names a layer of the teacher"),
         ({"device": "tpu"}, "'tpu' cannot run here"),
         ({"runtime": "abacus"}, "no runtime 'abacus'"),
         ({"student": "kdx:resnot"}, "resnot"),

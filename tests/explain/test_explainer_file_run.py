@@ -134,3 +134,21 @@ def test_a_run_of_a_file_of_features_is_refused(features_file: Path, pictures: P
     with pytest.raises(KdxError, match="is a file of features, not an explainer"):
         explain.run(str(pictures), features_file, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_class_embeddings_are_the_target_of_a_file_too(pair: Written, pictures: Path, tmp_path: Path) -> None:
+    rows = np.random.default_rng(4).normal(size=(len(CLASSES), 6))
+    np.save(tmp_path / "words.npy", rows)
+    arguments = [pictures, "--models", pair.path, "--out", tmp_path / "run", "--batch", 64, "--permutations", 0]
+    assert commands.status_of("explain", *arguments, "--target", tmp_path / "words.npy") == 0
+    dataset = open_data(str(pictures), CLASSES)
+    (batch,) = random_batches(dataset.labels, 64, 0)
+    with by_pytorch(pair.networks, layers="layer2", permutations=0) as explainer:
+        expected = explainer(load_images(dataset, batch, FIXED).pixels, torch.from_numpy(rows[dataset.labels[batch]])).layers["layer2"]
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())["layers"]["layer2"]["scores"]
+    for name, score in expected.scores.items():
+        assert scores[name]["value"] == pytest.approx(score.value, abs=1e-4)
+    samples = pq.read_table(tmp_path / "run" / "samples.parquet").to_pydict()
+    order = [samples["id"].index(dataset.ids[image]) for image in batch]
+    maps = np.asarray(zarr.open_group(tmp_path / "run" / "maps.zarr", mode="r")["layer2/distilled"])[np.array(samples["row"])[order]]
+    assert worst(torch.from_numpy(maps), expected.distilled.maps) < MAPS_AGREE

@@ -24,7 +24,7 @@ from kdx.export.description import describe
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.kernels import reference
 from kdx.models.network import Network
-from kdx.roles import ROLES, SCORES, maps_among, score_maps_among, scores_among
+from kdx.roles import ROLES, pairs_among, score_maps_among, scores_among
 from kdx.scores.score import Score
 from tests.explain.written_files import (
     CLASSES,
@@ -75,7 +75,7 @@ def assert_explained(file: Written, pixels: Tensor, target: Tensor) -> None:
         distances = [reference.distances(features[role].double().flatten(1)) for role in file.roles]
         assert actual[f"{layer}/distances"].dtype == np.float32
         assert worst(actual[f"{layer}/distances"], torch.stack(distances)) <= MAPS_AGREE
-        for name, (explained, given) in maps_among(file.roles).items():
+        for name, (explained, given) in pairs_among(file.roles).items():
             expected = kdx.unicam(features[explained], features[given], target)
             assert worst(actual[f"{layer}/{name}/maps"], expected.maps) <= MAPS_AGREE
             assert worst(actual[f"{layer}/{name}/weights"], expected.weights) <= MAPS_AGREE
@@ -109,7 +109,7 @@ def test_its_scores_are_those_of_the_functions(trio: Written) -> None:
     pixels, labels = images(9, (16, 12), seed=6), torch.arange(9) % 3
     actual = trio.run(pixels, torch.eye(3)[labels])
     for layer, features in trio.eager(pixels)[1].items():
-        scores = dict(zip(SCORES, actual[f"{layer}/scores"].tolist(), strict=True))
+        scores = dict(zip(scores_among(trio.roles), actual[f"{layer}/scores"].tolist(), strict=True))
         assert scores == pytest.approx({name: score.value for name, score in by_functions(features, labels).items()}, abs=SCORES_AGREE)
 
 
@@ -140,13 +140,18 @@ def test_four_images_have_scores_and_no_maps(which: str, request: pytest.Fixture
         assert dict(zip(describe(file.path).scores, few[f"{layer}/scores"].tolist(), strict=True)) == pytest.approx(
             by_definition(features, one_hot(4, 2)), abs=SCORES_AGREE
         )
-        for name in maps_among(file.roles):
+        for name in pairs_among(file.roles):
             assert np.abs(few[f"{layer}/{name}/maps"]).max() <= MAPS_AGREE * more[f"{layer}/{name}/maps"].max()
 
 
 def test_its_description(trio: Written, pair: Written) -> None:
     actual = describe(trio.path)
-    assert (actual.kind, actual.layers, actual.scores, actual.image_size) == ("explainer", ("layer1", "relu"), tuple(SCORES), None)
+    assert (actual.kind, actual.layers, actual.scores, actual.image_size) == (
+        "explainer",
+        ("layer1", "relu"),
+        tuple(scores_among(ROLES)),
+        None,
+    )
     assert actual.networks["teacher"].layers == ("layer2", "layer1.0.bn2") and actual.at is None
     for role, model in trio.networks.items():
         about = actual.networks[role]
@@ -217,7 +222,7 @@ def test_onnx_runtime_alone_makes_the_maps(trio: Written, tmp_path: Path) -> Non
         actual = {name.replace("|", "/"): content[name] for name in content.files}
     _, layers = trio.eager(pixels)
     for layer, features in layers.items():
-        for name, (explained, given) in maps_among(ROLES).items():
+        for name, (explained, given) in pairs_among(ROLES).items():
             expected = kdx.unicam(features[explained], features[given], labels)
             assert worst(actual[f"{layer}/{name}/maps"], expected.maps) <= MAPS_AGREE
 

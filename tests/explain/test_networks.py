@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from kdx import KdxError
-from kdx.explain.explainer import Explanation
 from kdx.explain.networks import NetworkRunners
+from kdx.explain.results import Explanation
 from kdx.runtimes.choice import Choice
 from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
 from tests.explain.small_networks import (
@@ -125,6 +125,7 @@ def test_tensorrt_runs_engines_of_the_exported_files(
 def test_auto_falls_back_to_eager_with_a_reason(tmp_path: Path, explained: Explanation[Any], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "kdx")
     with explainer(runtime="auto", teacher=Untraceable(3, teacher=True), folder=tmp_path) as opened:
+        opened.open(SIZE)
         actual = opened(images(), labels())
         assert opened.choice.runtime == "eager" and "the export failed" in opened.choice.why and "no tracing here" in opened.choice.why
         assert opened.choice.why in caplog.text
@@ -142,7 +143,7 @@ def test_onnx_by_name_does_not_fall_back(tmp_path: Path) -> None:
 
 def test_the_temporary_folder_is_deleted_with_the_explainer(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr("kdx.explain.networks.is_export_of", lambda *_: True)
+    monkeypatch.setattr("kdx.explain.exported.is_export_of", lambda *_: True)
     exported = files(folder)
     monkeypatch.setattr("kdx.explain.exported.open_file", lambda path, _: _open_in_folder(path, exported))
     with explainer(runtime="onnx", **named_networks()) as opened:

@@ -35,7 +35,7 @@ from kdx.export.graphs import FeatureGraph
 from kdx.models.models_file import read_models, write_models
 from kdx.models.network import Network
 from kdx.models.resnet import resnet
-from kdx.roles import maps_among, score_maps_among
+from kdx.roles import pairs_among, score_maps_among
 from tests.explain.test_graph import ALONE
 from tests.explain.written_files import CLASSES, MAPS_AGREE, SCORES_AGREE, by_definition, by_pytorch, decomposed, images, worst
 
@@ -114,7 +114,7 @@ def assert_near(actual: NDArray[np.float32], expected: Tensor) -> None:
 def assert_of_reference_mode(file: Referenced, actual: Mapping[str, NDArray[np.float32]], pixels: Tensor, labels: Tensor) -> None:
     """Asserts that the outputs are those of kdx with these references: its UniCAM maps, score maps and scores."""
     known, own = file.features(file.references), file.features(pixels)
-    for name, (explained, given) in maps_among(ROLES).items():
+    for name, (explained, given) in pairs_among(ROLES).items():
         among = kdx.ReferenceSet(known[explained], known[given], file.labels)
         expected = kdx.unicam(own[explained], own[given], labels, reference=among)
         assert_near(actual[f"{LAYER}/{name}/maps"], expected.maps)
@@ -161,7 +161,7 @@ def test_kdx_explains_with_it_as_with_the_networks_and_these_references(file: Re
     with Explainer(file=file.path, permutations=19) as ours, by_pytorch(file.networks, layers=LAYER, permutations=19) as theirs:
         theirs.use_references(file.references, file.labels)
         actual, expected = ours(pixels, labels).layers[LAYER], theirs(pixels, labels).layers[LAYER]
-        for name in maps_among(ROLES):
+        for name in pairs_among(ROLES):
             assert worst(getattr(actual, name).maps, getattr(expected, name).maps) <= MAPS_AGREE
             assert getattr(actual, name).score == pytest.approx(getattr(expected, name).score, abs=SCORES_AGREE)
         for score, value in expected.scores.items():  # of the batch, as in reference mode

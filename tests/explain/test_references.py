@@ -10,7 +10,7 @@ import torch
 
 import kdx
 from kdx import KdxError
-from kdx.explain.explainer import Explanation
+from kdx.explain.results import Explanation
 from tests.explain.small_networks import EXPLAINED, LAYERS, N, close, explainer, features, images, labels
 
 

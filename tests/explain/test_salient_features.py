@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import kdx
 from kdx import KdxError
-from kdx.explain.explainer import Explanation
-from kdx.export.graphs import FeatureGraph
+from kdx.explain.results import Explanation
+from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.maps.salient_images import Salience
+from kdx.models.network import Network
 from kdx.runtimes.choice import Choice
 from tests.explain.small_networks import (
     LAYERS,
@@ -101,6 +102,34 @@ def test_salient_features_of_the_true_class_and_of_its_probability() -> None:
             assert embedded.scores[name].value == pytest.approx(value.value, abs=1e-12)
 
 
+def test_published_salient_features_step_by_step() -> None:
+    """The steps of docs/published.md in NumPy, with each network's pixels ranked at its deepest layer, and its own preprocessing undone."""
+    mean, std = 0.4, 0.25
+    features: dict[str, dict[str, Tensor]] = {layer: {} for layer in LAYERS}
+    pixels, given = images().double(), {}
+    for role, network in networks().items():
+        double = network.double()
+        given[role] = Network(role, double, Preprocessing(None, (mean,), (std,)))
+        ending = nn.Sequential(double, nn.Softmax(1)).eval()
+        deepest = list(LAYERS.values())[-1] if role == "teacher" else list(LAYERS)[-1]
+        cam = kdx.hires_cam(ending, (pixels - mean) / std, f"0.{deepest}", labels()).at_size(SIZE).numpy()
+        kept = 1 - cam < np.percentile(1 - cam, 50, axis=(1, 2), keepdims=True)
+        kept[~kept.any((1, 2))] = True
+        imputed = kdx.impute((pixels.numpy() - mean) / std, kept)
+        spread = imputed.std((1, 2, 3), keepdims=True) + 1e-5
+        shown = np.floor(255 * np.clip(0.1 * (imputed - imputed.mean((1, 2, 3), keepdims=True)) / spread + 0.5, 0, 1)) / 255
+        with torch.no_grad():
+            for layer, other in LAYERS.items():
+                name = other if role == "teacher" else layer
+                _, features[layer][role] = FeatureGraph(double, [name])(torch.from_numpy(shown))
+    settings: dict[str, Any] = {"salient_class": "true", "salient_score": "probability", "salient_image": "published"}
+    with explainer(**given, features="salient", **settings) as opened:
+        actual = opened(pixels, labels())
+    for layer, result in actual.layers.items():
+        for name, value in result.scores.items():
+            assert value.value == pytest.approx(score_of(name, features[layer]).value, abs=1e-6)
+
+
 def test_references_map_and_salient_features_score(salient: Explanation[Any]) -> None:
     actual = []
     for settings in ({}, {"features": "salient", "keep": 0.4}):
@@ -127,7 +156,7 @@ def test_noise_is_each_networks_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that two networks' images share would raise their similarity."""
     seeds = []
 
-    def recorded(self: Salience, pixels: Tensor, maps: Tensor, seed: int = 0) -> Tensor:
+    def recorded(self: Salience, pixels: Tensor, maps: Tensor, seed: int = 0, preprocessing: Preprocessing = Preprocessing()) -> Tensor:
         seeds.append(seed)
         return pixels
 
@@ -196,6 +225,7 @@ def test_auto_falls_back_where_gradients_cannot_be_exported(
         shutil.copy2(file, tmp_path)
     monkeypatch.setattr("kdx.export.onnx_file._exported", refuse_export)
     with explainer(runtime="auto", folder=tmp_path, **named_networks(), features="salient", keep=0.4) as opened:
+        opened.open(SIZE)
         actual = opened(images(), labels())
         assert opened.choice.runtime == "eager" and "No export in this test." in opened.choice.why
     assert_same(actual, salient, 1e-6)

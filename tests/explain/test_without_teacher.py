@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdx.explain.explainer import Explanation
+from kdx.explain.results import Explanation
 from tests.explain.small_networks import LAYERS, assert_without_teacher, explainer, files, images, labels
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kdx.errors import KdxError
-from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing, as_map, find_layer
+from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
+from kdx.export.layer_names import find_layer
+from kdx.export.layouts import checked_feature
 from kdx.models.resnet import resnet
 
 MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)
@@ -52,50 +53,7 @@ def hook_count(module: nn.Module) -> int:
     return sum(len(child._forward_hooks) for child in module.modules())
 
 
-# ---- as_map ----
-
-
-def test_tokens_become_a_grid_of_the_images_aspect_ratio() -> None:
-    tokens = torch.rand(2, 33, 5)
-    feature = as_map(tokens, "blocks.0", (64, 128))  # a class token and 4 x 8 patches of 16
-    assert torch.equal(feature, tokens[:, 1:].transpose(1, 2).reshape(2, 5, 4, 8))
-    with pytest.raises(KdxError, match="aspect"):
-        as_map(torch.rand(2, 50, 5), "blocks.0", (96, 160))
-
-
-@pytest.mark.parametrize(("image", "grid"), [((224, 224), (7, 7)), ((96, 160), (3, 5)), ((100, 75), (13, 10)), ((32, 32), (1, 1))])
-@pytest.mark.parametrize("channels", [3, 13, 96])
-def test_the_images_aspect_ratio_identifies_channels_last(image: tuple[int, int], grid: tuple[int, int], channels: int) -> None:
-    """Windowed transformers return [n, H, W, C]. If both layouts fit, channels come first."""
-    feature = torch.rand(2, channels, *grid)
-    assert as_map(feature, "layer", image) is feature
-    last = feature.permute(0, 2, 3, 1)
-    if channels == 96:
-        assert torch.equal(as_map(last, "layer", image), feature)
-
-
-def test_a_map_is_returned_as_it_is() -> None:
-    feature = torch.rand(3, 5, 7, 2)
-    assert as_map(feature, "layer", (9, 7)) is feature
-
-
-@pytest.mark.parametrize("prefix", [0, 1, 2, 5, 8])
-def test_tokens_become_the_grid_after_their_prefix(prefix: int) -> None:
-    n, side, channels = 2, 5, 3
-    tokens = np.random.default_rng(prefix).normal(size=(n, prefix + side * side, channels))
-    expected = np.empty((n, channels, side, side))
-    for image in range(n):
-        for row in range(side):
-            for column in range(side):
-                expected[image, :, row, column] = tokens[image, prefix + row * side + column]
-    np.testing.assert_array_equal(as_map(torch.from_numpy(tokens), "blocks.0", (9, 9)).numpy(), expected)
-
-
-def test_a_vector_becomes_a_map_of_one_position() -> None:
-    vector = torch.rand(3, 11)
-    feature = as_map(vector, "fc", (9, 9))
-    assert feature.shape == (3, 11, 1, 1)
-    assert torch.equal(feature.flatten(1), vector)
+# ---- the output of a layer ----
 
 
 @pytest.mark.parametrize(
@@ -107,19 +65,12 @@ def test_a_vector_becomes_a_map_of_one_position() -> None:
         (None, "NoneType"),
         (torch.ones(2, 3, 4, 4, dtype=torch.int64), "tensor [2, 3, 4, 4]"),
         (torch.rand(5), "tensor [5]"),
-        (torch.rand(2, 3, 4, 5, 6), "tensor [2, 3, 4, 5, 6]"),
     ],
 )
 def test_an_output_that_is_not_a_feature_map_is_an_error_that_names_it(feature: object, description: str) -> None:
     with pytest.raises(KdxError) as caught:
-        as_map(feature, "stage.3", (9, 9))
+        checked_feature(feature, "stage.3")
     assert description in caught.value.problem and "'stage.3'" in caught.value.problem
-
-
-@pytest.mark.parametrize("tokens", [34, 59, 60])  # 9, 10 and 11 more than a square
-def test_a_number_of_tokens_that_is_not_a_grid_is_an_error(tokens: int) -> None:
-    with pytest.raises(KdxError, match=f"The {tokens} tokens of layer 'blocks.1' are not a grid"):
-        as_map(torch.rand(2, tokens, 3), "blocks.1", (9, 9))
 
 
 # ---- find_layer ----

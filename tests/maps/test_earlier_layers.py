@@ -132,7 +132,7 @@ def test_features_of_another_graph_are_refused() -> None:
     with pytest.raises(KdxError, match=r"cotangent has shape .*, and conv2"):
         kdx.unicam_before(network, images, "conv1", feature, given, LABELS, at="conv2")
     with pytest.raises(KdxError, match="12 rows of explained features and 13 of images"):
-        kdx.unicam_before(network, images, "conv1", feature[:12], given, LABELS, at="conv3")
+        kdx.unicam_before(network, images, "conv1", feature[:12], given[:12], LABELS[:12], at="conv3")
     with pytest.raises(KdxError, match="one class"):
         kdx.unicam_before(network, images, "conv1", feature, given, torch.zeros(13).long(), at="conv3")
     with pytest.raises(KdxError, match="does not depend on layer 'conv3'"):

@@ -90,7 +90,8 @@ def test_maps_over_images_are_composites(tmp_path: Path) -> None:
 def layer_result() -> kdx.LayerResult[Any]:
     new, missed = (Maps(torch.rand(3, 2, 2), torch.rand(3, 6), 0.0) for _ in range(2))
     maps = {symbol: Decomposition(torch.randn(3, 7, 7), torch.randn(3, 7, 7), None, 0.0) for symbol in ("RS(S)", "RS(S) - RS(B)")}
-    return kdx.LayerResult(Maps(torch.rand(3, 7, 7), torch.rand(3, 6), 0.0), new, missed, None, maps, {}, {})
+    unicam = {"distilled": Maps(torch.rand(3, 7, 7), torch.rand(3, 6), 0.0), "residual": new, "missed": missed}
+    return kdx.LayerResult(unicam, maps, {}, {})
 
 
 def titles(figure: Any) -> list[str]:
@@ -100,7 +101,7 @@ def titles(figure: Any) -> list[str]:
 def test_a_layer_and_an_explanation_name_kinds_and_grids() -> None:
     layer = layer_result()
     images = np.zeros((3, 3, 16, 16), np.float32)
-    assert titles(layer.figure(images)) == ["image", "RS(S) − RS(B) (7 × 7)", "RS(S) (7 × 7)", "distilled (7 × 7)"]
+    assert titles(layer.figure(images)) == ["image", "RS(S) − RS(B) (7 × 7)", "RS(S) (7 × 7)", "distilled (7 × 7)", "missed (2 × 2)"]
     assert titles(layer.figure(kinds=["residual", "missed"], index=1)) == ["residual (2 × 2)", "missed (2 × 2)"]
     explanation = kdx.Explanation({"layer3": layer, "layer4": layer}, {"student": torch.zeros(3, 5)})
     figure = explanation.figure(images, index=[2, 0])

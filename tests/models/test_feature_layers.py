@@ -9,6 +9,8 @@ from torch import nn
 from kdx import models
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph
+from kdx.models.feature_layers import described_layers
+from tests import hooked
 
 
 @pytest.mark.parametrize(
@@ -18,11 +20,11 @@ from kdx.export.graphs import FeatureGraph
         ("timm:resnet18", (64, 64), ["layer1", "layer2", "layer3", "layer4"]),
         ("timm:resnet18d", (64, 64), ["layer1", "layer2", "layer3", "layer4"]),
         ("torchvision:resnet18", (64, 64), ["layer1", "layer2", "layer3", "layer4"]),
-        ("timm:vit_tiny_patch16_224", None, [f"blocks.{index}" for index in range(12)]),
+        ("timm:vit_tiny_patch16_224", None, [f"blocks.{index}" for index in range(11)]),
         ("timm:mobilenetv3_small_100", (64, 64), [f"blocks.{index}" for index in range(6)]),
         ("timm:mixer_s32_224", None, [f"blocks.{index}" for index in range(8)]),
         ("timm:swin_s3_tiny_224", None, [f"layers.{index}" for index in range(4)]),
-        ("timm:pit_ti_224", None, [f"transformers.{index}.blocks" for index in range(3)]),
+        ("timm:pit_ti_224", None, [f"transformers.{index}.blocks" for index in range(2)]),
         ("timm:convnext_atto", (64, 64), [f"stages.{index}" for index in range(4)]),
         ("torchvision:densenet121", (64, 64), [f"features.denseblock{index}" for index in range(1, 5)]),
         ("torchvision:regnet_y_400mf", (64, 64), [f"trunk_output.block{index}" for index in range(1, 5)]),
@@ -79,3 +81,20 @@ def test_layers_of_a_custom_network() -> None:
     assert not any(module._forward_hooks for module in network.modules())
     with pytest.raises(KdxError, match="does not run on an image of 2 x 2"):
         models.layers(network, (2, 2))
+
+
+def test_layers_are_described_with_their_layout_and_the_reason_against_them() -> None:
+    network = hooked.Blocks().eval()
+    first, last = described_layers(network, (12, 9))
+    assert (first.name, first.feature, first.layout, first.source, first.advised) == (
+        "first",
+        (8, 4, 3),
+        "tokens(prefix=1,grid=4x3)",
+        "probe",
+        True,
+    )
+    assert (last.name, last.advised, last.problem) == ("last", False, "No position has a gradient.")
+    (stated,) = described_layers(network, (12, 9), ["first:tokens(prefix=1,grid=2x6)"])
+    assert stated.feature == (8, 2, 6) and stated.source == "stated" and stated.advised
+    (refused,) = described_layers(network, (12, 9), ["first:channels-last"])
+    assert refused.feature is None and "it has 3 axes" in refused.problem

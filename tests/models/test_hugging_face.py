@@ -198,7 +198,7 @@ def test_without_a_processor_the_size_is_that_of_the_configuration(tmp_path: Pat
 
 def test_layers_are_the_stages_and_the_blocks() -> None:
     assert models.layers(residual(), (64, 64)) == [f"resnet.encoder.stages.{index}" for index in range(4)]
-    assert models.layers(transformer(), (32, 32)) == [f"vit.layers.{index}" for index in range(3)]
+    assert models.layers(transformer(), (32, 32)) == [f"vit.layers.{index}" for index in range(2)]
     shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     network = transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**shape))
     assert models.layers(network, (32, 32)) == [f"dinov2.encoder.layer.{index}" for index in range(3)]

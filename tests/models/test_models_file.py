@@ -15,6 +15,7 @@ from kdx.choices import Resizing
 from kdx.errors import KdxError
 from kdx.export.graphs import Preprocessing
 from kdx.models import models_file
+from kdx.models.layer_pairs import parse_layers
 
 SMALL = "kdx:resnet,width=4,depth=1,classes=3"
 
@@ -80,13 +81,34 @@ def test_the_teacher_of_a_models_file_is_optional(tmp_path: Path) -> None:
             load()
 
 
+def test_a_models_file_may_name_a_layer_per_role_and_no_base(tmp_path: Path) -> None:
+    text = """student = 'kdx:resnet,classes=3'
+teacher = 'kdx:resnet,classes=3'
+layers = ['layer1', {student = 'layer2', teacher = 'layer3'}, 'student=layer3,teacher=layer3.0']
+"""
+    (tmp_path / "m.toml").write_text(text)
+    file = models_file.read_models(tmp_path / "m.toml")
+    assert list(file.references) == ["teacher", "student"] and file.base is None
+    assert {names.student: names.teacher for names in parse_layers(file.layers).values()} == {
+        "layer1": "layer1",
+        "layer2": "layer3",
+        "layer3": "layer3.0",
+    }
+    assert (
+        models_file.write_models(tmp_path / "w.toml", student=file.student, teacher=file.teacher, layers=file.layers).layers == file.layers
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("teacher = ", "cannot be read"),
-        ("teacher = 'a:b'", "no base and no student"),
+        ("teacher = 'a:b'", "names no student"),
         ("{roles}\nlayer = ['a']", "unknown key 'layer'\\.\nDid you mean 'layers'"),
         ("{roles}\nlayers = 'a'", "'layers' .* is not a list"),
+        ("{roles}\nlayers = [{teacher = 'a'}]", "is not a layer for each role"),
+        ("{roles}\nlayers = [{student = 'a', tutor = 'b'}]", "is not a layer for each role"),
+        ("{roles}\nlayers = [{student = 1}]", "'layers' .* is not text"),
         ("{roles}\nclasses = [1]", "'classes' .* is not text"),
         ("{roles}\n[data]\nseed = true", "'data.seed' .* is not a whole number"),
         ("{roles}\n[data]\nsed = 1", "unknown key data.'sed'"),

@@ -111,3 +111,16 @@ def test_a_head_of_timm_for_other_classes_is_not_trained(monkeypatch: pytest.Mon
     monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, **{**options, "pretrained": False}))  # no download
     for classes, trained in ((1000, True), (7, False)):
         assert models.load("timm:mobilenetv3_small_050,pretrained=true", classes=classes).trained is trained
+
+
+def test_untrained_networks_are_the_architecture_as_its_library_initialises_it() -> None:
+    state = torch.random.get_rng_state()
+    reference = "kdx:resnet,width=4,depth=1,classes=3"
+    one, same, other = (models.untrained(f"{reference}@nowhere.pt", seed=seed) for seed in (5, 5, 6))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(5)
+    assert one.weights_hash == same.weights_hash == models.load(reference).weights_hash != other.weights_hash
+    assert not one.trained and not one.module.training
+    for known_to_the_user in ("net.pt2", "tests.models.nets:factory"):
+        with pytest.raises(KdxError, match="initialises its weights is not known"):
+            models.untrained(known_to_the_user)

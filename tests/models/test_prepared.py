@@ -189,3 +189,11 @@ def test_dropout_that_stays_on_is_refused_by_every_entry() -> None:
         explainer = kdx.Explainer(student=network, base=Net(), layers=["block"], runtime=runtime)
         with explainer, pytest.raises(KdxError, match=r"'block.2' \(Dropout\)"):
             explainer.explain(IMAGES, torch.tensor([0, 1, 0, 1, 2]))
+
+
+def test_a_copy_and_a_loaded_network_are_of_use_outside_of_inference_mode() -> None:
+    network = Net()
+    with torch.inference_mode():
+        modules = [prepared(network), models.load("kdx:resnet,width=4,depth=1,classes=3").module]
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    assert tensors and not any(tensor.is_inference() for tensor in tensors)

@@ -22,10 +22,11 @@ def test_the_first_map_is_of_what_the_student_has_and_the_base_does_not(run: Pat
     assert kinds[0].name == "rs_student_minus_base" and kinds[0].label == "RS(S) − RS(B)"
     assert {kind.name for kind in kinds} | set(kinds_left_out(record)) == set(record.map_kinds)
     assert set(kinds_left_out(record)) == {
-        "rs_teacher", "rs_base_given_student", "rs_teacher_given_student", "rs_student_given_teacher", "fss_teacher",
+        "rs_student_minus_teacher", "rs_teacher",
+        "rs_base_given_student", "rs_teacher_given_student", "rs_student_given_teacher", "fss_teacher",
     }  # fmt: skip
     old = page_kinds(read_run(make_run(tmp_path / "old", gallery=0, score_maps=False)))
-    assert [kind.name for kind in old] == ["distilled", "residual", "missed", "new"] and shown_first(old) == old
+    assert [kind.name for kind in old] == ["distilled", "residual", "missed", "new"] and shown_first(record, old) == old
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def test_a_stopped_run_without_a_teacher_resumes(folder: Path, pair: Path, tmp_p
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "complete"
 
 
+@pytest.mark.slow
 def test_the_references_are_recorded_even_if_the_run_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = replace(OPTIONS, geometry="reference", reference_images=10)
     with monkeypatch.context() as patch:

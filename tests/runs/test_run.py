@@ -22,7 +22,7 @@ from kdx.data.batches import random_batches
 from kdx.data.dataset import open_data
 from kdx.data.images import load_images
 from kdx.models import models_file
-from kdx.roles import MAPS, ROLES, score_maps_among
+from kdx.roles import ROLES, pairs_among, score_maps_among
 from kdx.scores import uncertainty
 from tests.runs.small_run import CLASSES, OPTIONS, SIZE, results, run, same
 
@@ -46,7 +46,7 @@ def test_a_run_stores_the_explainers_results(folder: Path, finished: Path) -> No
             for role in ROLES:
                 assert [row[f"{role}_prediction"] for row in rows] == expected.logits[role].argmax(1).tolist()
             for layer, actual in expected.layers.items():
-                for name in MAPS:
+                for name in pairs_among(ROLES):
                     stored = np.asarray(group[f"{layer}/{name}"])[[row["row"] for row in rows]]
                     assert np.allclose(stored, getattr(actual, name).maps, rtol=1e-4, atol=1e-6)
 
@@ -58,7 +58,7 @@ def test_files_agree_with_each_other(finished: Path) -> None:
     assert not (finished / "progress").exists()
     with (finished / "scores.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert len(table) == 3 + 2 * (9 + 3)
+    assert len(table) == 3 + 2 * (9 + 4)
     for row, role in zip(table[:3], ("T", "B", "S"), strict=True):
         assert (row["layer"], row["score"], row["n"]) == ("", f"accuracy({role})", "29")
     for row in table[3:]:

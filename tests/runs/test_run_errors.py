@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 import kdx
 from kdx.commands import explain
 from kdx.models.layer_pairs import parse_layers
+from kdx.runs.record import read_run
 from tests.runs.small_run import OPTIONS, run
 
 
 def test_a_teachers_layer_without_a_teacher_is_refused(folder: Path, pair: Path, tmp_path: Path) -> None:
-    with pytest.raises(kdx.KdxError, match="layer2=layer3 pairs a layer with one of the teacher's"):
+    with pytest.raises(kdx.KdxError, match="layer2=layer3 names a layer of the teacher, but there is no teacher"):
         explain.run(str(folder / "pictures"), pair, tmp_path / "run", ("layer2=layer3",), OPTIONS)
     assert not (tmp_path / "run").exists()
 
@@ -29,6 +31,10 @@ def test_a_teachers_layer_without_a_teacher_is_refused(folder: Path, pair: Path,
         (("",), "'' is not a layer"),
         (("a=b", "c", "a=c"), "'a' is named twice"),
         (("a", "a"), "'a' is named twice"),
+        (("student=a,teacher=b", "a"), "'a' is named twice"),
+        (("student=a,student=b",), "layer of a role twice"),
+        (("teacher=b",), "is not a layer for each role"),
+        (("student=a,base=",), "is not a layer for each role"),
     ],
 )
 def test_malformed_layers_are_refused(names: tuple[str, ...], message: str) -> None:
@@ -37,7 +43,10 @@ def test_malformed_layers_are_refused(names: tuple[str, ...], message: str) -> N
 
 
 def test_layers_are_paired() -> None:
-    assert parse_layers(("a", "b=c", "d=a=b")) == {"a": "a", "b": "c", "d": "a=b"}
+    parsed = parse_layers(("a", "b=c", "d=a=b", "student=e,teacher=f.0", "student=g:x,base=h[1],teacher=i,j=k"))
+    expected = {"a": ("a", "a"), "b": ("b", "c"), "d": ("d", "a=b"), "e": ("e", "f.0"), "g:x": ("h[1]", "i,j=k")}
+    assert {layer: (names.base, names.teacher) for layer, names in parsed.items()} == expected
+    assert parse_layers([str(names) for names in parsed.values()]) == parsed
 
 
 def test_without_a_layer_the_error_lists_the_layers(folder: Path, tmp_path: Path) -> None:
@@ -90,3 +99,27 @@ def test_identical_student_and_base_are_refused(folder: Path, tmp_path: Path) ->
     shutil.copy(folder / "base.safetensors", tmp_path / "copy" / "student.safetensors")
     with pytest.raises(kdx.KdxError, match="Nothing is left of the explained features"):
         run(tmp_path / "copy", tmp_path / "run")
+
+
+def test_a_corrected_command_runs_in_the_folder_of_one_that_failed(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.copy(folder / "base.safetensors", tmp_path / "copy" / "student.safetensors")
+    with pytest.raises(kdx.KdxError, match="Nothing is left"):
+        run(tmp_path / "copy", tmp_path / "run")
+    run(folder, tmp_path / "run")  # with other weights
+    assert (tmp_path / "run" / "report.html").exists()
+    with pytest.raises(kdx.KdxError, match=r"^Teacher: The network has no layer 'layr3'"):
+        run(folder, tmp_path / "new", layers=("layr3",))
+
+
+def test_a_reference_set_is_as_large_as_the_data(folder: Path, tmp_path: Path, lines: list[str]) -> None:
+    options = replace(OPTIONS, geometry="reference", reference_images=5000)
+    explain.run(str(folder / "pictures"), folder / "models.toml", tmp_path / "run", (), options, announce=lines.append)
+    assert any("with 29 reference images (all that there are, instead of 5,000)" in line for line in lines)
+    assert read_run(tmp_path / "run").reference_images == 29
+    assert "29 reference images" in (tmp_path / "run" / "report.html").read_text()
+    assert "5,000 reference images" not in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_manifest_names_the_runtime_that_ran(finished: Path) -> None:
+    assert json.loads((finished / "manifest.json").read_text())["environment"]["runtime"] == "eager on cpu"

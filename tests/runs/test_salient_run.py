@@ -59,7 +59,7 @@ def test_a_runs_scores_are_the_explainers(folder: Path, tmp_path: Path) -> None:
 def test_every_batch_has_its_own_noise(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
 
-    def recorded(self: Salience, pixels: torch.Tensor, maps: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    def recorded(self: Salience, pixels: torch.Tensor, maps: torch.Tensor, seed: int = 0, *_: object) -> torch.Tensor:
         seeds.append(seed)
         return pixels
 

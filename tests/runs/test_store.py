@@ -98,9 +98,36 @@ def test_a_folder_has_one_run_and_one_writer(tmp_path: Path) -> None:
     other = cast(Configuration, {**CONFIGURATION, "data": "cifar10", "fingerprint": "cd34", "seed": 1})
     with Store.begin(tmp_path / "run", CONFIGURATION, CONTEXT), pytest.raises(KdxError, match="Another process is writing"):
         Store.begin(tmp_path / "run", CONFIGURATION, CONTEXT)
+    with Store.begin(tmp_path / "run", CONFIGURATION, CONTEXT) as store:
+        store.write_batch(0, 3, 3, {LAYER: {"distilled": np.ones((3, 2, 2), np.float32)}}, record())
     with pytest.raises(KdxError, match=r"another run \(it differs in data, fingerprint, seed\)"):
         Store.begin(tmp_path / "run", other, CONTEXT)
     Store.begin(tmp_path / "run", CONFIGURATION, CONTEXT).close()  # a refusal unlocks the folder
+
+
+def test_a_run_without_results_gives_way_to_a_corrected_command(tmp_path: Path) -> None:
+    """Before anything is stored, and after an error; a run that was stopped is kept."""
+    folder, other = tmp_path / "run", cast(Configuration, {**CONFIGURATION, "seed": 1})
+    maps = {LAYER: {"distilled": np.ones((3, 2, 2), np.float32)}}
+    with Store.begin(folder, CONFIGURATION, CONTEXT) as store:
+        assert store.replaces == ""
+    with Store.begin(folder, other, CONTEXT) as store:
+        assert "is replaced (it differs in seed)" in store.replaces
+        store.write_batch(0, 3, 3, maps, record())
+    with pytest.raises(KdxError, match="another run"):
+        Store.begin(folder, CONFIGURATION, CONTEXT)
+    with Store.begin(folder, other, CONTEXT) as store:
+        assert store.replaces == "" and store.has(0)
+        store.fail("The features are constant.")
+    with Store.begin(folder, other, CONTEXT) as store:
+        assert store.has(0)  # the same command still resumes it
+    with Store.begin(folder, CONFIGURATION, CONTEXT) as store:
+        assert store.replaces and not store.has(0) and not (folder / "maps.zarr").exists()
+        assert "failure" not in store.manifest and "seed" not in store.manifest["configuration"]
+        store.write_batch(0, 3, 3, maps, record())
+        store.finish("now", {"planned": 3, "explained": 3, "unreadable": []})
+    with pytest.raises(KdxError, match="another run"):
+        Store.begin(folder, other, CONTEXT)
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from kdx import Explainer, KdxError
-from kdx.explain.explainer import Explanation
 from kdx.explain.graph import explainer_graph
+from kdx.explain.results import Explanation
 from kdx.export import onnx_file, parity
 from kdx.export.description import Origin, describe
 from kdx.export.explainer_graphs import Graph
 from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
 from kdx.models.network import Network
 from kdx.models.resnet import resnet
-from kdx.roles import MAPS
 from kdx.runs.run import RunOptions, _recorded_options
 from kdx.runtimes import openvino
 from kdx.runtimes.choice import Choice, open_file
@@ -217,17 +216,20 @@ def explained(**settings: Any) -> Explanation[Any]:
         return explainer(images(32), torch.arange(32) % 4)
 
 
+@pytest.mark.slow
 def test_the_explainer_gives_the_same_results_in_openvino(networks: dict[str, Network], files: dict[str, Path], tmp_path: Path) -> None:
     expected = explained(**networks, runtime="eager")
     by_networks = explained(**networks, runtime="openvino", folder=tmp_path, chunk=5)
     assert sorted(path.stem.partition("-")[0] for path in tmp_path.glob("*.onnx")) == ["base", "student", "teacher"]
     by_file = explained(file=files["explainer"], layers=["layer2"], runtime="openvino")
-    for actual, layers, maps in ((by_networks, LAYERS, MAPS), (by_file, ["layer2"], ("distilled", "residual"))):
+    trio, pair = ("distilled", "residual", "missed", "new"), ("distilled", "residual")
+    for actual, layers, maps in ((by_networks, LAYERS, trio), (by_file, ["layer2"], pair)):
         assert list(actual.layers) == list(layers)
         for layer in layers:
             ours, theirs = actual.layers[layer], expected.layers[layer]
+            assert tuple(ours.unicam) == maps
             for name in maps:
-                assert error(getattr(ours, name).maps, getattr(theirs, name).maps) <= MAPS_AGREE
+                assert error(ours.unicam[name].maps, theirs.unicam[name].maps) <= MAPS_AGREE
             for name, score in ours.scores.items():
                 assert score.value == pytest.approx(theirs.scores[name].value, abs=1e-5)
 
@@ -247,14 +249,15 @@ def test_bfloat16_is_used_only_on_request(files: dict[str, Path]) -> None:
 
 
 @needs_bfloat16
+@pytest.mark.slow
 def test_maps_and_scores_of_bfloat16_features_agree(networks: dict[str, Network], tmp_path: Path) -> None:
     exact = explained(**networks, runtime="openvino", folder=tmp_path)
     rounded = explained(**networks, runtime="openvino", folder=tmp_path, precision="bfloat16")
     most, least = ROUNDED_MAPS
     for layer in LAYERS:
         ours, theirs = rounded.layers[layer], exact.layers[layer]
-        for name in MAPS:
-            actual, expected = (getattr(result, name).scaled((31, 27)).flatten() for result in (ours, theirs))
+        for name in theirs.unicam:
+            actual, expected = (result.unicam[name].scaled((31, 27)).flatten() for result in (ours, theirs))
             assert 0 < float((actual - expected).abs().mean()) <= most, (layer, name)
             assert float(np.corrcoef(actual, expected)[0, 1]) >= least, (layer, name)
         for name, score in theirs.scores.items():

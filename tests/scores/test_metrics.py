@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import dcor
 import numpy as np
@@ -32,6 +33,8 @@ def test_published_numbers(case: str) -> None:
         (kdx.partial_rs(x, target, y, permutations=9), "dcor_library_partial_xg_given_y"),
     ):
         assert score.value == pytest.approx(float(known[key]), rel=1e-9), key
+    directions = kdx.fss(x, y, "biased", unit_length=True, permutations=0).value
+    assert directions == pytest.approx(float(known["dcor_biased_normalized_xy"]), rel=1e-5)  # the authors' code adds small constants
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -50,6 +53,7 @@ def test_the_partial_score_equals_dcors_on_random_data() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=str)
+@pytest.mark.slow
 def test_every_estimator_equals_dcors_at_a_thousand_images(dtype: torch.dtype, tolerance: float) -> None:
     rng = np.random.default_rng(6)
     x, labels = rng.normal(size=(1000, 64)), rng.integers(0, 6, 1000)
@@ -80,6 +84,17 @@ def test_scale_rotation_shift_and_order_change_nothing(estimator: str) -> None:
     assert kdx.fss(y[order], turned[order], estimator, permutations=0).value == pytest.approx(plain, rel=1e-9)  # type: ignore[arg-type]
     conditional = kdx.rs(x, labels, y, permutations=0).value
     assert kdx.rs(turned[order], labels[order], -3 * y[order], permutations=0).value == pytest.approx(conditional, rel=1e-9)
+
+
+def test_unit_length_compares_directions(tmp_path: Path) -> None:
+    x, y, _ = oracle.features(n=300)
+    lengths = torch.rand(300, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    x[7] = 0
+    expected = kdx.fss(torch.nn.functional.normalize(x.flatten(1)), torch.nn.functional.normalize(y.flatten(1)), permutations=0).value
+    np.save(tmp_path / "x.npy", (lengths * x).numpy())
+    on_disk = np.load(tmp_path / "x.npy", mmap_mode="r")
+    for source in (x, lengths * x, 1e-200 * x, on_disk):
+        assert kdx.fss(source, y if source is not on_disk else y.numpy(), unit_length=True, permutations=0).value == pytest.approx(expected)
 
 
 def test_bounds() -> None:
@@ -145,6 +160,7 @@ def test_products_of_a_permuted_target_of_classes_are_those_of_its_matrix(labels
     assert uncertainty.permuted_target_products(matrices, target, table[:0]).shape == (0, 2)
 
 
+@pytest.mark.slow
 def test_p_values_of_many_unrelated_images_are_uniform() -> None:
     """In tiles and in batches, where permutations rotate parts of the images. The images are sorted by class, as in a folder of folders."""
     rng = np.random.default_rng(3)
@@ -253,8 +269,8 @@ def test_bad_input() -> None:
     for seed in (-1, 2**63):
         with pytest.raises(ValueError, match="seed"):
             kdx.fss(x, y, seed=seed)
-    with pytest.raises(TypeError):
-        kdx.rs(x, [0, 1])  # type: ignore[arg-type]
+    with pytest.raises(kdx.KdxError, match="2 rows of the target"):
+        kdx.rs(x, [0, 1])
     many, few = torch.randn(600, 3), torch.randn(600, 3)
     many[[7, 500]] = torch.nan
     with pytest.raises(kdx.KdxError, match="rows 7, 500"):

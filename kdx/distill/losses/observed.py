@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from kdx.distill.losses.base import Outputs, Requirements
 from kdx.errors import KdxError
-from kdx.export.graphs import FeatureGraph, find_layer
+from kdx.export.graphs import FeatureGraph
+from kdx.export.layer_names import find_layer
 from kdx.kernels import geometry
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish)

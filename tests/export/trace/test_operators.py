@@ -122,7 +122,7 @@ def test_the_operators_of_networks_have_gradients_in_onnx(rest: Callable[[Tensor
 
 
 class Windows(nn.Module):
-    """Attention inside windows, as queries, keys and values of five dimensions, and over all tokens, of three; then a layer."""
+    """Attention over all tokens, of three dimensions, inside windows, of five, and by heads, of four; then a layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,6 +141,9 @@ class Windows(nn.Module):
         windows = self.project(single).unflatten(1, (3, 10)).unflatten(3, (3, 2, 4)).permute(3, 0, 1, 4, 2, 5)[..., ::2, :]
         query, key, value = windows.unbind(0)
         inside = F.scaled_dot_product_attention(query, key, value, self.seen).transpose(2, 3).flatten(3).flatten(1, 2)
+        heads = (part.unflatten(2, (2, 4)).transpose(1, 2) for part in self.project(inside).chunk(3, -1))
+        query, key, value = heads
+        inside = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(inside.shape)  # a view after PyTorch's kernel
         logits: Tensor = self.fc(self.after(inside.transpose(1, 2).unflatten(2, (3, 5))).mean((2, 3)))
         return logits
 

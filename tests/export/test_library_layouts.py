@@ -1,0 +1,136 @@
+"""What timm and transformers state about their layouts, against their own reshaping and against what a probe shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kdx
+from kdx.export.graphs import FeatureGraph
+from kdx.export.layouts import Decider
+
+pytestmark = pytest.mark.slow
+
+SIZE = (64, 64)
+
+
+def pixels(n: int = 2, size: tuple[int, int] = SIZE) -> Tensor:
+    return torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(2), dtype=torch.float32)
+
+
+def hiera() -> Any:
+    from timm.models.hiera import Hiera
+
+    torch.manual_seed(0)
+    stages: dict[str, Any] = {"embed_dim": 16, "num_heads": 1, "stages": (1, 2, 1, 1), "mask_unit_size": (8, 8)}
+    network: Any = Hiera(img_size=SIZE, num_classes=5, **stages)
+    nn.init.normal_(network.head.fc.weight)
+    return network.eval()
+
+
+def swin() -> Any:
+    import timm
+
+    torch.manual_seed(0)
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        img_size=SIZE,
+        window_size=4,
+        embed_dim=24,
+        depths=(2, 2),
+        num_heads=(2, 2),
+        num_classes=5,
+    ).eval()
+
+
+def vision_transformer(**arguments: Any) -> Any:
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=SIZE, patch_size=16, embed_dim=24, depth=3, num_heads=2, num_classes=5, **arguments).eval()
+
+
+NETWORKS = {
+    "hiera": (hiera, "blocks.{}"),
+    "swin": (swin, "layers.{}"),
+    "class token": (vision_transformer, "blocks.{}"),
+    "registers": (lambda: vision_transformer(reg_tokens=4), "blocks.{}"),
+    "no class token": (lambda: vision_transformer(class_token=False, global_pool="avg"), "blocks.{}"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_features_are_those_of_timms_own_reshaping(name: str) -> None:
+    network, layer = NETWORKS[name][0](), NETWORKS[name][1]
+    images = pixels()
+    with torch.no_grad():
+        features = network.forward_intermediates(images, norm=False, intermediates_only=True, output_fmt="NCHW")
+        places = network.stage_ends if name == "hiera" else range(len(features))
+        for place, expected in zip(places, features, strict=True):
+            graph = FeatureGraph(network, [layer.format(place)])
+            torch.testing.assert_close(graph(images)[1], expected)
+            assert {decided.source for decided in graph.decisions.values()} == {"timm"}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_probe_shows_what_timm_states(name: str) -> None:
+    network, layer = NETWORKS[name][0](), NETWORKS[name][1].format(0)
+    graph = FeatureGraph(network, [layer])
+    graph.decide_for(SIZE)
+    shown = Decider(network, lambda images: graph.watch(images)[1], SIZE, graph.mean)._probe.layout(layer, [])
+    # The overlapping patches of Hiera show no token of its own for each position, and no known order: the probe does not decide.
+    assert shown == (None if name == "hiera" else graph.decisions[layer, SIZE].layout)
+
+
+@pytest.mark.parametrize("block", [0, 2, 3])
+def test_class_maps_of_hiera_are_those_of_autograd_and_reroll(block: int) -> None:
+    network, images = hiera(), pixels()
+    kept: list[Tensor] = []
+    handle = network.blocks[block].register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+    logits = network(images)
+    handle.remove()
+    (gradient,) = torch.autograd.grad(logits[:, 3].sum(), kept[0])
+    feature, gradient = (network.reroll(part.detach(), block).permute(0, 3, 1, 2) for part in (kept[0], gradient))
+    expected = (gradient.mean((2, 3), keepdim=True) * feature).sum(1).relu()
+    torch.testing.assert_close(kdx.grad_cam(network, images, f"blocks.{block}", 3).maps, expected, rtol=1e-3, atol=1e-6)
+    elementwise = (gradient * feature).sum(1).relu()
+    torch.testing.assert_close(kdx.hires_cam(network, images, f"blocks.{block}", 3).maps, elementwise, rtol=1e-3, atol=1e-6)
+
+
+def test_rows_in_swins_windows_are_refused() -> None:
+    with pytest.raises(kdx.KdxError, match=r"'layers.0.blocks.0.attn.proj' returns \d+ rows for 3 images"):
+        kdx.grad_cam(swin(), pixels(), "layers.0.blocks.0.attn.proj", 0)
+
+
+def transformer(kind: str) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    arguments = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "patch_size": 16}
+    config = getattr(transformers, f"{kind}Config")(image_size=64, num_labels=5, **arguments)
+    network: nn.Module = transformers.AutoModelForImageClassification.from_config(config)
+    return network.eval()
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2WithRegisters"])
+def test_a_probe_shows_what_transformers_states(kind: str) -> None:
+    network = transformer(kind)
+    layer = kdx.models.layers(network, SIZE)[0]
+    graph = FeatureGraph(network, [layer])
+    graph.decide_for(SIZE)
+    assert graph.decisions[layer, SIZE].source == "transformers"
+    shown = Decider(network, lambda images: graph.watch(images)[1], SIZE, graph.mean)._probe.layout(layer, [])
+    assert shown == graph.decisions[layer, SIZE].layout
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_default_layer_of_an_advised_network_has_a_map(name: str) -> None:
+    network = NETWORKS[name][0]()
+    advised = kdx.models.layers(network, SIZE)
+    if name in ("class token", "registers"):
+        assert advised == ["blocks.0", "blocks.1"]  # after blocks.2, the head reads only the class token
+    maps = kdx.grad_cam(network, pixels(), classes=1).maps
+    assert maps.shape[0] == 2 and bool(maps.any())
