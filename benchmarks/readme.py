@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import gpu_tables, growth, planted_tables
+from benchmarks import gpu_tables, growth, methods, planted_tables
 from benchmarks.cases import CASES, PROCESS_KINDS
 from benchmarks.cold import COMMANDS, IMPORTS
 from benchmarks.folder import MORE, PICTURE
@@ -25,6 +25,7 @@ from benchmarks.stored import SUITE, read
 ROOT = Path(__file__).parents[1]
 README, PERFORMANCE, EVIDENCE = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "evidence.md"
 GPU = ROOT / "docs" / "gpu.md"
+DISTILLATION = ROOT / "docs" / "distillation.md"
 DRAWING = ROOT / "docs" / "growth.svg"
 
 NONE = "–"
@@ -200,6 +201,7 @@ PAGES: dict[Path, dict[str, Callable[[Records], str]]] = {
         "start": process_start,
     },
     GPU: {"batch": lambda _: gpu_tables.batch(), "kernels": lambda _: gpu_tables.kernels()},
+    DISTILLATION: {"methods": lambda _: methods.markdown()},
     EVIDENCE: {name: planted(table) for name, table in planted_tables.TABLES.items()},
 }
 

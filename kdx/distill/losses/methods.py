@@ -101,9 +101,17 @@ def source_hashes(method: str) -> dict[str, str]:
     hashes = {}
     for term in parse_method(method):
         if ":" in term.name:
-            source = inspect.getsource(inspect.unwrap(_imported(term.name)))
-            hashes[term.name] = hashlib.sha256(source.encode()).hexdigest()[:16]
+            hashes[term.name] = hashlib.sha256(_source(_imported(term.name)).encode()).hexdigest()[:16]
     return hashes
+
+
+def _source(own: Any) -> str:
+    """The source of a user's loss, or of its class if it is an object; "" for code without a source file."""
+    own = inspect.unwrap(own)
+    try:
+        return inspect.getsource(own if isinstance(own, type) or inspect.isroutine(own) else type(own))
+    except (OSError, TypeError):
+        return ""
 
 
 def _term(text: str, method: str) -> Term:

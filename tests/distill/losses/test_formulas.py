@@ -50,7 +50,7 @@ BY_NAME: dict[str, tuple[Loss, tuple[Tensor, Tensor]]] = {
     "rkd angle": (losses.relational_angle, EMBEDDINGS),
     "reviewkd": (losses.hierarchical_context, FEATURES),
     "catkd": (losses.class_attention, FEATURES),
-    "catkd normalised": (partial(losses.class_attention, normalise=True), FEATURES),
+    "catkd not normalised": (partial(losses.class_attention, normalise=False), FEATURES),
 }
 
 EXPECTED: dict[str, Callable[[slow.Array, slow.Array], float]] = {
@@ -62,8 +62,8 @@ EXPECTED: dict[str, Callable[[slow.Array, slow.Array], float]] = {
     "rkd distance": slow.relational_distance,
     "rkd angle": slow.relational_angle,
     "reviewkd": partial(slow.hierarchical_context, levels=(4, 2, 1)),
-    "catkd": partial(slow.class_attention, cells=2, normalise=False),
-    "catkd normalised": partial(slow.class_attention, cells=2, normalise=True),
+    "catkd": partial(slow.class_attention, cells=2, normalise=True),
+    "catkd not normalised": partial(slow.class_attention, cells=2, normalise=False),
 }
 
 
