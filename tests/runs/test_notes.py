@@ -58,7 +58,7 @@ def test_a_training_starts_from_a_checkpoint_with_a_new_head(folder: Path, tmp_p
         str(tmp_path / "data"), teacher=start, student=start, out=tmp_path / "out", settings=settings, report=lambda result: None
     )
     output = capsys.readouterr().out.splitlines()
-    assert output[0].startswith("Animations count with their first frame (20 files")
+    assert output[0].startswith("Only the first frame of an animation is used (20 files")
     assert output[1].startswith("Weights of w.ckpt: the entry net; names without 'model.'; a new head: fc.bias, fc.weight.")
     file = models_file.read_models(path)
     assert file.student == "kdx:resnet,width=4,depth=1,classes=2@student.safetensors"

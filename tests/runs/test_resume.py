@@ -142,6 +142,7 @@ def test_the_references_are_recorded_even_if_the_run_stopped(folder: Path, tmp_p
         ("maps.zarr/layer3/missed", "gone"),
     ],
 )
+@pytest.mark.slow
 def test_a_lost_or_damaged_file_of_a_finished_run_is_computed_again(
     folder: Path, finished: Path, tmp_path: Path, lines: list[str], name: str, how: str
 ) -> None:

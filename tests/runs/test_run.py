@@ -107,6 +107,7 @@ def test_the_chunk_does_not_change_the_results(folder: Path, finished: Path, tmp
         assert np.allclose(parts[key], whole[key], rtol=1e-3, atol=1e-5 * np.abs(whole[key]).max())
 
 
+@pytest.mark.slow
 def test_the_number_of_decoding_threads_does_not_change_the_results(folder: Path, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     shutil.copytree(folder / "pictures", pictures)

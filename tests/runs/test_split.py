@@ -259,6 +259,7 @@ def test_an_unreadable_image_is_not_counted_among_the_explained(photos: Path, fo
     assert (run.explained, run.trained_on) == (28, 22)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_from_a_copy_and_not_with_other_images_or_classes(
     photos: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

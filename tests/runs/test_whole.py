@@ -149,6 +149,7 @@ def test_a_killed_process_continues_to_the_same_bytes(folder: Path, tmp_path: Pa
     assert digests(out) == digests(tmp_path / "expected")
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_left_out_and_change_no_other_row(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     pictures = sorted((tmp_path / "copy" / "pictures").rglob("*.png"))
@@ -171,6 +172,7 @@ def test_unreadable_images_are_left_out_and_change_no_other_row(folder: Path, tm
         assert record.scores["layer3"][name].value == pytest.approx(entry.value, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_features_are_kept_on_request_and_float16_takes_half_the_space(folder: Path, complete: Path, tmp_path: Path) -> None:
     sizes = {}
     for precision in ("float32", "float16"):
@@ -314,6 +316,6 @@ def test_classes_without_geometry_are_reported_before_anything_is_written(folder
 
 
 def test_options_of_stored_features_are_not_ignored_silently(folder: Path, tmp_path: Path) -> None:
-    lines: list[str] = []
-    kdx_run(folder, tmp_path / "run", replace(WHOLE, geometry="batch", project=4), lines)
-    assert "The geometry batch stores no features: --store, --project and --keep-features have no effect." in lines
+    for options in ({"project": 4}, {"keep_features": True}, {"stored_precision": "float16"}):
+        with pytest.raises(kdx.KdxError, match="Only the geometry whole stores features"):
+            kdx_run(folder, tmp_path / "run", replace(WHOLE, geometry="batch", **options), [])  # type: ignore[arg-type]

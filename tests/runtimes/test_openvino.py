@@ -45,6 +45,9 @@ ROUNDED_MAPS = 0.02, 0.99
 OWN = Preprocessing((24, 20), (0.4, 0.5, 0.3), (0.2, 0.3, 0.25))
 LAYERS = {"layer1": "layer1", "layer2": "layer2"}
 
+pytestmark = pytest.mark.slow
+"""Exporting the files takes half a minute."""
+
 needs_bfloat16 = pytest.mark.skipif(not openvino.has_bfloat16(), reason="this CPU does not compute in bfloat16")
 
 
@@ -216,7 +219,6 @@ def explained(**settings: Any) -> Explanation[Any]:
         return explainer(images(32), torch.arange(32) % 4)
 
 
-@pytest.mark.slow
 def test_the_explainer_gives_the_same_results_in_openvino(networks: dict[str, Network], files: dict[str, Path], tmp_path: Path) -> None:
     expected = explained(**networks, runtime="eager")
     by_networks = explained(**networks, runtime="openvino", folder=tmp_path, chunk=5)
@@ -249,7 +251,6 @@ def test_bfloat16_is_used_only_on_request(files: dict[str, Path]) -> None:
 
 
 @needs_bfloat16
-@pytest.mark.slow
 def test_maps_and_scores_of_bfloat16_features_agree(networks: dict[str, Network], tmp_path: Path) -> None:
     exact = explained(**networks, runtime="openvino", folder=tmp_path)
     rounded = explained(**networks, runtime="openvino", folder=tmp_path, precision="bfloat16")
