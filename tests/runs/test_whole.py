@@ -318,4 +318,4 @@ def test_classes_without_geometry_are_reported_before_anything_is_written(folder
 def test_options_of_stored_features_are_not_ignored_silently(folder: Path, tmp_path: Path) -> None:
     for options in ({"project": 4}, {"keep_features": True}, {"stored_precision": "float16"}):
         with pytest.raises(kdx.KdxError, match="Only the geometry whole stores features"):
-            kdx_run(folder, tmp_path / "run", replace(WHOLE, geometry="batch", **options), [])  # type: ignore[arg-type]
+            kdx_run(folder, tmp_path / "run", replace(WHOLE, geometry="batch", **options), [])
