@@ -135,6 +135,7 @@ def test_rounds_alternate_after_each_variant_is_warm() -> None:
     assert paired({name: partial(run, name) for name in times}, 1) == {"steady": [1], "falling": [9]} and len(called) == 2
 
 
+@pytest.mark.slow
 def test_a_case_runs_each_variant_in_its_own_process() -> None:
     arguments = {"n": 8, "channels": 6, "height": 3, "width": 4}
     case = Case("a small batch", "geometry", arguments, goals=(Goal("published", "least", 1e9), Goal("absent", "least", 1)))
@@ -148,6 +149,7 @@ def test_a_case_runs_each_variant_in_its_own_process() -> None:
     assert [goal["holds"] for goal in record["goals"]] == [False, None]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_fails_its_case() -> None:
     wrong = ("--kind", "geometry", "--arguments", "{}", "--folder", ".", "--variant", "kdx")
     with Worker("benchmarks.run", "--child", "variant", *wrong) as worker, pytest.raises(subprocess.CalledProcessError):

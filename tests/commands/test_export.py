@@ -112,6 +112,7 @@ def test_a_gradients_file_and_its_engine(run: Run, folder: Path, tmp_path: Path)
     assert (again.batch, again.arch) == ((2, 2, 2), "sm_120")
 
 
+@pytest.mark.slow
 def test_an_explainer_file_of_a_models_file(run: Run, folder: Path, tmp_path: Path) -> None:
     models = folder / "models.toml"
     roles = [text for role in ("student", "base") for text in (f"--{role}", f"{models}:{role}")]

@@ -24,7 +24,7 @@ def both(file: Written, **settings: Any) -> tuple[Explainer, Explainer]:
     )
 
 
-@pytest.mark.parametrize("which", ["trio", "pair"])
+@pytest.mark.parametrize("which", [pytest.param("trio", marks=pytest.mark.slow), "pair"])
 def test_a_file_explains_as_its_networks_do(which: str, request: pytest.FixtureRequest) -> None:
     file: Written = request.getfixturevalue(which)
     pixels, labels = images(13, seed=2), torch.arange(13) % 3
@@ -59,6 +59,7 @@ def test_a_file_explains_as_its_networks_do(which: str, request: pytest.FixtureR
             assert ours_at.contrasts[name][1] == pytest.approx(interval, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_records_of_a_files_networks_are_those_of_the_networks(trio: Written, pair: Written) -> None:
     for file in (trio, pair):
         ours, theirs = both(file)
@@ -70,6 +71,7 @@ def test_the_records_of_a_files_networks_are_those_of_the_networks(trio: Written
             assert (ours.layers, ours.roles, ours.choice.runtime) == (theirs.layers, theirs.roles, "onnx")
 
 
+@pytest.mark.slow
 def test_numpy_in_numpy_out_and_some_of_the_layers(trio: Written) -> None:
     pixels, labels = images(6), np.arange(6) % 2
     with Explainer(file=str(trio.path), permutations=9) as whole, Explainer(file=trio.path, layers={"relu": "layer1.0.bn2"}) as part:
@@ -119,12 +121,14 @@ def test_targets_are_padded_to_the_width_of_an_engine(pair: Written, monkeypatch
         ({"runtime": "eager"}, "cannot run in PyTorch", "--runtime onnx"),
     ],
 )
+@pytest.mark.slow
 def test_settings_that_a_file_does_not_support_are_an_error(trio: Written, settings: dict[str, Any], message: str, hint: str) -> None:
     with pytest.raises(KdxError) as caught:
         Explainer(file=trio.path, **settings)
     assert message in caught.value.problem and hint in caught.value.hint
 
 
+@pytest.mark.slow
 def test_files_of_another_kind_are_refused(features_file: Path, trio: Written, tmp_path: Path) -> None:
     with pytest.raises(KdxError, match="is a file of features, not an explainer"):
         Explainer(file=features_file)

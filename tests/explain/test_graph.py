@@ -50,6 +50,9 @@ TARGETS: dict[str, Callable[[int], Tensor]] = {
     "a number": lambda n: embedding(n, 1),
 }
 
+pytestmark = pytest.mark.slow
+"""Exporting the files takes half a minute."""
+
 
 def by_functions(features: Mapping[str, Tensor], target: Tensor) -> dict[str, Score]:
     letters = {role[0].upper(): feature for role, feature in features.items()}
@@ -181,7 +184,6 @@ def test_an_image_twice_in_a_batch_has_distance_zero_to_itself(trio: Written) ->
     assert_explained(trio, pixels, target)
 
 
-@pytest.mark.slow
 def test_a_map_of_networks_that_differ_by_rounding_is_zero(tmp_path: Path) -> None:
     networks = {role: network(0, 3, 3, Preprocessing(), stages=1) for role in ("student", "base")}
     with torch.no_grad():
@@ -232,7 +234,6 @@ def half(pair: Written, tmp_path_factory: pytest.TempPathFactory) -> Written:
     return written(tmp_path_factory.mktemp("half"), pair.networks, pair.layers, FIXED, "fp16")
 
 
-@pytest.mark.slow
 def test_in_float16_the_geometry_is_float32s(half: Written) -> None:
     pixels, target = images(12, seed=8), one_hot(12, 3)
     actual = half.run(pixels, target)
@@ -250,7 +251,6 @@ def _copies(file: Written) -> dict[str, Network]:
     return {role: replace(network, module=copy.deepcopy(network.module)) for role, network in file.networks.items()}
 
 
-@pytest.mark.slow
 def test_the_same_export_is_the_same_file(pair: Written, tmp_path: Path) -> None:
     again = written(tmp_path / "elsewhere", _copies(pair), pair.layers, FIXED)
     content = again.path.read_bytes()

@@ -70,6 +70,7 @@ class Smooth(Small):
         return logits
 
 
+@pytest.mark.slow
 def test_modules_with_equal_weights_and_different_code_are_different_networks(tmp_path: Path) -> None:
     for student in (Small(1).eval(), Smooth(1).eval()):
         with (

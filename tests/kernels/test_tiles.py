@@ -266,6 +266,7 @@ def test_matrices_of_different_images_are_refused() -> None:
         tiles.sweep([matrices(20)[0], matrices(21)[1]])
 
 
+@pytest.mark.slow
 def test_a_thousand_images_agree_with_dcor() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1000, 64))

@@ -80,6 +80,7 @@ def test_the_cost_of_half_precision_is_in_its_report(halves: dict[str, Exported]
     assert report and report.tolerance is None and report.as_dict()["tolerance"] is None
 
 
+@pytest.mark.slow
 def test_weights_over_the_limit_are_written_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
     graph = FeatureGraph(resnet(8, 1, 5, 2).eval(), ["layer2"])
