@@ -18,7 +18,7 @@ from torch import Tensor
 from kdx.choices import ObjectiveName
 from kdx.kernels import geometry
 from kdx.kernels.launches import THREADS, check, full_grid, launch, warps
-from kdx.kernels.precision import ieee_float32 as ieee_float32
+from kdx.kernels.precision import ieee_float32
 
 _TILE = 64
 """Side of a tile of distances."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from kdx.kernels import fused, geometry
 from kdx.kernels.decomposition import in_contexts
 from kdx.kernels.launches import check, launch
+from kdx.kernels.precision import ieee_float32
 
 _WARP = 32
 
@@ -83,7 +84,7 @@ def _squares(features: Tensor, rows: Tensor, norms: Tensor, first: int, strip: i
     """|F_i(p) - F_j(p)|^2 [strip, count, P] of the strip's images i before all others, with their ``distances`` if requested."""
     positions, n, channels = rows.shape
     count = n - first
-    with fused.ieee_float32():
+    with ieee_float32():
         products = torch.bmm(rows[:, first : first + strip], rows[:, first:].mT)
     squares = torch.empty(strip, count, positions, dtype=torch.float32, device=rows.device)
     sizes = (n, first, count, channels, positions)

@@ -14,10 +14,6 @@ _SYNTAX = "Write LAYER, STUDENT_LAYER=TEACHER_LAYER, or a layer per role: studen
 _ROLE = re.compile(rf"(?:^|,)({'|'.join(ROLES)})=")
 """The start of a role's layer. The names of modules, and everything after them, may contain commas and equals signs."""
 
-LayerNamesLike = str | Iterable[str | Mapping[str, str]] | Mapping[str, str]
-"""One layer, or several: each as text that `parse_layers` reads, or as a mapping from roles to names. A mapping of several layers is from
-the student's and base's layer to the teacher's."""
-
 
 @dataclass(frozen=True)
 class LayerNames:
@@ -49,6 +45,11 @@ class LayerNames:
         return ",".join(f"{role}={name}" for role, name in by_role.items())
 
 
+LayerNamesLike = str | Iterable[str | Mapping[str, str] | LayerNames] | Mapping[str, str]
+"""One layer, or several: each as text that `parse_layers` reads, as a mapping from roles to names, or as `LayerNames`. A mapping of several
+layers is from the student's and base's layer to the teacher's."""
+
+
 def parse_layers(names: Sequence[str]) -> dict[str, LayerNames]:
     """The names of each layer by the student's name, in order, from ``layer``, ``student_layer=teacher_layer`` or
     ``student=layer,base=layer,teacher=layer``. In the last form, a role that is not named has the student's layer; a layer that is itself
@@ -69,7 +70,13 @@ def layer_names(layers: LayerNamesLike) -> dict[str, LayerNames]:
         if "student" in layers and set(layers) <= set(ROLES):
             return _by_student([LayerNames.of(layers)])
         return _by_student(LayerNames(student, student, teacher) for student, teacher in layers.items())
-    return _by_student(LayerNames.of(layer) if isinstance(layer, Mapping) else _parsed(layer) for layer in layers)
+    return _by_student(_named(layer) for layer in layers)
+
+
+def _named(layer: str | Mapping[str, str] | LayerNames) -> LayerNames:
+    if isinstance(layer, LayerNames):
+        return layer
+    return LayerNames.of(layer) if isinstance(layer, Mapping) else _parsed(layer)
 
 
 def _by_student(layers: Iterable[LayerNames]) -> dict[str, LayerNames]:

@@ -136,11 +136,6 @@ class Plan:
         return plan
 
     @property
-    def _layers(self) -> list[str]:
-        """The layers as an Explainer takes them."""
-        return [str(names) for names in self.layers.values()]
-
-    @property
     def indices(self) -> NDArray[np.int64]:
         """The images to explain, as rows of the data set."""
         return self.split.indices
@@ -188,7 +183,7 @@ class Plan:
         if is_file(models.path):
             if self.options.reference_images or self.options.geometry == "reference":
                 raise no_reference_mode(describe_explainer(models.path))
-            return Explainer.of({}, self._layers, self.options, folder=folder, file=models.path)
+            return Explainer.of({}, self.layers.values(), self.options, folder=folder, file=models.path)
         networks = networks_of(models)
         if self._has_baseline():
             networks[BASELINE] = models.untrained(self.options.seed)
@@ -199,7 +194,7 @@ class Plan:
         options = self.options
         if options.chunk is not None and options.geometry in ("auto", "whole"):
             options = replace(options, chunk=aligned(options.chunk))
-        return Explainer.of(networks, self._layers, options, folder=folder, classes=self.dataset.classes)
+        return Explainer.of(networks, self.layers.values(), options, folder=folder, classes=self.dataset.classes)
 
 
 def _is_architecture(reference: str) -> bool:
