@@ -11,6 +11,7 @@ import functools
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -98,14 +99,25 @@ class Processes:
 
 @functools.cache
 def _accelerator(cpu: bool) -> Any:
-    """The connection to the other processes, which ends with this process: gloo aborts a process whose peers have left before."""
+    """The connection to the other processes, which ends with this process."""
     try:
         from accelerate import Accelerator
     except ModuleNotFoundError as error:
         raise missing_package("accelerate", "distill", "A training with several processes") from error
+    import_module("torch.distributed.nn.functional")  # imported later, its default arguments would keep the process group alive
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # kdx's own settings choose the precision
-    atexit.register(accelerator.end_training)
+    atexit.register(_disconnect, accelerator)
     return accelerator
+
+
+def _disconnect(accelerator: Any) -> None:
+    """End the connection while the interpreter still runs.
+
+    Otherwise gloo aborts a process whose peers have left before, or whose interpreter ends while a thread of gloo releases a tensor. These
+    threads end with the process group, and a wrapped network keeps it alive.
+    """
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 SINGLE = Processes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,10 +24,26 @@ SETTINGS = TrainingSettings(epochs=2, batch=20, image_size=(8, 8), augment=True,
 NETWORK = "tests.distill.test_processes:Plain"
 
 PROGRAM = """
-import json, os, sys
+import atexit, glob, json, os, sys, time
+from contextlib import suppress
+from pathlib import Path
 from tests.distill.test_processes import NETWORK, settings_for
 from kdx.distill import distill, loop
 
+def gloo_threads():
+    names = []
+    for task in glob.glob("/proc/self/task/*/comm"):
+        with suppress(OSError):  # a thread that has just ended
+            names.append(Path(task).read_text())
+    return [name for name in names if "gloo" in name]
+
+def report_threads():
+    deadline = time.monotonic() + 5  # a thread that has been joined can be listed for a moment
+    while gloo_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    print("threads at the end:", gloo_threads())
+
+atexit.register(report_threads)  # after all that kdx registers later
 save = loop._Run._save
 
 def save_and_stop(run, epoch, place):
@@ -39,6 +56,7 @@ if sys.argv[3:] == ["stop"]:
 results = []
 distill("digits", teacher=NETWORK, student=NETWORK, out=sys.argv[1], settings=settings_for(sys.argv[2]), device="cpu",
         layers=["features"], report=lambda r: results.append([r.network, r.epoch, r.loss, r.accuracy, r.entropy]))
+assert gloo_threads() or not sys.platform.startswith("linux")
 if results:
     print(json.dumps(results))
 """
@@ -77,6 +95,8 @@ def launch(out: Path, *arguments: str, status: int = 0) -> list[list[float | str
     assert (process.returncode == 0) == (status == 0), process.stderr[:3000]
     lines = [line for line in process.stdout.splitlines() if line.startswith("[[")]
     assert len(lines) == (status == 0)  # only the first process reports
+    ends = re.findall(r"threads at the end: \[[^]]*\]", process.stdout)
+    assert ends == ["threads at the end: []"] * (2 * (status == 0)), process.stdout  # such a thread aborts an interpreter that ends
     return [epoch for line in lines for epoch in json.loads(line)]
 
 
