@@ -87,6 +87,29 @@ def rows(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return lines
 
 
+def conclusion(record: Mapping[str, Any]) -> str:
+    """Which methods help: those whose whole interval lies above 0."""
+    kinds: dict[str, list[str]] = {"help": [], "harm": [], "make no difference that these seeds show": []}
+    for name in record["accuracies"]:
+        if name not in ("teacher", "base"):
+            mean, half = gain(record, name)
+            kinds["help" if mean > half else "harm" if mean < -half else "make no difference that these seeds show"].append(_code(name))
+    return " ".join(f"Here {_and(names)} {kind if len(names) > 1 else _singular(kind)}." for kind, names in kinds.items() if names)
+
+
+def _code(name: str) -> str:
+    return name if name in ("teacher", "base", WITH_ASSISTANT) else f"`{name}`"
+
+
+def _and(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _singular(kind: str) -> str:
+    verb, _, rest = kind.partition(" ")
+    return f"{verb}s {rest}".rstrip()
+
+
 @cache
 def stored() -> Mapping[str, Any]:
     record: Mapping[str, Any] = json.loads((RESULTS / "methods.json").read_text())
@@ -97,10 +120,10 @@ def markdown() -> str:
     """The table of docs/distillation.md."""
     record = stored()
     lines = header("network or method", "accuracy (%)", "minus the base's (points)")
-    lines += [row(f"`{name}`" if name not in ("teacher", "base", WITH_ASSISTANT) else name, *cells) for name, *cells in rows(record)]
+    lines += [row(_code(name), *cells) for name, *cells in rows(record)]
     environment = record["environment"]
     origin = f"{record['seeds']} seeds; {environment['processor']}, PyTorch {environment['torch']}; commit {record['commit']}."
-    return f"{joined(lines)}\n\n{origin}\n"
+    return f"{joined(lines)}\n\n{conclusion(record)}\n\n{origin}\n"
 
 
 def main() -> None:
@@ -116,6 +139,7 @@ def main() -> None:
     for cells in rows(measurement):
         table.add_row(*cells)
     Console().print(table)
+    Console().print(conclusion(measurement), markup=False)
     if not quick:
         store("methods", MODULE, measurement)
 
