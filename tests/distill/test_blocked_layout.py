@@ -18,7 +18,7 @@ from kdx.distill.blocked_layout import BlockedGraph, suits
 from kdx.distill.optimization import make_optimizer
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.models import load
-from tests.distill.small import QUICK, TEACHER
+from tests.distill.small import QUICK, TEACHER, Interruption, stop_at
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 
@@ -206,3 +206,19 @@ def test_the_fused_optimizer_makes_the_steps_of_sgd(nesterov: bool) -> None:
         velocity = 0.8 * velocity + decayed
         weight = weight - 0.1 * (decayed + 0.8 * velocity if nesterov else velocity)
         np.testing.assert_allclose(parameter.detach().numpy(), weight, rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_training_in_blocks_under_outputs_in_memory_resumes_to_the_same_weights(finished: Path, tmp_path: Path) -> None:
+    settings = replace(QUICK, student_images=60, epochs=3, batch=25, augment=False, flip=False)
+
+    def trained(name: str, report: Callable[[EpochResult], None]) -> bytes:
+        distill(
+            "digits", teacher=f"{TEACHER}@{finished / 'teacher.safetensors'}", student="kdx:resnet,width=16,depth=1,stages=3",
+            out=tmp_path / name, settings=settings, device="cpu", report=report,
+        )  # fmt: skip
+        return (tmp_path / name / "student.safetensors").read_bytes()
+
+    with pytest.raises(Interruption):
+        trained("resumed", stop_at("student", 2))
+    assert trained("resumed", lambda _: None) == trained("whole", lambda _: None)
