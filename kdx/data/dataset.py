@@ -13,7 +13,7 @@ from kdx.data.labelled_images import SPLITS, Dataset, Indices
 from kdx.data.sources import SOURCES
 from kdx.errors import KdxError
 
-__all__ = ["SPLITS", "Dataset", "Indices", "located", "open_data"]
+__all__ = ["SPLITS", "Dataset", "Indices", "located", "open_data", "source_of"]
 
 
 def open_data(reference: str, classes: Sequence[str] | None = None) -> Dataset:
@@ -43,6 +43,11 @@ def located(reference: str) -> str:
         return source
     absolute = SOURCES[source].locate(place)
     return absolute if _parsed(absolute) == (source, absolute) else f"{source}:{absolute}"
+
+
+def source_of(reference: str) -> str:
+    """The name of the source of a data reference (`kdx.data.sources.SOURCES`); ``folder`` for any other path, such as that of an image."""
+    return _parsed(reference)[0]
 
 
 def _parsed(reference: str) -> tuple[str, str]:

@@ -59,10 +59,12 @@ def _drawn(count: int, classes: int, seed: int) -> tuple[NDArray[np.uint8], list
     return rng.integers(0, 256, (count, 3072), dtype=np.uint8), rng.integers(0, classes, count).tolist()
 
 
-def _write_cifar10(folder: Path, version: str) -> tuple[NDArray[np.uint8], list[int]]:
+def write_cifar10(folder: Path, version: str, repeats: int = 1) -> tuple[NDArray[np.uint8], list[int]]:
+    """Two training batches and the test batch, of 3, 2 and 2 images times ``repeats``."""
     folder.mkdir(parents=True)
-    pixels, labels = _drawn(7, 10, 0)
-    for name, part in (("data_batch_1", slice(0, 3)), ("data_batch_2", slice(3, 5)), ("test_batch", slice(5, 7))):
+    pixels, labels = _drawn(7 * repeats, 10, 0)
+    a, b = 3 * repeats, 5 * repeats
+    for name, part in (("data_batch_1", slice(0, a)), ("data_batch_2", slice(a, b)), ("test_batch", slice(b, None))):
         if version == "python":
             entries = {
                 "batch_label": _string("a batch"),
@@ -79,7 +81,7 @@ def _write_cifar10(folder: Path, version: str) -> tuple[NDArray[np.uint8], list[
     return pixels, labels
 
 
-def _write_cifar100(folder: Path, version: str) -> tuple[NDArray[np.uint8], list[int]]:
+def write_cifar100(folder: Path, version: str) -> tuple[NDArray[np.uint8], list[int]]:
     folder.mkdir(parents=True)
     pixels, labels = _drawn(6, 100, 1)
     coarse = [label // 5 for label in labels]
@@ -107,8 +109,8 @@ def _write_cifar100(folder: Path, version: str) -> tuple[NDArray[np.uint8], list
 @pytest.mark.parametrize(
     ("source", "write", "archives"),
     [
-        ("cifar10", _write_cifar10, {"binary": "cifar-10-batches-bin", "python": "cifar-10-batches-py"}),
-        ("cifar100", _write_cifar100, {"binary": "cifar-100-binary", "python": "cifar-100-python"}),
+        ("cifar10", write_cifar10, {"binary": "cifar-10-batches-bin", "python": "cifar-10-batches-py"}),
+        ("cifar100", write_cifar100, {"binary": "cifar-100-binary", "python": "cifar-100-python"}),
     ],
 )
 def test_both_versions_are_the_same_images(
@@ -231,7 +233,7 @@ def test_pickles_that_are_no_batches_are_refused(tmp_path: Path, entries: dict[s
 
 
 def test_cifar100_needs_its_class_names(tmp_path: Path) -> None:
-    _write_cifar100(tmp_path / "c", "python")
+    write_cifar100(tmp_path / "c", "python")
     (tmp_path / "c" / "meta").unlink()
     with pytest.raises(KdxError, match="does not have the names"):
         open_data(f"cifar100:{tmp_path / 'c'}")

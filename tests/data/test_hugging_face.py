@@ -55,11 +55,13 @@ def shard(path: Path, rows: range) -> None:
                 archive.addfile(entry, io.BytesIO(content))
 
 
-def write(kind: str, folder: Path) -> Path:
-    """The data set in a format; returns the place to open."""
+def write(kind: str, folder: Path, repeats: int = 1) -> Path:
+    """The data set in a format, with its images several times if it is saved; returns the place to open."""
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "saved":
-        datasets.DatasetDict({name: part(rows) for name, rows in _PARTS.items()}).save_to_disk(folder)
+        datasets.DatasetDict({name: datasets.concatenate_datasets([part(rows)] * repeats) for name, rows in _PARTS.items()}).save_to_disk(
+            folder
+        )
     for name, rows in _PARTS.items():
         if kind == "parquet":
             part(rows).to_parquet(folder / f"{name}-00000-of-00001.parquet")
