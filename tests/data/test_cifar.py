@@ -191,6 +191,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, kind: str, prot
         (b"\x80\x02U\x01aQ.", "cannot be read"),  # a persistent identifier
         (b"\x80\x02\x82\x01.", "cannot be read"),  # an extension code
         (b"\x80\x02K\x01.", "does not contain a dictionary"),
+        (b"\x80\x02}K\x01K\x02s.", "does not contain a dictionary"),
         (b"", "cannot be read"),
         (b"\x80\x02}(U\x04da", "cannot be read"),
     ],
@@ -199,6 +200,12 @@ def test_other_programs_are_refused(tmp_path: Path, program: bytes, problem: str
     (tmp_path / "x").write_bytes(program)
     with pytest.raises(KdxError, match=problem):
         read_pickled_dictionary(tmp_path / "x")
+
+
+def test_a_list_that_contains_itself_is_no_batch(tmp_path: Path) -> None:
+    (tmp_path / "data_batch_1").write_bytes(b"\x80\x02}(U\x06labels]q\x00h\x00aU\x04data]h\x00au.")
+    with pytest.raises(KdxError, match="not a batch"):
+        open_data(f"cifar10:{tmp_path}")
 
 
 def test_an_array_whose_size_is_not_that_of_its_data_is_refused(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ def open_hugging_face(reference: str, place: str) -> Dataset:
             "Check the name or the path; a data set of the Hub needs a connection, or must be in the cache already.",
         ) from error
     parts, note = _chosen(parsed, parts)
+    if not any(map(len, parts.values())):
+        raise KdxError(f"The data set {parsed.name} has no rows.", "Choose another split with ,split=NAME.")
     first = next(iter(parts.values()))
     image, label = _image_column(parsed, library, first.features), _label_column(parsed, library, first.features)
     classes, labels = _labels(parsed, library, list(parts.values()), label)

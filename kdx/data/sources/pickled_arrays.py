@@ -38,8 +38,8 @@ def read_pickled_dictionary(path: Path) -> dict[str, Any]:
         raise KdxError(f"The pickle {path} is refused: {error}.", _UNPACK) from error
     except Exception as error:  # a damaged pickle raises many types
         raise KdxError(f"The pickle {path} cannot be read: {first_line(error)}.", _UNPACK) from error
-    if not isinstance(content, dict):
-        raise KdxError(f"The pickle {path} does not contain a dictionary.", _UNPACK)
+    if not isinstance(content, dict) or not all(isinstance(key, str | bytes) for key in content):
+        raise KdxError(f"The pickle {path} does not contain a dictionary with texts as keys.", _UNPACK)
     return {_text(key): _plain(value) for key, value in content.items()}
 
 
@@ -122,12 +122,16 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 
 def _text(value: Any) -> str:
-    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+    """The text of Python 2 or 3, or the type of anything else."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    return value if isinstance(value, str) else type(value).__name__
 
 
 def _plain(value: Any) -> Any:
+    """A value without stand-ins, and with texts as str. A list inside a list stays as it is, because it may contain itself."""
     if isinstance(value, _PickledArray):
         return value.values
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_text(item) if isinstance(item, bytes) else item for item in value]
     return _text(value) if isinstance(value, bytes) else value
