@@ -165,6 +165,9 @@ def test_every_option_of_distill_reaches_the_training(run: Run, monkeypatch: pyt
     }  # fmt: skip
     assert run("distill", "digits", "--teacher", "t", "--student", "s", "--out", "o")[0] == 0
     assert seen[1]["settings"] == TrainingSettings()
+    preset = "distill digits --teacher t --student s --out o --preset asirra --batch 64 --lr 0.1"  # given options win, also as defaults
+    assert run(*preset.split())[0] == 0
+    assert seen[2]["settings"] == TrainingSettings(image_size=(224, 224), epochs=25, batch=64, learning_rate=0.1)
 
 
 def test_export_writes_a_checked_file_and_describes_it(run: Run, tmp_path: Path) -> None:
