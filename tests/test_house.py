@@ -131,6 +131,7 @@ def test_version_changelog_and_citation_agree() -> None:
         "maps.decomposition",
         "scores.metrics",
         "scores.compare",
+        "distill.probe",
         "cam.methods",
     ],
 )

@@ -23,7 +23,7 @@ from kdx.data.dataset import located
 from kdx.disk import write_atomic
 from kdx.distill import checkpoints, loop
 from kdx.distill.losses import LABELS, LOSS_SETTINGS, Batch, LabelLoss, Objective, Observed, Shapes, method_requirements, source_hashes
-from kdx.distill.monitoring import Probe, open_logs
+from kdx.distill.monitoring import open_logs, validation_probe
 from kdx.distill.networks import Distillation, check_networks
 from kdx.distill.number_formats import check_settings
 from kdx.distill.pairing import Pair, layer_pairs
@@ -70,7 +70,7 @@ def distill(
     OUT/assistant-N from the network before it, with the same settings and default pairs of layers, and the last one is the student's
     teacher. ``log`` names logs
     of every epoch: ``csv`` (OUT/ROLE.csv), ``tensorboard`` or ``wandb``. ``probe`` is a number of validation images whose scores are
-    computed after every epoch of the student and stored in OUT/student.csv (`kdx.distill.monitoring.Probe`). ``report`` is called after
+    computed after every epoch of the student and stored in OUT/student.csv (`kdx.Probe`). ``report`` is called after
     every epoch. By default, epochs appear as progress bars in a terminal and as lines elsewhere.
 
     OUT/ROLE.state.pt contains everything needed to resume, also within an epoch: the same call after an interruption, even a killed
@@ -243,7 +243,7 @@ def _train_student(
         return parts
 
     training = _training(distillation, "student", student_graph, loss, recipe)
-    scores = Probe(distillation, pairs, probe) if probe and distillation.processes.is_main else None
+    scores = validation_probe(distillation, pairs, probe) if probe and distillation.processes.is_main else None
     loop.train(replace(training, objective=objective, probe=scores), distillation.folder, on_epoch)
 
 
