@@ -95,6 +95,7 @@ _HOMES = {
 """The module of each public name. It is imported when the name is first used, since PyTorch takes seconds to load."""
 
 _FOLDERS = (
+    "callbacks",
     "cam",
     "data",
     "distill",
