@@ -7,8 +7,8 @@ that is interrupted and resumed ends with the same weights as one that is not.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from kdx import models, progress, threads
 from kdx.data.dataset import located
 from kdx.disk import write_atomic
 from kdx.distill import checkpoints, loop
+from kdx.distill.display import console_reports
 from kdx.distill.losses import LABELS, LOSS_SETTINGS, Batch, LabelLoss, Objective, Observed, Shapes, method_requirements, source_hashes
 from kdx.distill.monitoring import open_logs, validation_probe
 from kdx.distill.networks import Distillation, check_networks
@@ -71,7 +72,7 @@ def distill(
     teacher. ``log`` names logs
     of every epoch: ``csv`` (OUT/ROLE.csv), ``tensorboard`` or ``wandb``. ``probe`` is a number of validation images whose scores are
     computed after every epoch of the student and stored in OUT/student.csv (`kdx.Probe`). ``report`` is called after
-    every epoch. By default, epochs appear as progress bars in a terminal and as lines elsewhere.
+    every epoch. By default, bars show the progress in a terminal, and lines the epochs elsewhere.
 
     OUT/ROLE.state.pt contains everything needed to resume, also within an epoch: the same call after an interruption, even a killed
     process, gives the weights that an uninterrupted one gives. Finished networks are kept.
@@ -96,7 +97,11 @@ def distill(
         if processes.is_main:
             _print_notes(distillation)
             announced = announced or _print_unreadable(distillation)
-        on_epoch = (report or stack.enter_context(_console())) if processes.is_main else _ignore
+        if processes.is_main:
+            on_epoch, on_step = (report, None) if report is not None else stack.enter_context(console_reports())
+        else:
+            on_epoch, on_step = _ignore, None
+        distillation = replace(distillation, on_step=on_step)
         pairs = layer_pairs(distillation, layers)
         check_networks(distillation)
         _train_teacher(distillation, on_epoch)
@@ -281,6 +286,7 @@ def _training(
         augmentation=distillation.augmentation,
         processes=distillation.processes,
         log=distillation.log,
+        on_step=distillation.on_step,
     )
 
 
@@ -339,18 +345,3 @@ def _print_unreadable(distillation: Distillation) -> bool:
         count = "1 image is" if len(unreadable) == 1 else f"{len(unreadable)} images are"
         progress.console().print(f"{count} left out because unreadable, first {printable(name)}: {reason}", markup=False, soft_wrap=True)
     return bool(unreadable)
-
-
-@contextmanager
-def _console() -> Iterator[EpochCallback]:
-    """A callback that shows each epoch as a progress bar, or as a line where there is no terminal."""
-    with progress.progress() as show:
-        yield lambda result: show(result.network, result.epoch, result.epochs, _note(result))
-
-
-def _note(result: EpochResult) -> str:
-    if result.loss is None or result.accuracy is None:
-        return "already there"
-    parts = f" ({' + '.join(f'{name} {value:.3f}' for name, value in result.parts.items())})" if len(result.parts) > 1 else ""
-    speed = "" if result.images_per_second is None else f", {result.images_per_second:,.0f} images/s"
-    return f"epochs, loss {result.loss:.3f}{parts}, validation accuracy {result.accuracy:.1%}{speed}"
