@@ -110,7 +110,7 @@ def distill(
     distillation.merge_unreadable()
     path = distillation.folder / "models.toml"
     if processes.is_main:
-        _write_models_file(path, distillation, pairs)
+        _write_models_file(path, distillation, pairs, probe)
     processes.wait()
     if not announced:  # images that are decoded again in every epoch are discovered to be unreadable during training
         _print_unreadable(distillation)
@@ -290,7 +290,7 @@ def _training(
     )
 
 
-def _write_models_file(path: Path, distillation: Distillation, pairs: Sequence[tuple[str, str]]) -> None:
+def _write_models_file(path: Path, distillation: Distillation, pairs: Sequence[tuple[str, str]], probe: int | None) -> None:
     settings, test = distillation.settings, distillation.images["test"]
     accuracies = {}
     for role in ("teacher", "base", "student"):
@@ -318,9 +318,18 @@ def _write_models_file(path: Path, distillation: Distillation, pairs: Sequence[t
             **accuracies,
             "test_images": len(test),
             "unreadable_images": len(distillation.unreadable),
+            **_logged_probe(distillation, probe),
         },
         resizing=settings.resizing,
     )
+
+
+def _logged_probe(distillation: Distillation, probe: int | None) -> dict[str, str | int]:
+    """The entries about the scores of probe images: the file beside the models file that has them, and the number of images."""
+    file = distillation.folder / "student.csv"
+    if not probe or not file.exists():  # the student may have been finished by a run without a probe
+        return {}
+    return {"probe": file.name, "probe_images": min(probe, len(distillation.images["validation"]))}
 
 
 def _write_used_images(distillation: Distillation) -> str | None:
