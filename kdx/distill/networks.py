@@ -22,7 +22,7 @@ from kdx.distill.number_formats import CompiledGraph
 from kdx.distill.processes import SINGLE, Processes
 from kdx.distill.reused_weights import check_weights
 from kdx.distill.seeding import seeded
-from kdx.distill.settings import TrainingSettings
+from kdx.distill.settings import StepCallback, TrainingSettings
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.models.reference import ModelReference
@@ -51,6 +51,8 @@ class Distillation:
     notes: tuple[str, ...]
     """Lines for the user: what was left out of the data, which weights of a file are used, and, after ``Warning:``, that existing weights
     may have seen images of the test split."""
+    on_step: StepCallback | None = None
+    """Called within the epochs of every training."""
 
     @classmethod
     def prepare(
