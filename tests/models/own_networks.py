@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -102,3 +102,32 @@ def seeded(kind: type[nn.Module], seed: int, **arguments: Any) -> nn.Module:
         with torch.no_grad():
             module(torch.rand(8, 3, 12, 12))
     return module.eval()
+
+
+class Answer:
+    """An object with an attribute ``logits``, as a framework's own result type."""
+
+    def __init__(self, logits: Tensor, features: list[Tensor]) -> None:
+        self.logits, self.features = logits, features
+
+
+class Attributed(Residual):
+    """``model(x)`` returns an object."""
+
+    def forward(self, x: Tensor) -> Answer:
+        return Answer(*self.parts(x)[:2])
+
+
+class Auxiliary(NamedTuple):
+    """The result of torchvision's Inception and GoogLeNet in training."""
+
+    logits: Tensor
+    aux_logits: Tensor
+
+
+class WithAuxiliary(Residual):
+    """``model(x)`` returns two matrices of one shape, with names."""
+
+    def forward(self, x: Tensor) -> Auxiliary:
+        logits = self.parts(x)[0]
+        return Auxiliary(logits, 2 * logits)
