@@ -21,6 +21,9 @@ FileFormat = Literal["onnx", "tensorrt"]
 ObjectiveName = Literal["relevance", "uniqueness"]
 """The score whose gradient weights a UniCAM map: relevance to the target, or uniqueness, which is what only the explained network has."""
 
+NO_BASE = "none"
+"""The value of an option ``base`` that leaves the base out."""
+
 Weighting = Literal["gap", "elementwise"]
 """How a map weights features: ``gap`` has one weight per channel, ``elementwise`` one per position (HiRes)."""
 

@@ -26,6 +26,7 @@ from kdx.choices import (
     Weighting,
 )
 from kdx.cli.options import (
+    BaseOption,
     DeviceOption,
     GalleryOption,
     ImagesOption,
@@ -57,6 +58,7 @@ def explain(
         Path, typer.Option(help="The models file, which names the student and optionally the base and the teacher; or an explainer file.")
     ],
     out: Annotated[Path, typer.Option(help="The folder of the run. A stopped run there is resumed.")],
+    base: BaseOption = None,
     layer: LayerOption = None,
     batch: Annotated[
         int,
@@ -230,6 +232,7 @@ def explain(
         max_disk=max_disk,
         max_minutes=max_minutes,
         random_baseline=random_baseline,
+        base=base,
         target=target,
         resize=resize,
         interpolation=interpolation,

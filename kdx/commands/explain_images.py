@@ -36,7 +36,7 @@ from kdx.runtimes.choice import is_file
 
 OPTIONS = frozenset(
     (
-        *("data", "among", "label", "models", "out", "layer", "reference", "seed", "resize", "interpolation"),
+        *("data", "among", "label", "models", "base", "out", "layer", "reference", "seed", "resize", "interpolation"),
         *("runtime", "device", "precision", "chunk", "objective", "weighting", "pooled", "target"),
     )
 )
@@ -86,7 +86,7 @@ def run(
         raise no_reference_mode(describe_explainer(models))
     if labels and len(labels) != len(paths):
         raise KdxError(f"There are {len(labels)} labels and {len(paths)} images.", "Give --label once per image, or leave it out.")
-    file = read_models(models)
+    file = read_models(models).with_base(options.base)
     options = replace(options, geometry="reference")
     _check_folder(out)
     with Explainer.of(networks_of(file), layers or file.layers, options, classes=file.classes) as explainer:

@@ -33,8 +33,9 @@ class Probe:
     """Scores of the student after every epoch, which show when knowledge is transferred.
 
     For a fixed batch of validation images, balanced over the classes, and for every pair of layers: FSS(S,T), FSS(B,T), RS(S), RS(B),
-    RS(T) and the RS of one network given another (`kdx.compare`), with the finished base and the teacher. Their features are computed
-    once. The scores of few images vary with the images, so compare epochs with one another, and runs only with the same probe images.
+    RS(T) and the RS of one network given another (`kdx.compare`), with the teacher and, if there is one, the finished base. Their features
+    are computed once. The scores of few images vary with the images, so compare epochs with one another, and runs only with the same probe
+    images.
 
     Raises KdxError for fewer than four images.
     """
@@ -52,7 +53,9 @@ class Probe:
         self._distillation, self._pixels, self._labels = distillation, pixels.to(distillation.device), kept_labels
         self._layers = [student for student, _ in pairs]
         teacher_features = self._features(distillation.trained_network("teacher"), [teacher for _, teacher in pairs])
-        self._fixed = {"teacher": teacher_features, "base": self._features(distillation.trained_network("base"), self._layers)}
+        self._fixed = {"teacher": teacher_features}
+        if distillation.has_base:
+            self._fixed["base"] = self._features(distillation.trained_network("base"), self._layers)
 
     def __call__(self, student: nn.Module) -> dict[str, float]:
         """The scores by LAYER/SCORE."""

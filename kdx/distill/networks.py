@@ -51,6 +51,8 @@ class Distillation:
     notes: tuple[str, ...]
     """Lines for the user: what was left out of the data, which weights of a file are used, and, after ``Warning:``, that existing weights
     may have seen images of the test split."""
+    has_base: bool = True
+    """Whether a base is trained."""
 
     @classmethod
     def prepare(

@@ -12,7 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, SalientClass, SalientImage, SalientScore, Weighting
+from kdx.choices import (
+    NO_BASE,
+    Features,
+    GeometryName,
+    ObjectiveName,
+    Precision,
+    RuntimeName,
+    SalientClass,
+    SalientImage,
+    SalientScore,
+    Weighting,
+)
 from kdx.data import inputs
 from kdx.data.inputs import Batches, Pictures
 from kdx.errors import KdxError
@@ -43,7 +54,8 @@ class Explainer:
 
     models: a models file (`kdx.models.read_models`, or its path), which names the networks of all roles; its layers are the default.
     student, base, teacher: instead, each role's network: a model reference, ``MODELS.toml:ROLE``, the path of a file that ``kdx export``
-    wrote, a `kdx.models.Network`, or a PyTorch module (used as it is, without preprocessing). Base and teacher are optional. The maps,
+    wrote, a `kdx.models.Network`, or a PyTorch module (used as it is, without preprocessing). Base and teacher are optional, and
+    ``base="none"`` leaves out the base of a models file. The maps,
     scores and contrasts are those whose roles exist: a student and a teacher have *missed*, *new*, FSS(S,T) and their RS; a student alone
     has the map *alone* and RS(S).
     random: the student's architecture with random weights (`kdx.models.untrained`), at the student's layers. It adds FSS(R,T), beside which
@@ -134,13 +146,14 @@ class Explainer:
             salient_score=salient_score,
             salient_image=salient_image,
         )
-        roles = {"teacher": teacher, "student": student, "base": base, BASELINE: random}
+        roles = {"teacher": teacher, "student": student, "base": None if base == NO_BASE else base, BASELINE: random}
         networks = {role: network for role, network in roles.items() if network is not None}
         classes: Sequence[str] = ()
         if models is not None:
             if networks or file is not None:
                 raise ValueError("a models file names all networks; do not give others as well")
             known = models if isinstance(models, ModelsFile) else read_models(models)
+            known = known.with_base(base if base == NO_BASE else None)
             networks, layers, classes = networks_of(known), layers or known.layers, known.classes
         self._set_up(networks, layers, settings, folder, None if file is None else Path(file), classes)
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 
 from torch import nn
 
-from kdx.choices import COVER, Interpolation, ResizeMode, Resizing
+from kdx.choices import COVER, NO_BASE, Interpolation, ResizeMode, Resizing
 from kdx.disk import write_atomic
 from kdx.errors import KdxError, first_line
 from kdx.export.graphs import Preprocessing
@@ -53,6 +53,16 @@ class ModelsFile:
         """The reference of each role that the file names: teacher, base, student."""
         references = {role: getattr(self, role) for role in READING_ORDER}
         return {role: reference for role, reference in references.items() if reference is not None}
+
+    def with_base(self, base: str | None) -> ModelsFile:
+        """The same file without its base for ``none``, and unchanged for None. Raises KdxError for any other text."""
+        if base is None:
+            return self
+        if base != NO_BASE:
+            raise KdxError(
+                f"The base cannot be {base!r} here.", "Give none, which leaves the base out, or name another base in the models file."
+            )
+        return replace(self, base=None)
 
     def load(self, role: str) -> Network:
         """The network of a role (teacher, base, student), with weights relative to the file and the file's preprocessing if it has one.

@@ -53,6 +53,7 @@ class RunOptions(Settings):
     standard error of at most sqrt(2/K). max_disk: the gigabytes that features and distances may take; by default half of the free space.
     max_minutes: the time that the sweeps over all pairs of images may take by estimate. Beyond these two limits ``auto`` selects the
     geometry ``reference``.
+    base: ``none`` leaves out the base of the models file.
     target: a file of class embeddings (`kdx.data.class_embeddings`), which are the target in place of labels. resize, interpolation: how
     images are brought to the networks' size, by default as the models file states.
     ratios: ``summed`` for one score from the inner products of all batches, or ``mean`` for the mean of the batches' scores, with the
@@ -73,6 +74,7 @@ class RunOptions(Settings):
     max_disk: float | None = None
     max_minutes: float = 60.0
     random_baseline: bool | None = None
+    base: str | None = None
     target: Path | None = None
     resize: ResizeMode | None = None
     interpolation: Interpolation | None = None
@@ -126,7 +128,8 @@ class Plan:
     def of(cls, data: str, models: Path, layers: Sequence[str], options: RunOptions) -> Plan:
         _check_references(options)
         _check_storage(options)
-        models_file = _from_explainer_file(models) if is_file(models) else with_recorded_data(read_models(models))
+        _check_base(models, options)
+        models_file = _from_explainer_file(models) if is_file(models) else with_recorded_data(read_models(models)).with_base(options.base)
         dataset = replace(open_data(data, models_file.classes or None), resizing=options.resizing(models_file.resizing))
         embeddings = None if options.target is None else read_class_embeddings(options.target, dataset.classes)
         split = choose_split(dataset, models_file, options.split, options.seed)
@@ -199,6 +202,12 @@ class Plan:
 
 def _is_architecture(reference: str) -> bool:
     return not is_file(reference) and parse_reference(reference).source in INITIALISED
+
+
+def _check_base(models: Path, options: RunOptions) -> None:
+    """KdxError for an explainer file whose base is to be left out."""
+    if options.base is not None and is_file(models):
+        raise KdxError("An explainer file always runs all of its networks.", "Give the models file, or export without --base.")
 
 
 def _check_references(options: RunOptions) -> None:
