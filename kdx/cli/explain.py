@@ -159,10 +159,11 @@ def explain(
         ),
     ] = None,
     target: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Class embeddings that relevance is measured against, in place of one-hot labels: .npy with one row per class in order, "
-            "or .npz, .csv or .parquet with class names.",
+            help="What relevance is measured against in place of one-hot labels: class embeddings in a file (.npy with one row per class "
+            "in order, or .npz, .csv or .parquet with class names), prototypes:NETWORK, soft:NETWORK or images:FILE. labels: one-hot "
+            "labels.",
             show_default=False,
         ),
     ] = None,

@@ -8,6 +8,7 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from kdx.report.statements import statement_matrix
 from kdx.report.tables import overview_table, score_tables
 from kdx.runs import schema
 from kdx.runs.record import RunRecord, read_run
+from kdx.runs.target_names import target_phrase
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -72,10 +74,11 @@ def _page(run: RunRecord, gallery: Gallery) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = wording.percent
-    environment.filters["of_target"] = wording.of_target if run.target_file else str
+    environment.filters["of_target"] = partial(wording.of_target, target=run.target_file) if run.target_file else str
     salient = wording.kept_pixels(*run.salient) if run.salient else ""
     return environment.get_template("report.html.j2").render(
         run=run,
+        target=target_phrase(run.target_file) if run.target_file else "",
         salient=salient,
         ranking=wording.ranking_map(*run.salient[2:]) if run.salient else "",
         assets=_Assets.load(),
