@@ -21,6 +21,16 @@ FileFormat = Literal["onnx", "tensorrt"]
 ObjectiveName = Literal["relevance", "uniqueness"]
 """The score whose gradient weights a UniCAM map: relevance to the target, or uniqueness, which is what only the explained network has."""
 
+TargetKind = Literal["prototypes", "soft", "images"]
+"""A target that depends on each image: class means of a network's outputs without the image, softened logits, or a file by image."""
+TARGET_KINDS: tuple[TargetKind, ...] = get_args(TargetKind)
+
+LABELS = "labels"
+"""The value of an option ``target`` that stands for one-hot labels."""
+
+NO_BASE = "none"
+"""The value of an option ``base`` that leaves the base out."""
+
 Weighting = Literal["gap", "elementwise"]
 """How a map weights features: ``gap`` has one weight per channel, ``elementwise`` one per position (HiRes)."""
 

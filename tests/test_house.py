@@ -110,7 +110,18 @@ def test_optional_and_heavy_packages_are_imported_where_they_are_used() -> None:
     code = "import sys, kdx.cli; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"onnxruntime", "timm", "torchvision", "matplotlib", "sklearn", "zarr", "pyarrow", "jinja2", "onnxscript", "PIL"}
-    heavy |= {"tensorrt", "tensorrt_rtx", "transformers", "pycuda", "cuda", "openvino", "datasets", "pandas", "lightning", "pytorch_lightning"}
+    heavy |= {
+        "tensorrt",
+        "tensorrt_rtx",
+        "transformers",
+        "pycuda",
+        "cuda",
+        "openvino",
+        "datasets",
+        "pandas",
+        "lightning",
+        "pytorch_lightning",
+    }
     assert not heavy & set(loaded)
 
 

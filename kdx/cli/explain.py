@@ -27,6 +27,7 @@ from kdx.choices import (
     Weighting,
 )
 from kdx.cli.options import (
+    BaseOption,
     DeviceOption,
     GalleryOption,
     ImagesOption,
@@ -55,6 +56,7 @@ def explain(
         Path, typer.Option(help="The models file, which names the student and optionally the base and the teacher; or an explainer file.")
     ],
     out: Annotated[Path, typer.Option(help="The folder of the run. A stopped run there is resumed.")],
+    base: BaseOption = None,
     layer: LayerOption = None,
     batch: Annotated[
         int,
@@ -155,10 +157,11 @@ def explain(
         ),
     ] = None,
     target: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Class embeddings that relevance is measured against, in place of one-hot labels: .npy with one row per class in order, "
-            "or .npz, .csv or .parquet with class names.",
+            help="What relevance is measured against in place of one-hot labels: class embeddings in a file (.npy with one row per class "
+            "in order, or .npz, .csv or .parquet with class names), prototypes:NETWORK, soft:NETWORK or images:FILE. labels: one-hot "
+            "labels.",
             show_default=False,
         ),
     ] = None,
@@ -228,6 +231,7 @@ def explain(
         max_disk=max_disk,
         max_minutes=max_minutes,
         random_baseline=random_baseline,
+        base=base,
         target=target,
         resize=resize,
         interpolation=interpolation,

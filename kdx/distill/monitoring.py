@@ -46,8 +46,18 @@ def validation_probe(distillation: Distillation, pairs: Sequence[Pair], count: i
         )
     pixels, kept_labels, _ = validation.read(rows)
     preprocessing = replace(distillation.preprocessing, size=None)  # images are decoded at their final size
-    base, teacher = (Network(role, distillation.trained_network(role), preprocessing) for role in ("base", "teacher"))
-    probe = Probe(base, teacher, pixels, kept_labels, [LayerNames(student, student, teacher) for student, teacher in pairs])
+    networks = {
+        role: Network(role, distillation.trained_network(role), preprocessing)
+        for role in ("base", "teacher")
+        if role == "teacher" or distillation.has_base
+    }
+    probe = Probe(
+        networks.get("base"),
+        networks["teacher"],
+        pixels,
+        kept_labels,
+        [LayerNames(student, student, teacher) for student, teacher in pairs],
+    )
     return lambda student: probe(Network("student", student, preprocessing)).row()
 
 

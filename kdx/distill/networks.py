@@ -51,6 +51,8 @@ class Distillation:
     notes: tuple[str, ...]
     """Lines for the user: what was left out of the data, which weights of a file are used, and, after ``Warning:``, that existing weights
     may have seen images of the test split."""
+    has_base: bool = True
+    """Whether a base is trained."""
     on_step: StepCallback | None = None
     """Called within the epochs of every training."""
 
@@ -74,8 +76,9 @@ class Distillation:
         )
         if student_reference.source == "pt2":
             raise KdxError(f"{student} is a program for inference and cannot be trained.", "Name the student's architecture instead.")
-        network = models.load(str(teacher_reference))
-        loaded = [network] if student_reference.weights is None else [network, models.load(str(student_reference))]
+        classes = len(dataset.classes)
+        network = models.load(str(teacher_reference), classes=classes)
+        loaded = [network] if student_reference.weights is None else [network, models.load(str(student_reference), classes=classes)]
         has_own_weights = teacher_reference.source in ("hf", "pt2") and network.trained
         preprocessing = _preprocessing(network, settings)
         splits = stratified_splits(dataset, settings.split_seed)
@@ -130,12 +133,13 @@ class Distillation:
     def initial_network(self, role: str) -> nn.Module:
         """The network of a role with its initial weights, which are the same for base and student."""
         with seeded(self.device, self.settings.seed, int(role == "teacher")):
-            module = models.load(str(self.reference(role))).module
+            module = models.load(str(self.reference(role)), classes=len(self.dataset.classes)).module
         return module.to(self.device)
 
     def trained_network(self, role: str) -> nn.Module:
         """The network of a role with its trained weights, for evaluation only."""
-        module = models.load(str(self.reference(role).with_weights(f"{role}.safetensors")), folder=self.folder).module
+        reference = str(self.reference(role).with_weights(f"{role}.safetensors"))
+        module = models.load(reference, classes=len(self.dataset.classes), folder=self.folder).module
         return module.to(self.device).requires_grad_(False)
 
     def graph(self, module: nn.Module, layers: Sequence[str] = ()) -> FeatureGraph:

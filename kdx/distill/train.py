@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdx import models, progress, threads
+from kdx.choices import NO_BASE
 from kdx.data.dataset import located
 from kdx.disk import write_atomic
 from kdx.distill import checkpoints, loop
@@ -61,7 +62,8 @@ def distill(
     """Train teacher, base (the student's architecture, labels only) and student, and return the path of OUT/models.toml.
 
     A teacher whose reference has ``@weights``, or is a trained network by itself (``hf:``, ``.pt2``), is not trained. ``base`` is a
-    base checkpoint of another run, which must have the same recipe. The weights with the best validation accuracy are kept. The
+    base checkpoint of another run, which must have the same recipe, or ``none``: then no base is trained, and the models file has none,
+    so that the student is compared with the teacher alone. The weights with the best validation accuracy are kept. The
     accuracy on the test split is measured at the end and recorded. ``layers`` are the pairs that feature losses match and that the
     models file names: ``layer3``, or ``student_layer=teacher_layer``; by default the layers that both networks have by name, or
     else pairs by resolution. Images are resized for all three networks to the size of the teacher's preprocessing, or to
@@ -85,7 +87,7 @@ def distill(
     training diverges.
     """
     if assistants:
-        teacher = _train_assistants(data, teacher, assistants, Path(out), settings, teacher_cache, device, report)
+        teacher = _train_assistants(data, teacher, assistants, Path(out), settings, base, teacher_cache, device, report)
     processes, device = Processes.of_environment(device)
     chosen_device = _device(device)
     check_settings(settings, chosen_device, processes)
@@ -93,6 +95,7 @@ def distill(
         stack.enter_context(threads.patient(torch.get_num_threads()))
         row_log = stack.enter_context(open_logs([*log, *(["csv"] if probe else [])], Path(out))) if processes.is_main else None
         distillation = Distillation.prepare(data, Path(out), settings, chosen_device, teacher, student, processes, row_log)
+        distillation = replace(distillation, has_base=base != NO_BASE)
         announced = report is not None or not processes.is_main
         if processes.is_main:
             _print_notes(distillation)
@@ -105,7 +108,8 @@ def distill(
         pairs = layer_pairs(distillation, layers)
         check_networks(distillation)
         _train_teacher(distillation, on_epoch)
-        _train_base(distillation, base, on_epoch)
+        if distillation.has_base:
+            _train_base(distillation, base, on_epoch)
         _train_student(distillation, pairs, None if teacher_cache is None else Path(teacher_cache), probe, on_epoch)
     distillation.merge_unreadable()
     path = distillation.folder / "models.toml"
@@ -123,6 +127,7 @@ def _train_assistants(
     assistants: Sequence[str],
     out: Path,
     settings: TrainingSettings,
+    base: Path | str | None,
     teacher_cache: Path | str | None,
     device: str,
     report: EpochCallback | None,
@@ -139,6 +144,7 @@ def _train_assistants(
             student=assistant,
             out=folder,
             settings=settings,
+            base=base if base == NO_BASE else None,
             teacher_cache=teacher_cache,
             device=device,
             report=named,
@@ -293,13 +299,13 @@ def _training(
 def _write_models_file(path: Path, distillation: Distillation, pairs: Sequence[tuple[str, str]], probe: int | None) -> None:
     settings, test = distillation.settings, distillation.images["test"]
     accuracies = {}
-    for role in ("teacher", "base", "student"):
+    for role in ("teacher", "base", "student") if distillation.has_base else ("teacher", "student"):
         accuracy, _ = loop.evaluate(distillation.graph(distillation.trained_network(role)), test, distillation.device)
         accuracies[f"{role}_accuracy"] = round(accuracy, 6)
     models_file.write_models(
         path,
         teacher=str(distillation.teacher.with_weights("teacher.safetensors")),
-        base=str(distillation.student.with_weights("base.safetensors")),
+        base=str(distillation.student.with_weights("base.safetensors")) if distillation.has_base else None,
         student=str(distillation.student.with_weights("student.safetensors")),
         layers=[pair[0] if pair[0] == pair[1] else "=".join(pair) for pair in pairs],
         classes=distillation.dataset.classes,

@@ -8,6 +8,7 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from kdx.report.tables import overview_table, score_tables
 from kdx.report.training_plots import training_drawings
 from kdx.runs import schema
 from kdx.runs.record import RunRecord, read_run
+from kdx.runs.target_names import target_phrase
 from kdx.runs.training_scores import TrainingScores, read_training_scores
 
 if TYPE_CHECKING:
@@ -74,10 +76,11 @@ def _page(run: RunRecord, gallery: Gallery, training: TrainingScores | None) -> 
         lstrip_blocks=True,
     )
     environment.filters["percent"] = wording.percent
-    environment.filters["of_target"] = wording.of_target if run.target_file else str
+    environment.filters["of_target"] = partial(wording.of_target, target=run.target_file) if run.target_file else str
     salient = wording.kept_pixels(*run.salient) if run.salient else ""
     return environment.get_template("report.html.j2").render(
         run=run,
+        target=target_phrase(run.target_file) if run.target_file else "",
         salient=salient,
         ranking=wording.ranking_map(*run.salient[2:]) if run.salient else "",
         assets=_Assets.load(),

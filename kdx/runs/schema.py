@@ -164,10 +164,17 @@ class BaseLayers(TypedDict):
 
 
 class StoredTarget(TypedDict):
-    """Class embeddings in place of labels: the hash of their rows in the order of the classes, and how many numbers each has."""
+    """What relevance is measured against in place of labels.
+
+    sha256: the hash of a file's rows, in the order of the classes or of the explained images, or of a network's weights. width: how many
+    numbers a row of a file has. kind: prototypes, soft or images; absent for a file of class embeddings. layer, temperature: of a network.
+    """
 
     sha256: str
-    width: int
+    width: NotRequired[int]
+    kind: NotRequired[str]
+    layer: NotRequired[str]
+    temperature: NotRequired[float]
 
 
 class StoredResizing(TypedDict):
@@ -183,7 +190,7 @@ class StoredInputs(TypedDict):
 
 
 class TargetFile(TypedDict):
-    """target_file: the name of the file of class embeddings; absent where labels are the target."""
+    """target_file: the target as it was stated, by default a file of class embeddings; absent where labels are the target."""
 
     target_file: NotRequired[str]
 

@@ -110,6 +110,21 @@ def test_students_share_teacher_and_base(finished: Path, tmp_path: Path) -> None
         distill("digits", teacher=teacher, student=STUDENT, out=tmp_path / "other", settings=settings, base=tmp_path / "none.safetensors")
 
 
+def test_without_a_base_the_student_is_the_same(finished: Path, tmp_path: Path) -> None:
+    """The base takes no part in the training of the student."""
+    results: list[EpochResult] = []
+    out = tmp_path / "run"
+    distill(
+        "digits", teacher=f"{TEACHER}@{finished / 'teacher.safetensors'}", student=STUDENT, out=out, settings=QUICK, base="none",
+        report=results.append,
+    )  # fmt: skip
+    assert {result.network for result in results} == {"teacher", "student"} and not (out / "base.safetensors").exists()
+    ours, theirs = (load_file(folder / "student.safetensors") for folder in (out, finished))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    models = models_file.read_models(out / "models.toml")
+    assert models.base is None and models.teacher and "base_accuracy" not in models.training
+
+
 def test_training_learns_and_seeds_matter(finished: Path, tmp_path: Path) -> None:
     settings = TrainingSettings(epochs=4, optimizer="adamw", learning_rate=0.01, image_size=(8, 8), student_images=20)
     losses: list[float] = []
