@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kdx import models, progress, threads
-from kdx.data.dataset import located
+from kdx.data.dataset import located, open_data
 from kdx.disk import write_atomic
 from kdx.distill import checkpoints, loop
 from kdx.distill.losses import LABELS, LOSS_SETTINGS, Batch, source_hashes
@@ -76,18 +76,20 @@ def distill(
     writes the files and reports.
 
     Raises KdxError for references, layers and devices that do not work, for networks that do not have the data's classes or contain
-    numbers that are not finite, for too many unreadable images, for an OUT that contains networks of another configuration, and if
-    training diverges.
+    numbers that are not finite, for a loss that cannot train the student, for too many unreadable images, for an OUT that another process
+    writes or that contains networks of another configuration, and if training diverges.
     """
     if assistants:
+        _check_references(data, (teacher, *assistants, student))
         teacher = _train_assistants(data, teacher, assistants, Path(out), settings, teacher_cache, device, report)
     processes, device = Processes.of_environment(device)
     chosen_device = _device(device)
     check_settings(settings, chosen_device, processes)
-    with ExitStack() as stack, resumable(lambda: any(Path(out).glob("*.state.pt")) or any(Path(out).glob("*.safetensors"))):
+    with ExitStack() as stack, resumable(lambda: any(any(Path(out).glob(f"**/*.{kind}")) for kind in ("state.pt", "safetensors"))):
         stack.enter_context(threads.patient(torch.get_num_threads()))
         row_log = stack.enter_context(open_logs([*log, *(["csv"] if probe else [])], Path(out))) if processes.is_main else None
         distillation = Distillation.prepare(data, Path(out), settings, chosen_device, teacher, student, processes, row_log)
+        stack.enter_context(processes.alone_in(distillation.folder))
         announced = report is not None or not processes.is_main
         if processes.is_main:
             _print_notes(distillation)
@@ -100,14 +102,21 @@ def distill(
         _train_teacher(distillation, on_epoch)
         _train_base(distillation, base, on_epoch)
         _train_student(distillation, pairs, None if teacher_cache is None else Path(teacher_cache), probe, on_epoch)
-    distillation.merge_unreadable()
-    path = distillation.folder / "models.toml"
-    if processes.is_main:
-        _write_models_file(path, distillation, pairs)
-    processes.wait()
+        distillation.merge_unreadable()
+        path = distillation.folder / "models.toml"
+        if processes.is_main:
+            _write_models_file(path, distillation, pairs)
+        processes.wait()
     if not announced:  # images that are decoded again in every epoch are discovered to be unreadable during training
         _print_unreadable(distillation)
     return path
+
+
+def _check_references(data: str, references: Sequence[str]) -> None:
+    """Raise KdxError for a reference of a chain that cannot be built, before the networks ahead of it are trained."""
+    classes = len(open_data(data).classes)
+    for reference in references:
+        models.load(str(models.parse_reference(reference).located().with_classes(classes)))
 
 
 def _train_assistants(
