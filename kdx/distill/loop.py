@@ -38,6 +38,9 @@ _STEPS_BETWEEN_CHECKS = 20
 _SECONDS_BETWEEN_READINGS = 0.5
 """Seconds between two readings of the losses within an epoch. A reading waits for a GPU."""
 
+_SMALLEST_SCALE = 2.0**-24
+"""float16: gradients that are not finite at a smaller scale of the loss are so at any, and every step would be left out."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -184,6 +187,8 @@ class _Run:
                 if is_last or (device.type == "cpu" and processes.count == 1) or step % _STEPS_BETWEEN_CHECKS == 0:
                     if int(diverged) > 0:
                         self._stop("its loss", float(totals["total"]), epoch, int(diverged))
+                    if self.scaler.get_scale() < _SMALLEST_SCALE:
+                        self._stop("its gradient", math.nan, epoch, step + 1)
                     if not is_last and processes.agree(time.monotonic() - self._saved_at > 60 * settings.save_minutes):
                         random = processes.gather(random_state(device, generator))
                         self._save(epoch, {"step": step + 1, "random": random, "losses": self._summed(totals)})
@@ -250,6 +255,8 @@ class _Run:
 
     def _save(self, epoch: int, place: Mapping[str, Any]) -> None:
         """Write the state file: training goes on in this epoch at this place."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):  # after a gradient that was not
+            self._stop("a weight", math.nan, epoch if place["step"] else epoch - 1, place["step"] or None)
         for name in ("step", "random", "losses"):
             self.state.pop(name, None)
         parts: dict[str, checkpoints.Resumable] = {"model": self.training.graph.network, "optimizer": self.optimizer, **self._others}
@@ -262,9 +269,10 @@ class _Run:
         """Raise the KdxError of a training that diverged."""
         place = f"epoch {epoch + 1}" if step is None else f"epoch {epoch + 1} at step {step}"
         best = self.state.get("best_epoch")
-        kept = f" {self.path} contains the weights of epoch {best}, the best until then, as its entry best." if best else ""
+        kept = f"; the weights of epoch {best}, the best until then, are {self.path}#best" if best else ""
         raise KdxError(
-            f"The training of the {self.training.role} diverged in {place}: {what} is {value}.", f"Give a lower learning rate.{kept}"
+            f"The training of the {self.training.role} diverged in {place}: {what} is {value}.",
+            f"Give a lower learning rate, and another output folder{kept}.",
         )
 
 

@@ -91,7 +91,6 @@ class Distillation:
         if settings.student_images is not None:
             labels = dataset.labels[student_indices]
             student_indices = student_indices[class_balanced_sample(labels, settings.student_images, settings.seed)]
-        folder.mkdir(parents=True, exist_ok=True)
         size = preprocessing.size or (0, 0)
         images = {
             name: SplitImages(dataset, indices, size, settings.max_unreadable)
