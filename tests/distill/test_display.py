@@ -98,7 +98,7 @@ class Readings(TorchDispatchMode):
     """Counts the numbers that are read from tensors, each of which would wait for a GPU."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
