@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdx import progress
 from kdx.data.dataset import open_data
@@ -89,6 +92,29 @@ def test_an_epoch_that_goes_on_reports_its_losses_from_the_start(
     reports = [*first, *then][:4]
     assert [report.step for report in reports] == [1, 2, 3, 4]
     assert [report.parts["labels"] for report in reports] == pytest.approx(means([*steps, *later][:4]))
+
+
+class Readings(TorchDispatchMode):
+    """Counts the numbers that are read from tensors, each of which would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_losses_are_read_at_intervals_only(images: SplitImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {}
+    for name, seconds, is_shown in (("hidden", -1, False), ("seldom", 1000, True), ("always", -1, True)):
+        run, reports, steps = watched(images, seconds, monkeypatch)
+        with Readings() as readings:
+            loop.train(run if is_shown else replace(run, on_step=None), tmp_path / name, lambda result: None)
+        counts[name] = readings.count - len(steps)  # the loss of this test reads one number per step
+    assert counts["seldom"] == counts["hidden"]
+    assert counts["always"] == counts["hidden"] + 3 * len(reports)  # the total and two parts
 
 
 STEP = StepResult("student", 3, 30, 40, 80, 0.5, {"labels": 0.2, "kd": 0.3}, 1312.4)
