@@ -57,7 +57,7 @@ def distill(
     base: Annotated[
         str | None,
         typer.Option(
-            help="none: train no base, which saves about a third of the time. A file: the base.safetensors of another run with the same "
+            help="none: train no base, which saves the time of one training. A file: the base.safetensors of another run with the same "
             "settings. By default a base is trained.",
             show_default=False,
         ),

@@ -72,9 +72,12 @@ def read_image_rows(path: Path, ids: Sequence[str]) -> dict[str, NDArray[np.floa
     if path.suffix not in readers:
         raise KdxError(f"{path} is not a file of rows by image that kdx reads.", _IMAGE_FORMS)
     try:
-        rows = {name: np.asarray(row, dtype=np.float64) for name, row in readers[path.suffix](path, set(ids))}
+        pairs = readers[path.suffix](path, set(ids))
+        rows = {name: np.asarray(row, dtype=np.float64) for name, row in pairs}
     except Exception as error:  # NumPy's and Arrow's readers raise many types on damaged files
         raise KdxError(f"The rows of images in {path} cannot be read: {first_line(error)}.", _IMAGE_FORMS) from error
+    if len(rows) < len(pairs):
+        raise KdxError(f"The rows of images in {path} have an image twice.", "Give one row per image.")
     if len({row.shape for row in rows.values()}) > 1 or not all(
         row.ndim == 1 and len(row) and np.isfinite(row).all() for row in rows.values()
     ):

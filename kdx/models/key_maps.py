@@ -12,7 +12,7 @@ class KeyMap:
 
     program: its name. files: the names of its files. entries: the entries that contain the weights; the first one that exists is taken.
     averaged: entries of averaged weights (EMA), which come before the others. prefixes: what the names of the network's weights begin
-    with. others: for the documentation, the prefixes of other networks and of losses in the same entry.
+    with. others: the prefixes of other networks and of losses in the same entry, which are left out.
     """
 
     program: str
@@ -59,6 +59,7 @@ AVERAGED_ENTRIES = _distinct(layout.averaged for layout in KEY_MAPS)
 ENTRIES = _distinct((*(layout.averaged for layout in KEY_MAPS), *(layout.entries for layout in KEY_MAPS)))
 """The entries that are taken without being named, first to last. As timm does, averaged weights come before the others."""
 PREFIXES = _distinct(layout.prefixes for layout in KEY_MAPS)
+OTHERS = _distinct(layout.others for layout in KEY_MAPS)
 
 
 def table() -> str:

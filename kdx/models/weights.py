@@ -13,7 +13,7 @@ from torch import Size, Tensor, nn
 
 from kdx.errors import KdxError
 from kdx.models.checkpoint_files import TORCH_SUFFIXES, left_out, read_checkpoint
-from kdx.models.key_maps import AVERAGED_ENTRIES, ENTRIES, PREFIXES
+from kdx.models.key_maps import AVERAGED_ENTRIES, ENTRIES, OTHERS, PREFIXES
 
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 """What torch.compile, activation checkpointing and FSDP insert into names."""
@@ -167,24 +167,33 @@ def _match_names(file: Path, state: _State, shapes: Mapping[str, Size]) -> None:
         missing, count = max(_prefix_counts(shapes, state.tensors).items(), key=lambda item: item[1], default=("", 0))
         if missing and count > len(shapes) / 2:
             state.tensors = {f"{missing}{name}": tensor for name, tensor in state.tensors.items()}
-    unused = [name for name in state.tensors if name not in shapes and _NOT_WEIGHTS.search(name)]
+    unused = [name for name in state.tensors if name not in shapes and _is_other(name)]
     state.ignored += unused
     for name in unused:
         del state.tensors[name]
+
+
+def _is_other(name: str) -> bool:
+    """Whether a name that the network does not have may be left out: a counter, or a part of another network or of a loss."""
+    return bool(_NOT_WEIGHTS.search(name)) or name.startswith(OTHERS)
 
 
 def _best_prefix(file: Path, state: _State, counts: Counter[str], shapes: Mapping[str, Size]) -> str:
     """The prefix with which most names, and most shapes, are those of the network, and fewest names are others; that of averaged weights
     if there are several."""
 
+    most = max(counts.values())
+    candidates = [prefix for prefix, count in counts.items() if count == most]
+
     def fit(prefix: str) -> tuple[int, int, int]:
+        inner = tuple(other for other in candidates if other != prefix and other.startswith(prefix))  # other networks, such as a teacher
         named = {name.removeprefix(prefix): tensor for name, tensor in state.tensors.items() if name.startswith(prefix)}
+        named = {name: tensor for name, tensor in named.items() if not f"{prefix}{name}".startswith(inner)}
         equal = sum(name in named and named[name].shape == shape for name, shape in shapes.items())
         # A deep teacher has all names of a shallow student, and more.
-        return counts[prefix], equal, -sum(name not in shapes and not _NOT_WEIGHTS.search(name) for name in named)
+        return counts[prefix], equal, -sum(name not in shapes and not _is_other(name) for name in named)
 
-    most = max(counts.values())
-    fits = {prefix: fit(prefix) for prefix, count in counts.items() if count == most}
+    fits = {prefix: fit(prefix) for prefix in candidates}
     best = [prefix for prefix, value in fits.items() if value == max(fits.values())]
     averaged = [prefix for prefix in best if _EMA_PREFIX.search(prefix)]
     if "" in best or len(best) == 1:

@@ -25,6 +25,7 @@ HOME = "tests.models.own_networks"
 
 KINDS: dict[str, tuple[type[nn.Module], str, dict[str, Any]]] = {
     "(logits, dict)": (own.OfMdistiller, "", {}),
+    "is_feat": (own.OfRepDistiller, "", {}),
     "(list, logits)": (own.FeaturesFirst, "", {}),
     "(features, logits), stated": (own.Pooled, ",logits=1", {}),
     "dict with pred": (own.Named, "", {}),

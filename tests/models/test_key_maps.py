@@ -168,6 +168,16 @@ def test_two_networks_of_one_architecture_must_be_named(tmp_path: Path) -> None:
         assert same(models.load(f"{NETWORK}@{tmp_path / 'latest'}#{key}"), state)
 
 
+def test_a_network_that_contains_its_teacher_is_the_outer_one(tmp_path: Path) -> None:
+    """Also if the teacher, whose names have a prefix, has the same architecture."""
+    for teacher in (EMA, DEEP):
+        torch.save(STATE | prefixed(teacher=teacher), tmp_path / "w.pth")
+        network = models.load(f"{NETWORK}@{tmp_path / 'w.pth'}")
+        assert same(network, STATE) and network.note.startswith("Weights of w.pth: not used: teacher (")
+        torch.save({"state_dict": prefixed(model=STATE | prefixed(teacher=DEEP))}, tmp_path / "nested.ckpt")
+        assert same(models.load(f"{NETWORK}@{tmp_path / 'nested.ckpt'}"), STATE)
+
+
 def test_a_file_without_a_suffix_may_be_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("not weights")
     with pytest.raises(KdxError, match=r"is damaged, or was not written by torch\.save"):

@@ -193,6 +193,9 @@ def test_images_without_a_row_and_targets_by_image_in_python_are_refused(folder:
     np.savez(tmp_path / "rows.npz", allow_pickle=False, **{name: np.ones(2) for name in dataset.ids[:-2]})
     with pytest.raises(kdx.KdxError, match=r"has no row for 2 images, the first being"):
         run(folder, tmp_path / "run", replace(OPTIONS, target=f"images:{tmp_path / 'rows.npz'}"))
+    (tmp_path / "rows.csv").write_text("\n".join(f"{name},1,{place}" for place, name in enumerate([*dataset.ids, dataset.ids[3]])))
+    with pytest.raises(kdx.KdxError, match="have an image twice"):
+        run(folder, tmp_path / "run", replace(OPTIONS, target=f"images:{tmp_path / 'rows.csv'}"))
     file = replace(models_file.read_models(folder / "models.toml"), targets="soft:teacher")
     with pytest.raises(kdx.KdxError, match="has a row per image, which only a run"):
         kdx.Explainer(file)
