@@ -8,14 +8,15 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kdx.disk import unwritable
+from kdx.disk import lock_file, unwritable
 from kdx.distill.losses import Observed, Outputs
 from kdx.distill.networks import Distillation
 from kdx.distill.number_formats import autocast
@@ -61,7 +62,10 @@ class StoredOutputs:
         self.folder = cache / self._key(weights_hash)
         if distillation.processes.is_main and not self.folder.is_dir():
             try:
-                self._write()
+                cache.mkdir(parents=True, exist_ok=True)
+                with lock_file(cache / ".lock", wait=True):  # another training may be writing the same outputs
+                    if not self.folder.is_dir():
+                        self._write()
             except OSError as error:
                 raise unwritable(self.folder, error) from error
         distillation.processes.wait()
@@ -96,22 +100,25 @@ class StoredOutputs:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     def _write(self) -> None:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        """Write the files in order, because a full disk would end a process that writes to a memory map without any message."""
+        for leftover in self.folder.parent.glob(f".{self.folder.name}.*"):  # of a killed process
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", dir=self.folder.parent))
         try:
-            count = len(self._distillation.images["student"])
-            arrays: dict[str, np.memmap[Any, Any]] = {}
-            for positions in np.array_split(np.arange(count), math.ceil(count / _ROWS)):
-                outputs, kept = self._outputs(positions)
-                for name, tensor in _named(outputs).items():
-                    if name not in arrays:
-                        shape = (count, *tensor.shape[1:])
-                        arrays[name] = np.lib.format.open_memmap(
-                            temporary / f"{name}.npy", mode="w+", dtype=tensor.cpu().numpy().dtype, shape=shape
-                        )
-                    arrays[name][kept] = tensor.cpu().numpy()
-            for array in arrays.values():
-                array.flush()
+            with ExitStack() as stack:
+                count = len(self._distillation.images["student"])
+                files: dict[str, IO[bytes]] = {}
+                for positions in np.array_split(np.arange(count), math.ceil(count / _ROWS)):
+                    outputs, kept = self._outputs(positions)
+                    for name, tensor in _named(outputs).items():
+                        array = tensor.cpu().numpy()
+                        rows = np.zeros((len(positions), *array.shape[1:]), array.dtype)
+                        rows[kept - positions[0]] = array
+                        if name not in files:
+                            files[name] = stack.enter_context((temporary / f"{name}.npy").open("wb"))
+                            header = np.lib.format.header_data_from_array_1_0(rows) | {"shape": (count, *array.shape[1:])}
+                            np.lib.format.write_array_header_1_0(files[name], header)
+                        files[name].write(rows.data)
             temporary.rename(self.folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
