@@ -19,7 +19,7 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kdx.disk import lock_folder
+from kdx.disk import lock_folder, remove_leftovers
 from kdx.errors import KdxError, missing_package
 
 T = TypeVar("T")
@@ -98,6 +98,7 @@ class Processes:
         if self.is_main:
             try:
                 lock = lock_folder(folder)
+                remove_leftovers(folder)
             except KdxError as error:
                 lock = error
         problem = self.agree(lock if isinstance(lock, KdxError) else None)

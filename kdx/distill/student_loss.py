@@ -88,7 +88,11 @@ def rehearse(distillation: Distillation, pairs: Sequence[Pair]) -> None:
     """
     settings, device, images = distillation.settings, distillation.device, distillation.images["student"]
     loss = StudentLoss.of_networks(
-        distillation, distillation.initial_network("student"), distillation.initial_network("teacher"), pairs, distillation.graph
+        distillation,
+        distillation.initial_network("student"),
+        distillation.initial_network("teacher").requires_grad_(False),
+        pairs,
+        distillation.graph,
     )
     loss.student.graph.train()
     loss.teacher.graph.train(not distillation.teacher_is_trained)  # the running statistics of an untrained network fit no image

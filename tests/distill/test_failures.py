@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from kdx import models
 from kdx.disk import lock_file
 from kdx.distill import EpochResult, distill
 from kdx.errors import KdxError
-from tests.distill.small import QUICK, STUDENT, TEACHER
+from tests.distill.small import QUICK, STUDENT, TEACHER, files_of_at_most
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,19 +80,6 @@ def test_a_gradient_that_is_not_finite_stops_the_training(finished: Path, tmp_pa
     state = torch.load(tmp_path / "base.state.pt", weights_only=True)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in state["model"].values())  # also what the training would resume from
     assert state["epoch"] == 1
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """Inside the block, the system refuses to write more bytes to a file, as a full disk does."""
-    import resource  # Windows does not have it
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")

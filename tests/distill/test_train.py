@@ -22,7 +22,8 @@ from tests.distill.small import QUICK, STUDENT, TEACHER, Interruption, stop_at, 
 
 
 def test_a_run_writes_weights_and_a_models_file(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == {"teacher.safetensors", "base.safetensors", "student.safetensors", "models.toml"}
+    files = {"teacher.safetensors", "base.safetensors", "student.safetensors", "models.toml"}
+    assert {path.name for path in finished.iterdir()} == files | {".lock"}
     file = models_file.read_models(finished / "models.toml")
     assert (file.layers, file.classes, file.data, file.split_seed) == (("layer1", "layer2"), tuple("0123456789"), "digits", 0)
     assert file.training["method"] == "kd" and file.training["test_images"] == 450
