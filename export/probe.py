@@ -181,7 +181,7 @@ class Probe:
             parts.append(self._run(part))
             passed, done = time.monotonic() - start, len(parts) * _CHUNK
             if passed > _SLOW and done < len(images) and not announced:
-                log.info("finding the positions of the layers with changed images, about %.0f s more", passed * (len(images) / done - 1))
+                log.warning("finding the positions of the layers with changed images, about %.0f s more", passed * (len(images) / done - 1))
                 announced = True
         for layer in parts[0]:
             axis = self.rows_axis(layer)

@@ -146,8 +146,13 @@ def explain(
         ),
     ] = None,
     max_minutes: Annotated[
-        float, typer.Option(min=0, help="whole: the estimated minutes that the geometry may take. Beyond them, auto selects reference.")
-    ] = 60.0,
+        float | None,
+        typer.Option(
+            min=0,
+            help="auto: the estimated minutes that whole may take, by default 60. Beyond them, auto selects reference.",
+            show_default=False,
+        ),
+    ] = None,
     random_baseline: Annotated[
         bool | None,
         typer.Option(

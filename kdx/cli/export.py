@@ -67,7 +67,9 @@ def export(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Resize images to a square of this side; by default the model's own size.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="explainer: seed of the choice of the reference images.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="explainer: seed of the choice of the reference images; by default 0.", show_default=False)
+    ] = None,
 ) -> None:
     """Export networks to a file for other runtimes, optionally with their gradients or maps inside, and check it against PyTorch."""
     from kdx.commands import export as command

@@ -32,7 +32,7 @@ from kdx.models.models_file import read_models
 from kdx.roles import MAPS, maps_among
 from kdx.runs.collected import check_classes
 from kdx.runs.plan import REFERENCE_IMAGES, RunOptions
-from kdx.runs.schema import MANIFEST, layer_file_names
+from kdx.runs.schema import IMAGES_PAGE, MANIFEST, layer_file_names
 from kdx.runtimes.choice import is_file
 
 OPTIONS = frozenset(
@@ -174,7 +174,7 @@ def _write(out: Path, paths: Sequence[Path], images: ImageMaps, classes: Sequenc
         predicted = ", ".join(f"{role}: {classes[predictions[number]]}" for role, predictions in images.predictions.items())
         facts = html.escape(f"{path.name}, explained as {classes[images.labels[number]]} ({predicted})")
         rows.append(f'<tr><th colspan="{len(cells)}">{facts}</th></tr><tr>{"".join(cells)}</tr>')
-    page = out / "images.html"
+    page = out / IMAGES_PAGE
     title = f"UniCAM’s maps of {len(paths)} {'image' if len(paths) == 1 else 'images'}"
     text = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'

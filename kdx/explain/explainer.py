@@ -281,7 +281,7 @@ class Explainer:
 
         classes [n]: as in `explain`.
         """
-        batch, target = self._converted(images, labels, "the target", "images")
+        batch, target = self._converted(images, labels, "labels or class embeddings", "images")
         arrays.check_images(len(batch))
         if self.settings.geometry == "reference" and not self._has_references:
             raise KdxError("The geometry reference needs reference images.", "Call use_references(images, labels) first.")

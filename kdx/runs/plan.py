@@ -33,6 +33,9 @@ from kdx.runs.split import SplitChoice, choose_split, with_recorded_data
 from kdx.runs.targets import RunTarget, run_target
 from kdx.runtimes.choice import is_file
 
+MAX_MINUTES = 60.0
+"""The minutes of sweeps over all pairs of images beyond which the geometry ``auto`` is not ``whole``."""
+
 REFERENCE_IMAGES = 256
 """The reference images of the geometry ``reference``, unless another number is given."""
 
@@ -51,8 +54,8 @@ class RunOptions(Settings):
     stored_precision: the number format of the features that the geometry ``whole`` stores. keep_features: whether they are kept.
     project: with K > 0, features are projected to K random channels before they are stored: the squared distances then have a relative
     standard error of at most sqrt(2/K). max_disk: the gigabytes that features and distances may take; by default half of the free space.
-    max_minutes: the time that the sweeps over all pairs of images may take by estimate. Beyond these two limits ``auto`` selects the
-    geometry ``reference``.
+    max_minutes: the time that the sweeps over all pairs of images may take by estimate, by default MAX_MINUTES. Beyond these two limits
+    ``auto`` selects the geometry ``reference``.
     base: ``none`` leaves out the base of the models file.
     target: what relevance is measured against in place of labels (`kdx.runs.targets`), by default as the models file states.
     resize, interpolation: how images are brought to the networks' size, by default as the models file states.
@@ -72,7 +75,7 @@ class RunOptions(Settings):
     keep_features: bool = False
     project: int = 0
     max_disk: float | None = None
-    max_minutes: float = 60.0
+    max_minutes: float | None = None
     random_baseline: bool | None = None
     base: str | None = None
     target: str | Path | None = None
@@ -221,9 +224,14 @@ def _check_references(options: RunOptions) -> None:
 
 
 def _check_storage(options: RunOptions) -> None:
-    """KdxError for choices about stored features with a geometry that stores none."""
+    """KdxError for limits of a geometry that is not chosen, and for choices about stored features with a geometry that stores none."""
+    compares_sets = options.geometry in ("batch", "reference") or options.reference_images > 0
+    if options.max_disk is not None and compares_sets:
+        raise KdxError("Only the geometry whole stores features and distances.", "Give --geometry whole or auto, or leave --max-disk out.")
+    if options.max_minutes is not None and (compares_sets or options.geometry == "whole"):
+        raise KdxError("Only the choice of the geometry has a limit in time.", "Give --geometry auto, or leave --max-minutes out.")
     stores = options.stored_precision != "float32" or options.keep_features or options.project
-    if stores and (options.geometry in ("batch", "reference") or options.reference_images):
+    if stores and compares_sets:
         raise KdxError(
             "Only the geometry whole stores features.", "Give --geometry whole, or leave --store, --keep-features and --project out."
         )

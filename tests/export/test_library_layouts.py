@@ -147,14 +147,9 @@ def test_levels_and_blocks_of_timm_need_no_probe(name: str, layers: list[str]) -
 def test_latents_of_a_perceiver_are_refused_with_the_reason() -> None:
     import transformers
 
-    sizes: dict[str, Any] = {
-        "num_latents": 16,
-        "d_latents": 16,
-        "num_self_attends_per_block": 2,
-        "num_self_attention_heads": 2,
-        "image_size": 16,
-    }
-    network = transformers.PerceiverForImageClassificationLearned(transformers.PerceiverConfig(**sizes, num_labels=5)).eval()
+    sizes = {"num_latents": 16, "d_latents": 16, "num_self_attends_per_block": 2, "num_self_attention_heads": 2, "image_size": 16}
+    config: Any = transformers.PerceiverConfig
+    network = transformers.PerceiverForImageClassificationLearned(config(**sizes, num_labels=5)).eval()
     assert kdx.models.layers(network, (16, 16)) == []
     with pytest.raises(kdx.KdxError, match="latents that attend to the whole image"):
         kdx.grad_cam(network, pixels(size=(16, 16)), "perceiver.encoder.self_attends.1", 0)
