@@ -10,6 +10,7 @@ import typer
 
 from kdx import progress
 from kdx.choices import (
+    DATA_KINDS,
     Features,
     GeometryName,
     Interpolation,
@@ -49,10 +50,7 @@ def explain(
     context: typer.Context,
     data: Annotated[
         list[str],
-        typer.Argument(
-            help="A folder with one folder per class, a CSV file with the columns path and label, cifar10:FOLDER, or digits; "
-            "or a few image files, with --data."
-        ),
+        typer.Argument(help=f"The data set: {DATA_KINDS}; or a few image files, with --data."),
     ],
     models: Annotated[
         Path, typer.Option(help="The models file, which names the student and optionally the base and the teacher; or an explainer file.")

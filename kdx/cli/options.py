@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-DataArgument = Annotated[
-    str, typer.Argument(help="A folder with one folder per class, a CSV file with the columns path and label, cifar10:FOLDER, or digits.")
-]
+from kdx.choices import DATA_KINDS
+
+DataArgument = Annotated[str, typer.Argument(help=f"The data set: {DATA_KINDS}.")]
 LayerOption = Annotated[
     list[str] | None,
     typer.Option(

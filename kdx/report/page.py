@@ -21,9 +21,11 @@ from kdx.report.map_facts import layer_facts
 from kdx.report.networks import discordant, layer_table, network_cards, titles
 from kdx.report.statements import statement_matrix
 from kdx.report.tables import overview_table, score_tables
+from kdx.report.training_plots import training_drawings
 from kdx.runs import schema
 from kdx.runs.record import RunRecord, read_run
 from kdx.runs.target_names import target_phrase
+from kdx.runs.training_scores import TrainingScores, read_training_scores
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -48,7 +50,7 @@ def write_page(folder: Path) -> Path:
     run = read_run(Path(folder))
     for written_to in (run.folder, run.folder / schema.OVERLAYS):
         remove_leftovers(written_to)
-    page = _page(run, make_gallery(run))
+    page = _page(run, make_gallery(run), read_training_scores(run.folder))
     target = run.folder / schema.PAGE
     # A lone surrogate, which JSON can carry from a file name, has no UTF-8 form.
     write_atomic(target, page.encode("utf-8", "replace"))
@@ -63,7 +65,7 @@ def script_json(content: object) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
-def _page(run: RunRecord, gallery: Gallery) -> str:
+def _page(run: RunRecord, gallery: Gallery, training: TrainingScores | None) -> str:
     import jinja2
 
     environment = jinja2.Environment(
@@ -90,6 +92,8 @@ def _page(run: RunRecord, gallery: Gallery) -> str:
         networks=network_cards(run),
         layers=layer_table(run),
         drawings=plots.drawings(run),
+        training=training,
+        training_drawings=[] if training is None else training_drawings(training),
         tables=score_tables(run),
         gallery=gallery,
         facts=layer_facts(run, gallery.kinds, gallery.grids),

@@ -43,6 +43,7 @@ from kdx.runs.schema import (
 )
 from kdx.runs.store import Store
 from kdx.runs.target_names import target_phrase
+from kdx.runs.training_scores import logged_scores, write_training_scores
 from kdx.runs.whole import collect_whole, explain_whole, feature_shapes
 from kdx.scores.pool import adjusted
 from kdx.scores.uncertainty import accuracy
@@ -289,6 +290,9 @@ def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int
     for row, pixels in zip(columns[schema.ROW][gallery], pictures.pixels, strict=True):
         store.write_picture(int(row), pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
     write_choice(store.folder, options.gallery_choice, [int(row) for row in columns[schema.ROW][gallery]])
+    training_scores = logged_scores(plan.models, announce)
+    if training_scores is not None:
+        write_training_scores(store.folder, training_scores)
     store.finish(
         now(),
         {

@@ -8,6 +8,7 @@ folder in this schema; `kdx.runs.record` reads it.
     maps.zarr        LAYER/KIND [rows, h, w]: UniCAM's maps (`kdx.roles.MAPS`) and the maps that add up to a score
                      (`kdx.roles.SCORE_MAPS`). Kinds that involve the teacher exist only with a teacher.
     scores.json      accuracies, and per layer the scores and contrasts; scores.csv has them as a table
+    training.json    the scores of probe images during training, where kdx distill logged them
     report.html      the page
     gallery.json     which images the page shows: how they were chosen, and their rows in the order of the page
     overlays/        the gallery's pictures: ROW.png is an image, ROW_LAYER_KIND.png a map over it
@@ -40,6 +41,7 @@ SAMPLES_FILE = "samples.parquet"
 MAPS_FILE = "maps.zarr"
 SCORES_FILE = "scores.json"
 SCORES_TABLE = "scores.csv"
+TRAINING_FILE = "training.json"
 PAGE = "report.html"
 GALLERY = "gallery.json"
 NETWORKS = "networks"

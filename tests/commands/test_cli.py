@@ -113,7 +113,7 @@ def test_every_option_of_explain_reaches_the_run(run: Run, monkeypatch: pytest.M
         gallery=5, gallery_order="wrong", gallery_images=("a.png", "b/c.png"),
         salient_class="true", salient_score="probability", salient_image="published", ratios="mean", pooled=True,
             random_baseline=True, base="none",
-        target=Path("t.npy"), resize="squash", interpolation="bilinear",
+        target="t.npy", resize="squash", interpolation="bilinear",
     )  # fmt: skip
     default = RunOptions()
     assert not {field for field in vars(default) if getattr(chosen, field) == getattr(default, field)}
@@ -165,6 +165,9 @@ def test_every_option_of_distill_reaches_the_training(run: Run, monkeypatch: pyt
     }  # fmt: skip
     assert run("distill", "digits", "--teacher", "t", "--student", "s", "--out", "o")[0] == 0
     assert seen[1]["settings"] == TrainingSettings()
+    preset = "distill digits --teacher t --student s --out o --preset asirra --batch 64 --lr 0.1"  # given options win, also as defaults
+    assert run(*preset.split())[0] == 0
+    assert seen[2]["settings"] == TrainingSettings(image_size=(224, 224), epochs=25, batch=64, learning_rate=0.1)
 
 
 def test_export_writes_a_checked_file_and_describes_it(run: Run, tmp_path: Path) -> None:

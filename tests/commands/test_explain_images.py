@@ -118,8 +118,11 @@ def test_labels_must_be_classes_and_one_per_image(folder: Path, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_image_files_without_a_data_set_are_refused(folder: Path) -> None:
+def test_image_files_without_a_data_set_are_refused(folder: Path, tmp_path: Path) -> None:
     check_data_set([str(folder)], None)
+    for name in ("labels.csv", "images.NPZ"):  # files that are data sets
+        (tmp_path / name).touch()
+        check_data_set([str(tmp_path / name)], None)
     for data, labels in (([str(folder / "b.png")], None), (["digits", "x"], None), (["digits"], ["cat"])):
         with pytest.raises(KdxError, match="need a data set") as caught:
             check_data_set(data, labels)
