@@ -13,4 +13,4 @@ def target_noun(name: str) -> str:
 def target_phrase(name: str) -> str:
     """The target of this name in words, with its file or network."""
     kind, _, rest = name.partition(":")
-    return f"{target_noun(name)} {'of' if kind in ('prototypes', 'soft') else 'in'} {rest if kind in _NOUNS else name}"
+    return f"{target_noun(name)} {'of the network' if kind in ('prototypes', 'soft') else 'in'} {rest if kind in _NOUNS else name}"

@@ -121,9 +121,11 @@ def test_scores_are_those_of_rows_computed_by_hand(name: str, geometry: Geometry
     page = run(folder, tmp_path / "run", options).read_text("utf-8")
     expected = {score: value.value for score, value in explained(folder, rows=rows[name]).layers["layer3"].scores.items()}
     assert stored_scores(tmp_path / "run") == pytest.approx(expected, abs=2e-5)
-    noun = {"prototypes": "the class means of ", "soft": "the soft labels of ", "images": "the image embeddings in "}[
-        name.partition(":")[0]
-    ]
+    noun = {
+        "prototypes": "the class means of the network ",
+        "soft": "the soft labels of the network ",
+        "images": "the image embeddings in ",
+    }[name.partition(":")[0]]
     assert f"measured against {noun}{name.partition(':')[2]}, not against" in page and "the labels" not in page
     identity = json.loads((tmp_path / "run" / "manifest.json").read_text())["configuration"]["target"]
     assert identity["kind"] == name.partition(":")[0] and len(identity["sha256"]) == 64
