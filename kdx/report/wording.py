@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from kdx.report.headline import headline
 from kdx.roles import BALANCE, CONTRASTS, EXCESS, GAIN, LEAD, LIKENESS, MAPS, ROLES, MapKind, counterpart
+from kdx.runs.measured import Entry
 from kdx.runs.number_text import number as number
-from kdx.runs.record import Entry, RunRecord
+from kdx.runs.record import RunRecord
 from kdx.runs.split import training_warning
 from kdx.runs.target_names import target_noun
 from kdx.scores.uncertainty import sign_test

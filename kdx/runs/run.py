@@ -26,9 +26,9 @@ from kdx.runs.environment import environment, now
 from kdx.runs.gallery_choice import check_order, write_choice
 from kdx.runs.geometry import Geometry, choose_geometry, unavoidable
 from kdx.runs.image_numbers import prediction_numbers
+from kdx.runs.measured import Samples
 from kdx.runs.plan import Plan
 from kdx.runs.plan import RunOptions as RunOptions
-from kdx.runs.record import Samples
 from kdx.runs.schema import (
     BaseLayers,
     Configuration,

@@ -269,7 +269,7 @@ class StoredScore(TypedDict):
 
 
 class StoredMaps(TypedDict):
-    """A kind of map at a layer, over all images: see `kdx.runs.record.MapSummary`, which has the same fields."""
+    """A kind of map at a layer, over all images: see `kdx.runs.measured.MapSummary`, which has the same fields."""
 
     empty: float
     strength: float
