@@ -15,14 +15,16 @@ from kdx import models
 from kdx.choices import COVER
 from kdx.data.dataset import Dataset, open_data
 from kdx.data.splits import class_balanced_sample, stratified_splits, validation_is_test
+from kdx.distill import blocked_layout
 from kdx.distill.augmentation import Augmentation
 from kdx.distill.checkpoints import Recipe, TrainingData
 from kdx.distill.data import SplitImages
+from kdx.distill.losses import method_requirements
 from kdx.distill.number_formats import CompiledGraph
 from kdx.distill.processes import SINGLE, Processes
 from kdx.distill.reused_weights import check_weights
 from kdx.distill.seeding import seeded
-from kdx.distill.settings import TrainingSettings
+from kdx.distill.settings import StepCallback, TrainingSettings
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.models.reference import ModelReference
@@ -51,6 +53,10 @@ class Distillation:
     notes: tuple[str, ...]
     """Lines for the user: what was left out of the data, which weights of a file are used, and, after ``Warning:``, that existing weights
     may have seen images of the test split."""
+    has_base: bool = True
+    """Whether a base is trained."""
+    on_step: StepCallback | None = None
+    """Called within the epochs of every training."""
 
     @classmethod
     def prepare(
@@ -72,8 +78,9 @@ class Distillation:
         )
         if student_reference.source == "pt2":
             raise KdxError(f"{student} is a program for inference and cannot be trained.", "Name the student's architecture instead.")
-        network = models.load(str(teacher_reference))
-        loaded = [network] if student_reference.weights is None else [network, models.load(str(student_reference))]
+        classes = len(dataset.classes)
+        network = models.load(str(teacher_reference), classes=classes)
+        loaded = [network] if student_reference.weights is None else [network, models.load(str(student_reference), classes=classes)]
         has_own_weights = teacher_reference.source in ("hf", "pt2") and network.trained
         preprocessing = _preprocessing(network, settings)
         splits = stratified_splits(dataset, settings.split_seed)
@@ -127,12 +134,13 @@ class Distillation:
     def initial_network(self, role: str) -> nn.Module:
         """The network of a role with its initial weights, which are the same for base and student."""
         with seeded(self.device, self.settings.seed, int(role == "teacher")):
-            module = models.load(str(self.reference(role))).module
+            module = models.load(str(self.reference(role)), classes=len(self.dataset.classes)).module
         return module.to(self.device)
 
     def trained_network(self, role: str) -> nn.Module:
         """The network of a role with its trained weights, for evaluation only."""
-        module = models.load(str(self.reference(role).with_weights(f"{role}.safetensors")), folder=self.folder).module
+        reference = str(self.reference(role).with_weights(f"{role}.safetensors"))
+        module = models.load(reference, classes=len(self.dataset.classes), folder=self.folder).module
         return module.to(self.device).requires_grad_(False)
 
     def graph(self, module: nn.Module, layers: Sequence[str] = ()) -> FeatureGraph:
@@ -140,12 +148,20 @@ class Distillation:
         return FeatureGraph(module, layers, replace(self.preprocessing, size=None)).to(self.device)
 
     def training_graph(self, module: nn.Module, layers: Sequence[str] = ()) -> FeatureGraph:
-        """`graph` in the memory layout and the form, compiled or not, that the settings choose for training."""
+        """`graph` in the memory layout and the form, compiled or not, that the settings choose for training.
+
+        On a processor, networks of convolutions compute in oneDNN's layout (`kdx.distill.blocked_layout`) unless a setting excludes it.
+        """
         if self.settings.channels_last:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if not self.settings.compile:
+        if self.settings.compile:
+            return CompiledGraph(module, layers, replace(self.preprocessing, size=None)).to(self.device)
+        size, settings = self.preprocessing.size or (0, 0), self.settings
+        excluded = settings.channels_last or settings.precision != "float32" or method_requirements(settings.method).pre_activations
+        if excluded or not blocked_layout.suits(module, size):
             return self.graph(module, layers)
-        return CompiledGraph(module, layers, replace(self.preprocessing, size=None)).to(self.device)
+        frozen = not any(weight.requires_grad for weight in module.parameters())
+        return blocked_layout.BlockedGraph(module, layers, replace(self.preprocessing, size=None), size if frozen else None)
 
     def epochs(self, role: str) -> int:
         """The number of epochs of a role's training."""

@@ -259,6 +259,11 @@ def read_run(folder: Path) -> RunRecord:
     """
     if not folder.is_dir():
         raise KdxError(f"There is no run folder at {folder}.", "Give the folder that kdx explain wrote, the one named with --out.")
+    if (folder / schema.IMAGES_PAGE).exists() and not (folder / schema.MANIFEST).exists():
+        raise KdxError(
+            f"{folder} contains maps of a few images, which have no scores, and not a run over a data set.",
+            f"Open {schema.IMAGES_PAGE} in it; to write it again, run the same kdx explain command again.",
+        )
     with _damage_is_lost_result(folder):
         manifest = _complete_manifest(folder)
         stored = cast(StoredScores, _json(folder, schema.SCORES_FILE))

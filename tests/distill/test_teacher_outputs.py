@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdx.distill import EpochResult, TrainingSettings, distill
+from kdx.distill import EpochResult, TrainingSettings, distill, teacher_outputs
 from kdx.distill import data as distill_data
 from kdx.errors import KdxError
 from tests.distill.small import QUICK, STUDENT, TEACHER, files_of_at_most
@@ -52,9 +52,14 @@ def losses(out: Path, teacher: str, settings: TrainingSettings, **keywords: Any)
 
 
 @pytest.mark.parametrize("method", ["kd", "at+kd", "ofd", "catkd", "crd"])
-def test_students_learn_from_stored_outputs_as_from_computed_ones(tmp_path: Path, teacher: str, method: str) -> None:
+def test_students_learn_from_stored_outputs_as_from_computed_ones(
+    tmp_path: Path, teacher: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = replace(PLAIN, method=method)
-    expected = losses(tmp_path / "computed", teacher, settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_outputs, "CACHE_BYTES", 0)
+        expected = losses(tmp_path / "computed", teacher, settings)
+    assert losses(tmp_path / "memory", teacher, settings) == pytest.approx(expected, rel=1e-5)
     actual = losses(tmp_path / "stored", teacher, settings, teacher_cache=tmp_path / "cache")
     assert actual == pytest.approx(expected, rel=1e-5)
     (folder,) = (tmp_path / "cache").glob("[!.]*")
@@ -69,8 +74,12 @@ def test_the_teacher_computes_each_image_once_for_all_students(tmp_path: Path, t
         return Counted.images
 
     cache = {"teacher_cache": tmp_path / "cache"}
-    plain, first = seen("plain", PLAIN), seen("first", PLAIN, **cache)
-    assert plain - first == (PLAIN.epochs - 1) * 60
+    memory, first = seen("memory", PLAIN), seen("first", PLAIN, **cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_outputs, "CACHE_BYTES", 0)
+        every_step = seen("every step", PLAIN)
+    assert every_step - memory == every_step - 2 - first == (PLAIN.epochs - 1) * 60  # two images tell how much memory outputs take
+    assert seen("memory", PLAIN) < memory - 60  # a finished student needs no outputs
     assert first - seen("second", replace(PLAIN, seed=1, temperature=2.0, student_images=None), **cache) < 0  # other images
     assert first - seen("third", replace(PLAIN, learning_rate=0.01, temperature=2.0), **cache) == 60
     assert len(list((tmp_path / "cache").glob("[!.]*"))) == 2
