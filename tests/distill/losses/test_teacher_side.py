@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +39,8 @@ def test_nothing_is_stored_for_the_teachers_backward_pass(method: str) -> None:
         stored.append(tensor)
         return tensor
 
-    from_teacher: Any = teacher_outputs(None, teacher, "", None)  # type: ignore[arg-type]
+    augmented: Any = SimpleNamespace(settings=replace(SETTINGS, augment=True))  # whose outputs are computed in every step
+    from_teacher = teacher_outputs(augmented, teacher, "", None)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs: Outputs = from_teacher(IMAGES, torch.arange(6))
     assert not stored
