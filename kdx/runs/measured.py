@@ -34,13 +34,8 @@ class Entry:
         low, high = (math.nan if x is None else float(x) for x in stored["interval"])
         value = math.nan if stored["value"] is None else float(stored["value"])
         p_value, p_adjusted = (None if stored.get(key) is None else float(stored[key]) for key in ("p_value", "p_adjusted"))
-        return cls(
-            value,
-            (low, high),
-            p_value,
-            p_value if p_adjusted is None else p_adjusted,
-            *map(optional_integer, map(stored.get, ("n", "batches"))),
-        )
+        counts = map(optional_integer, map(stored.get, ("n", "batches")))
+        return cls(value, (low, high), p_value, p_value if p_adjusted is None else p_adjusted, *counts)
 
     @property
     def known(self) -> bool:
