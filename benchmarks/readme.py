@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import gpu_tables, growth, methods, planted_tables
+from benchmarks import gpu_tables, growth, methods, planted_tables, training
 from benchmarks.cases import CASES, PROCESS_KINDS
 from benchmarks.cold import COMMANDS, IMPORTS
 from benchmarks.folder import MORE, PICTURE
@@ -25,7 +25,7 @@ from benchmarks.stored import SUITE, read
 ROOT = Path(__file__).parents[1]
 README, PERFORMANCE, EVIDENCE = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "evidence.md"
 GPU = ROOT / "docs" / "gpu.md"
-DISTILLATION = ROOT / "docs" / "distillation.md"
+DISTILLATION, TRAINING = ROOT / "docs" / "distillation.md", ROOT / "docs" / "training.md"
 DRAWING = ROOT / "docs" / "growth.svg"
 
 NONE = "–"
@@ -202,6 +202,7 @@ PAGES: dict[Path, dict[str, Callable[[Records], str]]] = {
     },
     GPU: {"batch": lambda _: gpu_tables.batch(), "kernels": lambda _: gpu_tables.kernels()},
     DISTILLATION: {"methods": lambda _: methods.markdown()},
+    TRAINING: {"training": lambda _: training.markdown()},
     EVIDENCE: {name: planted(table) for name, table in planted_tables.TABLES.items()},
 }
 
