@@ -18,7 +18,7 @@ PAGE = Path(__file__).with_name("troubleshooting.md")
 TOPICS = {
     "data": ("data",),
     "models": ("models",),
-    "distill": ("distill",),
+    "distill": ("distill", "callbacks"),
     "features": ("features", "maps", "cam", "scores", "kernels"),
     "explain": ("explain", "runs", "report", "disk"),
     "runtimes": ("runtimes",),

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from kdx.errors import KdxError
 from kdx.export import layouts
 from kdx.export.layer_names import find_layer, output_name, parse_layer
+from kdx.export.outputs import logits_of
 from kdx.export.passes import GradientsStayOn, network_errors, no_checkpointing
 from kdx.kernels import ambient, geometry
 
@@ -106,18 +107,13 @@ class WatchedNetwork(nn.Module):
         if self.preprocessing.size is not None:
             images = nn.functional.interpolate(images, size=self.preprocessing.size, mode="bilinear", align_corners=False)
         with no_checkpointing(), network_errors():
-            logits, raw = self._pass(((images - self.mean) / self.std).to(self.dtype), capture)
+            output, raw = self._pass(((images - self.mean) / self.std).to(self.dtype), capture)
         unreached = [layer for layer in self.watched if layer not in raw]
         if unreached:
             raise KdxError(
                 f"The forward pass does not reach layer {unreached[0]!r}.", "Choose a layer that the network uses for its prediction."
             )
-        logits = getattr(logits, "logits", logits)  # Hugging Face's networks return an object with logits
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
-            raise KdxError(
-                "The network does not return logits [n, classes].", "Wrap it in a module whose forward returns one tensor of logits."
-            )
-        return logits, raw
+        return logits_of(output, self.network), raw
 
     def _pass(self, images: Tensor, capture: Callable[[Tensor], Tensor]) -> tuple[object, dict[str, object]]:
         """The network's output for preprocessed images, and each layer's raw output."""

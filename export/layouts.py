@@ -70,6 +70,11 @@ class Decider:
             layout = name.layout.layout(layer, shape, self._size)
             check_rows(layout, shape, layer, images)
             return DecidedLayout(layout, "stated")
+        if library_layouts.latents(self._network, name.path):
+            raise KdxError(
+                f"Layer {layer!r} has no positions in the image: its output {list(shape)} contains latents that attend to the whole image.",
+                "Choose a layer before the latents, or a network whose layers have positions.",
+            )
         if shape[0] == images:
             layout_or_none = library_layouts.convolutional(self._network, module, shape, self._size) if name.index is None else None
             if layout_or_none is not None:

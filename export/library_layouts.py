@@ -41,6 +41,9 @@ _HF_TOKENS = {
 }
 """The model types of transformers whose tokens are [n, prefix + H W, C] in reading order."""
 
+_HF_LATENTS = {"perceiver": ("encoder", "decoder")}
+"""The model types of transformers with latents in place of positions, and the modules that return them."""
+
 _MOST_PREFIX = 16
 
 
@@ -112,6 +115,15 @@ def library(network: nn.Module, path: str, shape: Sequence[int], image_size: Gri
     return None
 
 
+def latents(network: nn.Module, path: str) -> bool:
+    """Whether the library states that the layer's tokens are latents: each of them attends to the whole image, and none has a position."""
+    for owner, rest in _owners(network, path):
+        if type(owner).__module__.startswith("transformers.") and hasattr(owner, "config"):
+            modules = _HF_LATENTS.get(getattr(owner.config, "model_type", ""), ())
+            return any(name in modules for name in rest.split("."))
+    return False
+
+
 def _owners(network: nn.Module, path: str) -> Iterator[tuple[Any, str]]:
     """The network and the modules around the layer, each with the rest of the layer's path."""
     names = path.split(".")
@@ -132,6 +144,11 @@ def _timm(owner: Any, family: str, rest: str, shape: Sequence[int], image_size: 
     if family == "coat" and len(shape) == 3:  # a class token and a grid that changes, and no class token from the embeddings of patches
         prefixes = [prefix for prefix in (1, 0) if aspect_grid(shape[1] - prefix, image_size)]
         return _tokens(shape, aspect_grid(shape[1] - prefixes[0], image_size) or (1, 1), prefixes) if prefixes else None
+    if family == "nest":  # its levels put the blocks of the image back into their places
+        return channels_first(shape) if re.fullmatch(r"levels\.\d+", rest) and len(shape) == 4 else None
+    if family == "twins":
+        grid = aspect_grid(shape[1], image_size) if len(shape) == 3 and re.fullmatch(r"blocks\.\d+\.\d+", rest) else None
+        return None if grid is None else _tokens(shape, grid, (0,))
     if family in _TIMM_GRIDS:
         is_stage = re.fullmatch(r"(stages|blocks)(\.\d+)?(\[0\])?", rest)
         grid = aspect_grid(shape[1] - prefix, image_size) if is_stage else None

@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx
 import torch
 from torch import Tensor
+from torch.fx import config as fx_config
 
 from kdx.choices import FilePrecision
 from kdx.disk import staging, unwritable, write_through
@@ -33,6 +34,7 @@ from kdx.export.description import (
 from kdx.export.explainer_graphs import ExplainerGraph, Graph, ReferenceGraph
 from kdx.export.graphs import GradientGraph, WatchedNetwork
 from kdx.export.parity import ParityReport
+from kdx.export.simplify import simplify
 from kdx.kernels import ambient
 
 _TRACE_BATCH = 5
@@ -215,7 +217,10 @@ def _exported(graph: Graph, inputs: dict[str, Tensor], resizes: bool, reference:
                 output_names=[value_names.placeholder(index) for index in range(len(graph.output_names))],
                 opset_version=opset,
                 verbose=False,
+                optimize=False,
             )
+            assert exported is not None
+            simplify(exported.model)
     except KdxError:
         raise
     except Exception as error:  # under tracing, the network's own code may raise any exception
@@ -225,7 +230,6 @@ def _exported(graph: Graph, inputs: dict[str, Tensor], resizes: bool, reference:
             cause = "its forward pass fixes the batch or the image size"
             hint = "Take sizes from images.shape, not by len() or int(); until then, run it with --runtime eager."
         raise KdxError(f"{reference} cannot be exported: {cause}.", hint) from error
-    assert exported is not None
     model = exported.model_proto
     value_names.name_outputs(model, graph.output_names)
     _name_dimensions(model, dynamic)
@@ -265,15 +269,21 @@ def _round_weights_to_bfloat16(model: onnx.ModelProto) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter, which warns of its own deprecated calls and prints graphs. Errors that a user can fix are raised."""
+    """Silence the exporter, which warns of its own deprecated calls and prints graphs. Errors that a user can fix are raised.
+
+    It also does not record the source lines of every operator, which would take a sixth of the time and which no file contains.
+    """
     logger = logging.getLogger("torch")
     level = logger.level
+    records = getattr(fx_config, "do_not_emit_stack_traces", False)
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         logger.setLevel(logging.CRITICAL)
+        fx_config.do_not_emit_stack_traces = True
         try:
             yield
         finally:
+            fx_config.do_not_emit_stack_traces = records
             logger.setLevel(level)
 
 

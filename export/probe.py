@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kdx.disk import log
 from kdx.features.layout import MOST_EXTRA, Grid, Layout, Tokens, compact, has_aspect, possible_grids, window_order, windows_of
 
 _BASES = 2
@@ -25,6 +27,9 @@ _BASES_OF_FEW = 6
 
 _CHUNK = 8
 """Images per pass."""
+
+_SLOW = 5.0
+"""Seconds of one set of passes after which it is announced."""
 
 _CLEAR = 0.6
 """The share of positions that must show a known order of tokens. Any other order would agree at one position in H W by chance."""
@@ -171,7 +176,13 @@ class Probe:
         images = torch.cat(
             [torch.stack([base, *(torch.where(mask, 1 - base, base) for mask in self._masks(grid))]) for base in self._images[:bases]]
         )
-        parts = [self._run(part) for part in images.split(_CHUNK)]
+        parts, start, announced = [], time.monotonic(), False
+        for part in images.split(_CHUNK):
+            parts.append(self._run(part))
+            passed, done = time.monotonic() - start, len(parts) * _CHUNK
+            if passed > _SLOW and done < len(images) and not announced:
+                log.warning("finding the positions of the layers with changed images, about %.0f s more", passed * (len(images) / done - 1))
+                announced = True
         for layer in parts[0]:
             axis = self.rows_axis(layer)
             pieces = [part[layer] for part in parts]

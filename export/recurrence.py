@@ -15,6 +15,9 @@ MOST_STEPS = 128
 
 _SLOW_STEPS = 16
 
+_SECONDS_PER_STEP = 3
+"""On two slow cores, for tracing, converting and checking the about 60 operators of a step."""
+
 
 def check_steps(graph: GradientGraph, images: Tensor) -> None:
     """Raise KdxError if an export would unroll too many steps of recurrent layers; announce a slow export.
@@ -38,11 +41,11 @@ def check_steps(graph: GradientGraph, images: Tensor) -> None:
         first = next(iter(steps))
         raise KdxError(
             f"Gradients through {type(modules[first]).__name__} {first!r} cannot be exported: recurrent layers run {total} steps,"
-            f" and an export unrolls at most {MOST_STEPS}.",
+            f" which would take up to {total * _SECONDS_PER_STEP / 60:.0f} minutes, and an export unrolls at most {MOST_STEPS}.",
             "Run the network with --runtime eager, export --kind features, or name layers after its recurrent layers.",
         )
     if total > _SLOW_STEPS:
-        log.info("unrolling %d steps of recurrent layers; the export takes up to three seconds per step", total)
+        log.warning("unrolling %d steps of recurrent layers; the export takes up to %d s", total, total * _SECONDS_PER_STEP)
 
 
 def _counting(steps: dict[str, int], path: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:

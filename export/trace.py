@@ -57,7 +57,7 @@ def traced_program(graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: Dynami
             program = torch.export.export(graph, inputs, dynamic_shapes=dynamic)
         program = _with_translatable_attention(program)
     if len(program.graph.nodes) > _MANY:
-        log.info("converting %d operators to ONNX takes up to a minute per 1,000", len(program.graph.nodes))
+        log.warning("converting %d operators to ONNX takes up to a minute per 1,000", len(program.graph.nodes))
     unsupported = unsupported_operators(program)
     if unsupported:
         names = [f"{operator} of {layer or 'the network itself'}" for operator, layer in unsupported]

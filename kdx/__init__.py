@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kdx.distill.probe import Probe, ProbeScores, probe
     from kdx.errors import KdxError
     from kdx.explain.explainer import Explainer
     from kdx.explain.results import Explanation, LayerResult
@@ -35,6 +36,8 @@ __all__ = [
     "LayerScores",
     "Maps",
     "OpenedRun",
+    "Probe",
+    "ProbeScores",
     "ReferenceSet",
     "RunImage",
     "Score",
@@ -47,6 +50,7 @@ __all__ = [
     "open_run",
     "overlay",
     "partial_rs",
+    "probe",
     "rs",
     "salient_images",
     "top_mask",
@@ -67,6 +71,8 @@ _HOMES = {
     "LayerScores": "scores.pool",
     "Maps": "maps.unicam",
     "OpenedRun": "runs.opened",
+    "Probe": "distill.probe",
+    "ProbeScores": "distill.probe",
     "ReferenceSet": "maps.unicam",
     "RunImage": "runs.opened",
     "Score": "scores.score",
@@ -79,6 +85,7 @@ _HOMES = {
     "open_run": "runs.opened",
     "overlay": "maps.overlays",
     "partial_rs": "scores.metrics",
+    "probe": "distill.probe",
     "rs": "scores.metrics",
     "salient_images": "maps.salient_images",
     "top_mask": "maps.salient_images",
@@ -88,6 +95,7 @@ _HOMES = {
 """The module of each public name. It is imported when the name is first used, since PyTorch takes seconds to load."""
 
 _FOLDERS = (
+    "callbacks",
     "cam",
     "data",
     "distill",

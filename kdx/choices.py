@@ -21,6 +21,16 @@ FileFormat = Literal["onnx", "tensorrt"]
 ObjectiveName = Literal["relevance", "uniqueness"]
 """The score whose gradient weights a UniCAM map: relevance to the target, or uniqueness, which is what only the explained network has."""
 
+TargetKind = Literal["prototypes", "soft", "images"]
+"""A target that depends on each image: class means of a network's outputs without the image, softened logits, or a file by image."""
+TARGET_KINDS: tuple[TargetKind, ...] = get_args(TargetKind)
+
+LABELS = "labels"
+"""The value of an option ``target`` that stands for one-hot labels."""
+
+NO_BASE = "none"
+"""The value of an option ``base`` that leaves the base out."""
+
 Weighting = Literal["gap", "elementwise"]
 """How a map weights features: ``gap`` has one weight per channel, ``elementwise`` one per position (HiRes)."""
 
@@ -79,6 +89,9 @@ ScheduleName = Literal["cosine", "step", "constant"]
 Selection = Literal["accuracy", "loss", "last"]
 """The epoch whose weights are kept: the highest accuracy or the lowest cross entropy on the validation split, or the last epoch."""
 
+TrainingPresetName = Literal["asirra", "cifar10", "plants"]
+"""A named set of training settings (`kdx.distill.presets`)."""
+
 TrainingPrecision = Literal["float32", "bfloat16", "float16"]
 """The number format in which networks compute during training. Weights, their updates and losses are float32."""
 
@@ -88,3 +101,22 @@ StoredPrecision = Literal["float32", "float16"]
 TableFormat = Literal["csv", "latex", "markdown", "images"]
 """A table of a run: its scores in one of three formats, or the numbers of every image as CSV."""
 TABLE_FORMATS: tuple[TableFormat, ...] = get_args(TableFormat)
+
+DATA_REFERENCES = {
+    "FOLDER": "a folder of images: FOLDER/owl/1.jpg, FOLDER/train/owl/1.jpg, or owl.1.jpg in the folder itself",
+    "folder:FOLDER": "the same, for a folder whose name is another reference",
+    "FILE.csv": "a CSV file with the columns path, relative to the file, and label, and optionally split",
+    "csv:FILE": "the same, for a file with another suffix",
+    "FILE.npz": "a NumPy file with the arrays images and labels",
+    "npz:FILE": "the same, for a file with another suffix",
+    "cifar10:FOLDER": "CIFAR-10, binary or Python version",
+    "cifar100:FOLDER": "CIFAR-100 with its fine labels, binary or Python version",
+    "hfdata:NAME_OR_FOLDER": "a data set of the Hugging Face Hub, or a folder or file of its formats",
+    "digits": "scikit-learn's 1,797 handwritten digits, 8 x 8",
+}
+"""The references of data sets, with what they name. Help texts, errors and docs/data.md list them."""
+
+DATA_KINDS = (
+    "a folder of images, FILE.csv (columns path and label), FILE.npz, cifar10:FOLDER, cifar100:FOLDER, hfdata:NAME_OR_FOLDER, or digits"
+)
+"""The references in one phrase."""

@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
-Show = Callable[[str, int, int, str], None]
-"""show(task, done, total, note): ``done`` of ``total`` steps of the task are complete."""
+Show = Callable[[str, float, int, str], None]
+"""show(task, done, total, note): ``done`` of ``total`` steps of the task are complete, on a terminal also parts of a step."""
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+_SECONDS_OF_SPEED = 300.0
+"""The time left follows from the speed in this time, which should include slow parts that recur, such as the validation of an epoch."""
 
 _UNLIMITED = 10_000  # columns
 
@@ -42,7 +45,7 @@ def progress() -> Iterator[Show]:
         return
     last = time.monotonic()
 
-    def line(task: str, done: int, total: int, note: str) -> None:
+    def line(task: str, done: float, total: int, note: str) -> None:
         nonlocal last
         if done == total or time.monotonic() - last > _SECONDS_BETWEEN_LINES:
             last = time.monotonic()
@@ -54,18 +57,20 @@ def progress() -> Iterator[Show]:
 @contextmanager
 def _bars() -> Iterator[Show]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(min(40, console().width // 6)),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        # On a narrow terminal the note is cut, and nothing else.
+        TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console()) as bars:
+    with Progress(*columns, console=console(), speed_estimate_period=_SECONDS_OF_SPEED, expand=True) as bars:
         ids: dict[str, TaskID] = {}
 
-        def advance(task: str, done: int, total: int, note: str) -> None:
+        def advance(task: str, done: float, total: int, note: str) -> None:
             if task not in ids:
                 ids[task] = bars.add_task(task, total=total, note="")
             bars.update(ids[task], completed=done, note=note)

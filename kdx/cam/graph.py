@@ -12,6 +12,7 @@ from kdx.errors import KdxError
 from kdx.export.copies import original
 from kdx.export.dependence import check_dependence
 from kdx.export.graphs import GradientGraph
+from kdx.export.outputs import logits_of
 from kdx.features import arrays
 from kdx.kernels import ambient, geometry
 from kdx.maps.gradients import LayerGradient, check_gradients, derivatives
@@ -28,7 +29,7 @@ OutputTarget = Callable[[Tensor], Tensor]
 
 
 class CamGraph(GradientGraph):
-    """A copy of a user's model, with hooks during a pass, for any output that is one tensor [n, ...]."""
+    """A copy of a user's model, with hooks during a pass, for any output that is, or contains, one tensor [n, ...]."""
 
     def __init__(self, model: nn.Module, names: Sequence[str], reshape_transform: Reshape | None) -> None:
         super().__init__(prepared(model), list(dict.fromkeys(names)))
@@ -49,9 +50,8 @@ class CamGraph(GradientGraph):
         return feature
 
     def _predict(self, images: Tensor) -> object:
-        output = super()._predict(images)
-        output = getattr(output, "logits", output)
-        if not isinstance(output, Tensor) or output.ndim == 0:
+        output = logits_of(super()._predict(images), self.network, any_rank=True)
+        if output.ndim == 0:
             return output
         self._output_shape = tuple(output.shape[1:])
         return output.reshape(len(output), -1)

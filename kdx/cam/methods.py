@@ -193,8 +193,9 @@ class UniCAM(CamMethod):
     """UniCAM (`kdx.unicam`): where a model has features that matter to the labels and that the given model does not explain.
 
     model, target_layers, reshape_transform: as in `GradCAM`, of the explained network, such as the student. given: the other network, such
-    as the base. given_layers: its layers, one per target layer; None for the layers of the same names. given_reshape_transform: as
-    ``reshape_transform``. objective, pooled: as in `kdx.unicam`. In a call, targets: the labels [n] or an embedding [n, e] of all images.
+    as the base; it and the arguments after it are named. given_layers: its layers, one per target layer; None for the layers of the same
+    names. given_reshape_transform: as ``reshape_transform``. objective, pooled: as in `kdx.unicam`. In a call, targets: the labels [n] of
+    all images, or their class embeddings [n, e].
 
     The images of a call are compared with each other, so a map changes with the other images: give at least four, better 32 or more.
 
@@ -205,7 +206,7 @@ class UniCAM(CamMethod):
     >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
     <...>
     >>> student, base = (torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 5)) for _ in range(2))
-    >>> cam = UniCAM(model=student, given=base, target_layers=[student[0]], given_layers=[base[0]])
+    >>> cam = UniCAM(student, [student[0]], given=base, given_layers=[base[0]])
     >>> cam(torch.rand(8, 3, 8, 8), targets=torch.arange(8) % 2).shape
     (8, 8, 8)
     """
@@ -213,12 +214,12 @@ class UniCAM(CamMethod):
     def __init__(
         self,
         model: nn.Module,
-        given: nn.Module,
         target_layers: Layers,
-        given_layers: Layers | None = None,
         reshape_transform: Reshape | None = None,
-        given_reshape_transform: Reshape | None = None,
         *,
+        given: nn.Module,
+        given_layers: Layers | None = None,
+        given_reshape_transform: Reshape | None = None,
         objective: ObjectiveName | Callable[[Tensor], Tensor] = "relevance",
         pooled: bool = False,
     ) -> None:
@@ -253,7 +254,7 @@ class UniCAM(CamMethod):
 
 
 def _labels(targets: Array | Sequence[Any] | None) -> Tensor:
-    """Labels [n] or an embedding [n, e], as an array, as a sequence of integers or as one of `ClassifierOutputTarget`."""
+    """Labels [n] or class embeddings [n, e], as an array, as a sequence of integers or as one of `ClassifierOutputTarget`."""
     if targets is None:
         raise KdxError("UniCAM compares the images' features with their labels, and there are none.", "Give targets: one label per image.")
     if isinstance(targets, np.ndarray | Tensor):

@@ -10,6 +10,7 @@ import typer
 import typer.core
 
 from kdx import threads
+from kdx.cli import interruption
 from kdx.cli.demo import demo
 from kdx.cli.distill import distill
 from kdx.cli.doctor import doctor
@@ -22,16 +23,17 @@ from kdx.errors import KdxError, Stopped
 
 
 class _Commands(typer.core.TyperGroup):
-    """Handles Ctrl-C before typer does, which would exit without a message."""
+    """Handles Ctrl-C and SIGTERM before typer does, which would exit without a message."""
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except Stopped:
-            _print_error("Stopped. Run the same command again to resume.")
-        except KeyboardInterrupt:
-            _print_error("Stopped.")
-        sys.exit(130)
+        with interruption.interruptible():
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt as error:
+                if os.environ.get("RANK", "0") == "0":  # the first of several processes
+                    _print_error("Stopped. Run the same command again to resume." if isinstance(error, Stopped) else "Stopped.")
+                interruption.ignore()
+                sys.exit(130)
 
 
 app = typer.Typer(

@@ -5,12 +5,24 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdx.choices import Interpolation, OptimizerName, ResizeMode, Resizing, ScheduleName, Selection, TrainingPrecision
-from kdx.cli.options import DataArgument, DeviceOption, InterpolationHelp, LayerOption, ResizeHelp, SeedOption, UnreadableOption
+from kdx.choices import Interpolation, OptimizerName, ResizeMode, Resizing, ScheduleName, Selection, TrainingPrecision, TrainingPresetName
+from kdx.cli.options import (
+    DataArgument,
+    DeviceOption,
+    InterpolationHelp,
+    LayerOption,
+    ResizeHelp,
+    SeedOption,
+    UnreadableOption,
+    is_given,
+)
+
+if TYPE_CHECKING:
+    from kdx.distill import TrainingSettings
 
 _TRAINING, _LOSS, _IMAGES, _SPEED = "Training", "Method", "Images", "Speed and machine"
 """The groups of options in the help page."""
@@ -21,6 +33,7 @@ def _option(group: str, help_text: str, *names: str, **limits: Any) -> Any:
 
 
 def distill(
+    context: typer.Context,
     data: DataArgument,
     teacher: Annotated[
         str, typer.Option(help="Model reference of the teacher. With @weights it is used as it is; otherwise it is trained.")
@@ -31,6 +44,21 @@ def distill(
         list[str] | None,
         typer.Option(
             help="Model reference of a network that learns from the teacher and then teaches the student; repeat it for a chain.",
+            show_default=False,
+        ),
+    ] = None,
+    preset: Annotated[
+        TrainingPresetName | None,
+        typer.Option(
+            help="Set the known settings of the paper's experiment on a data set (docs/data.md), except options that are given.",
+            show_default=False,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="none: train no base, which saves the time of one training. A file: the base.safetensors of another run with the same "
+            "settings. By default a base is trained.",
             show_default=False,
         ),
     ] = None,
@@ -110,10 +138,11 @@ def distill(
     compile_networks: Annotated[bool, _option(_SPEED, "Compile the networks with torch.compile.", "--compile")] = False,
 ) -> None:
     """Train a teacher (or use an existing one), a base and a student, and write a models file for kdx explain."""
-    from kdx.distill import TrainingSettings
     from kdx.distill import distill as train
 
-    settings = TrainingSettings(
+    settings = _settings(
+        context,
+        preset,
         method=method,
         epochs=epochs,
         teacher_epochs=teacher_epochs,
@@ -162,6 +191,7 @@ def distill(
         assistants=assistant or (),
         settings=settings,
         layers=layer,
+        base=base,
         teacher_cache=teacher_cache,
         log=log or (),
         probe=probe,
@@ -169,3 +199,14 @@ def distill(
     )
     if os.environ.get("RANK", "0") == "0":  # the first of several processes
         typer.echo(f"Models file: {models}\nNext: {shlex.join(['kdx', 'explain', data, '--models', str(models), '--out', 'RUN'])}")
+
+
+def _settings(context: typer.Context, preset: TrainingPresetName | None, **values: Any) -> TrainingSettings:
+    """The settings of the command line, and those of the preset where the command line gives none."""
+    from kdx.distill import TrainingSettings
+    from kdx.distill.presets import PRESETS
+
+    for name, value in ({} if preset is None else PRESETS[preset]).items():
+        if not is_given(context, name):
+            values[name] = value
+    return TrainingSettings(**values)

@@ -10,6 +10,7 @@ import typer
 
 from kdx import progress
 from kdx.choices import (
+    DATA_KINDS,
     Features,
     GeometryName,
     Interpolation,
@@ -26,6 +27,7 @@ from kdx.choices import (
     Weighting,
 )
 from kdx.cli.options import (
+    BaseOption,
     DeviceOption,
     GalleryOption,
     ImagesOption,
@@ -48,15 +50,13 @@ def explain(
     context: typer.Context,
     data: Annotated[
         list[str],
-        typer.Argument(
-            help="A folder with one folder per class, a CSV file with the columns path and label, cifar10:FOLDER, or digits; "
-            "or a few image files, with --data."
-        ),
+        typer.Argument(help=f"The data set: {DATA_KINDS}; or a few image files, with --data."),
     ],
     models: Annotated[
         Path, typer.Option(help="The models file, which names the student and optionally the base and the teacher; or an explainer file.")
     ],
     out: Annotated[Path, typer.Option(help="The folder of the run. A stopped run there is resumed.")],
+    base: BaseOption = None,
     layer: LayerOption = None,
     batch: Annotated[
         int,
@@ -146,8 +146,13 @@ def explain(
         ),
     ] = None,
     max_minutes: Annotated[
-        float, typer.Option(min=0, help="whole: the estimated minutes that the geometry may take. Beyond them, auto selects reference.")
-    ] = 60.0,
+        float | None,
+        typer.Option(
+            min=0,
+            help="auto: the estimated minutes that whole may take, by default 60. Beyond them, auto selects reference.",
+            show_default=False,
+        ),
+    ] = None,
     random_baseline: Annotated[
         bool | None,
         typer.Option(
@@ -157,10 +162,11 @@ def explain(
         ),
     ] = None,
     target: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Class embeddings that relevance is measured against, in place of one-hot labels: .npy with one row per class in order, "
-            "or .npz, .csv or .parquet with class names.",
+            help="What relevance is measured against in place of one-hot labels: class embeddings in a file (.npy with one row per class "
+            "in order, or .npz, .csv or .parquet with class names), prototypes:NETWORK, soft:NETWORK or images:FILE. labels: one-hot "
+            "labels.",
             show_default=False,
         ),
     ] = None,
@@ -230,6 +236,7 @@ def explain(
         max_disk=max_disk,
         max_minutes=max_minutes,
         random_baseline=random_baseline,
+        base=base,
         target=target,
         resize=resize,
         interpolation=interpolation,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kdx import progress
-from kdx.choices import FileFormat, FileKind, FilePrecision
+from kdx.choices import NO_BASE, FileFormat, FileKind, FilePrecision
 
 
 def export(
@@ -28,7 +28,7 @@ def export(
     ] = "features",
     explainer: Annotated[bool, typer.Option("--explainer", help="The same as --kind explainer.")] = False,
     student: Annotated[str | None, typer.Option(help="explainer: the student.", show_default=False)] = None,
-    base: Annotated[str | None, typer.Option(help="explainer: the base, which may be left out.", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option(help="explainer: the base, which may be none or left out.", show_default=False)] = None,
     teacher: Annotated[str | None, typer.Option(help="explainer: the teacher, which may be left out.", show_default=False)] = None,
     reference: Annotated[
         int,
@@ -67,12 +67,14 @@ def export(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Resize images to a square of this side; by default the model's own size.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="explainer: seed of the choice of the reference images.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="explainer: seed of the choice of the reference images; by default 0.", show_default=False)
+    ] = None,
 ) -> None:
     """Export networks to a file for other runtimes, optionally with their gradients or maps inside, and check it against PyTorch."""
     from kdx.commands import export as command
 
-    references = {"network": model, "student": student, "base": base, "teacher": teacher}
+    references = {"network": model, "student": student, "base": None if base == NO_BASE else base, "teacher": teacher}
     batches = None if batch is None else command.parse_batch(batch)
     options = command.ExportOptions(at, precision, image_size, to, batches, arch, tf32, reference, data, seed, pooled)
     with progress.console().status("") as status:

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-DataArgument = Annotated[
-    str, typer.Argument(help="A folder with one folder per class, a CSV file with the columns path and label, cifar10:FOLDER, or digits.")
-]
+from kdx.choices import DATA_KINDS
+
+DataArgument = Annotated[str, typer.Argument(help=f"The data set: {DATA_KINDS}.")]
 LayerOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -37,6 +37,8 @@ OrderOption = Annotated[str, typer.Option(help=ORDER_HELP)]
 ImagesOption = Annotated[
     str | None, typer.Option(help="The images of the page by name, such as cat/a.jpg,dog/b.jpg, in place of --gallery.", show_default=False)
 ]
+
+BaseOption = Annotated[str | None, typer.Option(help="none leaves out the base of the models file.", show_default=False)]
 
 
 def is_given(context: typer.Context, name: str) -> bool:

@@ -10,7 +10,7 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     "explain": {
         "Images": ("split", "resize", "interpolation", "workers", "max_unreadable"),
         "A few images": ("among", "label"),
-        "Networks": ("runtime", "device", "precision", "batch", "chunk", "random_baseline"),
+        "Networks": ("runtime", "device", "precision", "batch", "chunk", "base", "random_baseline"),
         "Geometry": ("geometry", "reference", "store", "keep_features", "project", "max_disk", "max_minutes"),
         "Maps and scores": ("objective", "weighting", "pooled", "target", "ratios", "permutations", "confidence"),
         "Salient features": ("features", "keep", "noise", "salient_class", "salient_score", "salient_image"),

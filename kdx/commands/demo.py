@@ -14,7 +14,8 @@ from kdx.distill import DEMO, distill
 from kdx.errors import resumable
 from kdx.report import wording
 from kdx.roles import READING_ORDER, contrast_name, contrasts_among
-from kdx.runs.record import Entry, read_run
+from kdx.runs.measured import Entry
+from kdx.runs.record import read_run
 from kdx.runs.run import RunOptions
 
 _SHOWN = list(dict.fromkeys(name for pair in contrasts_among(READING_ORDER) for name in (*pair, contrast_name(*pair))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from kdx.data.dataset import source_of
 from kdx.errors import KdxError, printable
 from kdx.report.page import write_page
 from kdx.runs.gallery_choice import GalleryChoice, choose_again, read_choice
@@ -14,7 +15,7 @@ from kdx.runs.run import RunOptions, explain_dataset
 
 def check_data_set(data: Sequence[str], labels: Sequence[str] | None) -> None:
     """Raise KdxError for image files, several data sets, or labels of images, where one data set is expected."""
-    if labels or len(data) > 1 or (Path(data[0]).is_file() and not data[0].lower().endswith(".csv")):
+    if labels or len(data) > 1 or (Path(data[0]).is_file() and source_of(data[0]) == "folder"):
         raise KdxError(
             "Image files and their labels need a data set to be compared with.", "Name it with --data, or explain a single data set."
         )

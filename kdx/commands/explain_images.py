@@ -17,10 +17,11 @@ from torch import Tensor
 
 import kdx
 from kdx.commands.references import ChosenReferences, choose_references
-from kdx.data.class_embeddings import ClassEmbeddings, read_class_embeddings
+from kdx.data.class_embeddings import ClassEmbeddings
 from kdx.data.inputs import as_pixels
 from kdx.disk import write_atomic
 from kdx.errors import KdxError
+from kdx.explain.class_targets import class_table
 from kdx.explain.explainer import Explainer
 from kdx.explain.explainer_file import describe_explainer, no_reference_mode
 from kdx.explain.graph import largest_size
@@ -31,12 +32,12 @@ from kdx.models.models_file import read_models
 from kdx.roles import MAPS, maps_among
 from kdx.runs.collected import check_classes
 from kdx.runs.plan import REFERENCE_IMAGES, RunOptions
-from kdx.runs.schema import MANIFEST, layer_file_names
+from kdx.runs.schema import IMAGES_PAGE, MANIFEST, layer_file_names
 from kdx.runtimes.choice import is_file
 
 OPTIONS = frozenset(
     (
-        *("data", "among", "label", "models", "out", "layer", "reference", "seed", "resize", "interpolation"),
+        *("data", "among", "label", "models", "base", "out", "layer", "reference", "seed", "resize", "interpolation"),
         *("runtime", "device", "precision", "chunk", "objective", "weighting", "pooled", "target"),
     )
 )
@@ -86,7 +87,7 @@ def run(
         raise no_reference_mode(describe_explainer(models))
     if labels and len(labels) != len(paths):
         raise KdxError(f"There are {len(labels)} labels and {len(paths)} images.", "Give --label once per image, or leave it out.")
-    file = read_models(models)
+    file = read_models(models).with_base(options.base)
     options = replace(options, geometry="reference")
     _check_folder(out)
     with Explainer.of(networks_of(file), layers or file.layers, options, classes=file.classes) as explainer:
@@ -98,7 +99,7 @@ def run(
         announce(f"Runtime {explainer.choice.why}.")
         context = f"Every image is compared with {len(references.ids)} reference images of {data}."
         announce(context)
-        embeddings = None if options.target is None else read_class_embeddings(options.target, references.classes)
+        embeddings = class_table(options.target, file, references.classes)
         maps = _maps(explainer, pixels, references, labels, embeddings)
     return _write(out, paths, maps, references.classes, context)
 
@@ -173,7 +174,7 @@ def _write(out: Path, paths: Sequence[Path], images: ImageMaps, classes: Sequenc
         predicted = ", ".join(f"{role}: {classes[predictions[number]]}" for role, predictions in images.predictions.items())
         facts = html.escape(f"{path.name}, explained as {classes[images.labels[number]]} ({predicted})")
         rows.append(f'<tr><th colspan="{len(cells)}">{facts}</th></tr><tr>{"".join(cells)}</tr>')
-    page = out / "images.html"
+    page = out / IMAGES_PAGE
     title = f"UniCAM’s maps of {len(paths)} {'image' if len(paths) == 1 else 'images'}"
     text = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'

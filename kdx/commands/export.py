@@ -35,8 +35,8 @@ class ExportOptions:
     images, by default the network's own size. to: ``tensorrt`` also builds an engine from the ONNX file. batch: the engine's (min, best,
     max) images per pass, by default (1, 32, 64), or (4, 32, 64) for an explainer without reference images. arch: the architecture of the
     engine's GPU, such as sm_86, by default that of this machine. tf32: whether the engine may round products to TensorFloat-32.
-    reference: with m > 0, an explainer file contains m class-balanced images of the train split of ``data``, chosen with ``seed``, and
-    compares each image with them. pooled: an explainer file measures distances between spatial means.
+    reference: with m > 0, an explainer file contains m class-balanced images of the train split of ``data``, chosen with ``seed`` (by
+    default 0), and compares each image with them. pooled: an explainer file measures distances between spatial means.
     """
 
     at: str | None = None
@@ -48,7 +48,7 @@ class ExportOptions:
     tf32: bool = False
     reference: int = 0
     data: str | None = None
-    seed: int = 0
+    seed: int | None = None
     pooled: bool = False
 
 
@@ -177,6 +177,10 @@ def _check_options(roles: set[str], kind: FileKind, options: ExportOptions) -> N
 def _check_references(kind: FileKind, options: ExportOptions) -> None:
     """KdxError for options of reference images that contradict each other."""
     if not options.reference and options.data is None:
+        if options.seed is not None:
+            raise KdxError(
+                "No reference images are chosen, so the seed has no effect.", "Give --reference and --data, or leave --seed out."
+            )
         return
     if kind != "explainer":
         raise KdxError(f"A file of {kind} has no reference images.", "Leave --reference and --data out, or choose --kind explainer.")
@@ -210,7 +214,7 @@ def _references(
         return None
     announce(f"Running the networks on {options.reference} reference images of {options.data}")
     models_file = models_file_of(references["student"])
-    chosen = choose_references(options.data, options.reference, options.seed, models_file, size)
+    chosen = choose_references(options.data, options.reference, options.seed or 0, models_file, size)
     if len(chosen.ids) < options.reference:
         announce(f"The train split has only {len(chosen.ids)} images; all of them are reference images.")
     return chosen

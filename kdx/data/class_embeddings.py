@@ -1,10 +1,10 @@
-"""Class embeddings from a file: the target rows that relevance is measured against, in place of one-hot labels."""
+"""Class embeddings, and rows by image, from a file: what relevance is measured against in place of one-hot labels."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from kdx.errors import KdxError, first_line
 
 _FORMS = "Give .npy [classes, e] in the order of the classes, .npz with one array per class name, or .csv or .parquet with names first."
+
+_IMAGE_FORMS = "Give .npz with one array per image, or .csv or .parquet with the image's id first, as in samples.parquet of a run."
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +62,29 @@ def read_class_embeddings(path: Path, classes: Sequence[str]) -> ClassEmbeddings
     return ClassEmbeddings(rows, path.name, hashlib.sha256(f"{rows.shape}".encode() + rows.astype("<f8").tobytes()).hexdigest())
 
 
+def read_image_rows(path: Path, ids: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """The rows of images, by their ids, in a file of `read_class_embeddings` with names, in which the names are those of images.
+
+    Rows of other names are left out, and ids may be missing. Raises KdxError for a file that cannot be read or has rows of different
+    lengths or numbers that are not finite.
+    """
+    readers = {".npz": _npz_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    if path.suffix not in readers:
+        raise KdxError(f"{path} is not a file of rows by image that kdx reads.", _IMAGE_FORMS)
+    try:
+        pairs = readers[path.suffix](path, set(ids))
+        rows = {name: np.asarray(row, dtype=np.float64) for name, row in pairs}
+    except Exception as error:  # NumPy's and Arrow's readers raise many types on damaged files
+        raise KdxError(f"The rows of images in {path} cannot be read: {first_line(error)}.", _IMAGE_FORMS) from error
+    if len(rows) < len(pairs):
+        raise KdxError(f"The rows of images in {path} have an image twice.", "Give one row per image.")
+    if len({row.shape for row in rows.values()}) > 1 or not all(
+        row.ndim == 1 and len(row) and np.isfinite(row).all() for row in rows.values()
+    ):
+        raise KdxError(f"The rows of images in {path} are not finite numbers of one length.", _IMAGE_FORMS)
+    return rows
+
+
 def _of_npy(path: Path, classes: Sequence[str]) -> NDArray[np.float64]:
     rows = np.load(path, allow_pickle=False)
     if rows.ndim != 2 or len(rows) != len(classes):
@@ -71,15 +96,23 @@ def _of_npy(path: Path, classes: Sequence[str]) -> NDArray[np.float64]:
 
 
 def _of_npz(path: Path, classes: Sequence[str]) -> NDArray[np.float64]:
+    return _in_order(path, _npz_rows(path, set(classes)), classes)
+
+
+def _npz_rows(path: Path, names: Collection[str]) -> list[tuple[str, Any]]:
     with np.load(path, allow_pickle=False) as content:
-        return _in_order(path, [(name, content[name]) for name in content.files if name in classes], classes)
+        return [(name, content[name]) for name in content.files if name in names]
 
 
 def _of_csv(path: Path, classes: Sequence[str]) -> NDArray[np.float64]:
+    return _in_order(path, _csv_rows(path, set(classes)), classes)
+
+
+def _csv_rows(path: Path, names: Collection[str]) -> list[tuple[str, Any]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         lines = [line for line in csv.reader(file) if line]
-    header = bool(lines) and lines[0][0] not in classes and not all(map(_is_number, lines[0][1:]))
-    return _in_order(path, [(line[0], line[1:]) for line in lines[header:] if line[0] in classes], classes)
+    header = bool(lines) and lines[0][0] not in names and not all(map(_is_number, lines[0][1:]))
+    return [(line[0], line[1:]) for line in lines[header:] if line[0] in names]
 
 
 def _is_number(text: str) -> bool:
@@ -91,11 +124,14 @@ def _is_number(text: str) -> bool:
 
 
 def _of_parquet(path: Path, classes: Sequence[str]) -> NDArray[np.float64]:
+    return _in_order(path, _parquet_rows(path, set(classes)), classes)
+
+
+def _parquet_rows(path: Path, names: Collection[str]) -> list[tuple[str, Any]]:
     import pyarrow.parquet
 
-    columns = pyarrow.parquet.read_table(path).to_pydict()
-    names, *values = columns.values()
-    return _in_order(path, [(str(name), row) for name, *row in zip(names, *values, strict=True) if str(name) in classes], classes)
+    first, *values = pyarrow.parquet.read_table(path).to_pydict().values()
+    return [(str(name), row) for name, *row in zip(first, *values, strict=True) if str(name) in names]
 
 
 def _in_order(path: Path, rows: Sequence[tuple[str, Any]], classes: Sequence[str]) -> NDArray[np.float64]:

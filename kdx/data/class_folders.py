@@ -1,4 +1,4 @@
-"""Images in class folders: which files there are, with their classes and splits, and which are left out."""
+"""Images below a folder: which files there are, with their classes and splits, and which are left out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kdx.choices import DATA_KINDS
 from kdx.data.image_types import decodable_suffixes, decoding_hint, is_image_type
 from kdx.errors import KdxError, printable
 
@@ -15,6 +16,12 @@ SPLIT_NAMES = {"train": "train", "val": "validation", "valid": "validation", "va
 """The splits by the names that folders and tables may give them."""
 
 _ANIMATED = (".gif", ".apng", ".avifs", ".flc", ".fli")
+
+_WRAPPERS = 3
+"""How many folders inside each other may surround the data set, as in many archives."""
+
+_NAMED = re.compile(r"([^.]+)\.[0-9]+\.[^.]+")
+"""A file name that begins with the class of the image: ``cat.0.jpg``."""
 
 _NOT_AN_IMAGE = "not an image type"
 _NOT_DECODED = "not decoded by Pillow"
@@ -33,10 +40,13 @@ class FolderImage:
 class Listing:
     """The images of a folder, and what beside them is not used.
 
+    root: the folder that the images are named relative to. inner: its path relative to the folder of the reference, if it is inside that.
     skipped: numbers of files by (suffix, reason). without_images: the folders, relative to the data folder, that would be classes if they
     contained images.
     """
 
+    root: Path
+    inner: str = ""
     images: list[FolderImage] = field(default_factory=list)
     skipped: Counter[tuple[str, str]] = field(default_factory=Counter)
     without_images: list[str] = field(default_factory=list)
@@ -46,7 +56,7 @@ class Listing:
 
         It begins with ``Warning:`` if a class or an image may be missing.
         """
-        sentences = []
+        sentences = [f"The data set is the folder {self.inner!r}."] if self.inner else []
         if self.skipped:
             counts = [f"{count} {suffix or 'without a suffix'} ({reason})" for (suffix, reason), count in sorted(self.skipped.items())]
             sentences.append(f"Files left out: {', '.join(counts)}.")
@@ -68,41 +78,112 @@ class Listing:
 
 
 def list_images(folder: Path) -> Listing:
-    """The images of FOLDER/class/... or FOLDER/split/class/..., in natural order within each split, and what is left out.
+    """The images below a folder, in natural order within each split, and what is left out.
+
+    The layouts are FOLDER/class/..., FOLDER/split/class/..., and files without class folders whose names begin with the class, as in
+    ``cat.0.jpg``, in FOLDER or FOLDER/split. Up to three folders inside each other may surround the data set, each of which contains
+    nothing else with images. A split whose classes are not all in ``train`` is left out.
 
     Every type that Pillow decodes is an image, in any case of its suffix. Hidden files are left out. Raises KdxError for a folder that is
-    missing, or that has no images in class folders, and for a class folder whose images are all of types that Pillow does not decode here.
+    missing or has no images in one of these layouts, for a class folder whose images are all of types that Pillow does not decode here, and
+    for a data set with splits that is beside other folders with images.
     """
     if not folder.is_dir():
         problem = f"{folder} is not a folder." if folder.exists() else f"There is no folder {folder}."
-        raise KdxError(problem, "A data reference is a folder of class folders, a CSV file, cifar10:FOLDER, or digits.")
-    listing = _list_splits(folder) or _list_classes(folder, "", folder)
+        raise KdxError(problem, f"Give {DATA_KINDS}.")
+    root = _inner_folder(folder)
+    listing = _list_splits(root) or _list_named(root, "", root)
+    if listing is None:
+        _check_layout(root)
+        listing = _list_classes(root, "", root)
+        listing.skipped.update(_loose_images(root))
     if not listing.images:
         raise _no_images(folder)
+    listing.inner = utf8_name(root.relative_to(folder).as_posix()) if root != folder else ""
+    return listing
+
+
+def _inner_folder(folder: Path, is_split: bool = False) -> Path:
+    """The data set, or the split of one, in ``folder``: this folder, or the one that it surrounds."""
+    inner = folder
+    for _ in range(_WRAPPERS):
+        with_images = [subfolder for subfolder in _subfolders(inner) if _has_images(subfolder)]
+        if len(with_images) != 1 or (with_images[0].name.lower() in SPLIT_NAMES and not is_split) or _loose_images(inner):
+            return folder
+        inner = with_images[0]
+        classes = [subfolder for subfolder in _subfolders(inner) if _has_images(subfolder)]
+        if len(classes) > 1 or any(subfolder.name.lower() in SPLIT_NAMES for subfolder in classes) or _list_named(inner, "", inner):
+            return inner
+    return folder
+
+
+def _list_splits(folder: Path) -> Listing | None:
+    """The images of FOLDER/split/..., or None if the folder does not have this layout.
+
+    A folder ``train`` may also be an ordinary class (of vehicles). It is a split if it contains class folders and if every folder
+    beside it that contains images is a split too, or if its images are named by class.
+    """
+    parts: list[Listing] = []
+    others = []
+    is_named = False
+    for subfolder in _subfolders(folder):
+        split = SPLIT_NAMES.get(subfolder.name.lower())
+        if split is not None:
+            inner = _inner_folder(subfolder, is_split=True)
+            named = _list_named(inner, split, folder)
+            is_named = is_named or (named is not None and split == "train")
+            parts.append(_list_classes(inner, split, folder) if named is None else named)
+            if named is None:
+                parts[-1].skipped.update(_loose_images(inner))
+        elif _has_images(subfolder):
+            others.append(subfolder)
+    classes = {image.class_name for part in parts for image in part.images if image.split == "train"}
+    if not classes or (others and not is_named):
+        return None
+    listing = Listing(folder)
+    for part in parts:
+        if not {image.class_name for image in part.images} <= classes:
+            part.skipped.update((image.path.suffix.lower(), "in a split with other classes") for image in part.images)
+            part.images.clear()
+        listing.join(part)
+    for subfolder in others:
+        listing.skipped.update((path.suffix.lower(), "without a class") for path in subfolder.rglob("*") if _reason_to_skip(path) == "")
     listing.skipped.update(_loose_images(folder))
     return listing
 
 
-def _list_splits(folder: Path) -> Listing | None:
-    """The images of FOLDER/split/class/..., or None if the folder does not have this layout.
+def _list_named(root: Path, split: str, folder: Path) -> Listing | None:
+    """The images in ``root`` whose names begin with their classes, or None if an image is named otherwise, is in a folder, or if there
+    is only one class. folder: the data folder."""
+    listing = Listing(folder)
+    for path in root.iterdir():
+        reason = _reason_to_skip(path)
+        if path.is_dir():
+            if _has_images(path):
+                return None
+        elif reason == "":
+            match = _NAMED.fullmatch(path.name)
+            if match is None:
+                return None
+            listing.images.append(FolderImage(path, match[1], split))
+        elif reason is not None:
+            listing.skipped[path.suffix.lower(), reason] += 1
+    listing.images.sort(key=lambda image: natural_key(image.path.name))
+    return listing if len({image.class_name for image in listing.images}) > 1 else None
 
-    A folder ``train`` may also be an ordinary class (of vehicles). It is a split if it contains class folders and if every folder
-    beside it that contains images is a split too.
-    """
-    subfolders = [(subfolder, SPLIT_NAMES.get(subfolder.name.lower(), "")) for subfolder in _subfolders(folder)]
-    if any(not split and _has_images(subfolder) for subfolder, split in subfolders):
-        return None
-    listing = Listing()
-    for subfolder, split in subfolders:
-        if split:
-            listing.join(_list_classes(subfolder, split, folder))
-            listing.skipped.update(_loose_images(subfolder))
-    return listing if any(image.split == "train" for image in listing.images) else None
+
+def _check_layout(folder: Path) -> None:
+    """KdxError if a folder that would be a class is a data set with splits, as in an archive of several data sets."""
+    for subfolder in _subfolders(folder):
+        for path in (subfolder, *_subfolders(subfolder)):
+            for split in _subfolders(path):
+                if split.name.lower() == "train" and sum(map(_has_images, _subfolders(split))) > 1:
+                    raise KdxError(f"{folder} contains a data set with splits beside other folders with images.", f"Give {path} instead.")
 
 
 def _list_classes(root: Path, split: str, folder: Path) -> Listing:
     """The images in the class folders of ``root``, at any depth, in natural order. folder: the data folder."""
-    listing = Listing()
+    listing = Listing(folder)
     for subfolder in _subfolders(root):
         images: list[Path] = []
         skipped: Counter[tuple[str, str]] = Counter()
@@ -160,7 +241,8 @@ def _subfolders(folder: Path) -> list[Path]:
 def _no_images(folder: Path) -> KdxError:
     if _loose_images(folder):
         return KdxError(
-            f"{folder} has images but no class folders.", "Put the images of each class into a folder with its name: FOLDER/cat/1.jpg."
+            f"{folder} has images but no class folders.",
+            "Put the images of each class into a folder with its name (FOLDER/cat/1.jpg), or name all files as in cat.1.jpg.",
         )
     return KdxError(
         f"{folder} has no images in class folders.",

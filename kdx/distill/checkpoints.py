@@ -94,8 +94,13 @@ def resume(
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write a state file atomically."""
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # PyTorch wraps the error of a full disk
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def is_finished(path: Path, recipe: Recipe) -> bool:
@@ -127,11 +132,11 @@ def _check_recipe(path: Path, stored: str, recipe: Recipe) -> None:
 
 def save_weights(path: Path, state: Mapping[str, Tensor], recipe: Recipe) -> None:
     """Write finished weights with their recipe as safetensors, atomically."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     with replacing(path) as temporary:  # one entry of metadata, because safetensors writes several in random order
-        save_file(tensors, temporary, metadata={"recipe": recipe.to_json()})
+        temporary.write_bytes(save(tensors, metadata={"recipe": recipe.to_json()}))
 
 
 def read_training_data(path: Path) -> TrainingData | None:

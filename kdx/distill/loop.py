@@ -24,7 +24,7 @@ from kdx.distill.number_formats import autocast, gradient_scaler
 from kdx.distill.optimization import learning_rate, make_optimizer
 from kdx.distill.processes import SINGLE, Processes
 from kdx.distill.seeding import random_state, seeded, set_random_state
-from kdx.distill.settings import EpochCallback, EpochResult, TrainingSettings
+from kdx.distill.settings import EpochCallback, EpochResult, StepCallback, StepResult, TrainingSettings
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph
 
@@ -34,6 +34,12 @@ images. The loss is their sum in the order of the dict."""
 
 _STEPS_BETWEEN_CHECKS = 20
 """Steps between two looks at the clock of the first process, and on a GPU at whether the losses are finite. Each waits for the others."""
+
+_SECONDS_BETWEEN_READINGS = 0.5
+"""Seconds between two readings of the losses within an epoch. A reading waits for a GPU."""
+
+_SMALLEST_SCALE = 2.0**-24
+"""float16: gradients that are not finite at a smaller scale of the loss are so at any, and every step would be left out."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class Training:
     """Scores of the network after an epoch."""
     log: Callable[[str, Sequence[Mapping[str, float]]], None] | None = None
     """Called after every epoch with the role and the figures of all epochs so far."""
+    on_step: StepCallback | None = None
+    """Called within epochs, about twice a second."""
 
 
 def train(training: Training, folder: Path, on_epoch: EpochCallback) -> None:
@@ -112,7 +120,7 @@ class _Run:
         self._others = {name: part for name, part in others.items() if part.state_dict()}
         self.state = checkpoints.resume(path, training.recipe, graph.network, self.optimizer, self._others)
         self.step = training.processes.wrap(step)
-        self._saved_at = time.monotonic()
+        self._saved_at = self._read_at = time.monotonic()
 
     @property
     def is_over(self) -> bool:
@@ -161,6 +169,7 @@ class _Run:
         if not first or not processes.is_main:
             totals = {}
         diverged = torch.full((), -1, device=device)
+        start = self._read_at = time.monotonic()
         training.graph.train()
         training.objective.train()
         rank = () if processes.is_main else (processes.rank,)
@@ -178,10 +187,28 @@ class _Run:
                 if is_last or (device.type == "cpu" and processes.count == 1) or step % _STEPS_BETWEEN_CHECKS == 0:
                     if int(diverged) > 0:
                         self._stop("its loss", float(totals["total"]), epoch, int(diverged))
+                    if self.scaler.get_scale() < _SMALLEST_SCALE:
+                        self._stop("its gradient", math.nan, epoch, step + 1)
                     if not is_last and processes.agree(time.monotonic() - self._saved_at > 60 * settings.save_minutes):
                         random = processes.gather(random_state(device, generator))
                         self._save(epoch, {"step": step + 1, "random": random, "losses": self._summed(totals)})
+                    self._report(epoch, batches, (first, step + 1), totals, start)
         return self._summed(totals), sum(map(len, batches[first:]))
+
+    def _report(self, epoch: int, batches: Sequence[Indices], steps: tuple[int, int], totals: Mapping[str, Tensor], start: float) -> None:
+        """Report the losses so far, if their last reading is long enough ago. steps: the first and the next step of this call."""
+        training, now = self.training, time.monotonic()
+        if training.on_step is None or now - self._read_at < _SECONDS_BETWEEN_READINGS:
+            return
+        self._read_at = now
+        first, step = steps
+        images = sum(map(len, batches[first:step]))
+        # The totals of a resumed epoch start with those of all processes, and contain only this one's from then on.
+        share = (sum(map(len, batches[:first])) + images / training.processes.count) / len(training.images)
+        losses = {name: float(value) / share for name, value in totals.items()}
+        loss = losses.pop("total")
+        speed = images / (now - start)
+        training.on_step(StepResult(training.role, epoch + 1, training.epochs, step, len(batches), loss, losses, speed))
 
     def _update(self, positions: Indices, generator: np.random.Generator) -> dict[str, Tensor]:
         """One step of the optimizer; the sums of the losses over the images of this process, ``total`` and its parts."""
@@ -228,6 +255,8 @@ class _Run:
 
     def _save(self, epoch: int, place: Mapping[str, Any]) -> None:
         """Write the state file: training goes on in this epoch at this place."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):  # after a gradient that was not
+            self._stop("a weight", math.nan, epoch if place["step"] else epoch - 1, place["step"] or None)
         for name in ("step", "random", "losses"):
             self.state.pop(name, None)
         parts: dict[str, checkpoints.Resumable] = {"model": self.training.graph.network, "optimizer": self.optimizer, **self._others}
@@ -240,9 +269,10 @@ class _Run:
         """Raise the KdxError of a training that diverged."""
         place = f"epoch {epoch + 1}" if step is None else f"epoch {epoch + 1} at step {step}"
         best = self.state.get("best_epoch")
-        kept = f" {self.path} contains the weights of epoch {best}, the best until then, as its entry best." if best else ""
+        kept = f"; the weights of epoch {best}, the best until then, are {self.path}#best" if best else ""
         raise KdxError(
-            f"The training of the {self.training.role} diverged in {place}: {what} is {value}.", f"Give a lower learning rate.{kept}"
+            f"The training of the {self.training.role} diverged in {place}: {what} is {value}.",
+            f"Give a lower learning rate, and another output folder{kept}.",
         )
 
 

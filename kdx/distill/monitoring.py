@@ -6,18 +6,20 @@ import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdx.data.splits import class_balanced_sample
 from kdx.disk import write_atomic
 from kdx.distill.networks import Distillation
 from kdx.distill.pairing import Pair
+from kdx.distill.probe import Probe
 from kdx.errors import KdxError, missing_package
-from kdx.scores.compare import compare
+from kdx.models.layer_pairs import LayerNames
+from kdx.models.network import Network
 
 LOGS = ("csv", "tensorboard", "wandb")
 """The kinds of log."""
@@ -29,43 +31,34 @@ Log = Callable[[str, Sequence[Row]], None]
 """log(role, rows): called after every epoch with the figures of all epochs so far."""
 
 
-class Probe:
-    """Scores of the student after every epoch, which show when knowledge is transferred.
+def validation_probe(distillation: Distillation, pairs: Sequence[Pair], count: int) -> Callable[[nn.Module], dict[str, float]]:
+    """A function that returns the scores of a student by LAYER/SCORE (`kdx.Probe`), with the finished base and teacher.
 
-    For a fixed batch of validation images, balanced over the classes, and for every pair of layers: FSS(S,T), FSS(B,T), RS(S), RS(B),
-    RS(T) and the RS of one network given another (`kdx.compare`), with the finished base and the teacher. Their features are computed
-    once. The scores of few images vary with the images, so compare epochs with one another, and runs only with the same probe images.
-
-    Raises KdxError for fewer than four images.
+    The images are ``count`` validation images, balanced over the classes. Raises KdxError for fewer than four images.
     """
-
-    def __init__(self, distillation: Distillation, pairs: Sequence[Pair], count: int) -> None:
-        validation = distillation.images["validation"]
-        labels = distillation.dataset.labels[validation.indices]
-        rows = class_balanced_sample(labels, min(count, len(labels)), distillation.settings.seed)
-        if len(rows) < 4 or not pairs:
-            raise KdxError(
-                f"The scores of {len(rows)} probe images at {len(pairs)} layers cannot be computed.",
-                "Give --probe 4 or more, enough validation images, and a layer.",
-            )
-        pixels, kept_labels, _ = validation.read(rows)
-        self._distillation, self._pixels, self._labels = distillation, pixels.to(distillation.device), kept_labels
-        self._layers = [student for student, _ in pairs]
-        teacher_features = self._features(distillation.trained_network("teacher"), [teacher for _, teacher in pairs])
-        self._fixed = {"teacher": teacher_features, "base": self._features(distillation.trained_network("base"), self._layers)}
-
-    def __call__(self, student: nn.Module) -> dict[str, float]:
-        """The scores by LAYER/SCORE."""
-        features = {**self._fixed, "student": self._features(student, self._layers)}
-        by_layer = {layer: {role: stack[index] for role, stack in features.items()} for index, layer in enumerate(self._layers)}
-        results = compare(by_layer, self._labels.to(self._pixels.device), permutations=0)
-        return {f"{layer}/{name}": score.value for layer, result in results.items() for name, score in result.scores.items()}
-
-    def _features(self, network: nn.Module, layers: Sequence[str]) -> list[Tensor]:
-        graph = self._distillation.graph(network, layers).eval()
-        with torch.no_grad():
-            batches = [graph(pixels)[1:] for pixels in self._pixels.split(64)]
-        return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    validation = distillation.images["validation"]
+    labels = distillation.dataset.labels[validation.indices]
+    rows = class_balanced_sample(labels, min(count, len(labels)), distillation.settings.seed)
+    if len(rows) < 4 or not pairs:
+        raise KdxError(
+            f"The scores of {len(rows)} probe images at {len(pairs)} layers cannot be computed.",
+            "Give --probe 4 or more, enough validation images, and a layer.",
+        )
+    pixels, kept_labels, _ = validation.read(rows)
+    preprocessing = replace(distillation.preprocessing, size=None)  # images are decoded at their final size
+    networks = {
+        role: Network(role, distillation.trained_network(role), preprocessing)
+        for role in ("base", "teacher")
+        if role == "teacher" or distillation.has_base
+    }
+    probe = Probe(
+        networks.get("base"),
+        networks["teacher"],
+        pixels,
+        kept_labels,
+        [LayerNames(student, student, teacher) for student, teacher in pairs],
+    )
+    return lambda student: probe(Network("student", student, preprocessing)).row()
 
 
 @contextmanager

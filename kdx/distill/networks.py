@@ -24,7 +24,7 @@ from kdx.distill.number_formats import CompiledGraph
 from kdx.distill.processes import SINGLE, Processes
 from kdx.distill.reused_weights import check_weights
 from kdx.distill.seeding import seeded
-from kdx.distill.settings import TrainingSettings
+from kdx.distill.settings import StepCallback, TrainingSettings
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.models.reference import ModelReference
@@ -53,6 +53,10 @@ class Distillation:
     notes: tuple[str, ...]
     """Lines for the user: what was left out of the data, which weights of a file are used, and, after ``Warning:``, that existing weights
     may have seen images of the test split."""
+    has_base: bool = True
+    """Whether a base is trained."""
+    on_step: StepCallback | None = None
+    """Called within the epochs of every training."""
 
     @classmethod
     def prepare(
@@ -74,8 +78,9 @@ class Distillation:
         )
         if student_reference.source == "pt2":
             raise KdxError(f"{student} is a program for inference and cannot be trained.", "Name the student's architecture instead.")
-        network = models.load(str(teacher_reference))
-        loaded = [network] if student_reference.weights is None else [network, models.load(str(student_reference))]
+        classes = len(dataset.classes)
+        network = models.load(str(teacher_reference), classes=classes)
+        loaded = [network] if student_reference.weights is None else [network, models.load(str(student_reference), classes=classes)]
         has_own_weights = teacher_reference.source in ("hf", "pt2") and network.trained
         preprocessing = _preprocessing(network, settings)
         splits = stratified_splits(dataset, settings.split_seed)
@@ -88,7 +93,6 @@ class Distillation:
         if settings.student_images is not None:
             labels = dataset.labels[student_indices]
             student_indices = student_indices[class_balanced_sample(labels, settings.student_images, settings.seed)]
-        folder.mkdir(parents=True, exist_ok=True)
         size = preprocessing.size or (0, 0)
         images = {
             name: SplitImages(dataset, indices, size, settings.max_unreadable)
@@ -130,12 +134,13 @@ class Distillation:
     def initial_network(self, role: str) -> nn.Module:
         """The network of a role with its initial weights, which are the same for base and student."""
         with seeded(self.device, self.settings.seed, int(role == "teacher")):
-            module = models.load(str(self.reference(role))).module
+            module = models.load(str(self.reference(role)), classes=len(self.dataset.classes)).module
         return module.to(self.device)
 
     def trained_network(self, role: str) -> nn.Module:
         """The network of a role with its trained weights, for evaluation only."""
-        module = models.load(str(self.reference(role).with_weights(f"{role}.safetensors")), folder=self.folder).module
+        reference = str(self.reference(role).with_weights(f"{role}.safetensors"))
+        module = models.load(reference, classes=len(self.dataset.classes), folder=self.folder).module
         return module.to(self.device).requires_grad_(False)
 
     def graph(self, module: nn.Module, layers: Sequence[str] = ()) -> FeatureGraph:

@@ -9,15 +9,20 @@ from __future__ import annotations
 import atexit
 import functools
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from kdx.disk import lock_folder, remove_leftovers
 from kdx.errors import KdxError, missing_package
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,26 @@ class Processes:
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def agree(self, value: bool) -> bool:
+    @contextmanager
+    def alone_in(self, folder: Path) -> Iterator[None]:
+        """Inside the block, no other training writes to the folder, which is created. The lock ends with the first process.
+
+        Raises KdxError, in every process, if another training has locked the folder or it cannot be written.
+        """
+        lock: IO[bytes] | KdxError | None = None
+        if self.is_main:
+            try:
+                lock = lock_folder(folder)
+                remove_leftovers(folder)
+            except KdxError as error:
+                lock = error
+        problem = self.agree(lock if isinstance(lock, KdxError) else None)
+        if problem is not None:
+            raise problem
+        with nullcontext() if lock is None or isinstance(lock, KdxError) else lock:
+            yield
+
+    def agree(self, value: T) -> T:
         """The first process's value, in each process."""
         if self.accelerator is None:
             return value

@@ -213,6 +213,27 @@ class EpochResult:
 
 EpochCallback = Callable[[EpochResult], None]
 
+
+@dataclass(frozen=True)
+class StepResult:
+    """The training of ``network`` within an epoch (counted from 1 among ``epochs``), after ``step`` of the epoch's ``steps``.
+
+    loss, parts: the means over the epoch so far; with several processes, over the images of the first one. images_per_second: of all
+    processes.
+    """
+
+    network: str
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    parts: Mapping[str, float]
+    images_per_second: float
+
+
+StepCallback = Callable[[StepResult], None]
+
 _DEMO_SETTINGS = TrainingSettings(epochs=80, teacher_epochs=8, batch=32, augment=True, student_images=80, image_size=(24, 24))
 
 DEMO: dict[str, Any] = {

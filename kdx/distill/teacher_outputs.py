@@ -7,17 +7,18 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kdx.data.dataset import Indices
-from kdx.disk import unwritable
+from kdx.disk import lock_file, unwritable
 from kdx.distill.data import CACHE_BYTES
 from kdx.distill.losses import Observed, Outputs
 from kdx.distill.networks import Distillation
@@ -78,13 +79,16 @@ class StoredOutputs:
 
     def __init__(self, distillation: Distillation, teacher: Observed, folder: Path | None = None) -> None:
         self._distillation, self._teacher = distillation, teacher
-        self._arrays: dict[str, Rows] = {}
+        self._count = len(distillation.images["student"])
         if folder is None:
-            self._fill(lambda name, shape, dtype: self._arrays.setdefault(name, np.zeros(shape, dtype)))
+            self._arrays = self._in_memory()
         else:
             if distillation.processes.is_main and not folder.is_dir():
                 try:
-                    self._write(folder)
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    with lock_file(folder.parent / ".lock", wait=True):  # another training may be writing the same outputs
+                        if not folder.is_dir():
+                            self._write(folder)
                 except OSError as error:
                     raise unwritable(folder, error) from error
             distillation.processes.wait()
@@ -125,33 +129,40 @@ class StoredOutputs:
         return cache / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     def _write(self, folder: Path) -> None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        """Write the files in order, because a full disk would end a process that writes to a memory map without any message."""
+        for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a killed process
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        arrays: list[np.memmap[Any, Any]] = []
-
-        def opened(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Rows:
-            arrays.append(np.lib.format.open_memmap(temporary / f"{name}.npy", mode="w+", dtype=dtype, shape=shape))
-            return arrays[-1]
-
         try:
-            self._fill(opened)
-            for array in arrays:
-                array.flush()
+            with ExitStack() as stack:
+                files: dict[str, IO[bytes]] = {}
+                for _, outputs in self._by_chunk():
+                    for name, rows in outputs.items():
+                        if name not in files:
+                            files[name] = stack.enter_context((temporary / f"{name}.npy").open("wb"))
+                            header = np.lib.format.header_data_from_array_1_0(rows) | {"shape": (self._count, *rows.shape[1:])}
+                            np.lib.format.write_array_header_1_0(files[name], header)
+                        files[name].write(rows.data)
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def _fill(self, allocated: Callable[[str, tuple[int, ...], np.dtype[Any]], Rows]) -> None:
-        """Compute the outputs for all images into arrays that ``allocated`` returns."""
-        count = len(self._distillation.images["student"])
+    def _in_memory(self) -> dict[str, Rows]:
         arrays: dict[str, Rows] = {}
-        for positions in np.array_split(np.arange(count), math.ceil(count / min(_ROWS, self._distillation.settings.batch))):
+        for positions, outputs in self._by_chunk():
+            for name, rows in outputs.items():
+                arrays.setdefault(name, np.empty((self._count, *rows.shape[1:]), rows.dtype))[positions] = rows
+        return arrays
+
+    def _by_chunk(self) -> Iterator[tuple[Indices, dict[str, Rows]]]:
+        """Consecutive positions and the outputs for them, which are zeros for images that cannot be read."""
+        for positions in np.array_split(np.arange(self._count), math.ceil(self._count / min(_ROWS, self._distillation.settings.batch))):
             outputs, kept = _of_images(self._distillation, self._teacher, positions)
-            for name, tensor in _named(outputs).items():
-                values = tensor.cpu().numpy()
-                if name not in arrays:
-                    arrays[name] = allocated(name, (count, *tensor.shape[1:]), values.dtype)
-                arrays[name][kept] = values
+            computed = {name: tensor.cpu().numpy() for name, tensor in _named(outputs).items()}
+            all_rows = {name: np.zeros((len(positions), *array.shape[1:]), array.dtype) for name, array in computed.items()}
+            for name, array in computed.items():
+                all_rows[name][kept - positions[0]] = array
+            yield positions, all_rows
 
 
 def _bytes_per_image(distillation: Distillation, teacher: Observed) -> int:

@@ -7,8 +7,8 @@ that is interrupted and resumed ends with the same weights as one that is not.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,29 +16,27 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kdx import models, progress, threads
-from kdx.data.dataset import located
+from kdx.choices import NO_BASE
+from kdx.data.dataset import located, open_data
 from kdx.disk import write_atomic
 from kdx.distill import checkpoints, loop
-from kdx.distill.losses import LABELS, LOSS_SETTINGS, Batch, LabelLoss, Objective, Observed, Shapes, method_requirements, source_hashes
-from kdx.distill.monitoring import Probe, open_logs
+from kdx.distill.display import console_reports
+from kdx.distill.losses import LABELS, LOSS_SETTINGS, Batch, source_hashes
+from kdx.distill.monitoring import open_logs, validation_probe
 from kdx.distill.networks import Distillation, check_networks
 from kdx.distill.number_formats import check_settings
 from kdx.distill.pairing import Pair, layer_pairs
 from kdx.distill.processes import Processes
-from kdx.distill.seeding import seeded
 from kdx.distill.settings import ADDED_LATER, EpochCallback, EpochResult, TrainingSettings
+from kdx.distill.student_loss import StudentLoss, label_loss, rehearse
 from kdx.distill.teacher_outputs import teacher_outputs
 from kdx.errors import KdxError, printable, resumable
 from kdx.export.graphs import FeatureGraph
 from kdx.models import models_file
 
 USED_IMAGES = "used_images.npy"
-
-_ADAPTERS = 2
-"""The random stream of the initial weights of adapters, after those of the student and of the teacher."""
 
 
 def distill(
@@ -60,7 +58,8 @@ def distill(
     """Train teacher, base (the student's architecture, labels only) and student, and return the path of OUT/models.toml.
 
     A teacher whose reference has ``@weights``, or is a trained network by itself (``hf:``, ``.pt2``), is not trained. ``base`` is a
-    base checkpoint of another run, which must have the same recipe. The weights with the best validation accuracy are kept. The
+    base checkpoint of another run, which must have the same recipe, or ``none``: then no base is trained, and the models file has none,
+    so that the student is compared with the teacher alone. The weights with the best validation accuracy are kept. The
     accuracy on the test split is measured at the end and recorded. ``layers`` are the pairs that feature losses match and that the
     models file names: ``layer3``, or ``student_layer=teacher_layer``; by default the layers that both networks have by name, or
     else pairs by resolution. Images are resized for all three networks to the size of the teacher's preprocessing, or to
@@ -70,8 +69,8 @@ def distill(
     OUT/assistant-N from the network before it, with the same settings and default pairs of layers, and the last one is the student's
     teacher. ``log`` names logs
     of every epoch: ``csv`` (OUT/ROLE.csv), ``tensorboard`` or ``wandb``. ``probe`` is a number of validation images whose scores are
-    computed after every epoch of the student and stored in OUT/student.csv (`kdx.distill.monitoring.Probe`). ``report`` is called after
-    every epoch. By default, epochs appear as progress bars in a terminal and as lines elsewhere.
+    computed after every epoch of the student and stored in OUT/student.csv (`kdx.Probe`). ``report`` is called after
+    every epoch. By default, bars show the progress in a terminal, and lines the epochs elsewhere.
 
     OUT/ROLE.state.pt contains everything needed to resume, also within an epoch: the same call after an interruption, even a killed
     process, gives the weights that an uninterrupted one gives. Finished networks are kept.
@@ -80,36 +79,54 @@ def distill(
     writes the files and reports.
 
     Raises KdxError for references, layers and devices that do not work, for networks that do not have the data's classes or contain
-    numbers that are not finite, for too many unreadable images, for an OUT that contains networks of another configuration, and if
-    training diverges.
+    numbers that are not finite, for a loss that cannot train the student, for too many unreadable images, for an OUT that another process
+    writes or that contains networks of another configuration, and if training diverges.
     """
     if assistants:
-        teacher = _train_assistants(data, teacher, assistants, Path(out), settings, teacher_cache, device, report)
+        _check_references(data, (teacher, *assistants, student))
+        teacher = _train_assistants(data, teacher, assistants, Path(out), settings, base, teacher_cache, device, report)
     processes, device = Processes.of_environment(device)
     chosen_device = _device(device)
     check_settings(settings, chosen_device, processes)
-    with ExitStack() as stack, resumable(lambda: any(Path(out).glob("*.state.pt")) or any(Path(out).glob("*.safetensors"))):
+    with ExitStack() as stack, resumable(lambda: any(any(Path(out).glob(f"**/*.{kind}")) for kind in ("state.pt", "safetensors"))):
         stack.enter_context(threads.patient(torch.get_num_threads()))
         row_log = stack.enter_context(open_logs([*log, *(["csv"] if probe else [])], Path(out))) if processes.is_main else None
         distillation = Distillation.prepare(data, Path(out), settings, chosen_device, teacher, student, processes, row_log)
+        distillation = replace(distillation, has_base=base != NO_BASE)
+        stack.enter_context(processes.alone_in(distillation.folder))
         announced = report is not None or not processes.is_main
         if processes.is_main:
             _print_notes(distillation)
             announced = announced or _print_unreadable(distillation)
-        on_epoch = (report or stack.enter_context(_console())) if processes.is_main else _ignore
+        if processes.is_main:
+            on_epoch, on_step = (report, None) if report is not None else stack.enter_context(console_reports())
+        else:
+            on_epoch, on_step = _ignore, None
+        distillation = replace(distillation, on_step=on_step)
         pairs = layer_pairs(distillation, layers)
         check_networks(distillation)
+        if distillation.has_base:
+            _check_base(distillation, base)
+        rehearse(distillation, pairs)
         _train_teacher(distillation, on_epoch)
-        _train_base(distillation, base, on_epoch)
+        if distillation.has_base:
+            _train_base(distillation, base, on_epoch)
         _train_student(distillation, pairs, None if teacher_cache is None else Path(teacher_cache), probe, on_epoch)
-    distillation.merge_unreadable()
-    path = distillation.folder / "models.toml"
-    if processes.is_main:
-        _write_models_file(path, distillation, pairs)
-    processes.wait()
+        distillation.merge_unreadable()
+        path = distillation.folder / "models.toml"
+        if processes.is_main:
+            _write_models_file(path, distillation, pairs, probe)
+        processes.wait()
     if not announced:  # images that are decoded again in every epoch are discovered to be unreadable during training
         _print_unreadable(distillation)
     return path
+
+
+def _check_references(data: str, references: Sequence[str]) -> None:
+    """Raise KdxError for a reference of a chain that cannot be built, before the networks ahead of it are trained."""
+    classes = len(open_data(data).classes)
+    for reference in references:
+        models.load(str(models.parse_reference(reference).located().with_classes(classes)))
 
 
 def _train_assistants(
@@ -118,6 +135,7 @@ def _train_assistants(
     assistants: Sequence[str],
     out: Path,
     settings: TrainingSettings,
+    base: Path | str | None,
     teacher_cache: Path | str | None,
     device: str,
     report: EpochCallback | None,
@@ -134,6 +152,7 @@ def _train_assistants(
             student=assistant,
             out=folder,
             settings=settings,
+            base=base if base == NO_BASE else None,
             teacher_cache=teacher_cache,
             device=device,
             report=named,
@@ -182,11 +201,17 @@ def _train_teacher(distillation: Distillation, on_epoch: EpochCallback) -> None:
     on_epoch(EpochResult("teacher", 1, 1))
 
 
+def _check_base(distillation: Distillation, checkpoint: Path | str | None) -> None:
+    """Raise KdxError for a base checkpoint that is needed and is missing or has another recipe."""
+    recipe = distillation.recipe("base")
+    is_needed = checkpoint is not None and not checkpoints.is_finished(distillation.weights_path("base"), recipe)
+    if checkpoint is not None and is_needed and not checkpoints.is_finished(Path(checkpoint), recipe):
+        raise KdxError(f"There is no base checkpoint {checkpoint}.", "Give the base.safetensors that another run of kdx distill wrote.")
+
+
 def _train_base(distillation: Distillation, checkpoint: Path | str | None, on_epoch: EpochCallback) -> None:
     training, path = _label_training(distillation, "base"), distillation.weights_path("base")
     if checkpoint is not None and not checkpoints.is_finished(path, training.recipe):
-        if not checkpoints.is_finished(Path(checkpoint), training.recipe):
-            raise KdxError(f"There is no base checkpoint {checkpoint}.", "Give the base.safetensors that another run of kdx distill wrote.")
         module = distillation.initial_network("base")
         models.load_weights(module, Path(checkpoint))
         if distillation.processes.is_main:
@@ -197,72 +222,42 @@ def _train_base(distillation: Distillation, checkpoint: Path | str | None, on_ep
 
 def _label_training(distillation: Distillation, role: str) -> loop.Training:
     """The training of a network from labels alone."""
-    graph, label_loss = distillation.training_graph(distillation.initial_network(role)), _label_loss(distillation)
+    graph, cross_entropy = distillation.training_graph(distillation.initial_network(role)), label_loss(distillation)
 
     def loss(images: Tensor, labels: Tensor, _positions: Tensor) -> dict[str, Tensor]:
-        return {LABELS: label_loss(graph(images)[0], labels)}
+        return {LABELS: cross_entropy(graph(images)[0], labels)}
 
     return _training(distillation, role, graph, loss, distillation.recipe(role))
-
-
-def _label_loss(distillation: Distillation) -> LabelLoss:
-    """The cross entropy with smoothed labels."""
-    return partial(functional.cross_entropy, label_smoothing=distillation.settings.label_smoothing)
 
 
 def _train_student(
     distillation: Distillation, pairs: Sequence[Pair], teacher_cache: Path | None, probe: int | None, on_epoch: EpochCallback
 ) -> None:
-    settings = distillation.settings
-    requirements = method_requirements(settings.method)
-    matched = list(pairs[{"none": len(pairs), "last": -1, "all": 0}[requirements.pairs] :])
-    if requirements.pairs != "none" and not matched:
-        raise KdxError(
-            f"The method {settings.method} matches features, and there is no pair of layers.", "Name them: student_layer=teacher_layer."
-        )
-    teacher = distillation.trained_network("teacher")
+    settings, teacher = distillation.settings, distillation.trained_network("teacher")
     weights_hash = models.weights_hash(teacher)
-    teacher_graph = distillation.training_graph(teacher, [teacher_layer for _, teacher_layer in matched])
-    student_graph = distillation.training_graph(distillation.initial_network("student"), [student_layer for student_layer, _ in matched])
+    student_loss = StudentLoss.of_networks(
+        distillation, distillation.initial_network("student"), teacher, pairs, distillation.training_graph
+    )
     recipe = distillation.recipe("base").with_entries(
         {
             "teacher": weights_hash,
             "method": settings.method,
-            "layers": [list(pair) for pair in matched],
+            "layers": [list(pair) for pair in student_loss.pairs],
             **{key: getattr(settings, key) for key in LOSS_SETTINGS},
             **({"sources": sources} if (sources := source_hashes(settings.method)) else {}),
         }
     )
-    observed_student, observed_teacher = Observed(student_graph, requirements), Observed(teacher_graph, requirements)
-    objective = _objective(distillation, observed_student, observed_teacher)
-    from_teacher = teacher_outputs(distillation, observed_teacher, weights_hash, teacher_cache)
+    from_teacher = teacher_outputs(distillation, student_loss.teacher, weights_hash, teacher_cache)
+    objective, observed_student = student_loss.objective, student_loss.student
 
     def loss(images: Tensor, labels: Tensor, positions: Tensor) -> dict[str, Tensor]:
         teacher_batch = from_teacher(images, positions)
         parts: dict[str, Tensor] = objective(Batch(observed_student(images), teacher_batch, labels, positions))
         return parts
 
-    training = _training(distillation, "student", student_graph, loss, recipe)
-    scores = Probe(distillation, pairs, probe) if probe and distillation.processes.is_main else None
+    training = _training(distillation, "student", observed_student.graph, loss, recipe)
+    scores = validation_probe(distillation, pairs, probe) if probe and distillation.processes.is_main else None
     loop.train(replace(training, objective=objective, probe=scores), distillation.folder, on_epoch)
-
-
-def _objective(distillation: Distillation, student: Observed, teacher: Observed) -> Objective:
-    """The student's objective, with adapters that fit the shapes of the layers and follow from the seed."""
-    settings, device, images = distillation.settings, distillation.device, distillation.images["student"]
-    with torch.no_grad():
-        pixels = images.read(np.arange(2))[0].to(device)
-        outputs = {}
-        for role, observed in (("student", student), ("teacher", teacher)):
-            observed.graph.eval()
-            outputs[role] = observed(pixels)
-    shapes = Shapes(
-        **{role: tuple(feature.shape[1:] for feature in output.features) for role, output in outputs.items()},
-        classes=outputs["student"].logits.shape[1],
-        labels=torch.from_numpy(distillation.dataset.labels[images.indices]),
-    )
-    with seeded(device, settings.seed, _ADAPTERS):
-        return Objective(settings.method, shapes, settings, _label_loss(distillation)).to(device)
 
 
 def _training(
@@ -281,19 +276,20 @@ def _training(
         augmentation=distillation.augmentation,
         processes=distillation.processes,
         log=distillation.log,
+        on_step=distillation.on_step,
     )
 
 
-def _write_models_file(path: Path, distillation: Distillation, pairs: Sequence[tuple[str, str]]) -> None:
+def _write_models_file(path: Path, distillation: Distillation, pairs: Sequence[tuple[str, str]], probe: int | None) -> None:
     settings, test = distillation.settings, distillation.images["test"]
     accuracies = {}
-    for role in ("teacher", "base", "student"):
+    for role in ("teacher", "base", "student") if distillation.has_base else ("teacher", "student"):
         accuracy, _ = loop.evaluate(distillation.graph(distillation.trained_network(role)), test, distillation.device)
         accuracies[f"{role}_accuracy"] = round(accuracy, 6)
     models_file.write_models(
         path,
         teacher=str(distillation.teacher.with_weights("teacher.safetensors")),
-        base=str(distillation.student.with_weights("base.safetensors")),
+        base=str(distillation.student.with_weights("base.safetensors")) if distillation.has_base else None,
         student=str(distillation.student.with_weights("student.safetensors")),
         layers=[pair[0] if pair[0] == pair[1] else "=".join(pair) for pair in pairs],
         classes=distillation.dataset.classes,
@@ -312,9 +308,18 @@ def _write_models_file(path: Path, distillation: Distillation, pairs: Sequence[t
             **accuracies,
             "test_images": len(test),
             "unreadable_images": len(distillation.unreadable),
+            **_logged_probe(distillation, probe),
         },
         resizing=settings.resizing,
     )
+
+
+def _logged_probe(distillation: Distillation, probe: int | None) -> dict[str, str | int]:
+    """The entries about the scores of probe images: the file beside the models file that has them, and the number of images."""
+    file = distillation.folder / "student.csv"
+    if not probe or not file.exists():  # the student may have been finished by a run without a probe
+        return {}
+    return {"probe": file.name, "probe_images": min(probe, len(distillation.images["validation"]))}
 
 
 def _write_used_images(distillation: Distillation) -> str | None:
@@ -339,18 +344,3 @@ def _print_unreadable(distillation: Distillation) -> bool:
         count = "1 image is" if len(unreadable) == 1 else f"{len(unreadable)} images are"
         progress.console().print(f"{count} left out because unreadable, first {printable(name)}: {reason}", markup=False, soft_wrap=True)
     return bool(unreadable)
-
-
-@contextmanager
-def _console() -> Iterator[EpochCallback]:
-    """A callback that shows each epoch as a progress bar, or as a line where there is no terminal."""
-    with progress.progress() as show:
-        yield lambda result: show(result.network, result.epoch, result.epochs, _note(result))
-
-
-def _note(result: EpochResult) -> str:
-    if result.loss is None or result.accuracy is None:
-        return "already there"
-    parts = f" ({' + '.join(f'{name} {value:.3f}' for name, value in result.parts.items())})" if len(result.parts) > 1 else ""
-    speed = "" if result.images_per_second is None else f", {result.images_per_second:,.0f} images/s"
-    return f"epochs, loss {result.loss:.3f}{parts}, validation accuracy {result.accuracy:.1%}{speed}"

@@ -12,10 +12,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdx.choices import Features, GeometryName, ObjectiveName, Precision, RuntimeName, SalientClass, SalientImage, SalientScore, Weighting
+from kdx.choices import (
+    NO_BASE,
+    Features,
+    GeometryName,
+    ObjectiveName,
+    Precision,
+    RuntimeName,
+    SalientClass,
+    SalientImage,
+    SalientScore,
+    Weighting,
+)
 from kdx.data import inputs
+from kdx.data.class_embeddings import ClassEmbeddings
 from kdx.data.inputs import Batches, Pictures
 from kdx.errors import KdxError
+from kdx.explain.class_targets import class_table, rows_of
 from kdx.explain.explainer_file import ExplainerFile
 from kdx.explain.layer import LayerMeasurement
 from kdx.explain.map_statistics import stability
@@ -43,7 +56,8 @@ class Explainer:
 
     models: a models file (`kdx.models.read_models`, or its path), which names the networks of all roles; its layers are the default.
     student, base, teacher: instead, each role's network: a model reference, ``MODELS.toml:ROLE``, the path of a file that ``kdx export``
-    wrote, a `kdx.models.Network`, or a PyTorch module (used as it is, without preprocessing). Base and teacher are optional. The maps,
+    wrote, a `kdx.models.Network`, or a PyTorch module (used as it is, without preprocessing). Base and teacher are optional, and
+    ``base="none"`` leaves out the base of a models file. The maps,
     scores and contrasts are those whose roles exist: a student and a teacher have *missed*, *new*, FSS(S,T) and their RS; a student alone
     has the map *alone* and RS(S).
     random: the student's architecture with random weights (`kdx.models.untrained`), at the student's layers. It adds FSS(R,T), beside which
@@ -79,12 +93,15 @@ class Explainer:
     which are resized to the largest size that a network specifies (`kdx.data.as_pixels`). Pixels outside [0, 1] are refused, unless kdx
     normalises for none of the networks: PyTorch modules without preprocessing may take any range, and then images of any range are used
     as they are. Labels are integers or class names, in an array or a list, or an embedding [n, e]. Class names are those of the models
-    file or the explainer file; where neither is given, any names may be used. A PyTorch ``DataLoader`` contains both: give it alone. All
+    file or the explainer file; where neither is given, any names may be used. If the models file has ``targets``, class embeddings, a label
+    stands for the row of its class. A PyTorch ``DataLoader`` contains both: give it alone. All
     its images are then in memory. Results are tensors for a tensor of images, and NumPy arrays otherwise.
 
     The explainer is a context manager; `close` frees the networks. ``choice.why`` states in one line what ``auto`` chose and why. If a
     network cannot be exported, ``auto`` falls back to PyTorch and states it there; any other runtime raises KdxError.
     """
+
+    _embeddings: ClassEmbeddings | None
 
     def __init__(
         self,
@@ -134,15 +151,18 @@ class Explainer:
             salient_score=salient_score,
             salient_image=salient_image,
         )
-        roles = {"teacher": teacher, "student": student, "base": base, BASELINE: random}
+        roles = {"teacher": teacher, "student": student, "base": None if base == NO_BASE else base, BASELINE: random}
         networks = {role: network for role, network in roles.items() if network is not None}
         classes: Sequence[str] = ()
+        known: ModelsFile | None = None
         if models is not None:
             if networks or file is not None:
                 raise ValueError("a models file names all networks; do not give others as well")
             known = models if isinstance(models, ModelsFile) else read_models(models)
+            known = known.with_base(base if base == NO_BASE else None)
             networks, layers, classes = networks_of(known), layers or known.layers, known.classes
         self._set_up(networks, layers, settings, folder, None if file is None else Path(file), classes)
+        self._embeddings = None if known is None else class_table(None, known, classes)
 
     @classmethod
     def of(
@@ -172,6 +192,7 @@ class Explainer:
         names = layer_names(layers)
         self.settings = settings
         self._has_references = False
+        self._embeddings = None
         self._networks: NetworkSet
         if file is None:
             self._networks = NetworkRunners({role: networks[role] for role in roles_among(networks)}, names, settings, folder)
@@ -260,7 +281,7 @@ class Explainer:
 
         classes [n]: as in `explain`.
         """
-        batch, target = self._converted(images, labels, "the target", "images")
+        batch, target = self._converted(images, labels, "labels or class embeddings", "images")
         arrays.check_images(len(batch))
         if self.settings.geometry == "reference" and not self._has_references:
             raise KdxError("The geometry reference needs reference images.", "Call use_references(images, labels) first.")
@@ -278,7 +299,7 @@ class Explainer:
             images, labels = inputs.labelled(images, expected)
         batch, target = inputs.as_pixels(images, expected), arrays.tensor(self._classes.target(labels), "target")
         arrays.check_same(len(target), len(batch), labels_name, images_name)
-        return batch, target
+        return batch, target if self._embeddings is None else rows_of(target, self._embeddings)
 
     def _result(self, measurement: LayerMeasurement, n: int, images: ArrayT) -> LayerResult[ArrayT]:
         summary = pooled_scores(

@@ -175,7 +175,7 @@ def measure_distances(
     """
     roles = roles_among(distances)
     for role in roles:
-        arrays.check_same(len(distances[role]), len(target.values), f"the {role}'s distances", "the target")
+        arrays.check_same(len(distances[role]), len(target.values), f"the {role}'s distances", "labels or class embeddings")
     d = torch.stack([distances[role].to(target.distances.raw) for role in roles])
     among = arrays.checked_distances(d, {f"{role}'s features": distances[role] for role in roles})
     _check_residuals(roles, among, target, *distances.values())

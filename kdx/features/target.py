@@ -97,7 +97,7 @@ class Target:
         values = arrays.tensor(target, TARGET).to(device)
         rows = values.shape[0] if values.ndim else 0
         n = rows if n is None else n
-        arrays.check_same(rows, n, "the target", "features")
+        arrays.check_same(rows, n, "labels or class embeddings", "features")
         embedding = values.ndim == 2 and values.shape[1] > 0
         if not embedding and (values.ndim != 1 or values.is_floating_point()):
             raise KdxError(

@@ -276,7 +276,7 @@ class _Pair:
         if (self.given is None) != (reference.given is None):
             raise ValueError("either the call or its reference set has given features, and the other has none")
         queries = arrays.tensor(reference.target.names.target(target), TARGET)
-        arrays.check_same(len(queries) if queries.ndim else 0, len(self.explained), "the target", "features")
+        arrays.check_same(len(queries) if queries.ndim else 0, len(self.explained), "labels or class embeddings", "features")
         among, given = reference.distances, None
         if self.given is not None and reference.given is not None:
             given = [reference_distances(reference.given, self.given, among.raw[1], "given features", self.pooled)]

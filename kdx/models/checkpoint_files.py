@@ -61,7 +61,7 @@ def read_checkpoint(path: Path) -> Any:
 
     Raises KdxError for a file that is missing, has an unknown suffix, is damaged, or is not a weights file.
     """
-    if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
+    if path.suffix not in (".safetensors", "", *TORCH_SUFFIXES):  # mdistiller's files have no suffix
         raise KdxError(
             f"{path.name!r} is not a weights file that kdx can read.", f"Give a .safetensors file, or one of {', '.join(TORCH_SUFFIXES)}."
         )

@@ -28,13 +28,14 @@ def sensible_layers(module: nn.Module, size: tuple[int, int]) -> list[str]:
 
     One forward pass of two random images of ``size`` (height, width) shows which modules return a map or tokens with more than one
     position. From the root's children down, a container is replaced by its children if its stages differ in resolution or if it contains
-    more than 90 % of the parameters; a stage is not replaced. Stems, which take the image itself, are left out, and so are bare
-    convolutions and norms beside blocks. In a plain sequence of bare layers, the last one with parameters at each resolution remains. If
-    one container is left that is a stack of blocks, its blocks replace it.
+    more than 90 % of the parameters; a stage is not replaced. Stems, which take the image itself, are left out. So are bare convolutions
+    and norms beside blocks, and layers of one weight before a block of their resolution, such as embeddings of patches. In a plain
+    sequence of bare layers, the last one with parameters at each resolution remains. If one container is left that is a stack of blocks,
+    its blocks replace it.
 
     A layer is left out if `kdx.export.layouts` does not know its layout or it does not have one row per image, and if no position has a
     gradient, as after the last block of a transformer whose head reads only the class token. Of a module with several outputs, the
-    first that is a feature map is named: ``name[0]``.
+    first that is a feature map and that it does not only pass on is named: ``name[0]``.
 
     Raises KdxError if the network does not run on such an image.
     """
@@ -92,9 +93,28 @@ def _stages(module: nn.Module, trace: _Trace) -> list[str]:
     blocks = [path for path in paths if not _is_bare(module.get_submodule(path))]
     if blocks:
         blocks = [path for path in blocks if path not in trace.stem] or blocks
+        blocks = [path for path in blocks if not _is_part_of_another(module, path, blocks)]
+        blocks = [path for place, path in enumerate(blocks) if not _prepares(module, path, blocks[place + 1 :], trace)]
         return _blocks_of(module, blocks[0], trace) if len(blocks) == 1 else blocks
     # Later entries of a dict replace earlier ones, so the last layer of each resolution remains.
     return sorted({trace.grid[path]: path for path in paths}.values(), key=trace.order.__getitem__)
+
+
+def _is_part_of_another(module: nn.Module, path: str, layers: Sequence[str]) -> bool:
+    """Whether one of the layers contains the module at this path as well: blocks may share a module that the network also registers."""
+    shared = module.get_submodule(path)
+    others = [other for other in map(module.get_submodule, layers) if other is not shared]
+    return any(inner is shared for other in others for inner in other.modules())
+
+
+def _prepares(module: nn.Module, path: str, later: Sequence[str], trace: _Trace) -> bool:
+    """Whether a layer only prepares the features of a block that follows at its resolution.
+
+    It has one weight, as an embedding of patches, a convolution that encodes positions, or a convolution between two stages.
+    """
+    if not _is_unit(module.get_submodule(path)):
+        return False
+    return any(trace.grid[block] == trace.grid[path] and not _is_unit(module.get_submodule(block)) for block in later)
 
 
 def _blocks_of(module: nn.Module, path: str, trace: _Trace) -> list[str]:
@@ -166,6 +186,8 @@ class _Trace:
     """The modules that took the image as input."""
     output: dict[str, Any] = field(default_factory=dict)
     """The last output of each module."""
+    several: set[str] = field(default_factory=set)
+    """The modules with several outputs that are feature maps."""
     names: dict[str, str] = field(default_factory=dict)
     """The name of the layer of each module whose output is a feature map: its path, with an index if the output has several parts."""
 
@@ -198,9 +220,12 @@ def _observe(trace: _Trace, path: str, images: torch.Size) -> Callable[[nn.Modul
             trace.stem.add(path)
         parts = list(output) if isinstance(output, (tuple, list)) else [output]
         grids = [_possible_grid(part, images) for part in parts]
-        place = next((place for place, grid in enumerate(grids) if grid is not None), 0)
+        computed = [place for place, part in enumerate(parts) if not any(part is taken for taken in inputs)]
+        place = next((place for place in (*computed, *range(len(parts))) if grids[place] is not None), 0)
         only = sum(isinstance(part, Tensor) and part.is_floating_point() for part in parts) == 1
         trace.output[path] = parts[place] if only else output
+        if sum(grid is not None for grid in grids) > 1:
+            trace.several.add(path)
         if parts and (grid := grids[place]) is not None:
             trace.grid[path] = grid
             trace.names[path] = path if only else f"{path}[{place}]"
@@ -251,8 +276,19 @@ def _contains_map(trace: _Trace, name: str) -> bool:
 
 
 def _has_no_own_map(trace: _Trace, name: str) -> bool:
-    """Whether only modules inside it return features: a ModuleList does not run, and a backbone may return an object."""
-    return name not in trace.order or (_contains_map(trace, name) and not isinstance(trace.output[name], Tensor))
+    """Whether only modules inside it return features: a ModuleList does not run, and a backbone may return an object or a list of them.
+
+    A block may also return several features itself, such as one per resolution, and modules inside it return none of them.
+    """
+    if name not in trace.order:
+        return True
+    output = trace.output[name]
+    if isinstance(output, Tensor) or not _contains_map(trace, name):
+        return False
+    if name not in trace.several:
+        return True
+    inside = (result for path, result in trace.output.items() if path.startswith(f"{name}.") and path in trace.grid)
+    return any(result is part for result in inside for part in output)
 
 
 def _is_bare(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 
 from torch import nn
 
-from kdx.choices import COVER, Interpolation, ResizeMode, Resizing
+from kdx.choices import COVER, NO_BASE, Interpolation, ResizeMode, Resizing
 from kdx.disk import write_atomic
 from kdx.errors import KdxError, first_line
 from kdx.export.graphs import Preprocessing
@@ -47,12 +47,24 @@ class ModelsFile:
     used: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
     resizing: Resizing = COVER
+    targets: str | None = None
+    """What relevance is measured against in place of one-hot labels, as ``kdx explain --target`` takes it. Files are relative to this."""
 
     @property
     def references(self) -> dict[str, str]:
         """The reference of each role that the file names: teacher, base, student."""
         references = {role: getattr(self, role) for role in READING_ORDER}
         return {role: reference for role, reference in references.items() if reference is not None}
+
+    def with_base(self, base: str | None) -> ModelsFile:
+        """The same file without its base for ``none``, and unchanged for None. Raises KdxError for any other text."""
+        if base is None:
+            return self
+        if base != NO_BASE:
+            raise KdxError(
+                f"The base cannot be {base!r} here.", "Give none, which leaves the base out, or name another base in the models file."
+            )
+        return replace(self, base=None)
 
     def load(self, role: str) -> Network:
         """The network of a role (teacher, base, student), with weights relative to the file and the file's preprocessing if it has one.
@@ -101,10 +113,10 @@ def read_models(path: Path | str) -> ModelsFile:
     """Read a models file (TOML).
 
     ``student`` is a model reference. Optional keys are ``base`` and ``teacher`` (model references), ``layers`` (a list of ``layer``,
-    ``student_layer=teacher_layer``, or tables such as ``{student = "layer4", teacher = "blocks.9"}``), ``classes`` (a list of names), and
-    the tables ``[preprocessing]`` (size, mean, std, resize, interpolation), ``[data]`` (reference, fingerprint, split_seed, used) and
-    ``[training]`` (anything). kdx 0.1.0 wrote split_seed as seed. Raises KdxError for a file that is missing, is not TOML, lacks the
-    student, or has any other key.
+    ``student_layer=teacher_layer``, or tables such as ``{student = "layer4", teacher = "blocks.9"}``), ``classes`` (a list of names),
+    ``targets`` (a file of class embeddings, or another target of ``kdx explain --target``), and the tables ``[preprocessing]`` (size,
+    mean, std, resize, interpolation), ``[data]`` (reference, fingerprint, split_seed, used) and ``[training]`` (anything). kdx 0.1.0 wrote
+    split_seed as seed. Raises KdxError for a file that is missing, is not TOML, lacks the student, or has any other key.
     """
     path = Path(path)
     try:
@@ -114,7 +126,7 @@ def read_models(path: Path | str) -> ModelsFile:
         raise KdxError(
             f"The models file {path} cannot be read: {reason}.", "Give the models.toml that kdx distill wrote, or write one."
         ) from error
-    _only_keys(path, "", content, (*READING_ORDER, "layers", "classes", "preprocessing", "data", "training"))
+    _only_keys(path, "", content, (*READING_ORDER, "layers", "classes", "targets", "preprocessing", "data", "training"))
     if "student" not in content:
         raise _missing_role(path, "student")
     data = _table(path, content, "data", ("reference", "fingerprint", "split_seed", "used", "seed"))
@@ -133,6 +145,7 @@ def read_models(path: Path | str) -> ModelsFile:
         used=None if "used" not in data else _check(path, "data.used", data["used"], str),
         training=_check(path, "training", content.get("training", {}), dict),
         resizing=_resizing(path, content),
+        targets=_reference(path, content, "targets"),
     )
 
 

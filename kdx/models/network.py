@@ -13,11 +13,12 @@ from kdx.choices import COVER, Resizing
 from kdx.errors import KdxError
 from kdx.export.copies import to_eval_mode
 from kdx.export.graphs import Preprocessing
+from kdx.export.outputs import CLASS_COUNT, LOGITS_OUTPUT
 from kdx.kernels import ambient
 from kdx.models.checkpoint_files import recorded_preprocessing
 from kdx.models.feature_layers import sensible_layers
 from kdx.models.prepared import check_kind, prepared, unwrapped
-from kdx.models.reference import NEW_HEAD, parse_reference
+from kdx.models.reference import LOGITS, NEW_HEAD, parse_reference
 from kdx.models.sources import build, timm_preprocessing
 from kdx.models.weights import load_weights, split_key
 
@@ -69,9 +70,10 @@ def load(reference: str, *, classes: int | None = None, folder: Path | None = No
     transformers, by its name on the hub or its folder (``hf:./folder``), with its weights unless the reference contains
     ``pretrained=false``. The path of a ``.pt2`` file names a program that ``torch.export.save`` wrote. Weights are ``.safetensors``, or
     ``.pt``, ``.pth``, ``.ckpt``, ``.tar`` and ``.bin`` (read with weights_only), and ``@file#KEY`` names an entry of the file
-    (`kdx.models.load_weights`). ``new_head=true`` leaves the last layer random if the file does not have it for these classes. Paths are
-    relative to ``folder``, by default the current folder. ``classes`` is the number of classes if the reference does not set it; a user's
-    factory and a program do not receive it.
+    (`kdx.models.load_weights`). ``new_head=true`` leaves the last layer random if the file does not have it for these classes.
+    ``logits=1`` and ``logits=pred`` state which of several outputs of the network is the logits, by place or by name;
+    `kdx.export.outputs.logits_of` recognises most without it. Paths are relative to ``folder``, by default the current folder.
+    ``classes`` is the number of classes if the reference does not set it; a user's factory and a program do not receive it.
 
     The preprocessing is the configuration's for timm, ImageNet's for torchvision, 32 x 32 with mean and deviation 0.5 for kdx, that of
     preprocessor_config.json for hf, and only the image size for a program. A factory's module may carry a ``Preprocessing`` as its
@@ -87,6 +89,7 @@ def load(reference: str, *, classes: int | None = None, folder: Path | None = No
     arguments = dict(parsed.arguments)
     new_head = parsed.has_new_head
     arguments.pop(NEW_HEAD, None)
+    logits = arguments.pop(LOGITS, None)
     if new_head and not parsed.weights:
         raise KdxError(f"{reference!r} asks for a new head and names no weights file.", "Add @ and the file, or leave new_head out.")
     if parsed.weights:
@@ -94,6 +97,9 @@ def load(reference: str, *, classes: int | None = None, folder: Path | None = No
     module, preprocessing, complete = build(parsed.located(folder), arguments)
     module = unwrapped(module)
     check_kind(module)
+    for attribute, value in ((LOGITS_OUTPUT, logits), (CLASS_COUNT, classes)):
+        if value is not None:
+            setattr(module, attribute, value)
     note = ""
     if parsed.weights:
         path = (folder or Path()) / Path(parsed.weights).expanduser()

@@ -18,6 +18,9 @@ _GRAMMAR = (
 NEW_HEAD = "new_head"
 """The argument of every source for weights whose last layer is for other classes. It belongs to kdx, and no network receives it."""
 
+LOGITS = "logits"
+"""The argument of every source that states which output of the network is the logits: a place in a tuple, or a name. It belongs to kdx."""
+
 Value = bool | int | float | str | tuple[int, ...]
 
 

@@ -13,10 +13,7 @@ from torch import Size, Tensor, nn
 
 from kdx.errors import KdxError
 from kdx.models.checkpoint_files import TORCH_SUFFIXES, left_out, read_checkpoint
-
-_EMA_ENTRIES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "params_ema")
-_ENTRIES = (*_EMA_ENTRIES, "state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params")
-"""The entries that are taken without being named, first to last. As timm does, averaged weights (EMA) come before the others."""
+from kdx.models.key_maps import AVERAGED_ENTRIES, ENTRIES, OTHERS, PREFIXES
 
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 """What torch.compile, activation checkpointing and FSDP insert into names."""
@@ -41,6 +38,8 @@ def split_key(weights: str | Path) -> tuple[Path, str | None]:
     """The file and the key of ``FILE#KEY``. The key is None without a ``#``, and for a file whose name contains it and that exists."""
     path = Path(weights).expanduser()
     file, sign, key = str(path).partition("#")
+    if sign and not Path(file).suffix and Path(file).is_file() and not path.is_file():  # mdistiller's files have no suffix
+        return Path(file), key
     while sign and key and not file.endswith((".safetensors", *TORCH_SUFFIXES)):
         more, sign, key = key.partition("#")
         file = f"{file}#{more}"
@@ -84,12 +83,21 @@ def _select(file: Path, content: Mapping[Any, Any], key: str | None, shapes: Map
             state = _descend(file, content, shapes, entry)
         except KdxError:  # several networks, or none
             state = _State({})
-        inner = {name.removeprefix(f"{part}."): tensor for name, tensor in state.tensors.items() if name.startswith(f"{part}.")}
+        inner = _below(state.tensors, part)
         if not inner:
             keys = {*(str(name) for name, value in content.items() if _has_tensors(value)), *(name.split(".")[0] for name in state.tensors)}
             raise KdxError(f"{file} has no entry {part!r}.", f"After the #, give one of: {', '.join(sorted(keys)[:12])}.")
         content, entry = inner, f"{entry}/{part}" if entry else part
     return _descend(file, content, shapes, entry)
+
+
+def _below(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``part.``, or with a known prefix and ``part.``, without it."""
+    for prefix in (f"{wrapper}{part}." for wrapper in ("", *PREFIXES)):
+        inner = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if inner:
+            return inner
+    return {}
 
 
 def _descend(file: Path, content: Mapping[Any, Any], shapes: Mapping[str, Size], entry: str) -> _State:
@@ -99,7 +107,7 @@ def _descend(file: Path, content: Mapping[Any, Any], shapes: Mapping[str, Size],
         tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
         if not inner or _covers(tensors, shapes):
             break
-        chosen = next((name for name in _ENTRIES if name in inner), None) or _only_entry(file, inner, shapes)
+        chosen = next((name for name in ENTRIES if name in inner), None) or _only_entry(file, inner, shapes)
         content, entry = inner[chosen], f"{entry}/{chosen}" if entry else chosen
     if not tensors:
         types = list(dict.fromkeys(left_out(content)))
@@ -159,23 +167,33 @@ def _match_names(file: Path, state: _State, shapes: Mapping[str, Size]) -> None:
         missing, count = max(_prefix_counts(shapes, state.tensors).items(), key=lambda item: item[1], default=("", 0))
         if missing and count > len(shapes) / 2:
             state.tensors = {f"{missing}{name}": tensor for name, tensor in state.tensors.items()}
-    unused = [name for name in state.tensors if name not in shapes and _NOT_WEIGHTS.search(name)]
+    unused = [name for name in state.tensors if name not in shapes and _is_other(name)]
     state.ignored += unused
     for name in unused:
         del state.tensors[name]
 
 
-def _best_prefix(file: Path, state: _State, counts: Counter[str], shapes: Mapping[str, Size]) -> str:
-    """The prefix with which most names, and most shapes, are those of the network; that of averaged weights if there are several."""
+def _is_other(name: str) -> bool:
+    """Whether a name that the network does not have may be left out: a counter, or a part of another network or of a loss."""
+    return bool(_NOT_WEIGHTS.search(name)) or name.startswith(OTHERS)
 
-    def fit(prefix: str) -> tuple[int, int]:
-        equal = sum(
-            f"{prefix}{name}" in state.tensors and state.tensors[f"{prefix}{name}"].shape == shape for name, shape in shapes.items()
-        )
-        return counts[prefix], equal
+
+def _best_prefix(file: Path, state: _State, counts: Counter[str], shapes: Mapping[str, Size]) -> str:
+    """The prefix with which most names, and most shapes, are those of the network, and fewest names are others; that of averaged weights
+    if there are several."""
 
     most = max(counts.values())
-    fits = {prefix: fit(prefix) for prefix, count in counts.items() if count == most}
+    candidates = [prefix for prefix, count in counts.items() if count == most]
+
+    def fit(prefix: str) -> tuple[int, int, int]:
+        inner = tuple(other for other in candidates if other != prefix and other.startswith(prefix))  # other networks, such as a teacher
+        named = {name.removeprefix(prefix): tensor for name, tensor in state.tensors.items() if name.startswith(prefix)}
+        named = {name: tensor for name, tensor in named.items() if not f"{prefix}{name}".startswith(inner)}
+        equal = sum(name in named and named[name].shape == shape for name, shape in shapes.items())
+        # A deep teacher has all names of a shallow student, and more.
+        return counts[prefix], equal, -sum(name not in shapes and not _is_other(name) for name in named)
+
+    fits = {prefix: fit(prefix) for prefix in candidates}
     best = [prefix for prefix, value in fits.items() if value == max(fits.values())]
     averaged = [prefix for prefix in best if _EMA_PREFIX.search(prefix)]
     if "" in best or len(best) == 1:
@@ -226,19 +244,27 @@ def _excerpt(heading: str, items: Sequence[str], count: int = 3) -> str:
     return f"{heading} {', '.join(items[:count])}{more}"
 
 
+def _unused(names: Sequence[str]) -> str:
+    """The names that are not used, or the numbers of them by network if there are many."""
+    groups = Counter(name.removeprefix("module.").split(".")[0] for name in names)
+    if len(names) <= 3 or len(groups) == len(names):
+        return _excerpt("not used:", names)
+    return _excerpt("not used:", [f"{group} ({count} {'entry' if count == 1 else 'entries'})" for group, count in groups.items()])
+
+
 def _note(file: Path, content: Mapping[Any, Any], state: _State, skipped: Collection[str]) -> str:
     """One line about the entry, the prefix and what was not used."""
     parts = []
     top = state.entry.split("/")[0]
     if state.entry and top not in ("state_dict", "model"):
-        others = [name for name in _ENTRIES if name != top and _has_tensors(content.get(name))]
-        kind = "the averaged weights (EMA)" if top in _EMA_ENTRIES else "the entry"
+        others = [name for name in ENTRIES if name != top and _has_tensors(content.get(name))]
+        kind = "the averaged weights (EMA)" if top in AVERAGED_ENTRIES else "the entry"
         parts.append(f"{kind} {state.entry}" + (f" instead of {', '.join(others)}" if others else ""))
     if state.prefixes:
         averaged = " (EMA)" if any(map(_EMA_PREFIX.search, state.prefixes)) else ""
         parts.append(f"names without {' and '.join(map(repr, dict.fromkeys(state.prefixes)))}{averaged}")
     if state.ignored:
-        parts.append(_excerpt("not used:", state.ignored))
+        parts.append(_unused(state.ignored))
     if skipped:
         parts.append(f"a new head: {', '.join(sorted(skipped))}")
     return f"Weights of {file.name}: {'; '.join(parts)}." if parts else ""

@@ -19,7 +19,8 @@ from kdx.report.kinds import PageKind, opening_layer, page_kinds, shown_first
 from kdx.report.packing import PackedMap, data_uri, encoded, packed_map, rounded, rounded_or_none, shrunk
 from kdx.runs.gallery_choice import BALANCED, read_choice
 from kdx.runs.image_numbers import CHANGED, DISAGREEMENT, WRONG, prediction_numbers
-from kdx.runs.record import MapColumns, RunRecord
+from kdx.runs.measured import MapColumns
+from kdx.runs.record import RunRecord
 from kdx.runs.schema import layer_file_names, overlay_path
 
 _COMPOSITE_EDGE = 112  # composites of smaller images are enlarged by an integer factor to about this size, in pixels

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from kdx.roles import BALANCE, LEAD, LIKENESS
-from kdx.runs.record import Entry
+from kdx.runs.measured import Entry
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kdx.roles import MAPS, SCORE_MAPS, counterpart
-from kdx.runs.record import Entry, RunRecord
+from kdx.runs.measured import Entry
+from kdx.runs.record import RunRecord
 
 _PAGE_ORDER = {
     "base": (

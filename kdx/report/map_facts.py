@@ -9,7 +9,8 @@ import numpy as np
 
 from kdx.report import wording
 from kdx.report.kinds import CLEARLY_ABOVE_CHANCE, PageKind, score_entry
-from kdx.runs.record import MapSummary, RunRecord
+from kdx.runs.measured import MapSummary
+from kdx.runs.record import RunRecord
 
 COARSE = 4
 """A map with fewer cells than this along an edge localises little, and the page warns of it."""

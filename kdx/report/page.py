@@ -8,6 +8,7 @@ import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,11 @@ from kdx.report.map_facts import layer_facts
 from kdx.report.networks import discordant, layer_table, network_cards, titles
 from kdx.report.statements import statement_matrix
 from kdx.report.tables import overview_table, score_tables
+from kdx.report.training_plots import training_drawings
 from kdx.runs import schema
 from kdx.runs.record import RunRecord, read_run
+from kdx.runs.target_names import target_phrase
+from kdx.runs.training_scores import TrainingScores, read_training_scores
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -46,7 +50,7 @@ def write_page(folder: Path) -> Path:
     run = read_run(Path(folder))
     for written_to in (run.folder, run.folder / schema.OVERLAYS):
         remove_leftovers(written_to)
-    page = _page(run, make_gallery(run))
+    page = _page(run, make_gallery(run), read_training_scores(run.folder))
     target = run.folder / schema.PAGE
     # A lone surrogate, which JSON can carry from a file name, has no UTF-8 form.
     write_atomic(target, page.encode("utf-8", "replace"))
@@ -61,7 +65,7 @@ def script_json(content: object) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
-def _page(run: RunRecord, gallery: Gallery) -> str:
+def _page(run: RunRecord, gallery: Gallery, training: TrainingScores | None) -> str:
     import jinja2
 
     environment = jinja2.Environment(
@@ -72,10 +76,11 @@ def _page(run: RunRecord, gallery: Gallery) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = wording.percent
-    environment.filters["of_target"] = wording.of_target if run.target_file else str
+    environment.filters["of_target"] = partial(wording.of_target, target=run.target_file) if run.target_file else str
     salient = wording.kept_pixels(*run.salient) if run.salient else ""
     return environment.get_template("report.html.j2").render(
         run=run,
+        target=target_phrase(run.target_file) if run.target_file else "",
         salient=salient,
         ranking=wording.ranking_map(*run.salient[2:]) if run.salient else "",
         assets=_Assets.load(),
@@ -87,6 +92,8 @@ def _page(run: RunRecord, gallery: Gallery) -> str:
         networks=network_cards(run),
         layers=layer_table(run),
         drawings=plots.drawings(run),
+        training=training,
+        training_drawings=[] if training is None else training_drawings(training),
         tables=score_tables(run),
         gallery=gallery,
         facts=layer_facts(run, gallery.kinds, gallery.grids),

@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from kdx.runs.record import RunRecord
 if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # matplotlib writes plain colours into its SVG. Each of these stands for a colour of the page's theme (light or dark) and is
 # replaced by the style sheet's name after drawing. Drawings use these colours for nothing else.
@@ -29,7 +31,8 @@ _PAGE_COLOURS = {
 
 _COLOUR_OF = {name: code for code, name in _PAGE_COLOURS.items()}
 
-_INK = _COLOUR_OF["currentColor"]
+INK = _COLOUR_OF["currentColor"]
+"""The colour that stands for that of the text around a drawing."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ BEYOND_SERIES = tuple(
     if kind.given is not None
 )
 
-_DRAWINGS = (
+DRAWINGS = (
     ("fss", "Likeness to the teacher (FSS)", SIMILARITY_SERIES, False),
     ("rs", "Relevance to the labels (RS)", RELEVANCE_SERIES, True),
     ("beyond", "Relevance beyond another network", BEYOND_SERIES, True),
@@ -72,7 +75,10 @@ Points = Mapping[str, Mapping[str, tuple[float, tuple[float, float]]]]
 
 _NARROWEST = 0.05  # the shortest axis without zero, so that a smaller difference looks small
 
-_WIDTH, _HEADING, _ROW, _GAP, _AXIS, _MARGIN = 360, 22, 15, 12, 26, 18
+WIDTH = 360
+"""The width of a drawing in points; its height follows from the width that the page gives it."""
+
+_HEADING, _ROW, _GAP, _AXIS, _MARGIN = 22, 15, 12, 26, 18
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ def drawings(run: RunRecord) -> list[Drawing]:
 
     points = {layer: {name: (entry.value, entry.interval) for name, entry in scores.items()} for layer, scores in run.scores.items()}
     result = []
-    for prefix, title, all_series, from_zero in _DRAWINGS:
+    for prefix, title, all_series, from_zero in DRAWINGS:
         series = [line for line in all_series if line.score in run.score_names]
         if series:
             svg = Markup(plot(points, series, prefix, from_zero=from_zero))  # matplotlib has escaped the names
@@ -107,51 +113,70 @@ def plot(points: Points, series: Sequence[Series], prefix: str, *, from_zero: bo
     The drawing is transparent. It takes its ink from the surrounding text and the networks' colours from the page, and it is byte for
     byte the same for the same numbers. ``prefix`` makes its ids unique on the page. A score that is not finite is not drawn.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     group = _HEADING + _ROW * len(series) + _GAP
     height = group * len(points) + _AXIS
-    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "kdx", "font.size": 11, "axes.edgecolor": _INK, "text.color": _INK}
-    # The browser draws a glyph that matplotlib's own font lacks, so matplotlib's warning does not matter.
-    with rc_context(settings), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        figure = Figure(figsize=(_WIDTH / 72, height / 72), dpi=72)
-        figure.patch.set_alpha(0)
-        axes = figure.add_axes((_MARGIN / _WIDTH, _AXIS / height, 1 - 2 * _MARGIN / _WIDTH, 1 - _AXIS / height))
+    with page_figure(height) as figure:
+        axes = figure.add_axes((_MARGIN / WIDTH, _AXIS / height, 1 - 2 * _MARGIN / WIDTH, 1 - _AXIS / height))
         axes.patch.set_alpha(0)
         axes.set(xlim=limits(points, series, from_zero), ylim=(group * len(points), 0), yticks=[])
         for side in ("left", "right", "top"):
             axes.spines[side].set_visible(False)
         axes.spines["bottom"].set_alpha(0.35)
-        axes.tick_params(axis="x", length=0, labelcolor=_INK, pad=6)
+        axes.tick_params(axis="x", length=0, labelcolor=INK, pad=6)
         axes.locator_params(axis="x", nbins=6)
-        axes.grid(axis="x", color=_INK, alpha=0.1, linewidth=1)
+        axes.grid(axis="x", color=INK, alpha=0.1, linewidth=1)
         axes.set_axisbelow(True)
         for row, (layer, scores) in enumerate(points.items()):
             top = group * row
             if row:
-                axes.axhline(top, color=_INK, alpha=0.18, linewidth=1)
+                axes.axhline(top, color=INK, alpha=0.18, linewidth=1)
             if axes.get_xlim()[0] <= 0:
                 # The line starts below the layer's name.
-                axes.plot([0, 0], [top + _HEADING - 2, top + group], color=_INK, alpha=0.5, linewidth=1)
+                axes.plot([0, 0], [top + _HEADING - 2, top + group], color=INK, alpha=0.5, linewidth=1)
             axes.text(
-                0, top + _HEADING - 5, _elided(layer), transform=axes.get_yaxis_transform(), parse_math=False, weight="bold", va="baseline"
+                0, top + _HEADING - 5, elided(layer), transform=axes.get_yaxis_transform(), parse_math=False, weight="bold", va="baseline"
             )
             for line, score in enumerate(series):
                 _draw_score(axes, score, *scores[score.score], y=top + _HEADING + _ROW * (line + 0.5))
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}, transparent=True)
+        return as_svg(figure, prefix)
+
+
+@contextmanager
+def page_figure(height: float) -> Iterator[Figure]:
+    """A transparent figure of this height in points, with matplotlib's settings for drawings of the page, for `as_svg`."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "kdx", "font.size": 11, "axes.edgecolor": INK, "text.color": INK}
+    # The browser draws a glyph that matplotlib's own font lacks, so matplotlib's warning does not matter.
+    with rc_context(settings), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
+        figure.patch.set_alpha(0)
+        yield figure
+
+
+def as_svg(figure: Figure, prefix: str) -> str:
+    """A figure as inline SVG, byte for byte the same for the same drawing. ``prefix`` makes its ids unique on the page."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}, transparent=True)
     return _for_page(out.getvalue(), prefix)
+
+
+def marker_style(series: Series) -> dict[str, Any]:
+    """Colour and marker of a series as matplotlib's arguments."""
+    colour = _COLOUR_OF.get(f"var(--{series.role})", INK)
+    face = colour if series.filled else _COLOUR_OF["var(--surface)"]
+    size = 7 - 1.5 * (series.marker == "D")
+    return {"color": colour, "marker": series.marker, "markerfacecolor": face, "markersize": size, "mew": 1.6}
 
 
 def _draw_score(axes: Axes, series: Series, value: float, interval: tuple[float, float], y: float) -> None:
     if not all(map(math.isfinite, (value, *interval))):
         return
-    colour = _COLOUR_OF.get(f"var(--{series.role})", _INK)
-    axes.plot(interval, [y, y], color=colour, linewidth=2.5, alpha=0.55, solid_capstyle="round")
-    face = colour if series.filled else _COLOUR_OF["var(--surface)"]
-    axes.plot([value], [y], series.marker, color=colour, markerfacecolor=face, markersize=7 - 1.5 * (series.marker == "D"), mew=1.6)
+    style = marker_style(series)
+    axes.plot(interval, [y, y], color=style["color"], linewidth=2.5, alpha=0.55, solid_capstyle="round")
+    axes.plot([value], [y], linestyle="none", **style)
 
 
 def limits(points: Points, series: Sequence[Series], from_zero: bool = True) -> tuple[float, float]:
@@ -175,7 +200,7 @@ def _ends(value: float, interval: tuple[float, float]) -> Iterator[float]:
     yield from filter(math.isfinite, (value, *interval))
 
 
-def _elided(name: str, most: int = 46) -> str:
+def elided(name: str, most: int = 46) -> str:
     """The name of a layer without characters that are invalid in SVG; an ellipsis replaces the middle of a long name."""
     name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"

@@ -9,7 +9,8 @@ from kdx.report import wording
 from kdx.report.kinds import CLEARLY_ABOVE_CHANCE, PageKind, score_entry
 from kdx.report.networks import discordant
 from kdx.roles import BALANCE, EXCESS, GAIN, LEAD, LIKENESS, MAPS, counterpart
-from kdx.runs.record import Entry, RunRecord
+from kdx.runs.measured import Entry
+from kdx.runs.record import RunRecord
 from kdx.scores.uncertainty import sign_test
 
 State = Literal["settled", "opposite", "open", "unknown"]

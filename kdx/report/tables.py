@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from kdx.report import wording
 from kdx.roles import BALANCE, CONDITIONAL, EXCESS, GAIN, LEAD, LIKENESS, RELEVANCE, SCORES, SIMILARITY, counterpart
-from kdx.runs.record import Entry, RunRecord
+from kdx.runs.measured import Entry
+from kdx.runs.record import RunRecord
 
 TABLES = (
     ("Likeness to the teacher", "FSS", (*SIMILARITY, LIKENESS, EXCESS)),

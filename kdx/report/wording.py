@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from kdx.report.headline import headline
 from kdx.roles import BALANCE, CONTRASTS, EXCESS, GAIN, LEAD, LIKENESS, MAPS, ROLES, MapKind, counterpart
+from kdx.runs.measured import Entry
 from kdx.runs.number_text import number as number
-from kdx.runs.record import Entry, RunRecord
+from kdx.runs.record import RunRecord
 from kdx.runs.split import training_warning
+from kdx.runs.target_names import target_noun
 from kdx.scores.uncertainty import sign_test
 
 FEW_IMAGES = 64
@@ -114,9 +116,9 @@ def ranking_map(of_class: str, score: str, image: str) -> str:
     return f"The HiResCAM map is the network’s own map at {layer}, for the {score} of the {explained}."
 
 
-def of_target(text: str) -> str:
-    """A sentence of the page about relevance, for a run whose target is a file of class embeddings in place of labels."""
-    return text.replace("the labels", "the class embeddings")
+def of_target(text: str, target: str) -> str:
+    """A sentence of the page about relevance, for a run whose target, by its name, is another than labels."""
+    return text.replace("the labels", target_noun(target))
 
 
 def read(

@@ -46,14 +46,14 @@ def explain_batches(
 
 
 def _use_references(explainer: Explainer, plan: Plan, references: NDArray[np.int64], size: tuple[int, int]) -> None:
-    explainer.use_references(load_references(plan.dataset, references, size), plan.target(plan.dataset.labels[references]))
+    explainer.use_references(load_references(plan.dataset, references, size), plan.target(references))
 
 
 def _explain_batch(store: Store, explainer: Explainer, plan: Plan, batch: int, images: Images) -> None:
     """Explain and store one batch."""
     labels = plan.dataset.labels[images.kept]
     logits, measurements = explainer.explain(
-        images.pixels, plan.target(labels), (plan.options.seed, batch), classes=torch.from_numpy(labels)
+        images.pixels, plan.target(images.kept), (plan.options.seed, batch), classes=torch.from_numpy(labels)
     )
     check_classes(logits, len(plan.dataset.classes))
     columns = {schema.INDEX: images.kept, **prediction_columns(logits)}

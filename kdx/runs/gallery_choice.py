@@ -23,7 +23,8 @@ from kdx.errors import KdxError
 from kdx.roles import maps_among, score_maps_among
 from kdx.runs import schema
 from kdx.runs.image_numbers import MEANINGS, image_number, number_names, prediction_names
-from kdx.runs.record import RunRecord, Samples
+from kdx.runs.measured import Samples
+from kdx.runs.record import RunRecord
 
 BALANCED = "balanced"
 """The order that is no order: images balanced over the classes."""

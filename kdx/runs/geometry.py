@@ -13,7 +13,7 @@ from kdx.errors import KdxError
 from kdx.kernels.set_geometry import StoredDistances
 from kdx.roles import shares_among
 from kdx.runs.feature_files import FeatureFiles, Shapes
-from kdx.runs.plan import Plan
+from kdx.runs.plan import MAX_MINUTES, Plan
 from kdx.runtimes.choice import is_file
 
 
@@ -91,9 +91,10 @@ def choose_geometry(plan: Plan, shapes: Shapes, folder: Path) -> Geometry:
     if cost.bytes > limit:
         return Geometry("reference", f"the {needed}, and the limit is {_size(limit)} (--max-disk)")
     minutes = cost.operations / _speed() / 60
-    if minutes > options.max_minutes:
+    most = MAX_MINUTES if options.max_minutes is None else options.max_minutes
+    if minutes > most:
         estimate = f"the sweeps over all pairs would take about {minutes:,.0f} minutes"
-        return Geometry("reference", f"{estimate}, and the limit is {options.max_minutes:,.0f} (--max-minutes)")
+        return Geometry("reference", f"{estimate}, and the limit is {most:,.0f} (--max-minutes)")
     return Geometry("whole", f"every image is compared with all others; the {needed}")
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdx.runs import schema
-from kdx.runs.record import RunRecord, Samples
+from kdx.runs.measured import Samples
+from kdx.runs.record import RunRecord
 
 CHANGED, WRONG, DISAGREEMENT = "changed", "wrong", "disagreement"
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from kdx.choices import Interpolation, RatioName, ResizeMode, Resizing, StoredPrecision
 from kdx.data.batches import random_batches
-from kdx.data.class_embeddings import ClassEmbeddings, read_class_embeddings
 from kdx.data.dataset import Dataset, open_data
 from kdx.data.splits import class_balanced_sample
 from kdx.errors import KdxError
@@ -31,7 +30,11 @@ from kdx.models.reference import parse_reference
 from kdx.roles import BASELINE
 from kdx.runs.gallery_choice import BALANCED, GalleryChoice
 from kdx.runs.split import SplitChoice, choose_split, with_recorded_data
+from kdx.runs.targets import RunTarget, run_target
 from kdx.runtimes.choice import is_file
+
+MAX_MINUTES = 60.0
+"""The minutes of sweeps over all pairs of images beyond which the geometry ``auto`` is not ``whole``."""
 
 REFERENCE_IMAGES = 256
 """The reference images of the geometry ``reference``, unless another number is given."""
@@ -51,10 +54,11 @@ class RunOptions(Settings):
     stored_precision: the number format of the features that the geometry ``whole`` stores. keep_features: whether they are kept.
     project: with K > 0, features are projected to K random channels before they are stored: the squared distances then have a relative
     standard error of at most sqrt(2/K). max_disk: the gigabytes that features and distances may take; by default half of the free space.
-    max_minutes: the time that the sweeps over all pairs of images may take by estimate. Beyond these two limits ``auto`` selects the
-    geometry ``reference``.
-    target: a file of class embeddings (`kdx.data.class_embeddings`), which are the target in place of labels. resize, interpolation: how
-    images are brought to the networks' size, by default as the models file states.
+    max_minutes: the time that the sweeps over all pairs of images may take by estimate, by default MAX_MINUTES. Beyond these two limits
+    ``auto`` selects the geometry ``reference``.
+    base: ``none`` leaves out the base of the models file.
+    target: what relevance is measured against in place of labels (`kdx.runs.targets`), by default as the models file states.
+    resize, interpolation: how images are brought to the networks' size, by default as the models file states.
     ratios: ``summed`` for one score from the inner products of all batches, or ``mean`` for the mean of the batches' scores, with the
     geometry ``batch``.
     split: ``test``, ``validation``, ``train`` or ``all``. None takes ``test`` of the data that the models were trained on, and all of any
@@ -71,9 +75,10 @@ class RunOptions(Settings):
     keep_features: bool = False
     project: int = 0
     max_disk: float | None = None
-    max_minutes: float = 60.0
+    max_minutes: float | None = None
     random_baseline: bool | None = None
-    target: Path | None = None
+    base: str | None = None
+    target: str | Path | None = None
     resize: ResizeMode | None = None
     interpolation: Interpolation | None = None
     ratios: RatioName = "summed"
@@ -120,18 +125,19 @@ class Plan:
     split: SplitChoice
     layers: dict[str, LayerNames]
     options: RunOptions
-    embeddings: ClassEmbeddings | None = None
+    own_target: RunTarget | None = None
 
     @classmethod
     def of(cls, data: str, models: Path, layers: Sequence[str], options: RunOptions) -> Plan:
         _check_references(options)
         _check_storage(options)
-        models_file = _from_explainer_file(models) if is_file(models) else with_recorded_data(read_models(models))
+        _check_base(models, options)
+        models_file = _from_explainer_file(models) if is_file(models) else with_recorded_data(read_models(models)).with_base(options.base)
         dataset = replace(open_data(data, models_file.classes or None), resizing=options.resizing(models_file.resizing))
-        embeddings = None if options.target is None else read_class_embeddings(options.target, dataset.classes)
         split = choose_split(dataset, models_file, options.split, options.seed)
         check_images(len(split.indices))
-        plan = cls(data, models_file, dataset, split, parse_layers(layers or models_file.layers), options, embeddings)
+        target = run_target(options.target, models_file, dataset, split.indices, split.pool, options.device)
+        plan = cls(data, models_file, dataset, split, parse_layers(layers or models_file.layers), options, target)
         options.gallery_choice.check([dataset.ids[index] for index in plan.indices], models_file.references, plan.layers)
         return plan
 
@@ -145,9 +151,9 @@ class Plan:
         """The batches of the geometries ``batch`` and ``reference``: positions in ``indices``."""
         return random_batches(self.dataset.labels[self.indices], self.options.batch, self.options.seed)
 
-    def target(self, labels: NDArray[np.integer]) -> Tensor:
-        """The target of images with these labels [n]: the labels themselves, or the embeddings [n, e] of their classes."""
-        return torch.from_numpy(labels if self.embeddings is None else self.embeddings.of(labels))
+    def target(self, indices: NDArray[np.int64]) -> Tensor:
+        """The target of images, which are rows of the data set: their labels [n], or the rows [n, e] of another target."""
+        return torch.from_numpy(self.dataset.labels[indices]) if self.own_target is None else self.own_target.rows(indices)
 
     @property
     def widest(self) -> int:
@@ -201,6 +207,12 @@ def _is_architecture(reference: str) -> bool:
     return not is_file(reference) and parse_reference(reference).source in INITIALISED
 
 
+def _check_base(models: Path, options: RunOptions) -> None:
+    """KdxError for an explainer file whose base is to be left out."""
+    if options.base is not None and is_file(models):
+        raise KdxError("An explainer file always runs all of its networks.", "Give the models file, or export without --base.")
+
+
 def _check_references(options: RunOptions) -> None:
     """KdxError for a reference set that is too small, or beside another geometry."""
     if options.reference_images and options.reference_images < MIN_IMAGES:
@@ -212,9 +224,14 @@ def _check_references(options: RunOptions) -> None:
 
 
 def _check_storage(options: RunOptions) -> None:
-    """KdxError for choices about stored features with a geometry that stores none."""
+    """KdxError for limits of a geometry that is not chosen, and for choices about stored features with a geometry that stores none."""
+    compares_sets = options.geometry in ("batch", "reference") or options.reference_images > 0
+    if options.max_disk is not None and compares_sets:
+        raise KdxError("Only the geometry whole stores features and distances.", "Give --geometry whole or auto, or leave --max-disk out.")
+    if options.max_minutes is not None and (compares_sets or options.geometry == "whole"):
+        raise KdxError("Only the choice of the geometry has a limit in time.", "Give --geometry auto, or leave --max-minutes out.")
     stores = options.stored_precision != "float32" or options.keep_features or options.project
-    if stores and (options.geometry in ("batch", "reference") or options.reference_images):
+    if stores and compares_sets:
         raise KdxError(
             "Only the geometry whole stores features.", "Give --geometry whole, or leave --store, --keep-features and --project out."
         )

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 from kdx.errors import KdxError
 from kdx.roles import MEASURED, READING_ORDER, contrast_name, contrasts_among, maps_among, score_maps_among, scores_among
 from kdx.runs import schema
+from kdx.runs.measured import Entry, MapColumns, MapSummary, NetworkResult, Samples, optional_integer
 from kdx.runs.schema import Manifest, StoredFeatures, StoredScore, StoredScores, UnreadableImage
 
 if TYPE_CHECKING:
@@ -27,127 +26,6 @@ _RUN_AGAIN = "Run the same kdx explain command again; it computes what is missin
 
 class LostResult(KdxError):
     """A file of a complete run is missing or damaged. The same run writes it again."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One number of scores.json: an accuracy, a score or a contrast, with its interval and the basis of both.
-
-    p_adjusted: the p-value adjusted for the number of layers; in older runs, which do not have it, the p-value itself.
-    """
-
-    value: float
-    interval: tuple[float, float]
-    p_value: float | None = None
-    p_adjusted: float | None = None
-    n: int | None = None
-    batches: int | None = None
-
-    @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> Entry:
-        """The entry as stored; null becomes NaN. Raises KeyError, TypeError or ValueError where ``stored`` is not an entry."""
-        low, high = (math.nan if x is None else float(x) for x in stored["interval"])
-        value = math.nan if stored["value"] is None else float(stored["value"])
-        p_value, p_adjusted = (None if stored.get(key) is None else float(stored[key]) for key in ("p_value", "p_adjusted"))
-        return cls(
-            value, (low, high), p_value, p_value if p_adjusted is None else p_adjusted, *map(_integer, map(stored.get, ("n", "batches")))
-        )
-
-    @property
-    def known(self) -> bool:
-        """Whether value and interval are all finite."""
-        return all(map(math.isfinite, (self.value, *self.interval)))
-
-    @property
-    def sign(self) -> int:
-        """1 where the whole interval lies above zero, -1 where it lies below, 0 where it includes zero or is not known."""
-        low, high = self.interval
-        return int(low > 0) - int(high < 0) if self.known else 0
-
-    def settled(self, confidence: float) -> bool:
-        """Whether the interval excludes zero and the permutation test, if the entry has one, rejects chance at this confidence.
-
-        The test is that of the adjusted p-value, so that it holds over all layers of the run.
-        """
-        p = self.p_value if self.p_adjusted is None else self.p_adjusted
-        return self.sign != 0 and (p is None or p <= 1 - confidence + 1e-12)
-
-    def direction(self, confidence: float) -> int:
-        """1 where the images settle that the number is above zero, -1 where they settle that it is below, 0 where they settle neither.
-
-        Below zero the interval alone decides: the permutation test is one-sided, so it cannot reject chance for a negative score.
-        """
-        return self.sign if self.sign < 0 or self.settled(confidence) else 0
-
-
-@dataclass(frozen=True)
-class MapSummary:
-    """A kind of map at a layer, over all images.
-
-    empty: the share of maps that are zero everywhere. strength: the mean over the images of the mean absolute value. stability: the median
-    correlation between the two maps of an image that have either half of the set as context; None if it is not known. null_strength: the
-    95% quantile of the strength under a permuted target, on the scale on which 1 is the mean strength of the layer's maps; above_null: the
-    share of maps that are stronger. Both are None where no permuted maps were computed.
-    """
-
-    empty: float
-    strength: float
-    stability: float | None
-    null_strength: float | None
-    above_null: float | None
-
-
-@dataclass(frozen=True)
-class MapColumns:
-    """One kind of map at a layer, per image, in the order of samples.parquet.
-
-    total [n]: the sum over the positions; for a map that adds up to a score, the image's contribution to the score, and the contributions
-    of all images add up to it. strength [n]: the mean absolute value, where 1 is the mean over the layer's images. stability [n]: see
-    `MapSummary`; NaN where it is not known.
-    """
-
-    total: NDArray[np.floating]
-    strength: NDArray[np.floating]
-    stability: NDArray[np.floating]
-
-
-@dataclass(frozen=True)
-class NetworkResult:
-    """One network of a run. ``parameters`` is None where the number is not known; ``correct`` counts among ``n`` images."""
-
-    reference: str
-    parameters: int | None
-    random_weights: bool
-    accuracy: Entry
-    correct: int
-    n: int
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The images of a run, in the order of samples.parquet. Predictions and confidences [n] per role."""
-
-    rows: NDArray[np.int64]
-    ids: list[str]
-    labels: NDArray[np.int64]
-    predictions: dict[str, NDArray[np.int64]]
-    confidences: dict[str, NDArray[np.floating]]
-
-    @classmethod
-    def of(cls, columns: Mapping[str, NDArray[Any]], ids: list[str], roles: Sequence[str]) -> Samples:
-        """The images of these columns of samples.parquet."""
-        predictions = {role: columns[schema.prediction_column(role)] for role in roles}
-        return cls(
-            columns[schema.ROW], ids, columns[schema.LABEL], predictions, {role: columns[schema.confidence_column(role)] for role in roles}
-        )
-
-    @cached_property
-    def places(self) -> dict[str, int]:
-        """The place of each image by its name."""
-        return {name: place for place, name in enumerate(self.ids)}
-
-    def correct(self, role: str) -> NDArray[np.bool_]:
-        return np.asarray(self.predictions[role] == self.labels)
 
 
 @dataclass(frozen=True)
@@ -259,6 +137,11 @@ def read_run(folder: Path) -> RunRecord:
     """
     if not folder.is_dir():
         raise KdxError(f"There is no run folder at {folder}.", "Give the folder that kdx explain wrote, the one named with --out.")
+    if (folder / schema.IMAGES_PAGE).exists() and not (folder / schema.MANIFEST).exists():
+        raise KdxError(
+            f"{folder} contains maps of a few images, which have no scores, and not a run over a data set.",
+            f"Open {schema.IMAGES_PAGE} in it; to write it again, run the same kdx explain command again.",
+        )
     with _damage_is_lost_result(folder):
         manifest = _complete_manifest(folder)
         stored = cast(StoredScores, _json(folder, schema.SCORES_FILE))
@@ -293,14 +176,14 @@ def read_run(folder: Path) -> RunRecord:
             },
             samples=_samples(folder, roles),
             confidence=float(configuration["confidence"]),
-            permutations=_integer(configuration.get("permutations")),
+            permutations=optional_integer(configuration.get("permutations")),
             reference_images=len(manifest.get("reference_ids") or ()) or int(configuration["reference_images"] or 0),
             salient=_salient(features) if features else None,
             mean_of_ratios=configuration.get("ratios") == "mean",
             target_file=manifest.get("target_file"),
             batches=int(manifest["batches"]),
             explained=int(images["explained"]),
-            trained_on=_integer(images.get("trained_on")),
+            trained_on=optional_integer(images.get("trained_on")),
             unreadable=[{"id": str(image["id"]), "reason": str(image["reason"])} for image in images.get("unreadable") or []],
             kdx=str(manifest["kdx"]),
             date=str(manifest.get("finished") or manifest["created"])[:10],
@@ -350,10 +233,6 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _integer(value: Any) -> int | None:
-    return None if value is None else int(value)
-
-
 def _salient(stored: StoredFeatures) -> tuple[float, float, str, str, str]:
     kinds = str(stored.get("class", "predicted")), str(stored.get("score", "logit")), str(stored.get("image", "exact"))
     return float(stored["keep"]), float(stored["noise"]), *kinds
@@ -364,7 +243,7 @@ def _network(role: str, manifest: Manifest, accuracy: Mapping[str, Any]) -> Netw
     random_weights = role in manifest.get("random_weights", [])
     return NetworkResult(
         str(stored["reference"]),
-        _integer(stored.get("parameters")),
+        optional_integer(stored.get("parameters")),
         random_weights,
         Entry.of(accuracy),
         int(accuracy["correct"]),

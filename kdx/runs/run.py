@@ -26,9 +26,9 @@ from kdx.runs.environment import environment, now
 from kdx.runs.gallery_choice import check_order, write_choice
 from kdx.runs.geometry import Geometry, choose_geometry, unavoidable
 from kdx.runs.image_numbers import prediction_numbers
+from kdx.runs.measured import Samples
 from kdx.runs.plan import Plan
 from kdx.runs.plan import RunOptions as RunOptions
-from kdx.runs.record import Samples
 from kdx.runs.schema import (
     BaseLayers,
     Configuration,
@@ -42,6 +42,8 @@ from kdx.runs.schema import (
     TargetFile,
 )
 from kdx.runs.store import Store
+from kdx.runs.target_names import target_phrase
+from kdx.runs.training_scores import logged_scores, write_training_scores
 from kdx.runs.whole import collect_whole, explain_whole, feature_shapes
 from kdx.scores.pool import adjusted
 from kdx.scores.uncertainty import accuracy
@@ -71,8 +73,8 @@ def explain_dataset(
     for line in (*plan.split.lines(), plan.dataset.note):
         if line:
             announce(line)
-    if plan.embeddings is not None:
-        announce(f"Target: the class embeddings in {plan.embeddings.file}, with {plan.embeddings.rows.shape[1]} numbers per class.")
+    if plan.own_target is not None:
+        announce(f"Target: {target_phrase(plan.own_target.name)}.")
     geometry = unavoidable(plan)
     # Raise KdxError where the classes, or those of a batch, have no geometry, before anything is written.
     check_labels(plan.dataset.labels[plan.indices])
@@ -229,8 +231,8 @@ def _recorded_options(options: RunOptions) -> StoredOptions:
 def _recorded_inputs(plan: Plan) -> StoredInputs:
     """The target and the resizing in a run's configuration; defaults are omitted."""
     recorded: StoredInputs = {}
-    if plan.embeddings is not None:
-        recorded["target"] = {"sha256": plan.embeddings.sha256, "width": plan.embeddings.rows.shape[1]}
+    if plan.own_target is not None:
+        recorded["target"] = plan.own_target.identity
     if plan.dataset.resizing != COVER:
         recorded["resize"] = {"mode": plan.dataset.resizing.mode, "interpolation": plan.dataset.resizing.interpolation}
     return recorded
@@ -238,7 +240,7 @@ def _recorded_inputs(plan: Plan) -> StoredInputs:
 
 def _context(plan: Plan, command: Sequence[str]) -> Context:
     """The part of a manifest that does not affect the results."""
-    target: TargetFile = {} if plan.embeddings is None else {"target_file": plan.embeddings.file}
+    target: TargetFile = {} if plan.own_target is None else {"target_file": plan.own_target.name}
     return {
         **target,
         "kdx": version("kdx"),
@@ -288,6 +290,9 @@ def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int
     for row, pixels in zip(columns[schema.ROW][gallery], pictures.pixels, strict=True):
         store.write_picture(int(row), pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
     write_choice(store.folder, options.gallery_choice, [int(row) for row in columns[schema.ROW][gallery]])
+    training_scores = logged_scores(plan.models, announce)
+    if training_scores is not None:
+        write_training_scores(store.folder, training_scores)
     store.finish(
         now(),
         {

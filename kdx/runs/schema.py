@@ -8,6 +8,7 @@ folder in this schema; `kdx.runs.record` reads it.
     maps.zarr        LAYER/KIND [rows, h, w]: UniCAM's maps (`kdx.roles.MAPS`) and the maps that add up to a score
                      (`kdx.roles.SCORE_MAPS`). Kinds that involve the teacher exist only with a teacher.
     scores.json      accuracies, and per layer the scores and contrasts; scores.csv has them as a table
+    training.json    the scores of probe images during training, where kdx distill logged them
     report.html      the page
     gallery.json     which images the page shows: how they were chosen, and their rows in the order of the page
     overlays/        the gallery's pictures: ROW.png is an image, ROW_LAYER_KIND.png a map over it
@@ -40,7 +41,10 @@ SAMPLES_FILE = "samples.parquet"
 MAPS_FILE = "maps.zarr"
 SCORES_FILE = "scores.json"
 SCORES_TABLE = "scores.csv"
+TRAINING_FILE = "training.json"
 PAGE = "report.html"
+IMAGES_PAGE = "images.html"
+"""The page of a few images, in a folder that is not a run."""
 GALLERY = "gallery.json"
 NETWORKS = "networks"
 PROGRESS = "progress"
@@ -162,10 +166,17 @@ class BaseLayers(TypedDict):
 
 
 class StoredTarget(TypedDict):
-    """Class embeddings in place of labels: the hash of their rows in the order of the classes, and how many numbers each has."""
+    """What relevance is measured against in place of labels.
+
+    sha256: the hash of a file's rows, in the order of the classes or of the explained images, or of a network's weights. width: how many
+    numbers a row of a file has. kind: prototypes, soft or images; absent for a file of class embeddings. layer, temperature: of a network.
+    """
 
     sha256: str
-    width: int
+    width: NotRequired[int]
+    kind: NotRequired[str]
+    layer: NotRequired[str]
+    temperature: NotRequired[float]
 
 
 class StoredResizing(TypedDict):
@@ -181,7 +192,7 @@ class StoredInputs(TypedDict):
 
 
 class TargetFile(TypedDict):
-    """target_file: the name of the file of class embeddings; absent where labels are the target."""
+    """target_file: the target as it was stated, by default a file of class embeddings; absent where labels are the target."""
 
     target_file: NotRequired[str]
 
@@ -258,7 +269,7 @@ class StoredScore(TypedDict):
 
 
 class StoredMaps(TypedDict):
-    """A kind of map at a layer, over all images: see `kdx.runs.record.MapSummary`, which has the same fields."""
+    """A kind of map at a layer, over all images: see `kdx.runs.measured.MapSummary`, which has the same fields."""
 
     empty: float
     strength: float

@@ -11,8 +11,9 @@ from typing import Any
 from kdx.choices import TABLE_FORMATS, TableFormat
 from kdx.errors import KdxError, printable
 from kdx.runs import schema
+from kdx.runs.measured import Entry
 from kdx.runs.number_text import number
-from kdx.runs.record import Entry, RunRecord
+from kdx.runs.record import RunRecord
 
 _LATEX = {
     "\\": r"\textbackslash{}",

@@ -47,7 +47,7 @@ def explain_whole(
     _infer(files, explainer, plan, size, announce)
     check_unreadable(files.unreadable, len(plan.indices), plan.options.max_unreadable)
     device = torch.device(explainer.choice.device)
-    target = plan.target(plan.dataset.labels[_shuffled(plan)[files.kept]])
+    target = plan.target(_shuffled(plan)[files.kept])
     for place, layer in enumerate(plan.layers):
         if not store.has_layer(place):
             _measure(store, files, plan, place, layer, Target.of(target.to(device)), device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -40,20 +41,20 @@ def test_unicam_compares_two_networks_layer_by_layer() -> None:
     images = batch()
     features, others = hooked(student, images, "conv2", "conv3")[1:], hooked(base, images, "conv3", "conv2")[1:]
     expected = at_image_size(*(kdx.unicam(x, y, LABELS).maps for x, y in zip(features, others, strict=True)))
-    cam = UniCAM(student, base, [student.conv2, student.conv3], [base.conv3, base.conv2])
+    cam = UniCAM(student, [student.conv2, student.conv3], given=base, given_layers=[base.conv3, base.conv2])
     assert oracle.error(cam(images, targets=LABELS), expected) < oracle.TOLERANCE["float32"] / 100
 
 
 def test_unicam_finds_the_layers_of_the_given_network_by_name() -> None:
     student, base = pair()
     images = batch()
-    named, explicit = (UniCAM(student, base, [student.conv2], layers) for layers in (None, [base.conv2]))
+    named, explicit = (UniCAM(student, [student.conv2], given=base, given_layers=layers) for layers in (None, [base.conv2]))
     assert np.array_equal(named(images, LABELS), explicit(images, LABELS))
 
 
 def test_unicam_takes_labels_as_arrays_as_integers_and_as_targets() -> None:
     student, base = pair()
-    cam, images = UniCAM(student, base, ["conv2"]), batch()
+    cam, images = UniCAM(student, ["conv2"], given=base), batch()
     expected = cam(images, LABELS)
     for targets in (LABELS.numpy(), LABELS.tolist(), [ClassifierOutputTarget(int(label)) for label in LABELS]):
         assert np.array_equal(cam(images, targets), expected)
@@ -63,7 +64,7 @@ def test_unicam_takes_labels_as_arrays_as_integers_and_as_targets() -> None:
 
 def test_unicam_smooths_over_six_copies() -> None:
     student, base = pair()
-    cam, images = UniCAM(student, base, ["conv2"], pooled=True), batch()
+    cam, images = UniCAM(student, ["conv2"], given=base, pooled=True), batch()
     maps = [cam(images * factor, LABELS) for factor in (0.9, 1, 1.1)]
     maps += [cam(images.flip(3) * factor, LABELS)[:, :, ::-1] for factor in (0.9, 1, 1.1)]
     assert np.abs(cam(images, LABELS, aug_smooth=True) - np.mean(maps, 0)).max() < 1e-6
@@ -108,7 +109,7 @@ def test_the_ambient_state_of_pytorch_changes_nothing() -> None:
     student, base = Net(0).eval(), Net(1).eval()
     images = batch(dtype=torch.float32)
     methods: list[tuple[Any, Any]] = [(LayerCAM(student, ["conv2"]), [lambda output: output[1] - output[2]] * 8)]
-    methods.append((UniCAM(student, base, ["conv2"]), LABELS))
+    methods.append((UniCAM(student, ["conv2"], given=base), LABELS))
     for cam, targets in methods:
         expected = cam(images, targets)
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
@@ -119,8 +120,8 @@ def test_the_ambient_state_of_pytorch_changes_nothing() -> None:
 def test_the_model_may_be_on_a_gpu() -> None:
     student, base = pair()
     images, targets = batch(), [ClassifierOutputTarget(number % 5) for number in range(8)]
-    expected = [GradCAM(student, ["conv2"])(images, targets), UniCAM(student, base, ["conv2"])(images, LABELS)]
-    actual = [GradCAM(student.cuda(), ["conv2"])(images, targets), UniCAM(student, base, ["conv2"])(images, LABELS)]
+    expected = [GradCAM(student, ["conv2"])(images, targets), UniCAM(student, ["conv2"], given=base)(images, LABELS)]
+    actual = [GradCAM(student.cuda(), ["conv2"])(images, targets), UniCAM(student, ["conv2"], given=base)(images, LABELS)]
     for maps, others in zip(actual, expected, strict=True):
         assert np.abs(maps - others).max() < 1e-5
 
@@ -184,9 +185,9 @@ def test_mistakes_are_named() -> None:
         ("does not predict one class", lambda: GradCAM(dense, [dense[0]])(images)),
         ("reshape_transform makes", lambda: GradCAM(model, [model.conv2], lambda feature: feature.flatten(2))(images)),
         ("not finite", lambda: cam(images * torch.inf)),
-        ("1 target layers and 2 given", lambda: UniCAM(model, model, ["conv2"], ["conv1", "conv2"])),
-        ("there are none", lambda: UniCAM(model, Net(1).double(), ["conv2"])(images)),
-        ("at least 4 images", lambda: UniCAM(model, Net(1).double(), ["conv2"])(images[:3], LABELS[:3])),
+        ("1 target layers and 2 given", lambda: UniCAM(model, ["conv2"], given=model, given_layers=["conv1", "conv2"])),
+        ("there are none", lambda: UniCAM(model, ["conv2"], given=Net(1).double())(images)),
+        ("at least 4 images", lambda: UniCAM(model, ["conv2"], given=Net(1).double())(images[:3], LABELS[:3])),
     ]
     for text, call in mistakes:
         with pytest.raises(kdx.KdxError, match=text):
@@ -210,3 +211,11 @@ def test_pictures_refuse_what_is_not_in_the_unit_range() -> None:
             show_cam_on_image(picture, map_, **options)
     assert np.array_equal(show_cam_on_image(image, mask, image_weight=1), np.full((4, 3, 3), 255))
     assert not show_cam_on_image(0 * image, mask, image_weight=1).any()
+
+
+def test_unicam_has_the_argument_order_of_the_other_methods() -> None:
+    orders = [list(inspect.signature(method).parameters)[:3] for method in (GradCAM, UniCAM)]
+    assert orders[0] == orders[1] == ["model", "target_layers", "reshape_transform"]
+    student, base = pair()
+    with pytest.raises(TypeError):
+        UniCAM(student, ["conv2"], None, base)  # type: ignore[call-arg]

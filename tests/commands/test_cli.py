@@ -112,8 +112,8 @@ def test_every_option_of_explain_reaches_the_run(run: Run, monkeypatch: pytest.M
         workers=0, geometry="batch", stored_precision="float16", keep_features=True, project=8, max_disk=1.5, max_minutes=7.0,
         gallery=5, gallery_order="wrong", gallery_images=("a.png", "b/c.png"),
         salient_class="true", salient_score="probability", salient_image="published", ratios="mean", pooled=True,
-            random_baseline=True,
-        target=Path("t.npy"), resize="squash", interpolation="bilinear",
+            random_baseline=True, base="none",
+        target="t.npy", resize="squash", interpolation="bilinear",
     )  # fmt: skip
     default = RunOptions()
     assert not {field for field in vars(default) if getattr(chosen, field) == getattr(default, field)}
@@ -145,7 +145,7 @@ def test_every_option_of_distill_reaches_the_training(run: Run, monkeypatch: pyt
         "--teacher-epochs 3 --optimizer adamw --weight-decay 0.2 --momentum 0.8 --no-nesterov --schedule step --warm-up 0.3 --milestone 1 "
         "--milestone 2 --gamma 0.4 --label-smoothing 0.1 --clip 5 --accumulate 3 --ema 0.99 --select loss --patience 7 --random-crop 0.4 "
         "--colour-jitter 0.2 --rand-augment 9 --mixup 0.3 --cutmix 0.7 --precision bfloat16 --channels-last --compile --save-minutes 2 "
-        "--max-unreadable 0.5 --resize squash --interpolation bilinear --teacher-cache c --log csv --log wandb --probe 64"
+        "--max-unreadable 0.5 --resize squash --interpolation bilinear --base none --teacher-cache c --log csv --log wandb --probe 64"
     )
     status, out, _ = run(*command.split())
     assert status == 0 and "kdx explain digits --models '[o]/models.toml' --out RUN" in out
@@ -159,12 +159,15 @@ def test_every_option_of_distill_reaches_the_training(run: Run, monkeypatch: pyt
     )  # fmt: skip
     assert seen[0]["settings"] == expected
     assert all(value != getattr(TrainingSettings(), name) for name, value in vars(expected).items())  # so every setting has an option
-    assert {key: seen[0][key] for key in ("teacher", "student", "out", "layers", "teacher_cache", "log", "probe", "device")} == {
-        "teacher": "t", "student": "s", "out": Path("o"), "layers": ["a=b"], "teacher_cache": Path("c"),
+    assert {key: seen[0][key] for key in ("teacher", "student", "base", "out", "layers", "teacher_cache", "log", "probe", "device")} == {
+        "teacher": "t", "student": "s", "base": "none", "out": Path("o"), "layers": ["a=b"], "teacher_cache": Path("c"),
         "log": ["csv", "wandb"], "probe": 64, "device": "cpu",
     }  # fmt: skip
     assert run("distill", "digits", "--teacher", "t", "--student", "s", "--out", "o")[0] == 0
     assert seen[1]["settings"] == TrainingSettings()
+    preset = "distill digits --teacher t --student s --out o --preset asirra --batch 64 --lr 0.1"  # given options win, also as defaults
+    assert run(*preset.split())[0] == 0
+    assert seen[2]["settings"] == TrainingSettings(image_size=(224, 224), epochs=25, batch=64, learning_rate=0.1)
 
 
 def test_export_writes_a_checked_file_and_describes_it(run: Run, tmp_path: Path) -> None:

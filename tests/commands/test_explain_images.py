@@ -118,8 +118,11 @@ def test_labels_must_be_classes_and_one_per_image(folder: Path, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_image_files_without_a_data_set_are_refused(folder: Path) -> None:
+def test_image_files_without_a_data_set_are_refused(folder: Path, tmp_path: Path) -> None:
     check_data_set([str(folder)], None)
+    for name in ("labels.csv", "images.NPZ"):  # files that are data sets
+        (tmp_path / name).touch()
+        check_data_set([str(tmp_path / name)], None)
     for data, labels in (([str(folder / "b.png")], None), (["digits", "x"], None), (["digits"], ["cat"])):
         with pytest.raises(KdxError, match="need a data set") as caught:
             check_data_set(data, labels)
@@ -188,3 +191,12 @@ def test_the_folder_of_a_run_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(KdxError, match="contains a run over a data set"):
         explained(folder, tmp_path, ["b.png"], [], [])
+
+
+def test_the_report_of_the_folder_of_a_few_images_names_its_page(folder: Path, tmp_path: Path) -> None:
+    explained(folder, tmp_path, ["b.png"], [], [])
+    before = sorted(path.name for path in tmp_path.iterdir())
+    result = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert isinstance(result.exception, KdxError)
+    assert "maps of a few images" in result.exception.problem and "images.html" in result.exception.hint
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

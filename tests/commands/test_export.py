@@ -210,6 +210,8 @@ def test_the_options_of_reference_images_reach_the_command(run: Run, tmp_path: P
     roles = ["--explainer", "--student", "a", "--base", "b", "--layer", "c"]
     status, _, err = run(*roles, "--reference", 3, "--data", "digits", "--seed", 1)
     assert status == 2 and "A reference set of 3 images is too small" in err
+    status, _, err = run(*roles, "--seed", 1)
+    assert status == 2 and "the seed has no effect" in err and len(err.splitlines()) == 2
     status, _, err = run(*roles, "--reference", 8)
     assert status == 2 and "--data" in err and len(err.splitlines()) == 2 and left_in(tmp_path) == []
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from kdx.distill import EpochResult, TrainingSettings
 
@@ -28,3 +29,16 @@ def stop_at(network: str, epoch: int) -> Callable[[EpochResult], None]:
 def summaries(results: list[EpochResult]) -> list[tuple[str, int, bool]]:
     """Network, epoch, and whether it was trained now and not by an earlier run."""
     return [(result.network, result.epoch, result.loss is not None) for result in results]
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Inside the block, the system refuses to write more bytes to a file, as a full disk does."""
+    import resource  # Windows does not have it
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -229,3 +229,37 @@ def test_a_training_that_stops_within_an_epoch_goes_on_as_if_it_had_not(images: 
     assert (tmp_path / "parts" / "base.safetensors").read_bytes() == (tmp_path / "whole" / "base.safetensors").read_bytes()
     for one, two in zip(whole, resumed, strict=True):
         assert (one.loss, one.parts, one.accuracy, one.entropy) == (two.loss, two.parts, two.accuracy, two.entropy)
+
+
+class Overflow(torch.autograd.Function):
+    """The identity, whose gradient is infinite."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * math.inf
+
+
+@pytest.mark.parametrize("overflows", [1, 1000])
+def test_float16_leaves_out_a_step_that_overflows_and_stops_if_all_do(images: SplitImages, tmp_path: Path, overflows: int) -> None:
+    settings = replace(PLAIN, epochs=12, precision="float16", learning_rate=0.01)
+    graph, steps = FeatureGraph(network(), []), []
+
+    def loss(pixels: Tensor, labels: Tensor, _positions: Tensor) -> dict[str, Tensor]:
+        steps.append(len(labels))
+        logits = graph(pixels)[0]
+        if len(steps) <= overflows:
+            logits = Overflow.apply(logits)  # type: ignore[no-untyped-call]
+        return {"labels": functional.cross_entropy(logits, labels)}
+
+    run = replace(training(images, settings, graph.network), graph=graph, loss=loss)
+    if overflows == 1:
+        loop.train(run, tmp_path, lambda result: None)
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / "base.safetensors").values())
+        return
+    with pytest.raises(KdxError, match=r"base diverged in epoch \d+ at step \d: its gradient is nan"):
+        loop.train(run, tmp_path, lambda result: None)
+    assert len(steps) == 41  # the scale begins at 2^16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import shutil
 import struct
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import kdx
+from kdx.commands.explain import run as explain
 from kdx.data.dataset import open_data
 from kdx.data.images import load_images
 from kdx.data.splits import class_balanced_sample, stratified_splits
@@ -22,6 +24,10 @@ from kdx.distill.monitoring import open_logs
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph
 from kdx.models import models_file
+from kdx.report.page import write_page
+from kdx.roles import SCORES
+from kdx.runs.run import RunOptions
+from kdx.runs.training_scores import logged_scores
 from tests.distill.small import QUICK, STUDENT, TEACHER, Interruption, stop_at
 
 SETTINGS = replace(QUICK, select="last", ema=0.8)
@@ -87,6 +93,28 @@ def test_every_epoch_has_one_row_across_interruptions(run: tuple[Path, list[Epoc
             assert ("layer2/RS(S)" in row) == (role == "student")
     scores = [row["layer2/FSS(S,T)"] for row in rows(out / "student.csv")]
     assert len(set(scores)) == 3  # the student changes, and the probe images do not
+
+
+def test_the_models_file_names_the_scores_and_a_run_shows_them(run: tuple[Path, list[EpochResult]]) -> None:
+    lines = list[str]()
+    scores = logged_scores(models_file.read_models(run[0] / "models.toml"), lines.append)
+    assert scores is not None and lines == []
+    assert (scores.images, scores.epochs, scores.kept) == (60, [1, 2, 3], 3)
+    logged = rows(run[0] / "student.csv")
+    assert {f"{layer}/{score}": values for layer, by_score in scores.layers.items() for score, values in by_score.items()} == {
+        name: [row[name] for row in logged] for name in logged[0] if name.rpartition("/")[2] in SCORES
+    }
+
+
+@pytest.mark.slow
+def test_explain_shows_the_scores_of_the_training_without_its_folder(run: tuple[Path, list[EpochResult]], tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(run[0], models)
+    page = explain("digits", models / "models.toml", tmp_path / "run", options=RunOptions(permutations=9), announce=lambda line: None)
+    written = page.read_bytes()
+    assert b"The scores of 60 fixed validation images" in written and written.count(b'class="drawing"') == 6
+    shutil.rmtree(models)
+    assert write_page(tmp_path / "run").read_bytes() == written
 
 
 def test_tensorboard_has_the_figures_of_every_epoch(tmp_path: Path) -> None:

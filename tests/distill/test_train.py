@@ -22,7 +22,8 @@ from tests.distill.small import QUICK, STUDENT, TEACHER, Interruption, stop_at, 
 
 
 def test_a_run_writes_weights_and_a_models_file(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == {"teacher.safetensors", "base.safetensors", "student.safetensors", "models.toml"}
+    files = {"teacher.safetensors", "base.safetensors", "student.safetensors", "models.toml"}
+    assert {path.name for path in finished.iterdir()} == files | {".lock"}
     file = models_file.read_models(finished / "models.toml")
     assert (file.layers, file.classes, file.data, file.split_seed) == (("layer1", "layer2"), tuple("0123456789"), "digits", 0)
     assert file.training["method"] == "kd" and file.training["test_images"] == 450
@@ -108,6 +109,21 @@ def test_students_share_teacher_and_base(finished: Path, tmp_path: Path) -> None
         distill("digits", teacher=teacher, student=STUDENT, out=tmp_path / "other", settings=replace(settings, seed=1), base=shared)
     with pytest.raises(KdxError, match="no base checkpoint"):
         distill("digits", teacher=teacher, student=STUDENT, out=tmp_path / "other", settings=settings, base=tmp_path / "none.safetensors")
+
+
+def test_without_a_base_the_student_is_the_same(finished: Path, tmp_path: Path) -> None:
+    """The base takes no part in the training of the student."""
+    results: list[EpochResult] = []
+    out = tmp_path / "run"
+    distill(
+        "digits", teacher=f"{TEACHER}@{finished / 'teacher.safetensors'}", student=STUDENT, out=out, settings=QUICK, base="none",
+        report=results.append,
+    )  # fmt: skip
+    assert {result.network for result in results} == {"teacher", "student"} and not (out / "base.safetensors").exists()
+    ours, theirs = (load_file(folder / "student.safetensors") for folder in (out, finished))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    models = models_file.read_models(out / "models.toml")
+    assert models.base is None and models.teacher and "base_accuracy" not in models.training
 
 
 def test_training_learns_and_seeds_matter(finished: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import kdx
+import kdx.callbacks
 import kdx.cam
 import kdx.distill
 import kdx.models
@@ -115,8 +116,9 @@ def test_the_api_page_has_every_public_name_once() -> None:
     listed = re.findall(r"^::: (\S+)", (DOCS / "api.md").read_text("utf-8"), re.M)
     public = {f"kdx.{name}" for name in kdx.__all__}
     public |= {f"kdx.models.{name}" for name in kdx.models.__all__} | {f"kdx.distill.{name}" for name in kdx.distill.__all__}
-    public |= {f"kdx.cam.{name}" for name in kdx.cam.__all__}
+    public |= {f"kdx.cam.{name}" for name in kdx.cam.__all__} | {f"kdx.callbacks.{name}" for name in kdx.callbacks.__all__}
     public |= {"kdx.losses.distance_correlation", "kdx.losses.relevance", "kdx.data.as_pixels"}
+    public |= {"kdx.features.prototypes", "kdx.features.soft_labels"}
     assert sorted(listed) == sorted(public)
 
 

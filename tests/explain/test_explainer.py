@@ -184,7 +184,7 @@ def spoiled() -> nn.Module:
         ({}, images(), torch.full((N,), 2), "one class"),
         (*wrong(3), "at least 4 images, and there are 3"),
         (*wrong(0), "shape [0, 3, 11, 9]"),
-        ({}, images(), labels(12), "12 rows of the target and 13 of images"),
+        ({}, images(), labels(12), "12 rows of labels or class embeddings and 13 of images"),
         ({}, images()[:, :1], labels(), "shape [13, 1, 11, 9]"),
         ({}, images()[:, 0], labels(), "shape [13, 11, 9]"),
         ({}, images().flatten(1), labels(), "shape [13, 297]"),

@@ -150,7 +150,7 @@ def test_reference_mode_and_batches_that_do_not_fit_are_errors(pair: Written) ->
             explainer(images(8, (12, 11)), torch.arange(8) % 2)
         with pytest.raises(KdxError, match="one class"):
             explainer(images(8), torch.zeros(8, dtype=torch.int64))
-        with pytest.raises(KdxError, match="5 rows of the target"):
+        with pytest.raises(KdxError, match="5 rows of labels or class embeddings"):
             explainer(images(8), torch.arange(5) % 2)
         with pytest.raises(KdxError):
             explainer(torch.full((8, 3, *FIXED), torch.nan), torch.arange(8) % 2)

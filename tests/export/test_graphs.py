@@ -225,7 +225,7 @@ def test_an_unknown_layer_is_an_error_before_the_pass(layer: str) -> None:
         FeatureGraph(Tiny(), ["first", layer])
 
 
-@pytest.mark.parametrize("what", [None, 3, (torch.rand(2, 4),), {"logits": torch.rand(2, 4)}, torch.rand(2)])
+@pytest.mark.parametrize("what", [None, 3, (torch.rand(2, 4, 1),), {"logits": torch.rand(2)}, torch.rand(2)])
 def test_a_network_that_does_not_return_logits_is_an_error(what: object) -> None:
     with pytest.raises(KdxError, match="does not return logits"):
         FeatureGraph(Returning(what), ["conv"])(torch.rand(2, 3, 7, 7))

@@ -121,6 +121,38 @@ def test_coat_states_its_tokens_and_its_tables_are_not_maps() -> None:
     assert {decided.source for decided in graph.decisions.values()} == {"timm"}
     with pytest.raises(kdx.KdxError, match="crpe3"):
         kdx.grad_cam(network, images, "crpe3", 0)
+    # The last parallel block is left out: the head reads class tokens. The first outputs of the others are those of the serial blocks.
+    assert kdx.models.layers(network, (96, 96)) == [f"serial_blocks{stage}.0" for stage in range(1, 5)]
+
+
+@pytest.mark.parametrize(("name", "layers"), [("nest_tiny", ["levels.0", "levels.2"]), ("twins_svt_small", ["blocks.0.1", "blocks.2.3"])])
+def test_levels_and_blocks_of_timm_need_no_probe(name: str, layers: list[str]) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    module = timm.create_model(name, num_classes=5).eval()
+    graph = FeatureGraph(module, layers)
+    image = 0.3 * torch.rand(1, 3, 7, 7, generator=torch.Generator().manual_seed(0)).repeat_interleave(32, 2).repeat_interleave(32, 3)
+    brighter = image.clone()
+    brighter[:, :, :32, 192:] += 0.6
+    with torch.no_grad():
+        before, after = (graph(part)[1:] for part in (image, brighter))
+    for first, second in zip(before, after, strict=True):
+        cells = first.shape[-1]
+        row, column = divmod(int((second - first).norm(dim=1).argmax()), cells)
+        assert row <= cells // 7 and column >= cells - 1 - cells // 7
+    assert "probe" not in {decided.source for decided in graph.decisions.values()}
+
+
+def test_latents_of_a_perceiver_are_refused_with_the_reason() -> None:
+    import transformers
+
+    sizes = {"num_latents": 16, "d_latents": 16, "num_self_attends_per_block": 2, "num_self_attention_heads": 2, "image_size": 16}
+    config: Any = transformers.PerceiverConfig
+    network = transformers.PerceiverForImageClassificationLearned(config(**sizes, num_labels=5)).eval()
+    assert kdx.models.layers(network, (16, 16)) == []
+    with pytest.raises(kdx.KdxError, match="latents that attend to the whole image"):
+        kdx.grad_cam(network, pixels(size=(16, 16)), "perceiver.encoder.self_attends.1", 0)
 
 
 def test_rows_in_swins_windows_are_refused() -> None:

@@ -83,6 +83,62 @@ def test_layers_of_a_custom_network() -> None:
         models.layers(network, (2, 2))
 
 
+class Residual(nn.Module):
+    """A block of two convolutions around an encoding of positions that all blocks share."""
+
+    def __init__(self, channels: int, positions: nn.Module) -> None:
+        super().__init__()
+        self.first, self.positions, self.second = nn.Conv2d(channels, channels, 1), positions, nn.Conv2d(channels, channels, 1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = features + self.second(self.positions(self.first(features)).relu())
+        return result
+
+
+class Pair(nn.Module):
+    """A block that passes on its first feature and changes the second one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = Residual(6, nn.Identity())
+
+    def forward(self, fine: torch.Tensor, coarse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return fine, coarse + self.mix(coarse).tanh()
+
+
+class Hierarchy(nn.Module):
+    """Two stages, each with an embedding and shared positions, then blocks on both resolutions, and a last convolution with its norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.BatchNorm2d(4))
+        self.positions = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 4, 1)))
+        self.stage1 = nn.ModuleList([Residual(4, self.positions), Residual(4, self.positions)])
+        self.embed = nn.Sequential(nn.Conv2d(4, 6, 2, 2), nn.BatchNorm2d(6))
+        self.stage2 = nn.ModuleList([Residual(6, nn.Identity()), Residual(6, nn.Identity())])
+        self.encode = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=6))
+        self.pairs = nn.ModuleList([Pair(), Pair()])
+        self.last = nn.Sequential(nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        fine = self.stem(images)
+        for block in self.stage1:
+            fine = block(fine)
+        coarse = self.embed(fine)
+        for block in self.stage2:
+            coarse = block(coarse)
+        for pair in self.pairs:
+            fine, coarse = pair(fine, self.encode(coarse))
+        logits: torch.Tensor = self.head(self.last(coarse).mean((2, 3)))
+        return logits
+
+
+def test_embeddings_encodings_and_shared_parts_are_not_advised_beside_blocks() -> None:
+    blocks = ["stage1.0", "stage1.1", "stage2.0", "stage2.1", "pairs.0[1]", "pairs.1[1]", "last"]
+    assert models.layers(Hierarchy(), (16, 16)) == blocks
+
+
 def test_layers_are_described_with_their_layout_and_the_reason_against_them() -> None:
     network = hooked.Blocks().eval()
     first, last = described_layers(network, (12, 9))

@@ -12,7 +12,8 @@ from kdx.report.kinds import page_kinds
 from kdx.report.page import write_page
 from kdx.report.statements import CLAIMS, mark, statement_matrix
 from kdx.roles import EXCESS, GAIN
-from kdx.runs.record import Entry, read_run
+from kdx.runs.measured import Entry
+from kdx.runs.record import read_run
 from tests.made_runs import edit, entry, make_run
 
 BEYOND = next(claim for claim in CLAIMS if claim.score == "RS(S|B)")

@@ -10,7 +10,8 @@ import pytest
 
 from kdx.report import wording
 from kdx.roles import BALANCE, LIKENESS, READING_ORDER, SCORES
-from kdx.runs.record import Entry, read_run
+from kdx.runs.measured import Entry
+from kdx.runs.record import read_run
 from kdx.scores import uncertainty
 from tests.made_runs import edit, entry, make_run
 

@@ -23,7 +23,8 @@ from kdx.data.images import load_images
 from kdx.report.page import write_page
 from kdx.runs.gallery_choice import GalleryChoice, check_order, choose_again, read_choice
 from kdx.runs.image_numbers import prediction_names, prediction_numbers
-from kdx.runs.record import Samples, read_run
+from kdx.runs.measured import Samples
+from kdx.runs.record import read_run
 from tests.command_line import in_folder
 from tests.made_runs import make_run
 from tests.runs.small_run import OPTIONS, SIZE, run

@@ -18,7 +18,8 @@ from kdx.errors import KdxError
 from kdx.report.page import write_page
 from kdx.report.terminal import scores_table
 from kdx.runs import schema
-from kdx.runs.record import Entry, read_run
+from kdx.runs.measured import Entry
+from kdx.runs.record import read_run
 from tests.made_runs import edit, entry, make_run
 
 

@@ -22,7 +22,7 @@ from kdx.report.terminal import scores_table
 from kdx.roles import ROLES, maps_among, score_maps_among, scores_among
 from kdx.runs.record import RunRecord, read_run
 from kdx.runs.run import RunOptions
-from tests.runs.small_run import OPTIONS, SIZE, WHOLE
+from tests.runs.small_run import OPTIONS, SIZE, WHOLE, run
 
 
 def run_of(folder: Path, out: Path, roles: tuple[str, ...], options: RunOptions = OPTIONS, layers: tuple[str, ...] = ()) -> RunRecord:
@@ -33,6 +33,24 @@ def run_of(folder: Path, out: Path, roles: tuple[str, ...], options: RunOptions 
     models.write_text("".join(line for line in lines if not line.startswith(absent)))
     explain.run(str(folder / "pictures"), models, out, layers, options, announce=lambda line: None)
     return read_run(out)
+
+
+def test_base_none_is_a_models_file_without_a_base(folder: Path, tmp_path: Path) -> None:
+    """In a run and in Python: the same results, and a page that does not mention a base of its own."""
+    without = run_of(folder, tmp_path / "without", ("teacher", "student"))
+    options = replace(OPTIONS, base="none")
+    run(folder, tmp_path / "none", options)
+    for file in ("scores.json", "scores.csv", "samples.parquet"):
+        assert (tmp_path / "none" / file).read_bytes() == (tmp_path / "without" / file).read_bytes()
+    record = read_run(tmp_path / "none")
+    assert "base" not in record.networks and record.networks.keys() == without.networks.keys()
+    pages = [re.sub(r"\d{4}-\d\d-\d\d.{1,30}?UTC", "", (tmp_path / name / "report.html").read_text()) for name in ("none", "without")]
+    headings = [re.findall(r"<h[12][^>]*>.*?</h[12]>", page) for page in pages]
+    assert headings[0] == headings[1] and "distilled" not in "".join(headings[0])
+    with kdx.Explainer(folder / "models.toml", base="none", runtime="eager") as explainer:
+        assert set(explainer.roles) == {"teacher", "student"}
+    with pytest.raises(kdx.KdxError, match=r"cannot be 'other\.pth' here"):
+        run(folder, tmp_path / "other", replace(OPTIONS, base="other.pth"))
 
 
 @pytest.mark.parametrize(

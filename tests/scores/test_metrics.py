@@ -269,7 +269,7 @@ def test_bad_input() -> None:
     for seed in (-1, 2**63):
         with pytest.raises(ValueError, match="seed"):
             kdx.fss(x, y, seed=seed)
-    with pytest.raises(kdx.KdxError, match="2 rows of the target"):
+    with pytest.raises(kdx.KdxError, match="2 rows of labels or class embeddings"):
         kdx.rs(x, [0, 1])
     many, few = torch.randn(600, 3), torch.randn(600, 3)
     many[[7, 500]] = torch.nan

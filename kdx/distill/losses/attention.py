@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -49,10 +51,11 @@ class AttentionTransfer(DistillationLoss):
     def __init__(self, shapes: Shapes, settings: LossSettings) -> None:
         super().__init__(shapes, settings)
         self.weight = settings.beta / 2
-        for number, (_, height, width) in enumerate(shapes.student, 1):
-            if height * width == 1:
+        for number, pair in enumerate(zip(shapes.student, shapes.teacher, strict=True), 1):
+            if any(shape[1:].numel() == 1 for shape in pair):
                 raise KdxError(
-                    f"Attention transfer compares positions, and the student's layer of pair {number} has only one.",
+                    f"Attention transfer compares positions, and a layer of pair {number} has only one: features are {list(pair[0])} in the"
+                    f" student and {list(pair[1])} in the teacher.",
                     "Name pairs of layers that return feature maps: student_layer=teacher_layer.",
                 )
 
@@ -84,13 +87,18 @@ class ClassAttention(DistillationLoss):
     """
 
     requirements = Requirements(pairs="last", head=True)
+    option_ranges = MappingProxyType({"resolution": (1, math.inf), "normalise": (0, 1)})
 
     def __init__(self, shapes: Shapes, settings: LossSettings, *, resolution: int = 2, normalise: int = 1) -> None:
         super().__init__(shapes, settings)
         self.weight = 15.0
         self.resolution, self.normalise = resolution, bool(normalise)
         if normalise and any(min(shape[-1][1:]) == 1 for shape in (shapes.student, shapes.teacher) if shape):
-            raise KdxError("Class attention cannot be normalised for a layer with one position.", "Give catkd,normalise=0.")
+            raise KdxError(
+                f"Class attention cannot be normalised for a layer with one position: features are {list(shapes.student[-1])} in the"
+                f" student and {list(shapes.teacher[-1])} in the teacher.",
+                "Give catkd,normalise=0, or name a layer with more positions.",
+            )
 
     def forward(self, batch: Batch) -> Tensor:
         maps = [_class_maps(outputs) for outputs in (batch.student, batch.teacher)]

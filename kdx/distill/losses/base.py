@@ -7,7 +7,9 @@ returns a scalar.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -117,6 +119,8 @@ class DistillationLoss(nn.Module):
     """
 
     requirements: ClassVar[Requirements] = Requirements()
+    option_ranges: ClassVar[Mapping[str, tuple[float, float]]] = MappingProxyType({})
+    """The smallest and the largest value of options. The options of kdx's own losses are otherwise at least 0."""
 
     def __init__(self, shapes: Shapes, settings: LossSettings) -> None:
         super().__init__()

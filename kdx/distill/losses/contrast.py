@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ class Contrast(DistillationLoss):
     """
 
     requirements = Requirements(pairs="last", adapters=True, memory=True, classes=True)
+    option_ranges = MappingProxyType({"negatives": (1, math.inf), "width": (1, math.inf), "tau": (1e-3, math.inf), "momentum": (0, 1)})
 
     def __init__(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -100,10 +102,15 @@ def _prepared(batch: Batch, standardise: bool) -> tuple[Tensor, Tensor]:
     return (standardised(student), standardised(teacher)) if standardise else (student, teacher)
 
 
+_STANDARDISE = MappingProxyType({"standardise": (0, 1)})
+"""The option is a switch."""
+
+
 class SoftTargets(DistillationLoss):
     """`kd` with weight alpha, beside the cross entropy with weight 1 - alpha. standardise: of `standardised` logits, if 1."""
 
     requirements = Requirements(logits=True)
+    option_ranges = _STANDARDISE
 
     def __init__(self, shapes: Shapes, settings: LossSettings, *, standardise: int = 0) -> None:
         super().__init__(shapes, settings)
@@ -125,6 +132,7 @@ class DecoupledKd(DistillationLoss):
     """`decoupled_kd` of a batch whose images have one class each."""
 
     requirements = Requirements(logits=True, classes=True)
+    option_ranges = _STANDARDISE
 
     def __init__(
         self, shapes: Shapes, settings: LossSettings, *, target: float = 1.0, nontarget: float = 8.0, standardise: int = 0
@@ -143,6 +151,7 @@ class Dist(DistillationLoss):
     """`dist` of a batch."""
 
     requirements = Requirements(logits=True)
+    option_ranges = _STANDARDISE
 
     def __init__(self, shapes: Shapes, settings: LossSettings, *, inter: float = 2.0, intra: float = 2.0, standardise: int = 0) -> None:
         super().__init__(shapes, settings)

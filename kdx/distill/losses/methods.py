@@ -9,14 +9,18 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdx.distill.losses.attention import AttentionTransfer, ClassAttention
-from kdx.distill.losses.base import Batch, DistillationLoss, LossSettings, Requirements, Shapes
+from kdx.distill.losses.base import LOSS_SETTINGS, Batch, DistillationLoss, LossSettings, Requirements, Shapes
 from kdx.distill.losses.contrast import Contrast
 from kdx.distill.losses.hints import FeatureOverhaul, Hints
 from kdx.distill.losses.logits import DecoupledKd, Dist, SoftTargets, StandardisedSoftTargets
@@ -71,8 +75,27 @@ class Term:
     requirements: Requirements
 
     def build(self, shapes: Shapes, settings: LossSettings) -> DistillationLoss:
-        """The loss for these shapes. Raises KdxError for layers that it cannot compare."""
-        return self.loss(shapes, settings, **dict(self.options))
+        """The loss for these shapes. Raises KdxError for layers that it cannot compare, and if a user's own class fails."""
+        with own_code(self.name):
+            return self.loss(shapes, settings, **dict(self.options))
+
+
+@contextmanager
+def own_code(name: str) -> Iterator[None]:
+    """Turn an exception in the block into a KdxError with its place, if the loss ``name`` is a user's own."""
+    try:
+        yield
+    except (KdxError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if ":" not in name:
+            raise
+        torch_folder = str(Path(torch.__file__).parent)
+        *_, place = (frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(torch_folder))
+        raise KdxError(
+            f"The loss {name} fails with {type(error).__name__} in {Path(place.filename).name}, line {place.lineno}: {first_line(error)}.",
+            "Correct it; its argument is a kdx.distill.Batch.",
+        ) from error
 
 
 @functools.cache
@@ -123,19 +146,36 @@ def _term(text: str, method: str) -> Term:
             "Write NAME, NAME:WEIGHT or NAME,OPTION=VALUE:WEIGHT, joined by +, such as kd+at:0.5.",
         )
     name = match["name"]
-    loss, requirements, defaults = _loss(name)
+    loss, requirements, defaults, ranges = _loss(name)
     options = {}
     for entry in match["options"].split(",")[1:]:
         key, _, text_value = entry.partition("=")
         value = _number(text_value)
         if key not in defaults:
-            has = f"Choose one of: {', '.join(defaults)}." if defaults else "Give its name alone."
-            raise KdxError(f"The loss {name} has no option {key!r}.", has)
-        if value is None or (isinstance(defaults[key], int) and not value.is_integer()):
+            raise KdxError(f"The loss {name} has no option {key!r}.", _options_hint(key, defaults))
+        low, high = ranges.get(key, (-math.inf, math.inf) if ":" in name else (0, math.inf))
+        if value is None or (isinstance(defaults[key], int) and not value.is_integer()) or not low <= value <= high:
             kind = "whole number" if isinstance(defaults[key], int) else "number"
-            raise KdxError(f"The option {key} of {name} cannot be {text_value!r}.", f"Give a {kind}.")
+            limits = (f" from {low:g}" if low > -math.inf else "") + (f" to {high:g}" if high < math.inf else "")
+            raise KdxError(f"The option {key} of {name} cannot be {text_value!r}.", f"Give a {kind}{limits}.")
         options[key] = type(defaults[key])(value)
     return Term(name, tuple(sorted(options.items())), factor, loss, requirements)
+
+
+def _options_hint(key: str, options: Collection[str]) -> str:
+    """What to give instead of the option ``key``, which a loss does not have."""
+    if key in LOSS_SETTINGS:
+        return f"Give it to the command: --{key}."
+    if not options:
+        return "Give its name alone."
+    return f"{_suggestion(key, options)}Choose one of: {', '.join(options)}."
+
+
+def _suggestion(name: str, names: Iterable[str]) -> str:
+    """The beginning of a hint: the name that was probably meant, if there is one."""
+    lower = {other.lower(): other for other in names}
+    near = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f"Did you mean {lower[near[0]]}? " if near else ""
 
 
 def _number(text: str) -> float | None:
@@ -146,22 +186,21 @@ def _number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _loss(name: str) -> tuple[Callable[..., DistillationLoss], Requirements, dict[str, Any]]:
-    """The constructor of a loss, its requirements, and the defaults of its options."""
+def _loss(name: str) -> tuple[Callable[..., DistillationLoss], Requirements, dict[str, Any], Mapping[str, tuple[float, float]]]:
+    """The constructor of a loss, its requirements, and the defaults and the ranges of its options."""
     if ":" in name:
         own = _imported(name)
         if isinstance(own, type):
             owned: type[DistillationLoss] = own
-            return owned, owned.requirements, _defaults(owned)
-        return functools.partial(FunctionLoss, own), _function_requirements(own), _defaults(own)
+            return owned, owned.requirements, _defaults(owned), owned.option_ranges
+        return functools.partial(FunctionLoss, own), _function_requirements(own), _defaults(own), {}
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"Did you mean {near[0]}? " if near else ""
         raise KdxError(
-            f"There is no distillation method {name!r}.", f"{hint}Choose one of: {', '.join(METHODS)}, or your own as package.module:loss."
+            f"There is no distillation method {name!r}.",
+            f"{_suggestion(name, METHODS)}Choose one of: {', '.join(METHODS)}, or your own as package.module:loss.",
         )
     loss = METHODS[name].loss
-    return loss, loss.requirements, _defaults(loss)
+    return loss, loss.requirements, _defaults(loss), loss.option_ranges
 
 
 def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
@@ -173,12 +212,21 @@ def _imported(name: str) -> Any:
     module, _, attribute = name.partition(":")
     search_current_folder()
     try:
-        own = getattr(importlib.import_module(module), attribute)
+        imported = importlib.import_module(module)
     except Exception as error:  # the user's own code runs here
+        if module in METHODS and isinstance(error, ModuleNotFoundError):
+            raise KdxError(f"The weight of {module} cannot be {attribute!r}.", "Give a number of 0 or more, such as kd+at:0.5.") from None
         raise KdxError(
             f"The loss {name} cannot be imported: {first_line(error)}.",
             "Name a loss of an installed package or of a file in the current folder.",
         ) from error
+    own = getattr(imported, attribute, None)
+    if own is None:
+        losses = [entry for entry, value in vars(imported).items() if callable(value) and not entry.startswith("_")]
+        raise KdxError(
+            f"The module {module} has no loss {attribute!r}.",
+            f"{_suggestion(attribute, losses)}Name a function loss(batch), or a class derived from DistillationLoss.",
+        )
     if not callable(own) or (isinstance(own, type) and not issubclass(own, DistillationLoss)):
         raise KdxError(
             f"{name} is not a loss.", "Give a function loss(batch) that returns a scalar, or a class derived from DistillationLoss."

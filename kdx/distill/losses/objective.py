@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdx.distill.losses.base import Batch, LossSettings, Requirements, Shapes
-from kdx.distill.losses.methods import method_requirements, parse_method
+from kdx.distill.losses.methods import method_requirements, own_code, parse_method
 from kdx.errors import KdxError
 
 LABELS = "labels"
@@ -47,7 +47,7 @@ class Objective(nn.Module):
         """The weighted parts by name. Their sum is the loss of the batch; its order is that of the dict.
 
         Everything is computed outside autocast, in float32 or more. The teacher's outputs must not require gradients. Raises KdxError if
-        a user's own loss is not a scalar.
+        a user's own loss fails or is not a real scalar.
         """
         device = batch.student.logits.device.type
         with torch.autocast(device, enabled=False):
@@ -55,10 +55,11 @@ class Objective(nn.Module):
             parts = {LABELS: self.label_weight * self.label_loss(batch.student.logits, batch.labels)}
             for key, loss in self.terms.items():
                 name = key.replace("/", ".")
-                value = loss(batch)
-                if not isinstance(value, Tensor) or value.ndim != 0:
-                    shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                    raise KdxError(f"The loss {name} returns {shape}, not a scalar.", "Return one number as a tensor, such as its mean.")
+                with own_code(name):
+                    value = loss(batch)
+                if not isinstance(value, Tensor) or value.ndim != 0 or value.is_complex():
+                    kind = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                    raise KdxError(f"The loss {name} returns {kind}, not a scalar.", "Return one number as a tensor, such as its mean.")
                 parts[name] = self.weights[key] * value
         return parts
 

@@ -33,6 +33,8 @@ class Observed:
                 self._watch(layer)
 
     def __call__(self, images: Tensor) -> Outputs:
+        if self.requirements.pre_activations:  # a pass with random images, to decide on layouts, must not come after the one with these
+            self.graph.decide_for((images.shape[2], images.shape[3]))
         logits, *features = self.graph(images)
         before = [self._pre_activation(layer, feature, images) for layer, feature in zip(self.graph.layers, features, strict=True)]
         self._raw.clear()

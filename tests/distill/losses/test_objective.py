@@ -3,55 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from kdx.distill import METHODS, Batch, DistillationLoss, Objective, Outputs, Requirements, Shapes, TrainingSettings
+from kdx.distill import METHODS, Batch, Objective, Outputs, Requirements, Shapes, TrainingSettings
 from kdx.distill import losses as functions
-from kdx.distill.losses import LABELS, LossSettings
+from kdx.distill.losses import LABELS
 from kdx.distill.losses.contrast import Contrast
 from kdx.distill.losses.hints import FeatureOverhaul
 from kdx.distill.losses.review import Fusion, Review
 from kdx.errors import KdxError
 from tests.distill.losses import slow_formulas as slow
-
-N, IMAGES, CLASSES = 8, 24, 4
-SETTINGS = TrainingSettings()
-STUDENT = (torch.Size((3, 8, 8)), torch.Size((6, 4, 4)))
-TEACHER = (torch.Size((5, 8, 8)), torch.Size((7, 6, 6)))
-LABELS_OF_ALL = torch.arange(IMAGES) * 7 % CLASSES
-SHAPES = Shapes(STUDENT, TEACHER, CLASSES, LABELS_OF_ALL)
-
-
-def outputs(shapes: tuple[torch.Size, ...], seed: int, dtype: torch.dtype = torch.float32) -> Outputs:
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    before = tuple(random(N, *shape) for shape in shapes)
-    return Outputs(2 * random(N, CLASSES), tuple(feature.relu() for feature in before), before, random(CLASSES, shapes[-1][0]))
-
-
-def batch(dtype: torch.dtype = torch.float32) -> Batch:
-    indices = torch.arange(N) * 3
-    student = outputs(STUDENT, 0, dtype)
-    for tensor in (student.logits, *student.features, *student.pre_activations, student.head):
-        assert tensor is not None
-        tensor.requires_grad_()
-    return Batch(student, outputs(TEACHER, 1, dtype), LABELS_OF_ALL[indices], indices)
-
-
-def objective(method: str, settings: TrainingSettings = SETTINGS) -> Objective:
-    torch.manual_seed(0)
-    return Objective(method, SHAPES, settings)
+from tests.distill.losses.batches import CLASSES, IMAGES, SETTINGS, SHAPES, STUDENT, TEACHER, N, batch, objective
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -236,115 +203,13 @@ def test_review_compares_each_fused_layer() -> None:
 
 def test_layers_without_positions_are_refused() -> None:
     vectors = Shapes((torch.Size((3, 1, 1)),), (torch.Size((5, 1, 1)),), CLASSES)
-    with pytest.raises(KdxError, match="only one"):
+    with pytest.raises(KdxError, match=r"only one: features are \[3, 1, 1\] in the student and \[5, 1, 1\] in the teacher"):
         Objective("at", vectors, SETTINGS)
+    with pytest.raises(KdxError, match=r"pair 1 has only one: features are \[3, 8, 8\] in the student and \[5, 1, 1\] in the teacher"):
+        Objective("at", Shapes(STUDENT[:1], vectors.teacher, CLASSES), SETTINGS)
     with pytest.raises(KdxError, match="cannot be normalised"):
         Objective("catkd", vectors, SETTINGS)
     assert len(Objective("catkd,normalise=0", vectors, SETTINGS).terms) == 1
-
-
-def own_loss(batch: Batch, scale: float = 2.0) -> Tensor:
-    return scale * (batch.student.logits - batch.teacher.logits).abs().mean()
-
-
-own_loss.requirements = Requirements(logits=True)  # type: ignore[attr-defined]
-
-
-class OwnLoss(DistillationLoss):
-    """A user's class with an adapter."""
-
-    requirements = Requirements(pairs="last", adapters=True)
-
-    def __init__(self, shapes: Shapes, settings: LossSettings, *, power: int = 2) -> None:
-        super().__init__(shapes, settings)
-        self.label_weight, self.power = 0.5, power
-        self.adapter = torch.nn.Linear(shapes.student[-1][0], shapes.teacher[-1][0])
-
-    def forward(self, batch: Batch) -> Tensor:
-        student, teacher = (part.features[-1].mean((2, 3)) for part in (batch.student, batch.teacher))
-        difference: Tensor = self.adapter(student) - teacher
-        return difference.abs().pow(self.power).mean()
-
-
-class Scaled:
-    """A user's object that is called like a function."""
-
-    def __call__(self, batch: Batch, scale: float = 1.0) -> Tensor:
-        return own_loss(batch, scale)
-
-
-own_object = Scaled()
-own_partial = partial(own_loss, scale=4.0)
-
-
-def own_vector(batch: Batch) -> Tensor:
-    return batch.student.logits.square()
-
-
-NOT_A_LOSS = 3
-
-
-def test_a_users_own_losses() -> None:
-    inputs, here = batch(), __name__
-    parts = objective(f"{here}:own_loss,scale=3:0.5+kd")(inputs)
-    assert list(parts) == [LABELS, f"{here}:own_loss", "kd"]
-    torch.testing.assert_close(parts[f"{here}:own_loss"], 0.5 * own_loss(inputs, 3.0))
-    made = objective(f"{here}:OwnLoss,power=1")
-    assert made.requirements == OwnLoss.requirements and len(list(made.parameters())) == 2
-    halved = made(inputs)
-    torch.testing.assert_close(2 * halved[LABELS], torch.nn.functional.cross_entropy(inputs.student.logits, inputs.labels))
-    assert functions.method_requirements(f"{here}:own_vector") == Requirements(logits=True, pairs="all")
-    with pytest.raises(KdxError, match="not a scalar"):
-        objective(f"{here}:own_vector")(inputs)
-    assert functions.source_hashes("kd") == {}
-    hashes = functions.source_hashes(f"{here}:own_loss+{here}:OwnLoss")
-    assert len(set(hashes.values())) == 2
-    for name in ("own_object", "own_partial"):
-        torch.testing.assert_close(objective(f"{here}:{name},scale=3")(inputs)[f"{here}:{name}"], own_loss(inputs, 3.0))
-        assert list(functions.source_hashes(f"{here}:{name}")) == [f"{here}:{name}"]
-
-
-@pytest.mark.parametrize(
-    ("method", "message"),
-    [
-        ("fitnets", "no distillation method 'fitnets'.\nDid you mean fitnet?"),
-        ("kd+", "'kd\\+' is not a loss"),
-        ("", "'' is not a loss"),
-        ("kd:-1", "is not a loss"),
-        ("kd:1e999", "is not a loss"),
-        ("at+at:2", "contains at twice"),
-        ("kd,standardize=1", "no option 'standardize'.\nChoose one of: standardise"),
-        ("at,power=2", "no option 'power'.\nGive its name alone"),
-        ("crd,width=1.5", "cannot be '1.5'.\nGive a whole number"),
-        ("dkd,target=much", "cannot be 'much'.\nGive a number"),
-        ("no.such.module:loss", "cannot be imported: No module named 'no'"),
-        (f"{__name__}:no_such_loss", "cannot be imported"),
-        (f"{__name__}:NOT_A_LOSS", "is not a loss.\nGive a function"),
-        (f"{__name__}:Missing", "cannot be imported"),
-        ("torch.nn:Linear", "is not a loss.\nGive a function"),
-    ],
-)
-def test_method_strings_that_name_no_loss_are_refused(method: str, message: str) -> None:
-    with pytest.raises(KdxError, match=message):
-        TrainingSettings(method=method)
-
-
-def test_weights_may_have_exponents() -> None:
-    terms = functions.parse_method("at:1e+2+kd:.5 + dkd,nontarget=1e-1")
-    assert [(term.name, term.factor, term.options) for term in terms] == [
-        ("at", 100.0, ()),
-        ("kd", 0.5, ()),
-        ("dkd", 1.0, (("nontarget", 0.1),)),
-    ]
-
-
-def test_a_loss_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "losses_of_a_user.py").write_text("def gap(batch, power=2.0):\n    return batch.student.logits.abs().pow(power).mean()\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
-    inputs = batch()
-    parts = objective("losses_of_a_user:gap,power=1")(inputs)
-    torch.testing.assert_close(parts["losses_of_a_user:gap"], inputs.student.logits.abs().mean())
 
 
 def test_the_page_states_what_each_method_needs() -> None:

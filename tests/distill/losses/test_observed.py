@@ -65,6 +65,17 @@ def test_activations_in_place_do_not_overwrite_what_losses_need() -> None:
     assert torch.equal(outputs.pre_activations[1], outputs.features[1]) and float(outputs.features[1].detach().min()) < 0
 
 
+def test_pre_activations_where_the_layout_needs_a_pass_of_its_own() -> None:
+    """A feature whose channels, height and width are equal: other images decide which is which, and must not be taken for these."""
+    torch.manual_seed(0)
+    graph = FeatureGraph(InPlace(), ["block"])
+    images = IMAGES[:, :, :8, :8]
+    graph.network.train()
+    outputs = Observed(graph, BEFORE)(images)
+    assert outputs.pre_activations[0].shape == (3, 4, 4, 4)
+    assert torch.equal(outputs.pre_activations[0].relu(), outputs.features[0])
+
+
 def test_class_maps_have_the_logits_as_mean() -> None:
     torch.manual_seed(0)
     network = models.load("kdx:resnet,width=4,depth=1", classes=7).module

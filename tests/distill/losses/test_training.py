@@ -103,7 +103,7 @@ def test_indices_are_the_positions_of_the_training_images(finished: Path, tmp_pa
     teacher, base = f"{TEACHER}@{finished / 'teacher.safetensors'}", finished / "base.safetensors"
     settings = replace(QUICK, method=f"kd+{__name__}:watched")
     distill("digits", teacher=teacher, student=STUDENT, out=tmp_path, settings=settings, base=base, report=silent)
-    assert sorted(torch.cat(SEEN).tolist()) == sorted(3 * list(range(100)))  # every image once per epoch
+    assert sorted(torch.cat(SEEN[1:]).tolist()) == sorted(3 * list(range(100)))  # every image once per epoch, after the rehearsal
     student = (finished / "student.safetensors").read_bytes()
     from safetensors.torch import load
 

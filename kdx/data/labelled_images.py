@@ -1,0 +1,72 @@
+"""Labelled images that are decoded on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from kdx.choices import COVER, Resizing
+from kdx.data.fingerprint import SourceFile, content_fingerprint, fingerprint_of_0_1_0, image_keys, stamps_of_0_1_0
+from kdx.data.pixels import to_rgb
+
+Indices = NDArray[np.int64]
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled images that are decoded on demand.
+
+    ``labels`` [N] index ``classes``. ``ids`` name the images (a path relative to the folder, or ``digits/0012``). ``files`` are the files
+    that they are read from, by name. ``splits`` are the indices of the splits that the data itself defines. ``note`` is one line about
+    what was left out of a folder (`kdx.data.class_folders.Listing.note`). ``relabelled_from`` is the data set with its own classes, if
+    ``classes`` are those of models. ``resizing`` states how images are brought to the size of the networks.
+    """
+
+    reference: str
+    classes: tuple[str, ...]
+    labels: Indices
+    ids: tuple[str, ...]
+    files: Mapping[str, SourceFile] = field(repr=False)
+    reader: Callable[[int], Image.Image] = field(repr=False)
+    splits: Mapping[str, Indices] = field(default_factory=dict, repr=False)
+    note: str = field(default="", repr=False)
+    relabelled_from: Dataset | None = field(default=None, repr=False)
+    resizing: Resizing = COVER
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, index: int) -> Image.Image:
+        """Image ``index`` as upright 8-bit RGB at its own size; the first frame of an animation.
+
+        A corrupt image raises OSError, ValueError or another exception.
+        """
+        with self.reader(index) as image:
+            return to_rgb(image)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What identifies the images, their names and their classes: see `kdx.data.fingerprint.content_fingerprint`.
+
+        It depends neither on the folder's path nor on modification times, nor on the order of ``classes``.
+        """
+        return content_fingerprint(self.ids, [self.classes[label] for label in self.labels], self.files)
+
+    @cached_property
+    def image_keys(self) -> NDArray[np.uint64] | None:
+        """A number per image [N] that identifies it in other folders (`kdx.data.fingerprint.image_keys`); None if images share files."""
+        return image_keys(self.files) if tuple(self.files) == self.ids else None
+
+    @cached_property
+    def fingerprint_of_0_1_0(self) -> str:
+        """The fingerprint that kdx 0.1.0 recorded. It changes with modification times and with the order of ``classes``."""
+        original = self.relabelled_from
+        stamps = stamps_of_0_1_0(self.ids, self.files) if original is None else [original.fingerprint_of_0_1_0.encode()]
+        return fingerprint_of_0_1_0(self.ids, self.labels, stamps)
