@@ -132,8 +132,7 @@ class RunRecord:
 def read_run(folder: Path) -> RunRecord:
     """The complete run in a folder.
 
-    Raises LostResult where a file of it is missing or damaged, and KdxError where there is no run, where the run is not complete, or
-    where a newer kdx wrote it.
+    Raises LostResult where a file is missing or damaged, and KdxError if there is no complete run or a newer kdx wrote it.
     """
     if not folder.is_dir():
         raise KdxError(f"There is no run folder at {folder}.", "Give the folder that kdx explain wrote, the one named with --out.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -304,3 +305,38 @@ def test_a_run_without_score_maps_shows_unicams_maps(tmp_path: Path, opened: Cal
     text = page.locator("body").inner_text()
     assert "add up to" not in text.replace("do not add up to a score", "") and "strength 1" not in text
     assert page.locator(".facts-of-maps").count() == 0
+
+
+def test_the_difference_of_two_unicam_maps_has_the_diverging_colours(run: Path, opened: Callable[..., Page]) -> None:
+    page = opened(run)
+    assert page.locator("#difference").is_hidden()
+    for choice, kind in (("#plus", "distilled"), ("#minus", "residual")):
+        page.locator(choice).select_option(kind)
+    page.locator("#scale").select_option("own")
+    page.locator("#cells").select_option("raw")
+    first, second = (stored(run, "layer1", kind)[0] for kind in ("distilled", "residual"))
+    expected = first / first.max() - second / second.max()
+    actual = pixels(page, 0, "difference")
+    cells = actual[:: actual.shape[0] // expected.shape[0], :: actual.shape[1] // expected.shape[1]][: len(expected), : expected.shape[1]]
+    assert np.abs(cells[..., 3] / 255 - np.abs(expected)).max() < 0.02
+    clear = np.abs(expected) > 0.3
+    assert clear.any() and ((cells[..., 0] > cells[..., 2]) == (expected > 0))[clear].all()  # orange above zero, blue below
+    assert page.locator("#difference").is_visible() and page.locator("#difference-high").inner_text() == "+1: only distilled"
+    address = page.evaluate("location.hash")
+    assert "plus=distilled" in address and "minus=residual" in address
+    page.locator("#minus").select_option("distilled")  # a map minus itself is not shown
+    assert page.locator("#difference").is_hidden() and "difference" not in kinds_shown(page)
+
+
+def test_plots_are_saved_as_svg_and_png_with_the_colours_of_the_page(run: Path, opened: Callable[..., Page]) -> None:
+    page = opened(run)
+    figure = page.locator("figure.plot").first
+    with page.expect_download() as download:
+        figure.get_by_text("Save SVG").click()
+    text = download.value.path().read_text()
+    assert text.startswith("<svg") and "stroke: rgb(" in text and "currentColor" not in "".join(re.findall('style="[^"]*"', text))
+    with page.expect_download() as download:
+        figure.get_by_text("Save PNG").click()
+    picture = np.asarray(Image.open(download.value.path()).convert("RGB")).astype(int)
+    background = picture[0, 0]
+    assert download.value.suggested_filename.endswith(".png") and (np.abs(picture - background).max(2) > 60).mean() > 0.002

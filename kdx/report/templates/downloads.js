@@ -50,3 +50,56 @@ function drawSheet(title, tiles, opacity, pixelated) {
   });
   return sheet;
 }
+
+// A drawing of the page as a file of its own: with the colours and fonts of the page as it looks now, and its background.
+function ownSvg(svg) {
+  const copy = svg.cloneNode(true);
+  const parts = [...copy.querySelectorAll("*")];
+  [...svg.querySelectorAll("*")].forEach((part, i) => {
+    if (part.closest("defs")) return; // a shape there has the colours of the place that uses it
+    const style = getComputedStyle(part);
+    for (const name of ["fill", "stroke", "font-family", "font-size", "font-weight"]) parts[i].style.setProperty(name, style.getPropertyValue(name));
+  });
+  const { x, y, width, height } = svg.viewBox.baseVal;
+  for (const [name, value] of Object.entries({ xmlns: "http://www.w3.org/2000/svg", width, height })) copy.setAttribute(name, value);
+  const background = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+  for (const [name, value] of Object.entries({ x, y, width, height })) background.setAttribute(name, value);
+  background.setAttribute("fill", getComputedStyle(document.body).backgroundColor);
+  copy.prepend(background);
+  return new XMLSerializer().serializeToString(copy);
+}
+
+function savePng(name, svg) {
+  const { width, height } = svg.viewBox.baseVal;
+  const image = new Image();
+  image.onload = () => {
+    const canvas = document.createElement("canvas");
+    [canvas.width, canvas.height] = [Math.round(3 * width), Math.round(3 * height)];
+    canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
+    canvas.toBlob((blob) => saveFile(name, blob), "image/png");
+  };
+  image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(ownSvg(svg))}`;
+}
+
+// A button for each format under every plot.
+function plotButtons() {
+  for (const figure of document.querySelectorAll("figure.plot")) {
+    const svg = figure.querySelector(".drawing svg");
+    const title = figure.querySelector("h3").textContent.trim();
+    const formats = {
+      SVG: () => saveFile(`${fileName(title)}.svg`, new Blob([ownSvg(svg)], { type: "image/svg+xml" })),
+      PNG: () => savePng(`${fileName(title)}.png`, svg),
+    };
+    const buttons = document.createElement("p");
+    buttons.className = "buttons";
+    buttons.append(...Object.entries(formats).map(([format, save]) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = `Save ${format}`;
+      button.setAttribute("aria-label", `Save the plot “${title}” as ${format}`);
+      button.addEventListener("click", save);
+      return button;
+    }));
+    figure.append(buttons);
+  }
+}

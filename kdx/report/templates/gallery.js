@@ -9,7 +9,7 @@ function makeGallery(data) {
   const container = document.getElementById("cards");
   const cards = [...container.children];
   const element = (id) => document.getElementById(id);
-  const inputs = Object.fromEntries(["search", "sort", "class", "outcome", "scale", "cells"].map((id) => [id, element(id)]));
+  const inputs = Object.fromEntries(["search", "sort", "class", "outcome", "scale", "cells", "plus", "minus"].map((id) => [id, element(id)]));
   const layerButtons = [...document.querySelectorAll("[data-layer]")];
   const kindButtons = [...document.querySelectorAll("[data-kind-button]")];
   const explained = Number(container.dataset.explained).toLocaleString("en");
@@ -23,10 +23,16 @@ function makeGallery(data) {
   const firstKind = () => (shown.size ? shownKinds()[0] : 0);
   const opacity = () => element("opacity").value / 100;
 
-  function newTile(index, kind) {
+  // The two kinds whose difference is shown, or null.
+  function comparedKinds() {
+    const [plus, minus] = ["plus", "minus"].map((id) => kinds.findIndex(({ name }) => name === inputs[id].value));
+    return plus < 0 || minus < 0 || plus === minus ? null : [plus, minus];
+  }
+
+  function newTile(index, name) {
     const figure = document.createElement("figure");
     figure.className = "map";
-    figure.dataset.kind = kinds[kind].name;
+    figure.dataset.kind = name;
     const stack = document.createElement("div");
     stack.className = "stack";
     const image = cards[index].querySelector("img").cloneNode();
@@ -35,9 +41,9 @@ function makeGallery(data) {
     canvas.setAttribute("role", "img");
     stack.append(image, canvas);
     const caption = document.createElement("figcaption");
-    caption.append(...["kind", "sum", "quality"].map((name) => {
+    caption.append(...["kind", "sum", "quality"].map((line) => {
       const part = document.createElement("span");
-      part.className = name;
+      part.className = line;
       return part;
     }));
     figure.append(stack, caption);
@@ -46,7 +52,7 @@ function makeGallery(data) {
 
   // Draws one map into a tile, which it makes if there is none, and writes its caption.
   function fillTile(tile, index, kind, edge, atLayer = layer) {
-    const figure = tile ?? newTile(index, kind);
+    const figure = tile ?? newTile(index, kinds[kind].name);
     const map = maps[index][atLayer][kind];
     const { label, signed } = kinds[kind];
     const canvas = figure.querySelector("canvas");
@@ -70,6 +76,36 @@ function makeGallery(data) {
     return figure;
   }
 
+  // The difference of two maps of the shown layer, as a new tile.
+  function differenceTile(index, edge) {
+    const compared = comparedKinds();
+    const figure = newTile(index, "difference");
+    const canvas = figure.querySelector("canvas");
+    const image = figure.querySelector("img");
+    const both = compared.map((kind) => maps[index][layer][kind]);
+    const label = compared.map((kind) => kinds[kind].label).join(" − ");
+    canvas.hidden = !both.some(Boolean);
+    canvas.setAttribute("aria-label", `${label} of ${cards[index].dataset.id} at ${layers[layer].name}`);
+    figure.querySelector(".kind").textContent = label;
+    figure.querySelector(".quality").textContent = canvas.hidden ? "both maps are empty" : "";
+    drawDifference(canvas, both, compared.map((kind) => (inputs.scale.value === "own" ? 0 : limits[layer][kind])), {
+      colours: colours.diverging,
+      smooth: inputs.cells.value !== "raw",
+      ratio: image.width / image.height,
+      edge,
+    });
+    return figure;
+  }
+
+  function describeDifference() {
+    const compared = comparedKinds();
+    element("difference").hidden = !compared;
+    if (!compared) return;
+    const [plus, minus] = compared.map((kind) => kinds[kind].label);
+    element("difference-low").textContent = `−1: only ${minus}`;
+    element("difference-high").textContent = `+1: only ${plus}`;
+  }
+
   function enlargeButton(index) {
     const button = document.createElement("button");
     const text = document.createElement("span");
@@ -84,7 +120,7 @@ function makeGallery(data) {
 
   function paint(index) {
     const card = cards[index];
-    const look = JSON.stringify([layer, shownKinds(), inputs.scale.value, inputs.cells.value]);
+    const look = JSON.stringify([layer, shownKinds(), comparedKinds(), inputs.scale.value, inputs.cells.value]);
     if (card.dataset.look === look) return;
     const views = card.querySelector(".views");
     if (!card.tiles) {
@@ -94,7 +130,8 @@ function makeGallery(data) {
     kinds.forEach((_, kind) => {
       if (shown.has(kind)) card.tiles[kind] = fillTile(card.tiles[kind], index, kind, TILE_EDGE);
     });
-    views.replaceChildren(views.querySelector(".source"), ...shownKinds().map((kind) => card.tiles[kind]));
+    const difference = comparedKinds() ? [differenceTile(index, TILE_EDGE)] : [];
+    views.replaceChildren(views.querySelector(".source"), ...shownKinds().map((kind) => card.tiles[kind]), ...difference);
     card.dataset.look = look;
   }
 
@@ -152,6 +189,7 @@ function makeGallery(data) {
     document.querySelectorAll("[data-notes]").forEach((notes) => { notes.hidden = Number(notes.dataset.notes) !== layer; });
     layerButtons.forEach((button, index) => button.setAttribute("aria-pressed", String(index === layer)));
     kindButtons.forEach((button, index) => button.setAttribute("aria-pressed", String(shown.has(index))));
+    describeDifference();
     const filtered = order.length < cards.length;
     element("count").textContent =
       `Showing ${visible.length} of ${order.length} ${filtered ? "matching images" : "images"}.${describeOrder()} ` +
@@ -205,8 +243,10 @@ function makeGallery(data) {
       const place = order.indexOf(index);
       return [order[place - 1] ?? null, place < 0 ? null : order[place + 1] ?? null];
     },
-    shownKinds,
-    fillTile,
+    tiles: (index, edge) => [
+      ...shownKinds().map((kind) => fillTile(null, index, kind, edge)),
+      ...(comparedKinds() ? [differenceTile(index, edge)] : []),
+    ],
     opacity,
   });
   layerButtons.forEach((button, index) => button.addEventListener("click", () => { layer = index; render(); }));

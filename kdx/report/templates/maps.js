@@ -23,27 +23,45 @@ function toScale([, , , offset, step], signed, limit) {
   return signed ? [-1, 1 / 127] : [0, step > 0 ? 1 / 255 : 0];
 }
 
-function drawMap(canvas, map, { signed, colours, limit, smooth, ratio, edge }) {
+// The values of a map on the scale of colours, one per pixel of the canvas in rows.
+function valuesOf(map, canvas, { signed, limit, smooth }) {
   const [height, width, packed] = map;
   const value = bytes(packed);
   const [start, slope] = toScale(map, signed, limit);
-  canvas.width = Math.max(1, Math.round(ratio >= 1 ? edge : edge * ratio));
-  canvas.height = Math.max(1, Math.round(ratio >= 1 ? edge / ratio : edge));
+  const columns = taps(width, canvas.width, smooth);
+  return Float32Array.from(taps(height, canvas.height, smooth).flatMap(([top, bottom, down]) => columns.map(([left, right, along]) => {
+    const above = value[top * width + left] * (1 - along) + value[top * width + right] * along;
+    const under = value[bottom * width + left] * (1 - along) + value[bottom * width + right] * along;
+    return Math.min(Math.max(start + slope * (above * (1 - down) + under * down), signed ? -1 : 0), 1);
+  })));
+}
+
+function paintValues(canvas, values, colours, signed) {
   const context = canvas.getContext("2d");
   const pixels = context.createImageData(canvas.width, canvas.height);
-  const columns = taps(width, canvas.width, smooth);
-  let offset = 0;
-  for (const [top, bottom, down] of taps(height, canvas.height, smooth)) {
-    for (const [left, right, along] of columns) {
-      const above = value[top * width + left] * (1 - along) + value[top * width + right] * along;
-      const under = value[bottom * width + left] * (1 - along) + value[bottom * width + right] * along;
-      const x = Math.min(Math.max(start + slope * (above * (1 - down) + under * down), signed ? -1 : 0), 1);
-      const row = Math.round(signed ? (x + 1) * 127.5 : x * 255);
-      pixels.data.set([colours[3 * row], colours[3 * row + 1], colours[3 * row + 2], Math.round(255 * Math.abs(x))], offset);
-      offset += 4;
-    }
-  }
+  values.forEach((x, place) => {
+    const row = Math.round(signed ? (x + 1) * 127.5 : x * 255);
+    pixels.data.set([colours[3 * row], colours[3 * row + 1], colours[3 * row + 2], Math.round(255 * Math.abs(x))], 4 * place);
+  });
   context.putImageData(pixels, 0, 0);
+}
+
+function sizeCanvas(canvas, { ratio, edge }) {
+  canvas.width = Math.max(1, Math.round(ratio >= 1 ? edge : edge * ratio));
+  canvas.height = Math.max(1, Math.round(ratio >= 1 ? edge / ratio : edge));
+}
+
+function drawMap(canvas, map, options) {
+  sizeCanvas(canvas, options);
+  paintValues(canvas, valuesOf(map, canvas, options), options.colours, options.signed);
+}
+
+// The first map minus the second, both on the scale of colours [0, 1] that `limits` end, or on their own. An empty map is 0 everywhere.
+function drawDifference(canvas, maps, limits, { colours, smooth, ratio, edge }) {
+  sizeCanvas(canvas, { ratio, edge });
+  const [first, second] = maps.map((map, i) =>
+    map ? valuesOf(map, canvas, { signed: false, limit: limits[i], smooth }) : new Float32Array(canvas.width * canvas.height));
+  paintValues(canvas, first.map((x, place) => x - second[place]), colours, true);
 }
 
 // Two significant digits with a sign, such as +0.0031 or −5.2e−7.

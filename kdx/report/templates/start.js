@@ -1,5 +1,6 @@
 document.addEventListener("DOMContentLoaded", () => {
   themeButton();
   copyButton();
+  plotButtons();
   if (document.getElementById("payload")) makeGallery(JSON.parse(document.getElementById("payload").textContent));
 });

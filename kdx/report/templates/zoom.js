@@ -2,7 +2,7 @@
 
 const ZOOM_EDGE = 480; // longer edge of a map's canvas in the dialog, in pixels
 
-// gallery: { layerName, shownKinds, neighbours, fillTile, card, opacity }, functions of the gallery.
+// gallery: { layerName, tiles, neighbours, card, opacity }, functions of the gallery.
 function makeZoom(gallery) {
   const dialog = document.getElementById("zoom");
   const tiles = document.getElementById("zoom-tiles");
@@ -26,7 +26,7 @@ function makeZoom(gallery) {
     stack.append(card.querySelector("img").cloneNode());
     caption.textContent = "image";
     source.append(stack, caption);
-    tiles.replaceChildren(source, ...gallery.shownKinds().map((kind) => gallery.fillTile(null, current, kind, ZOOM_EDGE)));
+    tiles.replaceChildren(source, ...gallery.tiles(current, ZOOM_EDGE));
     const [before, after] = gallery.neighbours(current);
     document.getElementById("zoom-previous").disabled = before === null;
     document.getElementById("zoom-next").disabled = after === null;
