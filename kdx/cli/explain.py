@@ -50,32 +50,30 @@ def explain(
     context: typer.Context,
     data: Annotated[
         list[str],
-        typer.Argument(help=f"The data set: {DATA_KINDS}; or a few image files, with --data."),
+        typer.Argument(help=f"The data set: {DATA_KINDS}. Or a few image files, together with --data."),
     ],
     models: Annotated[
-        Path, typer.Option(help="The models file, which names the student and optionally the base and the teacher; or an explainer file.")
+        Path, typer.Option(help="The models file, which names the student and optionally base and teacher. Or an exported explainer file.")
     ],
-    out: Annotated[Path, typer.Option(help="The folder of the run. A stopped run there is resumed.")],
+    out: Annotated[Path, typer.Option(help="The folder of the run. A run that was stopped there is resumed.")],
     base: BaseOption = None,
     layer: LayerOption = None,
     batch: Annotated[
         int,
-        typer.Option(
-            min=4, help="Images that go through the networks at once. It changes results only with --geometry batch or reference."
-        ),
+        typer.Option(min=4, help="Images that the networks process at once. It changes results only with --geometry batch or reference."),
     ] = 64,
     chunk: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Images per pass of a network, to save memory. The geometry whole rounds it up to a multiple of 16. It changes no result.",
+            help="Images per pass of a network, to save memory. --geometry whole rounds it up to a multiple of 16. It changes no result.",
         ),
     ] = None,
     geometry: Annotated[
         GeometryName,
         typer.Option(
-            help="The images that an image is compared with. whole: all of them; reference: in UniCAM's maps a fixed set, else its batch; "
-            "batch: its batch, as in the authors' code. auto: whole if it is within --max-disk and --max-minutes, else reference."
+            help="The images that each image is compared with. whole: all. reference: a fixed set in UniCAM's maps, otherwise the batch. "
+            "batch: the batch, as in the authors' code. auto: whole within --max-disk and --max-minutes, otherwise reference."
         ),
     ] = "auto",
     runtime: Annotated[RuntimeName, typer.Option(help="What executes the networks.")] = "auto",
@@ -83,65 +81,74 @@ def explain(
     precision: Annotated[
         Precision,
         typer.Option(
-            help="Number format of the networks. tf32: fewer digits, faster on a GPU. bfloat16: for openvino on a CPU that supports it."
+            help="Number format of the networks. tf32: fewer digits, but faster on a GPU. bfloat16: for openvino on a CPU that supports it."
         ),
     ] = "float32",
     objective: Annotated[
-        ObjectiveName, typer.Option(help="What the maps explain: relevance to the target, or uniqueness of the explained network.")
+        ObjectiveName,
+        typer.Option(help="What the maps explain: relevance to the target, or what only the explained network has (uniqueness)."),
     ] = "relevance",
     weighting: Annotated[
         Weighting, typer.Option(help="gap: one weight per channel; elementwise: one weight per position (HiRes).")
     ] = "gap",
     pooled: Annotated[bool, typer.Option("--pooled", help="Measure distances between the spatial means of features.")] = False,
     features: Annotated[
-        Features, typer.Option(help="What the scores compare: whole images, or the pixels that matter most to each network.")
+        Features,
+        typer.Option(
+            help="What the scores compare: features of whole images (raw), or of the pixels that matter most to each network (salient)."
+        ),
     ] = "raw",
-    keep: Annotated[float, typer.Option(help="salient: the share of pixels to keep. The other pixels are imputed.")] = 0.5,
-    noise: Annotated[float, typer.Option(help="salient: the standard deviation of the noise on imputed pixels.")] = 0.0,
+    keep: Annotated[float, typer.Option(help="For salient: the share of pixels to keep. The other pixels are imputed.")] = 0.5,
+    noise: Annotated[float, typer.Option(help="For salient: the standard deviation of the noise on imputed pixels.")] = 0.0,
     salient_class: Annotated[
-        SalientClass, typer.Option(help="salient: the class of which pixels are kept: the one that each network predicts, or the true one.")
+        SalientClass,
+        typer.Option(help="For salient: keep the pixels that matter for the class that each network predicts, or for the true class."),
     ] = "predicted",
     salient_score: Annotated[
-        SalientScore, typer.Option(help="salient: what ranks the pixels: the logit of that class, or its probability (softmax).")
+        SalientScore, typer.Option(help="For salient: rank the pixels by the logit of that class, or by its probability (softmax).")
     ] = "logit",
     salient_image: Annotated[
         SalientImage,
-        typer.Option(help="salient: exactly the share of the pixels, or as in the authors' code, with its contrast and noise."),
+        typer.Option(
+            help="For salient: keep exactly the share of the pixels, or do as the authors' code does, with its contrast and noise."
+        ),
     ] = "exact",
     ratios: Annotated[
         RatioName,
         typer.Option(
-            help="batch: one score from the summed inner products of all batches, or the mean of the batches' scores, which is biased."
+            help="For --geometry batch. summed: one score from all batches' inner products. mean: the biased mean of their scores."
         ),
     ] = "summed",
     preset: Annotated[
         PresetName | None,
         typer.Option(
-            help="Set all options to those of the authors' code of December 2024, except options that are given.", show_default=False
+            help="Use the options of the authors' code of December 2024. Options that are given take precedence.", show_default=False
         ),
     ] = None,
     reference: Annotated[
         int,
-        typer.Option(min=0, help="The number of reference images, by default 256. It selects --geometry reference.", show_default=False),
+        typer.Option(
+            min=0, help="The number of reference images, by default 256. This option selects --geometry reference.", show_default=False
+        ),
     ] = 0,
     store: Annotated[
-        StoredPrecision, typer.Option(help="whole: the number format of the features on disk. float16 takes half the space.")
+        StoredPrecision, typer.Option(help="For whole: the number format of the features on disk. float16 takes half the space.")
     ] = "float32",
     keep_features: Annotated[
-        bool, typer.Option("--keep-features", help="whole: keep the features after the run, in RUN/features.")
+        bool, typer.Option("--keep-features", help="For whole: keep the features in RUN/features after the run.")
     ] = False,
     project: Annotated[
         int,
         typer.Option(
-            min=0, help="whole: project the features to this many random channels before they are stored. Results become approximate."
+            min=0, help="For whole: project the features to this many random channels before they are stored. Results become approximate."
         ),
     ] = 0,
     max_disk: Annotated[
         float | None,
         typer.Option(
             min=0,
-            help="whole: gigabytes that features and distances may take; by default half of the free space. "
-            "Beyond it, auto selects reference.",
+            help="For whole: the gigabytes that features and distances may take on disk; by default half of the free space. "
+            "If they need more, auto selects reference.",
             show_default=False,
         ),
     ] = None,
@@ -149,37 +156,39 @@ def explain(
         float | None,
         typer.Option(
             min=0,
-            help="auto: the estimated minutes that whole may take, by default 60. Beyond them, auto selects reference.",
+            help="For auto: the minutes that whole may take, as estimated; by default 60. If it needs more, auto selects reference.",
             show_default=False,
         ),
     ] = None,
     random_baseline: Annotated[
         bool | None,
         typer.Option(
-            help="Also compute the FSS of the student's architecture with random weights, in one more pass. By default only with a teacher "
-            "and without a base.",
+            help="Also compute the FSS of the student's architecture with random weights, in one more pass. Default: only with a "
+            "teacher and without a base.",
             show_default=False,
         ),
     ] = None,
     target: Annotated[
         str | None,
         typer.Option(
-            help="What relevance is measured against in place of one-hot labels: class embeddings in a file (.npy with one row per class "
-            "in order, or .npz, .csv or .parquet with class names), prototypes:NETWORK, soft:NETWORK or images:FILE. labels: one-hot "
-            "labels.",
+            help="What relevance is measured against (docs/targets.md). labels: one-hot labels, the default. FILE: class embeddings "
+            "(.npy with one row per class in order, or .npz, .csv or .parquet with class names). Or prototypes:NETWORK, soft:NETWORK "
+            "or images:FILE.",
             show_default=False,
         ),
     ] = None,
     resize: Annotated[
-        ResizeMode | None, typer.Option(help=f"{ResizeHelp} By default as the models file states, else cover.", show_default=False)
+        ResizeMode | None, typer.Option(help=f"{ResizeHelp} By default as the models file states, otherwise cover.", show_default=False)
     ] = None,
     interpolation: Annotated[
         Interpolation | None,
-        typer.Option(help=f"{InterpolationHelp} By default as the models file states, else bicubic.", show_default=False),
+        typer.Option(help=f"{InterpolationHelp} By default as the models file states, otherwise bicubic.", show_default=False),
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(help="test, validation, train or all. By default test for the data that the networks were trained on, else all."),
+        typer.Option(
+            help="The split: test, validation, train or all. By default test for the data that the networks were trained on, otherwise all."
+        ),
     ] = None,
     permutations: Annotated[int, typer.Option(min=0, help="Permutations per p-value.")] = 999,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Confidence level of the intervals.")] = 0.95,
@@ -197,11 +206,14 @@ def explain(
     images: ImagesOption = None,
     among: Annotated[
         str | None,
-        typer.Option("--data", help="Explain a few image files among reference images of this data set.", show_default=False),
+        typer.Option("--data", help="Explain a few image files, compared with reference images of this data set.", show_default=False),
     ] = None,
     label: Annotated[
         list[str] | None,
-        typer.Option(help="With --data: the class of each image, in order; by default what the student predicts.", show_default=False),
+        typer.Option(
+            help="With --data: the class of each image, in the same order; by default the class that the student predicts.",
+            show_default=False,
+        ),
     ] = None,
     seed: SeedOption = 0,
 ) -> None:

@@ -17,17 +17,17 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
         "Page": ("gallery", "order", "images"),
     },
     "distill": {
-        "Training": (
-            *("method", "epochs", "batch", "learning_rate", "temperature", "alpha", "beta", "augment", "flip", "student_images", "device"),
-        ),
-        "Images": ("image_size", "resize", "interpolation", "max_unreadable", "split_seed"),
+        "Images": ("max_unreadable", "split_seed"),
+        "Speed and machine": ("device",),
     },
     "export": {
         "Explainer files": ("explainer", "student", "base", "teacher", "pooled", "reference", "data", "seed"),
         "TensorRT engines": ("to", "batch", "arch", "tf32"),
     },
 }
-"""The panels of each command's help page, in order, and the options in them by their names in Python. The others come first."""
+"""The panels of each command's help page, in order, and the options in them by their names in Python. The others come first.
+
+`kdx.cli.distill` states the panels of most of its options itself."""
 
 
 class Command(typer.core.TyperCommand):
