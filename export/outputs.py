@@ -33,8 +33,8 @@ def logits_of(output: object, network: nn.Module, *, any_rank: bool = False) -> 
     if isinstance(output, Tensor):
         entries: dict[str, Any] = {"": output}
     else:
-        entries = _entries(output)
         stated = getattr(network, LOGITS_OUTPUT, None)
+        entries = _entries(output, stated)
         if stated is not None:
             if str(stated) not in entries:
                 raise KdxError(f"The network returns no output {stated!r}.", f"It returns {_described(entries)}.")
@@ -64,8 +64,8 @@ def _only(matrices: Mapping[str, Tensor], classes: int | None) -> Tensor:
     )
 
 
-def _entries(output: Any) -> dict[str, Any]:
-    """The parts of an output, by name or place."""
+def _entries(output: Any, stated: object) -> dict[str, Any]:
+    """The parts of an output, by name or place. stated: the name of one, which may be a property of an object."""
     if isinstance(output, Mapping):
         return {str(name): value for name, value in output.items()}
     if isinstance(output, tuple) and hasattr(output, "_asdict"):
@@ -74,8 +74,9 @@ def _entries(output: Any) -> dict[str, Any]:
         return {str(place): value for place, value in enumerate(output)}
     if dataclasses.is_dataclass(output):
         return dict(vars(output))
-    logits = getattr(output, "logits", None)
-    return {} if logits is None else {"logits": logits}
+    names = dict.fromkeys((*getattr(output, "__dict__", {}), *_NAMES, *([] if stated is None else [str(stated)])))
+    attributes = {name: getattr(output, name, None) for name in names}  # properties too
+    return {name: value for name, value in attributes.items() if value is not None}
 
 
 def _tensors(entries: Mapping[str, Any], ranks: Container[int]) -> dict[str, Tensor]:

@@ -39,7 +39,8 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            if signal.getsignal(number) is interrupt:  # and not after `ignore`
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def ignore() -> None:

@@ -17,6 +17,10 @@ SAMPLE_BYTES = 256_000_000
 SAMPLE_FILES = 4_000
 """The contents of at most this many bytes and files enter a fingerprint. They are chosen at random, the same in every copy."""
 
+_BLOCK_BYTES = 16_384
+_BLOCKS = 256
+"""The contents of a file of more than SAMPLE_BYTES that enter a fingerprint: this many blocks, evenly spaced from beginning to end."""
+
 _END_BYTES = 16_384
 """The first and the last bytes of a file that identify an image, together with the file's size."""
 
@@ -29,7 +33,8 @@ def content_fingerprint(ids: Sequence[str], class_names: Sequence[str], files: M
 
     ids [N] and class_names [N] describe the images. files: each source file by its name relative to the data set's folder. Contents are
     hashed whole where the files have at most SAMPLE_BYTES and SAMPLE_FILES together, and otherwise those of a sample: files in the order
-    of the SHA-256 of their names, without those that no longer fit. Neither the folder's path nor modification times matter.
+    of the SHA-256 of their names, without those that no longer fit, and blocks of files that could never fit. Neither the folder's path nor
+    modification times matter.
 
     10,000 files take 0.2 s (5 kB each) to 0.5 s (100 kB each) on one core if they are in the system's cache, and twice that if not.
 
@@ -44,6 +49,9 @@ def content_fingerprint(ids: Sequence[str], class_names: Sequence[str], files: M
         digest.update(json.dumps(row).encode())
     for name in _sample(sizes):
         digest.update(_content(files[name]))
+    for name in sorted(name for name, size in sizes.items() if size > SAMPLE_BYTES):
+        for block in _blocks(files[name], sizes[name]):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -94,6 +102,17 @@ def _content(file: SourceFile) -> bytes:
         return file.read_bytes()
     except OSError:  # an unreadable image is counted and named where it is decoded; its name and size are in the fingerprint
         return b""
+
+
+def _blocks(file: SourceFile, size: int) -> Iterator[bytes]:
+    """Blocks of a file of this size, of which the last one ends with the file."""
+    try:
+        with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as stream:
+            for number in range(_BLOCKS):
+                stream.seek(max(0, size - _BLOCK_BYTES) * number // (_BLOCKS - 1))
+                yield stream.read(_BLOCK_BYTES)
+    except OSError:  # as in `_content`
+        return
 
 
 def fingerprint_of_0_1_0(ids: Sequence[str], labels: NDArray[np.int64], contents: Sequence[bytes]) -> str:

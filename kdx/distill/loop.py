@@ -185,8 +185,9 @@ class _Run:
                 diverged = torch.where((diverged < 0) & ~torch.isfinite(totals["total"]), step + 1, diverged)
                 is_last = step == len(batches) - 1
                 if is_last or (device.type == "cpu" and processes.count == 1) or step % _STEPS_BETWEEN_CHECKS == 0:
-                    if int(diverged) > 0:
-                        self._stop("its loss", float(totals["total"]), epoch, int(diverged))
+                    steps = [number for number in processes.gather(int(diverged)) if number > 0]  # all processes stop, or none
+                    if steps:
+                        self._stop("its loss", float(processes.sum(totals["total"])), epoch, min(steps))
                     if self.scaler.get_scale() < _SMALLEST_SCALE:
                         self._stop("its gradient", math.nan, epoch, step + 1)
                     if not is_last and processes.agree(time.monotonic() - self._saved_at > 60 * settings.save_minutes):

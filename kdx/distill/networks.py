@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,11 +99,7 @@ class Distillation:
             name: SplitImages(dataset, indices, size, settings.max_unreadable)
             for name, indices in (splits | {"student": student_indices}).items()
         }
-        for name, part in images.items():
-            if len(part) < 2:
-                raise KdxError(
-                    f"The {name} split of {data} has {len(part)} readable images.", "Give more images: every split needs at least two."
-                )
+        _check_sizes(images, data, settings, processes)
         return cls(
             folder,
             settings,
@@ -206,6 +203,22 @@ class Distillation:
     def unreadable(self) -> dict[str, str]:
         """The reason for each unreadable image of any split, by its id."""
         return {name: reason for part in self.images.values() for name, reason in part.unreadable.items()}
+
+
+def _check_sizes(images: Mapping[str, SplitImages], data: str, settings: TrainingSettings, processes: Processes) -> None:
+    """Raise KdxError for a split without images, and for training images that cannot fill the parts of their batches."""
+    parts = settings.accumulate * processes.count
+    for name, split in images.items():
+        if len(split) < 2:
+            raise KdxError(
+                f"The {name} split of {data} has {len(split)} readable images.", "Give more images: every split needs at least two."
+            )
+        smallest = len(split) // math.ceil(len(split) / settings.batch)
+        if name in ("train", "student") and parts > 1 and smallest < 2 * parts:
+            raise KdxError(
+                f"A batch of {smallest} of the {len(split)} training images cannot be split into {parts} parts.",
+                "Accumulate fewer parts, start fewer processes, or give more images.",
+            )
 
 
 def _preprocessing(teacher: models.Network, settings: TrainingSettings) -> Preprocessing:

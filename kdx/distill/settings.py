@@ -123,6 +123,11 @@ class TrainingSettings:
             if not is_in_range:
                 hint = _RANGE_HINTS.get(name, "Give a number above 0.")
                 raise KdxError(f"The training setting {name} cannot be {getattr(self, name)!r}.", hint)
+        if self.schedule != "step" and (self.milestones or self.gamma != type(self).gamma):
+            raise KdxError(
+                f"The schedule {self.schedule} has no milestones, and gamma has no effect.",
+                "Give --schedule step, or leave out --milestone and --gamma.",
+            )
         if self.mixes_images and method_requirements(self.method).classes:
             raise KdxError(
                 f"The method {self.method} needs one class per image, which mixed images do not have.", "Leave out mixup and cutmix."

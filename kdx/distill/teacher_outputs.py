@@ -86,7 +86,8 @@ class StoredOutputs:
             if distillation.processes.is_main and not folder.is_dir():
                 try:
                     folder.parent.mkdir(parents=True, exist_ok=True)
-                    with lock_file(folder.parent / ".lock", wait=True):  # another training may be writing the same outputs
+                    # Another training may be writing the same outputs. The folder may also be OUT, whose .lock this process has locked.
+                    with lock_file(folder.parent / ".teacher.lock", wait=True):
                         if not folder.is_dir():
                             self._write(folder)
                 except OSError as error:

@@ -154,15 +154,16 @@ class Explainer:
         roles = {"teacher": teacher, "student": student, "base": None if base == NO_BASE else base, BASELINE: random}
         networks = {role: network for role, network in roles.items() if network is not None}
         classes: Sequence[str] = ()
-        known: ModelsFile | None = None
+        embeddings: ClassEmbeddings | None = None
         if models is not None:
             if networks or file is not None:
                 raise ValueError("a models file names all networks; do not give others as well")
             known = models if isinstance(models, ModelsFile) else read_models(models)
             known = known.with_base(base if base == NO_BASE else None)
+            embeddings = class_table(None, known, known.classes)  # which may fail, before networks run that would have to be closed
             networks, layers, classes = networks_of(known), layers or known.layers, known.classes
         self._set_up(networks, layers, settings, folder, None if file is None else Path(file), classes)
-        self._embeddings = None if known is None else class_table(None, known, classes)
+        self._embeddings = embeddings
 
     @classmethod
     def of(

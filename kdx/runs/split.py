@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.data.dataset import Dataset, located
+from kdx.data.dataset import Dataset, located, source_of
 from kdx.data.splits import stratified_splits, validation_is_test
 from kdx.distill.checkpoints import read_training_data
 from kdx.errors import KdxError
@@ -102,7 +102,7 @@ def choose_split(dataset: Dataset, models: ModelsFile, split: str | None, seed: 
         origin = ", the data that the networks were trained on"
     elif relation == "other" and used is not None and not used.any():
         origin = ", other data than the networks were trained on"
-    reason = f"{dataset.reference} shares a folder with the networks' training data but has another fingerprint."
+    reason = f"{dataset.reference} may contain the networks' training data, although it has another fingerprint."
     return SplitChoice(
         name,
         indices,
@@ -130,6 +130,9 @@ def with_recorded_data(models: ModelsFile) -> ModelsFile:
     return replace(models, fingerprint=record.fingerprint, split_seed=record.split_seed)
 
 
+_ONE_DATA_SET = ("cifar10", "cifar100")
+"""The sources of a single data set, whose versions contain the same images in other files."""
+
 _OLD_FINGERPRINT = "data_fingerprint"
 """The key of [training] where `kdx distill` 0.1.0 recorded its fingerprint. Files made by other means do not have it."""
 
@@ -137,13 +140,13 @@ _OLD_FINGERPRINT = "data_fingerprint"
 def _relation(dataset: Dataset, models: ModelsFile) -> _Relation:
     """How the data relate to those that the networks were trained on.
 
-    same: they are these data. changed: they share a folder with these data, but their images differ. other: they are other data.
+    same: they are these data. changed: they differ and may share images with these data. other: they are other data.
     unknown: the models file does not say enough.
     """
     if models.fingerprint is not None:
         if models.fingerprint == dataset.fingerprint:
             return "same"
-        return "changed" if models.data is not None and _nested(dataset.reference, models.data) else "other"
+        return "changed" if models.data is not None and _may_share_images(dataset.reference, models.data) else "other"
     if models.data is not None and located(models.data) == located(dataset.reference):
         return "same"
     recorded = models.training.get(_OLD_FINGERPRINT)
@@ -161,7 +164,20 @@ def _recognised(dataset: Dataset, models: ModelsFile) -> NDArray[np.bool_] | Non
         raise KdxError(f"{path} cannot be read as a NumPy array.", "Remove it, or repeat the kdx distill command that wrote it.") from error
 
 
-def _nested(first: str, second: str) -> bool:
-    """Whether two data references name the same folder, or folders of which one contains the other."""
-    one, other = (Path(located(reference)) for reference in (first, second))
+def _may_share_images(first: str, second: str) -> bool:
+    """Whether two data references name the same published data set, the same folder, or folders of which one contains the other.
+
+    Options of a reference, such as the split of a data set, do not matter, nor does which version of CIFAR a folder has.
+    """
+    sources = source_of(first), source_of(second)
+    if sources[0] == sources[1] and sources[0] in _ONE_DATA_SET:
+        return True
+    one, other = _place(first), _place(second)
     return one == other or one in other.parents or other in one.parents
+
+
+def _place(reference: str) -> Path:
+    """The absolute path, or the name, in a data reference, without its source and options."""
+    source = source_of(reference)
+    place = located(reference).removeprefix(f"{source}:")
+    return Path(place.partition(",")[0] if source == "hfdata" else place)

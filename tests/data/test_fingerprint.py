@@ -154,13 +154,27 @@ def test_of_a_large_data_set_a_sample_is_hashed(
     assert len(noticed["a"]) == hashed and noticed["a"] == noticed["b"]
 
 
-def test_a_file_that_is_larger_than_the_sample_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_file_that_is_larger_than_the_sample_blocks_are_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a NumPy file, whose size follows from the shape of its arrays: other images leave it as it is."""
     class_folders(tmp_path, {"ant": 2, "bee": 2})
-    (tmp_path / "ant" / "0.png").write_bytes(b"x" * 5000)
+    large = tmp_path / "ant" / "0.png"
     monkeypatch.setattr(fingerprint, "SAMPLE_BYTES", 4000)
-    before = open_data(str(tmp_path)).fingerprint
-    (tmp_path / "ant" / "0.png").write_bytes(b"y" * 5000)
-    assert open_data(str(tmp_path)).fingerprint == before
+    monkeypatch.setattr(fingerprint, "_BLOCK_BYTES", 10)
+    monkeypatch.setattr(fingerprint, "_BLOCKS", 100)
+    content = np.random.default_rng(0).bytes(5000)
+
+    def of(changed: bytes) -> str:
+        large.write_bytes(changed)
+        return open_data(str(tmp_path)).fingerprint
+
+    before = of(content)
+    blocks = {place + byte for place in (4990 * number // 99 for number in range(100)) for byte in range(10)}
+    assert {0, 4999} < blocks and len(blocks) == 1000
+    for place in (0, 9, 10, 49, 50, 60, 2500, 4989, 4990, 4999):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        assert (of(bytes(changed)) != before) == (place in blocks)
+    assert of(content) == before
     (tmp_path / "bee" / "1.png").write_bytes((tmp_path / "bee" / "1.png").read_bytes()[:-1] + b"?")
     assert open_data(str(tmp_path)).fingerprint != before
 

@@ -20,6 +20,7 @@ from kdx.distill.augmentation import Augmentation
 from kdx.distill.checkpoints import Recipe
 from kdx.distill.data import SplitImages
 from kdx.distill.optimization import learning_rate
+from kdx.distill.processes import Processes
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph
 from tests.distill.small import Interruption
@@ -263,3 +264,16 @@ def test_float16_leaves_out_a_step_that_overflows_and_stops_if_all_do(images: Sp
     with pytest.raises(KdxError, match=r"base diverged in epoch \d+ at step \d: its gradient is nan"):
         loop.train(run, tmp_path, lambda result: None)
     assert len(steps) == 41  # the scale begins at 2^16
+
+
+class OneOfTwo(Processes):
+    """The first of two processes, of which the other's loss is not finite from step 2 on."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, 2] if isinstance(value, int) else [value]
+
+
+def test_all_processes_stop_when_the_loss_of_one_diverges(images: SplitImages, tmp_path: Path) -> None:
+    """Otherwise the others would wait for it."""
+    with pytest.raises(KdxError, match="base diverged in epoch 1 at step 2: its loss is"):
+        loop.train(training(images, PLAIN, processes=OneOfTwo()), tmp_path, lambda _result: None)

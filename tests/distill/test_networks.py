@@ -38,6 +38,8 @@ def test_inputs_that_cannot_be_trained_are_refused(tmp_path: Path) -> None:
         distill("digits", teacher=f"{TEACHER},classes=4", student=STUDENT, out=tmp_path / "d", settings=quick)
     with pytest.raises(KdxError, match="cannot be trained"):
         distill("digits", teacher=TEACHER, student="net.pt2", out=tmp_path / "e", settings=quick)
+    with pytest.raises(KdxError, match="A batch of 20 of the 20 training images cannot be split into 16 parts"):
+        distill("digits", teacher=TEACHER, student=STUDENT, out=tmp_path / "e", settings=replace(quick, batch=64, accumulate=16))
     with pytest.raises(KdxError, match="does not state the size"):
         distill("digits", teacher="torch.nn:Identity", student=STUDENT, out=tmp_path / "e", settings=replace(quick, image_size=None))
 

@@ -186,7 +186,7 @@ def test_what_a_probe_refuses() -> None:
         return str(info.value)
 
     assert "at least 4 images, and there are 3" in error(images=IMAGES[:3], labels=LABELS[:3])
-    assert "10 rows of the target and 24 of features" in error(labels=LABELS[:10])
+    assert "10 rows of labels or class embeddings and 24 of features" in error(labels=LABELS[:10])
     assert "Teacher: The network has no layer 'third'" in error(layers="second=third")
     assert "Student: The network has no layer 'third'" in error(layers="third=second")
     with pytest.raises(KdxError, match="target"):  # before any network runs

@@ -20,6 +20,8 @@ from kdx.errors import KdxError
         {"learning_rate": float("nan")},
         {"optimizer": "lion"},
         {"seed": -1},
+        {"milestones": (2,)},
+        {"schedule": "constant", "gamma": 0.5},
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, object]) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from kdx.disk import lock_file
 from kdx.distill import EpochResult, TrainingSettings, distill, teacher_outputs
 from kdx.distill import data as distill_data
 from kdx.errors import KdxError
@@ -103,5 +104,12 @@ def test_a_store_that_was_interrupted_is_written_again(tmp_path: Path, teacher: 
     (tmp_path / "out" / "student.safetensors").unlink()
     with files_of_at_most(10_000), pytest.raises(KdxError, match="cannot be written: File too large"):  # the second feature is larger
         losses(tmp_path / "out", teacher, settings, teacher_cache=tmp_path / "cache")
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".teacher.lock"]
     assert len(losses(tmp_path / "out", teacher, settings, teacher_cache=tmp_path / "cache")) == 2
+
+
+def test_the_store_may_be_in_the_output_folder(tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lock is not that of the training, which this process has and would wait for without end."""
+    monkeypatch.setattr(teacher_outputs, "lock_file", lambda path, wait: lock_file(path, wait=not wait))
+    assert losses(tmp_path, teacher, replace(PLAIN, epochs=1), teacher_cache=tmp_path)
+    assert (tmp_path / "models.toml").exists()

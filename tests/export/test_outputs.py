@@ -28,10 +28,22 @@ class Data:
     pred: Tensor
 
 
+class Plain:
+    """An object of no known kind, with an attribute and a property."""
+
+    def __init__(self, features: Tensor, scores: Tensor) -> None:
+        self.features, self.scores = features, scores
+
+    @property
+    def pred(self) -> Tensor:
+        return self.scores
+
+
 @pytest.mark.parametrize(
     "output",
     [
         LOGITS,
+        Plain(POOLED, LOGITS),
         (LOGITS, MAPS),
         (MAPS, LOGITS),
         [LOGITS, [MAPS, POOLED]],
@@ -63,7 +75,12 @@ def test_of_two_matrices_the_module_or_the_number_of_classes_decides() -> None:
     assert logits_of((POOLED, LOGITS), module) is LOGITS and logits_of({"a": LOGITS, "b": POOLED}, module) is LOGITS
     with pytest.raises(KdxError, match="Several outputs"):
         logits_of((LOGITS, LOGITS.clone()), module)
-    cases: list[tuple[int | str, Any]] = [(1, (POOLED, LOGITS)), ("a", {"a": LOGITS, "b": POOLED}), ("pred", Data(POOLED, LOGITS))]
+    cases: list[tuple[int | str, Any]] = [
+        (1, (POOLED, LOGITS)),
+        ("a", {"a": LOGITS, "b": POOLED}),
+        ("scores", Plain(POOLED, LOGITS)),
+        ("pred", Data(POOLED, LOGITS)),
+    ]
     for stated, chosen in cases:
         setattr(module, LOGITS_OUTPUT, stated)
         assert logits_of(chosen, module) is LOGITS

@@ -201,7 +201,7 @@ def test_bad_input_in_reference_mode_is_refused() -> None:
     x, y, labels = oracle.features()
     among = kdx.ReferenceSet(x[:9], y[:9], labels[:9])
     for wrong in (labels[9:10], labels[9:12], labels[9]):
-        with pytest.raises(kdx.KdxError, match="target"):
+        with pytest.raises(kdx.KdxError, match="labels or class embeddings"):
             kdx.unicam(x[9:], y[9:], wrong, reference=among)
     with pytest.raises(kdx.KdxError, match="rows 1"):
         kdx.unicam(x[9:].index_fill(0, torch.tensor([1]), torch.nan), y[9:], labels[9:], reference=among)

@@ -139,11 +139,32 @@ def test_a_part_of_the_training_folder_is_not_taken_for_new(photos: Path) -> Non
     whole, part = trained_on(photos), trained_on(photos / "train")
     for models, data in ((whole, photos / "train"), (part, photos)):
         choice = choose_split(open_data(str(data)), models, None, 0)
-        assert choice.trained_on(choice.indices) is None and "shares a folder" in choice.lines()[1]
+        assert choice.trained_on(choice.indices) is None and "may contain the networks' training data" in choice.lines()[1]
     shutil.copytree(photos / "test", photos.parent / "new")
     choice = choose_split(open_data(str(photos.parent / "new")), part, None, 0)
     assert choice.name == "all" and choice.trained_on(choice.indices) == 0 and len(choice.lines()) == 1
     assert "other data than the networks were trained on" in choice.lines()[0]
+
+
+@pytest.mark.parametrize(
+    ("training", "explained", "is_other"),
+    [
+        ("hfdata:{0}/photos,split=train", "hfdata:{0}/photos", False),
+        ("hfdata:{0}/photos", "folder:{0}/photos", False),
+        ("hfdata:beans,split=train", "hfdata:beans,split=validation", False),
+        ("cifar10:{0}/cifar-10-batches-bin", "cifar10:{0}/cifar-10-batches-py", False),
+        ("cifar10:{0}/a", "cifar100:{0}/b", True),
+        ("hfdata:beans", "hfdata:food101", True),
+        ("npz:{0}/a.npz", "{0}/b.npz", True),
+    ],
+)
+def test_parts_and_versions_of_the_training_data_are_not_taken_for_new(
+    photos: Path, tmp_path: Path, training: str, explained: str, is_other: bool
+) -> None:
+    models = trained_on(photos, data=training.format(tmp_path), fingerprint="of the training data")
+    data = replace(open_data(str(photos)), reference=explained.format(tmp_path))
+    choice = choose_split(data, models, None, 0)
+    assert choice.trained_on(choice.indices) == (0 if is_other else None)
 
 
 def test_without_a_record_of_the_training_data_nothing_is_claimed(photos: Path) -> None:
