@@ -50,3 +50,14 @@ class SplitImages:
         self._record(images.unreadable)
         kept = positions[np.isin(self.indices[positions], images.kept)]
         return images.pixels, torch.from_numpy(self.dataset.labels[images.kept]), kept
+
+    def first(self, count: int) -> tuple[Tensor, Tensor, Indices]:
+        """`read` of the first ``count`` images that can be read, or of fewer if there are not as many."""
+        parts, readable = [], 0
+        for start in range(0, len(self), count):
+            parts.append(self.read(np.arange(start, min(start + count, len(self)))))
+            readable += len(parts[-1][2])
+            if readable >= count:
+                break
+        pixels, labels, positions = zip(*parts, strict=True)
+        return torch.cat(pixels)[:count], torch.cat(labels)[:count], np.concatenate(positions)[:count]

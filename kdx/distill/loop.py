@@ -165,9 +165,8 @@ class _Run:
         generator = np.random.default_rng([settings.seed, epoch])
         batches = np.array_split(generator.permutation(len(images)), math.ceil(len(images) / settings.batch))
         first = state.get("step", 0)
-        totals = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in state.get("losses", {}).items()}
-        if not first or not processes.is_main:
-            totals = {}
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        totals = {name: zero + value for name, value in state.get("losses", {}).items()} if first and processes.is_main else {"total": zero}
         diverged = torch.full((), -1, device=device)
         start = self._read_at = time.monotonic()
         training.graph.train()
@@ -181,7 +180,7 @@ class _Run:
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate(settings, number, training.epochs * len(batches), epoch, training.epochs)
                 for name, value in self._update(batches[step], generator).items():
-                    totals[name] = totals.get(name, torch.zeros((), dtype=torch.float64, device=device)) + value / len(images)
+                    totals[name] = totals.get(name, zero) + value / len(images)
                 diverged = torch.where((diverged < 0) & ~torch.isfinite(totals["total"]), step + 1, diverged)
                 is_last = step == len(batches) - 1
                 if is_last or (device.type == "cpu" and processes.count == 1) or step % _STEPS_BETWEEN_CHECKS == 0:
@@ -221,6 +220,8 @@ class _Run:
         self.optimizer.zero_grad()
         for number, rows in enumerate(parts):
             images, labels, kept = self.training.images.read(positions[rows])
+            if not len(kept) and processes.count == 1:  # no image of this part can be read
+                continue
             images, labels = self.training.augmentation.apply(images, labels, draws, rows[np.isin(positions[rows], kept)])
             share = len(rows) / len(positions) * processes.count  # of the mean over the batch; averaging divides by the count
             if number < len(parts) - 1:
@@ -230,6 +231,8 @@ class _Run:
                 losses = self._backward(images, labels, kept, share)
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss * len(kept)
+        if not sums:
+            return sums
         if settings.clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, settings.clip)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -244,7 +243,7 @@ def check_networks(distillation: Distillation) -> None:
                 )
         graph = distillation.graph(module).eval()
         with torch.no_grad():
-            logits = graph(distillation.images["validation"].read(np.arange(2))[0].to(distillation.device))[0]
+            logits = graph(distillation.images["validation"].first(2)[0].to(distillation.device))[0]
         if not torch.isfinite(logits).all():
             raise KdxError(
                 f"The {role}'s logits are not finite numbers.", "Give sound weights, and the preprocessing they were trained with."

@@ -19,7 +19,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSetting
     parameters = list(parameters)
     rate, decay = settings.learning_rate, settings.weight_decay
     on_processor = all(parameter.device.type == "cpu" for parameter in parameters)
-    fused = True if on_processor and settings.precision != "float16" else None  # it would not leave out steps that overflow
+    # If float16 overflows in the first step, PyTorch's fused SGD leaves its momentum uninitialised.
+    fused = True if on_processor and settings.precision != "float16" else None
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, rate, weight_decay=decay, fused=fused)
     return torch.optim.SGD(parameters, rate, momentum=settings.momentum, nesterov=settings.nesterov, weight_decay=decay, fused=fused)

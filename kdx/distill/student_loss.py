@@ -66,7 +66,7 @@ def _objective(distillation: Distillation, student: Observed, teacher: Observed)
     """The student's objective, with adapters that fit the shapes of the layers and follow from the seed."""
     settings, device, images = distillation.settings, distillation.device, distillation.images["student"]
     with torch.no_grad():
-        pixels = images.read(np.arange(2))[0].to(device)
+        pixels = images.first(2)[0].to(device)
         outputs = {}
         for role, observed in (("student", student), ("teacher", teacher)):
             observed.graph.eval()
@@ -97,17 +97,17 @@ def rehearse(distillation: Distillation, pairs: Sequence[Pair]) -> None:
     loss.student.graph.train()
     loss.teacher.graph.train(not distillation.teacher_is_trained)  # the running statistics of an untrained network fit no image
     loss.objective.train()
-    rows = np.arange(min(len(images), math.ceil(settings.batch / (settings.accumulate * distillation.processes.count))))
+    count = min(len(images), math.ceil(settings.batch / (settings.accumulate * distillation.processes.count)))
     with seeded(device, settings.seed, _REHEARSAL):
-        pixels, labels, kept = images.read(rows)
+        pixels, labels, positions = images.first(count)
         augmentation = distillation.augmentation
-        draws = augmentation.draw(len(rows), np.random.default_rng(settings.seed))
-        pixels, labels = augmentation.apply(pixels, labels, draws, kept)
+        draws = augmentation.draw(len(positions), np.random.default_rng(settings.seed))
+        pixels, labels = augmentation.apply(pixels, labels, draws, np.arange(len(positions)))
         with autocast(settings, device):
             with torch.no_grad():
                 teacher = loss.teacher(pixels.to(device))
             student = loss.student(pixels.to(device))
-            parts = loss.objective(Batch(student, teacher, labels.to(device), torch.from_numpy(kept).to(device)))
+            parts = loss.objective(Batch(student, teacher, labels.to(device), torch.from_numpy(positions).to(device)))
         for name, part in parts.items():
             _check_part(name, part, student)
 

@@ -94,7 +94,7 @@ class StoredOutputs:
                     raise unwritable(folder, error) from error
             distillation.processes.wait()
             self._arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
-        self._head = _of_images(distillation, teacher, np.arange(2))[0].head if teacher.requirements.head else None
+        self._head = _outputs(distillation, teacher, distillation.images["student"].first(2)[0]).head if teacher.requirements.head else None
 
     def __call__(self, _images: Tensor, positions: Tensor) -> Outputs:
         """The stored rows of these images."""
@@ -159,7 +159,7 @@ class StoredOutputs:
         """Consecutive positions and the outputs for them, which are zeros for images that cannot be read."""
         for positions in np.array_split(np.arange(self._count), math.ceil(self._count / min(_ROWS, self._distillation.settings.batch))):
             outputs, kept = _of_images(self._distillation, self._teacher, positions)
-            computed = {name: tensor.cpu().numpy() for name, tensor in _named(outputs).items()}
+            computed = {name: tensor.cpu().numpy()[: len(kept)] for name, tensor in _named(outputs).items()}
             all_rows = {name: np.zeros((len(positions), *array.shape[1:]), array.dtype) for name, array in computed.items()}
             for name, array in computed.items():
                 all_rows[name][kept - positions[0]] = array
@@ -167,15 +167,21 @@ class StoredOutputs:
 
 
 def _bytes_per_image(distillation: Distillation, teacher: Observed) -> int:
-    outputs, _ = _of_images(distillation, teacher, np.arange(2))
+    outputs = _outputs(distillation, teacher, distillation.images["student"].first(2)[0])
     return sum(tensor[0].nbytes for tensor in _named(outputs).values())
 
 
 def _of_images(distillation: Distillation, teacher: Observed, positions: Indices) -> tuple[Outputs, Indices]:
-    """The computed outputs for the images that can be read, and their positions."""
+    """The computed outputs for the images that can be read, at least one, and the positions of these images."""
     images, _, kept = distillation.images["student"].read(positions)
+    if not len(kept):  # networks need not take zero images; the rows of one that can be read are not used
+        images = distillation.images["student"].first(1)[0]
+    return _outputs(distillation, teacher, images), kept
+
+
+def _outputs(distillation: Distillation, teacher: Observed, images: Tensor) -> Outputs:
     with torch.no_grad(), autocast(distillation.settings, distillation.device):
-        return teacher(images.to(distillation.device)).wide(), kept
+        return teacher(images.to(distillation.device)).wide()
 
 
 def _named(outputs: Outputs) -> dict[str, Tensor]:

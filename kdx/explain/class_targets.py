@@ -23,25 +23,46 @@ def stated_target(option: str | Path | None, models: ModelsFile) -> tuple[str | 
     return (None if stated is None or str(stated) == LABELS else str(stated)), folder
 
 
+def is_by_image(stated: str | None) -> bool:
+    """Whether a stated target has a row per image."""
+    return stated is not None and stated.partition(":")[0] in TARGET_KINDS
+
+
 def class_table(option: str | Path | None, models: ModelsFile, classes: Sequence[str]) -> ClassEmbeddings | None:
     """The class embeddings that are stated; None for labels. Raises KdxError for a target that depends on each image."""
     stated, folder = stated_target(option, models)
     if stated is None:
         return None
-    if stated.partition(":")[0] in TARGET_KINDS:
-        raise KdxError(
-            f"The target {stated} has a row per image, which only a run over a data set computes.",
-            "Give a file of class embeddings, or leave the target out; in Python, give the rows as labels.",
-        )
+    if is_by_image(stated):
+        raise _by_image(stated)
     if not classes:
         raise KdxError(f"The target {stated} has a row per class, and the classes are not known.", "Write classes in the models file.")
     return read_class_embeddings(folder / Path(stated).expanduser(), classes)
 
 
-def rows_of(labels: Tensor, embeddings: ClassEmbeddings) -> Tensor:
-    """The rows [n, e] of labels [n]; an embedding [n, e] is unchanged. Raises KdxError for a label that is not a class."""
-    if labels.ndim != 1 or labels.is_floating_point():
+def _by_image(stated: str) -> KdxError:
+    return KdxError(
+        f"The target {stated} has a row per image, which only a run over a data set computes.",
+        "Give a file of class embeddings, or leave the target out; in Python, give the rows as labels.",
+    )
+
+
+def explainer_target(models: ModelsFile) -> ClassEmbeddings | str | None:
+    """The target of a models file for `rows_of`: class embeddings, the name of a target by image, or None for labels."""
+    stated, _ = stated_target(None, models)
+    return stated if is_by_image(stated) else class_table(None, models, models.classes)
+
+
+def rows_of(labels: Tensor, target: ClassEmbeddings | str | None) -> Tensor:
+    """The rows [n, e] of labels [n]; an embedding [n, e] is unchanged, and so are labels if there is no target.
+
+    Raises KdxError for a label that is not a class, and for labels in place of the rows of a target by image.
+    """
+    if target is None or labels.ndim != 1 or labels.is_floating_point():
         return labels
+    if isinstance(target, str):
+        raise _by_image(target)
+    embeddings = target
     count = len(embeddings.rows)
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < count:
         raise KdxError(

@@ -28,7 +28,7 @@ from kdx.data import inputs
 from kdx.data.class_embeddings import ClassEmbeddings
 from kdx.data.inputs import Batches, Pictures
 from kdx.errors import KdxError
-from kdx.explain.class_targets import class_table, rows_of
+from kdx.explain.class_targets import explainer_target, rows_of
 from kdx.explain.explainer_file import ExplainerFile
 from kdx.explain.layer import LayerMeasurement
 from kdx.explain.map_statistics import stability
@@ -94,14 +94,14 @@ class Explainer:
     normalises for none of the networks: PyTorch modules without preprocessing may take any range, and then images of any range are used
     as they are. Labels are integers or class names, in an array or a list, or an embedding [n, e]. Class names are those of the models
     file or the explainer file; where neither is given, any names may be used. If the models file has ``targets``, class embeddings, a label
-    stands for the row of its class. A PyTorch ``DataLoader`` contains both: give it alone. All
-    its images are then in memory. Results are tensors for a tensor of images, and NumPy arrays otherwise.
+    stands for the row of its class; if ``targets`` has a row per image, give the rows. A PyTorch ``DataLoader`` contains both: give it
+    alone. All its images are then in memory. Results are tensors for a tensor of images, and NumPy arrays otherwise.
 
     The explainer is a context manager; `close` frees the networks. ``choice.why`` states in one line what ``auto`` chose and why. If a
     network cannot be exported, ``auto`` falls back to PyTorch and states it there; any other runtime raises KdxError.
     """
 
-    _embeddings: ClassEmbeddings | None
+    _own_target: ClassEmbeddings | str | None
 
     def __init__(
         self,
@@ -154,16 +154,16 @@ class Explainer:
         roles = {"teacher": teacher, "student": student, "base": None if base == NO_BASE else base, BASELINE: random}
         networks = {role: network for role, network in roles.items() if network is not None}
         classes: Sequence[str] = ()
-        embeddings: ClassEmbeddings | None = None
+        own_target: ClassEmbeddings | str | None = None
         if models is not None:
             if networks or file is not None:
                 raise ValueError("a models file names all networks; do not give others as well")
             known = models if isinstance(models, ModelsFile) else read_models(models)
             known = known.with_base(base if base == NO_BASE else None)
-            embeddings = class_table(None, known, known.classes)  # which may fail, before networks run that would have to be closed
+            own_target = explainer_target(known)  # it may fail, before there are networks that would have to be closed
             networks, layers, classes = networks_of(known), layers or known.layers, known.classes
         self._set_up(networks, layers, settings, folder, None if file is None else Path(file), classes)
-        self._embeddings = embeddings
+        self._own_target = own_target
 
     @classmethod
     def of(
@@ -193,7 +193,7 @@ class Explainer:
         names = layer_names(layers)
         self.settings = settings
         self._has_references = False
-        self._embeddings = None
+        self._own_target = None
         self._networks: NetworkSet
         if file is None:
             self._networks = NetworkRunners({role: networks[role] for role in roles_among(networks)}, names, settings, folder)
@@ -300,7 +300,7 @@ class Explainer:
             images, labels = inputs.labelled(images, expected)
         batch, target = inputs.as_pixels(images, expected), arrays.tensor(self._classes.target(labels), "target")
         arrays.check_same(len(target), len(batch), labels_name, images_name)
-        return batch, target if self._embeddings is None else rows_of(target, self._embeddings)
+        return batch, rows_of(target, self._own_target)
 
     def _result(self, measurement: LayerMeasurement, n: int, images: ArrayT) -> LayerResult[ArrayT]:
         summary = pooled_scores(

@@ -107,7 +107,9 @@ def _descend(file: Path, content: Mapping[Any, Any], shapes: Mapping[str, Size],
         tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
         if not inner or _covers(tensors, shapes):
             break
-        chosen = next((name for name in ENTRIES if name in inner), None) or _only_entry(file, inner, shapes)
+        known = [name for name in ENTRIES if name in inner]  # an entry may also contain nothing but the decay of an average
+        fitting = [name for name in known if _contains(inner[name], shapes)]
+        chosen = next(iter(fitting or known), None) or _only_entry(file, inner, shapes)
         content, entry = inner[chosen], f"{entry}/{chosen}" if entry else chosen
     if not tensors:
         types = list(dict.fromkeys(left_out(content)))
@@ -153,6 +155,12 @@ def _covers(names: Iterable[str], shapes: Mapping[str, Size]) -> bool:
     """Whether the names, without a common prefix, are most of the network's names."""
     counts = _prefix_counts((_WRAPPERS.sub("", name) for name in names), shapes)
     return max(counts.values(), default=0) > len(shapes) / 2
+
+
+def _contains(value: Mapping[Any, Any], shapes: Mapping[str, Size]) -> bool:
+    """Whether a mapping, or one inside it, `_covers` the network's names."""
+    parts = (item for item in value.values() if isinstance(item, Mapping))
+    return _covers([name for name in value if isinstance(name, str)], shapes) or any(_contains(part, shapes) for part in parts)
 
 
 def _match_names(file: Path, state: _State, shapes: Mapping[str, Size]) -> None:

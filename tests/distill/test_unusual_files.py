@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from PIL import Image
 
 from kdx.data import Dataset, open_data
 from kdx.data.images import decoded
+from kdx.distill import EpochResult, TrainingSettings, distill
 from kdx.distill import data as training_data
 from kdx.distill.data import SplitImages
 
@@ -162,3 +164,34 @@ def test_training_and_explaining_read_the_same(
         for half, colour in ((image[..., :8], left), (image[..., 8:], right)):
             levels = half.permute(1, 2, 0).numpy() * 255
             assert np.abs(levels - np.array(colour)).max() <= tolerance, names[index]
+
+
+@pytest.mark.parametrize(("method", "batch", "accumulate"), [("ofd", 2, 1), ("kd", 8, 4)])
+def test_batches_without_a_readable_image_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, batch: int, accumulate: int
+) -> None:
+    """The first images of a split that is not kept in memory, by which shapes are found, and all images of a part of a batch."""
+    monkeypatch.setattr(training_data, "CACHE_BYTES", 0)
+    noise, rows = np.random.default_rng(0), ["path,label,split"]
+    for split, count in (("train", 24), ("val", 6), ("test", 6)):
+        for number in range(count):
+            name = f"{split}{number:02d}.png"
+            image = Image.fromarray(noise.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            (tmp_path / name).write_bytes(b"" if split == "train" and number < 8 else _saved(image, "PNG"))
+            rows.append(f"{name},{'ab'[number % 2]},{split}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    settings = TrainingSettings(
+        method=method, epochs=2, batch=batch, accumulate=accumulate, learning_rate=0.01, augment=True, image_size=(8, 8), max_unreadable=0.5
+    )
+    for name, chosen in (("shifted", settings), ("stored", replace(settings, augment=False))):
+        results: list[EpochResult] = []
+        distill(
+            str(tmp_path / "labels.csv"),
+            teacher="kdx:resnet,width=4,depth=1",
+            student="kdx:resnet,width=4,depth=1",
+            out=tmp_path / name,
+            settings=chosen,
+            device="cpu",
+            report=results.append,
+        )
+        assert len(results) == 6 and all(result.loss is not None and np.isfinite(result.loss) for result in results)

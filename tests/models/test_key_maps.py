@@ -178,6 +178,12 @@ def test_a_network_that_contains_its_teacher_is_the_outer_one(tmp_path: Path) ->
         assert same(models.load(f"{NETWORK}@{tmp_path / 'nested.ckpt'}"), STATE)
 
 
+def test_an_entry_of_an_average_may_contain_only_its_decay(tmp_path: Path) -> None:
+    for average, expected in (({"decay": torch.tensor(0.9)}, STATE), ({"decay": torch.tensor(0.9), "module": EMA}, EMA)):
+        torch.save({"model": STATE, "ema": average}, tmp_path / "w.pth")
+        assert same(models.load(f"{NETWORK}@{tmp_path / 'w.pth'}"), expected)
+
+
 def test_a_file_without_a_suffix_may_be_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("not weights")
     with pytest.raises(KdxError, match=r"is damaged, or was not written by torch\.save"):

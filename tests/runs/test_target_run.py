@@ -199,8 +199,13 @@ def test_images_without_a_row_and_targets_by_image_in_python_are_refused(folder:
     with pytest.raises(kdx.KdxError, match="have an image twice"):
         run(folder, tmp_path / "run", replace(OPTIONS, target=f"images:{tmp_path / 'rows.csv'}"))
     file = replace(models_file.read_models(folder / "models.toml"), targets="soft:teacher")
-    with pytest.raises(kdx.KdxError, match="has a row per image, which only a run"):
-        kdx.Explainer(file)
+    images, rows = np.random.default_rng(0).random((8, 3, *SIZE)), np.eye(8)[:, :3]
+    with kdx.Explainer(file, layers=["layer3"], runtime="eager", permutations=0) as explainer:
+        with pytest.raises(kdx.KdxError, match="has a row per image, which only a run"):
+            explainer(images, [0, 1] * 4)
+        own = explainer(images, rows).layers["layer3"].scores["RS(S)"].value
+    with kdx.Explainer(replace(file, targets=None), layers=["layer3"], runtime="eager", permutations=0) as explainer:
+        assert explainer(images, rows).layers["layer3"].scores["RS(S)"].value == own
 
 
 def test_references_have_the_embedding_too(folder: Path, target: Path, tmp_path: Path) -> None:

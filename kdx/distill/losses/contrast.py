@@ -12,6 +12,7 @@ from torch.nn import functional
 from kdx.distill.losses.adapters import embedding
 from kdx.distill.losses.base import Batch, DistillationLoss, LossSettings, Requirements, Shapes
 from kdx.distill.losses.logits import single_classes
+from kdx.errors import KdxError
 
 
 def contrast(positive: Tensor, negative: Tensor, log_normaliser: Tensor, images: int) -> Tensor:
@@ -59,6 +60,11 @@ class Contrast(DistillationLoss):
         counts = torch.bincount(shapes.labels, minlength=shapes.classes)
         self.images = len(shapes.labels)
         self.negatives = min(negatives, self.images - int(counts.max()))
+        if not self.negatives:
+            raise KdxError(
+                "The method crd compares images of different classes, and all training images have the same class.",
+                "Give training images of two classes or more.",
+            )
         for role in _ROLES:
             self.register_buffer(f"bank_{role}", functional.normalize(torch.randn(self.images, width)))
             self.register_buffer(f"log_normaliser_{role}", torch.tensor(math.nan))

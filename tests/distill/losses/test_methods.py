@@ -156,3 +156,9 @@ def test_a_loss_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     inputs = batch()
     parts = objective("losses_of_a_user:gap,power=1")(inputs)
     torch.testing.assert_close(parts["losses_of_a_user:gap"], inputs.student.logits.abs().mean())
+
+
+def test_contrast_needs_images_of_two_classes() -> None:
+    shapes = Shapes((torch.Size((4, 2, 2)),), (torch.Size((4, 2, 2)),), classes=3, labels=torch.ones(6, dtype=torch.int64))
+    with pytest.raises(KdxError, match="all training images have the same class"):
+        functions.Objective("crd", shapes, TrainingSettings())
