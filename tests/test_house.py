@@ -207,6 +207,7 @@ def demo(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_readmes_python_example_runs(demo: Path) -> None:
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert len(examples) >= 1
@@ -264,6 +265,7 @@ def test_the_sdist_holds_every_module(built: Path) -> None:
     assert {"kdx/py.typed", "kdx/report/templates/report.html.j2", "LICENSE"} | kernel_sources() <= names
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_works_outside_the_repository(built: Path, tmp_path: Path) -> None:
     wheel = next(built.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:

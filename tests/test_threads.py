@@ -242,12 +242,14 @@ class TestCrowded:
 class TestPatient:
     @pytest.fixture(autouse=True)
     def watch(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[threads.Watch]:
-        watch = threads.Watch()
+        earlier, watch = threads._WATCH, threads.Watch()
         monkeypatch.setattr(threads, "_WATCH", watch)
         monkeypatch.setattr(threads, "KEPT_SECONDS", 0.02)
         monkeypatch.setattr(threads, "QUIET_SECONDS", 0.02)
         monkeypatch.setattr(threads, "INTERVAL", 0.005)
         monkeypatch.setattr(threads, "crowded", lambda _: True)
+        assert wait_until(lambda: not earlier.watching and not earlier.patient)  # the team of an earlier test ends within the next one
+        time.sleep(0.05)
         yield watch
         assert wait_until(lambda: not watch.watching and not watch.patient)
 

@@ -179,6 +179,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return written
 
 
+@pytest.mark.slow
 def test_a_run_checks_times_and_writes(record: dict[str, Any]) -> None:
     assert record["seed"] == 7 and record["device"]["name"] == "An emulated GPU" and record["device"]["architecture"] == "sm_90"
     assert len(record["checks"]) == len(record["kernels"]) >= 11

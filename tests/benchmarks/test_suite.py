@@ -47,6 +47,7 @@ def test_every_case_has_a_kind_that_takes_its_arguments() -> None:
                 inspect.signature(function).bind(Path(), **case.arguments)
 
 
+@pytest.mark.slow
 def test_all_variants_explain_a_batch_alike(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"network": NETWORK, "layer": "layer3", "batch": 8, "side": 32}
     explain.prepare(tmp_path, **arguments)

@@ -365,6 +365,7 @@ def test_ctrl_c_promises_to_resume_only_what_was_stored(stored: bool) -> None:
     assert isinstance(caught.value, Stopped) == stored
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_in_training_leaves_a_state_to_resume_from(tmp_path: Path) -> None:
     command = f"distill digits --teacher {TINY} --student {TINY} --out O --epochs 500 --image-size 8 --batch 400"

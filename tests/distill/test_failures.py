@@ -131,6 +131,8 @@ INTERRUPTED = """
 import atexit, os, signal, sys, time, typer
 from kdx import cli, errors
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
+
 def work(signals: str) -> None:
     atexit.register(lambda: [os.kill(os.getpid(), getattr(signal, name)) for name in signals.split(",")])
     with errors.resumable(lambda: True):

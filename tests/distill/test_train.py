@@ -48,6 +48,7 @@ def test_recorded_accuracies_are_measured_on_the_test_split(finished: Path) -> N
     assert file.training["teacher_accuracy"] == pytest.approx(float(np.mean(logits.argmax(1).numpy() == digits.labels[test])), abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "epoch"), [("teacher", 1), ("student", 1), ("student", 3)])
 def test_an_interrupted_run_ends_with_the_same_weights(finished: Path, tmp_path: Path, network: str, epoch: int) -> None:
     with pytest.raises(Interruption):

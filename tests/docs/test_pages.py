@@ -30,6 +30,7 @@ def blocks(page: Path, language: str) -> list[str]:
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     """The blocks of a page run one after another, as a reader would run them."""

@@ -54,6 +54,7 @@ def stored(out: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_kdx_explain_of_a_file_is_a_run_like_any_other(pair: Written, pictures: Path, finished: Path) -> None:
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["status"] == "complete" and manifest["images"]["explained"] == 26

@@ -142,6 +142,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "check", "old", "new"), MISTAKES, ids=[f"{m[0]}-{at}" for at, m in enumerate(MISTAKES)])
 def test_a_mistake_in_a_kernel_is_caught(source: str, check: Callable[[], None], old: str, new: str) -> None:
     with pytest.raises((KernelError, AssertionError)):

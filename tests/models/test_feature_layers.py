@@ -13,6 +13,7 @@ from kdx.models.feature_layers import described_layers
 from tests import hooked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reference", "size", "expected"),
     [
@@ -39,6 +40,7 @@ def test_layers_are_the_stages(reference: str, size: tuple[int, int] | None, exp
         FeatureGraph(network.module, layers)(image)  # raises if a layer is not one map
 
 
+@pytest.mark.slow
 def test_layers_of_a_plain_sequence_are_one_per_resolution() -> None:
     network = models.load("timm:vgg11_bn,num_classes=10").module.get_submodule("features")
     assert models.layers(nn.Sequential(network, nn.Flatten()), (64, 64)) == [f"0.{index}" for index in (1, 5, 12, 19, 26)]

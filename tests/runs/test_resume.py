@@ -65,6 +65,7 @@ def test_a_run_is_not_resumed_with_other_preprocessing(folder: Path, tmp_path: P
         run(tmp_path / "copy", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_to_the_same_result(folder: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [str(Path(sys.executable).parent / "kdx"), "explain", str(folder / "pictures"), "--models", str(folder / "models.toml")]

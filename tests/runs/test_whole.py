@@ -259,6 +259,7 @@ def test_requests_that_exclude_each_other_are_refused(folder: Path, tmp_path: Pa
         run(folder, tmp_path / "run", replace(WHOLE, **changes))
 
 
+@pytest.mark.slow
 def test_a_disk_that_becomes_full_is_reported_and_the_run_continues(
     folder: Path, complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def test_a_gradients_file_agrees_with_autograd(differentiated: Any, at: str | No
         assert np.abs(ours - theirs.numpy()).max() <= TOLERANCE * float(theirs.abs().max())
 
 
+@pytest.mark.slow
 def test_a_second_export_has_the_same_bytes(resizing: Exported, differentiated: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     features = export(tmp_path / "elsewhere", resnet(4, 1, 5), ["layer3", "layer1.0.conv2"], PREPROCESSING, (15, 13))

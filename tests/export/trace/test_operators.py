@@ -113,6 +113,7 @@ class Attentions(nn.Module):
 LONG = [pytest.param(rest, marks=pytest.mark.slow) for rest in (activations, rearrangements, resizings, statistics, poolings, Attentions)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rest", [paddings, Convolutions, Normalisations, *LONG])
 def test_the_operators_of_networks_have_gradients_in_onnx(rest: Callable[[Tensor], Tensor] | type[nn.Module]) -> None:
     network = Behind(rest() if isinstance(rest, type) else rest).eval()
