@@ -275,7 +275,7 @@ def _quiet() -> Iterator[None]:
     """
     logger = logging.getLogger("torch")
     level = logger.level
-    records = getattr(fx_config, "do_not_emit_stack_traces", False)
+    before = getattr(fx_config, "do_not_emit_stack_traces", False)
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         logger.setLevel(logging.CRITICAL)
@@ -283,7 +283,7 @@ def _quiet() -> Iterator[None]:
         try:
             yield
         finally:
-            fx_config.do_not_emit_stack_traces = records
+            fx_config.do_not_emit_stack_traces = before
             logger.setLevel(level)
 
 

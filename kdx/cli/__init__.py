@@ -17,6 +17,7 @@ from kdx.cli.doctor import doctor
 from kdx.cli.explain import explain
 from kdx.cli.export import export
 from kdx.cli.layers import layers
+from kdx.cli.options import is_first_process
 from kdx.cli.panels import Command
 from kdx.cli.report import report
 from kdx.errors import KdxError, Stopped
@@ -30,7 +31,7 @@ class _Commands(typer.core.TyperGroup):
             try:
                 return super().invoke(ctx)
             except KeyboardInterrupt as error:
-                if os.environ.get("RANK", "0") == "0":  # the first of several processes
+                if is_first_process():
                     _print_error("Stopped. Run the same command again to resume." if isinstance(error, Stopped) else "Stopped.")
                 interruption.ignore()
                 sys.exit(130)

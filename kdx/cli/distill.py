@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,8 @@ from kdx.cli.options import (
     ResizeHelp,
     SeedOption,
     UnreadableOption,
-    is_given,
+    is_first_process,
+    with_preset,
 )
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def distill(
         probe=probe,
         device=device,
     )
-    if os.environ.get("RANK", "0") == "0":  # the first of several processes
+    if is_first_process():
         typer.echo(f"Models file: {models}\nNext: {shlex.join(['kdx', 'explain', data, '--models', str(models), '--out', 'RUN'])}")
 
 
@@ -239,7 +239,4 @@ def _settings(context: typer.Context, preset: TrainingPresetName | None, **value
     from kdx.distill import TrainingSettings
     from kdx.distill.presets import PRESETS
 
-    for name, value in ({} if preset is None else PRESETS[preset]).items():
-        if not is_given(context, name):
-            values[name] = value
-    return TrainingSettings(**values)
+    return TrainingSettings(**with_preset(context, {} if preset is None else PRESETS[preset], values))

@@ -40,6 +40,7 @@ from kdx.cli.options import (
     announce_line,
     image_names,
     is_given,
+    with_preset,
 )
 
 if TYPE_CHECKING:
@@ -280,7 +281,4 @@ def _options(context: typer.Context, preset: PresetName | None, **values: Any) -
     from kdx.runs.presets import PRESETS
     from kdx.runs.run import RunOptions
 
-    for name, value in ({} if preset is None else PRESETS[preset]).items():
-        if not is_given(context, name):
-            values[name] = value
-    return RunOptions(**values)
+    return RunOptions(**with_preset(context, {} if preset is None else PRESETS[preset], values))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -45,6 +47,16 @@ def is_given(context: typer.Context, name: str) -> bool:
     """Whether the command line gives the option with this name in Python."""
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
+
+
+def with_preset(context: typer.Context, preset: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` of the command line, with those of the preset where the command line gives none."""
+    return {**values, **{name: value for name, value in preset.items() if not is_given(context, name)}}
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process of a command, or the first of those that ``accelerate launch`` or ``torchrun`` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def image_names(text: str | None) -> tuple[str, ...]:

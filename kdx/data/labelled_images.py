@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,6 +17,12 @@ from kdx.data.pixels import to_rgb
 Indices = NDArray[np.int64]
 
 SPLITS = ("train", "validation", "test")
+
+
+def splits_by_name(names: Sequence[str]) -> dict[str, Indices]:
+    """The indices of each split that occurs in ``names``, which has the name of every image's split, or "" where it has none."""
+    array = np.array(names)
+    return {split: np.flatnonzero(array == split) for split in SPLITS if (array == split).any()}
 
 
 @dataclass(frozen=True)

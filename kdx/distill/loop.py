@@ -24,7 +24,7 @@ from kdx.distill.number_formats import autocast, gradient_scaler
 from kdx.distill.optimization import learning_rate, make_optimizer
 from kdx.distill.processes import SINGLE, Processes
 from kdx.distill.seeding import random_state, seeded, set_random_state
-from kdx.distill.settings import EpochCallback, EpochResult, StepCallback, StepResult, TrainingSettings
+from kdx.distill.settings import EpochCallback, EpochResult, StepCallback, StepResult, TrainingSettings, epoch_quality
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph
 
@@ -142,7 +142,7 @@ class _Run:
         accuracy, entropy = evaluate(evaluated, training.validation, training.device, processes)
         if not math.isfinite(entropy):
             self._stop("its validation loss", entropy, epoch, None)
-        score = {"accuracy": [accuracy, -entropy], "loss": [-entropy, accuracy], "last": [epoch, 0.0]}[training.settings.select]
+        score = epoch_quality(training.settings.select, epoch, accuracy, entropy)
         if score >= self.state["best_score"]:
             best = {key: value.detach().cpu().clone() for key, value in evaluated.network.state_dict().items()}
             self.state |= {"best_score": score, "best": best, "best_epoch": epoch + 1}

@@ -141,7 +141,7 @@ class Distillation:
 
     def graph(self, module: nn.Module, layers: Sequence[str] = ()) -> FeatureGraph:
         """The graph of a network and its layers. Images are decoded at their final size, so the graph does not resize them."""
-        return FeatureGraph(module, layers, replace(self.preprocessing, size=None)).to(self.device)
+        return FeatureGraph(module, layers, self._without_resizing).to(self.device)
 
     def training_graph(self, module: nn.Module, layers: Sequence[str] = ()) -> FeatureGraph:
         """`graph` in the memory layout and the form, compiled or not, that the settings choose for training.
@@ -151,13 +151,18 @@ class Distillation:
         if self.settings.channels_last:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.settings.compile:
-            return CompiledGraph(module, layers, replace(self.preprocessing, size=None)).to(self.device)
+            return CompiledGraph(module, layers, self._without_resizing).to(self.device)
         size, settings = self.preprocessing.size or (0, 0), self.settings
         excluded = settings.channels_last or settings.precision != "float32" or method_requirements(settings.method).pre_activations
         if excluded or not blocked_layout.suits(module, size):
             return self.graph(module, layers)
         frozen = not any(weight.requires_grad for weight in module.parameters())
-        return blocked_layout.BlockedGraph(module, layers, replace(self.preprocessing, size=None), size if frozen else None)
+        return blocked_layout.BlockedGraph(module, layers, self._without_resizing, size if frozen else None)
+
+    @property
+    def _without_resizing(self) -> Preprocessing:
+        """The preprocessing of images that are decoded at their final size."""
+        return replace(self.preprocessing, size=None)
 
     def epochs(self, role: str) -> int:
         """The number of epochs of a role's training."""

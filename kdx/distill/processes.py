@@ -94,17 +94,18 @@ class Processes:
 
         Raises KdxError, in every process, if another training has locked the folder or it cannot be written.
         """
-        lock: IO[bytes] | KdxError | None = None
+        lock: IO[bytes] | None = None
+        problem: KdxError | None = None
         if self.is_main:
             try:
                 lock = lock_folder(folder)
                 remove_leftovers(folder)
             except KdxError as error:
-                lock = error
-        problem = self.agree(lock if isinstance(lock, KdxError) else None)
-        if problem is not None:
-            raise problem
-        with nullcontext() if lock is None or isinstance(lock, KdxError) else lock:
+                problem = error
+        with lock or nullcontext():
+            problem = self.agree(problem)
+            if problem is not None:
+                raise problem
             yield
 
     def agree(self, value: T) -> T:

@@ -219,6 +219,14 @@ class EpochResult:
 EpochCallback = Callable[[EpochResult], None]
 
 
+def epoch_quality(select: str, epoch: int, accuracy: float, entropy: float) -> list[float]:
+    """What a training that keeps the epoch ``select`` compares: the greatest is kept, and of equal ones the latest.
+
+    accuracy, entropy: of the epoch, on the validation split. Any other ``select`` than ``accuracy`` and ``loss`` keeps the last epoch.
+    """
+    return {"accuracy": [accuracy, -entropy], "loss": [-entropy, accuracy]}.get(select, [epoch, 0.0])
+
+
 @dataclass(frozen=True)
 class StepResult:
     """The training of ``network`` within an epoch (counted from 1 among ``epochs``), after ``step`` of the epoch's ``steps``.

@@ -29,7 +29,7 @@ from kdx.distill.networks import Distillation, check_networks
 from kdx.distill.number_formats import check_settings
 from kdx.distill.pairing import Pair, layer_pairs
 from kdx.distill.processes import Processes
-from kdx.distill.settings import ADDED_LATER, EpochCallback, EpochResult, TrainingSettings
+from kdx.distill.settings import ADDED_LATER, EpochCallback, EpochResult, StepCallback, TrainingSettings
 from kdx.distill.student_loss import StudentLoss, label_loss, rehearse
 from kdx.distill.teacher_outputs import teacher_outputs
 from kdx.errors import KdxError, printable, resumable
@@ -95,13 +95,12 @@ def distill(
         distillation = replace(distillation, has_base=base != NO_BASE)
         stack.enter_context(processes.alone_in(distillation.folder))
         announced = report is not None or not processes.is_main
+        on_epoch: EpochCallback = _ignore
+        on_step: StepCallback | None = None
         if processes.is_main:
             _print_notes(distillation)
             announced = announced or _print_unreadable(distillation)
-        if processes.is_main:
             on_epoch, on_step = (report, None) if report is not None else stack.enter_context(console_reports())
-        else:
-            on_epoch, on_step = _ignore, None
         distillation = replace(distillation, on_step=on_step)
         pairs = layer_pairs(distillation, layers)
         check_networks(distillation)
@@ -204,8 +203,9 @@ def _train_teacher(distillation: Distillation, on_epoch: EpochCallback) -> None:
 def _check_base(distillation: Distillation, checkpoint: Path | str | None) -> None:
     """Raise KdxError for a base checkpoint that is needed and is missing or has another recipe."""
     recipe = distillation.recipe("base")
-    is_needed = checkpoint is not None and not checkpoints.is_finished(distillation.weights_path("base"), recipe)
-    if checkpoint is not None and is_needed and not checkpoints.is_finished(Path(checkpoint), recipe):
+    if checkpoint is None or checkpoints.is_finished(distillation.weights_path("base"), recipe):
+        return
+    if not checkpoints.is_finished(Path(checkpoint), recipe):
         raise KdxError(f"There is no base checkpoint {checkpoint}.", "Give the base.safetensors that another run of kdx distill wrote.")
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kdx.disk import write_atomic
+from kdx.distill.settings import epoch_quality
 from kdx.models.models_file import ModelsFile
 from kdx.roles import SCORES
 from kdx.runs import schema
@@ -57,13 +58,13 @@ def _scores(rows: list[dict[str, float]], images: int | None, select: str) -> Tr
 
 
 def _kept(rows: list[dict[str, float]], select: str) -> int | None:
-    """The epoch whose weights `kdx distill` kept, by its rule: ties go to the later epoch."""
+    """The epoch whose weights `kdx distill` kept."""
     if not rows or not all({"accuracy", "entropy"} <= row.keys() for row in rows):
         return None
 
-    def quality(row: Mapping[str, float]) -> tuple[float, ...]:
-        by_accuracy = row["accuracy"], -row["entropy"], row["epoch"]
-        return {"accuracy": by_accuracy, "loss": (-row["entropy"], row["accuracy"], row["epoch"])}.get(select, (row["epoch"],))
+    def quality(row: Mapping[str, float]) -> tuple[list[float], float]:
+        epoch = int(row["epoch"])
+        return epoch_quality(select, epoch, row["accuracy"], row["entropy"]), epoch
 
     return int(max(rows, key=quality)["epoch"])
 

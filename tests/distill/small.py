@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from kdx.distill import EpochResult, TrainingSettings
 
 TEACHER = "kdx:resnet,width=4,depth=1,stages=2"
 STUDENT = "kdx:resnet,width=2,depth=1,stages=2"
 QUICK = TrainingSettings(epochs=3, teacher_epochs=2, batch=50, augment=True, flip=True, student_images=100, image_size=(8, 8))
+
+
+class GradientTimes(torch.autograd.Function):
+    """The identity ``apply(x, factor)``, whose gradient is multiplied by ``factor``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
 
 
 class Interruption(Exception):

@@ -23,7 +23,7 @@ from kdx.distill.optimization import learning_rate
 from kdx.distill.processes import Processes
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph
-from tests.distill.small import Interruption
+from tests.distill.small import GradientTimes, Interruption
 
 CPU = torch.device("cpu")
 COUNT = 60
@@ -232,18 +232,6 @@ def test_a_training_that_stops_within_an_epoch_goes_on_as_if_it_had_not(images: 
         assert (one.loss, one.parts, one.accuracy, one.entropy) == (two.loss, two.parts, two.accuracy, two.entropy)
 
 
-class Overflow(torch.autograd.Function):
-    """The identity, whose gradient is infinite."""
-
-    @staticmethod
-    def forward(_ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * math.inf
-
-
 @pytest.mark.parametrize("overflows", [1, 1000])
 def test_float16_leaves_out_a_step_that_overflows_and_stops_if_all_do(images: SplitImages, tmp_path: Path, overflows: int) -> None:
     settings = replace(PLAIN, epochs=12, precision="float16", learning_rate=0.01)
@@ -253,7 +241,7 @@ def test_float16_leaves_out_a_step_that_overflows_and_stops_if_all_do(images: Sp
         steps.append(len(labels))
         logits = graph(pixels)[0]
         if len(steps) <= overflows:
-            logits = Overflow.apply(logits)  # type: ignore[no-untyped-call]
+            logits = GradientTimes.apply(logits, math.inf)  # type: ignore[no-untyped-call]
         return {"labels": functional.cross_entropy(logits, labels)}
 
     run = replace(training(images, settings, graph.network), graph=graph, loss=loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,7 @@ from torch import Tensor
 
 from kdx.distill import Batch, EpochResult, Requirements, distill
 from kdx.errors import KdxError
-from tests.distill.small import QUICK, STUDENT, TEACHER
-
-
-class WrongGradient(torch.autograd.Function):
-    """The identity, whose gradient is not a number."""
-
-    @staticmethod
-    def forward(_ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * torch.nan
+from tests.distill.small import QUICK, STUDENT, TEACHER, GradientTimes
 
 
 def failing(batch: Batch) -> Tensor:
@@ -44,7 +33,7 @@ def of_the_teacher(batch: Batch) -> Tensor:
 
 
 def with_wrong_gradient(batch: Batch) -> Tensor:
-    wrong: Tensor = WrongGradient.apply(batch.student.logits)  # type: ignore[no-untyped-call]
+    wrong: Tensor = GradientTimes.apply(batch.student.logits, math.nan)  # type: ignore[no-untyped-call]
     return wrong.square().mean()
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdx.data.class_folders import natural_key
-from kdx.data.labelled_images import SPLITS, Dataset
+from kdx.data.labelled_images import SPLITS, Dataset, splits_by_name
 from kdx.errors import KdxError, first_line
 
 _KEYS = "Give images [n, h, w] or [n, h, w, 3 or 1], as uint8 or as numbers in [0, 1], and labels [n] as integers or names."
@@ -38,8 +38,7 @@ def open_npz(reference: str, place: str) -> Dataset:
     parts = _parts(path, arrays)
     names, labels = _labels(path, [part_labels for _, _, part_labels in parts], arrays.get("classes"))
     levels = [image for _, images, _ in parts for image in _levels(path, images)]
-    split_names = np.array([split for split, images, _ in parts for _ in range(len(images))])
-    splits = {split: np.flatnonzero(split_names == split) for split in SPLITS if (split_names == split).any()} if len(parts) > 1 else {}
+    splits = splits_by_name([split for split, images, _ in parts for _ in range(len(images))]) if len(parts) > 1 else {}
     ids = tuple(f"{split or 'images'}/{row:06d}" for split, images, _ in parts for row in range(len(images)))
     return Dataset(reference, names, labels, ids, {path.name: path}, lambda index: Image.fromarray(levels[index]), splits)
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from kdx.data.class_folders import SPLIT_NAMES, natural_key, utf8_name
 from kdx.data.fingerprint import SourceFile
-from kdx.data.labelled_images import SPLITS, Dataset, Indices
+from kdx.data.labelled_images import Dataset, Indices, splits_by_name
 from kdx.errors import KdxError, first_line, import_optional
 
 _LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
@@ -175,10 +175,8 @@ def _labels(place: _Place, library: Any, parts: Sequence[Any], column: str) -> t
 
 def _splits(parts: Mapping[str, Any]) -> dict[str, Indices]:
     """The indices of the published splits; none if there is only one part, or a part that is not such a split."""
-    names = np.array([SPLIT_NAMES.get(name.lower(), "") for name, part in parts.items() for _ in range(len(part))])
-    if len(parts) < 2 or "" in names:
-        return {}
-    return {split: np.flatnonzero(names == split) for split in SPLITS if (names == split).any()}
+    names = [SPLIT_NAMES.get(name.lower(), "") for name, part in parts.items() for _ in range(len(part))]
+    return {} if len(parts) < 2 or "" in names else splits_by_name(names)
 
 
 def _files(place: _Place, parts: Mapping[str, Any]) -> dict[str, SourceFile]:

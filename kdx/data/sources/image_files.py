@@ -10,7 +10,7 @@ from PIL import Image
 
 from kdx.data.class_folders import FolderImage, list_images, natural_key, utf8_name
 from kdx.data.label_tables import read_label_table
-from kdx.data.labelled_images import SPLITS, Dataset
+from kdx.data.labelled_images import Dataset, splits_by_name
 
 
 def open_folder(reference: str, place: str) -> Dataset:
@@ -32,8 +32,7 @@ def _of_files(reference: str, folder: Path, images: Sequence[FolderImage], note:
     paths = [image.path for image in images]
     ids = tuple(utf8_name(_relative(path, folder)) for path in paths)
     labels = np.array([numbers[image.class_name] for image in images], dtype=np.int64)
-    split_names = np.array([image.split for image in images])
-    splits = {name: np.flatnonzero(split_names == name) for name in SPLITS if (split_names == name).any()}
+    splits = splits_by_name([image.split for image in images])
     files = dict(zip(ids, paths, strict=True))
     return Dataset(reference, classes, labels, ids, files, lambda index: Image.open(paths[index]), splits, note)
 
