@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kdx.errors import KdxError
 from kdx.evaluate.candidates import Candidate, Maps, at_image_size
 from kdx.evaluate.subject import Subject
+from kdx.runs.evaluation import MetricRecord
 
 Values = NDArray[np.float64]
 
@@ -70,6 +71,10 @@ class Metric:
     options: tuple[str, ...] = ()
     chance: float | None = None
     applies: Callable[[Candidate], bool] = field(default=lambda candidate: True, repr=False)
+
+    def record(self, basis: Mapping[str, Any]) -> MetricRecord:
+        """The metric as its results describe it."""
+        return MetricRecord(self.title, self.meaning, self.better, self.chance, basis)
 
 
 def chosen_metrics(known: Mapping[str, Metric], names: Sequence[str]) -> list[Metric]:
