@@ -203,7 +203,7 @@ def _measured(metric: Metric, task: Task, layer: str | None, state: _State) -> t
     """The measurements of one candidate at one layer, and their values for all images of the run."""
     measurements, columns = [], {}
     for part, values in metric.measure(task).items():
-        value, interval = mean_interval(values[np.isfinite(values)], state.evaluation.confidence)
+        value, interval = mean_interval(values[np.isfinite(values)], state.evaluation.confidence, hits=metric.hits)
         name = task.candidate.name
         n = int(np.isfinite(values).sum())
         measurements.append(Measurement(metric.name, name, layer, part, value, interval, n, empty_share(task.maps)))

@@ -59,7 +59,8 @@ class Metric:
     name: in files and on the command line. title: in tables. meaning: one or two sentences for the page. better: whether higher or lower
     values are better; None for a number that is neither. needs: what it needs besides the maps. options: the names of the
     `EvaluationOptions` that its values depend on. chance: the value of a map that states nothing, where it is the same for all images.
-    measure: the values [n] of a task by part; a metric of one number has the part "". applies: whether it is defined for a candidate.
+    hits: whether values are 1 or 0, a hit or none. measure: the values [n] of a task by part; a metric of one number has the part "".
+    applies: whether it is defined for a candidate.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Metric:
     needs: frozenset[Need] = frozenset()
     options: tuple[str, ...] = ()
     chance: float | None = None
+    hits: bool = False
     applies: Callable[[Candidate], bool] = field(default=lambda candidate: True, repr=False)
 
     def record(self, basis: Mapping[str, Any]) -> MetricRecord:

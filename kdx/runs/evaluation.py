@@ -116,17 +116,17 @@ def number_name(layer: str | None, candidate: str, metric: str, part: str = "") 
     return f"{candidate}/{name}" if layer is None else schema.map_column(layer, candidate, name)
 
 
-def mean_interval(values: Values, confidence: float) -> tuple[float, tuple[float, float]]:
+def mean_interval(values: Values, confidence: float, *, hits: bool = False) -> tuple[float, tuple[float, float]]:
     """The mean of values [n], one per image, and its confidence interval.
 
-    Values that are all 0 or 1 have Wilson's interval of a share. Others have Student's interval, mean +/- t s/sqrt(n) with n - 1 degrees
-    of freedom. Both treat images as independent. The interval is NaN for fewer than 2 images, and so is the mean of none.
+    It is Student's interval, mean +/- t s/sqrt(n) with n - 1 degrees of freedom. For ``hits`` that are all 0 or 1, it is Wilson's interval
+    of a share. Both treat images as independent. The interval is NaN for fewer than 2 images, and so is the mean of none.
     """
     n = len(values)
     mean = float(values.mean()) if n else math.nan
     if n < 2:
         return mean, (math.nan, math.nan)
-    if np.isin(values, (0, 1)).all():
+    if hits and np.isin(values, (0, 1)).all():
         share = stats.binomtest(int(values.sum()), n).proportion_ci(confidence, method="wilson")
         return mean, (float(share.low), float(share.high))
     half = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)
