@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdx.data.labelled_images import Dataset
-from kdx.data.sources import arrays, cifar, digits, hugging_face, image_files
+from kdx.data.sources import arrays, cifar, digits, hugging_face, image_files, sample
 
 
 def _absolute(place: str) -> str:
@@ -33,5 +33,6 @@ SOURCES = {
     "cifar100": Source(cifar.open_cifar100),
     "hfdata": Source(hugging_face.open_hugging_face, hugging_face.locate),
     "digits": Source(digits.open_digits, str),
+    "sample": Source(sample.open_sample, sample.locate),
 }
 """The sources by the name that begins a reference. `kdx.choices.DATA_REFERENCES` describes the references."""
