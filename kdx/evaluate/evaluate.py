@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,9 @@ from kdx.runs.record import RunRecord, read_run
 
 DEFAULT_IMAGES = 200
 """The images that are evaluated, unless another number is given."""
+
+_SECONDS_BETWEEN_WRITES = 10.0
+"""A process that is killed loses at most the results of this time, and the map in progress."""
 
 
 def evaluate(
@@ -95,7 +99,8 @@ class _State:
 
     run: RunRecord
     evaluation: Evaluation
-    unwritten: int = field(default=0)
+    unwritten: int = 0
+    written: float = field(default_factory=time.monotonic)
 
     @property
     def has_results(self) -> bool:
@@ -105,11 +110,13 @@ class _State:
         known = self.evaluation
         self.evaluation = replace(known, measurements=(*known.measurements, *measurements), values={**known.values, **values})
         self.unwritten += len(measurements)
+        if time.monotonic() - self.written > _SECONDS_BETWEEN_WRITES:
+            self.write()
 
     def write(self) -> None:
         if self.unwritten:
             write_evaluation(self.run, self.evaluation)
-            self.unwritten = 0
+            self.unwritten, self.written = 0, time.monotonic()
 
 
 def _layers(run: RunRecord, names: Sequence[str]) -> list[str]:
@@ -184,7 +191,7 @@ def _known(run: RunRecord, plan: _Plan, subject: Subject, options: EvaluationOpt
 
 
 def _measure(state: _State, subject: Subject, plan: _Plan, options: EvaluationOptions, show: Show) -> None:
-    """Compute what is missing, metric by metric, and store it after each candidate."""
+    """Compute what is missing, metric by metric, and store it."""
     done = {(m.metric, m.candidate, m.layer) for m in state.evaluation.measurements}
     for metric in plan.metrics:
         tasks = list(plan.tasks(metric))
