@@ -18,6 +18,9 @@ from kdx.runs.record import RunRecord
 
 Maps = NDArray[np.float32]
 
+ALL = "all"
+"""The name that stands for every candidate."""
+
 UNIFORM, CENTRE = "uniform", "centre"
 """The baselines: a map that is 1 everywhere, and one that falls off from the centre of the image."""
 
@@ -132,7 +135,7 @@ def chosen(run: RunRecord, names: Sequence[str]) -> list[Candidate]:
     known = candidates(run)
     if not names:
         return [known[name] for name in DEFAULT if name in known]
-    if list(names) == ["all"]:
+    if list(names) == [ALL]:
         return list(known.values())
     symbols = {SCORE_MAPS[name].symbol: name for name in known if name in SCORE_MAPS}
     result = {}

@@ -13,7 +13,7 @@ import numpy as np
 
 from kdx.disk import lock_folder
 from kdx.errors import KdxError, resumable
-from kdx.evaluate.candidates import Candidate, chosen, empty_share
+from kdx.evaluate.candidates import ALL, Candidate, chosen, empty_share
 from kdx.evaluate.metrics import EvaluationOptions, Metric, Need, Task, Values, chosen_metrics
 from kdx.evaluate.registry import METRICS
 from kdx.evaluate.subject import Sources, Subject
@@ -61,7 +61,8 @@ def evaluate(
     to none of the images; and for a metric or a map that was named while the run's data or networks, which it needs, are not available.
     """
     record = read_run(Path(run))
-    plan = _Plan(chosen_metrics(METRICS, metrics), chosen(record, maps), _layers(record, layers), bool(metrics), bool(maps))
+    are_named = bool(maps) and list(maps) != [ALL]
+    plan = _Plan(chosen_metrics(METRICS, metrics), chosen(record, maps), _layers(record, layers), bool(metrics), are_named)
     _check_masks(plan, masks)
     if images is not None and images < 2:
         raise KdxError("An interval over images needs at least 2 images.", "Give a larger --images.")

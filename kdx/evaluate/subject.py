@@ -72,7 +72,7 @@ class Subject:
         ids = self.run.samples.ids
         without = [ids[place] for place in np.setdiff1d(np.arange(len(ids)), source.places)]
         outside = [ids[place] for place, mask in masks.items() if mask is None]
-        for names, reason in ((without, "without a mask"), (outside, "whose mask has no pixel inside the image that the networks see")):
+        for names, reason in ((without, "without a mask"), (outside, "without a marked object inside the image that the networks see")):
             if names:
                 self._announce(f"{len(names):,} of {len(ids):,} images {reason} are left out, such as {', '.join(names[:3])}.")
         if not len(places):

@@ -9,13 +9,12 @@ import pytest
 from PIL import Image
 
 from tests.command_line import Run, in_folder
-from tests.made_runs import make_run
 
 
 @pytest.fixture
-def kdx_in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command line beside a run without networks, and masks of 5 of its 8 images."""
-    make_run(tmp_path / "run", images=8, gallery=2, layers={"layer3": "layer3"})
+def kdx_in_folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line beside the run without networks, and masks of 5 of its 12 images."""
+    assert made.parent == tmp_path
     (tmp_path / "masks").mkdir()
     for number in range(5):
         mask = np.zeros((32, 32), np.uint8)
@@ -28,7 +27,7 @@ def test_the_table_and_the_page(kdx_in_folder: Run, tmp_path: Path) -> None:
     arguments = ("--masks", "masks", "--map", "RS(S) - RS(B)", "--map", "centre", "--metric", "energy", "--metric", "density")
     status, out, err = kdx_in_folder("evaluate", "run", *arguments)
     assert (status, err) == (0, "")
-    assert "3 of 8 images without a mask are left out, such as image-00005" in out
+    assert "7 of 12 images without a mask are left out, such as image-00005" in out
     assert "Maps of layer3: means over images, with 95% intervals" in out and "energy ↑" in out
     rows = [line for line in out.splitlines() if line.strip().startswith(("RS(S) − RS(B) ", "centre "))]
     assert len(rows) == 2 and "RS(S) − RS(B)" in rows[0] and all(row.count("\N{NO-BREAK SPACE}to") == 2 for row in rows)

@@ -21,7 +21,7 @@ from kdx.evaluate.localisation import energy, iou_curves
 from kdx.runs import schema
 from kdx.runs.evaluation import mean_interval, read_evaluation
 from kdx.runs.record import read_run
-from tests.made_runs import edit, make_run
+from tests.made_runs import edit
 from tests.runs.small_run import CLASSES
 
 OTHER = {"base": "student", "student": "base"}
@@ -43,12 +43,6 @@ def masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(mask).save(path)
     return folder
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> Path:
-    """A run without networks and data."""
-    return make_run(tmp_path / "run", images=12, layers={"layer3": "layer3"})
 
 
 @pytest.fixture

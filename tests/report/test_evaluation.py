@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kdx.report.evaluation import evaluation_section
 from kdx.report.page import write_page
+from kdx.runs import schema
 from kdx.runs.evaluation import CandidateRecord, Evaluation, Measurement, MetricRecord, mean_interval, number_name, write_evaluation
 from kdx.runs.record import RunRecord, read_run
 from tests.made_runs import ODD_LAYER, SCRIPT, make_hostile_run, make_run
@@ -36,9 +39,10 @@ def evaluated(
     return run
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return make_run(tmp_path / "run", images=20, gallery=0)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run; every test writes an evaluation of its own."""
+    return make_run(tmp_path_factory.mktemp("evaluated") / "run", images=20, gallery=0)
 
 
 @pytest.mark.parametrize(
@@ -84,12 +88,32 @@ def test_the_drawing_is_sorted_and_repeatable(run: Path) -> None:
 
 
 def test_a_run_without_an_evaluation_has_no_section(run: Path) -> None:
+    (run / schema.EVALUATION_FILE).unlink(missing_ok=True)
     assert evaluation_section(read_run(run)) is None
     assert 'id="evaluation"' not in write_page(run).read_text()
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
-    folder = make_hostile_run(tmp_path / "run")
+    folder = make_run(tmp_path / "run", images=8, gallery=0, layers={ODD_LAYER: "layer4"})
     evaluated(folder, (ODD_LAYER,), {"rs_student": 0.6, "centre": 0.4}, title=SCRIPT)
     page = write_page(folder).read_text()
     assert 'id="evaluation"' in page and SCRIPT not in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1280])
+def test_the_section_in_a_browser(width: int, tmp_path: Path, opened: Callable[..., Any]) -> None:
+    """Nothing overflows the page, a table opens by keyboard, and drawings and tables have their buttons."""
+    folder = make_hostile_run(tmp_path / "run")
+    evaluated(folder, tuple(read_run(folder).layers), {"rs_student": 0.6, "grad_cam_student": 0.5, "centre": 0.4}, title=SCRIPT)
+    write_page(folder)
+    page = opened(folder, width=width)
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.locator("#evaluation .plot .buttons button").all_inner_texts() == ["Save SVG", "Save PNG"]
+    summary = page.locator("#evaluation summary").first
+    summary.focus()
+    page.keyboard.press("Enter")
+    table = page.locator("#evaluation table").first
+    assert table.is_visible() and table.locator("tbody tr").count() == 3
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.get_by_role("button", name="Copy CSV").first.is_visible()
