@@ -136,7 +136,7 @@ def _available(plan: _Plan, subject: Subject, announce: Callable[[str], None]) -
     candidates = [candidate for candidate in plan.candidates if not (candidate.uses_networks and of_networks)]
     for need, error in missing.items():
         without = [m.title for m in plan.metrics if need in m.needs]
-        computed = [c.title for c in plan.candidates if c.uses_networks] if need != "masks" else []
+        computed = [c.title for c in plan.candidates if c.uses_networks] if need in ("images", "networks") else []
         if (plan.named_metrics and without) or (plan.named_candidates and computed):
             raise error
         announce(f"Left out: {', '.join((*without, *computed))}. {error.problem} {error.hint}")
@@ -150,8 +150,11 @@ def _missing(need: Need, subject: Subject) -> KdxError | None:
     if need == "masks":
         hint = "Give --masks: a folder of mask images, a JSON file of COCO, or a folder of XML files of Pascal VOC."
         return None if subject.masks is not None else KdxError("There are no masks.", hint)
+    if need == "labels":
+        problem = "Maps can be computed anew for labels, and the run has another target."
+        return None if subject.run.target_file is None else KdxError(problem, "Name other metrics with --metric.")
     try:
-        _ = subject.dataset if need == "images" else subject.networks
+        _ = subject.dataset if need == "images" else subject.networks if need == "networks" else subject.untrained("student")
     except KdxError as error:
         return error
     return None

@@ -17,15 +17,23 @@ from kdx.evaluate.subject import Subject
 
 Values = NDArray[np.float64]
 
-Need = Literal["masks", "images", "networks"]
-"""What a metric needs besides the maps."""
+Need = Literal["masks", "images", "networks", "untrained", "labels"]
+"""What a metric needs besides the maps. untrained: the student's architecture with random weights. labels: relevance to one-hot labels."""
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Choices of the metrics. tolerance: of the pointing game, in pixels of the networks' input."""
+    """Choices of the metrics.
+
+    tolerance: of the pointing game, in pixels of the networks' input. detailed: the most images of metrics that run the networks again and
+    again, balanced over the classes. steps: of the insertion and the deletion curve. randomised: whose weights become random, the
+    student's or those of student and base (both).
+    """
 
     tolerance: float = 0.0
+    detailed: int = 64
+    steps: int = 16
+    randomised: Literal["student", "both"] = "student"
 
 
 @dataclass(frozen=True)
