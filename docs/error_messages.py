@@ -20,7 +20,7 @@ TOPICS = {
     "models": ("models",),
     "distill": ("distill", "callbacks"),
     "features": ("features", "maps", "cam", "scores", "kernels"),
-    "explain": ("explain", "runs", "report", "disk"),
+    "explain": ("explain", "runs", "report", "study", "disk"),
     "evaluate": ("evaluate",),
     "runtimes": ("runtimes",),
     "export": ("export", "commands"),

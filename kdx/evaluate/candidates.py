@@ -13,6 +13,7 @@ from kdx.errors import KdxError
 from kdx.evaluate.subject import MapSource
 from kdx.maps.scaling import resized
 from kdx.roles import MAPS, SCORE_MAPS
+from kdx.runs.evaluation import CandidateRecord
 from kdx.runs.record import RunRecord
 
 Maps = NDArray[np.float32]
@@ -39,8 +40,10 @@ class Candidate:
     signed: bool = False
 
     @property
-    def is_baseline(self) -> bool:
-        return not self.has_layer
+    def record(self) -> CandidateRecord:
+        """The map as results describe it."""
+        kind = "baseline" if not self.has_layer else "other" if self.uses_networks else "run"
+        return CandidateRecord(self.title, self.meaning, kind)
 
 
 def _stored(kind: str) -> Candidate:

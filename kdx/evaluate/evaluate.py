@@ -172,12 +172,18 @@ def _basis(metric: Metric, subject: Subject, options: EvaluationOptions) -> dict
 
 def _known(run: RunRecord, plan: _Plan, subject: Subject, options: EvaluationOptions) -> Evaluation:
     """The stored evaluation without what is to be computed anew, because other images, masks or options were given."""
-    stored = read_evaluation(run) or Evaluation((), {}, {}, run.confidence)
-    bases = {metric.name: _basis(metric, subject, options) for metric in plan.metrics}
-    kept = tuple(m for m in stored.measurements if bases.get(m.metric, stored.bases[m.metric]) == stored.bases[m.metric])
-    order = [name for name in METRICS if name in bases or any(m.metric == name for m in kept)]
-    known = {**stored.bases, **bases}
-    return Evaluation(kept, {name: known[name] for name in order}, {m.number: stored.values[m.number] for m in kept}, stored.confidence)
+    stored = read_evaluation(run) or Evaluation((), {}, {}, {}, run.confidence)
+    planned = {metric.name: metric.record(_basis(metric, subject, options)) for metric in plan.metrics}
+    same = {name for name, record in stored.metrics.items() if name not in planned or planned[name].basis == record.basis}
+    kept = tuple(measurement for measurement in stored.measurements if measurement.metric in same)
+    metrics = {**stored.metrics, **planned}
+    return Evaluation(
+        kept,
+        {name: metrics[name] for name in METRICS if name in metrics},
+        {**stored.candidates, **{candidate.name: candidate.record for candidate in plan.candidates}},
+        {measurement.number: stored.values[measurement.number] for measurement in kept},
+        stored.confidence,
+    )
 
 
 def _measure(state: _State, subject: Subject, plan: _Plan, options: EvaluationOptions, show: Show) -> None:
@@ -200,7 +206,7 @@ def _measured(metric: Metric, task: Task, layer: str | None, state: _State) -> t
     """The measurements of one candidate at one layer, and their values for all images of the run."""
     measurements, columns = [], {}
     for part, values in metric.measure(task).items():
-        value, interval = mean_interval(values[np.isfinite(values)], state.evaluation.confidence)
+        value, interval = mean_interval(values[np.isfinite(values)], state.evaluation.confidence, hits=metric.hits)
         name = task.candidate.name
         n = int(np.isfinite(values).sum())
         measurements.append(Measurement(metric.name, name, layer, part, value, interval, n, empty_share(task.maps)))

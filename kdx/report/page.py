@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import shlex
 from collections.abc import Iterator, Mapping
@@ -15,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 from kdx.disk import remove_leftovers, write_atomic
 from kdx.maps import overlays
 from kdx.report import plots, wording
+from kdx.report.evaluation import evaluation_section
 from kdx.report.gallery import Gallery, gradient, make_gallery
 from kdx.report.kinds import kinds_left_out
+from kdx.report.layout import render, script_json
 from kdx.report.map_facts import layer_facts
 from kdx.report.networks import discordant, layer_table, network_cards, titles
 from kdx.report.statements import statement_matrix
@@ -30,12 +31,9 @@ from kdx.runs.training_scores import TrainingScores, read_training_scores
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-_TEMPLATES = Path(__file__).parent / "templates"
+_STYLES = ("statements.css", "gallery.css", "evaluation.css")
 
-_STYLES = ("report.css", "statements.css", "gallery.css", "narrow.css")
-
-_SCRIPTS = ("theme.js", "maps.js", "downloads.js", "zoom.js", "gallery.js", "start.js")
-"""The parts of the page's script, in this order inside one function."""
+_SCRIPTS = ("maps.js", "zoom.js", "gallery.js", "run.js")
 
 
 def write_page(folder: Path) -> Path:
@@ -57,33 +55,18 @@ def write_page(folder: Path) -> Path:
     return target
 
 
-def script_json(content: object) -> Markup:
-    """JSON that is safe inside a ``<script>`` element: ASCII without ``<``, ``>`` or ``&``, so no tag, comment or line separator."""
-    from markupsafe import Markup
-
-    text = json.dumps(content, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
 def _page(run: RunRecord, gallery: Gallery, training: TrainingScores | None) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = wording.percent
-    environment.filters["of_target"] = partial(wording.of_target, target=run.target_file) if run.target_file else str
     salient = wording.kept_pixels(*run.salient) if run.salient else ""
-    return environment.get_template("report.html.j2").render(
+    return render(
+        "report.html.j2",
+        styles=_STYLES,
+        scripts=_SCRIPTS,
+        filters={"of_target": partial(wording.of_target, target=run.target_file) if run.target_file else str},
+        kdx=run.kdx,
         run=run,
         target=target_phrase(run.target_file) if run.target_file else "",
         salient=salient,
         ranking=wording.ranking_map(*run.salient[2:]) if run.salient else "",
-        assets=_Assets.load(),
         reading=_reading(run, salient),
         notice=wording.training_notice(run),
         overview=overview_table(run),
@@ -100,26 +83,9 @@ def _page(run: RunRecord, gallery: Gallery, training: TrainingScores | None) -> 
         left_out=kinds_left_out(run),
         gradients={signed: gradient(signed) for signed in (True, False)},
         payload=_payload(run, gallery),
+        evaluation=evaluation_section(run),
         record=_Record.of(run),
     )
-
-
-@dataclass(frozen=True)
-class _Assets:
-    """The style sheet and the script of the page, and the digest of the script for the page's security policy."""
-
-    style: Markup
-    script: Markup
-    script_digest: str
-
-    @classmethod
-    def load(cls) -> _Assets:
-        from markupsafe import Markup
-
-        style, parts = ("\n".join((_TEMPLATES / name).read_text(encoding="utf-8") for name in names) for names in (_STYLES, _SCRIPTS))
-        script = f'"use strict";\n(() => {{\n{parts}}})();\n'
-        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-        return cls(Markup(style), Markup(script), digest)  # our own files; they contain no text from a run
 
 
 @dataclass(frozen=True)

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdx import roles
+from kdx.report.drawing import INK, WIDTH, as_svg, elided, page_colour, page_figure, style_axes
 from kdx.runs.record import RunRecord
 
 if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# matplotlib writes plain colours into its SVG. Each of these stands for a colour of the page's theme (light or dark) and is
-# replaced by the style sheet's name after drawing. Drawings use these colours for nothing else.
-_PAGE_COLOURS = {
-    "#010203": "currentColor",
-    "#010204": "var(--teacher)",
-    "#010205": "var(--base)",
-    "#010206": "var(--student)",
-    "#010207": "var(--surface)",
-}
-
-_COLOUR_OF = {name: code for code, name in _PAGE_COLOURS.items()}
-
-INK = _COLOUR_OF["currentColor"]
-"""The colour that stands for that of the text around a drawing."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +56,6 @@ Points = Mapping[str, Mapping[str, tuple[float, tuple[float, float]]]]
 
 _NARROWEST = 0.05  # the shortest axis without zero, so that a smaller difference looks small
 
-WIDTH = 360
-"""The width of a drawing in points; its height follows from the width that the page gives it."""
-
 _HEADING, _ROW, _GAP, _AXIS, _MARGIN = 22, 15, 12, 26, 18
 
 
@@ -117,15 +95,9 @@ def plot(points: Points, series: Sequence[Series], prefix: str, *, from_zero: bo
     height = group * len(points) + _AXIS
     with page_figure(height) as figure:
         axes = figure.add_axes((_MARGIN / WIDTH, _AXIS / height, 1 - 2 * _MARGIN / WIDTH, 1 - _AXIS / height))
-        axes.patch.set_alpha(0)
         axes.set(xlim=limits(points, series, from_zero), ylim=(group * len(points), 0), yticks=[])
-        for side in ("left", "right", "top"):
-            axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_alpha(0.35)
-        axes.tick_params(axis="x", length=0, labelcolor=INK, pad=6)
+        style_axes(axes, grid="x")
         axes.locator_params(axis="x", nbins=6)
-        axes.grid(axis="x", color=INK, alpha=0.1, linewidth=1)
-        axes.set_axisbelow(True)
         for row, (layer, scores) in enumerate(points.items()):
             top = group * row
             if row:
@@ -141,32 +113,10 @@ def plot(points: Points, series: Sequence[Series], prefix: str, *, from_zero: bo
         return as_svg(figure, prefix)
 
 
-@contextmanager
-def page_figure(height: float) -> Iterator[Figure]:
-    """A transparent figure of this height in points, with matplotlib's settings for drawings of the page, for `as_svg`."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "kdx", "font.size": 11, "axes.edgecolor": INK, "text.color": INK}
-    # The browser draws a glyph that matplotlib's own font lacks, so matplotlib's warning does not matter.
-    with rc_context(settings), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
-        figure.patch.set_alpha(0)
-        yield figure
-
-
-def as_svg(figure: Figure, prefix: str) -> str:
-    """A figure as inline SVG, byte for byte the same for the same drawing. ``prefix`` makes its ids unique on the page."""
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}, transparent=True)
-    return _for_page(out.getvalue(), prefix)
-
-
 def marker_style(series: Series) -> dict[str, Any]:
     """Colour and marker of a series as matplotlib's arguments."""
-    colour = _COLOUR_OF.get(f"var(--{series.role})", INK)
-    face = colour if series.filled else _COLOUR_OF["var(--surface)"]
+    colour = INK if series.role == roles.BASELINE else page_colour(series.role)
+    face = colour if series.filled else page_colour("surface")
     size = 7 - 1.5 * (series.marker == "D")
     return {"color": colour, "marker": series.marker, "markerfacecolor": face, "markersize": size, "mew": 1.6}
 
@@ -198,22 +148,3 @@ def limits(points: Points, series: Sequence[Series], from_zero: bool = True) -> 
 
 def _ends(value: float, interval: tuple[float, float]) -> Iterator[float]:
     yield from filter(math.isfinite, (value, *interval))
-
-
-def elided(name: str, most: int = 46) -> str:
-    """The name of a layer without characters that are invalid in SVG; an ellipsis replaces the middle of a long name."""
-    name = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
-    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
-
-
-def _for_page(svg: str, prefix: str) -> str:
-    """The drawing without its file header, with the page's colours and with unique ids."""
-    svg = svg[svg.index("<svg") :]
-    for code, name in _PAGE_COLOURS.items():
-        svg = svg.replace(code, name)
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    svg = re.sub(r'(href="|url\()#', rf"\g<1>#{prefix}-", svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from kdx.report.plots import DRAWINGS, INK, WIDTH, Drawing, Series, as_svg, elided, limits, marker_style, page_figure
+from kdx.report.drawing import INK, WIDTH, as_svg, elided, page_figure, style_axes
+from kdx.report.plots import DRAWINGS, Drawing, Series, limits, marker_style
 from kdx.runs.training_scores import TrainingScores
 
 if TYPE_CHECKING:
@@ -65,13 +66,8 @@ def training_plot(scores: TrainingScores, series: Sequence[Series], prefix: str,
 
 
 def _style(axes: Axes, *, is_last: bool) -> None:
-    axes.patch.set_alpha(0)
-    for side in ("left", "right", "top"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_alpha(0.35)
-    axes.tick_params(axis="both", length=0, labelcolor=INK, labelsize=10, labelbottom=is_last, pad=4)
-    axes.grid(axis="y", color=INK, alpha=0.1, linewidth=1)
-    axes.set_axisbelow(True)
+    style_axes(axes, grid="y", label_size=10)
+    axes.tick_params(labelbottom=is_last)
     if axes.get_ylim()[0] <= 0:
         axes.axhline(0, color=INK, alpha=0.5, linewidth=1)
     if is_last:

@@ -73,7 +73,7 @@ def test_values_are_the_definitions_on_the_stored_maps(made: Path, made_masks: P
     assert np.allclose(values[:10], energy(seen, marked)) and np.isnan(values[10:]).all()
     assert np.allclose(run.number("uniform/energy")[:10], 144 / 1024)
     curves = iou_curves(seen, marked)
-    assert np.allclose(run.number("layer3/rs_student_minus_base/iou[each]")[:10], curves.max(1))
+    assert np.allclose(run.number("layer3/rs_student_minus_base/iou[per image]")[:10], curves.max(1))
     (measured,) = [m for m in result.of("energy", "layer3") if m.layer]
     expected = stats.bootstrap((values[:10],), np.mean, rng=np.random.default_rng(0), method="percentile").confidence_interval
     assert measured.value == pytest.approx(values[:10].mean()) and measured.n == 10
@@ -98,8 +98,9 @@ def test_intervals() -> None:
     values = rng.normal(size=25)
     expected = stats.t.interval(0.9, 24, loc=values.mean(), scale=stats.sem(values))
     assert mean_interval(values, 0.9)[1] == pytest.approx(expected)
-    low, high = mean_interval(np.ones(10), 0.95)[1]  # Wilson: n / (n + z^2)
+    low, high = mean_interval(np.ones(10), 0.95, hits=True)[1]  # Wilson: n / (n + z^2)
     assert (low, high) == pytest.approx((10 / (10 + stats.norm.ppf(0.975) ** 2), 1))
+    assert mean_interval(np.ones(10), 0.95) == (1, (1, 1))
     assert np.isnan(mean_interval(np.empty(0), 0.95)[0]) and np.isnan(mean_interval(np.ones(1), 0.95)[1]).all()
 
 

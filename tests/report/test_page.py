@@ -14,7 +14,9 @@ from playwright.sync_api import Page
 from rich.console import Console
 
 from kdx.report import page as page_module
-from kdx.report.page import script_json, write_page
+from kdx.report.drawing import LINES
+from kdx.report.layout import script_json
+from kdx.report.page import write_page
 from kdx.report.terminal import scores_table
 from tests.made_runs import ODD_LAYER, SCRIPT, edit, make_run
 from tests.report.test_gallery_page import kinds_shown, samples, shown
@@ -123,9 +125,9 @@ def test_script_json_is_safe_and_exact(text: str) -> None:
 
 def test_colours_have_contrast() -> None:
     """Text has a contrast of at least 4.5 to 1 on every background, in both themes (WCAG AA)."""
-    style = (Path(page_module.__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")
+    style = (Path(page_module.__file__).parent / "templates" / "base.css").read_text(encoding="utf-8")
     themes = [
-        dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6});", block)) for block in re.findall(r"color-scheme: \w+;(.*?)}", style, re.DOTALL)
+        dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6});", block)) for block in re.findall(r"color-scheme: \w+;(.*?)}", style, re.DOTALL)
     ]
     assert len(themes) == 3
     assert themes[1] == themes[2]
@@ -145,6 +147,7 @@ def test_colours_have_contrast() -> None:
             ("base", 3),
             ("student", 3),
             ("control", 3),
+            *((name, 3) for name in LINES),
         ):
             for ground in ("page", "surface", "sunk"):
                 light, dark = sorted((luminance(theme[ink]), luminance(theme[ground])), reverse=True)

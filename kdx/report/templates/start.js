@@ -2,5 +2,5 @@ document.addEventListener("DOMContentLoaded", () => {
   themeButton();
   copyButton();
   plotButtons();
-  if (document.getElementById("payload")) makeGallery(JSON.parse(document.getElementById("payload").textContent));
+  tableButtons();
 });

@@ -22,10 +22,12 @@ function themeButton() {
   show();
 }
 
+// The button beside the command of a page that has one.
 function copyButton() {
   const button = document.getElementById("copy");
   const command = document.getElementById("command");
   const status = document.getElementById("copied");
+  if (!button) return;
   button.hidden = false;
   button.addEventListener("click", async () => {
     let copied = true;
