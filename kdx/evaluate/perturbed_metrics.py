@@ -34,7 +34,7 @@ def _measured(curves: Callable[[Task], Callable[..., Curves]], task: Task) -> di
     values = {name: np.full(len(subject), np.nan) for name in names}
     maps = torch.from_numpy(np.array(task.maps))
     with ExitStack() as stack:
-        logits = {role: _logits(subject, role, stack) for role in ("student", "base") if role in subject.run.roles}
+        logits = {role: _logits(subject, role, stack) for role in subject.run.roles if role != "teacher"}
         for start in range(0, len(rows), PART):
             part = rows[start : start + PART]
             numbers = [int(place) for place in subject.places[part]]

@@ -113,12 +113,12 @@ def test_perturbation_by_the_networks_of_the_run(explained: Path, folder: Path, 
         logits = network.module((images - 0.5) / 0.5)
         return logits.softmax(1).gather(1, torch.from_numpy(subject.labels[rows])[:, None])[:, 0].detach()  # type: ignore[no-any-return]
 
-    for role_values, of in ((values_, lambda x: probability("student", x)), (values_ - gains, lambda x: probability("base", x))):
-        ends = [of(pixels), of(mean.expand_as(pixels))]
-        middles = [of(pixels.where(~deleted, mean)) for deleted in (nearest, nearest | tied)]
-        areas = [(ends[0] + 2 * middle + ends[1]) / 4 for middle in middles]
-        spread = float((areas[0] - areas[1]).abs().max())
-        assert float((torch.from_numpy(role_values[rows]) - areas[0]).abs().max()) < 2 * spread + 1e-4 < 0.02
+    for role, areas_ in (("student", values_), ("base", values_ - gains)):
+        first, last = probability(role, pixels), probability(role, mean.expand_as(pixels))
+        middles = [probability(role, pixels.where(~deleted, mean)) for deleted in (nearest, nearest | tied)]
+        expected = [(first + 2 * middle + last) / 4 for middle in middles]
+        spread = float((expected[0] - expected[1]).abs().max())
+        assert float((torch.from_numpy(areas_[rows]) - expected[0]).abs().max()) < 2 * spread + 1e-4 < 0.02
 
 
 @pytest.mark.slow
