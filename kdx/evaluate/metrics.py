@@ -22,6 +22,10 @@ Need = Literal["masks", "images", "networks", "untrained", "labels"]
 """What a metric needs besides the maps. untrained: the student's architecture with random weights. labels: relevance to one-hot labels."""
 
 
+LEAST = 12
+"""The fewest images among which maps are computed anew: two reference sets of four, and others that are compared with them."""
+
+
 @dataclass(frozen=True)
 class EvaluationOptions:
     """Choices of the metrics.

@@ -25,9 +25,6 @@ from kdx.explain.settings import Settings
 from kdx.models.network import Network
 from kdx.roles import SCORE_MAPS
 
-LEAST = 8
-"""The fewest images of which maps are computed anew: half of them are a batch, and a batch has at least four."""
-
 
 @dataclass
 class RecomputedMaps:

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from kdx.evaluate.agreement import Agreement
 from kdx.evaluate.metrics import Metric, Need, Task, Values
 from kdx.evaluate.recomputation import Recomputation, key, recomputation
+from kdx.runs.evaluation import STEP
 
 
 def _randomised(task: Task) -> dict[str, Values]:
     again, result = _of(task)
     known = again.randomisation[result]
-    return _steps(again, known.steps, known.rank_correlation)
+    steps = zip(known.steps, known.rank_correlation, strict=True)
+    return {"": again.values(known.rank_correlation[-1]), **{STEP + step: again.values(row) for step, row in steps}}
 
 
 def _randomised_ssim(task: Task) -> dict[str, Values]:
     again, result = _of(task)
-    known = again.randomisation[result]
-    return _steps(again, known.steps, known.ssim)
-
-
-def _steps(again: Recomputation, steps: tuple[str, ...], values: Tensor) -> dict[str, Values]:
-    """The last step, where the whole network is random, and then every step."""
-    return {"": again.values(values[-1]), **{step: again.values(row) for step, row in zip(steps, values, strict=True)}}
+    return {"": again.values(again.randomisation[result].ssim[-1])}
 
 
 def _labels(task: Task) -> dict[str, Values]:
@@ -60,8 +54,8 @@ RECOMPUTED: tuple[Metric, ...] = (
     Metric(
         "randomisation",
         "rank correlation with random weights",
-        "Spearman's correlation between the map and that of a student with random weights; in brackets, up to which part the weights are "
-        "random, from the output. Near 1, the map does not depend on what the student learned.",
+        "Spearman's correlation between the map and that of a student with random weights. Near 1, the map does not depend on what the "
+        "student learned. The steps are those of a student whose weights are random from the output to one part.",
         "lower",
         _randomised,
         _NEEDS | {"untrained"},

@@ -21,7 +21,8 @@ from kdx.evaluate.ranking import rank_correlation
 from kdx.evaluate.recomputation import RecomputedMaps
 from kdx.evaluate.recomputed_metrics import RECOMPUTED
 from kdx.evaluate.subject import Sources, Subject
-from kdx.runs.evaluation import Evaluation
+from kdx.report.evaluation import evaluation_section
+from kdx.runs.evaluation import Evaluation, write_evaluation
 from kdx.runs.record import read_run
 from tests import oracle
 from tests.made_runs import edit
@@ -61,9 +62,9 @@ def test_maps_of_the_same_networks_and_images_are_those_of_the_run(subject: Subj
 @pytest.mark.slow
 def test_each_candidate_is_recomputed_with_random_weights(recomputed: Evaluation, subject: Subject) -> None:
     steps = [m.part for m in recomputed.measurements if (m.metric, m.candidate) == ("randomisation", "distilled")]
-    assert steps[:2] == ["", "fc"] and steps[-1] == "conv1"
+    assert steps[:2] == ["", "to fc"] and steps[-1] == "to conv1"
     # The head has no influence on features; all parts together give the untrained student.
-    assert oracle.error(values(recomputed, "randomisation", "rs_student_minus_base", "fc"), np.ones(29)) < 1e-9
+    assert oracle.error(values(recomputed, "randomisation", "rs_student_minus_base", "to fc"), np.ones(29)) < 1e-9
     assert oracle.error(values(recomputed, "randomisation", "rs_base"), np.ones(29)) < 1e-9
     assert oracle.error(values(recomputed, "randomisation", "centre"), np.ones(29)) < 1e-9
     assert np.isnan(values(recomputed, "randomisation", "uniform")).all()
@@ -73,6 +74,18 @@ def test_each_candidate_is_recomputed_with_random_weights(recomputed: Evaluation
     maps = explainer(subject.pixels(slice(None)), torch.from_numpy(subject.labels)).layers["layer3"].score_maps["RS(S) - RS(B)"].maps
     expected = rank_correlation(torch.from_numpy(subject.stored_maps("layer3", "rs_student_minus_base")), maps)
     assert oracle.error(values(recomputed, "randomisation", "rs_student_minus_base"), expected) < 0.02
+
+
+@pytest.mark.slow
+def test_the_page_has_the_steps_of_the_cascade(recomputed: Evaluation, explained: Path) -> None:
+    write_evaluation(read_run(explained), recomputed)
+    section = evaluation_section(read_run(explained))
+    assert section is not None
+    (block,) = [block for block in section.blocks if block.title == "Rank correlation with random weights"]
+    steps = block.tables[1]
+    assert steps.columns[:2] == ["Map", "fc"] and steps.columns[-1] == "conv1" and "layer3" in steps.title
+    cells = {row[0].text: [cell.text for cell in row[1:]] for row in steps.rows}
+    assert cells["RS(B)"][-1].startswith("1.000") and not cells["RS(S) − RS(B)"][-1].startswith("1.000")
 
 
 @pytest.mark.slow
