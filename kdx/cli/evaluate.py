@@ -24,8 +24,8 @@ def evaluate(
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help="A metric, such as energy, density, pointing or iou. Repeat the option for more; by default all for which the run has "
-            "what they need.",
+            help="A metric, such as energy, pointing, insertion, road_keep or randomisation. Repeat the option for more; by default all "
+            "for which the run has what they need.",
             show_default=False,
         ),
     ] = None,
@@ -46,6 +46,9 @@ def evaluate(
     tolerance: Annotated[
         float, typer.Option(min=0, help="Pointing game: how many pixels of the networks' input beside the mask still count as a hit.")
     ] = 0,
+    detailed: Annotated[
+        int, typer.Option(min=12, help="How many of them go through the networks again and again: for insertion, ROAD, randomisation, ...")
+    ] = 64,
     data: Annotated[str | None, typer.Option(help="Where the run's data is now.", show_default=False)] = None,
     models: Annotated[Path | None, typer.Option(help="Where the run's models file is now.", show_default=False)] = None,
     device: DeviceOption = "auto",
@@ -67,7 +70,7 @@ def evaluate(
         data=data,
         models=models,
         device=device,
-        options=EvaluationOptions(tolerance=tolerance),
+        options=EvaluationOptions(tolerance=tolerance, detailed=detailed),
         announce=announce_line,
     )
     for table in tables(evaluation):

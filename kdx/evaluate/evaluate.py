@@ -14,7 +14,7 @@ import numpy as np
 from kdx.disk import lock_folder
 from kdx.errors import KdxError, resumable
 from kdx.evaluate.candidates import ALL, Candidate, chosen, empty_share
-from kdx.evaluate.metrics import EvaluationOptions, Metric, Need, Task, Values, chosen_metrics
+from kdx.evaluate.metrics import LEAST, EvaluationOptions, Metric, Need, Task, Values, chosen_metrics
 from kdx.evaluate.registry import METRICS
 from kdx.evaluate.subject import Sources, Subject
 from kdx.progress import Show, progress
@@ -69,7 +69,7 @@ def evaluate(
     sources = Sources(data, None if models is None else Path(models), None if masks is None else Path(masks), device)
     with lock_folder(record.folder):
         subject = Subject(record, images, seed, sources, announce)
-        work = _available(plan, subject, announce)
+        work = _available(plan, subject, options, announce)
         state = _State(record, _known(record, work, subject, options))
         with resumable(lambda: state.has_results), progress() as show:
             _measure(state, subject, work, options, show)
@@ -133,18 +133,20 @@ def _check_masks(plan: _Plan, masks: str | Path | None) -> None:
         raise KdxError("None of these metrics compares maps with masks.", "Leave --masks out, or name another --metric.")
 
 
-def _available(plan: _Plan, subject: Subject, announce: Callable[[str], None]) -> _Plan:
+def _available(plan: _Plan, subject: Subject, options: EvaluationOptions, announce: Callable[[str], None]) -> _Plan:
     """The part of the plan for which the run has what it needs. KdxError for a missing part that the user named; others are announced."""
     needs: set[Need] = {need for metric in plan.metrics for need in metric.needs}
     if any(candidate.uses_networks for candidate in plan.candidates):
         needs |= {"images", "networks"}
-    missing = {need: error for need in sorted(needs) if (error := _missing(need, subject)) is not None}
+    missing = {need: error for need in sorted(needs) if (error := _missing(need, subject, options)) is not None}
+    if "networks" in missing:
+        missing.pop("untrained", None)
     metrics = [metric for metric in plan.metrics if not missing.keys() & metric.needs]
     of_networks = missing.keys() & {"images", "networks"}
     candidates = [candidate for candidate in plan.candidates if not (candidate.uses_networks and of_networks)]
     for need, error in missing.items():
         without = [m.title for m in plan.metrics if need in m.needs]
-        computed = [c.title for c in plan.candidates if c.uses_networks] if need != "masks" else []
+        computed = [c.title for c in plan.candidates if c.uses_networks] if need in ("images", "networks") else []
         if (plan.named_metrics and without) or (plan.named_candidates and computed):
             raise error
         announce(f"Left out: {', '.join((*without, *computed))}. {error.problem} {error.hint}")
@@ -153,13 +155,20 @@ def _available(plan: _Plan, subject: Subject, announce: Callable[[str], None]) -
     return replace(plan, metrics=metrics, candidates=candidates)
 
 
-def _missing(need: Need, subject: Subject) -> KdxError | None:
+def _missing(need: Need, subject: Subject, options: EvaluationOptions) -> KdxError | None:
     """Why the run does not have what a metric needs; None if it does."""
     if need == "masks":
         hint = "Give --masks: a folder of mask images, a JSON file of COCO, or a folder of XML files of Pascal VOC."
         return None if subject.masks is not None else KdxError("There are no masks.", hint)
+    if need == "labels":
+        hint = "Name other metrics with --metric."
+        if subject.run.target_file is not None:
+            return KdxError("Maps can be computed anew for labels, and the run has another target.", hint)
+        if min(len(subject), options.detailed) < LEAST:
+            return KdxError(f"Maps are computed anew among at least {LEAST} images.", "Give larger --images and --detailed.")
+        return None
     try:
-        _ = subject.dataset if need == "images" else subject.networks
+        _ = subject.dataset if need == "images" else subject.networks if need == "networks" else subject.untrained("student")
     except KdxError as error:
         return error
     return None

@@ -18,15 +18,27 @@ from kdx.runs.evaluation import MetricRecord
 
 Values = NDArray[np.float64]
 
-Need = Literal["masks", "images", "networks"]
-"""What a metric needs besides the maps."""
+Need = Literal["masks", "images", "networks", "untrained", "labels"]
+"""What a metric needs besides the maps. untrained: the student's architecture with random weights. labels: relevance to one-hot labels."""
+
+
+LEAST = 12
+"""The fewest images among which maps are computed anew: two reference sets of four, and others that are compared with them."""
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Choices of the metrics. tolerance: of the pointing game, in pixels of the networks' input."""
+    """Choices of the metrics.
+
+    tolerance: of the pointing game, in pixels of the networks' input. detailed: the most images of metrics that run the networks again and
+    again, balanced over the classes. steps: of the insertion and the deletion curve. randomised: whose weights become random, the
+    student's or those of student and base (both).
+    """
 
     tolerance: float = 0.0
+    detailed: int = 64
+    steps: int = 16
+    randomised: Literal["student", "both"] = "student"
 
 
 @dataclass(frozen=True)

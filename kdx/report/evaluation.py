@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdx.report.drawing import INK, WIDTH, as_svg, elided, page_colour, page_figure, style_axes
 from kdx.report.layout import DataCell, DataTable
-from kdx.runs.evaluation import Evaluation, Measurement, MetricRecord, read_evaluation
+from kdx.runs.evaluation import STEP, Evaluation, Measurement, MetricRecord, read_evaluation
 from kdx.runs.number_text import number
 from kdx.runs.record import RunRecord
 
@@ -68,6 +68,8 @@ def _block(evaluation: Evaluation, metric: str, part: str) -> EvaluationBlock:
     title = record.title[0].upper() + record.title[1:] + (f" ({part})" if part else "")
     statement = _statement(evaluation, record, by_layer)
     tables = [_means(evaluation, title, name, by_layer)]
+    if not part and evaluation.steps(metric):
+        tables += [_steps(evaluation, metric, title, name, layer) for layer in by_layer]
     if record.better is not None and any(value.candidate == _REFERENCE for values in by_layer.values() for value in values):
         tables.append(_differences(evaluation, title, name, by_layer))
     svg = Markup(evaluation_plot(evaluation, by_layer, name))  # matplotlib has escaped the names
@@ -119,6 +121,18 @@ def _means(evaluation: Evaluation, title: str, name: str, by_layer: dict[str | N
         rows.append([DataCell(label), *cells])
     columns = ["Map", *(layer or "value" for layer in by_layer)]
     return DataTable(name, title, columns, rows)
+
+
+def _steps(evaluation: Evaluation, metric: str, title: str, name: str, layer: str | None) -> DataTable:
+    """The means of a metric's steps at a layer, in their order."""
+    steps = {step: evaluation.of(metric, layer, step) for step in evaluation.steps(metric)}
+    rows = []
+    for candidate, label in _titles(evaluation, {layer: evaluation.of(metric, layer)}):
+        rows.append([DataCell(label), *(_cell_of(candidate, values) for values in steps.values())])
+    place = "" if layer is None else f" at {layer}"
+    columns = ["Map", *(step.removeprefix(STEP) for step in steps)]
+    note = "From the output to the part at the head of the column. A map does not depend on the parts behind its layer."
+    return DataTable(f"{name}-steps-{layer or ''}", f"{title}{place}, step by step", columns, rows, note)
 
 
 def _cell_of(candidate: str, values: Sequence[Measurement]) -> DataCell:

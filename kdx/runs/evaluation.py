@@ -24,6 +24,9 @@ from kdx.runs.record import RunRecord
 
 FORMAT = 1
 
+STEP = "to "
+"""The beginning of the part of a metric that is a step, followed by the layer that it reaches from the output."""
+
 Values = NDArray[np.float64]
 
 
@@ -91,7 +94,14 @@ class Evaluation:
     confidence: float
 
     def parts(self, metric: str) -> tuple[str, ...]:
-        """The parts of a metric, in order: "" for a metric of one number."""
+        """The parts of a metric, in order, except its steps: "" for a metric of one number."""
+        return tuple(part for part in self._parts(metric) if not part.startswith(STEP))
+
+    def steps(self, metric: str) -> tuple[str, ...]:
+        """The parts of a metric that are steps on the way to its main number, such as those of a cascade; most metrics have none."""
+        return tuple(part for part in self._parts(metric) if part.startswith(STEP))
+
+    def _parts(self, metric: str) -> tuple[str, ...]:
         return tuple(dict.fromkeys(measurement.part for measurement in self.measurements if measurement.metric == metric))
 
     @property
