@@ -12,7 +12,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.choices import TableFormat
+from kdx.choices import GroupKind, TableFormat
 from kdx.errors import KdxError
 from kdx.maps.drawing import Sheet
 from kdx.maps.figures import DRAWN_KINDS, Drawable, chosen_kinds, layers_sheet
@@ -20,7 +20,7 @@ from kdx.roles import SCORE_MAPS
 from kdx.runs import schema
 from kdx.runs.image_numbers import image_number, number_names
 from kdx.runs.record import RunRecord, read_run
-from kdx.runs.score_tables import csv_text, score_table
+from kdx.runs.score_tables import csv_text, group_table, score_table
 
 ValueT = TypeVar("ValueT")
 
@@ -283,13 +283,33 @@ class OpenedRun(Drawable, Sequence[RunImage]):
             dict(zip(schema.SCORES_TABLE_COLUMNS, row, strict=True)) for row in schema.scores_table_rows(self._record.stored_scores)
         )
 
-    def table(self, format: TableFormat = "markdown", digits: int = 3) -> str:
+    @property
+    def class_scores(self) -> Records:
+        """Every score and difference of every class at every layer, as in scores_by_class.csv (`kdx.class_scores` defines them).
+
+        A score without a value has a reason as ``missing``. Empty for a run without scores per class.
+        """
+        return self._grouped("classes")
+
+    @property
+    def group_scores(self) -> Records:
+        """Every score and difference of every group of images (``--groups``), as in scores_by_group.csv (`kdx.group_scores`)."""
+        return self._grouped("groups")
+
+    def _grouped(self, kind: str) -> Records:
+        columns = schema.grouped_columns(kind)
+        return Records(dict(zip(columns, row, strict=True)) for row in schema.grouped_rows(self._record.stored_scores, kind))
+
+    def table(self, format: TableFormat = "markdown", digits: int = 3, *, by: GroupKind | None = None) -> str:
         """The scores as a table for a paper (``csv``, ``latex`` or ``markdown``), or the numbers of the images as CSV (``images``).
 
         csv has every digit, and one row per number and layer, as in scores.csv. latex is a booktabs tabular. latex and markdown have one
         row per number and one column per layer, with ``digits`` decimals, and each value has its interval. images has a row per image,
-        with its class, predictions and `numbers`. Raises KdxError for another format.
+        with its class, predictions and `numbers`. by: ``class`` or ``group`` for the scores of each class or group; latex and markdown
+        then have a table per layer with the main scores. Raises KdxError for another format, and for a run without these scores.
         """
+        if by is not None:
+            return group_table(self._record, by, format, digits)
         return self.records.csv() if format == "images" else score_table(self._record, format, digits)
 
     @property

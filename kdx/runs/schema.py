@@ -7,7 +7,8 @@ folder in this schema; `kdx.runs.record` reads it.
     samples.parquet  one row per image
     maps.zarr        LAYER/KIND [rows, h, w]: UniCAM's maps (`kdx.roles.MAPS`) and the maps that add up to a score
                      (`kdx.roles.SCORE_MAPS`). Kinds that involve the teacher exist only with a teacher.
-    scores.json      accuracies, and per layer the scores and contrasts; scores.csv has them as a table
+    scores.json      accuracies, and per layer the scores and contrasts, of all images and of each class and group; scores.csv has those of
+                     all images as a table, scores_by_class.csv and scores_by_group.csv those of classes and groups, if there are any
     training.json    the scores of probe images during training, where kdx distill logged them
     report.html      the page
     gallery.json     which images the page shows: how they were chosen, and their rows in the order of the page
@@ -28,7 +29,9 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from kdx.roles import LETTERS, READING_ORDER
+from kdx.scores.groups import GroupScores
 from kdx.scores.pool import LayerScores
+from kdx.scores.score import Score
 
 FORMAT = 1
 """The number that a manifest states. It changes when an older kdx can no longer read a new run."""
@@ -41,6 +44,7 @@ SAMPLES_FILE = "samples.parquet"
 MAPS_FILE = "maps.zarr"
 SCORES_FILE = "scores.json"
 SCORES_TABLE = "scores.csv"
+GROUPED_TABLES = {"classes": "scores_by_class.csv", "groups": "scores_by_group.csv"}
 TRAINING_FILE = "training.json"
 PAGE = "report.html"
 IMAGES_PAGE = "images.html"
@@ -133,7 +137,7 @@ omitted at their defaults, predicted, logit and exact."""
 
 class StoredOptions(TypedDict):
     """The options that a run's results depend on. Those that are not required are omitted at their defaults: float32, raw, distances
-    between whole features, auto, float32, 0 and summed ratios."""
+    between whole features, auto, float32, 0, 200 classes and summed ratios."""
 
     batch: int
     runtime: str
@@ -150,6 +154,7 @@ class StoredOptions(TypedDict):
     geometry: NotRequired[str]
     stored_precision: NotRequired[str]
     project: NotRequired[int]
+    max_classes: NotRequired[int]
     ratios: NotRequired[str]
 
 
@@ -184,10 +189,18 @@ class StoredResizing(TypedDict):
     interpolation: str
 
 
+class StoredGrouping(TypedDict):
+    """The groups of images: the column of a table, and the hash of the value of each explained image."""
+
+    column: str
+    sha256: str
+
+
 class StoredInputs(TypedDict):
-    """Omitted at their defaults: labels as the target, and images that cover the size, bicubic."""
+    """Omitted at their defaults: labels as the target, no groups, and images that cover the size, bicubic."""
 
     target: NotRequired[StoredTarget]
+    groups: NotRequired[StoredGrouping]
     resize: NotRequired[StoredResizing]
 
 
@@ -278,37 +291,68 @@ class StoredMaps(TypedDict):
     above_null: float | None
 
 
+class StoredGroup(TypedDict):
+    """A class or group at a layer: see `kdx.scores.groups.GroupScores`, which has the same fields."""
+
+    n: int
+    scores: dict[str, StoredScore]
+    contrasts: dict[str, StoredScore]
+    missing: dict[str, str]
+
+
 class StoredLayer(TypedDict):
+    """classes, groups: by name; absent where the run has none, and in runs of older versions."""
+
     scores: dict[str, StoredScore]
     contrasts: dict[str, StoredScore]
     maps: NotRequired[dict[str, StoredMaps]]
+    classes: NotRequired[dict[str, StoredGroup]]
+    groups: NotRequired[dict[str, StoredGroup]]
 
 
 class StoredScores(TypedDict):
+    """left_out: why there are no scores of ``classes`` or of ``groups``, where there are none."""
+
     features: StoredFeatures
     accuracy: dict[str, dict[str, Any]]  # role -> value, interval, correct, n: see `kdx.scores.uncertainty.accuracy`
     layers: dict[str, StoredLayer]
+    left_out: NotRequired[dict[str, str]]
 
 
 def stored_layer(layer: LayerScores) -> StoredLayer:
     """The scores and contrasts of a layer in the form of scores.json."""
-    scores: dict[str, StoredScore] = {
-        name: {
-            "value": score.value,
-            "interval": score.interval,
-            "p_value": score.p_value,
-            "p_adjusted": score.p_adjusted,
-            "n": score.n,
-            "batches": score.batches,
-        }
-        for name, score in layer.scores.items()
-    }
+    scores = {name: _stored_score(score) for name, score in layer.scores.items()}
     first = next(iter(scores.values()))  # all scores of a layer have the same basis
     contrasts: dict[str, StoredScore] = {
         name: {"value": value, "interval": interval, "p_value": None, "p_adjusted": None, "n": first["n"], "batches": first["batches"]}
         for name, (value, interval) in layer.contrasts.items()
     }
     return {"scores": scores, "contrasts": contrasts}
+
+
+def _stored_score(score: Score) -> StoredScore:
+    return {
+        "value": score.value,
+        "interval": score.interval,
+        "p_value": score.p_value,
+        "p_adjusted": score.p_adjusted,
+        "n": score.n,
+        "batches": score.batches,
+    }
+
+
+def stored_group(group: GroupScores) -> StoredGroup:
+    """The scores and contrasts of a class or group in the form of scores.json. Two scores of a contrast compare the same images."""
+    contrasts: dict[str, StoredScore] = {}
+    for name, contrast in group.contrasts.items():
+        first = group.scores[name.partition(" - ")[0]]
+        contrasts[name] = {**contrast._asdict(), "n": first.n, "batches": first.batches}  # type: ignore[typeddict-item]
+    return {
+        "n": group.n,
+        "scores": {name: _stored_score(score) for name, score in group.scores.items()},
+        "contrasts": contrasts,
+        "missing": group.missing,
+    }
 
 
 SCORES_TABLE_COLUMNS = ("layer", "score", "value", "low", "high", "p_value", "p_adjusted", "n", "batches")
@@ -327,6 +371,27 @@ def scores_table_rows(scores: StoredScores) -> Iterator[tuple[Any, ...]]:
     for layer, entry in scores["layers"].items():
         for name, score in (entry["scores"] | entry["contrasts"]).items():
             yield layer, name, score["value"], *score["interval"], score["p_value"], score.get("p_adjusted"), score["n"], score["batches"]
+
+
+GROUPED_TABLE_COLUMNS = ("layer", "group", "images", "score", "value", "low", "high", "p_value", "p_adjusted", "n", "missing")
+"""The columns of scores_by_class.csv, where ``group`` is called ``class``, and scores_by_group.csv."""
+
+
+def grouped_columns(kind: str) -> tuple[str, ...]:
+    """The columns of the table of ``classes`` or ``groups``."""
+    return tuple("class" if name == "group" and kind == "classes" else name for name in GROUPED_TABLE_COLUMNS)
+
+
+def grouped_rows(scores: StoredScores, kind: str) -> Iterator[tuple[Any, ...]]:
+    """The rows of the table of ``classes`` or ``groups``: every score and contrast, with a reason where there is no value."""
+    for layer, entry in scores["layers"].items():
+        groups: dict[str, StoredGroup] = entry.get("classes", {}) if kind == "classes" else entry.get("groups", {})
+        for name, group in groups.items():
+            for score, values in (group["scores"] | group["contrasts"]).items():
+                numbers = values["value"], *values["interval"], values["p_value"], values.get("p_adjusted"), values["n"]
+                yield layer, name, group["n"], score, *numbers, None
+            for score, reason in group["missing"].items():
+                yield layer, name, group["n"], score, *[None] * 6, reason
 
 
 # ---------------------------------------------------------------- samples.parquet and progress/
