@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdx.errors import KdxError
 from kdx.explain.map_statistics import MapStatistics, NullStrength
-from kdx.runs import schema
+from kdx.runs import grouped_scores, schema
 from kdx.runs.schema import StoredLayer, StoredMaps
 from kdx.scores.groups import GroupScores, adjusted_groups
 from kdx.scores.pool import LayerScores, adjusted
@@ -42,7 +42,7 @@ class Collected:
         }
         for kind in schema.GROUPED_TABLES:
             for layer, groups in adjusted_groups(self.grouped.get(kind, {})).items():
-                stored = {name: schema.stored_group(group) for name, group in groups.items()}
+                stored = {name: grouped_scores.stored_group(group) for name, group in groups.items()}
                 layers[layer] |= {"classes": stored} if kind == "classes" else {"groups": stored}
         return layers
 

@@ -17,10 +17,11 @@ from kdx.errors import KdxError
 from kdx.maps.drawing import Sheet
 from kdx.maps.figures import DRAWN_KINDS, Drawable, chosen_kinds, layers_sheet
 from kdx.roles import SCORE_MAPS
-from kdx.runs import schema
+from kdx.runs import grouped_scores, schema
 from kdx.runs.image_numbers import image_number, number_names
 from kdx.runs.record import RunRecord, read_run
-from kdx.runs.score_tables import csv_text, group_table, score_table
+from kdx.runs.record_table import Records as Records
+from kdx.runs.score_tables import group_table, score_table
 
 ValueT = TypeVar("ValueT")
 
@@ -41,25 +42,6 @@ def open_run(folder: str | Path) -> OpenedRun:
     """
     record = read_run(Path(folder))
     return OpenedRun(_Reader(record), np.arange(len(record.samples.rows)))
-
-
-class Records(list[dict[str, Any]]):
-    """A table as a list of dictionaries, one per row, all with the same keys."""
-
-    def csv(self) -> str:
-        """The table as CSV, with an empty field for None and NaN."""
-        rows = ((None if value != value else value for value in row.values()) for row in self)
-        return csv_text(list(self[0]) if self else [], map(list, rows))
-
-    def frame(self) -> Any:
-        """The table as a pandas.DataFrame. Raises KdxError if pandas is not installed; kdx does not need it otherwise."""
-        try:
-            import pandas  # type: ignore[import-untyped,import-not-found,unused-ignore]
-        except ImportError as error:
-            raise KdxError(
-                "A data frame needs the package pandas, which is not installed.", "Install it with: pip install pandas"
-            ) from error
-        return pandas.DataFrame(list(self))
 
 
 class Named(Mapping[str, ValueT]):
@@ -297,8 +279,8 @@ class OpenedRun(Drawable, Sequence[RunImage]):
         return self._grouped("groups")
 
     def _grouped(self, kind: str) -> Records:
-        columns = schema.grouped_columns(kind)
-        return Records(dict(zip(columns, row, strict=True)) for row in schema.grouped_rows(self._record.stored_scores, kind))
+        columns = grouped_scores.grouped_columns(kind)
+        return Records(dict(zip(columns, row, strict=True)) for row in grouped_scores.grouped_rows(self._record.stored_scores, kind))
 
     def table(self, format: TableFormat = "markdown", digits: int = 3, *, by: GroupKind | None = None) -> str:
         """The scores as a table for a paper (``csv``, ``latex`` or ``markdown``), or the numbers of the images as CSV (``images``).

@@ -1,6 +1,7 @@
 """The schema of a run's folder: the names of files, JSON keys, columns, Zarr paths and arrays, and the format number.
 
-No other module defines them, except the arrays of progress/ (`kdx.runs.progress_records`). `kdx.runs.run` and `kdx.runs.store` write a
+No other module defines them, except the arrays of progress/ (`kdx.runs.progress_records`) and the scores of classes and groups
+(`kdx.runs.grouped_scores`). `kdx.runs.run` and `kdx.runs.store` write a
 folder in this schema; `kdx.runs.record` reads it.
 
     manifest.json    everything needed to repeat the run, and whether it is complete
@@ -30,7 +31,6 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from kdx.roles import LETTERS, READING_ORDER
-from kdx.scores.groups import GroupScores
 from kdx.scores.pool import LayerScores
 from kdx.scores.score import Score
 
@@ -324,7 +324,7 @@ class StoredScores(TypedDict):
 
 def stored_layer(layer: LayerScores) -> StoredLayer:
     """The scores and contrasts of a layer in the form of scores.json."""
-    scores = {name: _stored_score(score) for name, score in layer.scores.items()}
+    scores = {name: stored_score(score) for name, score in layer.scores.items()}
     first = next(iter(scores.values()))  # all scores of a layer have the same basis
     contrasts: dict[str, StoredScore] = {
         name: {"value": value, "interval": interval, "p_value": None, "p_adjusted": None, "n": first["n"], "batches": first["batches"]}
@@ -333,7 +333,8 @@ def stored_layer(layer: LayerScores) -> StoredLayer:
     return {"scores": scores, "contrasts": contrasts}
 
 
-def _stored_score(score: Score) -> StoredScore:
+def stored_score(score: Score) -> StoredScore:
+    """A score in the form of scores.json."""
     return {
         "value": score.value,
         "interval": score.interval,
@@ -341,20 +342,6 @@ def _stored_score(score: Score) -> StoredScore:
         "p_adjusted": score.p_adjusted,
         "n": score.n,
         "batches": score.batches,
-    }
-
-
-def stored_group(group: GroupScores) -> StoredGroup:
-    """The scores and contrasts of a class or group in the form of scores.json. Two scores of a contrast compare the same images."""
-    contrasts: dict[str, StoredScore] = {}
-    for name, contrast in group.contrasts.items():
-        first = group.scores[name.partition(" - ")[0]]
-        contrasts[name] = {**contrast._asdict(), "n": first.n, "batches": first.batches}  # type: ignore[typeddict-item]
-    return {
-        "n": group.n,
-        "scores": {name: _stored_score(score) for name, score in group.scores.items()},
-        "contrasts": contrasts,
-        "missing": group.missing,
     }
 
 
@@ -374,27 +361,6 @@ def scores_table_rows(scores: StoredScores) -> Iterator[tuple[Any, ...]]:
     for layer, entry in scores["layers"].items():
         for name, score in (entry["scores"] | entry["contrasts"]).items():
             yield layer, name, score["value"], *score["interval"], score["p_value"], score.get("p_adjusted"), score["n"], score["batches"]
-
-
-GROUPED_TABLE_COLUMNS = ("layer", "group", "images", "score", "value", "low", "high", "p_value", "p_adjusted", "n", "missing")
-"""The columns of scores_by_class.csv, where ``group`` is called ``class``, and scores_by_group.csv."""
-
-
-def grouped_columns(kind: str) -> tuple[str, ...]:
-    """The columns of the table of ``classes`` or ``groups``."""
-    return tuple("class" if name == "group" and kind == "classes" else name for name in GROUPED_TABLE_COLUMNS)
-
-
-def grouped_rows(scores: StoredScores, kind: str) -> Iterator[tuple[Any, ...]]:
-    """The rows of the table of ``classes`` or ``groups``: every score and contrast, with a reason where there is no value."""
-    for layer, entry in scores["layers"].items():
-        groups: dict[str, StoredGroup] = entry.get("classes", {}) if kind == "classes" else entry.get("groups", {})
-        for name, group in groups.items():
-            for score, values in (group["scores"] | group["contrasts"]).items():
-                numbers = values["value"], *values["interval"], values["p_value"], values.get("p_adjusted"), values["n"]
-                yield layer, name, group["n"], score, *numbers, None
-            for score, reason in group["missing"].items():
-                yield layer, name, group["n"], score, *[None] * 6, reason
 
 
 # ---------------------------------------------------------------- samples.parquet and progress/

@@ -11,7 +11,7 @@ from typing import Any
 from kdx.choices import TABLE_FORMATS, GroupKind, TableFormat
 from kdx.errors import KdxError, printable
 from kdx.roles import BALANCE, GAIN, LEAD, LIKENESS, counterpart
-from kdx.runs import schema
+from kdx.runs import grouped_scores, schema
 from kdx.runs.measured import Entry
 from kdx.runs.number_text import number
 from kdx.runs.record import RunRecord
@@ -69,7 +69,7 @@ def group_table(run: RunRecord, by: GroupKind, format_: TableFormat, digits: int
         hint = "Explain the data again with --groups COLUMN." if by == "group" else "Explain the data again with --geometry whole."
         raise KdxError(reason, hint)
     if format_ == "csv":
-        return csv_text(schema.grouped_columns(kind), schema.grouped_rows(run.stored_scores, kind))
+        return csv_text(grouped_scores.grouped_columns(kind), grouped_scores.grouped_rows(run.stored_scores, kind))
     if format_ not in ("latex", "markdown"):
         raise KdxError(f"The scores per {by} have no format {format_!r}.", "Give one of: csv, latex, markdown.")
     names = main_scores(run)

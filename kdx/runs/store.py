@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kdx.disk import lock_folder, read_json, remove_leftovers, unwritable, write_atomic
 from kdx.errors import KdxError
-from kdx.runs import schema
+from kdx.runs import grouped_scores, schema
 from kdx.runs.gallery_choice import write_picture
 from kdx.runs.progress_records import BatchRecord, LayerRecord
 from kdx.runs.schema import Configuration, Context, ImageCounts, Manifest, StoredScores
@@ -217,9 +217,9 @@ class Store:
         self._write_json(schema.SCORES_FILE, scores)
         write_atomic(self.folder / schema.SCORES_TABLE, csv_text(schema.SCORES_TABLE_COLUMNS, schema.scores_table_rows(scores)).encode())
         for kind, name in schema.GROUPED_TABLES.items():
-            rows = list(schema.grouped_rows(scores, kind))
+            rows = list(grouped_scores.grouped_rows(scores, kind))
             if rows:
-                write_atomic(self.folder / name, csv_text(schema.grouped_columns(kind), rows).encode())
+                write_atomic(self.folder / name, csv_text(grouped_scores.grouped_columns(kind), rows).encode())
 
     def write_picture(self, row: int, pixels: NDArray[np.uint8]) -> None:
         """Write an image [H, W, 3] of the gallery at the size that the networks receive."""
