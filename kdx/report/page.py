@@ -139,6 +139,7 @@ def _payload(run: RunRecord, gallery: Gallery) -> Markup:
             "strip": gallery.strip,
             "numbers": {name: [card.numbers[name] for card in gallery.cards] for name in gallery.numbers},
             "figures": [card.figures for card in gallery.cards],
+            "inside": gallery.inside,
             "maps": [card.maps for card in gallery.cards],
         }
     )

@@ -11,16 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
+import kdx
 from kdx.report.groups import group_plot, group_sections
 from kdx.report.page import write_page
 from kdx.runs import schema
+from kdx.runs.evaluation import Evaluation, Measurement, write_evaluation
 from kdx.runs.measured import Entry, GroupEntries
 from kdx.runs.record import read_run
 from kdx.runs.score_tables import main_scores
 from tests.made_runs import SCRIPT
 from tests.report.grouped_run import add_groups
+from tests.report.test_gallery_page import shown as shown_images
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -84,6 +88,25 @@ def test_the_page_escapes_names_and_states_why_there_are_no_scores(grouped: Path
     path.write_text(json.dumps({**json.loads(path.read_text()), "left_out": {"classes": "The data has 1,000 classes."}}))
     page = write_page(tmp_path / "run").read_text("utf-8")
     assert "There are no scores per class. The data has 1,000 classes." in page and 'id="by-group"' not in page
+
+
+@pytest.mark.slow
+def test_images_are_sorted_by_the_share_of_a_map_inside_the_mask(run: Path, tmp_path: Path, opened: Callable[..., Page]) -> None:
+    """`kdx evaluate` stored the share of each image, except of those without a mask, which come last."""
+    shutil.copytree(run, tmp_path / "run")
+    record = read_run(tmp_path / "run")
+    shares = np.random.default_rng(4).random(len(record.samples.ids))
+    shares[::3] = np.nan
+    kind = next(kind for kind in record.map_kinds if kind == "rs_student_minus_base")
+    measurement = Measurement("energy", kind, "layer1", "", float(np.nanmean(shares)), (0.1, 0.9), int(np.isfinite(shares).sum()), 0.0)
+    write_evaluation(record, Evaluation((measurement,), {"energy": {}}, {measurement.number: shares}, 0.95))
+    assert kdx.open_run(tmp_path / "run").sorted(f"layer1/{kind}/energy").images[0] == record.samples.ids[int(np.nanargmax(shares))]
+    write_page(tmp_path / "run")
+    page = opened(tmp_path / "run")
+    page.goto((tmp_path / "run" / "report.html").as_uri() + f"#layer=layer1&maps={kind}&sort=inside")
+    rows = schema.pictured_rows(tmp_path / "run")
+    expected = sorted(rows, key=lambda row: -np.nan_to_num(shares[row], nan=-1.0))[:12]
+    assert shown_images(page) == [record.samples.ids[row] for row in expected]
 
 
 @pytest.mark.slow
