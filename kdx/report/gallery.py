@@ -17,6 +17,7 @@ from kdx.disk import write_atomic
 from kdx.maps import overlays
 from kdx.report.kinds import PageKind, opening_layer, page_kinds, shown_first
 from kdx.report.packing import PackedMap, data_uri, encoded, packed_map, rounded, rounded_or_none, shrunk
+from kdx.runs.evaluation import number_name, read_evaluation
 from kdx.runs.gallery_choice import BALANCED, read_choice
 from kdx.runs.image_numbers import CHANGED, DISAGREEMENT, WRONG, prediction_numbers
 from kdx.runs.measured import MapColumns
@@ -80,7 +81,8 @@ class Gallery:
 
     grids: the height and width of the first kind of map per layer. opening: the layer that the page shows first. limits [layer][kind]: the
     absolute value at which the layer's common scale ends. strip: the cards in the strip. chosen: how the images were
-    chosen, as a sentence. ordered: whether the cards have another order than the data.
+    chosen, as a sentence. ordered: whether the cards have another order than the data. inside [layer][kind]: the share of each card's map
+    that lies inside the image's mask, None where it was not evaluated; empty for a run without such an evaluation.
     """
 
     cards: list[Card]
@@ -92,6 +94,7 @@ class Gallery:
     classes: list[tuple[int, str, int]]  # (class, name, number of cards)
     chosen: str
     ordered: bool
+    inside: list[list[list[float | None] | None]]
 
     @property
     def pixelated(self) -> bool:
@@ -175,7 +178,19 @@ def make_gallery(run: RunRecord) -> Gallery:
         [(label, run.class_name(label), count) for label, count in sorted(counts.items())],
         choice.description(len(cards)),
         choice.order != BALANCED or bool(choice.images),
+        _inside(run, kinds, places),
     )
+
+
+def _inside(run: RunRecord, kinds: Sequence[PageKind], places: Sequence[int]) -> list[list[list[float | None] | None]]:
+    """`Gallery.inside` of these images, from what `kdx evaluate` measured."""
+    evaluation = read_evaluation(run)
+    values = {} if evaluation is None else evaluation.values
+    names = [[number_name(layer, kind.name, "energy") for kind in kinds] for layer in run.layers]
+    if not any(name in values for row in names for name in row):
+        return []
+    of_cards = {name: [rounded_or_none(float(x)) for x in shares[list(places)]] for name, shares in values.items()}
+    return [[of_cards.get(name) for name in row] for row in names]
 
 
 def _grid(maps: NDArray[np.float32]) -> tuple[int, int]:

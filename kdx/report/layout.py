@@ -118,7 +118,8 @@ class DataTable:
     """A table with buttons that copy it as CSV or LaTeX and save it as CSV, for the macro ``data_table``.
 
     name: an id that is unique on the page, and the name of the file. columns: the heads; the first column heads the rows. A column whose
-    cells have intervals becomes three columns of the CSV: ``NAME``, ``NAME low`` and ``NAME high``.
+    cells have intervals becomes three columns of the CSV: ``NAME``, ``NAME low`` and ``NAME high``. sortable: whether a click on
+    a head sorts the rows, on a page with the script ``sorting.js``.
     """
 
     name: str
@@ -126,3 +127,4 @@ class DataTable:
     columns: Sequence[str]
     rows: Sequence[Sequence[DataCell]]
     note: str = ""
+    sortable: bool = False

@@ -16,6 +16,7 @@ from kdx.maps import overlays
 from kdx.report import plots, wording
 from kdx.report.evaluation import evaluation_section
 from kdx.report.gallery import Gallery, gradient, make_gallery
+from kdx.report.groups import group_sections
 from kdx.report.kinds import kinds_left_out
 from kdx.report.layout import render, script_json
 from kdx.report.map_facts import layer_facts
@@ -31,9 +32,9 @@ from kdx.runs.training_scores import TrainingScores, read_training_scores
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-_STYLES = ("statements.css", "gallery.css", "evaluation.css")
+_STYLES = ("statements.css", "gallery.css", "evaluation.css", "groups.css")
 
-_SCRIPTS = ("maps.js", "zoom.js", "gallery.js", "run.js")
+_SCRIPTS = ("maps.js", "zoom.js", "gallery.js", "sorting.js", "run.js")
 
 
 def write_page(folder: Path) -> Path:
@@ -78,6 +79,7 @@ def _page(run: RunRecord, gallery: Gallery, training: TrainingScores | None) -> 
         training=training,
         training_drawings=[] if training is None else training_drawings(training),
         tables=score_tables(run),
+        group_sections=group_sections(run, gallery.opening),
         gallery=gallery,
         facts=layer_facts(run, gallery.kinds, gallery.grids),
         left_out=kinds_left_out(run),
@@ -139,6 +141,7 @@ def _payload(run: RunRecord, gallery: Gallery) -> Markup:
             "strip": gallery.strip,
             "numbers": {name: [card.numbers[name] for card in gallery.cards] for name in gallery.numbers},
             "figures": [card.figures for card in gallery.cards],
+            "inside": gallery.inside,
             "maps": [card.maps for card in gallery.cards],
         }
     )
