@@ -88,8 +88,9 @@ def build(name: str, seed: int) -> tuple[nn.Module, Preprocessing]:
     """The network ``timm:NAME`` or ``transformers:ARCHITECTURE`` in eval mode, with random weights from ``seed``, and its preprocessing.
 
     Weights that start at zero, such as some heads and residual branches, are random too: without them there would be no gradient.
-    Networks of transformers with batch norms have larger weights in their convolutions, and the norms have the statistics of random
-    images. With the initial ones, features shrink by about 1e6 per stage, and nothing in the last stages shows a change of the image.
+    Batch norms have the statistics of random images, as those of a trained network. With the initial ones, deep features of two images can
+    differ by less than the rounding of their common part. Convolutions of transformers' networks with batch norms have larger weights:
+    with the initial ones, features shrink by about 1e6 per stage.
     """
     torch.manual_seed(seed)
     source, _, rest = name.partition(":")
@@ -97,18 +98,17 @@ def build(name: str, seed: int) -> tuple[nn.Module, Preprocessing]:
     for parameter in module.parameters():
         if parameter.ndim > 1 and not parameter.any():
             nn.init.normal_(parameter, std=0.02)
-    if source == "transformers":
-        _calibrate(module, preprocessing)
+    _calibrate(module, preprocessing, draw_convolutions=source == "transformers")
     return module.eval(), preprocessing
 
 
-def _calibrate(module: nn.Module, preprocessing: Preprocessing) -> None:
-    """Give the convolutions of a network with batch norms weights that keep the scale, and the norms the statistics of four images."""
+def _calibrate(module: nn.Module, preprocessing: Preprocessing, *, draw_convolutions: bool) -> None:
+    """Give the batch norms of a network the statistics of four images, and its convolutions, if asked, weights that keep the scale."""
     norms = [inner for inner in module.eval().modules() if isinstance(inner, nn.BatchNorm2d) and inner.track_running_stats]
     if not norms or preprocessing.size is None:
         return
     for inner in module.modules():
-        if isinstance(inner, nn.Conv2d):
+        if draw_convolutions and isinstance(inner, nn.Conv2d):
             nn.init.kaiming_normal_(inner.weight)
     for norm in norms:
         norm.train()

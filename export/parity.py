@@ -59,7 +59,8 @@ class ParityReport:
     ReLU's input differs from zero by no more than rounding, or two entries of a max-pool differ by no more than that, the derivative
     jumps: the file, PyTorch in float32 and PyTorch in float64 may each take either side. So at least one image of every batch must
     have a gradient within the tolerance of PyTorch's in float32 or in float64. The other images are counted, and need a cosine of at
-    least 0.9.
+    least 0.9. Scaling a map to [0, 1] divides its rounding error by its range as well, so errors of scaled maps are multiplied by the
+    image's range relative to the largest value of all maps: an image with a weak map is not compared more strictly than in ``maps``.
 
     A file in half precision has no tolerance (None). Its logits, features and gradients need a cosine of at least 0.9 with PyTorch's
     in float32. The other outputs are made of differences of those and are only reported; they must be finite.
@@ -167,6 +168,10 @@ def _differences(
 ) -> dict[str, Difference]:
     expected = _eager(graph, inputs)
     differences = {name: difference(output, expected[name]) for name, output in outputs.items()}
+    for name in outputs:
+        if isinstance(graph, ExplainerGraph) and name.endswith("/scaled"):
+            ranges = _relative_ranges(expected[name.removesuffix("scaled") + "maps"])
+            differences[name] = difference(outputs[name] * ranges, expected[name] * ranges)
     gradients = [name for name in outputs if name.startswith("gradient/") and tolerance is not None]
     exact: dict[str, NDArray[Any]] = {}
     if any(differences[name].max > (tolerance or 0) for name in gradients):
@@ -179,6 +184,15 @@ def _differences(
         smooth = float(errors[agree].max()) if agree.any() else float("inf")
         differences[name] = replace(differences[name], kinked=int((~agree).sum()), smooth=smooth)
     return differences
+
+
+def _relative_ranges(maps: NDArray[Any]) -> NDArray[np.float64]:
+    """The range of each image's map relative to the largest value of all, [n, 1, 1]; 1 where the range is zero."""
+    values = maps.astype(np.float64)
+    ranges = np.ptp(values, axis=(1, 2), keepdims=True)
+    largest = np.abs(values).max()
+    relative: NDArray[np.float64] = np.where(ranges > 0, ranges / (largest or 1), 1.0)
+    return relative
 
 
 def _errors(actual: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.float64]:

@@ -297,6 +297,26 @@ def test_only_the_logits_of_a_half_precision_explainer_must_agree(monkeypatch: p
     assert set(compared(monkeypatch, graph, change).failures()) >= {"layer2/distances", "layer2/scores"}
 
 
+@pytest.mark.parametrize(("error", "agrees"), [(5e-5, True), (3e-4, False)])
+def test_scaled_maps_may_differ_by_what_scaling_makes_of_the_error_of_a_map(
+    error: float, agrees: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks = {role: Network(role, network(seed), Preprocessing()) for seed, role in enumerate(("student", "base"))}
+    graph, name = explainer_graph(networks, {"layer2": "layer2"}), "layer2/distilled/scaled"
+    amplified = []
+
+    def change(named: Named) -> None:
+        maps = named["layer2/distilled/maps"]
+        ranges = np.ptp(maps, axis=(1, 2))
+        weakest = min(np.flatnonzero(ranges), key=lambda image: ranges[image])
+        amplified.append(maps.max() / ranges[weakest])
+        named[name][weakest] += error * amplified[-1]
+
+    report = compared(monkeypatch, graph, change)
+    assert min(amplified) > 1.5  # an error that is seen because the image's map is weak
+    assert report.failures() == (() if agrees else (name,))
+
+
 def test_a_file_that_does_not_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def change(_: Named) -> None:
         raise RuntimeError("a\nshape")
