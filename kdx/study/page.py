@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from kdx.study import drawings, page_tables
 from kdx.study.figures import MOST_ROWS
 from kdx.study.side_by_side import side_by_side
 from kdx.study.statistics import POWER, Group, StudyStatistics, detectable, study_statistics
-from kdx.study.table import Study, read_study
+from kdx.study.table import Cell, Study, read_study
 
 _FEW_SEEDS = 5
 """With fewer seeds than this, the page warns that differences have to be large to be found."""
@@ -46,7 +46,7 @@ def _page(folder: Path, study: Study) -> str:
     measured = {measurement.cell for measurement in study.measurements}
     cells = [cell for cell in study.cells if cell.key in measured]
     runs = {cell.key: read_run(folder / cell.folder) for cell in cells}
-    parameters = {(cell.data, cell.teacher): count for cell in cells if (count := _parameters(runs[cell.key]))}
+    parameters = _teacher_parameters(cells, runs)
     confidence = next((run.confidence for run in runs.values()), _CONFIDENCE)
     statistics = study_statistics(study, parameters, confidence)
     data = list(dict.fromkeys(group.data for group in statistics.groups)) or list(dict.fromkeys(cell.data for cell in study.cells))
@@ -71,6 +71,8 @@ def _page(folder: Path, study: Study) -> str:
         score_figures=[*drawings.accuracy_drawings(statistics), *drawings.score_drawings(statistics)],
         rows_left_out=MOST_ROWS if rows > MOST_ROWS else 0,
         score_tables=[table(statistics, name) for name in data for table in (page_tables.accuracy_table, page_tables.scores_table)],
+        assistants=any(group.assistants for group in statistics.groups),
+        own_teacher=page_tables.OWN_TEACHER,
         capacity=drawings.capacity_drawings(statistics, parameters),
         capacity_forests=drawings.forest_drawings(statistics, ("capacity", "assistant")),
         method_forests=drawings.forest_drawings(statistics, ("methods",)),
@@ -86,8 +88,10 @@ def _page(folder: Path, study: Study) -> str:
     )
 
 
-def _parameters(run: RunRecord) -> int | None:
-    return run.networks["teacher"].parameters if "teacher" in run.networks else None
+def _teacher_parameters(cells: Sequence[Cell], runs: Mapping[str, RunRecord]) -> dict[tuple[str, str], int]:
+    """By data set and teacher. The teacher of a run with assistants is the last assistant, so these runs are left out."""
+    direct = {(cell.data, cell.teacher): runs[cell.key].networks.get("teacher") for cell in cells if not cell.assistants}
+    return {name: network.parameters for name, network in direct.items() if network is not None and network.parameters}
 
 
 def _probes(study: Study, runs: Mapping[str, RunRecord]) -> dict[Group, list[TrainingScores]]:
@@ -152,12 +156,14 @@ def _correction(statistics: StudyStatistics) -> str:
 
 def _intervals(statistics: StudyStatistics) -> str:
     level = percent(statistics.confidence, 0)
-    over_images = sum(estimate.seeds == 1 for by_name in statistics.estimates.values() for estimate in by_name.values())
-    known = sum(map(len, statistics.estimates.values()))
-    if over_images == known:
-        return f"Intervals are {level} intervals over images, within the one seed of each combination."
-    text = f"Intervals are {level} intervals over seeds (Student’s t)."
-    return text + (" Where the table says “over images”, there is one seed, and its interval is over images." if over_images else "")
+    estimates = [estimate for by_name in statistics.estimates.values() for estimate in by_name.values()]
+    if not any(estimate.over_seeds for estimate in estimates):
+        text = f"Intervals are {level} intervals over images, within the one seed of each combination."
+    else:
+        text = f"Intervals are {level} intervals over seeds (Student’s t)."
+        if not all(estimate.over_seeds for estimate in estimates):
+            text += " Where the table says “over images”, there is one seed, and its interval is over images."
+    return f"{text} {page_tables.OWN_TEACHER}" if any(group.assistants for group in statistics.groups) else text
 
 
 def _command(plan: Mapping[str, Any]) -> str:

@@ -20,10 +20,16 @@ CLAIMS: dict[Question, str] = {
     "likeness": "A student is closer to its teacher than its base is: FSS(S,T) > FSS(B,T).",
     "balance": "A student has more relevance beyond its base than its base has beyond it: RS(S|B) > RS(B|S).",
     "capacity": "A larger teacher lowers the student’s FSS(S,T) or accuracy: the capacity gap.",
-    "assistant": "An assistant raises the student’s FSS(S,T) or accuracy: it narrows the gap.",
+    "assistant": "An assistant raises the student’s accuracy, or its FSS(S,T) to the network that taught it: it narrows the gap.",
     "methods": "Two methods differ in accuracy, FSS(S,T) or RS(S).",
 }
 """What each question asks, as a claim."""
+
+OWN_TEACHER = (
+    "With an assistant, T is the network that taught the student, the last assistant: its accuracy, FSS(S,T), FSS(B,T) and RS(T) are not "
+    "those of the first teacher."
+)
+"""What a reader must know about the scores of students with assistants."""
 
 _TOPICS: dict[Question, str] = {
     "likeness": "closer to the teacher",

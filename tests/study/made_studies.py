@@ -16,7 +16,7 @@ from kdx.runs.training_scores import TrainingScores, write_training_scores
 from kdx.study.table import Cell, CellStatus, measurements_of, write_plan, write_table
 from tests.made_runs import edit, make_run
 
-PARAMETERS = {"small": 200_000, "large": 3_200_000}
+PARAMETERS = {"small": 200_000, "middle": 800_000, "large": 3_200_000}
 
 
 def make_study(
@@ -52,7 +52,8 @@ def make_study(
         _link(templates[cell.student, cell.method], run)
         changes = _scores(rng, run, cell)
         write_training_scores(run, _probe(rng))
-        edit(run / schema.MANIFEST, configuration__models__teacher__parameters=PARAMETERS[cell.teacher], configuration__data=cell.data)
+        parameters = PARAMETERS[[cell.teacher, *cell.assistants][-1]]
+        edit(run / schema.MANIFEST, configuration__models__teacher__parameters=parameters, configuration__data=cell.data)
         measurements += list(measurements_of(cell.key, changes))
     plan = {"design": {"seeds": [*range(seeds)]}, "kdx": "0.2.0", "environment": {"python": "3.11.9"}, "command": ["kdx", "study", *data]}
     status = {cell.key: CellStatus("complete" if cell in complete else "missing") for cell in cells}
