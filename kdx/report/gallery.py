@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -25,7 +26,8 @@ from kdx.runs.schema import layer_file_names, overlay_path
 
 _COMPOSITE_EDGE = 112  # composites of smaller images are enlarged by an integer factor to about this size, in pixels
 
-_PIXELATED = 96  # the page shows images up to this size with square pixels
+PIXELATED = 96
+"""A page shows images up to this size, in pixels, with square pixels."""
 
 _SATURATION = 0.95  # the common scale of a layer ends at this quantile of the highest absolute values of its maps
 
@@ -43,6 +45,9 @@ _SORTED_BY = {
     CONFIDENCE: "Student’s confidence",
 }
 """The numbers of a card by which the page sorts, in words."""
+
+MAP_SCRIPTS = ("maps.js", "tiles.js", "zoom.js")
+"""The scripts of every page that shows maps over images: drawing a map, the tiles of an image, and the dialog that shows it large."""
 
 MapFigures = tuple[float, float | None, float | None]
 """The sum of a map over its positions, its strength and its stability (`kdx.runs.record.MapColumns`)."""
@@ -96,7 +101,7 @@ class Gallery:
     @property
     def pixelated(self) -> bool:
         """Whether every image is so small that its pixels should appear as squares."""
-        return all(max(card.width, card.height) <= _PIXELATED for card in self.cards)
+        return all(max(card.width, card.height) <= PIXELATED for card in self.cards)
 
     @property
     def numbers(self) -> dict[str, str]:
@@ -129,6 +134,12 @@ class Gallery:
         return [*order[:_STRIP_HIGHEST], *order[-_STRIP_LOWEST:]]
 
 
+def colour_tables() -> dict[str, str]:
+    """The two scales of colours for the page's script, as base64 of one row of red, green and blue per level."""
+    tables = {"sequential": overlays.colours(), "diverging": overlays.diverging_colours()}
+    return {name: base64.b64encode(table.tobytes()).decode("ascii") for name, table in tables.items()}
+
+
 def gradient(signed: bool) -> str:
     """The colour scale as the stops of a CSS gradient, drawn over grey as a map is drawn over an image."""
     grey = np.full((1, 1, 3), 128, np.uint8)
@@ -149,7 +160,7 @@ def make_gallery(run: RunRecord) -> Gallery:
     places = [positions[row] for row in rows]
     maps = {(layer, kind.name): run.maps(layer, kind.name, rows) for layer in run.layers for kind in kinds}
     numbers = {**prediction_numbers(run.samples), CONFIDENCE: run.samples.confidences["student"]}
-    figures = {key: _figures(run.map_columns(*key), stack, places) for key, stack in maps.items()}
+    figures = {key: map_figures(run.map_columns(*key), stack, places) for key, stack in maps.items()}
 
     def make_card(place: int) -> Card:
         picture = run.picture(rows[place])
@@ -171,7 +182,7 @@ def make_gallery(run: RunRecord) -> Gallery:
         shown_first(run, kinds),
         grids,
         opening_layer(run, kinds[0], grids),
-        [[_limit(maps[layer, kind.name]) for kind in kinds] for layer in run.layers],
+        [[scale_end([maps[layer, kind.name]]) for kind in kinds] for layer in run.layers],
         [(label, run.class_name(label), count) for label, count in sorted(counts.items())],
         choice.description(len(cards)),
         choice.order != BALANCED or bool(choice.images),
@@ -182,7 +193,7 @@ def _grid(maps: NDArray[np.float32]) -> tuple[int, int]:
     return int(maps.shape[1]), int(maps.shape[2])
 
 
-def _figures(columns: MapColumns | None, maps: NDArray[np.float32], places: Sequence[int]) -> list[MapFigures]:
+def map_figures(columns: MapColumns | None, maps: NDArray[np.float32], places: Sequence[int]) -> list[MapFigures]:
     """The figures of the gallery's maps. A run of an older version stored none; the sum is then that of the map itself."""
     if columns is None:
         return [(rounded(float(total)), None, None) for total in np.nan_to_num(maps.astype(np.float64)).sum((1, 2))]
@@ -196,9 +207,14 @@ def _figures(columns: MapColumns | None, maps: NDArray[np.float32], places: Sequ
     ]
 
 
-def _limit(maps: NDArray[np.float32]) -> float:
-    """The value at which the common scale ends. Higher values have the same colour, so that a single map does not dim all others."""
-    highest = np.abs(np.nan_to_num(maps.astype(np.float64), posinf=0.0, neginf=0.0)).max((1, 2), initial=0.0)
+def scale_end(stacks: Iterable[NDArray[np.float32]]) -> float:
+    """The absolute value at which the common scale of these maps, several arrays [n, h, w], ends.
+
+    Higher values have the same colour, so that a single map does not dim all others.
+    """
+    highest = np.concatenate(
+        [np.abs(np.nan_to_num(maps.astype(np.float64), posinf=0.0, neginf=0.0)).max((1, 2), initial=0.0) for maps in stacks]
+    )
     highest = highest[highest > 0]
     return rounded(float(np.quantile(highest, _SATURATION))) if len(highest) else 1.0
 

@@ -38,13 +38,17 @@ def packed_map(map_: NDArray[np.floating], *, signed: bool) -> PackedMap | None:
     return (*values.shape, text, rounded(low), rounded(step))
 
 
+def packed_shape(height: int, width: int) -> tuple[int, int]:
+    """The height and width of a map on the page, from those of the stored map."""
+    shrink = min(1.0, _MAP_EDGE / max(height, width))
+    return max(1, round(height * shrink)), max(1, round(width * shrink))
+
+
 def _averaged(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    height, width = values.shape
-    if max(height, width) <= _MAP_EDGE:
+    height, width = packed_shape(*values.shape)
+    if values.shape == (height, width):
         return values
-    shrink = _MAP_EDGE / max(height, width)
-    size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
-    return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BOX))
+    return np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.BOX))
 
 
 def rounded(value: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shlex
 from collections.abc import Iterator, Mapping
@@ -12,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdx.disk import remove_leftovers, write_atomic
-from kdx.maps import overlays
 from kdx.report import plots, wording
-from kdx.report.gallery import Gallery, gradient, make_gallery
+from kdx.report.gallery import MAP_SCRIPTS, Gallery, colour_tables, gradient, make_gallery
 from kdx.report.kinds import kinds_left_out
 from kdx.report.layout import render, script_json
 from kdx.report.map_facts import layer_facts
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 
 _STYLES = ("statements.css", "gallery.css")
 
-_SCRIPTS = ("maps.js", "zoom.js", "gallery.js", "run.js")
+_SCRIPTS = (*MAP_SCRIPTS, "gallery.js", "run.js")
 
 
 def write_page(folder: Path) -> Path:
@@ -122,11 +120,10 @@ def _reading(run: RunRecord, salient: str) -> wording.Reading:
 
 def _payload(run: RunRecord, gallery: Gallery) -> Markup:
     """What the script draws the maps from, and what it sorts and prints."""
-    tables = {"sequential": overlays.colours(), "diverging": overlays.diverging_colours()}
     summaries = [[run.map_summaries[layer].get(kind.name) for kind in gallery.kinds] for layer in run.layers]
     return script_json(
         {
-            "colours": {name: base64.b64encode(table.tobytes()).decode("ascii") for name, table in tables.items()},
+            "colours": colour_tables(),
             "layers": [{"name": layer, "grid": gallery.grids[layer]} for layer in run.layers],
             "opening": list(run.layers).index(gallery.opening),
             "kinds": [
