@@ -22,7 +22,8 @@ from kdx.runtimes.choice import is_file
 NETWORKS = "networks"
 """The folder of exported networks, which all runs share."""
 
-_SHARED = ".shared-features"
+SHARED = ".shared-features"
+"""The folder of the outputs of teacher and base, while the runs are computed."""
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}"
 
@@ -48,7 +49,7 @@ def run(
     """
     check_names(students)
     own_layers = {name: layers_of(name, students, layers) for name in students}
-    shared = out / _SHARED
+    shared = out / SHARED
     for place, (name, models) in enumerate(students.items(), 1):
         announce(f"Student {name} ({place} of {len(students)}).")
         explain.run(

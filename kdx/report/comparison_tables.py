@@ -101,7 +101,8 @@ def drawings(comparison: Comparison) -> list[Drawing]:
         series = [_series(name, place) for place, name in enumerate(comparison.names)]
         points = {layer: {name: _point(comparison.entry(name, layer, number)) for name in comparison.names} for layer in comparison.layers}
         if base_number is not None and comparison.same_base and base_number in comparison.numbers:
-            base = Series("", f"base: {base_number}", "base", "s", filled=False)
+            # Not the base's own colour, which is that of the second student.
+            base = Series("", f"base: {base_number}", "muted", "s", filled=False)
             series.append(base)
             for layer, known in points.items():
                 known[base.score] = _point(comparison.entry(comparison.names[0], layer, base_number))
