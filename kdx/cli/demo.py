@@ -22,3 +22,4 @@ def demo(
     progress.console().print(table(runs))
     for method, folder in runs.items():
         typer.echo(f"The page of the student distilled with {method}: {folder / 'report.html'}")
+    typer.echo(f"The page of both students: {out / 'report.html'}")

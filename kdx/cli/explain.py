@@ -27,7 +27,6 @@ from kdx.choices import (
     Weighting,
 )
 from kdx.cli.options import (
-    BaseOption,
     DeviceOption,
     GalleryOption,
     ImagesOption,
@@ -53,11 +52,34 @@ def explain(
         list[str],
         typer.Argument(help=f"The data set: {DATA_KINDS}. Or a few image files, together with --data."),
     ],
-    models: Annotated[
-        Path, typer.Option(help="The models file, which names the student and optionally base and teacher. Or an exported explainer file.")
+    out: Annotated[
+        Path, typer.Option(help="The folder of the run, or of the runs of several students. A run that was stopped there is resumed.")
     ],
-    out: Annotated[Path, typer.Option(help="The folder of the run. A run that was stopped there is resumed.")],
-    base: BaseOption = None,
+    models: Annotated[
+        Path | None,
+        typer.Option(
+            help="The models file, which names the student and optionally base and teacher. Or an exported explainer file.",
+            show_default=False,
+        ),
+    ] = None,
+    student: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="In place of --models, one of several students: NAME=REFERENCE, a model reference, an exported file or a models file. "
+            "Teacher and base run once for all students.",
+            show_default=False,
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="With --student: the teacher of all students, a model reference.", show_default=False)
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="none: leave out the base of the models file. With --student: the base of all students, a model reference.",
+            show_default=False,
+        ),
+    ] = None,
     layer: LayerOption = None,
     batch: Annotated[
         int,
@@ -232,7 +254,7 @@ def explain(
     seed: SeedOption = 0,
 ) -> None:
     """Explain a data set: store maps of every image at every layer, scores with intervals, and a page that shows them."""
-    from kdx.commands import explain_images
+    from kdx.commands import explain_images, explain_students
     from kdx.commands.explain import check_data_set, run
     from kdx.report.terminal import scores_table
 
@@ -262,7 +284,7 @@ def explain(
         max_disk=max_disk,
         max_minutes=max_minutes,
         random_baseline=random_baseline,
-        base=base,
+        base=None if student else base,
         target=target,
         resize=resize,
         interpolation=interpolation,
@@ -279,6 +301,13 @@ def explain(
         gallery_images=image_names(images),
         seed=seed,
     )
+    explain_students.check_options(data, models, student, teacher, among, label)
+    if student:
+        files = explain_students.student_files(explain_students.parse_students(student), teacher, base, out)
+        comparison = explain_students.run(data[0], files, out, layer or (), options, command=["kdx", *sys.argv[1:]], announce=announce_line)
+        typer.echo(f"The page: {comparison}")
+        return
+    assert models is not None
     if among is not None:
         explain_images.check_options([name for name in context.params if is_given(context, name)])
         images_page = explain_images.run(

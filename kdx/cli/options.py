@@ -40,8 +40,6 @@ ImagesOption = Annotated[
     str | None, typer.Option(help="The images of the page by name, such as cat/a.jpg,dog/b.jpg, in place of --gallery.", show_default=False)
 ]
 
-BaseOption = Annotated[str | None, typer.Option(help="none: leave out the base of the models file.", show_default=False)]
-
 
 def is_given(context: typer.Context, name: str) -> bool:
     """Whether the command line gives the option with this name in Python."""

@@ -12,7 +12,15 @@ from kdx.cli.options import ORDER_HELP, ImagesOption, image_names
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...",
+            help="The folder of a run. Several runs, RUN or NAME=RUN, are compared on the page --out.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The HTML file of the page that compares several runs.", show_default=False)] = None,
     table: Annotated[
         TableFormat | None,
         typer.Option(
@@ -32,10 +40,15 @@ def report(
         str | None, typer.Option(help="Where the run's data is now, for images that have no picture in the run.", show_default=False)
     ] = None,
 ) -> None:
-    """Write the page of a run again, from the stored results, with the same images or others, or print its scores as a table."""
-    from kdx.commands.report import check_options
+    """Write the page of a run again, or one page that compares several runs, from the stored results. Or print the scores as a table."""
+    from kdx.commands.report import check_options, check_runs, compare
 
     check_options(table, by, gallery, order, images, data)
+    check_runs(runs, out, table, by, changes_images=not {gallery, order, images} <= {None})
+    if len(runs) > 1:
+        typer.echo(compare(runs, out, table), nl=table is None)
+        return
+    run = Path(runs[0])
     if table is not None:
         from kdx.runs.opened import open_run
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from kdx.commands import explain
+from kdx.commands import explain, explain_students
 from kdx.distill import DEMO, distill
 from kdx.errors import resumable
+from kdx.explain.shared_features import SharedFeatures
 from kdx.report import wording
+from kdx.report.comparison_page import write_comparison
 from kdx.roles import READING_ORDER, contrast_name, contrasts_among
+from kdx.runs import schema
 from kdx.runs.measured import Entry
 from kdx.runs.record import read_run
 from kdx.runs.run import RunOptions
@@ -25,7 +28,8 @@ _SHOWN = list(dict.fromkeys(name for pair in contrasts_among(READING_ORDER) for 
 def run(out: Path, *, seed: int = 0, announce: Callable[[str], None] = print) -> dict[str, Path]:
     """Train a teacher, a base and one student per distillation method, and explain both students. Returns the run's folder per method.
 
-    Both students have the same teacher and base, so that the runs differ only in the method.
+    Both students have the same teacher and base, so that the runs differ only in the method, and teacher and base run once for both. The
+    page ``report.html`` in ``out`` compares the students.
     """
     with resumable(lambda: any(out.rglob("*.safetensors")) or any(out.rglob("*.state.pt"))):
         return _run(out, seed, announce)
@@ -33,6 +37,7 @@ def run(out: Path, *, seed: int = 0, announce: Callable[[str], None] = print) ->
 
 def _run(out: Path, seed: int, announce: Callable[[str], None]) -> dict[str, Path]:
     runs = {}
+    shared = out / explain_students.SHARED
     teacher, base = DEMO["teacher"], None
     for method in ("kd", "at"):
         announce(
@@ -51,8 +56,11 @@ def _run(out: Path, seed: int, announce: Callable[[str], None]) -> dict[str, Pat
             options=RunOptions(seed=seed),
             networks=out / "networks",
             command=["kdx", "explain", "digits", "--models", str(models), "--out", str(runs[method]), "--seed", str(seed)],
+            shared_features=shared,
             announce=announce,
         )
+    write_comparison(runs, out / schema.PAGE)
+    SharedFeatures(shared).remove()
     return runs
 
 

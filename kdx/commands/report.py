@@ -1,6 +1,10 @@
-"""`kdx report`: which of its options exclude each other."""
+"""`kdx report`: which of its options exclude each other, and the comparison of several runs."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
 
 from kdx.choices import GroupKind, TableFormat
 from kdx.errors import KdxError
@@ -22,3 +26,45 @@ def check_options(
         raise KdxError(
             "The page shows the same images as before, whose pictures are in the run.", "Give --data with --gallery, --order or --images."
         )
+
+
+def check_runs(runs: Sequence[str], out: Path | None, table: TableFormat | None, by: GroupKind | None, *, changes_images: bool) -> None:
+    """KdxError for options that do not apply to one run, or to several."""
+    if len(runs) == 1:
+        if out is not None:
+            raise KdxError("--out names the page that compares several runs.", "Name another run, or leave --out out.")
+        return
+    if changes_images:
+        raise KdxError("The page of several runs shows the images of their pages.", "Choose other images for each run with kdx report RUN.")
+    if by is not None:
+        raise KdxError("The joint table of several runs has no scores of classes or groups.", "Print them run by run: kdx report RUN.")
+    if (out is None) == (table is None):
+        raise KdxError("Several runs make one page or one table.", "Name the page with --out comparison.html, or give --table.")
+
+
+def compare(runs: Sequence[str], out: Path | None, table: TableFormat | None) -> str:
+    """The joint table of several runs, or the line that names the page that compares them. runs: each a folder, or ``NAME=FOLDER``.
+
+    Raises KdxError for a name that is given twice, and for runs that cannot be compared.
+    """
+    from kdx.report.comparison import compare_runs
+    from kdx.report.comparison_page import write_comparison
+    from kdx.report.comparison_text import joint_table
+
+    folders = named_runs(runs)
+    if out is None:
+        return joint_table(compare_runs(folders), table or "markdown")
+    return f"The page: {write_comparison(folders, out)}"
+
+
+def named_runs(runs: Sequence[str]) -> dict[str, Path]:
+    """The folder of each run by its name: that of ``NAME=FOLDER``, or the part of the path that differs from the other runs'."""
+    from kdx.report.comparison import run_names
+
+    named = [re.fullmatch(r"([^=/\\]+)=(.+)", run) if not Path(run).exists() else None for run in runs]
+    folders = [Path(run if match is None else match[2]) for run, match in zip(runs, named, strict=True)]
+    names = [default if match is None else match[1] for default, match in zip(run_names(folders), named, strict=True)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise KdxError(f"Two runs are named {twice}.", "Give each run another name: NAME=RUN.")
+    return dict(zip(names, folders, strict=True))

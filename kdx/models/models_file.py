@@ -157,6 +157,7 @@ def write_models(
     teacher: str | None = None,
     layers: Sequence[str] = (),
     classes: Sequence[str] = (),
+    targets: str | None = None,
     preprocessing: Preprocessing | None = None,
     data: str | None = None,
     fingerprint: str | None = None,
@@ -168,6 +169,7 @@ def write_models(
     """Write a models file atomically and return its contents, as ``read_models`` reads them. Entries that are None are left out."""
     lines = [f"{role} = {_toml(value)}" for role, value in zip(READING_ORDER, (teacher, base, student), strict=True) if value is not None]
     lines += [f"{key} = {_toml(list(values))}" for key, values in (("layers", layers), ("classes", classes)) if values]
+    lines += [f"targets = {_toml(targets)}"] if targets is not None else []
     values: dict[str, Any] = {}
     if preprocessing is not None:
         values = {"size": preprocessing.size, "mean": preprocessing.mean, "std": preprocessing.std}

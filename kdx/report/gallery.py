@@ -27,7 +27,8 @@ from kdx.runs.schema import layer_file_names, overlay_path
 
 _COMPOSITE_EDGE = 112  # composites of smaller images are enlarged by an integer factor to about this size, in pixels
 
-_PIXELATED = 96  # the page shows images up to this size with square pixels
+PIXELATED = 96
+"""A page shows images up to this size, in pixels, with square pixels."""
 
 _SATURATION = 0.95  # the common scale of a layer ends at this quantile of the highest absolute values of its maps
 
@@ -45,6 +46,9 @@ _SORTED_BY = {
     CONFIDENCE: "Student’s confidence",
 }
 """The numbers of a card by which the page sorts, in words."""
+
+MAP_SCRIPTS = ("maps.js", "tiles.js", "zoom.js")
+"""The scripts of every page that shows maps over images: drawing a map, the tiles of an image, and the dialog that shows it large."""
 
 MapFigures = tuple[float, float | None, float | None]
 """The sum of a map over its positions, its strength and its stability (`kdx.runs.record.MapColumns`)."""
@@ -100,7 +104,7 @@ class Gallery:
     @property
     def pixelated(self) -> bool:
         """Whether every image is so small that its pixels should appear as squares."""
-        return all(max(card.width, card.height) <= _PIXELATED for card in self.cards)
+        return all(max(card.width, card.height) <= PIXELATED for card in self.cards)
 
     @property
     def numbers(self) -> dict[str, str]:
@@ -159,7 +163,7 @@ def make_gallery(run: RunRecord) -> Gallery:
     places = [positions[row] for row in rows]
     maps = {(layer, kind.name): run.maps(layer, kind.name, rows) for layer in run.layers for kind in kinds}
     numbers = {**prediction_numbers(run.samples), CONFIDENCE: run.samples.confidences["student"]}
-    figures = {key: _figures(run.map_columns(*key), stack, places) for key, stack in maps.items()}
+    figures = {key: map_figures(run.map_columns(*key), stack, places) for key, stack in maps.items()}
 
     def make_card(place: int) -> Card:
         picture = run.picture(rows[place])
@@ -204,7 +208,7 @@ def _grid(maps: NDArray[np.float32]) -> tuple[int, int]:
     return int(maps.shape[1]), int(maps.shape[2])
 
 
-def _figures(columns: MapColumns | None, maps: NDArray[np.float32], places: Sequence[int]) -> list[MapFigures]:
+def map_figures(columns: MapColumns | None, maps: NDArray[np.float32], places: Sequence[int]) -> list[MapFigures]:
     """The figures of the gallery's maps. A run of an older version stored none; the sum is then that of the map itself."""
     if columns is None:
         return [(rounded(float(total)), None, None) for total in np.nan_to_num(maps.astype(np.float64)).sum((1, 2))]

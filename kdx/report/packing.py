@@ -39,13 +39,17 @@ def packed_map(map_: NDArray[np.floating], *, signed: bool, edge: int = _MAP_EDG
     return (*values.shape, text, rounded(low), rounded(step))
 
 
+def packed_shape(height: int, width: int, edge: int = _MAP_EDGE) -> tuple[int, int]:
+    """The height and width of a map on the page, from those of the stored map. edge: the longest edge on the page."""
+    shrink = min(1.0, edge / max(height, width))
+    return max(1, round(height * shrink)), max(1, round(width * shrink))
+
+
 def _averaged(values: NDArray[np.float32], edge: int) -> NDArray[np.float32]:
-    height, width = values.shape
-    if max(height, width) <= edge:
+    height, width = packed_shape(*values.shape, edge)
+    if values.shape == (height, width):
         return values
-    shrink = edge / max(height, width)
-    size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
-    return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BOX))
+    return np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.BOX))
 
 
 def rounded(value: float) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from kdx.disk import remove_leftovers, write_atomic
 from kdx.report import plots, wording
 from kdx.report.evaluation import evaluation_section
-from kdx.report.gallery import Gallery, colour_tables, gradient, make_gallery
+from kdx.report.gallery import MAP_SCRIPTS, Gallery, colour_tables, gradient, make_gallery
 from kdx.report.groups import group_sections
 from kdx.report.kinds import kinds_left_out
 from kdx.report.layout import nested_facts, render, script_json
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _STYLES = ("statements.css", "gallery.css", "evaluation.css", "groups.css")
 
-_SCRIPTS = ("maps.js", "zoom.js", "gallery.js", "sorting.js", "run.js")
+_SCRIPTS = (*MAP_SCRIPTS, "gallery.js", "sorting.js", "run.js")
 
 
 def write_page(folder: Path) -> Path:

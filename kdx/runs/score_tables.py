@@ -127,7 +127,8 @@ def _groups(run: RunRecord) -> list[list[tuple[str, list[Entry]]]]:
     ]
 
 
-def _cell(entry: Entry, digits: int, sign: bool = False) -> tuple[str, str, str]:
+def rounded_cell(entry: Entry, digits: int, sign: bool = False) -> tuple[str, str, str]:
+    """Value and interval as text, for `latex_cell` and `markdown_cell`."""
     value, low, high = entry.value, *entry.interval
     return number(value, digits, sign), number(low, digits), number(high, digits)
 
@@ -142,37 +143,40 @@ def _about(run: RunRecord) -> str:
 
 def _markdown(run: RunRecord, digits: int) -> str:
     accuracies = [
-        [role, _plain(_cell(network.accuracy, digits)), f"{network.correct} of {network.n}"] for role, network in run.networks.items()
+        [role, markdown_cell(rounded_cell(network.accuracy, digits)), f"{network.correct} of {network.n}"]
+        for role, network in run.networks.items()
     ]
     scores = [
-        [_markdown_text(name.replace(" - ", " − ")), *(_plain(_cell(entry, digits, bool(sign))) for entry in entries)]
+        [markdown_text(name.replace(" - ", " − ")), *(markdown_cell(rounded_cell(entry, digits, bool(sign))) for entry in entries)]
         for sign, group in enumerate(_groups(run))
         for name, entries in group
     ]
-    layers = [f"{_markdown_text(layer)}" for layer in run.layers]
+    layers = [f"{markdown_text(layer)}" for layer in run.layers]
     return "\n".join(
         [
-            f"{_markdown_text(_about(run))}.",
+            f"{markdown_text(_about(run))}.",
             "",
-            *_markdown_rows(["network", "accuracy", "correct"], accuracies),
+            *markdown_rows(["network", "accuracy", "correct"], accuracies),
             "",
-            *_markdown_rows(["score", *layers], scores),
+            *markdown_rows(["score", *layers], scores),
             "",
         ]
     )
 
 
-def _markdown_rows(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_rows(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table. The first column is aligned left, and the others right."""
     rule = ["---", *["---:"] * (len(columns) - 1)]
     return [f"| {' | '.join(row)} |" for row in (columns, rule, *rows)]
 
 
-def _plain(cell: tuple[str, str, str]) -> str:
+def markdown_cell(cell: tuple[str, str, str]) -> str:
+    """Value and interval in a Markdown table."""
     value, low, high = cell
     return value if low == high == "–" else f"{value} ({low} to {high})"
 
 
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
     """Text in which no character is markup."""
     return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", " ".join(printable(text).split()))
 
@@ -181,7 +185,7 @@ def _markdown_text(text: str) -> str:
 
 
 def _latex(run: RunRecord, digits: int) -> str:
-    layers, count = [rf"\texttt{{{_latex_text(layer)}}}" for layer in run.layers], len(run.layers)
+    layers, count = [rf"\texttt{{{latex_text(layer)}}}" for layer in run.layers], len(run.layers)
     lines = [
         f"% {' '.join(printable(_about(run)).split())}. Needs \\usepackage{{booktabs}}.",
         rf"\begin{{tabular}}{{l{'r' * count}}}",
@@ -190,24 +194,28 @@ def _latex(run: RunRecord, digits: int) -> str:
         r"\midrule",
     ]
     for role, network in run.networks.items():
-        lines.append(rf"accuracy of the {role} & \multicolumn{{{count}}}{{c}}{{{_latex_cell(_cell(network.accuracy, digits))}}} \\")
+        lines.append(rf"accuracy of the {role} & \multicolumn{{{count}}}{{c}}{{{latex_cell(rounded_cell(network.accuracy, digits))}}} \\")
     for sign, group in enumerate(_groups(run)):
         lines.append(r"\midrule")
         for name, entries in group:
-            lines.append(f"{_latex_score(name)} & {' & '.join(_latex_cell(_cell(entry, digits, bool(sign))) for entry in entries)} \\\\")
+            lines.append(
+                f"{latex_score(name)} & {' & '.join(latex_cell(rounded_cell(entry, digits, bool(sign))) for entry in entries)} \\\\"
+            )
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def _latex_cell(cell: tuple[str, str, str]) -> str:
+def latex_cell(cell: tuple[str, str, str]) -> str:
+    """Value and interval in a LaTeX table."""
     value, low, high = (f"${part.replace('−', '-')}$" if part != "–" else "--" for part in cell)
     return value if low == high == "--" else f"{value} ({low} to {high})"
 
 
-def _latex_score(name: str) -> str:
+def latex_score(name: str) -> str:
     """The name of a score or a difference as mathematics: RS(S|B) becomes $\\mathrm{RS}(S \\mid B)$."""
     text = re.sub(r"(FSS|RS)\(", r"\\mathrm{\1}(", name)
     return "$" + text.replace("|", r" \mid ") + "$"
 
 
-def _latex_text(text: str) -> str:
+def latex_text(text: str) -> str:
+    """Text in which no character is a command."""
     return "".join(_LATEX.get(character, character) for character in " ".join(printable(text).split()))

@@ -28,6 +28,7 @@ def test_reading_a_models_file_is_the_inverse_of_writing_it(tmp_path: Path) -> N
         student=SMALL,
         layers=["layer3", "layer1=stem.0"],
         classes=["cat", 'a "quoted"\n\\name\x7f', "猫"],
+        targets="embeddings.npy",
         preprocessing=Preprocessing((24, 32), (0.5, 0.25, 1e-7), (0.1,)),
         resizing=Resizing("letterbox", "bilinear"),
         data="digits",
@@ -42,6 +43,7 @@ def test_reading_a_models_file_is_the_inverse_of_writing_it(tmp_path: Path) -> N
     assert written.classes == ("cat", 'a "quoted"\n\\name\x7f', "猫")
     assert written.training == {"method": "kd", "accuracy": 0.97, "whole": 1.0, "augment": True, "nested": {"odd key": [1, 2]}}
     assert (written.layers, written.data) == (("layer3", "layer1=stem.0"), "digits")
+    assert written.targets == "embeddings.npy"
     assert (written.fingerprint, written.split_seed, written.used) == ("ab12", 3, "u.npy")
     assert os.listdir(tmp_path) == ["models.toml"]  # noqa: PTH208 - names are compared
 

@@ -18,7 +18,7 @@ import kdx
 from kdx.report.groups import group_plot, group_sections
 from kdx.report.page import write_page
 from kdx.runs import schema
-from kdx.runs.evaluation import Evaluation, Measurement, write_evaluation
+from kdx.runs.evaluation import CandidateRecord, Evaluation, Measurement, MetricRecord, write_evaluation
 from kdx.runs.measured import Entry, GroupEntries
 from kdx.runs.record import read_run
 from kdx.runs.score_tables import main_scores
@@ -99,7 +99,9 @@ def test_images_are_sorted_by_the_share_of_a_map_inside_the_mask(run: Path, tmp_
     shares[::3] = np.nan
     kind = next(kind for kind in record.map_kinds if kind == "rs_student_minus_base")
     measurement = Measurement("energy", kind, "layer1", "", float(np.nanmean(shares)), (0.1, 0.9), int(np.isfinite(shares).sum()), 0.0)
-    write_evaluation(record, Evaluation((measurement,), {"energy": {}}, {measurement.number: shares}, 0.95))
+    metric = MetricRecord("Energy", "The share inside the mask.", "higher", None, {})
+    candidate = CandidateRecord("RS(S) - RS(B)", "A stored map.", "run")
+    write_evaluation(record, Evaluation((measurement,), {"energy": metric}, {kind: candidate}, {measurement.number: shares}, 0.95))
     assert kdx.open_run(tmp_path / "run").sorted(f"layer1/{kind}/energy").images[0] == record.samples.ids[int(np.nanargmax(shares))]
     write_page(tmp_path / "run")
     page = opened(tmp_path / "run")

@@ -81,6 +81,7 @@ def test_salient_features_share_passes_of_salient_images_too(folder: Path, model
         assert same(shared, results(explained(folder, models[name], tmp_path / f"single-{name}", SALIENT)))
 
 
+@pytest.mark.slow
 def test_other_weights_layers_and_images_are_not_shared(
     folder: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

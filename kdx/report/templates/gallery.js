@@ -29,57 +29,31 @@ function makeGallery(data) {
     return plus < 0 || minus < 0 || plus === minus ? null : [plus, minus];
   }
 
-  function newTile(index, name) {
-    const figure = document.createElement("figure");
-    figure.className = "map";
-    figure.dataset.kind = name;
-    const stack = document.createElement("div");
-    stack.className = "stack";
-    const image = cards[index].querySelector("img").cloneNode();
-    image.alt = "";
-    const canvas = document.createElement("canvas");
-    canvas.setAttribute("role", "img");
-    stack.append(image, canvas);
-    const caption = document.createElement("figcaption");
-    caption.append(...["kind", "sum", "quality"].map((line) => {
-      const part = document.createElement("span");
-      part.className = line;
-      return part;
-    }));
-    figure.append(stack, caption);
-    return figure;
-  }
+  const tileOf = (index, name) => newTile(cards[index].querySelector("img"), name);
 
   // Draws one map into a tile, which it makes if there is none, and writes its caption.
   function fillTile(tile, index, kind, edge, atLayer = layer) {
-    const figure = tile ?? newTile(index, kinds[kind].name);
     const map = maps[index][atLayer][kind];
-    const { label, signed } = kinds[kind];
-    const canvas = figure.querySelector("canvas");
-    const image = figure.querySelector("img");
-    const words = describeMap(kinds[kind], map, figures[index][atLayer][kind], nulls[atLayer][kind]);
-    canvas.hidden = !map;
-    canvas.setAttribute("aria-label", `${label} map of ${cards[index].dataset.id} at ${layers[atLayer].name}`);
-    figure.querySelector(".kind").textContent = label;
-    figure.querySelector(".sum").textContent = words.sum;
-    figure.querySelector(".quality").textContent = words.quality;
-    if (map) {
-      drawMap(canvas, map, {
+    const { label, name, signed } = kinds[kind];
+    return paintTile(tile ?? tileOf(index, name), {
+      map,
+      label,
+      spoken: `${label} map of ${cards[index].dataset.id} at ${layers[atLayer].name}`,
+      words: describeMap(kinds[kind], map, figures[index][atLayer][kind], nulls[atLayer][kind]),
+      look: {
         signed,
         colours: signed ? colours.diverging : colours.sequential,
         limit: inputs.scale.value === "own" ? 0 : limits[atLayer][kind],
         smooth: inputs.cells.value !== "raw",
-        ratio: image.width / image.height,
         edge,
-      });
-    }
-    return figure;
+      },
+    });
   }
 
   // The difference of two maps of the shown layer, as a new tile.
   function differenceTile(index, edge) {
     const compared = comparedKinds();
-    const figure = newTile(index, "difference");
+    const figure = tileOf(index, "difference");
     const canvas = figure.querySelector("canvas");
     const image = figure.querySelector("img");
     const both = compared.map((kind) => maps[index][layer][kind]);
@@ -106,17 +80,7 @@ function makeGallery(data) {
     element("difference-high").textContent = `+1: only ${plus}`;
   }
 
-  function enlargeButton(index) {
-    const button = document.createElement("button");
-    const text = document.createElement("span");
-    button.type = "button";
-    button.className = "enlarge";
-    text.className = "unseen";
-    text.textContent = `Enlarge ${cards[index].dataset.id}`;
-    button.append(text);
-    button.addEventListener("click", () => zoom(index));
-    return button;
-  }
+  const enlarge = (index) => enlargeButton(cards[index].dataset.id, () => zoom(index));
 
   function paint(index) {
     const card = cards[index];
@@ -125,7 +89,7 @@ function makeGallery(data) {
     const views = card.querySelector(".views");
     if (!card.tiles) {
       card.tiles = kinds.map(() => null);
-      card.querySelector(".source .stack").append(enlargeButton(index));
+      card.querySelector(".source .stack").append(enlarge(index));
     }
     kinds.forEach((_, kind) => {
       if (shown.has(kind)) card.tiles[kind] = fillTile(card.tiles[kind], index, kind, TILE_EDGE);
@@ -148,7 +112,7 @@ function makeGallery(data) {
     label.textContent = cards[index].dataset.name;
     name.append(label);
     item.style.setProperty("--ratio", cards[index].style.getPropertyValue("--ratio"));
-    item.append(name, picture, figure, enlargeButton(index));
+    item.append(name, picture, figure, enlarge(index));
     return { index, item, figure };
   });
 

@@ -17,7 +17,7 @@ function makeZoom(gallery) {
       const [role, verdict, name, confidence] = [...row.children].map((part) => part.textContent);
       return `${role} ${verdict[0]} ${name} ${confidence}`;
     });
-    about.textContent = `${gallery.layerName()} · ${predictions.join(" · ")}`;
+    about.textContent = [gallery.layerName(), ...predictions].join(" · ");
     dialog.style.setProperty("--ratio", card.style.getPropertyValue("--ratio"));
     const source = document.createElement("figure");
     const stack = document.createElement("div");

@@ -1,0 +1,50 @@
+// The tiles of an image: each shows the image, a map over it, and lines that describe the map.
+
+// image: the <img> that the tile repeats. name: the value of data-kind.
+function newTile(image, name) {
+  const figure = document.createElement("figure");
+  figure.className = "map";
+  figure.dataset.kind = name;
+  const stack = document.createElement("div");
+  stack.className = "stack";
+  const copy = image.cloneNode();
+  copy.alt = "";
+  const canvas = document.createElement("canvas");
+  canvas.setAttribute("role", "img");
+  stack.append(copy, canvas);
+  const caption = document.createElement("figcaption");
+  caption.append(...["kind", "sum", "quality"].map((line) => {
+    const part = document.createElement("span");
+    part.className = line;
+    return part;
+  }));
+  figure.append(stack, caption);
+  return figure;
+}
+
+// Draws a map into a tile and writes its caption. map: packed, or null for an empty map. label: the first line of the caption.
+// spoken: the map in words. words: { sum, quality } of describeMap. look: { signed, colours, limit, smooth, edge } of drawMap.
+function paintTile(figure, { map, label, spoken, words, look }) {
+  const canvas = figure.querySelector("canvas");
+  const image = figure.querySelector("img");
+  canvas.hidden = !map;
+  canvas.setAttribute("aria-label", spoken);
+  figure.querySelector(".kind").textContent = label;
+  figure.querySelector(".sum").textContent = words.sum;
+  figure.querySelector(".quality").textContent = words.quality;
+  if (map) drawMap(canvas, map, { ...look, ratio: image.width / image.height });
+  return figure;
+}
+
+// The button over an image that opens the dialog.
+function enlargeButton(name, open) {
+  const button = document.createElement("button");
+  const text = document.createElement("span");
+  button.type = "button";
+  button.className = "enlarge";
+  text.className = "unseen";
+  text.textContent = `Enlarge ${name}`;
+  button.append(text);
+  button.addEventListener("click", open);
+  return button;
+}
