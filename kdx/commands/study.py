@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
 
 from kdx import models, progress, threads
 from kdx.choices import NO_BASE
@@ -23,6 +26,7 @@ from kdx.runs import schema
 from kdx.runs.environment import environment
 from kdx.runs.record import LostResult, read_run
 from kdx.study.conflicts import check_same_study
+from kdx.study.cost import Cost, costs
 from kdx.study.design import Design
 from kdx.study.grid import MODELS, RUN, Grid, Job, grid_of
 from kdx.study.schedule import Note, Outcome, run_jobs
@@ -137,7 +141,7 @@ def run(design: Design, folder: Path, *, workers: int | None = None, command: Se
         grid = grid_of(design)
         count = workers or _default_workers(grid)
         plan = _plan(design, grid, folder, command, count)
-        study = _Run(folder, grid, plan, complete_jobs(grid, folder))
+        study = _Run(folder, grid, plan, set(complete_jobs(folder, grid)))
         study.write_plan()
         todo = len(grid.jobs) - len(study.complete)
         announce(f"{len(grid.cells)} cells, {len(grid.jobs)} jobs, {todo} of them to do, with {count} worker{'s' if count > 1 else ''}.")
@@ -156,6 +160,49 @@ def run(design: Design, folder: Path, *, workers: int | None = None, command: Se
                 study.end(outcome)
                 announce(f"[{ended}/{todo}] {outcome.job.kind} {outcome.job.key}: {_ending(outcome)}")
         return _finish(study, announce)
+
+
+def dry_run(design: Design, folder: Path, *, workers: int | None = None) -> Group:
+    """The plan of a study with its cost, to be printed. Nothing is trained, and nothing is written."""
+    grid = grid_of(design)
+    if (folder / STUDY_FILE).exists():
+        check_same_study(folder, read_study(folder).plan, _entries(design, grid))
+    complete = complete_jobs(_checked(folder), grid)
+    count = workers or _default_workers(grid)
+    cells = Table("cell", "state", box=None, pad_edge=False)
+    for cell in grid.cells:
+        cells.add_row(escape(cell.key), "complete" if cell.key in complete else "to do")
+    return Group(cells, "", _cost_table(costs(grid, complete), count), *_passes(grid))
+
+
+def _cost_table(rows: Sequence[Cost], workers: int) -> Table:
+    left = sum(row.left for row in rows)
+    title = f"About {_duration(left / workers)} with {workers} worker{'s' if workers > 1 else ''}, of {_duration(left)} of work"
+    table = Table("work", "networks", "jobs", "to do", "epochs", "time of one", "source of the time", box=None, pad_edge=False, title=title)
+    for row in rows:
+        kind = "student and its explanation" if row.kind == "cell" else row.kind
+        source = "complete jobs of this study" if row.source == "stored" else "one batch"
+        counts = (str(number) for number in (row.jobs, row.jobs - row.done, row.epochs))
+        table.add_row(kind, escape(" > ".join(row.networks)), *counts, _duration(row.seconds), source)
+    return table
+
+
+def _passes(grid: Grid) -> list[str]:
+    """Lines about the passes of images through networks that explaining takes."""
+    cells = [job for job in grid.jobs if job.kind == "cell"]
+    shared = {(job.data, job.settings.seed, network) for job in cells for network in (job.teacher_weights or job.teacher, job.base or "")}
+    passes = len(cells) + sum(network not in ("", NO_BASE) for *_, network in shared)
+    separate = sum(2 + (job.base not in (None, NO_BASE)) for job in cells)
+    return [
+        "",
+        f"Explaining {len(cells)} cells takes {passes} passes of a network over the explained images; separate runs would take {separate}.",
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 def _ending(outcome: Outcome) -> str:
@@ -187,7 +234,7 @@ def _plan(design: Design, grid: Grid, folder: Path, command: Sequence[str], work
 
     Raises KdxError if the study in the folder cannot be extended to this one.
     """
-    entries = {"design": design.as_table(), "fingerprints": dict(grid.fingerprints), "parameters": {**grid.parameters}}
+    entries = _entries(design, grid)
     known: dict[str, Any] = {}
     if (folder / STUDY_FILE).exists():
         known = dict(read_study(folder).plan)
@@ -198,22 +245,31 @@ def _plan(design: Design, grid: Grid, folder: Path, command: Sequence[str], work
     return {**entries, "kdx": version("kdx"), "environment": environment(), "command": list(command), "threads": count}
 
 
-def complete_jobs(grid: Grid, folder: Path) -> set[str]:
-    """The keys of the jobs whose results are in the folder. Raises KdxError for results of other inputs, such as data that have changed."""
-    complete = set()
+def _entries(design: Design, grid: Grid) -> dict[str, Any]:
+    """The entries of a plan on which the results depend."""
+    return {"design": design.as_table(), "fingerprints": dict(grid.fingerprints), "parameters": {**grid.parameters}}
+
+
+def complete_jobs(folder: Path, grid: Grid) -> dict[str, float]:
+    """The jobs whose results are in the folder, by key, with the seconds that each took.
+
+    Raises KdxError for results of other inputs, such as data that have changed.
+    """
+    complete = {}
     for job in grid.jobs:
         try:
             stored = json.loads((folder / job.folder / DONE).read_text("utf-8"))
-        except (OSError, ValueError):
+            identity, seconds = dict(stored["identity"]), float(stored["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
             continue
-        different = sorted(key for key in {*stored["identity"], *job.identity} if stored["identity"].get(key) != job.identity.get(key))
+        different = sorted(key for key in {*identity, *job.identity} if identity.get(key) != job.identity.get(key))
         if different:
             raise KdxError(
                 f"{folder / job.folder} was computed from other inputs (it differs in {', '.join(different)}).",
                 "Choose another --out, or delete that folder to compute it again.",
             )
         if job.kind != "cell" or _has_page(folder / job.folder / RUN):
-            complete.add(job.key)
+            complete[job.key] = seconds
     return complete
 
 
