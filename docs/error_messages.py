@@ -21,6 +21,7 @@ TOPICS = {
     "distill": ("distill", "callbacks"),
     "features": ("features", "maps", "cam", "scores", "kernels"),
     "explain": ("explain", "runs", "report", "study", "disk"),
+    "evaluate": ("evaluate",),
     "runtimes": ("runtimes",),
     "export": ("export", "commands"),
     "install": ("errors",),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kdx.maps.unicam import Maps, ReferenceSet, unicam
     from kdx.runs.opened import ImageLayer, OpenedRun, RunImage, open_run
     from kdx.scores.compare import compare
+    from kdx.scores.groups import GroupContrast, GroupScores, class_scores, group_scores
     from kdx.scores.metrics import fss, partial_rs, rs
     from kdx.scores.pool import LayerScores
     from kdx.scores.score import Contrast, Score
@@ -30,6 +31,8 @@ __all__ = [
     "Drawable",
     "Explainer",
     "Explanation",
+    "GroupContrast",
+    "GroupScores",
     "ImageLayer",
     "KdxError",
     "LayerResult",
@@ -41,10 +44,12 @@ __all__ = [
     "ReferenceSet",
     "RunImage",
     "Score",
+    "class_scores",
     "compare",
     "decompose",
     "fss",
     "grad_cam",
+    "group_scores",
     "hires_cam",
     "impute",
     "open_run",
@@ -65,6 +70,8 @@ _HOMES = {
     "Drawable": "maps.figures",
     "Explainer": "explain.explainer",
     "Explanation": "explain.results",
+    "GroupContrast": "scores.groups",
+    "GroupScores": "scores.groups",
     "ImageLayer": "runs.opened",
     "KdxError": "errors",
     "LayerResult": "explain.results",
@@ -76,10 +83,12 @@ _HOMES = {
     "ReferenceSet": "maps.unicam",
     "RunImage": "runs.opened",
     "Score": "scores.score",
+    "class_scores": "scores.groups",
     "compare": "scores.compare",
     "decompose": "maps.decomposition",
     "fss": "scores.metrics",
     "grad_cam": "maps.class_maps",
+    "group_scores": "scores.groups",
     "hires_cam": "maps.class_maps",
     "impute": "maps.salient_images",
     "open_run": "runs.opened",
