@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,14 +30,19 @@ from kdx.study.conflicts import check_same_study
 from kdx.study.cost import Cost, costs
 from kdx.study.design import Design
 from kdx.study.grid import MODELS, RUN, Grid, Job, grid_of
+from kdx.study.latex import latex_table
 from kdx.study.schedule import Note, Outcome, run_jobs
-from kdx.study.table import STUDY_FILE, CellStatus, Measurement, measurements_of, read_study, write_plan, write_table
+from kdx.study.statistics import study_statistics
+from kdx.study.table import LATEX_FILE, STUDY_FILE, CellStatus, Measurement, measurements_of, read_study, write_plan, write_table
 
 DONE = "done.json"
 """The file of a complete job, in its folder: the job's identity, and the seconds that it took."""
 
 NETWORKS = "networks"
 """The folder of exported networks, which the runs of a study share."""
+
+FEATURES = "features"
+"""The folder of the outputs of networks that several cells share, while these cells are explained."""
 
 SMALL = 2_000_000
 """Parameters up to which a network leaves cores idle, so that by default a study uses a process per core."""
@@ -83,9 +89,15 @@ def perform(job: Job, folder: Path, note: Note) -> None:
             out / RUN,
             options=job.options,
             networks=folder / NETWORKS,
+            shared_features=folder / _features(job),
             command=command,
             announce=lambda line: note(line) if line.startswith("Warning: ") else None,
         )
+
+
+def _features(job: Job) -> Path:
+    """The folder for the outputs of the teachers and bases that the cells of a data set and a seed share, relative to the study's."""
+    return Path(FEATURES, job.key.split("/")[0], f"seed{job.settings.seed}")
 
 
 def _report(note: Note, result: EpochResult) -> None:
@@ -126,6 +138,10 @@ class _Run:
             self.complete.add(job.key)
         if job.kind == "cell":
             self.write_plan()
+            features = _features(job)
+            others = (other for other in self.grid.jobs if other.kind == "cell" and _features(other) == features)
+            if all(other.key in self.complete or other.key in self.problems for other in others):
+                shutil.rmtree(self.folder / features, ignore_errors=True)
 
 
 def run(design: Design, folder: Path, *, workers: int | None = None, command: Sequence[str] = (), announce: Announce = print) -> Path:
@@ -294,6 +310,10 @@ def _finish(study: _Run, announce: Announce) -> Path:
             ) from error
     study.write_plan()
     write_table(study.folder, study.grid.cells, measurements)
+    stored = read_study(study.folder)
+    confidence = study.grid.jobs[-1].options.confidence
+    write_atomic(study.folder / LATEX_FILE, latex_table(stored, study_statistics(stored, {}, confidence)).encode())
+    shutil.rmtree(study.folder / FEATURES, ignore_errors=True)
     failed = [outcome for key, outcome in study.problems.items() if any(cell.key == key for cell in study.grid.cells)]
     if failed:
         first = next((outcome for outcome in study.problems.values()), failed[0])

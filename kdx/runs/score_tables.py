@@ -113,7 +113,7 @@ def _markdown_text(text: str) -> str:
 
 
 def _latex(run: RunRecord, digits: int) -> str:
-    layers, count = [rf"\texttt{{{_latex_text(layer)}}}" for layer in run.layers], len(run.layers)
+    layers, count = [rf"\texttt{{{latex_text(layer)}}}" for layer in run.layers], len(run.layers)
     lines = [
         f"% {' '.join(printable(_about(run)).split())}. Needs \\usepackage{{booktabs}}.",
         rf"\begin{{tabular}}{{l{'r' * count}}}",
@@ -122,24 +122,26 @@ def _latex(run: RunRecord, digits: int) -> str:
         r"\midrule",
     ]
     for role, network in run.networks.items():
-        lines.append(rf"accuracy of the {role} & \multicolumn{{{count}}}{{c}}{{{_latex_cell(_cell(network.accuracy, digits))}}} \\")
+        lines.append(rf"accuracy of the {role} & \multicolumn{{{count}}}{{c}}{{{latex_cell(_cell(network.accuracy, digits))}}} \\")
     for sign, group in enumerate(_groups(run)):
         lines.append(r"\midrule")
         for name, entries in group:
-            lines.append(f"{_latex_score(name)} & {' & '.join(_latex_cell(_cell(entry, digits, bool(sign))) for entry in entries)} \\\\")
+            lines.append(f"{latex_score(name)} & {' & '.join(latex_cell(_cell(entry, digits, bool(sign))) for entry in entries)} \\\\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def _latex_cell(cell: tuple[str, str, str]) -> str:
+def latex_cell(cell: tuple[str, str, str]) -> str:
+    """A value with its interval, from `number_text.number`, as LaTeX."""
     value, low, high = (f"${part.replace('−', '-')}$" if part != "–" else "--" for part in cell)
     return value if low == high == "--" else f"{value} ({low} to {high})"
 
 
-def _latex_score(name: str) -> str:
+def latex_score(name: str) -> str:
     """The name of a score or a difference as mathematics: RS(S|B) becomes $\\mathrm{RS}(S \\mid B)$."""
     text = re.sub(r"(FSS|RS)\(", r"\\mathrm{\1}(", name)
     return "$" + text.replace("|", r" \mid ") + "$"
 
 
-def _latex_text(text: str) -> str:
+def latex_text(text: str) -> str:
+    """Text in which no character is a command of LaTeX."""
     return "".join(_LATEX.get(character, character) for character in " ".join(printable(text).split()))
