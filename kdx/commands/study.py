@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
 
 from kdx import models, progress, threads
 from kdx.choices import NO_BASE
@@ -23,16 +27,22 @@ from kdx.runs import schema
 from kdx.runs.environment import environment
 from kdx.runs.record import LostResult, read_run
 from kdx.study.conflicts import check_same_study
+from kdx.study.cost import Cost, costs
 from kdx.study.design import Design
 from kdx.study.grid import MODELS, RUN, Grid, Job, grid_of
+from kdx.study.latex import latex_table
 from kdx.study.schedule import Note, Outcome, run_jobs
-from kdx.study.table import STUDY_FILE, CellStatus, Measurement, measurements_of, read_study, write_plan, write_table
+from kdx.study.statistics import study_statistics
+from kdx.study.table import LATEX_FILE, STUDY_FILE, CellStatus, Measurement, measurements_of, read_study, write_plan, write_table
 
 DONE = "done.json"
 """The file of a complete job, in its folder: the job's identity, and the seconds that it took."""
 
 NETWORKS = "networks"
 """The folder of exported networks, which the runs of a study share."""
+
+FEATURES = "features"
+"""The folder of the outputs of networks that several cells share, while these cells are explained."""
 
 SMALL = 2_000_000
 """Parameters up to which a network leaves cores idle, so that by default a study uses a process per core."""
@@ -79,9 +89,15 @@ def perform(job: Job, folder: Path, note: Note) -> None:
             out / RUN,
             options=job.options,
             networks=folder / NETWORKS,
+            shared_features=folder / _features(job),
             command=command,
             announce=lambda line: note(line) if line.startswith("Warning: ") else None,
         )
+
+
+def _features(job: Job) -> Path:
+    """The folder for the outputs of the teachers and bases that the cells of a data set and a seed share, relative to the study's."""
+    return Path(FEATURES, job.key.split("/")[0], f"seed{job.settings.seed}")
 
 
 def _report(note: Note, result: EpochResult) -> None:
@@ -122,6 +138,10 @@ class _Run:
             self.complete.add(job.key)
         if job.kind == "cell":
             self.write_plan()
+            features = _features(job)
+            others = (other for other in self.grid.jobs if other.kind == "cell" and _features(other) == features)
+            if all(other.key in self.complete or other.key in self.problems for other in others):
+                shutil.rmtree(self.folder / features, ignore_errors=True)
 
 
 def run(design: Design, folder: Path, *, workers: int | None = None, command: Sequence[str] = (), announce: Announce = print) -> Path:
@@ -137,7 +157,7 @@ def run(design: Design, folder: Path, *, workers: int | None = None, command: Se
         grid = grid_of(design)
         count = workers or _default_workers(grid)
         plan = _plan(design, grid, folder, command, count)
-        study = _Run(folder, grid, plan, complete_jobs(grid, folder))
+        study = _Run(folder, grid, plan, set(complete_jobs(folder, grid)))
         study.write_plan()
         todo = len(grid.jobs) - len(study.complete)
         announce(f"{len(grid.cells)} cells, {len(grid.jobs)} jobs, {todo} of them to do, with {count} worker{'s' if count > 1 else ''}.")
@@ -156,6 +176,49 @@ def run(design: Design, folder: Path, *, workers: int | None = None, command: Se
                 study.end(outcome)
                 announce(f"[{ended}/{todo}] {outcome.job.kind} {outcome.job.key}: {_ending(outcome)}")
         return _finish(study, announce)
+
+
+def dry_run(design: Design, folder: Path, *, workers: int | None = None) -> Group:
+    """The plan of a study with its cost, to be printed. Nothing is trained, and nothing is written."""
+    grid = grid_of(design)
+    if (folder / STUDY_FILE).exists():
+        check_same_study(folder, read_study(folder).plan, _entries(design, grid))
+    complete = complete_jobs(_checked(folder), grid)
+    count = workers or _default_workers(grid)
+    cells = Table("cell", "state", box=None, pad_edge=False)
+    for cell in grid.cells:
+        cells.add_row(escape(cell.key), "complete" if cell.key in complete else "to do")
+    return Group(cells, "", _cost_table(costs(grid, complete), count), *_passes(grid))
+
+
+def _cost_table(rows: Sequence[Cost], workers: int) -> Table:
+    left = sum(row.left for row in rows)
+    title = f"About {_duration(left / workers)} with {workers} worker{'s' if workers > 1 else ''}, of {_duration(left)} of work"
+    table = Table("work", "networks", "jobs", "to do", "epochs", "time of one", "source of the time", box=None, pad_edge=False, title=title)
+    for row in rows:
+        kind = "student and its explanation" if row.kind == "cell" else row.kind
+        source = "complete jobs of this study" if row.source == "stored" else "one batch"
+        counts = (str(number) for number in (row.jobs, row.jobs - row.done, row.epochs))
+        table.add_row(kind, escape(" > ".join(row.networks)), *counts, _duration(row.seconds), source)
+    return table
+
+
+def _passes(grid: Grid) -> list[str]:
+    """Lines about the passes of images through networks that explaining takes."""
+    cells = [job for job in grid.jobs if job.kind == "cell"]
+    shared = {(job.data, job.settings.seed, network) for job in cells for network in (job.teacher_weights or job.teacher, job.base or "")}
+    passes = len(cells) + sum(network not in ("", NO_BASE) for *_, network in shared)
+    separate = sum(2 + (job.base not in (None, NO_BASE)) for job in cells)
+    return [
+        "",
+        f"Explaining {len(cells)} cells takes {passes} passes of a network over the explained images; separate runs would take {separate}.",
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 def _ending(outcome: Outcome) -> str:
@@ -187,7 +250,7 @@ def _plan(design: Design, grid: Grid, folder: Path, command: Sequence[str], work
 
     Raises KdxError if the study in the folder cannot be extended to this one.
     """
-    entries = {"design": design.as_table(), "fingerprints": dict(grid.fingerprints), "parameters": {**grid.parameters}}
+    entries = _entries(design, grid)
     known: dict[str, Any] = {}
     if (folder / STUDY_FILE).exists():
         known = dict(read_study(folder).plan)
@@ -198,22 +261,31 @@ def _plan(design: Design, grid: Grid, folder: Path, command: Sequence[str], work
     return {**entries, "kdx": version("kdx"), "environment": environment(), "command": list(command), "threads": count}
 
 
-def complete_jobs(grid: Grid, folder: Path) -> set[str]:
-    """The keys of the jobs whose results are in the folder. Raises KdxError for results of other inputs, such as data that have changed."""
-    complete = set()
+def _entries(design: Design, grid: Grid) -> dict[str, Any]:
+    """The entries of a plan on which the results depend."""
+    return {"design": design.as_table(), "fingerprints": dict(grid.fingerprints), "parameters": {**grid.parameters}}
+
+
+def complete_jobs(folder: Path, grid: Grid) -> dict[str, float]:
+    """The jobs whose results are in the folder, by key, with the seconds that each took.
+
+    Raises KdxError for results of other inputs, such as data that have changed.
+    """
+    complete = {}
     for job in grid.jobs:
         try:
             stored = json.loads((folder / job.folder / DONE).read_text("utf-8"))
-        except (OSError, ValueError):
+            identity, seconds = dict(stored["identity"]), float(stored["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):
             continue
-        different = sorted(key for key in {*stored["identity"], *job.identity} if stored["identity"].get(key) != job.identity.get(key))
+        different = sorted(key for key in {*identity, *job.identity} if identity.get(key) != job.identity.get(key))
         if different:
             raise KdxError(
                 f"{folder / job.folder} was computed from other inputs (it differs in {', '.join(different)}).",
                 "Choose another --out, or delete that folder to compute it again.",
             )
         if job.kind != "cell" or _has_page(folder / job.folder / RUN):
-            complete.add(job.key)
+            complete[job.key] = seconds
     return complete
 
 
@@ -238,6 +310,10 @@ def _finish(study: _Run, announce: Announce) -> Path:
             ) from error
     study.write_plan()
     write_table(study.folder, study.grid.cells, measurements)
+    stored = read_study(study.folder)
+    confidence = study.grid.jobs[-1].options.confidence
+    write_atomic(study.folder / LATEX_FILE, latex_table(stored, study_statistics(stored, {}, confidence)).encode())
+    shutil.rmtree(study.folder / FEATURES, ignore_errors=True)
     failed = [outcome for key, outcome in study.problems.items() if any(cell.key == key for cell in study.grid.cells)]
     if failed:
         first = next((outcome for outcome in study.problems.values()), failed[0])

@@ -46,7 +46,7 @@ def packed_shape(height: int, width: int, edge: int = _MAP_EDGE) -> tuple[int, i
 
 
 def _averaged(values: NDArray[np.float32], edge: int) -> NDArray[np.float32]:
-    height, width = packed_shape(*values.shape, edge)
+    height, width = packed_shape(values.shape[0], values.shape[1], edge)
     if values.shape == (height, width):
         return values
     return np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.BOX))

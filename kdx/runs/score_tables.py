@@ -78,11 +78,13 @@ def group_table(run: RunRecord, by: GroupKind, format_: TableFormat, digits: int
         rows = []
         for group, values in groups.items():
             entries = [values.entries.get(name) for name in names]
-            cells = [None if entry is None else _cell(entry, digits, " - " in name) for name, entry in zip(names, entries, strict=True)]
+            cells = [
+                None if entry is None else rounded_cell(entry, digits, " - " in name) for name, entry in zip(names, entries, strict=True)
+            ]
             rows.append((group, values.n, cells))
         parts.append(_group_markdown(by, layer, names, rows) if format_ == "markdown" else _group_latex(by, layer, names, rows))
     about = " ".join(printable(_about(run)).split())
-    start = f"{_markdown_text(_about(run))}." if format_ == "markdown" else f"% {about}. Needs \\usepackage{{booktabs}}."
+    start = f"{markdown_text(_about(run))}." if format_ == "markdown" else f"% {about}. Needs \\usepackage{{booktabs}}."
     return "\n".join([start, *parts])
 
 
@@ -90,9 +92,11 @@ _GroupRow = tuple[str, int, list[tuple[str, str, str] | None]]
 
 
 def _group_markdown(by: str, layer: str, names: Sequence[str], rows: Sequence[_GroupRow]) -> str:
-    columns = [by, "images", *(_markdown_text(name.replace(" - ", " − ")) for name in names)]
-    cells = [[_markdown_text(group), f"{n:,}", *("–" if cell is None else _plain(cell) for cell in values)] for group, n, values in rows]
-    return "\n".join(["", f"Layer {_markdown_text(layer)}:", "", *_markdown_rows(columns, cells), ""])
+    columns = [by, "images", *(markdown_text(name.replace(" - ", " − ")) for name in names)]
+    cells = [
+        [markdown_text(group), f"{n:,}", *("–" if cell is None else markdown_cell(cell) for cell in values)] for group, n, values in rows
+    ]
+    return "\n".join(["", f"Layer {markdown_text(layer)}:", "", *markdown_rows(columns, cells), ""])
 
 
 def _group_latex(by: str, layer: str, names: Sequence[str], rows: Sequence[_GroupRow]) -> str:
@@ -100,12 +104,12 @@ def _group_latex(by: str, layer: str, names: Sequence[str], rows: Sequence[_Grou
         f"% layer {' '.join(printable(layer).split())}",
         rf"\begin{{tabular}}{{lr{'r' * len(names)}}}",
         r"\toprule",
-        f"{by} & images & {' & '.join(map(_latex_score, names))} \\\\",
+        f"{by} & images & {' & '.join(map(latex_score, names))} \\\\",
         r"\midrule",
     ]
     for group, n, values in rows:
-        cells = ["--" if cell is None else _latex_cell(cell) for cell in values]
-        lines.append(f"{_latex_text(group)} & {n} & {' & '.join(cells)} \\\\")
+        cells = ["--" if cell is None else latex_cell(cell) for cell in values]
+        lines.append(f"{latex_text(group)} & {n} & {' & '.join(cells)} \\\\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
@@ -205,7 +209,7 @@ def _latex(run: RunRecord, digits: int) -> str:
 
 
 def latex_cell(cell: tuple[str, str, str]) -> str:
-    """Value and interval in a LaTeX table."""
+    """A value with its interval, from `number_text.number`, as LaTeX."""
     value, low, high = (f"${part.replace('−', '-')}$" if part != "–" else "--" for part in cell)
     return value if low == high == "--" else f"{value} ({low} to {high})"
 
@@ -217,5 +221,5 @@ def latex_score(name: str) -> str:
 
 
 def latex_text(text: str) -> str:
-    """Text in which no character is a command."""
+    """Text in which no character is a command of LaTeX."""
     return "".join(_LATEX.get(character, character) for character in " ".join(printable(text).split()))

@@ -20,18 +20,21 @@ PRESETS: dict[StudyPresetName, dict[str, Any]] = {
     },
     "digits": {
         "data": {"digits": "digits"},
-        "teachers": {"small": DEMO["teacher"], "large": "kdx:resnet,width=32,depth=3"},
+        "teachers": {"small": "kdx:resnet,width=12,depth=1", "large": DEMO["teacher"]},
+        "assistants": {"medium": "kdx:resnet,width=12,depth=1"},
         "students": {"tiny": DEMO["student"]},
         "methods": ["kd", "at", "kd+at:0.1"],
         "seeds": 3,
         "training": {
-            "epochs": DEMO["kd"].epochs,
+            "epochs": DEMO["kd"].epochs // 2,
             "teacher_epochs": DEMO["kd"].teacher_epochs,
             "batch": DEMO["kd"].batch,
             "augment": DEMO["kd"].augment,
             "student_images": DEMO["kd"].student_images,
             "image_size": list(DEMO["kd"].image_size),
+            "probe": 64,
         },
+        "explain": {"gallery": 24},
     },
 }
 """The contents of a study file per preset."""

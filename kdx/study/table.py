@@ -27,6 +27,7 @@ FORMAT = 1
 
 STUDY_FILE = "study.json"
 TABLE_FILE = "study.csv"
+LATEX_FILE = "study.tex"
 
 CellState = Literal["missing", "complete", "failed"]
 """missing: the cell is not computed yet. failed: an error ended it; the next start of the study tries again."""

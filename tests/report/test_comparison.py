@@ -155,11 +155,16 @@ def test_the_joint_table_has_every_run(students: dict[str, Path]) -> None:
 
 def test_several_runs_make_a_page_or_a_table_without_a_choice_of_images(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    for out, table, changes_images in ((None, None, False), (page, "csv", False), (page, None, True)):
-        with pytest.raises(kdx.KdxError, match=r"one page or one table|images of their pages"):
-            check_runs(["a", "b"], out, table, changes_images=changes_images)  # type: ignore[arg-type]
+    for out, table, by, changes_images in (
+        (None, None, None, False),
+        (page, "csv", None, False),
+        (page, None, None, True),
+        (None, "csv", "class", False),
+    ):
+        with pytest.raises(kdx.KdxError, match=r"one page or one table|images of their pages|scores of classes"):
+            check_runs(["a", "b"], out, table, by, changes_images=changes_images)  # type: ignore[arg-type]
     with pytest.raises(kdx.KdxError, match="several runs"):
-        check_runs(["a"], page, None, changes_images=True)
+        check_runs(["a"], page, None, None, changes_images=True)
 
 
 def test_the_command_writes_the_page_and_prints_the_table(students: dict[str, Path], tmp_path: Path) -> None:

@@ -1,0 +1,15 @@
+"""Networks of a user, for tests."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from kdx.export.graphs import Preprocessing
+from kdx.models import load
+
+
+def brighter(classes: int = 10) -> nn.Module:
+    """A small network whose preprocessing is not that of kdx's own."""
+    module = load(f"kdx:resnet,width=3,depth=1,stages=2,classes={classes}").module
+    module.preprocessing = Preprocessing((8, 8), (0.25,), (0.25,))  # type: ignore[assignment]
+    return module

@@ -1,0 +1,106 @@
+"""The grid: which cells there are, which trainings they share, and what may change in a study that exists."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdx.errors import KdxError
+from kdx.study.conflicts import check_same_study
+from kdx.study.design import design_of
+from kdx.study.grid import Grid, grid_of
+from tests.study.small_study import ASSISTANT, CONTENT, STUDENT, TEACHER
+
+
+def grid(**entries: Any) -> Grid:
+    return grid_of(design_of({**copy.deepcopy(CONTENT), **entries}))
+
+
+def test_shared_networks_are_trained_once() -> None:
+    """Two teachers, two students, three methods and two seeds: 24 cells, 4 teachers and 4 bases."""
+    result = grid(
+        teachers={"large": TEACHER, "medium": ASSISTANT},
+        students={"tiny": STUDENT, "other": "kdx:resnet,width=2,depth=2,stages=2"},
+        methods=["kd", "at", "rkd"],
+        seeds=2,
+    )
+    assert len(result.cells) == len({cell.key for cell in result.cells}) == 24
+    assert Counter(job.kind for job in result.jobs) == {"cell": 24, "teacher": 4, "base": 4}
+    started: set[str] = set()
+    for job in result.jobs:
+        assert started.issuperset(job.needs)
+        started.add(job.key)
+        if job.kind == "cell":
+            data, teacher, student, _, seed = job.key.split("/")
+            assert job.teacher_weights == f"trainings/{data}/{seed}/teacher-{teacher}/teacher.safetensors"
+            assert str(job.base).startswith(f"trainings/{data}/{seed}/base-{student}-")
+            assert job.settings.seed == int(seed.removeprefix("seed"))
+    assert {cell.key for cell in result.cells} <= started
+
+
+def test_an_assistant_stands_between_a_larger_teacher_and_a_smaller_student() -> None:
+    result = grid(teachers={"large": TEACHER, "same": STUDENT}, assistants={"medium": ASSISTANT, "huge": "kdx:resnet,width=9,stages=2"})
+    chains = {(cell.teacher, *cell.assistants) for cell in result.cells}
+    assert chains == {("large",), ("large", "medium"), ("same",)}
+    (job,) = [job for job in result.jobs if job.key == "digits/large+medium/tiny/at/seed0"]
+    assert job.teacher == ASSISTANT and job.teacher_weights == "trainings/digits/seed0/assistant-large+medium-at/student.safetensors"
+    assert Counter(job.kind for job in result.jobs)["assistant"] == 2  # one per method
+
+
+def test_a_study_without_bases_trains_none() -> None:
+    result = grid(training={"base": "none", "image_size": 8, "epochs": 1})
+    assert Counter(job.kind for job in result.jobs) == {"cell": 2, "teacher": 1}
+    assert {job.options.base for job in result.jobs} == {"none"}
+
+
+def test_teachers_with_other_preprocessing_have_other_bases(tmp_path: Path) -> None:
+    """The networks of a distillation share the teacher's preprocessing, so a base belongs to it."""
+    factory = "tests.study.factories:brighter"
+    result = grid(teachers={"large": TEACHER, "other": factory})
+    bases = {str(job.base) for job in result.jobs if job.kind == "cell"}
+    assert len(bases) == Counter(job.kind for job in result.jobs)["base"] == 2
+
+
+def test_keys_and_networks_that_are_not_valid_are_errors() -> None:
+    with pytest.raises(KdxError, match="the key digits/large/tiny/kd-at/seed0"):
+        grid(methods={"kd at": "kd", "kd/at": "at"})
+    with pytest.raises(KdxError, match="Large: "):
+        grid(teachers={"large": "kdx:nothing"})
+    with pytest.raises(KdxError, match="no folder"):
+        grid(data={"x": "nowhere"})
+
+
+def plan(**entries: Any) -> dict[str, Any]:
+    design = design_of({**copy.deepcopy(CONTENT), **entries})
+    return {"design": design.as_table(), "fingerprints": {"digits": "a"}}
+
+
+def test_names_and_seeds_may_be_added_and_removed(tmp_path: Path) -> None:
+    check_same_study(tmp_path, plan(), plan(seeds=[5], methods=["rkd"], teachers={"new": TEACHER}))
+
+
+@pytest.mark.parametrize(
+    ("entries", "problem"),
+    [
+        ({"teachers": {"large": ASSISTANT}}, "teachers.large = 'kdx:resnet,width=4"),
+        ({"methods": {"kd": "at", "at": "at"}}, "methods.kd = 'kd', and this one has 'at'"),
+        ({"training": {"epochs": 2, "image_size": 8}}, "training.epochs = 1, and this one has 2"),
+        ({"training": {"epochs": 1}}, "training.image_size = 8, and this one has the default"),
+        ({"explain": {"permutations": 9, "gallery": 2}}, "explain.runtime"),
+        ({"images": 20}, "images = the default, and this one has 20"),
+        ({"layers": ["layer1"]}, "layers"),
+        ({"data": {"digits": "digits"}}, "data.digits"),
+    ],
+)
+def test_a_changed_option_of_existing_cells_is_refused(tmp_path: Path, entries: dict[str, Any], problem: str) -> None:
+    with pytest.raises(KdxError, match=problem):
+        check_same_study(tmp_path, plan(), plan(**entries))
+
+
+def test_changed_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(KdxError, match="The images of digits"):
+        check_same_study(tmp_path, plan(), {**plan(), "fingerprints": {"digits": "b"}})
