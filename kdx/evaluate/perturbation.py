@@ -130,11 +130,6 @@ def road(
     return Curves(torch.tensor(shares, dtype=torch.float64), curve, curve.mean(1))
 
 
-def road_difference(keep: Curves, remove: Curves) -> Tensor:
-    """(LeRF - MoRF) / 2 of ROAD, [n]: higher is better, and 0 is expected of a random order. Of a probability, it is in [-1/2, 1/2]."""
-    return (keep.area - remove.area) / 2
-
-
 def blurred(images: Tensor, share: float = BLUR) -> Tensor:
     """Images [n, c, h, w] blurred by a Gaussian whose standard deviation is ``share`` of the shorter side; border pixels are repeated."""
     sigma = share * min(images.shape[2:])

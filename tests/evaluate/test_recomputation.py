@@ -136,7 +136,7 @@ def test_perturbation_by_the_networks_of_the_run(explained: Path, folder: Path, 
 
 @pytest.mark.slow
 def test_results_do_not_depend_on_parts(explained: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics = ["insertion", "deletion", "road_keep", "road_remove"]
+    metrics = ["insertion", "deletion", "road", "road_keep", "road_remove"]
     whole = measured(explained, folder, metrics, ["uniform"], steps=3)
     monkeypatch.setattr("kdx.evaluate.perturbed_metrics.PART", 5)
     (explained / "evaluation.json").unlink()
@@ -144,6 +144,8 @@ def test_results_do_not_depend_on_parts(explained: Path, folder: Path, monkeypat
     for metric in metrics:
         for part in ("", "gain"):
             assert oracle.error(values(again, metric, "uniform", part), values(whole, metric, "uniform", part)) < 1e-4
+    half = (values(whole, "road_keep", "uniform") - values(whole, "road_remove", "uniform")) / 2
+    assert oracle.error(values(whole, "road", "uniform"), half) < 1e-12
 
 
 def test_other_targets_are_refused(explained: Path, folder: Path) -> None:
