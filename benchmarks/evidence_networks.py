@@ -46,7 +46,7 @@ class Design:
 
 DESIGNS = {
     "composites": Design(
-        "composites:count=4800,clutter=1,scale=0.6",
+        "composites:count=4800,clutter=0,scale=0.8",
         {"small": "kdx:resnet,width=16,depth=1,stem=imagenet", "large": "kdx:resnet,width=32,depth=1,stem=imagenet"},
         "kdx:resnet,width=12,depth=1,stem=imagenet",
         TrainingSettings(
