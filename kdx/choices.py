@@ -106,6 +106,9 @@ StoredPrecision = Literal["float32", "float16"]
 
 TableFormat = Literal["csv", "latex", "markdown", "images"]
 """A table of a run: its scores in one of three formats, or the numbers of every image as CSV."""
+GroupKind = Literal["class", "group"]
+"""Whose scores a table has in place of those of all images: each class's, or each group's of images that share a value of a column."""
+
 TABLE_FORMATS: tuple[TableFormat, ...] = get_args(TableFormat)
 
 DATA_REFERENCES = {

@@ -185,6 +185,19 @@ def explain(
         Interpolation | None,
         typer.Option(help=f"{InterpolationHelp} By default as the models file states, otherwise bicubic.", show_default=False),
     ] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option(
+            help="Also give the scores of each group of images: a column of the data's CSV file or of --groups-file.", show_default=False
+        ),
+    ] = None,
+    groups_file: Annotated[
+        Path | None,
+        typer.Option(help="A CSV file with the columns id (the image's name) and the group, for --groups.", show_default=False),
+    ] = None,
+    max_classes: Annotated[
+        int, typer.Option(min=0, help="Give scores per class if there are at most this many classes; 0 for none.")
+    ] = 200,
     split: Annotated[
         str | None,
         typer.Option(
@@ -253,6 +266,9 @@ def explain(
         target=target,
         resize=resize,
         interpolation=interpolation,
+        max_classes=max_classes,
+        groups=groups,
+        groups_file=groups_file,
         split=split,
         permutations=permutations,
         confidence=confidence,

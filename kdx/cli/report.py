@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kdx.choices import TableFormat
+from kdx.choices import GroupKind, TableFormat
 from kdx.cli.options import ORDER_HELP, ImagesOption, image_names
 
 
@@ -21,6 +21,10 @@ def report(
             show_default=False,
         ),
     ] = None,
+    by: Annotated[
+        GroupKind | None,
+        typer.Option(help="With --table csv, latex or markdown: the scores of each class, or of each group.", show_default=False),
+    ] = None,
     gallery: Annotated[int | None, typer.Option(min=0, help="How many images the page shows, from now on.", show_default=False)] = None,
     order: Annotated[str | None, typer.Option(help=ORDER_HELP, show_default=False)] = None,
     images: ImagesOption = None,
@@ -31,11 +35,11 @@ def report(
     """Write the page of a run again, from the stored results, with the same images or others, or print its scores as a table."""
     from kdx.commands.report import check_options
 
-    check_options(table, gallery, order, images, data)
+    check_options(table, by, gallery, order, images, data)
     if table is not None:
         from kdx.runs.opened import open_run
 
-        typer.echo(open_run(run).table(table), nl=False)
+        typer.echo(open_run(run).table(table, by=by), nl=False)
         return
     from kdx.report.page import write_page
 

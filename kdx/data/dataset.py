@@ -13,7 +13,7 @@ from kdx.data.labelled_images import SPLITS, Dataset, Indices
 from kdx.data.sources import SOURCES
 from kdx.errors import KdxError
 
-__all__ = ["SPLITS", "Dataset", "Indices", "located", "open_data", "source_of"]
+__all__ = ["SPLITS", "Dataset", "Indices", "located", "open_data", "source_of", "table_of"]
 
 
 def open_data(reference: str, classes: Sequence[str] | None = None) -> Dataset:
@@ -48,6 +48,12 @@ def located(reference: str) -> str:
 def source_of(reference: str) -> str:
     """The name of the source of a data reference (`kdx.data.sources.SOURCES`); ``folder`` for any other path, such as that of an image."""
     return _parsed(reference)[0]
+
+
+def table_of(reference: str) -> Path | None:
+    """The CSV file that lists the images of a data reference; None for another kind of data."""
+    source, place = _parsed(reference)
+    return Path(place).expanduser() if source == "csv" else None
 
 
 def _parsed(reference: str) -> tuple[str, str]:

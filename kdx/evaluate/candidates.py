@@ -10,12 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdx.errors import KdxError
-from kdx.evaluate.subject import Subject
+from kdx.evaluate.subject import MapSource
 from kdx.maps.scaling import resized
 from kdx.roles import MAPS, SCORE_MAPS
+from kdx.runs.evaluation import CandidateRecord
 from kdx.runs.record import RunRecord
 
 Maps = NDArray[np.float32]
+
+ALL = "all"
+"""The name that stands for every candidate."""
 
 UNIFORM, CENTRE = "uniform", "centre"
 """The baselines: a map that is 1 everywhere, and one that falls off from the centre of the image."""
@@ -27,25 +31,27 @@ class Candidate:
 
     name: in files and on the command line. title: in tables. meaning: one sentence. uses_networks: whether it is computed from networks,
     and so also from the pixels of the images. has_layer: false for a baseline, which is the same at every layer. signed: whether it has
-    negative values, of which metrics see nothing (`positive`). maps: from a subject and the student's layer to maps [n, h, w].
+    negative values, of which metrics see nothing (`positive`). maps: from a source and the student's layer to maps [n, h, w].
     """
 
     name: str
     title: str
     meaning: str
-    maps: Callable[[Subject, str], Maps]
+    maps: Callable[[MapSource, str], Maps]
     uses_networks: bool = False
     has_layer: bool = True
     signed: bool = False
 
     @property
-    def is_baseline(self) -> bool:
-        return not self.has_layer
+    def record(self) -> CandidateRecord:
+        """The map as results describe it."""
+        kind = "baseline" if not self.has_layer else "other" if self.uses_networks else "run"
+        return CandidateRecord(self.title, self.meaning, kind)
 
 
 def _stored(kind: str) -> Candidate:
-    def maps(subject: Subject, layer: str) -> Maps:
-        return subject.run.maps(layer, kind, subject.rows)
+    def maps(source: MapSource, layer: str) -> Maps:
+        return source.stored_maps(layer, kind)
 
     if kind in SCORE_MAPS:
         known = SCORE_MAPS[kind]
@@ -58,13 +64,13 @@ def _class_map(role: str, place: int, method: str) -> Candidate:
         f"{('grad_cam', 'hires_cam')[place]}_{role}",
         f"{method}({role[0].upper()})",
         f"Where the {role}'s features raise the logit of the image's label, by {method}.",
-        lambda subject, layer: subject.class_maps(role, layer)[place],
+        lambda source, layer: source.class_maps(role, layer)[place],
         uses_networks=True,
     )
 
 
-def _difference(subject: Subject, layer: str) -> Maps:
-    student, base = (subject.class_maps(role, layer)[0] for role in ("student", "base"))
+def _difference(source: MapSource, layer: str) -> Maps:
+    student, base = (source.class_maps(role, layer)[0] for role in ("student", "base"))
     return _shares(student) - _shares(resized(base, (student.shape[1], student.shape[2])))
 
 
@@ -74,15 +80,15 @@ def _shares(maps: Maps) -> Maps:
     return np.asarray(np.divide(maps, total, out=np.zeros_like(maps), where=total > 0))
 
 
-def _uniform(subject: Subject, _layer: str) -> Maps:
-    return np.ones((len(subject), 1, 1), np.float32)
+def _uniform(source: MapSource, _layer: str) -> Maps:
+    return np.ones((len(source), 1, 1), np.float32)
 
 
-def _centre(subject: Subject, _layer: str) -> Maps:
-    height, width = subject.size
+def _centre(source: MapSource, _layer: str) -> Maps:
+    height, width = source.size
     y, x = ((np.arange(side) + 0.5) / side * 2 - 1 for side in (height, width))
     one = np.exp(-2 * (y[:, None] ** 2 + x**2)).astype(np.float32)
-    return np.broadcast_to(one, (len(subject), height, width))
+    return np.broadcast_to(one, (len(source), height, width))
 
 
 _BASELINES = (
@@ -129,7 +135,7 @@ def chosen(run: RunRecord, names: Sequence[str]) -> list[Candidate]:
     known = candidates(run)
     if not names:
         return [known[name] for name in DEFAULT if name in known]
-    if list(names) == ["all"]:
+    if list(names) == [ALL]:
         return list(known.values())
     symbols = {SCORE_MAPS[name].symbol: name for name in known if name in SCORE_MAPS}
     result = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,8 +13,8 @@ import numpy as np
 
 from kdx.disk import lock_folder
 from kdx.errors import KdxError, resumable
-from kdx.evaluate.candidates import Candidate, chosen, empty_share
-from kdx.evaluate.metrics import EvaluationOptions, Metric, Need, Task, Values, chosen_metrics
+from kdx.evaluate.candidates import ALL, Candidate, chosen, empty_share
+from kdx.evaluate.metrics import LEAST, EvaluationOptions, Metric, Need, Task, Values, chosen_metrics
 from kdx.evaluate.registry import METRICS
 from kdx.evaluate.subject import Sources, Subject
 from kdx.progress import Show, progress
@@ -22,6 +23,9 @@ from kdx.runs.record import RunRecord, read_run
 
 DEFAULT_IMAGES = 200
 """The images that are evaluated, unless another number is given."""
+
+_SECONDS_BETWEEN_WRITES = 10.0
+"""A process that is killed loses at most the results of this time, and the map in progress."""
 
 
 def evaluate(
@@ -57,14 +61,15 @@ def evaluate(
     to none of the images; and for a metric or a map that was named while the run's data or networks, which it needs, are not available.
     """
     record = read_run(Path(run))
-    plan = _Plan(chosen_metrics(METRICS, metrics), chosen(record, maps), _layers(record, layers), bool(metrics), bool(maps))
+    are_named = bool(maps) and list(maps) != [ALL]
+    plan = _Plan(chosen_metrics(METRICS, metrics), chosen(record, maps), _layers(record, layers), bool(metrics), are_named)
     _check_masks(plan, masks)
     if images is not None and images < 2:
         raise KdxError("An interval over images needs at least 2 images.", "Give a larger --images.")
     sources = Sources(data, None if models is None else Path(models), None if masks is None else Path(masks), device)
     with lock_folder(record.folder):
         subject = Subject(record, images, seed, sources, announce)
-        work = _available(plan, subject, announce)
+        work = _available(plan, subject, options, announce)
         state = _State(record, _known(record, work, subject, options))
         with resumable(lambda: state.has_results), progress() as show:
             _measure(state, subject, work, options, show)
@@ -95,7 +100,8 @@ class _State:
 
     run: RunRecord
     evaluation: Evaluation
-    unwritten: int = field(default=0)
+    unwritten: int = 0
+    written: float = field(default_factory=time.monotonic)
 
     @property
     def has_results(self) -> bool:
@@ -105,11 +111,13 @@ class _State:
         known = self.evaluation
         self.evaluation = replace(known, measurements=(*known.measurements, *measurements), values={**known.values, **values})
         self.unwritten += len(measurements)
+        if time.monotonic() - self.written > _SECONDS_BETWEEN_WRITES:
+            self.write()
 
     def write(self) -> None:
         if self.unwritten:
             write_evaluation(self.run, self.evaluation)
-            self.unwritten = 0
+            self.unwritten, self.written = 0, time.monotonic()
 
 
 def _layers(run: RunRecord, names: Sequence[str]) -> list[str]:
@@ -125,18 +133,20 @@ def _check_masks(plan: _Plan, masks: str | Path | None) -> None:
         raise KdxError("None of these metrics compares maps with masks.", "Leave --masks out, or name another --metric.")
 
 
-def _available(plan: _Plan, subject: Subject, announce: Callable[[str], None]) -> _Plan:
+def _available(plan: _Plan, subject: Subject, options: EvaluationOptions, announce: Callable[[str], None]) -> _Plan:
     """The part of the plan for which the run has what it needs. KdxError for a missing part that the user named; others are announced."""
     needs: set[Need] = {need for metric in plan.metrics for need in metric.needs}
     if any(candidate.uses_networks for candidate in plan.candidates):
         needs |= {"images", "networks"}
-    missing = {need: error for need in sorted(needs) if (error := _missing(need, subject)) is not None}
+    missing = {need: error for need in sorted(needs) if (error := _missing(need, subject, options)) is not None}
+    if "networks" in missing:
+        missing.pop("untrained", None)
     metrics = [metric for metric in plan.metrics if not missing.keys() & metric.needs]
     of_networks = missing.keys() & {"images", "networks"}
     candidates = [candidate for candidate in plan.candidates if not (candidate.uses_networks and of_networks)]
     for need, error in missing.items():
         without = [m.title for m in plan.metrics if need in m.needs]
-        computed = [c.title for c in plan.candidates if c.uses_networks] if need != "masks" else []
+        computed = [c.title for c in plan.candidates if c.uses_networks] if need in ("images", "networks") else []
         if (plan.named_metrics and without) or (plan.named_candidates and computed):
             raise error
         announce(f"Left out: {', '.join((*without, *computed))}. {error.problem} {error.hint}")
@@ -145,13 +155,20 @@ def _available(plan: _Plan, subject: Subject, announce: Callable[[str], None]) -
     return replace(plan, metrics=metrics, candidates=candidates)
 
 
-def _missing(need: Need, subject: Subject) -> KdxError | None:
+def _missing(need: Need, subject: Subject, options: EvaluationOptions) -> KdxError | None:
     """Why the run does not have what a metric needs; None if it does."""
     if need == "masks":
         hint = "Give --masks: a folder of mask images, a JSON file of COCO, or a folder of XML files of Pascal VOC."
         return None if subject.masks is not None else KdxError("There are no masks.", hint)
+    if need == "labels":
+        hint = "Name other metrics with --metric."
+        if subject.run.target_file is not None:
+            return KdxError("Maps can be computed anew for labels, and the run has another target.", hint)
+        if min(len(subject), options.detailed) < LEAST:
+            return KdxError(f"Maps are computed anew among at least {LEAST} images.", "Give larger --images and --detailed.")
+        return None
     try:
-        _ = subject.dataset if need == "images" else subject.networks
+        _ = subject.dataset if need == "images" else subject.networks if need == "networks" else subject.untrained("student")
     except KdxError as error:
         return error
     return None
@@ -169,16 +186,22 @@ def _basis(metric: Metric, subject: Subject, options: EvaluationOptions) -> dict
 
 def _known(run: RunRecord, plan: _Plan, subject: Subject, options: EvaluationOptions) -> Evaluation:
     """The stored evaluation without what is to be computed anew, because other images, masks or options were given."""
-    stored = read_evaluation(run) or Evaluation((), {}, {}, run.confidence)
-    bases = {metric.name: _basis(metric, subject, options) for metric in plan.metrics}
-    kept = tuple(m for m in stored.measurements if bases.get(m.metric, stored.bases[m.metric]) == stored.bases[m.metric])
-    order = [name for name in METRICS if name in bases or any(m.metric == name for m in kept)]
-    known = {**stored.bases, **bases}
-    return Evaluation(kept, {name: known[name] for name in order}, {m.number: stored.values[m.number] for m in kept}, stored.confidence)
+    stored = read_evaluation(run) or Evaluation((), {}, {}, {}, run.confidence)
+    planned = {metric.name: metric.record(_basis(metric, subject, options)) for metric in plan.metrics}
+    same = {name for name, record in stored.metrics.items() if name not in planned or planned[name].basis == record.basis}
+    kept = tuple(measurement for measurement in stored.measurements if measurement.metric in same)
+    metrics = {**stored.metrics, **planned}
+    return Evaluation(
+        kept,
+        {name: metrics[name] for name in METRICS if name in metrics},
+        {**stored.candidates, **{candidate.name: candidate.record for candidate in plan.candidates}},
+        {measurement.number: stored.values[measurement.number] for measurement in kept},
+        stored.confidence,
+    )
 
 
 def _measure(state: _State, subject: Subject, plan: _Plan, options: EvaluationOptions, show: Show) -> None:
-    """Compute what is missing, metric by metric, and store it after each candidate."""
+    """Compute what is missing, metric by metric, and store it."""
     done = {(m.metric, m.candidate, m.layer) for m in state.evaluation.measurements}
     for metric in plan.metrics:
         tasks = list(plan.tasks(metric))
@@ -197,7 +220,7 @@ def _measured(metric: Metric, task: Task, layer: str | None, state: _State) -> t
     """The measurements of one candidate at one layer, and their values for all images of the run."""
     measurements, columns = [], {}
     for part, values in metric.measure(task).items():
-        value, interval = mean_interval(values[np.isfinite(values)], state.evaluation.confidence)
+        value, interval = mean_interval(values[np.isfinite(values)], state.evaluation.confidence, hits=metric.hits)
         name = task.candidate.name
         n = int(np.isfinite(values).sum())
         measurements.append(Measurement(metric.name, name, layer, part, value, interval, n, empty_share(task.maps)))

@@ -35,7 +35,7 @@ def _widened(mask: NDArray[np.bool_], tolerance: float) -> NDArray[np.bool_]:
 
 
 def energy(maps: Maps, masks: Masks) -> Values:
-    """The share of a map's sum that lies in the mask [n], in [0, 1]: sum_p M(p) m(p) / sum_p M(p).
+    """The share of a map’s sum that lies in the mask [n], in [0, 1]: sum_p M(p) m(p) / sum_p M(p).
 
     maps [n, H, W] >= 0, with a positive sum. masks [n, H, W]. A uniform map has the share of the mask's area, so masks of other sizes have
     other values; `density` divides by it. Source: the energy-based pointing game of Wang et al., "Score-CAM: Score-Weighted Visual
@@ -97,7 +97,7 @@ def _density(task: Task) -> dict[str, Values]:
 
 def _iou(task: Task) -> dict[str, Values]:
     curves = task.per_image(lambda part: iou_curves(task.at_image_size(part), _masks(task, part)))
-    return {"": curves[:, int(curves.mean(0).argmax())], "each": curves.max(1)}
+    return {"": curves[:, int(curves.mean(0).argmax())], "per image": curves.max(1)}
 
 
 _NEEDS: frozenset[Need] = frozenset({"masks"})
@@ -106,7 +106,7 @@ LOCALISATION: tuple[Metric, ...] = (
     Metric(
         "energy",
         "energy inside the mask",
-        "The share of the map's sum that lies inside the mask. A uniform map has the mask's share of the area.",
+        "The share of the map’s sum that lies inside the mask. A uniform map has the mask’s share of the area.",
         "higher",
         _energy,
         _NEEDS,
@@ -114,7 +114,7 @@ LOCALISATION: tuple[Metric, ...] = (
     Metric(
         "density",
         "density inside the mask",
-        "The map's mean inside the mask, divided by its mean over the image: 1 for a uniform map.",
+        "The map’s mean inside the mask, divided by its mean over the image: 1 for a uniform map.",
         "higher",
         _density,
         _NEEDS,
@@ -128,12 +128,13 @@ LOCALISATION: tuple[Metric, ...] = (
         _pointing,
         _NEEDS,
         options=("tolerance",),
+        hits=True,
     ),
     Metric(
         "iou",
         "IoU at the best threshold",
-        "The intersection over union of the mask and the positions above a share of the map's peak. The share is the one with the highest "
-        "mean over these images; with [each], it is the best one of each image, which is optimistic.",
+        "The intersection over union of the mask and the positions above a share of the map’s peak: the share with the highest mean over "
+        "these images, or the best one per image, which is optimistic.",
         "higher",
         _iou,
         _NEEDS,

@@ -14,18 +14,31 @@ from numpy.typing import NDArray
 from kdx.errors import KdxError
 from kdx.evaluate.candidates import Candidate, Maps, at_image_size
 from kdx.evaluate.subject import Subject
+from kdx.runs.evaluation import MetricRecord
 
 Values = NDArray[np.float64]
 
-Need = Literal["masks", "images", "networks"]
-"""What a metric needs besides the maps."""
+Need = Literal["masks", "images", "networks", "untrained", "labels"]
+"""What a metric needs besides the maps. untrained: the student's architecture with random weights. labels: relevance to one-hot labels."""
+
+
+LEAST = 12
+"""The fewest images among which maps are computed anew: two reference sets of four, and others that are compared with them."""
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Choices of the metrics. tolerance: of the pointing game, in pixels of the networks' input."""
+    """Choices of the metrics.
+
+    tolerance: of the pointing game, in pixels of the networks' input. detailed: the most images of metrics that run the networks again and
+    again, balanced over the classes. steps: of the insertion and the deletion curve. randomised: whose weights become random, the
+    student's or those of student and base (both).
+    """
 
     tolerance: float = 0.0
+    detailed: int = 64
+    steps: int = 16
+    randomised: Literal["student", "both"] = "student"
 
 
 @dataclass(frozen=True)
@@ -58,7 +71,8 @@ class Metric:
     name: in files and on the command line. title: in tables. meaning: one or two sentences for the page. better: whether higher or lower
     values are better; None for a number that is neither. needs: what it needs besides the maps. options: the names of the
     `EvaluationOptions` that its values depend on. chance: the value of a map that states nothing, where it is the same for all images.
-    measure: the values [n] of a task by part; a metric of one number has the part "". applies: whether it is defined for a candidate.
+    hits: whether values are 1 or 0, a hit or none. measure: the values [n] of a task by part; a metric of one number has the part "".
+    applies: whether it is defined for a candidate.
     """
 
     name: str
@@ -69,7 +83,12 @@ class Metric:
     needs: frozenset[Need] = frozenset()
     options: tuple[str, ...] = ()
     chance: float | None = None
+    hits: bool = False
     applies: Callable[[Candidate], bool] = field(default=lambda candidate: True, repr=False)
+
+    def record(self, basis: Mapping[str, Any]) -> MetricRecord:
+        """The metric as its results describe it."""
+        return MetricRecord(self.title, self.meaning, self.better, self.chance, basis)
 
 
 def chosen_metrics(known: Mapping[str, Metric], names: Sequence[str]) -> list[Metric]:

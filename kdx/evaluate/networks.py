@@ -8,8 +8,12 @@ from kdx.errors import KdxError
 from kdx.models.layer_pairs import LayerNames
 from kdx.models.models_file import ModelsFile, read_models
 from kdx.models.network import Network
+from kdx.roles import READING_ORDER
 from kdx.runs.record import RunRecord
 from kdx.runtimes.choice import is_file
+
+_SEED = 1_000_003
+"""Added to the seed of random weights, so that they are not those with which a training of a small seed began."""
 
 
 def load_networks(run: RunRecord, models: Path | None) -> dict[str, Network]:
@@ -27,6 +31,18 @@ def load_networks(run: RunRecord, models: Path | None) -> dict[str, Network]:
                 f"The {role} that {file.path} names has other weights than the run's.", "Give the models file of the run with --models."
             )
     return networks
+
+
+def load_untrained(run: RunRecord, models: Path | None, role: str, seed: int) -> Network:
+    """The architecture of a role with random weights (`kdx.models.untrained`); each role has its own. models: as in `load_networks`.
+
+    Raises KdxError where kdx does not know how the architecture is initialised.
+    """
+    file = read_models(_recorded_models(run) if models is None else models)
+    try:
+        return file.untrained(_SEED + seed * len(READING_ORDER) + READING_ORDER.index(role), role)
+    except KdxError as error:
+        raise KdxError(f"There are no random weights for the {role}: {error.problem}", "Name other metrics with --metric.") from error
 
 
 def layer_names(run: RunRecord) -> dict[str, LayerNames]:

@@ -33,7 +33,8 @@ class Curves:
     """A score of each image as pixels are removed or inserted.
 
     shares [steps]: the share of the pixels that were removed (deletion, ROAD) or inserted (insertion). values [n, steps]: the score. area
-    [n]: the area under each image's curve for insertion and deletion, its mean over the shares for ROAD; in the units of the score.
+    [n]: the area under each image's curve for insertion and deletion, its mean over the shares for ROAD; in the units of the score. If the
+    scoring function returns k scores per image, values are [n, steps, k] and areas [n, k].
     """
 
     shares: Tensor
@@ -188,6 +189,6 @@ def _ranks(images: Tensor, maps: Tensor, seed: int, numbers: Sequence[int] | Non
 def _values(scoring: Scoring, images: Tensor) -> Tensor:
     with torch.no_grad():
         values = scoring(images)
-    if values.shape != images.shape[:1]:
-        raise ValueError(f"a scoring function gives one value per image [{len(images)}], not {list(values.shape)}")
+    if values.ndim not in (1, 2) or len(values) != len(images):
+        raise ValueError(f"a scoring function returns [{len(images)}] or [{len(images)}, k], not {list(values.shape)}")
     return values.detach().double().cpu()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kdx.evaluate.ranking import rank_correlation, structural_similarity
+from kdx.evaluate.ranking import NamedMaps, rank_correlation, structural_similarity
 from kdx.maps.scaling import scaled
 
 _CONTAINERS = nn.Sequential, nn.ModuleList, nn.ModuleDict
@@ -67,17 +67,17 @@ def cascade(network: nn.Module, untrained: nn.Module, parts: Sequence[str] | Non
 
 
 def model_randomisation(
-    maps_of: Callable[[Mapping[str, nn.Module]], Tensor],
+    maps_of: Callable[[Mapping[str, nn.Module]], NamedMaps],
     networks: Mapping[str, nn.Module],
     untrained: Mapping[str, nn.Module],
     size: tuple[int, int],
     parts: Sequence[str] | None = None,
-) -> Randomisation:
+) -> dict[str, Randomisation]:
     """Recompute maps with networks that become random part by part, from the output to the input (cascading randomisation).
 
-    maps_of: maps [n, H, W] of always the same images from networks by role. untrained: the twin with random weights of each role that is
-    to be randomised, usually of the student alone; with several roles, their parts become random together. size: the size (h, w) of the
-    images, at which SSIM is taken. parts: as in `cascade`.
+    maps_of: maps [n, H, W] by name, always of the same images, from networks by role. untrained: the twin with random weights of each
+    role that is to be randomised, usually of the student alone; with several roles, their parts become random together. size: the size (h,
+    w) of the images, at which SSIM is taken. parts: as in `cascade`. Returns the result of each name.
 
     A map of the features of a layer does not depend on the parts behind that layer, so its correlation is exactly 1 until the cascade
     arrives there. The test finds maps that ignore the network, such as the output of an edge detector. It does not find maps that depend
@@ -101,15 +101,16 @@ def model_randomisation(
 
 
 def label_randomisation(
-    maps_of: Callable[[Tensor], Tensor], labels: Tensor, size: tuple[int, int], *, permutations: int = 5, seed: int = 0
-) -> Randomisation:
+    maps_of: Callable[[Tensor], NamedMaps], labels: Tensor, size: tuple[int, int], *, permutations: int = 5, seed: int = 0
+) -> dict[str, Randomisation]:
     """Recompute maps with permuted labels, and compare them with those of the true labels.
 
-    maps_of: maps [n, H, W] from labels [n]. permutations: how many random orders of the labels are drawn with ``seed``.
+    maps_of: maps [n, H, W] by name from labels [n]. permutations: how many random orders of the labels are drawn with ``seed``. size: as
+    in `model_randomisation`. Returns the result of each name.
 
     A map of relevance should change, because the labels are its target; a map that does not read the labels (FSS) keeps a correlation of
     1. Class maps then show other classes. This is not the data test of Adebayo et al., who train a network on permuted labels: here the
-    networks stay the same. If you have trained such a student, give it to `rank_correlation` with the maps of the true one.
+    networks stay the same. If you have trained such a student, compare its maps with those of the true one by `rank_correlation`.
     """
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(labels), generator=generator) for _ in range(permutations)]
@@ -117,11 +118,14 @@ def label_randomisation(
     return _compared([f"permutation {number + 1}" for number in range(permutations)], maps_of(labels), after, size)
 
 
-def _compared(steps: Sequence[str], before: Tensor, after: Sequence[Tensor], size: tuple[int, int]) -> Randomisation:
-    at_size = scaled(before.double(), size)
-    correlations = [rank_correlation(before, maps) for maps in after]
-    similarities = [structural_similarity(at_size, scaled(maps.double(), size)) for maps in after]
-    return Randomisation(tuple(steps), torch.stack(correlations), torch.stack(similarities))
+def _compared(steps: Sequence[str], before: NamedMaps, after: Sequence[NamedMaps], size: tuple[int, int]) -> dict[str, Randomisation]:
+    result = {}
+    for name, maps in before.items():
+        at_size = scaled(maps.double(), size)
+        correlations = [rank_correlation(maps, changed[name]) for changed in after]
+        similarities = [structural_similarity(at_size, scaled(changed[name].double(), size)) for changed in after]
+        result[name] = Randomisation(tuple(steps), torch.stack(correlations), torch.stack(similarities))
+    return result
 
 
 def _divided(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

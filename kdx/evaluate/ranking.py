@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch.nn.functional import avg_pool2d
 
 from kdx.kernels import geometry
 from kdx.maps.scaling import scaled
+
+NamedMaps = Mapping[str, Tensor]
+"""Maps [n, H, W] of the same images by name: those that one pass of the networks gives."""
 
 _WINDOW = 7
 """Side of the window of SSIM, in positions: the default of scikit-image."""
@@ -101,6 +104,6 @@ def _pair(maps: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 
 def _mean_ranks(values: Tensor) -> Tensor:
     """The ranks [n, d] of each row's values, with the mean rank for equal values."""
-    ordered = values.sort(1).values
+    ordered = values.sort(1).values.contiguous()
     below, through = (torch.searchsorted(ordered, values.contiguous(), right=right) for right in (False, True))
     return (below + through).double() / 2

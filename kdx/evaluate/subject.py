@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,16 +17,14 @@ from kdx.data.dataset import Dataset
 from kdx.data.images import load_images
 from kdx.data.splits import class_balanced_sample
 from kdx.errors import KdxError
+from kdx.evaluate.class_maps import ClassMapPair, class_maps
 from kdx.evaluate.masks import MaskSource, mask_source
-from kdx.evaluate.networks import layer_names, load_networks
-from kdx.export.graphs import GradientGraph
-from kdx.maps.gradients import class_gradients
+from kdx.evaluate.networks import layer_names, load_networks, load_untrained
 from kdx.models.layer_pairs import LayerNames
 from kdx.models.network import Network
 from kdx.runs.record import RunRecord
 from kdx.runs.run_data import is_data_of, recorded_resizing, reopened
 from kdx.runtimes.choice import choose
-from kdx.runtimes.eager import EagerRunner
 
 PART = 32
 """Images whose maps are at the size of the image at once."""
@@ -45,11 +44,27 @@ class Sources:
     device: str = "auto"
 
 
+class MapSource(Protocol):
+    """Images with the maps of all candidates: the images of a run with its maps, or maps that are computed anew.
+
+    size: the (H, W) of the images. stored_maps: maps [n, h, w] of a kind that runs have. class_maps: Grad-CAM and HiResCAM [n, h, w].
+    """
+
+    size: tuple[int, int]
+
+    def __len__(self) -> int: ...
+
+    def stored_maps(self, layer: str, kind: str) -> NDArray[np.float32]: ...
+
+    def class_maps(self, role: str, layer: str) -> ClassMapPair: ...
+
+
 class Subject:
     """n images of a run, and everything that metrics need of them.
 
     run: the run. places [n]: of the images, in samples.parquet. masks [n, H, W]: where their objects are; None without masks. size: the
-    (H, W) of the images as the networks receive them. Properties raise KdxError where the run's data or networks are not available.
+    (H, W) of the images as the networks receive them. shared: results for all candidates at once, by the name of what computes them.
+    Properties raise KdxError where the run's data or networks are not available.
     """
 
     def __init__(self, run: RunRecord, images: int | None, seed: int, sources: Sources, announce: Callable[[str], None] = print) -> None:
@@ -57,7 +72,8 @@ class Subject:
         self.run, self.sources, self.seed = run, sources, seed
         self.size = int(height), int(width)
         self._announce = announce
-        self._class_maps: dict[str, dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]] = {}
+        self.shared: dict[str, Any] = {}
+        self._class_maps: dict[str, dict[str, ClassMapPair]] = {}
         source = mask_source(run, recorded_resizing(run), self._dataset_or_none, sources.masks)
         self.masks: NDArray[np.bool_] | None = None
         if source is None:
@@ -72,7 +88,7 @@ class Subject:
         ids = self.run.samples.ids
         without = [ids[place] for place in np.setdiff1d(np.arange(len(ids)), source.places)]
         outside = [ids[place] for place, mask in masks.items() if mask is None]
-        for names, reason in ((without, "without a mask"), (outside, "whose mask has no pixel inside the image that the networks see")):
+        for names, reason in ((without, "without a mask"), (outside, "without a marked object inside the image that the networks see")):
             if names:
                 self._announce(f"{len(names):,} of {len(ids):,} images {reason} are left out, such as {', '.join(names[:3])}.")
         if not len(places):
@@ -132,7 +148,7 @@ class Subject:
                 raise
             return None
 
-    def pixels(self, part: slice) -> Tensor:
+    def pixels(self, part: slice | NDArray[np.int64]) -> Tensor:
         """The images [k, 3, H, W] of this part, float32 in [0, 1], as the networks receive them. Raises KdxError for an unreadable one."""
         index = self._index[part]
         images = load_images(self.dataset, index, self.size)
@@ -154,6 +170,10 @@ class Subject:
         """The run's networks by role. Raises KdxError if they are not there, or not the run's."""
         return load_networks(self.run, self.sources.models)
 
+    def untrained(self, role: str) -> Network:
+        """The role's architecture with random weights. Raises KdxError if kdx does not know how it is initialised."""
+        return load_untrained(self.run, self.sources.models, role, self.seed)
+
     @cached_property
     def layer_names(self) -> dict[str, LayerNames]:
         """The name that each role's network has for the layers of the run, by the student's."""
@@ -163,27 +183,20 @@ class Subject:
     def device(self) -> torch.device:
         return choose("eager", self.sources.device).device
 
-    def class_maps(self, role: str, layer: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    # ---- maps
+
+    def stored_maps(self, layer: str, kind: str) -> NDArray[np.float32]:
+        """The run's maps [n, h, w] of this kind at the student's layer."""
+        return self.run.maps(layer, kind, self.rows)
+
+    def class_maps(self, role: str, layer: str) -> ClassMapPair:
         """Grad-CAM and HiResCAM [n, h, w] of a role's network for each image's label, at the role's layer.
 
         All layers are computed at once, and kept.
         """
         if role not in self._class_maps:
-            self._class_maps[role] = self._compute_class_maps(role)
-        return self._class_maps[role][layer]
-
-    def _compute_class_maps(self, role: str) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        network = self.networks[role]
-        names = {layer: by_role.at(role) for layer, by_role in self.layer_names.items()}
-        layers = list(dict.fromkeys(names.values()))
-        maps: dict[str, tuple[list[Tensor], list[Tensor]]] = {layer: ([], []) for layer in layers}
-        classes = torch.nn.functional.one_hot(torch.from_numpy(self.labels), len(self.run.classes))
-        with EagerRunner(GradientGraph(network.module, layers, network.preprocessing), self.device) as runner:
-            for part in self.parts:
-                pixels, cotangents = self.pixels(part).to(runner.device), classes[part].to(runner.device)
-                for _, gradients in class_gradients(runner, layers, pixels, cotangents, None):
-                    for layer in layers:
-                        maps[layer][0].append(gradients[layer].maps("gap")[1].cpu())
-                        maps[layer][1].append(gradients[layer].maps("elementwise")[1].cpu())
-        joined = {layer: (torch.cat(gap).numpy(), torch.cat(elementwise).numpy()) for layer, (gap, elementwise) in maps.items()}
-        return {layer: joined[name] for layer, name in names.items()}
+            names = [by_role.at(role) for by_role in self.layer_names.values()]
+            labels = torch.from_numpy(self.labels)
+            parts = ((self.pixels(part), labels[part]) for part in self.parts)
+            self._class_maps[role] = class_maps(self.networks[role], names, parts, len(self.run.classes), self.device)
+        return self._class_maps[role][self.layer_names[layer].at(role)]

@@ -13,7 +13,9 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdx.explain.map_statistics import MapStatistics, NullStrength, mean_strength, stability
@@ -32,6 +34,8 @@ from kdx.kernels.set_unicam import SetGradient
 from kdx.kernels.tiles import TILE, FeatureDistances, Rows
 from kdx.maps.unicam import check_residual
 from kdx.roles import TARGET, mapped_among, maps_among, pairs_among, permuted_among, roles_among, score_maps_among, shares_among
+from kdx.scores.groups import GroupScores, of_classes, of_images
+from kdx.scores.inner_products import Sampling
 from kdx.scores.uncertainty import with_permuted
 
 _NULL_IMAGES = 128
@@ -62,6 +66,7 @@ class SetMeasurement:
 
     products, permuted, moments: as in `kdx.explain.layer.LayerMeasurement`, over all images. statistics: of each kind of map, UniCAM's
     and those that add up to a score. null: the strength of each kind of map under a permuted target, where a permutation was computed.
+    classes, groups: the scores of every class and of every group, where they were requested.
     """
 
     products: Tensor
@@ -69,6 +74,8 @@ class SetMeasurement:
     moments: Moments
     statistics: dict[str, MapStatistics]
     null: dict[str, NullStrength]
+    classes: list[GroupScores]
+    groups: list[GroupScores]
 
 
 def measure_set(
@@ -78,6 +85,8 @@ def measure_set(
     output: Callable[[str, tuple[int, int, int]], Tensor],
     *,
     shuffled: bool = False,
+    classes: NDArray[np.int64] | None = None,
+    groups: Sequence[Tensor] = (),
     folder: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SetMeasurement:
@@ -85,6 +94,7 @@ def measure_set(
 
     output: returns the array [n, h, w], of any floating type, to which the maps of a kind are written, from its name and shape;
     `maps_among` and `score_maps_among` name the kinds. shuffled: whether the rows are in random order, which makes reading them fast.
+    classes [n]: the class of each image, as a number from 0, where scores per class are wanted. groups: the images of each group.
     folder: where the distances are kept meanwhile; None keeps them in memory. progress: receives the number of finished steps and of all
     steps.
 
@@ -107,6 +117,7 @@ def measure_set(
         seed=settings.seed,
         shuffled=shuffled,
         ops=dispatch.chosen(torch.empty(0, dtype=matrices[0].rows.dtype, device=matrices[0].rows.device)),
+        classes=None if classes is None else torch.from_numpy(classes),
         keep=stored.keep,
         progress=lambda done, total: progress(done, sweeps * total),
     )
@@ -117,7 +128,13 @@ def measure_set(
     statistics = layer.write_maps(output, lambda: progress(next(steps), sweeps * len(geometry.pairs)))
     null = layer.null_strengths() if settings.permutations else {}
     products = {name: swept.permuted[names.index(name)] for name in permuted}
-    return SetMeasurement(swept.products, products, swept.moments, statistics, null)
+    sampling = Sampling(permutations=0, confidence=settings.confidence, seed=settings.seed)
+    rows = {role: matrix.rows for role, matrix in zip(roles, matrices, strict=True)}
+    by_class: list[GroupScores] = []
+    if classes is not None and swept.classes is not None:
+        by_class = of_classes(rows, swept.products, swept.influences, swept.classes, classes, sampling)
+    by_group = [of_images(rows, index, sampling, target.values[index.to(target.values.device)]) for index in groups]
+    return SetMeasurement(swept.products, products, swept.moments, statistics, null, by_class, by_group)
 
 
 def _on_disk(folder: Path, number: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

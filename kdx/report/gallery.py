@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from kdx.disk import write_atomic
 from kdx.maps import overlays
 from kdx.report.kinds import PageKind, opening_layer, page_kinds, shown_first
 from kdx.report.packing import PackedMap, data_uri, encoded, packed_map, rounded, rounded_or_none, shrunk
+from kdx.runs.evaluation import number_name, read_evaluation
 from kdx.runs.gallery_choice import BALANCED, read_choice
 from kdx.runs.image_numbers import CHANGED, DISAGREEMENT, WRONG, prediction_numbers
 from kdx.runs.measured import MapColumns
@@ -80,7 +82,8 @@ class Gallery:
 
     grids: the height and width of the first kind of map per layer. opening: the layer that the page shows first. limits [layer][kind]: the
     absolute value at which the layer's common scale ends. strip: the cards in the strip. chosen: how the images were
-    chosen, as a sentence. ordered: whether the cards have another order than the data.
+    chosen, as a sentence. ordered: whether the cards have another order than the data. inside [layer][kind]: the share of each card's map
+    that lies inside the image's mask, None where it was not evaluated; empty for a run without such an evaluation.
     """
 
     cards: list[Card]
@@ -92,6 +95,7 @@ class Gallery:
     classes: list[tuple[int, str, int]]  # (class, name, number of cards)
     chosen: str
     ordered: bool
+    inside: list[list[list[float | None] | None]]
 
     @property
     def pixelated(self) -> bool:
@@ -127,6 +131,12 @@ class Gallery:
         if len(order) <= count or not signed:
             return order[:count]
         return [*order[:_STRIP_HIGHEST], *order[-_STRIP_LOWEST:]]
+
+
+def colour_tables() -> dict[str, str]:
+    """The two scales of colours for the page's script, as base64 of one row of red, green and blue per level."""
+    tables = {"sequential": overlays.colours(), "diverging": overlays.diverging_colours()}
+    return {name: base64.b64encode(table.tobytes()).decode("ascii") for name, table in tables.items()}
 
 
 def gradient(signed: bool) -> str:
@@ -171,11 +181,23 @@ def make_gallery(run: RunRecord) -> Gallery:
         shown_first(run, kinds),
         grids,
         opening_layer(run, kinds[0], grids),
-        [[_limit(maps[layer, kind.name]) for kind in kinds] for layer in run.layers],
+        [[scale_end([maps[layer, kind.name]]) for kind in kinds] for layer in run.layers],
         [(label, run.class_name(label), count) for label, count in sorted(counts.items())],
         choice.description(len(cards)),
         choice.order != BALANCED or bool(choice.images),
+        _inside(run, kinds, places),
     )
+
+
+def _inside(run: RunRecord, kinds: Sequence[PageKind], places: Sequence[int]) -> list[list[list[float | None] | None]]:
+    """`Gallery.inside` of these images, from what `kdx evaluate` measured."""
+    evaluation = read_evaluation(run)
+    values = {} if evaluation is None else evaluation.values
+    names = [[number_name(layer, kind.name, "energy") for kind in kinds] for layer in run.layers]
+    if not any(name in values for row in names for name in row):
+        return []
+    of_cards = {name: [rounded_or_none(float(x)) for x in shares[list(places)]] for name, shares in values.items()}
+    return [[of_cards.get(name) for name in row] for row in names]
 
 
 def _grid(maps: NDArray[np.float32]) -> tuple[int, int]:
@@ -196,9 +218,14 @@ def _figures(columns: MapColumns | None, maps: NDArray[np.float32], places: Sequ
     ]
 
 
-def _limit(maps: NDArray[np.float32]) -> float:
-    """The value at which the common scale ends. Higher values have the same colour, so that a single map does not dim all others."""
-    highest = np.abs(np.nan_to_num(maps.astype(np.float64), posinf=0.0, neginf=0.0)).max((1, 2), initial=0.0)
+def scale_end(stacks: Iterable[NDArray[np.float32]]) -> float:
+    """The absolute value at which the common scale of these maps, several arrays [n, h, w], ends.
+
+    Higher values have the same colour, so that a single map does not dim all others.
+    """
+    highest = np.concatenate(
+        [np.abs(np.nan_to_num(maps.astype(np.float64), posinf=0.0, neginf=0.0)).max((1, 2), initial=0.0) for maps in stacks]
+    )
     highest = highest[highest > 0]
     return rounded(float(np.quantile(highest, _SATURATION))) if len(highest) else 1.0
 

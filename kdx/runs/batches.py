@@ -18,6 +18,7 @@ from kdx.progress import progress
 from kdx.roles import TARGET, maps_among, roles_among, score_maps_among
 from kdx.runs import schema
 from kdx.runs.collected import Collected, check_classes, prediction_columns
+from kdx.runs.divisions import left_out_of_batches
 from kdx.runs.plan import Plan
 from kdx.runs.progress_records import BatchRecord, LayerProducts
 from kdx.runs.store import Store
@@ -88,6 +89,7 @@ def collect_batches(store: Store, plan: Plan) -> Collected:
         {layer: _statistics(store, plan, layer, records, pools[layer].products, roles) for layer in plan.layers},
         {layer: {} for layer in plan.layers},
         [image for record in records for image in record.unreadable],
+        left_out=left_out_of_batches(plan, store.manifest["geometry"]),
     )
 
 

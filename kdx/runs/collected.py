@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from kdx.errors import KdxError
 from kdx.explain.map_statistics import MapStatistics, NullStrength
-from kdx.runs import schema
-from kdx.runs.schema import StoredMaps
-from kdx.scores.pool import LayerScores
+from kdx.runs import grouped_scores, schema
+from kdx.runs.schema import StoredLayer, StoredMaps
+from kdx.scores.groups import GroupScores, adjusted_groups
+from kdx.scores.pool import LayerScores, adjusted
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Collected:
     """Everything that a run computed except the maps.
 
     columns: of samples.parquet, and INDEX. scores, statistics and null strengths: per layer, the last two per kind of map. unreadable: the
-    name and the reason for each image that could not be read.
+    name and the reason for each image that could not be read. grouped: per ``classes`` and ``groups`` the scores of each layer and name;
+    left_out: the reason for each of the two that is absent, where one applies.
     """
 
     columns: dict[str, NDArray[Any]]
@@ -30,6 +32,19 @@ class Collected:
     statistics: dict[str, dict[str, MapStatistics]]
     null: dict[str, dict[str, NullStrength]]
     unreadable: list[tuple[str, str]]
+    grouped: dict[str, dict[str, dict[str, GroupScores]]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def stored_layers(self) -> dict[str, StoredLayer]:
+        """The scores of all layers in the form of scores.json, with p-values adjusted over layers."""
+        layers: dict[str, StoredLayer] = {
+            layer: {**schema.stored_layer(scores), "maps": self.stored_maps(layer)} for layer, scores in adjusted(self.scores).items()
+        }
+        for kind in schema.GROUPED_TABLES:
+            for layer, groups in adjusted_groups(self.grouped.get(kind, {})).items():
+                stored = {name: grouped_scores.stored_group(group) for name, group in groups.items()}
+                layers[layer] |= {"classes": stored} if kind == "classes" else {"groups": stored}
+        return layers
 
     def map_columns(self) -> dict[str, NDArray[Any]]:
         """The columns of samples.parquet about maps."""

@@ -10,7 +10,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from kdx.runs import schema
 from kdx.runs.record import RunRecord
 
 FORMAT = 1
+
+STEP = "to "
+"""The beginning of the part of a metric that is a step, followed by the layer that it reaches from the output."""
 
 Values = NDArray[np.float64]
 
@@ -53,21 +56,58 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class MetricRecord:
+    """A metric as its results describe it.
+
+    title, meaning: for readers. better: ``higher`` or ``lower``; None for a number that is neither. chance: the value of a map that states
+    nothing, where it is the same for all images. basis: what the results depend on: the images, the seed, the masks, and options.
+    """
+
+    title: str
+    meaning: str
+    better: str | None
+    chance: float | None
+    basis: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CandidateRecord:
+    """An evaluated map as results describe it. kind: ``run`` for a stored map, ``other`` for another method, or ``baseline``."""
+
+    title: str
+    meaning: str
+    kind: str
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Everything that was measured of a run's maps.
 
-    measurements: in the order of metrics, maps and layers. bases: per metric, what its results depend on. values: per image [N] in the
-    order of samples.parquet, by `Measurement.number`; NaN for images that were not evaluated. confidence: of the intervals.
+    measurements: in the order of metrics, maps and layers. metrics, candidates: what they are, by name. values: per image [N] in the order
+    of samples.parquet, by `Measurement.number`; NaN for images that were not evaluated. confidence: of the intervals.
     """
 
     measurements: tuple[Measurement, ...]
-    bases: Mapping[str, Mapping[str, Any]]
+    metrics: Mapping[str, MetricRecord]
+    candidates: Mapping[str, CandidateRecord]
     values: Mapping[str, Values]
     confidence: float
 
+    def parts(self, metric: str) -> tuple[str, ...]:
+        """The parts of a metric, in order, except its steps: "" for a metric of one number."""
+        return tuple(part for part in self._parts(metric) if not part.startswith(STEP))
+
+    def steps(self, metric: str) -> tuple[str, ...]:
+        """The parts of a metric that are steps on the way to its main number, such as those of a cascade; most metrics have none."""
+        return tuple(part for part in self._parts(metric) if part.startswith(STEP))
+
+    def _parts(self, metric: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(measurement.part for measurement in self.measurements if measurement.metric == metric))
+
     @property
-    def metrics(self) -> tuple[str, ...]:
-        return tuple(self.bases)
+    def layers(self) -> tuple[str, ...]:
+        """The layers of all measurements."""
+        return tuple(dict.fromkeys(measurement.layer for measurement in self.measurements if measurement.layer is not None))
 
     def of(self, metric: str, layer: str | None, part: str = "") -> list[Measurement]:
         """The measurements of a metric at a layer, with those of maps that have no layer."""
@@ -86,17 +126,17 @@ def number_name(layer: str | None, candidate: str, metric: str, part: str = "") 
     return f"{candidate}/{name}" if layer is None else schema.map_column(layer, candidate, name)
 
 
-def mean_interval(values: Values, confidence: float) -> tuple[float, tuple[float, float]]:
+def mean_interval(values: Values, confidence: float, *, hits: bool = False) -> tuple[float, tuple[float, float]]:
     """The mean of values [n], one per image, and its confidence interval.
 
-    Values that are all 0 or 1 have Wilson's interval of a share. Others have Student's interval, mean +/- t s/sqrt(n) with n - 1 degrees
-    of freedom. Both treat images as independent. The interval is NaN for fewer than 2 images, and so is the mean of none.
+    It is Student's interval, mean +/- t s/sqrt(n) with n - 1 degrees of freedom. For ``hits`` that are all 0 or 1, it is Wilson's interval
+    of a share. Both treat images as independent. The interval is NaN for fewer than 2 images, and so is the mean of none.
     """
     n = len(values)
     mean = float(values.mean()) if n else math.nan
     if n < 2:
         return mean, (math.nan, math.nan)
-    if np.isin(values, (0, 1)).all():
+    if hits and np.isin(values, (0, 1)).all():
         share = stats.binomtest(int(values.sum()), n).proportion_ci(confidence, method="wilson")
         return mean, (float(share.low), float(share.high))
     half = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)
@@ -126,10 +166,16 @@ def read_evaluation(run: RunRecord) -> Evaluation | None:
             for metric, content in stored["metrics"].items()
             for row in content["measurements"]
         ]
-        bases = {metric: content["basis"] for metric, content in stored["metrics"].items()}
+        metrics = {
+            name: MetricRecord(*(content[key] for key in ("title", "meaning", "better", "chance", "basis")))
+            for name, content in stored["metrics"].items()
+        }
+        candidates = {name: CandidateRecord(**content) for name, content in stored["candidates"].items()}
+        if not {measurement.candidate for measurement in measurements} <= candidates.keys():
+            raise ValueError("a candidate is not described")
         values = _read_values(run, [measurement.number for measurement in measurements])
-        return Evaluation(tuple(measurements), bases, values, float(stored["confidence"]))
-    except (KeyError, TypeError, ValueError, OSError):  # such an evaluation is computed again
+        return Evaluation(tuple(measurements), metrics, candidates, values, float(stored["confidence"]))
+    except (KeyError, TypeError, ValueError, AttributeError, OSError):  # such an evaluation is computed again
         return None
 
 
@@ -143,7 +189,7 @@ def write_evaluation(run: RunRecord, evaluation: Evaluation) -> None:
     table = io.BytesIO()
     pq.write_table(pa.table(columns), table)
     write_atomic(run.folder / schema.EVALUATION_TABLE, table.getvalue())
-    metrics: dict[str, Any] = {metric: {"basis": dict(basis), "measurements": []} for metric, basis in evaluation.bases.items()}
+    metrics: dict[str, Any] = {name: {**asdict(metric), "measurements": []} for name, metric in evaluation.metrics.items()}
     for measurement in evaluation.measurements:
         metrics[measurement.metric]["measurements"].append(
             {
@@ -156,7 +202,13 @@ def write_evaluation(run: RunRecord, evaluation: Evaluation) -> None:
                 "empty": measurement.empty,
             }
         )
-    content = {"format": FORMAT, "run": _identity(run), "confidence": evaluation.confidence, "metrics": metrics}
+    content = {
+        "format": FORMAT,
+        "run": _identity(run),
+        "confidence": evaluation.confidence,
+        "candidates": {name: asdict(candidate) for name, candidate in evaluation.candidates.items()},
+        "metrics": metrics,
+    }
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomic(run.folder / schema.EVALUATION_FILE, text.encode("utf-8", "replace"))
 
@@ -172,7 +224,7 @@ def evaluated_names(run: RunRecord) -> tuple[str, ...]:
             for metric, content in stored["metrics"].items()
             for row in content["measurements"]
         )
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         return ()
 
 

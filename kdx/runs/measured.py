@@ -65,6 +65,26 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class GroupEntries:
+    """The scores and contrasts of one class or group at a layer, by name, of its n images. missing: why others have no value."""
+
+    n: int
+    scores: dict[str, Entry]
+    contrasts: dict[str, Entry]
+    missing: dict[str, str]
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any]) -> GroupEntries:
+        """The entries as stored. Raises KeyError, TypeError or ValueError where ``stored`` is not a group."""
+        scores, contrasts = ({name: Entry.of(entry) for name, entry in stored[kind].items()} for kind in ("scores", "contrasts"))
+        return cls(int(stored["n"]), scores, contrasts, {name: str(reason) for name, reason in stored["missing"].items()})
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        return self.scores | self.contrasts
+
+
+@dataclass(frozen=True)
 class MapSummary:
     """A kind of map at a layer, over all images.
 

@@ -12,15 +12,16 @@ from typing import Any, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.choices import TableFormat
+from kdx.choices import GroupKind, TableFormat
 from kdx.errors import KdxError
 from kdx.maps.drawing import Sheet
 from kdx.maps.figures import DRAWN_KINDS, Drawable, chosen_kinds, layers_sheet
 from kdx.roles import SCORE_MAPS
-from kdx.runs import schema
+from kdx.runs import grouped_scores, schema
 from kdx.runs.image_numbers import image_number, number_names
 from kdx.runs.record import RunRecord, read_run
-from kdx.runs.score_tables import csv_text, score_table
+from kdx.runs.record_table import Records as Records
+from kdx.runs.score_tables import group_table, score_table
 
 ValueT = TypeVar("ValueT")
 
@@ -41,25 +42,6 @@ def open_run(folder: str | Path) -> OpenedRun:
     """
     record = read_run(Path(folder))
     return OpenedRun(_Reader(record), np.arange(len(record.samples.rows)))
-
-
-class Records(list[dict[str, Any]]):
-    """A table as a list of dictionaries, one per row, all with the same keys."""
-
-    def csv(self) -> str:
-        """The table as CSV, with an empty field for None and NaN."""
-        rows = ((None if value != value else value for value in row.values()) for row in self)
-        return csv_text(list(self[0]) if self else [], map(list, rows))
-
-    def frame(self) -> Any:
-        """The table as a pandas.DataFrame. Raises KdxError if pandas is not installed; kdx does not need it otherwise."""
-        try:
-            import pandas  # type: ignore[import-untyped,import-not-found,unused-ignore]
-        except ImportError as error:
-            raise KdxError(
-                "A data frame needs the package pandas, which is not installed.", "Install it with: pip install pandas"
-            ) from error
-        return pandas.DataFrame(list(self))
 
 
 class Named(Mapping[str, ValueT]):
@@ -283,13 +265,33 @@ class OpenedRun(Drawable, Sequence[RunImage]):
             dict(zip(schema.SCORES_TABLE_COLUMNS, row, strict=True)) for row in schema.scores_table_rows(self._record.stored_scores)
         )
 
-    def table(self, format: TableFormat = "markdown", digits: int = 3) -> str:
+    @property
+    def class_scores(self) -> Records:
+        """Every score and difference of every class at every layer, as in scores_by_class.csv (`kdx.class_scores` defines them).
+
+        A score without a value has a reason as ``missing``. Empty for a run without scores per class.
+        """
+        return self._grouped("classes")
+
+    @property
+    def group_scores(self) -> Records:
+        """Every score and difference of every group of images (``--groups``), as in scores_by_group.csv (`kdx.group_scores`)."""
+        return self._grouped("groups")
+
+    def _grouped(self, kind: str) -> Records:
+        columns = grouped_scores.grouped_columns(kind)
+        return Records(dict(zip(columns, row, strict=True)) for row in grouped_scores.grouped_rows(self._record.stored_scores, kind))
+
+    def table(self, format: TableFormat = "markdown", digits: int = 3, *, by: GroupKind | None = None) -> str:
         """The scores as a table for a paper (``csv``, ``latex`` or ``markdown``), or the numbers of the images as CSV (``images``).
 
         csv has every digit, and one row per number and layer, as in scores.csv. latex is a booktabs tabular. latex and markdown have one
         row per number and one column per layer, with ``digits`` decimals, and each value has its interval. images has a row per image,
-        with its class, predictions and `numbers`. Raises KdxError for another format.
+        with its class, predictions and `numbers`. by: ``class`` or ``group`` for the scores of each class or group; latex and markdown
+        then have a table per layer with the main scores. Raises KdxError for another format, and for a run without these scores.
         """
+        if by is not None:
+            return group_table(self._record, by, format, digits)
         return self.records.csv() if format == "images" else score_table(self._record, format, digits)
 
     @property

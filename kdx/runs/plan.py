@@ -30,6 +30,7 @@ from kdx.models.network import INITIALISED, Network
 from kdx.models.reference import parse_reference
 from kdx.roles import BASELINE
 from kdx.runs.gallery_choice import BALANCED, GalleryChoice
+from kdx.runs.grouping import MAX_GROUPS, Grouping, grouping_of
 from kdx.runs.split import SplitChoice, choose_split, with_recorded_data
 from kdx.runs.targets import RunTarget, run_target
 from kdx.runtimes.choice import is_file
@@ -62,6 +63,8 @@ class RunOptions(Settings):
     resize, interpolation: how images are brought to the networks' size, by default as the models file states.
     ratios: ``summed`` for one score from the inner products of all batches, or ``mean`` for the mean of the batches' scores, with the
     geometry ``batch``.
+    max_classes: the most classes for which scores per class are computed; 0 for none. groups: a column of the data's table, or of
+    groups_file, whose values divide the images into groups that get scores of their own (`kdx.runs.grouping`).
     split: ``test``, ``validation``, ``train`` or ``all``. None takes ``test`` of the data that the models were trained on, and all of any
     other data. max_unreadable: the share of corrupt images above which the run fails; one image always passes, unless the share is 0.
     random_baseline: whether FSS(S,T) has a baseline, the FSS of the student's architecture with random weights, which costs one more pass.
@@ -83,6 +86,9 @@ class RunOptions(Settings):
     resize: ResizeMode | None = None
     interpolation: Interpolation | None = None
     ratios: RatioName = "summed"
+    max_classes: int = MAX_GROUPS
+    groups: str | None = None
+    groups_file: Path | None = None
     split: str | None = None
     max_unreadable: float = 0.01
     gallery: int = 60
@@ -127,6 +133,7 @@ class Plan:
     layers: dict[str, LayerNames]
     options: RunOptions
     own_target: RunTarget | None = None
+    grouping: Grouping | None = None
 
     @classmethod
     def of(cls, data: str, models: Path, layers: Sequence[str], options: RunOptions) -> Plan:
@@ -138,7 +145,8 @@ class Plan:
         split = choose_split(dataset, models_file, options.split, options.seed)
         check_images(len(split.indices))
         target = run_target(options.target, models_file, dataset, split.indices, split.pool, options.device)
-        plan = cls(data, models_file, dataset, split, parse_layers(layers or models_file.layers), options, target)
+        grouping = grouping_of(dataset, split.indices, options.groups, options.groups_file)
+        plan = cls(data, models_file, dataset, split, parse_layers(layers or models_file.layers), options, target, grouping)
         options.gallery_choice.check([dataset.ids[index] for index in plan.indices], models_file.references, plan.layers)
         return plan
 

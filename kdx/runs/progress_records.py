@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 
 from kdx.explain.map_statistics import MapStatistics, NullStrength
 from kdx.kernels.moments import Moments
+from kdx.scores.groups import GroupContrast, GroupScores
+from kdx.scores.score import Score
 
 _MOMENTS = ("variance", "interaction", "slope")
 """The arrays of a layer's moments. Batches that an older kdx stored do not have them."""
@@ -78,16 +81,20 @@ class BatchRecord:
 class LayerRecord:
     """What a finished layer of a run with the geometry ``whole`` stores besides its maps.
 
-    products: over all images. statistics and null: per kind of map.
+    products: over all images. statistics and null: per kind of map. grouped: the scores of ``classes`` and ``groups``, by the order of
+    their names; older versions did not store them.
     """
 
     products: LayerProducts
     statistics: dict[str, MapStatistics]
     null: dict[str, NullStrength]
+    grouped: dict[str, list[GroupScores]] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The arrays of the layer's file."""
         arrays = _product_arrays(self.products)
+        for kind, groups in self.grouped.items():
+            arrays[f"grouped/{kind}"] = np.array([json.dumps(asdict(group)) for group in groups], dtype=np.str_)
         for kind, values in self.statistics.items():
             arrays[f"statistics/{kind}"] = torch.stack([values.total, values.strength, values.stability]).numpy()
         return arrays | {f"null/{kind}": np.array([value.median, value.high]) for kind, value in self.null.items()}
@@ -95,7 +102,7 @@ class LayerRecord:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> LayerRecord:
         """The record of a layer from the arrays of its file, the inverse of `arrays`."""
-        kinds: dict[str, dict[str, NDArray[Any]]] = {"statistics": {}, "null": {}}
+        kinds: dict[str, dict[str, NDArray[Any]]] = {"statistics": {}, "null": {}, "grouped": {}}
         for name, values in arrays.items():
             group, slash, kind = name.partition("/")
             if slash:
@@ -104,7 +111,18 @@ class LayerRecord:
             _products({name: values for name, values in arrays.items() if "/" not in name}),
             {kind: MapStatistics(*torch.from_numpy(values)) for kind, values in kinds["statistics"].items()},
             {kind: NullStrength(*values.tolist()) for kind, values in kinds["null"].items()},
+            {kind: [_group(json.loads(text)) for text in values.tolist()] for kind, values in kinds["grouped"].items()},
         )
+
+
+def _group(stored: Mapping[str, Any]) -> GroupScores:
+    """The scores of a group from the fields of its dataclasses."""
+    return GroupScores(
+        stored["n"],
+        {name: Score(**{**score, "interval": tuple(score["interval"])}) for name, score in stored["scores"].items()},
+        {name: GroupContrast(value, (low, high), *p_values) for name, (value, (low, high), *p_values) in stored["contrasts"].items()},
+        stored["missing"],
+    )
 
 
 def _product_arrays(products: LayerProducts, suffix: str = "") -> dict[str, NDArray[Any]]:

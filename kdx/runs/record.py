@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from kdx.errors import KdxError
 from kdx.roles import MEASURED, READING_ORDER, contrast_name, contrasts_among, maps_among, score_maps_among, scores_among
 from kdx.runs import schema
-from kdx.runs.measured import Entry, MapColumns, MapSummary, NetworkResult, Samples, optional_integer
-from kdx.runs.schema import Manifest, StoredFeatures, StoredScore, StoredScores, UnreadableImage
+from kdx.runs.measured import Entry, GroupEntries, MapColumns, MapSummary, NetworkResult, Samples, optional_integer
+from kdx.runs.schema import Manifest, StoredFeatures, StoredGroup, StoredScore, StoredScores, UnreadableImage
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,6 +49,8 @@ class RunRecord:
     scores: dict[str, dict[str, Entry]]  # layer -> name -> entry
     contrasts: dict[str, dict[str, Entry]]
     map_summaries: dict[str, dict[str, MapSummary]]  # layer -> kind -> summary; empty for runs of older versions
+    class_scores: dict[str, dict[str, GroupEntries]]  # layer -> class -> entries; empty for runs without them
+    group_scores: dict[str, dict[str, GroupEntries]]
     samples: Samples
     confidence: float
     permutations: int | None
@@ -79,6 +81,17 @@ class RunRecord:
     def class_name(self, index: int) -> str:
         """The name of a class. A network may predict a class that the data set has no name for."""
         return self.classes[index] if 0 <= index < len(self.classes) else f"class {index}"
+
+    @property
+    def group_column(self) -> str | None:
+        """The column whose values divide the images into groups; None without one."""
+        groups = self.manifest["configuration"].get("groups")
+        return None if groups is None else str(groups["column"])
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Why the run has no scores of ``classes`` or of ``groups``, where it has none and knows why."""
+        return self.stored_scores.get("left_out", {})
 
     @property
     def geometry(self) -> str:
@@ -173,6 +186,8 @@ def read_run(folder: Path) -> RunRecord:
                 layer: {kind: MapSummary(**summary) for kind, summary in stored["layers"][layer].get("maps", {}).items()}
                 for layer in layers
             },
+            class_scores={layer: _groups(stored["layers"][layer].get("classes", {})) for layer in layers},
+            group_scores={layer: _groups(stored["layers"][layer].get("groups", {})) for layer in layers},
             samples=_samples(folder, roles),
             confidence=float(configuration["confidence"]),
             permutations=optional_integer(configuration.get("permutations")),
@@ -253,6 +268,10 @@ def _network(role: str, manifest: Manifest, accuracy: Mapping[str, Any]) -> Netw
 def _entries(stored: Mapping[str, StoredScore], names: Iterable[str]) -> dict[str, Entry]:
     """The entries of these names. Raises KeyError where one is missing."""
     return {name: Entry.of(stored[name]) for name in names}
+
+
+def _groups(stored: Mapping[str, StoredGroup]) -> dict[str, GroupEntries]:
+    return {str(name): GroupEntries.of(group) for name, group in stored.items()}
 
 
 def _samples(folder: Path, roles: Sequence[str]) -> Samples:

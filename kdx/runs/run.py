@@ -26,6 +26,7 @@ from kdx.runs.collected import Collected
 from kdx.runs.environment import environment, now
 from kdx.runs.gallery_choice import check_order, write_choice
 from kdx.runs.geometry import Geometry, choose_geometry, unavoidable
+from kdx.runs.grouping import MAX_GROUPS
 from kdx.runs.image_numbers import prediction_numbers
 from kdx.runs.measured import Samples
 from kdx.runs.plan import Plan
@@ -37,7 +38,6 @@ from kdx.runs.schema import (
     SplitRule,
     StoredFeatures,
     StoredInputs,
-    StoredLayer,
     StoredNetwork,
     StoredOptions,
     TargetFile,
@@ -46,7 +46,6 @@ from kdx.runs.store import Store
 from kdx.runs.target_names import target_phrase
 from kdx.runs.training_scores import logged_scores, write_training_scores
 from kdx.runs.whole import collect_whole, explain_whole, feature_shapes
-from kdx.scores.pool import adjusted
 from kdx.scores.uncertainty import accuracy
 
 
@@ -241,6 +240,8 @@ def _recorded_options(options: RunOptions) -> StoredOptions:
         recorded["stored_precision"] = options.stored_precision
     if options.project:
         recorded["project"] = options.project
+    if options.max_classes != MAX_GROUPS:
+        recorded["max_classes"] = options.max_classes
     if options.ratios != "summed":
         recorded["ratios"] = options.ratios
     return recorded
@@ -251,6 +252,8 @@ def _recorded_inputs(plan: Plan) -> StoredInputs:
     recorded: StoredInputs = {}
     if plan.own_target is not None:
         recorded["target"] = plan.own_target.identity
+    if plan.grouping is not None:
+        recorded["groups"] = plan.grouping.identity
     if plan.dataset.resizing != COVER:
         recorded["resize"] = {"mode": plan.dataset.resizing.mode, "interpolation": plan.dataset.resizing.interpolation}
     return recorded
@@ -288,16 +291,14 @@ def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int
     maps = collected.map_columns()
     store.write_samples({schema.ID: [dataset.ids[i] for i in index], **columns, **maps})
     raw: StoredFeatures = {"kind": "raw"}
-    layers: dict[str, StoredLayer] = {
-        layer: {**schema.stored_layer(scores), "maps": collected.stored_maps(layer)} for layer, scores in adjusted(collected.scores).items()
-    }
     store.write_scores(
         {
             "features": store.manifest["configuration"].get("features", raw),
             "accuracy": {
                 role: accuracy(columns[schema.prediction_column(role)] == columns[schema.LABEL], options.confidence) for role in roles
             },
-            "layers": layers,
+            "layers": collected.stored_layers(),
+            "left_out": collected.left_out,
         }
     )
     samples = Samples.of(columns, [dataset.ids[i] for i in index], roles)

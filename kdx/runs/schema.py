@@ -1,13 +1,15 @@
 """The schema of a run's folder: the names of files, JSON keys, columns, Zarr paths and arrays, and the format number.
 
-No other module defines them, except the arrays of progress/ (`kdx.runs.progress_records`). `kdx.runs.run` and `kdx.runs.store` write a
+No other module defines them, except the arrays of progress/ (`kdx.runs.progress_records`) and the scores of classes and groups
+(`kdx.runs.grouped_scores`). `kdx.runs.run` and `kdx.runs.store` write a
 folder in this schema; `kdx.runs.record` reads it.
 
     manifest.json    everything needed to repeat the run, and whether it is complete
     samples.parquet  one row per image
     maps.zarr        LAYER/KIND [rows, h, w]: UniCAM's maps (`kdx.roles.MAPS`) and the maps that add up to a score
                      (`kdx.roles.SCORE_MAPS`). Kinds that involve the teacher exist only with a teacher.
-    scores.json      accuracies, and per layer the scores and contrasts; scores.csv has them as a table
+    scores.json      accuracies, and per layer the scores and contrasts, of all images and of each class and group; scores.csv has those of
+                     all images as a table, scores_by_class.csv and scores_by_group.csv those of classes and groups, if there are any
     training.json    the scores of probe images during training, where kdx distill logged them
     report.html      the page
     gallery.json     which images the page shows: how they were chosen, and their rows in the order of the page
@@ -30,6 +32,7 @@ from typing import Any, NotRequired, TypedDict
 
 from kdx.roles import LETTERS, READING_ORDER
 from kdx.scores.pool import LayerScores
+from kdx.scores.score import Score
 
 FORMAT = 1
 """The number that a manifest states. It changes when an older kdx can no longer read a new run."""
@@ -42,6 +45,7 @@ SAMPLES_FILE = "samples.parquet"
 MAPS_FILE = "maps.zarr"
 SCORES_FILE = "scores.json"
 SCORES_TABLE = "scores.csv"
+GROUPED_TABLES = {"classes": "scores_by_class.csv", "groups": "scores_by_group.csv"}
 TRAINING_FILE = "training.json"
 PAGE = "report.html"
 IMAGES_PAGE = "images.html"
@@ -136,7 +140,7 @@ omitted at their defaults, predicted, logit and exact."""
 
 class StoredOptions(TypedDict):
     """The options that a run's results depend on. Those that are not required are omitted at their defaults: float32, raw, distances
-    between whole features, auto, float32, 0 and summed ratios."""
+    between whole features, auto, float32, 0, 200 classes and summed ratios."""
 
     batch: int
     runtime: str
@@ -153,6 +157,7 @@ class StoredOptions(TypedDict):
     geometry: NotRequired[str]
     stored_precision: NotRequired[str]
     project: NotRequired[int]
+    max_classes: NotRequired[int]
     ratios: NotRequired[str]
 
 
@@ -187,10 +192,18 @@ class StoredResizing(TypedDict):
     interpolation: str
 
 
+class StoredGrouping(TypedDict):
+    """The groups of images: the column of a table, and the hash of the value of each explained image."""
+
+    column: str
+    sha256: str
+
+
 class StoredInputs(TypedDict):
-    """Omitted at their defaults: labels as the target, and images that cover the size, bicubic."""
+    """Omitted at their defaults: labels as the target, no groups, and images that cover the size, bicubic."""
 
     target: NotRequired[StoredTarget]
+    groups: NotRequired[StoredGrouping]
     resize: NotRequired[StoredResizing]
 
 
@@ -281,37 +294,55 @@ class StoredMaps(TypedDict):
     above_null: float | None
 
 
+class StoredGroup(TypedDict):
+    """A class or group at a layer: see `kdx.scores.groups.GroupScores`, which has the same fields."""
+
+    n: int
+    scores: dict[str, StoredScore]
+    contrasts: dict[str, StoredScore]
+    missing: dict[str, str]
+
+
 class StoredLayer(TypedDict):
+    """classes, groups: by name; absent where the run has none, and in runs of older versions."""
+
     scores: dict[str, StoredScore]
     contrasts: dict[str, StoredScore]
     maps: NotRequired[dict[str, StoredMaps]]
+    classes: NotRequired[dict[str, StoredGroup]]
+    groups: NotRequired[dict[str, StoredGroup]]
 
 
 class StoredScores(TypedDict):
+    """left_out: why there are no scores of ``classes`` or of ``groups``, where there are none."""
+
     features: StoredFeatures
     accuracy: dict[str, dict[str, Any]]  # role -> value, interval, correct, n: see `kdx.scores.uncertainty.accuracy`
     layers: dict[str, StoredLayer]
+    left_out: NotRequired[dict[str, str]]
 
 
 def stored_layer(layer: LayerScores) -> StoredLayer:
     """The scores and contrasts of a layer in the form of scores.json."""
-    scores: dict[str, StoredScore] = {
-        name: {
-            "value": score.value,
-            "interval": score.interval,
-            "p_value": score.p_value,
-            "p_adjusted": score.p_adjusted,
-            "n": score.n,
-            "batches": score.batches,
-        }
-        for name, score in layer.scores.items()
-    }
+    scores = {name: stored_score(score) for name, score in layer.scores.items()}
     first = next(iter(scores.values()))  # all scores of a layer have the same basis
     contrasts: dict[str, StoredScore] = {
         name: {"value": value, "interval": interval, "p_value": None, "p_adjusted": None, "n": first["n"], "batches": first["batches"]}
         for name, (value, interval) in layer.contrasts.items()
     }
     return {"scores": scores, "contrasts": contrasts}
+
+
+def stored_score(score: Score) -> StoredScore:
+    """A score in the form of scores.json."""
+    return {
+        "value": score.value,
+        "interval": score.interval,
+        "p_value": score.p_value,
+        "p_adjusted": score.p_adjusted,
+        "n": score.n,
+        "batches": score.batches,
+    }
 
 
 SCORES_TABLE_COLUMNS = ("layer", "score", "value", "low", "high", "p_value", "p_adjusted", "n", "batches")

@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kdx.choices import TABLE_FORMATS, TableFormat
+from kdx.choices import TABLE_FORMATS, GroupKind, TableFormat
 from kdx.errors import KdxError, printable
-from kdx.runs import schema
+from kdx.roles import BALANCE, GAIN, LEAD, LIKENESS, counterpart
+from kdx.runs import grouped_scores, schema
 from kdx.runs.measured import Entry
 from kdx.runs.number_text import number
 from kdx.runs.record import RunRecord
@@ -39,6 +40,73 @@ def score_table(run: RunRecord, format_: TableFormat, digits: int = 3) -> str:
     if format_ == "markdown":
         return _markdown(run, digits)
     raise KdxError(f"There is no table format {format_!r}.", f"Give one of: {', '.join(TABLE_FORMATS)}.")
+
+
+_MAIN = {
+    "base": ("RS(S)", "RS(B)", GAIN, "RS(S|B)", "RS(B|S)", BALANCE, LIKENESS),
+    "teacher": ("FSS(S,T)", "RS(S)", "RS(T)", LEAD, "RS(T|S)", "RS(S|T)"),
+    None: ("RS(S)",),
+}
+"""The scores and contrasts of a class or group in a table, by the student's counterpart."""
+
+
+def main_scores(run: RunRecord) -> list[str]:
+    """The scores and contrasts of a class or group that tables and the page show; the CSV files have all."""
+    present = {*run.score_names, *run.contrast_names}
+    return [name for name in _MAIN[counterpart(run.roles)] if name in present]
+
+
+def group_table(run: RunRecord, by: GroupKind, format_: TableFormat, digits: int = 3) -> str:
+    """The scores of each class or group as text. Raises KdxError for a run without them, and for a format that does not apply.
+
+    csv: the rows of scores_by_class.csv or scores_by_group.csv. latex, markdown: a table per layer with one row per class or group and the
+    main scores and differences, each with its interval.
+    """
+    kind = "classes" if by == "class" else "groups"
+    layers = run.class_scores if by == "class" else run.group_scores
+    if not any(layers.values()):
+        reason = run.left_out.get(kind, f"The run has no scores per {by}.")
+        hint = "Explain the data again with --groups COLUMN." if by == "group" else "Explain the data again with --geometry whole."
+        raise KdxError(reason, hint)
+    if format_ == "csv":
+        return csv_text(grouped_scores.grouped_columns(kind), grouped_scores.grouped_rows(run.stored_scores, kind))
+    if format_ not in ("latex", "markdown"):
+        raise KdxError(f"The scores per {by} have no format {format_!r}.", "Give one of: csv, latex, markdown.")
+    names = main_scores(run)
+    parts = []
+    for layer, groups in layers.items():
+        rows = []
+        for group, values in groups.items():
+            entries = [values.entries.get(name) for name in names]
+            cells = [None if entry is None else _cell(entry, digits, " - " in name) for name, entry in zip(names, entries, strict=True)]
+            rows.append((group, values.n, cells))
+        parts.append(_group_markdown(by, layer, names, rows) if format_ == "markdown" else _group_latex(by, layer, names, rows))
+    about = " ".join(printable(_about(run)).split())
+    start = f"{_markdown_text(_about(run))}." if format_ == "markdown" else f"% {about}. Needs \\usepackage{{booktabs}}."
+    return "\n".join([start, *parts])
+
+
+_GroupRow = tuple[str, int, list[tuple[str, str, str] | None]]
+
+
+def _group_markdown(by: str, layer: str, names: Sequence[str], rows: Sequence[_GroupRow]) -> str:
+    columns = [by, "images", *(_markdown_text(name.replace(" - ", " − ")) for name in names)]
+    cells = [[_markdown_text(group), f"{n:,}", *("–" if cell is None else _plain(cell) for cell in values)] for group, n, values in rows]
+    return "\n".join(["", f"Layer {_markdown_text(layer)}:", "", *_markdown_rows(columns, cells), ""])
+
+
+def _group_latex(by: str, layer: str, names: Sequence[str], rows: Sequence[_GroupRow]) -> str:
+    lines = [
+        f"% layer {' '.join(printable(layer).split())}",
+        rf"\begin{{tabular}}{{lr{'r' * len(names)}}}",
+        r"\toprule",
+        f"{by} & images & {' & '.join(map(_latex_score, names))} \\\\",
+        r"\midrule",
+    ]
+    for group, n, values in rows:
+        cells = ["--" if cell is None else _latex_cell(cell) for cell in values]
+        lines.append(f"{_latex_text(group)} & {n} & {' & '.join(cells)} \\\\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

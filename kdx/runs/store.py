@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kdx.disk import lock_folder, read_json, remove_leftovers, unwritable, write_atomic
 from kdx.errors import KdxError
-from kdx.runs import schema
+from kdx.runs import grouped_scores, schema
 from kdx.runs.gallery_choice import write_picture
 from kdx.runs.progress_records import BatchRecord, LayerRecord
 from kdx.runs.schema import Configuration, Context, ImageCounts, Manifest, StoredScores
@@ -213,9 +213,13 @@ class Store:
         write_atomic(self.folder / schema.SAMPLES_FILE, content.getvalue())
 
     def write_scores(self, scores: StoredScores) -> None:
-        """Write scores.json, and its scores and contrasts as rows of scores.csv."""
+        """Write scores.json, its scores and contrasts as rows of scores.csv, and those of classes and groups as tables of their own."""
         self._write_json(schema.SCORES_FILE, scores)
         write_atomic(self.folder / schema.SCORES_TABLE, csv_text(schema.SCORES_TABLE_COLUMNS, schema.scores_table_rows(scores)).encode())
+        for kind, name in schema.GROUPED_TABLES.items():
+            rows = list(grouped_scores.grouped_rows(scores, kind))
+            if rows:
+                write_atomic(self.folder / name, csv_text(grouped_scores.grouped_columns(kind), rows).encode())
 
     def write_picture(self, row: int, pixels: NDArray[np.uint8]) -> None:
         """Write an image [H, W, 3] of the gallery at the size that the networks receive."""

@@ -21,6 +21,7 @@ from kdx.progress import progress
 from kdx.roles import roles_among
 from kdx.runs import schema
 from kdx.runs.collected import Collected, check_classes, prediction_columns
+from kdx.runs.divisions import Divisions
 from kdx.runs.feature_files import FeatureFiles, Shapes
 from kdx.runs.plan import Plan, aligned
 from kdx.runs.progress_records import LayerProducts, LayerRecord
@@ -47,10 +48,11 @@ def explain_whole(
     _infer(files, explainer, plan, size, announce)
     check_unreadable(files.unreadable, len(plan.indices), plan.options.max_unreadable)
     device = torch.device(explainer.choice.device)
-    target = plan.target(_shuffled(plan)[files.kept])
+    index = _shuffled(plan)[files.kept]
+    target, divisions = plan.target(index), Divisions.of(plan, index)
     for place, layer in enumerate(plan.layers):
         if not store.has_layer(place):
-            _measure(store, files, plan, place, layer, Target.of(target.to(device)), device)
+            _measure(store, files, plan, place, layer, Target.of(target.to(device)), divisions, device)
     return files
 
 
@@ -102,7 +104,16 @@ def _check_finite(features: Mapping[str, Mapping[str, Tensor]], readable: NDArra
                 )
 
 
-def _measure(store: Store, files: FeatureFiles, plan: Plan, place: int, layer: str, target: Target, device: torch.device) -> None:
+def _measure(
+    store: Store,
+    files: FeatureFiles,
+    plan: Plan,
+    place: int,
+    layer: str,
+    target: Target,
+    divisions: Divisions,
+    device: torch.device,
+) -> None:
     """Measure and store one layer, with maps and statistics in the order of the data set."""
     maps: dict[str, NDArray[np.float32]] = {}
 
@@ -117,13 +128,16 @@ def _measure(store: Store, files: FeatureFiles, plan: Plan, place: int, layer: s
             plan.options,
             output,
             shuffled=True,
+            classes=divisions.codes,
+            groups=divisions.groups,
             folder=folder,
             progress=lambda done, total: show(f"Geometry of {layer}", done, total, "tiles"),
         )
         products = LayerProducts(measurement.products, measurement.permuted, measurement.moments)
         order = _sorted(plan, files)
+        grouped = divisions.by_kind(measurement.classes, measurement.groups)
         statistics = {kind: values.at(torch.from_numpy(order)) for kind, values in measurement.statistics.items()}
-        store.write_layer(place, layer, maps, order, LayerRecord(products, statistics, measurement.null))
+        store.write_layer(place, layer, maps, order, LayerRecord(products, statistics, measurement.null, grouped))
 
 
 def _shuffled(plan: Plan) -> NDArray[np.int64]:
@@ -144,6 +158,7 @@ def collect_whole(store: Store, plan: Plan, files: FeatureFiles) -> Collected:
     predictions = {name: values[order] for name, values in files.columns().items()}
     columns: dict[str, NDArray[Any]] = {schema.ROW: np.arange(len(index)), schema.INDEX: index, **predictions}
     records = {layer: store.read_layer(place) for place, layer in enumerate(plan.layers)}
+    divisions = Divisions.of(plan, index)
     scores = {}
     for layer, record in records.items():
         pool = Pool(roles)
@@ -155,4 +170,6 @@ def collect_whole(store: Store, plan: Plan, files: FeatureFiles) -> Collected:
         {layer: record.statistics for layer, record in records.items()},
         {layer: record.null for layer, record in records.items()},
         files.unreadable,
+        divisions.named({layer: record.grouped for layer, record in records.items()}),
+        divisions.left_out,
     )

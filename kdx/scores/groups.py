@@ -34,11 +34,11 @@ from kdx.kernels.one_against_rest import ClassMatrices, ClassSums
 from kdx.kernels.tiles import Rows
 from kdx.roles import CONTRASTS, TARGET, Definition, contrast_name, contrasts_among, pairs_among, roles_among, scores_among
 from kdx.scores import uncertainty
-from kdx.scores.inner_products import InnerProducts, Sampling, check_residual, inner_products
+from kdx.scores.inner_products import Sampling, check_residual, inner_products
 from kdx.scores.score import STATISTICS, Score, estimates
 
 FEWEST = 5
-"""A group needs this many images: with four, no interval is known."""
+"""A class or group needs this many images: with four, FSS has no interval."""
 
 
 class GroupContrast(NamedTuple):
@@ -94,8 +94,10 @@ def class_scores(
     An interval covers its own score. With C classes, about C/20 of the 95% intervals do not contain the true value. The p-values of
     contrasts are adjusted by Holm's method over all classes and layers (``p_adjusted``).
 
-    A class needs 2 images for RS and 5 for FSS; a score without a value has a reason in `GroupScores.missing`. Raises KdxError for what
-    `kdx.compare` refuses. A low RS of a class does not mean that the network misclassifies it.
+    A class needs 5 images; a score without a value has a reason in `GroupScores.missing`. Raises KdxError for what `kdx.compare` refuses.
+    In simulations, 95% intervals of RS contained the true value in 85 to 90% of the cases for classes of 5 and 10 images out of 800, in
+    about 93% for 20 to 50, and in 95% for 100. A low RS of a class does not mean that the network misclassifies it, and a rare class has
+    a low RS, because few of all pairs of images contain it; compare networks at one class rather than classes.
 
     >>> import numpy as np, kdx
     >>> labels = np.arange(60) % 3
@@ -111,7 +113,9 @@ def class_scores(
         rows = _rows(layer, by_role)
         Target.of(codes, next(iter(rows.values())).shape[0]).checked()
         sums = inner_products(dict(rows.items()), [], sampling, classes=torch.from_numpy(codes).to(_device(rows)))
-        layers[layer] = dict(zip(names, of_classes(rows, sums, codes, confidence, sampling), strict=True))
+        assert sums.classes is not None
+        scores = of_classes(rows, sums.products, sums.influences, sums.classes, codes, sampling)
+        layers[layer] = dict(zip(names, scores, strict=True))
     return adjusted_groups(layers)
 
 
@@ -148,7 +152,7 @@ def group_scores(
         n = next(iter(rows.values())).shape[0]
         arrays.check_same(len(codes), n, "groups", "features")
         whole = Target.of(target, n).values
-        scores = (of_images(rows, index, sampling, confidence, whole[index]) for index in members(codes, len(names)))
+        scores = (of_images(rows, index, sampling, whole[index]) for index in members(codes, len(names)))
         layers[layer] = dict(zip(names, scores, strict=True))
     return adjusted_groups(layers)
 
@@ -171,15 +175,18 @@ def adjusted_groups(layers: Mapping[str, Mapping[Any, GroupScores]]) -> dict[str
 
 
 def of_classes(
-    rows: Mapping[str, Rows], sums: InnerProducts, codes: NDArray[np.int64], confidence: float, sampling: Sampling
+    rows: Mapping[str, Rows],
+    products: Tensor,
+    influences: Influences | None,
+    classes: ClassSums | ClassMatrices,
+    codes: NDArray[np.int64],
+    sampling: Sampling,
 ) -> list[GroupScores]:
-    """The scores of every class, from the inner products of all images and the rows of each role. codes [n]: the class of each image."""
-    roles = roles_among(rows)
-    assert sums.classes is not None
+    """The scores of every class, from each role's rows of all images and what `against_rest` takes. codes [n]: the class of each image."""
     sizes = np.bincount(codes).tolist()
-    relevance = against_rest(roles, sums.products, sums.influences, sums.classes, sizes, sums.n, confidence)
+    relevance = against_rest(roles_among(rows), products, influences, classes, sizes, sampling.confidence)
     indices = members(codes, len(sizes))
-    return [scores | of_images(rows, index, sampling, confidence) for scores, index in zip(relevance, indices, strict=True)]
+    return [scores | of_images(rows, index, sampling) for scores, index in zip(relevance, indices, strict=True)]
 
 
 def against_rest(
@@ -188,15 +195,14 @@ def against_rest(
     influences: Influences | None,
     classes: ClassSums | ClassMatrices,
     sizes: Sequence[int],
-    n: int,
     confidence: float,
 ) -> list[GroupScores]:
-    """The relevance of every class, with the target "this class against the rest", over n images.
+    """The relevance of every class, with the target "this class against the rest", over all images.
 
     products [k, k], influences: of the matrices of the roles, which come first. classes: the sums of these matrices. sizes: the number of
     images of each class.
     """
-    k = len(roles)
+    k, n = len(roles), sum(sizes)
     definitions = {name: definition for name, definition in scores_among(roles).items() if TARGET in definition.matrices}
     results: list[GroupScores] = []
     for step in classes.steps():
@@ -215,10 +221,15 @@ def against_rest(
 
 
 def _of_class(size: int, roles: Collection[str], scores: GroupScores, n: int, definitions: Collection[str]) -> GroupScores:
-    if 2 <= size <= n - 2:
-        return replace(scores, n=size)
-    images = "The class has one image" if size < 2 else f"All images except {n - size} are of this class"
-    return _without(size, roles, definitions, f"{images}, and relevance needs two images on either side.")
+    if size < FEWEST:
+        return _without(size, roles, definitions, _few(size))
+    if n - size < FEWEST:
+        return _without(size, roles, definitions, f"The rest of the class has {_few(n - size)}")
+    return replace(scores, n=size)
+
+
+def _few(images: int) -> str:
+    return f"{images} image{'' if images == 1 else 's'}, and {FEWEST} are necessary."
 
 
 def _joined(shared: Influences, own: Influences, k: int, matrices: int) -> Influences:
@@ -243,13 +254,13 @@ def _joined(shared: Influences, own: Influences, k: int, matrices: int) -> Influ
     return Influences(torch.stack(first, 1), torch.stack(second, 1))
 
 
-def of_images(rows: Mapping[str, Rows], index: Tensor, sampling: Sampling, confidence: float, target: Tensor | None = None) -> GroupScores:
+def of_images(rows: Mapping[str, Rows], index: Tensor, sampling: Sampling, target: Tensor | None = None) -> GroupScores:
     """The scores on the images ``index`` alone. target: theirs; without one, only the scores that need none."""
     roles, n = roles_among(rows), len(index)
     names = {role: f"{role}'s features" for role in roles}
     definitions = {name: value for name, value in scores_among(roles).items() if target is not None or TARGET not in value.matrices}
     if n < FEWEST:
-        return _without(n, roles, definitions, f"{n} image{'' if n == 1 else 's'}, and an interval needs {FEWEST}.")
+        return _without(n, roles, definitions, _few(n))
     result = GroupScores(n)
     try:
         if target is not None:
@@ -278,7 +289,7 @@ def of_images(rows: Mapping[str, Rows], index: Tensor, sampling: Sampling, confi
     if known is not None:
         known = Influences(known.first[None], None if known.second is None else known.second[None])
     matrices = list(roles) if target is None else [*roles, TARGET]
-    return result | _scored(matrices, definitions, sums.products[None], known, n, confidence)[0]
+    return result | _scored(matrices, definitions, sums.products[None], known, n, sampling.confidence)[0]
 
 
 def _without(n: int, roles: Collection[str], definitions: Collection[str], reason: str) -> GroupScores:

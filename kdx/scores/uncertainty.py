@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 from torch import Tensor
 
 from kdx.features.target import Target
@@ -131,7 +131,7 @@ def difference_test(value: float, spread: Spread | None, *, limit: float = 2.0) 
         return None
     share = float(np.clip(value / limit, -_EDGE, _EDGE))
     error = float(np.sqrt(spread.variance)) / (limit * (1 - share * share))
-    return float(2 * stats.t.sf(abs(np.arctanh(share)) / error, spread.parts - 1))
+    return float(2 * special.stdtr(spread.parts - 1, -abs(np.arctanh(share)) / error))
 
 
 def interval(value: float, spread: Spread | None, confidence: float, *, n: int, limit: float = 1.0) -> tuple[float, float]:

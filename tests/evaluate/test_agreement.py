@@ -20,13 +20,13 @@ FEATURES, _, LABELS = oracle.features(n=N, classes=3)
 CLASSES = LABELS.numpy()
 
 
-def constant(rows: Tensor, *_: Tensor) -> Tensor:
+def constant(rows: Tensor, *_: Tensor) -> dict[str, Tensor]:
     """Maps that depend on the image alone."""
-    return FEATURES[rows].sum(1)
+    return {"map": FEATURES[rows].sum(1), "negative": -FEATURES[rows].sum(1)}
 
 
 def test_maps_of_the_image_alone_agree_in_every_context() -> None:
-    for agreement in (between_batches(constant, CLASSES, 8), between_references(constant, CLASSES, 10)):
+    for agreement in (*between_batches(constant, CLASSES, 8).values(), *between_references(constant, CLASSES, 10).values()):
         assert oracle.error(agreement.rank_correlation, torch.ones(len(agreement.images))) < 1e-12
         assert oracle.error(agreement.correlation, torch.ones(len(agreement.images))) < 1e-12
 
@@ -35,12 +35,12 @@ def test_agreement_between_batches() -> None:
     """Each image is in one batch of each division; the two maps of an image are those of its two batches."""
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def maps_of(rows: Tensor) -> Tensor:
+    def maps_of(rows: Tensor) -> dict[str, Tensor]:
         maps = kdx.decompose(FEATURES[rows], LABELS[rows]).maps
         seen.append((rows, maps))
-        return maps
+        return {"map": maps}
 
-    agreement = between_batches(maps_of, CLASSES, 8, seed=1)
+    agreement = between_batches(maps_of, CLASSES, 8, seed=1)["map"]
     rows = torch.cat([rows for rows, _ in seen])
     maps = torch.cat([maps for _, maps in seen])
     assert sorted(rows[:N].tolist()) == sorted(rows[N:].tolist()) == agreement.images.tolist() == list(range(N))
@@ -54,13 +54,13 @@ def test_agreement_between_batches() -> None:
 def test_agreement_between_reference_sets() -> None:
     sets: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def maps_of(rows: Tensor, references: Tensor) -> Tensor:
+    def maps_of(rows: Tensor, references: Tensor) -> dict[str, Tensor]:
         together = torch.cat([rows, references])
         maps = kdx.decompose(FEATURES[together], LABELS[together]).maps[: len(rows)]
         sets.append((rows, references, maps))
-        return maps
+        return {"map": maps}
 
-    agreement = between_references(maps_of, CLASSES, 9, seed=2)
+    agreement = between_references(maps_of, CLASSES, 9, seed=2)["map"]
     (rows, first, one), (again, second, other) = sets
     assert torch.equal(rows, again) and torch.equal(rows, agreement.images)
     assert sorted(torch.cat([rows, first, second]).tolist()) == list(range(N))
@@ -74,10 +74,11 @@ def test_larger_batches_agree_more() -> None:
     """Each is the mean over five divisions."""
 
     def mean(batch: int) -> float:
-        def maps_of(rows: Tensor) -> Tensor:
-            return kdx.decompose(FEATURES[rows], LABELS[rows]).maps
+        def maps_of(rows: Tensor) -> dict[str, Tensor]:
+            return {"map": kdx.decompose(FEATURES[rows], LABELS[rows]).maps}
 
-        return float(np.mean([between_batches(maps_of, CLASSES, batch, seed=2 * seed).rank_correlation.mean() for seed in range(5)]))
+        agreements = [between_batches(maps_of, CLASSES, batch, seed=2 * seed)["map"] for seed in range(5)]
+        return float(np.mean([agreement.rank_correlation.mean() for agreement in agreements]))
 
     assert mean(8) < mean(13)
 
@@ -90,13 +91,17 @@ def squared(images: Tensor) -> Tensor:
     return images.square().sum(1)
 
 
+def named(images: Tensor) -> dict[str, Tensor]:
+    return {"map": squared(images), "small": -1e-6 * squared(images)}
+
+
 def recorded(images: Tensor, **options: Any) -> list[Tensor]:
     """The images and the noisy images of which `max_sensitivity` computes maps."""
     seen: list[Tensor] = []
 
-    def maps_of(noisy: Tensor) -> Tensor:
+    def maps_of(noisy: Tensor) -> dict[str, Tensor]:
         seen.append(noisy)
-        return squared(noisy)
+        return named(noisy)
 
     max_sensitivity(maps_of, images, **options)
     return seen
@@ -104,7 +109,7 @@ def recorded(images: Tensor, **options: Any) -> list[Tensor]:
 
 def test_sensitivity_by_definition() -> None:
     sensitivity, seen = (
-        max_sensitivity(squared, pixels(), radius=0.05, samples=4, seed=3),
+        max_sensitivity(named, pixels(), radius=0.05, samples=4, seed=3)["map"],
         recorded(pixels(), radius=0.05, samples=4, seed=3),
     )
     assert len(seen) == 5 and torch.equal(seen[0], pixels())
@@ -117,15 +122,15 @@ def test_sensitivity_by_definition() -> None:
 
 
 def test_sensitivity_does_not_depend_on_batches_or_scale() -> None:
-    whole = max_sensitivity(squared, pixels())
-    parts = [max_sensitivity(squared, pixels()[rows], numbers=rows) for rows in ([2, 0], [1, 3, 4])]
+    whole = max_sensitivity(named, pixels())["map"]
+    parts = [max_sensitivity(named, pixels()[rows], numbers=rows)["map"] for rows in ([2, 0], [1, 3, 4])]
     assert oracle.error(torch.cat(parts)[torch.tensor([1, 2, 0, 3, 4])], whole) == 0
-    assert oracle.error(max_sensitivity(lambda images: -1e-6 * squared(images), pixels()), whole) < 1e-9
+    assert oracle.error(max_sensitivity(named, pixels())["small"], whole) < 1e-9
 
 
 def test_sensitivity_of_maps_that_ignore_the_image_and_of_empty_maps() -> None:
-    assert float(max_sensitivity(lambda images: torch.ones(len(images), 4, 4), pixels()).max()) == 0
-    assert bool(max_sensitivity(lambda images: torch.zeros(len(images), 4, 4), pixels()).isnan().all())
+    sensitivity = max_sensitivity(lambda images: {"one": torch.ones(5, 4, 4), "zero": torch.zeros(5, 4, 4)}, pixels())
+    assert float(sensitivity["one"].max()) == 0 and bool(sensitivity["zero"].isnan().all())
     assert all(part.min() >= 0 and part.max() <= 1 for part in recorded(pixels().round(), radius=0.2))
 
 
@@ -145,7 +150,7 @@ def test_sensitivity_of_quantus() -> None:
         device="cpu",
         channel_first=True,
     )
-    assert oracle.error(max_sensitivity(squared, images, radius=0.05), expected) < 1e-6
+    assert oracle.error(max_sensitivity(named, images, radius=0.05)["map"], expected) < 1e-6
 
 
 def test_mistakes() -> None:
@@ -156,8 +161,8 @@ def test_mistakes() -> None:
     with pytest.raises(ValueError, match="leave none"):
         between_references(constant, CLASSES, 13)
     with pytest.raises(ValueError, match="radius"):
-        max_sensitivity(squared, pixels(), radius=0)
+        max_sensitivity(named, pixels(), radius=0)
     with pytest.raises(ValueError, match="at least one sample"):
-        max_sensitivity(squared, pixels(), samples=0)
+        max_sensitivity(named, pixels(), samples=0)
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        max_sensitivity(squared, 2 * pixels())
+        max_sensitivity(named, 2 * pixels())

@@ -21,7 +21,7 @@ from kdx.evaluate.localisation import energy, iou_curves
 from kdx.runs import schema
 from kdx.runs.evaluation import mean_interval, read_evaluation
 from kdx.runs.record import read_run
-from tests.made_runs import edit, make_run
+from tests.made_runs import edit
 from tests.runs.small_run import CLASSES
 
 OTHER = {"base": "student", "student": "base"}
@@ -46,12 +46,6 @@ def masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Path:
-    """A run without networks and data."""
-    return make_run(tmp_path / "run", images=12, layers={"layer3": "layer3"})
-
-
-@pytest.fixture
 def made_masks(tmp_path: Path) -> Path:
     folder = tmp_path / "masks"
     folder.mkdir()
@@ -73,7 +67,7 @@ def test_values_are_the_definitions_on_the_stored_maps(made: Path, made_masks: P
     assert np.allclose(values[:10], energy(seen, marked)) and np.isnan(values[10:]).all()
     assert np.allclose(run.number("uniform/energy")[:10], 144 / 1024)
     curves = iou_curves(seen, marked)
-    assert np.allclose(run.number("layer3/rs_student_minus_base/iou[each]")[:10], curves.max(1))
+    assert np.allclose(run.number("layer3/rs_student_minus_base/iou[per image]")[:10], curves.max(1))
     (measured,) = [m for m in result.of("energy", "layer3") if m.layer]
     expected = stats.bootstrap((values[:10],), np.mean, rng=np.random.default_rng(0), method="percentile").confidence_interval
     assert measured.value == pytest.approx(values[:10].mean()) and measured.n == 10
@@ -98,8 +92,9 @@ def test_intervals() -> None:
     values = rng.normal(size=25)
     expected = stats.t.interval(0.9, 24, loc=values.mean(), scale=stats.sem(values))
     assert mean_interval(values, 0.9)[1] == pytest.approx(expected)
-    low, high = mean_interval(np.ones(10), 0.95)[1]  # Wilson: n / (n + z^2)
+    low, high = mean_interval(np.ones(10), 0.95, hits=True)[1]  # Wilson: n / (n + z^2)
     assert (low, high) == pytest.approx((10 / (10 + stats.norm.ppf(0.975) ** 2), 1))
+    assert mean_interval(np.ones(10), 0.95) == (1, (1, 1))
     assert np.isnan(mean_interval(np.empty(0), 0.95)[0]) and np.isnan(mean_interval(np.ones(1), 0.95)[1]).all()
 
 

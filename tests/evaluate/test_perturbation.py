@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from kdx.evaluate.perturbation import Baseline, Order, blurred, deletion, insertion, road, road_difference
-from kdx.evaluate.scoring import Scoring, probability_gain, student_probability
+from kdx.evaluate.scoring import Scoring, probability_and_gain, probability_gain, student_probability
 from kdx.kernels import reference
 from tests import oracle
 from tests.evaluate import scenes
@@ -184,6 +184,11 @@ def test_scoring_functions() -> None:
         for scoring in (student_probability(student, BRIGHT), probability_gain(student, scenes.Constant(), BRIGHT))
     ]
     assert oracle.error(curves[1] + 0.5, curves[0]) < 1e-6
+    both = probability_and_gain(student, scenes.Constant(), BRIGHT)
+    for function in (deletion, insertion, partial(road, shares=(0.4,))):
+        joint = function(both, images, scenes.centre_map())
+        single = function(probability_gain(student, scenes.Constant(), BRIGHT), images, scenes.centre_map())
+        assert torch.equal(joint.values[..., 1], single.values) and torch.equal(joint.area[:, 1], single.area)
     assert float(deletion(probability_gain(student, student, BRIGHT), images, scenes.patch_map()).values.abs().max()) == 0
 
 
@@ -196,5 +201,5 @@ def test_mistakes() -> None:
         insertion(scoring, images, maps[:2])
     with pytest.raises(ValueError, match=r"\(0, 1\)"):
         road(scoring, images, maps, shares=(0.5, 1.0))
-    with pytest.raises(ValueError, match="one value per image"):
+    with pytest.raises(ValueError, match="scoring function returns"):
         deletion(lambda pixels: pixels, images, maps)

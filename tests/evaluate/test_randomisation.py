@@ -53,7 +53,7 @@ def test_the_cascade_replaces_one_part_more_at_each_step() -> None:
     assert [part for part, _ in cascade(network, twin, ["blocks.0", "head"])] == ["blocks.0", "head"]
 
 
-def edges(_: Mapping[str, nn.Module]) -> Tensor:
+def edges() -> Tensor:
     """An edge detector: it does not read the network."""
     pixels = images().sum(1)
     return torch.nn.functional.pad((pixels.diff(dim=2)[:, :-1] ** 2 + pixels.diff(dim=1)[:, :, :-1] ** 2), (0, 1, 0, 1)).sqrt()
@@ -78,18 +78,20 @@ def gains(networks: Mapping[str, nn.Module], target: Tensor | None = None) -> Te
 def test_an_edge_detector_fails_and_maps_of_the_networks_pass() -> None:
     networks = {"student": Small(1).eval(), "base": Small(2).eval()}
     twins = {"student": Small(7).eval()}
-    failed = model_randomisation(edges, networks, twins, (11, 9))
+
+    def maps_of(current: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        grad_cam = kdx.grad_cam(current["student"], images(), "conv2", classes=labels()).maps
+        return {"edges": edges(), "gains": gains(current), "grad_cam": grad_cam}
+
+    result = model_randomisation(maps_of, networks, twins, (11, 9))
+    failed, passed, classes = result.values()
     assert failed.steps == ("fc", "conv2", "norm", "conv1")
     assert oracle.error(failed.rank_correlation, torch.ones(4, 13)) < 1e-12 and oracle.error(failed.ssim, torch.ones(4, 13)) < 1e-12
 
-    passed = model_randomisation(gains, networks, twins, (11, 9))
     # The layers behind conv1 have no influence on its features.
     assert oracle.error(passed.rank_correlation[:3], torch.ones(3, 13)) < 1e-12
     assert float(passed.rank_correlation[3].max()) < 0.7 and float(passed.ssim[3].max()) < 0.7
 
-    classes = model_randomisation(
-        lambda nets: kdx.grad_cam(nets["student"], images(), "conv2", classes=labels()).maps, networks, twins, (11, 9)
-    )
     assert float(classes.rank_correlation[0].nanmean()) < 0.9  # Grad-CAM reads the head
 
 
@@ -99,9 +101,9 @@ def test_student_and_base_together() -> None:
     twins = {"student": Small(7).eval(), "base": Small(8).eval()}
     seen: list[Tensor] = []
 
-    def maps_of(current: Mapping[str, nn.Module]) -> Tensor:
+    def maps_of(current: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         seen.append(gains(current))
-        return seen[-1]
+        return {"gains": seen[-1]}
 
     model_randomisation(maps_of, networks, twins, (11, 9))
     assert len(seen) == 5
@@ -110,13 +112,15 @@ def test_student_and_base_together() -> None:
 
 def test_permuted_labels() -> None:
     networks = {"student": Small(1).eval(), "base": Small(2).eval()}
-    tested = label_randomisation(lambda target: gains(networks, target), labels(), (11, 9), permutations=3, seed=5)
-    assert tested.steps == ("permutation 1", "permutation 2", "permutation 3")
-    assert float(tested.rank_correlation.mean()) < 0.8
-    again = label_randomisation(lambda target: gains(networks, target), labels(), (11, 9), permutations=3, seed=5)
-    assert torch.equal(tested.rank_correlation, again.rank_correlation)
-    ignorant = label_randomisation(lambda _: edges({}), labels(), (11, 9))
-    assert oracle.error(ignorant.rank_correlation, torch.ones(5, 13)) < 1e-12
+
+    def maps_of(target: Tensor) -> dict[str, Tensor]:
+        return {"gains": gains(networks, target), "edges": edges()}
+
+    first, again = (label_randomisation(maps_of, labels(), (11, 9), permutations=3, seed=5) for _ in range(2))
+    assert first["gains"].steps == ("permutation 1", "permutation 2", "permutation 3")
+    assert float(first["gains"].rank_correlation.mean()) < 0.8
+    assert torch.equal(first["gains"].rank_correlation, again["gains"].rank_correlation)
+    assert oracle.error(first["edges"].rank_correlation, torch.ones(3, 13)) < 1e-12
 
 
 def test_mistakes() -> None:
@@ -126,7 +130,7 @@ def test_mistakes() -> None:
     with pytest.raises(ValueError, match="no part 'layer9'"):
         list(cascade(Small(1), Small(2), ["layer9"]))
     with pytest.raises(ValueError, match="at least one role"):
-        model_randomisation(edges, networks, {}, (11, 9))
+        model_randomisation(lambda _: {"edges": edges()}, networks, {}, (11, 9))
     with pytest.raises(ValueError, match="same parts: conv1, stem"):
         both = {**networks, "teacher": Small(3, teacher=True)}
-        model_randomisation(edges, both, {"student": Small(2), "teacher": Small(4, teacher=True)}, (11, 9))
+        model_randomisation(lambda _: {"edges": edges()}, both, {"student": Small(2), "teacher": Small(4, teacher=True)}, (11, 9))

@@ -20,10 +20,10 @@ _LAYER = "layer4"
 
 
 def _networks(n: int, classes: int = 4, seed: int = 0) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.int64]]:
-    """Features of a teacher, a student and a base of different widths, and labels, of which 7 occurs once and 8 three times."""
+    """Features of a teacher, a student and a base of different widths, and labels, of which 7 occurs once and 8 six times."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(classes, size=n)
-    labels[0], labels[1:4] = 7, 8
+    labels[0], labels[1:7] = 7, 8
     centres = rng.normal(size=(9, 5))
     teacher = centres[labels] + rng.normal(size=(n, 5))
     student = np.hstack([0.6 * centres[labels] + 0.4 * teacher + rng.normal(size=(n, 5)), rng.normal(size=(n, 1))])
@@ -56,9 +56,9 @@ def test_a_class_has_the_scores_of_its_binary_target_and_of_its_images(n: int) -
 
 def test_a_class_has_the_scores_of_the_definition() -> None:
     """RS(S|B) of each class from the reference in float64, which centres the matrix of every binary target."""
-    features, labels = _networks(30)
+    features, labels = _networks(40)
     scores = kdx.class_scores({_LAYER: features}, labels)[_LAYER]
-    for label in (0, 1, 2, 3):
+    for label in (0, 1, 2, 3, 8):
         student, base = (torch.from_numpy(features[role]) for role in ("student", "base"))
         target = torch.from_numpy((labels == label).astype(np.float64))[:, None]
         a, b, g = (reference.u_centered(reference.distances(rows)) for rows in (student, base, target))
@@ -85,8 +85,12 @@ def test_a_group_has_the_scores_of_its_images_alone(n: int) -> None:
 def test_a_score_without_a_value_has_a_reason() -> None:
     features, labels = _networks(40)
     scores = kdx.class_scores({_LAYER: features}, labels)[_LAYER]
-    assert not scores[7].scores and "one image" in scores[7].missing["RS(S)"] and "one image" in scores[7].missing["RS(S|B) - RS(B|S)"]
-    assert "RS(S)" in scores[8].scores and "5" in scores[8].missing["FSS(S,T)"]
+    reasons = scores[7].missing
+    assert not scores[7].scores and not scores[7].contrasts and not scores[8].missing
+    assert {reasons[name] for name in ("RS(S)", "RS(S|B) - RS(B|S)", "FSS(S,T)")} == {"1 image, and 5 are necessary."}
+    assert reasons.keys() == scores[8].scores.keys() | scores[8].contrasts.keys()
+    most = kdx.class_scores({_LAYER: features}, (np.arange(40) < 3).astype(int))[_LAYER]
+    assert "3 images" in most[0].missing["RS(S)"] and "FSS(S,T)" in most[0].scores
     groups = np.zeros(40, dtype=int)
     groups[labels == 2] = 1  # a group of one class
     groups[:2] = 2

@@ -4,7 +4,7 @@ const PER_PAGE = 12;
 const TILE_EDGE = 144; // longer edge of a map's canvas, in pixels; the browser scales the canvas to the tile
 
 function makeGallery(data) {
-  const { layers, kinds, maps, figures, limits, nulls, numbers } = data;
+  const { layers, kinds, maps, figures, limits, nulls, numbers, inside } = data;
   const colours = { sequential: bytes(data.colours.sequential), diverging: bytes(data.colours.diverging) };
   const container = document.getElementById("cards");
   const cards = [...container.children];
@@ -166,6 +166,7 @@ function makeGallery(data) {
   function sortValue(index) {
     const by = inputs.sort.value;
     if (Object.hasOwn(numbers, by)) return numbers[by][index];
+    if (by === "inside") return inside[layer][firstKind()]?.[index] ?? -1;
     const [total, strength, stability] = figures[index][layer][firstKind()];
     return { highest: total, lowest: -total, strength: strength ?? total, stability: stability ?? -2 }[by] ?? 0;
   }
