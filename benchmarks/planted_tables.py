@@ -1,4 +1,4 @@
-"""The tables of docs/evidence.md, from the stored result of `benchmarks.planted`. `benchmarks.readme` writes them into the page."""
+"""The tables of docs/planted.md, from the stored result of `benchmarks.planted`. `benchmarks.readme` writes them into the page."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import gpu_tables, growth, methods, planted_tables, training
+from benchmarks import evidence_tables, gpu_tables, growth, methods, planted_tables, training
 from benchmarks.cases import CASES, PROCESS_KINDS
 from benchmarks.cold import COMMANDS, IMPORTS
 from benchmarks.folder import MORE, PICTURE
@@ -23,7 +23,8 @@ from benchmarks.record import RESULTS, quartiles
 from benchmarks.stored import SUITE, read
 
 ROOT = Path(__file__).parents[1]
-README, PERFORMANCE, EVIDENCE = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "evidence.md"
+README, PERFORMANCE, PLANTED = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "planted.md"
+EVIDENCE = ROOT / "docs" / "evidence.md"
 GPU = ROOT / "docs" / "gpu.md"
 DISTILLATION, TRAINING = ROOT / "docs" / "distillation.md", ROOT / "docs" / "training.md"
 DRAWING = ROOT / "docs" / "growth.svg"
@@ -156,6 +157,11 @@ def planted(table: Callable[[planted_tables.Record], str]) -> Callable[[Records]
     return lambda _: table(planted_tables.stored()) if planted_tables.PATH.exists() else "No result is stored.\n"
 
 
+def evidence(table: Callable[[evidence_tables.Record], str]) -> Callable[[Records], str]:
+    """A table of `benchmarks.evidence`, which stores a result of its own."""
+    return lambda _: table(evidence_tables.stored()) if evidence_tables.PATH.exists() else "No result is stored.\n"
+
+
 def process_start(records: Records) -> str:
     """A row for each process that only starts, with its goal. Without a stored result the goals are shown alone."""
     (case,) = (case for case in CASES if case.kind == "process start")
@@ -203,7 +209,8 @@ PAGES: dict[Path, dict[str, Callable[[Records], str]]] = {
     GPU: {"batch": lambda _: gpu_tables.batch(), "kernels": lambda _: gpu_tables.kernels()},
     DISTILLATION: {"methods": lambda _: methods.markdown()},
     TRAINING: {"training": lambda _: training.markdown()},
-    EVIDENCE: {name: planted(table) for name, table in planted_tables.TABLES.items()},
+    PLANTED: {name: planted(table) for name, table in planted_tables.TABLES.items()},
+    EVIDENCE: {name: evidence(table) for name, table in evidence_tables.TABLES.items()},
 }
 
 

@@ -1,4 +1,4 @@
-"""Draws docs/planted.png, the picture of docs/evidence.md: ``python -m docs.draw_planted``, half a minute on one core.
+"""Draws docs/planted.png, the picture of docs/planted.md: ``python -m docs.draw_planted``, half a minute on one core.
 
 The images have a planted colour. Each has its maps of five kinds, from one pair of networks of `benchmarks.planted`: on the left the cue
 names the class, on the right it is drawn independently of the class.

@@ -95,6 +95,9 @@ TrainingPresetName = Literal["asirra", "cifar10", "plants"]
 StudyPresetName = Literal["paper", "digits"]
 """The design of a study (`kdx.study.presets`)."""
 
+DemoName = Literal["digits", "composites"]
+"""The data of a demonstration (`kdx.distill.DEMOS`)."""
+
 TrainingPrecision = Literal["float32", "bfloat16", "float16"]
 """The number format in which networks compute during training. Weights, their updates and losses are float32."""
 

@@ -1,16 +1,18 @@
-"""`kdx demo`: handwritten digits, from training to the page."""
+"""`kdx demo`: handwritten digits or composites, from training to the page."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from kdx.choices import DemoName
 from kdx.commands import explain, explain_students
-from kdx.distill import DEMO, distill
+from kdx.distill import DEMOS, distill
 from kdx.errors import resumable
 from kdx.explain.shared_features import SharedFeatures
 from kdx.report import wording
@@ -25,37 +27,35 @@ _SHOWN = list(dict.fromkeys(name for pair in contrasts_among(READING_ORDER) for 
 """Each contrast after its two scores, which may belong to an earlier one as well."""
 
 
-def run(out: Path, *, seed: int = 0, announce: Callable[[str], None] = print) -> dict[str, Path]:
+def run(out: Path, *, data: DemoName = "digits", seed: int = 0, announce: Callable[[str], None] = print) -> dict[str, Path]:
     """Train a teacher, a base and one student per distillation method, and explain both students. Returns the run's folder per method.
 
-    Both students have the same teacher and base, so that the runs differ only in the method, and teacher and base run once for both. The
-    page ``report.html`` in ``out`` compares the students.
+    data: which of `kdx.distill.DEMOS`. Both students have the same teacher and base, so that the runs differ only in the method, and
+    teacher and base run once for both. The page ``report.html`` in ``out`` compares the students.
     """
     with resumable(lambda: any(out.rglob("*.safetensors")) or any(out.rglob("*.state.pt"))):
-        return _run(out, seed, announce)
+        return _run(out, DEMOS[data], seed, announce)
 
 
-def _run(out: Path, seed: int, announce: Callable[[str], None]) -> dict[str, Path]:
+def _run(out: Path, demo: Mapping[str, Any], seed: int, announce: Callable[[str], None]) -> dict[str, Path]:
     runs = {}
     shared = out / explain_students.SHARED
-    teacher, base = DEMO["teacher"], None
+    data, teacher, base = demo["data"], demo["teacher"], None
     for method in ("kd", "at"):
         announce(
-            f"Distilling digits with {method}: a teacher, a base and a student." if base is None else f"Distilling digits with {method}."
+            f"Distilling {data} with {method}: a teacher, a base and a student." if base is None else f"Distilling {data} with {method}."
         )
         folder = out / method / "models"
-        models = distill(
-            "digits", teacher=teacher, student=DEMO["student"], out=folder, settings=replace(DEMO[method], seed=seed), base=base
-        )
-        teacher, base = f"{DEMO['teacher']}@{(folder / 'teacher.safetensors').resolve()}", folder / "base.safetensors"
+        models = distill(data, teacher=teacher, student=demo["student"], out=folder, settings=replace(demo[method], seed=seed), base=base)
+        teacher, base = f"{demo['teacher']}@{(folder / 'teacher.safetensors').resolve()}", folder / "base.safetensors"
         runs[method] = out / method / "run"
         explain.run(
-            "digits",
+            data,
             models,
             runs[method],
             options=RunOptions(seed=seed),
             networks=out / "networks",
-            command=["kdx", "explain", "digits", "--models", str(models), "--out", str(runs[method]), "--seed", str(seed)],
+            command=["kdx", "explain", data, "--models", str(models), "--out", str(runs[method]), "--seed", str(seed)],
             shared_features=shared,
             announce=announce,
         )

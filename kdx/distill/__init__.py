@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from kdx.choices import Resizing
 from kdx.distill.losses import METHODS, Batch, DistillationLoss, Method, Objective, Outputs, Requirements, Shapes, attention_transfer, kd
-from kdx.distill.settings import DEMO, EpochResult, TrainingSettings
+from kdx.distill.settings import DEMO, DEMOS, EpochResult, TrainingSettings
 from kdx.distill.train import distill, train_alone
 
 __all__ = [
     "DEMO",
+    "DEMOS",
     "METHODS",
     "Batch",
     "DistillationLoss",
