@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from kdx.scores.metrics import fss, partial_rs, rs
     from kdx.scores.pool import LayerScores
     from kdx.scores.score import Contrast, Score
+    from kdx.scores.similarity import similarity
+    from kdx.scores.similarity_result import Similarity
 
     __version__: str
 
@@ -41,6 +43,7 @@ __all__ = [
     "ReferenceSet",
     "RunImage",
     "Score",
+    "Similarity",
     "compare",
     "decompose",
     "fss",
@@ -53,6 +56,7 @@ __all__ = [
     "probe",
     "rs",
     "salient_images",
+    "similarity",
     "top_mask",
     "unicam",
     "unicam_before",
@@ -76,6 +80,7 @@ _HOMES = {
     "ReferenceSet": "maps.unicam",
     "RunImage": "runs.opened",
     "Score": "scores.score",
+    "Similarity": "scores.similarity_result",
     "compare": "scores.compare",
     "decompose": "maps.decomposition",
     "fss": "scores.metrics",
@@ -88,6 +93,7 @@ _HOMES = {
     "probe": "distill.probe",
     "rs": "scores.metrics",
     "salient_images": "maps.salient_images",
+    "similarity": "scores.similarity",
     "top_mask": "maps.salient_images",
     "unicam": "maps.unicam",
     "unicam_before": "maps.earlier_layers",

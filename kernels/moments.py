@@ -96,9 +96,9 @@ def of_matrices(matrices: Tensor, biased: bool = False) -> Moments | None:
     return of_parts(pairs, rows, sizes, biased).scaled(scale)
 
 
-def part_sizes(n: int) -> list[int]:
-    """The number of images in each of `PARTS` equal parts of n images, or in n parts if n is smaller."""
-    parts = min(PARTS, n)
+def part_sizes(n: int, parts: int | None = None) -> list[int]:
+    """The number of images in each of ``parts`` equal parts of n images, by default `PARTS`, or in n parts if n is smaller."""
+    parts = min(PARTS if parts is None else parts, n)
     return [(part + 1) * n // parts - part * n // parts for part in range(parts)]
 
 
@@ -108,8 +108,17 @@ def of_parts(pairs: Tensor, rows: Tensor, sizes: Sequence[int], biased: bool = F
     pairs [k, k, u, u]: sum of D_ij E_ij over the images i of one part and j of the other, for every two matrices D and E. rows [k, n, u]:
     sum_j D_ij over the images j of each part. The matrices need not be centred.
     """
+    return _moments(*influences_of_parts(pairs, rows, sizes, *upper(len(rows), rows.device), biased))
+
+
+def influences_of_parts(
+    pairs: Tensor, rows: Tensor, sizes: Sequence[int], first: Tensor, second: Tensor, biased: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The influences [m, u] and the interactions [m, u, u] of m inner products <X_a, X_b>, from the sums that `of_parts` takes.
+
+    first, second [m]: the numbers a and b. Without four images outside of every two parts there are no interactions.
+    """
     _, n, parts = rows.shape
-    first, second = upper(len(rows), rows.device)
     pairs, totals = pairs[first, second], _pair_sums(_summed(rows, sizes))
     left = torch.tensor([n - size for size in sizes], dtype=rows.dtype, device=rows.device)
     counts: tuple[int | Tensor, ...] = (n, left, left[:, None] + left - n)
@@ -124,7 +133,7 @@ def of_parts(pairs: Tensor, rows: Tensor, sizes: Sequence[int], biased: bool = F
         if second_order:
             whole, both = whole[:, None, None], one[:, :, None] + one[:, None]
             interactions.append(_off_diagonal(parts * whole - (parts - 1) * both + (parts - 2) * two))
-    return _moments(torch.cat(influences), torch.cat(interactions) if second_order else None)
+    return torch.cat(influences), torch.cat(interactions) if second_order else None
 
 
 def _moments(influences: Tensor, interactions: Tensor | None) -> Moments:

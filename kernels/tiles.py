@@ -30,6 +30,7 @@ from torch import Tensor
 from kdx.kernels import geometry, moments
 from kdx.kernels.dispatch import TorchBackend
 from kdx.kernels.moments import Moments
+from kdx.kernels.tile_sums import TileSums
 
 TILE = 1024
 """Images per side of a tile, at most."""
@@ -181,7 +182,7 @@ def sweep(
     side = tile_side(n, [m.rows for m in measured])
     generator = torch.Generator().manual_seed(seed)
     run = max((m.rows.run for m in measured), default=1)
-    order = list(torch.arange(n).split(side)) if shuffled else _shuffled_tiles(n, side, run, generator)
+    order = list(torch.arange(n).split(side)) if shuffled else shuffled_tiles(n, side, run, generator)
     tiles = [part.to(device) for part in order]
     turns = [torch.randint(len(part), (permutations,), generator=generator).to(device) for part in tiles]
     sums = _Sums(tiles, len(matrices), permuted, turns)
@@ -233,7 +234,7 @@ def tile_side(n: int, rows: Sequence[Rows]) -> int:
     return side
 
 
-def _shuffled_tiles(n: int, side: int, run: int, generator: torch.Generator) -> list[Tensor]:
+def shuffled_tiles(n: int, side: int, run: int, generator: torch.Generator) -> list[Tensor]:
     """The images [n] in random order, in tiles.
 
     ``run`` neighbours come into one tile, but a tile has at least sixteen runs: images that are stored together may be alike, and
@@ -258,9 +259,9 @@ class RowBuffer:
     def centred(self, matrix: FeatureDistances, index: Tensor) -> Tensor:
         """The rows [k, d] of these images minus the centre, float32 at least. The next call overwrites them."""
         rows = geometry.wide(matrix.rows.read(index))
-        if self._memory is None or len(self._memory) < len(rows):
-            self._memory = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        return torch.sub(rows, matrix.centre, out=self._memory[: len(rows)])
+        if self._memory is None or self._memory.numel() < rows.numel() or self._memory.dtype != rows.dtype:
+            self._memory = torch.empty(rows.numel(), dtype=rows.dtype, device=rows.device)
+        return torch.sub(rows, matrix.centre, out=self._memory[: rows.numel()].view(rows.shape))
 
 
 class _ShiftedMatrix:
@@ -293,50 +294,19 @@ class _ShiftedMatrix:
 
 
 class _Sums:
-    """Sums over tiles."""
+    """Sums over tiles, also under permutations of some of the matrices' images."""
 
     def __init__(self, tiles: Sequence[Tensor], k: int, permuted: Sequence[int], turns: Sequence[Tensor]) -> None:
-        n, device = sum(map(len, tiles)), tiles[0].device
         self._tiles = list(tiles)
         self._permuted, self._turns = list(permuted), turns
-        self._places = [slice(start, start + len(part)) for start, part in zip(range(0, n, len(tiles[0])), tiles, strict=True)]
-        # The images are in random order, so consecutive parts are random parts.
-        self._sizes = moments.part_sizes(n)
-        starts = [sum(self._sizes[:part]) for part in range(len(self._sizes))]
-        self._bounds = [slice(start, start + size) for start, size in zip(starts, self._sizes, strict=True)]
-        self._parts = [self._within(place) for place in self._places]
-        self._pairs = torch.zeros(k, k, len(starts), len(starts), dtype=torch.float64, device=device)
-        self._rows = torch.zeros(k, n, len(starts), dtype=torch.float64, device=device)
-        self._turned = torch.zeros(len(self._permuted), k, len(turns[0]), dtype=torch.float64, device=device)
+        self._sums = TileSums(tiles, k)
+        self._turned = torch.zeros(len(self._permuted), k, len(turns[0]), dtype=torch.float64, device=tiles[0].device)
 
     def add(self, a: int, b: int, d: Tensor) -> None:
         """Add the tile d [k, l, r] of every matrix, in row a and column b >= a of tiles."""
-        left, right = self._parts[a], self._parts[b]
-        for part, place in right.items():
-            self._rows[:, self._places[a], part] += d[:, :, place].sum(2)
-        if a != b:
-            for part, place in left.items():
-                self._rows[:, self._places[b], part] += d[:, place].sum(1)
-        for i in range(len(d)):
-            for j in range(i, len(d)):
-                product = d[i] * d[j]
-                columns = torch.stack([product[:, place].sum(1) for place in right.values()])
-                split = torch.stack([columns[:, place].sum(1) for place in left.values()])
-                self._add_pairs(i, j, list(left), list(right), split)
-                if a != b:
-                    self._add_pairs(i, j, list(right), list(left), split.T)
+        self._sums.add(a, b, d)
         if self._turned.numel():
             self._turned += self._turned_tile(a, b, d) * (1 if a == b else 2)
-
-    def _within(self, place: slice) -> dict[int, slice]:
-        """The parts that have images at ``place``, and their positions in it."""
-        cut = {part: slice(max(b.start, place.start), min(b.stop, place.stop)) for part, b in enumerate(self._bounds)}
-        return {part: slice(b.start - place.start, b.stop - place.start) for part, b in cut.items() if b.start < b.stop}
-
-    def _add_pairs(self, i: int, j: int, left: list[int], right: list[int], sums: Tensor) -> None:
-        """Add the sums [l, r] of D_i D_j over pairs of images of these parts."""
-        for first, second in {(i, j), (j, i)}:
-            self._pairs[first, second, left[0] : left[-1] + 1, right[0] : right[-1] + 1] += sums
 
     def _turned_tile(self, a: int, b: int, d: Tensor) -> Tensor:
         """sum_ij D_ij E_(i+s)(j+t) [permuted, k, p] for each permutation's turns s and t of two tiles; 0 for a matrix with itself."""
@@ -350,24 +320,23 @@ class _Sums:
 
     def combined(self, biased: bool, offsets: Tensor) -> Swept:
         """The inner products from the sums. offsets [k, n]: what was subtracted from the rows and columns of each matrix."""
-        rows, n = self._rows.sum(2), self._rows.shape[1]
-        pairs, totals = self._pairs.sum((2, 3)), rows.sum(1)
-        products = geometry.combined(pairs, rows @ rows.T, totals[:, None] * totals, n, biased)
+        sums = self._sums
+        _, rows = sums.totals
+        n, totals = rows.shape[1], rows.sum(1)
         permuted = {
             matrix: geometry.combined(turned.T, self._turned_rows(rows, matrix), totals * totals[matrix], n, biased)
             for matrix, turned in zip(self._permuted, self._turned, strict=True)
         }
         # With the subtracted u_i + u_j (i != j), a row sums to (n - 2) u_i + sum_j u_j more.
         shifted = offsets[:, torch.cat(self._tiles)]
-        sums = rows + (n - 2) * shifted + shifted.sum(1, keepdim=True)
-        return Swept(
-            products, moments.of_parts(self._pairs, self._rows, self._sizes, biased), permuted, self._tiles, list(self._turns), sums
-        )
+        whole_rows = rows + (n - 2) * shifted + shifted.sum(1, keepdim=True)
+        known = moments.of_parts(sums.pairs, sums.rows, sums.sizes, biased)
+        return Swept(sums.products(biased), known, permuted, self._tiles, list(self._turns), whole_rows)
 
     def _turned_rows(self, rows: Tensor, matrix: int) -> Tensor:
         """sum_i r_i s_pi(i) [p, k] of the row sums [k, n] and the permuted row sums of ``matrix``."""
         products = rows.new_zeros(len(self._turns[0]), len(rows))
-        for place, turns in zip(self._places, self._turns, strict=True):
+        for place, turns in zip(self._sums.places, self._turns, strict=True):
             spectra = torch.fft.rfft(rows[:, place])
             products += torch.fft.irfft(spectra.conj() * spectra[matrix], n=place.stop - place.start)[:, turns].T
         return products

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from kdx.choices import TABLE_FORMATS, TableFormat
+from kdx.disk import csv_text as csv_text
 from kdx.errors import KdxError, printable
 from kdx.runs import schema
 from kdx.runs.measured import Entry
@@ -39,15 +37,6 @@ def score_table(run: RunRecord, format_: TableFormat, digits: int = 3) -> str:
     if format_ == "markdown":
         return _markdown(run, digits)
     raise KdxError(f"There is no table format {format_!r}.", f"Give one of: {', '.join(TABLE_FORMATS)}.")
-
-
-def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table as CSV, with an empty field for None."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(columns)
-    table.writerows(rows)
-    return text.getvalue()
 
 
 def _groups(run: RunRecord) -> list[list[tuple[str, list[Entry]]]]:
