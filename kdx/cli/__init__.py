@@ -20,6 +20,7 @@ from kdx.cli.layers import layers
 from kdx.cli.options import is_first_process
 from kdx.cli.panels import Command
 from kdx.cli.report import report
+from kdx.cli.similarity import similarity
 from kdx.errors import KdxError, Stopped
 
 
@@ -61,7 +62,7 @@ def _options(
 ) -> None: ...
 
 
-for _command in (demo, distill, export, explain, report, layers, doctor):
+for _command in (demo, distill, export, explain, report, similarity, layers, doctor):
     app.command(cls=Command)(_command)
 
 

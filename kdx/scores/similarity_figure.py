@@ -31,13 +31,14 @@ def heat_maps(similarity: Similarity) -> Figure:
     width, height = max(cell * b, 2.2), max(cell * a, 1.6)
     figure = Figure(figsize=(margin + count * (width + 0.35) + 0.8, height + margin + 0.9), layout="constrained")
     grid = figure.subplots(1, count, squeeze=False)[0]
-    low = min(0.0, *(float(similarity.table(name).min()) for name in similarity.statistics))
+    low = lowest(similarity)
     for place, (axes, name) in enumerate(zip(grid, similarity.statistics, strict=True)):
-        image = axes.imshow(similarity.table(name), vmin=low, vmax=1.0, cmap=COLOURS, aspect="auto")
+        image = axes.pcolormesh(similarity.table(name), vmin=low, vmax=1.0, cmap=COLOURS)
+        axes.invert_yaxis()
         axes.set_title(STATISTICS[name], fontsize=10)
-        axes.set_xticks(range(b), [_short(layer) for layer in similarity.layers_b], rotation=90, fontsize=7, parse_math=False)
+        axes.set_xticks(np.arange(b) + 0.5, [_short(layer) for layer in similarity.layers_b], rotation=90, fontsize=7, parse_math=False)
         names = [_short(layer) for layer in similarity.layers_a] if not place else [""] * a
-        axes.set_yticks(range(a), names, fontsize=7, parse_math=False)
+        axes.set_yticks(np.arange(a) + 0.5, names, fontsize=7, parse_math=False)
         axes.tick_params(length=0)
         axes.set_xlabel("layers of B", fontsize=8)
         if not place:
@@ -49,10 +50,15 @@ def heat_maps(similarity: Similarity) -> Figure:
     return figure
 
 
+def lowest(similarity: Similarity) -> float:
+    """The lower end of the scale of colours."""
+    return min(0.0, *(float(similarity.table(name).min()) for name in similarity.statistics))
+
+
 def _write_values(axes: Axes, values: NDArray[np.float64], low: float) -> None:
     for (i, j), value in np.ndenumerate(values):
         dark = (value - low) / (1 - low) < 0.6
-        axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
+        axes.text(j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
 
 
 def _short(name: str, most: int = 28) -> str:
