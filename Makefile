@@ -36,6 +36,7 @@ docs: $(VENV)/.installed-docs ## Build the documentation into site/; a warning o
 
 pages: $(VENV)/.installed-dev ## Draw and fill in what the documentation takes from the source: pictures, error messages, notebooks
 	$(BIN)/python -m docs.draw_architecture
+	$(BIN)/python -m docs.draw_composites
 	$(BIN)/python -m docs.draw_concepts
 	$(BIN)/python -m docs.draw_coverage
 	$(BIN)/python -m docs.draw_planted

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 import kdx
 from benchmarks.record import store
-from kdx.data.composites import CLASSES, CUES, Composites, Cue, draw_composites
+from kdx.data.planted_cues import CLASSES, CUES, Composites, Cue, draw_composites
 from kdx.distill.seeding import seeded
 from kdx.export.graphs import FeatureGraph
 from kdx.features import arrays

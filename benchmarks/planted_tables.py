@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.markdown import header, joined, row
 from benchmarks.planted import CASES, LAYERS
 from benchmarks.record import RESULTS
-from kdx.data.composites import CUES
+from kdx.data.planted_cues import CUES
 
 PATH = RESULTS / "planted.json"
 CONTROLS = tuple(name for name in CASES if name not in CUES)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.planted import TEST_IMAGES, geometry_maps, layer_features, network_maps, train
-from kdx.data.composites import SIDE, draw_composites
+from kdx.data.planted_cues import SIDE, draw_composites
 
 PICTURE = Path(__file__).with_name("planted.png")
 LAYER = "layer2"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kdx.maps.unicam import Maps, ReferenceSet, unicam
     from kdx.runs.opened import ImageLayer, OpenedRun, RunImage, open_run
     from kdx.scores.compare import compare
+    from kdx.scores.groups import GroupContrast, GroupScores, class_scores, group_scores
     from kdx.scores.metrics import fss, partial_rs, rs
     from kdx.scores.pool import LayerScores
     from kdx.scores.score import Contrast, Score
@@ -32,6 +33,8 @@ __all__ = [
     "Drawable",
     "Explainer",
     "Explanation",
+    "GroupContrast",
+    "GroupScores",
     "ImageLayer",
     "KdxError",
     "LayerResult",
@@ -44,10 +47,12 @@ __all__ = [
     "RunImage",
     "Score",
     "Similarity",
+    "class_scores",
     "compare",
     "decompose",
     "fss",
     "grad_cam",
+    "group_scores",
     "hires_cam",
     "impute",
     "open_run",
@@ -69,6 +74,8 @@ _HOMES = {
     "Drawable": "maps.figures",
     "Explainer": "explain.explainer",
     "Explanation": "explain.results",
+    "GroupContrast": "scores.groups",
+    "GroupScores": "scores.groups",
     "ImageLayer": "runs.opened",
     "KdxError": "errors",
     "LayerResult": "explain.results",
@@ -81,10 +88,12 @@ _HOMES = {
     "RunImage": "runs.opened",
     "Score": "scores.score",
     "Similarity": "scores.similarity_result",
+    "class_scores": "scores.groups",
     "compare": "scores.compare",
     "decompose": "maps.decomposition",
     "fss": "scores.metrics",
     "grad_cam": "maps.class_maps",
+    "group_scores": "scores.groups",
     "hires_cam": "maps.class_maps",
     "impute": "maps.salient_images",
     "open_run": "runs.opened",

@@ -95,6 +95,9 @@ Selection = Literal["accuracy", "loss", "last"]
 TrainingPresetName = Literal["asirra", "cifar10", "plants"]
 """A named set of training settings (`kdx.distill.presets`)."""
 
+StudyPresetName = Literal["paper", "digits"]
+"""The design of a study (`kdx.study.presets`)."""
+
 TrainingPrecision = Literal["float32", "bfloat16", "float16"]
 """The number format in which networks compute during training. Weights, their updates and losses are float32."""
 
@@ -116,10 +119,14 @@ DATA_REFERENCES = {
     "cifar100:FOLDER": "CIFAR-100 with its fine labels, binary or Python version",
     "hfdata:NAME_OR_FOLDER": "a data set of the Hugging Face Hub, or a folder or file of its formats",
     "digits": "scikit-learn's 1,797 handwritten digits, 8 x 8",
+    "composites": "drawn images: an object with a known mask on a photograph",
+    "composites:OPTIONS": "the same with options, such as composites:classes=shape,side=96,spurious=0.9",
+    "sample:N:REFERENCE": "N images of another data set, balanced over the classes",
 }
 """The references of data sets, with what they name. Help texts, errors and docs/data.md list them."""
 
 DATA_KINDS = (
-    "a folder of images, FILE.csv (columns path and label), FILE.npz, cifar10:FOLDER, cifar100:FOLDER, hfdata:NAME_OR_FOLDER, or digits"
+    "a folder of images, FILE.csv (columns path and label), FILE.npz, cifar10:FOLDER, cifar100:FOLDER, hfdata:NAME_OR_FOLDER, digits, "
+    "composites, or sample:N:REFERENCE"
 )
 """The references in one phrase."""

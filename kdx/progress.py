@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 _SECONDS_OF_SPEED = 300.0
 """The time left follows from the speed in this time, which should include slow parts that recur, such as the validation of an epoch."""
+
+_elsewhere: ContextVar[Show | None] = ContextVar("elsewhere", default=None)
 
 _UNLIMITED = 10_000  # columns
 
@@ -37,8 +40,21 @@ def console() -> Console:
 
 
 @contextmanager
+def redirected(show: Show) -> Iterator[None]:
+    """Inside the block, ``show`` receives the progress, and nothing is printed: for work that is a part of other work with a display."""
+    token = _elsewhere.set(show)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
+
+
+@contextmanager
 def progress() -> Iterator[Show]:
     """One bar per task on a terminal. Elsewhere a line every ten seconds, and one at the end of each task."""
+    if (elsewhere := _elsewhere.get()) is not None:
+        yield elsewhere
+        return
     if console().is_terminal:
         with _bars() as show:
             yield show

@@ -49,6 +49,12 @@ def available_cores() -> int:
     return quota() or _affinity()
 
 
+def chosen() -> int | None:
+    """The number of threads that the environment chooses for this process (OMP_NUM_THREADS); None without one."""
+    text = os.environ.get(COUNTS[0], "").partition(",")[0].strip()  # a list has a number per level of nesting
+    return int(text) if text.isdecimal() and int(text) else None
+
+
 @cache
 def quota() -> int | None:
     """The number of cores that the control groups allow, if it is smaller than that of the affinity, which libraries respect themselves.

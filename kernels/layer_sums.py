@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kdx.kernels import geometry, tiles
 from kdx.kernels.dispatch import TorchBackend
-from kdx.kernels.tile_sums import TileSums
+from kdx.kernels.pair_sums import PairSums
 from kdx.kernels.tiles import FeatureDistances, RowBuffer
 
 _BYTES = 1 << 28
@@ -30,16 +30,16 @@ _BYTES = 1 << 28
 class LayerSums:
     """Sums over the pairs of n images for k layers: of their distances, by parts of the images, and of their squared distances."""
 
-    distances: TileSums
-    squares: TileSums
+    distances: PairSums
+    squares: PairSums
 
     @classmethod
     def empty(cls, images: Sequence[Tensor], k: int, parts: int | None = None) -> LayerSums:
-        return cls(TileSums(images, k, parts), TileSums(images, k, 1))
+        return cls(PairSums(images, k, parts), PairSums(images, k, 1))
 
 
 def of_batch(distances: Tensor, parts: int | None = None) -> LayerSums:
-    """The sums of a batch from the distances [k, n, n] of k layers, n >= 4. parts: as for `TileSums`."""
+    """The sums of a batch from the distances [k, n, n] of k layers, n >= 4. parts: as for `PairSums`."""
     sums = LayerSums.empty([torch.arange(distances.shape[-1], device=distances.device)], len(distances), parts)
     sums.distances.add(0, 0, geometry.u_centered(distances))
     sums.squares.add(0, 0, geometry.u_centered(distances.square()))

@@ -31,7 +31,7 @@ PARTS = 32
 SINGLE_IMAGES = 256
 """Up to this many images, each image is a part."""
 
-_FEWEST = 4
+FEWEST = 4
 """Inner products of centred matrices need at least this many images."""
 
 
@@ -64,6 +64,51 @@ class Moments:
         return Moments(self.parts, factor**2 * self.variance, factor**2 * self.interaction, factor**3 * self.slope)
 
 
+@dataclass(frozen=True, eq=False)
+class Influences:
+    """What the u parts contribute to each of m inner products, from which their moments follow; any number of leading dimensions.
+
+    first [..., m, u]: L_i, with a mean of zero. second [..., m, u, u]: Q_ij, with a mean of zero and a zero diagonal; None where the
+    inner products do not depend on two parts together, or where too few images would remain without two parts.
+
+    Both are linear in the inner products, so those of a combination of inner products are the same combination of them.
+    """
+
+    first: Tensor
+    second: Tensor | None
+
+    @classmethod
+    def of_values(cls, whole: Tensor, one: Tensor, two: Tensor | None) -> Influences:
+        """From inner products [..., m] of all images, [..., m, u] without each part, and [..., m, u, u] without every two parts."""
+        parts = one.shape[-1]
+        first = (parts - 1) * (whole[..., None] - one)
+        first = first - first.mean(-1, keepdim=True)
+        if two is None:
+            return cls(first, None)
+        both = one[..., :, None] + one[..., None, :]
+        return cls(first, _off_diagonal(parts * whole[..., None, None] - (parts - 1) * both + (parts - 2) * two))
+
+    @property
+    def parts(self) -> int:
+        return self.first.shape[-1]
+
+    def scaled(self, factor: float) -> Influences:
+        """The influences on the inner products times a factor."""
+        return Influences(factor * self.first, None if self.second is None else factor * self.second)
+
+    def moments(self) -> Moments:
+        """The moments of inner products without leading dimensions."""
+        influences, interactions, parts = self.first, self.second, self.parts
+        scale = parts * (parts - 1)
+        variance = influences @ influences.T / scale
+        slope = torch.einsum("ai,bi,ci->abc", influences, influences, influences)
+        if interactions is None:
+            return Moments(parts, variance, torch.zeros_like(variance), slope / (parts * scale))
+        slope += 2 * ((influences @ interactions) @ influences.T).transpose(0, 1)
+        flat = interactions.flatten(1)
+        return Moments(parts, variance, flat @ flat.T / (2 * scale), slope / (parts * scale))
+
+
 def upper(k: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """The rows and columns of the inner products <X_a, X_b>, a <= b, of k matrices."""
     rows, columns = torch.triu_indices(k, k, device=device)
@@ -74,26 +119,32 @@ def of_batches(products: Tensor) -> Moments:
     """The moments of the sum of inner products [batches, k, k] of two or more batches, from the variation between the batches."""
     batches, k = products.shape[:2]
     values = products[:, *upper(k, products.device)].T
-    return _moments(batches * (values - values.mean(1, keepdim=True)), None)
+    return Influences(batches * (values - values.mean(1, keepdim=True)), None).moments()
 
 
 def of_matrices(matrices: Tensor, biased: bool = False) -> Moments | None:
-    """The moments of the inner products of centred matrices [k, n, n]; None for fewer than five images.
+    """The moments of the inner products of centred matrices [k, n, n]; None for fewer than five images. See `matrix_influences`."""
+    known = matrix_influences(matrices, biased)
+    return None if known is None else known.moments()
+
+
+def matrix_influences(matrices: Tensor, biased: bool = False) -> Influences | None:
+    """The influences on the inner products of centred matrices [k, n, n]; None for fewer than five images.
 
     The matrices are those of `geometry.u_centered`, or of `geometry.double_centered` if ``biased``. Normalised as in `geometry.products`.
     """
     n = matrices.shape[-1]
-    if n <= _FEWEST:
+    if n <= FEWEST:
         return None
     scale = n / (n - 3) if biased else 1.0  # `geometry.products` normalises both kinds of matrices alike
     if n <= SINGLE_IMAGES:
-        return of_parts(matrices[:, None] * matrices[None], matrices, [1] * n, biased).scaled(scale)
+        return influences(matrices[:, None] * matrices[None], matrices, [1] * n, biased).scaled(scale)
     # The parts are random, but the same in each call: images that are stored together may be alike.
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(matrices.device)
     matrices, sizes = matrices[:, order][:, :, order], part_sizes(n)
     rows = _summed(matrices, sizes).mT
     pairs = torch.stack([_summed(_summed(a * matrices, sizes).mT, sizes).mT for a in matrices])
-    return of_parts(pairs, rows, sizes, biased).scaled(scale)
+    return influences(pairs, rows, sizes, biased).scaled(scale)
 
 
 def part_sizes(n: int, parts: int | None = None) -> list[int]:
@@ -102,51 +153,40 @@ def part_sizes(n: int, parts: int | None = None) -> list[int]:
     return [(part + 1) * n // parts - part * n // parts for part in range(parts)]
 
 
-def of_parts(pairs: Tensor, rows: Tensor, sizes: Sequence[int], biased: bool = False) -> Moments:
-    """The moments from sums over the u consecutive parts of n images, ``sizes`` [u], of k symmetric matrices D.
+def influences(
+    pairs: Tensor, rows: Tensor, sizes: Sequence[int], biased: bool = False, which: tuple[Tensor, Tensor] | None = None
+) -> Influences:
+    """The influences from sums over the u consecutive parts of n images, ``sizes`` [u], of k symmetric matrices D.
 
     pairs [k, k, u, u]: sum of D_ij E_ij over the images i of one part and j of the other, for every two matrices D and E. rows [k, n, u]:
-    sum_j D_ij over the images j of each part. The matrices need not be centred.
-    """
-    return _moments(*influences_of_parts(pairs, rows, sizes, *upper(len(rows), rows.device), biased))
-
-
-def influences_of_parts(
-    pairs: Tensor, rows: Tensor, sizes: Sequence[int], first: Tensor, second: Tensor, biased: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """The influences [m, u] and the interactions [m, u, u] of m inner products <X_a, X_b>, from the sums that `of_parts` takes.
-
-    first, second [m]: the numbers a and b. Without four images outside of every two parts there are no interactions.
+    sum_j D_ij over the images j of each part. The matrices need not be centred. which: the numbers a [m] and b [m] of the matrices of each
+    inner product <X_a, X_b>, by default those of `upper`.
     """
     _, n, parts = rows.shape
-    pairs, totals = pairs[first, second], _pair_sums(_summed(rows, sizes))
-    left = torch.tensor([n - size for size in sizes], dtype=rows.dtype, device=rows.device)
-    counts: tuple[int | Tensor, ...] = (n, left, left[:, None] + left - n)
-    second_order = n - 2 * max(sizes) >= _FEWEST
-    influences, interactions = [], []
+    first, second = upper(len(rows), rows.device) if which is None else which
+    pairs, totals = pairs[first, second], pair_sums(_summed(rows, sizes))
+    counts = part_counts(sizes, rows)
+    second_order = has_second_order(sizes)
+    results = []
     for part in torch.arange(len(pairs), device=rows.device).split(geometry.per_step(n * parts, rows.device)):
         a, b = first[part], second[part]
-        sums = zip(_pair_sums(pairs[part]), _row_sums(rows[a], rows[b], sizes), totals, counts, strict=True)
+        sums = zip(pair_sums(pairs[part]), _row_sums(rows[a], rows[b], sizes), totals, counts, strict=True)
         whole, one, two = (geometry.combined(pair, row, total[a] * total[b], count, biased) for pair, row, total, count in sums)
-        influence = (parts - 1) * (whole[:, None] - one)
-        influences.append(influence - influence.mean(1, keepdim=True))
-        if second_order:
-            whole, both = whole[:, None, None], one[:, :, None] + one[:, None]
-            interactions.append(_off_diagonal(parts * whole - (parts - 1) * both + (parts - 2) * two))
-    return torch.cat(influences), torch.cat(interactions) if second_order else None
+        results.append(Influences.of_values(whole, one, two if second_order else None))
+    interactions = [result.second for result in results if result.second is not None]
+    return Influences(torch.cat([result.first for result in results]), torch.cat(interactions) if interactions else None)
 
 
-def _moments(influences: Tensor, interactions: Tensor | None) -> Moments:
-    """The moments from influences [m, u] and interactions [m, u, u]; without interactions, those of a sum of independent terms."""
-    parts = influences.shape[1]
-    scale = parts * (parts - 1)
-    variance = influences @ influences.T / scale
-    slope = torch.einsum("ai,bi,ci->abc", influences, influences, influences)
-    if interactions is None:
-        return Moments(parts, variance, torch.zeros_like(variance), slope / (parts * scale))
-    slope += 2 * ((influences @ interactions) @ influences.T).transpose(0, 1)
-    flat = interactions.flatten(1)
-    return Moments(parts, variance, flat @ flat.T / (2 * scale), slope / (parts * scale))
+def part_counts(sizes: Sequence[int], like: Tensor) -> tuple[int | Tensor, ...]:
+    """The number of all images, without each part [u], and without every two parts [u, u]."""
+    n = sum(sizes)
+    left = torch.tensor([n - size for size in sizes], dtype=like.dtype, device=like.device)
+    return n, left, left[:, None] + left - n
+
+
+def has_second_order(sizes: Sequence[int]) -> bool:
+    """Whether enough images remain without any two parts."""
+    return sum(sizes) - 2 * max(sizes) >= FEWEST
 
 
 def _off_diagonal(values: Tensor) -> Tensor:
@@ -156,11 +196,11 @@ def _off_diagonal(values: Tensor) -> Tensor:
     return (values - values.sum((-2, -1), keepdim=True) / off.sum()) * off
 
 
-def _pair_sums(pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of pairs [m, u, u] over all parts [m], without each part [m, u], and without every two parts [m, u, u]."""
-    whole = pairs.sum((1, 2))
-    one = whole[:, None] - 2 * pairs.sum(2) + pairs.diagonal(dim1=1, dim2=2)
-    return whole, one, one[:, :, None] + one[:, None] - whole[:, None, None] + 2 * pairs
+def pair_sums(pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of symmetric pairs [..., u, u] over all parts [...], without each part [..., u], and without every two parts [..., u, u]."""
+    whole = pairs.sum((-2, -1))
+    one = whole[..., None] - 2 * pairs.sum(-1) + pairs.diagonal(dim1=-2, dim2=-1)
+    return whole, one, one[..., :, None] + one[..., None, :] - whole[..., None, None] + 2 * pairs
 
 
 def _row_sums(rows: Tensor, others: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,9 +27,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kdx.kernels import geometry, moments
+from kdx.kernels import geometry
 from kdx.kernels.dispatch import TorchBackend
-from kdx.kernels.moments import Moments
+from kdx.kernels.tile_sums import Swept as Swept
 from kdx.kernels.tile_sums import TileSums
 
 TILE = 1024
@@ -137,23 +137,6 @@ class ClassDistances:
 Matrix = FeatureDistances | ClassDistances
 
 
-@dataclass(frozen=True)
-class Swept:
-    """The inner products of k matrices, normalised as in `geometry.products`.
-
-    products [k, k]; moments: of these products, from parts of the images; permuted: maps the number of a permuted matrix to its products
-    [p, k] with the other matrices (its norm does not change, and is not computed again). order: the images in tiles, in which every
-    permutation turns a tile by a number of places. turns [tiles, p]: these numbers. rows [k, n]: the sums of the distances of each image.
-    """
-
-    products: Tensor
-    moments: Moments
-    permuted: dict[int, Tensor]
-    order: list[Tensor]
-    turns: list[Tensor]
-    rows: Tensor
-
-
 def sweep(
     matrices: Sequence[Matrix],
     *,
@@ -163,6 +146,7 @@ def sweep(
     seed: int = 0,
     shuffled: bool = False,
     ops: TorchBackend = TorchBackend(),
+    classes: Tensor | None = None,
     keep: Callable[[int, int, Tensor], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Swept:
@@ -170,9 +154,9 @@ def sweep(
 
     permuted: the numbers of the matrices whose images are permuted, ``permutations`` times. biased: double-centred instead of
     U-centred. shuffled: whether the images are in random order already, so that neighbours form the tiles. ops: the backend that computes
-    distances. keep: receives each tile (a, b) with its distances [k, l, r], which it may not
-    change; a <= b. progress: receives the number of finished tiles and of all tiles. Raises ValueError if the matrices differ in their
-    number of images.
+    distances. classes: the class [n] of each image, as a number from 0, if `Swept.classes` is wanted. keep: receives each tile (a, b) with
+    its distances [k, l, r], which it may not change; a <= b. progress: receives the number of finished tiles and of all tiles. Raises
+    ValueError if the matrices differ in their number of images.
     """
     measured = [m for m in matrices if isinstance(m, FeatureDistances)]
     n, *others = (len(m.codes) if isinstance(m, ClassDistances) else m.rows.shape[0] for m in matrices)
@@ -185,7 +169,7 @@ def sweep(
     order = list(torch.arange(n).split(side)) if shuffled else shuffled_tiles(n, side, run, generator)
     tiles = [part.to(device) for part in order]
     turns = [torch.randint(len(part), (permutations,), generator=generator).to(device) for part in tiles]
-    sums = _Sums(tiles, len(matrices), permuted, turns)
+    sums = TileSums(tiles, len(matrices), permuted, turns, classes)
     offsets = [torch.zeros_like(m.means()) if biased else m.means() - m.means().mean() / 2 for m in matrices]
     shifted = [_ShiftedMatrix(m, offset, ops) for m, offset in zip(matrices, offsets, strict=True)]
     d = torch.empty(0, dtype=torch.float64, device=device)
@@ -291,52 +275,3 @@ class _ShiftedMatrix:
         rows = self._left[1]
         columns = rows if left is right else self._column_buffer.centred(matrix, right)
         return self._ops.centred_distances(rows, columns, matrix.norms[left].to(rows), matrix.norms[right].to(rows))
-
-
-class _Sums:
-    """Sums over tiles, also under permutations of some of the matrices' images."""
-
-    def __init__(self, tiles: Sequence[Tensor], k: int, permuted: Sequence[int], turns: Sequence[Tensor]) -> None:
-        self._tiles = list(tiles)
-        self._permuted, self._turns = list(permuted), turns
-        self._sums = TileSums(tiles, k)
-        self._turned = torch.zeros(len(self._permuted), k, len(turns[0]), dtype=torch.float64, device=tiles[0].device)
-
-    def add(self, a: int, b: int, d: Tensor) -> None:
-        """Add the tile d [k, l, r] of every matrix, in row a and column b >= a of tiles."""
-        self._sums.add(a, b, d)
-        if self._turned.numel():
-            self._turned += self._turned_tile(a, b, d) * (1 if a == b else 2)
-
-    def _turned_tile(self, a: int, b: int, d: Tensor) -> Tensor:
-        """sum_ij D_ij E_(i+s)(j+t) [permuted, k, p] for each permutation's turns s and t of two tiles; 0 for a matrix with itself."""
-        place = self._turns[a] * d.shape[2] + self._turns[b]
-        spectra = torch.fft.rfft2(d)
-        sums = torch.zeros(len(self._permuted), len(d), len(place), device=d.device, dtype=d.dtype)
-        for m, matrix in enumerate(self._permuted):
-            for i in (other for other in range(len(d)) if other != matrix):
-                sums[m, i] = torch.fft.irfft2(spectra[i].conj() * spectra[matrix], s=d.shape[1:]).flatten()[place]
-        return sums
-
-    def combined(self, biased: bool, offsets: Tensor) -> Swept:
-        """The inner products from the sums. offsets [k, n]: what was subtracted from the rows and columns of each matrix."""
-        sums = self._sums
-        _, rows = sums.totals
-        n, totals = rows.shape[1], rows.sum(1)
-        permuted = {
-            matrix: geometry.combined(turned.T, self._turned_rows(rows, matrix), totals * totals[matrix], n, biased)
-            for matrix, turned in zip(self._permuted, self._turned, strict=True)
-        }
-        # With the subtracted u_i + u_j (i != j), a row sums to (n - 2) u_i + sum_j u_j more.
-        shifted = offsets[:, torch.cat(self._tiles)]
-        whole_rows = rows + (n - 2) * shifted + shifted.sum(1, keepdim=True)
-        known = moments.of_parts(sums.pairs, sums.rows, sums.sizes, biased)
-        return Swept(sums.products(biased), known, permuted, self._tiles, list(self._turns), whole_rows)
-
-    def _turned_rows(self, rows: Tensor, matrix: int) -> Tensor:
-        """sum_i r_i s_pi(i) [p, k] of the row sums [k, n] and the permuted row sums of ``matrix``."""
-        products = rows.new_zeros(len(self._turns[0]), len(rows))
-        for place, turns in zip(self._sums.places, self._turns, strict=True):
-            spectra = torch.fft.rfft(rows[:, place])
-            products += torch.fft.irfft(spectra.conj() * spectra[matrix], n=place.stop - place.start)[:, turns].T
-        return products

@@ -33,7 +33,7 @@ FLOORS = [
     {"kdx.explain", "kdx.cam", "kdx.callbacks"},
     {"kdx.runs"},
     {"kdx.report"},
-    {"kdx.study"},
+    {"kdx.evaluate", "kdx.study"},
     {"kdx.commands"},
     {"kdx.cli"},
     {"kdx.__main__"},

@@ -14,6 +14,7 @@ from kdx.cli import interruption
 from kdx.cli.demo import demo
 from kdx.cli.distill import distill
 from kdx.cli.doctor import doctor
+from kdx.cli.evaluate import evaluate
 from kdx.cli.explain import explain
 from kdx.cli.export import export
 from kdx.cli.layers import layers
@@ -62,7 +63,7 @@ def _options(
 ) -> None: ...
 
 
-for _command in (demo, distill, export, explain, report, similarity, layers, doctor):
+for _command in (demo, distill, export, explain, evaluate, report, similarity, layers, doctor):
     app.command(cls=Command)(_command)
 
 

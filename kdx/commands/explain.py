@@ -30,6 +30,7 @@ def run(
     *,
     networks: Path | None = None,
     command: Sequence[str] = (),
+    shared_features: Path | None = None,
     announce: Callable[[str], None] = print,
 ) -> Path:
     """Explain a data set with `kdx.runs.run.explain_dataset`, which has the same arguments, and write the run's page. Returns its path.
@@ -38,7 +39,18 @@ def run(
     """
 
     def explain_and_write(restart: bool) -> Path:
-        explain_dataset(data, models, out, layers, options, networks=networks, command=command, restart=restart, announce=announce)
+        explain_dataset(
+            data,
+            models,
+            out,
+            layers,
+            options,
+            networks=networks,
+            command=command,
+            restart=restart,
+            shared_features=shared_features,
+            announce=announce,
+        )
         if options.gallery_choice not in (GalleryChoice(), read_choice(run := read_run(out))[0]):  # a run that was already complete
             choose_again(run, options.gallery_choice, data)
         _report_unreadable(read_run(out), announce)

@@ -17,7 +17,7 @@ __all__ = ["SPLITS", "Dataset", "Indices", "located", "open_data", "source_of"]
 
 
 def open_data(reference: str, classes: Sequence[str] | None = None) -> Dataset:
-    """The data set that a reference names: ``SOURCE:PLACE``, ``digits``, or a path.
+    """The data set that a reference names: ``SOURCE:PLACE``, ``digits``, ``composites``, or a path.
 
     `kdx.choices.DATA_REFERENCES` lists the references, and `kdx.data.sources` has a module for each source. The path of a ``.csv`` or
     ``.npz`` file needs no source, and any other path is a folder of images. With ``classes``, labels index these classes, of which the
@@ -39,9 +39,9 @@ def located(reference: str) -> str:
     different ways, such as ``folder:photos`` and ``./photos/``, have the same located reference. A relative path starts at the current
     folder."""
     source, place = _parsed(reference)
-    if source == "digits":
-        return source
     absolute = SOURCES[source].locate(place)
+    if not absolute:
+        return source
     return absolute if _parsed(absolute) == (source, absolute) else f"{source}:{absolute}"
 
 
@@ -53,7 +53,7 @@ def source_of(reference: str) -> str:
 def _parsed(reference: str) -> tuple[str, str]:
     """The source of a reference, and what follows it: a folder, a file, or a name."""
     source, _, place = reference.partition(":")
-    if reference == "digits" or (source in SOURCES and source != "digits" and place):
+    if source in SOURCES and SOURCES[source].accepts(reference):
         return source, place
     suffix = Path(reference).suffix.lower()
     if suffix in (".csv", ".npz") and not Path(reference).expanduser().is_dir():

@@ -32,7 +32,9 @@ class Dataset:
     ``labels`` [N] index ``classes``. ``ids`` name the images (a path relative to the folder, or ``digits/0012``). ``files`` are the files
     that they are read from, by name. ``splits`` are the indices of the splits that the data itself defines. ``note`` is one line about
     what was left out of a folder (`kdx.data.class_folders.Listing.note`). ``relabelled_from`` is the data set with its own classes, if
-    ``classes`` are those of models. ``resizing`` states how images are brought to the size of the networks.
+    ``classes`` are those of models. ``resizing`` states how images are brought to the size of the networks. ``masks`` returns where the
+    objects of an image are, [k, height, width] at the image's own upright size, or None for an image without masks; it is None for data
+    without masks.
     """
 
     reference: str
@@ -45,6 +47,7 @@ class Dataset:
     note: str = field(default="", repr=False)
     relabelled_from: Dataset | None = field(default=None, repr=False)
     resizing: Resizing = COVER
+    masks: Callable[[int], NDArray[np.bool_] | None] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)

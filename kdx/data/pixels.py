@@ -27,7 +27,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     # An image that is upright or RGB already is not converted, because that would copy it.
     image.load()
-    turn = _TURNS.get(_orientation(image))
+    turn = _TURNS.get(orientation_of(image))
     if turn is not None:
         image = image.transpose(turn)
         # The result is upright, so it must not state an orientation, which EXIF and XMP data do: a later call would turn it again.
@@ -44,7 +44,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _orientation(image: Image.Image) -> object:
+def turned(image: Image.Image, orientation: object) -> Image.Image:
+    """``image`` turned upright from an EXIF orientation."""
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def orientation_of(image: Image.Image) -> object:
     """The value of the orientation in the EXIF data; 1 (upright) if it cannot be read.
 
     `PIL.ImageOps.exif_transpose` also writes all EXIF data again, which fails if any entry is damaged.
@@ -60,7 +66,10 @@ _BAR = (128, 128, 128)
 
 
 def fit(image: Image.Image, size: tuple[int, int], resizing: Resizing = COVER) -> Image.Image:
-    """An RGB ``image`` brought to ``size`` = (height, width), antialiased. `kdx.choices.ResizeMode` describes the modes."""
+    """An RGB or grey ``image`` brought to ``size`` = (height, width), antialiased. `kdx.choices.ResizeMode` describes the modes.
+
+    The bars of a letterbox are grey in an RGB image and black in a grey one, which is a mask.
+    """
     height, width = size
     filter_ = Image.Resampling[resizing.interpolation.upper()]
     if resizing.mode == "squash":
@@ -68,7 +77,7 @@ def fit(image: Image.Image, size: tuple[int, int], resizing: Resizing = COVER) -
     scales = height / image.height, width / image.width
     if resizing.mode == "letterbox":
         inside = max(1, min(width, round(image.width * min(scales)))), max(1, min(height, round(image.height * min(scales))))
-        boxed = Image.new("RGB", (width, height), _BAR)
+        boxed = Image.new(image.mode, (width, height), _BAR if image.mode == "RGB" else 0)
         boxed.paste(image if inside == image.size else image.resize(inside, filter_), ((width - inside[0]) // 2, (height - inside[1]) // 2))
         return boxed
     covering = (max(width, round(image.width * max(scales))), max(height, round(image.height * max(scales))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.data.dataset import Dataset, Indices
+from kdx.data.labelled_images import Dataset, Indices
 
 
 def validation_is_test(dataset: Dataset) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kdx.choices import Resizing
 from kdx.distill.losses import METHODS, Batch, DistillationLoss, Method, Objective, Outputs, Requirements, Shapes, attention_transfer, kd
 from kdx.distill.settings import DEMO, EpochResult, TrainingSettings
-from kdx.distill.train import distill
+from kdx.distill.train import distill, train_alone
 
 __all__ = [
     "DEMO",
@@ -26,6 +26,7 @@ __all__ = [
     "attention_transfer",
     "distill",
     "kd",
+    "train_alone",
 ]
 
 _OLD_NAMES = {"Progress": EpochResult, "Settings": TrainingSettings}

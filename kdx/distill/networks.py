@@ -81,8 +81,7 @@ class Distillation:
         classes = len(dataset.classes)
         network = models.load(str(teacher_reference), classes=classes)
         loaded = [network] if student_reference.weights is None else [network, models.load(str(student_reference), classes=classes)]
-        has_own_weights = teacher_reference.source in ("hf", "pt2") and network.trained
-        preprocessing = _preprocessing(network, settings)
+        preprocessing = training_preprocessing(network, settings)
         splits = stratified_splits(dataset, settings.split_seed)
         earlier = {
             role: check_weights(role, reference.weights, dataset, splits)
@@ -108,7 +107,7 @@ class Distillation:
             preprocessing,
             teacher_reference,
             student_reference,
-            teacher_is_trained=(teacher_reference.weights is not None and not teacher_reference.has_new_head) or has_own_weights,
+            teacher_is_trained=is_trained_teacher(teacher_reference, network),
             teacher_data=earlier["teacher"][0] if "teacher" in earlier else None,
             processes=processes,
             log=log,
@@ -225,7 +224,16 @@ def _check_sizes(images: Mapping[str, SplitImages], data: str, settings: Trainin
             )
 
 
-def _preprocessing(teacher: models.Network, settings: TrainingSettings) -> Preprocessing:
+def is_trained_teacher(reference: ModelReference, network: models.Network) -> bool:
+    """Whether a teacher is used as it is: its reference has weights for these classes, or is a trained network by itself."""
+    return (reference.weights is not None and not reference.has_new_head) or (reference.source in ("hf", "pt2") and network.trained)
+
+
+def training_preprocessing(teacher: models.Network, settings: TrainingSettings) -> Preprocessing:
+    """The preprocessing of all networks of a distillation: the teacher's, at the size of the settings if they state one.
+
+    Raises KdxError if neither states a size.
+    """
     size = settings.image_size or teacher.preprocessing.size
     if size is None:
         raise KdxError(f"{teacher.reference} does not state the size of its images.", "Give the image size.")

@@ -7,11 +7,12 @@ that is interrupted and resumed ends with the same weights as one that is not.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -85,23 +86,11 @@ def distill(
     if assistants:
         _check_references(data, (teacher, *assistants, student))
         teacher = _train_assistants(data, teacher, assistants, Path(out), settings, base, teacher_cache, device, report)
-    processes, device = Processes.of_environment(device)
-    chosen_device = _device(device)
-    check_settings(settings, chosen_device, processes)
-    with ExitStack() as stack, resumable(lambda: any(any(Path(out).glob(f"**/*.{kind}")) for kind in ("state.pt", "safetensors"))):
-        stack.enter_context(threads.patient(torch.get_num_threads()))
-        row_log = stack.enter_context(open_logs([*log, *(["csv"] if probe else [])], Path(out))) if processes.is_main else None
-        distillation = Distillation.prepare(data, Path(out), settings, chosen_device, teacher, student, processes, row_log)
+    with _prepared(data, Path(out), settings, device, teacher, student, report, [*log, *(["csv"] if probe else [])]) as (
+        distillation,
+        on_epoch,
+    ):
         distillation = replace(distillation, has_base=base != NO_BASE)
-        stack.enter_context(processes.alone_in(distillation.folder))
-        announced = report is not None or not processes.is_main
-        on_epoch: EpochCallback = _ignore
-        on_step: StepCallback | None = None
-        if processes.is_main:
-            _print_notes(distillation)
-            announced = announced or _print_unreadable(distillation)
-            on_epoch, on_step = (report, None) if report is not None else stack.enter_context(console_reports())
-        distillation = replace(distillation, on_step=on_step)
         pairs = layer_pairs(distillation, layers)
         check_networks(distillation)
         if distillation.has_base:
@@ -113,12 +102,75 @@ def distill(
         _train_student(distillation, pairs, None if teacher_cache is None else Path(teacher_cache), probe, on_epoch)
         distillation.merge_unreadable()
         path = distillation.folder / "models.toml"
-        if processes.is_main:
+        if distillation.processes.is_main:
             _write_models_file(path, distillation, pairs, probe)
-        processes.wait()
+        distillation.processes.wait()
+    return path
+
+
+def train_alone(
+    role: Literal["teacher", "base"],
+    data: str,
+    *,
+    teacher: str,
+    student: str,
+    out: Path | str,
+    settings: TrainingSettings,
+    log: Sequence[str] = (),
+    device: str = "auto",
+    report: EpochCallback | None = None,
+) -> Path:
+    """Train the teacher or the base of a distillation, and nothing else; return the path of OUT/ROLE.safetensors.
+
+    The weights are those that `distill` trains with the same arguments, so that several distillations can share them: as
+    ``teacher="REFERENCE@OUT/teacher.safetensors"`` and ``base="OUT/base.safetensors"``. A base depends on the teacher through the
+    preprocessing, and on the student through the architecture. An interrupted training resumes. Raises KdxError as `distill` does.
+    """
+    with _prepared(data, Path(out), settings, device, teacher, student, report, log) as (distillation, on_epoch):
+        check_networks(distillation)
+        if role == "teacher":
+            _train_teacher(distillation, on_epoch)
+        else:
+            _train_base(distillation, None, on_epoch)
+        distillation.merge_unreadable()
+    return distillation.weights_path(role)
+
+
+@contextmanager
+def _prepared(
+    data: str,
+    out: Path,
+    settings: TrainingSettings,
+    device: str,
+    teacher: str,
+    student: str,
+    report: EpochCallback | None,
+    log: Sequence[str],
+) -> Iterator[tuple[Distillation, EpochCallback]]:
+    """What the trainings of a folder share, and the callback after an epoch. Inside the block, no other process writes to the folder.
+
+    The notes are printed at the beginning. So are the images that are known to be unreadable; if there are none, those that the block
+    discovers are printed at its end, unless the caller reports the epochs itself.
+    """
+    processes, device = Processes.of_environment(device)
+    chosen_device = _device(device)
+    check_settings(settings, chosen_device, processes)
+    with ExitStack() as stack, resumable(lambda: any(any(out.glob(f"**/*.{kind}")) for kind in ("state.pt", "safetensors"))):
+        stack.enter_context(threads.patient(torch.get_num_threads()))
+        row_log = stack.enter_context(open_logs(log, out)) if processes.is_main else None
+        distillation = Distillation.prepare(data, out, settings, chosen_device, teacher, student, processes, row_log)
+        stack.enter_context(processes.alone_in(distillation.folder))
+        announced = report is not None or not processes.is_main
+        on_epoch: EpochCallback = _ignore
+        on_step: StepCallback | None = None
+        if processes.is_main:
+            _print_notes(distillation)
+            announced = announced or _print_unreadable(distillation)
+            on_epoch, on_step = (report, None) if report is not None else stack.enter_context(console_reports())
+        distillation = replace(distillation, on_step=on_step)
+        yield distillation, on_epoch
     if not announced:  # images that are decoded again in every epoch are discovered to be unreadable during training
         _print_unreadable(distillation)
-    return path
 
 
 def _check_references(data: str, references: Sequence[str]) -> None:

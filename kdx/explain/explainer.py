@@ -36,6 +36,7 @@ from kdx.explain.network_set import NetworkRecord, NetworkSet
 from kdx.explain.networks import NetworkLike, NetworkRunners, networks_of
 from kdx.explain.results import Explanation, LayerResult
 from kdx.explain.settings import Settings
+from kdx.explain.shared_features import SharedFeatures
 from kdx.features import arrays
 from kdx.features.arrays import Array, ArrayT, Labels
 from kdx.features.score_maps import terms
@@ -175,10 +176,14 @@ class Explainer:
         folder: Path | None = None,
         file: Path | None = None,
         classes: Sequence[str] = (),
+        shared: SharedFeatures | None = None,
     ) -> Self:
-        """An explainer of networks by role, or of an explainer file, from one Settings object. classes: their names, if known."""
+        """An explainer of networks by role, or of an explainer file, from one Settings object.
+
+        classes: their names, if known. shared: stored outputs of all networks but the student, which an explainer file does not use.
+        """
         explainer = cls.__new__(cls)
-        explainer._set_up(networks, layers, settings, folder, file, classes)
+        explainer._set_up(networks, layers, settings, folder, file, classes, shared)
         return explainer
 
     def _set_up(
@@ -189,6 +194,7 @@ class Explainer:
         folder: Path | None,
         file: Path | None,
         classes: Sequence[str],
+        shared: SharedFeatures | None = None,
     ) -> None:
         names = layer_names(layers)
         self.settings = settings
@@ -196,7 +202,7 @@ class Explainer:
         self._own_target = None
         self._networks: NetworkSet
         if file is None:
-            self._networks = NetworkRunners({role: networks[role] for role in roles_among(networks)}, names, settings, folder)
+            self._networks = NetworkRunners({role: networks[role] for role in roles_among(networks)}, names, settings, folder, shared)
         elif networks:
             raise ValueError(f"an explainer file contains its networks; do not give {', '.join(networks)} as well")
         else:

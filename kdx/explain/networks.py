@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from kdx.explain.layer import LayerMeasurement, LayerReferences, measure
 from kdx.explain.network_set import NetworkRecord
 from kdx.explain.runtime_cost import FEW_IMAGES, ExportCost
 from kdx.explain.settings import Settings
+from kdx.explain.shared_features import SharedFeatures, network_key, pixels_key
 from kdx.export.description import Description
 from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.features import arrays
@@ -49,11 +52,17 @@ class NetworkRunners:
     """One runner per network, plus the distance geometry of their features.
 
     networks: by role, all as exported files or none. layers: each role's names by the student's. folder: where exported
-    files and engines are written; a temporary folder by default.
+    files and engines are written; a temporary folder by default. shared: where outputs of all networks but the student are looked up and
+    stored; modules, whose code no reference identifies, are always run.
     """
 
     def __init__(
-        self, networks: Mapping[str, NetworkLike], layers: Mapping[str, LayerNames], settings: Settings, folder: Path | None
+        self,
+        networks: Mapping[str, NetworkLike],
+        layers: Mapping[str, LayerNames],
+        settings: Settings,
+        folder: Path | None,
+        shared: SharedFeatures | None = None,
     ) -> None:
         _check_names(networks, layers)
         self.roles = tuple(networks)
@@ -61,6 +70,8 @@ class NetworkRunners:
         self._networks = networks
         self._settings = settings
         self._folder = ExportFolder(folder)
+        self._shared = shared
+        self._identities: dict[str, dict[str, Any]] = {}
         self._salience = settings.salience
         self._reported: set[tuple[str, str]] = set()
         self._may_fall_back = settings.runtime == "auto" and settings.precision == "float32"
@@ -281,7 +292,30 @@ class NetworkRunners:
         elif not self._runners:
             self.open(size)
         self._reconsider(size)
-        return {role: self._run(role, images) for role in self._runners}
+        pixels = "" if self._shared is None else pixels_key(images)
+        return {role: self._run_once(role, images, pixels) for role in self._runners}
+
+    def _run_once(self, role: str, images: Tensor, pixels: str) -> NetworkOutputs:
+        """`_run`, or its stored outputs where other runs share them. pixels: the key of the images."""
+        if self._shared is None or role == "student" or isinstance(self._networks[role], nn.Module):
+            return self._run(role, images)
+        return self._shared.outputs(self._key(role), pixels, lambda: self._run(role, images), self.choice.device)
+
+    def _key(self, role: str) -> str:
+        """The key of everything except the images that a network's outputs depend on."""
+        if role not in self._identities:
+            record, file = self.networks()[role], self._files.get(role)
+            self._identities[role] = {
+                "reference": record.reference,
+                "weights": record.sha256,
+                "preprocessing": asdict(record.preprocessing),
+                # Exporters and runtimes may compute a layer differently if other layers are outputs as well.
+                "layers": list(dict.fromkeys(self._layers_of(role))),
+                "file": None if file is None else hashlib.sha256(file[0].read_bytes()).hexdigest(),
+                "chunk": self._settings.chunk,
+            }
+        choice = {"runtime": self.choice.runtime, "device": str(self.choice.device), "precision": self.choice.precision}
+        return network_key(self._identities[role] | choice)
 
     def _run(self, role: str, images: Tensor) -> NetworkOutputs:
         """One pass of a role's network, in chunks of at most ``chunk`` images and of at most an engine's batch."""

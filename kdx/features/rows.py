@@ -132,7 +132,7 @@ class Selected:
         return self.source.run
 
     def read(self, index: Tensor) -> Tensor:
-        return self.source.read(self.index[index.cpu()]).to(self.device)
+        return self.source.read(self.index[index.to(self.index.device)]).to(self.device)
 
 
 @dataclass(frozen=True)

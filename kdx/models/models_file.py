@@ -77,9 +77,9 @@ class ModelsFile:
             raise _missing_role(self.path, role)
         return self._prepared(load(self.references[role], classes=len(self.classes) or None, folder=self.path.parent))
 
-    def untrained(self, seed: int) -> Network:
-        """The student's architecture with random weights (`kdx.models.untrained`) and the file's preprocessing."""
-        return self._prepared(untrained(self.student, seed=seed, classes=len(self.classes) or None, folder=self.path.parent))
+    def untrained(self, seed: int, role: str = "student") -> Network:
+        """The architecture of a role with random weights (`kdx.models.untrained`) and the file's preprocessing."""
+        return self._prepared(untrained(self.references[role], seed=seed, classes=len(self.classes) or None, folder=self.path.parent))
 
     def _prepared(self, network: Network) -> Network:
         return replace(network, preprocessing=self.preprocessing or network.preprocessing, resizing=self.resizing)

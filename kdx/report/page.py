@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kdx.disk import remove_leftovers, write_atomic
 from kdx.maps import overlays
 from kdx.report import plots, wording
+from kdx.report.evaluation import evaluation_section
 from kdx.report.gallery import Gallery, gradient, make_gallery
 from kdx.report.kinds import kinds_left_out
 from kdx.report.layout import render, script_json
@@ -30,7 +31,7 @@ from kdx.runs.training_scores import TrainingScores, read_training_scores
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-_STYLES = ("statements.css", "gallery.css")
+_STYLES = ("statements.css", "gallery.css", "evaluation.css")
 
 _SCRIPTS = ("maps.js", "zoom.js", "gallery.js", "run.js")
 
@@ -82,6 +83,7 @@ def _page(run: RunRecord, gallery: Gallery, training: TrainingScores | None) -> 
         left_out=kinds_left_out(run),
         gradients={signed: gradient(signed) for signed in (True, False)},
         payload=_payload(run, gallery),
+        evaluation=evaluation_section(run),
         record=_Record.of(run),
     )
 

@@ -7,15 +7,13 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.choices import COVER, Interpolation, ResizeMode, Resizing
-from kdx.data.dataset import open_data
 from kdx.data.images import load_images
 from kdx.data.splits import class_balanced_sample
 from kdx.disk import write_atomic
@@ -25,6 +23,7 @@ from kdx.runs import schema
 from kdx.runs.image_numbers import MEANINGS, image_number, number_names, prediction_names
 from kdx.runs.measured import Samples
 from kdx.runs.record import RunRecord
+from kdx.runs.run_data import is_data_of, reopened
 
 BALANCED = "balanced"
 """The order that is no order: images balanced over the classes."""
@@ -166,12 +165,12 @@ def _write_pictures(run: RunRecord, places: Sequence[int], data: str | None) -> 
     without = f"{len(places)} of these images"
     hint = "Give the data with --data, or choose among the images that the page shows."
     try:
-        dataset = replace(open_data(reference, run.classes), resizing=_resizing(run))
+        dataset = reopened(run, reference)
     except KdxError as error:
         raise KdxError(
             f"{len(places)} of these images have no picture in the run, and its data cannot be opened: {error.problem}", hint
         ) from error
-    if configuration["fingerprint"] != dataset.fingerprint and configuration["fingerprint"] != dataset.fingerprint_of_0_1_0:
+    if not is_data_of(run, dataset):
         raise KdxError(f"{without} have no picture in the run, and {reference} is not its data.", hint)
     index = {name: place for place, name in enumerate(dataset.ids)}
     height, width = configuration["image_size"]
@@ -181,11 +180,6 @@ def _write_pictures(run: RunRecord, places: Sequence[int], data: str | None) -> 
         pixels = by_index.get(index[run.samples.ids[place]])
         if pixels is not None:
             write_picture(run.folder, int(run.samples.rows[place]), pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
-
-
-def _resizing(run: RunRecord) -> Resizing:
-    stored = run.manifest["configuration"].get("resize")
-    return COVER if stored is None else Resizing(cast(ResizeMode, stored["mode"]), cast(Interpolation, stored["interpolation"]))
 
 
 def write_picture(folder: Path, row: int, pixels: NDArray[np.uint8]) -> None:

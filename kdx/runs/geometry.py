@@ -70,13 +70,15 @@ def unavoidable(plan: Plan) -> Geometry | None:
     return Geometry("batch", "as requested") if options.geometry == "batch" else None
 
 
-def choose_geometry(plan: Plan, shapes: Shapes, folder: Path) -> Geometry:
+def choose_geometry(plan: Plan, shapes: Shapes, folder: Path, shared_bytes: int = 0) -> Geometry:
     """``whole`` if it was requested and the features fit on the disk; for ``auto``, ``whole`` within the limits and else ``reference``.
+
+    shared_bytes: the size of features that other runs have stored. They count as free space, so that the choice is that of a single run.
 
     Raises KdxError, with the figures, if ``whole`` was requested and its files do not fit on the disk of ``folder``.
     """
     cost, options = Cost.of(len(plan.indices), shapes, plan), plan.options
-    free = shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.rglob("*.npy"))
+    free = shutil.disk_usage(folder).free + shared_bytes + sum(file.stat().st_size for file in folder.rglob("*.npy"))
     limit = free / 2 if options.max_disk is None else min(free, options.max_disk * 1e9)
     needed = f"features and distances of {len(plan.indices):,} images take {size_text(cost.bytes)}"
     if options.geometry == "whole":

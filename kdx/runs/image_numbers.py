@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdx.runs import schema
+from kdx.runs.evaluation import evaluated_names, evaluated_number
 from kdx.runs.measured import Samples
 from kdx.runs.record import RunRecord
 
@@ -71,7 +72,7 @@ def prediction_numbers(samples: Samples) -> dict[str, NDArray[np.float64]]:
 def number_names(run: RunRecord) -> tuple[str, ...]:
     """The names of all numbers per image: those of `MEANINGS`, ``ROLE_confidence``, and ``LAYER/KIND/NAME`` of each map.
 
-    The numbers of maps are those of `kdx.runs.record.MapColumns`. Runs of kdx 0.1.0 do not have them.
+    The numbers of maps are those of `kdx.runs.record.MapColumns`, which runs of kdx 0.1.0 do not have, and those of `kdx evaluate`.
     """
     maps = [
         schema.map_column(layer, kind, name)
@@ -80,7 +81,7 @@ def number_names(run: RunRecord) -> tuple[str, ...]:
         if kind in run.map_summaries[layer]
         for name in schema.MAP_COLUMNS
     ]
-    return (*prediction_names(run.roles), *map(schema.confidence_column, run.roles), *maps)
+    return (*prediction_names(run.roles), *map(schema.confidence_column, run.roles), *maps, *evaluated_names(run))
 
 
 def image_number(run: RunRecord, name: str) -> NDArray[np.float64]:
@@ -91,6 +92,8 @@ def image_number(run: RunRecord, name: str) -> NDArray[np.float64]:
     for role in run.roles:
         if name == schema.confidence_column(role):
             return np.asarray(run.samples.confidences[role], dtype=np.float64)
+    if name in evaluated_names(run):
+        return evaluated_number(run, name)
     if name not in number_names(run):
         raise KeyError(name)
     layer, kind, column = name.rsplit("/", 2)

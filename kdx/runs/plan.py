@@ -22,6 +22,7 @@ from kdx.explain.explainer import Explainer
 from kdx.explain.explainer_file import describe_explainer, no_reference_mode, paired_layers
 from kdx.explain.networks import networks_of
 from kdx.explain.settings import Settings
+from kdx.explain.shared_features import SharedFeatures
 from kdx.features.arrays import MIN_IMAGES, check_images
 from kdx.models.layer_pairs import LayerNames, parse_layers
 from kdx.models.models_file import ModelsFile, read_models
@@ -183,7 +184,7 @@ class Plan:
             return "teacher" in references and "base" not in references and _is_architecture(self.models.student)
         return requested
 
-    def explainer(self, folder: Path, announce: Callable[[str], None]) -> Explainer:
+    def explainer(self, folder: Path, announce: Callable[[str], None], shared: SharedFeatures | None = None) -> Explainer:
         """The Explainer of the networks. folder: where exported networks are written. announce: prints a line about weights."""
         models = self.models
         if is_file(models.path):
@@ -200,7 +201,7 @@ class Plan:
         options = self.options
         if options.chunk is not None and options.geometry in ("auto", "whole"):
             options = replace(options, chunk=aligned(options.chunk))
-        return Explainer.of(networks, self.layers.values(), options, folder=folder, classes=self.dataset.classes)
+        return Explainer.of(networks, self.layers.values(), options, folder=folder, classes=self.dataset.classes, shared=shared)
 
 
 def _is_architecture(reference: str) -> bool:

@@ -17,6 +17,7 @@ from kdx.errors import KdxError, resumable
 from kdx.explain.explainer import Explainer
 from kdx.explain.graph import largest_size
 from kdx.explain.network_set import NetworkRecord
+from kdx.explain.shared_features import SharedFeatures
 from kdx.roles import BASELINE, mapped_among
 from kdx.runs import schema
 from kdx.runs.batches import collect_batches, explain_batches
@@ -59,6 +60,7 @@ def explain_dataset(
     networks: Path | None = None,
     command: Sequence[str] = (),
     restart: bool = False,
+    shared_features: Path | None = None,
     announce: Callable[[str], None] = print,
 ) -> None:
     """Explain ``data`` with the networks of a models file, or with an explainer file, and store the run in the folder ``out``.
@@ -66,6 +68,9 @@ def explain_dataset(
     layers: names that the networks share, or ``student_layer=teacher_layer``; by default those of the models file.
     networks: the folder for exported networks, by default out/networks. command: the command line, for the manifest. restart: compute a
     complete run again. A stopped run resumes, with the same result.
+    shared_features: a folder for the outputs of the teacher, the base and the random baseline. Runs with the same folder compute them once
+    if data, size, layers, runtime and batches are the same, and otherwise each run computes its own; the results do not change. Several
+    processes may use the folder at once. The caller deletes it. The runtime ``auto`` is that of the first run.
 
     Raises KdxError for anything that the user can fix, if possible before anything is written.
     """
@@ -80,7 +85,8 @@ def explain_dataset(
     check_labels(plan.dataset.labels[plan.indices])
     if geometry is not None and geometry.kind != "whole":
         _ = plan.batches
-    with ExitStack() as stack, plan.explainer(networks or out / schema.NETWORKS, announce) as explainer:
+    shared = None if shared_features is None else SharedFeatures(shared_features)
+    with ExitStack() as stack, plan.explainer(networks or out / schema.NETWORKS, announce, shared) as explainer:
         records = explainer.networks()
         size = largest_size(record.image_size for record in records.values())
         store = stack.enter_context(
@@ -95,7 +101,7 @@ def explain_dataset(
             store.restart()
         try:
             with resumable(lambda: store.has_progress):
-                _prepare_and_explain(store, explainer, plan, records, size, geometry, announce)
+                _prepare_and_explain(store, explainer, plan, records, size, geometry, announce, shared)
         except KdxError as error:
             store.fail(error.problem)
             raise
@@ -109,20 +115,32 @@ def _prepare_and_explain(
     size: tuple[int, int],
     geometry: Geometry | None,
     announce: Callable[[str], None],
+    shared: SharedFeatures | None,
 ) -> None:
     """Open the networks, record what they are, and compute what is missing."""
     started = store.manifest["environment"].get("runtime") if store.has_progress else None
-    explainer.open(size, len(plan.indices), runtime=None if started is None else str(started).split()[0])
+    runtime = None if started is None else str(started).split()[0]
+    if runtime is None and shared is not None:
+        runtime = shared.runtime()
+    explainer.open(size, len(plan.indices), runtime=runtime)
+    if shared is not None:
+        shared.keep_runtime(explainer.choice.runtime)
     announce(f"Runtime {explainer.choice.why}.")
     store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
     store.manifest["random_weights"] = [role for role, record in records.items() if not record.trained and role != BASELINE]
     for role in store.manifest["random_weights"]:
         announce(f"Some or all weights of the {role} are random: {records[role].reference}.")
-    _explain(store, explainer, plan, size, geometry, announce)
+    _explain(store, explainer, plan, size, geometry, announce, 0 if shared is None else shared.bytes)
 
 
 def _explain(
-    store: Store, explainer: Explainer, plan: Plan, size: tuple[int, int], geometry: Geometry | None, announce: Callable[[str], None]
+    store: Store,
+    explainer: Explainer,
+    plan: Plan,
+    size: tuple[int, int],
+    geometry: Geometry | None,
+    announce: Callable[[str], None],
+    shared_bytes: int,
 ) -> None:
     """Compute what is missing of a run, and complete it. geometry: None where it depends on the size of the features."""
     shapes = feature_shapes(explainer, size, plan.options.project) if geometry is None else {}
@@ -131,7 +149,7 @@ def _explain(
     elif geometry is None and store.has(0):  # kdx 0.1.0 did not record it
         geometry = Geometry("batch", "the run was started by an older version")
     elif geometry is None:
-        geometry = choose_geometry(plan, shapes, store.folder)
+        geometry = choose_geometry(plan, shapes, store.folder, shared_bytes)
     store.set_geometry(geometry.kind, geometry.reason, batches=1 if geometry.kind == "whole" else len(plan.batches))
     announce(f"Geometry {geometry.kind}: {geometry.reason}.")
     if geometry.kind == "whole":

@@ -11,6 +11,7 @@ folder in this schema; `kdx.runs.record` reads it.
     training.json    the scores of probe images during training, where kdx distill logged them
     report.html      the page
     gallery.json     which images the page shows: how they were chosen, and their rows in the order of the page
+    evaluation.json  what kdx evaluate measured of the maps; evaluation.parquet has its values per image (`kdx.runs.evaluation`)
     overlays/        the gallery's pictures: ROW.png is an image, ROW_LAYER_KIND.png a map over it
     networks/        the networks as the runtime executes them
     progress/        one file per finished batch or layer, until the run is complete
@@ -46,6 +47,8 @@ PAGE = "report.html"
 IMAGES_PAGE = "images.html"
 """The page of a few images, in a folder that is not a run."""
 GALLERY = "gallery.json"
+EVALUATION_FILE = "evaluation.json"
+EVALUATION_TABLE = "evaluation.parquet"
 NETWORKS = "networks"
 PROGRESS = "progress"
 FEATURES = "features"

@@ -105,7 +105,8 @@ def _session(onnxruntime: Any, path: Path, provider: Provider, stream: CudaStrea
     options = onnxruntime.SessionOptions()
     # Otherwise its threads spin after a pass, and take cores from the other network, the geometry and the decoders.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.intra_op_num_threads = threads.quota() or 0  # 0: as many as the process has cores, which does not include a container's quota
+    # 0: as many as the process has cores, which includes neither a container's quota nor the number for each of several processes.
+    options.intra_op_num_threads = threads.chosen() or threads.quota() or 0
     settings: dict[str, str] = {}
     if stream is not None:
         if name not in onnxruntime.get_available_providers():

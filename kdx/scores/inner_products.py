@@ -23,7 +23,8 @@ from kdx.features.target import Target
 from kdx.kernels import ambient, dispatch, geometry, moments, tiles
 from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import BatchDistances
-from kdx.kernels.moments import Moments
+from kdx.kernels.moments import Influences, Moments
+from kdx.kernels.one_against_rest import ClassMatrices, ClassSums
 from kdx.kernels.tiles import Rows
 from kdx.roles import TARGET
 from kdx.scores.score import Estimator
@@ -54,7 +55,8 @@ class InnerProducts:
 
     names [k]: of the matrices. products [k, k]. moments: of the products; None if too little is known.
     permuted: the name of each permuted matrix -> its products [p, k] with all of them. raw [k]: <D,D> of the distances themselves.
-    rounding [k]: the rounding of the distances, relative to them.
+    rounding [k]: the rounding of the distances, relative to them. influences: of images, or parts of them, on the products; None for few
+    images and in batches. classes: the products with one class against the rest; None unless classes were given.
     """
 
     names: tuple[str, ...]
@@ -65,13 +67,18 @@ class InnerProducts:
     permuted: dict[str, Tensor]
     raw: Tensor
     rounding: Tensor
+    influences: Influences | None = None
+    classes: ClassSums | ClassMatrices | None = None
 
 
 @ambient.neutral()
-def inner_products(named: Mapping[str, Rows | Labels], permuted: Collection[str], sampling: Sampling = Sampling()) -> InnerProducts:
+def inner_products(
+    named: Mapping[str, Rows | Labels], permuted: Collection[str], sampling: Sampling = Sampling(), classes: Tensor | None = None
+) -> InnerProducts:
     """Inner products of features by name and, under TARGET, of labels or an embedding. Errors are those of `fss` and `rs`.
 
-    permuted: the names of the matrices whose images are permuted.
+    permuted: the names of the matrices whose images are permuted. classes [n]: the class of each image, as a number from 0, if
+    `InnerProducts.classes` is wanted.
     """
     estimator, batch, permutations, seed = sampling.estimator, sampling.batch, sampling.permutations, sampling.seed
     if estimator not in ("unbiased", "biased"):
@@ -87,7 +94,7 @@ def inner_products(named: Mapping[str, Rows | Labels], permuted: Collection[str]
     inputs = {
         name: features[name] if name in features else Target.of(value, n, device=device, backend=ops) for name, value in named.items()
     }
-    plan = _Plan(n, device, tuple(permuted), estimator == "biased", permutations, seed, ops)
+    plan = _Plan(n, device, tuple(permuted), estimator == "biased", permutations, seed, ops, classes)
     if batch is not None and batch < n:
         return _in_batches(inputs, plan, batch)
     return _of_all_pairs(inputs, plan) if n <= _ALL_PAIRS else _in_tiles(inputs, plan)
@@ -118,6 +125,7 @@ class _Plan:
     permutations: int
     seed: int
     ops: dispatch.TorchBackend
+    classes: Tensor | None = None
 
     def centred(self, distances: BatchDistances) -> Tensor:
         """The centred matrices of the estimator."""
@@ -135,15 +143,18 @@ def _of_all_pairs(inputs: Mapping[str, _Input], plan: _Plan) -> InnerProducts:
     distances = arrays.row_distances(rows, plan.ops)
     centred = plan.centred(distances)
     table = permutation_table(n, plan.permutations, plan.seed, plan.device)
+    influences = moments.matrix_influences(centred, plan.biased)
     return InnerProducts(
         names,
         n,
         1,
         geometry.products(centred),
-        moments.of_matrices(centred, plan.biased),
+        None if influences is None else influences.moments(),
         {name: geometry.permuted_products(centred, centred[names.index(name)], table) for name in plan.permuted},
         geometry.products(distances.raw).diagonal(),
         torch.tensor([arrays.rounding(x) for x in rows.values()], dtype=torch.float64, device=plan.device),
+        influences,
+        None if plan.classes is None else ClassMatrices(centred, plan.classes),
     )
 
 
@@ -153,12 +164,18 @@ def _in_tiles(inputs: Mapping[str, _Input], plan: _Plan) -> InnerProducts:
     rounding = _rounding(matrices, plan.device)
     permuted = {name: names.index(name) for name in plan.permuted}
     sums = tiles.sweep(
-        matrices, permuted=[*permuted.values()], permutations=plan.permutations, biased=plan.biased, seed=plan.seed, ops=plan.ops
+        matrices,
+        permuted=[*permuted.values()],
+        permutations=plan.permutations,
+        biased=plan.biased,
+        seed=plan.seed,
+        ops=plan.ops,
+        classes=plan.classes,
     )
     raw = torch.stack([matrix.scale for matrix in matrices]) * plan.n / (plan.n - 3)
     _check_varied(names, sums.products, raw, rounding.clamp_min(1e-8))  # sums over tiles are known to 1e-16 of them
     permuted_products = {name: sums.permuted[place] for name, place in permuted.items()}
-    return InnerProducts(names, plan.n, 1, sums.products, sums.moments, permuted_products, raw, rounding)
+    return InnerProducts(names, plan.n, 1, sums.products, sums.moments, permuted_products, raw, rounding, sums.influences, sums.classes)
 
 
 def _in_batches(inputs: Mapping[str, _Input], plan: _Plan, size: int) -> InnerProducts:

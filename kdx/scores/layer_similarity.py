@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kdx.kernels import moments
 from kdx.kernels.layer_sums import LayerSums
+from kdx.kernels.moments import Influences
 from kdx.scores.uncertainty import MANY_BATCHES, ROUNDING, Spread, interval
 
 _FEWEST = 5
@@ -153,8 +154,8 @@ def _spreads(
     elif len(sums.distances) > 1:
         combined = weights @ sums.distances @ weights.T
         inner = combined[:, needed[0], needed[1]].T
-        influences = len(combined) * (inner - inner.mean(1, keepdim=True))
-        total += _Moments.of(influences, None, place.view(3, -1), scales)
+        influences = Influences(len(combined) * (inner - inner.mean(1, keepdim=True)), None)
+        total += _Moments.of(influences, place.view(3, -1), scales)
     else:
         return None
     known = total.variance > ROUNDING * total.magnitude
@@ -170,8 +171,7 @@ def _of_block(block: LayerSums, weights: Tensor, needed: Tensor, place: Tensor, 
     sums = block.distances
     pairs = torch.einsum("ab,bcuv,dc->aduv", weights, sums.pairs, weights)
     rows = (weights @ sums.rows.flatten(1)).view_as(sums.rows)
-    influences, interactions = moments.influences_of_parts(pairs, rows, sums.sizes, needed[0], needed[1])
-    return _Moments.of(influences, interactions, place, scales)
+    return _Moments.of(moments.influences(pairs, rows, sums.sizes, which=(needed[0], needed[1])), place, scales)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,12 +189,12 @@ class _Moments:
         return cls(0, *torch.zeros(4, scores, dtype=torch.float64, device=device))
 
     @classmethod
-    def of(cls, influences: Tensor, interactions: Tensor | None, place: Tensor, scales: Tensor) -> _Moments:
-        """From the influences [m, u] and interactions [m, u, u] of inner products. A score is a combination of three of them, the numbers
-        ``place`` [3, s], with the factors ``scales`` [3, s]."""
-        parts = influences.shape[1]
+    def of(cls, influences: Influences, place: Tensor, scales: Tensor) -> _Moments:
+        """From the influences on m inner products. A score is a combination of three of them, the numbers ``place`` [3, s], with the
+        factors ``scales`` [3, s]."""
+        parts, interactions = influences.parts, influences.second
         count = parts * (parts - 1)
-        terms = influences[place] * scales[:, :, None]
+        terms = influences.first[place] * scales[:, :, None]
         score = terms.sum(0)
         variance, slope = score.square().sum(1) / count, score.pow(3).sum(1)
         interaction = torch.zeros_like(variance)

@@ -101,13 +101,20 @@ class Estimate:
 
 def estimate(statistic: Statistic, products: Tensor) -> Estimate:
     """The statistic of inner products [k, k]."""
-    index = upper(len(products), products.device)
+    values, gradients = estimates(statistic, products[None])
+    return Estimate(float(values), gradients[0].numpy(force=True))
+
+
+def estimates(statistic: Statistic, products: Tensor) -> tuple[Tensor, Tensor]:
+    """The values [c] of a statistic of inner products [c, k, k], and its gradients [c, m] as in `Estimate`."""
+    rows, columns = upper(products.shape[-1], products.device)
     with torch.enable_grad():
-        leaf = products[index].detach().requires_grad_()
-        half = products.new_zeros(products.shape).index_put(index, leaf)
-        value = statistic(half + half.triu(1).mT)
-        (gradient,) = torch.autograd.grad(value, leaf)
-    return Estimate(float(value.detach()), gradient.numpy(force=True))
+        leaf = products[:, rows, columns].detach().requires_grad_()
+        half = products.new_zeros(products.shape)
+        half[:, rows, columns] = leaf
+        values = statistic(half + half.triu(1).mT)
+        (gradients,) = torch.autograd.grad(values.sum(), leaf)
+    return values.detach(), gradients
 
 
 def summary(

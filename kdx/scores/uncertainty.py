@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdx.features.target import Target
 from kdx.kernels import geometry
-from kdx.kernels.moments import Moments, of_batches
+from kdx.kernels.moments import Influences, Moments, of_batches
 
 _FEW_IMAGES = 256
 """Up to about this many images, one pass over n x n per permutation is faster than a matrix product with the classes."""
@@ -102,6 +102,38 @@ def spread(moments: Moments | None, gradient: NDArray[np.float64]) -> Spread | N
     return Spread(variance, slope, moments.parts) if np.isfinite([variance, slope]).all() else None
 
 
+def spreads(influences: Influences | None, gradients: Tensor) -> list[Spread | None]:
+    """`spread` of c scores of their own inner products, with influences on [c, m] products and gradients [c, m]."""
+    if influences is None:
+        return [None] * len(gradients)
+    parts, scale = influences.parts, influences.parts * (influences.parts - 1)
+    first = torch.einsum("cm,cmu->cu", gradients, influences.first)
+    terms = torch.einsum("cm,cmu->cu", gradients.abs(), influences.first.abs())
+    variances, third = first.square().sum(1) / scale, first.pow(3).sum(1)
+    nothing = variances <= ROUNDING * terms.square().sum(1) / scale
+    reduced = variances
+    if influences.second is not None:
+        second = torch.einsum("cm,cmuv->cuv", gradients, influences.second)
+        third = third + 2 * torch.einsum("cu,cuv,cv->c", first, second, first)
+        reduced = variances - torch.minimum(second.square().sum((1, 2)) / (2 * scale), variances / 2)
+    slopes = third / (parts * scale) / variances
+    known = reduced.isfinite() & slopes.isfinite()
+    rows = zip(nothing.tolist(), known.tolist(), reduced.tolist(), slopes.tolist(), strict=True)
+    return [Spread(0.0, 0.0, parts) if zero else Spread(variance, slope, parts) if ok else None for zero, ok, variance, slope in rows]
+
+
+def difference_test(value: float, spread: Spread | None, *, limit: float = 2.0) -> float | None:
+    """The two-sided p-value of the value zero, by Student's t on the scale of `interval` without a slope; None if it is not known.
+
+    It is below 1 - confidence exactly where the interval without a slope excludes zero.
+    """
+    if spread is None or spread.variance <= 0:
+        return None
+    share = float(np.clip(value / limit, -_EDGE, _EDGE))
+    error = float(np.sqrt(spread.variance)) / (limit * (1 - share * share))
+    return float(2 * stats.t.sf(abs(np.arctanh(share)) / error, spread.parts - 1))
+
+
 def interval(value: float, spread: Spread | None, confidence: float, *, n: int, limit: float = 1.0) -> tuple[float, float]:
     """The confidence interval of a value in [-limit, limit], a score or a difference of two scores of n images.
 
@@ -115,13 +147,19 @@ def interval(value: float, spread: Spread | None, confidence: float, *, n: int, 
         return -limit, limit
     share = float(np.clip(value / limit, -_EDGE, _EDGE))
     scale = limit * (1 - share * share)
-    quantile = float(stats.t.ppf(0.5 + confidence / 2, spread.parts - 1))
+    quantile = _quantile(confidence, spread.parts)
     reach = quantile * float(np.sqrt(spread.variance)) / scale
     shift = quantile * quantile * spread.slope / (4 * scale)
     shortest = reach if n < _KNOWN_SLOPE else 0.75 * reach
     centre = float(np.arctanh(share))
     below, above = max(reach - shift, shortest), max(reach + shift, shortest)
     return limit * float(np.tanh(centre - below)), limit * float(np.tanh(centre + above))
+
+
+@functools.lru_cache(maxsize=64)
+def _quantile(confidence: float, parts: int) -> float:
+    """The quantile of Student's t distribution with parts - 1 degrees of freedom for a two-sided interval."""
+    return float(stats.t.ppf(0.5 + confidence / 2, parts - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import planted, planted_tables
-from kdx.data.composites import BOX, SIDE, Composites, draw_composites
+from kdx.data.planted_cues import BOX, SIDE, Composites, draw_composites
 from kdx.kernels import geometry
 
 

@@ -18,9 +18,10 @@ from kdx.data.dataset import open_data
 from kdx.data.images import load_images
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph
+from kdx.kernels import layer_sums
 from kdx.models.network import load
-from kdx.runs import similarity as runs_similarity
 from kdx.runs.similarity import SimilarityOptions
+from kdx.runs.similarity_networks import ComparedNetworks
 
 A = "small_nets:wide"
 B = "small_nets:narrow"
@@ -91,7 +92,7 @@ def test_numbers_are_those_of_the_features_in_memory(pictures: Path, tmp_path: P
     for name in ("values", "low", "high", "cka"):
         assert np.allclose(getattr(result, name), getattr(expected, name), atol=1e-6), name
     assert not (tmp_path / "out" / "features").exists()
-    rows = list(csv.DictReader((tmp_path / "out" / "similarity.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out" / "similarity.csv").read_text().splitlines()))
     assert [float(row["distance_correlation"]) for row in rows] == result.values.flatten().tolist()
     stored = json.loads((tmp_path / "out" / "similarity.json").read_text())
     assert stored["similarity"]["cka"] == result.cka.tolist() and stored["left_out"][0][:2] == ["B", "dead:vector"]
@@ -115,13 +116,13 @@ def test_batches_are_those_of_the_features_in_memory(pictures: Path, tmp_path: P
 
 def test_a_network_that_is_given_twice_runs_once(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    original = runs_similarity.ComparedNetworks.features
+    original = ComparedNetworks.features
 
     def counted(self: Any, images: torch.Tensor) -> Any:
         passes.append(list(self.opened))
         return original(self, images)
 
-    monkeypatch.setattr(runs_similarity.ComparedNetworks, "features", counted)
+    monkeypatch.setattr(ComparedNetworks, "features", counted)
     result, _ = compare(pictures, tmp_path / "out", {"A": A, "B": A}, layers={"A": ("first", "fc"), "B": ("first", "fc")})
     assert np.allclose(np.diag(result.values), 1) and passes == [["A"]] * 5  # blank images, and 26 images in batches of 8
 
@@ -133,7 +134,7 @@ def test_a_stopped_comparison_resumes_to_the_same_numbers(pictures: Path, tmp_pa
         def stop(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(runs_similarity.layer_sums, "of_set", stop)
+        patch.setattr(layer_sums, "of_set", stop)
         with pytest.raises(KeyboardInterrupt):
             compare(pictures, tmp_path / "out")
     assert not (tmp_path / "out" / "report.html").exists()

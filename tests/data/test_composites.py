@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kdx.data import composites as module
-from kdx.data.composites import BOX, CLASSES, CUES, SIDE, Composites, Cue, draw_composites
+from kdx.data import planted_cues as module
+from kdx.data.planted_cues import BOX, CLASSES, CUES, SIDE, Composites, Cue, draw_composites
 
 
 def changed(a: Composites, b: Composites) -> NDArray[np.bool_]:

@@ -17,7 +17,9 @@ PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
 def test_every_source_has_a_reference() -> None:
     assert {reference.partition(":")[0] for reference in DATA_REFERENCES if ":" in reference} | {"digits"} == set(SOURCES)
     kinds = re.sub(r" \(.*?\)", "", DATA_KINDS).replace("a folder of images", "FOLDER").replace(" or ", " ").split(", ")
-    assert [kind.strip() for kind in kinds] == [name for name in DATA_REFERENCES if not name.startswith(("folder:", "csv:", "npz:"))]
+    assert [kind.strip() for kind in kinds] == [
+        name for name in DATA_REFERENCES if not name.startswith(("folder:", "csv:", "npz:", "composites:"))
+    ]
 
 
 def test_the_page_has_every_reference_with_its_description() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from kdx.data.labelled_images import Dataset
-from kdx.data.sources import arrays, cifar, digits, hugging_face, image_files
+from kdx.data.sources import arrays, cifar, composites, digits, hugging_face, image_files, sample
 
 
 def _absolute(place: str) -> str:
@@ -18,11 +19,18 @@ def _absolute(place: str) -> str:
 class Source:
     """How a kind of data reference is opened.
 
-    open: the data set of a reference and of what follows ``SOURCE:`` in it. locate: the latter with an absolute path.
+    open: the data set of a reference and of what follows ``SOURCE:`` in it. locate: the latter with an absolute path. place: whether
+    something follows; where it need not, the name of the source is a reference.
     """
 
     open: Callable[[str, str], Dataset]
     locate: Callable[[str], str] = _absolute
+    place: Literal["required", "optional", "none"] = "required"
+
+    def accepts(self, reference: str) -> bool:
+        """Whether a reference that begins with the name of this source belongs to it."""
+        _, colon, place = reference.partition(":")
+        return not colon if self.place == "none" else bool(place) or (not colon and self.place == "optional")
 
 
 SOURCES = {
@@ -32,6 +40,8 @@ SOURCES = {
     "cifar10": Source(cifar.open_cifar10),
     "cifar100": Source(cifar.open_cifar100),
     "hfdata": Source(hugging_face.open_hugging_face, hugging_face.locate),
-    "digits": Source(digits.open_digits, str),
+    "digits": Source(digits.open_digits, str, "none"),
+    "composites": Source(composites.open_composites, composites.canonical_options, "optional"),
+    "sample": Source(sample.open_sample, sample.locate),
 }
 """The sources by the name that begins a reference. `kdx.choices.DATA_REFERENCES` describes the references."""

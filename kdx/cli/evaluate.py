@@ -1,0 +1,78 @@
+"""`kdx evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdx import progress
+from kdx.cli.options import DeviceOption, SeedOption, announce_line
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the objects are: a folder of mask images with the names of the images, a JSON file of COCO, or a folder of XML "
+            "files of Pascal VOC. By default the masks of the data itself, if it has some.",
+            show_default=False,
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A metric, such as energy, pointing, insertion, road_keep or randomisation. Repeat the option for more; by default all "
+            "for which the run has what they need.",
+            show_default=False,
+        ),
+    ] = None,
+    map_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            help="A map by name or symbol, such as 'RS(S) - RS(B)', distilled, grad_cam_student or centre. Repeat the option for more; "
+            "all for every map. By default the main ones.",
+            show_default=False,
+        ),
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option("--layer", "-l", help="A layer of the run. Repeat the option for more; by default all.", show_default=False),
+    ] = None,
+    images: Annotated[int, typer.Option(min=0, help="How many images, balanced over the classes; 0 for all.")] = 200,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Pointing game: how many pixels of the networks' input beside the mask still count as a hit.")
+    ] = 0,
+    detailed: Annotated[
+        int, typer.Option(min=12, help="How many of them go through the networks again and again: for insertion, ROAD, randomisation, ...")
+    ] = 64,
+    data: Annotated[str | None, typer.Option(help="Where the run's data is now.", show_default=False)] = None,
+    models: Annotated[Path | None, typer.Option(help="Where the run's models file is now.", show_default=False)] = None,
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+) -> None:
+    """Measure whether the maps of a run mean something, next to Grad-CAM, HiResCAM and baselines, and show it on the run's page."""
+    from kdx.commands.evaluate import run as evaluate_run
+    from kdx.commands.evaluate import tables
+    from kdx.evaluate.metrics import EvaluationOptions
+
+    evaluation, page = evaluate_run(
+        run,
+        masks=masks,
+        metrics=metric or (),
+        maps=map_ or (),
+        layers=layer or (),
+        images=images or None,
+        seed=seed,
+        data=data,
+        models=models,
+        device=device,
+        options=EvaluationOptions(tolerance=tolerance, detailed=detailed),
+        announce=announce_line,
+    )
+    for table in tables(evaluation):
+        progress.console().print(table)
+    typer.echo(f"The page: {page}")

@@ -1,0 +1,248 @@
+"""`kdx study`: trains and explains the cells of a grid, and writes its table, its LaTeX table and its page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdx import models, progress, threads
+from kdx.choices import NO_BASE
+from kdx.commands import explain
+from kdx.disk import lock_folder, remove_leftovers, write_atomic
+from kdx.distill import EpochResult, distill, train_alone
+from kdx.errors import KdxError, resumable
+from kdx.runs import schema
+from kdx.runs.environment import environment
+from kdx.runs.record import LostResult, read_run
+from kdx.study.conflicts import check_same_study
+from kdx.study.design import Design
+from kdx.study.grid import MODELS, RUN, Grid, Job, grid_of
+from kdx.study.schedule import Note, Outcome, run_jobs
+from kdx.study.table import STUDY_FILE, CellStatus, Measurement, measurements_of, read_study, write_plan, write_table
+
+DONE = "done.json"
+"""The file of a complete job, in its folder: the job's identity, and the seconds that it took."""
+
+NETWORKS = "networks"
+"""The folder of exported networks, which the runs of a study share."""
+
+SMALL = 2_000_000
+"""Parameters up to which a network leaves cores idle, so that by default a study uses a process per core."""
+
+Announce = Callable[[str], None]
+
+
+def perform(job: Job, folder: Path, note: Note) -> None:
+    """Do a job of a study. What a stopped attempt has done is used."""
+    teacher = job.teacher
+    if job.teacher_weights is not None:
+        weights = str((folder / job.teacher_weights).absolute())
+        teacher = str(models.parse_reference(teacher).with_weights(weights))
+    out = folder / job.folder
+    shared: dict[str, Any] = {
+        "settings": job.settings,
+        "log": job.extras.log,
+        "device": job.extras.device,
+        "report": partial(_report, note),
+    }
+    if job.kind in ("teacher", "base"):
+        train_alone("teacher" if job.kind == "teacher" else "base", job.data, teacher=teacher, student=job.student, out=out, **shared)
+        return
+    shared["teacher_cache"] = job.extras.teacher_cache
+    if job.kind == "assistant":
+        distill(job.data, teacher=teacher, student=job.student, out=out, base=NO_BASE, **shared)
+        return
+    base = job.base if job.base in (None, NO_BASE) else (folder / str(job.base)).absolute()
+    models_file = distill(
+        job.data,
+        teacher=teacher,
+        student=job.student,
+        out=out / MODELS,
+        base=base,
+        layers=job.layers or None,
+        probe=job.extras.probe,
+        **shared,
+    )
+    command = ["kdx", "explain", job.data, "--models", str(models_file), "--out", str(out / RUN)]
+    with progress.redirected(lambda task, done, total, _note: note(f"{task}, {done:.0f} of {total}")):
+        explain.run(
+            job.data,
+            models_file,
+            out / RUN,
+            options=job.options,
+            networks=folder / NETWORKS,
+            command=command,
+            announce=lambda line: note(line) if line.startswith("Warning: ") else None,
+        )
+
+
+def _report(note: Note, result: EpochResult) -> None:
+    note(f"{result.network}, epoch {result.epoch} of {result.epochs}")
+
+
+@dataclass
+class _Run:
+    """A study in progress: what is complete, and how the cells that are not have ended."""
+
+    folder: Path
+    grid: Grid
+    plan: Mapping[str, Any]
+    complete: set[str]
+    problems: dict[str, Outcome] = field(default_factory=dict)
+
+    def status(self) -> dict[str, CellStatus]:
+        """The state of every cell."""
+        status = {}
+        for cell in self.grid.cells:
+            if cell.key in self.complete:
+                status[cell.key] = CellStatus("complete")
+            elif cell.key in self.problems:
+                status[cell.key] = CellStatus("failed", self.problems[cell.key].problem)
+        return status
+
+    def write_plan(self) -> None:
+        write_plan(self.folder, self.plan, self.grid.cells, self.status())
+
+    def end(self, outcome: Outcome) -> None:
+        """Record how a job has ended."""
+        job = outcome.job
+        if outcome.problem:
+            self.problems[job.key] = outcome
+        else:
+            content = {"identity": job.identity, "seconds": round(outcome.seconds, 3)}
+            write_atomic(self.folder / job.folder / DONE, (json.dumps(content, indent=1) + "\n").encode())
+            self.complete.add(job.key)
+        if job.kind == "cell":
+            self.write_plan()
+
+
+def run(design: Design, folder: Path, *, workers: int | None = None, command: Sequence[str] = (), announce: Announce = print) -> Path:
+    """Train and explain what is missing of a study in ``folder``, and write study.json, study.csv, study.tex and the page.
+
+    workers: processes, by default one per core where all networks are small and no GPU is used, otherwise 1. Their number does not change
+    the results, because the number of threads of each is recorded when the study starts. Returns the path of the page.
+
+    Raises KdxError for a folder with another study or other files, and, at the end, if a cell has failed. Ctrl-C raises `Stopped`.
+    """
+    with lock_folder(_checked(folder)), resumable(lambda: any(folder.rglob("*.safetensors")) or any(folder.rglob("*.state.pt"))):
+        remove_leftovers(folder)
+        grid = grid_of(design)
+        count = workers or _default_workers(grid)
+        plan = _plan(design, grid, folder, command, count)
+        study = _Run(folder, grid, plan, complete_jobs(grid, folder))
+        study.write_plan()
+        todo = len(grid.jobs) - len(study.complete)
+        announce(f"{len(grid.cells)} cells, {len(grid.jobs)} jobs, {todo} of them to do, with {count} worker{'s' if count > 1 else ''}.")
+        with progress.progress() as show:
+            ended = 0
+
+            def on_note(job: Job, note: str) -> None:
+                if note.startswith("Warning: "):
+                    announce(f"Warning: {job.key}: {note.removeprefix('Warning: ')}")
+                else:
+                    show("jobs", ended, todo, f"{job.key}: {note}")
+
+            done = frozenset(study.complete)
+            outcomes = run_jobs(grid.jobs, perform, folder, workers=count, threads=plan["threads"], on_note=on_note, complete=done)
+            for ended, outcome in enumerate(outcomes, 1):
+                study.end(outcome)
+                announce(f"[{ended}/{todo}] {outcome.job.kind} {outcome.job.key}: {_ending(outcome)}")
+        return _finish(study, announce)
+
+
+def _ending(outcome: Outcome) -> str:
+    return f"failed. {outcome.problem} {outcome.hint}" if outcome.problem else f"{outcome.seconds:.1f} s"
+
+
+def _checked(folder: Path) -> Path:
+    """The folder, which is new, empty, or a study's; otherwise KdxError."""
+    allowed = {".lock", ".DS_Store"}
+    if folder.exists() and not (folder / STUDY_FILE).exists():
+        others = (
+            [path.name for path in folder.iterdir() if path.name not in allowed and not path.name.startswith(f".{STUDY_FILE}.")]
+            if folder.is_dir()
+            else [""]
+        )
+        if others:
+            raise KdxError(f"{folder} is neither empty nor a study.", "Choose a new folder for --out.")
+    return folder
+
+
+def _default_workers(grid: Grid) -> int:
+    largest = max(count for group in grid.parameters.values() for count in group.values())
+    uses_gpu = torch.cuda.is_available() and any(job.extras.device != "cpu" for job in grid.jobs)
+    return 1 if uses_gpu or largest > SMALL else threads.available_cores()
+
+
+def _plan(design: Design, grid: Grid, folder: Path, command: Sequence[str], workers: int) -> dict[str, Any]:
+    """The plan of study.json: that of the study in the folder, if there is one with the same design, otherwise a new one.
+
+    Raises KdxError if the study in the folder cannot be extended to this one.
+    """
+    entries = {"design": design.as_table(), "fingerprints": dict(grid.fingerprints), "parameters": {**grid.parameters}}
+    known: dict[str, Any] = {}
+    if (folder / STUDY_FILE).exists():
+        known = dict(read_study(folder).plan)
+        check_same_study(folder, known, entries)
+        if all(known.get(key) == value for key, value in entries.items()):
+            return known
+    count = known.get("threads") or max(1, torch.get_num_threads() // workers)
+    return {**entries, "kdx": version("kdx"), "environment": environment(), "command": list(command), "threads": count}
+
+
+def complete_jobs(grid: Grid, folder: Path) -> set[str]:
+    """The keys of the jobs whose results are in the folder. Raises KdxError for results of other inputs, such as data that have changed."""
+    complete = set()
+    for job in grid.jobs:
+        try:
+            stored = json.loads((folder / job.folder / DONE).read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+        different = sorted(key for key in {*stored["identity"], *job.identity} if stored["identity"].get(key) != job.identity.get(key))
+        if different:
+            raise KdxError(
+                f"{folder / job.folder} was computed from other inputs (it differs in {', '.join(different)}).",
+                "Choose another --out, or delete that folder to compute it again.",
+            )
+        if job.kind != "cell" or _has_page(folder / job.folder / RUN):
+            complete.add(job.key)
+    return complete
+
+
+def _has_page(run: Path) -> bool:
+    return (run / schema.SCORES_FILE).is_file() and (run / schema.PAGE).is_file()
+
+
+def _finish(study: _Run, announce: Announce) -> Path:
+    """Write the tables and the page of the complete cells. Raises KdxError if a cell has failed."""
+    measurements: list[Measurement] = []
+    for cell in study.grid.cells:
+        if cell.key not in study.complete:
+            continue
+        try:
+            measurements += measurements_of(cell.key, read_run(study.folder / cell.folder).stored_scores)
+        except LostResult as error:
+            study.complete.remove(cell.key)
+            with suppress(OSError):
+                (study.folder / cell.folder).parent.joinpath(DONE).unlink()
+            raise KdxError(
+                f"The cell {cell.key} is damaged: {error.problem}", "Run the same command again; it computes the cell again."
+            ) from error
+    study.write_plan()
+    write_table(study.folder, study.grid.cells, measurements)
+    failed = [outcome for key, outcome in study.problems.items() if any(cell.key == key for cell in study.grid.cells)]
+    if failed:
+        first = next((outcome for outcome in study.problems.values()), failed[0])
+        raise KdxError(
+            f"{len(failed)} of {len(study.grid.cells)} cells failed; the first error was in {first.job.key}: {first.problem}",
+            f"{first.hint} Then run the same command again; complete cells are kept.",
+        )
+    return study.folder / STUDY_FILE

@@ -1,0 +1,230 @@
+"""`evaluate`: metrics of the maps of a run, stored in its folder. A stopped evaluation resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdx.disk import lock_folder
+from kdx.errors import KdxError, resumable
+from kdx.evaluate.candidates import ALL, Candidate, chosen, empty_share
+from kdx.evaluate.metrics import LEAST, EvaluationOptions, Metric, Need, Task, Values, chosen_metrics
+from kdx.evaluate.registry import METRICS
+from kdx.evaluate.subject import Sources, Subject
+from kdx.progress import Show, progress
+from kdx.runs.evaluation import Evaluation, Measurement, mean_interval, number_name, read_evaluation, write_evaluation
+from kdx.runs.record import RunRecord, read_run
+
+DEFAULT_IMAGES = 200
+"""The images that are evaluated, unless another number is given."""
+
+_SECONDS_BETWEEN_WRITES = 10.0
+"""A process that is killed loses at most the results of this time, and the map in progress."""
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    masks: str | Path | None = None,
+    metrics: Sequence[str] = (),
+    maps: Sequence[str] = (),
+    layers: Sequence[str] = (),
+    images: int | None = DEFAULT_IMAGES,
+    seed: int = 0,
+    data: str | None = None,
+    models: str | Path | None = None,
+    device: str = "auto",
+    options: EvaluationOptions = EvaluationOptions(),
+    announce: Callable[[str], None] = print,
+) -> Evaluation:
+    """Measure whether the maps of a finished run mean something, next to Grad-CAM, HiResCAM and baselines, and store the result.
+
+    run: the folder of the run. masks: where the objects are: a folder of mask images with the names of the images, a JSON file of COCO, or
+    a folder of XML files of Pascal VOC; by default the masks of the data itself, if it has some. metrics: names in
+    `kdx.evaluate.registry.METRICS`; by default all for which the run has what they need. maps: names or symbols of maps; by default those
+    of `kdx.evaluate.candidates.DEFAULT`, or ``["all"]``. layers: of the student; by default all of the run. images: how many, balanced over
+    the classes, among those with a mask if there are masks; None for all. seed: of this choice and of what a metric draws. data, models:
+    where the run's data and its models file are now; by default where they were. device: of the networks.
+
+    The result is the mean over the images with its confidence interval (`kdx.runs.evaluation.mean_interval`) for each metric, map and
+    layer, and the value of every image. It is written to evaluation.json and evaluation.parquet in the run's folder, where earlier results
+    of other metrics stay. What is there already with the same images, masks and options is not computed again. Higher values of
+    localisation mean that a map is on the marked object. They do not mean that the networks use it, nor that the teacher caused it.
+
+    Raises KdxError for a run that is not finished; for a metric, map or layer that does not exist; for masks that cannot be read or belong
+    to none of the images; and for a metric or a map that was named while the run's data or networks, which it needs, are not available.
+    """
+    record = read_run(Path(run))
+    are_named = bool(maps) and list(maps) != [ALL]
+    plan = _Plan(chosen_metrics(METRICS, metrics), chosen(record, maps), _layers(record, layers), bool(metrics), are_named)
+    _check_masks(plan, masks)
+    if images is not None and images < 2:
+        raise KdxError("An interval over images needs at least 2 images.", "Give a larger --images.")
+    sources = Sources(data, None if models is None else Path(models), None if masks is None else Path(masks), device)
+    with lock_folder(record.folder):
+        subject = Subject(record, images, seed, sources, announce)
+        work = _available(plan, subject, options, announce)
+        state = _State(record, _known(record, work, subject, options))
+        with resumable(lambda: state.has_results), progress() as show:
+            _measure(state, subject, work, options, show)
+        return state.evaluation
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """metrics, candidates and layers, and whether the first two were named."""
+
+    metrics: list[Metric]
+    candidates: list[Candidate]
+    layers: list[str]
+    named_metrics: bool
+    named_candidates: bool
+
+    def tasks(self, metric: Metric) -> Iterator[tuple[Candidate, str | None]]:
+        """Every candidate and layer of a metric. A baseline has one task, without a layer."""
+        for candidate in self.candidates:
+            if metric.applies(candidate):
+                for layer in self.layers if candidate.has_layer else [None]:
+                    yield candidate, layer
+
+
+@dataclass
+class _State:
+    """What is measured so far, in memory and on disk."""
+
+    run: RunRecord
+    evaluation: Evaluation
+    unwritten: int = 0
+    written: float = field(default_factory=time.monotonic)
+
+    @property
+    def has_results(self) -> bool:
+        return bool(self.evaluation.measurements)
+
+    def add(self, measurements: Sequence[Measurement], values: Mapping[str, Values]) -> None:
+        known = self.evaluation
+        self.evaluation = replace(known, measurements=(*known.measurements, *measurements), values={**known.values, **values})
+        self.unwritten += len(measurements)
+        if time.monotonic() - self.written > _SECONDS_BETWEEN_WRITES:
+            self.write()
+
+    def write(self) -> None:
+        if self.unwritten:
+            write_evaluation(self.run, self.evaluation)
+            self.unwritten, self.written = 0, time.monotonic()
+
+
+def _layers(run: RunRecord, names: Sequence[str]) -> list[str]:
+    for name in names:
+        if name not in run.layers:
+            raise KdxError(f"The run has no layer {name!r}.", f"Choose among: {', '.join(run.layers)}.")
+    return list(dict.fromkeys(names)) or list(run.layers)
+
+
+def _check_masks(plan: _Plan, masks: str | Path | None) -> None:
+    """KdxError for masks that no metric looks at."""
+    if masks is not None and not any("masks" in metric.needs for metric in plan.metrics):
+        raise KdxError("None of these metrics compares maps with masks.", "Leave --masks out, or name another --metric.")
+
+
+def _available(plan: _Plan, subject: Subject, options: EvaluationOptions, announce: Callable[[str], None]) -> _Plan:
+    """The part of the plan for which the run has what it needs. KdxError for a missing part that the user named; others are announced."""
+    needs: set[Need] = {need for metric in plan.metrics for need in metric.needs}
+    if any(candidate.uses_networks for candidate in plan.candidates):
+        needs |= {"images", "networks"}
+    missing = {need: error for need in sorted(needs) if (error := _missing(need, subject, options)) is not None}
+    if "networks" in missing:
+        missing.pop("untrained", None)
+    metrics = [metric for metric in plan.metrics if not missing.keys() & metric.needs]
+    of_networks = missing.keys() & {"images", "networks"}
+    candidates = [candidate for candidate in plan.candidates if not (candidate.uses_networks and of_networks)]
+    for need, error in missing.items():
+        without = [m.title for m in plan.metrics if need in m.needs]
+        computed = [c.title for c in plan.candidates if c.uses_networks] if need in ("images", "networks") else []
+        if (plan.named_metrics and without) or (plan.named_candidates and computed):
+            raise error
+        announce(f"Left out: {', '.join((*without, *computed))}. {error.problem} {error.hint}")
+    if not metrics or not candidates:
+        raise next(iter(missing.values()))
+    return replace(plan, metrics=metrics, candidates=candidates)
+
+
+def _missing(need: Need, subject: Subject, options: EvaluationOptions) -> KdxError | None:
+    """Why the run does not have what a metric needs; None if it does."""
+    if need == "masks":
+        hint = "Give --masks: a folder of mask images, a JSON file of COCO, or a folder of XML files of Pascal VOC."
+        return None if subject.masks is not None else KdxError("There are no masks.", hint)
+    if need == "labels":
+        hint = "Name other metrics with --metric."
+        if subject.run.target_file is not None:
+            return KdxError("Maps can be computed anew for labels, and the run has another target.", hint)
+        if min(len(subject), options.detailed) < LEAST:
+            return KdxError(f"Maps are computed anew among at least {LEAST} images.", "Give larger --images and --detailed.")
+        return None
+    try:
+        _ = subject.dataset if need == "images" else subject.networks if need == "networks" else subject.untrained("student")
+    except KdxError as error:
+        return error
+    return None
+
+
+def _basis(metric: Metric, subject: Subject, options: EvaluationOptions) -> dict[str, Any]:
+    """What the results of a metric depend on, besides the run."""
+    digest = hashlib.sha256("\n".join(subject.ids).encode("utf-8", "surrogatepass"))
+    basis: dict[str, Any] = {"images": len(subject), "seed": subject.seed}
+    if "masks" in metric.needs and subject.masks is not None:
+        digest.update(np.packbits(subject.masks).tobytes())
+        basis["area"] = float(subject.masks.mean())
+    return {**basis, "sample": digest.hexdigest(), **{name: getattr(options, name) for name in metric.options}}
+
+
+def _known(run: RunRecord, plan: _Plan, subject: Subject, options: EvaluationOptions) -> Evaluation:
+    """The stored evaluation without what is to be computed anew, because other images, masks or options were given."""
+    stored = read_evaluation(run) or Evaluation((), {}, {}, {}, run.confidence)
+    planned = {metric.name: metric.record(_basis(metric, subject, options)) for metric in plan.metrics}
+    same = {name for name, record in stored.metrics.items() if name not in planned or planned[name].basis == record.basis}
+    kept = tuple(measurement for measurement in stored.measurements if measurement.metric in same)
+    metrics = {**stored.metrics, **planned}
+    return Evaluation(
+        kept,
+        {name: metrics[name] for name in METRICS if name in metrics},
+        {**stored.candidates, **{candidate.name: candidate.record for candidate in plan.candidates}},
+        {measurement.number: stored.values[measurement.number] for measurement in kept},
+        stored.confidence,
+    )
+
+
+def _measure(state: _State, subject: Subject, plan: _Plan, options: EvaluationOptions, show: Show) -> None:
+    """Compute what is missing, metric by metric, and store it."""
+    done = {(m.metric, m.candidate, m.layer) for m in state.evaluation.measurements}
+    for metric in plan.metrics:
+        tasks = list(plan.tasks(metric))
+        title = metric.title[0].upper() + metric.title[1:]
+        try:
+            for number, (candidate, layer) in enumerate(tasks):
+                show(title, number, len(tasks), candidate.title)
+                if (metric.name, candidate.name, layer) not in done:
+                    state.add(*_measured(metric, Task(subject, candidate, layer or plan.layers[0], options), layer, state))
+        finally:
+            state.write()  # also after Ctrl-C
+        show(title, len(tasks), len(tasks), "maps")
+
+
+def _measured(metric: Metric, task: Task, layer: str | None, state: _State) -> tuple[list[Measurement], dict[str, Values]]:
+    """The measurements of one candidate at one layer, and their values for all images of the run."""
+    measurements, columns = [], {}
+    for part, values in metric.measure(task).items():
+        value, interval = mean_interval(values[np.isfinite(values)], state.evaluation.confidence, hits=metric.hits)
+        name = task.candidate.name
+        n = int(np.isfinite(values).sum())
+        measurements.append(Measurement(metric.name, name, layer, part, value, interval, n, empty_share(task.maps)))
+        column = np.full(len(state.run.samples.ids), np.nan)
+        column[task.subject.places] = values
+        columns[number_name(layer, name, metric.name, part)] = column
+    return measurements, columns

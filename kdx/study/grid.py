@@ -1,0 +1,248 @@
+"""The grid of a study: its cells, and the jobs that compute them. Networks that several cells share are trained by one job."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from typing import Any, Literal
+
+from kdx import models
+from kdx.choices import NO_BASE
+from kdx.data.dataset import open_data
+from kdx.distill import TrainingSettings
+from kdx.distill.networks import is_trained_teacher, training_preprocessing
+from kdx.errors import KdxError, about_network
+from kdx.models.network import Network
+from kdx.runs.plan import RunOptions
+from kdx.study.design import Design, slug
+from kdx.study.options import TrainingExtras
+from kdx.study.table import Cell
+
+JobKind = Literal["teacher", "base", "assistant", "cell"]
+"""teacher, base, assistant: the training of a network that cells share. cell: the training of a student, and its explanation."""
+
+TRAININGS, CELLS = "trainings", "cells"
+"""The folders of the jobs in a study's folder."""
+
+MODELS, RUN = "models", "run"
+"""The folders of a cell: what `kdx distill` writes, and what `kdx explain` writes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit of work of a study, which a process does as a whole.
+
+    folder: where it writes, relative to the study's folder, as are teacher_weights and base. needs: the keys of the jobs that must be
+    complete before. teacher, student: model references; of a job that trains a single network, ``teacher`` is the network or states the
+    preprocessing. teacher_weights: the weights of the teacher, if a job of the study trains them. base: the base's weights, ``none``, or
+    None where no student is trained. identity: everything that the results depend on, in the types of JSON.
+    """
+
+    key: str
+    kind: JobKind
+    folder: str
+    data: str
+    teacher: str
+    student: str
+    settings: TrainingSettings
+    extras: TrainingExtras
+    options: RunOptions
+    needs: tuple[str, ...] = ()
+    teacher_weights: str | None = None
+    base: str | None = None
+    layers: tuple[str, ...] = ()
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The cells of a study in the order of its table, and the jobs, each after those that it needs.
+
+    fingerprints: of the data sets, by name. parameters: of each network, by name (teachers, assistants, students) on the first data set.
+    """
+
+    cells: tuple[Cell, ...]
+    jobs: tuple[Job, ...]
+    fingerprints: Mapping[str, str]
+    parameters: Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class _Fact:
+    """What a grid depends on of a network. given: the hash of the weights, if the network is used as it is."""
+
+    reference: str
+    parameters: int
+    preprocessing: str
+    given: str | None
+
+
+def grid_of(design: Design) -> Grid:
+    """The cells and the jobs of a design. Raises KdxError for data and networks that cannot be opened, and for cells with equal keys."""
+    parts = [_DataGrid.of(design, data) for data in design.data]
+    by_seed = (job for part in parts for seed in design.seeds for job in part.jobs(seed))
+    jobs = tuple({job.key: job for job in by_seed}.values())
+    cells = tuple(cell for part in parts for cell in part.cells())
+    keys = [cell.key for cell in cells]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise KdxError(f"Two cells of the study have the key {twice}.", "Give methods whose names differ in more than punctuation a name.")
+    parameters = {group: {name: fact.parameters for name, fact in facts.items()} for group, facts in parts[0].facts.items()}
+    return Grid(cells, jobs, {part.data: part.fingerprint for part in parts}, parameters)
+
+
+@dataclass(frozen=True)
+class _DataGrid:
+    """The part of a grid on one data set."""
+
+    design: Design
+    data: str
+    fingerprint: str
+    facts: Mapping[str, Mapping[str, _Fact]]
+
+    @classmethod
+    def of(cls, design: Design, data: str) -> _DataGrid:
+        dataset = open_data(design.reference_of(data))
+        settings, _ = design.training_of(data, None, design.seeds[0])
+        known: dict[str, _Fact] = {}
+
+        def fact(name: str, reference: str) -> _Fact:
+            if reference not in known:
+                with about_network(name):
+                    known[reference] = _fact(reference, len(dataset.classes), settings)
+            return known[reference]
+
+        groups = {"teachers": design.teachers, "assistants": design.assistants, "students": design.students}
+        facts = {group: {name: fact(name, reference) for name, reference in names.items()} for group, names in groups.items()}
+        return cls(design, data, dataset.fingerprint, facts)
+
+    def chains(self) -> Iterator[tuple[str, tuple[str, ...], str]]:
+        """Every teacher, the assistants below it, and the student."""
+        for teacher, student in product(self.design.teachers, self.design.students):
+            yield teacher, (), student
+            for assistant, fact in self.facts["assistants"].items():
+                if self.facts["students"][student].parameters < fact.parameters < self.facts["teachers"][teacher].parameters:
+                    yield teacher, (assistant,), student
+
+    def cells(self) -> Iterator[Cell]:
+        for (teacher, assistants, student), method, seed in product(self.chains(), self.design.methods, self.design.seeds):
+            yield self._cell(teacher, assistants, student, method, seed)
+
+    def _cell(self, teacher: str, assistants: tuple[str, ...], student: str, method: str, seed: int) -> Cell:
+        key = "/".join((self.data, "+".join((teacher, *assistants)), student, slug(method), f"seed{seed}"))
+        return Cell(self.data, teacher, assistants, student, method, seed, f"{CELLS}/{key}/{RUN}", key)
+
+    def jobs(self, seed: int) -> Iterator[Job]:
+        """The jobs of a seed. A job that several cells need occurs several times."""
+        has_base = self.design.training_of(self.data, None, seed)[1].has_base
+        shared = {
+            chain: (self._teacher(chain[0], seed), self._base(chain[0], chain[2], seed) if has_base else None) for chain in self.chains()
+        }
+        for teacher, _ in shared.values():
+            if teacher is not None:
+                yield teacher
+        for _, base in shared.values():
+            if base is not None:
+                yield base
+        for chain, method in product(shared, self.design.methods):
+            teacher, base = shared[chain]
+            above = [] if teacher is None else [teacher]
+            reference = self.facts["teachers"][chain[0]].reference
+            for place, name in enumerate(chain[1], 1):
+                above = [self._assistant(reference, above, chain[0], chain[1][:place], method, seed)]
+                yield above[0]
+                reference = self.facts["assistants"][name].reference
+            yield self._cell_job(self._cell(*chain, method, seed), reference, above, base)
+
+    def _teacher(self, name: str, seed: int) -> Job | None:
+        """The training of a teacher; None for one that is used as it is."""
+        fact = self.facts["teachers"][name]
+        return (
+            None
+            if fact.given
+            else self._job("teacher", f"{self.data}/seed{seed}/teacher-{name}", fact.reference, fact.reference, None, seed)
+        )
+
+    def _base(self, teacher: str, student: str, seed: int) -> Job:
+        """The training of a base. Teachers with the same preprocessing share it."""
+        fact, reference = self.facts["teachers"][teacher], self.facts["students"][student].reference
+        key = f"{self.data}/seed{seed}/base-{student}-{fact.preprocessing[:6]}"
+        return self._job(
+            "base", key, fact.reference, reference, None, seed, identity={"teacher": None, "preprocessing": fact.preprocessing}
+        )
+
+    def _assistant(self, teacher: str, above: list[Job], top: str, assistants: tuple[str, ...], method: str, seed: int) -> Job:
+        """The training of an assistant by its teacher, which ``above`` trains if it contains a job."""
+        reference = self.facts["assistants"][assistants[-1]].reference
+        key = f"{self.data}/seed{seed}/assistant-{'+'.join((top, *assistants))}-{slug(method)}"
+        return self._job("assistant", key, teacher, reference, method, seed, above=above, base=NO_BASE)
+
+    def _cell_job(self, cell: Cell, teacher: str, above: list[Job], base: Job | None) -> Job:
+        reference, weights = self.facts["students"][cell.student].reference, NO_BASE if base is None else f"{base.folder}/base.safetensors"
+        needs = (*above, *(() if base is None else (base,)))
+        return self._job("cell", cell.key, teacher, reference, cell.method, cell.seed, above=above, needs=needs, base=weights)
+
+    def _job(
+        self,
+        kind: JobKind,
+        key: str,
+        teacher: str,
+        student: str,
+        method: str | None,
+        seed: int,
+        *,
+        above: list[Job] | None = None,
+        needs: tuple[Job, ...] | None = None,
+        base: str | None = None,
+        identity: Mapping[str, Any] | None = None,
+    ) -> Job:
+        settings, extras = self.design.training_of(self.data, method, seed)
+        above = above or []
+        role = {"teacher": "teacher"}.get(above[0].kind, "student") if above else None
+        options, layers = self.design.run_options_of(self.data), self.design.layers if kind == "cell" else ()
+        entries = {
+            "data": self.fingerprint,
+            "teacher": teacher,
+            "student": student,
+            "given": next((fact.given for fact in self.facts["teachers"].values() if fact.reference == teacher), None)
+            if not above
+            else None,
+            "base": base is not None and base != NO_BASE,
+            "training": _jsonable({**asdict(settings), **asdict(extras), "save_minutes": None, "log": None}),
+            **({"explain": _jsonable(asdict(options)), "layers": list(layers)} if kind == "cell" else {}),
+            "above": above[0].identity if above else None,
+            **(identity or {}),
+        }
+        return Job(
+            key,
+            kind,
+            f"{CELLS if kind == 'cell' else TRAININGS}/{key}",
+            self.design.reference_of(self.data),
+            teacher,
+            student,
+            settings,
+            extras,
+            options,
+            needs=tuple(job.key for job in (above if needs is None else needs)),
+            teacher_weights=None if role is None else f"{above[0].folder}/{role}.safetensors",
+            base=base,
+            layers=layers,
+            identity=entries,
+        )
+
+
+def _fact(reference: str, classes: int, settings: TrainingSettings) -> _Fact:
+    parsed = models.parse_reference(reference).located().with_classes(classes)
+    network: Network = models.load(str(parsed), classes=classes)
+    preprocessing = json.dumps(asdict(training_preprocessing(network, settings)), sort_keys=True)
+    digest = hashlib.sha256(preprocessing.encode()).hexdigest()
+    return _Fact(reference, network.parameters, digest, network.weights_hash if is_trained_teacher(parsed, network) else None)
+
+
+def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values after a round trip through JSON."""
+    result: dict[str, Any] = json.loads(json.dumps(values, default=str, sort_keys=True))
+    return result

@@ -1,0 +1,119 @@
+"""The order of a study's jobs: each starts after those that it needs, in this process or in several."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kdx.errors import KdxError, first_line
+from kdx.study.grid import Job
+from kdx.study.workers import Workers
+from kdx.threads import COUNTS
+
+Note = Callable[[str], None]
+"""Called with a line about the progress of a job, or, if it begins with ``Warning:``, about its inputs."""
+
+Perform = Callable[[Job, Path, Note], None]
+"""Does a job in the study's folder. It can be pickled by name. A job that was stopped resumes."""
+
+ERROR_FILE = "error.txt"
+"""The traceback of an error that is none of the user's, in the job's folder."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: after which time, and with which error; ``problem`` is empty if it is complete."""
+
+    job: Job
+    seconds: float
+    problem: str = ""
+    hint: str = ""
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    perform: Perform,
+    folder: Path,
+    *,
+    workers: int,
+    threads: int,
+    on_note: Callable[[Job, str], None],
+    complete: Iterable[str] = (),
+) -> Iterator[Outcome]:
+    """Do the jobs that are not complete, and yield how each ended, as it ends.
+
+    jobs: in an order in which each comes after those that it needs. workers: processes; with 1, this process does everything. threads: of
+    each process. An error ends its job, and the jobs that need it, and no other. An exception in the caller, such as Ctrl-C, stops all.
+    """
+    done, failed = set(complete), set[str]()
+    waiting = [job for job in jobs if job.key not in done]
+    if workers == 1:
+        with _threads(threads):
+            for job in waiting:
+                outcome = _blocked(job, failed) or attempt(job, perform, folder, lambda text, job=job: on_note(job, text))  # type: ignore[misc]
+                if outcome.problem:
+                    failed.add(job.key)
+                yield outcome
+        return
+    with Workers(min(workers, max(1, len(waiting))), perform, folder, threads) as pool:
+        while waiting or pool.busy:
+            for job in list(waiting):
+                if (blocked := _blocked(job, failed)) is not None:
+                    waiting.remove(job)
+                    failed.add(job.key)
+                    yield blocked
+            ready = [job for job in waiting if done.issuperset(job.needs)]
+            for job in ready[: pool.free]:
+                waiting.remove(job)
+                pool.start(job)
+            for outcome in pool.wait(on_note):
+                (failed if outcome.problem else done).add(outcome.job.key)
+                yield outcome
+
+
+def _blocked(job: Job, failed: set[str]) -> Outcome | None:
+    """The outcome of a job that needs a failed one."""
+    needed = next((key for key in job.needs if key in failed), None)
+    return None if needed is None else Outcome(job, 0.0, f"It needs {needed}, which failed.", "Correct that error first.")
+
+
+def attempt(job: Job, perform: Perform, folder: Path, note: Note) -> Outcome:
+    """Do a job, and turn an error into its outcome. Ctrl-C and the end of the process are not caught."""
+    start, error_file = time.monotonic(), folder / job.folder / ERROR_FILE
+    try:
+        perform(job, folder, note)
+    except KdxError as error:
+        return Outcome(job, time.monotonic() - start, error.problem, error.hint)
+    except Exception as error:
+        text = f"{type(error).__name__}: {first_line(error)}"
+        try:
+            error_file.parent.mkdir(parents=True, exist_ok=True)
+            error_file.write_text(traceback.format_exc(), "utf-8")
+        except OSError:  # a full disk may be the reason of the error
+            return Outcome(job, time.monotonic() - start, f"{text}.", "Run the same command again.")
+        return Outcome(job, time.monotonic() - start, f"{text}.", f"This is a bug of kdx or of your code; {error_file} has the traceback.")
+    error_file.unlink(missing_ok=True)
+    return Outcome(job, time.monotonic() - start)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Inside the block, PyTorch and the runtimes use this many threads."""
+    before, environment = torch.get_num_threads(), os.environ.get(COUNTS[0])
+    torch.set_num_threads(count)
+    os.environ[COUNTS[0]] = str(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if environment is None:
+            del os.environ[COUNTS[0]]
+        else:
+            os.environ[COUNTS[0]] = environment

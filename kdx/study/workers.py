@@ -1,0 +1,126 @@
+"""Processes that do the jobs of a study. Each ends with the process that started it, even if that is killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from kdx.study.grid import Job
+from kdx.threads import COUNTS
+
+if TYPE_CHECKING:
+    from kdx.study.schedule import Outcome, Perform
+
+_CONTEXT = multiprocessing.get_context("spawn")
+
+
+@dataclass
+class _Worker:
+    process: Any
+    connection: Any
+    job: Job | None = None
+
+
+@dataclass
+class Workers:
+    """``count`` processes with ``threads`` threads each. A context manager; at its end they are killed, because every job resumes."""
+
+    count: int
+    perform: Perform
+    folder: Path
+    threads: int
+    _workers: list[_Worker] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+
+    @property
+    def busy(self) -> bool:
+        return any(worker.job is not None for worker in self._workers)
+
+    @property
+    def free(self) -> int:
+        """How many jobs can be started now."""
+        return self.count - sum(worker.job is not None for worker in self._workers)
+
+    def start(self, job: Job) -> None:
+        worker = next((worker for worker in self._workers if worker.job is None), None) or self._new()
+        worker.job = job
+        worker.connection.send(job)
+
+    def wait(self, on_note: Callable[[Job, str], None]) -> Iterator[Outcome]:
+        """Wait for a message of a process; yield the outcomes of the jobs that have ended. Without a running job, return at once."""
+        from kdx.study.schedule import Outcome
+
+        running = [worker for worker in self._workers if worker.job is not None]
+        ready = connection.wait([worker.connection for worker in running]) if running else []
+        for worker in running:
+            if worker.connection not in ready or worker.job is None:
+                continue
+            try:
+                message = worker.connection.recv()
+            except (EOFError, OSError):
+                self._workers.remove(worker)
+                worker.process.join()
+                code = worker.process.exitcode
+                ended = f"by signal {-code}" if code is not None and code < 0 else f"with status {code}"
+                yield Outcome(worker.job, 0.0, f"Its process ended {ended}.", "If memory ran out, give fewer --workers.")
+                continue
+            if isinstance(message, str):
+                on_note(worker.job, message)
+            else:
+                worker.job = None
+                yield message
+
+    def _new(self) -> _Worker:
+        ours, theirs = _CONTEXT.Pipe()
+        before = {name: os.environ.get(name) for name in COUNTS}
+        os.environ.update(dict.fromkeys(COUNTS, str(self.threads)))  # read before the process loads PyTorch
+        try:
+            process = _CONTEXT.Process(target=_serve, args=(theirs, self.perform, self.folder), daemon=True)
+            process.start()
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+        theirs.close()
+        self._workers.append(_Worker(process, ours))
+        return self._workers[-1]
+
+
+def _serve(connection: Any, perform: Perform, folder: Path) -> None:
+    """Do the jobs that come from the connection, in a process of its own. Ctrl-C is left to the first process, which kills this one."""
+    from kdx.study.schedule import attempt
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        connection.send(attempt(job, perform, folder, connection.send))
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the process that started this one, and end this one."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
