@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from kdx.scores.metrics import fss, partial_rs, rs
     from kdx.scores.pool import LayerScores
     from kdx.scores.score import Contrast, Score
+    from kdx.scores.similarity import similarity
+    from kdx.scores.similarity_result import Similarity
 
     __version__: str
 
@@ -44,6 +46,7 @@ __all__ = [
     "ReferenceSet",
     "RunImage",
     "Score",
+    "Similarity",
     "class_scores",
     "compare",
     "decompose",
@@ -58,6 +61,7 @@ __all__ = [
     "probe",
     "rs",
     "salient_images",
+    "similarity",
     "top_mask",
     "unicam",
     "unicam_before",
@@ -83,6 +87,7 @@ _HOMES = {
     "ReferenceSet": "maps.unicam",
     "RunImage": "runs.opened",
     "Score": "scores.score",
+    "Similarity": "scores.similarity_result",
     "class_scores": "scores.groups",
     "compare": "scores.compare",
     "decompose": "maps.decomposition",
@@ -97,6 +102,7 @@ _HOMES = {
     "probe": "distill.probe",
     "rs": "scores.metrics",
     "salient_images": "maps.salient_images",
+    "similarity": "scores.similarity",
     "top_mask": "maps.salient_images",
     "unicam": "maps.unicam",
     "unicam_before": "maps.earlier_layers",

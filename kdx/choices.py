@@ -57,6 +57,9 @@ PresetName = Literal["published"]
 GeometryName = Literal["auto", "whole", "reference", "batch"]
 """The images that an image is compared with: the whole set, a fixed reference set, or the images of its batch."""
 
+SimilarityGeometry = Literal["auto", "whole", "batch"]
+"""The images with which `kdx similarity` compares an image: the whole set, or its batch."""
+
 ResizeMode = Literal["cover", "squash", "letterbox"]
 """How an image of other proportions is brought to a size. cover: resized until it covers the size, and cropped at its centre. squash:
 resized to the size, without regard to its proportions. letterbox: resized until it fits into the size, with grey bars at two sides."""

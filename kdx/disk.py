@@ -1,13 +1,15 @@
-"""Atomic writes, lock files and the cache folder."""
+"""Atomic writes, lock files, tables as CSV and the cache folder."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -145,3 +147,12 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".*.*"):
         if path.suffix[1:].isdecimal():
             path.unlink(missing_ok=True)
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as CSV, with an empty field for None."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(columns)
+    table.writerows(rows)
+    return text.getvalue()

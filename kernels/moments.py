@@ -147,20 +147,23 @@ def matrix_influences(matrices: Tensor, biased: bool = False) -> Influences | No
     return influences(pairs, rows, sizes, biased).scaled(scale)
 
 
-def part_sizes(n: int) -> list[int]:
-    """The number of images in each of `PARTS` equal parts of n images, or in n parts if n is smaller."""
-    parts = min(PARTS, n)
+def part_sizes(n: int, parts: int | None = None) -> list[int]:
+    """The number of images in each of ``parts`` equal parts of n images, by default `PARTS`, or in n parts if n is smaller."""
+    parts = min(PARTS if parts is None else parts, n)
     return [(part + 1) * n // parts - part * n // parts for part in range(parts)]
 
 
-def influences(pairs: Tensor, rows: Tensor, sizes: Sequence[int], biased: bool = False) -> Influences:
+def influences(
+    pairs: Tensor, rows: Tensor, sizes: Sequence[int], biased: bool = False, which: tuple[Tensor, Tensor] | None = None
+) -> Influences:
     """The influences from sums over the u consecutive parts of n images, ``sizes`` [u], of k symmetric matrices D.
 
     pairs [k, k, u, u]: sum of D_ij E_ij over the images i of one part and j of the other, for every two matrices D and E. rows [k, n, u]:
-    sum_j D_ij over the images j of each part. The matrices need not be centred.
+    sum_j D_ij over the images j of each part. The matrices need not be centred. which: the numbers a [m] and b [m] of the matrices of each
+    inner product <X_a, X_b>, by default those of `upper`.
     """
     _, n, parts = rows.shape
-    first, second = upper(len(rows), rows.device)
+    first, second = upper(len(rows), rows.device) if which is None else which
     pairs, totals = pairs[first, second], pair_sums(_summed(rows, sizes))
     counts = part_counts(sizes, rows)
     second_order = has_second_order(sizes)

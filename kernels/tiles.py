@@ -166,7 +166,7 @@ def sweep(
     side = tile_side(n, [m.rows for m in measured])
     generator = torch.Generator().manual_seed(seed)
     run = max((m.rows.run for m in measured), default=1)
-    order = list(torch.arange(n).split(side)) if shuffled else _shuffled_tiles(n, side, run, generator)
+    order = list(torch.arange(n).split(side)) if shuffled else shuffled_tiles(n, side, run, generator)
     tiles = [part.to(device) for part in order]
     turns = [torch.randint(len(part), (permutations,), generator=generator).to(device) for part in tiles]
     sums = TileSums(tiles, len(matrices), permuted, turns, classes)
@@ -218,7 +218,7 @@ def tile_side(n: int, rows: Sequence[Rows]) -> int:
     return side
 
 
-def _shuffled_tiles(n: int, side: int, run: int, generator: torch.Generator) -> list[Tensor]:
+def shuffled_tiles(n: int, side: int, run: int, generator: torch.Generator) -> list[Tensor]:
     """The images [n] in random order, in tiles.
 
     ``run`` neighbours come into one tile, but a tile has at least sixteen runs: images that are stored together may be alike, and
@@ -243,9 +243,9 @@ class RowBuffer:
     def centred(self, matrix: FeatureDistances, index: Tensor) -> Tensor:
         """The rows [k, d] of these images minus the centre, float32 at least. The next call overwrites them."""
         rows = geometry.wide(matrix.rows.read(index))
-        if self._memory is None or len(self._memory) < len(rows):
-            self._memory = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        return torch.sub(rows, matrix.centre, out=self._memory[: len(rows)])
+        if self._memory is None or self._memory.numel() < rows.numel() or self._memory.dtype != rows.dtype:
+            self._memory = torch.empty(rows.numel(), dtype=rows.dtype, device=rows.device)
+        return torch.sub(rows, matrix.centre, out=self._memory[: rows.numel()].view(rows.shape))
 
 
 class _ShiftedMatrix:

@@ -21,6 +21,7 @@ from kdx.cli.layers import layers
 from kdx.cli.options import is_first_process
 from kdx.cli.panels import Command
 from kdx.cli.report import report
+from kdx.cli.similarity import similarity
 from kdx.cli.study import study
 from kdx.errors import KdxError, Stopped
 
@@ -63,7 +64,7 @@ def _options(
 ) -> None: ...
 
 
-for _command in (demo, distill, export, explain, study, evaluate, report, layers, doctor):
+for _command in (demo, distill, export, explain, study, similarity, evaluate, report, layers, doctor):
     app.command(cls=Command)(_command)
 
 

@@ -16,6 +16,12 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
         "Salient features": ("features", "keep", "noise", "salient_class", "salient_score", "salient_image"),
         "Page": ("gallery", "order", "images"),
     },
+    "similarity": {
+        "Layers": ("layer_a", "layer_b", "layer_c", "max_layers"),
+        "Images": ("split", "max_images", "image_size", "resize", "interpolation", "max_unreadable", "workers"),
+        "Networks": ("runtime", "device", "precision", "batch"),
+        "Geometry": ("geometry", "store", "max_disk", "max_minutes", "confidence"),
+    },
     "distill": {
         "Images": ("max_unreadable", "split_seed"),
         "Speed and machine": ("device",),

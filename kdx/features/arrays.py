@@ -176,7 +176,12 @@ def check_varied(centred: float, raw: float, rounding: float, name: str) -> None
             "All images are equally far apart in the target: they are of one class, or each has a class of its own.",
             "Give images of at least two classes, with several images per class.",
         )
-    raise KdxError(
+    raise constant(name)
+
+
+def constant(name: str) -> KdxError:
+    """The error for features in which all images are equally far apart."""
+    return KdxError(
         f"The {name} are constant: all images are equally far from each other.",
         "Check the layer and the preprocessing; the features of a dead layer have no geometry.",
     )

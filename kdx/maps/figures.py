@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import difflib
 import html
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.disk import write_atomic
 from kdx.errors import KdxError
 from kdx.features import arrays
 from kdx.features.arrays import Array
+from kdx.figure_files import rendered, write_figure
 from kdx.maps import overlays
 from kdx.maps.drawing import FigureOptions, Panel, Sheet, draw
 from kdx.roles import GAIN, MAPS
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 Images = Array | Sequence[Any]
 """One image per map: an array [n, 3, H, W] or [n, H, W, 3], or a list of arrays or PIL images; each one as in `kdx.overlay`."""
-
-FORMATS = ("png", "svg", "pdf")
 
 _PER_LINE = 8  # maps per line where a figure has a single kind
 _IN_NOTEBOOK = 8  # images that a notebook shows
@@ -68,12 +65,7 @@ class Drawable(ABC):
         The same results give the same bytes. Raises KdxError for another ending, for a number of images that differs from the number of
         maps, for an image or a kind that does not exist, and for more than 400 pictures.
         """
-        path = Path(path)
-        format_ = path.suffix.lower().removeprefix(".")
-        if format_ not in FORMATS:
-            raise KdxError(f"No figure can be written as {path.name}.", "Give a path that ends in .png, .svg or .pdf.")
-        write_atomic(path, self._rendered(format_, images, options))
-        return path
+        return write_figure(path, lambda: self.figure(images, **options), options.get("dpi", 200))
 
     def show(self, images: Images | None = None, **options: Unpack[FigureOptions]) -> None:
         """Show the figure in a notebook or a window. Raises KdxError where matplotlib has no display."""
@@ -101,7 +93,7 @@ class Drawable(ABC):
         title = html.escape(f"{type(self).__name__}: {note}")
         if not shown:
             return f"<p>{title}</p>"
-        data = base64.b64encode(self._rendered("png", None, {"index": shown, "dpi": 100, "edge": 1.1})).decode("ascii")
+        data = base64.b64encode(rendered(lambda: self.figure(index=shown, edge=1.1), "png", 100)).decode("ascii")
         return f'<figure><img src="data:image/png;base64,{data}" alt="{title}"><figcaption>{title}</figcaption></figure>'
 
     def _prepared(self, images: Images | None, options: FigureOptions) -> tuple[Sheet, FigureOptions]:
@@ -118,15 +110,6 @@ class Drawable(ABC):
         if pictures is not None:
             arrays.check_same(len(pictures), count, "images", "maps")
         return self._sheet(pictures, [place % count for place in index], options.get("kinds")), options
-
-    def _rendered(self, format_: str, images: Images | None, options: FigureOptions) -> bytes:
-        from matplotlib import rc_context
-
-        metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(format_, {})
-        out = io.BytesIO()
-        with rc_context({"svg.hashsalt": "kdx", "svg.fonttype": "none", "pdf.fonttype": 42, "image.composite_image": False}):
-            self.figure(images, **options).savefig(out, format=format_, dpi=options.get("dpi", 200), metadata=metadata)
-        return out.getvalue()
 
 
 def map_array(maps: Array) -> NDArray[np.float64]:

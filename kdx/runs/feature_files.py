@@ -125,13 +125,13 @@ class FeatureFiles:
 
     def rows(self, layer: str, device: torch.device) -> dict[str, SetRows]:
         """Each role's features at a layer, of the images that could be read, on the device when they are read."""
-        kept = torch.from_numpy(self.kept)
-        result = {}
-        for role, by_layer in self._shapes.items():
-            array = self._features[role, layer]
-            source = rows_of(array.reshape(len(array), -1), f"{role}'s features")
-            result[role] = SetRows(Selected(source, kept, device), by_layer[layer])
-        return result
+        return {role: self.role_rows(role, layer, device) for role in self._shapes}
+
+    def role_rows(self, role: str, layer: str, device: torch.device) -> SetRows:
+        """A role's features at one of its layers, of the images that could be read, on the device when they are read."""
+        array = self._features[role, layer]
+        source = rows_of(array.reshape(len(array), -1), f"{role}'s features")
+        return SetRows(Selected(source, torch.from_numpy(self.kept), device), self._shapes[role][layer])
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -80,19 +80,19 @@ def choose_geometry(plan: Plan, shapes: Shapes, folder: Path, shared_bytes: int 
     cost, options = Cost.of(len(plan.indices), shapes, plan), plan.options
     free = shutil.disk_usage(folder).free + shared_bytes + sum(file.stat().st_size for file in folder.rglob("*.npy"))
     limit = free / 2 if options.max_disk is None else min(free, options.max_disk * 1e9)
-    needed = f"features and distances of {len(plan.indices):,} images take {_size(cost.bytes)}"
+    needed = f"features and distances of {len(plan.indices):,} images take {size_text(cost.bytes)}"
     if options.geometry == "whole":
         available = free if options.max_disk is None else limit
         if cost.bytes > available:
             raise KdxError(
-                f"The features and distances of {len(plan.indices):,} images take {_size(cost.bytes)}, and {_size(available)} are "
+                f"The features and distances of {len(plan.indices):,} images take {size_text(cost.bytes)}, and {size_text(available)} are "
                 f"available in {folder}.",
                 "Free some space, choose --store float16 or --project 64, or use --geometry reference.",
             )
         return Geometry("whole", f"as requested; the {needed}")
     if cost.bytes > limit:
-        return Geometry("reference", f"the {needed}, and the limit is {_size(limit)} (--max-disk)")
-    minutes = cost.operations / _speed() / 60
+        return Geometry("reference", f"the {needed}, and the limit is {size_text(limit)} (--max-disk)")
+    minutes = cost.operations / products_per_second() / 60
     most = MAX_MINUTES if options.max_minutes is None else options.max_minutes
     if minutes > most:
         estimate = f"the sweeps over all pairs would take about {minutes:,.0f} minutes"
@@ -100,11 +100,12 @@ def choose_geometry(plan: Plan, shapes: Shapes, folder: Path, shared_bytes: int 
     return Geometry("whole", f"every image is compared with all others; the {needed}")
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """A number of bytes in words."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
-def _speed() -> float:
+def products_per_second() -> float:
     """Operations per second of a float32 matrix product on this machine: the best of three."""
     x = torch.ones(512, 4096)
     best = float("inf")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from kdx.choices import TABLE_FORMATS, GroupKind, TableFormat
+from kdx.disk import csv_text as csv_text
 from kdx.errors import KdxError, printable
 from kdx.roles import BALANCE, GAIN, LEAD, LIKENESS, counterpart
 from kdx.runs import grouped_scores, schema
@@ -111,15 +109,6 @@ def _group_latex(by: str, layer: str, names: Sequence[str], rows: Sequence[_Grou
         cells = ["--" if cell is None else latex_cell(cell) for cell in values]
         lines.append(f"{latex_text(group)} & {n} & {' & '.join(cells)} \\\\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
-
-
-def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table as CSV, with an empty field for None."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(columns)
-    table.writerows(rows)
-    return text.getvalue()
 
 
 def _groups(run: RunRecord) -> list[list[tuple[str, list[Entry]]]]:

@@ -83,7 +83,7 @@ def _infer_part(files: FeatureFiles, explainer: Explainer, plan: Plan, part: sli
     logits = {role: rows[: len(planned)] for role, rows in logits.items()}
     features = {layer: {role: rows[: len(planned)] for role, rows in by_role.items()} for layer, by_role in features.items()}
     check_classes(logits, len(plan.dataset.classes))
-    _check_finite(features, readable, [plan.dataset.ids[image] for image in planned])
+    check_finite(features, readable, [plan.dataset.ids[image] for image in planned])
     if plan.options.project:
         features = {
             layer: {role: projected(values, plan.options.project, plan.options.seed, role, layer) for role, values in by_role.items()}
@@ -92,7 +92,7 @@ def _infer_part(files: FeatureFiles, explainer: Explainer, plan: Plan, part: sli
     files.write(part, readable, features, prediction_columns(logits), images.unreadable)
 
 
-def _check_finite(features: Mapping[str, Mapping[str, Tensor]], readable: NDArray[np.bool_], names: Sequence[str]) -> None:
+def check_finite(features: Mapping[str, Mapping[str, Tensor]], readable: NDArray[np.bool_], names: Sequence[str]) -> None:
     """KdxError, with the name of an image, if features of readable images contain NaN or infinity."""
     for layer, by_role in features.items():
         for role, values in by_role.items():

@@ -25,7 +25,7 @@ _FEW_IMAGES = 256
 _EDGE = 1 - 1e-12
 """Correlations are clipped to this: Fisher's z of 1 is infinite, and no float64 score is more precise than this."""
 
-_ROUNDING = 1e-12
+ROUNDING = 1e-12
 """A variance below this share of its terms is rounding."""
 
 _KNOWN_SLOPE = 64
@@ -95,7 +95,7 @@ def spread(moments: Moments | None, gradient: NDArray[np.float64]) -> Spread | N
         return None
     first, second, third = (values.numpy(force=True) for values in (moments.variance, moments.interaction, moments.slope))
     variance = float(gradient @ first @ gradient)
-    if variance <= _ROUNDING * float(np.abs(gradient) @ np.abs(first) @ np.abs(gradient)):
+    if variance <= ROUNDING * float(np.abs(gradient) @ np.abs(first) @ np.abs(gradient)):
         return Spread(0.0, 0.0, moments.parts)
     slope = float(np.einsum("abc,a,b,c", third, gradient, gradient, gradient)) / variance
     variance -= min(float(gradient @ second @ gradient), variance / 2)
@@ -110,7 +110,7 @@ def spreads(influences: Influences | None, gradients: Tensor) -> list[Spread | N
     first = torch.einsum("cm,cmu->cu", gradients, influences.first)
     terms = torch.einsum("cm,cmu->cu", gradients.abs(), influences.first.abs())
     variances, third = first.square().sum(1) / scale, first.pow(3).sum(1)
-    nothing = variances <= _ROUNDING * terms.square().sum(1) / scale
+    nothing = variances <= ROUNDING * terms.square().sum(1) / scale
     reduced = variances
     if influences.second is not None:
         second = torch.einsum("cm,cmuv->cuv", gradients, influences.second)

@@ -67,7 +67,7 @@ def inner(a: Tensor, biased: bool) -> Tensor:
 def ordered(n: int, side: int, permutations: int, seed: int, run: int = 1) -> tuple[Tensor, Tensor]:
     """The images in the order of `tiles.sweep`, and its permutations [p, n], from the same random numbers."""
     generator = torch.Generator().manual_seed(seed)
-    parts = tiles._shuffled_tiles(n, side, run, generator)
+    parts = tiles.shuffled_tiles(n, side, run, generator)
     turns = [torch.randint(len(part), (permutations,), generator=generator) for part in parts]
     permuted = torch.empty(permutations, n, dtype=torch.int64)
     for p in range(permutations):
@@ -130,13 +130,13 @@ def test_turned_tiles_are_permuted_images(biased: bool, set_side: Callable[[int]
 
 
 def test_rows_are_in_random_order_and_runs_in_one_tile() -> None:
-    parts = tiles._shuffled_tiles(1003, 320, 20, torch.Generator().manual_seed(0))
+    parts = tiles.shuffled_tiles(1003, 320, 20, torch.Generator().manual_seed(0))
     assert sorted(torch.cat(parts).tolist()) == list(range(1003))
     assert [len(part) for part in parts] == [320, 320, 320, 43]
     assert len(parts[0].div(20, rounding_mode="floor").unique()) <= 17  # sixteen runs and the short run
     for part in parts[:3]:
         assert not torch.equal(part, part.sort().values)
-    pieces = tiles._shuffled_tiles(1000, 320, 1000, torch.Generator().manual_seed(0))[0]
+    pieces = tiles.shuffled_tiles(1000, 320, 1000, torch.Generator().manual_seed(0))[0]
     assert len(pieces.div(20, rounding_mode="floor").unique()) == 16  # one long run is divided into sixteen pieces
 
 

@@ -1,0 +1,172 @@
+"""`kdx similarity`: its numbers against those of the features, and its files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import kdx
+from kdx.commands.similarity import run
+from kdx.data.dataset import open_data
+from kdx.data.images import load_images
+from kdx.errors import KdxError
+from kdx.export.graphs import FeatureGraph
+from kdx.kernels import layer_sums
+from kdx.models.network import load
+from kdx.runs.similarity import SimilarityOptions
+from kdx.runs.similarity_networks import ComparedNetworks
+
+A = "small_nets:wide"
+B = "small_nets:narrow"
+
+NET = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width, dead):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, width, 3, 2), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(width, width, 3), nn.ReLU(), nn.Conv2d(width, 4, 1))
+        self.dead, self.fc = nn.Linear(4, 3), nn.Linear(4, 2)
+        nn.init.zeros_(self.dead.weight)
+
+    def forward(self, x):
+        x = self.second(self.first(x)).mean((2, 3))
+        return self.fc(x) + self.dead(x).sum(1, keepdim=True)
+
+def wide():
+    torch.manual_seed(0)
+    return Net(6, False)
+
+def narrow():
+    torch.manual_seed(1)
+    return Net(3, True)
+"""
+
+LAYERS = {"A": ("first", "second", "fc"), "B": ("first", "dead:vector", "fc")}
+
+OPTIONS = SimilarityOptions(layers=LAYERS, image_size=12, runtime="eager", batch=8, workers=0, seed=2)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "small_nets.py").write_text(NET)
+    monkeypatch.syspath_prepend(tmp_path)
+    rng = np.random.default_rng(0)
+    for place in range(26):
+        folder = tmp_path / "pictures" / ("cat" if place % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(folder / f"{place}.png")
+    return tmp_path / "pictures"
+
+
+def features(reference: str, layers: tuple[str, ...], pictures: Path) -> dict[str, torch.Tensor]:
+    data = open_data(str(pictures))
+    pixels = load_images(data, np.arange(len(data)), (12, 12)).pixels
+    network = load(reference)
+    with torch.no_grad():
+        _, *maps = FeatureGraph(network.module.eval(), layers, network.preprocessing)(pixels)
+    return dict(zip(layers, maps, strict=True))
+
+
+def compare(pictures: Path, out: Path, references: dict[str, str] | None = None, **changes: Any) -> tuple[kdx.Similarity, list[str]]:
+    lines: list[str] = []
+    options = SimilarityOptions(**{**{name: getattr(OPTIONS, name) for name in OPTIONS.__dataclass_fields__}, **changes})
+    _, result = run(references or {"A": A, "B": B}, str(pictures), out, options, announce=lines.append)
+    return result, lines
+
+
+def test_numbers_are_those_of_the_features_in_memory(pictures: Path, tmp_path: Path) -> None:
+    result, lines = compare(pictures, tmp_path / "out")
+    assert result.layers_b == ("first", "fc"), "the constant layer is left out"
+    assert any("B: the layer dead:vector is left out" in line for line in lines)
+    expected = kdx.similarity(features(A, LAYERS["A"], pictures), features(B, ("first", "fc"), pictures), seed=2)
+    for name in ("values", "low", "high", "cka"):
+        assert np.allclose(getattr(result, name), getattr(expected, name), atol=1e-6), name
+    assert not (tmp_path / "out" / "features").exists()
+    rows = list(csv.DictReader((tmp_path / "out" / "similarity.csv").read_text().splitlines()))
+    assert [float(row["distance_correlation"]) for row in rows] == result.values.flatten().tolist()
+    stored = json.loads((tmp_path / "out" / "similarity.json").read_text())
+    assert stored["similarity"]["cka"] == result.cka.tolist() and stored["left_out"][0][:2] == ["B", "dead:vector"]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<rect data-row=") == 2 * result.values.size
+    assert all((tmp_path / "out" / f"heatmap.{ending}").stat().st_size for ending in ("svg", "png", "pdf"))
+
+
+def test_batches_are_those_of_the_features_in_memory(pictures: Path, tmp_path: Path) -> None:
+    references = {"A": A, "B": A, "C": B}
+    layers = {"A": ("first", "fc"), "B": ("first", "second"), "C": ("fc",)}
+    result, _ = compare(pictures, tmp_path / "out", references, layers=layers, geometry="batch")
+    a = features(A, ("first", "second", "fc"), pictures)
+    first, second = ({name: a[name] for name in layers[network]} for network in ("A", "B"))
+    expected = kdx.similarity(first, second, features(B, ("fc",), pictures), batch=8, seed=2)
+    assert result.geometry == "batch" and result.batches == expected.batches == 4
+    assert result.partial is not None and expected.partial is not None
+    assert np.allclose(result.values, expected.values, atol=1e-6) and np.allclose(result.partial, expected.partial, atol=1e-6)
+    assert result.values[0, 0] == pytest.approx(1, abs=1e-12)
+
+
+def test_a_network_that_is_given_twice_runs_once(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    original = ComparedNetworks.features
+
+    def counted(self: Any, images: torch.Tensor) -> Any:
+        passes.append(list(self.opened))
+        return original(self, images)
+
+    monkeypatch.setattr(ComparedNetworks, "features", counted)
+    result, _ = compare(pictures, tmp_path / "out", {"A": A, "B": A}, layers={"A": ("first", "fc"), "B": ("first", "fc")})
+    assert np.allclose(np.diag(result.values), 1) and passes == [["A"]] * 5  # blank images, and 26 images in batches of 8
+
+
+def test_a_stopped_comparison_resumes_to_the_same_numbers(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = compare(pictures, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+
+        def stop(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(layer_sums, "of_set", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compare(pictures, tmp_path / "out")
+    assert not (tmp_path / "out" / "report.html").exists()
+    result, lines = compare(pictures, tmp_path / "out")
+    assert any("26 images" in line and "Resuming" in line for line in lines)
+    assert np.array_equal(result.values, expected.values) and np.array_equal(result.low, expected.low)
+
+
+def test_features_that_do_not_fit_are_compared_in_batches(pictures: Path, tmp_path: Path) -> None:
+    result, lines = compare(pictures, tmp_path / "out", max_disk=1e-6)
+    assert result.geometry == "batch" and any("--max-disk" in line for line in lines)
+    with pytest.raises(KdxError, match="are available"):
+        compare(pictures, tmp_path / "other", max_disk=1e-6, geometry="whole")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"layers": {"A": ("third",)}}, "A: .*third"),
+        ({"layers": {"B": ("dead:vector",), "A": ("fc",)}}, "B: all layers are constant"),
+        ({"split": "holdout"}, "no split"),
+        ({"batch": 3}, "too small"),
+    ],
+)
+def test_bad_requests_are_refused(pictures: Path, tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(KdxError, match=problem):
+        compare(pictures, tmp_path / "out", **changes)
+
+
+@pytest.mark.slow
+def test_a_transformer_is_compared_with_a_residual_network(pictures: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    references = {"A": "timm:vit_tiny_patch16_224", "B": "timm:resnet18"}
+    result, _ = compare(pictures, tmp_path / "out", references, layers={}, image_size=None, max_images=12, max_layers=5)
+    assert result.values.shape == (5, 4) and np.isfinite(result.values).all() and np.isfinite(result.cka).all()
