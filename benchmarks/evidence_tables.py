@@ -322,8 +322,8 @@ def imagenet() -> str:
     environment = record["environment"]
     accuracies = ", ".join(f"{role} {value:.3f}" for role, value in record["accuracy"].items())
     note = (
-        f"{record['images']} crops of {record['side']} pixels; 95% intervals over images. Accuracies: {accuracies}. {environment['processor']}, PyTorch "
-        f"{environment['torch']}; commit {record['commit']}."
+        f"{record['images']} crops of {record['side']} pixels; 95% intervals over images. Accuracies: {accuracies}. "
+        f"{environment['processor']}, PyTorch {environment['torch']}; commit {record['commit']}."
     )
     return f"{joined(lines)}\n\n{note}\n"
 
