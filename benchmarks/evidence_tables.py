@@ -320,9 +320,10 @@ def imagenet() -> str:
             cells.append(f"{_number(entries[name]['value'])} ({_number(low)} to {_number(high)})")
         lines.append(row(name.replace("|", "\\|").replace(" - ", " − "), *cells))
     environment = record["environment"]
+    accuracies = ", ".join(f"{role} {value:.3f}" for role, value in record["accuracy"].items())
     note = (
-        f"{record['images']} crops of {record['side']} pixels; 95% intervals over images. {environment['processor']}, PyTorch "
-        f"{environment['torch']}; commit {record['commit']}."
+        f"{record['images']} crops of {record['side']} pixels; 95% intervals over images. Accuracies: {accuracies}. "
+        f"{environment['processor']}, PyTorch {environment['torch']}; commit {record['commit']}."
     )
     return f"{joined(lines)}\n\n{note}\n"
 

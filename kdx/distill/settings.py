@@ -259,13 +259,13 @@ DEMO: dict[str, Any] = {
 """The demonstration: a small student that sees eight images per class, under a teacher that has seen the whole train split."""
 
 _COMPOSITES_SETTINGS = replace(
-    _DEMO_SETTINGS, epochs=30, teacher_epochs=9, learning_rate=0.05, flip=True, student_images=240, image_size=(64, 64)
+    _DEMO_SETTINGS, epochs=24, teacher_epochs=12, learning_rate=0.05, flip=True, student_images=240, image_size=(64, 64)
 )
 
 DEMOS: dict[str, dict[str, Any]] = {
     "digits": DEMO,
     "composites": {
-        "data": "composites:count=4000,clutter=1,scale=0.6",
+        "data": "composites:count=3200,clutter=0,scale=0.8",
         "teacher": "kdx:resnet,width=32,depth=1,stem=imagenet",
         "student": "kdx:resnet,width=12,depth=1,stem=imagenet",
         "kd": _COMPOSITES_SETTINGS,
