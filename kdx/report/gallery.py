@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -129,6 +130,12 @@ class Gallery:
         return [*order[:_STRIP_HIGHEST], *order[-_STRIP_LOWEST:]]
 
 
+def colour_tables() -> dict[str, str]:
+    """The two scales of colours for the page's script, as base64 of one row of red, green and blue per level."""
+    tables = {"sequential": overlays.colours(), "diverging": overlays.diverging_colours()}
+    return {name: base64.b64encode(table.tobytes()).decode("ascii") for name, table in tables.items()}
+
+
 def gradient(signed: bool) -> str:
     """The colour scale as the stops of a CSS gradient, drawn over grey as a map is drawn over an image."""
     grey = np.full((1, 1, 3), 128, np.uint8)
@@ -171,7 +178,7 @@ def make_gallery(run: RunRecord) -> Gallery:
         shown_first(run, kinds),
         grids,
         opening_layer(run, kinds[0], grids),
-        [[_limit(maps[layer, kind.name]) for kind in kinds] for layer in run.layers],
+        [[scale_end([maps[layer, kind.name]]) for kind in kinds] for layer in run.layers],
         [(label, run.class_name(label), count) for label, count in sorted(counts.items())],
         choice.description(len(cards)),
         choice.order != BALANCED or bool(choice.images),
@@ -196,9 +203,14 @@ def _figures(columns: MapColumns | None, maps: NDArray[np.float32], places: Sequ
     ]
 
 
-def _limit(maps: NDArray[np.float32]) -> float:
-    """The value at which the common scale ends. Higher values have the same colour, so that a single map does not dim all others."""
-    highest = np.abs(np.nan_to_num(maps.astype(np.float64), posinf=0.0, neginf=0.0)).max((1, 2), initial=0.0)
+def scale_end(stacks: Iterable[NDArray[np.float32]]) -> float:
+    """The absolute value at which the common scale of these maps, several arrays [n, h, w], ends.
+
+    Higher values have the same colour, so that a single map does not dim all others.
+    """
+    highest = np.concatenate(
+        [np.abs(np.nan_to_num(maps.astype(np.float64), posinf=0.0, neginf=0.0)).max((1, 2), initial=0.0) for maps in stacks]
+    )
     highest = highest[highest > 0]
     return rounded(float(np.quantile(highest, _SATURATION))) if len(highest) else 1.0
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdx.report import wording
 from kdx.runs.number_text import number
@@ -70,6 +71,16 @@ def script_json(content: object) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
+def nested_facts(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """A nested mapping as lines of name and value."""
+    for name, value in content.items():
+        path = f"{above}{name}"
+        if isinstance(value, Mapping):
+            yield from nested_facts(value, f"{path} · ")
+        elif value is not None:
+            yield path, " × ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 @dataclass(frozen=True)
 class _Assets:
     """The style sheet and the script of a page, and the digest of the script for the page's security policy."""
@@ -98,17 +109,19 @@ class DataCell:
     """A cell of a `DataTable`.
 
     text, detail: the number and, in a second line, its interval or p-value, as the page shows them. value, interval: the same with all
-    digits, as the CSV has them; None for a cell of words.
+    digits, as the CSV has them; None for a cell of words. link: a path relative to the page, or empty.
     """
 
     text: str
     detail: str = ""
     value: float | int | None = None
     interval: tuple[float, float] | None = None
+    link: str = ""
 
     @classmethod
     def of(cls, value: float, interval: tuple[float, float] | None = None, *, digits: int = 3, sign: bool = False) -> DataCell:
-        """A number with this many decimals, with its interval below it."""
+        """A number with this many decimals, with its interval below it unless that is not known."""
+        interval = None if interval is None or not all(map(math.isfinite, interval)) else interval
         detail = "" if interval is None else " to ".join(number(x, digits) for x in interval)
         return cls(number(value, digits, sign), detail, value, interval)
 

@@ -22,15 +22,16 @@ PackedMap = tuple[int, int, str, float, float]
 """Height, width, base64 of one byte q per position, offset and step: the value at a position is offset + step * q."""
 
 
-def packed_map(map_: NDArray[np.floating], *, signed: bool) -> PackedMap | None:
+def packed_map(map_: NDArray[np.floating], *, signed: bool, edge: int = _MAP_EDGE) -> PackedMap | None:
     """A map [h, w] as the page's script reads it; None where it is zero everywhere.
 
-    A value that is not finite counts as zero. The bytes of a signed map are symmetric, so that zero is exactly byte 127.
+    A map with a longer edge than ``edge`` is averaged down to it. A value that is not finite counts as
+    zero. The bytes of a signed map are symmetric, so that zero is exactly byte 127.
     """
     values = np.nan_to_num(np.asarray(map_, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
     if not values.any():
         return None
-    values = _averaged(values)
+    values = _averaged(values, edge)
     low, high = (-float(np.abs(values).max()), float(np.abs(values).max())) if signed else (float(values.min()), float(values.max()))
     step = high / _ZERO if signed else (high - low) / 255
     levels = np.rint((values - low) / step) if step > 0 else np.zeros_like(values)
@@ -38,11 +39,11 @@ def packed_map(map_: NDArray[np.floating], *, signed: bool) -> PackedMap | None:
     return (*values.shape, text, rounded(low), rounded(step))
 
 
-def _averaged(values: NDArray[np.float32]) -> NDArray[np.float32]:
+def _averaged(values: NDArray[np.float32], edge: int) -> NDArray[np.float32]:
     height, width = values.shape
-    if max(height, width) <= _MAP_EDGE:
+    if max(height, width) <= edge:
         return values
-    shrink = _MAP_EDGE / max(height, width)
+    shrink = edge / max(height, width)
     size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
     return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BOX))
 

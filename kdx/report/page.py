@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shlex
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kdx.disk import remove_leftovers, write_atomic
-from kdx.maps import overlays
 from kdx.report import plots, wording
-from kdx.report.gallery import Gallery, gradient, make_gallery
+from kdx.report.gallery import Gallery, colour_tables, gradient, make_gallery
 from kdx.report.kinds import kinds_left_out
-from kdx.report.layout import render, script_json
+from kdx.report.layout import nested_facts, render, script_json
 from kdx.report.map_facts import layer_facts
 from kdx.report.networks import discordant, layer_table, network_cards, titles
 from kdx.report.statements import statement_matrix
@@ -96,18 +93,8 @@ class _Record:
 
     @classmethod
     def of(cls, run: RunRecord) -> _Record:
-        facts = [*_facts(run.manifest["configuration"]), *_facts({"environment": run.manifest.get("environment") or {}})]
+        facts = [*nested_facts(run.manifest["configuration"]), *nested_facts({"environment": run.manifest.get("environment") or {}})]
         return cls(shlex.join(run.command), facts, json.dumps(run.manifest, indent=2, ensure_ascii=False))
-
-
-def _facts(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """A nested mapping as lines of name and value."""
-    for name, value in content.items():
-        path = f"{above}{name}"
-        if isinstance(value, Mapping):
-            yield from _facts(value, f"{path} · ")
-        elif value is not None:
-            yield path, " × ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _reading(run: RunRecord, salient: str) -> wording.Reading:
@@ -122,11 +109,10 @@ def _reading(run: RunRecord, salient: str) -> wording.Reading:
 
 def _payload(run: RunRecord, gallery: Gallery) -> Markup:
     """What the script draws the maps from, and what it sorts and prints."""
-    tables = {"sequential": overlays.colours(), "diverging": overlays.diverging_colours()}
     summaries = [[run.map_summaries[layer].get(kind.name) for kind in gallery.kinds] for layer in run.layers]
     return script_json(
         {
-            "colours": {name: base64.b64encode(table.tobytes()).decode("ascii") for name, table in tables.items()},
+            "colours": colour_tables(),
             "layers": [{"name": layer, "grid": gallery.grids[layer]} for layer in run.layers],
             "opening": list(run.layers).index(gallery.opening),
             "kinds": [

@@ -1,31 +1,15 @@
-"""Runs with their pages, and a browser that opens the pages."""
+"""Runs with their pages."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
 
 from kdx.report.page import write_page
+from tests.browser import browser as browser
+from tests.browser import opened as opened
 from tests.made_runs import make_hostile_run, make_run
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        pytest.skip(f"no browser is installed: looked for {', '.join(names)}")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=program, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
-        )
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="session")
@@ -49,31 +33,3 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_run(tmp_path_factory.mktemp("pair") / "run", teacher=False)
     write_page(folder)
     return folder
-
-
-@pytest.fixture
-def opened(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """Opens pages. At the end it checks that a page caused no message, no alert, no error and no request except for itself."""
-    pages: list[tuple[Page, str, list[str]]] = []
-
-    def open_(run: Path, width: int = 1280, scheme: Any = "light") -> Page:
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        address, events = (run / "report.html").as_uri(), list[str]()
-        page.on("console", lambda message: events.append(f"console: {message.text}"))
-        page.on("pageerror", lambda error: events.append(f"error: {error}"))
-        page.on("request", lambda request: events.append(f"request: {request.url}") if _is_external(request.url, address) else None)
-        # The console records an alert; Playwright would dismiss a dialog without a trace.
-        page.add_init_script("window.alert = (text) => console.log(`alert ${text}`);")
-        page.goto(address)
-        pages.append((page, address, events))
-        return page
-
-    yield open_
-    for page, address, events in pages:
-        assert events == []
-        assert page.url.split("#")[0] == address
-        page.close()
-
-
-def _is_external(url: str, address: str) -> bool:
-    return url != address and not url.startswith(("data:", "blob:"))

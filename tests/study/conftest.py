@@ -1,4 +1,4 @@
-"""Fixtures of the tests of studies."""
+"""Fixtures of the tests of studies: one thread, and a browser for the page."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.browser import browser as browser
+from tests.browser import opened as opened
 
 
 @pytest.fixture(scope="package", autouse=True)
