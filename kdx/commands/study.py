@@ -31,6 +31,7 @@ from kdx.study.cost import Cost, costs
 from kdx.study.design import Design
 from kdx.study.grid import MODELS, RUN, Grid, Job, grid_of
 from kdx.study.latex import latex_table
+from kdx.study.page import write_page
 from kdx.study.schedule import Note, Outcome, run_jobs
 from kdx.study.statistics import study_statistics
 from kdx.study.table import LATEX_FILE, STUDY_FILE, CellStatus, Measurement, measurements_of, read_study, write_plan, write_table
@@ -145,7 +146,7 @@ class _Run:
 
 
 def run(design: Design, folder: Path, *, workers: int | None = None, command: Sequence[str] = (), announce: Announce = print) -> Path:
-    """Train and explain what is missing of a study in ``folder``, and write study.json, study.csv, study.tex and the page.
+    """Train and explain what is missing of a study in ``folder``, and write study.json, study.csv, study.tex and the page, report.html.
 
     workers: processes, by default one per core where all networks are small and no GPU is used, otherwise 1. Their number does not change
     the results, because the number of threads of each is recorded when the study starts. Returns the path of the page.
@@ -314,6 +315,7 @@ def _finish(study: _Run, announce: Announce) -> Path:
     confidence = study.grid.jobs[-1].options.confidence
     write_atomic(study.folder / LATEX_FILE, latex_table(stored, study_statistics(stored, {}, confidence)).encode())
     shutil.rmtree(study.folder / FEATURES, ignore_errors=True)
+    page = write_page(study.folder) if measurements else study.folder / STUDY_FILE
     failed = [outcome for key, outcome in study.problems.items() if any(cell.key == key for cell in study.grid.cells)]
     if failed:
         first = next((outcome for outcome in study.problems.values()), failed[0])
@@ -321,4 +323,4 @@ def _finish(study: _Run, announce: Announce) -> Path:
             f"{len(failed)} of {len(study.grid.cells)} cells failed; the first error was in {first.job.key}: {first.problem}",
             f"{first.hint} Then run the same command again; complete cells are kept.",
         )
-    return study.folder / STUDY_FILE
+    return page

@@ -52,18 +52,18 @@ def costs(grid: Grid, complete: Mapping[str, float]) -> list[Cost]:
     explaining, on random images of the size and the batch of the training. It does not contain reading and augmenting images, the
     distillation loss, maps, scores, pictures and pages, which take most of the time of very small networks.
     """
-    groups: dict[tuple[str, ...], list[Job]] = defaultdict(list)
+    groups: dict[tuple[JobKind, str, tuple[str, ...]], list[Job]] = defaultdict(list)
     for job in grid.jobs:
-        trained = (job.student,) if job.kind in ("teacher", "base") else (job.teacher, job.student)
-        groups[job.kind, job.data, *trained].append(job)
+        networks = (job.student,) if job.kind in ("teacher", "base") else (job.teacher, job.student)
+        groups[job.kind, job.data, networks].append(job)
     timer = _Timer()
     result = []
-    for (_, data, *networks), jobs in groups.items():
+    for (kind, data, names), jobs in groups.items():
         first = jobs[0]
         seconds = [complete[job.key] for job in jobs if job.key in complete]
         mean = sum(seconds) / len(seconds) if seconds else timer.job(first)
-        epochs = first.settings.teacher_epochs if first.kind == "teacher" and first.settings.teacher_epochs else first.settings.epochs
-        result.append(Cost(first.kind, data, tuple(networks), len(jobs), len(seconds), epochs, mean, "stored" if seconds else "batch"))
+        epochs = first.settings.teacher_epochs if kind == "teacher" and first.settings.teacher_epochs else first.settings.epochs
+        result.append(Cost(kind, data, names, len(jobs), len(seconds), epochs, mean, "stored" if seconds else "batch"))
     return result
 
 

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of studies: a browser for their pages, and one thread."""
+"""Fixtures of the tests of studies: one thread, and a browser for the page."""
 
 from __future__ import annotations
 
