@@ -17,7 +17,7 @@ def evaluate(
         Path | None,
         typer.Option(
             help="Where the objects are: a folder of mask images with the names of the images, a JSON file of COCO, or a folder of XML "
-            "files of Pascal VOC. By default the masks of the data itself, if it has some.",
+            "files of Pascal VOC. By default the masks of the data itself, if it has any.",
             show_default=False,
         ),
     ] = None,
@@ -25,7 +25,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="A metric, such as energy, pointing, insertion, road_keep or randomisation. Repeat the option for more; by default all "
-            "for which the run has what they need.",
+            "whose requirements the run meets.",
             show_default=False,
         ),
     ] = None,
@@ -34,7 +34,7 @@ def evaluate(
         typer.Option(
             "--map",
             help="A map by name or symbol, such as 'RS(S) - RS(B)', distilled, grad_cam_student or centre. Repeat the option for more; "
-            "all for every map. By default the main ones.",
+            "'all' selects every map. By default the main maps.",
             show_default=False,
         ),
     ] = None,
@@ -42,12 +42,19 @@ def evaluate(
         list[str] | None,
         typer.Option("--layer", "-l", help="A layer of the run. Repeat the option for more; by default all.", show_default=False),
     ] = None,
-    images: Annotated[int, typer.Option(min=0, help="How many images, balanced over the classes; 0 for all.")] = 200,
+    images: Annotated[int, typer.Option(min=0, help="How many images are evaluated, balanced over the classes; 0 for all.")] = 200,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Pointing game: how many pixels of the networks' input beside the mask still count as a hit.")
+        float,
+        typer.Option(
+            min=0, help="Pointing game: a position up to this many pixels of the networks' input outside the mask counts as a hit."
+        ),
     ] = 0,
     detailed: Annotated[
-        int, typer.Option(min=12, help="How many of them go through the networks again and again: for insertion, ROAD, randomisation, ...")
+        int,
+        typer.Option(
+            min=12,
+            help="How many of these images are used by the metrics that run the networks again, such as insertion, ROAD and randomisation.",
+        ),
     ] = 64,
     data: Annotated[str | None, typer.Option(help="Where the run's data is now.", show_default=False)] = None,
     models: Annotated[Path | None, typer.Option(help="Where the run's models file is now.", show_default=False)] = None,

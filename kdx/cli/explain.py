@@ -65,7 +65,8 @@ def explain(
     student: Annotated[
         list[str] | None,
         typer.Option(
-            help="In place of --models, one of several students: NAME=REFERENCE, a model reference, an exported file or a models file. "
+            help="In place of --models, one of several students: NAME=REFERENCE, where REFERENCE is a model reference, an "
+            "exported file or a models file. "
             "Teacher and base run once for all students.",
             show_default=False,
         ),
@@ -186,7 +187,7 @@ def explain(
     random_baseline: Annotated[
         bool | None,
         typer.Option(
-            help="Also compute the FSS of the student's architecture with random weights, in one more pass. Default: only with a "
+            help="Also compute the FSS of the student's architecture with random weights, in one more pass. By default only with a "
             "teacher and without a base.",
             show_default=False,
         ),
@@ -210,7 +211,9 @@ def explain(
     groups: Annotated[
         str | None,
         typer.Option(
-            help="Also give the scores of each group of images: a column of the data's CSV file or of --groups-file.", show_default=False
+            help="Also compute the scores of each group of images. The groups are the values of this column of the "
+            "data's CSV file or of --groups-file.",
+            show_default=False,
         ),
     ] = None,
     groups_file: Annotated[
@@ -218,7 +221,7 @@ def explain(
         typer.Option(help="A CSV file with the columns id (the image's name) and the group, for --groups.", show_default=False),
     ] = None,
     max_classes: Annotated[
-        int, typer.Option(min=0, help="Give scores per class if there are at most this many classes; 0 for none.")
+        int, typer.Option(min=0, help="Compute scores per class if there are at most this many classes; 0 for none.")
     ] = 200,
     split: Annotated[
         str | None,

@@ -16,7 +16,7 @@ def report(
         list[str],
         typer.Argument(
             metavar="RUN...",
-            help="The folder of a run. Several runs, RUN or NAME=RUN, are compared on the page --out.",
+            help="The folder of a run. Several runs, RUN or NAME=RUN, are compared on one page, --out.",
             show_default=False,
         ),
     ],
@@ -33,7 +33,9 @@ def report(
         GroupKind | None,
         typer.Option(help="With --table csv, latex or markdown: the scores of each class, or of each group.", show_default=False),
     ] = None,
-    gallery: Annotated[int | None, typer.Option(min=0, help="How many images the page shows, from now on.", show_default=False)] = None,
+    gallery: Annotated[
+        int | None, typer.Option(min=0, help="How many images the page shows; the run keeps this choice.", show_default=False)
+    ] = None,
     order: Annotated[str | None, typer.Option(help=ORDER_HELP, show_default=False)] = None,
     images: ImagesOption = None,
     data: Annotated[

@@ -17,7 +17,8 @@ _Model = "A model reference, MODELS.toml:ROLE, or an exported .onnx file."
 
 def _layers(network: str) -> typer.models.OptionInfo:
     option: typer.models.OptionInfo = typer.Option(
-        help=f"A layer of {network}, also a fully connected one. Repeat for more. By default those that kdx layers advises.",
+        help=f"A layer of {network}; fully connected layers are allowed. Repeat the option for more. "
+        "By default those that kdx layers advises.",
         show_default=False,
     )
     return option
@@ -35,7 +36,7 @@ def similarity(
     layer_a: Annotated[list[str] | None, _layers("A")] = None,
     layer_b: Annotated[list[str] | None, _layers("B")] = None,
     layer_c: Annotated[list[str] | None, _layers("C")] = None,
-    max_layers: Annotated[int, typer.Option(min=1, help="The most layers per network where none are named; they are evenly spaced.")] = 20,
+    max_layers: Annotated[int, typer.Option(min=1, help="The most layers per network if none are named; they are evenly spaced.")] = 20,
     split: Annotated[
         str | None,
         typer.Option(help="The split: test, validation, train or all. By default test for the data that A was trained on, otherwise all."),
@@ -67,7 +68,8 @@ def similarity(
     geometry: Annotated[
         SimilarityGeometry,
         typer.Option(
-            help="whole: every image is compared with all others, exactly. batch: with those of its batch, and inner products are summed. "
+            help="whole: every image is compared with all others, exactly. batch: every image is compared with those of its batch, and "
+            "inner products are summed. "
             "auto: whole within --max-disk and --max-minutes, otherwise batch."
         ),
     ] = "auto",
@@ -76,7 +78,9 @@ def similarity(
     ] = "float32",
     max_disk: Annotated[
         float | None,
-        typer.Option(min=0, help="For whole: the gigabytes of features on disk; by default half of the free space.", show_default=False),
+        typer.Option(
+            min=0, help="For whole: the gigabytes that features may take on disk; by default half of the free space.", show_default=False
+        ),
     ] = None,
     max_minutes: Annotated[
         float | None,
@@ -84,7 +88,7 @@ def similarity(
     ] = None,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Confidence level of the intervals.")] = 0.95,
     figure: Annotated[
-        Path | None, typer.Option(help="One more file of the heat maps, with the ending .png, .svg or .pdf.", show_default=False)
+        Path | None, typer.Option(help="Also save the heat maps in this file, with the ending .png, .svg or .pdf.", show_default=False)
     ] = None,
     seed: SeedOption = 0,
 ) -> None:

@@ -34,7 +34,7 @@ def study(
     data: Annotated[list[str] | None, _axis(f"A data set, or NAME=DATA: {DATA_KINDS}. Repeat the option for more.")] = None,
     teacher: Annotated[
         list[str] | None,
-        _axis("A teacher, NAME=REFERENCE. One with @weights is used as it is; others are trained. Repeat the option for more."),
+        _axis("A teacher, NAME=REFERENCE. A teacher with @weights is used as it is; others are trained. Repeat the option for more."),
     ] = None,
     assistant: Annotated[
         list[str] | None,
@@ -45,13 +45,13 @@ def study(
     ] = None,
     student: Annotated[list[str] | None, _axis("A student, NAME=REFERENCE. Repeat the option for more.")] = None,
     method: Annotated[
-        list[str] | None, _axis("A distillation loss, as kdx distill takes it, or NAME=LOSS. Repeat the option for more.")
+        list[str] | None, _axis("A distillation method, as in kdx distill --method, or NAME=METHOD. Repeat the option for more.")
     ] = None,
     seeds: Annotated[
-        str | None, _axis("The number of seeds, or the seeds themselves, such as 3,4,5. By default 1, and 3 in presets.")
+        str | None, _axis("The number of seeds, or the seeds themselves, such as 3,4,5. The default is 1, or 3 with a preset.")
     ] = None,
     layer: Annotated[
-        list[str] | None, _axis("A pair of layers, as kdx distill takes it. Repeat the option for more.", "--layer", "-l")
+        list[str] | None, _axis("A pair of layers, as in kdx distill --layer. Repeat the option for more.", "--layer", "-l")
     ] = None,
     images: Annotated[
         int | None,
@@ -79,7 +79,7 @@ def study(
         int | None,
         typer.Option(
             min=1,
-            help="Processes. By default one per core if all networks have less than 2 million parameters and no GPU is used, else 1.",
+            help="Processes. By default one per core if all networks have fewer than 2 million parameters and no GPU is used, else 1.",
             show_default=False,
         ),
     ] = None,

@@ -16,9 +16,7 @@ from kdx.runs.run import RunOptions, explain_dataset
 def check_data_set(data: Sequence[str], labels: Sequence[str] | None) -> None:
     """Raise KdxError for image files, several data sets, or labels of images, where one data set is expected."""
     if labels or len(data) > 1 or (Path(data[0]).is_file() and source_of(data[0]) == "folder"):
-        raise KdxError(
-            "Image files and their labels need a data set to be compared with.", "Name it with --data, or explain a single data set."
-        )
+        raise KdxError("Image files need a data set with which they are compared.", "Name it with --data, or explain a single data set.")
 
 
 def run(

@@ -81,13 +81,13 @@ def check_options(
     if models is None and not students:
         raise KdxError("No network is named.", "Name the models file with --models, or several students with --student NAME=REFERENCE.")
     if not students and teacher is not None:
-        raise KdxError("--teacher names the teacher of several students.", "Name the teacher in the models file, or give --student.")
+        raise KdxError("--teacher has an effect only with --student.", "Name the teacher in the models file, or give --student.")
     if not students:
         return
     if models is not None:
         raise KdxError("--models and --student both name students.", "Give one of them; a student may also be NAME=MODELS.toml.")
     if among is not None:
-        raise KdxError("--data explains a few images with one student.", "Give --models in place of --student.")
+        raise KdxError("--data explains a few images with a single student.", "Give --models in place of --student.")
     explain.check_data_set(data, labels)
 
 

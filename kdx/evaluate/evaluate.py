@@ -65,7 +65,7 @@ def evaluate(
     plan = _Plan(chosen_metrics(METRICS, metrics), chosen(record, maps), _layers(record, layers), bool(metrics), are_named)
     _check_masks(plan, masks)
     if images is not None and images < 2:
-        raise KdxError("An interval over images needs at least 2 images.", "Give a larger --images.")
+        raise KdxError("An interval over images needs at least 2 images.", "Give a larger value of --images.")
     sources = Sources(data, None if models is None else Path(models), None if masks is None else Path(masks), device)
     with lock_folder(record.folder):
         subject = Subject(record, images, seed, sources, announce)
@@ -130,7 +130,7 @@ def _layers(run: RunRecord, names: Sequence[str]) -> list[str]:
 def _check_masks(plan: _Plan, masks: str | Path | None) -> None:
     """KdxError for masks that no metric looks at."""
     if masks is not None and not any("masks" in metric.needs for metric in plan.metrics):
-        raise KdxError("None of these metrics compares maps with masks.", "Leave --masks out, or name another --metric.")
+        raise KdxError("None of the chosen metrics uses masks.", "Leave --masks out, or name another --metric.")
 
 
 def _available(plan: _Plan, subject: Subject, options: EvaluationOptions, announce: Callable[[str], None]) -> _Plan:
@@ -161,11 +161,12 @@ def _missing(need: Need, subject: Subject, options: EvaluationOptions) -> KdxErr
         hint = "Give --masks: a folder of mask images, a JSON file of COCO, or a folder of XML files of Pascal VOC."
         return None if subject.masks is not None else KdxError("There are no masks.", hint)
     if need == "labels":
-        hint = "Name other metrics with --metric."
         if subject.run.target_file is not None:
-            return KdxError("Maps can be computed anew for labels, and the run has another target.", hint)
+            return KdxError(
+                "kdx can compute maps again only for one-hot labels; the run has another target.", "Name other metrics with --metric."
+            )
         if min(len(subject), options.detailed) < LEAST:
-            return KdxError(f"Maps are computed anew among at least {LEAST} images.", "Give larger --images and --detailed.")
+            return KdxError(f"Computing maps again needs at least {LEAST} images.", "Give larger values of --images and --detailed.")
         return None
     try:
         _ = subject.dataset if need == "images" else subject.networks if need == "networks" else subject.untrained("student")

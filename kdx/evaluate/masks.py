@@ -87,7 +87,7 @@ def mask_source(run: RunRecord, resizing: Resizing, dataset: Dataset | None, pat
         if not matches:
             raise KdxError(
                 f"None of the run's {len(ids)} images has a mask in {path}.",
-                f"Name the masks like the images, such as {ids[0]}, and like their folders.",
+                f"Give each mask the name of its image, such as {ids[0]}, folders included.",
             )
         places = np.array([place for place, name in enumerate(ids) if name in matches], dtype=np.int64)
         of_image = _annotated(run, annotations, matches, dataset, index)

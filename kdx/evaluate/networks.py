@@ -59,8 +59,8 @@ def _recorded_models(run: RunRecord) -> Path:
             path = Path(rest if equals else value)
             if path.suffix == ".toml" and path.is_file():
                 return path
-            raise KdxError(f"The run's models file {path} is not here.", "Give it with --models.")
-    raise KdxError("The run's manifest does not name its models file.", "Give it with --models.")
+            raise KdxError(f"The run's models file {path} does not exist.", "Name it with --models.")
+    raise KdxError("The run's manifest does not name its models file.", "Name it with --models.")
 
 
 def _load(file: ModelsFile, role: str) -> Network:

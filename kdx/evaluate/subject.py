@@ -92,7 +92,7 @@ class Subject:
             if names:
                 self._announce(f"{len(names):,} of {len(ids):,} images {reason} are left out, such as {', '.join(names[:3])}.")
         if not len(places):
-            raise KdxError(f"The {source.description} mark nothing in these images.", "Give the masks of this data.")
+            raise KdxError(f"The {source.description} mark no object in these images.", "Give masks that belong to this data.")
         self._announce(f"Masks: {source.description}, for {len(places):,} images.")
         return places, np.stack([mask for mask in masks.values() if mask is not None])
 
@@ -154,7 +154,7 @@ class Subject:
         images = load_images(self.dataset, index, self.size)
         if images.unreadable:
             name, reason = images.unreadable[0]
-            raise KdxError(f"The image {name} cannot be read any more: {reason}.", "Repair it, or give the run's data with --data.")
+            raise KdxError(f"The image {name} can no longer be read: {reason}.", "Repair it, or give the run's data with --data.")
         return images.pixels
 
     @cached_property

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 _MEANINGS: dict[Statistic, str] = {
-    "values": "Unbiased distance correlation: 1 for the same geometry of the images, 0 expected for unrelated layers.",
-    "cka": "Linear CKA with unbiased HSIC: the same ratio for linear kernels, which follow the directions of largest variance.",
+    "values": "Unbiased distance correlation: 1 means the same geometry of the images, and 0 is expected for unrelated layers.",
+    "cka": "Linear CKA with unbiased HSIC: the same ratio for linear kernels, in which directions of large variance dominate.",
     "partial": "What A and B share beyond C: the correlation after all compared layers of C are projected out of both.",
 }
 

@@ -89,7 +89,7 @@ def grid_of(design: Design) -> Grid:
     keys = [cell.key for cell in cells]
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise KdxError(f"Two cells of the study have the key {twice}.", "Give methods whose names differ in more than punctuation a name.")
+        raise KdxError(f"Two cells of the study have the key {twice}.", "Give the methods names that differ in more than punctuation.")
     parameters = {group: {name: fact.parameters for name, fact in facts.items()} for group, facts in parts[0].facts.items()}
     return Grid(cells, jobs, {part.data: part.fingerprint for part in parts}, parameters)
 

@@ -99,7 +99,7 @@ def check_keys(table: Mapping[str, Any], known: Collection[str], where: str) -> 
             continue
         full = f"{where}.{key}" if where else key
         if where.endswith("training") and key in _AXES:
-            raise KdxError(f"{full} is an axis of a study, and not an option.", f"Write {key}s at the top of the file.")
+            raise KdxError(f"{full} is an axis of the study, not an option.", f"Write {key}s at the top of the file.")
         near = near_names(key, known, ())
         raise KdxError(
             f"A study has no option {full!r}.", f"Did you mean {near}?" if near else f"Known options: {', '.join(sorted(known))}."

@@ -123,7 +123,7 @@ def _notices(study: Study, statistics: StudyStatistics) -> Iterator[str]:
             "Run the same command again to compute them."
         )
     if statistics.groups and statistics.seeds[1] < 2:
-        yield "There is one seed, so no difference is tested. Intervals are over images and do not contain the spread over trainings."
+        yield "There is one seed, so no difference is tested. Intervals are over images and do not include the spread over trainings."
 
 
 def _basis(statistics: StudyStatistics, runs: Mapping[str, RunRecord]) -> str:
@@ -143,13 +143,13 @@ def _correction(statistics: StudyStatistics) -> str:
     text = (
         f"All {tests} tests of this page are corrected together by Holm’s method: the probability of one or more false results among them "
         f"is at most {level}. Each is a two-sided t test of differences that are paired within seeds. A result counts as settled only "
-        "where its corrected p-value says so; intervals are not corrected. "
+        f"if its corrected p-value is at most {level}; intervals are not corrected. "
     )
     if few < _FEW_SEEDS:
         effect = f"{detectable(few, statistics.confidence):.1f} standard deviations of the seeds’ differences"
         text += (
             f"The power is small: with {few} seeds, a single uncorrected test finds a difference with {percent(POWER, 0)} probability "
-            f"only if it is {effect} or more. A result that is not settled is no evidence that there is no difference. "
+            f"only if it is {effect} or more. A result that is not settled is not evidence that there is no difference. "
         )
     return text + "The tests are about trainings like these on these images, not about other data."
 
@@ -162,7 +162,7 @@ def _intervals(statistics: StudyStatistics) -> str:
     else:
         text = f"Intervals are {level} intervals over seeds (Student’s t)."
         if not all(estimate.over_seeds for estimate in estimates):
-            text += " Where the table says “over images”, there is one seed, and its interval is over images."
+            text += " “Over images” in a table marks a combination with one seed, whose interval is over images."
     return f"{text} {page_tables.OWN_TEACHER}" if any(group.assistants for group in statistics.groups) else text
 
 

@@ -26,8 +26,8 @@ CLAIMS: dict[Question, str] = {
 """What each question asks, as a claim."""
 
 OWN_TEACHER = (
-    "With an assistant, T is the network that taught the student, the last assistant: its accuracy, FSS(S,T), FSS(B,T) and RS(T) are not "
-    "those of the first teacher."
+    "With an assistant, T is the network that taught the student, which is the last assistant. The accuracy of T, FSS(S,T), FSS(B,T) and "
+    "RS(T) then do not refer to the first teacher."
 )
 """What a reader must know about the scores of students with assistants."""
 
@@ -68,7 +68,7 @@ class ClaimCount:
     def text(self) -> str:
         tests = self.supported + self.opposed + self.open
         if not tests:
-            return f"Not tested: {_count(self.untested, 'difference')}, of one seed each or without a spread over seeds."
+            return f"Not tested: {_count(self.untested, 'difference')} with one seed or without a spread over seeds."
         parts = [f"Settled in {self.supported} of {_count(tests, 'test')}"]
         if self.opposed:
             parts.append(f"the opposite in {self.opposed}")

@@ -72,7 +72,7 @@ def test_a_data_set_has_its_own_entries_and_a_preset_supplies_the_rest() -> None
         ({"training": {"epoch": 3}}, "no option 'training.epoch'", "epochs"),
         ({"training": {"epochs": "3"}}, "training.epochs cannot be '3'", "a whole number"),
         ({"training": {"nesterov": 1}}, "training.nesterov cannot be 1", "true or false"),
-        ({"training": {"seed": 3}}, "is an axis of a study", "seeds at the top"),
+        ({"training": {"seed": 3}}, "is an axis of the study", "seeds at the top"),
         ({"training": {"schedule": "cosin"}}, "training.schedule cannot be 'cosin'", "cosine"),
         ({"training": {"alpha": 3}}, "alpha cannot be 3.0", "from 0"),
         ({"training": {"probe": 2}}, "probe cannot be 2", "4 images"),

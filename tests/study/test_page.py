@@ -234,7 +234,7 @@ def test_the_size_of_a_teacher_is_not_that_of_an_assistant(whole: Path) -> None:
         return (m.layer, m.score) == ("layer3", "FSS(S,T)")
 
     assert "large (3.2 M)" in page and "800 k" not in page
-    assert "its accuracy, FSS(S,T), FSS(B,T) and RS(T) are not those of the first teacher" in page
+    assert "The accuracy of T, FSS(S,T), FSS(B,T) and RS(T) then do not refer to the first teacher" in page
     small, large = (
         np.array([m.value for m in study.measurements if m.cell.startswith(f"digits/{teacher}/tiny/kd/") and where(m)])
         for teacher in ("small", "large")
