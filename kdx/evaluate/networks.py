@@ -59,7 +59,7 @@ def _recorded_models(run: RunRecord) -> Path:
             path = Path(rest if equals else value)
             if path.suffix == ".toml" and path.is_file():
                 return path
-            raise KdxError(f"The run's models file {path} does not exist.", "Name it with --models.")
+            raise KdxError(f"The run names {path}, which is not an existing models file (.toml).", "Name it with --models.")
     raise KdxError("The run's manifest does not name its models file.", "Name it with --models.")
 
 
