@@ -194,7 +194,7 @@ def dry_run(design: Design, folder: Path, *, workers: int | None = None) -> Grou
 
 def _cost_table(rows: Sequence[Cost], workers: int) -> Table:
     left = sum(row.left for row in rows)
-    title = f"About {_duration(left / workers)} with {workers} worker{'s' if workers > 1 else ''}, of {_duration(left)} of work"
+    title = f"About {_duration(left / workers)} with {workers} worker{'s' if workers > 1 else ''}, for {_duration(left)} of work"
     table = Table("work", "networks", "jobs", "to do", "epochs", "time of one", "source of the time", box=None, pad_edge=False, title=title)
     for row in rows:
         kind = "student and its explanation" if row.kind == "cell" else row.kind

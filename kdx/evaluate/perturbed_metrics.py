@@ -99,15 +99,15 @@ def _keeping(_task: Task) -> Callable[..., Curves]:
 _NEEDS: frozenset[Need] = frozenset({"images", "networks"})
 
 _SCORES = (
-    "The score is the student's probability of the image's label; with [gain], that minus the base's. The pixels of the uniform map have a "
-    "random order."
+    "The score is the student's probability of the image's label; with [gain], it is that probability minus the base's. The "
+    "pixels of the uniform map have a random order."
 )
 
 PERTURBED: tuple[Metric, ...] = (
     Metric(
         "insertion",
         "area under the insertion curve",
-        f"The mean score as the pixels that the map ranks highest are inserted first into the blurred image. {_SCORES}",
+        f"The mean score while the pixels that the map ranks highest are inserted first into the blurred image. {_SCORES}",
         "higher",
         partial(_measured, _insertion),
         _NEEDS,
@@ -116,7 +116,7 @@ PERTURBED: tuple[Metric, ...] = (
     Metric(
         "deletion",
         "area under the deletion curve",
-        f"The mean score as the pixels that the map ranks highest are first replaced by the image's mean colour. {_SCORES}",
+        f"The mean score while the pixels that the map ranks highest are replaced first by the image's mean colour. {_SCORES}",
         "lower",
         partial(_measured, _deletion),
         _NEEDS,
@@ -125,7 +125,7 @@ PERTURBED: tuple[Metric, ...] = (
     Metric(
         "road_keep",
         "ROAD, most relevant kept",
-        f"The mean score as 10% to 90% of the pixels, those that the map ranks lowest, are imputed from the others. {_SCORES}",
+        f"The mean score when 10% to 90% of the pixels, those that the map ranks lowest, are imputed from the others. {_SCORES}",
         "higher",
         _kept,
         _NEEDS,
@@ -134,7 +134,7 @@ PERTURBED: tuple[Metric, ...] = (
     Metric(
         "road_remove",
         "ROAD, most relevant removed",
-        f"The mean score as 10% to 90% of the pixels, those that the map ranks highest, are imputed from the others. {_SCORES}",
+        f"The mean score when 10% to 90% of the pixels, those that the map ranks highest, are imputed from the others. {_SCORES}",
         "lower",
         _removed,
         _NEEDS,
@@ -143,8 +143,8 @@ PERTURBED: tuple[Metric, ...] = (
     Metric(
         "road",
         "ROAD, kept minus removed",
-        f"Half of the difference of the two, as in pytorch-grad-cam. {_SCORES} For it, the value is about 0, although scattered pixels are "
-        "easier to impute than a region.",
+        f"Half of the difference between road_keep and road_remove, as in pytorch-grad-cam. {_SCORES} For the uniform map, the value is "
+        "about 0, although scattered pixels are easier to impute than a region.",
         "higher",
         _difference,
         _NEEDS,

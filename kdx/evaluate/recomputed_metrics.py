@@ -55,7 +55,7 @@ RECOMPUTED: tuple[Metric, ...] = (
         "randomisation",
         "rank correlation with random weights",
         "Spearman's correlation between the map and that of a student with random weights. Near 1, the map does not depend on what the "
-        "student learned. The steps are those of a student whose weights are random from the output to one part.",
+        "student learned. At each step, the student's weights are random from the output to one part of the network.",
         "lower",
         _randomised,
         _NEEDS | {"untrained"},
@@ -64,7 +64,7 @@ RECOMPUTED: tuple[Metric, ...] = (
     Metric(
         "randomisation_ssim",
         "SSIM with random weights",
-        "The structural similarity of the same two maps, at the size of the image. Smooth maps are similar also by chance.",
+        "The structural similarity of the same two maps, at the size of the image. Smooth maps are also similar by chance.",
         "lower",
         _randomised_ssim,
         _NEEDS | {"untrained"},
@@ -73,8 +73,8 @@ RECOMPUTED: tuple[Metric, ...] = (
     Metric(
         "label_randomisation",
         "rank correlation with permuted labels",
-        "Spearman's correlation between the map and that for permuted labels, the mean over 5 permutations. The networks stay the same. "
-        "Maps that do not read the labels, such as FSS, have 1.",
+        "Spearman's correlation between the map and that for permuted labels, as the mean over 5 permutations. The networks stay the same. "
+        "Maps that do not use the labels, such as those of FSS, have 1.",
         None,
         _labels,
         _NEEDS,
@@ -93,7 +93,7 @@ RECOMPUTED: tuple[Metric, ...] = (
     Metric(
         "references",
         "agreement between reference sets",
-        "Spearman's correlation between two maps of an image, among two class-balanced reference sets that share no image.",
+        "Spearman's correlation between two maps of an image, each computed with one of two class-balanced reference sets that share no image.",
         None,
         _references,
         _NEEDS,
@@ -102,7 +102,7 @@ RECOMPUTED: tuple[Metric, ...] = (
     Metric(
         "sensitivity",
         "maximal sensitivity",
-        "The largest relative change of the map under uniform noise of the pixels of at most 0.02, among 10 draws. A map that ignores its "
+        "The largest relative change of the map among 10 draws of uniform noise on the pixels, of at most 0.02. A map that ignores its "
         "image has 0.",
         None,
         _sensitivity,

@@ -181,8 +181,8 @@ def _notes(runs: Mapping[str, RunRecord], common: int) -> list[str]:
     if counts != {common}:
         sizes = ", ".join(f"{name} {run.explained:,}" for name, run in runs.items())
         notes.append(
-            f"The runs do not explain the same images: {common:,} images are common to all of them ({sizes}). Each score is that of the "
-            "run’s own images; the gallery and the accuracies are those of the common images."
+            f"The runs do not explain the same images: {common:,} images are common to all of them ({sizes}). Each score describes the "
+            "images of its run; the gallery and the accuracies are those of the common images."
         )
     for role in ("teacher", "base"):
         weights = [_weights(run, role) for run in runs.values()]

@@ -34,7 +34,7 @@ def joint_table(comparison: Comparison, format_: TableFormat, digits: int = 3) -
             ([name, *row] for name, run in comparison.runs.items() for row in schema.scores_table_rows(run.stored_scores)),
         )
     if format_ == "images":
-        raise KdxError("The numbers of the images are those of one run.", "Give one run with --table images.")
+        raise KdxError("The table of images describes a single run.", "Give one run with --table images.")
     return _latex(comparison, digits) if format_ == "latex" else _markdown(comparison, digits)
 
 

@@ -147,4 +147,4 @@ def _tested_note(kind: str, count: int, layers: int, confidence: float) -> str:
     """What a filled mark means, in words."""
     over = f"all {count:,} {'classes' if kind == 'class' else 'groups'}" + (f" and {layers} layers" if layers > 1 else "")
     level = wording.percent(1 - confidence, 0)
-    return f"A filled mark: the difference is not zero at the level of {level}, adjusted by Holm’s method over {over}."
+    return f"A filled mark means that the difference is not zero at the level of {level}, adjusted by Holm’s method over {over}."

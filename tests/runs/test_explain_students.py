@@ -95,7 +95,7 @@ def test_names_that_cannot_be_folders_are_refused(texts: list[str], message: str
     ("options", "message"),
     [
         ([], "No network is named"),
-        (["--models", "m.toml", "--teacher", "timm:resnet18"], "--teacher names"),
+        (["--models", "m.toml", "--teacher", "timm:resnet18"], "--teacher has an effect only"),
         (["--models", "m.toml", "--student", "kd=a.pt2"], "both name students"),
         (["--student", "kd=a.pt2", "--data", "digits"], "--data explains"),
     ],
