@@ -93,7 +93,8 @@ RECOMPUTED: tuple[Metric, ...] = (
     Metric(
         "references",
         "agreement between reference sets",
-        "Spearman's correlation between two maps of an image, each computed with one of two class-balanced reference sets that share no image.",
+        "Spearman's correlation between two maps of an image, each computed with one of two class-balanced reference sets "
+        "that share no image.",
         None,
         _references,
         _NEEDS,

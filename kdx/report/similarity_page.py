@@ -167,7 +167,7 @@ def _svg(result: Similarity, statistic: Statistic) -> Iterator[str]:
 
 
 def _diagonal(result: Similarity) -> Markup | None:
-    """The similarity of the layers at equal places, where both networks have as many layers; else None."""
+    """The similarity of the layers at the same position, if both networks have equally many layers; else None."""
     from markupsafe import Markup
 
     count = len(result.layers_a)

@@ -91,13 +91,13 @@ def class_scores(
     of the intervals. seed: of the random parts that intervals leave out above 256 images. backend: as in `kdx.unicam`. All images are one
     set, for any n; memory grows with n and the number of classes.
 
-    An interval covers its own score. With C classes, about C/20 of the 95% intervals do not contain the true value. The p-values of
+    Each interval refers to one score alone. With C classes, about C/20 of the 95% intervals do not contain the true value. The p-values of
     contrasts are adjusted by Holm's method over all classes and layers (``p_adjusted``).
 
     A class needs 5 images; a score without a value has a reason in `GroupScores.missing`. Raises KdxError for what `kdx.compare` refuses.
     In simulations, 95% intervals of RS contained the true value in 85 to 90% of the cases for classes of 5 and 10 images out of 800, in
     about 93% for 20 to 50, and in 95% for 100. A low RS of a class does not mean that the network misclassifies it, and a rare class has
-    a low RS, because few of all pairs of images contain it; compare networks at one class rather than classes.
+    a low RS, because few of all pairs of images contain it; compare networks within one class, not classes.
 
     >>> import numpy as np, kdx
     >>> labels = np.arange(60) % 3

@@ -63,7 +63,7 @@ def similarity(
     All numbers lie in [-1, 1] and are never NaN; 0 is expected for unrelated layers, and 1 means the same geometry up to scale, rotation
     and shift. A high value does not mean that the layers compute the same function, that they are equally useful for a task, or that one
     network learned from the other: two networks may share the geometry of the images themselves. No multiple testing is corrected: every
-    interval holds for its own pair of layers.
+    interval refers to its own pair of layers.
 
     Raises KdxError for fewer than four images, features that are not finite or constant, and features of different images.
 

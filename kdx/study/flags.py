@@ -35,7 +35,7 @@ def design_from(file: Path | None, preset: StudyPresetName | None, flags: Flags)
     """The design of a file and flags. An axis in the flags replaces the axis of the file, and an axis of the file that of the preset.
 
     Handwritten digits without a file and without networks have the preset ``digits``. A data set of the preset that no one locates is left
-    out if another one is located. Raises KdxError for whatever is not valid.
+    out if another one is located. Raises KdxError for anything that is not valid.
     """
     content = read_design(file) if file is not None else {}
     preset = _preset(content.pop("preset", None)) if preset is None else preset

@@ -27,7 +27,7 @@ def latex_table(study: Study, statistics: StudyStatistics, digits: int = 3) -> s
     if most > 1:
         basis = f"means over {f'{fewest} to ' if fewest < most else ''}{most} seeds with {level} intervals over seeds"
     else:
-        basis = f"one seed, with {level} intervals over images, which do not contain the spread over seeds"
+        basis = f"one seed, with {level} intervals over images, which do not include the spread over seeds"
     lines = [f"% kdx {study.plan['kdx']}: {basis}. Needs \\usepackage{{booktabs}}."]
     chains = dict.fromkeys((group.data, group.chain) for group in statistics.groups)
     for data, chain in chains:

@@ -51,7 +51,7 @@ def training_of(
 
     method: None where no student is trained; the settings then name the default method, which does not matter.
 
-    Raises KdxError for an unknown key, a value of another type, and whatever `TrainingSettings` refuses.
+    Raises KdxError for an unknown key, a value of another type, and for anything that `TrainingSettings` refuses.
     """
     check_keys(table, TRAINING_KEYS, where)
     extras = TrainingExtras(**_values(TrainingExtras, table, where))
@@ -66,7 +66,7 @@ def training_of(
 def run_options_of(table: Mapping[str, Any], base: str | None, where: str = "explain") -> RunOptions:
     """The options of a run from a table [explain]; a preset supplies what the table does not contain. base: as of `RunOptions`.
 
-    Raises KdxError for an unknown key, a value of another type or out of range, and whatever `RunOptions` refuses.
+    Raises KdxError for an unknown key, a value of another type or out of range, and for anything that `RunOptions` refuses.
     """
     check_keys(table, EXPLAIN_KEYS, where)
     preset = None if "preset" not in table else value_of(PresetName | None, table["preset"], f"{where}.preset")

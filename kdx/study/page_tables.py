@@ -188,7 +188,7 @@ def _reading(statistics: StudyStatistics, group: Group, layer: str) -> str:
 
 @dataclass(frozen=True)
 class Failure:
-    """A layer at which a student is worse than its base: RS(B|S) > RS(S|B). settled: whether the corrected test says so."""
+    """A layer at which a student is worse than its base: RS(B|S) > RS(S|B). settled: whether the corrected test settles it."""
 
     students: str
     data: str
