@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
@@ -92,7 +94,8 @@ class Workers:
         os.environ.update(dict.fromkeys(COUNTS, str(self.threads)))  # read before the process loads PyTorch
         try:
             process = _CONTEXT.Process(target=_serve, args=(theirs, self.perform, self.folder), daemon=True)
-            process.start()
+            with _hidden_main():
+                process.start()
         finally:
             for name, value in before.items():
                 if value is None:
@@ -102,6 +105,21 @@ class Workers:
         theirs.close()
         self._workers.append(_Worker(process, ours))
         return self._workers[-1]
+
+
+@contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Inside the block, new processes do not import the main module, which may be a script that would start the study once more."""
+    main = sys.modules["__main__"]
+    before = {name: getattr(main, name) for name in ("__spec__", "__file__") if hasattr(main, name)}
+    main.__spec__ = None
+    if "__file__" in before:
+        del main.__file__
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(main, name, value)
 
 
 def _serve(connection: Any, perform: Perform, folder: Path) -> None:

@@ -71,11 +71,11 @@ def test_processes_do_the_same_and_one_that_dies_fails_its_job(tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_processes_end_with_the_first_one(tmp_path: Path) -> None:
+    """The script has no ``if __name__ == "__main__"``, and is not run again by the processes."""
     code = (
         "import sys; from pathlib import Path; from kdx.study.design import design_of; from kdx.study.grid import grid_of\n"
         "from kdx.study.schedule import run_jobs; from tests.study.small_study import CONTENT, sleep\n"
-        "if __name__ == '__main__':\n"
-        "    list(run_jobs(grid_of(design_of(CONTENT)).jobs, sleep, Path(sys.argv[1]), workers=2, threads=1, on_note=print))\n"
+        "list(run_jobs(grid_of(design_of(CONTENT)).jobs, sleep, Path(sys.argv[1]), workers=2, threads=1, on_note=print))\n"
     )
     script = tmp_path / "script.py"
     script.write_text(code)
