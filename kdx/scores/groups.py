@@ -95,8 +95,8 @@ def class_scores(
     contrasts are adjusted by Holm's method over all classes and layers (``p_adjusted``).
 
     A class needs 5 images; a score without a value has a reason in `GroupScores.missing`. Raises KdxError for what `kdx.compare` refuses.
-    In simulations, 95% intervals of RS contained the true value in 85 to 90% of the cases for classes of 5 and 10 images out of 800, in
-    about 93% for 20 to 50, and in 95% for 100. A low RS of a class does not mean that the network misclassifies it, and a rare class has
+    In simulations, 95% intervals of RS contained the true value in 84 to 90% of the cases for classes of 5 and 10 images out of 800, in
+    92 to 94% for 20 to 50, and in 95% for 100. A low RS of a class does not mean that the network misclassifies it, and a rare class has
     a low RS, because few of all pairs of images contain it; compare networks within one class, not classes.
 
     >>> import numpy as np, kdx

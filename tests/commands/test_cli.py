@@ -113,7 +113,7 @@ def test_every_option_of_explain_reaches_the_run(run: Run, monkeypatch: pytest.M
         gallery=5, gallery_order="wrong", gallery_images=("a.png", "b/c.png"),
         salient_class="true", salient_score="probability", salient_image="published", ratios="mean", pooled=True,
             random_baseline=True, base="none",
-        target="t.npy", resize="squash", interpolation="bilinear",
+        target="t.npy", resize="squash", interpolation="bilinear", groups="weather", groups_file=Path("g.csv"), max_classes=7,
     )  # fmt: skip
     default = RunOptions()
     assert not {field for field in vars(default) if getattr(chosen, field) == getattr(default, field)}

@@ -127,6 +127,7 @@ def test_a_network_that_is_given_twice_runs_once(pictures: Path, tmp_path: Path,
     assert np.allclose(np.diag(result.values), 1) and passes == [["A"]] * 5  # blank images, and 26 images in batches of 8
 
 
+@pytest.mark.slow
 def test_a_stopped_comparison_resumes_to_the_same_numbers(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = compare(pictures, tmp_path / "whole")
     with monkeypatch.context() as patch:

@@ -29,6 +29,7 @@ def all_results() -> list[Tensor]:
     return [*results, fused.cam(features, torch.ones(2, 64)), fused.means(features), positions.distances, shares]
 
 
+@pytest.mark.slow
 def test_the_order_of_blocks_and_threads_changes_no_bit() -> None:
     results = []
     for order in ORDERS:

@@ -75,7 +75,7 @@ def test_a_run_has_the_results_of_its_roles_and_a_page(
     page = (tmp_path / "run" / "report.html").read_text()
     assert title in page and all(word in page for word in words)
     absent = {"base", "teacher"} - set(roles)
-    text = re.sub(r"<[^>]*>", "", page.split("<main>")[1].split('<section id="run"')[0])
+    text = re.sub(r"<[^>]*>", "", page.split('<main id="main">')[1].split('<section id="run"')[0])
     assert not [role for role in absent if re.search(rf"\bthe {role}\b|\b{role}:", text)]
     assert scores_table(tmp_path / "run").row_count == len(record.score_names) + len(record.contrast_names)
 
@@ -105,6 +105,7 @@ def test_a_run_of_spatial_means_has_no_score_maps_and_states_it(folder: Path, tm
     assert (tmp_path / "run" / "manifest.json").read_text().count('"pooled": true') == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("geometry", ["whole", "batch"])
 def test_without_a_base_fss_has_the_baseline_of_random_weights(folder: Path, tmp_path: Path, geometry: GeometryName) -> None:
     options = replace(OPTIONS, geometry=geometry, batch=32, permutations=19)
