@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -34,7 +34,7 @@ from kdx.study.latex import latex_table
 from kdx.study.page import write_page
 from kdx.study.schedule import Note, Outcome, run_jobs
 from kdx.study.statistics import study_statistics
-from kdx.study.table import LATEX_FILE, STUDY_FILE, CellStatus, Measurement, measurements_of, read_study, write_plan, write_table
+from kdx.study.table import LATEX_FILE, STUDY_FILE, Cell, CellStatus, Measurement, measurements_of, read_study, write_plan, write_table
 
 DONE = "done.json"
 """The file of a complete job, in its folder: the job's identity, and the seconds that it took."""
@@ -176,7 +176,7 @@ def run(design: Design, folder: Path, *, workers: int | None = None, command: Se
             for ended, outcome in enumerate(outcomes, 1):
                 study.end(outcome)
                 announce(f"[{ended}/{todo}] {outcome.job.kind} {outcome.job.key}: {_ending(outcome)}")
-        return _finish(study, announce)
+        return _finish(study)
 
 
 def dry_run(design: Design, folder: Path, *, workers: int | None = None) -> Group:
@@ -294,28 +294,35 @@ def _has_page(run: Path) -> bool:
     return (run / schema.SCORES_FILE).is_file() and (run / schema.PAGE).is_file()
 
 
-def _finish(study: _Run, announce: Announce) -> Path:
+@contextmanager
+def _recomputed_if_damaged(study: _Run, cells: Sequence[Cell], problem: str) -> Iterator[None]:
+    """If the block finds a damaged run, let the next start of the study look at these cells again; what is whole is not computed again."""
+    try:
+        yield
+    except LostResult as error:
+        for cell in cells:
+            study.complete.discard(cell.key)
+            with suppress(OSError):
+                (study.folder / cell.folder).parent.joinpath(DONE).unlink()
+        study.write_plan()
+        raise KdxError(f"{problem}: {error.problem}", "Run the same command again; it computes what is damaged again.") from error
+
+
+def _finish(study: _Run) -> Path:
     """Write the tables and the page of the complete cells. Raises KdxError if a cell has failed."""
     measurements: list[Measurement] = []
     for cell in study.grid.cells:
-        if cell.key not in study.complete:
-            continue
-        try:
-            measurements += measurements_of(cell.key, read_run(study.folder / cell.folder).stored_scores)
-        except LostResult as error:
-            study.complete.remove(cell.key)
-            with suppress(OSError):
-                (study.folder / cell.folder).parent.joinpath(DONE).unlink()
-            raise KdxError(
-                f"The cell {cell.key} is damaged: {error.problem}", "Run the same command again; it computes the cell again."
-            ) from error
+        if cell.key in study.complete:
+            with _recomputed_if_damaged(study, [cell], f"The cell {cell.key} is damaged"):
+                measurements += measurements_of(cell.key, read_run(study.folder / cell.folder).stored_scores)
     study.write_plan()
     write_table(study.folder, study.grid.cells, measurements)
     stored = read_study(study.folder)
     confidence = study.grid.jobs[-1].options.confidence
     write_atomic(study.folder / LATEX_FILE, latex_table(stored, study_statistics(stored, {}, confidence)).encode())
     shutil.rmtree(study.folder / FEATURES, ignore_errors=True)
-    page = write_page(study.folder) if measurements else study.folder / STUDY_FILE
+    with _recomputed_if_damaged(study, study.grid.cells, "A cell is damaged"):  # also its maps and pictures are read
+        page = write_page(study.folder) if measurements else study.folder / STUDY_FILE
     failed = [outcome for key, outcome in study.problems.items() if any(cell.key == key for cell in study.grid.cells)]
     if failed:
         first = next((outcome for outcome in study.problems.values()), failed[0])

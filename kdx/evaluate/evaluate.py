@@ -18,7 +18,15 @@ from kdx.evaluate.metrics import LEAST, EvaluationOptions, Metric, Need, Task, V
 from kdx.evaluate.registry import METRICS
 from kdx.evaluate.subject import Sources, Subject
 from kdx.progress import Show, progress
-from kdx.runs.evaluation import Evaluation, Measurement, mean_interval, number_name, read_evaluation, write_evaluation
+from kdx.runs.evaluation import (
+    Evaluation,
+    Measurement,
+    mean_interval,
+    number_name,
+    read_evaluation,
+    write_evaluation,
+    write_measurements,
+)
 from kdx.runs.record import RunRecord, read_run
 
 DEFAULT_IMAGES = 200
@@ -186,19 +194,25 @@ def _basis(metric: Metric, subject: Subject, options: EvaluationOptions) -> dict
 
 
 def _known(run: RunRecord, plan: _Plan, subject: Subject, options: EvaluationOptions) -> Evaluation:
-    """The stored evaluation without what is to be computed anew, because other images, masks or options were given."""
+    """The stored evaluation without what is to be computed anew, because other images, masks or options were given.
+
+    That is deleted first, so that a process that is killed while it writes never leaves old means beside new values.
+    """
     stored = read_evaluation(run) or Evaluation((), {}, {}, {}, run.confidence)
     planned = {metric.name: metric.record(_basis(metric, subject, options)) for metric in plan.metrics}
     same = {name for name, record in stored.metrics.items() if name not in planned or planned[name].basis == record.basis}
     kept = tuple(measurement for measurement in stored.measurements if measurement.metric in same)
     metrics = {**stored.metrics, **planned}
-    return Evaluation(
+    known = Evaluation(
         kept,
         {name: metrics[name] for name in METRICS if name in metrics},
         {**stored.candidates, **{candidate.name: candidate.record for candidate in plan.candidates}},
         {measurement.number: stored.values[measurement.number] for measurement in kept},
         stored.confidence,
     )
+    if len(kept) < len(stored.measurements):
+        write_measurements(run, known)
+    return known
 
 
 def _measure(state: _State, subject: Subject, plan: _Plan, options: EvaluationOptions, show: Show) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from kdx.disk import lock_file, log, replacing, unwritable, write_atomic
+from kdx.errors import KdxError, first_line
 from kdx.runtimes.runner import NetworkOutputs
 
 _PACKAGES = ("kdx", "torch", "onnxruntime", "openvino", "tensorrt")
@@ -34,7 +35,8 @@ _UNREADABLE = (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError
 class SharedFeatures:
     """The outputs of networks under ``folder``. Several processes may use it at once, and a killed one leaves nothing that is wrong.
 
-    Passes are stored as long as the folder takes less space than is free on its disk; other passes are computed each time.
+    Passes are stored as long as the folder takes less space than is free on its disk and can be written; other passes are computed each
+    time.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -69,8 +71,12 @@ class SharedFeatures:
                 log.warning("%s takes half of the free space: further passes of the teacher and the base are not shared.", self.folder)
             self._is_full = True
             return
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            torch.save({"logits": outputs.logits, "features": outputs.features}, file)
+        try:
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                torch.save({"logits": outputs.logits, "features": outputs.features}, file)
+        except (KdxError, RuntimeError) as error:  # PyTorch raises RuntimeError where the disk is full
+            log.warning("%s is not shared: %s", path, error.problem if isinstance(error, KdxError) else first_line(error))
+            return
         self.bytes += path.stat().st_size
 
     def runtime(self) -> str | None:

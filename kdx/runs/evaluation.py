@@ -189,6 +189,11 @@ def write_evaluation(run: RunRecord, evaluation: Evaluation) -> None:
     table = io.BytesIO()
     pq.write_table(pa.table(columns), table)
     write_atomic(run.folder / schema.EVALUATION_TABLE, table.getvalue())
+    write_measurements(run, evaluation)
+
+
+def write_measurements(run: RunRecord, evaluation: Evaluation) -> None:
+    """Write evaluation.json alone. The table may have columns that it does not name."""
     metrics: dict[str, Any] = {name: {**asdict(metric), "measurements": []} for name, metric in evaluation.metrics.items()}
     for measurement in evaluation.measurements:
         metrics[measurement.metric]["measurements"].append(

@@ -112,8 +112,11 @@ def class_scores(
     for layer, by_role in _checked(features).items():
         rows = _rows(layer, by_role)
         Target.of(codes, next(iter(rows.values())).shape[0]).checked()
-        sums = inner_products(dict(rows.items()), [], sampling, classes=torch.from_numpy(codes).to(_device(rows)))
+        named = {f"{role}'s features at {layer}": values for role, values in rows.items()}
+        sums = inner_products(named, [], sampling, classes=torch.from_numpy(codes).to(_device(rows)))
         assert sums.classes is not None
+        for explained, given in pairs_among(rows).values():
+            check_residual(sums, [*rows].index(explained), [*rows].index(given))
         scores = of_classes(rows, sums.products, sums.influences, sums.classes, codes, sampling)
         layers[layer] = dict(zip(names, scores, strict=True))
     return adjusted_groups(layers)

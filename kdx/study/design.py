@@ -68,7 +68,8 @@ class Design:
         for data in self.data:
             for method in self.methods:
                 self.training_of(data, method, self.seeds[0])
-            self.run_options_of(data)
+        if len({self.run_options_of(data).confidence for data in self.data}) > 1:
+            raise KdxError("The data sets have different values of explain.confidence.", "Give one in [explain]; the page has one level.")
 
     def reference_of(self, data: str) -> str:
         """The data reference of the images that are used."""

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal
 
 from kdx import models
@@ -72,12 +73,14 @@ class Grid:
 
 @dataclass(frozen=True)
 class _Fact:
-    """What a grid depends on of a network. given: the hash of the weights, if the network is used as it is."""
+    """What a grid depends on of a network. given: the hash of the weights, if the network is used as it is. weights_file: the hash of the
+    file with which a training starts, if the reference names one."""
 
     reference: str
     parameters: int
     preprocessing: str
     given: str | None
+    weights_file: str | None
 
 
 def grid_of(design: Design) -> Grid:
@@ -210,6 +213,9 @@ class _DataGrid:
             "given": next((fact.given for fact in self.facts["teachers"].values() if fact.reference == teacher), None)
             if not above
             else None,
+            "weights_file": next(
+                fact.weights_file for group in self.facts.values() for fact in group.values() if fact.reference == student
+            ),
             "base": base is not None and base != NO_BASE,
             "training": _jsonable({**asdict(settings), **asdict(extras), "save_minutes": None, "log": None}),
             **({"explain": _jsonable(asdict(options)), "layers": list(layers)} if kind == "cell" else {}),
@@ -239,7 +245,10 @@ def _fact(reference: str, classes: int, settings: TrainingSettings) -> _Fact:
     network: Network = models.load(str(parsed), classes=classes)
     preprocessing = json.dumps(asdict(training_preprocessing(network, settings)), sort_keys=True)
     digest = hashlib.sha256(preprocessing.encode()).hexdigest()
-    return _Fact(reference, network.parameters, digest, network.weights_hash if is_trained_teacher(parsed, network) else None)
+    given = network.weights_hash if is_trained_teacher(parsed, network) else None
+    file = None if parsed.weights is None else Path(parsed.weights).expanduser()
+    weights_file = hashlib.sha256(file.read_bytes()).hexdigest() if file is not None and file.is_file() else None
+    return _Fact(reference, network.parameters, digest, given, weights_file)
 
 
 def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:

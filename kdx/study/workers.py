@@ -60,9 +60,18 @@ class Workers:
         return self.count - sum(worker.job is not None for worker in self._workers)
 
     def start(self, job: Job) -> None:
-        worker = next((worker for worker in self._workers if worker.job is None), None) or self._new()
-        worker.job = job
+        for worker in [worker for worker in self._workers if worker.job is None]:
+            try:
+                worker.connection.send(job)
+            except OSError:  # the process was killed while it had no job
+                self._workers.remove(worker)
+                worker.process.join()
+                continue
+            worker.job = job
+            return
+        worker = self._new()
         worker.connection.send(job)
+        worker.job = job
 
     def wait(self, on_note: Callable[[Job, str], None]) -> Iterator[Outcome]:
         """Wait for a message of a process; yield the outcomes of the jobs that have ended. Without a running job, return at once."""

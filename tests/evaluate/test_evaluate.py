@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import stats
 
 import kdx
+from kdx.disk import write_atomic
 from kdx.errors import KdxError
 from kdx.evaluate import evaluate as module
 from kdx.evaluate.candidates import at_image_size
@@ -195,6 +196,29 @@ def test_other_images_replace_a_metric_and_keep_the_others(made: Path, made_mask
     assert stored is not None and [(m.metric, m.n) for m in stored.measurements] == [("energy", 10), ("density", 6)]
     edit(made / "manifest.json", finished="2026-04-01T10:00:00+00:00")  # the run was computed again
     assert read_evaluation(read_run(made)) is None and not any("energy" in name for name in kdx.open_run(made).numbers)
+
+
+def test_a_process_that_is_killed_between_the_two_files_leaves_no_wrong_values(
+    made: Path, made_masks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: Any = {"masks": made_masks, "metrics": ["density"], "maps": ["rs_student", "centre"], "announce": silent}
+    expected = evaluate(made, **arguments)
+    written: list[str] = []
+
+    def die(path: Path, content: bytes) -> None:
+        if schema.EVALUATION_TABLE in written:
+            raise SystemExit
+        write_atomic(path, content)
+        written.append(path.name)
+
+    monkeypatch.setattr("kdx.runs.evaluation.write_atomic", die)
+    with pytest.raises(SystemExit):
+        evaluate(made, images=6, **arguments)
+    monkeypatch.undo()
+    again = evaluate(made, **arguments)
+    assert again.measurements == expected.measurements
+    for name, values in expected.values.items():
+        np.testing.assert_array_equal(again.values[name], values)
 
 
 def test_a_damaged_evaluation_is_computed_again(made: Path, made_masks: Path) -> None:

@@ -124,6 +124,20 @@ def test_without_space_passes_are_computed_and_not_stored(
     assert caplog.text.count("takes half of the free space") == 1
 
 
+@pytest.mark.parametrize("error", [RuntimeError("unexpected pos 64 vs 0"), OSError(28, "No space left on device")])
+def test_a_disk_that_becomes_full_fails_no_run(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    outputs = NetworkOutputs(torch.rand(3, 2), {})
+    assert torch.equal(SharedFeatures(tmp_path).outputs("network", "images", lambda: outputs, torch.device("cpu")).logits, outputs.logits)
+    assert "is not shared" in caplog.text
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["images.lock"]
+
+
 @pytest.mark.slow
 def test_the_runtime_auto_is_that_of_the_first_run(folder: Path, models: dict[str, Path], tmp_path: Path) -> None:
     shared = SharedFeatures(tmp_path / "shared")

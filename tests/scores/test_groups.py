@@ -156,3 +156,13 @@ def test_labels_and_groups_are_checked(bad: Any) -> None:
         kdx.group_scores({_LAYER: features}, labels, bad)
     with pytest.raises(kdx.KdxError):
         kdx.class_scores({}, labels)
+
+
+@pytest.mark.parametrize("n", [40, 300])
+def test_networks_with_the_same_geometry_are_refused_as_by_compare(n: int) -> None:
+    """RS(S|B) of rounding errors would be a number without meaning."""
+    features, labels = _networks(n)
+    same = {_LAYER: {**features, "base": 2 * features["student"] + 1}}
+    for refuses in (kdx.compare, kdx.class_scores):
+        with pytest.raises(kdx.KdxError, match=r"Nothing is left of the student's features at layer4"):
+            refuses(same, labels)

@@ -79,6 +79,7 @@ def test_a_data_set_has_its_own_entries_and_a_preset_supplies_the_rest() -> None
         ({"training": 3}, "training cannot be 3", r"\[training\]"),
         ({"explain": {"geometry": "hole"}}, "explain.geometry cannot be 'hole'", "whole"),
         ({"explain": {"confidence": 7}}, "explain.confidence cannot be 7.0", "range"),
+        ({"data": {"a": "digits", "b": {"reference": "digits", "explain": {"confidence": 0.9}}}}, "values of explain.confidence", "one"),
         ({"explain": {"base": "none"}}, "no option 'explain.base'", "Did you mean|Known"),
         ({"data": {"digits": {"reference": "digits", "traning": {}}}}, "no option 'data.digits.traning'", "training"),
         ({"data": {"digits": {}}}, "has no reference", "--data digits=FOLDER"),

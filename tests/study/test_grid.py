@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from kdx.errors import KdxError
+from kdx.models.resnet import resnet
 from kdx.study.conflicts import check_same_study
 from kdx.study.design import design_of
 from kdx.study.grid import Grid, grid_of
@@ -72,6 +75,17 @@ def test_keys_and_networks_that_are_not_valid_are_errors() -> None:
         grid(teachers={"large": "kdx:nothing"})
     with pytest.raises(KdxError, match="no folder"):
         grid(data={"x": "nowhere"})
+
+
+def test_other_weights_in_a_file_make_other_jobs_of_the_networks_that_start_with_it(tmp_path: Path) -> None:
+    file, identities = tmp_path / "start.safetensors", []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        save_file(resnet(width=2, depth=1, stages=2, classes=10).state_dict(), file)
+        identities.append({job.kind: job.identity for job in grid(students={"tiny": f"{STUDENT}@{file}"}).jobs})
+    first, same, other = identities
+    assert first == same
+    assert {kind for kind in first if first[kind] != other[kind]} == {"base", "cell"}
 
 
 def plan(**entries: Any) -> dict[str, Any]:

@@ -122,6 +122,19 @@ def test_a_study_that_is_killed_and_restarted_gives_the_same_files(complete: Pat
     assert contents(out) == contents(complete)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("damaged", ["scores.json", "samples.parquet", "maps.zarr/zarr.json"])
+def test_a_damaged_run_is_computed_again_by_the_next_start(complete: Path, damaged: str) -> None:
+    """Maps are read for the page alone, after the numbers of all cells."""
+    before, page = contents(complete), (complete / "report.html").read_bytes()
+    (complete / "cells/digits/large/tiny/kd/seed0/run" / damaged).write_bytes(b"damaged")
+    with pytest.raises(KdxError, match="damaged"):
+        run_study(DESIGN, complete)
+    assert read_study(complete).status["digits/large/tiny/kd/seed0"].state == "missing"
+    run_study(DESIGN, complete)
+    assert contents(complete) == before and (complete / "report.html").read_bytes() == page
+
+
 def toml_of(content: dict[str, Any]) -> str:
     lines = [f"{key} = {json.dumps(value)}" for key, value in content.items() if not isinstance(value, dict)]
     for name, table in content.items():

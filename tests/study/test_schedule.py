@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from kdx.study.design import design_of
 from kdx.study.grid import Grid, grid_of
 from kdx.study.schedule import ERROR_FILE, Outcome, run_jobs
+from kdx.study.workers import Workers
 from tests.study.small_study import ASSISTANT, CONTENT, fail_at, record
 
 
@@ -66,6 +68,19 @@ def test_processes_do_the_same_and_one_that_dies_fails_its_job(tmp_path: Path) -
     assert "ended by signal 9" in ended["digits/large/tiny/rkd/seed0"].problem
     check_failures(ended, tmp_path)
     assert len(ended) == len(grid.jobs)
+
+
+@pytest.mark.slow  # two processes import PyTorch
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_a_process_that_dies_without_a_job_is_replaced(grid: Grid, tmp_path: Path) -> None:
+    with Workers(1, record, tmp_path, 1) as pool:
+        pool.start(grid.jobs[0])
+        assert [outcome.problem for outcome in pool.wait(lambda job, note: None)] == [""]
+        (process,) = multiprocessing.active_children()
+        process.kill()
+        process.join()
+        pool.start(grid.jobs[1])
+        assert [outcome.problem for outcome in pool.wait(lambda job, note: None)] == [""]
 
 
 @pytest.mark.slow
