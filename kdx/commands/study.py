@@ -26,13 +26,14 @@ from kdx.errors import KdxError, resumable
 from kdx.runs import schema
 from kdx.runs.environment import environment
 from kdx.runs.record import LostResult, read_run
+from kdx.study.attempts import Note, Outcome
 from kdx.study.conflicts import check_same_study
 from kdx.study.cost import Cost, costs
 from kdx.study.design import Design
 from kdx.study.grid import MODELS, RUN, Grid, Job, grid_of
 from kdx.study.latex import latex_table
 from kdx.study.page import write_page
-from kdx.study.schedule import Note, Outcome, run_jobs
+from kdx.study.schedule import run_jobs
 from kdx.study.statistics import study_statistics
 from kdx.study.table import LATEX_FILE, STUDY_FILE, Cell, CellStatus, Measurement, measurements_of, read_study, write_plan, write_table
 

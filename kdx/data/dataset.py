@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kdx.data.labelled_images import SPLITS, Dataset, Indices
+from kdx.data.sample import SAMPLE, sample_of, sample_parts
 from kdx.data.sources import SOURCES
 from kdx.errors import KdxError
 
@@ -26,7 +27,11 @@ def open_data(reference: str, classes: Sequence[str] | None = None) -> Dataset:
     Raises KdxError for data that are missing or damaged, for a single class, and for a class that is not in ``classes``.
     """
     source, place = _parsed(reference)
-    dataset = SOURCES[source].open(reference, place)
+    if source == SAMPLE:
+        count, sampled = sample_parts(reference, place)
+        dataset = sample_of(open_data(sampled), count, reference)
+    else:
+        dataset = SOURCES[source].open(reference, place)
     if len(dataset.classes) < 2:
         raise KdxError(
             f"{reference} has only one class, {dataset.classes[0]!r}.", "Relevance compares classes: give images of two classes or more."
@@ -39,6 +44,9 @@ def located(reference: str) -> str:
     different ways, such as ``folder:photos`` and ``./photos/``, have the same located reference. A relative path starts at the current
     folder."""
     source, place = _parsed(reference)
+    if source == SAMPLE:
+        count, sampled = sample_parts(reference, place)
+        return f"{SAMPLE}:{count}:{located(sampled)}"
     absolute = SOURCES[source].locate(place)
     if not absolute:
         return source
@@ -59,6 +67,8 @@ def table_of(reference: str) -> Path | None:
 def _parsed(reference: str) -> tuple[str, str]:
     """The source of a reference, and what follows it: a folder, a file, or a name."""
     source, _, place = reference.partition(":")
+    if source == SAMPLE and place:
+        return source, place
     if source in SOURCES and SOURCES[source].accepts(reference):
         return source, place
     suffix = Path(reference).suffix.lower()

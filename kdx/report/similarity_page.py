@@ -119,7 +119,7 @@ def _colours() -> list[str]:
 
 def _scale(result: Similarity) -> tuple[str, str, str]:
     """The colours of the scale as a CSS gradient, and its ends in words."""
-    return ", ".join(_colours()[::17]), number(lowest(result), 2), number(1.0, 2)
+    return ", ".join(_colours()[::17]), number(lowest(result.tables.values()), 2), number(1.0, 2)
 
 
 def _heat_map(result: Similarity, statistic: Statistic) -> _HeatMap:
@@ -137,7 +137,7 @@ def _svg(result: Similarity, statistic: Statistic) -> Iterator[str]:
     bottom = 22 + _CHARACTER * max(len(elided(name, 30)) for name in b)
     width = min(64.0, max(18.0, (WIDE - left - 8) / len(b)))
     height = min(34.0, max(16.0, width))
-    low, colours, values = lowest(result), _colours(), result.table(statistic)
+    low, colours, values = lowest(result.tables.values()), _colours(), result.table(statistic)
     total = left + width * len(b) + 8, 20 + height * len(a) + bottom
     frame = f'viewBox="0 0 {max(total[0], WIDE):.0f} {total[1]:.0f}"'
     yield f'<svg xmlns="http://www.w3.org/2000/svg" {frame} class="heat" aria-hidden="true" focusable="false" font-size="11">'
@@ -178,7 +178,7 @@ def _diagonal(result: Similarity) -> Markup | None:
     with page_figure(height, WIDE) as figure:
         axes = figure.add_axes((0.07, 0.32, 0.91, 0.64))
         style_axes(axes, grid="y", label_size=10)
-        axes.set(xlim=(-0.5, count - 0.5), ylim=(min(0.0, lowest(result)) - 0.02, 1.03))
+        axes.set(xlim=(-0.5, count - 0.5), ylim=(min(0.0, lowest(result.tables.values())) - 0.02, 1.03))
         for statistic, line, marker in zip(result.statistics, LINES, _MARKERS, strict=False):
             values = result.table(statistic).diagonal()
             colour, ends = page_colour(line), _intervals(result, statistic)

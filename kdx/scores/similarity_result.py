@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kdx.disk import csv_text, write_atomic
 from kdx.errors import KdxError
 from kdx.figure_files import rendered, write_figure
+from kdx.scores.similarity_figure import heat_maps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -106,9 +107,12 @@ class Similarity:
 
     def figure(self) -> Figure:
         """Heat maps of all statistics as a matplotlib Figure, to change it before it is written."""
-        from kdx.scores.similarity_figure import heat_maps
+        return heat_maps(self.tables, self.layers_a, self.layers_b)
 
-        return heat_maps(self)
+    @property
+    def tables(self) -> dict[str, NDArray[np.float64]]:
+        """The tables [a, b] of all statistics by their titles."""
+        return {STATISTICS[name]: self.table(name) for name in self.statistics}
 
     def save(self, path: str | Path, *, dpi: float = 200) -> Path:
         """Write the heat maps as PNG, SVG or PDF, by the ending of ``path``; returns the path. The same results give the same bytes.

@@ -13,13 +13,11 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+from kdx.study.attempts import Outcome, Perform, attempt
 from kdx.study.grid import Job
 from kdx.threads import COUNTS
-
-if TYPE_CHECKING:
-    from kdx.study.schedule import Outcome, Perform
 
 _CONTEXT = multiprocessing.get_context("spawn")
 
@@ -75,8 +73,6 @@ class Workers:
 
     def wait(self, on_note: Callable[[Job, str], None]) -> Iterator[Outcome]:
         """Wait for a message of a process; yield the outcomes of the jobs that have ended. Without a running job, return at once."""
-        from kdx.study.schedule import Outcome
-
         running = [worker for worker in self._workers if worker.job is not None]
         ready = connection.wait([worker.connection for worker in running]) if running else []
         for worker in running:
@@ -133,8 +129,6 @@ def _hidden_main() -> Iterator[None]:
 
 def _serve(connection: Any, perform: Perform, folder: Path) -> None:
     """Do the jobs that come from the connection, in a process of its own. Ctrl-C is left to the first process, which kills this one."""
-    from kdx.study.schedule import attempt
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:

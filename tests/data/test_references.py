@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from kdx.choices import DATA_KINDS, DATA_REFERENCES, TrainingPresetName
+from kdx.data.sample import SAMPLE
 from kdx.data.sources import SOURCES
 from kdx.distill import TrainingSettings
 from kdx.distill.presets import PRESETS
@@ -15,7 +16,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
 
 
 def test_every_source_has_a_reference() -> None:
-    assert {reference.partition(":")[0] for reference in DATA_REFERENCES if ":" in reference} | {"digits"} == set(SOURCES)
+    assert {reference.partition(":")[0] for reference in DATA_REFERENCES if ":" in reference} | {"digits"} == {*SOURCES, SAMPLE}
     kinds = re.sub(r" \(.*?\)", "", DATA_KINDS).replace("a folder of images", "FOLDER").replace(" or ", " ").split(", ")
     assert [kind.strip() for kind in kinds] == [
         name for name in DATA_REFERENCES if not name.startswith(("folder:", "csv:", "npz:", "composites:"))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kdx.errors import KdxError
+from kdx.study.attempts import Note
 from kdx.study.grid import Job
-from kdx.study.schedule import Note
 
 TEACHER = "kdx:resnet,width=4,depth=1,stages=2"
 ASSISTANT = "kdx:resnet,width=3,depth=1,stages=2"

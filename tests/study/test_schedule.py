@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from kdx.study.attempts import ERROR_FILE, Outcome
 from kdx.study.design import design_of
 from kdx.study.grid import Grid, grid_of
-from kdx.study.schedule import ERROR_FILE, Outcome, run_jobs
+from kdx.study.schedule import run_jobs
 from kdx.study.workers import Workers
 from tests.study.small_study import ASSISTANT, CONTENT, fail_at, record
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from kdx.data.labelled_images import Dataset
-from kdx.data.sources import arrays, cifar, composites, digits, hugging_face, image_files, sample
+from kdx.data.sources import arrays, cifar, composites, digits, hugging_face, image_files
 
 
 def _absolute(place: str) -> str:
@@ -42,6 +42,5 @@ SOURCES = {
     "hfdata": Source(hugging_face.open_hugging_face, hugging_face.locate),
     "digits": Source(digits.open_digits, str, "none"),
     "composites": Source(composites.open_composites, composites.canonical_options, "optional"),
-    "sample": Source(sample.open_sample, sample.locate),
 }
 """The sources by the name that begins a reference. `kdx.choices.DATA_REFERENCES` describes the references."""

@@ -10,37 +10,26 @@ from kdx.data.labelled_images import Dataset
 from kdx.data.splits import class_balanced_sample
 from kdx.errors import KdxError
 
+SAMPLE = "sample"
+"""What the reference of a sample begins with: ``sample:N:REFERENCE``."""
+
 _SEED = 0
 
 
-def open_sample(reference: str, place: str) -> Dataset:
-    """N images of the data set in ``place``, which is ``N:REFERENCE``; the whole data set if it has fewer.
-
-    Class counts are as even as possible. Each split that the data define keeps its share of the images, at least one. The images are the
-    same in every sample of this size.
-    """
-    from kdx.data.dataset import open_data  # which imports the sources
-
-    count, sampled = _parts(reference, place)
-    return _sample(open_data(sampled), count, reference)
-
-
-def locate(place: str) -> str:
-    """``N:REFERENCE`` with the absolute path of the data set's folder or file."""
-    from kdx.data.dataset import located
-
-    count, sampled = _parts(f"sample:{place}", place)
-    return f"{count}:{located(sampled)}"
-
-
-def _parts(reference: str, place: str) -> tuple[int, str]:
+def sample_parts(reference: str, place: str) -> tuple[int, str]:
+    """The number of images and the reference of the data set of ``place``, which is ``N:REFERENCE``. Raises KdxError for anything else."""
     count, colon, sampled = place.partition(":")
     if not (count.isdecimal() and int(count) and colon and sampled):
         raise KdxError(f"{reference!r} is not a sample.", "Write sample:N:REFERENCE, such as sample:500:digits.")
     return int(count), sampled
 
 
-def _sample(dataset: Dataset, count: int, reference: str) -> Dataset:
+def sample_of(dataset: Dataset, count: int, reference: str) -> Dataset:
+    """``count`` images of a data set, under their own reference; the whole data set if it has fewer.
+
+    Class counts are as even as possible. Each split that the data define keeps its share of the images, at least one. The images are the
+    same in every sample of this size.
+    """
     splits = dataset.splits or {"": np.arange(len(dataset), dtype=np.int64)}
     total = sum(map(len, splits.values()))
     parts = [
