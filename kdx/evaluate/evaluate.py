@@ -79,6 +79,7 @@ def evaluate(
         subject = Subject(record, images, seed, sources, announce)
         work = _available(plan, subject, options, announce)
         state = _State(record, _known(record, work, subject, options))
+        _announce_cost(state, subject, work, options, announce)
         with resumable(lambda: state.has_results), progress() as show:
             _measure(state, subject, work, options, show)
         return state.evaluation
@@ -213,6 +214,20 @@ def _known(run: RunRecord, plan: _Plan, subject: Subject, options: EvaluationOpt
     if len(kept) < len(stored.measurements):
         write_measurements(run, known)
     return known
+
+
+def _announce_cost(state: _State, subject: Subject, plan: _Plan, options: EvaluationOptions, announce: Callable[[str], None]) -> None:
+    """Say, where metrics were not named, which of them take long, and how to get fewer."""
+    done = {(m.metric, m.candidate, m.layer) for m in state.evaluation.measurements}
+    slow = [
+        m.title for m in plan.metrics if "networks" in m.needs and any((m.name, c.name, layer) not in done for c, layer in plan.tasks(m))
+    ]
+    if slow and not plan.named_metrics:
+        images = min(len(subject), options.detailed)
+        announce(
+            f"{len(slow)} metrics run the networks again and again on {images:,} images: minutes, and hours for large networks on "
+            "a CPU. Name others with --metric, or give a smaller --detailed. A stopped evaluation resumes."
+        )
 
 
 def _measure(state: _State, subject: Subject, plan: _Plan, options: EvaluationOptions, show: Show) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from kdx.disk import write_atomic
 from kdx.runs import schema
 from kdx.runs.record import RunRecord
+from kdx.scores.uncertainty import t_quantile, wilson
 
 FORMAT = 1
 
@@ -137,9 +137,8 @@ def mean_interval(values: Values, confidence: float, *, hits: bool = False) -> t
     if n < 2:
         return mean, (math.nan, math.nan)
     if hits and np.isin(values, (0, 1)).all():
-        share = stats.binomtest(int(values.sum()), n).proportion_ci(confidence, method="wilson")
-        return mean, (float(share.low), float(share.high))
-    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)
+        return mean, wilson(int(values.sum()), n, confidence)
+    half = t_quantile(confidence, n) * float(values.std(ddof=1)) / math.sqrt(n)
     return mean, (mean - half, mean + half)
 
 

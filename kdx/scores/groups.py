@@ -27,9 +27,9 @@ from kdx.features import arrays
 from kdx.features.arrays import Labels
 from kdx.features.rows import Selected, Source, rows_of
 from kdx.features.target import Target
-from kdx.kernels import ambient
+from kdx.kernels import ambient, tiles
 from kdx.kernels.cuda import Backend
-from kdx.kernels.moments import Influences, upper
+from kdx.kernels.moments import SINGLE_IMAGES, Influences, upper
 from kdx.kernels.one_against_rest import ClassMatrices, ClassSums
 from kdx.kernels.tiles import Rows
 from kdx.roles import CONTRASTS, TARGET, Definition, contrast_name, contrasts_among, pairs_among, roles_among, scores_among
@@ -111,7 +111,7 @@ def class_scores(
     layers = {}
     for layer, by_role in _checked(features).items():
         rows = _rows(layer, by_role)
-        Target.of(codes, next(iter(rows.values())).shape[0]).checked()
+        _check_target(Target.of(codes, next(iter(rows.values())).shape[0]))
         named = {f"{role}'s features at {layer}": values for role, values in rows.items()}
         sums = inner_products(named, [], sampling, classes=torch.from_numpy(codes).to(_device(rows)))
         assert sums.classes is not None
@@ -267,7 +267,7 @@ def of_images(rows: Mapping[str, Rows], index: Tensor, sampling: Sampling, targe
     result = GroupScores(n)
     try:
         if target is not None:
-            Target.of(target).checked()
+            _check_target(Target.of(target))
     except KdxError as error:
         relevance = [name for name, value in definitions.items() if TARGET in value.matrices]
         result |= _without(n, roles, relevance, error.problem)
@@ -293,6 +293,16 @@ def of_images(rows: Mapping[str, Rows], index: Tensor, sampling: Sampling, targe
         known = Influences(known.first[None], None if known.second is None else known.second[None])
     matrices = list(roles) if target is None else [*roles, TARGET]
     return result | _scored(matrices, definitions, sums.products[None], known, n, sampling.confidence)[0]
+
+
+def _check_target(target: Target) -> None:
+    """KdxError if all images are equally far from each other; above `SINGLE_IMAGES` images without a matrix of all of them."""
+    n = len(target.values)
+    if n <= SINGLE_IMAGES:
+        target.checked()
+    else:
+        matrix = target.matrix()
+        arrays.check_varied(float(tiles.sweep([matrix]).products), float(matrix.scale) * n / (n - 3), 1e-8, TARGET)
 
 
 def _without(n: int, roles: Collection[str], definitions: Collection[str], reason: str) -> GroupScores:

@@ -147,7 +147,7 @@ def interval(value: float, spread: Spread | None, confidence: float, *, n: int, 
         return -limit, limit
     share = float(np.clip(value / limit, -_EDGE, _EDGE))
     scale = limit * (1 - share * share)
-    quantile = _quantile(confidence, spread.parts)
+    quantile = t_quantile(confidence, spread.parts)
     reach = quantile * float(np.sqrt(spread.variance)) / scale
     shift = quantile * quantile * spread.slope / (4 * scale)
     shortest = reach if n < _KNOWN_SLOPE else 0.75 * reach
@@ -157,7 +157,7 @@ def interval(value: float, spread: Spread | None, confidence: float, *, n: int, 
 
 
 @functools.lru_cache(maxsize=64)
-def _quantile(confidence: float, parts: int) -> float:
+def t_quantile(confidence: float, parts: int) -> float:
     """The quantile of Student's t distribution with parts - 1 degrees of freedom for a two-sided interval."""
     return float(stats.t.ppf(0.5 + confidence / 2, parts - 1))
 
@@ -175,12 +175,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in adjusted]
 
 
+def wilson(hits: int, n: int, confidence: float) -> tuple[float, float]:
+    """Wilson's interval of a share of ``hits`` among n images."""
+    interval = stats.binomtest(hits, n).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def accuracy(right: NDArray[np.bool_], confidence: float) -> dict[str, Any]:
     """The share of correctly predicted images, with Wilson's interval."""
-    interval = stats.binomtest(int(right.sum()), len(right)).proportion_ci(confidence, method="wilson")
     return {
         "value": float(right.mean()),
-        "interval": [float(interval.low), float(interval.high)],
+        "interval": [*wilson(int(right.sum()), len(right), confidence)],
         "correct": int(right.sum()),
         "n": len(right),
     }

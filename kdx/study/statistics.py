@@ -13,7 +13,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from kdx.roles import BALANCE, LIKENESS
-from kdx.scores.uncertainty import holm
+from kdx.scores.uncertainty import holm, t_quantile
 from kdx.study.table import Cell, Study, accuracy_score
 
 ACCURACY = accuracy_score("student")
@@ -141,7 +141,7 @@ def over_seeds(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     if spread <= _SAME * float(np.abs(known).max()):
         return Estimate(mean, (mean, mean), len(known))
     error = spread / math.sqrt(len(known))
-    reach = float(stats.t.ppf(0.5 + confidence / 2, len(known) - 1)) * error
+    reach = t_quantile(confidence, len(known)) * error
     return Estimate(mean, (mean - reach, mean + reach), len(known), float(2 * stats.t.sf(abs(mean) / error, len(known) - 1)))
 
 
@@ -156,7 +156,7 @@ def detectable(seeds: int, confidence: float = 0.95) -> float:
         raise ValueError("a test needs at least two seeds")
     ranks = (np.arange(4096) + 0.5) / 4096
     deviations = np.sqrt(stats.chi2.ppf(ranks, seeds - 1) / (seeds - 1))  # estimated over true standard deviation, equally likely values
-    reach = stats.t.ppf(0.5 + confidence / 2, seeds - 1) * deviations
+    reach = t_quantile(confidence, seeds) * deviations
 
     def excess(effect: float) -> float:
         shift = effect * math.sqrt(seeds)

@@ -121,6 +121,18 @@ def test_grad_cam_and_its_difference(explained: Path, folder: Path, masks: Path)
         assert np.allclose(run.number(f"layer3/{name}/energy")[images], expected, atol=1e-5)
 
 
+def test_metrics_that_take_long_are_announced_unless_they_are_named(explained: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_measured", stop)
+    for metrics, expected in (((), 1), (("insertion",), 0)):
+        lines: list[str] = []
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(explained, models=folder / "models.toml", metrics=metrics, announce=lines.append)
+        assert sum("run the networks again and again on 29 images" in line for line in lines) == expected
+
+
 def test_other_networks_and_other_data_are_refused(explained: Path, folder: Path, masks: Path, tmp_path: Path) -> None:
     text = (folder / "models.toml").read_text()
     (folder / "swapped.toml").write_text(re.sub("(base|student).safetensors", lambda m: f"{OTHER[m[1]]}.safetensors", text))

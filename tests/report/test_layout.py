@@ -111,7 +111,8 @@ def test_figures_are_saved_and_tables_copied(tmp_path: Path, opened: Callable[..
         "\\toprule",
         "layer & RS(S) $-$ RS(B) & images \\\\",
         "\\midrule",
-        "</title><script>alert(1)</script> \\& 50\\%\\_x & $-$0.333 ($-$0.500 to $-$0.100) & 1,200 \\\\",
+        "\\textless{}/title\\textgreater{}\\textless{}script\\textgreater{}alert(1)\\textless{}/script\\textgreater{} \\& 50\\%\\_x "
+        "& $-$0.333 ($-$0.500 to $-$0.100) & 1,200 \\\\",
         'b"2", c & -- & -- \\\\',
         "\\bottomrule",
         "\\end{tabular}",

@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 import kdx
+from kdx.features import arrays
 from kdx.kernels import geometry, reference, tiles
+from kdx.kernels.moments import SINGLE_IMAGES
 from kdx.kernels.one_against_rest import ClassMatrices
 from kdx.scores.groups import adjusted_groups
 from kdx.scores.score import Contrast, Score
@@ -166,3 +168,17 @@ def test_networks_with_the_same_geometry_are_refused_as_by_compare(n: int) -> No
     for refuses in (kdx.compare, kdx.class_scores):
         with pytest.raises(kdx.KdxError, match=r"Nothing is left of the student's features at layer4"):
             refuses(same, labels)
+
+
+def test_no_matrix_of_all_images_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the size of a batch, not even for the target, which would need 20 GB for 50,000 images."""
+    features, labels = _networks(700)
+    row_distances = arrays.row_distances
+
+    def small(rows: Any, *rest: Any) -> Any:
+        assert max(map(len, rows.values())) <= SINGLE_IMAGES
+        return row_distances(rows, *rest)
+
+    monkeypatch.setattr(arrays, "row_distances", small)
+    assert kdx.class_scores({_LAYER: features}, labels)[_LAYER][0].scores
+    assert kdx.group_scores({_LAYER: features}, labels, np.arange(700) % 2)[_LAYER][0].scores

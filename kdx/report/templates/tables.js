@@ -14,9 +14,9 @@ function tableFields(table) {
   return [head, ...body];
 }
 
-const TEX = { "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "−": "$-$", "×": "$\\times$", "–": "--", "·": "$\\cdot$", "→": "$\\rightarrow$", "≥": "$\\geq$", "≤": "$\\leq$" };
+const TEX = { "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "−": "$-$", "×": "$\\times$", "–": "--", "·": "$\\cdot$", "→": "$\\rightarrow$", "≥": "$\\geq$", "≤": "$\\leq$", "<": "\\textless{}", ">": "\\textgreater{}", "|": "\\textbar{}" };
 
-const asTex = (text) => text.replace(/[\\~^−×–·→≥≤&%$#_{}]/g, (c) => TEX[c] ?? `\\${c}`);
+const asTex = (text) => text.replace(/[\\~^−×–·→≥≤<>|&%$#_{}]/g, (c) => TEX[c] ?? `\\${c}`);
 
 // A tabular for the package booktabs. A second line of a cell follows in brackets.
 function asLatex(table) {
