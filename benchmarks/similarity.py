@@ -1,13 +1,14 @@
 """Measure the similarity of all pairs of 20 x 20 layers of two residual networks, beside the forward passes that it needs.
 
-`python -m benchmarks.similarity [IMAGES]` writes results/similarity.json. All variants run in one process, one after another:
+`python -m benchmarks.similarity [IMAGES]` writes results/similarity.json. All variants run in one process:
 
 - passes: the forward passes of both networks, without features;
 - features: the same passes with the features of 20 layers each, written to files;
 - similarity: `kdx.similarity` of these files, with distance correlations, their intervals, and CKA.
 
 The goal is a total of at most 1.5 times the passes. The average load of the machine states whether other processes ran meanwhile. On a busy
-machine the ratio of processor times, which counts only this process, is the meaningful one.
+machine the ratio of processor times with OMP_NUM_THREADS=1 is the meaningful one: it counts only this process, and no thread that waits
+for another.
 """
 
 from __future__ import annotations
@@ -69,17 +70,21 @@ def measured(images: int, folder: Path) -> dict[str, Any]:
     def timed(name: str) -> Iterator[None]:
         start, used = time.perf_counter(), time.process_time()
         yield
-        seconds[name], processor[name] = time.perf_counter() - start, time.process_time() - used
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+        processor[name] = processor.get(name, 0.0) + time.process_time() - used
 
     with torch.no_grad():
         for graph in graphs:  # layouts and memory
             graph(pixels[:BATCH])
-        with timed("passes"):
-            for graph in graphs:
-                for part in parts:
+        features: list[dict[str, NDArray[Any]]] = []
+        for number, graph in enumerate(graphs):
+            (folder / str(number)).mkdir()
+            features.append({})
+            for part in parts:  # in turns, so that other processes slow both down alike
+                with timed("passes"):
                     graph.network(pixels[part])
-        with timed("features"):
-            features = [_features(graph, pixels, parts, folder / str(number)) for number, graph in enumerate(graphs)]
+                with timed("features"):
+                    _write_features(graph, pixels, part, folder / str(number), features[-1])
     with timed("similarity"):
         result = kdx.similarity(*features)
     if not np.isfinite(result.values).all():
@@ -98,16 +103,12 @@ def measured(images: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def _features(graph: FeatureGraph, pixels: torch.Tensor, parts: list[slice], folder: Path) -> dict[str, NDArray[Any]]:
-    """The features of all layers, in files."""
-    folder.mkdir()
-    arrays: dict[str, NDArray[Any]] = {}
-    for part in parts:
-        for layer, values in zip(LAYERS, graph(pixels[part])[1:], strict=True):
-            if layer not in arrays:
-                arrays[layer] = new_array(folder / f"{layer}.npy", (len(pixels), *values.shape[1:]), "float32")
-            arrays[layer][part] = values.numpy()
-    return arrays
+def _write_features(graph: FeatureGraph, pixels: torch.Tensor, part: slice, folder: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    """Write the features of a part of the images at all layers to the files ``arrays``, which the first part makes."""
+    for layer, values in zip(LAYERS, graph(pixels[part])[1:], strict=True):
+        if layer not in arrays:
+            arrays[layer] = new_array(folder / f"{layer}.npy", (len(pixels), *values.shape[1:]), "float32")
+        arrays[layer][part] = values.numpy()
 
 
 if __name__ == "__main__":
