@@ -210,7 +210,7 @@ def _damage_is_lost_result(folder: Path) -> Iterator[None]:
     """Raise LostResult for an error that a damaged file causes: the folder is at fault, not the program."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:  # RuntimeError: from decompressing a damaged map
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise LostResult(f"The run in {folder} cannot be read: {reason}.", _RUN_AGAIN) from error
 

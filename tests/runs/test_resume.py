@@ -141,6 +141,7 @@ def test_the_references_are_recorded_even_if_the_run_stopped(folder: Path, tmp_p
         ("samples.parquet", "torn"),
         ("maps.zarr", "torn"),
         ("maps.zarr/layer3/missed", "gone"),
+        ("maps.zarr/layer3/missed", "damaged"),
     ],
 )
 @pytest.mark.slow
@@ -149,7 +150,12 @@ def test_a_lost_or_damaged_file_of_a_finished_run_is_computed_again(
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    if (out / name).is_dir():
+    if how == "damaged":
+        chunks = [path for path in (out / name / "c").rglob("*") if path.is_file()]
+        assert chunks
+        for path in chunks:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] + bytes(8))
+    elif (out / name).is_dir():
         shutil.rmtree(out / name)
     else:
         (out / name).unlink()
