@@ -135,22 +135,12 @@ def test_sensitivity_of_maps_that_ignore_the_image_and_of_empty_maps() -> None:
 
 
 def test_sensitivity_of_quantus() -> None:
-    """With the same noise."""
-    quantus = pytest.importorskip("quantus")
-    images = pixels().float()
-    seen = recorded(images, radius=0.05)
-    noisy = iter([part.flatten(1).numpy() for part in seen[1:]])
-    metric = quantus.MaxSensitivity(nr_samples=10, perturb_func=lambda **_: next(noisy), abs=False, normalise=False, disable_warnings=True)
-    expected = metric(
-        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(126, 2)).eval(),
-        images.numpy(),
-        np.zeros(5, int),
-        squared(images)[:, None].numpy(),
-        explain_func=lambda model, inputs, targets, **_: squared(torch.from_numpy(inputs))[:, None].numpy(),
-        device="cpu",
-        channel_first=True,
-    )
-    assert oracle.error(max_sensitivity(named, images, radius=0.05)["map"], expected) < 1e-6
+    """Of the maps of the images and the noisy images that the package used."""
+    package = oracle.load("sensitivity", "quantus")
+    images = torch.from_numpy(package["images"])
+    used = iter([images, *torch.from_numpy(package["noisy"])])
+    sensitivity = max_sensitivity(lambda _: named(next(used)), images)["map"]
+    assert oracle.error(sensitivity, package["values"]) < 1e-6
 
 
 def test_mistakes() -> None:

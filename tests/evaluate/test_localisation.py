@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from kdx.evaluate.candidates import at_image_size, positive
 from kdx.evaluate.localisation import THRESHOLDS, density, energy, iou_curves, pointing
+from tests import oracle
 
 
 @pytest.fixture
@@ -79,3 +82,12 @@ def test_a_blob_on_the_object_is_found_and_one_beside_it_is_not() -> None:
     assert pointing(maps, masks).tolist() == [1, 0]
     assert energy(maps, masks)[0] > 0.6 > 0.05 > energy(maps, masks)[1]
     assert iou_curves(maps, masks).max(1)[0] > 0.75
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"), [("RelevanceMassAccuracy", energy), ("AttributionLocalisation", energy), ("PointingGame", pointing)]
+)
+def test_values_of_quantus(name: str, metric: Callable[..., NDArray[np.float64]]) -> None:
+    package = oracle.load("localisation", "quantus")
+    values = metric(package["maps"], package["masks"])
+    assert np.abs(package[name] - values).max() < 1e-6 and 0 < values.mean() < 1
