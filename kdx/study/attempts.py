@@ -38,7 +38,7 @@ def attempt(job: Job, perform: Perform, folder: Path, note: Note) -> Outcome:
         perform(job, folder, note)
     except KdxError as error:
         return Outcome(job, time.monotonic() - start, error.problem, error.hint)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # code of the user's models may exit
         text = f"{type(error).__name__}: {first_line(error)}"
         try:
             error_file.parent.mkdir(parents=True, exist_ok=True)

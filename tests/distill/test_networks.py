@@ -87,7 +87,7 @@ def save_folder(teacher: Any, path: Path) -> str:
     return f"hf:{path}"
 
 
-@pytest.mark.parametrize("kind", ["program", "folder"])
+@pytest.mark.parametrize("kind", [pytest.param("program", marks=pytest.mark.slow), "folder"])
 def test_a_teacher_with_its_own_weights_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     if kind == "program":
         teacher = models.load(TEACHER, classes=10).module

@@ -67,7 +67,8 @@ def compiled(architecture: str) -> dict[str, Cubin]:
 
 
 @needs_nvcc
-@pytest.mark.parametrize("architecture", [pytest.param(name, marks=[] if name == "sm_90" else pytest.mark.slow) for name in ARCHITECTURES])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles_and_spills_nothing(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KDX_CACHE", str(tmp_path))
     for name, cubin in compiled(architecture).items():

@@ -52,7 +52,7 @@ def digests(out: Path) -> dict[str, str]:
     "changes",
     [
         {"batch": 16},
-        {"batch": 64, "chunk": 5},
+        pytest.param({"batch": 64, "chunk": 5}, marks=pytest.mark.slow),
         pytest.param({"batch": 4}, marks=pytest.mark.slow),
         pytest.param({"batch": 32, "chunk": 16}, marks=pytest.mark.slow),
         pytest.param({"batch": 23, "workers": 0}, marks=pytest.mark.slow),
@@ -107,7 +107,7 @@ def _after(count: int) -> Iterator[bool]:
 
 
 @pytest.mark.parametrize("target", ["write", "write_layer", "write_scores", "measure_set"])
-@pytest.mark.parametrize("calls", [0, 1])
+@pytest.mark.parametrize("calls", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stopped_run_continues_to_the_same_result(
     folder: Path, complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, calls: int
 ) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from kdx.study.attempts import ERROR_FILE, Outcome
+from kdx.study.attempts import ERROR_FILE, Note, Outcome
 from kdx.study.design import design_of
-from kdx.study.grid import Grid, grid_of
+from kdx.study.grid import Grid, Job, grid_of
 from kdx.study.schedule import run_jobs
 from kdx.study.workers import Workers
 from tests.study.small_study import ASSISTANT, CONTENT, fail_at, record
@@ -59,6 +59,17 @@ def test_a_failure_ends_only_the_jobs_that_need_it(grid: Grid, tmp_path: Path) -
     ended = outcomes(grid, fail_at, tmp_path, 1)
     check_failures(ended, tmp_path)
     assert len(ended) == len(grid.jobs)
+
+
+def test_code_of_a_model_that_ends_the_program_fails_its_job_alone(grid: Grid, tmp_path: Path) -> None:
+    def leave(job: Job, folder: Path, note: Note) -> None:
+        if job.key == "digits/large/tiny/at/seed0":
+            sys.exit(3)
+        record(job, folder, note)
+
+    ended = outcomes(grid, leave, tmp_path, 1)
+    assert {key for key, outcome in ended.items() if outcome.problem} == {"digits/large/tiny/at/seed0"}
+    assert "SystemExit: 3" in ended["digits/large/tiny/at/seed0"].problem and len(ended) == len(grid.jobs)
 
 
 @pytest.mark.slow  # two processes import PyTorch

@@ -47,7 +47,7 @@ def written(graph: Graph, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", [FeatureGraph, GradientGraph])
+@pytest.mark.parametrize("kind", [FeatureGraph, pytest.param(GradientGraph, marks=pytest.mark.slow)])
 def test_layers_may_have_the_names_of_operators_inputs_and_outputs(kind: type[FeatureGraph] | type[GradientGraph], tmp_path: Path) -> None:
     layers = ["add", "sub", "linear", "cotangent", "images"] + (["logits"] if kind is FeatureGraph else [])
     path = written(kind(Named().eval(), layers), tmp_path)
@@ -115,7 +115,9 @@ class Plain(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.float64))]
+)
 @pytest.mark.parametrize("kind", [FeatureGraph, GradientGraph])
 def test_a_file_of_a_network_in_another_format_has_its_weights_in_float32(
     kind: type[FeatureGraph] | type[GradientGraph], dtype: torch.dtype, tmp_path: Path
