@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 
 from kdx.report.page import write_page
-from tests.browser import browser as browser
-from tests.browser import opened as opened
 from tests.made_runs import make_hostile_run, make_run
 
 

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of studies: one thread, and a browser for the page."""
+"""The tests of studies use one thread."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
-from tests.browser import browser as browser
-from tests.browser import opened as opened
 
 
 @pytest.fixture(scope="package", autouse=True)
