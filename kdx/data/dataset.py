@@ -11,7 +11,7 @@ import numpy as np
 
 from kdx.data.labelled_images import SPLITS, Dataset, Indices
 from kdx.data.sample import SAMPLE, sample_of, sample_parts
-from kdx.data.sources import SOURCES
+from kdx.data.sources import SOURCES, Source
 from kdx.errors import KdxError
 
 __all__ = ["SPLITS", "Dataset", "Indices", "located", "open_data", "source_of", "table_of"]
@@ -27,11 +27,7 @@ def open_data(reference: str, classes: Sequence[str] | None = None) -> Dataset:
     Raises KdxError for data that are missing or damaged, for a single class, and for a class that is not in ``classes``.
     """
     source, place = _parsed(reference)
-    if source == SAMPLE:
-        count, sampled = sample_parts(reference, place)
-        dataset = sample_of(open_data(sampled), count, reference)
-    else:
-        dataset = SOURCES[source].open(reference, place)
+    dataset = _SOURCES[source].open(reference, place)
     if len(dataset.classes) < 2:
         raise KdxError(
             f"{reference} has only one class, {dataset.classes[0]!r}.", "Relevance compares classes: give images of two classes or more."
@@ -44,10 +40,7 @@ def located(reference: str) -> str:
     different ways, such as ``folder:photos`` and ``./photos/``, have the same located reference. A relative path starts at the current
     folder."""
     source, place = _parsed(reference)
-    if source == SAMPLE:
-        count, sampled = sample_parts(reference, place)
-        return f"{SAMPLE}:{count}:{located(sampled)}"
-    absolute = SOURCES[source].locate(place)
+    absolute = _SOURCES[source].locate(place)
     if not absolute:
         return source
     return absolute if _parsed(absolute) == (source, absolute) else f"{source}:{absolute}"
@@ -67,9 +60,7 @@ def table_of(reference: str) -> Path | None:
 def _parsed(reference: str) -> tuple[str, str]:
     """The source of a reference, and what follows it: a folder, a file, or a name."""
     source, _, place = reference.partition(":")
-    if source == SAMPLE and place:
-        return source, place
-    if source in SOURCES and SOURCES[source].accepts(reference):
+    if source in _SOURCES and _SOURCES[source].accepts(reference):
         return source, place
     suffix = Path(reference).suffix.lower()
     if suffix in (".csv", ".npz") and not Path(reference).expanduser().is_dir():
@@ -87,3 +78,17 @@ def _relabelled(dataset: Dataset, classes: tuple[str, ...]) -> Dataset:
             )
     labels = np.array([classes.index(name) for name in dataset.classes], dtype=np.int64)[dataset.labels]
     return replace(dataset, classes=classes, labels=labels, relabelled_from=dataset)
+
+
+def _open_sample(reference: str, place: str) -> Dataset:
+    count, sampled = sample_parts(reference, place)
+    return sample_of(open_data(sampled), count, reference)
+
+
+def _locate_sample(place: str) -> str:
+    count, sampled = sample_parts(f"{SAMPLE}:{place}", place)
+    return f"{count}:{located(sampled)}"
+
+
+_SOURCES = {**SOURCES, SAMPLE: Source(_open_sample, _locate_sample)}
+"""A sample names another data set, so it is opened here and not in `kdx.data.sources`."""
