@@ -7,6 +7,8 @@ numbers with u parts. The result is that of `kdx.scores.uncertainty.spread`.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from kdx.kernels import moments
 from kdx.kernels.layer_sums import LayerSums
 from kdx.kernels.moments import Influences
-from kdx.scores.uncertainty import MANY_BATCHES, ROUNDING, Spread, interval
+from kdx.scores.uncertainty import MANY_BATCHES, ScoreMoments, Spread, interval
 
 _FEWEST = 5
 """An interval needs inner products without single images, and those need at least four other images."""
@@ -117,99 +119,44 @@ def _with_intervals(sums: PooledSums, weights: Tensor, first: Sequence[int], sec
     spreads = _spreads(sums, weights, products, values, first, second)
     estimates = values.numpy(force=True)
     low, high = np.empty_like(estimates), np.empty_like(estimates)
-    for place in np.ndindex(estimates.shape):
+    for number, place in enumerate(np.ndindex(estimates.shape)):
         value = float(estimates[place])
-        ends = interval(value, None if spreads is None else spreads.at(place), confidence, n=sums.n)
+        ends = interval(value, None if spreads is None else spreads[number], confidence, n=sums.n)
         low[place], high[place] = min(ends[0], value), max(ends[1], value)
     return Correlations(estimates, low, high)
 
 
-@dataclass(frozen=True, eq=False)
-class _Spreads:
-    """The variances and slopes [a, b] of scores, and the number of parts from which they are known."""
-
-    variance: NDArray[np.float64]
-    slope: NDArray[np.float64]
-    parts: int
-
-    def at(self, place: tuple[int, ...]) -> Spread | None:
-        variance, slope = float(self.variance[place]), float(self.slope[place])
-        return Spread(variance, slope, self.parts) if np.isfinite([variance, slope]).all() else None
-
-
 def _spreads(
     sums: PooledSums, weights: Tensor, products: Tensor, values: Tensor, first: Sequence[int], second: Sequence[int]
-) -> _Spreads | None:
-    """The spread of each correlation; None if there is nothing to know it from."""
+) -> list[Spread | None] | None:
+    """The spread of each correlation [a, b], row by row; None if there is nothing to know it from."""
     shape = values.shape
     rows = torch.tensor(first, device=values.device)[:, None].expand(shape).flatten()
     columns = torch.tensor(second, device=values.device)[None].expand(shape).flatten()
+    # A correlation is a function of three inner products, of which many are those of other correlations too.
     needed, place = torch.stack([torch.cat([rows, rows, columns]), torch.cat([columns, rows, columns])]).unique(dim=1, return_inverse=True)
+    place = place.view(3, -1).T
     r, norms = values.flatten(), products.diagonal()
-    scales = torch.stack([(norms[rows] * norms[columns]).rsqrt(), -r / (2 * norms[rows]), -r / (2 * norms[columns])])
-    total = _Moments.zero(len(r), values.device)
+    gradients = torch.stack([(norms[rows] * norms[columns]).rsqrt(), -r / (2 * norms[rows]), -r / (2 * norms[columns])], 1)
     if sums.blocks:
-        for block in sums.blocks:
-            total += _of_block(block, weights, needed, place.view(3, -1), scales)
-    elif len(sums.distances) > 1:
-        combined = weights @ sums.distances @ weights.T
-        inner = combined[:, needed[0], needed[1]].T
-        influences = Influences(len(combined) * (inner - inner.mean(1, keepdim=True)), None)
-        total += _Moments.of(influences, place.view(3, -1), scales)
-    else:
+        blocks = (_block_influences(block, weights, needed) for block in sums.blocks)
+        return functools.reduce(operator.add, (_score_moments(block, place, gradients) for block in blocks)).spreads()
+    if len(sums.distances) < 2:
         return None
-    known = total.variance > ROUNDING * total.magnitude
-    slope = torch.where(known, total.slope / total.variance, 0.0)
-    if not sums.blocks and len(sums.distances) < MANY_BATCHES:
-        slope = torch.zeros_like(slope)  # the third moment of few batches is noise
-    variance = torch.where(known, total.variance - torch.minimum(total.interaction, total.variance / 2), 0.0)
-    return _Spreads(variance.view(shape).numpy(force=True), slope.view(shape).numpy(force=True), total.parts)
+    inner = (weights @ sums.distances @ weights.T)[:, needed[0], needed[1]].T
+    between = _score_moments(Influences(len(sums.distances) * (inner - inner.mean(1, keepdim=True)), None), place, gradients)
+    return (between if len(sums.distances) >= MANY_BATCHES else between.without_slope()).spreads()
 
 
-def _of_block(block: LayerSums, weights: Tensor, needed: Tensor, place: Tensor, scales: Tensor) -> _Moments:
-    """The moments of the scores from the sums of one batch."""
+def _block_influences(block: LayerSums, weights: Tensor, needed: Tensor) -> Influences:
+    """The influences on the needed inner products of one batch."""
     sums = block.distances
     pairs = torch.einsum("ab,bcuv,dc->aduv", weights, sums.pairs, weights)
     rows = (weights @ sums.rows.flatten(1)).view_as(sums.rows)
-    return _Moments.of(moments.influences(pairs, rows, sums.sizes, which=(needed[0], needed[1])), place, scales)
+    return moments.influences(pairs, rows, sums.sizes, which=(needed[0], needed[1]))
 
 
-@dataclass(frozen=True, eq=False)
-class _Moments:
-    """The moments of s scores, as those of inner products in `kdx.kernels.moments`, and the ``magnitude`` of the variance's terms."""
-
-    parts: int
-    variance: Tensor
-    interaction: Tensor
-    slope: Tensor
-    magnitude: Tensor
-
-    @classmethod
-    def zero(cls, scores: int, device: torch.device) -> _Moments:
-        return cls(0, *torch.zeros(4, scores, dtype=torch.float64, device=device))
-
-    @classmethod
-    def of(cls, influences: Influences, place: Tensor, scales: Tensor) -> _Moments:
-        """From the influences on m inner products. A score is a combination of three of them, the numbers ``place`` [3, s], with the
-        factors ``scales`` [3, s]."""
-        parts, interactions = influences.parts, influences.second
-        count = parts * (parts - 1)
-        terms = influences.first[place] * scales[:, :, None]
-        score = terms.sum(0)
-        variance, slope = score.square().sum(1) / count, score.pow(3).sum(1)
-        interaction = torch.zeros_like(variance)
-        if interactions is not None:
-            second = sum(interactions[index] * scale[:, None, None] for index, scale in zip(place, scales, strict=True))
-            assert isinstance(second, Tensor)
-            interaction = second.square().sum((1, 2)) / (2 * count)
-            slope = slope + 2 * (score[:, None] @ second @ score[:, :, None])[:, 0, 0]
-        return cls(parts, variance, interaction, slope / (parts * count), terms.abs().sum(0).square().sum(1) / count)
-
-    def __add__(self, other: _Moments) -> _Moments:
-        return _Moments(
-            self.parts + other.parts,
-            self.variance + other.variance,
-            self.interaction + other.interaction,
-            self.slope + other.slope,
-            self.magnitude + other.magnitude,
-        )
+def _score_moments(influences: Influences, place: Tensor, gradients: Tensor) -> ScoreMoments:
+    """The moments of s scores of the inner products with the numbers ``place`` [s, 3]."""
+    second = None if influences.second is None else influences.second[place]
+    return ScoreMoments.of(Influences(influences.first[place], second), gradients)

@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,24 +102,64 @@ def spread(moments: Moments | None, gradient: NDArray[np.float64]) -> Spread | N
     return Spread(variance, slope, moments.parts) if np.isfinite([variance, slope]).all() else None
 
 
+@dataclass(frozen=True, eq=False)
+class ScoreMoments:
+    """The moments of c scores, as those of inner products in `kdx.kernels.moments`; those of sums over independent batches are added.
+
+    parts: the number of parts of the images. variance, interaction, slope [c]: as in `Moments`. magnitude [c]: the sum of the absolute
+    terms of the variance, beside which it can be rounding.
+    """
+
+    parts: int
+    variance: Tensor
+    interaction: Tensor
+    slope: Tensor
+    magnitude: Tensor
+
+    @classmethod
+    def of(cls, influences: Influences, gradients: Tensor) -> ScoreMoments:
+        """From influences on [c, m] inner products, m for each score, and the gradients [c, m] of the scores by them."""
+        parts = influences.parts
+        scale = parts * (parts - 1)
+        first = torch.einsum("cm,cmu->cu", gradients, influences.first)
+        terms = torch.einsum("cm,cmu->cu", gradients.abs(), influences.first.abs())
+        variance, slope = first.square().sum(1) / scale, first.pow(3).sum(1)
+        interaction = torch.zeros_like(variance)
+        if influences.second is not None:
+            second = torch.einsum("cm,cmuv->cuv", gradients, influences.second)
+            slope = slope + 2 * torch.einsum("cu,cuv,cv->c", first, second, first)
+            interaction = second.square().sum((1, 2)) / (2 * scale)
+        return cls(parts, variance, interaction, slope / (parts * scale), terms.square().sum(1) / scale)
+
+    def __add__(self, other: ScoreMoments) -> ScoreMoments:
+        return ScoreMoments(
+            self.parts + other.parts,
+            self.variance + other.variance,
+            self.interaction + other.interaction,
+            self.slope + other.slope,
+            self.magnitude + other.magnitude,
+        )
+
+    def without_slope(self) -> ScoreMoments:
+        """With a slope of zero, for few batches, whose third moment is noise."""
+        return replace(self, slope=torch.zeros_like(self.slope))
+
+    def spreads(self) -> list[Spread | None]:
+        """`spread` of each score."""
+        nothing = self.variance <= ROUNDING * self.magnitude
+        reduced = self.variance - torch.minimum(self.interaction, self.variance / 2)
+        slopes = self.slope / self.variance
+        known = reduced.isfinite() & slopes.isfinite()
+        rows = zip(nothing.tolist(), known.tolist(), reduced.tolist(), slopes.tolist(), strict=True)
+        return [
+            Spread(0.0, 0.0, self.parts) if zero else Spread(variance, slope, self.parts) if ok else None
+            for zero, ok, variance, slope in rows
+        ]
+
+
 def spreads(influences: Influences | None, gradients: Tensor) -> list[Spread | None]:
     """`spread` of c scores of their own inner products, with influences on [c, m] products and gradients [c, m]."""
-    if influences is None:
-        return [None] * len(gradients)
-    parts, scale = influences.parts, influences.parts * (influences.parts - 1)
-    first = torch.einsum("cm,cmu->cu", gradients, influences.first)
-    terms = torch.einsum("cm,cmu->cu", gradients.abs(), influences.first.abs())
-    variances, third = first.square().sum(1) / scale, first.pow(3).sum(1)
-    nothing = variances <= ROUNDING * terms.square().sum(1) / scale
-    reduced = variances
-    if influences.second is not None:
-        second = torch.einsum("cm,cmuv->cuv", gradients, influences.second)
-        third = third + 2 * torch.einsum("cu,cuv,cv->c", first, second, first)
-        reduced = variances - torch.minimum(second.square().sum((1, 2)) / (2 * scale), variances / 2)
-    slopes = third / (parts * scale) / variances
-    known = reduced.isfinite() & slopes.isfinite()
-    rows = zip(nothing.tolist(), known.tolist(), reduced.tolist(), slopes.tolist(), strict=True)
-    return [Spread(0.0, 0.0, parts) if zero else Spread(variance, slope, parts) if ok else None for zero, ok, variance, slope in rows]
+    return [None] * len(gradients) if influences is None else ScoreMoments.of(influences, gradients).spreads()
 
 
 def difference_test(value: float, spread: Spread | None, *, limit: float = 2.0) -> float | None:
