@@ -17,6 +17,7 @@ from benchmarks.evidence_networks import DESIGNS, LAYERS, METHODS, STUDENTS, TEA
 from benchmarks.markdown import header, joined, row
 from benchmarks.record import RESULTS
 from kdx.scores.uncertainty import holm
+from kdx.study.statistics import over_seeds
 
 PATH, IMAGENET_PATH = RESULTS / "evidence.json", RESULTS / "evidence_imagenet.json"
 Record = Mapping[str, Any]
@@ -126,14 +127,13 @@ def verdicts(record: Record, layer: str = LAST) -> dict[tuple[int, str, int], Ve
     """By the number of the claim, the data set, and the number of the variant. Holm's correction is for all of them together."""
     keys = [(claim, data, variant) for claim in range(len(CLAIMS)) for data in DESIGNS for variant in range(len(VARIANTS))]
     series = {key: np.array([CLAIMS[key[0]].value(run, layer, VARIANTS[key[2]]) for run in runs(record, key[1])]) for key in keys}
-    p_values = holm([float(stats.ttest_1samp(values, 0).pvalue) for values in series.values()])
-    return {key: _verdict(values, p) for (key, values), p in zip(series.items(), p_values, strict=True)}
-
-
-def _verdict(values: NDArray[np.float64], p_adjusted: float) -> Verdict:
-    reach = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    mean = float(values.mean())
-    return Verdict(mean, (mean - reach, mean + reach), p_adjusted, int((values > 0).sum()), len(values))
+    estimates = {key: over_seeds(values.tolist(), 0.95) for key, values in series.items()}
+    tested = {key: estimate.p_value for key, estimate in estimates.items() if estimate.p_value is not None}
+    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return {
+        key: Verdict(estimates[key].value, estimates[key].interval, adjusted.get(key, 1.0), int((values > 0).sum()), len(values))
+        for key, values in series.items()
+    }
 
 
 def runs(record: Record, data: str) -> list[Run]:
