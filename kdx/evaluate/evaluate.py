@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ def _missing(need: Need, subject: Subject, options: EvaluationOptions) -> KdxErr
 def _basis(metric: Metric, subject: Subject, options: EvaluationOptions) -> dict[str, Any]:
     """What the results of a metric depend on, besides the run."""
     digest = hashlib.sha256("\n".join(subject.ids).encode("utf-8", "surrogatepass"))
-    basis: dict[str, Any] = {"images": len(subject), "seed": subject.seed}
+    basis: dict[str, Any] = {"images": len(subject), "seed": subject.seed, "kdx": version("kdx")}
     if "masks" in metric.needs and subject.masks is not None:
         digest.update(np.packbits(subject.masks).tobytes())
         basis["area"] = float(subject.masks.mean())
