@@ -27,7 +27,7 @@ from kdx.features.score_maps import combined
 from kdx.features.target import Target
 from kdx.kernels import dispatch, tiles
 from kdx.kernels.geometry import wide
-from kdx.kernels.moments import Moments
+from kdx.kernels.moments import Influences, Moments
 from kdx.kernels.set_geometry import SetGeometry, StoredDistances
 from kdx.kernels.set_maps import SetFeatures, SetSums, permuted_sums, second_sweep
 from kdx.kernels.set_unicam import SetGradient
@@ -64,18 +64,24 @@ class SetRows:
 class SetMeasurement:
     """One layer over n images, with r roles.
 
-    products, permuted, moments: as in `kdx.explain.layer.LayerMeasurement`, over all images. statistics: of each kind of map, UniCAM's
+    products, permuted: as in `kdx.explain.layer.LayerMeasurement`, over all images. influences: on the products, of random parts of the
+    images: consecutive ones if the rows are shuffled. statistics: of each kind of map, UniCAM's
     and those that add up to a score. null: the strength of each kind of map under a permuted target, where a permutation was computed.
     classes, groups: the scores of every class and of every group, where they were requested.
     """
 
     products: Tensor
     permuted: dict[str, Tensor]
-    moments: Moments
+    influences: Influences
     statistics: dict[str, MapStatistics]
     null: dict[str, NullStrength]
     classes: list[GroupScores]
     groups: list[GroupScores]
+
+    @property
+    def moments(self) -> Moments:
+        """The moments of the products."""
+        return self.influences.moments()
 
 
 def measure_set(
@@ -134,7 +140,7 @@ def measure_set(
     if classes is not None and swept.classes is not None:
         by_class = of_classes(rows, swept.products, swept.influences, swept.classes, classes, sampling)
     by_group = [of_images(rows, index, sampling, target.values[index.to(target.values.device)]) for index in groups]
-    return SetMeasurement(swept.products, products, swept.moments, statistics, null, by_class, by_group)
+    return SetMeasurement(swept.products, products, swept.influences, statistics, null, by_class, by_group)
 
 
 def _on_disk(folder: Path, number: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdx.errors import KdxError
+from kdx.kernels.moments import Influences
+from kdx.roles import CONTRASTS, SCORES, contrast_name
+from kdx.runs.influences import RunInfluences, read_influences
 from kdx.runs.measured import Entry
 from kdx.runs.record import RunRecord, read_run
+from kdx.scores.paired import contrast_influences, paired_difference
+from kdx.scores.score import Contrast
 
 _SETTINGS = (
     "geometry",
@@ -32,6 +38,9 @@ _SETTINGS = (
     "seed",
 )
 """The settings that affect a run's numbers. Runs that differ in one of them are compared, and the page states the difference."""
+
+
+_CONTRASTS = {contrast_name(more, less): (more, less) for more, less in CONTRASTS}
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,41 @@ class Comparison:
         named = [(*run.score_names, *run.contrast_names) for run in self.runs.values()]
         longest = max(named, key=len)
         return tuple(dict.fromkeys((*longest, *(name for names in named for name in names))))
+
+    @cached_property
+    def _influences(self) -> dict[str, RunInfluences]:
+        """By run, what each part of its images contributes to its scores, for runs with the parts of the first run."""
+        first = read_influences(self.first.folder)
+        if first is None:
+            return {}
+        known = {name: read_influences(run.folder) for name, run in self.runs.items()}
+        return {
+            name: own
+            for name, own in known.items()
+            if own is not None and self.runs[name].samples.ids == self.first.samples.ids and np.array_equal(own.parts, first.parts)
+        }
+
+    @property
+    def paired(self) -> tuple[str, ...]:
+        """The students whose scores can be subtracted from those of the first student with an interval."""
+        return tuple(name for name in self.names if name in self._influences and name != self.names[0])
+
+    def difference(self, student: str, layer: str, number: str) -> Contrast | None:
+        """A score or a difference of a student minus that of the first student at a layer of ``layers``, with its interval over images
+        (`kdx.scores.paired`); None where a run does not have it, or does not have the parts of the first run's images."""
+        both = [(name, self.entry(name, layer, number)) for name in (student, self.names[0])]
+        known = [self._influence(name, layer, number) for name, _ in both]
+        if student not in self.paired or None in known or any(entry is None or not entry.known for _, entry in both):
+            return None
+        value, other_value = (entry.value for _, entry in both if entry is not None)
+        own, other = (influences for influences in known if influences is not None)
+        limit, run = 2.0 if number in SCORES else 4.0, self.first
+        return paired_difference((value, other_value), (own, other), n=run.explained, confidence=run.confidence, limit=limit)
+
+    def _influence(self, student: str, layer: str, number: str) -> Influences | None:
+        own = self.layers[layer][self.names.index(student)]
+        known = self._influences[student].layers.get(own or "", {}) if student in self._influences else {}
+        return ({**known} | contrast_influences(known, _CONTRASTS)).get(number)
 
     def entry(self, student: str, layer: str, number: str) -> Entry | None:
         """A score or a difference of a student at a layer of ``layers``; None where its run does not have it."""

@@ -14,7 +14,7 @@ from kdx.maps import overlays
 from kdx.report import wording
 from kdx.report.comparison import Comparison, compare_runs
 from kdx.report.comparison_gallery import ComparedGallery, make_compared_gallery
-from kdx.report.comparison_tables import drawings, score_tables, students_table
+from kdx.report.comparison_tables import difference_tables, drawings, score_tables, students_table
 from kdx.report.gallery import MAP_SCRIPTS, colour_tables, gradient
 from kdx.report.layout import render, script_json
 
@@ -50,6 +50,7 @@ def _page(comparison: Comparison, gallery: ComparedGallery) -> str:
         table=students_table(comparison),
         drawings=drawings(comparison),
         tables=score_tables(comparison),
+        differences=difference_tables(comparison),
         layers=list(comparison.layers),
         gallery=gallery,
         gradients={signed: gradient(signed) for signed in (True, False)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from kdx.report import plots, wording
 from kdx.report.comparison import Comparison, correct_among
@@ -82,6 +83,35 @@ def score_tables(comparison: Comparison) -> list[DataTable]:
             note = f"The students’ layers: {names}."
         tables.append(DataTable(f"scores-{place}", f"Scores at {layer}", ("Score", *comparison.names), rows, note))
     return tables
+
+
+def difference_tables(comparison: Comparison) -> list[DataTable]:
+    """One table per layer: a row per score or difference, and a column per student with its value minus the first student's.
+
+    Empty where no run has what the intervals need.
+    """
+    first, paired = comparison.names[0], comparison.paired
+    without = [name for name in comparison.names[1:] if name not in paired]
+    tables = []
+    for place, layer in enumerate(comparison.layers):
+        rows = []
+        for number in ordered_numbers(comparison):
+            known = [comparison.difference(student, layer, number) for student in paired]
+            if any(known):
+                cells = [DataCell("–") if each is None else DataCell.of(each.value, each.interval, sign=True) for each in known]
+                rows.append([DataCell(number.replace(" - ", " − ")), *cells])
+        if rows:
+            columns = ("Score", *(f"{name} − {first}" for name in paired))
+            tables.append(DataTable(f"differences-{place}", f"Students minus {first} at {layer}", columns, rows, _without(without, first)))
+    return tables
+
+
+def _without(names: Sequence[str], first: str) -> str:
+    """Which students the tables of differences lack, as a sentence; "" for none."""
+    if not names:
+        return ""
+    runs = f"the run of {names[0]} does" if len(names) == 1 else f"the runs of {', '.join(names)} do"
+    return f"Left out: {runs} not have the same images in the same random parts as the run of {first}."
 
 
 def _cell(entry: Entry | None, sign: bool) -> DataCell:

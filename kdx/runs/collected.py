@@ -13,6 +13,7 @@ from torch import Tensor
 from kdx.errors import KdxError
 from kdx.explain.map_statistics import MapStatistics, NullStrength
 from kdx.runs import grouped_scores, schema
+from kdx.runs.influences import RunInfluences
 from kdx.runs.schema import StoredLayer, StoredMaps
 from kdx.scores.groups import GroupScores, adjusted_groups
 from kdx.scores.pool import LayerScores, adjusted
@@ -24,7 +25,7 @@ class Collected:
 
     columns: of samples.parquet, and INDEX. scores, statistics and null strengths: per layer, the last two per kind of map. unreadable: the
     name and the reason for each image that could not be read. grouped: per ``classes`` and ``groups`` the scores of each layer and name;
-    left_out: the reason for each of the two that is absent, where one applies.
+    left_out: the reason for each of the two that is absent, where one applies. influences: on the scores, in the geometry ``whole``.
     """
 
     columns: dict[str, NDArray[Any]]
@@ -34,6 +35,7 @@ class Collected:
     unreadable: list[tuple[str, str]]
     grouped: dict[str, dict[str, dict[str, GroupScores]]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    influences: RunInfluences | None = None
 
     def stored_layers(self) -> dict[str, StoredLayer]:
         """The scores of all layers in the form of scores.json, with p-values adjusted over layers."""

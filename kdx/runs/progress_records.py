@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdx.explain.map_statistics import MapStatistics, NullStrength
-from kdx.kernels.moments import Moments
+from kdx.kernels.moments import Influences, Moments
 from kdx.scores.groups import GroupContrast, GroupScores
 from kdx.scores.score import Score
 
@@ -82,17 +82,22 @@ class LayerRecord:
     """What a finished layer of a run with the geometry ``whole`` stores besides its maps.
 
     products: over all images. statistics and null: per kind of map. grouped: the scores of ``classes`` and ``groups``, by the order of
-    their names; older versions did not store them.
+    their names; older versions did not store them. influences: of parts of the images on the products; None in records of older versions.
     """
 
     products: LayerProducts
     statistics: dict[str, MapStatistics]
     null: dict[str, NullStrength]
     grouped: dict[str, list[GroupScores]] = field(default_factory=dict)
+    influences: Influences | None = None
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The arrays of the layer's file."""
         arrays = _product_arrays(self.products)
+        if self.influences is not None:
+            arrays["influences/first"] = self.influences.first.numpy(force=True)
+            if self.influences.second is not None:
+                arrays["influences/second"] = self.influences.second.numpy(force=True)
         for kind, groups in self.grouped.items():
             arrays[f"grouped/{kind}"] = np.array([json.dumps(asdict(group)) for group in groups], dtype=np.str_)
         for kind, values in self.statistics.items():
@@ -102,7 +107,7 @@ class LayerRecord:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> LayerRecord:
         """The record of a layer from the arrays of its file, the inverse of `arrays`."""
-        kinds: dict[str, dict[str, NDArray[Any]]] = {"statistics": {}, "null": {}, "grouped": {}}
+        kinds: dict[str, dict[str, NDArray[Any]]] = {"statistics": {}, "null": {}, "grouped": {}, "influences": {}}
         for name, values in arrays.items():
             group, slash, kind = name.partition("/")
             if slash:
@@ -112,7 +117,12 @@ class LayerRecord:
             {kind: MapStatistics(*torch.from_numpy(values)) for kind, values in kinds["statistics"].items()},
             {kind: NullStrength(*values.tolist()) for kind, values in kinds["null"].items()},
             {kind: [_group(json.loads(text)) for text in values.tolist()] for kind, values in kinds["grouped"].items()},
+            _influences({name: torch.from_numpy(values) for name, values in kinds["influences"].items()}),
         )
+
+
+def _influences(stored: Mapping[str, torch.Tensor]) -> Influences | None:
+    return Influences(stored["first"], stored.get("second")) if stored else None
 
 
 def _group(stored: Mapping[str, Any]) -> GroupScores:

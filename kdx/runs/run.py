@@ -312,6 +312,8 @@ def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int
             "left_out": collected.left_out,
         }
     )
+    if collected.influences is not None:
+        collected.influences.write(store.folder)
     samples = Samples.of(columns, [dataset.ids[i] for i in index], roles)
     numbers = {**columns, **prediction_numbers(samples), **maps}
     check_order(options.gallery_order, tuple(numbers))  # salient features, for example, have no maps that add up to a score

@@ -23,9 +23,11 @@ from kdx.runs import schema
 from kdx.runs.collected import Collected, check_classes, prediction_columns
 from kdx.runs.divisions import Divisions
 from kdx.runs.feature_files import FeatureFiles, Shapes
+from kdx.runs.influences import RunInfluences, parts_of
 from kdx.runs.plan import Plan, aligned
 from kdx.runs.progress_records import LayerProducts, LayerRecord
 from kdx.runs.store import Store
+from kdx.scores.paired import score_influences
 from kdx.scores.pool import Pool
 
 
@@ -137,7 +139,7 @@ def _measure(
         order = _sorted(plan, files)
         grouped = divisions.by_kind(measurement.classes, measurement.groups)
         statistics = {kind: values.at(torch.from_numpy(order)) for kind, values in measurement.statistics.items()}
-        store.write_layer(place, layer, maps, order, LayerRecord(products, statistics, measurement.null, grouped))
+        store.write_layer(place, layer, maps, order, LayerRecord(products, statistics, measurement.null, grouped, measurement.influences))
 
 
 def _shuffled(plan: Plan) -> NDArray[np.int64]:
@@ -164,6 +166,11 @@ def collect_whole(store: Store, plan: Plan, files: FeatureFiles) -> Collected:
         pool = Pool(roles)
         pool.add(*record.products)
         scores[layer] = pool.scores(n=len(index), confidence=plan.options.confidence)
+    influences = {
+        layer: score_influences(record.products.products, record.influences, roles)
+        for layer, record in records.items()
+        if record.influences is not None
+    }
     return Collected(
         columns,
         scores,
@@ -172,4 +179,5 @@ def collect_whole(store: Store, plan: Plan, files: FeatureFiles) -> Collected:
         files.unreadable,
         divisions.named({layer: record.grouped for layer, record in records.items()}),
         divisions.left_out,
+        RunInfluences(parts_of(order), influences) if influences else None,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from kdx.kernels.moments import Moments
 from kdx.roles import ROLES, TARGET, Definition, contrast_name, contrasts_among, roles_among, scores_among
 from kdx.scores import uncertainty
-from kdx.scores.score import STATISTICS, Contrast, Score, contrast, estimate, summary
+from kdx.scores.score import STATISTICS, Contrast, Estimate, Score, Statistic, contrast, estimate, summary
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,25 @@ class LayerScores:
 
     scores: dict[str, Score]
     contrasts: dict[str, Contrast]
+
+
+def score_estimates(products: Tensor, roles: Collection[str]) -> dict[str, Estimate]:
+    """The value of each score of these roles and its gradient by the inner products [r + 1, r + 1], as for `pooled_scores`."""
+    return {name: estimate(statistic, products) for name, statistic in _statistics(roles).items()}
+
+
+def _statistics(roles: Collection[str]) -> dict[str, Statistic]:
+    """Each score as a function of the inner products of all matrices."""
+    place = {name: index for index, name in enumerate((*roles_among(roles), TARGET))}
+    statistics: dict[str, Statistic] = {}
+    for name, definition in scores_among(roles).items():
+        index = torch.tensor([place[matrix] for matrix in definition.matrices])
+
+        def statistic(tensor: Tensor, definition: Definition = definition, index: Tensor = index) -> Tensor:
+            return STATISTICS[definition.statistic](tensor[..., index[:, None], index])
+
+        statistics[name] = statistic
+    return statistics
 
 
 def pooled_scores(
@@ -38,15 +57,9 @@ def pooled_scores(
     products [p, r + 1] under permutations of that matrix's images. moments: of the products; None if there are too few images.
     """
     place = {name: index for index, name in enumerate((*roles_among(roles), TARGET))}
-    scores, estimates = {}, {}
+    scores, estimates, statistics = {}, score_estimates(products, roles), _statistics(roles)
     for name, definition in scores_among(roles).items():
-        index = torch.tensor([place[matrix] for matrix in definition.matrices])
-
-        def statistic(tensor: Tensor, definition: Definition = definition, index: Tensor = index) -> Tensor:
-            return STATISTICS[definition.statistic](tensor[..., index[:, None], index])
-
-        estimates[name] = estimate(statistic, products)
-        null = statistic(uncertainty.with_permuted(products, place[definition.permuted], permuted[definition.permuted]))
+        null = statistics[name](uncertainty.with_permuted(products, place[definition.permuted], permuted[definition.permuted]))
         scores[name] = summary(estimates[name], moments, null.numpy(force=True), n=n, batches=batches, confidence=confidence)
     contrasts = {
         contrast_name(more, less): contrast(estimates[more] - estimates[less], moments, n=n, confidence=confidence)

@@ -14,6 +14,7 @@ from kdx.cli import app
 from kdx.commands import explain, explain_students
 from kdx.models.models_file import read_models
 from kdx.report.comparison import compare_runs
+from kdx.report.comparison_tables import difference_tables
 from tests.runs.small_run import OPTIONS, interrupt, results, same
 from tests.runs.test_shared_features import counted
 from tests.runs.test_shared_features import models as models
@@ -39,6 +40,36 @@ def test_each_run_is_that_of_its_student_alone_also_after_an_interruption(
         explain.run(data, file, tmp_path / name, options=FEW, announce=lambda line: None)
         assert same(results(tmp_path / "out" / name), results(tmp_path / name))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["at", "kd", "report.html"]
+
+
+@pytest.mark.slow
+def test_the_page_has_an_interval_for_every_difference_if_the_runs_have_the_same_parts(
+    folder: Path, models: dict[str, Path], tmp_path: Path
+) -> None:
+    options = replace(FEW, geometry="whole")
+    page = explain_students.run(str(folder / "pictures"), models, tmp_path / "out", options=options, announce=lambda line: None)
+    assert "Differences between students" in page.read_text()
+    comparison = compare_runs({name: tmp_path / "out" / name for name in models})
+    first, other = comparison.names
+    assert comparison.paired == (other,)
+    for table, layer in zip(difference_tables(comparison), comparison.layers, strict=True):
+        assert table.columns == ("Score", f"{other} − {first}") and len(table.rows) == len(comparison.numbers)
+        for number in comparison.numbers:
+            entries = [comparison.entry(student, layer, number) for student in (other, first)]
+            difference = comparison.difference(other, layer, number)
+            assert difference is not None and entries[0] is not None and entries[1] is not None
+            assert difference.value == pytest.approx(entries[0].value - entries[1].value, abs=1e-12)
+            low, high = difference.interval
+            assert low <= difference.value <= high
+            if number == "RS(B)":  # the base is the same
+                assert high - low < 1e-6
+    parts = comparison.runs[other].folder / "influences.npz"
+    content = parts.read_bytes()
+    for damaged in (b"damaged", content[:200]):
+        parts.write_bytes(damaged)
+        again = compare_runs({name: run.folder for name, run in comparison.runs.items()})
+        assert again.paired == () and difference_tables(again) == []
+    parts.write_bytes(content)
 
 
 @pytest.mark.slow
