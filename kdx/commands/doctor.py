@@ -6,10 +6,13 @@ import importlib
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
-from kdx.errors import first_line
+from kdx.commands.doctor_kernels import FailedStep, try_compiler, try_launcher
+from kdx.errors import KdxError, first_line
 from kdx.kernels import cubins, cuda
+from kdx.kernels.compilers import COMPILERS
 from kdx.runtimes.openvino import has_bfloat16
 
 
@@ -33,6 +36,10 @@ def _guarded(name: str, check: Callable[[], str], hint: str) -> Finding:
         return Finding(name, True, check())
     except PackageNotFoundError:
         return Finding(name, False, "not installed", hint)
+    except KdxError as error:
+        return Finding(name, False, error.problem.rstrip("."), error.hint)
+    except FailedStep as error:
+        return Finding(name, False, first_line(error), error.hint)
     except Exception as error:  # a broken package may raise anything on import
         return Finding(name, False, first_line(error), hint)
 
@@ -119,18 +126,13 @@ def _cuda_bindings() -> str:
     status, number = driver.cuDriverGetVersion()
     if int(status):
         raise RuntimeError("the NVIDIA driver does not answer")
-    return f"{installed}, driver {number}"
+    return f"{installed}, driver {number}, {try_launcher('cuda.bindings')}"
 
 
 def _pycuda() -> str:
     installed = version("pycuda")
     driver = importlib.import_module("pycuda.driver")
-    return f"{installed}, driver {driver.get_driver_version()}, is used in place of cuda-bindings"
-
-
-def _cuda_compiler() -> str:
-    compiler = cubins.compiler()
-    return f"{compiler.name} {compiler.version}, compiles for {', '.join(compiler.architectures)}"
+    return f"{installed}, driver {driver.get_driver_version()}, is used in place of cuda-bindings: {try_launcher('pycuda')}"
 
 
 def _cuda_kernels() -> str:
@@ -144,6 +146,8 @@ def _cuda_kernels() -> str:
 
 _GPU_EXTRA = "pip install 'kdx[gpu]' (in place of kdx[cpu])"
 
+_COMPILER_HINT = "a CUDA build of PyTorch, which includes NVRTC, or the CUDA toolkit (nvcc on PATH); one of the two suffices"
+
 _PROBES: dict[str, tuple[Callable[[], str], str]] = {
     "Python": (platform.python_version, ""),
     "runtime eager: PyTorch": (_torch, "pip install kdx"),
@@ -155,7 +159,7 @@ _PROBES: dict[str, tuple[Callable[[], str], str]] = {
     "runtime tensorrt: TensorRT-RTX": (_tensorrt_rtx, "pip install 'kdx[tensorrt-rtx]'; it also builds engines on a machine without a GPU"),
     "cuda-bindings": (_cuda_bindings, _GPU_EXTRA),
     "PyCUDA": (_pycuda, "not needed where cuda-bindings is installed: pip install 'kdx[pycuda]' builds it with a CUDA toolkit"),
-    "CUDA compiler": (_cuda_compiler, "the CUDA toolkit (nvcc on PATH), or a CUDA build of PyTorch, which includes NVRTC"),
+    **{f"CUDA compiler: {name}": (partial(try_compiler, name), _COMPILER_HINT) for name in COMPILERS},
     "CUDA kernels": (
         _cuda_kernels,
         f"a GPU, its driver, a CUDA compiler and cuda-bindings: {_GPU_EXTRA}; without them PyTorch computes the same",
