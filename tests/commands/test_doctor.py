@@ -7,9 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import SimpleNamespace
 
-import onnxruntime
 import pytest
 import torch
 
@@ -116,33 +114,24 @@ def test_a_tensorrt_without_its_libraries_names_the_missing_one(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("compiled", "gpu", "starts", "message"),
-    [
-        (False, True, False, "built for the CPU only"),
-        (True, False, False, "PyTorch sees no GPU"),
-        (True, True, False, "its CUDA provider does not start"),
-        (True, True, True, "starts"),
-    ],
+    ("gpu", "problem", "message"),
+    [(False, "", "PyTorch sees no GPU"), (True, "libcudnn.so.9 is missing", "libcudnn.so.9 is missing"), (True, "", "starts")],
 )
-def test_a_provider_works_when_a_session_of_it_starts(
-    compiled: bool, gpu: bool, starts: bool, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cpu, cuda = "CPUExecutionProvider", "CUDAExecutionProvider"
-    real = onnxruntime.InferenceSession
-    sessions: list[object] = []
-
-    def session(network: bytes, providers: list[str]) -> object:
-        sessions.append(real(network, providers=[cpu]))  # the network is valid
-        return SimpleNamespace(get_providers=lambda: [cuda, cpu] if starts else [cpu])
-
+def test_the_cuda_provider_is_tried(gpu: bool, problem: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [cuda, cpu] if compiled else [cpu])
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(doctor, "cuda_provider_problem", lambda: problem)
     monkeypatch.setattr(doctor, "_PROBES", {"one": doctor._PROBES["runtime onnx on the GPU"]})
     (finding,) = probe()
-    assert finding.works == starts and message in finding.result and len(sessions) == (compiled and gpu)
-    assert starts or "kdx[gpu]" in finding.hint
+    assert finding.works == (gpu and not problem) and finding.result == message
+    assert finding.works or "kdx[gpu]" in finding.hint
+
+
+def test_a_gpu_on_which_pytorch_cannot_compute_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "gpu_problem", lambda: "no kernel image is available")
+    monkeypatch.setattr(doctor, "_PROBES", {"GPU": doctor._PROBES["GPU"]})
+    (finding,) = probe()
+    assert not finding.works and finding.result.endswith("cannot compute on it: no kernel image is available") and "PyTorch" in finding.hint
 
 
 @pytest.mark.parametrize(
