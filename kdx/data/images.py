@@ -68,6 +68,8 @@ def decoded(dataset: Dataset, batches: Iterable[Indices], size: tuple[int, int],
     At most `kdx.data.prefetch.PREFETCH_DEPTH` batches are decoded in advance. By default there is one thread per core; with 0, each
     batch is decoded when it is taken. The pixels are the same for any number of threads: Pillow decodes and resizes without the
     interpreter's lock, and each image is written to its own row.
+
+    With ``dataset.decoder``, JPEG files are decoded on a GPU, and the pixels are there.
     """
     # Warning filters apply to all threads, so they are set once here. PIL's warnings about unusual files do not help a user.
     with warnings.catch_warnings():
@@ -79,7 +81,10 @@ def decoded(dataset: Dataset, batches: Iterable[Indices], size: tuple[int, int],
 
 
 def _job(dataset: Dataset, indices: Indices, size: tuple[int, int]) -> Job[Images]:
-    """One task per image, which fills its row of the pixels or records why it cannot."""
+    """One task per image, which fills its row of the pixels or records why it cannot; with a decoder on a GPU, its own tasks."""
+    if dataset.decoder is not None:
+        decoding = dataset.decoder.job(dataset, indices, size)
+        return Job(decoding.tasks, lambda: _decoded_on_gpu(dataset, indices, *decoding.result()))
     pixels = torch.empty(len(indices), 3, *size)
     reasons: list[str] = [""] * len(indices)
 
@@ -97,3 +102,12 @@ def _job(dataset: Dataset, indices: Indices, size: tuple[int, int]) -> Job[Image
         return Images(pixels[torch.from_numpy(~failed)] if unreadable else pixels, indices[~failed], unreadable)
 
     return Job([partial(decode, row) for row in range(len(indices))], result)
+
+
+def _decoded_on_gpu(dataset: Dataset, indices: Indices, levels: Tensor, reasons: list[str]) -> Images:
+    """The images of a `kdx.data.gpu_decoder.GpuDecoder`."""
+    failed = np.array([bool(reason) for reason in reasons], dtype=bool)
+    unreadable = tuple((dataset.ids[index], reason) for index, reason in zip(indices, reasons, strict=True) if reason)
+    kept = levels[torch.from_numpy(~failed).to(levels.device)] if unreadable else levels
+    # A division by a number would be a product with its rounded inverse on a GPU.
+    return Images(kept.float().div_(torch.full((), 255.0, device=levels.device)), indices[~failed], unreadable)

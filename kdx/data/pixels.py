@@ -61,7 +61,7 @@ def orientation_of(image: Image.Image) -> object:
         return 1
 
 
-_BAR = (128, 128, 128)
+BAR = (128, 128, 128)
 """The colour of the bars of a letterbox."""
 
 
@@ -77,7 +77,7 @@ def fit(image: Image.Image, size: tuple[int, int], resizing: Resizing = COVER) -
     scales = height / image.height, width / image.width
     if resizing.mode == "letterbox":
         inside = max(1, min(width, round(image.width * min(scales)))), max(1, min(height, round(image.height * min(scales))))
-        boxed = Image.new(image.mode, (width, height), _BAR if image.mode == "RGB" else 0)
+        boxed = Image.new(image.mode, (width, height), BAR if image.mode == "RGB" else 0)
         boxed.paste(image if inside == image.size else image.resize(inside, filter_), ((width - inside[0]) // 2, (height - inside[1]) // 2))
         return boxed
     covering = (max(width, round(image.width * max(scales))), max(height, round(image.height * max(scales))))

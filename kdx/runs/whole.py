@@ -77,8 +77,8 @@ def _infer(files: FeatureFiles, explainer: Explainer, plan: Plan, size: tuple[in
 def _infer_part(files: FeatureFiles, explainer: Explainer, plan: Plan, part: slice, planned: NDArray[np.int64], images: Images) -> None:
     readable = np.isin(planned, images.kept)
     # A blank image replaces every unreadable one, so that the other images keep their places in the pass, and blank images fill the pass.
-    pixels = torch.zeros(aligned(len(planned)), *images.pixels.shape[1:])
-    pixels[: len(planned)][torch.from_numpy(readable)] = images.pixels
+    pixels = torch.zeros(aligned(len(planned)), *images.pixels.shape[1:], device=images.pixels.device)
+    pixels[: len(planned)][torch.from_numpy(readable).to(pixels.device)] = images.pixels
     logits, features = explainer.features(pixels)
     logits = {role: rows[: len(planned)] for role, rows in logits.items()}
     features = {layer: {role: rows[: len(planned)] for role, rows in by_role.items()} for layer, by_role in features.items()}
