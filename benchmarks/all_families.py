@@ -138,9 +138,9 @@ def table(record: Mapping[str, Any]) -> str:
     rows = record.get("networks", [])
     if not rows:
         return "No result is stored.\n"
-    complete = [row for row in rows if all(stage in row for stage in STAGES)]
-    export = sum(all(agrees(row, kind) for kind in EXPORTS) for row in complete)
-    passed = sum(all(agrees(row, stage) for stage in STAGES) for row in complete)
+    complete = [each for each in rows if all(stage in each for stage in STAGES)]
+    export = sum(all(agrees(each, kind) for kind in EXPORTS) for each in complete)
+    passed = sum(all(agrees(each, stage) for stage in STAGES) for each in complete)
     text = (
         f"{export} of {len(complete)} networks export in all three kinds, and {passed} pass every check."
         f" {len(rows) - len(complete)} more networks have run in part.\n\n"

@@ -31,6 +31,7 @@ from kdx.errors import KdxError
 from kdx.explain import layer
 from kdx.features.target import Target
 from kdx.kernels import cubins, cuda, fused, geometry
+from kdx.kernels.compilers import compilers
 from kdx.kernels.fused_shares import PositionSquares
 from kdx.kernels.precision import ieee_float32, tf32
 from kdx.scores import uncertainty
@@ -220,7 +221,7 @@ def measure(device: torch.device, samples: int, seed: int) -> dict[str, Any]:
     clock = Clock(device, samples)
     bandwidth, rows = time_kernels(clock, seed)
     batch = time_batch(clock, seed)
-    capability, compiler = torch.cuda.get_device_capability(device), cubins.compiler()
+    capability, compiler = torch.cuda.get_device_capability(device), compilers()[0]
     return {
         "case": f"ResNet-50, 224 x 224, batch {RESNET50.images}, layer4",
         "device": {

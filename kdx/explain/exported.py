@@ -108,6 +108,6 @@ def open_exported(
     """
     if choice.runtime == "tensorrt" and path.suffix != ".engine":
         built = folder.path / f"{name}.engine"
-        engine.build(path, built, batch=batch, image_size=image_size)
+        engine.build(path, built, batch=batch, image_size=image_size, tf32=choice.precision == "tf32")
         path = built
     return open_file(path, choice)

@@ -46,6 +46,7 @@ from kdx.runs.store import Store
 from kdx.runs.target_names import target_phrase
 from kdx.runs.training_scores import logged_scores, write_training_scores
 from kdx.runs.whole import collect_whole, explain_whole, feature_shapes
+from kdx.runtimes.choice import allows_tf32
 from kdx.scores.uncertainty import accuracy
 
 
@@ -126,6 +127,8 @@ def _prepare_and_explain(
         shared.keep_runtime(explainer.choice.runtime)
     announce(f"Runtime {explainer.choice.why}.")
     store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
+    networks = (plan.models.path, plan.models.student, plan.models.base, plan.models.teacher)
+    store.manifest["environment"]["tf32"] = allows_tf32(explainer.choice, networks)
     store.manifest["random_weights"] = [role for role, record in records.items() if not record.trained and role != BASELINE]
     for role in store.manifest["random_weights"]:
         announce(f"Some or all weights of the {role} are random: {records[role].reference}.")

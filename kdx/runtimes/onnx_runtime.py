@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdx import threads
-from kdx.errors import KdxError, first_line, missing_package
+from kdx.errors import KdxError, first_line, import_optional
 from kdx.export.description import Shape, describe
 from kdx.runtimes.cuda_stream import CPU, CudaStream, gpu_device
 from kdx.runtimes.runner import FileRunner, input_dtype
@@ -46,10 +46,7 @@ class OnnxRuntimeRunner(FileRunner):
     runtime = "onnx"
 
     def __init__(self, path: Path, provider: Provider = "cpu", device: torch.device | None = None, *, tf32: bool = False) -> None:
-        try:
-            import onnxruntime
-        except ImportError:
-            raise missing_package("onnxruntime", "cpu", "The runtime onnx") from None
+        onnxruntime = import_optional("onnxruntime", "cpu", "The runtime onnx")
         own_device = CPU if provider == "cpu" else gpu_device(device, f"ONNX Runtime's provider {provider}")
         if device is not None and device.type != own_device.type:
             raise ValueError(f"the provider {provider} does not run on {device}")
@@ -155,9 +152,3 @@ def _shapes(path: Path, values: Collection[Any]) -> dict[str, Shape]:
         if value.type != expected:
             raise KdxError(f"{value.name} of {path} is a {value.type}, not {name}.", "Export it again with kdx export.")
     return {value.name: tuple(value.shape) for value in values}
-
-
-def has_cuda_provider() -> bool:
-    import onnxruntime
-
-    return _PROVIDERS["cuda"] in onnxruntime.get_available_providers()

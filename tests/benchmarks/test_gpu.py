@@ -173,7 +173,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         patch.setattr(torch.cuda, "get_device_name", lambda device=None: "An emulated GPU")
         # Memory for the differences of six of the twelve images.
         patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=6 * 7 * 7 * 4 * 36))
-        patch.setattr(cubins, "compiler", lambda: SimpleNamespace(name="nvcc", version="13.0"))
+        patch.setattr(gpu, "compilers", lambda: [SimpleNamespace(name="nvcc", version="13.0")])
         assert gpu.main(["--samples", "1", "--seed", "7"]) == 0
     written: dict[str, Any] = json.loads((results / "gpu.json").read_text())
     return written

@@ -71,7 +71,8 @@ def named_networks() -> dict[str, Network]:
 
 
 def explainer(**changes: Any) -> Explainer:
-    settings: dict[str, Any] = {**networks(), "layers": LAYERS, "runtime": "eager", "permutations": 19}
+    """On the CPU, because tests compare it with PyTorch there, to nine digits."""
+    settings: dict[str, Any] = {**networks(), "layers": LAYERS, "runtime": "eager", "device": "cpu", "permutations": 19}
     return Explainer(**settings | changes)
 
 

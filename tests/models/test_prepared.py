@@ -18,6 +18,8 @@ from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph
 from kdx.models.prepared import prepared
 
+pytestmark = pytest.mark.usefixtures("no_gpu")
+
 IMAGES = torch.rand(5, 3, 14, 11, generator=torch.Generator().manual_seed(0))
 
 

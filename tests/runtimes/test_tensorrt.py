@@ -18,7 +18,7 @@ from kdx.export import engine
 from kdx.runtimes.eager import EagerRunner
 from kdx.runtimes.tensorrt import TensorRtRunner
 from tests.runtimes.fakes import FakeStream, FakeTensorRT
-from tests.runtimes.small_network import CPU, check_on_gpu, graph, images, needs_gpu
+from tests.runtimes.small_network import CPU, check_on_gpu, graph, images
 
 
 def test_an_engine_without_a_driver_is_an_error_and_no_crash(built: Path) -> None:
@@ -120,7 +120,7 @@ def test_an_engine_for_another_gpu_or_version_is_an_error(
         TensorRtRunner(built)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_an_engine_on_the_gpu_gives_the_cpus_numbers(network: nn.Module, path: Path, tmp_path: Path) -> None:
     try:
         engine.load_package(engine.choose_target().package)
