@@ -112,8 +112,9 @@ class Scoring:
     def _correlation(self, a: Tensor, b: Tensor) -> float:
         if self.mean:
             return float(geometry.correlation(a, b).mean())
-        products = [float(geometry.dot(*pair).sum()) for pair in ((a, b), (a, a), (b, b))]
-        return products[0] / float(np.sqrt(products[1] * products[2]))
+        product, a_square, b_square = (float(geometry.dot(*pair).sum()) for pair in ((a, b), (a, a), (b, b)))
+        norm = float(np.sqrt(a_square * b_square))
+        return product / norm if norm else 0.0  # of constant features, as in the definition of distance correlation
 
 
 # ---- maps ----
