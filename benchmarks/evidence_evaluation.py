@@ -68,12 +68,15 @@ def evaluated(
     features: of the student and the base, by layer and role.
     """
     source, others = _Networks.of({"student": student, "base": base}, test), computed(has_base=True)
+    baselines = {
+        others[name].title: measured(others[name].maps(source, ""), student, base, test) for name in _OTHERS if not others[name].has_layer
+    }
     results = {}
     for layer, by_role in features.items():
         kinds = map_kinds(by_role, test.labels)
-        maps = {kind: kinds[kind][0].float().cpu().numpy() for kind in _DISTILLED}
-        maps |= {others[name].title: others[name].maps(source, layer) for name in _OTHERS}
-        results[layer] = {name: measured(values, student, base, test) for name, values in maps.items()}
+        maps = {kind: kinds[kind][0].float().numpy() for kind in _DISTILLED}
+        maps |= {others[name].title: others[name].maps(source, layer) for name in _OTHERS if others[name].has_layer}
+        results[layer] = {name: measured(values, student, base, test) for name, values in maps.items()} | baselines
     return results
 
 

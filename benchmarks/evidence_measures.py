@@ -26,7 +26,7 @@ Features = Mapping[str, Tensor]
 """The features [n, C, H, W] of one layer by role."""
 
 PUBLISHED_BATCH = 5
-_CHUNK = 128
+_CHUNK = 256
 """Images in a pass of a network."""
 
 PUBLISHED_SALIENCE = Salience(keep=0.5, noise=0.01, of_class="true", score="probability", image="published")
