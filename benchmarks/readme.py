@@ -210,7 +210,10 @@ PAGES: dict[Path, dict[str, Callable[[Records], str]]] = {
     DISTILLATION: {"methods": lambda _: methods.markdown()},
     TRAINING: {"training": lambda _: training.markdown()},
     PLANTED: {name: planted(table) for name, table in planted_tables.TABLES.items()},
-    EVIDENCE: {name: evidence(table) for name, table in evidence_tables.TABLES.items()},
+    EVIDENCE: {
+        **{name: evidence(table) for name, table in evidence_tables.TABLES.items()},
+        "imagenet": lambda _: evidence_tables.imagenet(),
+    },
 }
 
 
