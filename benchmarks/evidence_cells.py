@@ -137,4 +137,4 @@ def _largest_difference() -> float:
                 )
             ]
         )
-    return max(abs(a - b) for a, b in zip(*results, strict=True))
+    return max(float(abs(a - b)) for a, b in zip(*results, strict=True))

@@ -33,7 +33,7 @@ _DISTILLED = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Networks:
     """The source of the maps that `kdx.evaluate` computes from networks. size: of the images. maps: of each role, by layer."""
 
