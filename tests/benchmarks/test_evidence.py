@@ -6,6 +6,7 @@ Its grid has the students of the page, its images are those of the data set, and
 from __future__ import annotations
 
 import json
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -214,7 +215,9 @@ def test_a_run_that_is_stopped_continues(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(evidence, "DATA", ("digits",))
     monkeypatch.setitem(evidence_design.TOY, "digits", {**evidence_design.TOY["digits"], "methods": ["kd"]})
     record = tmp_path / "record.json"
-    options = Namespace(out=tmp_path / "out", record=record, minutes=0.0, workers=1, images=30, device="cpu", toy=True)
+    options = Namespace(
+        out=tmp_path / "out", record=record, minutes=0.0, workers=1, images=30, device="cpu", toy=True, data=["digits"], seeds=8
+    )
     monkeypatch.setattr(evidence, "draw", lambda *_, **__: None)
     evidence.run(options)
     assert json.loads(record.read_text())["runs"] == []
@@ -228,3 +231,6 @@ def test_a_run_that_is_stopped_continues(tmp_path: Path, monkeypatch: pytest.Mon
     evidence.run(Namespace(**{**vars(options), "minutes": None}))
     again = json.loads(record.read_text())
     assert again["runs"] == json.loads(written)["runs"]
+    shutil.rmtree(tmp_path / "out")
+    evidence.run(Namespace(**{**vars(options), "minutes": 0.0}))  # nothing is computed again for a seed that the record contains
+    assert json.loads(record.read_text())["runs"] == again["runs"]
