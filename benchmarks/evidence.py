@@ -41,7 +41,9 @@ class TimeIsUp(BaseException):  # no error of a job, which would end only the jo
 # ---- the record
 
 
-def record_of(folder: Path, grids: Mapping[str, Grid], subjects: Mapping[str, Subject], complete: set[str]) -> list[dict[str, Any]]:
+def record_of(
+    folder: Path, grids: Mapping[str, Grid], subjects: Mapping[str, Subject], complete: set[str], device: str
+) -> list[dict[str, Any]]:
     """The measurements of each seed on each data set, for the seeds whose cells are all complete."""
     cells: dict[tuple[str, int], list[str]] = defaultdict(list)
     for data, grid in grids.items():
@@ -52,7 +54,7 @@ def record_of(folder: Path, grids: Mapping[str, Grid], subjects: Mapping[str, Su
     for (data, seed), keys in cells.items():
         if not complete.issuperset(keys):
             continue
-        run: dict[str, Any] = {"data": data, "seed": seed, "accuracy": {}, "students": {}}
+        run: dict[str, Any] = {"data": data, "seed": seed, "device": device, "accuracy": {}, "students": {}}
         for key in keys:
             stored, student = json.loads((folder / folders[key] / MEASURED).read_text()), subjects[key].student
             accuracy = stored["accuracy"]
@@ -114,7 +116,10 @@ def run(options: argparse.Namespace) -> Path:
         say("The images are drawn.")
         device = measuring_device(options.device, say)
         grids = {name: grid_of(design(name, folder, toy=options.toy)) for name in DATA}
-        jobs = sorted((job for grid in grids.values() for job in grid.jobs), key=lambda job: job.settings.seed)
+        known = {} if options.known is None else json.loads(options.known.read_text())
+        done = {(entry["data"], entry["seed"]) for entry in known.get("runs", [])}
+        every = (job for name, grid in grids.items() for job in grid.jobs if (name, job.settings.seed) not in done)
+        jobs = sorted(every, key=lambda job: job.settings.seed)
         subjects = subjects_of(grids)
         complete = set(complete_jobs(folder, jobs, has_measurements))
         state = _Progress(start, options.minutes, len(jobs) - len(complete))
@@ -124,9 +129,10 @@ def run(options: argparse.Namespace) -> Path:
         path = options.record
 
         def store() -> int:
-            runs = record_of(folder, grids, subjects, complete)
+            runs = [*known.get("runs", []), *record_of(folder, grids, subjects, complete, device)]
             seeds = {name: sorted(run["seed"] for run in runs if run["data"] == name) for name in DATA}
-            facts = {"images": options.images, "toy": options.toy, "device": device, "seeds": seeds, "seconds": round(state.seconds)}
+            seconds = round(state.seconds) + known.get("seconds", 0)
+            facts = {"images": options.images, "toy": options.toy, "seeds": seeds, "seconds": seconds}
             parameters = {name: grid.parameters for name, grid in grids.items()}
             write_record(path, {**origin("benchmarks.evidence"), **facts, "parameters": parameters, "runs": runs})
             return len(runs)
@@ -156,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder of the networks and of finished measurements")
     parser.add_argument("--record", type=Path, help="the file of the record, by default benchmarks/results/evidence.json")
+    parser.add_argument("--known", type=Path, help="a record of the same design; its seeds are kept and not done again")
     parser.add_argument("--minutes", type=float, help="stop after this time, counted from the start; by default never")
     parser.add_argument("--workers", type=int, default=threads.available_cores(), help="processes, by default one per core")
     parser.add_argument("--images", type=int, default=IMAGES, help="test images whose maps and scores are measured")

@@ -17,7 +17,7 @@ from scipy import stats
 
 import kdx
 from benchmarks import evidence, evidence_claims, evidence_design, evidence_evaluation
-from benchmarks.evidence_cells import MEASURED, Subject, subjects_of
+from benchmarks.evidence_cells import MEASURED, Subject, largest_difference, subjects_of
 from benchmarks.evidence_design import DATA, LAYERS, STUDENTS, Student, TestImages
 from benchmarks.evidence_measures import MeasuredNetwork, Objects, Scoring, unicam_maps
 from kdx import models
@@ -181,6 +181,12 @@ def test_metrics_of_maps_with_known_values() -> None:
     assert abs(perfect["insertion"] - float(probability.mean())) < 0.3  # the curve ends at the probability of the image
 
 
+@pytest.mark.slow
+def test_the_check_of_the_gpu() -> None:
+    """Two runs on the processor do not differ."""
+    assert largest_difference("cpu", "cpu") == 0
+
+
 def test_the_record_has_the_complete_seeds(grids: dict[str, Grid], tmp_path: Path) -> None:
     """Seed 0 is complete. Of seed 1 one cell is missing."""
     grid = grids["digits"]
@@ -197,7 +203,7 @@ def test_the_record_has_the_complete_seeds(grids: dict[str, Grid], tmp_path: Pat
         entry = {"accuracy": {"student": number / 100, "base": 0.1, "teacher": 0.9}, "layers": {"layer1": 1 / 3}, "images": 7}
         (tmp_path / job.folder / MEASURED).write_text(json.dumps(entry))
     complete = {cell.key for cell in both.cells[:-1]}
-    (run,) = evidence.record_of(tmp_path, {"digits": both}, subjects, complete)
+    (run,) = evidence.record_of(tmp_path, {"digits": both}, subjects, complete, "cpu")
     assert (run["seed"], set(run["students"])) == (0, {student.name for student in STUDENTS})
     assert [run["accuracy"][Student.of(cell).name] for cell in grid.cells] == [number / 100 for number in range(len(jobs))]
     path = tmp_path / "records" / "record.json"
@@ -214,7 +220,7 @@ def test_a_run_that_is_stopped_continues(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(evidence, "DATA", ("digits",))
     monkeypatch.setitem(evidence_design.TOY, "digits", {**evidence_design.TOY["digits"], "methods": ["kd"]})
     record = tmp_path / "record.json"
-    options = Namespace(out=tmp_path / "out", record=record, minutes=0.0, workers=1, images=30, device="cpu", toy=True)
+    options = Namespace(out=tmp_path / "out", record=record, minutes=0.0, workers=1, images=32, device="cpu", toy=True, known=None)
     monkeypatch.setattr(evidence, "draw", lambda *_, **__: None)
     evidence.run(options)
     assert json.loads(record.read_text())["runs"] == []
@@ -226,5 +232,6 @@ def test_a_run_that_is_stopped_continues(tmp_path: Path, monkeypatch: pytest.Mon
     assert set(run["detailed"]) == set(LAYERS)
     written = record.read_bytes()
     evidence.run(Namespace(**{**vars(options), "minutes": None}))
-    again = json.loads(record.read_text())
-    assert again["runs"] == json.loads(written)["runs"]
+    assert json.loads(record.read_text())["runs"] == json.loads(written)["runs"]
+    evidence.run(Namespace(**{**vars(options), "out": tmp_path / "other", "known": record}))  # it has nothing to do
+    assert json.loads(record.read_text())["runs"] == json.loads(written)["runs"]
