@@ -115,8 +115,9 @@ def run(options: argparse.Namespace) -> Path:
         say("The images are drawn.")
         device = measuring_device(options.device, say)
         grids = {name: grid_of(design(name, folder, toy=options.toy)) for name in DATA}
+        parameters = {name: grid.parameters for name, grid in grids.items()}
         path = options.record
-        earlier = {(run["data"], run["seed"]): run for run in _runs(path)}
+        earlier = {(run["data"], run["seed"]): run for run in _runs(path, parameters)}
         jobs = [job for name in options.data for job in grids[name].jobs if (name, job.settings.seed) not in earlier]
         jobs = sorted((job for job in jobs if job.settings.seed < options.seeds), key=lambda job: job.settings.seed)
         subjects = subjects_of(grids)
@@ -132,7 +133,6 @@ def run(options: argparse.Namespace) -> Path:
             computed = record_of(folder, grids, subjects, complete)
             runs = {**earlier, **{(run["data"], run["seed"]): {**run, "machine": machine} for run in computed}}
             facts = {"images": options.images, "toy": options.toy, "seconds": round(state.seconds)}
-            parameters = {name: grid.parameters for name, grid in grids.items()}
             write_record(path, {**source, **facts, "parameters": parameters, "runs": [runs[key] for key in sorted(runs)]})
             return len(runs)
 
@@ -157,10 +157,13 @@ def run(options: argparse.Namespace) -> Path:
     return Path(path)
 
 
-def _runs(record: Path) -> list[dict[str, Any]]:
-    """The seeds that a record contains."""
-    runs: list[dict[str, Any]] = json.loads(record.read_text())["runs"] if record.exists() else []
-    return runs
+def _runs(record: Path, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The seeds that a record contains of networks with these numbers of parameters."""
+    if not record.exists():
+        return []
+    stored = json.loads(record.read_text())
+    same = [data for data, counts in stored["parameters"].items() if counts == parameters[data]]
+    return [run for run in stored["runs"] if run["data"] in same]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -170,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="stop after this time, counted from the start; by default never")
     parser.add_argument("--workers", type=int, default=threads.available_cores(), help="processes, by default one per core")
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA), help="the data sets, by default all")
-    parser.add_argument("--seeds", type=int, default=8, help="how many seeds are computed on each data set")
+    parser.add_argument("--seeds", type=int, default=6, help="how many seeds are computed on each data set")
     parser.add_argument("--images", type=int, default=IMAGES, help="test images whose maps and scores are measured")
     parser.add_argument("--device", default="auto", help="of the measurements; the studies state that of the trainings")
     parser.add_argument("--toy", action="store_true", help="tiny networks, and a record that docs/evidence.md does not read")
