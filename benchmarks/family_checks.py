@@ -32,6 +32,9 @@ TOLERANCE = 1e-4
 MARGIN = 1
 """The number of cells that the largest change may be away from the brightened patch."""
 
+_OUT_OF_MEMORY = ("MemoryError", "allocate memory", "bad_alloc", "bad allocation")
+"""Parts of the messages of Python, PyTorch and ONNX Runtime if a process reaches its limit of memory."""
+
 _PATCHES = ((0.125, 0.625), (0.625, 0.25))
 """Top and left edge of each patch, as shares of the image. A transposed, mirrored or shifted grid puts at least one elsewhere."""
 
@@ -98,11 +101,18 @@ def _run(row: dict[str, Any], stage: str, store: Callable[[dict[str, Any]], None
     try:
         result = work()
     except KdxError as error:
-        result = {"refused": f"{error.problem} {error.hint}"}
+        result = _reason("refused", f"{error.problem} {error.hint}")
     except Exception as error:  # code of other packages runs here; the table shows the exception
-        result = {"failed": f"{type(error).__name__}: {first_line(error)}"}
+        result = _reason("failed", f"{type(error).__name__}: {first_line(error)}")
     row[stage] = result | {"seconds": round(time.process_time() - start, 1)}
     store(row)
+
+
+def _reason(key: str, text: str) -> dict[str, Any]:
+    """The result of a stage that raised an exception with this text. A lack of memory says nothing about the network."""
+    if any(part in text for part in _OUT_OF_MEMORY):
+        return {"stopped": "it needs more memory than the limit"}
+    return {key: text}
 
 
 def grad_cam_error(network: Network, layer: str) -> dict[str, Any]:

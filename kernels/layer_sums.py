@@ -11,7 +11,7 @@ which is the inner product of the U-centred matrices, as in `kdx.kernels.geometr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,24 @@ class LayerSums:
     @classmethod
     def empty(cls, images: Sequence[Tensor], k: int, parts: int | None = None) -> LayerSums:
         return cls(PairSums(images, k, parts), PairSums(images, k, 1))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums by name, to store them."""
+        return {
+            "pairs": self.distances.pairs,
+            "rows": self.distances.rows,
+            "square_pairs": self.squares.pairs,
+            "square_rows": self.squares.rows,
+        }
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> LayerSums:
+        """The sums whose `tensors` these are; the images count as one tile."""
+        k, n, parts = tensors["rows"].shape
+        sums = cls.empty([torch.arange(n, device=tensors["rows"].device)], k, parts)
+        sums.distances.pairs, sums.distances.rows = tensors["pairs"], tensors["rows"]
+        sums.squares.pairs, sums.squares.rows = tensors["square_pairs"], tensors["square_rows"]
+        return sums
 
 
 def of_batch(distances: Tensor, parts: int | None = None) -> LayerSums:

@@ -4,29 +4,49 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from kdx import threads
+from kdx.data import decoding_processes
 from kdx.data.dataset import Dataset, Indices
+from kdx.data.decoding_processes import Decode
 from kdx.data.pixels import fit
 from kdx.data.prefetch import Job, prefetch
 from kdx.errors import KdxError, printable
 
+_CPU = torch.device("cpu")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Images:
-    """Decoded images: ``pixels`` [n, 3, H, W] float32 in [0, 1], their indices ``kept``, and (id, reason) of each unreadable image."""
+    """Decoded images.
 
-    pixels: Tensor
+    rows [m, 3, H, W] uint8: the levels of every requested image, zeros if it is unreadable. readable [m]: which images were read. kept [n]:
+    the indices of those. unreadable: (id, reason) of each other image.
+    """
+
+    rows: Tensor
+    readable: NDArray[np.bool_]
     kept: Indices
     unreadable: tuple[tuple[str, str], ...]
+
+    @property
+    def levels(self) -> Tensor:
+        """The levels [n, 3, H, W] uint8 of the images that were read, from 0 to 255."""
+        return self.rows[torch.from_numpy(self.readable)] if self.unreadable else self.rows
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """The same as float32 in [0, 1]."""
+        return self.levels.float().div_(255)
 
 
 def load_images(dataset: Dataset, indices: Sequence[int] | Indices, size: tuple[int, int]) -> Images:
@@ -62,52 +82,74 @@ def check_unreadable(unreadable: Sequence[tuple[str, str]], total: int, limit: f
 
 
 @contextmanager
-def decoded(dataset: Dataset, batches: Iterable[Indices], size: tuple[int, int], workers: int | None = None) -> Iterator[Iterator[Images]]:
+def decoded(
+    dataset: Dataset,
+    batches: Iterable[Indices],
+    size: tuple[int, int],
+    workers: int | None = None,
+    device: torch.device = _CPU,
+) -> Iterator[Iterator[Images]]:
     """`load_images` of each batch, in order, decoded by ``workers`` threads while earlier batches are in use.
 
     At most `kdx.data.prefetch.PREFETCH_DEPTH` batches are decoded in advance. By default there is one thread per core; with 0, each
-    batch is decoded when it is taken. The pixels are the same for any number of threads: Pillow decodes and resizes without the
+    batch is decoded when it is taken. The levels are the same for any number of threads: Pillow decodes and resizes without the
     interpreter's lock, and each image is written to its own row.
 
-    With ``dataset.decoder``, JPEG files are decoded on a GPU, and the pixels are there.
+    device: where the networks run. For a GPU the levels are in pinned memory, and image files are decoded by as many processes. With
+    ``dataset.decoder``, JPEG files are decoded on a GPU, and the levels are there.
     """
+    on_gpu = device.type == "cuda"
     # Warning filters apply to all threads, so they are set once here. PIL's warnings about unusual files do not help a user.
-    with warnings.catch_warnings():
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"PIL\.|kdx\.data")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", r"This process .* is multi-threaded", DeprecationWarning)
         count = threads.available_cores() if workers is None else workers
-        with prefetch((_job(dataset, batch, size) for batch in batches), count) as results:
-            yield results
+        decode: Decode = partial(_decode, dataset, size)
+        images = 1
+        if on_gpu and count > 1 and dataset.decoder is None and decoding_processes.available() and dataset.has_file_per_image:
+            decode, images = stack.enter_context(decoding_processes.started(decode, size, count)), decoding_processes.IMAGES
+        jobs = (_job(dataset, batch, size, decode, images, on_gpu) for batch in batches)
+        yield stack.enter_context(prefetch(jobs, count))
 
 
-def _job(dataset: Dataset, indices: Indices, size: tuple[int, int]) -> Job[Images]:
-    """One task per image, which fills its row of the pixels or records why it cannot; with a decoder on a GPU, its own tasks."""
+def _job(dataset: Dataset, indices: Indices, size: tuple[int, int], decode: Decode, images: int, pinned: bool) -> Job[Images]:
+    """Tasks of ``images`` images each, which fill their rows of the levels, or record why they cannot; a decoder on a GPU has its own."""
     if dataset.decoder is not None:
         decoding = dataset.decoder.job(dataset, indices, size)
-        return Job(decoding.tasks, lambda: _decoded_on_gpu(dataset, indices, *decoding.result()))
-    pixels = torch.empty(len(indices), 3, *size)
-    reasons: list[str] = [""] * len(indices)
+        return Job(decoding.tasks, lambda: _images(dataset, indices, *decoding.result()))
+    rows = _empty_rows((len(indices), 3, *size), pinned)
+    levels = rows.numpy()
+    reasons = [""] * len(indices)
 
-    def decode(row: int) -> None:
-        try:
-            levels = np.asarray(fit(dataset.read(int(indices[row])), size, dataset.resizing))  # [H, W, 3]
-        except Exception as error:  # decoders raise SyntaxError, struct.error, MemoryError and more on damaged files
-            reasons[row] = printable(f"{type(error).__name__}: {error}")
-        else:
-            np.divide(levels.transpose(2, 0, 1), np.float32(255), out=pixels[row].numpy())
+    def fill(part: slice) -> None:
+        reasons[part] = decode(indices[part], levels[part])
 
-    def result() -> Images:
-        failed = np.array([bool(reason) for reason in reasons], dtype=bool)
-        unreadable = tuple((dataset.ids[index], reason) for index, reason in zip(indices, reasons, strict=True) if reason)
-        return Images(pixels[torch.from_numpy(~failed)] if unreadable else pixels, indices[~failed], unreadable)
-
-    return Job([partial(decode, row) for row in range(len(indices))], result)
+    parts = [slice(start, start + images) for start in range(0, len(indices), images)]
+    return Job([partial(fill, part) for part in parts], lambda: _images(dataset, indices, rows, reasons))
 
 
-def _decoded_on_gpu(dataset: Dataset, indices: Indices, levels: Tensor, reasons: list[str]) -> Images:
-    """The images of a `kdx.data.gpu_decoder.GpuDecoder`."""
-    failed = np.array([bool(reason) for reason in reasons], dtype=bool)
+def _images(dataset: Dataset, indices: Indices, rows: Tensor, reasons: Sequence[str]) -> Images:
+    """The images of rows of levels, and of the reason for each that cannot be read, or else ""."""
+    readable = np.array([not reason for reason in reasons], dtype=bool)
     unreadable = tuple((dataset.ids[index], reason) for index, reason in zip(indices, reasons, strict=True) if reason)
-    kept = levels[torch.from_numpy(~failed).to(levels.device)] if unreadable else levels
-    # A division by a number would be a product with its rounded inverse on a GPU.
-    return Images(kept.float().div_(torch.full((), 255.0, device=levels.device)), indices[~failed], unreadable)
+    return Images(rows, readable, indices[readable], unreadable)
+
+
+def _empty_rows(shape: tuple[int, ...], pinned: bool) -> Tensor:
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+
+
+def _decode(dataset: Dataset, size: tuple[int, int], indices: Indices, levels: NDArray[np.uint8]) -> list[str]:
+    """Fill the levels [k, 3, H, W] of images. Returns the reason for each that cannot be read, whose levels are 0, and else ""."""
+    reasons = []
+    for index, row in zip(indices, levels, strict=True):
+        try:
+            row[:] = np.asarray(fit(dataset.read(int(index)), size, dataset.resizing)).transpose(2, 0, 1)
+        except Exception as error:  # decoders raise SyntaxError, struct.error, MemoryError and more on damaged files
+            row[:] = 0
+            reasons.append(printable(f"{type(error).__name__}: {error}"))
+        else:
+            reasons.append("")
+    return reasons

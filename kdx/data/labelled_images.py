@@ -74,9 +74,14 @@ class Dataset:
         return content_fingerprint(self.ids, [self.classes[label] for label in self.labels], self.files)
 
     @cached_property
+    def has_file_per_image(self) -> bool:
+        """Whether each image is in a file of its own."""
+        return tuple(self.files) == self.ids
+
+    @cached_property
     def image_keys(self) -> NDArray[np.uint64] | None:
         """A number per image [N] that identifies it in other folders (`kdx.data.fingerprint.image_keys`); None if images share files."""
-        return image_keys(self.files) if tuple(self.files) == self.ids else None
+        return image_keys(self.files) if self.has_file_per_image else None
 
     @cached_property
     def fingerprint_of_0_1_0(self) -> str:

@@ -23,7 +23,7 @@ from kdx.distill.losses import summed
 from kdx.distill.number_formats import autocast, gradient_scaler
 from kdx.distill.optimization import learning_rate, make_optimizer
 from kdx.distill.processes import SINGLE, Processes
-from kdx.distill.seeding import random_state, seeded, set_random_state
+from kdx.distill.seeding import deterministic, random_state, seeded, set_random_state
 from kdx.distill.settings import EpochCallback, EpochResult, StepCallback, StepResult, TrainingSettings, epoch_quality
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph
@@ -82,9 +82,10 @@ def train(training: Training, folder: Path, on_epoch: EpochCallback) -> None:
             state_path.unlink(missing_ok=True)
         on_epoch(EpochResult(role, epochs, epochs))
         return
-    run = _Run(training, state_path)
-    while not run.is_over:
-        on_epoch(run.epoch())
+    with deterministic(training.device):
+        run = _Run(training, state_path)
+        while not run.is_over:
+            on_epoch(run.epoch())
     if training.processes.is_main:
         checkpoints.save_weights(path, run.state["best"], recipe)
         state_path.unlink()

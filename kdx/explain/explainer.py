@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -28,6 +28,7 @@ from kdx.data import inputs
 from kdx.data.class_embeddings import ClassEmbeddings
 from kdx.data.inputs import Batches, Pictures
 from kdx.errors import KdxError
+from kdx.explain.batch_target import BatchTarget
 from kdx.explain.class_targets import explainer_target, rows_of
 from kdx.explain.explainer_file import ExplainerFile
 from kdx.explain.layer import LayerMeasurement
@@ -48,8 +49,8 @@ from kdx.models.layer_pairs import LayerNamesLike, layer_names
 from kdx.models.models_file import ModelsFile, read_models
 from kdx.roles import BASELINE, TARGET, ScoreMap, roles_among, score_maps_among
 from kdx.runtimes.choice import Choice
+from kdx.runtimes.transfers import Transfers
 from kdx.scores.pool import pooled_scores
-from kdx.scores.uncertainty import permutation_table
 
 
 class Explainer:
@@ -231,6 +232,11 @@ class Explainer:
         """
         self._networks.open(image_size, images, runtime)
 
+    @cached_property
+    def transfers(self) -> Transfers:
+        """The copies to and from the device of the networks."""
+        return Transfers(self.choice.device)
+
     def networks(self) -> dict[str, NetworkRecord]:
         """The record of each role's network: its reference, hash, parameter count, preprocessing, image size and whether it is trained."""
         return self._networks.networks()
@@ -257,7 +263,7 @@ class Explainer:
 
         Raises KdxError for an explainer file, which does not output features.
         """
-        return self._networks.features(inputs.as_pixels(images, self._networks.input_format))
+        return self._networks.features(self._pixels(images))
 
     @ambient.neutral()
     def explain(
@@ -272,9 +278,19 @@ class Explainer:
         if isinstance(seed, Tensor):
             raise TypeError("explain makes its permutations itself: give only a seed")
         seed = self.settings.seed if seed is None else seed
-        permutations = permutation_table(len(labels), self.settings.permutations, seed)
-        batch = inputs.as_pixels(images, self._networks.input_format)
-        return self._networks.explain(batch, labels, permutations, np.random.SeedSequence(seed), classes)
+        return self.explain_batch(images, BatchTarget.of(labels, self.settings.permutations, seed, classes))
+
+    @ambient.neutral()
+    def explain_batch(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
+        """`explain` of images whose labels and permutations are known already.
+
+        Labels and permutations are copied to the device before the passes, and the images once for all networks.
+        """
+        return self._networks.explain(self._pixels(images), batch.moved(self.transfers.upload))
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Pixels [n, 3, h, w] on the device, from images that are uploaded before they are converted."""
+        return inputs.as_pixels(self.transfers.upload(images), self._networks.input_format)
 
     @overload
     def __call__(self, images: ArrayT, labels: Labels, *, classes: Array | None = None) -> Explanation[ArrayT]: ...

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kdx.data.inputs import InputFormat
 from kdx.disk import log
 from kdx.errors import KdxError
+from kdx.explain.batch_target import BatchTarget
 from kdx.explain.exported import ENGINE_IMAGES, ExportFolder, open_exported
 from kdx.explain.layer import LayerMeasurement, measure_distances
 from kdx.explain.network_set import NetworkRecord
@@ -77,13 +77,10 @@ class ExplainerFile:
     def use_references(self, images: Tensor, labels: Tensor) -> None:
         raise no_reference_mode(self._file)
 
-    def explain(
-        self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence, classes: Tensor | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
+    def explain(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
         self.open((images.shape[2], images.shape[3]))
         assert self._runner is not None
-        target = Target.of(labels.to(self.choice.device)).checked()
-        outputs = self._runner.run({"images": images} | self._target_input(target))
+        outputs = self._runner.run({"images": images} | self._target_input(batch.target))
         measurements = {}
         for layer in self.layers:
             distances = dict(zip(self.roles, outputs[f"{layer}/distances"], strict=True))
@@ -94,7 +91,7 @@ class ExplainerFile:
                 name: Maps(outputs[f"{layer}/{name}/maps"], outputs[f"{layer}/{name}/weights"], scores[MAPS[name].score])
                 for name in maps_among(self.roles)
             }
-            products, permuted, left_out = measure_distances(distances, target, permutations.to(self.choice.device))
+            products, permuted, left_out = measure_distances(distances, batch.target, batch.permutations)
             measurements[layer] = LayerMeasurement(maps, self._shares(outputs, layer, products), products, permuted, left_out)
         return {role: outputs[f"logits/{role}"] for role in self.roles}, measurements
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-import numpy as np
 from torch import Tensor
 
 from kdx.data.inputs import InputFormat
+from kdx.explain.batch_target import BatchTarget
 from kdx.explain.layer import LayerMeasurement
 from kdx.export.description import Description, NetworkDescription
 from kdx.export.graphs import Preprocessing
@@ -76,14 +76,8 @@ class NetworkSet(Protocol):
     def use_references(self, images: Tensor, labels: Tensor) -> None:
         """UniCAM maps every later image among these images instead of the others of its call."""
 
-    def explain(
-        self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence, classes: Tensor | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
-        """Each role's logits [n, classes], and one measurement per layer.
-
-        images [n, 3, h, w] in [0, 1]. labels [n], or an embedding [n, e]. permutations [p, n] of the images. seed: of the noise in
-        salient images. classes [n]: the true classes for salient images, by default the labels if they are not an embedding.
-        """
+    def explain(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
+        """Each role's logits [n, classes], and one measurement per layer, of images [n, 3, h, w] in [0, 1]. Both are on the device."""
 
     def close(self) -> None:
         """Free the networks and delete temporary files."""

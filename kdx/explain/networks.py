@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from kdx.choices import COVER
 from kdx.data.inputs import InputFormat
 from kdx.disk import log
 from kdx.errors import KdxError, about_network
+from kdx.explain.batch_target import BatchTarget
 from kdx.explain.explainer_file import no_gradients
 from kdx.explain.exported import ENGINE_IMAGES, Export, ExportFolder, open_exported
 from kdx.explain.layer import LayerMeasurement, LayerReferences, measure
@@ -27,7 +27,6 @@ from kdx.explain.shared_features import SharedFeatures, network_key, pixels_key
 from kdx.export.description import Description
 from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.features import arrays
-from kdx.features.target import Target
 from kdx.kernels import geometry
 from kdx.kernels.dispatch import BatchDistances, TorchBackend
 from kdx.maps.salient_images import Salience, ranking_maps
@@ -223,21 +222,16 @@ class NetworkRunners:
             layer: LayerReferences.of(self._features(outputs, layer), labels, pooled=self._settings.pooled) for layer in self.layers
         }
 
-    def explain(
-        self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence, classes: Tensor | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
+    def explain(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
         outputs = self._infer(images)
-        labels, permutations = labels.to(self.choice.device), permutations.to(self.choice.device)
-        target = Target.of(labels).checked()
-        classes = labels if classes is None and labels.ndim == 1 else classes
-        distances = {} if self._salience is None else self._salient_distances(self._salience, images, classes, outputs, seed)
+        distances = {} if self._salience is None else self._salient_distances(self._salience, images, batch, outputs)
         measurements = {
             layer: measure(
                 self._features(outputs, layer),
-                target,
+                batch.target,
                 objective=geometry.OBJECTIVES[self._settings.objective],
                 weighting=self._settings.weighting,
-                permutations=permutations,
+                permutations=batch.permutations,
                 references=self._references.get(layer),
                 distances=distances.get(layer),
                 pooled=self._settings.pooled,
@@ -250,20 +244,18 @@ class NetworkRunners:
         self,
         salience: Salience,
         images: Tensor,
-        classes: Tensor | None,
+        batch: BatchTarget,
         outputs: Mapping[str, NetworkOutputs],
-        seed: np.random.SeedSequence,
     ) -> dict[str, dict[str, BatchDistances]]:
         """Per layer and role: the distances [n, n] between the role's features of its own salient images."""
-        images = images.to(self.choice.device)
         rankings = {}
         for role, runner in self._gradients.items():
-            cotangents = salience.cotangents(outputs[role].logits, classes)
+            cotangents = salience.cotangents(outputs[role].logits, batch.classes)
             rankings[role] = ranking_maps(runner, runner.layers, images, cotangents, self._settings.chunk)
         distances: dict[str, dict[str, BatchDistances]] = {layer: {} for layer in self.layers}
         for layer in self.layers:
             # Each network has its own seed: noise that two networks' images share would raise their similarity.
-            for role, noise_seed in zip(rankings, seed.spawn(len(rankings)), strict=True):
+            for role, noise_seed in zip(rankings, batch.seed.spawn(len(rankings)), strict=True):
                 name = self._layer_of(role, layer)
                 # The authors' code ranks the pixels once, at the deepest layer.
                 ranked = self._layers_of(role)[-1] if salience.image == "published" else name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -124,6 +124,15 @@ class Target:
         """The same target, after its geometry was computed, which raises KdxError if it has none."""
         _ = self.distances
         return self
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Target:
+        """The same target after ``move``, a copy to another device, of its values and its geometry, which is not computed again."""
+        moved = Target(move(self.values), self.backend, self.names)
+        distances, classes = self.distances, self.classes
+        rows = None if classes is None or classes.rows is None else move(classes.rows)
+        moved.__dict__["distances"] = BatchDistances(move(distances.raw), move(distances.centred))
+        moved.__dict__["classes"] = None if classes is None else Classes(move(classes.codes), classes.count, rows)
+        return moved
 
     @cached_property
     def classes(self) -> Classes | None:

@@ -311,8 +311,8 @@ def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int
     check_order(options.gallery_order, tuple(numbers))  # salient features, for example, have no maps that add up to a score
     gallery = options.gallery_choice.places(samples, lambda name: np.asarray(numbers[name], dtype=np.float64), options.seed)
     pictures = load_images(replace(dataset, decoder=None), index[gallery], size)
-    for row, pixels in zip(columns[schema.ROW][gallery], pictures.pixels, strict=True):
-        store.write_picture(int(row), pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
+    for row, levels in zip(columns[schema.ROW][gallery], pictures.levels, strict=True):
+        store.write_picture(int(row), levels.permute(1, 2, 0).numpy())
     write_choice(store.folder, options.gallery_choice, [int(row) for row in columns[schema.ROW][gallery]])
     training_scores = logged_scores(plan.models, announce)
     if training_scores is not None:

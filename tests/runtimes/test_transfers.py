@@ -1,0 +1,100 @@
+"""Transfers: packing keeps every bit, and results are read one batch behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from kdx.runtimes.transfers import Transfers, one_behind, packed, replaced, unpacked
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor | None
+
+
+@dataclass(frozen=True)
+class Result:
+    number: int
+    pair: Pair
+    by_name: dict[str, Tensor]
+
+
+def mixed() -> list[Tensor]:
+    """Tensors of all sizes of numbers, empty, without dimensions, and not contiguous."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 5, generator=generator)
+    return [
+        values > 0,
+        values.half(),
+        values,
+        values.double().T,
+        torch.arange(7),
+        values[:, ::2],
+        torch.empty(0, 4),
+        torch.tensor(2.5, dtype=torch.float64),
+        torch.tensor([1, 2, 3], dtype=torch.uint8),
+        torch.tensor([float("nan"), float("-inf"), -0.0]),
+    ]
+
+
+def test_packed_tensors_come_back_bit_for_bit_in_their_order_and_shape() -> None:
+    tensors = mixed()
+    shapes = [torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for tensor in tensors]
+    flat = packed(tensors)
+    assert flat.dtype == torch.uint8 and len(flat) == sum(tensor.nbytes for tensor in tensors)
+    for actual, expected in zip(unpacked(flat, shapes), tensors, strict=True):
+        assert actual.dtype == expected.dtype and actual.shape == expected.shape
+        # A view of the bytes also compares NaN and the sign of zero.
+        assert torch.equal(actual.contiguous().reshape(-1).view(torch.uint8), expected.contiguous().reshape(-1).view(torch.uint8))
+        assert actual.data_ptr() % actual.itemsize == 0
+    assert not len(packed([])) and unpacked(packed([]), []) == []
+
+
+def test_every_tensor_in_a_nested_result_is_replaced_in_order() -> None:
+    result = Result(3, Pair(torch.tensor([0]), None), {"a": torch.tensor([1]), "b": torch.tensor([2])})
+    actual = replaced(result, iter([torch.tensor([10]), torch.tensor([11]), torch.tensor([12])]))
+    assert isinstance(actual, Result) and isinstance(actual.pair, Pair)
+    assert (actual.number, int(actual.pair.first), actual.pair.second) == (3, 10, None)
+    assert {name: int(value) for name, value in actual.by_name.items()} == {"a": 11, "b": 12}
+
+
+def test_nothing_is_copied_on_the_cpu() -> None:
+    transfers, tensor = Transfers(torch.device("cpu")), torch.ones(3)
+    assert transfers.upload(tensor) is tensor and transfers.staged(tensor) is tensor
+    result = {"a": (tensor,)}
+    assert transfers.download(result).result() is result
+    assert transfers.ahead == 0
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_an_element_is_given_after_the_next_ones_are_drawn(ahead: int) -> None:
+    drawn: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(5):
+            drawn.append(number)
+            yield number
+
+    given = []
+    for number in one_behind(numbers(), ahead):
+        assert len(drawn) == min(number + 1 + ahead, 5)
+        given.append(number)
+    assert given == [0, 1, 2, 3, 4]
+
+
+def test_what_was_complete_before_an_error_is_given_before_it_is_raised() -> None:
+    def numbers() -> Iterator[int]:
+        yield from (0, 1)
+        raise ValueError("batch 2")
+
+    given = []
+    with pytest.raises(ValueError, match="batch 2"):
+        for number in one_behind(numbers(), 1):
+            given.append(number)
+    assert given == [0, 1]
