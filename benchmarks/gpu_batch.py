@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +13,12 @@ from torch.nn import functional
 from benchmarks import eager
 from benchmarks.gpu_clock import Clock
 from benchmarks.kernel_cases import Check, Sizes, centred
+from kdx.data import as_pixels
 from kdx.explain import layer
-from kdx.features.target import Target
+from kdx.explain.batch_target import BatchTarget
 from kdx.kernels import fused, geometry
 from kdx.kernels.fused_shares import PositionSquares
-from kdx.scores import uncertainty
+from kdx.runtimes.transfers import Transfers
 from tests.oracle import TOLERANCE, error
 
 PERMUTATIONS = 999
@@ -94,50 +94,65 @@ def compare(student: Tensor, base: Tensor, target: Tensor) -> Check:
     return Check("the published method", error(actual.cpu(), expected.cpu()), 10 * TOLERANCE["float32"])
 
 
-# ---- part by part ----
+# ---- part by part, as `kdx explain` computes it ----
 
 
-def upload(batch: Batch) -> Tensor:
+@dataclass(frozen=True)
+class Results:
+    """What a run stores of a batch and a layer, and the numbers that the checks read."""
+
+    maps: dict[str, Tensor]
+    shares: dict[tuple[str, str], Tensor]
+    products: Tensor
+    permuted: dict[str, Tensor]
+    numbers: Tensor
+
+
+def upload(batch: Batch, transfers: Transfers) -> Tensor:
     """The levels on the device, as pixels in [0, 1]."""
-    return batch.levels.to(batch.device, non_blocking=True).float().div_(255)
+    return as_pixels(transfers.upload(batch.levels))
 
 
-def target(batch: Batch) -> tuple[Target, Tensor]:
-    """The target and the table of permutations on the device."""
-    labels = torch.from_numpy(batch.labels).to(batch.device)
-    return Target.of(labels).checked(), uncertainty.permutation_table(len(labels), PERMUTATIONS, batch.seed, batch.device)
+def target(batch: Batch, transfers: Transfers) -> BatchTarget:
+    """The distances of the labels and the permutations, on their way to the device."""
+    computed = BatchTarget.of(torch.from_numpy(batch.labels), PERMUTATIONS, batch.seed)
+    return computed.moved(transfers.staged).moved(transfers.upload)
 
 
-def results(measurement: layer.LayerMeasurement) -> list[Any]:
-    """What a run stores of a measurement, on the host: maps, shares, and inner products."""
-    maps = [value.maps.float().numpy(force=True) for value in measurement.maps.values()]
-    shares = [value.float().numpy(force=True) for value in measurement.shares.values()]
-    permuted = [value.numpy(force=True) for value in measurement.permuted.values()]
-    return [*maps, *shares, measurement.products.numpy(force=True), *permuted]
+def maps_and_scores(batch: Batch, moved: BatchTarget, permutations: int = PERMUTATIONS) -> layer.PendingMeasurement:
+    """The measurement of the batch, which a GPU may still be computing."""
+    features = {"student": batch.student, "base": batch.base}
+    return layer.begin(features, moved.target, permutations=moved.permutations[:permutations])
 
 
-def full_path(batch: Batch) -> list[Any]:
-    """Everything beside the two passes: upload, target and permutations, checks, maps, scores, and results on the host."""
-    upload(batch)
-    batch_target, table = target(batch)
-    return results(layer.measure({"student": batch.student, "base": batch.base}, batch_target, permutations=table))
+def to_host(pending: layer.PendingMeasurement, transfers: Transfers) -> Results:
+    """The results on the host, with the checks' numbers in the same copy."""
+    measured = pending.result()
+    maps = {name: value.maps.float() for name, value in measured.maps.items()}
+    shares = {name: value.float() for name, value in measured.shares.items()}
+    return transfers.download(Results(maps, shares, measured.products, measured.permuted, pending.numbers)).result()
+
+
+def full_path(batch: Batch, transfers: Transfers) -> Results:
+    """Everything beside the two passes, one step after another: upload, target and permutations, maps, scores and checks, and results."""
+    upload(batch, transfers)
+    return to_host(maps_and_scores(batch, target(batch, transfers)), transfers)
 
 
 def time_batch(clock: Clock, batch: Batch) -> dict[str, list[float]]:
-    """Samples of the kernels alone (by the clock's device), and of everything beside the passes (wall-clock), part by part."""
-    one_hot, features = batch.one_hot, {"student": batch.student, "base": batch.base}
-    batch_target, table = target(batch)
-    without = table[:0]
-    measured = layer.measure(features, batch_target, permutations=table)
+    """Samples of the kernels alone and of maps and scores (by the clock's device), and of everything beside the passes (wall-clock)."""
+    one_hot, transfers = batch.one_hot, Transfers(batch.device)
+    moved = target(batch, transfers)
+    pending = maps_and_scores(batch, moved)
     return {
         "geometry": clock.seconds(lambda: explained(batch.student, batch.base, one_hot)),
         "geometry and decomposition maps": clock.seconds(lambda: decomposed(batch.student, batch.base, one_hot)),
-        "maps and scores, 0 permutations": clock.seconds(lambda: layer.measure(features, batch_target, permutations=without)),
-        "maps and scores, 999 permutations": clock.seconds(lambda: layer.measure(features, batch_target, permutations=table)),
-        "upload": clock.wall_seconds(lambda: upload(batch)),
-        "target and permutations": clock.wall_seconds(lambda: target(batch)),
-        "results to the host": clock.wall_seconds(lambda: results(measured)),
-        "full path": clock.wall_seconds(lambda: full_path(batch)),
+        "maps and scores, 0 permutations": clock.seconds(lambda: maps_and_scores(batch, moved, 0)),
+        "maps and scores, 999 permutations": clock.seconds(lambda: maps_and_scores(batch, moved)),
+        "upload": clock.wall_seconds(lambda: upload(batch, transfers)),
+        "target and permutations": clock.wall_seconds(lambda: target(batch, transfers)),
+        "results to the host": clock.wall_seconds(lambda: to_host(pending, transfers)),
+        "full path": clock.wall_seconds(lambda: full_path(batch, transfers)),
     }
 
 

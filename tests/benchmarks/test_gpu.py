@@ -15,18 +15,19 @@ from rich.console import Console
 
 import benchmarks.record
 from benchmarks import gpu, gpu_batch, gpu_checks, gpu_tables
-from benchmarks.kernel_cases import CHECKED, IN_PYTORCH, Check, KernelCase, cases, check
+from benchmarks.kernel_cases import CHECKED, IN_PYTORCH, Check, KernelCase, Sizes, cases, check
 from kdx.data.gpu_decoder import GpuDecoder
 from kdx.errors import KdxError
 from kdx.kernels import cubins, cuda, geometry
 from kdx.kernels.cuda import Argument
 from kdx.kernels.drivers import Size
+from kdx.runtimes.transfers import Transfers
 from tests.data.test_gpu_decoder import Nvjpeg
 from tests.host import KERNELS, ORDERS, HostLauncher, KernelError, kernels, running
 from tests.oracle import TOLERANCE, error
 
 CPU = torch.device("cpu")
-SOURCES = ["cam", "imputation", "means", "pairwise", "products", "shares", "weights"]
+SOURCES = ["cam", "imputation", "influences", "means", "pairwise", "permuted", "products", "shares", "weights"]
 
 
 class Recording(HostLauncher):
@@ -88,7 +89,8 @@ def fails(case: KernelCase) -> bool:
 def test_a_kernel_that_does_nothing_fails_only_its_own_checks(source: str) -> None:
     with running(Absent(source)):
         failed = {case.name for case in cases(CHECKED[0], CPU, 4) if fails(case)}
-    uses = {"weights": {"weights"}, "products": {"products", "weights"}}.get(source, {source})
+    uses = {"products": {"products", "weights"}}.get(source, {source})
+    uses |= set() if source in ("imputation", "influences", "shares") else {"a"}  # of a layer, whose maps and products are compared
     expected = {case.name for case in cases(CHECKED[0], CPU, 4) if re.split(r"[ ,]", case.name)[0] in uses}
     assert failed == expected and expected
 
@@ -137,6 +139,20 @@ def test_the_batch_with_decomposition_maps_adds_up() -> None:
         assert float(shares.sum()) == pytest.approx(float(geometry.dot(d, geometry.u_centered(g))), rel=1e-4) and shares.shape == (13, 15)
 
 
+@pytest.mark.parametrize("permutations", [0, 999])
+def test_the_timed_maps_and_scores_are_those_of_pytorch(permutations: int) -> None:
+    batch = gpu_batch.Batch.drawn(Sizes(12, (4, 3, 3), (4, 3, 3), (16, 16), stack=1, classes=2), CPU, 3)
+    transfers = Transfers(CPU)
+    moved = gpu_batch.target(batch, transfers)
+    expected = gpu_batch.maps_and_scores(batch, moved, permutations).result()
+    with running():
+        actual = gpu_batch.to_host(gpu_batch.maps_and_scores(batch, moved, permutations), transfers)
+    assert error(actual.products, expected.products) < TOLERANCE["float32"]
+    assert all(error(actual.maps[name], maps.maps) < TOLERANCE["float32"] for name, maps in expected.maps.items())
+    assert {name: len(rows) for name, rows in actual.permuted.items()} == dict.fromkeys(expected.permuted, permutations)
+    assert torch.equal(gpu_batch.upload(batch, transfers), batch.levels.float() / 255)
+
+
 # ---- the report ----
 
 
@@ -164,7 +180,7 @@ def test_a_toy_run_checks_times_and_writes(record: dict[str, Any]) -> None:
     assert set(times) | set(record["missing"]) == {*gpu_tables.BATCH, "published", "geometry beside published"}
     assert record["missing"] == {"passes, TensorRT float16": "TensorRT needs a GPU"}
     assert record["baseline"] == "passes, ONNX Runtime float16"
-    assert [goal["wanted"] for goal in record["goals"]] == [*[0.8] * 7, 0.05, 0.05, 1.5, 100]
+    assert [goal["wanted"] for goal in record["goals"]] == [*[0.8] * 7, 0.05, 0.05, 0.05, 1.5, 100]
     assert "needs an NVIDIA GPU" in record["decoder"]["reason"] and record["tests"] is record["command"] is None
     times["published images"] = 12
 
@@ -174,7 +190,7 @@ def test_a_run_is_shown(record: dict[str, Any]) -> None:
     with console.capture() as shown:
         gpu.show(record, console)
     text = shown.get()
-    assert "emulation" in text and "GB/s" in text and text.count("wanted") == 11
+    assert "emulation" in text and "GB/s" in text and text.count("wanted") == 12
     assert all(row["name"] in text for row in record["kernels"])
     assert "Tests: none were run." in text and "was not compared" in text and "TensorRT needs a GPU" in text
 
@@ -209,6 +225,7 @@ def test_goals_are_judged_by_the_measured_values(holds: bool) -> None:
     batch = {
         "geometry": [1.0, 5.0, 9.0] if holds else [6.0],
         "geometry and decomposition maps": [7.5 if holds else 9.1],
+        "maps and scores, 999 permutations": [4.0 if holds else 8.0],
         "full path": [5.0 if holds else 7.0],
         "passes, float16": [90.0, 100.0, 120.0],
         "published": [500.0],
@@ -216,12 +233,12 @@ def test_goals_are_judged_by_the_measured_values(holds: bool) -> None:
         "published images": 64,
     }
     goals = gpu.goals(rows, batch)
-    assert [goal["holds"] for goal in goals] == [holds] * 5
-    assert [goal["found"] for goal in goals[1:3]] == pytest.approx([0.05, 0.05] if holds else [0.06, 0.07])
-    assert "float16" in goals[2]["goal"]
+    assert [goal["holds"] for goal in goals] == [holds] * 6
+    assert [goal["found"] for goal in goals[1:4]] == pytest.approx([0.05, 0.04, 0.05] if holds else [0.06, 0.08, 0.07])
+    assert "float16" in goals[3]["goal"]
     # The fastest passes that ran are those that count.
     faster = gpu.goals(rows, batch | {"passes, ONNX Runtime float16": [50.0], "passes, TensorRT float16": [20.0]})
-    assert faster[2]["found"] == pytest.approx(0.25 if holds else 0.35) and "TensorRT" in faster[2]["goal"]
+    assert faster[3]["found"] == pytest.approx(0.25 if holds else 0.35) and "TensorRT" in faster[3]["goal"]
 
 
 def test_without_a_gpu_it_explains_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
