@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,6 +54,26 @@ Announce = Callable[[str], None]
 
 def perform(job: Job, folder: Path, note: Note) -> None:
     """Do a job of a study. What a stopped attempt has done is used."""
+    models_file = train(job, folder, note)
+    if models_file is None:
+        return
+    run = folder / job.folder / RUN
+    command = ["kdx", "explain", job.data, "--models", str(models_file), "--out", str(run)]
+    with progress.redirected(lambda task, done, total, _note: note(f"{task}, {done:.0f} of {total}")):
+        explain.run(
+            job.data,
+            models_file,
+            run,
+            options=job.options,
+            networks=folder / NETWORKS,
+            shared_features=folder / _features(job),
+            command=command,
+            announce=lambda line: note(line) if line.startswith("Warning: ") else None,
+        )
+
+
+def train(job: Job, folder: Path, note: Note) -> Path | None:
+    """Train the network of a job. The path of a cell's models file; None for a job that trains a network that cells share."""
     teacher = job.teacher
     if job.teacher_weights is not None:
         weights = str((folder / job.teacher_weights).absolute())
@@ -67,34 +87,21 @@ def perform(job: Job, folder: Path, note: Note) -> None:
     }
     if job.kind in ("teacher", "base"):
         train_alone("teacher" if job.kind == "teacher" else "base", job.data, teacher=teacher, student=job.student, out=out, **shared)
-        return
+        return None
     shared["teacher_cache"] = job.extras.teacher_cache
     if job.kind == "assistant":
         distill(job.data, teacher=teacher, student=job.student, out=out, base=NO_BASE, **shared)
-        return
-    base = job.base if job.base in (None, NO_BASE) else (folder / str(job.base)).absolute()
-    models_file = distill(
+        return None
+    return distill(
         job.data,
         teacher=teacher,
         student=job.student,
         out=out / MODELS,
-        base=base,
+        base=job.base if job.base in (None, NO_BASE) else (folder / str(job.base)).absolute(),
         layers=job.layers or None,
         probe=job.extras.probe,
         **shared,
     )
-    command = ["kdx", "explain", job.data, "--models", str(models_file), "--out", str(out / RUN)]
-    with progress.redirected(lambda task, done, total, _note: note(f"{task}, {done:.0f} of {total}")):
-        explain.run(
-            job.data,
-            models_file,
-            out / RUN,
-            options=job.options,
-            networks=folder / NETWORKS,
-            shared_features=folder / _features(job),
-            command=command,
-            announce=lambda line: note(line) if line.startswith("Warning: ") else None,
-        )
 
 
 def _features(job: Job) -> Path:
@@ -135,8 +142,7 @@ class _Run:
         if outcome.problem:
             self.problems[job.key] = outcome
         else:
-            content = {"identity": job.identity, "seconds": round(outcome.seconds, 3)}
-            write_atomic(self.folder / job.folder / DONE, (json.dumps(content, indent=1) + "\n").encode())
+            write_done(self.folder, outcome)
             self.complete.add(job.key)
         if job.kind == "cell":
             self.write_plan()
@@ -159,7 +165,7 @@ def run(design: Design, folder: Path, *, workers: int | None = None, command: Se
         grid = grid_of(design)
         count = workers or _default_workers(grid)
         plan = _plan(design, grid, folder, command, count)
-        study = _Run(folder, grid, plan, set(complete_jobs(folder, grid)))
+        study = _Run(folder, grid, plan, set(complete_jobs(folder, grid.jobs)))
         study.write_plan()
         todo = len(grid.jobs) - len(study.complete)
         announce(f"{len(grid.cells)} cells, {len(grid.jobs)} jobs, {todo} of them to do, with {count} worker{'s' if count > 1 else ''}.")
@@ -185,7 +191,7 @@ def dry_run(design: Design, folder: Path, *, workers: int | None = None) -> Grou
     grid = grid_of(design)
     if (folder / STUDY_FILE).exists():
         check_same_study(folder, read_study(folder).plan, _entries(design, grid))
-    complete = complete_jobs(_checked(folder), grid)
+    complete = complete_jobs(_checked(folder), grid.jobs)
     count = workers or _default_workers(grid)
     cells = Table("cell", "state", box=None, pad_edge=False)
     for cell in grid.cells:
@@ -268,13 +274,20 @@ def _entries(design: Design, grid: Grid) -> dict[str, Any]:
     return {"design": design.as_table(), "fingerprints": dict(grid.fingerprints), "parameters": {**grid.parameters}}
 
 
-def complete_jobs(folder: Path, grid: Grid) -> dict[str, float]:
+def write_done(folder: Path, outcome: Outcome) -> None:
+    """Record in the folder of a job that it is complete."""
+    content = {"identity": outcome.job.identity, "seconds": round(outcome.seconds, 3)}
+    write_atomic(folder / outcome.job.folder / DONE, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def complete_jobs(folder: Path, jobs: Iterable[Job], is_whole: Callable[[Path], bool] | None = None) -> dict[str, float]:
     """The jobs whose results are in the folder, by key, with the seconds that each took.
 
-    Raises KdxError for results of other inputs, such as data that have changed.
+    is_whole: whether the folder of a complete cell still has its result, by default the run with its page. Raises KdxError for results of
+    other inputs, such as data that have changed.
     """
     complete = {}
-    for job in grid.jobs:
+    for job in jobs:
         try:
             stored = json.loads((folder / job.folder / DONE).read_text("utf-8"))
             identity, seconds = dict(stored["identity"]), float(stored["seconds"])
@@ -286,13 +299,13 @@ def complete_jobs(folder: Path, grid: Grid) -> dict[str, float]:
                 f"{folder / job.folder} was computed from other inputs (it differs in {', '.join(different)}).",
                 "Choose another --out, or delete that folder to compute it again.",
             )
-        if job.kind != "cell" or _has_page(folder / job.folder / RUN):
+        if job.kind != "cell" or (is_whole or _has_page)(folder / job.folder):
             complete[job.key] = seconds
     return complete
 
 
-def _has_page(run: Path) -> bool:
-    return (run / schema.SCORES_FILE).is_file() and (run / schema.PAGE).is_file()
+def _has_page(cell: Path) -> bool:
+    return (cell / RUN / schema.SCORES_FILE).is_file() and (cell / RUN / schema.PAGE).is_file()
 
 
 @contextmanager
