@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import evidence_claims, evidence_tables, gpu_tables, growth, methods, planted_tables, training
+from benchmarks import evidence_claims, evidence_tables, gpu_model, gpu_tables, growth, methods, planted_tables, training
 from benchmarks.cases import CASES, PROCESS_KINDS
 from benchmarks.cold import COMMANDS, IMPORTS
 from benchmarks.folder import MORE, PICTURE
@@ -206,7 +206,12 @@ PAGES: dict[Path, dict[str, Callable[[Records], str]]] = {
         "files": variants("gradients", "export", "cold start"),
         "start": process_start,
     },
-    GPU: {"batch": lambda _: gpu_tables.batch(), "kernels": lambda _: gpu_tables.kernels()},
+    GPU: {
+        "batch": lambda _: gpu_tables.batch(),
+        "kernels": lambda _: gpu_tables.kernels(),
+        "counts": lambda _: gpu_model.counts(),
+        "estimates": lambda _: gpu_model.estimates(),
+    },
     DISTILLATION: {"methods": lambda _: methods.markdown()},
     TRAINING: {"training": lambda _: training.markdown()},
     PLANTED: {name: planted(table) for name, table in planted_tables.TABLES.items()},
