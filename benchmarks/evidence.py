@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence_cells import MEASURED, Subject, has_measurements, measuring_device, perform, subjects_of
+from benchmarks.evidence_cells import MEASURED, Subject, measurements_file, measuring_device, perform, subjects_of
 from benchmarks.evidence_design import DATA, design, draw
 from benchmarks.record import RESULTS, origin
 from kdx import threads
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace) -> Path:
         jobs = [job for name in options.data for job in grids[name].jobs if (name, job.settings.seed) not in earlier]
         jobs = sorted((job for job in jobs if job.settings.seed < options.seeds), key=lambda job: job.settings.seed)
         subjects = subjects_of(grids)
-        complete = set(complete_jobs(folder, jobs, has_measurements))
+        complete = set(complete_jobs(folder, jobs, measurements_file))
         state = _Progress(start, options.minutes, len(jobs) - len(complete))
         say(f"{len(jobs)} jobs, {state.total} of them to do, with {options.workers} processes; measurements on {device}.")
         action = partial(perform, subjects=subjects, images=options.images, device=device)

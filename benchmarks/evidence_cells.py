@@ -72,8 +72,9 @@ def perform(job: Job, folder: Path, note: Note, *, subjects: Mapping[str, Subjec
     write_atomic(folder / job.folder / MEASURED, json.dumps(result).encode())
 
 
-def has_measurements(cell: Path) -> bool:
-    return (cell / MEASURED).is_file()
+def measurements_file(job: Job) -> list[Path]:
+    """The file of the measurements of a cell, relative to the folder; other jobs have none."""
+    return [Path(job.folder, MEASURED)] if job.kind == "cell" else []
 
 
 def subjects_of(grids: Mapping[str, Grid]) -> dict[str, Subject]:
