@@ -224,13 +224,13 @@ class Explainer:
         return self._networks.choice
 
     @ambient.neutral()
-    def open(self, image_size: tuple[int, int], images: int | None = None, *, runtime: str | None = None) -> None:
+    def open(self, image_size: tuple[int, int], images: int | None = None, *, runtime: str | None = None, batch: int | None = None) -> None:
         """Prepare for images of this size; otherwise the first call does this. Every runtime except eager then exports the networks.
 
         images: how many will be explained. The runtime ``auto`` then exports only if this saves time. runtime: the one that has computed a
-        part of the results already, which ``auto`` keeps.
+        part of the results already, which ``auto`` keeps. batch: the most images of a call; TensorRT's engines are built for it.
         """
-        self._networks.open(image_size, images, runtime)
+        self._networks.open(image_size, images, runtime, batch)
 
     @cached_property
     def transfers(self) -> Transfers:

@@ -56,12 +56,12 @@ class ExplainerFile:
             raise rounds_geometry(path)
         self._runner: FileRunner | None = None
 
-    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None) -> None:
+    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None, batch: int | None = None) -> None:
         if self._runner is not None:
             return
-        batch = self._file.least_images, ENGINE_IMAGES, ENGINE_IMAGES
+        most = max(batch or ENGINE_IMAGES, self._file.least_images)  # a file takes a whole batch at once
         size = image_size if self._file.image_size is None else None
-        self._runner = open_exported(self._path, self.choice, self._folder, self._path.stem, batch, size)
+        self._runner = open_exported(self._path, self.choice, self._folder, self._path.stem, (self._file.least_images, most, most), size)
         log.info("runtime: %s", self.choice.why)
 
     @property
@@ -78,7 +78,7 @@ class ExplainerFile:
         raise no_reference_mode(self._file)
 
     def explain(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
-        self.open((images.shape[2], images.shape[3]))
+        self.open((images.shape[2], images.shape[3]), batch=max(ENGINE_IMAGES, len(images)))
         assert self._runner is not None
         outputs = self._runner.run({"images": images} | self._target_input(batch.target))
         measurements = {}

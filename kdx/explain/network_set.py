@@ -61,10 +61,11 @@ class NetworkSet(Protocol):
     def input_format(self) -> InputFormat:
         """The images that the networks take."""
 
-    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None) -> None:
+    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None, batch: int | None = None) -> None:
         """Prepare for images of this size. A second call does nothing.
 
         images: how many there will be, by which ``auto`` decides. runtime: which one computed a part of them already, for ``auto``.
+        batch: the most images of a call, for which engines are built.
         """
 
     def networks(self) -> dict[str, NetworkRecord]:

@@ -104,10 +104,12 @@ class NetworkRunners:
         self._candidate: Choice | None = None  # the runtime to export for, while PyTorch runs because that would not pay
         self._cost: ExportCost | None = None
         self._images = 0
+        self._batch: int | None = None
 
-    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None) -> None:
+    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None, batch: int | None = None) -> None:
         if self._runners:
             return
+        self._batch = batch
         if not self._networks:
             raise ValueError("the explainer is closed")
         if self._is_automatic and runtime == "eager":
@@ -197,7 +199,7 @@ class NetworkRunners:
         return Export(network, graph, role, self._folder, image_size, reusable=not is_module)
 
     def _open_file(self, path: Path, name: str, image_size: tuple[int, int] | None) -> Runner:
-        most = self._settings.chunk or ENGINE_IMAGES
+        most = self._settings.chunk or self._batch or ENGINE_IMAGES
         return open_exported(path, self.choice, self._folder, name, (1, most, most), image_size)
 
     @property

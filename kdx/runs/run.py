@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from kdx.runs.geometry import Geometry, choose_geometry, unavoidable
 from kdx.runs.grouping import MAX_GROUPS
 from kdx.runs.image_numbers import prediction_numbers
 from kdx.runs.measured import Samples
-from kdx.runs.plan import Plan
+from kdx.runs.plan import Plan, aligned
 from kdx.runs.plan import RunOptions as RunOptions
 from kdx.runs.schema import (
     BaseLayers,
@@ -122,7 +122,7 @@ def _prepare_and_explain(
     runtime = None if started is None else str(started).split()[0]
     if runtime is None and shared is not None:
         runtime = shared.runtime()
-    explainer.open(size, len(plan.indices), runtime=runtime)
+    explainer.open(size, len(plan.indices), runtime=runtime, batch=aligned(plan.options.batch))
     if shared is not None:
         shared.keep_runtime(explainer.choice.runtime)
     announce(f"Runtime {explainer.choice.why}.")
@@ -247,6 +247,8 @@ def _recorded_options(options: RunOptions) -> StoredOptions:
         recorded["max_classes"] = options.max_classes
     if options.ratios != "summed":
         recorded["ratios"] = options.ratios
+    if options.decoder != "pillow":
+        recorded["decoder"] = options.decoder
     return recorded
 
 
@@ -308,7 +310,7 @@ def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int
     numbers = {**columns, **prediction_numbers(samples), **maps}
     check_order(options.gallery_order, tuple(numbers))  # salient features, for example, have no maps that add up to a score
     gallery = options.gallery_choice.places(samples, lambda name: np.asarray(numbers[name], dtype=np.float64), options.seed)
-    pictures = load_images(dataset, index[gallery], size)
+    pictures = load_images(replace(dataset, decoder=None), index[gallery], size)
     for row, levels in zip(columns[schema.ROW][gallery], pictures.levels, strict=True):
         store.write_picture(int(row), levels.permute(1, 2, 0).numpy())
     write_choice(store.folder, options.gallery_choice, [int(row) for row in columns[schema.ROW][gallery]])

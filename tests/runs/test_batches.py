@@ -108,7 +108,7 @@ class Conversions(TorchDispatchMode):
     """Counts the operators that make floating-point pixels of levels."""
 
     def __init__(self, size: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.size, self.count = size, 0
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None) -> Any:
@@ -133,7 +133,12 @@ def test_levels_become_pixels_once_for_any_number_of_networks(folder: Path, role
         runners = explainer._networks._runners  # type: ignore[attr-defined]
         for runner in runners.values():
             infer = runner.infer
-            runner.infer = lambda images, infer=infer: (seen.append(images.data_ptr()), infer(images))[1]
+
+            def recorded(images: Tensor, infer: Any = infer) -> Any:
+                seen.append(images.data_ptr())
+                return infer(images)
+
+            runner.infer = recorded
         with Conversions(levels.numel()) as conversions:
             explainer.explain(levels, torch.arange(8) % 3)
     assert conversions.count == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -9,7 +10,6 @@ import onnxruntime
 import pytest
 import torch
 
-from kdx.runtimes import installed
 from kdx.runtimes.installed import cuda_provider_problem, gpu_problem, is_installed, package_problem
 
 ERRORS = [
@@ -41,7 +41,7 @@ def raising(error: Exception) -> object:
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_any_error_becomes_a_reason(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     reason = str(error).partition("\n")[0] or type(error).__name__
-    monkeypatch.setattr(installed.importlib, "import_module", raising(error))
+    monkeypatch.setattr(importlib, "import_module", raising(error))
     assert package_problem("anything") == reason
     monkeypatch.setattr(torch, "ones", raising(error))
     assert gpu_problem() == reason
