@@ -127,11 +127,10 @@ class Target:
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Target:
         """The same target after ``move``, a copy to another device, of its values and its geometry, which is not computed again."""
-        moved = Target(move(self.values), self.backend, self.names)
-        distances, classes = self.distances, self.classes
-        rows = None if classes is None or classes.rows is None else move(classes.rows)
+        moved, distances = Target(move(self.values), self.backend, self.names), self.distances
         moved.__dict__["distances"] = BatchDistances(move(distances.raw), move(distances.centred))
-        moved.__dict__["classes"] = None if classes is None else Classes(move(classes.codes), classes.count, rows)
+        if self.values.ndim == 1 and self.classes is not None:  # those of labels have no rows
+            moved.__dict__["classes"] = Classes(move(self.classes.codes), self.classes.count, None)
         return moved
 
     @cached_property

@@ -18,6 +18,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+MOST_PINNED = 1 << 28
+"""The most bytes of results that are copied through pinned memory. Pinned memory is never returned to the system."""
+
 
 class Download(Generic[T]):
     """Results on their way to the host. ``result`` waits for them."""
@@ -34,9 +37,9 @@ class Transfers:
     """The copies to and from one device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
         self.pinned = device.type == "cuda"
-        self._streams = [torch.cuda.Stream(device) for _ in range(2)] if self.pinned else []
+        self.device = torch.device("cuda", torch.cuda.current_device()) if self.pinned and device.index is None else device
+        self._streams = [torch.cuda.Stream(self.device) for _ in range(2)] if self.pinned else []
 
     @property
     def ahead(self) -> int:
@@ -46,7 +49,10 @@ class Transfers:
 
     def staged(self, tensor: Tensor) -> Tensor:
         """A small tensor on the CPU, in memory from which `upload` copies asynchronously."""
-        return tensor.pin_memory() if self.pinned else tensor
+        if not self.pinned:
+            return tensor
+        with torch.cuda.device(self.device):
+            return tensor.pin_memory()
 
     def upload(self, tensor: Tensor) -> Tensor:
         """The tensor on the device. Work that is queued later on the current stream waits for the copy; the caller does not."""
@@ -60,16 +66,22 @@ class Transfers:
         return copy
 
     def download(self, results: T) -> Download[T]:
-        """Copies all tensors of nested dictionaries, tuples and dataclasses to the host, in one copy. The caller does not wait."""
+        """Copies all tensors of nested dictionaries, tuples and dataclasses to the host, in one copy. The caller does not wait.
+
+        More than MOST_PINNED bytes are copied at once instead, since neither side should keep them in memory a second time.
+        """
         if not self.pinned:
             return Download(lambda: results)
-        tensors = list(_tensors(results))
+        tensors = [tensor.to(self.device) for tensor in _tensors(results)]
+        if sum(tensor.nbytes for tensor in tensors) > MOST_PINNED:
+            copied = replaced(results, iter([tensor.cpu() for tensor in tensors]))
+            return Download(lambda: copied)
         flat = packed(tensors)
         stream = self._streams[1]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat, non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event(blocking=True)  # a thread that waits by spinning would hold up the others
             done.record(stream)
         flat.record_stream(stream)
         # Only shapes and types are kept, so that the memory of the results on the device is free for the next batch.
