@@ -19,7 +19,7 @@ from kdx.errors import KdxError, about_network
 from kdx.explain.batch_target import BatchTarget
 from kdx.explain.explainer_file import no_gradients
 from kdx.explain.exported import ENGINE_IMAGES, Export, ExportFolder, open_exported
-from kdx.explain.layer import LayerMeasurement, LayerReferences, measure
+from kdx.explain.layer import LayerReferences, PendingMeasurement, begin
 from kdx.explain.network_set import NetworkRecord
 from kdx.explain.runtime_cost import FEW_IMAGES, ExportCost
 from kdx.explain.settings import Settings
@@ -224,11 +224,11 @@ class NetworkRunners:
             layer: LayerReferences.of(self._features(outputs, layer), labels, pooled=self._settings.pooled) for layer in self.layers
         }
 
-    def explain(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
+    def begin(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, PendingMeasurement]]:
         outputs = self._infer(images)
         distances = {} if self._salience is None else self._salient_distances(self._salience, images, batch, outputs)
         measurements = {
-            layer: measure(
+            layer: begin(
                 self._features(outputs, layer),
                 batch.target,
                 objective=geometry.OBJECTIVES[self._settings.objective],

@@ -72,9 +72,9 @@ class Transfers:
         """
         if not self.pinned:
             return Download(lambda: results)
-        tensors = [tensor.to(self.device) for tensor in _tensors(results)]
+        tensors = [tensor.to(self.device) for tensor in tensors_of(results)]
         if sum(tensor.nbytes for tensor in tensors) > MOST_PINNED:
-            copied = replaced(results, iter([tensor.cpu() for tensor in tensors]))
+            copied = on_host(results)
             return Download(lambda: copied)
         flat = packed(tensors)
         stream = self._streams[1]
@@ -93,6 +93,11 @@ class Transfers:
             return replaced(structure, iter(unpacked(host, shapes)))
 
         return Download(wait)
+
+
+def on_host(results: T) -> T:
+    """Results with every tensor of their nested dictionaries, tuples and dataclasses on the CPU. Waits for the device."""
+    return replaced(results, iter([tensor.cpu() for tensor in tensors_of(results)]))
 
 
 def one_behind(started: Iterator[T], ahead: int) -> Iterator[T]:
@@ -141,13 +146,13 @@ def _order(tensors: Sequence[Tensor]) -> list[int]:
     return sorted(range(len(tensors)), key=lambda place: -tensors[place].itemsize)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested dictionaries, tuples and dataclasses, in order."""
     if isinstance(value, Tensor):
         yield value
         return
     for part in _parts(value):
-        yield from _tensors(part)
+        yield from tensors_of(part)
 
 
 def replaced(value: T, tensors: Iterator[Tensor]) -> T:

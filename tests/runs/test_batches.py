@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdx
+from kdx import KdxError
 from kdx.explain.explainer import Explainer
+from kdx.explain.layer import LayerMeasurement, PendingMeasurement, begin
 from kdx.explain.networks import NetworkRunners
 from kdx.runs.store import Store
-from kdx.runtimes.transfers import Download, Transfers
+from kdx.runtimes.transfers import Download, Transfers, replaced, tensors_of
 from tests.runs.small_run import WHOLE, results, run, same
 
 
@@ -163,6 +165,52 @@ def test_an_error_names_its_batch_and_earlier_batches_are_stored(
     monkeypatch.setattr(Transfers, "ahead", ahead)
     monkeypatch.setattr(NetworkRunners, "_infer", broken)
     problem = r"^Batch 2 of 4, whose first image is \w+/\d+\.png: The student's features are not finite in rows 1\b"
-    with pytest.raises(kdx.KdxError, match=problem):
+    with pytest.raises(KdxError, match=problem):
         run(folder, tmp_path / "run")
     assert len(list((tmp_path / "run" / "progress").glob("*.npz"))) == 2
+
+
+class Late:
+    """Stands in for `begin` on a GPU: expected results, which are wrong for one batch, and a check that is read later."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, batch: int, error: KdxError | None) -> None:
+        self.calls = 0
+
+        def pending(*arguments: Any, **options: Any) -> PendingMeasurement:
+            number, self.calls = self.calls // 2, self.calls + 1  # two layers
+            right = begin(*arguments, **options).result()
+            if number != batch:
+                return PendingMeasurement(torch.tensor([number]), right, lambda numbers: self._check(numbers, number, right))
+            wrong = replaced(right, (torch.full_like(tensor, torch.nan) for tensor in tensors_of(right)))
+
+            def late(_: Sequence[float]) -> Any:
+                if error is not None:
+                    raise error
+                return right
+
+            return PendingMeasurement(torch.tensor([number]), wrong, late)
+
+        monkeypatch.setattr("kdx.explain.networks.begin", pending)
+
+    @staticmethod
+    def _check(numbers: Sequence[float], number: int, right: LayerMeasurement) -> LayerMeasurement:
+        assert numbers == [number]  # each batch reads its own numbers
+        return right
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_an_error_that_is_known_late_names_its_batch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+    monkeypatch.setattr(Transfers, "ahead", ahead)
+    Late(monkeypatch, 1, KdxError("The features are constant.", "Check them."))
+    with pytest.raises(KdxError, match=r"^Batch 1 of 4, whose first image is \w+/\d+\.png: The features are constant"):
+        run(folder, tmp_path / "run")
+    assert len(list((tmp_path / "run" / "progress").glob("*.npz"))) == 1
+
+
+def test_a_batch_that_is_measured_again_replaces_its_expected_results(
+    folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Transfers, "ahead", 1)
+    Late(monkeypatch, 2, None)
+    run(folder, tmp_path / "run")
+    assert same(results(tmp_path / "run"), results(finished))

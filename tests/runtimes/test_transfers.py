@@ -12,7 +12,6 @@ from torch import Tensor
 
 from kdx.data.pixels import pixels_of
 from kdx.runtimes.transfers import Transfers, one_behind, packed, replaced, unpacked
-from tests.runtimes.small_network import needs_gpu
 
 
 class Pair(NamedTuple):
@@ -102,7 +101,7 @@ def test_what_was_complete_before_an_error_is_given_before_it_is_raised() -> Non
     assert given == [0, 1]
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_copies_to_and_from_a_gpu_keep_every_bit_while_other_work_is_queued() -> None:
     transfers = Transfers(torch.device("cuda"))
     generator = torch.Generator().manual_seed(1)
@@ -112,23 +111,23 @@ def test_copies_to_and_from_a_gpu_keep_every_bit_while_other_work_is_queued() ->
     for number, levels in enumerate(inputs):
         uploaded = transfers.upload(levels)
         (factor @ factor).sum()  # work between the copies
-        result = {"levels": uploaded.clone(), "sum": (uploaded.long().sum((1, 2, 3)),), "number": number}
-        downloads.append(transfers.download(result))
+        result = {"levels": uploaded.clone(), "sum": uploaded.long().sum((1, 2, 3))}
+        downloads.append(transfers.download((result, number)))
         del uploaded, result  # the allocator may use their memory for the next batch
     for number, (levels, download) in enumerate(zip(inputs, downloads, strict=True)):
-        actual = download.result()
-        assert actual["number"] == number and actual["levels"].device.type == "cpu"
-        assert torch.equal(actual["levels"], levels) and torch.equal(actual["sum"][0], levels.long().sum((1, 2, 3)))
+        actual, its_number = download.result()
+        assert its_number == number and actual["levels"].device.type == "cpu"
+        assert torch.equal(actual["levels"], levels) and torch.equal(actual["sum"], levels.long().sum((1, 2, 3)))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_large_results_are_copied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kdx.runtimes.transfers.MOST_PINNED", 100)
     values = torch.arange(1000, device="cuda")
     assert torch.equal(Transfers(values.device).download((values,)).result()[0], torch.arange(1000))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_levels_become_the_same_pixels_on_a_gpu() -> None:
     levels = torch.arange(256, dtype=torch.uint8).repeat(3)
     assert torch.equal(pixels_of(levels.cuda()).cpu(), pixels_of(levels))
