@@ -287,7 +287,7 @@ class Explainer:
 
         Labels and permutations are copied to the device before the passes, and the images once for all networks.
         """
-        return self._networks.begin(self._pixels(images), batch.moved(self.transfers.upload))
+        return self._networks.begin(self._pixels(images), batch.moved(self.transfers.upload_together))
 
     def _pixels(self, images: Tensor) -> Tensor:
         """Pixels [n, 3, h, w] on the device, from images that are uploaded before they are converted."""

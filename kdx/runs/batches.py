@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdx import threads
 from kdx.data.images import Images, check_unreadable, decoded, load_references
 from kdx.data.prefetch import Job, prefetch
 from kdx.errors import KdxError, printable
@@ -92,6 +93,7 @@ def explain_batches(
         decoded(plan.dataset, planned, size, plan.options.workers, explainer.choice.device) as images,
         prefetch((_target_job(explainer, plan, *batch) for batch in zip(pending, images, strict=True)), ahead, 1) as ready,
         writing() as submit,
+        threads.short_turns() if ahead else nullcontext(),
         progress() as show,
     ):
         queued = one_behind((_queue(explainer, plan, batch) for batch in ready), ahead)

@@ -47,12 +47,19 @@ class Transfers:
         operation returns."""
         return int(self.pinned)
 
-    def staged(self, tensor: Tensor) -> Tensor:
-        """A small tensor on the CPU, in memory from which `upload` copies asynchronously."""
+    def staged(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Small tensors on the CPU, in memory from which `upload_together` copies them at once and asynchronously."""
         if not self.pinned:
-            return tensor
+            return tensors
         with torch.cuda.device(self.device):
-            return tensor.pin_memory()
+            return tuple(unpacked(packed(tensors).pin_memory(), tensors))
+
+    def upload_together(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The tensors on the device: `upload` in one copy, for tensors that are `staged`."""
+        if not self.pinned or all(tensor.device == self.device for tensor in tensors):
+            return tuple(tensor.to(self.device) for tensor in tensors)
+        flat = _whole(tensors)
+        return tuple(unpacked(self.upload(packed([tensor.cpu() for tensor in tensors]) if flat is None else flat), tensors))
 
     def upload(self, tensor: Tensor) -> Tensor:
         """The tensor on the device. Work that is queued later on the current stream waits for the copy; the caller does not."""
@@ -93,6 +100,17 @@ class Transfers:
             return replaced(structure, iter(unpacked(host, shapes)))
 
         return Download(wait)
+
+
+def _whole(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The packed bytes of which these tensors are the `unpacked` views; None if they are not such views."""
+    storage = tensors[0].untyped_storage()
+    if any(tensor.untyped_storage().data_ptr() != storage.data_ptr() for tensor in tensors):
+        return None
+    flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+    views = unpacked(flat, tensors) if len(flat) == sum(tensor.nbytes for tensor in tensors) else []
+    same = len(views) == len(tensors) and all(a.data_ptr() == b.data_ptr() for a, b in zip(views, tensors, strict=True))
+    return flat if same else None
 
 
 def on_host(results: T) -> T:

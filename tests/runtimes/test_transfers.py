@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdx.data.pixels import pixels_of
-from kdx.runtimes.transfers import Transfers, one_behind, packed, replaced, unpacked
+from kdx.runtimes.transfers import Transfers, _whole, one_behind, packed, replaced, unpacked
 
 
 class Pair(NamedTuple):
@@ -57,6 +57,16 @@ def test_packed_tensors_come_back_bit_for_bit_in_their_order_and_shape() -> None
     assert not len(packed([])) and unpacked(packed([]), []) == []
 
 
+def test_staged_tensors_are_recognised_by_their_memory() -> None:
+    """They are copied together; any others are packed first."""
+    flat = packed(mixed())
+    staged = unpacked(flat, mixed())
+    whole = _whole(staged)
+    assert whole is not None and whole.data_ptr() == flat.data_ptr() and torch.equal(whole, flat)
+    for others in (mixed(), staged[:-1], staged[::-1], [staged[2], *staged[2:]]):
+        assert _whole(others) is None
+
+
 def test_every_tensor_in_a_nested_result_is_replaced_in_order() -> None:
     result = Result(3, Pair(torch.tensor([0]), None), {"a": torch.tensor([1]), "b": torch.tensor([2])})
     actual = replaced(result, iter([torch.tensor([10]), torch.tensor([11]), torch.tensor([12])]))
@@ -67,7 +77,8 @@ def test_every_tensor_in_a_nested_result_is_replaced_in_order() -> None:
 
 def test_nothing_is_copied_on_the_cpu() -> None:
     transfers, tensor = Transfers(torch.device("cpu")), torch.ones(3)
-    assert transfers.upload(tensor) is tensor and transfers.staged(tensor) is tensor
+    assert transfers.upload(tensor) is tensor and transfers.staged((tensor,))[0] is tensor
+    assert transfers.upload_together((tensor,))[0] is tensor
     result = {"a": (tensor,)}
     assert transfers.download(result).result() is result
     assert transfers.ahead == 0
@@ -118,6 +129,15 @@ def test_copies_to_and_from_a_gpu_keep_every_bit_while_other_work_is_queued() ->
         actual, its_number = download.result()
         assert its_number == number and actual["levels"].device.type == "cpu"
         assert torch.equal(actual["levels"], levels) and torch.equal(actual["sum"], levels.long().sum((1, 2, 3)))
+
+
+@pytest.mark.gpu
+def test_staged_tensors_arrive_together() -> None:
+    transfers = Transfers(torch.device("cuda"))
+    expected = tuple(tensor for tensor in mixed() if tensor.numel())
+    for given in (transfers.staged(expected), expected):
+        for actual, tensor in zip(transfers.upload_together(given), expected, strict=True):
+            assert actual.is_cuda and torch.equal(actual.cpu().nan_to_num(), tensor.nan_to_num())
 
 
 @pytest.mark.gpu
