@@ -398,11 +398,3 @@ kdx.cli.main()
     clean = {name: value for name, value in os.environ.items() if name not in threads.WAITING}
     output = subprocess.run([sys.executable, "-c", code], env=clean, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert output.split() == ["False", "True"]
-
-
-def test_threads_take_short_turns_in_a_block_only() -> None:
-    before = sys.getswitchinterval()
-    with pytest.raises(ValueError, match="stop"), threads.short_turns():
-        assert sys.getswitchinterval() == pytest.approx(2e-4)
-        raise ValueError("stop")
-    assert sys.getswitchinterval() == before
