@@ -19,7 +19,7 @@ from kdx.errors import KdxError, about_network
 from kdx.explain.batch_target import BatchTarget
 from kdx.explain.explainer_file import no_gradients
 from kdx.explain.exported import ENGINE_IMAGES, Export, ExportFolder, open_exported
-from kdx.explain.layer import LayerMeasurement, LayerReferences, measure
+from kdx.explain.layer import LayerReferences, PendingMeasurement, begin
 from kdx.explain.network_set import NetworkRecord
 from kdx.explain.runtime_cost import FEW_IMAGES, ExportCost
 from kdx.explain.settings import Settings
@@ -105,10 +105,12 @@ class NetworkRunners:
         self._candidate: Choice | None = None  # the runtime to export for, while PyTorch runs because that would not pay
         self._cost: ExportCost | None = None
         self._images = 0
+        self._batch: int | None = None
 
-    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None) -> None:
+    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None, batch: int | None = None) -> None:
         if self._runners:
             return
+        self._batch = batch
         if not self._networks:
             raise ValueError("the explainer is closed")
         if self._is_automatic and runtime == "eager":
@@ -198,7 +200,7 @@ class NetworkRunners:
         return Export(network, graph, role, self._folder, image_size, reusable=not is_module)
 
     def _open_file(self, path: Path, name: str, image_size: tuple[int, int] | None) -> Runner:
-        most = self._settings.chunk or ENGINE_IMAGES
+        most = self._settings.chunk or self._batch or ENGINE_IMAGES
         return open_exported(path, self.choice, self._folder, name, (1, most, most), image_size)
 
     @property
@@ -223,11 +225,11 @@ class NetworkRunners:
             layer: LayerReferences.of(self._features(outputs, layer), labels, pooled=self._settings.pooled) for layer in self.layers
         }
 
-    def explain(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
+    def begin(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, PendingMeasurement]]:
         outputs = self._infer(images)
         distances = {} if self._salience is None else self._salient_distances(self._salience, images, batch, outputs)
         measurements = {
-            layer: measure(
+            layer: begin(
                 self._features(outputs, layer),
                 batch.target,
                 objective=geometry.OBJECTIVES[self._settings.objective],

@@ -30,7 +30,7 @@ from kdx.runs.geometry import Geometry, choose_geometry, unavoidable
 from kdx.runs.grouping import MAX_GROUPS
 from kdx.runs.image_numbers import prediction_numbers
 from kdx.runs.measured import Samples
-from kdx.runs.plan import Plan
+from kdx.runs.plan import Plan, aligned
 from kdx.runs.plan import RunOptions as RunOptions
 from kdx.runs.schema import (
     BaseLayers,
@@ -123,7 +123,7 @@ def _prepare_and_explain(
     runtime = None if started is None else str(started).split()[0]
     if runtime is None and shared is not None:
         runtime = shared.runtime()
-    explainer.open(size, len(plan.indices), runtime=runtime)
+    explainer.open(size, len(plan.indices), runtime=runtime, batch=aligned(plan.options.batch))
     if shared is not None:
         shared.keep_runtime(explainer.choice.runtime)
     announce(f"Runtime {explainer.choice.why}.")
