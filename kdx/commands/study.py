@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,6 +55,26 @@ Announce = Callable[[str], None]
 
 def perform(job: Job, folder: Path, note: Note) -> None:
     """Do a job of a study. What a stopped attempt has done is used."""
+    models_file = train(job, folder, note)
+    if models_file is None:
+        return
+    run = folder / job.folder / RUN
+    command = ["kdx", "explain", job.data, "--models", str(models_file), "--out", str(run)]
+    with progress.redirected(lambda task, done, total, _note: note(f"{task}, {done:.0f} of {total}")):
+        explain.run(
+            job.data,
+            models_file,
+            run,
+            options=job.options,
+            networks=folder / NETWORKS,
+            shared_features=folder / _features(job),
+            command=command,
+            announce=lambda line: note(line) if line.startswith("Warning: ") else None,
+        )
+
+
+def train(job: Job, folder: Path, note: Note) -> Path | None:
+    """Train the network of a job. The path of a cell's models file; None for a job that trains a network that cells share."""
     teacher = job.teacher
     if job.teacher_weights is not None:
         weights = str((folder / job.teacher_weights).absolute())
@@ -68,34 +88,21 @@ def perform(job: Job, folder: Path, note: Note) -> None:
     }
     if job.kind in ("teacher", "base"):
         train_alone("teacher" if job.kind == "teacher" else "base", job.data, teacher=teacher, student=job.student, out=out, **shared)
-        return
+        return None
     shared["teacher_cache"] = job.extras.teacher_cache
     if job.kind == "assistant":
         distill(job.data, teacher=teacher, student=job.student, out=out, base=NO_BASE, **shared)
-        return
-    base = job.base if job.base in (None, NO_BASE) else (folder / str(job.base)).absolute()
-    models_file = distill(
+        return None
+    return distill(
         job.data,
         teacher=teacher,
         student=job.student,
         out=out / MODELS,
-        base=base,
+        base=job.base if job.base in (None, NO_BASE) else (folder / str(job.base)).absolute(),
         layers=job.layers or None,
         probe=job.extras.probe,
         **shared,
     )
-    command = ["kdx", "explain", job.data, "--models", str(models_file), "--out", str(out / RUN)]
-    with progress.redirected(lambda task, done, total, _note: note(f"{task}, {done:.0f} of {total}")):
-        explain.run(
-            job.data,
-            models_file,
-            out / RUN,
-            options=job.options,
-            networks=folder / NETWORKS,
-            shared_features=folder / _features(job),
-            command=command,
-            announce=lambda line: note(line) if line.startswith("Warning: ") else None,
-        )
 
 
 def _features(job: Job) -> Path:
@@ -146,8 +153,7 @@ class _Run:
             self.problems[job.key] = outcome
         else:
             self._share_weights(job)
-            content = {"identity": job.identity, "seconds": round(outcome.seconds, 3)}
-            write_atomic(self.folder / job.folder / DONE, (json.dumps(content, indent=1) + "\n").encode())
+            write_done(self.folder, outcome)
             self.complete.add(job.key)
         if job.kind == "cell":
             self.write_plan()
@@ -171,7 +177,7 @@ def run(design: Design, folder: Path, *, workers: int | None = None, command: Se
         remove_leftovers(folder)
         count = workers or _default_workers(grid)
         plan = _plan(design, grid, folder, command, count)
-        study = _Run(folder, grid, plan, set(complete_jobs(folder, grid)))
+        study = _Run(folder, grid, plan, set(complete_jobs(folder, grid.jobs)))
         study.write_plan()
         todo = len(grid.jobs) - len(study.complete)
         announce(f"{len(grid.cells)} cells, {len(grid.jobs)} jobs, {todo} of them to do, with {count} worker{'s' if count > 1 else ''}.")
@@ -197,7 +203,7 @@ def dry_run(design: Design, folder: Path, *, workers: int | None = None) -> Grou
     grid = grid_of(design)
     if (folder / STUDY_FILE).exists():
         check_same_study(folder, read_study(folder).plan, _entries(design, grid))
-    complete = complete_jobs(_checked(folder), grid)
+    complete = complete_jobs(_checked(folder), grid.jobs)
     count = workers or _default_workers(grid)
     cells = Table("cell", "state", box=None, pad_edge=False)
     for cell in grid.cells:
@@ -283,13 +289,27 @@ def _entries(design: Design, grid: Grid) -> dict[str, Any]:
     return {"design": design.as_table(), "fingerprints": dict(grid.fingerprints), "parameters": {**grid.parameters}}
 
 
-def complete_jobs(folder: Path, grid: Grid) -> dict[str, float]:
+def write_done(folder: Path, outcome: Outcome) -> None:
+    """Record in the folder of a job that it is complete."""
+    content = {"identity": outcome.job.identity, "seconds": round(outcome.seconds, 3)}
+    write_atomic(folder / outcome.job.folder / DONE, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def files_of_run(job: Job) -> Iterator[Path]:
+    """Files that a complete cell has, relative to the study's folder, beside its weights."""
+    if job.kind == "cell":
+        yield Path(job.folder, MODELS, "models.toml")
+        yield from (Path(job.folder, RUN, name) for name in (schema.MANIFEST, schema.SCORES_FILE, schema.PAGE))
+
+
+def complete_jobs(folder: Path, jobs: Iterable[Job], results: Callable[[Job], Iterable[Path]] = files_of_run) -> dict[str, float]:
     """The jobs whose results are in the folder, by key, with the seconds that each took. A job of which a file is missing is not complete.
 
-    Raises KdxError for results of other inputs, such as data that have changed.
+    results: the files of a job beside its weights, relative to the folder. Raises KdxError for results of other inputs, such as data that
+    have changed.
     """
     complete = {}
-    for job in grid.jobs:
+    for job in jobs:
         try:
             stored = json.loads((folder / job.folder / DONE).read_text("utf-8"))
             identity, seconds = dict(stored["identity"]), float(stored["seconds"])
@@ -301,16 +321,9 @@ def complete_jobs(folder: Path, grid: Grid) -> dict[str, float]:
                 f"{folder / job.folder} was computed from other inputs (it differs in {', '.join(different)}).",
                 "Choose another --out, or delete that folder to compute it again.",
             )
-        if all((folder / path).is_file() for path in (*weights_files(job), *_files_of_run(job))):
+        if all((folder / path).is_file() for path in (*weights_files(job), *results(job))):
             complete[job.key] = seconds
     return complete
-
-
-def _files_of_run(job: Job) -> Iterator[Path]:
-    """Files that a complete cell has, relative to the study's folder, beside its weights."""
-    if job.kind == "cell":
-        yield Path(job.folder, MODELS, "models.toml")
-        yield from (Path(job.folder, RUN, name) for name in (schema.MANIFEST, schema.SCORES_FILE, schema.PAGE))
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from kdx.runs.geometry import Geometry, choose_geometry, unavoidable
 from kdx.runs.grouping import MAX_GROUPS
 from kdx.runs.image_numbers import prediction_numbers
 from kdx.runs.measured import Samples
-from kdx.runs.plan import Plan
+from kdx.runs.plan import Plan, aligned
 from kdx.runs.plan import RunOptions as RunOptions
 from kdx.runs.schema import (
     BaseLayers,
@@ -47,6 +47,7 @@ from kdx.runs.store import Store
 from kdx.runs.target_names import target_phrase
 from kdx.runs.training_scores import logged_scores, write_training_scores
 from kdx.runs.whole import collect_whole, explain_whole, feature_shapes
+from kdx.runtimes.choice import allows_tf32
 from kdx.scores.uncertainty import accuracy
 
 
@@ -122,11 +123,13 @@ def _prepare_and_explain(
     runtime = None if started is None else str(started).split()[0]
     if runtime is None and shared is not None:
         runtime = shared.runtime()
-    explainer.open(size, len(plan.indices), runtime=runtime)
+    explainer.open(size, len(plan.indices), runtime=runtime, batch=aligned(plan.options.batch))
     if shared is not None:
         shared.keep_runtime(explainer.choice.runtime)
     announce(f"Runtime {explainer.choice.why}.")
     store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
+    networks = (plan.models.path, plan.models.student, plan.models.base, plan.models.teacher)
+    store.manifest["environment"]["tf32"] = allows_tf32(explainer.choice, networks)
     store.manifest["random_weights"] = [role for role, record in records.items() if not record.trained and role != BASELINE]
     for role in store.manifest["random_weights"]:
         announce(f"Some or all weights of the {role} are random: {records[role].reference}.")
@@ -245,6 +248,8 @@ def _recorded_options(options: RunOptions) -> StoredOptions:
         recorded["max_classes"] = options.max_classes
     if options.ratios != "summed":
         recorded["ratios"] = options.ratios
+    if options.decoder != "pillow":
+        recorded["decoder"] = options.decoder
     return recorded
 
 
@@ -318,9 +323,9 @@ def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int
     numbers = {**columns, **prediction_numbers(samples), **maps}
     check_order(options.gallery_order, tuple(numbers))  # salient features, for example, have no maps that add up to a score
     gallery = options.gallery_choice.places(samples, lambda name: np.asarray(numbers[name], dtype=np.float64), options.seed)
-    pictures = load_images(dataset, index[gallery], size)
-    for row, pixels in zip(columns[schema.ROW][gallery], pictures.pixels, strict=True):
-        store.write_picture(int(row), pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
+    pictures = load_images(replace(dataset, decoder=None), index[gallery], size)
+    for row, levels in zip(columns[schema.ROW][gallery], pictures.levels, strict=True):
+        store.write_picture(int(row), levels.permute(1, 2, 0).numpy())
     write_choice(store.folder, options.gallery_choice, [int(row) for row in columns[schema.ROW][gallery]])
     training_scores = logged_scores(plan.models, announce)
     if training_scores is not None:

@@ -141,7 +141,7 @@ omitted at their defaults, predicted, logit and exact."""
 
 class StoredOptions(TypedDict):
     """The options that a run's results depend on. Those that are not required are omitted at their defaults: float32, raw, distances
-    between whole features, auto, float32, 0, 200 classes and summed ratios."""
+    between whole features, auto, float32, 0, 200 classes, summed ratios and pillow."""
 
     batch: int
     runtime: str
@@ -160,6 +160,7 @@ class StoredOptions(TypedDict):
     project: NotRequired[int]
     max_classes: NotRequired[int]
     ratios: NotRequired[str]
+    decoder: NotRequired[str]
 
 
 class SplitRule(TypedDict):
