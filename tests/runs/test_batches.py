@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import kdx
 from kdx.explain.explainer import Explainer
 from kdx.explain.networks import NetworkRunners
 from kdx.runs.store import Store
+from kdx.runtimes.runner import NetworkOutputs
 from kdx.runtimes.transfers import Download, Transfers
 from tests.runs.small_run import WHOLE, results, run, same
 
@@ -108,13 +109,23 @@ class Conversions(TorchDispatchMode):
     """Counts the operators that make floating-point pixels of levels."""
 
     def __init__(self, size: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.size, self.count = size, 0
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         is_levels = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.uint8 and args[0].numel() == self.size
         self.count += is_levels and func.overloadpacket.__name__ == "_to_copy"
         return func(*args, **(kwargs or {}))
+
+
+def noting(seen: list[int], infer: Callable[[Tensor], NetworkOutputs]) -> Callable[[Tensor], NetworkOutputs]:
+    """`infer`, which also appends the address of its images to ``seen``."""
+
+    def noted(images: Tensor) -> NetworkOutputs:
+        seen.append(images.data_ptr())
+        return infer(images)
+
+    return noted
 
 
 @contextmanager
@@ -132,8 +143,7 @@ def test_levels_become_pixels_once_for_any_number_of_networks(folder: Path, role
         explainer.open((12, 12))
         runners = explainer._networks._runners  # type: ignore[attr-defined]
         for runner in runners.values():
-            infer = runner.infer
-            runner.infer = lambda images, infer=infer: (seen.append(images.data_ptr()), infer(images))[1]
+            runner.infer = noting(seen, runner.infer)
         with Conversions(levels.numel()) as conversions:
             explainer.explain(levels, torch.arange(8) % 3)
     assert conversions.count == 1
