@@ -164,10 +164,12 @@ class StandInEngines:
 
     def __init__(self) -> None:
         self.built: dict[str, tuple[Any, Any]] = {}
+        self.tf32: set[bool] = set()
 
-    def build(self, path: Path, built: Path, *, batch: Any, image_size: Any) -> None:
+    def build(self, path: Path, built: Path, *, batch: Any, image_size: Any, tf32: bool) -> None:
         role, _, rest = built.stem.partition("-")
         self.built[role + Path(rest).suffix] = batch, image_size
+        self.tf32.add(tf32)
         built.write_text(str(path))
 
     def open(self, path: Path, _: Choice) -> OnnxRuntimeRunner:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdx import KdxError
+from kdx.choices import Precision
 from kdx.explain.networks import NetworkRunners
 from kdx.explain.results import Explanation
 from kdx.runtimes.choice import Choice
@@ -109,18 +110,20 @@ def test_files_open_on_the_chosen_device(folder: Path, monkeypatch: pytest.Monke
     assert opened_on == [device] * 6
 
 
-@pytest.mark.parametrize("source", ["networks", "files"])
+@pytest.mark.parametrize(("source", "precision"), [("networks", "float32"), ("files", "float32"), ("files", "tf32")])
 def test_tensorrt_runs_engines_of_the_exported_files(
-    source: str, folder: Path, tmp_path: Path, explained: Explanation[Any], monkeypatch: pytest.MonkeyPatch
+    source: str, precision: Precision, folder: Path, tmp_path: Path, explained: Explanation[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines = StandInEngines()
-    monkeypatch.setattr("kdx.explain.networks.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
+    choice = Choice("tensorrt", torch.device("cpu"), "for a test", precision)
+    monkeypatch.setattr("kdx.explain.networks.choose", lambda *_, **__: choice)
     monkeypatch.setattr("kdx.explain.exported.engine.build", engines.build)
     monkeypatch.setattr("kdx.explain.exported.open_file", engines.open)
     sources: dict[str, Any] = {**files(folder)} if source == "files" else {**named_networks()}
     with explainer(runtime="tensorrt", folder=tmp_path, chunk=5, **sources) as opened:
         assert_same(opened(images(), labels()), explained, 1e-4)
     assert engines.built == dict.fromkeys(("teacher", "student", "base"), ((1, 5, 5), None))  # the files say their size
+    assert engines.tf32 == {precision == "tf32"}
 
 
 def test_auto_falls_back_to_eager_with_a_reason(tmp_path: Path, explained: Explanation[Any], caplog: pytest.LogCaptureFixture) -> None:
