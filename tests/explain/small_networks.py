@@ -165,6 +165,7 @@ class StandInEngines:
 
     def __init__(self) -> None:
         self.built: dict[str, tuple[Any, Any]] = {}
+        self.tf32: set[bool] = set()
         self.current: torch.device | None = None
         self.devices: set[torch.device | None] = set()
 
@@ -179,6 +180,7 @@ class StandInEngines:
         role, _, rest = built.stem.partition("-")
         self.built[role + Path(rest).suffix] = batch, image_size
         self.devices.add(self.current)
+        self.tf32.add(tf32)
         built.write_text(str(path))
 
     def open(self, path: Path, _: Choice) -> OnnxRuntimeRunner:

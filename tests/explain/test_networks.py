@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdx import KdxError
+from kdx.choices import Precision
 from kdx.explain.networks import NetworkRunners
 from kdx.explain.results import Explanation
 from kdx.runtimes.choice import Choice
@@ -109,12 +110,13 @@ def test_files_open_on_the_chosen_device(folder: Path, monkeypatch: pytest.Monke
     assert opened_on == [device] * 6
 
 
-@pytest.mark.parametrize("source", ["networks", "files"])
+@pytest.mark.parametrize(("source", "precision"), [("networks", "float32"), ("files", "float32"), ("files", "tf32")])
 def test_tensorrt_runs_engines_of_the_exported_files(
-    source: str, folder: Path, tmp_path: Path, explained: Explanation[Any], monkeypatch: pytest.MonkeyPatch
+    source: str, precision: Precision, folder: Path, tmp_path: Path, explained: Explanation[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines = StandInEngines()
-    monkeypatch.setattr("kdx.explain.networks.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
+    choice = Choice("tensorrt", torch.device("cpu"), "for a test", precision)
+    monkeypatch.setattr("kdx.explain.networks.choose", lambda *_, **__: choice)
     monkeypatch.setattr("kdx.explain.exported.engine.build", engines.build)
     monkeypatch.setattr("torch.cuda.device", engines.on)
     monkeypatch.setattr("kdx.explain.exported.open_file", engines.open)
@@ -123,6 +125,7 @@ def test_tensorrt_runs_engines_of_the_exported_files(
         assert_same(opened(images(), labels()), explained, 1e-4)
     assert engines.built == dict.fromkeys(("teacher", "student", "base"), ((1, 5, 5), None))  # the files say their size
     assert engines.devices == {torch.device("cpu")}  # the requested device
+    assert engines.tf32 == {precision == "tf32"}
 
 
 @pytest.mark.parametrize(("batch", "expected"), [(None, 64), (16, 16), (256, 256)])

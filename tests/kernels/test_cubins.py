@@ -301,6 +301,16 @@ def test_without_a_compiler_an_entry_built_ahead_is_used(sources: Path, tmp_path
         cubins.load("one", (8, 6))
 
 
+def test_a_system_without_locks_compiles_with_a_warning(
+    sources: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Windows does not have fcntl."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    use(FakeCompiler(), monkeypatch)
+    assert codes((9, 0)) == [b"sm_90"]
+    assert "cannot be locked" in caplog.text
+
+
 def test_an_unknown_source_is_a_programmers_mistake(sources: Path) -> None:
     with pytest.raises(ValueError, match="no source 'two'; there are one"):
         cubins.build("two", "sm_90", FakeCompiler())
