@@ -13,6 +13,10 @@
 //
 // The blocks of an image share its channels and write partial maps. The last block to finish adds them up in order, so the result
 // does not depend on which block that was.
+//
+// cam_weights  Prepares the channel weights of several maps: as float32 numbers near one with the exponent of each image, because weights
+//              are as large as the features are small; as float32; and whether they are more than rounding (kdx/kernels/rounding.py).
+//              Bytes: 8 n C read and 8 n C written per map.
 
 #include "reduce.cuh"
 
@@ -73,23 +77,24 @@ __device__ bool last_of_image(int* finished) {
     return last;
 }
 
-// The map from the partial maps [splits, positions].
-__device__ void finish(const float* partial, int positions, float* map) {
+// The map from the partial maps [splits, positions], times 2^exponent.
+__device__ void finish(const float* partial, int positions, int exponent, float* map) {
     for (int position = threadIdx.x; position < positions; position += kThreads) {
         float sum = 0;
         for (int split = 0; split < int(gridDim.z); ++split) sum += partial[(long long)split * positions + position];
-        map[position] = sum < 0 ? 0.0f : sum;  // NaN stays NaN
+        map[position] = ldexpf(sum < 0 ? 0.0f : sum, exponent);  // NaN stays NaN
     }
 }
 
 }  // namespace
 
-// features [n, C, H, W], weights [n, C], partial [n, splits, H W], finished [n] zero on entry; out: maps [n, H, W].
+// features [n, C, H, W], weights [n, C], exponents [n] or null for zeros, partial [n, splits, H W], finished [n] zero on entry; out: maps
+// [n, H, W].
 // ``wide``: packs of 16 bytes, aligned. Grid (n, slices of the period, splits of the channels).
 #define KDX_CAM(name, T)                                                                                                       \
     extern "C" __global__ void __launch_bounds__(kThreads) name(                                                               \
         const T* features, const float* weights, int channels, int height, int width, int period, int lanes,                   \
-        int periods_per_block, int wide, float* partial, int* finished, float* maps                                            \
+        int periods_per_block, int wide, const int* exponents, float* partial, int* finished, float* maps                      \
     ) {                                                                                                                        \
         __shared__ float shared[kThreads * 16 / sizeof(T)];                                                                    \
         const Image image{channels, height, width, period, lanes, periods_per_block};                                          \
@@ -101,8 +106,37 @@ __device__ void finish(const float* partial, int positions, float* map) {
             weighted_sum<T, 16 / sizeof(T)>(features, weights, image, shared, partial + blockIdx.z * positions);               \
         else                                                                                                                   \
             weighted_sum<T, 1>(features, weights, image, shared, partial + blockIdx.z * positions);                            \
-        if (last_of_image(finished)) finish(partial, int(positions), maps + at * positions);                                   \
+        if (last_of_image(finished)) finish(partial, int(positions), exponents ? exponents[at] : 0, maps + at * positions);    \
     }
 KDX_CAM(cam_float32, float)
 KDX_CAM(cam_float16, __half)
 KDX_CAM(cam_bfloat16, __nv_bfloat16)
+
+// weights [S, n, C + probes]; relative: the rounding of the features. Out: normal and plain [S, n, C] with normal 2^exponents = plain,
+// exponents [S, n], real [S, n]: one where a weight is larger than its rounding; and finished [S, n], zeros. Grid (n, S).
+extern "C" __global__ void __launch_bounds__(kThreads) cam_weights(
+    const double* weights, int channels, int probes, double relative, float* normal, float* plain, int* exponents, double* real, int* finished
+) {
+    __shared__ double largest[kThreads / 32];
+    const long long image = (long long)blockIdx.y * gridDim.x + blockIdx.x;
+    weights += image * (channels + probes);
+    double own = 0;
+    for (int channel = threadIdx.x; channel < channels; channel += kThreads) own = fmax(own, fabs(weights[channel]));
+#pragma unroll
+    for (int bits = 16; bits > 0; bits /= 2) own = fmax(own, __shfl_xor_sync(kWarp, own, bits));
+    if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = own;
+    __syncthreads();
+    for (int warp = 0; warp < kThreads / 32; ++warp) own = fmax(own, largest[warp]);
+    int exponent = 0;
+    if (own < INFINITY) frexp(own, &exponent);
+    for (int channel = threadIdx.x; channel < channels; channel += kThreads) {
+        normal[image * channels + channel] = float(ldexp(weights[channel], -exponent));
+        plain[image * channels + channel] = float(weights[channel]);
+    }
+    if (threadIdx.x) return;
+    double squares = 0;
+    for (int probe = 0; probe < probes; ++probe) squares += weights[channels + probe] * weights[channels + probe];
+    exponents[image] = exponent;
+    real[image] = own > relative * sqrt(squares / probes);
+    finished[image] = 0;
+}

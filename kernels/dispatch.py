@@ -166,7 +166,7 @@ class CudaBackend(TorchBackend):
         *,
         laplacians: bool,
     ) -> UnicamWeights:
-        name = _kernel_objective(objective)
+        name = kernel_objective(objective)
         if name is None or given is None:
             return super().channel_weights(explained, given, target, means, objective, laplacians=laplacians)
         return _stacked_weights(explained.raw.float(), given.raw.float(), target.raw.float(), means, name, laplacians)
@@ -182,7 +182,7 @@ class CudaBackend(TorchBackend):
         *,
         laplacians: bool,
     ) -> UnicamWeights:
-        name = _kernel_objective(objective)
+        name = kernel_objective(objective)
         if name is None or given is None or laplacians:
             return super().query_channel_weights(explained, given, target, means, reference_means, objective, laplacians=laplacians)
         results = [
@@ -220,7 +220,7 @@ def chosen(x: Tensor, backend: Backend = "auto") -> TorchBackend:
     return CudaBackend() if cuda.runs(x, backend) else TorchBackend()
 
 
-def _kernel_objective(objective: geometry.Objective) -> ObjectiveName | None:
+def kernel_objective(objective: geometry.Objective) -> ObjectiveName | None:
     """The name of an objective that the kernels compute."""
     names: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
     return next((name for name in names if geometry.OBJECTIVES[name] is objective), None)

@@ -25,7 +25,7 @@ _TRACED_ZERO = 4e-6
 """The same bound for a traced graph, which repairs no pair. Without it, the square root of mere rounding would be a thousandth of the
 norms in place of zero, and a gradient divides by it."""
 
-_ORDINARY = {torch.float32: (2.0**-30, 2.0**50), torch.float64: (2.0**-400, 2.0**400)}
+ORDINARY = {torch.float32: (2.0**-30, 2.0**50), torch.float64: (2.0**-400, 2.0**400)}
 """The largest distance of a matrix lies in this range if the squares that it is made of keep all their digits."""
 
 _EXPONENTS = {torch.float32: 126, torch.float64: 1022}
@@ -60,7 +60,7 @@ def power_of_two(largest: float, dtype: torch.dtype) -> float:
 
 def ordinary(largest: Tensor, dtype: torch.dtype) -> bool:
     """Whether squares of ``dtype`` are exact enough for distances of which this [...] contains the largest."""
-    low, high = _ORDINARY[dtype]
+    low, high = ORDINARY[dtype]
     return not largest.numel() or low <= float(largest.amax()) <= high  # in this form NaN fails
 
 

@@ -19,11 +19,15 @@ from kdx.choices import ObjectiveName
 from kdx.kernels import geometry
 from kdx.kernels.launches import THREADS, check, full_grid, launch, warps
 from kdx.kernels.precision import ieee_float32
+from kdx.kernels.rounding import PROBES, relative_rounding, sampling_step
 
 _TILE = 64
 """Side of a tile of distances."""
 _ROWS, _CHANNELS = 16, 128
 """Images and channels per block of the weights kernels."""
+
+_SHORT, _SHORT_ROWS = 64, 16
+"""The means kernel: positions of a short row at most, and short rows per warp."""
 
 _ELEMENTS = 1 << 24
 """Up to this many elements, the Gram products of all blocks of columns are computed at once: a small product alone does not fill the
@@ -207,12 +211,18 @@ def weights(
     d, given, target: float32 distances [S, n, n] of the explained features, of the given features and of the target; means: float64
     spatial means of the explained features [S, n, C]. lap: return Lap as well. n >= 4.
     """
-    stack, n, channels = means.shape
+    stack, n, _ = means.shape
     check(d.shape == given.shape == target.shape == (stack, n, n), "distances must be [S, n, n] for means [S, n, C]")
-    check(
-        d.dtype == given.dtype == target.dtype == torch.float32 and means.dtype == torch.float64, "distances must be float32, means float64"
-    )
-    matrices = torch.stack((d, given, target), 1)
+    check(d.dtype == given.dtype == target.dtype, "distances must be float32, means float64")
+    return stacked_weights(torch.stack((d, given, target), 1), means, objective, lap=lap)
+
+
+def stacked_weights(matrices: Tensor, means: Tensor, objective: ObjectiveName = "relevance", *, lap: bool = False) -> ChannelWeights:
+    """`weights`, from the three distances as one stack [S, 3, n, n]."""
+    stack, n, channels = means.shape
+    check(matrices.shape == (stack, 3, n, n), "distances must be [S, 3, n, n] for means [S, n, C]")
+    check(matrices.dtype == torch.float32 and means.dtype == torch.float64, "distances must be float32, means float64")
+    matrices = matrices.contiguous()
     sums = products(matrices)
     inputs = (matrices, sums.inner, sums.row_sums, sums.totals, sums.squares)
     maxima = _maxima("weights_maxima", inputs, stack, n) if objective == "uniqueness" else ()
@@ -220,7 +230,7 @@ def weights(
     matrix = means.new_empty(stack, n, n) if lap else None
     grid = (stack, -(-n // _ROWS), -(-channels // _CHANNELS))
     results = (channel_weights, matrix, score, left)
-    launch(d, "weights", f"weights_{objective}", grid, *inputs, *maxima, stack, n, means.contiguous(), channels, _ROUNDING, *results)
+    launch(matrices, "weights", f"weights_{objective}", grid, *inputs, *maxima, stack, n, means.contiguous(), channels, _ROUNDING, *results)
     return ChannelWeights(channel_weights, score, left, matrix)
 
 
@@ -271,12 +281,30 @@ _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "b
 
 def means(features: Tensor) -> Tensor:
     """Float64 spatial means [n, C] of float32, float16 or bfloat16 features [n, C, H, W]: `geometry.gap`. Reads the features once."""
+    return _means(features, None)
+
+
+def means_with_probes(features: Tensor, drawn: Tensor) -> Tensor:
+    """`rounding.with_probes` [n, C + 8] of the `means` of features [n, C, H, W], from normal numbers ``drawn`` [n, 8] in float64."""
+    check(drawn.shape == (len(features), PROBES) and drawn.dtype == torch.float64, "drawn must be float64 [n, 8]")
+    return _means(features, drawn)
+
+
+def _means(features: Tensor, drawn: Tensor | None) -> Tensor:
     check(features.ndim == 4 and features.dtype in _NAMES, "features must be float32, float16 or bfloat16 [n, C, H, W]")
     features = features.contiguous()
-    rows, positions = features.shape[0] * features.shape[1], features.shape[2] * features.shape[3]
-    result = torch.empty(features.shape[:2], dtype=torch.float64, device=features.device)
-    grid = (-(-rows // THREADS), 1, 1)
-    launch(features, "means", f"means_{_NAMES[features.dtype]}", grid, features, np.int64(rows), positions, result)
+    images, channels, height, width = features.shape
+    rows, positions = images * channels, height * width
+    columns = channels if drawn is None else channels + PROBES
+    result = torch.empty(images, columns, dtype=torch.float64, device=features.device)
+    is_short = positions <= _SHORT
+    step = _SHORT_ROWS * positions if is_short else positions
+    sizes = (16,) if is_short else (16, 8)
+    pack = next((size for size in sizes if features.data_ptr() % size == 0 and step * features.element_size() % size == 0), 0)
+    blocks = warps(-(-rows // _SHORT_ROWS) if is_short else rows)
+    numbers = (np.int64(rows), positions, channels, pack, columns, blocks, sampling_step(channels))
+    grid = (blocks + (0 if drawn is None else images), 1, 1)
+    launch(features, "means", f"means_{_NAMES[features.dtype]}", grid, features, *numbers, drawn, result)
     return result
 
 
@@ -285,17 +313,56 @@ def cam(features: Tensor, channel_weights: Tensor) -> Tensor:
 
     Reads the features once. As `geometry.cam`.
     """
+    finished = torch.zeros(len(features), dtype=torch.int32, device=features.device)
+    return _cam(features, channel_weights.float().contiguous(), None, finished)
+
+
+@dataclass(frozen=True)
+class ScaledWeights:
+    """Channel weights of S maps for `scaled_cam`.
+
+    normal [S, n, C] float32 and exponents [S, n]: the weights are normal 2^exponents, with the largest of each image near one. plain
+    [S, n, C]: the weights in float32. real [S, n]: 1 where any weight of an image is larger than its rounding, else 0, float64. finished
+    [S, n]: zeros, which `scaled_cam` uses up.
+    """
+
+    normal: Tensor
+    exponents: Tensor
+    plain: Tensor
+    real: Tensor
+    finished: Tensor
+
+
+def scaled_weights(weights: Tensor, dtype: torch.dtype, positions: int) -> ScaledWeights:
+    """The channel weights [S, n, C + 8] of means with probes, for features of this type and number of positions."""
+    check(weights.ndim == 3 and weights.dtype == torch.float64, "weights must be float64 [S, n, C + 8]")
+    maps, n, columns = weights.shape
+    channels = columns - PROBES
+    normal, plain = (torch.empty(maps, n, channels, dtype=torch.float32, device=weights.device) for _ in range(2))
+    exponents, finished = (torch.empty(maps, n, dtype=torch.int32, device=weights.device) for _ in range(2))
+    real = weights.new_empty(maps, n)
+    sizes = (channels, PROBES, relative_rounding(dtype, positions))
+    launch(weights, "cam", "cam_weights", (n, maps, 1), weights.contiguous(), *sizes, normal, plain, exponents, real, finished)
+    return ScaledWeights(normal, exponents, plain, real, finished)
+
+
+def scaled_cam(features: Tensor, weights: ScaledWeights, number: int) -> Tensor:
+    """`cam` [n, H, W] of features and the weights of the map with this number. Each number can be computed once."""
+    return _cam(features, weights.normal[number], weights.exponents[number], weights.finished[number])
+
+
+def _cam(features: Tensor, channel_weights: Tensor, exponents: Tensor | None, finished: Tensor) -> Tensor:
     check(features.ndim == 4 and features.dtype in _NAMES, "features must be float32, float16 or bfloat16 [n, C, H, W]")
     check(channel_weights.shape == features.shape[:2], "weights must be [n, C]")
-    features, channel_weights = features.contiguous(), channel_weights.float().contiguous()
+    features = features.contiguous()
     n, channels, height, width = features.shape
     plan = _plan(features, full_grid(features))
     partial = torch.empty(n, plan.splits, height, width, dtype=torch.float32, device=features.device)
-    finished = torch.zeros(n, dtype=torch.int32, device=features.device)
     maps = torch.empty(n, height, width, dtype=torch.float32, device=features.device)
     shape = (channels, height, width, plan.period, plan.lanes, plan.periods_per_block, plan.wide)
     grid = (n, plan.slices, plan.splits)
-    launch(features, "cam", f"cam_{_NAMES[features.dtype]}", grid, features, channel_weights, *shape, partial, finished, maps)
+    results = (exponents, partial, finished, maps)
+    launch(features, "cam", f"cam_{_NAMES[features.dtype]}", grid, features, channel_weights, *shape, *results)
     return maps
 
 

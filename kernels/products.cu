@@ -15,6 +15,7 @@
 // products_close      Adds the partial sums in order and evaluates the formula. O(K^2 n) per batch.
 // products_bordered   The same for a set of m images and one more image, with only its distances to the m: n = m + 1, without the
 //                     n x n matrices. O(K^2 m) per query.
+// products_centred    The centred matrices, from the results. Bytes: 8 n^2 read and 8 n^2 written per matrix.
 
 #include "reduce.cuh"
 
@@ -241,4 +242,15 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps) products_bordered(
     double* inner, double* row_sums, double* totals, double* squares
 ) {
     close<true>(partial, rows, shifts, border, matrices, m, chunks, inner, row_sums, totals, squares);
+}
+
+// d [K, n, n] with its row_sums [K, n] and totals [K]; out: centred [K, n, n]. Grid (K, n).
+extern "C" __global__ void __launch_bounds__(32 * kWarps) products_centred(
+    const double* d, const double* row_sums, const double* totals, int n, double* centred
+) {
+    const int i = blockIdx.y;
+    const double* rows = row_sums + (long long)blockIdx.x * n;
+    const double total = totals[blockIdx.x] / ((n - 1.0) * (n - 2.0));
+    const long long at = ((long long)blockIdx.x * n + i) * n;
+    for (int j = threadIdx.x; j < n; j += 32 * kWarps) centred[at + j] = i == j ? 0.0 : d[at + j] - (rows[i] + rows[j]) / (n - 2.0) + total;
 }

@@ -49,13 +49,22 @@ def with_probes(means: Tensor, features: Tensor, seed: int = 0) -> Tensor:
 
 def with_probes_of(means: Tensor, sizes: Tensor, seed: int) -> Tensor:
     """`with_probes` of features whose entries have these `entry_sizes` [n]."""
-    drawn = torch.randn(len(sizes), PROBES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(means.device)
-    return torch.cat([means, sizes[:, None] * drawn], 1)
+    return torch.cat([means, sizes[:, None] * drawn(len(sizes), seed).to(means.device)], 1)
+
+
+def drawn(count: int, seed: int) -> Tensor:
+    """The normal numbers [n, k] of probes, float64."""
+    return torch.randn(count, PROBES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def sampling_step(channels: int) -> int:
+    """Every so many channels, one is read for the `entry_sizes`."""
+    return max(1, channels // _SAMPLED)
 
 
 def entry_sizes(features: Tensor, centre: Tensor | None = None) -> Tensor:
     """The mean absolute value [n], over some channels, of the features [n, C, ...] plus the centre [C, ...]."""
-    step = max(1, features.shape[1] // _SAMPLED)
+    step = sampling_step(features.shape[1])
     sample = features[:, ::step] if centre is None else features[:, ::step] + centre[::step]
     sample = sample.flatten(1)
     dtype = torch.promote_types(features.dtype, torch.float32)
@@ -84,7 +93,11 @@ def probed_set(weights: Tensor, dtype: torch.dtype, positions: int) -> Tensor:
 def exceed_rounding(weights: Tensor, dtype: torch.dtype, positions: int) -> Tensor:
     """Whether any channel weight of an image, [n], is larger than its rounding, which the probes behind the weights [n, C + k] show."""
     weights, probes = weights[:, :-PROBES], weights[:, -PROBES:]
-    eps, wide_eps = (torch.finfo(kind).eps for kind in (dtype, torch.promote_types(dtype, torch.float32)))
-    relative = eps / positions**0.5 + _SUM * wide_eps  # the entries' own rounding averages out
-    real: Tensor = weights.abs().amax(1) > relative * probes.square().mean(1).sqrt()
+    real: Tensor = weights.abs().amax(1) > relative_rounding(dtype, positions) * probes.square().mean(1).sqrt()
     return real
+
+
+def relative_rounding(dtype: torch.dtype, positions: int) -> float:
+    """The relative rounding of spatial means of features. The entries' own rounding averages out."""
+    eps, wide_eps = (torch.finfo(kind).eps for kind in (dtype, torch.promote_types(dtype, torch.float32)))
+    return float(eps / positions**0.5 + _SUM * wide_eps)

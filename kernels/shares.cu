@@ -15,8 +15,9 @@
 //                     Bytes: n C P sizeof(T) read and 4 n C P written. The floor is the bytes over the bandwidth.
 // shares_squares_{float32,float16,bfloat16}  The squared differences of the pairs i < j, in the order [i, j, p], and their distances. A block has one image and 32
 //                     others, and transposes their products through shared memory. Bytes: 2 n^2 P read and 2 n^2 P written.
-// shares_contract     The sum over j for up to four W at a time. Bytes: 2 n^2 P read twice, and 8 n^2 per W and 32 positions, mostly from
-//                     L2. Operations: n^2 P per W in float64. The floor is the bytes over the bandwidth.
+// shares_contract     The sum over j, or over the j of one context, for up to four pairs of a matrix G and a context at a time. Bytes:
+//                     2 n^2 P read twice, and 16 n^2 per pair and 32 positions, mostly from L2. Operations: n^2 P per pair in float64.
+//                     The floor is the bytes over the bandwidth.
 //
 // Squares of many images would not fit into memory. The last two kernels therefore take a strip: the pairs whose first image is one of the
 // first ``rows`` of ``count`` images. The next strip begins behind these rows.
@@ -59,6 +60,7 @@ __device__ void measure(
 ) {
     __shared__ float tile[kLanes][kLanes + 1];
     const int own = blockIdx.x, left = blockIdx.y * kLanes, height = gridDim.x, warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+    if (distances && blockIdx.y == 0 && threadIdx.x == 0) distances[(long long)own * count + own] = 0;
     if (left + kLanes - 1 <= own) return;  // no pair i < j
     const int column = min(left + lane, count - 1);
     norms += first;
@@ -109,23 +111,35 @@ __device__ void measure(
     }
 }
 
-// Adds the strip's part of up to kAtOnce shares of one image at up to 32 positions. An image of the strip has its pairs with all others,
-// and an image behind the strip has its pairs with the strip.
+// The images start, start + step, ... before ``stop``.
+struct Context {
+    int start, stop, step;
+
+    __device__ bool has(int image) const { return image >= start && image < stop && (image - start) % step == 0; }
+};
+
+// The strip's part of up to kAtOnce shares of one image at up to 32 positions. An image of the strip has its pairs with all others, and an
+// image behind the strip has its pairs with the strip. Share s is of context s / matrices and matrix s % matrices.
 __device__ void contract(
-    const float* squares, const double* weights, int matrices, int images, int rows, int count, int positions, int lanes, double* shares
+    const float* squares, const double* g, const double* distances, const Context* contexts, int matrices, int shared, int images, int first,
+    int rows, int count, int positions, int lanes, double* shares
 ) {
     __shared__ double sums[kWarps][kAtOnce][32];
     const int own = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, partners = own < rows ? count : rows;
-    const int position = blockIdx.y * lanes + lane, matrix = blockIdx.z * kAtOnce;
+    const int position = blockIdx.y * lanes + lane, share = blockIdx.z * kAtOnce;
     const bool present = lane < lanes && position < positions;
-    weights += (long long)matrix * images * images + (long long)own * images;
+    const long long corner = (long long)(first + own) * images + first;
+    distances += corner;
     double sum[kAtOnce] = {};
     for (int begin = warp * 32; begin < partners; begin += kWarps * 32) {
+        const int partner = begin + lane;
+        const double distance = partner < partners ? distances[partner] : 0.0;
         double weight[kAtOnce];
 #pragma unroll
-        for (int m = 0; m < kAtOnce; ++m) {
-            const bool read = begin + lane < partners && matrix + m < matrices;
-            weight[m] = read ? weights[(long long)m * images * images + begin + lane] : 0.0;
+        for (int k = 0; k < kAtOnce; ++k) {
+            const int place = share + k;
+            const bool read = distance > 0 && place < shared && contexts[place / matrices].has(first + partner);
+            weight[k] = read ? g[(long long)(place % matrices) * images * images + corner + partner] / distance : 0.0;
         }
         for (int k = 0; k < min(32, partners - begin); ++k) {
             const int other = begin + k;
@@ -138,10 +152,11 @@ __device__ void contract(
 #pragma unroll
     for (int m = 0; m < kAtOnce; ++m) sums[warp][m][lane] = sum[m];
     __syncthreads();
-    if (warp >= kAtOnce || matrix + warp >= matrices || !present) return;
+    if (warp >= kAtOnce || share + warp >= shared || !present) return;
     double total = 0;
     for (int w = 0; w < kWarps; ++w) total += sums[w][warp][lane];
-    shares[((long long)(matrix + warp) * images + own) * positions + position] += total;
+    double* to = shares + ((long long)(share + warp) * images + first + own) * positions + position;
+    *to = first ? *to + total : total;
 }
 
 }  // namespace
@@ -171,10 +186,14 @@ KDX_SQUARES(shares_squares_float32, float)
 KDX_SQUARES(shares_squares_float16, __half)
 KDX_SQUARES(shares_squares_bfloat16, __nv_bfloat16)
 
-// weights [matrices, images, images] and shares [matrices, images, P], which are added to, from the first row and column of the strip on.
-// Grid (count, parts of the positions, ceil(matrices/4)).
+// squares [rows, count, P] of the strip that begins at the image ``first``; g [matrices, images, images], distances [images, images];
+// shared: contexts times matrices. Out: shares [contexts, matrices, images, P], written for the first strip, and added to for the others.
+// Grid (count, parts of the positions, ceil(shared/4)).
 extern "C" __global__ void __launch_bounds__(kLanes * kWarps, 3) shares_contract(
-    const float* squares, const double* weights, int matrices, int images, int rows, int count, int positions, int lanes, double* shares
+    const float* squares, const double* g, const double* distances, const int* contexts, int matrices, int shared, int images, int first,
+    int rows, int count, int positions, int lanes, double* shares
 ) {
-    contract(squares, weights, matrices, images, rows, count, positions, lanes, shares);
+    contract(
+        squares, g, distances, reinterpret_cast<const Context*>(contexts), matrices, shared, images, first, rows, count, positions, lanes, shares
+    );
 }

@@ -8,7 +8,7 @@ import typer.core
 
 PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     "explain": {
-        "Images": ("split", "resize", "interpolation", "workers", "max_unreadable"),
+        "Images": ("split", "resize", "interpolation", "decoder", "workers", "max_unreadable"),
         "A few images": ("among", "label"),
         "Networks": ("runtime", "device", "precision", "batch", "chunk", "base", "random_baseline"),
         "Geometry": ("geometry", "reference", "store", "keep_features", "project", "max_disk", "max_minutes"),

@@ -6,16 +6,19 @@ measured. `kdx.scores.pool` turns inner products, summed over any number of batc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from kdx.choices import Weighting
+from kdx.explain import fused_layer
 from kdx.features import arrays
 from kdx.features.target import Target
-from kdx.kernels import dispatch, geometry, moments, rounding
+from kdx.kernels import ambient, dispatch, geometry, moments, rounding
 from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import BatchDistances
 from kdx.kernels.moments import Moments
@@ -58,6 +61,71 @@ class LayerMeasurement:
     moments: Moments | None
 
 
+@dataclass(frozen=True, eq=False)
+class PendingMeasurement:
+    """A measurement that a GPU may still be computing.
+
+    numbers: float64 on the device; what `result` reads from it. Copy it to the processor with the other results, and give `result` the
+    copy, so that nobody waits. It is empty if the measurement is complete.
+    expected: the measurement if the features are as usual. Until `result` has confirmed that, its tensors may mean nothing, and the scores
+    of its maps are not known (NaN), unless the measurement is complete.
+    """
+
+    numbers: Tensor
+    expected: LayerMeasurement
+    _result: Callable[[Sequence[float]], LayerMeasurement] | None = None
+
+    @ambient.neutral()
+    def result(self, numbers: Tensor | None = None) -> LayerMeasurement:
+        """The measurement; its tensors remain on the device. numbers: a copy of ``numbers``, or None to read it here.
+
+        Its tensors are those of ``expected``, unless the features are unusual. Raises the errors of `measure`.
+        """
+        return self.expected if self._result is None else self._result((self.numbers if numbers is None else numbers).tolist())
+
+    @classmethod
+    def complete(cls, measurement: LayerMeasurement) -> Self:
+        return cls(measurement.products.new_empty(0), measurement)
+
+
+def begin(
+    features: Mapping[str, Tensor],
+    target: Target,
+    *,
+    objective: geometry.Objective = geometry.relevance,
+    weighting: Weighting = "gap",
+    permutations: Tensor,
+    references: LayerReferences | None = None,
+    distances: Mapping[str, BatchDistances] | None = None,
+    shares: bool = True,
+    pooled: bool = False,
+    backend: Backend = "auto",
+) -> PendingMeasurement:
+    """`measure`, without waiting for a GPU that runs the kernels, if they compute all that is requested.
+
+    The features stay in memory until the result is read. Raises what `measure` raises if it has to be computed at once.
+    """
+    ops, name = _backend(features, backend), dispatch.kernel_objective(objective)
+
+    def at_once() -> LayerMeasurement:
+        return _measure(features, target, objective, weighting, permutations, references, distances, shares, pooled, ops)
+
+    is_plain = weighting == "gap" and references is None and distances is None and not pooled
+    if not (isinstance(ops, dispatch.CudaBackend) and name is not None and is_plain and fused_layer.applies(features)):
+        return PendingMeasurement.complete(at_once())
+    computed = fused_layer.measure_fused(features, target, name, permutations, shares=shares)
+
+    def measurement(scores: Mapping[str, float]) -> LayerMeasurement:
+        maps = {name: Maps(values, weights, scores[name]) for name, (values, weights) in computed.maps.items()}
+        return LayerMeasurement(maps, computed.shares, computed.products, computed.permuted, computed.moments)
+
+    def checked(numbers: Sequence[float]) -> LayerMeasurement:
+        scores = computed.scores(numbers)
+        return at_once() if scores is None else measurement(scores)
+
+    return PendingMeasurement(computed.numbers, measurement(dict.fromkeys(computed.maps, math.nan)), checked)
+
+
 def measure(
     features: Mapping[str, Tensor],
     target: Target,
@@ -77,7 +145,34 @@ def measure(
     these distances, between each role's other features of the same images. shares: whether the shares are computed as well. pooled,
     backend: as in `kdx.unicam`; the references must have been made with the same ``pooled``.
     """
-    roles, ops = roles_among(features), _backend(features, backend)
+    return begin(
+        features,
+        target,
+        objective=objective,
+        weighting=weighting,
+        permutations=permutations,
+        references=references,
+        distances=distances,
+        shares=shares,
+        pooled=pooled,
+        backend=backend,
+    ).result()
+
+
+def _measure(
+    features: Mapping[str, Tensor],
+    target: Target,
+    objective: geometry.Objective,
+    weighting: Weighting,
+    permutations: Tensor,
+    references: LayerReferences | None,
+    distances: Mapping[str, BatchDistances] | None,
+    shares: bool,
+    pooled: bool,
+    ops: dispatch.TorchBackend,
+) -> LayerMeasurement:
+    """`measure`, step by step: each check waits for what it checks."""
+    roles = roles_among(features)
     parts: dict[tuple[str, str], Tensor] = {}
     # The shares would be those of other scores than ``distances`` have, and distances between means have none.
     if not shares or pooled or distances is not None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdx.kernels import fused, fused_shares, geometry, reference
+from kdx.kernels import fused, fused_shares, fused_sums, geometry, moments, reference, rounding
 from tests import host, oracle
 from tests.host import ORDERS, HostLauncher, KernelError, running
 from tests.kernels.inputs import EXACT, SINGLE, among, defined, geometries, gradients, laplacian, matrices, rows
@@ -26,6 +26,11 @@ def all_results() -> list[Tensor]:
         results += vars(fused.query_weights(inside, border, queries, references, objective)).values()  # type: ignore[arg-type]
     positions = fused_shares.PositionSquares.of(features.flatten(2).mT.reshape(14, 7, 64))
     shares = positions.shares(geometry.u_centered(matrices(1, 5, 14)[0]), [slice(0, 14)])
+    centred = geometry.u_centered(matrices(1, 3, 14)[0])
+    permuted = fused_sums.permuted_products(centred, centred[0], torch.arange(28).view(2, 14) % 14)
+    influences = fused_sums.influences(centred)
+    assert influences is not None and influences.second is not None
+    results += [permuted, influences.first, influences.second, fused.means_with_probes(features, rounding.drawn(2, 0))]
     return [*results, fused.cam(features, torch.ones(2, 64)), fused.means(features), positions.distances, shares]
 
 
@@ -35,7 +40,7 @@ def test_the_order_of_blocks_and_threads_changes_no_bit() -> None:
     for order in ORDERS:
         with running(HostLauncher(order)):
             results.append(all_results())
-    assert len(results[0]) == 24
+    assert len(results[0]) == 28
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
@@ -88,8 +93,11 @@ def check_cam() -> None:
 
 
 def check_means() -> None:
-    features = torch.randn(3, 11, 5, 9, generator=torch.Generator().manual_seed(0))
-    assert oracle.error(fused.means(features), features.double().mean((2, 3))) < EXACT
+    for size in (5, 9), (9, 11):
+        features = torch.randn(3, 11, *size, generator=torch.Generator().manual_seed(0))
+        means = fused.means_with_probes(features, rounding.drawn(3, 0))
+        assert oracle.error(means[:, :11], features.double().mean((2, 3))) < EXACT
+        assert oracle.error(means, rounding.with_probes(means[:, :11], features)) < SINGLE
 
 
 def check_shares() -> None:
@@ -99,9 +107,31 @@ def check_shares() -> None:
     g = geometry.u_centered(matrices(1, 5, 35)[0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_shares, "_SQUARES", 10 * 35 * 40)
-        actual = fused_shares.PositionSquares.of(x).shares(g, [slice(0, 35)])[0]
+        actual = fused_shares.PositionSquares.of(x).shares(g, [slice(0, 35, 2), slice(1, 35, 2)]).sum(0)
     for shares, matrix in zip(actual, g, strict=True):
         assert oracle.error(shares, reference.shares(x, matrix)) < SINGLE
+
+
+def check_sums() -> None:
+    d = matrices(1, 3, 35)
+    centred = geometry.u_centered(d[0])
+    table = torch.stack([torch.randperm(35, generator=torch.Generator().manual_seed(seed)) for seed in range(11)])
+    assert oracle.error(fused_sums.u_centered(d[0], fused.products(d)), centred) < EXACT
+    assert (
+        oracle.error(fused_sums.permuted_products(centred, centred[1], table), geometry.permuted_products(centred, centred[1], table))
+        < EXACT
+    )
+    actual, expected = fused_sums.influences(centred), moments.matrix_influences(centred)
+    assert actual is not None and expected is not None and actual.second is not None and expected.second is not None
+    assert oracle.error(actual.second, expected.second) < EXACT
+
+
+def check_scaled() -> None:
+    features = torch.randn(2, 320, 7, 7, generator=torch.Generator().manual_seed(0))
+    weights = torch.full((1, 2, 328), 1e-9, dtype=torch.float64)
+    weights[:, :, 319] = 1e-3
+    maps = fused.scaled_cam(features, fused.scaled_weights(weights, torch.float32, 49), 0)
+    assert oracle.error(maps, geometry.cam(features.double(), weights[0, :, :320])) < SINGLE
 
 
 BARRIER = "__syncthreads();"
@@ -117,10 +147,21 @@ MISTAKES = [
     ("shares", check_shares, f"{BARRIER}\n#pragma unroll\n        for", "#pragma unroll\n        for"),
     ("shares", check_shares, f"{BARRIER}\n    }}\n#pragma unroll 1", "}\n#pragma unroll 1"),
     ("shares", check_shares, f"= sum[m];\n    {BARRIER}", "= sum[m];"),
-    ("means", check_means, "__syncwarp();\n        if (lane < height)", "if (lane < height)"),
-    ("means", check_means, "+= double(tile[warp][lane][k]);\n        __syncwarp();", "+= double(tile[warp][lane][k]);"),
+    ("means", check_means, "__syncwarp();", ""),
+    ("means", check_means, f"= sum;\n    {BARRIER}", "= sum;"),
+    ("influences", check_sums, BARRIER, ""),
     # Off by one
-    ("means", check_means, "k < width; ++k", "k + 1 < width; ++k"),
+    ("means", check_means, "k < positions; k += 2", "k + 1 < positions; k += 2"),
+    ("means", check_means, "at = packs * W + lane; at < count", "at = packs * W + lane; at + 1 < count"),
+    ("means", check_means, "begin += 32 * kBatch", "begin += 32"),
+    ("influences", check_sums, "v >= n || !second", "!second"),
+    ("influences", check_sums, "gram[(to + u) * width + at + v]", "gram[(at + u) * width + to + v]"),
+    ("permuted", check_sums, "j < i; j += 32", "j + 1 < i; j += 32"),
+    ("permuted", check_sums, "|| lane / 8 >= members", ""),
+    ("permuted", check_sums, "if (place >= total) return;", ""),
+    ("products", check_sums, "i == j ? 0.0 : d[at + j] -", "d[at + j] -"),
+    ("cam", check_scaled, f"= own;\n    {BARRIER}", "= own;"),
+    ("cam", check_scaled, "exponents ? exponents[at] : 0", "0"),
     ("means", check_means, "min((long long)kRows, rows - first)", "kRows"),
     ("pairwise", check_pairwise, "= i < x.count && j < y.count ? gram", "= i <= x.count && j < y.count ? gram"),
     ("pairwise", check_pairwise, "k < d; k += 32", "k <= d; k += 32"),
@@ -137,8 +178,10 @@ MISTAKES = [
     ("shares", check_shares, "norm[own] + norm[column]", "norm[own] + norm[own]"),
     ("shares", check_shares, "own < rows ? count : rows", "rows"),
     ("shares", check_shares, "min(own, other) * count + max(own, other)", "own * count + other"),
-    ("shares", check_shares, "begin + lane < partners && ", ""),
-    ("shares", check_shares, " && matrix + m < matrices", ""),
+    ("shares", check_shares, "partner < partners ? distances[partner] : 0.0", "distances[partner]"),
+    ("shares", check_shares, " && place < shared", ""),
+    ("shares", check_shares, "contexts[place / matrices].has(first + partner)", "true"),
+    ("shares", check_shares, "first ? *to + total : total", "total"),
     ("shares", check_shares, "other != own", "true"),
 ]
 
@@ -152,7 +195,9 @@ def test_a_mistake_in_a_kernel_is_caught(source: str, check: Callable[[], None],
                 check()
 
 
-@pytest.mark.parametrize("check", [check_pairwise, check_products, check_weights, check_cam, check_means, check_shares])
+@pytest.mark.parametrize(
+    "check", [check_pairwise, check_products, check_weights, check_cam, check_scaled, check_means, check_sums, check_shares]
+)
 def test_without_a_mistake_nothing_is_caught(check: Callable[[], None]) -> None:
     with running():
         check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdx.kernels import fused, geometry
+from kdx.kernels import fused, geometry, rounding
 from tests import oracle
 from tests.host import HostLauncher, Order, running
 from tests.kernels.inputs import SINGLE
@@ -82,3 +82,35 @@ def test_means_are_those_of_float64(shape: tuple[int, int, int], dtype: torch.dt
         strided = fused.means(features.mT)
     assert actual.dtype == torch.float64 and oracle.error(actual, features.double().mean((2, 3))) < 1e-14
     assert torch.equal(actual, strided)
+
+
+@pytest.mark.parametrize("shape", [(2, 35, 8, 8), (3, 70, 7, 7), (2, 5, 4, 4), (2, 33, 14, 14), (1, 3, 13, 13)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_means_with_probes(shape: tuple[int, int, int, int], dtype: torch.dtype, order: Order) -> None:
+    features = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with running(HostLauncher(order)):
+        actual = fused.means_with_probes(features, rounding.drawn(len(features), 3))
+        misaligned = torch.empty(features.numel() + 1, dtype=dtype)[1:].view(shape).copy_(features)
+        assert torch.equal(fused.means(misaligned), fused.means(features))
+    expected = rounding.with_probes(geometry.gap(features), features, seed=3)
+    assert oracle.error(actual[:, : -rounding.PROBES], expected[:, : -rounding.PROBES]) < 1e-14
+    assert oracle.error(actual, expected) < 10 * SINGLE
+
+
+def test_maps_of_weights_that_are_no_numbers_of_float32(order: Order) -> None:
+    """Weights of each size, with the rounding that the geometry finds in them."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(4, 20, 3, 3, generator=generator)
+    weights = torch.randn(2, 4, 20 + rounding.PROBES, generator=generator, dtype=torch.float64)
+    weights[0, 1] *= 1e-20
+    weights[0, 2] = 0
+    weights[1, 0, 20:] *= 1e9  # rounding larger than the weights
+    weights[1, 3] *= 1e18
+    with running(HostLauncher(order)):
+        scaled = fused.scaled_weights(weights, torch.float32, 9)
+        maps = torch.stack([fused.scaled_cam(features, scaled, number) for number in range(2)])
+    for number, rows in enumerate(weights):
+        normal, exponents = geometry.split_exponent(rows[:, :20])
+        assert oracle.error(maps[number], geometry.times_power(geometry.cam(features, normal), exponents)) < 10 * SINGLE
+        assert torch.equal(scaled.exponents[number], exponents) and torch.equal(scaled.plain[number], rows[:, :20].float())
+        assert torch.equal(scaled.real[number] == 1, rounding.exceed_rounding(rows, torch.float32, 9))

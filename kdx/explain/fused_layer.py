@@ -1,0 +1,162 @@
+"""Maps and inner products of one layer and one batch on a GPU, without waiting for it.
+
+`kdx.explain.layer.measure` reads a number from the GPU wherever it checks features, and the GPU is idle meanwhile. Here the numbers that
+the checks need are collected in one tensor. Whoever reads it later learns whether everything is as usual. If it is not, the features are
+measured again in `measure`, step by step, which raises the error or computes what unusual features need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdx.choices import ObjectiveName
+from kdx.features import arrays
+from kdx.features.target import Target
+from kdx.kernels import fused, fused_sums, geometry, moments, rounding
+from kdx.kernels.distances import ORDINARY
+from kdx.kernels.fused_shares import PositionSquares
+from kdx.kernels.moments import Moments
+from kdx.roles import TARGET, mapped_among, maps_among, permuted_among, roles_among, shares_among
+
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class FusedMeasurement:
+    """The tensors of a `kdx.explain.layer.LayerMeasurement` on the device, which may not have computed them yet.
+
+    maps: the maps [n, H, W] and the channel weights [n, C] by name. numbers: what `scores` needs, float64. limits: the rounding of each
+    role's features, in the order of MEASURED.
+    """
+
+    maps: dict[str, tuple[Tensor, Tensor]]
+    shares: dict[tuple[str, str], Tensor]
+    products: Tensor
+    permuted: dict[str, Tensor]
+    moments: Moments | None
+    numbers: Tensor
+    limits: tuple[float, ...]
+
+    def scores(self, numbers: Sequence[float]) -> dict[str, float] | None:
+        """The score of each map, from ``numbers``; None if the features are unusual, so that the results mean nothing."""
+        n = next(iter(self.maps.values()))[0].shape[0]
+        roles, maps = len(self.limits), len(self.maps)
+        limits = np.array(self.limits)
+        values = np.array(numbers, dtype=np.float64)
+        squares, norms, left, scores, real = np.split(values, np.cumsum([roles, roles, maps, maps]))
+        low, high = ORDINARY[torch.float32]
+        # The largest of n^2 distances is at most the root of their squares' sum, and at least that over n. NaN fails each comparison.
+        is_usual = (
+            ((np.sqrt(squares) >= low * n) & (np.sqrt(squares) <= high)).all()
+            and (norms * (n * (n - 3)) > limits**2 * squares).all()
+            and (left > limits.max()).all()
+            and real.reshape(maps, n).any(1).all()
+        )
+        return dict(zip(self.maps, scores.tolist(), strict=True)) if is_usual else None
+
+
+def applies(features: Mapping[str, Tensor]) -> bool:
+    """Whether `measure_fused` computes features [n, C, H, W] of these roles on a GPU that runs the kernels."""
+    among = maps_among(roles_among(features)).values()
+    n = len(features["student"])
+    return (
+        moments.FEWEST < n <= moments.SINGLE_IMAGES
+        and all(given is not None for _, given in among)
+        and all(value.dtype in _TYPES for value in features.values())
+    )
+
+
+def measure_fused(
+    features: Mapping[str, Tensor], target: Target, objective: ObjectiveName, permutations: Tensor, *, shares: bool
+) -> FusedMeasurement:
+    """`kdx.explain.layer.measure` of the maps of a batch with the weighting ``gap``, from each role's features [n, C, H, W] on a GPU."""
+    roles = roles_among(features)
+    among = maps_among(roles)
+    device = target.distances.raw.device
+    positions: dict[str, PositionSquares] = {}
+    if shares:
+        positions = {role: PositionSquares.of(features[role].flatten(2)) for role in roles}
+    raw = torch.stack([*(positions[role].distances if shares else _distances(features[role]) for role in roles), target.distances.raw])
+    sums = fused.products(raw[None])
+    centred = fused_sums.u_centered(raw, sums)
+
+    maps: dict[str, tuple[Tensor, Tensor]] = {}
+    left: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {}
+    real: dict[str, Tensor] = {}
+    single = raw.float()
+    means = {role: fused.means_with_probes(features[role], _drawn(len(raw[0]), device)) for role, _ in among.values()}
+    for names in _alike(features, among):
+        explained = [among[name][0] for name in names]
+        matrices = [place for name in names for place in (*(roles.index(role or "") for role in among[name]), len(roles))]
+        stack = single.index_select(0, _indices(tuple(matrices), device)).unflatten(0, (-1, 3))
+        solution = fused.stacked_weights(stack, torch.stack([means[role] for role in explained]), objective)
+        first = features[explained[0]]
+        weights = fused.scaled_weights(solution.channel_weights, first.dtype, first[0, 0].numel())
+        for place, (name, role) in enumerate(zip(names, explained, strict=True)):
+            maps[name] = fused.scaled_cam(features[role], weights, place), weights.plain[place]
+            left[name], scores[name], real[name] = solution.left[place, None], solution.score[place, None], weights.real[place]
+
+    by_name = [*(values[name] for values in (left, scores, real) for name in among)]
+    numbers = torch.cat([sums.squares[0, : len(roles)], sums.inner[0].diagonal()[: len(roles)], *by_name])
+    permuted = {
+        name: fused_sums.permuted_products(centred, centred[-1 if name == TARGET else roles.index(name)], permutations)
+        for name in permuted_among(roles)
+    }
+    influences = fused_sums.influences(centred)
+    return FusedMeasurement(
+        {name: maps[name] for name in among},
+        _shares(features, positions, centred) if shares else {},
+        sums.inner[0],
+        permuted,
+        None if influences is None else influences.moments(),
+        numbers,
+        tuple(arrays.rounding(features[role].flatten(1)) for role in roles),
+    )
+
+
+def _distances(features: Tensor) -> Tensor:
+    """The distances [n, n] between images, in float64."""
+    rows = geometry.wide(features.flatten(1))
+    return fused.distances(rows - rows.mean(0)).double()
+
+
+def _alike(features: Mapping[str, Tensor], among: Mapping[str, tuple[str, str | None]]) -> list[list[str]]:
+    """The names of the maps, grouped by the shape and the type of the explained features."""
+    groups: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
+    for name, (role, _) in among.items():
+        groups.setdefault((features[role].shape[1:], features[role].dtype), []).append(name)
+    return list(groups.values())
+
+
+def _shares(features: Mapping[str, Tensor], positions: Mapping[str, PositionSquares], centred: Tensor) -> dict[tuple[str, str], Tensor]:
+    """The shares of a `LayerMeasurement`, with the centred matrices [r + 1, n, n] of all roles and of the target."""
+    roles, n = roles_among(features), centred.shape[1]
+    places = {name: place for place, name in enumerate((*roles, TARGET))}
+    contexts = [slice(0, n, 2), slice(1, n, 2)]
+    result = {}
+    for role in mapped_among(roles):
+        names = [matrix for share_role, matrix in shares_among(roles) if share_role == role]
+        matrices = centred.index_select(0, _indices(tuple(places[name] for name in names), centred.device))
+        values = positions[role].shares(matrices, contexts) / (n * (n - 3))
+        for name, value in zip(names, values.unbind(1), strict=True):
+            result[role, name] = value.unflatten(2, features[role].shape[2:])
+    return result
+
+
+@lru_cache(maxsize=64)
+def _indices(places: tuple[int, ...], device: torch.device) -> Tensor:
+    """These numbers on a device, where they are copied once."""
+    return torch.tensor(places, device=device)
+
+
+@lru_cache(maxsize=16)
+def _drawn(count: int, device: torch.device) -> Tensor:
+    """The normal numbers of the probes on a device, where they are copied once."""
+    return rounding.drawn(count, 0).to(device)

@@ -1,0 +1,61 @@
+"""Centred matrices, inner products under permutations, and influences of images, by kernels. As in `kdx.kernels.fused`, all are float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdx.kernels import moments
+from kdx.kernels.fused import Products
+from kdx.kernels.launches import THREADS, check, full_grid, launch, warps
+from kdx.kernels.moments import Influences
+
+_MATRICES = 4
+"""Matrices per block of the kernel of permutations."""
+
+
+def u_centered(d: Tensor, sums: Products) -> Tensor:
+    """`geometry.u_centered` of distances d [K, n, n], from ``fused.products(d[None])``."""
+    count, n, _ = d.shape
+    check(d.dtype == torch.float64 and sums.row_sums.shape == (1, count, n), "d must be float64 [K, n, n], with the products of d[None]")
+    centred = torch.empty_like(d, memory_format=torch.contiguous_format)
+    launch(d, "products", "products_centred", (count, n, 1), d.contiguous(), sums.row_sums, sums.totals, n, centred)
+    return centred
+
+
+def permuted_products(matrices: Tensor, permuted: Tensor, permutations: Tensor) -> Tensor:
+    """`geometry.permuted_products` [p, k] of symmetric centred matrices [k, n, n] and [n, n], under permutations [p, n]."""
+    count, n, _ = matrices.shape
+    check(matrices.dtype == permuted.dtype == torch.float64 and permuted.shape == (n, n), "matrices must be float64 [k, n, n] and [n, n]")
+    check(permutations.ndim == 2 and permutations.dtype == torch.int64 and permutations.shape[1] == n, "permutations must be int64 [p, n]")
+    total = len(permutations)
+    if total == 0:
+        return matrices.new_empty(0, count)
+    blocks, groups = warps(total), -(-count // _MATRICES)
+    chunks = max(1, min(n, -(-full_grid(matrices) // (blocks * groups))))
+    partial = matrices.new_empty(chunks, total, count)
+    inputs = (matrices.contiguous(), permuted.contiguous(), permutations.contiguous())
+    launch(matrices, "permuted", "permuted_products", (blocks, chunks, groups), *inputs, count, n, total, 1 / (n * (n - 3)), partial)
+    return partial.sum(0)
+
+
+def influences(matrices: Tensor) -> Influences | None:
+    """`moments.matrix_influences` of U-centred matrices [k, n, n], whose rows sum to zero; n <= `moments.SINGLE_IMAGES`."""
+    count, n, _ = matrices.shape
+    check(matrices.dtype == torch.float64 and n <= THREADS, "matrices must be float64 [k, n, n] of at most 256 images")
+    if n <= moments.FEWEST:
+        return None
+    pairs = count * (count + 1) // 2
+    rows = matrices.reshape(count * n, n)
+    gram = rows @ rows.T
+    first = matrices.new_empty(pairs, n)
+    second = matrices.new_empty(pairs, n, n) if n - 2 >= moments.FEWEST else None
+    slope = 2 * (n - 2) / ((n - 3) * (n - 4))
+    after = (0.0, 0.0, 0.0)
+    if second is not None:
+        last = (n - 4) * (n - 5)
+        after = (slope - 2 * (n - 3) / last, (2 + 4 / (n - 4) + 4 / ((n - 3) * (n - 4))) / (n - 5), -2 / last)
+    factors = [np.float64(factor) for factor in (slope, *after)]
+    launch(matrices, "influences", "influences", (n, pairs, 1), rows, gram, count, n, *factors, first, second)
+    return Influences(first, second)

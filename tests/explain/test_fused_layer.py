@@ -1,0 +1,158 @@
+"""A layer's measurement on a GPU, whose kernels run on the CPU here: it equals PyTorch's, with few launches and without waiting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdx
+from kdx.explain import fused_layer
+from kdx.explain.layer import LayerMeasurement, begin, measure
+from kdx.features.target import Target
+from kdx.kernels import geometry
+from kdx.scores import uncertainty
+from tests import oracle
+from tests.device_work import counted
+from tests.explain.test_layer import roles
+from tests.host import running
+
+CLOSE = oracle.TOLERANCE["float32"]
+
+
+def inputs(n: int = 19, *names: str) -> tuple[dict[str, Tensor], Target, Tensor]:
+    features, labels = roles(n, classes=3)
+    features["random"] = features["teacher"].flip(0) + features["student"].mean()
+    kept = {name: features[name].float() for name in names or ("student", "base")}
+    return kept, Target.of(labels), uncertainty.permutation_table(n, 19, 0)
+
+
+def assert_close(actual: LayerMeasurement, expected: LayerMeasurement, tolerance: float = CLOSE) -> None:
+    assert list(actual.maps) == list(expected.maps) and list(actual.shares) == list(expected.shares)
+    for name, maps in expected.maps.items():
+        assert actual.maps[name].maps.dtype == maps.maps.dtype and actual.maps[name].weights.dtype == maps.weights.dtype
+        assert oracle.error(actual.maps[name].maps, maps.maps) < tolerance, name
+        assert oracle.error(actual.maps[name].weights, maps.weights) < tolerance, name
+        assert actual.maps[name].score == pytest.approx(maps.score, rel=tolerance)
+    for key, share in expected.shares.items():
+        assert oracle.error(actual.shares[key], share) < tolerance, key
+    assert oracle.error(actual.products, expected.products) < tolerance
+    assert actual.permuted.keys() == expected.permuted.keys()
+    for name, rows in expected.permuted.items():
+        assert oracle.error(rows, actual.permuted[name]) < tolerance, name
+    assert (actual.moments is None) == (expected.moments is None)
+    if actual.moments is not None and expected.moments is not None:
+        assert actual.moments.parts == expected.moments.parts
+        for field in ("variance", "interaction", "slope"):
+            assert oracle.error(getattr(actual.moments, field), getattr(expected.moments, field)) < tolerance, field
+
+
+@pytest.mark.parametrize(("names", "launches"), [(("student", "base"), 49), (("teacher", "student", "base", "random"), 76)])
+def test_a_batch_takes_few_launches_and_no_wait(names: tuple[str, ...], launches: int) -> None:
+    features, target, table = inputs(16, *names)
+    target.checked()
+    with counted():
+        begin(features, target, permutations=table)  # small constants are copied to the device once
+    with counted() as work:
+        begin(features, target, permutations=table)
+    assert not work.waits and work.launches.total() <= launches, work.by_line()
+
+
+SLOW = pytest.mark.slow
+NETWORKS = [("student", "base"), ("student", "teacher"), ("teacher", "student", "base", "random")]
+CASES = [
+    pytest.param(names, shares, marks=[] if names == NETWORKS[0] and shares else [SLOW]) for names in NETWORKS for shares in (True, False)
+]
+
+
+@pytest.mark.parametrize(("names", "shares"), CASES)
+def test_the_results_are_those_of_pytorch(names: tuple[str, ...], shares: bool) -> None:
+    features, target, table = inputs(19, *names)
+    expected = measure(features, target, permutations=table, shares=shares)
+    with running():
+        actual = measure(features, target, permutations=table, shares=shares)
+    assert_close(actual, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [5, 6])
+def test_few_images(n: int) -> None:
+    features, target, table = inputs(n)
+    expected = measure(features, target, permutations=table)
+    with running():
+        assert_close(measure(features, target, permutations=table), expected, 10 * CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_uniqueness(dtype: torch.dtype) -> None:
+    features, target, table = inputs()
+    features = {role: value.to(dtype) for role, value in features.items()}
+    options: dict[str, Any] = {"permutations": table, "objective": geometry.uniqueness}
+    expected = measure(features, target, **options)
+    with running():
+        assert_close(measure(features, target, **options), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [1e-15, 1e25])
+def test_features_of_unusual_magnitude_are_measured_step_by_step(factor: float) -> None:
+    features, target, table = inputs()
+    expected = measure(features, target, permutations=table)
+    features = {role: value * factor for role, value in features.items()}
+    with running():
+        pending = begin(features, target, permutations=table)
+        assert pending.numbers.numel()
+        actual = pending.result(pending.numbers.clone())
+    for name, maps in expected.maps.items():
+        assert actual.maps[name].score == pytest.approx(maps.score, rel=CLOSE)
+        assert oracle.error(actual.maps[name].maps, maps.maps) < CLOSE  # maps do not depend on the unit of the features
+
+
+@pytest.mark.slow
+def test_four_images_have_maps_of_zero() -> None:
+    features, target, table = inputs(4)
+    with running():
+        actual = measure(features, target, permutations=table)
+    assert actual.moments is None and not any(maps.maps.any() for maps in actual.maps.values())
+
+
+def spoiled(features: dict[str, Tensor], how: str) -> dict[str, Tensor]:
+    features = {role: value.clone() for role, value in features.items()}
+    if how == "nan":
+        features["student"][[3, 7]] = torch.nan
+    elif how == "infinite":
+        features["base"][2, 0, 0, 0] = torch.inf
+    elif how == "constant":
+        features["base"][:] = 1.5
+    else:
+        features["base"] = 2 * features["student"]
+    return features
+
+
+@pytest.mark.parametrize("how", ["nan", *(pytest.param(how, marks=SLOW) for how in ("infinite", "constant", "equal"))])
+def test_errors_are_those_of_pytorch_and_come_with_the_result(how: str) -> None:
+    features, target, table = inputs()
+    features = spoiled(features, how)
+    with pytest.raises(kdx.KdxError) as expected:
+        measure(features, target, permutations=table)
+    with running():
+        pending = begin(features, target, permutations=table)
+        with pytest.raises(kdx.KdxError) as actual:
+            pending.result()
+    assert str(actual.value) == str(expected.value)
+
+
+@pytest.mark.slow
+def test_what_the_kernels_do_not_compute_is_complete_at_once() -> None:
+    features, target, table = inputs()
+    alone = {"student": features["student"]}
+    double = features | {"base": features["base"].double()}
+    assert fused_layer.applies(features) and not fused_layer.applies(alone) and not fused_layer.applies(double)
+    with running():
+        for given, options in ((alone, {}), (features, {"weighting": "elementwise"}), (features, {"pooled": True})):
+            pending = begin(given, target, permutations=table, **options)
+            assert not pending.numbers.numel() and pending.result().maps
+    assert not begin(features, target, permutations=table).numbers.numel()  # on the CPU
