@@ -30,8 +30,13 @@ def rendered(make: Callable[[], Figure], format_: str, dpi: float = 200) -> byte
 def write_figure(path: str | Path, make: Callable[[], Figure], dpi: float = 200) -> Path:
     """Write a figure as PNG, SVG or PDF, by the ending of ``path``; returns the path. Raises KdxError for another ending."""
     path = Path(path)
+    write_atomic(path, rendered(make, figure_format(path), dpi))
+    return path
+
+
+def figure_format(path: Path) -> str:
+    """The format of a figure, one of `FORMATS`, by the ending of ``path``. Raises KdxError for another ending."""
     format_ = path.suffix.lower().removeprefix(".")
     if format_ not in FORMATS:
         raise KdxError(f"No figure can be written as {path.name}.", "Give a path that ends in .png, .svg or .pdf.")
-    write_atomic(path, rendered(make, format_, dpi))
-    return path
+    return format_

@@ -28,6 +28,11 @@ READING_ORDER = ("teacher", "base", "student")
 LETTERS = {role: role[0].upper() for role in MEASURED}
 
 
+def possessive(network: str) -> str:
+    """Whose features they are, at the start of a sentence: "The student's" for a role, "A's" for a network with another name."""
+    return f"The {network}'s" if network in MEASURED else f"{network}'s"
+
+
 @dataclass(frozen=True)
 class MapKind:
     """A kind of map: UniCAM of the explained role's features given the other role's features, or given nothing (None)."""

@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from kdx.disk import lock_folder, write_atomic
+from kdx.errors import KdxError, resumable
+from kdx.figure_files import figure_format
 from kdx.report.similarity_page import similarity_page
 from kdx.runs.number_text import number
 from kdx.runs.similarity import NetworkSimilarity, compare_networks
@@ -36,9 +38,17 @@ def run(
     figure: one more file of the heat maps, as PNG, SVG or PDF. command: the command line, for the record. Files appear whole; the page is
     the last.
     """
+    if figure is not None:
+        figure_format(figure)  # before hours of work
+    unused = [name for name, layers in options.layers.items() if layers and name not in references]
+    if unused:
+        raise KdxError(
+            f"There is no network {unused[0]} for --layer-{unused[0].lower()}.", "Name it with --given, or leave its layers out."
+        )
     with lock_folder(out):
         comparison = compare_networks(references, data, out, options, announce)
-        page = write_results(comparison, out, figure=figure, command=command)
+        with resumable(lambda: True):  # what the comparison has stored is still there
+            page = write_results(comparison, out, figure=figure, command=command)
         remove_stored(out)
         return page, comparison.result
 

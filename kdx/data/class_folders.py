@@ -77,12 +77,14 @@ class Listing:
         self.without_images += other.without_images
 
 
-def list_images(folder: Path) -> Listing:
+def list_images(folder: Path, *, labelled: bool = True) -> Listing:
     """The images below a folder, in natural order within each split, and what is left out.
 
     The layouts are FOLDER/class/..., FOLDER/split/class/..., and files without class folders whose names begin with the class, as in
     ``cat.0.jpg``, in FOLDER or FOLDER/split. Up to three folders inside each other may surround the data set, each of which contains
     nothing else with images. A split whose classes are not all in ``train`` is left out.
+
+    labelled: whether images without class folders are refused. Otherwise they have the folder's name as their class.
 
     Every type that Pillow decodes is an image, in any case of its suffix. Hidden files are left out. Raises KdxError for a folder that is
     missing or has no images in one of these layouts, for a class folder whose images are all of types that Pillow does not decode here, and
@@ -97,6 +99,8 @@ def list_images(folder: Path) -> Listing:
         _check_layout(root)
         listing = _list_classes(root, "", root)
         listing.skipped.update(_loose_images(root))
+    if not listing.images and not labelled:
+        listing = _list_unlabelled(root)
     if not listing.images:
         raise _no_images(folder)
     listing.inner = utf8_name(root.relative_to(folder).as_posix()) if root != folder else ""
@@ -170,6 +174,18 @@ def _list_named(root: Path, split: str, folder: Path) -> Listing | None:
             listing.skipped[path.suffix.lower(), reason] += 1
     listing.images.sort(key=lambda image: natural_key(image.path.name))
     return listing if len({image.class_name for image in listing.images}) > 1 else None
+
+
+def _list_unlabelled(folder: Path) -> Listing:
+    """The images in ``folder`` itself, in natural order, with its name as their class."""
+    listing = Listing(folder)
+    for path in sorted(folder.iterdir(), key=lambda path: natural_key(path.name)):
+        reason = _reason_to_skip(path)
+        if reason == "":
+            listing.images.append(FolderImage(path, folder.name, ""))
+        elif reason is not None:
+            listing.skipped[path.suffix.lower(), reason] += 1
+    return listing
 
 
 def _check_layout(folder: Path) -> None:

@@ -12,23 +12,27 @@ import numpy as np
 from kdx.data.labelled_images import SPLITS, Dataset, Indices
 from kdx.data.sample import SAMPLE, sample_of, sample_parts
 from kdx.data.sources import SOURCES, Source
+from kdx.data.sources.image_files import open_folder
 from kdx.errors import KdxError
 
 __all__ = ["SPLITS", "Dataset", "Indices", "located", "open_data", "source_of", "table_of"]
 
 
-def open_data(reference: str, classes: Sequence[str] | None = None) -> Dataset:
+def open_data(reference: str, classes: Sequence[str] | None = None, *, labelled: bool = True) -> Dataset:
     """The data set that a reference names: ``SOURCE:PLACE``, ``digits``, ``composites``, or a path.
 
     `kdx.choices.DATA_REFERENCES` lists the references, and `kdx.data.sources` has a module for each source. The path of a ``.csv`` or
     ``.npz`` file needs no source, and any other path is a folder of images. With ``classes``, labels index these classes, of which the
-    data may contain only some.
+    data may contain only some. labelled: False where classes do not matter. A single class, a folder of images without class folders and
+    classes that are not in ``classes`` are then accepted; with other classes the labels index those of the data.
 
     Raises KdxError for data that are missing or damaged, for a single class, and for a class that is not in ``classes``.
     """
     source, place = _parsed(reference)
-    dataset = _SOURCES[source].open(reference, place)
-    if len(dataset.classes) < 2:
+    dataset = _SOURCES[source].open(reference, place) if labelled or source != "folder" else open_folder(reference, place, labelled=False)
+    if not labelled and not set(dataset.classes) <= set(classes or ()):
+        return dataset
+    if labelled and len(dataset.classes) < 2:
         raise KdxError(
             f"{reference} has only one class, {dataset.classes[0]!r}.", "Relevance compares classes: give images of two classes or more."
         )

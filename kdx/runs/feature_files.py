@@ -30,6 +30,7 @@ from kdx.errors import KdxError
 from kdx.explain.whole_set import SetRows
 from kdx.features.array_files import new_array
 from kdx.features.rows import Selected, rows_of
+from kdx.roles import possessive
 from kdx.runs import schema
 
 PENDING, READ, UNREADABLE = range(3)
@@ -101,7 +102,7 @@ class FeatureFiles:
     def _write_features(self, role: str, layer: str, part: slice, values: Tensor, readable: NDArray[np.bool_]) -> None:
         array = self._features[role, layer]
         if array.dtype == np.float16 and bool((values.abs() > float(np.finfo(np.float16).max)).any()):
-            raise KdxError(f"The {role}'s features at {layer} are too large for float16.", "Store them with --store float32.")
+            raise KdxError(f"{possessive(role)} features at {layer} are too large for float16.", "Store them with --store float32.")
         array[part][readable] = values.permute(0, 2, 3, 1).numpy(force=True).astype(array.dtype, copy=False)
 
     @property

@@ -121,7 +121,7 @@ def _images(references: Mapping[str, str], data: str, options: SimilarityOptions
     """The data set, the images to compare over, and the name of their split."""
     path, _, _ = references["A"].rpartition(":")
     models = with_recorded_data(read_models(path)) if path.endswith(".toml") else ModelsFile(Path(), None, references["A"])
-    dataset = open_data(data, models.classes or None)
+    dataset = open_data(data, models.classes or None, labelled=False)
     resizing = Resizing(options.resize or models.resizing.mode, options.interpolation or models.resizing.interpolation)
     dataset = replace(dataset, resizing=resizing)
     split = choose_split(dataset, models, options.split, options.seed)

@@ -22,7 +22,7 @@ from kdx.features.array_files import new_array
 from kdx.features.projection import projected, projected_channels
 from kdx.features.target import Target
 from kdx.progress import progress
-from kdx.roles import roles_among
+from kdx.roles import possessive, roles_among
 from kdx.runs import schema
 from kdx.runs.collected import Collected, check_classes, predictions
 from kdx.runs.divisions import Divisions
@@ -146,8 +146,9 @@ def check_rows(finite: Mapping[str, Mapping[str, Tensor]], readable: NDArray[np.
         for role, rows in by_role.items():
             bad = readable & ~rows.numpy(force=True)
             if bad.any():
+                owner, example = possessive(role), names[bad.argmax()]
                 raise KdxError(
-                    f"The {role}'s features at {layer} are not finite for {bad.sum()} of {len(bad)} images, such as {names[bad.argmax()]}.",
+                    f"{owner} features at {layer} are not finite for {bad.sum()} of {len(bad)} images, such as {example}.",
                     "Check the weights, the preprocessing and --precision: NaN and infinity have no distances.",
                 )
 

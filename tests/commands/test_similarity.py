@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ def test_a_comparison_that_is_stopped_after_its_passes_needs_no_other(
             raise KeyboardInterrupt
 
         patch.setattr(layer_sums if phase == "of_set" else command, phase, stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Stopped):
             compare(pictures, tmp_path / "out")
     assert not (tmp_path / "out" / "report.html").exists()
     result, lines = compare(pictures, tmp_path / "out")
@@ -253,11 +254,37 @@ def test_features_that_do_not_fit_are_compared_in_batches(pictures: Path, tmp_pa
         ({"layers": {"B": ("dead:vector",), "A": ("fc",)}}, "B: all layers are constant"),
         ({"split": "holdout"}, "no split"),
         ({"batch": 3}, "too small"),
+        ({"layers": {"C": ("fc",)}}, "no network C for --layer-c"),
     ],
 )
 def test_bad_requests_are_refused(pictures: Path, tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
     with pytest.raises(KdxError, match=problem):
         compare(pictures, tmp_path / "out", **changes)
+
+
+def test_a_figure_of_another_type_is_refused_before_the_work(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(KdxError, match=r"No figure can be written as map\.gif"):
+        run({"A": A, "B": B}, str(pictures), tmp_path / "out", OPTIONS, figure=tmp_path / "map.gif")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["one class", "no class folders", "other classes"])
+def test_images_need_no_classes(layout: str, pictures: Path, tmp_path: Path) -> None:
+    """Distances between images have no classes, so any folder of images is compared. Relevance still needs two classes."""
+    folder = tmp_path / "photos"
+    files = sorted(pictures.rglob("*.png"), key=lambda path: int(path.stem))[:8]
+    for place, file in enumerate(files):
+        name = {"one class": "all/", "no class folders": "", "other classes": f"{place % 2}/"}[layout]
+        target = folder / f"{name}{file.name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    data = open_data(str(folder), ("cat", "dog"), labelled=False)
+    assert sorted(Path(name).name for name in data.ids) == sorted(file.name for file in files)
+    with pytest.raises(KdxError):
+        open_data(str(folder), ("cat", "dog"))
+    if layout == "no class folders":
+        result, _ = compare(folder, tmp_path / "out", layers={"A": ("fc",), "B": ("fc",)})
+        assert result.n == 8
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from kdx.data.label_tables import read_label_table
 from kdx.data.labelled_images import Dataset, splits_by_name
 
 
-def open_folder(reference: str, place: str) -> Dataset:
+def open_folder(reference: str, place: str, *, labelled: bool = True) -> Dataset:
     """The images below a folder, in any of the layouts of `kdx.data.class_folders.list_images`."""
-    listing = list_images(Path(place).expanduser())
+    listing = list_images(Path(place).expanduser(), labelled=labelled)
     return _of_files(reference, listing.root, listing.images, listing.note())
 
 
