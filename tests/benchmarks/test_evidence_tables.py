@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import evidence_claims, evidence_tables
+from benchmarks import evidence_claims, evidence_summary, evidence_tables
 from benchmarks.evidence_claims import CONDITIONAL, DIFFERENCE, PUBLISHED_MAPS
 from benchmarks.evidence_design import DATA, LAYERS, METHODS, STUDENTS, TEACHERS, Student
 from benchmarks.evidence_evaluation import METRICS
@@ -110,7 +110,7 @@ def test_metrics_of_evaluate_are_means_over_seeds_of_composites(record: dict[str
 
 
 def test_the_verdict_names_each_test_once(record: dict[str, Any]) -> None:
-    text = evidence_tables.verdict(record)
+    text = evidence_summary.verdict(record)
     counts = [int(part) for part in re.findall(r"(\d+) (?:of the|are contradicted|are not settled)", text)]
     judged = [entry.word for entry in evidence_claims.verdicts(record).values()]
     assert counts == [judged.count(word) for word in ("holds", "**contradicted**", "not settled")]
@@ -119,7 +119,7 @@ def test_the_verdict_names_each_test_once(record: dict[str, Any]) -> None:
 
 
 def test_gains_count_every_student(record: dict[str, Any]) -> None:
-    text = evidence_tables.gains(record)
+    text = evidence_summary.gains(record)
     counts = [
         [int(number) for number in re.findall(r"(\d+) (?:students of digits|have RS)", line)]
         for line in text.splitlines()
@@ -140,4 +140,4 @@ def test_gains_count_every_student(record: dict[str, Any]) -> None:
 def test_advice_has_the_images_for_an_interval(record: dict[str, Any]) -> None:
     widths = [run["detailed"]["layer3"]["widths"]["RS(S)"]["300"] for run in record["runs"] if run["data"] == "digits"]
     needed = 300 * (np.mean(widths) / 0.05) ** 2
-    assert f"{round(needed, -1 if needed < 1000 else -2):,.0f} on digits; RS(S|B)" in evidence_tables.advice(record)
+    assert f"{round(needed, -1 if needed < 1000 else -2):,.0f} on digits; RS(S|B)" in evidence_summary.advice(record)
