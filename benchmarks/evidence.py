@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="stop after this time, counted from the start; by default never")
     parser.add_argument("--workers", type=int, default=threads.available_cores(), help="processes, by default one per core")
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA), help="the data sets, by default all")
-    parser.add_argument("--seeds", type=int, default=6, help="how many seeds are computed on each data set")
+    parser.add_argument("--seeds", type=int, default=8, help="how many seeds are computed on each data set")
     parser.add_argument("--images", type=int, default=IMAGES, help="test images whose maps and scores are measured")
     parser.add_argument("--device", default="auto", help="of the measurements; the studies state that of the trainings")
     parser.add_argument("--toy", action="store_true", help="tiny networks, and a record that docs/evidence.md does not read")

@@ -28,6 +28,7 @@ from benchmarks.evidence_claims import (
 from benchmarks.evidence_design import ASSISTED_TEACHER, DATA, LAYERS, METHODS, STUDENTS, TEACHERS, Student
 from benchmarks.evidence_evaluation import METRICS
 from benchmarks.evidence_measuring import EVALUATED, PUBLISHED, SCORINGS, SUBSETS
+from benchmarks.evidence_summary import advice, gains, images_needed, verdict
 from benchmarks.markdown import header, joined, row
 from benchmarks.record import RESULTS
 from kdx.study.statistics import over_seeds
@@ -201,7 +202,7 @@ def widths(record: Record) -> str:
         for data in DATA:
             selected = [run["detailed"][LAST]["widths"] for run in runs(record, data)]
             means = [float(np.mean([entry[name][str(count)] for entry in selected])) for count in SUBSETS]
-            needed = SUBSETS[-1] * (means[-1] / 0.05) ** 2
+            needed = images_needed(record, data, name)
             rounded = f"{round(needed, -1 if needed < 1000 else -2):,.0f}"
             lines.append(row(name.replace("|", "\\|").replace(" - ", " − "), data, *(f"{mean:.3f}" for mean in means), rounded))
     return joined(lines) + "\n"
@@ -279,6 +280,9 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[Record], str]] = {
+    "verdict": verdict,
+    "gains": gains,
+    "advice": advice,
     "claims": claims,
     "networks": networks,
     "capacity": capacity,

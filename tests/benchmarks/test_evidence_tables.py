@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import evidence_tables
+from benchmarks import evidence_claims, evidence_summary, evidence_tables
 from benchmarks.evidence_claims import CONDITIONAL, DIFFERENCE, PUBLISHED_MAPS
 from benchmarks.evidence_design import DATA, LAYERS, METHODS, STUDENTS, TEACHERS, Student
 from benchmarks.evidence_evaluation import METRICS
@@ -74,6 +75,7 @@ def cells(table: str, *start: str) -> list[str]:
 def test_every_table_has_a_row_per_case(record: dict[str, Any]) -> None:
     rows = {name: sum(line.startswith("| ") for line in table(record).splitlines()) - 2 for name, table in evidence_tables.TABLES.items()}
     assert rows == {
+        **dict.fromkeys(("verdict", "gains", "advice"), -2),  # sentences
         "claims": 6 * len(DATA),
         "networks": 1 + len(TEACHERS) + len(STUDENTS),
         "capacity": len(DATA) * (len(TEACHERS) + 1),
@@ -105,3 +107,37 @@ def test_metrics_of_evaluate_are_means_over_seeds_of_composites(record: dict[str
     row = cells(evidence_tables.evaluated(record), "layer2", "UniCAM")
     for cell, metric in zip(row[2:], METRICS, strict=True):
         assert cell.startswith(f"{np.mean([run['detailed']['layer2']['evaluated']['UniCAM'][metric] for run in runs]):.2f} (±")
+
+
+def test_the_verdict_names_each_test_once(record: dict[str, Any]) -> None:
+    text = evidence_summary.verdict(record)
+    counts = [int(part) for part in re.findall(r"(\d+) (?:of the|are contradicted|are not settled)", text)]
+    judged = [entry.word for entry in evidence_claims.verdicts(record).values()]
+    assert counts == [judged.count(word) for word in ("holds", "**contradicted**", "not settled")]
+    named = sum(text.count(part) for part in ("(as published)", "(decomposition and the whole set)"))
+    assert named + 4 * text.count("in all four tests") == len(judged)
+
+
+def test_gains_count_every_student(record: dict[str, Any]) -> None:
+    text = evidence_summary.gains(record)
+    counts = [
+        [int(number) for number in re.findall(r"(\d+) (?:students of digits|have RS)", line)]
+        for line in text.splitlines()
+        if "digits" in line
+    ]
+    scores = [
+        (run["accuracy"][student.name] > run["accuracy"]["base"], run["students"][student.name]["layer3"]["scores"]["whole"])
+        for run in record["runs"]
+        if run["data"] == "digits"
+        for student in STUDENTS
+    ]
+    for (number, positive), better in zip(counts, (True, False), strict=True):
+        selected = [entry for is_better, entry in scores if is_better is better]
+        assert number == len(selected)
+        assert positive == sum(entry["RS(S|B)"] > entry["RS(B|S)"] for entry in selected)
+
+
+def test_advice_has_the_images_for_an_interval(record: dict[str, Any]) -> None:
+    widths = [run["detailed"]["layer3"]["widths"]["RS(S)"]["300"] for run in record["runs"] if run["data"] == "digits"]
+    needed = 300 * (np.mean(widths) / 0.05) ** 2
+    assert f"{round(needed, -1 if needed < 1000 else -2):,.0f} on digits; RS(S|B)" in evidence_summary.advice(record)
