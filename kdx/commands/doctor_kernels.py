@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from kdx.errors import KdxError, first_line
-from kdx.kernels import cubins
+from kdx.kernels import cubins, geometry
 from kdx.kernels.compilers import COMPILERS, Compiler
 from kdx.kernels.drivers import DRIVERS, Driver, open_driver
 
-_SOURCE, _KERNEL = "means", "means_float32"
-_ROWS, _POSITIONS, _THREADS = 300, 49, 256
+_SOURCE, _KERNEL = "products", "products_centred"
+_IMAGES, _THREADS = 300, 256
 
 _HINTS = {
     "compile": "Install PyTorch's CUDA build again, or the CUDA toolkit with a C++ compiler",
@@ -70,7 +70,7 @@ def _architecture(compiler: Compiler) -> str:
 
 
 def _run(code: bytes, open_: Callable[[int], Driver]) -> None:
-    """Run the kernel on random rows, and compare with their means in float64."""
+    """Run the kernel on random distances, and compare with `geometry.u_centered` in float64."""
     device = _device()
     with _step("open"):
         driver = open_(device.index or 0)
@@ -78,15 +78,18 @@ def _run(code: bytes, open_: Callable[[int], Driver]) -> None:
         with _step("load"):
             function = driver.function(driver.load(code), _KERNEL)
         with _step("launch"):
-            rows = torch.randn(_ROWS, _POSITIONS, generator=torch.Generator().manual_seed(0))
-            features, means = rows.to(device), torch.full((_ROWS,), torch.nan, dtype=torch.float64, device=device)
+            points = torch.randn(_IMAGES, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            distances = torch.cdist(points, points)
+            inputs = [matrix.to(device) for matrix in (distances, distances.sum(1), distances.sum().reshape(1))]
+            centred = torch.full_like(inputs[0], torch.nan)
+            pointers = [np.uintp(matrix.data_ptr()) for matrix in inputs]
+            arguments = (*pointers, np.int32(_IMAGES), np.uintp(centred.data_ptr()))
             stream = torch.cuda.current_stream(device)
-            arguments = (np.uintp(features.data_ptr()), np.int64(_ROWS), np.int32(_POSITIONS), np.uintp(means.data_ptr()))
-            driver.launch(function, (-(-_ROWS // _THREADS), 1, 1), (_THREADS, 1, 1), 0, arguments, stream.cuda_stream)
+            driver.launch(function, (1, _IMAGES, 1), (_THREADS, 1, 1), 0, arguments, stream.cuda_stream)
             stream.synchronize()
-        error = float((means.cpu() - rows.double().mean(1)).abs().max())
+        error = float((centred.cpu() - geometry.u_centered(distances)).abs().max())
         if not error < 1e-12:  # NaN is not
-            raise FailedStep("compare", f"the means of {_ROWS} rows are off by {error:.1e}")
+            raise FailedStep("compare", f"the centred distances of {_IMAGES} points are off by {error:.1e}")
     finally:
         driver.close()
 

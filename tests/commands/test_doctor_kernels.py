@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,19 +22,27 @@ from tests.kernels.stand_ins import CudaBindings, Launch, Package, PyCuda, two_g
 RUNS = "a kernel loads, runs and is exact"
 
 
-def means(launch: Launch) -> None:
-    """The kernel means_float32 on the CPU."""
-    assert launch.kernel == "means_float32" and launch.grid[0] * launch.block[0] >= 300
-    features, rows, positions, result = (int(value) for _, value in launch.arguments)
-    values = np.ctypeslib.as_array((ctypes.c_float * (rows * positions)).from_address(features)).reshape(rows, positions)
-    np.ctypeslib.as_array((ctypes.c_double * rows).from_address(result))[:] = values.astype(np.float64).mean(1)
+def centred(launch: Launch) -> None:
+    """The kernel products_centred on the CPU."""
+    source = (cubins.SOURCES / "products.cu").read_text()
+    (parameters,) = re.findall(r"\bproducts_centred\(([^)]*)\)", source)
+    assert launch.kernel == "products_centred" and len(launch.arguments) == len(parameters.split(","))
+    distances, rows, totals, n, result = (int(value) for _, value in launch.arguments)
+    assert launch.grid == (1, n, 1)
+    d, sums, total = (
+        np.ctypeslib.as_array((ctypes.c_double * count).from_address(address))
+        for address, count in ((distances, n * n), (rows, n), (totals, 1))
+    )
+    values = d.reshape(n, n) - (sums[:, None] + sums) / (n - 2) + total / ((n - 1) * (n - 2))
+    np.fill_diagonal(values, 0)
+    np.ctypeslib.as_array((ctypes.c_double * (n * n)).from_address(result))[:] = values.reshape(-1)
 
 
 @pytest.fixture(params=[PyCuda, CudaBindings])
 def package(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Package]:
     """A GPU on which everything works through one of the packages; its memory is the CPU's."""
     package: Package = request.param()
-    package.compute = means
+    package.compute = centred
     package.install(monkeypatch)
     two_gpus(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -63,7 +72,7 @@ def compiler_finding(compiler: Callable[[], compilers.Compiler], monkeypatch: py
 
 def test_each_launcher_runs_the_kernel(package: Package) -> None:
     assert launcher_finding(package) == Finding("a launcher", True, RUNS)
-    assert package.modules == [(0, b"means (9, 0)")] and len(package.launches) == 1 and package.released == [0]
+    assert package.modules == [(0, b"products (9, 0)")] and len(package.launches) == 1 and package.released == [0]
 
 
 @pytest.mark.parametrize(
@@ -72,14 +81,14 @@ def test_each_launcher_runs_the_kernel(package: Package) -> None:
         ("init", "open: cuInit failed: no CUDA-capable device is detected", "CUDA_VISIBLE_DEVICES"),
         ("module", "load: cuModuleLoadData", "Update the NVIDIA driver"),
         ("launch", "launch: cuLaunchKernel failed: launch failed", "nvidia-smi"),
-        ("nothing", "compare: the means of 300 rows are off by", "report this"),
-        ("wrong", "compare: the means of 300 rows are off by", "report this"),
+        ("nothing", "compare: the centred distances of 300 points are off by", "report this"),
+        ("wrong", "compare: the centred distances of 300 points are off by", "report this"),
     ],
 )
 def test_a_step_that_fails_is_named_with_its_fix(refused: str, problem: str, hint: str, package: Package) -> None:
     def wrong(launch: Launch) -> None:
-        means(launch)
-        ctypes.c_double.from_address(int(launch.arguments[3][1])).value += 1e-6
+        centred(launch)
+        ctypes.c_double.from_address(int(launch.arguments[4][1])).value += 1e-6
 
     if refused in ("nothing", "wrong"):
         package.compute = wrong if refused == "wrong" else lambda launch: None
@@ -107,7 +116,7 @@ def test_a_launcher_that_does_not_load_or_has_no_code_is_reported(package: Packa
 
 def test_each_compiler_compiles_the_kernel_that_runs(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiler_finding(FakeCompiler, monkeypatch).result == "1.0, a kernel for sm_90 compiles, loads, runs and is exact"
-    assert package.modules == [(0, b"means.cu for sm_90")]
+    assert package.modules == [(0, b"products.cu for sm_90")]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (12, 0))
     assert "a kernel for compute_90 compiles" in compiler_finding(FakeCompiler, monkeypatch).result
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 5))
@@ -118,13 +127,13 @@ def test_each_compiler_compiles_the_kernel_that_runs(package: Package, monkeypat
 def test_a_compiler_that_fails_is_reported(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     class Failing(FakeCompiler):
         def compile(self, source: Path, architecture: str) -> tuple[bytes, str]:
-            raise KdxError("nvcc cannot compile means.cu: there is no C++ compiler.", "Install one.")
+            raise KdxError("nvcc cannot compile products.cu: there is no C++ compiler.", "Install one.")
 
     def absent() -> compilers.Compiler:
         raise KdxError("It is not installed.", "Install it.")
 
     finding = compiler_finding(Failing, monkeypatch)
-    assert finding == Finding("a compiler", False, "compile: nvcc cannot compile means.cu: there is no C++ compiler", "Install one.")
+    assert finding == Finding("a compiler", False, "compile: nvcc cannot compile products.cu: there is no C++ compiler", "Install one.")
     assert compiler_finding(absent, monkeypatch) == Finding("a compiler", False, "It is not installed", "Install it.")
 
 
