@@ -67,7 +67,7 @@ def similarity_page(comparison: NetworkSimilarity, command: Sequence[str] = ()) 
         matches=[_matches(result)],
         tables=[_table(result, statistic) for statistic in result.statistics],
         command=shlex.join(command),
-        facts=list(_facts(comparison.about)),
+        facts=list(_facts({name: value for name, value in comparison.about.items() if name not in ("projected", "lowered")})),
     )
 
 
