@@ -30,7 +30,7 @@ from kdx import models
 from kdx.errors import KdxError
 from kdx.explain import layer
 from kdx.features.target import Target
-from kdx.kernels import cubins, cuda, fused, geometry
+from kdx.kernels import cubins, cuda, fused, fused_maps, geometry
 from kdx.kernels.fused_shares import PositionSquares
 from kdx.kernels.precision import ieee_float32, tf32
 from kdx.scores import uncertainty
@@ -98,10 +98,10 @@ def explained(student: Tensor, base: Tensor, target: Tensor) -> list[Tensor]:
 
 
 def _explained(student: Tensor, base: Tensor, d: Tensor) -> list[Tensor]:
-    means = torch.stack([fused.means(student), fused.means(base)])
+    means = torch.stack([fused_maps.means(student), fused_maps.means(base)])
     weights = fused.weights(d[[0, 1]], d[[1, 0]], d[[2, 2]], means)
     pairs = zip((student, base), weights.channel_weights, strict=True)
-    maps = [fused.cam(features, channel_weights) for features, channel_weights in pairs]
+    maps = [fused_maps.cam(features, channel_weights) for features, channel_weights in pairs]
     return [weights.channel_weights, weights.score, fused.products(d[None]).inner, *maps]
 
 

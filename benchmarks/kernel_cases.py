@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdx.choices import ObjectiveName
-from kdx.kernels import decomposition, fused, geometry, imputation, reference
+from kdx.kernels import decomposition, fused, fused_maps, geometry, imputation, reference
 from kdx.kernels.fused_shares import PositionSquares
 from tests.oracle import TOLERANCE, error
 
@@ -262,7 +262,7 @@ def _means_case(features: Tensor) -> KernelCase:
     kind = str(features.dtype).removeprefix("torch.")
     moved = features.nbytes + 8 * features.shape[0] * features.shape[1]
     expected = lambda: (features.double().mean((2, 3)),)  # noqa: E731
-    return KernelCase(f"means, {kind}", lambda: (fused.means(features),), expected, bytes=moved, goal=BANDWIDTH_SHARE)
+    return KernelCase(f"means, {kind}", lambda: (fused_maps.means(features),), expected, bytes=moved, goal=BANDWIDTH_SHARE)
 
 
 def _cam_case(features: Tensor, weights: Tensor) -> KernelCase:
@@ -273,7 +273,7 @@ def _cam_case(features: Tensor, weights: Tensor) -> KernelCase:
     moved = features.nbytes + weights.nbytes + 4 * n * height * width
     kind = str(features.dtype).removeprefix("torch.")
     # The features are exact in their own type, and everything after them is float32.
-    return KernelCase(f"cam, {kind}", lambda: (fused.cam(features, weights),), expected, bytes=moved, goal=BANDWIDTH_SHARE)
+    return KernelCase(f"cam, {kind}", lambda: (fused_maps.cam(features, weights),), expected, bytes=moved, goal=BANDWIDTH_SHARE)
 
 
 def _shares_case(features: Tensor, target: Tensor, kernel_reference: KernelReference) -> KernelCase:

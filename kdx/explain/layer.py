@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdx.choices import Weighting
 from kdx.explain import fused_layer
+from kdx.explain.layer_graphs import LayerGraphs
 from kdx.features import arrays
 from kdx.features.target import Target
 from kdx.kernels import dispatch, geometry, moments, rounding
@@ -90,9 +91,11 @@ def begin(
     shares: bool = True,
     pooled: bool = False,
     backend: Backend = "auto",
+    graphs: LayerGraphs | None = None,
 ) -> PendingMeasurement:
     """`measure`, without waiting for a GPU that runs the kernels, if they compute all that is requested.
 
+    graphs: the captured computations of batches of the same shapes, which are then launched at once; None to launch each kernel.
     The features stay in memory until the result is read. Raises what `measure` raises if it has to be computed at once.
     """
     ops, name = _backend(features, backend), dispatch.kernel_objective(objective)
@@ -104,7 +107,8 @@ def begin(
     if not (isinstance(ops, dispatch.CudaBackend) and name is not None and is_plain and fused_layer.applies(features)):
         measurement = at_once()
         return PendingMeasurement(measurement.products.new_empty(0), lambda _: measurement)
-    computed = fused_layer.measure_fused(features, target, name, permutations, shares=shares)
+    graphs = LayerGraphs() if graphs is None else graphs
+    computed = graphs.measure(features, target.distances.raw, name, permutations, shares=shares)
 
     def checked(numbers: Sequence[float]) -> LayerMeasurement:
         scores = computed.scores(numbers)
@@ -128,12 +132,13 @@ def measure(
     shares: bool = True,
     pooled: bool = False,
     backend: Backend = "auto",
+    graphs: LayerGraphs | None = None,
 ) -> LayerMeasurement:
     """The maps and inner products of one layer and one batch, from each role's features [n, C, H, W].
 
     permutations: [p, n]. references: if given, the maps are those of reference mode. distances: if given, the inner products are those of
     these distances, between each role's other features of the same images. shares: whether the shares are computed as well. pooled,
-    backend: as in `kdx.unicam`; the references must have been made with the same ``pooled``.
+    backend: as in `kdx.unicam`; the references must have been made with the same ``pooled``. graphs: as in `begin`.
     """
     return begin(
         features,
@@ -146,6 +151,7 @@ def measure(
         shares=shares,
         pooled=pooled,
         backend=backend,
+        graphs=graphs,
     ).result()
 
 
