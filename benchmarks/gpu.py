@@ -29,6 +29,7 @@ from benchmarks.record import quartiles, store
 from kdx import models
 from kdx.errors import KdxError
 from kdx.explain import layer
+from kdx.explain.layer_graphs import LayerGraphs
 from kdx.features.target import Target
 from kdx.kernels import cubins, cuda, fused, fused_maps, geometry
 from kdx.kernels.fused_shares import PositionSquares
@@ -141,10 +142,13 @@ def time_batch(clock: Clock, seed: int) -> dict[str, Any]:
     for permutations in (0, 999):
         table = uncertainty.permutation_table(n, permutations, seed, device)
 
-        def measured(table: Tensor = table, student: Tensor = student, base: Tensor = base) -> object:
-            return layer.measure({"student": student, "base": base}, target, permutations=table)
+        graphs = LayerGraphs()  # as a run keeps them
+
+        def measured(table: Tensor = table, student: Tensor = student, base: Tensor = base, graphs: LayerGraphs = graphs) -> object:
+            return layer.measure({"student": student, "base": base}, target, permutations=table, graphs=graphs)
 
         samples[f"maps and scores, {permutations} permutations"] = clock.seconds(measured)
+        graphs.close()
     samples["passes, float32"] = _time_passes(clock, torch.float32, generator)
     with tf32():
         samples["passes, TF32"] = _time_passes(clock, torch.float32, generator)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kdx.choices import ObjectiveName
-from kdx.kernels import decomposition, fused, fused_maps, geometry, imputation, reference
+from kdx.kernels import decomposition, fused, fused_maps, fused_sums, geometry, imputation, moments, reference, rounding
 from kdx.kernels.fused_shares import PositionSquares
+from kdx.scores import uncertainty
 from tests.oracle import TOLERANCE, error
 
 OBJECTIVES: tuple[ObjectiveName, ...] = ("relevance", "uniqueness")
@@ -27,7 +28,7 @@ class Sizes:
     """The sizes of a batch.
 
     explained, given: the shapes (C, H, W) of the two networks' features. picture: height and width. stack: the number of matrices or
-    pictures in a kernel that takes a stack of them.
+    pictures in a kernel that takes a stack of them. permutations: of the images.
     """
 
     images: int
@@ -36,6 +37,7 @@ class Sizes:
     picture: tuple[int, int]
     stack: int
     classes: int
+    permutations: int = 19
 
 
 CHECKED = (
@@ -46,7 +48,7 @@ CHECKED = (
 """Small enough for the definitions, which are slow; large enough that a residual is more than rounding, which `geometry.laplacian` sets
 to zero and the definition turns into a map."""
 
-RESNET50 = Sizes(256, (2048, 7, 7), (2048, 7, 7), (224, 224), stack=128, classes=10)
+RESNET50 = Sizes(256, (2048, 7, 7), (2048, 7, 7), (224, 224), stack=128, classes=10, permutations=999)
 """Two ResNet-50 networks at layer4."""
 
 
@@ -180,7 +182,10 @@ def cases(sizes: Sizes, device: torch.device, seed: int, kernel_reference: Kerne
     for objective in OBJECTIVES:
         yield _weights_case(batch, objective, kernel_reference)
         yield _query_case(batch, objective, kernel_reference)
+    table = uncertainty.permutation_table(n, sizes.permutations, seed, device)
+    yield from _sum_cases(batch, labels, table)
     weights = draw(n, channels)
+    yield _scaled_cam_case(x, weights)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         yield _means_case(x.to(dtype))
         yield _cam_case(x.to(dtype), weights)
@@ -222,6 +227,36 @@ def _products_case(d: Tensor, kernel_reference: KernelReference) -> KernelCase:
         return (kernel_reference.products(d.double()),)
 
     return KernelCase("products", lambda: (fused.products(d).inner,), expected, bytes=d.nbytes, goal=BANDWIDTH_SHARE)
+
+
+def _sum_cases(batch: Batch, labels: Tensor, table: Tensor) -> Iterator[KernelCase]:
+    """Centred matrices, inner products under permutations [p, n], and influences, which the tests compare with their definitions."""
+    d = batch.distances.double()
+    centred = geometry.u_centered(d)
+    target = geometry.u_centered(2**0.5 * (labels[:, None] != labels).double())
+
+    def influences() -> tuple[Tensor, ...]:
+        known = fused_sums.influences(centred)
+        assert known is not None and known.second is not None
+        return known.first, known.second
+
+    def expected() -> tuple[Tensor, ...]:
+        known = moments.matrix_influences(centred)
+        assert known is not None and known.second is not None
+        return known.first, known.second
+
+    yield KernelCase("products, centred", lambda: (fused_sums.u_centered(d, fused.products(d[None])),), lambda: (centred,))
+    yield KernelCase(
+        "permuted",
+        lambda: (fused_sums.permuted_products(centred, centred[1], table),),
+        lambda: (geometry.permuted_products(centred, centred[1], table),),
+    )
+    yield KernelCase(
+        "permuted, labels",
+        lambda: (fused_sums.permuted_label_products(centred, labels, table),),
+        lambda: (geometry.permuted_products(centred, target, table),),
+    )
+    yield KernelCase("influences", influences, expected)
 
 
 def _weights_case(batch: Batch, objective: ObjectiveName, kernel_reference: KernelReference) -> KernelCase:
@@ -274,6 +309,21 @@ def _cam_case(features: Tensor, weights: Tensor) -> KernelCase:
     kind = str(features.dtype).removeprefix("torch.")
     # The features are exact in their own type, and everything after them is float32.
     return KernelCase(f"cam, {kind}", lambda: (fused_maps.cam(features, weights),), expected, bytes=moved, goal=BANDWIDTH_SHARE)
+
+
+def _scaled_cam_case(features: Tensor, weights: Tensor) -> KernelCase:
+    """With weights that float32 cannot represent, but for the exponent of each image."""
+    probes = torch.zeros(len(weights), rounding.PROBES, dtype=torch.float64, device=weights.device)
+    small = torch.cat([weights.double() * 2.0**-140, probes], 1)
+    size = features[0, 0].numel()
+
+    def run() -> tuple[Tensor]:
+        return (fused_maps.scaled_cam(features * 2.0**100, fused_maps.scaled_weights(small[None], features.dtype, size), 0),)
+
+    def expected() -> tuple[Tensor]:
+        return (torch.einsum("nc,nchw->nhw", weights.double(), features.double()).relu() * 2.0**-40,)
+
+    return KernelCase("cam, scaled weights", run, expected)
 
 
 def _shares_case(features: Tensor, target: Tensor, kernel_reference: KernelReference) -> KernelCase:

@@ -9,8 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdx.kernels.launches import THREADS, check, full_grid, launch, warps
+from kdx.kernels import cuda
+from kdx.kernels.launches import THREADS, check, launch, warps
 from kdx.kernels.rounding import PROBES, relative_rounding, sampling_step
+
+_BLOCKS = 6
+"""Blocks of the cam kernel that a multiprocessor runs at once."""
 
 _SHORT, _SHORT_ROWS = 64, 16
 """The means kernel: positions of a short row at most, and short rows per warp."""
@@ -100,7 +104,7 @@ def _cam(features: Tensor, channel_weights: Tensor, exponents: Tensor | None, fi
     check(channel_weights.shape == features.shape[:2], "weights must be [n, C]")
     features = features.contiguous()
     n, channels, height, width = features.shape
-    plan = _plan(features, full_grid(features))
+    plan = _plan(features, _BLOCKS * cuda.launcher(features.device).multiprocessors)
     partial = torch.empty(n, plan.splits, height, width, dtype=torch.float32, device=features.device)
     maps = torch.empty(n, height, width, dtype=torch.float32, device=features.device)
     shape = (channels, height, width, plan.period, plan.lanes, plan.periods_per_block, plan.wide)
@@ -133,7 +137,7 @@ def _plan(features: Tensor, blocks: int) -> _Plan:
     lanes = min(period, THREADS)
     slices = -(-period // lanes)
     periods = -(-channels * positions // (pack * period))
-    # As many blocks as fill the device, if each thread then has four packs at least.
-    splits = max(1, min(-(-blocks // (n * slices)), periods // (4 * (THREADS // lanes))))
+    # As many blocks as run at once, if each thread then has four packs at least: a few more would run alone in the end.
+    splits = max(1, min(blocks // (n * slices), periods // (4 * (THREADS // lanes))))
     periods_per_block = -(-periods // splits)
     return _Plan(wide, period, lanes, slices, periods_per_block, -(-periods // periods_per_block))

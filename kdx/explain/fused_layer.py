@@ -88,11 +88,11 @@ def applies(features: Mapping[str, Tensor]) -> bool:
 
 
 def measure_fused(
-    features: Mapping[str, Tensor], target: Tensor, objective: ObjectiveName, permutations: Tensor, *, shares: bool
+    features: Mapping[str, Tensor], target: Tensor, labels: Tensor | None, objective: ObjectiveName, permutations: Tensor, *, shares: bool
 ) -> FusedMeasurement:
     """`kdx.explain.layer.measure` of the maps of a batch with the weighting ``gap``, from each role's features [n, C, H, W] on a GPU.
 
-    target: its distances [n, n].
+    target: its distances [n, n]. labels: int64 [n] if the target is labels, else None.
     """
     roles = roles_among(features)
     among = maps_among(roles)
@@ -122,7 +122,9 @@ def measure_fused(
     by_name = [*(values[name] for values in (left, scores, real) for name in among)]
     numbers = torch.cat([sums.squares[0, : len(roles)], sums.inner[0].diagonal()[: len(roles)], *by_name])
     permuted = {
-        name: fused_sums.permuted_products(centred, centred[-1 if name == TARGET else roles.index(name)], permutations)
+        name: fused_sums.permuted_label_products(centred, labels, permutations)
+        if name == TARGET and labels is not None
+        else fused_sums.permuted_products(centred, centred[-1 if name == TARGET else roles.index(name)], permutations)
         for name in permuted_among(roles)
     }
     influences = fused_sums.influences(centred)

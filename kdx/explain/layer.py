@@ -108,7 +108,8 @@ def begin(
         measurement = at_once()
         return PendingMeasurement(measurement.products.new_empty(0), lambda _: measurement)
     graphs = LayerGraphs() if graphs is None else graphs
-    computed = graphs.measure(features, target.distances.raw, name, permutations, shares=shares)
+    labels = target.values if target.values.dtype == torch.int64 and target.values.ndim == 1 else None
+    computed = graphs.measure(features, target.distances.raw, labels, name, permutations, shares=shares)
 
     def checked(numbers: Sequence[float]) -> LayerMeasurement:
         scores = computed.scores(numbers)

@@ -70,21 +70,28 @@ class LayerGraphs:
         self._captured: dict[object, _Captured] = {}
 
     def measure(
-        self, features: Mapping[str, Tensor], target: Tensor, objective: ObjectiveName, permutations: Tensor, *, shares: bool
+        self,
+        features: Mapping[str, Tensor],
+        target: Tensor,
+        labels: Tensor | None,
+        objective: ObjectiveName,
+        permutations: Tensor,
+        *,
+        shares: bool,
     ) -> FusedMeasurement:
         """`measure_fused`."""
-        inputs = [*features.values(), target, permutations]
+        inputs = [permutations, target, *features.values()] + ([] if labels is None else [labels])
         key = (tuple(features), objective, shares, *((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs))
         if key in self._captured:
             return self._captured[key].run(inputs)
         if key not in self._seen or len(self._captured) == _GRAPHS or not self._can_capture(inputs):
             self._seen.add(key)
-            return measure_fused(features, target, objective, permutations, shares=shares)
+            return measure_fused(features, target, labels, objective, permutations, shares=shares)
         own = [torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor) for tensor in inputs]
-        own_features = dict(zip(features, own, strict=False))
+        own_features = dict(zip(features, own[2:], strict=False))
 
         def run() -> tuple[FusedMeasurement, Tensor]:
-            results = measure_fused(own_features, own[-2], objective, own[-1], shares=shares)
+            results = measure_fused(own_features, own[1], None if labels is None else own[-1], objective, own[0], shares=shares)
             return results, torch.cat([tensor.flatten().view(torch.uint8) for tensor in results.tensors()])
 
         self._capture = self._capture or CudaCapture()

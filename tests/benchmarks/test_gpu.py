@@ -26,7 +26,7 @@ from tests.host import KERNELS, ORDERS, HostLauncher, KernelError, kernels, runn
 from tests.oracle import TOLERANCE, error
 
 CPU = torch.device("cpu")
-SOURCES = ["cam", "imputation", "means", "pairwise", "products", "shares", "weights"]
+SOURCES = ["cam", "imputation", "influences", "means", "pairwise", "permuted", "products", "shares", "weights"]
 
 
 class Recording(HostLauncher):

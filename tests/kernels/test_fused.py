@@ -125,6 +125,10 @@ def check_sums() -> None:
         oracle.error(fused_sums.permuted_products(centred, centred[1], table), geometry.permuted_products(centred, centred[1], table))
         < EXACT
     )
+    labels = torch.arange(35) % 4
+    target = geometry.u_centered(2**0.5 * (labels[:, None] != labels).double())
+    by_label = fused_sums.permuted_label_products(centred, labels, table)
+    assert oracle.error(by_label, geometry.permuted_products(centred, target, table)) < EXACT
     actual, expected = fused_sums.influences(centred), moments.matrix_influences(centred)
     assert actual is not None and expected is not None and actual.second is not None and expected.second is not None
     assert oracle.error(actual.second, expected.second) < EXACT
@@ -160,9 +164,11 @@ MISTAKES = [
     ("means", check_means, "begin += 32 * kBatch", "begin += 32"),
     ("influences", check_sums, "v >= n || !second", "!second"),
     ("influences", check_sums, "gram[(to + u) * width + at + v]", "gram[(at + u) * width + to + v]"),
-    ("permuted", check_sums, "j < i; j += 32", "j + 1 < i; j += 32"),
+    ("permuted", check_sums, "j < i; j += 32) {\n            const", "j + 1 < i; j += 32) {\n            const"),
+    ("permuted", check_sums, "j < i; j += 32) {\n            bool", "j + 1 < i; j += 32) {\n            bool"),
     ("permuted", check_sums, "|| lane / 8 >= members", ""),
-    ("permuted", check_sums, "if (place >= total) return;", ""),
+    ("permuted", check_sums, "__syncwarp();", ""),
+    ("permuted", check_sums, "if (q < each && lane", "if (lane"),
     ("products", check_sums, "i == j ? 0.0 : d[at + j] -", "d[at + j] -"),
     ("cam", check_scaled, f"= own;\n    {BARRIER}", "= own;"),
     ("cam", check_scaled, "exponents ? exponents[at] : 0", "0"),
