@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 import kdx
 from benchmarks.record import child, peak_bytes, quartiles, store
 from kdx import models
+from kdx.choices import RuntimeName
 from kdx.commands import explain
 from kdx.data.batches import random_batches
 from kdx.data.dataset import Dataset, open_data
@@ -65,8 +66,11 @@ def draw(folder: Path, images: int) -> None:
             os.link(path, folder / "few" / name)
 
 
-def make_networks(folder: Path, network: str, side: int) -> None:
-    """Write a student and a base with random weights and the models file, and export them, so that no run waits for it."""
+def make_networks(folder: Path, network: str, side: int, runtime: RuntimeName = "auto") -> None:
+    """Write a student and a base with random weights and the models file, and export them, so that no run waits for it.
+
+    runtime: ``eager`` exports nothing.
+    """
     for seed, role in enumerate(("student", "base")):
         torch.manual_seed(seed)
         save_file(models.load(network).module.state_dict(), folder / f"{role}.safetensors")
@@ -79,14 +83,14 @@ def make_networks(folder: Path, network: str, side: int) -> None:
         classes=CLASSES,
         preprocessing=Preprocessing((side, side), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     )
-    with _explainer(folder) as explainer:
+    with _explainer(folder, runtime) as explainer:
         explainer.open((side, side))
 
 
-def _explainer(folder: Path) -> kdx.Explainer:
+def _explainer(folder: Path, runtime: RuntimeName = "auto") -> kdx.Explainer:
     models_file = read_models(folder / "models.toml")
     student, base = models_file.load("student"), models_file.load("base")
-    return kdx.Explainer(student=student, base=base, layers=models_file.layers, folder=folder / "networks")
+    return kdx.Explainer(student=student, base=base, layers=models_file.layers, folder=folder / "networks", runtime=runtime)
 
 
 def _opened(folder: Path, batch: int) -> tuple[Dataset, list[Any], tuple[int, int]]:

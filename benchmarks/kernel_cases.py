@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kdx.choices import ObjectiveName
-from kdx.kernels import decomposition, fused, fused_maps, fused_sums, geometry, imputation, moments, reference, rounding
+from kdx.explain import layer
+from kdx.features.target import Target
+from kdx.kernels import decomposition, fused, fused_maps, fused_sums, geometry, imputation, moments, reference
+from kdx.kernels.cuda import Backend
 from kdx.kernels.fused_shares import PositionSquares
-from kdx.scores import uncertainty
+from kdx.kernels.moments import Influences
 from tests.oracle import TOLERANCE, error
 
 OBJECTIVES: tuple[ObjectiveName, ...] = ("relevance", "uniqueness")
@@ -28,7 +31,7 @@ class Sizes:
     """The sizes of a batch.
 
     explained, given: the shapes (C, H, W) of the two networks' features. picture: height and width. stack: the number of matrices or
-    pictures in a kernel that takes a stack of them. permutations: of the images.
+    pictures in a kernel that takes a stack of them. permutations: of the images, in a kernel that permutes them.
     """
 
     images: int
@@ -37,7 +40,7 @@ class Sizes:
     picture: tuple[int, int]
     stack: int
     classes: int
-    permutations: int = 19
+    permutations: int = 7
 
 
 CHECKED = (
@@ -112,7 +115,8 @@ class KernelReference:
     """Functions that compute the expected results.
 
     distances: of float64 rows. products: inner products of float64 distances. weights: a batch's score and channel weights by an
-    objective. imputed: images [n, c, h, w]. shares: of features [n, C, P], in float64, by their distances and a U-centred matrix.
+    objective. imputed: images [n, c, h, w]. shares: of features [n, C, P], in float64, by their distances and a U-centred matrix. centred:
+    U-centred matrices [k, n, n] of float64 distances. permuted: inner products [p, k] of these with one more, under permutations [p, n].
     """
 
     distances: Callable[[Tensor], Tensor]
@@ -120,6 +124,8 @@ class KernelReference:
     weights: Callable[[Batch, ObjectiveName], tuple[Tensor, Tensor]]
     imputed: Callable[[Tensor, Tensor], Tensor]
     shares: Callable[[Tensor, Tensor, Tensor], Tensor]
+    centred: Callable[[Tensor], Tensor]
+    permuted: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _reference_products(d: Tensor) -> Tensor:
@@ -140,6 +146,15 @@ def _reference_shares(features: Tensor, _: Tensor, matrix: Tensor) -> Tensor:
     return reference.shares(features.cpu(), matrix.cpu())
 
 
+def _reference_centred(d: Tensor) -> Tensor:
+    return torch.stack([reference.u_centered(matrix) for matrix in d.cpu()])
+
+
+def _reference_permuted(centred: Tensor, permuted: Tensor, table: Tensor) -> Tensor:
+    rows = [[reference.inner(matrix, permuted.cpu()[order][:, order]) for matrix in centred.cpu()] for order in table.cpu()]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
 def _closed_products(d: Tensor) -> Tensor:
     return geometry.products(geometry.u_centered(d))
 
@@ -157,8 +172,24 @@ def _torch_imputed(images: Tensor, kept: Tensor) -> Tensor:
     return imputation.impute(images.double(), kept, backend="torch")
 
 
-DEFINED = KernelReference(reference.distances, _reference_products, _reference_weights, _reference_imputed, _reference_shares)
-IN_PYTORCH = KernelReference(geometry.distances, _closed_products, _closed_weights, _torch_imputed, decomposition.shares)
+DEFINED = KernelReference(
+    reference.distances,
+    _reference_products,
+    _reference_weights,
+    _reference_imputed,
+    _reference_shares,
+    _reference_centred,
+    _reference_permuted,
+)
+IN_PYTORCH = KernelReference(
+    geometry.distances,
+    _closed_products,
+    _closed_weights,
+    _torch_imputed,
+    decomposition.shares,
+    geometry.u_centered,
+    geometry.permuted_products,
+)
 """For sizes at which the definitions do not fit into memory. The tests compare it with them."""
 
 
@@ -179,13 +210,13 @@ def cases(sizes: Sizes, device: torch.device, seed: int, kernel_reference: Kerne
     yield from _distance_cases(centred(x), kernel_reference)
     orders = [torch.randperm(n, generator=generator).to(device) for _ in range(sizes.stack)]
     yield _products_case(torch.stack([batch.distances[:, order][:, :, order] for order in orders]), kernel_reference)
+    table = torch.stack([torch.randperm(n, generator=generator) for _ in range(sizes.permutations)]).to(device)
+    yield from _centred_cases(batch.distances.double(), labels, table, kernel_reference)
+    yield _layer_case(x, y, labels, table)
     for objective in OBJECTIVES:
         yield _weights_case(batch, objective, kernel_reference)
         yield _query_case(batch, objective, kernel_reference)
-    table = uncertainty.permutation_table(n, sizes.permutations, seed, device)
-    yield from _sum_cases(batch, labels, table)
     weights = draw(n, channels)
-    yield _scaled_cam_case(x, weights)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         yield _means_case(x.to(dtype))
         yield _cam_case(x.to(dtype), weights)
@@ -229,34 +260,58 @@ def _products_case(d: Tensor, kernel_reference: KernelReference) -> KernelCase:
     return KernelCase("products", lambda: (fused.products(d).inner,), expected, bytes=d.nbytes, goal=BANDWIDTH_SHARE)
 
 
-def _sum_cases(batch: Batch, labels: Tensor, table: Tensor) -> Iterator[KernelCase]:
-    """Centred matrices, inner products under permutations [p, n], and influences, which the tests compare with their definitions."""
-    d = batch.distances.double()
+def _centred_cases(d: Tensor, labels: Tensor, table: Tensor, kernel_reference: KernelReference) -> Iterator[KernelCase]:
+    """Of float64 distances [k, n, n]: their U-centred matrices, and what is computed from these."""
     centred = geometry.u_centered(d)
-    target = geometry.u_centered(2**0.5 * (labels[:, None] != labels).double())
+    count, n, _ = d.shape
+    rows = centred.reshape(count * n, n)
 
     def influences() -> tuple[Tensor, ...]:
-        known = fused_sums.influences(centred)
-        assert known is not None and known.second is not None
-        return known.first, known.second
+        return _tensors(fused_sums.influences(centred))
 
-    def expected() -> tuple[Tensor, ...]:
-        known = moments.matrix_influences(centred)
-        assert known is not None and known.second is not None
-        return known.first, known.second
-
-    yield KernelCase("products, centred", lambda: (fused_sums.u_centered(d, fused.products(d[None])),), lambda: (centred,))
+    yield KernelCase(
+        "products, centred",
+        lambda: (fused_sums.u_centered(d, fused.products(d[None])),),
+        lambda: (kernel_reference.centred(d),),
+        bytes=3 * d.nbytes,
+    )
     yield KernelCase(
         "permuted",
-        lambda: (fused_sums.permuted_products(centred, centred[1], table),),
-        lambda: (geometry.permuted_products(centred, centred[1], table),),
+        lambda: (fused_sums.permuted_products(centred, centred[-1], table),),
+        lambda: (kernel_reference.permuted(centred, centred[-1], table),),
+        bytes=d.nbytes + table.nbytes + 8 * len(table) * count,
     )
     yield KernelCase(
         "permuted, labels",
         lambda: (fused_sums.permuted_label_products(centred, labels, table),),
-        lambda: (geometry.permuted_products(centred, target, table),),
+        lambda: (kernel_reference.permuted(centred, geometry.u_centered(2**0.5 * (labels[:, None] != labels).double()), table),),
+        bytes=d.nbytes + table.nbytes + 8 * len(table) * count,
     )
-    yield KernelCase("influences", influences, expected)
+    # The PyTorch geometry computes the influences from sums of rows, and its tests leave out images.
+    yield KernelCase(
+        "influences",
+        influences,
+        lambda: _tensors(moments.matrix_influences(centred)),
+        bytes=8 * n * n * (count + count**2 + count * (count + 1) // 2),
+        library_call=lambda: rows @ rows.T,
+    )
+
+
+def _layer_case(x: Tensor, y: Tensor, labels: Tensor, table: Tensor) -> KernelCase:
+    """The maps, channel weights and inner products of two networks at a layer, as `kdx explain` computes them, against float64."""
+
+    def measured(features: Mapping[str, Tensor], backend: Backend) -> list[Tensor]:
+        result = layer.measure(features, Target.of(labels), permutations=table, shares=False, backend=backend)
+        maps = [part.double() for value in result.maps.values() for part in (value.maps, value.weights)]
+        return [*maps, result.products, *result.permuted.values()]
+
+    features = {"student": x, "base": y}
+    wide = {role: values.double() for role, values in features.items()}
+    return KernelCase("a layer", lambda: measured(features, "auto"), lambda: measured(wide, "torch"))
+
+
+def _tensors(influences: Influences | None) -> tuple[Tensor, ...]:
+    return () if influences is None else tuple(part for part in (influences.first, influences.second) if part is not None)
 
 
 def _weights_case(batch: Batch, objective: ObjectiveName, kernel_reference: KernelReference) -> KernelCase:
@@ -309,21 +364,6 @@ def _cam_case(features: Tensor, weights: Tensor) -> KernelCase:
     kind = str(features.dtype).removeprefix("torch.")
     # The features are exact in their own type, and everything after them is float32.
     return KernelCase(f"cam, {kind}", lambda: (fused_maps.cam(features, weights),), expected, bytes=moved, goal=BANDWIDTH_SHARE)
-
-
-def _scaled_cam_case(features: Tensor, weights: Tensor) -> KernelCase:
-    """With weights that float32 cannot represent, but for the exponent of each image."""
-    probes = torch.zeros(len(weights), rounding.PROBES, dtype=torch.float64, device=weights.device)
-    small = torch.cat([weights.double() * 2.0**-140, probes], 1)
-    size = features[0, 0].numel()
-
-    def run() -> tuple[Tensor]:
-        return (fused_maps.scaled_cam(features * 2.0**100, fused_maps.scaled_weights(small[None], features.dtype, size), 0),)
-
-    def expected() -> tuple[Tensor]:
-        return (torch.einsum("nc,nchw->nhw", weights.double(), features.double()).relu() * 2.0**-40,)
-
-    return KernelCase("cam, scaled weights", run, expected)
 
 
 def _shares_case(features: Tensor, target: Tensor, kernel_reference: KernelReference) -> KernelCase:

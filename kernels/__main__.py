@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from kdx.errors import KdxError
 from kdx.kernels import cubins
+from kdx.kernels.compilers import PTX, compilers
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,7 +18,8 @@ def main(arguments: list[str] | None = None) -> int:
     build.add_argument(
         "--arch",
         required=True,
-        help="architectures of the GPUs, such as sm_80,sm_90; machine code also runs on later architectures of the same generation",
+        help="architectures of the GPUs, such as sm_80,sm_90; machine code also runs on later architectures of the same generation. "
+        "compute_90 is PTX, which runs on every GPU from sm_90 on",
     )
     try:
         build_all([name.strip() for name in parser.parse_args(arguments).arch.split(",")])
@@ -29,8 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def build_all(architectures: list[str]) -> None:
     """Compile every source for every architecture and print a line per kernel with its usage; KdxError for an unknown architecture."""
-    compiler = cubins.compiler()
-    unknown = [name for name in architectures if name not in compiler.architectures]
+    compiler = compilers()[0]
+    unknown = [name for name in architectures if name.replace(PTX, "sm_") not in compiler.architectures]
     if unknown:
         raise KdxError(
             f"{compiler.name} {compiler.version} does not compile for {', '.join(map(repr, unknown))}.",
@@ -43,7 +45,9 @@ def build_all(architectures: list[str]) -> None:
         for (source, architecture), cubin in zip(builds, results, strict=True):
             for kernel, usage in sorted(cubin.usage.items()):
                 spilled = f", {usage.spilled} bytes spilled" if usage.spilled else ""
-                print(f"{source:12} {architecture:8} {kernel:28} {usage.registers:3} registers{spilled}")
+                print(f"{source:12} {architecture:10} {kernel:28} {usage.registers:3} registers{spilled}")
+            if not cubin.usage:
+                print(f"{source:12} {architecture:10} PTX, which the driver of a GPU compiles")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Machine code of the kernels, compiled by nvcc or NVRTC and stored in a cache outside the package.
+"""Machine code of the kernels, compiled by NVRTC or nvcc and stored in a cache outside the package.
 
 The name of a cache entry is a hash of its inputs: the source with all headers beside it, the flags, the architecture, and the versions
 of kdx and of the compiler. Processes that need the same entry wait for the first of them, and a damaged entry is compiled again.
@@ -7,30 +7,20 @@ Without a compiler, an entry of an earlier build (`python -m kdx.kernels build`)
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import hashlib
-import importlib.util
 import json
 import logging
-import os
 import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Protocol
 
 from kdx.disk import cache_folder, lock_file, replace_file
 from kdx.errors import KdxError
+from kdx.kernels.compilers import FLAGS, PTX, Compiler, compilers
 
 SOURCES = Path(__file__).parent
-FLAGS = ("--std=c++17", "--generate-line-info", "--ptxas-options=-v")
-"""The flags of nvcc and of NVRTC, which have the same names."""
-
 OLDEST = (7, 5)
 """The oldest compute capability that CUDA 13 compiles for."""
 
@@ -50,22 +40,11 @@ class Usage:
 
 @dataclass(frozen=True)
 class Cubin:
-    """The machine code of one source for one architecture, and the usage of each of its kernels."""
+    """The machine code of one source for one architecture, and the usage of each of its kernels. For a virtual architecture the code is
+    PTX, and the usage is unknown."""
 
     code: bytes
     usage: dict[str, Usage]
-
-
-class Compiler(Protocol):
-    """A compiler from a source to machine code."""
-
-    name: str
-    version: str
-    architectures: tuple[str, ...]
-
-    def compile(self, source: Path, architecture: str) -> tuple[bytes, str]:
-        """The machine code and the log of ptxas; KdxError if the source does not compile."""
-        ...
 
 
 def names() -> list[str]:
@@ -84,27 +63,44 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def load(source: str, capability: tuple[int, int]) -> Cubin:
-    """The machine code of a source for a device, from the cache or compiled now.
+    """The code of a source for a device, from the cache or compiled now.
 
-    Raises KdxError if the source does not compile, if the compiler does not know the device, or if there is neither a compiler
-    nor a cache entry.
+    In order: machine code of the device's own architecture, then of older ones of its generation, then PTX, which the driver compiles for
+    a GPU that is newer than the compilers; each by the first of `kdx.kernels.compilers.compilers` that succeeds. If none does, any entry
+    of the cache that the device runs.
+
+    Raises KdxError, with the reason of the first compiler, if there is neither a working compiler nor a cache entry.
     """
-    runnable = _runnable(capability)
+    names = runnable(capability)
     try:
-        available = compiler()
+        return _compiled(source, names, compilers())
     except KdxError:
-        stored = (path for name in runnable for path in sorted(folder().glob(f"{_name(source, name)}-*.cubin")))
+        stored = (path for name in names for path in sorted(folder().glob(f"{_name(source, name)}-*.cubin")))
         cubin = next((cubin for path in stored if (cubin := _read(path))), None)
         if cubin is None:
             raise
         return cubin
-    best = next((name for name in runnable if name in available.architectures), None)
-    if best is None:
-        raise KdxError(
-            f"{available.name} {available.version} does not compile for {runnable[0]}.",
-            f"Install a CUDA toolkit that compiles for it; the installed one supports {', '.join(available.architectures)}.",
-        )
-    return build(source, best, available)
+
+
+def _compiled(source: str, runnable: Sequence[str], available: Sequence[Compiler]) -> Cubin:
+    """The code for the first of the ``runnable`` architectures for which a compiler succeeds. Raises the KdxError of the first failure."""
+    failures: list[KdxError] = []
+    for name, compiler in targets(runnable, available):
+        try:
+            return build(source, name, compiler)
+        except KdxError as failure:
+            failures.append(failure)
+    if failures:
+        raise failures[0]
+    known = "; ".join(f"{compiler.name} {compiler.version} supports {', '.join(compiler.architectures)}" for compiler in available)
+    raise KdxError(
+        f"No compiler here compiles for {runnable[0]}: {known}.", "Install PyTorch's CUDA build or a CUDA toolkit that knows this GPU."
+    )
+
+
+def targets(runnable: Sequence[str], available: Sequence[Compiler]) -> list[tuple[str, Compiler]]:
+    """The pairs (architecture, compiler) for a device in the order in which they are tried."""
+    return [(name, compiler) for name in runnable for compiler in available if name.replace(PTX, "sm_") in compiler.architectures]
 
 
 def build(source: str, architecture: str, compiler: Compiler) -> Cubin:
@@ -143,9 +139,15 @@ def usage(ptxas_log: str) -> dict[str, Usage]:
     return usages
 
 
-def _runnable(capability: tuple[int, int]) -> list[str]:
-    """The architectures whose machine code a device runs, best first: its own, then older ones of its generation."""
-    return [architecture((capability[0], minor)) for minor in range(capability[1], -1, -1)]
+def runnable(capability: tuple[int, int]) -> list[str]:
+    """The architectures whose code a device runs, best first: machine code for itself, then for older devices of its generation; then the
+    virtual architectures up to its own, whose PTX its driver compiles."""
+    major, minor = capability
+    virtual = [(older, part) for older in range(major, OLDEST[0] - 1, -1) for part in range(9, -1, -1)]
+    return [
+        *(architecture((major, part)) for part in range(minor, -1, -1)),
+        *(architecture(each).replace("sm_", PTX) for each in virtual if OLDEST <= each <= capability),
+    ]
 
 
 # ---- the cache ----
@@ -182,135 +184,3 @@ def _write(path: Path, cubin: Cubin) -> None:
     usages = {name: asdict(usage) for name, usage in cubin.usage.items()}
     description = {"sha256": hashlib.sha256(cubin.code).hexdigest(), "usage": usages}
     replace_file(path, json.dumps(description).encode() + b"\n" + cubin.code)
-
-
-# ---- compilers ----
-
-
-@functools.cache
-def compiler() -> Compiler:
-    """nvcc if it is installed, else NVRTC; KdxError if neither is."""
-    nvcc = _find_nvcc()
-    if nvcc is not None:
-        return Nvcc(nvcc)
-    library, headers = _find_nvrtc(), _find_headers()
-    if library is None or headers is None:
-        missing = (
-            "neither nvcc nor NVRTC is installed" if library is None else f"nvcc is not installed, and {library.name} lacks cuda_fp16.h"
-        )
-        raise KdxError(
-            f"The CUDA kernels cannot be compiled: {missing}.",
-            "Install the CUDA toolkit (nvcc on PATH), or PyTorch's CUDA build, which brings NVRTC.",
-        )
-    return Nvrtc(library, headers)
-
-
-class Nvcc:
-    """The compiler of the CUDA toolkit. Only the machine code of the device is used from its output."""
-
-    name = "nvcc"
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        output = self._run("--version")
-        release = re.search(r"release \S+ V(\S+)", output)
-        if release is None:
-            raise _compile_error(self.name, output or "error: no version", str(path))
-        self.version = release[1]
-        self.architectures = tuple(self._run("--list-gpu-code").split())
-
-    def compile(self, source: Path, architecture: str) -> tuple[bytes, str]:
-        with tempfile.TemporaryDirectory() as name:
-            out = Path(name) / "cubin"
-            log = self._run("--cubin", f"--gpu-architecture={architecture}", *FLAGS, f"--output-file={out}", str(source))
-            return out.read_bytes(), log
-
-    def _run(self, *options: str) -> str:
-        try:
-            done = subprocess.run([self._path, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        except OSError as error:
-            raise _compile_error(self.name, f"error: {error}", options[-1]) from error
-        if done.returncode:
-            raise _compile_error(self.name, done.stdout, options[-1])
-        return done.stdout
-
-
-class Nvrtc:
-    """The compiler library that comes with PyTorch's CUDA build. It needs the headers for half precision from elsewhere."""
-
-    name = "NVRTC"
-
-    def __init__(self, library: Path, headers: Path) -> None:
-        for builtins in library.parent.glob("libnvrtc-builtins.so*"):  # NVRTC opens it by its bare name
-            ctypes.CDLL(str(builtins))
-        self._library = ctypes.CDLL(str(library))
-        self._headers = headers
-        major, minor, count = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-        self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
-        self._call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
-        known = (ctypes.c_int * count.value)()
-        self._call("nvrtcGetSupportedArchs", known)
-        self.version = f"{major.value}.{minor.value}"
-        self.architectures = tuple(f"sm_{number}" for number in known)
-
-    def compile(self, source: Path, architecture: str) -> tuple[bytes, str]:
-        options = [f"--gpu-architecture={architecture}", *FLAGS, f"--include-path={source.parent}", f"--include-path={self._headers}"]
-        program = ctypes.c_void_p()
-        self._call("nvrtcCreateProgram", ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)
-        try:
-            encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-            failed = self._library.nvrtcCompileProgram(program, len(options), encoded)
-            log = self._bytes("ProgramLog", program).rstrip(b"\0").decode(errors="replace")
-            if failed:
-                raise _compile_error(self.name, log, source.name)
-            return self._bytes("CUBIN", program), log
-        finally:
-            self._call("nvrtcDestroyProgram", ctypes.byref(program))
-
-    def _bytes(self, what: str, program: ctypes.c_void_p) -> bytes:
-        size = ctypes.c_size_t()
-        self._call(f"nvrtcGet{what}Size", program, ctypes.byref(size))
-        buffer = ctypes.create_string_buffer(size.value)
-        self._call(f"nvrtcGet{what}", program, buffer)
-        return buffer.raw
-
-    def _call(self, function: str, *arguments: object) -> None:
-        status = getattr(self._library, function)(*arguments)
-        if status:
-            raise RuntimeError(f"{function} returned status {status}")
-
-
-def _compile_error(name: str, output: str, source: str) -> KdxError:
-    lines = [line.strip() for line in output.splitlines() if "error" in line.lower() or "fatal" in line.lower()]
-    return KdxError(
-        f"{name} cannot compile {Path(source).name}: {(lines or [output.strip() or 'it gives no reason'])[0].rstrip('.')}.",
-        "Check the CUDA toolkit (nvcc needs a C++ compiler), or choose the backend torch.",
-    )
-
-
-def _find_nvcc() -> Path | None:
-    on_path = shutil.which("nvcc")
-    if on_path is not None:
-        return Path(on_path)
-    return next((path for root in _toolkits() if (path := root / "bin" / "nvcc").is_file()), None)
-
-
-def _find_nvrtc() -> Path | None:
-    return next((path for root in _libraries() for place in ("lib", "lib64", "*/lib") for path in root.glob(f"{place}/libnvrtc.so*")), None)
-
-
-def _find_headers() -> Path | None:
-    headers = (path for root in _libraries() for place in ("include", "*/include") for path in root.glob(f"{place}/cuda_fp16.h"))
-    return next((path.parent for path in headers), None)
-
-
-def _toolkits() -> Sequence[Path]:
-    return [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-
-
-def _libraries() -> Sequence[Path]:
-    """Folders that may contain CUDA's libraries and headers: the packages of PyTorch's CUDA build, PyTorch itself, and a toolkit."""
-    packages = importlib.util.find_spec("nvidia")
-    torch = importlib.util.find_spec("torch")
-    homes = [*(packages.submodule_search_locations or () if packages else ()), *(torch.submodule_search_locations or () if torch else ())]
-    return [*map(Path, homes), *_toolkits()]

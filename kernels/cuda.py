@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdx.errors import KdxError
+from kdx.errors import KdxError, first_line
 from kdx.kernels import cubins
 from kdx.kernels.drivers import CudaBindings, DriverError, Number, Size, open_driver
 
@@ -164,4 +164,9 @@ def _gpu(index: int) -> Gpu | KdxError:
                 _gpus[index] = gpu
             except KdxError as obstacle:
                 _gpus[index] = obstacle
+            except Exception as error:  # a broken installation may raise anything
+                _gpus[index] = KdxError(
+                    f"The CUDA kernels do not start on cuda:{index}: {type(error).__name__}: {first_line(error)}.",
+                    "Run kdx doctor to see which part fails, or choose the backend torch.",
+                )
         return _gpus[index]

@@ -58,15 +58,18 @@ class Driver(Protocol):
 
 
 def open_driver(index: int) -> Driver:
-    """The driver of the device ``index``.
+    """The driver of the device ``index``, by the first package of `DRIVERS` that is installed and loads.
 
-    Raises KdxError if neither package is installed or if the driver's library is missing, and DriverError if the driver refuses the device.
+    Raises KdxError if neither is installed or none loads, and DriverError if the driver refuses the device.
     """
-    if _installed("pycuda"):
-        return PyCuda(index)
-    if _installed("cuda.bindings"):
-        return CudaBindings(index)
-    raise missing_package("cuda-bindings", "gpu", "The CUDA backend")
+    problems: list[KdxError] = []
+    for package, driver in DRIVERS.items():
+        if _installed(package):
+            try:
+                return driver(index)
+            except KdxError as problem:
+                problems.append(problem)
+    raise problems[0] if problems else missing_package("cuda-bindings", "gpu", "The CUDA backend")
 
 
 def _installed(package: str) -> bool:
@@ -79,7 +82,7 @@ def _installed(package: str) -> bool:
 def _imported(module: str) -> Any:
     try:
         return importlib.import_module(module)
-    except ImportError as error:  # the driver's library is missing
+    except Exception as error:  # ImportError without the driver's library, and anything from a broken package
         raise KdxError(
             f"{module} does not load: {first_line(error)}.", "Install the NVIDIA driver; kdx doctor shows what is missing."
         ) from error
@@ -183,3 +186,7 @@ class CudaBindings:
             yield
         finally:
             self._call("cuCtxPopCurrent")
+
+
+DRIVERS: dict[str, Callable[[int], Driver]] = {"pycuda": PyCuda, "cuda.bindings": CudaBindings}
+"""The packages that launch kernels, in the order in which they are tried."""

@@ -1,4 +1,8 @@
-"""The set-up of all tests: torchvision on PyTorch builds that lack its operators, dcor as plain Python, and one thread per worker."""
+"""The set-up of all tests: torchvision on PyTorch builds that lack its operators, dcor as plain Python, and one thread per worker.
+
+Tests also run on a machine with a GPU. Those that need it have the marker gpu; those that assume that `auto` means the CPU use the
+fixture `no_gpu` or say so.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,11 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch reads it; otherwise the workers' threads wait for one another
     os.environ["OMP_NUM_THREADS"] = "1"
 
+from collections.abc import Iterator
+
 import numba
+import pytest
+import torch
 
 from benchmarks import torchvision_operators as torchvision_operators
 from tests.browser import browser as browser
@@ -21,3 +29,11 @@ from tests.selection import pytest_configure as pytest_configure
 # for many pairs of rows at once; no test calls them.
 numba.config.DISABLE_JIT = True  # type: ignore[attr-defined]
 numba.guvectorize = lambda *_, **__: lambda function: function
+
+
+@pytest.fixture(scope="module")
+def no_gpu() -> Iterator[None]:
+    """Hide the machine's GPUs from PyTorch's callers in a whole module, which asks for it with ``pytest.mark.usefixtures``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield

@@ -1,4 +1,4 @@
-"""Which tests `make check` leaves out: those that tests/medium.txt names get the marker medium.
+"""Which tests need a GPU, and which tests `make check` leaves out: those that tests/medium.txt names get the marker medium.
 
 The file names test functions and their files without folders, so a test file may move. ``make test ARGS=--record-medium`` measures every
 test and writes the file again: what remains takes FAST_SECONDS of processor time at most.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 MEDIUM = Path(__file__).with_name("medium.txt")
 FAST_SECONDS = 45.0
@@ -28,6 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if function_name(item) in medium:
             item.add_marker(pytest.mark.medium)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

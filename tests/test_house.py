@@ -79,7 +79,7 @@ def test_imports_go_one_way() -> None:
 
 
 # Of kdx.kernels, what compiles and launches; the rest is mathematics.
-MACHINERY = {"kdx.kernels.cubins", "kdx.kernels.cuda", "kdx.kernels.drivers", "kdx.kernels.__main__"}
+MACHINERY = {"kdx.kernels.cubins", "kdx.kernels.cuda", "kdx.kernels.drivers", "kdx.kernels.__main__", "kdx.kernels.compilers"}
 
 
 def test_kernels_know_nothing_of_models_or_files() -> None:

@@ -11,6 +11,7 @@ import typer
 from kdx import progress
 from kdx.choices import (
     DATA_KINDS,
+    DecoderName,
     Features,
     GeometryName,
     Interpolation,
@@ -240,6 +241,12 @@ def explain(
             show_default=False,
         ),
     ] = None,
+    decoder: Annotated[
+        DecoderName,
+        typer.Option(
+            help="What decodes image files. torchvision-cuda: JPEG files on the GPU, with levels that differ a little; Pillow the others."
+        ),
+    ] = "pillow",
     gallery: GalleryOption = 60,
     order: OrderOption = "balanced",
     images: ImagesOption = None,
@@ -299,6 +306,7 @@ def explain(
         confidence=confidence,
         max_unreadable=max_unreadable,
         workers=workers,
+        decoder=decoder,
         gallery=gallery,
         gallery_order=order,
         gallery_images=image_names(images),

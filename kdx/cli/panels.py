@@ -8,7 +8,7 @@ import typer.core
 
 PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     "explain": {
-        "Images": ("split", "resize", "interpolation", "workers", "max_unreadable"),
+        "Images": ("split", "resize", "interpolation", "decoder", "workers", "max_unreadable"),
         "A few images": ("among", "label"),
         "Networks": ("runtime", "device", "precision", "batch", "chunk", "base", "random_baseline"),
         "Geometry": ("geometry", "reference", "store", "keep_features", "project", "max_disk", "max_minutes"),
@@ -20,7 +20,7 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
         "Layers": ("layer_a", "layer_b", "layer_c", "max_layers"),
         "Images": ("split", "max_images", "image_size", "resize", "interpolation", "max_unreadable", "workers"),
         "Networks": ("runtime", "device", "precision", "batch"),
-        "Geometry": ("geometry", "store", "max_disk", "max_minutes", "confidence"),
+        "Geometry": ("geometry", "project", "store", "max_disk", "max_minutes", "confidence"),
     },
     "distill": {
         "Images": ("max_unreadable", "split_seed"),

@@ -6,10 +6,14 @@ import importlib
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
-from kdx.errors import first_line
+from kdx.commands.doctor_kernels import FailedStep, try_compiler, try_launcher
+from kdx.errors import KdxError, first_line
 from kdx.kernels import cubins, cuda
+from kdx.kernels.compilers import COMPILERS
+from kdx.runtimes.installed import cuda_provider_problem, gpu_problem
 from kdx.runtimes.openvino import has_bfloat16
 
 
@@ -33,6 +37,10 @@ def _guarded(name: str, check: Callable[[], str], hint: str) -> Finding:
         return Finding(name, True, check())
     except PackageNotFoundError:
         return Finding(name, False, "not installed", hint)
+    except KdxError as error:
+        return Finding(name, False, error.problem.rstrip("."), error.hint)
+    except FailedStep as error:
+        return Finding(name, False, first_line(error), error.hint)
     except Exception as error:  # a broken package may raise anything on import
         return Finding(name, False, first_line(error), hint)
 
@@ -48,6 +56,8 @@ def _gpu() -> str:
 
     if not torch.cuda.is_available():
         raise RuntimeError("PyTorch sees no GPU")
+    if problem := gpu_problem():
+        raise RuntimeError(f"PyTorch sees a GPU and cannot compute on it: {problem}")
     properties = torch.cuda.get_device_properties(0)
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
 
@@ -59,29 +69,13 @@ def _onnxruntime() -> str:
 
 
 def _cuda_provider() -> str:
-    import onnxruntime
     import torch
 
-    name = "CUDAExecutionProvider"
-    if name not in onnxruntime.get_available_providers():
-        raise RuntimeError("the ONNX Runtime here is built for the CPU only")
     if not torch.cuda.is_available():
         raise RuntimeError("PyTorch sees no GPU")
-    onnxruntime.preload_dlls()  # CUDA's libraries come with PyTorch
-    session = onnxruntime.InferenceSession(_one_node(), providers=[name])  # a provider that is compiled in may still fail to start
-    if session.get_providers()[0] != name:
-        raise RuntimeError("its CUDA provider does not start: the log above names the missing library")
+    if problem := cuda_provider_problem():
+        raise RuntimeError(problem)
     return "starts"
-
-
-def _one_node() -> bytes:
-    """The smallest network: y = relu(x)."""
-    from onnx import TensorProto, helper
-
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y"))
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "one", [x], [y])
-    network: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
-    return network
 
 
 def _timm() -> str:
@@ -119,18 +113,13 @@ def _cuda_bindings() -> str:
     status, number = driver.cuDriverGetVersion()
     if int(status):
         raise RuntimeError("the NVIDIA driver does not answer")
-    return f"{installed}, driver {number}"
+    return f"{installed}, driver {number}, {try_launcher('cuda.bindings')}"
 
 
 def _pycuda() -> str:
     installed = version("pycuda")
     driver = importlib.import_module("pycuda.driver")
-    return f"{installed}, driver {driver.get_driver_version()}, is used in place of cuda-bindings"
-
-
-def _cuda_compiler() -> str:
-    compiler = cubins.compiler()
-    return f"{compiler.name} {compiler.version}, compiles for {', '.join(compiler.architectures)}"
+    return f"{installed}, driver {driver.get_driver_version()}, is used in place of cuda-bindings: {try_launcher('pycuda')}"
 
 
 def _cuda_kernels() -> str:
@@ -144,18 +133,20 @@ def _cuda_kernels() -> str:
 
 _GPU_EXTRA = "pip install 'kdx[gpu]' (in place of kdx[cpu])"
 
+_COMPILER_HINT = "a CUDA build of PyTorch, which includes NVRTC, or the CUDA toolkit (nvcc on PATH); one of the two suffices"
+
 _PROBES: dict[str, tuple[Callable[[], str], str]] = {
     "Python": (platform.python_version, ""),
     "runtime eager: PyTorch": (_torch, "pip install kdx"),
     "runtime onnx: ONNX Runtime": (_onnxruntime, "pip install 'kdx[cpu]'"),
     "runtime openvino: OpenVINO": (_openvino, "pip install 'kdx[openvino]'"),
-    "GPU": (_gpu, "the runtime eager uses a GPU that PyTorch sees: it needs an NVIDIA driver and a CUDA build of PyTorch"),
+    "GPU": (_gpu, "an NVIDIA driver, and the CUDA build of PyTorch for this GPU and driver (pytorch.org)"),
     "runtime onnx on the GPU": (_cuda_provider, _GPU_EXTRA),
     "runtime tensorrt: TensorRT": (_tensorrt, "pip install 'kdx[tensorrt]'"),
     "runtime tensorrt: TensorRT-RTX": (_tensorrt_rtx, "pip install 'kdx[tensorrt-rtx]'; it also builds engines on a machine without a GPU"),
     "cuda-bindings": (_cuda_bindings, _GPU_EXTRA),
     "PyCUDA": (_pycuda, "not needed where cuda-bindings is installed: pip install 'kdx[pycuda]' builds it with a CUDA toolkit"),
-    "CUDA compiler": (_cuda_compiler, "the CUDA toolkit (nvcc on PATH), or a CUDA build of PyTorch, which includes NVRTC"),
+    **{f"CUDA compiler: {name}": (partial(try_compiler, name), _COMPILER_HINT) for name in COMPILERS},
     "CUDA kernels": (
         _cuda_kernels,
         f"a GPU, its driver, a CUDA compiler and cuda-bindings: {_GPU_EXTRA}; without them PyTorch computes the same",

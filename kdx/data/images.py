@@ -4,29 +4,63 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from kdx import threads
+from kdx.data import decoding_processes
 from kdx.data.dataset import Dataset, Indices
-from kdx.data.pixels import fit
-from kdx.data.prefetch import Job, prefetch
+from kdx.data.decoding_processes import Decode
+from kdx.data.pixels import fit, pixels_of
+from kdx.data.prefetch import PREFETCH_DEPTH, Job, prefetch
 from kdx.errors import KdxError, printable
 
+if TYPE_CHECKING:
+    from kdx.data.gpu_decoder import GpuDecoder
 
-@dataclass(frozen=True)
+_CPU = torch.device("cpu")
+
+_DEPTH_FOR_GPU = 4
+"""Batches that are decoded in advance for a GPU, so that there are tasks for many processes."""
+
+
+@dataclass(frozen=True, eq=False)
 class Images:
-    """Decoded images: ``pixels`` [n, 3, H, W] float32 in [0, 1], their indices ``kept``, and (id, reason) of each unreadable image."""
+    """Decoded images.
 
-    pixels: Tensor
+    rows [m, 3, H, W] uint8: the levels of every requested image, zeros if it is unreadable. readable [m]: which images were read. kept [n]:
+    the indices of those. unreadable: (id, reason) of each other image.
+    """
+
+    rows: Tensor
+    readable: NDArray[np.bool_]
     kept: Indices
     unreadable: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, dataset: Dataset, indices: Indices, rows: Tensor, reasons: Sequence[str]) -> Self:
+        """The images of ``indices`` [m], from their levels and from the reason for each that cannot be read, "" for the others."""
+        readable = np.array([not reason for reason in reasons], dtype=bool)
+        unreadable = tuple((dataset.ids[index], reason) for index, reason in zip(indices, reasons, strict=True) if reason)
+        return cls(rows, readable, indices[readable], unreadable)
+
+    @property
+    def levels(self) -> Tensor:
+        """The levels [n, 3, H, W] uint8 of the images that were read, from 0 to 255."""
+        return self.rows[torch.from_numpy(self.readable).to(self.rows.device)] if self.unreadable else self.rows
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """The same as float32 in [0, 1]."""
+        return pixels_of(self.levels)
 
 
 def load_images(dataset: Dataset, indices: Sequence[int] | Indices, size: tuple[int, int]) -> Images:
@@ -62,38 +96,72 @@ def check_unreadable(unreadable: Sequence[tuple[str, str]], total: int, limit: f
 
 
 @contextmanager
-def decoded(dataset: Dataset, batches: Iterable[Indices], size: tuple[int, int], workers: int | None = None) -> Iterator[Iterator[Images]]:
+def decoded(
+    dataset: Dataset,
+    batches: Iterable[Indices],
+    size: tuple[int, int],
+    workers: int | None = None,
+    device: torch.device = _CPU,
+) -> Iterator[Iterator[Images]]:
     """`load_images` of each batch, in order, decoded by ``workers`` threads while earlier batches are in use.
 
-    At most `kdx.data.prefetch.PREFETCH_DEPTH` batches are decoded in advance. By default there is one thread per core; with 0, each
-    batch is decoded when it is taken. The pixels are the same for any number of threads: Pillow decodes and resizes without the
+    A few batches are decoded in advance. By default there is one thread per core; with 0, each
+    batch is decoded when it is taken. The levels are the same for any number of threads: Pillow decodes and resizes without the
     interpreter's lock, and each image is written to its own row.
+
+    device: where the networks run. For a GPU the levels are in pinned memory, and image files are decoded by as many processes. With
+    ``dataset.decoder``, JPEG files are decoded on a GPU, and the levels are there.
     """
+    on_gpu = device.type == "cuda"
     # Warning filters apply to all threads, so they are set once here. PIL's warnings about unusual files do not help a user.
-    with warnings.catch_warnings():
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"PIL\.|kdx\.data")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", r"This process .* is multi-threaded", DeprecationWarning)
         count = threads.available_cores() if workers is None else workers
-        with prefetch((_job(dataset, batch, size) for batch in batches), count) as results:
-            yield results
-
-
-def _job(dataset: Dataset, indices: Indices, size: tuple[int, int]) -> Job[Images]:
-    """One task per image, which fills its row of the pixels or records why it cannot."""
-    pixels = torch.empty(len(indices), 3, *size)
-    reasons: list[str] = [""] * len(indices)
-
-    def decode(row: int) -> None:
-        try:
-            levels = np.asarray(fit(dataset.read(int(indices[row])), size, dataset.resizing))  # [H, W, 3]
-        except Exception as error:  # decoders raise SyntaxError, struct.error, MemoryError and more on damaged files
-            reasons[row] = printable(f"{type(error).__name__}: {error}")
+        if dataset.decoder is not None:
+            jobs = (_job_on_gpu(dataset.decoder, dataset, batch, size) for batch in batches)
         else:
-            np.divide(levels.transpose(2, 0, 1), np.float32(255), out=pixels[row].numpy())
+            decode: Decode = partial(_decode, dataset, size)
+            images = 1
+            if on_gpu and count > 1 and decoding_processes.available() and dataset.has_file_per_image:
+                decode, images = stack.enter_context(decoding_processes.started(decode, size, count)), decoding_processes.IMAGES
+            jobs = (_job(dataset, batch, size, decode, images, on_gpu) for batch in batches)
+        yield stack.enter_context(prefetch(jobs, count, _DEPTH_FOR_GPU if on_gpu else PREFETCH_DEPTH))
 
-    def result() -> Images:
-        failed = np.array([bool(reason) for reason in reasons], dtype=bool)
-        unreadable = tuple((dataset.ids[index], reason) for index, reason in zip(indices, reasons, strict=True) if reason)
-        return Images(pixels[torch.from_numpy(~failed)] if unreadable else pixels, indices[~failed], unreadable)
 
-    return Job([partial(decode, row) for row in range(len(indices))], result)
+def _job(dataset: Dataset, indices: Indices, size: tuple[int, int], decode: Decode, images: int, pinned: bool) -> Job[Images]:
+    """Tasks of ``images`` images each, which fill their rows of the levels, or record why they cannot."""
+    rows = _empty_rows((len(indices), 3, *size), pinned)
+    levels = rows.numpy()
+    reasons = [""] * len(indices)
+
+    def fill(part: slice) -> None:
+        reasons[part] = decode(indices[part], levels[part])
+
+    parts = [slice(start, start + images) for start in range(0, len(indices), images)]
+    return Job([partial(fill, part) for part in parts], lambda: Images.of(dataset, indices, rows, reasons))
+
+
+def _job_on_gpu(decoder: GpuDecoder, dataset: Dataset, indices: Indices, size: tuple[int, int]) -> Job[Images]:
+    decoding = decoder.job(dataset, indices, size)
+    return Job(decoding.tasks, lambda: Images.of(dataset, indices, *decoding.result()))
+
+
+def _empty_rows(shape: tuple[int, ...], pinned: bool) -> Tensor:
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+
+
+def _decode(dataset: Dataset, size: tuple[int, int], indices: Indices, levels: NDArray[np.uint8]) -> list[str]:
+    """Fill the levels [k, 3, H, W] of images. Returns the reason for each that cannot be read, whose levels are 0, and else ""."""
+    reasons = []
+    for index, row in zip(indices, levels, strict=True):
+        try:
+            row[:] = np.asarray(fit(dataset.read(int(index)), size, dataset.resizing)).transpose(2, 0, 1)
+        except Exception as error:  # decoders raise SyntaxError, struct.error, MemoryError and more on damaged files
+            row[:] = 0
+            reasons.append(printable(f"{type(error).__name__}: {error}"))
+        else:
+            reasons.append("")
+    return reasons

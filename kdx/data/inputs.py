@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from kdx.choices import COVER, Resizing
-from kdx.data.pixels import fit, to_rgb
+from kdx.data.pixels import fit, pixels_of, to_rgb
 from kdx.errors import KdxError, printable
 from kdx.export.graphs import Preprocessing
 from kdx.features import arrays
@@ -70,7 +70,10 @@ def as_pixels(images: Any, expected: InputFormat = InputFormat()) -> Tensor:
     Raises KdxError for anything else, for a file that cannot be read, and for pixels outside [0, 1] where ``expected`` does not allow
     them.
     """
-    return _checked(labelled(images, expected)[0] if _yields_batches(images) else _batch(images, expected), expected)
+    pixels = labelled(images, expected)[0] if _yields_batches(images) else _batch(images, expected)
+    if isinstance(images, Tensor) and images.dtype == torch.uint8:  # levels cannot lie outside, and on a GPU the check would wait
+        return pixels
+    return _checked(pixels, expected)
 
 
 def labelled(batches: Batches, expected: InputFormat = InputFormat()) -> tuple[Tensor, Any]:
@@ -154,7 +157,7 @@ def _channels_first(batch: Tensor) -> Tensor:
         batch = batch.permute(0, 3, 1, 2)
     if batch.ndim != 4 or batch.shape[1] != 3 or 0 in batch.shape or not (batch.is_floating_point() or batch.dtype == torch.uint8):
         raise KdxError(f"The images have shape {list(batch.shape)} and type {batch.dtype}.", _GIVE)
-    return batch.float().div(255) if batch.dtype == torch.uint8 else batch
+    return pixels_of(batch) if batch.dtype == torch.uint8 else batch
 
 
 def _checked(batch: Tensor, expected: InputFormat) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,9 @@ from PIL import Image
 from kdx.choices import COVER, Resizing
 from kdx.data.fingerprint import SourceFile, content_fingerprint, fingerprint_of_0_1_0, image_keys, stamps_of_0_1_0
 from kdx.data.pixels import to_rgb
+
+if TYPE_CHECKING:
+    from kdx.data.gpu_decoder import GpuDecoder
 
 Indices = NDArray[np.int64]
 
@@ -34,7 +38,7 @@ class Dataset:
     what was left out of a folder (`kdx.data.class_folders.Listing.note`). ``relabelled_from`` is the data set with its own classes, if
     ``classes`` are those of models. ``resizing`` states how images are brought to the size of the networks. ``masks`` returns where the
     objects of an image are, [k, height, width] at the image's own upright size, or None for an image without masks; it is None for data
-    without masks.
+    without masks. ``decoder`` decodes JPEG files on a GPU; None leaves all files to Pillow.
     """
 
     reference: str
@@ -48,6 +52,7 @@ class Dataset:
     relabelled_from: Dataset | None = field(default=None, repr=False)
     resizing: Resizing = COVER
     masks: Callable[[int], NDArray[np.bool_] | None] | None = field(default=None, repr=False)
+    decoder: GpuDecoder | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -69,9 +74,14 @@ class Dataset:
         return content_fingerprint(self.ids, [self.classes[label] for label in self.labels], self.files)
 
     @cached_property
+    def has_file_per_image(self) -> bool:
+        """Whether each image is in a file of its own."""
+        return tuple(self.files) == self.ids
+
+    @cached_property
     def image_keys(self) -> NDArray[np.uint64] | None:
         """A number per image [N] that identifies it in other folders (`kdx.data.fingerprint.image_keys`); None if images share files."""
-        return image_keys(self.files) if tuple(self.files) == self.ids else None
+        return image_keys(self.files) if self.has_file_per_image else None
 
     @cached_property
     def fingerprint_of_0_1_0(self) -> str:

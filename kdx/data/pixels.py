@@ -1,9 +1,11 @@
-"""Conversions of single Pillow images: to RGB, and to a size."""
+"""Conversions of single Pillow images to RGB and to a size, and of levels to pixels."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image
+from torch import Tensor
 
 from kdx.choices import COVER, Resizing
 
@@ -61,7 +63,7 @@ def orientation_of(image: Image.Image) -> object:
         return 1
 
 
-_BAR = (128, 128, 128)
+BAR = (128, 128, 128)
 """The colour of the bars of a letterbox."""
 
 
@@ -77,10 +79,16 @@ def fit(image: Image.Image, size: tuple[int, int], resizing: Resizing = COVER) -
     scales = height / image.height, width / image.width
     if resizing.mode == "letterbox":
         inside = max(1, min(width, round(image.width * min(scales)))), max(1, min(height, round(image.height * min(scales))))
-        boxed = Image.new(image.mode, (width, height), _BAR if image.mode == "RGB" else 0)
+        boxed = Image.new(image.mode, (width, height), BAR if image.mode == "RGB" else 0)
         boxed.paste(image if inside == image.size else image.resize(inside, filter_), ((width - inside[0]) // 2, (height - inside[1]) // 2))
         return boxed
     covering = (max(width, round(image.width * max(scales))), max(height, round(image.height * max(scales))))
     resized = image if covering == image.size else image.resize(covering, filter_)
     left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
     return resized.crop((left, top, left + width, top + height))
+
+
+def pixels_of(levels: Tensor) -> Tensor:
+    """Pixels in [0, 1] float32 of levels uint8 from 0 to 255: the same bits on every device."""
+    # A division by a number is a product with its rounded inverse on a GPU.
+    return levels.float().div_(torch.full((), 255.0, device=levels.device))

@@ -30,7 +30,7 @@ class SplitImages:
         """The cache, uint8 [n, 3, H, W]."""
         if len(indices) * size[0] * size[1] * 3 < CACHE_BYTES:
             parts = [load_images(dataset, part, size) for part in np.array_split(indices, len(indices) // 512 + 1)]
-            self.pixels = torch.cat([images.pixels.mul(255).round().byte() for images in parts])
+            self.pixels = torch.cat([images.levels for images in parts])
             self.indices = np.concatenate([images.kept for images in parts])
             self._record([image for images in parts for image in images.unreadable])
 

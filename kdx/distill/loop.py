@@ -23,7 +23,7 @@ from kdx.distill.losses import summed
 from kdx.distill.number_formats import autocast, gradient_scaler
 from kdx.distill.optimization import learning_rate, make_optimizer
 from kdx.distill.processes import SINGLE, Processes
-from kdx.distill.seeding import random_state, seeded, set_random_state
+from kdx.distill.seeding import deterministic, random_state, seeded, set_random_state
 from kdx.distill.settings import EpochCallback, EpochResult, StepCallback, StepResult, TrainingSettings, epoch_quality
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph
@@ -82,9 +82,10 @@ def train(training: Training, folder: Path, on_epoch: EpochCallback) -> None:
             state_path.unlink(missing_ok=True)
         on_epoch(EpochResult(role, epochs, epochs))
         return
-    run = _Run(training, state_path)
-    while not run.is_over:
-        on_epoch(run.epoch())
+    with deterministic(training.device):
+        run = _Run(training, state_path)
+        while not run.is_over:
+            on_epoch(run.epoch())
     if training.processes.is_main:
         checkpoints.save_weights(path, run.state["best"], recipe)
         state_path.unlink()
@@ -144,7 +145,7 @@ class _Run:
             self._stop("its validation loss", entropy, epoch, None)
         score = epoch_quality(training.settings.select, epoch, accuracy, entropy)
         if score >= self.state["best_score"]:
-            best = {key: value.detach().cpu().clone() for key, value in evaluated.network.state_dict().items()}
+            best = checkpoints.on_processor(evaluated.network.state_dict(), copy=True)
             self.state |= {"best_score": score, "best": best, "best_epoch": epoch + 1}
         scores = training.probe(evaluated.network) if training.probe is not None and processes.is_main else {}
         loss = losses.pop("total")
@@ -259,7 +260,8 @@ class _Run:
 
     def _save(self, epoch: int, place: Mapping[str, Any]) -> None:
         """Write the state file: training goes on in this epoch at this place."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):  # after a gradient that was not
+        finite = torch.stack([torch.isfinite(parameter).all() for parameter in self.parameters])
+        if not bool(finite.all()):  # after a gradient that was not
             self._stop("a weight", math.nan, epoch if place["step"] else epoch - 1, place["step"] or None)
         for name in ("step", "random", "losses"):
             self.state.pop(name, None)

@@ -1,9 +1,10 @@
-"""Random numbers that follow from a seed and leave the caller's generators untouched."""
+"""The same training twice: random numbers that follow from a seed, and deterministic algorithms. The caller's state stays untouched."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,33 @@ from typing import Any
 
 import numpy as np
 import torch
+
+_settings: Any = torch.utils.deterministic  # PyTorch has no types for it
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """On a GPU, run a block with deterministic algorithms, so that a training that was stopped ends with the same weights.
+
+    On a CPU the algorithms are deterministic anyway. Where PyTorch has no deterministic algorithm for an operation on a GPU, it warns and
+    uses the other one.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it PyTorch takes no matrix product for deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, fill = torch.backends.cudnn.benchmark, _settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # The fastest of several algorithms may be another one in the next process.
+    torch.backends.cudnn.benchmark = False
+    _settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
+        _settings.fill_uninitialized_memory = fill
 
 
 @contextmanager

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, overload
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -28,9 +28,10 @@ from kdx.data import inputs
 from kdx.data.class_embeddings import ClassEmbeddings
 from kdx.data.inputs import Batches, Pictures
 from kdx.errors import KdxError
+from kdx.explain.batch_target import BatchTarget
 from kdx.explain.class_targets import explainer_target, rows_of
 from kdx.explain.explainer_file import ExplainerFile
-from kdx.explain.layer import LayerMeasurement
+from kdx.explain.layer import LayerMeasurement, PendingMeasurement
 from kdx.explain.map_statistics import stability
 from kdx.explain.network_set import NetworkRecord, NetworkSet
 from kdx.explain.networks import NetworkLike, NetworkRunners, networks_of
@@ -48,8 +49,8 @@ from kdx.models.layer_pairs import LayerNamesLike, layer_names
 from kdx.models.models_file import ModelsFile, read_models
 from kdx.roles import BASELINE, TARGET, ScoreMap, roles_among, score_maps_among
 from kdx.runtimes.choice import Choice
+from kdx.runtimes.transfers import Transfers
 from kdx.scores.pool import pooled_scores
-from kdx.scores.uncertainty import permutation_table
 
 
 class Explainer:
@@ -223,13 +224,18 @@ class Explainer:
         return self._networks.choice
 
     @ambient.neutral()
-    def open(self, image_size: tuple[int, int], images: int | None = None, *, runtime: str | None = None) -> None:
+    def open(self, image_size: tuple[int, int], images: int | None = None, *, runtime: str | None = None, batch: int | None = None) -> None:
         """Prepare for images of this size; otherwise the first call does this. Every runtime except eager then exports the networks.
 
         images: how many will be explained. The runtime ``auto`` then exports only if this saves time. runtime: the one that has computed a
-        part of the results already, which ``auto`` keeps.
+        part of the results already, which ``auto`` keeps. batch: the most images of a call; TensorRT's engines are built for it.
         """
-        self._networks.open(image_size, images, runtime)
+        self._networks.open(image_size, images, runtime, batch)
+
+    @cached_property
+    def transfers(self) -> Transfers:
+        """The copies to and from the device of the networks."""
+        return Transfers(self.choice.device)
 
     def networks(self) -> dict[str, NetworkRecord]:
         """The record of each role's network: its reference, hash, parameter count, preprocessing, image size and whether it is trained."""
@@ -257,7 +263,7 @@ class Explainer:
 
         Raises KdxError for an explainer file, which does not output features.
         """
-        return self._networks.features(inputs.as_pixels(images, self._networks.input_format))
+        return self._networks.features(self._pixels(images))
 
     @ambient.neutral()
     def explain(
@@ -272,9 +278,20 @@ class Explainer:
         if isinstance(seed, Tensor):
             raise TypeError("explain makes its permutations itself: give only a seed")
         seed = self.settings.seed if seed is None else seed
-        permutations = permutation_table(len(labels), self.settings.permutations, seed)
-        batch = inputs.as_pixels(images, self._networks.input_format)
-        return self._networks.explain(batch, labels, permutations, np.random.SeedSequence(seed), classes)
+        logits, pending = self.begin(images, BatchTarget.of(labels, self.settings.permutations, seed, classes))
+        return logits, {layer: measurement.result() for layer, measurement in pending.items()}
+
+    @ambient.neutral()
+    def begin(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, PendingMeasurement]]:
+        """`explain` of images whose labels and permutations are known already, without waiting for a GPU where the kernels run.
+
+        Labels and permutations are copied to the device before the passes, and the images once for all networks.
+        """
+        return self._networks.begin(self._pixels(images), batch.moved(self.transfers.upload_together))
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Pixels [n, 3, h, w] on the device, from images that are uploaded before they are converted."""
+        return inputs.as_pixels(self.transfers.upload(images), self._networks.input_format)
 
     @overload
     def __call__(self, images: ArrayT, labels: Labels, *, classes: Array | None = None) -> Explanation[ArrayT]: ...

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +16,10 @@ from kdx.choices import COVER
 from kdx.data.inputs import InputFormat
 from kdx.disk import log
 from kdx.errors import KdxError, about_network
+from kdx.explain.batch_target import BatchTarget
 from kdx.explain.explainer_file import no_gradients
 from kdx.explain.exported import ENGINE_IMAGES, Export, ExportFolder, open_exported
-from kdx.explain.layer import LayerMeasurement, LayerReferences, measure
+from kdx.explain.layer import LayerReferences, PendingMeasurement, begin
 from kdx.explain.layer_graphs import LayerGraphs
 from kdx.explain.network_set import NetworkRecord
 from kdx.explain.runtime_cost import FEW_IMAGES, ExportCost
@@ -28,7 +28,6 @@ from kdx.explain.shared_features import SharedFeatures, network_key, pixels_key
 from kdx.export.description import Description
 from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.features import arrays
-from kdx.features.target import Target
 from kdx.kernels import geometry
 from kdx.kernels.dispatch import BatchDistances, TorchBackend
 from kdx.maps.salient_images import Salience, ranking_maps
@@ -36,6 +35,7 @@ from kdx.maps.unicam import distance_rows
 from kdx.models.layer_pairs import LayerNames
 from kdx.models.models_file import ModelsFile
 from kdx.models.network import Network
+from kdx.models.source_code import code_hash
 from kdx.roles import ROLES
 from kdx.runtimes.choice import Choice, choose, describe_file, is_file
 from kdx.runtimes.eager import EagerRunner
@@ -107,10 +107,12 @@ class NetworkRunners:
         self._candidate: Choice | None = None  # the runtime to export for, while PyTorch runs because that would not pay
         self._cost: ExportCost | None = None
         self._images = 0
+        self._batch: int | None = None
 
-    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None) -> None:
+    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None, batch: int | None = None) -> None:
         if self._runners:
             return
+        self._batch = batch
         if not self._networks:
             raise ValueError("the explainer is closed")
         if self._is_automatic and runtime == "eager":
@@ -200,7 +202,7 @@ class NetworkRunners:
         return Export(network, graph, role, self._folder, image_size, reusable=not is_module)
 
     def _open_file(self, path: Path, name: str, image_size: tuple[int, int] | None) -> Runner:
-        most = self._settings.chunk or ENGINE_IMAGES
+        most = self._settings.chunk or self._batch or ENGINE_IMAGES
         return open_exported(path, self.choice, self._folder, name, (1, most, most), image_size)
 
     @property
@@ -225,21 +227,16 @@ class NetworkRunners:
             layer: LayerReferences.of(self._features(outputs, layer), labels, pooled=self._settings.pooled) for layer in self.layers
         }
 
-    def explain(
-        self, images: Tensor, labels: Tensor, permutations: Tensor, seed: np.random.SeedSequence, classes: Tensor | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
+    def begin(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, PendingMeasurement]]:
         outputs = self._infer(images)
-        labels, permutations = labels.to(self.choice.device), permutations.to(self.choice.device)
-        target = Target.of(labels).checked()
-        classes = labels if classes is None and labels.ndim == 1 else classes
-        distances = {} if self._salience is None else self._salient_distances(self._salience, images, classes, outputs, seed)
+        distances = {} if self._salience is None else self._salient_distances(self._salience, images, batch, outputs)
         measurements = {
-            layer: measure(
+            layer: begin(
                 self._features(outputs, layer),
-                target,
+                batch.target,
                 objective=geometry.OBJECTIVES[self._settings.objective],
                 weighting=self._settings.weighting,
-                permutations=permutations,
+                permutations=batch.permutations,
                 references=self._references.get(layer),
                 distances=distances.get(layer),
                 pooled=self._settings.pooled,
@@ -253,20 +250,18 @@ class NetworkRunners:
         self,
         salience: Salience,
         images: Tensor,
-        classes: Tensor | None,
+        batch: BatchTarget,
         outputs: Mapping[str, NetworkOutputs],
-        seed: np.random.SeedSequence,
     ) -> dict[str, dict[str, BatchDistances]]:
         """Per layer and role: the distances [n, n] between the role's features of its own salient images."""
-        images = images.to(self.choice.device)
         rankings = {}
         for role, runner in self._gradients.items():
-            cotangents = salience.cotangents(outputs[role].logits, classes)
+            cotangents = salience.cotangents(outputs[role].logits, batch.classes)
             rankings[role] = ranking_maps(runner, runner.layers, images, cotangents, self._settings.chunk)
         distances: dict[str, dict[str, BatchDistances]] = {layer: {} for layer in self.layers}
         for layer in self.layers:
             # Each network has its own seed: noise that two networks' images share would raise their similarity.
-            for role, noise_seed in zip(rankings, seed.spawn(len(rankings)), strict=True):
+            for role, noise_seed in zip(rankings, batch.seed.spawn(len(rankings)), strict=True):
                 name = self._layer_of(role, layer)
                 # The authors' code ranks the pixels once, at the deepest layer.
                 ranked = self._layers_of(role)[-1] if salience.image == "published" else name
@@ -307,13 +302,14 @@ class NetworkRunners:
     def _key(self, role: str) -> str:
         """The key of everything except the images that a network's outputs depend on."""
         if role not in self._identities:
-            record, file = self.networks()[role], self._files.get(role)
+            record, file, network = self.networks()[role], self._files.get(role), self._networks.get(role)
             self._identities[role] = {
                 "reference": record.reference,
                 "weights": record.sha256,
                 "preprocessing": asdict(record.preprocessing),
                 # Exporters and runtimes may compute a layer differently if other layers are outputs as well.
                 "layers": list(dict.fromkeys(self._layers_of(role))),
+                "code": code_hash(record.reference, network.module) if isinstance(network, Network) else None,
                 "file": None if file is None else hashlib.sha256(file[0].read_bytes()).hexdigest(),
                 "chunk": self._settings.chunk,
             }

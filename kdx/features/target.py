@@ -125,6 +125,21 @@ class Target:
         _ = self.distances
         return self
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The values and their geometry; for labels, the classes as well."""
+        geometry_ = self.values, self.distances.raw, self.distances.centred
+        return (*geometry_, self.classes.codes) if self.values.ndim == 1 and self.classes is not None else geometry_
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Target:
+        """The same target with copies of its ``tensors`` on another device, whose geometry is not computed again."""
+        values, raw, centred, *codes = tensors
+        moved = Target(values, self.backend, self.names)
+        moved.__dict__["distances"] = BatchDistances(raw, centred)
+        if codes and self.classes is not None:
+            moved.__dict__["classes"] = Classes(codes[0], self.classes.count, None)  # the classes of labels have no rows
+        return moved
+
     @cached_property
     def classes(self) -> Classes | None:
         """The distinct rows; None for an embedding with too many of them."""

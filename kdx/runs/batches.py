@@ -2,33 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdx import threads
 from kdx.data.images import Images, check_unreadable, decoded, load_references
+from kdx.data.prefetch import Job, prefetch
+from kdx.errors import KdxError, printable
+from kdx.explain.batch_target import BatchTarget
 from kdx.explain.explainer import Explainer
+from kdx.explain.layer import LayerMeasurement, PendingMeasurement
 from kdx.explain.map_statistics import MapStatistics, mean_strength, stability
 from kdx.features.score_maps import combined
 from kdx.progress import progress
 from kdx.roles import TARGET, maps_among, roles_among, score_maps_among
 from kdx.runs import schema
-from kdx.runs.collected import Collected, check_classes, prediction_columns
+from kdx.runs.collected import Collected, check_classes, predictions
 from kdx.runs.divisions import left_out_of_batches
 from kdx.runs.plan import Plan
 from kdx.runs.progress_records import BatchRecord, LayerProducts
 from kdx.runs.store import Store
+from kdx.runs.writer import writing
+from kdx.runtimes.transfers import Download, on_host, one_behind
 from kdx.scores.pool import Pool
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """A batch before its passes: its number, its images and their target."""
+
+    number: int
+    images: Images
+    target: BatchTarget
+
+
+@dataclass(frozen=True, eq=False)
+class _Results:
+    """What a run keeps of a batch at a layer: inner products, shares and maps."""
+
+    products: LayerProducts
+    shares: dict[tuple[str, str], Tensor]
+    maps: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, measured: LayerMeasurement) -> Self:
+        return cls(
+            LayerProducts(measured.products, measured.permuted, measured.moments),
+            {name: value.float() for name, value in measured.shares.items()},
+            {name: value.maps.float() for name, value in measured.maps.items()},
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Queued:
+    """A batch whose work is queued. On their way to the host: the columns of predictions, per layer the expected results, and the numbers
+    from which each pending measurement concludes whether they hold."""
+
+    number: int
+    images: Images
+    pending: dict[str, PendingMeasurement]
+    download: Download[tuple[dict[str, Tensor], dict[str, _Results], dict[str, Tensor]]]
 
 
 def explain_batches(
     store: Store, explainer: Explainer, plan: Plan, references: NDArray[np.int64], size: tuple[int, int], announce: Callable[[str], None]
 ) -> None:
-    """Explain and store every batch that is not stored yet. references: rows of the data set; none for the geometry ``batch``."""
+    """Explain and store every batch that is not stored yet. references: rows of the data set; none for the geometry ``batch``.
+
+    Images are decoded, and targets computed, while earlier batches are explained. On a GPU a batch is queued before the results of the
+    previous one are read. Batches are stored in order, by a thread.
+    """
     total = len(plan.batches)
     pending = [batch for batch in range(total) if not store.has(batch)]
     if pending and len(pending) < total:
@@ -37,11 +88,19 @@ def explain_batches(
         _use_references(explainer, plan, references, size)
     unreadable: list[tuple[str, str]] = []
     planned = (plan.indices[plan.batches[batch]] for batch in pending)
-    with decoded(plan.dataset, planned, size, plan.options.workers) as results, progress() as show:
-        for done, (batch, images) in enumerate(zip(pending, results, strict=True), total - len(pending)):
+    ahead = explainer.transfers.ahead
+    with (
+        decoded(plan.dataset, planned, size, plan.options.workers, explainer.choice.device) as images,
+        prefetch((_target_job(explainer, plan, *batch) for batch in zip(pending, images, strict=True)), ahead, 1) as ready,
+        writing() as submit,
+        threads.short_turns() if ahead else nullcontext(),
+        progress() as show,
+    ):
+        queued = one_behind((_queue(explainer, plan, batch) for batch in ready), ahead)
+        for done, batch in enumerate(queued, total - len(pending)):
             show("Explaining", done, total, "batches")
-            _explain_batch(store, explainer, plan, batch, images)
-            unreadable += images.unreadable
+            submit(partial(_write_batch, store, plan, batch.number, batch.images, *_read(batch, plan)))
+            unreadable += batch.images.unreadable
             check_unreadable(unreadable, len(plan.indices), plan.options.max_unreadable)  # now, not after the last batch
         show("Explaining", total, total, "batches")
 
@@ -50,23 +109,61 @@ def _use_references(explainer: Explainer, plan: Plan, references: NDArray[np.int
     explainer.use_references(load_references(plan.dataset, references, size), plan.target(references))
 
 
-def _explain_batch(store: Store, explainer: Explainer, plan: Plan, batch: int, images: Images) -> None:
-    """Explain and store one batch."""
-    labels = plan.dataset.labels[images.kept]
-    logits, measurements = explainer.explain(
-        images.pixels, plan.target(images.kept), (plan.options.seed, batch), classes=torch.from_numpy(labels)
-    )
+def _target_job(explainer: Explainer, plan: Plan, number: int, images: Images) -> Job[_Ready]:
+    """The target of a batch, which takes no image."""
+    ready: list[_Ready] = []
+
+    def compute() -> None:
+        with _about(number, images, plan):
+            labels, seed = torch.from_numpy(plan.dataset.labels[images.kept]), (plan.options.seed, number)
+            target = BatchTarget.of(plan.target(images.kept), plan.options.permutations, seed, labels)
+        ready.append(_Ready(number, images, target.moved(explainer.transfers.staged)))
+
+    return Job([compute], ready.pop)
+
+
+def _queue(explainer: Explainer, plan: Plan, batch: _Ready) -> _Queued:
+    """Explain a batch. On a GPU its results are then on their way to the host."""
+    with _about(batch.number, batch.images, plan):
+        logits, pending = explainer.begin(batch.images.levels, batch.target)
     check_classes(logits, len(plan.dataset.classes))
-    columns = {schema.INDEX: images.kept, **prediction_columns(logits)}
-    products = {
-        layer: LayerProducts(measurement.products, measurement.permuted, measurement.moments) for layer, measurement in measurements.items()
-    }
-    shares = {layer: {name: value.float() for name, value in measurement.shares.items()} for layer, measurement in measurements.items()}
-    maps = {
-        layer: {name: value.maps.float().numpy(force=True) for name, value in measurement.maps.items()}
-        for layer, measurement in measurements.items()
-    }
-    store.write_batch(batch, plan.widest, plan.widest * len(plan.batches), maps, BatchRecord(columns, products, images.unreadable, shares))
+    results = {layer: _Results.of(measurement.expected) for layer, measurement in pending.items()}
+    numbers = {layer: measurement.numbers for layer, measurement in pending.items()}
+    download = explainer.transfers.download((predictions(logits), results, numbers))
+    return _Queued(batch.number, batch.images, pending, download)
+
+
+def _read(batch: _Queued, plan: Plan) -> tuple[dict[str, Tensor], dict[str, _Results]]:
+    """The columns of predictions and the results of each layer, on the host. Raises KdxError for features that cannot be measured."""
+    columns, results, numbers = batch.download.result()
+    for layer, pending in batch.pending.items():
+        with _about(batch.number, batch.images, plan):
+            measured = pending.result(numbers[layer])
+        if measured.products is not pending.expected.products:  # the features are unusual, and were measured again
+            results[layer] = on_host(_Results.of(measured))
+    return columns, results
+
+
+def _write_batch(
+    store: Store, plan: Plan, number: int, images: Images, predicted: Mapping[str, Tensor], results: Mapping[str, _Results]
+) -> None:
+    columns = {schema.INDEX: images.kept, **{name: column.numpy() for name, column in predicted.items()}}
+    products = {layer: result.products for layer, result in results.items()}
+    shares = {layer: result.shares for layer, result in results.items()}
+    maps = {layer: {name: value.numpy() for name, value in result.maps.items()} for layer, result in results.items()}
+    record = BatchRecord(columns, products, images.unreadable, shares)
+    store.write_batch(number, plan.widest, plan.widest * len(plan.batches), maps, record)
+
+
+@contextmanager
+def _about(number: int, images: Images, plan: Plan) -> Iterator[None]:
+    """Put the number of a batch and the name of its first image before the problem of a KdxError that the block raises."""
+    try:
+        yield
+    except KdxError as error:
+        first = plan.dataset.ids[images.kept[0]] if len(images.kept) else "unreadable"
+        error.problem = printable(f"Batch {number} of {len(plan.batches)}, whose first image is {first}: {error.problem}")
+        raise
 
 
 def collect_batches(store: Store, plan: Plan) -> Collected:

@@ -72,14 +72,17 @@ class Collected:
         return result
 
 
-def prediction_columns(logits: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
-    """Each role's predicted class and its confidence, from the logits [n, classes]."""
-    columns: dict[str, NDArray[Any]] = {}
+def predictions(logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The columns of each role's predicted class [n] and of its confidence [n], from the logits [n, classes], on their device."""
+    columns: dict[str, Tensor] = {}
     for role, rows in logits.items():
-        confidence, prediction = rows.float().softmax(1).max(1)
-        columns[schema.prediction_column(role)] = prediction.numpy(force=True)
-        columns[schema.confidence_column(role)] = confidence.numpy(force=True)
+        columns[schema.confidence_column(role)], columns[schema.prediction_column(role)] = rows.float().softmax(1).max(1)
     return columns
+
+
+def prediction_columns(logits: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """`predictions` as NumPy arrays."""
+    return {name: column.numpy(force=True) for name, column in predictions(logits).items()}
 
 
 def check_classes(logits: Mapping[str, Tensor], classes: int) -> None:

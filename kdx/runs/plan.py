@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdx.choices import Interpolation, RatioName, ResizeMode, Resizing, StoredPrecision
+from kdx.choices import DecoderName, Interpolation, RatioName, ResizeMode, Resizing, StoredPrecision
 from kdx.data.batches import random_batches
 from kdx.data.dataset import Dataset, open_data
+from kdx.data.gpu_decoder import GpuDecoder, open_gpu_decoder
 from kdx.data.splits import class_balanced_sample
 from kdx.errors import KdxError
 from kdx.explain.explainer import Explainer
@@ -33,7 +34,7 @@ from kdx.runs.gallery_choice import BALANCED, GalleryChoice
 from kdx.runs.grouping import MAX_GROUPS, Grouping, grouping_of
 from kdx.runs.split import SplitChoice, choose_split, with_recorded_data
 from kdx.runs.targets import RunTarget, run_target
-from kdx.runtimes.choice import is_file
+from kdx.runtimes.choice import choose, is_file
 
 MAX_MINUTES = 60.0
 """The minutes of sweeps over all pairs of images beyond which the geometry ``auto`` is not ``whole``."""
@@ -60,6 +61,7 @@ class RunOptions(Settings):
     ``auto`` selects the geometry ``reference``.
     base: ``none`` leaves out the base of the models file.
     target: what relevance is measured against in place of labels (`kdx.runs.targets`), by default as the models file states.
+    decoder: what decodes image files (`kdx.data.gpu_decoder`); the pictures of the page are always Pillow's.
     resize, interpolation: how images are brought to the networks' size, by default as the models file states.
     ratios: ``summed`` for one score from the inner products of all batches, or ``mean`` for the mean of the batches' scores, with the
     geometry ``batch``.
@@ -83,6 +85,7 @@ class RunOptions(Settings):
     random_baseline: bool | None = None
     base: str | None = None
     target: str | Path | None = None
+    decoder: DecoderName = "pillow"
     resize: ResizeMode | None = None
     interpolation: Interpolation | None = None
     ratios: RatioName = "summed"
@@ -100,6 +103,8 @@ class RunOptions(Settings):
         super().__post_init__()
         if self.stored_precision not in get_args(StoredPrecision):
             raise ValueError(f"no stored precision {self.stored_precision!r}")
+        if self.decoder not in get_args(DecoderName):
+            raise ValueError(f"no decoder {self.decoder!r}")
         if self.ratios not in get_args(RatioName):
             raise ValueError(f"no ratios {self.ratios!r}")
         if self.ratios == "mean" and self.geometry != "batch":
@@ -141,7 +146,8 @@ class Plan:
         _check_storage(options)
         _check_base(models, options)
         models_file = _from_explainer_file(models) if is_file(models) else with_recorded_data(read_models(models)).with_base(options.base)
-        dataset = replace(open_data(data, models_file.classes or None), resizing=options.resizing(models_file.resizing))
+        dataset = open_data(data, models_file.classes or None)
+        dataset = replace(dataset, resizing=options.resizing(models_file.resizing), decoder=_decoder(options))
         split = choose_split(dataset, models_file, options.split, options.seed)
         check_images(len(split.indices))
         target = run_target(options.target, models_file, dataset, split.indices, split.pool, options.device)
@@ -210,6 +216,13 @@ class Plan:
         if options.chunk is not None and options.geometry in ("auto", "whole"):
             options = replace(options, chunk=aligned(options.chunk))
         return Explainer.of(networks, self.layers.values(), options, folder=folder, classes=self.dataset.classes, shared=shared)
+
+
+def _decoder(options: RunOptions) -> GpuDecoder | None:
+    """The decoder on the GPU of the run, if it is chosen. Raises KdxError where it cannot run."""
+    if options.decoder == "pillow":
+        return None
+    return open_gpu_decoder(choose("eager", options.device).device)
 
 
 def _is_architecture(reference: str) -> bool:

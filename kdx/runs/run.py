@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,23 +30,24 @@ from kdx.runs.geometry import Geometry, choose_geometry, unavoidable
 from kdx.runs.grouping import MAX_GROUPS
 from kdx.runs.image_numbers import prediction_numbers
 from kdx.runs.measured import Samples
-from kdx.runs.plan import Plan
+from kdx.runs.plan import Plan, aligned
 from kdx.runs.plan import RunOptions as RunOptions
 from kdx.runs.schema import (
     BaseLayers,
     Configuration,
     Context,
+    InputFiles,
     SplitRule,
     StoredFeatures,
     StoredInputs,
     StoredNetwork,
     StoredOptions,
-    TargetFile,
 )
 from kdx.runs.store import Store
 from kdx.runs.target_names import target_phrase
 from kdx.runs.training_scores import logged_scores, write_training_scores
 from kdx.runs.whole import collect_whole, explain_whole, feature_shapes
+from kdx.runtimes.choice import allows_tf32
 from kdx.scores.uncertainty import accuracy
 
 
@@ -89,7 +91,7 @@ def explain_dataset(
         records = explainer.networks()
         size = largest_size(record.image_size for record in records.values())
         store = stack.enter_context(
-            Store.begin(out, _configuration(plan, records, size), _context(plan, command), lambda: plan.dataset.fingerprint_of_0_1_0)
+            Store.begin(out, _configuration(plan, records, size), _context(plan, command, out), lambda: plan.dataset.fingerprint_of_0_1_0)
         )
         if store.replaces:
             announce(store.replaces)
@@ -121,11 +123,13 @@ def _prepare_and_explain(
     runtime = None if started is None else str(started).split()[0]
     if runtime is None and shared is not None:
         runtime = shared.runtime()
-    explainer.open(size, len(plan.indices), runtime=runtime)
+    explainer.open(size, len(plan.indices), runtime=runtime, batch=aligned(plan.options.batch))
     if shared is not None:
         shared.keep_runtime(explainer.choice.runtime)
     announce(f"Runtime {explainer.choice.why}.")
     store.manifest["environment"]["runtime"] = f"{explainer.choice.runtime} on {explainer.choice.device}"
+    networks = (plan.models.path, plan.models.student, plan.models.base, plan.models.teacher)
+    store.manifest["environment"]["tf32"] = allows_tf32(explainer.choice, networks)
     store.manifest["random_weights"] = [role for role, record in records.items() if not record.trained and role != BASELINE]
     for role in store.manifest["random_weights"]:
         announce(f"Some or all weights of the {role} are random: {records[role].reference}.")
@@ -244,6 +248,8 @@ def _recorded_options(options: RunOptions) -> StoredOptions:
         recorded["max_classes"] = options.max_classes
     if options.ratios != "summed":
         recorded["ratios"] = options.ratios
+    if options.decoder != "pillow":
+        recorded["decoder"] = options.decoder
     return recorded
 
 
@@ -259,11 +265,13 @@ def _recorded_inputs(plan: Plan) -> StoredInputs:
     return recorded
 
 
-def _context(plan: Plan, command: Sequence[str]) -> Context:
+def _context(plan: Plan, command: Sequence[str], out: Path) -> Context:
     """The part of a manifest that does not affect the results."""
-    target: TargetFile = {} if plan.own_target is None else {"target_file": plan.own_target.name}
+    files: InputFiles = {} if plan.own_target is None else {"target_file": plan.own_target.name}
+    if plan.models.path.suffix == ".toml":
+        files["models_file"] = _relative(plan.models.path, out)
     return {
-        **target,
+        **files,
         "kdx": version("kdx"),
         "created": now(),
         "command": list(command),
@@ -272,6 +280,14 @@ def _context(plan: Plan, command: Sequence[str]) -> Context:
         "method": plan.models.training.get("method"),
         "batches": 0,  # known when the geometry is
     }
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """The path from a folder, so that both can be moved together; the absolute path where there is none, as between drives of Windows."""
+    try:
+        return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+    except ValueError:
+        return str(path.resolve())
 
 
 def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int], announce: Callable[[str], None]) -> None:
@@ -305,9 +321,9 @@ def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int
     numbers = {**columns, **prediction_numbers(samples), **maps}
     check_order(options.gallery_order, tuple(numbers))  # salient features, for example, have no maps that add up to a score
     gallery = options.gallery_choice.places(samples, lambda name: np.asarray(numbers[name], dtype=np.float64), options.seed)
-    pictures = load_images(dataset, index[gallery], size)
-    for row, pixels in zip(columns[schema.ROW][gallery], pictures.pixels, strict=True):
-        store.write_picture(int(row), pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
+    pictures = load_images(replace(dataset, decoder=None), index[gallery], size)
+    for row, levels in zip(columns[schema.ROW][gallery], pictures.levels, strict=True):
+        store.write_picture(int(row), levels.permute(1, 2, 0).numpy())
     write_choice(store.folder, options.gallery_choice, [int(row) for row in columns[schema.ROW][gallery]])
     training_scores = logged_scores(plan.models, announce)
     if training_scores is not None:

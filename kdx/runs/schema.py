@@ -140,7 +140,7 @@ omitted at their defaults, predicted, logit and exact."""
 
 class StoredOptions(TypedDict):
     """The options that a run's results depend on. Those that are not required are omitted at their defaults: float32, raw, distances
-    between whole features, auto, float32, 0, 200 classes and summed ratios."""
+    between whole features, auto, float32, 0, 200 classes, summed ratios and pillow."""
 
     batch: int
     runtime: str
@@ -159,6 +159,7 @@ class StoredOptions(TypedDict):
     project: NotRequired[int]
     max_classes: NotRequired[int]
     ratios: NotRequired[str]
+    decoder: NotRequired[str]
 
 
 class SplitRule(TypedDict):
@@ -207,10 +208,12 @@ class StoredInputs(TypedDict):
     resize: NotRequired[StoredResizing]
 
 
-class TargetFile(TypedDict):
-    """target_file: the target as it was stated, by default a file of class embeddings; absent where labels are the target."""
+class InputFiles(TypedDict):
+    """target_file: the target as it was stated, by default a file of class embeddings; absent where labels are the target. models_file:
+    the path of the models file, which starts at the run's folder unless it is absolute; absent for explainer files and in older runs."""
 
     target_file: NotRequired[str]
+    models_file: NotRequired[str]
 
 
 class Configuration(StoredOptions, SplitRule, StoredInputs, BaseLayers):
@@ -240,7 +243,7 @@ class ImageCounts(TypedDict):
     trained_on: NotRequired[int | None]
 
 
-class Context(TargetFile):
+class Context(InputFiles):
     """The part of a manifest that the results do not depend on."""
 
     kdx: str

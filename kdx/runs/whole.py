@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdx import threads
 from kdx.data.images import Images, check_unreadable, decoded
 from kdx.errors import KdxError
 from kdx.explain.explainer import Explainer
@@ -20,12 +24,14 @@ from kdx.features.target import Target
 from kdx.progress import progress
 from kdx.roles import roles_among
 from kdx.runs import schema
-from kdx.runs.collected import Collected, check_classes, prediction_columns
+from kdx.runs.collected import Collected, check_classes, predictions
 from kdx.runs.divisions import Divisions
 from kdx.runs.feature_files import FeatureFiles, Shapes
 from kdx.runs.plan import Plan, aligned
 from kdx.runs.progress_records import LayerProducts, LayerRecord
 from kdx.runs.store import Store
+from kdx.runs.writer import writing
+from kdx.runtimes.transfers import Download, one_behind
 from kdx.scores.pool import Pool
 
 
@@ -63,40 +69,80 @@ def _infer(files: FeatureFiles, explainer: Explainer, plan: Plan, size: tuple[in
     remaining = sum(part.stop - part.start for part in pending)
     if pending and remaining < total:
         announce(f"Resuming: the features of {total - remaining} of {total} images are stored.")
-    done = total - remaining
-    order = _shuffled(plan)
-    with decoded(plan.dataset, (order[part] for part in pending), size, plan.options.workers) as results, progress() as show:
-        for part, images in zip(pending, results, strict=True):
+    done, order = total - remaining, _shuffled(plan)
+    parts, ahead = (order[part] for part in pending), explainer.transfers.ahead
+    unreadable = {*files.unreadable}
+    with (
+        decoded(plan.dataset, parts, size, plan.options.workers, explainer.choice.device) as images,
+        writing() as submit,
+        threads.short_turns() if ahead else nullcontext(),
+        progress() as show,
+    ):
+        passes = (_queue_part(explainer, plan, *job) for job in zip(pending, images, strict=True))
+        for passed in one_behind(passes, ahead):
             show("Networks", done, total, "images")
-            _infer_part(files, explainer, plan, part, order[part], images)
-            check_unreadable(files.unreadable, total, plan.options.max_unreadable)
-            done += part.stop - part.start
+            outputs, readable = passed.outputs.result(), passed.images.readable
+            check_rows(outputs.finite, readable, [plan.dataset.ids[image] for image in order[passed.part]])
+            columns = {name: column.numpy() for name, column in outputs.columns.items()}
+            submit(partial(files.write, passed.part, readable, outputs.features, columns, passed.images.unreadable))
+            unreadable.update(passed.images.unreadable)
+            check_unreadable(sorted(unreadable), total, plan.options.max_unreadable)
+            done += passed.part.stop - passed.part.start
         show("Networks", total, total, "images")
 
 
-def _infer_part(files: FeatureFiles, explainer: Explainer, plan: Plan, part: slice, planned: NDArray[np.int64], images: Images) -> None:
-    readable = np.isin(planned, images.kept)
-    # A blank image replaces every unreadable one, so that the other images keep their places in the pass, and blank images fill the pass.
-    pixels = torch.zeros(aligned(len(planned)), *images.pixels.shape[1:])
-    pixels[: len(planned)][torch.from_numpy(readable)] = images.pixels
-    logits, features = explainer.features(pixels)
-    logits = {role: rows[: len(planned)] for role, rows in logits.items()}
-    features = {layer: {role: rows[: len(planned)] for role, rows in by_role.items()} for layer, by_role in features.items()}
+@dataclass(frozen=True, eq=False)
+class _Outputs:
+    """What the networks give for a part of the images: the columns of predictions, the features, and which rows of these are finite."""
+
+    columns: dict[str, Tensor]
+    features: dict[str, dict[str, Tensor]]
+    finite: dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Passed:
+    """A part of the images whose passes are queued: its outputs will be on the host."""
+
+    part: slice
+    images: Images
+    outputs: Download[_Outputs]
+
+
+def _queue_part(explainer: Explainer, plan: Plan, part: slice, images: Images) -> _Passed:
+    """Run the networks on a part of the images. On a GPU the outputs are then on their way to the host."""
+    count = len(images.rows)
+    # Unreadable images are blank, so that the other images keep their places in the pass, and blank images fill the pass.
+    fill = aligned(count) - count
+    levels = torch.cat([images.rows, images.rows.new_zeros(fill, *images.rows.shape[1:])]) if fill else images.rows
+    logits, features = explainer.features(levels)
     check_classes(logits, len(plan.dataset.classes))
-    check_finite(features, readable, [plan.dataset.ids[image] for image in planned])
+    features = {layer: {role: rows[:count] for role, rows in by_role.items()} for layer, by_role in features.items()}
+    finite = finite_rows(features)
     if plan.options.project:
         features = {
             layer: {role: projected(values, plan.options.project, plan.options.seed, role, layer) for role, values in by_role.items()}
             for layer, by_role in features.items()
         }
-    files.write(part, readable, features, prediction_columns(logits), images.unreadable)
+    columns = predictions({role: rows[:count] for role, rows in logits.items()})
+    return _Passed(part, images, explainer.transfers.download(_Outputs(columns, features, finite)))
 
 
 def check_finite(features: Mapping[str, Mapping[str, Tensor]], readable: NDArray[np.bool_], names: Sequence[str]) -> None:
     """KdxError, with the name of an image, if features of readable images contain NaN or infinity."""
-    for layer, by_role in features.items():
-        for role, values in by_role.items():
-            bad = readable & ~values.isfinite().flatten(1).all(1).numpy(force=True)
+    check_rows(finite_rows(features), readable, names)
+
+
+def finite_rows(features: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Per layer and role: which images [n] have no NaN and no infinity in their features."""
+    return {layer: {role: values.isfinite().flatten(1).all(1) for role, values in of.items()} for layer, of in features.items()}
+
+
+def check_rows(finite: Mapping[str, Mapping[str, Tensor]], readable: NDArray[np.bool_], names: Sequence[str]) -> None:
+    """`check_finite` from the result of `finite_rows`."""
+    for layer, by_role in finite.items():
+        for role, rows in by_role.items():
+            bad = readable & ~rows.numpy(force=True)
             if bad.any():
                 raise KdxError(
                     f"The {role}'s features at {layer} are not finite for {bad.sum()} of {len(bad)} images, such as {names[bad.argmax()]}.",

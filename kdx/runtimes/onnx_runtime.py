@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdx import threads
-from kdx.errors import KdxError, first_line, missing_package
+from kdx.errors import KdxError, first_line, import_optional
 from kdx.export.description import Shape, describe
 from kdx.runtimes.cuda_stream import CPU, CudaStream, gpu_device
 from kdx.runtimes.runner import FileRunner, input_dtype
@@ -46,16 +47,17 @@ class OnnxRuntimeRunner(FileRunner):
     runtime = "onnx"
 
     def __init__(self, path: Path, provider: Provider = "cpu", device: torch.device | None = None, *, tf32: bool = False) -> None:
-        try:
-            import onnxruntime
-        except ImportError:
-            raise missing_package("onnxruntime", "cpu", "The runtime onnx") from None
+        onnxruntime = import_optional("onnxruntime", "cpu", "The runtime onnx")
         own_device = CPU if provider == "cpu" else gpu_device(device, f"ONNX Runtime's provider {provider}")
         if device is not None and device.type != own_device.type:
             raise ValueError(f"the provider {provider} does not run on {device}")
         self._set_file(path, describe(path), own_device)
         self._stream = None if provider == "cpu" else CudaStream(self.device)
         self._session: Any = _session(onnxruntime, path, provider, self._stream, tf32)
+        self._options: Any = onnxruntime.RunOptions()
+        if self._stream is not None:
+            # The pass is queued on the runner's stream, for which PyTorch's stream waits. Otherwise the processor would wait for it.
+            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self.inputs = _shapes(path, self._session.get_inputs())
         self.outputs = _shapes(path, self._session.get_outputs())
         symbols = {size for shape in self.inputs.values() for size in shape}
@@ -80,11 +82,8 @@ class OnnxRuntimeRunner(FileRunner):
         for name, tensor in outputs.items():
             binding.bind_output(name, *place, np.float32, tuple(tensor.shape), tensor.data_ptr())
         try:
-            if self._stream is None:
-                session.run_with_iobinding(binding)
-            else:
-                with self._stream.taken():
-                    session.run_with_iobinding(binding)
+            with nullcontext() if self._stream is None else self._stream.taken():
+                session.run_with_iobinding(binding, self._options)
         except Exception as error:  # ONNX Runtime's exceptions share no other base
             raise KdxError(
                 f"ONNX Runtime cannot run {self._path}: {first_line(error)}.", "Try smaller batches, or --runtime eager."
@@ -155,9 +154,3 @@ def _shapes(path: Path, values: Collection[Any]) -> dict[str, Shape]:
         if value.type != expected:
             raise KdxError(f"{value.name} of {path} is a {value.type}, not {name}.", "Export it again with kdx export.")
     return {value.name: tuple(value.shape) for value in values}
-
-
-def has_cuda_provider() -> bool:
-    import onnxruntime
-
-    return _PROVIDERS["cuda"] in onnxruntime.get_available_providers()

@@ -116,7 +116,7 @@ def test_the_ambient_state_of_pytorch_changes_nothing() -> None:
             assert np.array_equal(cam(images.clone(), targets), expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_the_model_may_be_on_a_gpu() -> None:
     student, base = pair()
     images, targets = batch(), [ClassifierOutputTarget(number % 5) for number in range(8)]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from kdx.distill import TrainingSettings, distill
-from kdx.distill.seeding import random_state, seeded, set_random_state
+from kdx.distill.seeding import deterministic, random_state, seeded, set_random_state
 from tests.distill.small import TEACHER
 
 ROOT = Path(__file__).parents[2]
@@ -109,3 +110,23 @@ def test_random_states_are_restored() -> None:
         assert numbers() == first
     after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index]  # noqa: NPY002
     assert after[:2] == before[:2] and torch.equal(after[2], before[2])
+
+
+@pytest.mark.parametrize(("before", "warn_only"), [(False, False), (True, False), (True, True)])
+def test_on_a_gpu_the_algorithms_are_deterministic_and_the_callers_settings_return(
+    monkeypatch: pytest.MonkeyPatch, before: bool, warn_only: bool
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
+    try:
+        with suppress(ZeroDivisionError), deterministic(torch.device("cuda")):
+            assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+            assert not torch.backends.cudnn.benchmark and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+            raise ZeroDivisionError
+        after = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        assert after == (before, warn_only) and torch.backends.cudnn.benchmark
+        with deterministic(torch.device("cpu")):
+            assert torch.are_deterministic_algorithms_enabled() == before
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -20,6 +20,8 @@ from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.models import Network
 from kdx.roles import scores_among
 
+pytestmark = pytest.mark.usefixtures("no_gpu")
+
 IMAGES = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 LABELS = torch.arange(24) % 3
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def named_networks() -> dict[str, Network]:
 
 
 def explainer(**changes: Any) -> Explainer:
-    settings: dict[str, Any] = {**networks(), "layers": LAYERS, "runtime": "eager", "permutations": 19}
+    """On the CPU, because tests compare it with PyTorch there, to nine digits."""
+    settings: dict[str, Any] = {**networks(), "layers": LAYERS, "runtime": "eager", "device": "cpu", "permutations": 19}
     return Explainer(**settings | changes)
 
 
@@ -163,10 +165,20 @@ class StandInEngines:
 
     def __init__(self) -> None:
         self.built: dict[str, tuple[Any, Any]] = {}
+        self.current: torch.device | None = None
+        self.devices: set[torch.device | None] = set()
 
-    def build(self, path: Path, built: Path, *, batch: Any, image_size: Any) -> None:
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Stands in for torch.cuda.device, which makes a GPU the current one."""
+        self.current = device
+        yield
+        self.current = None
+
+    def build(self, path: Path, built: Path, *, batch: Any, image_size: Any, tf32: bool) -> None:
         role, _, rest = built.stem.partition("-")
         self.built[role + Path(rest).suffix] = batch, image_size
+        self.devices.add(self.current)
         built.write_text(str(path))
 
     def open(self, path: Path, _: Choice) -> OnnxRuntimeRunner:

@@ -23,6 +23,8 @@ from kdx.models.network import Network
 from kdx.runtimes.eager import EagerRunner
 from kdx.runtimes.runner import NetworkOutputs
 
+pytestmark = pytest.mark.usefixtures("no_gpu")
+
 REFERENCE = "kdx:resnet,width=4,depth=1,stages=1,classes=3"
 SIZE = (16, 16)
 

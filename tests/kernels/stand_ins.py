@@ -33,8 +33,8 @@ class Launch:
 class Package(ModuleType):
     """What both stand-ins record. Calls need the device's context to be current.
 
-    refuses: ``init``, ``module`` or ``launch``, which then fails. modules: (device, code) of each module that was loaded. functions:
-    (device, code, kernel) of each function that was looked up.
+    refuses: ``init``, ``module`` or ``launch``, which then fails. compute: what a launch does. modules: (device, code) of each
+    module that was loaded. functions: (device, code, kernel) of each function that was looked up.
     """
 
     def __init__(self, name: str) -> None:
@@ -46,6 +46,7 @@ class Package(ModuleType):
         self.launches: list[Launch] = []
         self.streams: list[int] = []
         self.released: list[int] = []
+        self.compute: Callable[[Launch], None] = lambda launch: None
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Make this the only package that is installed."""
@@ -89,6 +90,7 @@ class PyCuda(Package):
                 values = tuple((argument.dtype.name, float(argument)) for argument in arguments)
                 handle = 0 if stream is None else stream.handle
                 self.launches.append(Launch(device, kernel, grid, block, shared, handle, values))
+                self.compute(self.launches[-1])
 
             return launch
 
@@ -159,6 +161,7 @@ class CudaBindings(Package):
         shared, stream, (values, types) = rest[6:9]
         arguments = tuple((_NAMES[kind], float(value)) for value, kind in zip(values, types, strict=True))
         self.launches.append(Launch(device, kernel, rest[:3], rest[3:6], shared, stream, arguments))
+        self.compute(self.launches[-1])
         return (0,)
 
     def cuGetErrorString(self, status: int) -> tuple[int, bytes]:
@@ -175,6 +178,9 @@ class Stream:
 
     def wait_stream(self, other: Stream) -> None:
         Stream.waits.append((self.cuda_stream, other.cuda_stream))
+
+    def synchronize(self) -> None:
+        pass
 
 
 def two_gpus(patch: pytest.MonkeyPatch, capabilities: Sequence[tuple[int, int]] = ((8, 6), (9, 0))) -> None:

@@ -20,6 +20,8 @@ from kdx.models.resnet import resnet
 from tests import oracle
 from tests.hooked import Net, batch
 
+pytestmark = pytest.mark.usefixtures("no_gpu")
+
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:

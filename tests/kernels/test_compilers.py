@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kdx.errors import KdxError
 from kdx.kernels import cubins
-from kdx.kernels.cubins import Nvcc, Nvrtc, Usage
+from kdx.kernels.compilers import FLAGS, Nvcc, Nvrtc, compilers, find_headers, find_nvcc, find_nvrtc
+from kdx.kernels.cubins import Usage
 
-NVCC = cubins._find_nvcc()
-NVRTC = cubins._find_nvrtc()
-HEADERS = cubins._find_headers()
+NVCC, NVRTC, HEADERS = find_nvcc(), find_nvrtc(), find_headers()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
 
@@ -25,6 +26,14 @@ def test_a_mistake_in_a_source_is_reported_in_the_compilers_words(sources: Path)
     (sources / "one.cu").write_text('extern "C" __global__ void one(float* x) { *x = undeclared; }')
     with pytest.raises(KdxError, match=r'nvcc cannot compile one\.cu: .*identifier "undeclared" is undefined'):
         cubins.build("one", "sm_90", Nvcc(NVCC))
+
+
+@needs_nvcc
+def test_nvcc_compiles_a_virtual_architecture_to_ptx(sources: Path) -> None:
+    assert NVCC is not None
+    (sources / "one.cu").write_text('extern "C" __global__ void one(float* x) { *x = 1; }')
+    ptx = cubins.build("one", "compute_80", Nvcc(NVCC))
+    assert b".target sm_80" in ptx.code and b".entry one(" in ptx.code and ptx.code.endswith(b"\0") and ptx.usage == {}
 
 
 @needs_nvcc
@@ -43,31 +52,64 @@ def test_a_spilled_register_is_reported(sources: Path) -> None:
     assert usage.spilled > 0 and usage.registers <= 32
 
 
-def test_nvcc_comes_before_nvrtc_and_neither_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = stand_in(tmp_path)
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder in which alone the compilers are searched for."""
     for name in ("PATH", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    cubins.compiler.cache_clear()
-    try:
-        with pytest.raises(KdxError, match="neither nvcc nor NVRTC is installed"):
-            cubins.compiler()
-        (tmp_path / "lib64").mkdir()
-        library.rename(tmp_path / "lib64" / library.name)
-        with pytest.raises(KdxError, match=r"lacks cuda_fp16\.h"):
-            cubins.compiler()
-        (tmp_path / "include").mkdir()
-        (tmp_path / "include" / "cuda_fp16.h").touch()
-        assert cubins.compiler().name == "NVRTC"
-        cubins.compiler.cache_clear()
-        (tmp_path / "bin").mkdir()
-        nvcc = tmp_path / "bin" / "nvcc"
-        nvcc.write_text('#!/bin/sh\ncase $1 in --version) echo "release 12.9, V12.9.1";; *) echo sm_80; echo sm_90;; esac\n')
-        nvcc.chmod(0o755)
-        compiler = cubins.compiler()
-        assert (compiler.name, compiler.version, compiler.architectures) == ("nvcc", "12.9.1", ("sm_80", "sm_90"))
-    finally:
-        cubins.compiler.cache_clear()
+    compilers.cache_clear()
+    yield tmp_path
+    compilers.cache_clear()
+
+
+def install_nvcc(toolkit: Path) -> None:
+    (toolkit / "bin").mkdir()
+    nvcc = toolkit / "bin" / "nvcc"
+    nvcc.write_text('#!/bin/sh\ncase $1 in --version) echo "release 12.9, V12.9.1";; *) echo sm_80; echo sm_90;; esac\n')
+    nvcc.chmod(0o755)
+
+
+def install_nvrtc(toolkit: Path, library: Path) -> None:
+    for name in ("lib64", "include"):
+        (toolkit / name).mkdir()
+    library.rename(toolkit / "lib64" / library.name)
+    (toolkit / "include" / "cuda_fp16.h").touch()
+
+
+def kinds() -> list[tuple[str, str]]:
+    return [(compiler.name, compiler.version) for compiler in compilers()]
+
+
+def test_nvrtc_comes_before_nvcc(toolkit: Path) -> None:
+    library = stand_in(toolkit)
+    install_nvcc(toolkit)
+    assert kinds() == [("nvcc", "12.9.1")] and compilers()[0].architectures == ("sm_80", "sm_90")
+    compilers.cache_clear()
+    install_nvrtc(toolkit, library)
+    assert kinds() == [("NVRTC", "13.0"), ("nvcc", "12.9.1")]
+
+
+def test_no_compiler_is_an_error_with_the_reason_for_each(toolkit: Path) -> None:
+    with pytest.raises(KdxError, match="cannot be compiled: NVRTC is not installed; nvcc is not installed"):
+        compilers()
+    library = stand_in(toolkit)
+    (toolkit / "lib64").mkdir()
+    library.rename(toolkit / "lib64" / library.name)
+    with pytest.raises(KdxError, match=r"libnvrtc\.so\.13 lacks the header cuda_fp16\.h; nvcc is not installed"):
+        compilers()
+
+
+@pytest.mark.parametrize("damage", ["not a library", "no functions"])
+def test_an_nvrtc_that_does_not_load_leaves_nvcc(damage: str, toolkit: Path) -> None:
+    library = stand_in(toolkit, "int other;" if damage == "no functions" else _STAND_IN)
+    if damage == "not a library":
+        library.write_bytes(b"text")
+    install_nvrtc(toolkit, library)
+    with pytest.raises(KdxError, match=r"libnvrtc\.so\.13 does not load: .+; nvcc is not installed"):
+        compilers()
+    install_nvcc(toolkit)
+    assert kinds() == [("nvcc", "12.9.1")]
 
 
 def test_an_nvcc_that_does_not_run_is_an_error_with_its_message(tmp_path: Path) -> None:
@@ -80,6 +122,8 @@ def test_an_nvcc_that_does_not_run_is_an_error_with_its_message(tmp_path: Path) 
     with pytest.raises(KdxError, match="Permission denied"):
         Nvcc(nvcc)
 
+
+_PATH = os.environ.get("PATH", "")
 
 _STAND_IN = r"""
 #include <stdio.h>
@@ -106,17 +150,19 @@ int nvrtcGetProgramLogSize(struct program* p, size_t* size) { *size = strlen(log
 int nvrtcGetProgramLog(struct program* p, char* out) { strcpy(out, log_of(p)); return 0; }
 int nvrtcGetCUBINSize(struct program* p, size_t* size) { *size = strlen(p->text); return p->failed; }
 int nvrtcGetCUBIN(struct program* p, char* out) { memcpy(out, p->text, strlen(p->text)); return 0; }
+int nvrtcGetPTXSize(struct program* p, size_t* size) { *size = strlen(p->text) + 1; return p->failed; }
+int nvrtcGetPTX(struct program* p, char* out) { strcpy(out, p->text); return 0; }
 int nvrtcDestroyProgram(struct program** p) { free(*p); *p = 0; return 0; }
 """
 
 
-def stand_in(folder: Path) -> Path:
+def stand_in(folder: Path, text: str = _STAND_IN) -> Path:
     """A library with NVRTC's functions, whose machine code is its input. NVRTC itself is tested if it is installed."""
-    if shutil.which("gcc") is None:
+    if shutil.which("gcc", path=_PATH) is None:
         pytest.skip("no gcc")
     source, library = folder / "nvrtc.c", folder / "libnvrtc.so.13"
-    source.write_text(_STAND_IN)
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    source.write_text(text)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True, env=os.environ | {"PATH": _PATH})
     return library
 
 
@@ -124,9 +170,11 @@ def test_nvrtc_receives_source_and_options(sources: Path, tmp_path: Path) -> Non
     nvrtc = Nvrtc(stand_in(tmp_path), tmp_path / "headers")
     assert (nvrtc.version, nvrtc.architectures) == ("13.0", ("sm_80", "sm_90"))
     cubin = cubins.build("one", "sm_90", nvrtc)
-    options = [*cubins.FLAGS, f"--include-path={sources}", f"--include-path={tmp_path / 'headers'}"]
+    options = [*FLAGS, f"--include-path={sources}", f"--include-path={tmp_path / 'headers'}"]
     assert cubin.code.decode().splitlines() == ["one.cu: one", "--gpu-architecture=sm_90", *options]
     assert cubin.usage == {"one": Usage(3, 0, 0)}
+    ptx = cubins.build("one", "compute_80", nvrtc)
+    assert ptx.code.endswith(b"\0") and b"--gpu-architecture=compute_80" in ptx.code and ptx.usage == {}
     (sources / "one.cu").write_text("a mistake")
     with pytest.raises(KdxError, match=r"NVRTC cannot compile one\.cu: one\.cu\(1\): error: a mistake\."):
         cubins.build("one", "sm_90", nvrtc)

@@ -17,11 +17,10 @@ import pytest
 from kdx.errors import KdxError
 from kdx.kernels import __main__ as command
 from kdx.kernels import cubins
-from kdx.kernels.cubins import Compiler, Cubin, Nvcc, Usage
+from kdx.kernels.compilers import FLAGS, Compiler, Nvcc, find_nvcc
+from kdx.kernels.cubins import Cubin, Usage
 
-NVCC = cubins._find_nvcc()
-NVRTC = cubins._find_nvrtc()
-HEADERS = cubins._find_headers()
+NVCC = find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
@@ -108,7 +107,7 @@ def test_every_input_of_a_cubin_changes_its_entry(changed: str, sources: Path, t
     elif changed == "another header":
         (sources / "more.cuh").write_text("")
     elif changed == "flags":
-        monkeypatch.setattr(cubins, "FLAGS", (*cubins.FLAGS, "--use_fast_math"))
+        monkeypatch.setattr(cubins, "FLAGS", (*FLAGS, "--use_fast_math"))
     elif changed == "architecture":
         architecture = "sm_80"
     elif changed == "compiler":
@@ -233,22 +232,54 @@ def test_a_cache_that_cannot_be_written_is_an_error(sources: Path, tmp_path: Pat
 # ---- the architecture for a device ----
 
 
-def use(compiler: Compiler | KdxError, monkeypatch: pytest.MonkeyPatch) -> None:
-    def installed() -> Compiler:
+def use(compiler: Compiler | KdxError, monkeypatch: pytest.MonkeyPatch, *others: Compiler) -> None:
+    def installed() -> tuple[Compiler, ...]:
         if isinstance(compiler, KdxError):
             raise compiler
-        return compiler
+        return (compiler, *others)
 
-    monkeypatch.setattr(cubins, "compiler", installed)
+    monkeypatch.setattr(cubins, "compilers", installed)
+    monkeypatch.setattr(command, "compilers", installed)
+
+
+def codes(*capabilities: tuple[int, int]) -> list[bytes]:
+    """The architectures whose code devices of these capabilities get."""
+    return [cubins.load("one", capability).code.split()[0] for capability in capabilities]
 
 
 def test_a_device_gets_its_own_architecture_or_an_older_one_of_its_generation(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(FakeCompiler(), monkeypatch)
-    assert [cubins.load("one", capability).code.split()[0] for capability in ((8, 0), (8, 6), (8, 9), (9, 0))] == [
-        *(b"sm_80", b"sm_86", b"sm_86", b"sm_90")
-    ]
-    with pytest.raises(KdxError, match=r"fake 1\.0 does not compile for sm_100(.|\n)*sm_80, sm_86, sm_90"):
-        cubins.load("one", (10, 0))
+    assert codes((8, 0), (8, 6), (8, 9), (9, 0)) == [b"sm_80", b"sm_86", b"sm_86", b"sm_90"]
+    with pytest.raises(KdxError, match=r"No compiler here compiles for sm_75: fake 1\.0 supports sm_80, sm_86, sm_90"):
+        cubins.load("one", (7, 5))
+
+
+def test_a_device_newer_than_the_compilers_gets_ptx(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(FakeCompiler(), monkeypatch)
+    assert codes((10, 0), (12, 1)) == [b"compute_90", b"compute_90"]
+    newer = FakeCompiler("2.0")
+    newer.architectures = ("sm_90", "sm_100")
+    use(FakeCompiler(), monkeypatch, newer)  # the machine code of the second compiler is better than the PTX of the first
+    assert codes((9, 0), (10, 3), (12, 0)) == [b"sm_90", b"sm_100", b"compute_100"]
+    assert newer.calls == 2
+
+
+class Failing(FakeCompiler):
+    """A compiler that starts and does not compile, as nvcc without a C++ compiler."""
+
+    name = "failing"
+
+    def compile(self, source: Path, architecture: str) -> tuple[bytes, str]:
+        raise KdxError(f"It does not compile for {architecture}.", "Fix it.")
+
+
+def test_a_compiler_that_fails_leaves_the_source_to_the_next(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(Failing(), monkeypatch, FakeCompiler())
+    assert codes((9, 0)) == [b"sm_90"]
+    use(Failing(), monkeypatch)
+    assert codes((9, 0)) == [b"sm_90"]  # an entry of the cache
+    with pytest.raises(KdxError, match="It does not compile for sm_80"):
+        cubins.load("one", (8, 0))
 
 
 def test_without_a_compiler_an_entry_built_ahead_is_used(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,6 +293,8 @@ def test_without_a_compiler_an_entry_built_ahead_is_used(sources: Path, tmp_path
         damaged.write_bytes(b"")
     with pytest.raises(KdxError, match="Nothing here compiles"):
         cubins.load("one", (8, 6))
+    cubins.build("one", "compute_80", FakeCompiler())
+    assert codes((9, 0)) == [b"compute_80"]
     cubins.build("one", "sm_80", FakeCompiler())
     (sources / "one.cu").write_text("newer")
     with pytest.raises(KdxError, match="Nothing here compiles"):
@@ -291,6 +324,16 @@ def test_build_compiles_everything_and_prints_the_usage_of_each_kernel(
         ["one", "sm_80", "second_1", "255", "registers,", "28", "bytes", "spilled"],
     ]
     assert [tuple(line.split()[:2]) for line in lines[1::2]] == [(name, arch) for name in ("one", "two") for arch in ("sm_80", "sm_90")]
+
+
+def test_build_compiles_ptx_for_later_gpus(
+    sources: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    compiler = FakeCompiler()
+    compiler.compile = lambda source, architecture: (b"PTX", "")  # type: ignore[method-assign]
+    use(compiler, monkeypatch)
+    assert command.main(["build", "--arch", "compute_90"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].endswith(" compute_90 PTX, which the driver of a GPU compiles")
 
 
 @pytest.mark.parametrize("architectures", ["sm_35", "sm_90,90", ""])

@@ -142,6 +142,27 @@ def no_library(package: Package, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(drivers, "importlib", SimpleNamespace(import_module=broken))
 
 
+def damaged_bindings(package: Package, patch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise AttributeError("module 'cuda' has no attribute 'bindings'")
+
+    patch.setattr(drivers, "importlib", SimpleNamespace(import_module=broken))
+
+
+def broken_loader(package: Package, patch: pytest.MonkeyPatch) -> None:
+    def load(source: str, capability: tuple[int, int]) -> Cubin:
+        raise OSError("libnvrtc.so.13: cannot open shared object file")
+
+    patch.setattr(cubins, "load", load)
+
+
+def broken_pytorch(package: Package, patch: pytest.MonkeyPatch) -> None:
+    def properties(index: int) -> None:
+        raise RuntimeError("CUDA error: system not yet initialized\nCompile with TORCH_USE_CUDA_DSA")
+
+    patch.setattr(torch.cuda, "get_device_properties", properties)
+
+
 def no_compiler(package: Package, patch: pytest.MonkeyPatch) -> None:
     def load(source: str, capability: tuple[int, int]) -> Cubin:
         raise KdxError("The CUDA kernels cannot be compiled: neither nvcc nor NVRTC is installed.", "Install one.")
@@ -168,6 +189,9 @@ def older_driver(package: Package, patch: pytest.MonkeyPatch) -> None:
         (older_driver, "cuModuleLoadData(Ex)? failed: device kernel image is invalid( -)?\\."),
         (no_package, r"The CUDA backend needs the package cuda-bindings(.|\n)*pip install 'kdx\[gpu\]'"),
         (no_library, r"(pycuda|cuda.bindings).driver does not load: libcuda.so.1: cannot open shared object file"),
+        (damaged_bindings, r"driver does not load: module 'cuda' has no attribute 'bindings'\."),
+        (broken_loader, r"do not start on cuda:0: OSError: libnvrtc\.so\.13: cannot open shared object file"),
+        (broken_pytorch, r"do not start on cuda:0: RuntimeError: CUDA error: system not yet initialized\."),
         (no_compiler, "neither nvcc nor NVRTC"),
         (too_old, r"GPU 0 has compute capability 7\.0, and the CUDA kernels need 7\.5"),
     ],
@@ -190,6 +214,22 @@ def test_an_obstacle_is_raised_or_logged_once(
         assert raised.value.problem in line and raised.value.hint
         with pytest.raises(KdxError, match=message):
             cuda.launcher(tensor().device)
+
+
+def test_a_pycuda_that_does_not_load_leaves_the_driver_to_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
+    bindings = CudaBindings()
+
+    def import_module(name: str) -> object:
+        if name == "pycuda.driver":
+            raise ImportError("pycuda was built for another Python")
+        return bindings
+
+    monkeypatch.setattr(drivers, "_installed", lambda name: True)
+    monkeypatch.setattr(drivers, "importlib", SimpleNamespace(import_module=import_module))
+    assert isinstance(drivers.open_driver(0), drivers.CudaBindings)
+    monkeypatch.setattr(drivers, "_installed", lambda name: name == "pycuda")
+    with pytest.raises(KdxError, match=r"pycuda\.driver does not load: pycuda was built for another Python"):
+        drivers.open_driver(0)
 
 
 def test_the_obstacle_of_a_device_is_determined_once(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ from kdx import models
 from kdx.errors import KdxError
 from kdx.models.weights import load_weights, split_key
 
+pytestmark = pytest.mark.usefixtures("no_gpu")
+
 RAN: list[str] = []
 """What code of a pickled object did. It must stay empty."""
 

@@ -81,7 +81,7 @@ def test_every_batch_has_its_own_permutations(folder: Path, tmp_path: Path, monk
         tables.append(uncertainty.permutation_table(*arguments))
         return tables[-1]
 
-    monkeypatch.setattr("kdx.explain.explainer.permutation_table", recorded)
+    monkeypatch.setattr("kdx.explain.batch_target.permutation_table", recorded)
     run(folder, tmp_path / "run")
     assert len(tables) == 4 and not torch.equal(tables[1], tables[2]) and tables[1].shape == tables[2].shape
 

@@ -59,8 +59,9 @@ def digests(out: Path) -> dict[str, str]:
     ],
 )
 def test_the_batch_changes_no_byte(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    run(folder, tmp_path / "expected", replace(WHOLE, batch=32))
-    run(folder, tmp_path / "run", replace(WHOLE, **changes))
+    """On the CPU: on a GPU the algorithm of a convolution, and with it the rounding, depends on the number of images."""
+    run(folder, tmp_path / "expected", replace(WHOLE, batch=32, device="cpu"))
+    run(folder, tmp_path / "run", replace(WHOLE, device="cpu", **changes))
     assert digests(tmp_path / "run") == digests(tmp_path / "expected")
 
 

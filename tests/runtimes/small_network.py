@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +35,6 @@ def images(n: int, size: tuple[int, int] = (11, 9)) -> Tensor:
     return torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(n))
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU_TOLERANCE = 1e-4
 """Relative to an output's largest value: float32 without TensorFloat-32, with other algorithms."""
 

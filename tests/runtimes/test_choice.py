@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
-import onnxruntime
 import pytest
 import torch
 
 from kdx.choices import RUNTIMES, RuntimeName
 from kdx.errors import KdxError
-from kdx.runtimes.choice import Choice, choose, open_file
+from kdx.export import engine
+from kdx.runtimes.choice import Choice, allows_tf32, choose, open_file
 from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
-from tests.runtimes.fakes import FakeOnnxRuntime
 from tests.runtimes.small_network import CPU
 
 
@@ -48,7 +48,10 @@ def _machine(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: (some if installed[name] else None) if name in installed else real(name, *rest)
     )
-    monkeypatch.setattr(onnxruntime, "get_available_providers", FakeOnnxRuntime(compiled=provider).get_available_providers)
+    only_cpu = "" if provider else "the ONNX Runtime here is built for the CPU only"
+    monkeypatch.setattr("kdx.runtimes.choice.cuda_provider_problem", lambda: only_cpu)
+    monkeypatch.setattr("kdx.runtimes.choice.gpu_problem", lambda: "")
+    monkeypatch.setattr("kdx.runtimes.choice.package_problem", lambda package: "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 if cuda else 0)
     return monkeypatch
@@ -84,8 +87,8 @@ FAILS = {
     ("onnx", "auto", False, False, False): "needs the package onnxruntime",
     ("onnx", "auto", False, False, True): "needs the package onnxruntime",
     ("auto", "auto", True, False, False): "needs the package onnxruntime",
-    ("onnx", "cuda", False, True, True): "runs only on the CPU",
-    ("auto", "cuda", True, True, True): "runs only on the CPU",
+    ("onnx", "cuda", False, True, True): "built for the CPU only",
+    ("auto", "cuda", True, True, True): "built for the CPU only",
     ("tensorrt", "auto", False, True, False): "TensorRT runs on an NVIDIA GPU, and PyTorch sees none",
     ("tensorrt", "cpu", False, True, True): "TensorRT runs on an NVIDIA GPU, not on cpu",
     ("trt", "auto", False, True, True): "There is no runtime 'trt'",
@@ -153,8 +156,60 @@ def test_openvino_runs_on_the_cpu_on_request_or_if_it_is_alone(onnx: bool, cuda:
         with pytest.raises(KdxError, match="OpenVINO runs on the CPU, not on cuda:1"):
             choose("openvino", "cuda:1")
         assert choose("auto", "cuda:1").runtime == "eager"
-        with pytest.raises(KdxError, match="package onnxruntime" if not onnx else "runs only on the CPU"):
+        with pytest.raises(KdxError, match="package onnxruntime" if not onnx else "built for the CPU only"):
             choose("auto", "cuda:1", files=True)
+
+
+def test_auto_survives_a_gpu_on_which_pytorch_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    _machine(monkeypatch, onnx=True, cuda=True, provider=True)
+    monkeypatch.setattr("kdx.runtimes.choice.gpu_problem", lambda: "no kernel image is available")
+    why = choose("auto").why
+    assert why.startswith("onnx on the CPU: no GPU is in use") and why.endswith(", and not on the GPU (no kernel image is available)")
+    assert choose("eager").why == "eager on the CPU: as requested, and not on the GPU (no kernel image is available)"
+    assert choose("auto", files=True).device == CPU
+    for name in ("auto", "eager", "onnx"):
+        with pytest.raises(KdxError, match="sees a GPU and cannot compute on it: no kernel image is available"):
+            choose(name, "cuda")
+        assert choose(name, "cpu").device == CPU
+
+
+def test_auto_survives_a_provider_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    _machine(monkeypatch, onnx=True, cuda=True, provider=True)
+    monkeypatch.setattr("kdx.runtimes.choice.cuda_provider_problem", lambda: "libcudnn.so.9 is missing")
+    assert choose("auto").runtime == "eager"
+    assert choose("onnx").why == "onnx on the CPU: as requested, and not on the GPU (libcudnn.so.9 is missing)"
+    assert choose("auto", files=True).why == "onnx on the CPU: the networks are ONNX files, and not on the GPU (libcudnn.so.9 is missing)"
+    with pytest.raises(KdxError, match=r"ONNX Runtime cannot use the GPU: libcudnn\.so\.9 is missing"):
+        choose("onnx", "cuda")
+
+
+def test_auto_survives_an_onnx_runtime_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = {"onnxruntime": "libonnxruntime.so: cannot open"}
+    _machine(monkeypatch, onnx=True, cuda=False, openvino=False)
+    monkeypatch.setattr("kdx.runtimes.choice.package_problem", lambda package: broken.get(package, ""))
+    assert choose("auto").why.startswith("eager on the CPU: ONNX Runtime does not load (libonnxruntime.so: cannot open)")
+    for files in (False, True):
+        with pytest.raises(KdxError, match="needs the package onnxruntime, whose import fails: libonnxruntime") as caught:
+            choose("onnx", files=files)
+        assert "--force-reinstall" in caught.value.hint
+    _machine(monkeypatch, onnx=True, cuda=False, openvino=True)
+    monkeypatch.setattr("kdx.runtimes.choice.package_problem", lambda package: broken.get(package, ""))
+    assert choose("auto").why.startswith(
+        "openvino on the CPU: ONNX Runtime does not load (libonnxruntime.so: cannot open), and OpenVINO does"
+    )
+    broken["openvino"] = "no symbol"
+    assert choose("auto").runtime == "eager"
+    with pytest.raises(KdxError, match="needs the package openvino, whose import fails: no symbol"):
+        choose("openvino")
+
+
+def test_auto_survives_a_pytorch_that_cannot_look_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> bool:
+        raise RuntimeError("CUDA driver initialization failed")
+
+    _machine(monkeypatch, onnx=False, cuda=True)
+    monkeypatch.setattr(torch.cuda, "is_available", broken)
+    assert choose("auto").device == CPU
 
 
 def test_openvino_that_is_not_installed_names_its_extra(machine: pytest.MonkeyPatch) -> None:
@@ -214,10 +269,22 @@ def test_the_same_choice_compares_equal(machine: pytest.MonkeyPatch) -> None:
 
 def test_tensor_float_32_needs_a_gpu_and_a_runtime_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     _machine(monkeypatch, onnx=True, cuda=True, provider=True, tensorrt=True)
-    for name in ("auto", "eager", "onnx"):
+    for name in ("auto", "eager", "onnx", "tensorrt"):
         actual = choose(name, precision="tf32")
         assert actual.precision == "tf32" and actual.device.type == "cuda" and actual.why.endswith(", in tf32")
-        with pytest.raises(KdxError, match="does not support tf32 on cpu"):
+        with pytest.raises(KdxError, match="on cpu"):
             choose(name, "cpu", precision="tf32")
     with pytest.raises(KdxError, match="tensorrt does not support tf32"):
-        choose("tensorrt", precision="tf32")
+        choose("tensorrt", precision="tf32", engines=True)
+    with pytest.raises(KdxError, match="openvino does not support tf32"):
+        _machine(monkeypatch, onnx=True, cuda=True, openvino=True)
+        choose("openvino", precision="tf32")
+
+
+@pytest.mark.parametrize("built_with", [False, True])
+def test_an_engine_has_the_setting_that_it_was_built_with(built: Path, built_with: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = replace(engine.describe(built), tf32=built_with)
+    monkeypatch.setattr(engine, "describe", lambda path: described)
+    plain = Choice("tensorrt", torch.device("cuda"), "")
+    assert allows_tf32(plain, [None, "timm:resnet18", "a.onnx", built]) == built_with and not allows_tf32(plain, ["a.onnx"])
+    assert allows_tf32(replace(plain, precision="tf32"), [None])

@@ -17,7 +17,7 @@ from kdx.errors import KdxError
 from kdx.runtimes.choice import Choice, open_file
 from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner, _session, _strays
 from tests.runtimes.fakes import FakeOnnxRuntime
-from tests.runtimes.small_network import CPU, check_on_gpu, images, needs_gpu
+from tests.runtimes.small_network import CPU, check_on_gpu, images
 
 
 def rewritten(path: Path, to: Path, **entries: object) -> onnx.ModelProto:
@@ -127,7 +127,7 @@ def test_a_gpus_provider_without_a_gpu_is_an_error(path: Path, monkeypatch: pyte
         OnnxRuntimeRunner(path, "cpu", torch.device("cuda"))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_onnx_runtime_on_the_gpu_gives_the_cpus_numbers(network: nn.Module, path: Path) -> None:
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("needs onnxruntime-gpu")

@@ -1,0 +1,113 @@
+"""Processes that decode image files, for networks on a GPU.
+
+Threads of one process take turns at Python's lock. Pillow decodes and resizes without it, but opening a file, reading its headers and
+handing over the pixels need it. Every handover takes time, also that of the thread that launches the work of the GPU. Each process has a
+lock of its own.
+
+The processes are forked, so they start at once and know the data set. They read and decode files and do not use CUDA.
+"""
+
+from __future__ import annotations
+
+import mmap
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdx.errors import KdxError
+
+IMAGES = 8
+"""Images per message to a process: few messages, and batches that all processes share evenly."""
+
+_SECONDS_TO_END = 5.0
+
+Decode = Callable[[NDArray[np.int64], NDArray[np.uint8]], list[str]]
+"""decode(indices [k], levels [k, 3, H, W]) fills the levels of these images. It returns the reason for each that cannot be read, or ""."""
+
+
+def available() -> bool:
+    """Whether this system forks processes safely."""
+    return sys.platform == "linux"
+
+
+@contextmanager
+def started(decode: Decode, size: tuple[int, int], count: int) -> Iterator[Decode]:
+    """``decode`` for at most `IMAGES` images, in one of ``count`` processes, for as many threads at a time.
+
+    It raises KdxError if its process has ended, for example because memory ran out. No process is left after the block.
+    """
+    processes: list[_Process] = []
+    idle: SimpleQueue[_Process] = SimpleQueue()
+
+    def in_a_process(indices: NDArray[np.int64], levels: NDArray[np.uint8]) -> list[str]:
+        process = idle.get()
+        try:
+            return process.decode(indices, levels)
+        finally:
+            idle.put(process)
+
+    try:
+        for _ in range(count):
+            processes.append(_Process(decode, size, [process.connection for process in processes]))
+            idle.put(processes[-1])
+        yield in_a_process
+    finally:
+        for process in processes:
+            process.connection.close()
+        for process in processes:
+            process.end()
+
+
+class _Process:
+    """A process with memory for the levels of `IMAGES` images, which it shares with this one. others: connections that it must close."""
+
+    def __init__(self, decode: Decode, size: tuple[int, int], others: Sequence[Connection]) -> None:
+        shape = IMAGES, 3, *size
+        # Anonymous memory does not need /dev/shm, which is small in containers.
+        self._levels = np.frombuffer(mmap.mmap(-1, int(np.prod(shape))), np.uint8).reshape(shape)
+        self.connection, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("fork")
+        self._process = context.Process(
+            target=_serve, args=(theirs, [*others, self.connection], decode, self._levels), name="kdx-decode", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def decode(self, indices: NDArray[np.int64], levels: NDArray[np.uint8]) -> list[str]:
+        try:
+            self.connection.send(indices)
+            reasons: list[str] = self.connection.recv()
+        except (EOFError, OSError) as error:
+            raise KdxError(
+                "A process that decodes images has ended, perhaps for lack of memory.", "Decode with fewer processes: --workers 4."
+            ) from error
+        np.copyto(levels, self._levels[: len(indices)])
+        return reasons
+
+    def end(self) -> None:
+        """Wait for the process, whose connection is closed, and kill it if it does not end."""
+        self._process.join(_SECONDS_TO_END)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._process.close()
+
+
+def _serve(connection: Connection, others: Sequence[Connection], decode: Decode, levels: NDArray[np.uint8]) -> None:
+    """Decode what is requested until the connection is closed, which also happens when the parent process is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes, and the parent ends this one
+    for other in others:  # as long as a copy of the parent's end is open, this end does not notice that the parent's is closed
+        other.close()
+    with suppress(EOFError, OSError):
+        while True:
+            indices = connection.recv()
+            connection.send(decode(indices, levels[: len(indices)]))
+    os._exit(0)  # without the exit functions of libraries that the parent has started

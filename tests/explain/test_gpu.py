@@ -1,0 +1,50 @@
+"""A GPU gives the CPU's numbers, within the rounding of float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import kdx
+from tests.explain.small_networks import assert_same, explainer, features, images, labels
+
+pytestmark = pytest.mark.gpu
+TOLERANCE = 1e-4
+
+
+@pytest.mark.parametrize("settings", [{}, {"features": "salient", "keep": 0.6}, {"pooled": True}, {"chunk": 5}], ids=str)
+def test_maps_and_scores_are_those_of_the_cpu(settings: dict[str, Any]) -> None:
+    """With keep = 0.6, the pixels above and below the threshold differ by 6e-5, so that rounding selects the same pixels."""
+    with explainer(**settings) as here, explainer(**settings, device="cuda") as there:
+        expected, actual = here(images(), labels()), there(images(), labels())
+    assert there.choice.device.type == "cuda"
+    assert_same(actual, expected, TOLERANCE)
+
+
+def test_reference_mode_is_that_of_the_cpu() -> None:
+    results = []
+    for device in ("cpu", "cuda"):
+        with explainer(device=device) as opened:
+            opened.use_references(images(17, seed=5), labels(17))
+            results.append(opened(images(6), labels(6)))
+    assert_same_reference_maps(results[1], results[0])
+
+
+def assert_same_reference_maps(actual: Any, expected: Any) -> None:
+    for layer, result in actual.layers.items():
+        for name in ("distilled", "residual", "missed", "new"):
+            ours, theirs = getattr(result, name).maps, getattr(expected.layers[layer], name).maps
+            assert abs(torch.as_tensor(ours) - torch.as_tensor(theirs)).max() <= TOLERANCE * torch.as_tensor(theirs).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_features_on_a_gpu_need_no_labels_there(dtype: torch.dtype) -> None:
+    role_features = {role: maps["conv2"].to(dtype) for role, maps in features().items()}
+    student, base = role_features["student"], role_features["base"]
+    expected, actual = kdx.unicam(student, base, labels()), kdx.unicam(student.cuda(), base.cuda(), labels())
+    assert actual.maps.is_cuda
+    torch.testing.assert_close(actual.maps.cpu(), expected.maps, rtol=TOLERANCE, atol=TOLERANCE * float(expected.maps.max()))
+    score = kdx.rs(student.cuda(), labels(), base.cuda(), permutations=99)
+    assert score.value == pytest.approx(kdx.rs(student, labels(), base, permutations=99).value, abs=TOLERANCE)
