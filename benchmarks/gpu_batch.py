@@ -16,7 +16,8 @@ from benchmarks.kernel_cases import Check, Sizes, centred
 from kdx.data import as_pixels
 from kdx.explain import layer
 from kdx.explain.batch_target import BatchTarget
-from kdx.kernels import fused, geometry
+from kdx.explain.layer_graphs import LayerGraphs
+from kdx.kernels import fused, fused_maps, geometry
 from kdx.kernels.fused_shares import PositionSquares
 from kdx.runtimes.transfers import Transfers
 from tests.oracle import TOLERANCE, error
@@ -66,10 +67,10 @@ def explained(student: Tensor, base: Tensor, target: Tensor) -> list[Tensor]:
 
 
 def _explained(student: Tensor, base: Tensor, d: Tensor) -> list[Tensor]:
-    means = torch.stack([fused.means(student), fused.means(base)])
+    means = torch.stack([fused_maps.means(student), fused_maps.means(base)])
     weights = fused.weights(d[[0, 1]], d[[1, 0]], d[[2, 2]], means)
     pairs = zip((student, base), weights.channel_weights, strict=True)
-    maps = [fused.cam(features, channel_weights) for features, channel_weights in pairs]
+    maps = [fused_maps.cam(features, channel_weights) for features, channel_weights in pairs]
     return [weights.channel_weights, weights.score, fused.products(d[None]).inner, *maps]
 
 
@@ -119,10 +120,12 @@ def target(batch: Batch, transfers: Transfers) -> BatchTarget:
     return computed.moved(transfers.staged).moved(transfers.upload_together)
 
 
-def maps_and_scores(batch: Batch, moved: BatchTarget, permutations: int = PERMUTATIONS) -> layer.PendingMeasurement:
-    """The measurement of the batch, which a GPU may still be computing."""
+def maps_and_scores(
+    batch: Batch, moved: BatchTarget, permutations: int = PERMUTATIONS, graphs: LayerGraphs | None = None
+) -> layer.PendingMeasurement:
+    """The measurement of the batch, which a GPU may still be computing. graphs: those of earlier batches."""
     features = {"student": batch.student, "base": batch.base}
-    return layer.begin(features, moved.target, permutations=moved.permutations[:permutations])
+    return layer.begin(features, moved.target, permutations=moved.permutations[:permutations], graphs=graphs)
 
 
 def to_host(pending: layer.PendingMeasurement, transfers: Transfers) -> Results:
@@ -133,27 +136,29 @@ def to_host(pending: layer.PendingMeasurement, transfers: Transfers) -> Results:
     return transfers.download(Results(maps, shares, measured.products, measured.permuted, pending.numbers)).result()
 
 
-def full_path(batch: Batch, transfers: Transfers) -> Results:
+def full_path(batch: Batch, transfers: Transfers, graphs: LayerGraphs) -> Results:
     """Everything beside the two passes, one step after another: upload, target and permutations, maps, scores and checks, and results."""
     upload(batch, transfers)
-    return to_host(maps_and_scores(batch, target(batch, transfers)), transfers)
+    return to_host(maps_and_scores(batch, target(batch, transfers), graphs=graphs), transfers)
 
 
 def time_batch(clock: Clock, batch: Batch) -> dict[str, list[float]]:
     """Samples of the kernels alone and of maps and scores (by the clock's device), and of everything beside the passes (wall-clock)."""
     one_hot, transfers = batch.one_hot, Transfers(batch.device)
     moved = target(batch, transfers)
-    pending = maps_and_scores(batch, moved)
-    return {
+    pending, graphs = maps_and_scores(batch, moved), LayerGraphs()
+    samples = {
         "geometry": clock.seconds(lambda: explained(batch.student, batch.base, one_hot)),
         "geometry and decomposition maps": clock.seconds(lambda: decomposed(batch.student, batch.base, one_hot)),
-        "maps and scores, 0 permutations": clock.seconds(lambda: maps_and_scores(batch, moved, 0)),
-        "maps and scores, 999 permutations": clock.seconds(lambda: maps_and_scores(batch, moved)),
+        "maps and scores, 0 permutations": clock.seconds(lambda: maps_and_scores(batch, moved, 0, graphs)),
+        "maps and scores, 999 permutations": clock.seconds(lambda: maps_and_scores(batch, moved, graphs=graphs)),
         "upload": clock.wall_seconds(lambda: upload(batch, transfers)),
         "target and permutations": clock.wall_seconds(lambda: target(batch, transfers)),
         "results to the host": clock.wall_seconds(lambda: to_host(pending, transfers)),
-        "full path": clock.wall_seconds(lambda: full_path(batch, transfers)),
+        "full path": clock.wall_seconds(lambda: full_path(batch, transfers, graphs)),
     }
+    graphs.close()
+    return samples
 
 
 def time_published(clock: Clock, batch: Batch, memory: int) -> tuple[dict[str, list[float]], int, Check]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kdx.choices import ObjectiveName
 from kdx.explain import layer
 from kdx.features.target import Target
-from kdx.kernels import decomposition, fused, fused_sums, geometry, imputation, moments, reference
+from kdx.kernels import decomposition, fused, fused_maps, fused_sums, geometry, imputation, moments, reference
 from kdx.kernels.cuda import Backend
 from kdx.kernels.fused_shares import PositionSquares
 from kdx.kernels.moments import Influences
@@ -211,7 +211,7 @@ def cases(sizes: Sizes, device: torch.device, seed: int, kernel_reference: Kerne
     orders = [torch.randperm(n, generator=generator).to(device) for _ in range(sizes.stack)]
     yield _products_case(torch.stack([batch.distances[:, order][:, :, order] for order in orders]), kernel_reference)
     table = torch.stack([torch.randperm(n, generator=generator) for _ in range(sizes.permutations)]).to(device)
-    yield from _centred_cases(batch.distances.double(), table, kernel_reference)
+    yield from _centred_cases(batch.distances.double(), labels, table, kernel_reference)
     yield _layer_case(x, y, labels, table)
     for objective in OBJECTIVES:
         yield _weights_case(batch, objective, kernel_reference)
@@ -260,7 +260,7 @@ def _products_case(d: Tensor, kernel_reference: KernelReference) -> KernelCase:
     return KernelCase("products", lambda: (fused.products(d).inner,), expected, bytes=d.nbytes, goal=BANDWIDTH_SHARE)
 
 
-def _centred_cases(d: Tensor, table: Tensor, kernel_reference: KernelReference) -> Iterator[KernelCase]:
+def _centred_cases(d: Tensor, labels: Tensor, table: Tensor, kernel_reference: KernelReference) -> Iterator[KernelCase]:
     """Of float64 distances [k, n, n]: their U-centred matrices, and what is computed from these."""
     centred = geometry.u_centered(d)
     count, n, _ = d.shape
@@ -279,6 +279,12 @@ def _centred_cases(d: Tensor, table: Tensor, kernel_reference: KernelReference) 
         "permuted",
         lambda: (fused_sums.permuted_products(centred, centred[-1], table),),
         lambda: (kernel_reference.permuted(centred, centred[-1], table),),
+        bytes=d.nbytes + table.nbytes + 8 * len(table) * count,
+    )
+    yield KernelCase(
+        "permuted, labels",
+        lambda: (fused_sums.permuted_label_products(centred, labels, table),),
+        lambda: (kernel_reference.permuted(centred, geometry.u_centered(2**0.5 * (labels[:, None] != labels).double()), table),),
         bytes=d.nbytes + table.nbytes + 8 * len(table) * count,
     )
     # The PyTorch geometry computes the influences from sums of rows, and its tests leave out images.
@@ -346,7 +352,7 @@ def _means_case(features: Tensor) -> KernelCase:
     kind = str(features.dtype).removeprefix("torch.")
     moved = features.nbytes + 8 * features.shape[0] * features.shape[1]
     expected = lambda: (features.double().mean((2, 3)),)  # noqa: E731
-    return KernelCase(f"means, {kind}", lambda: (fused.means(features),), expected, bytes=moved, goal=BANDWIDTH_SHARE)
+    return KernelCase(f"means, {kind}", lambda: (fused_maps.means(features),), expected, bytes=moved, goal=BANDWIDTH_SHARE)
 
 
 def _cam_case(features: Tensor, weights: Tensor) -> KernelCase:
@@ -357,7 +363,7 @@ def _cam_case(features: Tensor, weights: Tensor) -> KernelCase:
     moved = features.nbytes + weights.nbytes + 4 * n * height * width
     kind = str(features.dtype).removeprefix("torch.")
     # The features are exact in their own type, and everything after them is float32.
-    return KernelCase(f"cam, {kind}", lambda: (fused.cam(features, weights),), expected, bytes=moved, goal=BANDWIDTH_SHARE)
+    return KernelCase(f"cam, {kind}", lambda: (fused_maps.cam(features, weights),), expected, bytes=moved, goal=BANDWIDTH_SHARE)
 
 
 def _shares_case(features: Tensor, target: Tensor, kernel_reference: KernelReference) -> KernelCase:

@@ -23,6 +23,7 @@
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 6;  // per multiprocessor
 
 struct Image {
     int channels, height, width;
@@ -44,7 +45,7 @@ __device__ void weighted_sum(const T* features, const float* weights, const Imag
     if (own < side_by_side && pack < image.period) {
         const int periods = (packs - pack + image.period - 1) / image.period;  // that contain this pack
         const int begin = blockIdx.z * image.periods_per_block, end = min(periods, begin + image.periods_per_block);
-#pragma unroll 4
+#pragma unroll (W == 8 ? 2 : 4)
         for (int at = begin + own; at < end; at += side_by_side) {
             const Pack<T, W> values = load<W>(features + ((long long)at * image.period + pack) * W);
             const float* weight = weights + at * step + channel;
@@ -92,7 +93,7 @@ __device__ void finish(const float* partial, int positions, int exponent, float*
 // [n, H, W].
 // ``wide``: packs of 16 bytes, aligned. Grid (n, slices of the period, splits of the channels).
 #define KDX_CAM(name, T)                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(kThreads) name(                                                               \
+    extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) name(                                                      \
         const T* features, const float* weights, int channels, int height, int width, int period, int lanes,                   \
         int periods_per_block, int wide, const int* exponents, float* partial, int* finished, float* maps                      \
     ) {                                                                                                                        \

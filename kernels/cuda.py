@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kdx.errors import KdxError, first_line
 from kdx.kernels import cubins
-from kdx.kernels.drivers import DriverError, Number, Size, open_driver
+from kdx.kernels.drivers import CudaBindings, DriverError, Number, Size, open_driver
 
 Backend = Literal["auto", "torch", "cuda"]
 _BACKENDS = get_args(Backend)
@@ -34,6 +34,9 @@ class Launcher(Protocol):
 
     multiprocessors: int
     """The number of the device's multiprocessors, by which wrappers choose grids."""
+
+    can_be_captured: bool
+    """Whether launches can become part of a CUDA graph."""
 
     def launch(self, source: str, kernel: str, grid: Size, block: Size, arguments: Sequence[Argument], shared: int = 0) -> None:
         """Run ``kernel`` of ``source``.cu after everything that is already on the current stream.
@@ -114,6 +117,7 @@ class Gpu:
                 f"The driver of {self.device} does not load the CUDA kernels: {error}.",
                 "Install a driver as new as the CUDA toolkit that compiles them, or choose the backend torch.",
             ) from error
+        self.can_be_captured = isinstance(self._driver, CudaBindings)  # PyCUDA has streams of its own
         self._functions: dict[tuple[str, str], Any] = {}
         self._lock = threading.Lock()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdx.choices import ObjectiveName
 from kdx.errors import KdxError
-from kdx.kernels import cuda, fused, geometry
+from kdx.kernels import cuda, fused, fused_maps, geometry
 from kdx.kernels.cuda import Backend
 from kdx.kernels.distances import of_any_magnitude
 from kdx.kernels.fused_shares import PositionSquares
@@ -199,10 +199,10 @@ class CudaBackend(TorchBackend):
         return UnicamWeights([result.channel_weights for result in results], score, share, None)
 
     def means(self, features: Tensor) -> Tensor:
-        return super().means(features) if features.dtype == torch.float64 else fused.means(features)
+        return super().means(features) if features.dtype == torch.float64 else fused_maps.means(features)
 
     def cam(self, features: Tensor, weights: Tensor) -> Tensor:
-        return super().cam(features, weights) if features.dtype == torch.float64 else fused.cam(features, weights)
+        return super().cam(features, weights) if features.dtype == torch.float64 else fused_maps.cam(features, weights)
 
     def positions(self, features: Tensor) -> PositionGeometry:
         return super().positions(features) if features.dtype == torch.float64 else positions_of_any_magnitude(PositionSquares.of, features)

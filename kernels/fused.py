@@ -8,8 +8,7 @@ A wrong shape or type is a ValueError: callers check what users give before they
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import gcd
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,17 +16,13 @@ from torch import Tensor
 
 from kdx.choices import ObjectiveName
 from kdx.kernels import geometry
-from kdx.kernels.launches import THREADS, check, full_grid, launch, warps
+from kdx.kernels.launches import check, full_grid, launch, warps
 from kdx.kernels.precision import ieee_float32
-from kdx.kernels.rounding import PROBES, relative_rounding, sampling_step
 
 _TILE = 64
 """Side of a tile of distances."""
 _ROWS, _CHANNELS = 16, 128
 """Images and channels per block of the weights kernels."""
-
-_SHORT, _SHORT_ROWS = 64, 16
-"""The means kernel: positions of a short row at most, and short rows per warp."""
 
 _ELEMENTS = 1 << 24
 """Up to this many elements, the Gram products of all blocks of columns are computed at once: a small product alone does not fill the
@@ -228,10 +223,18 @@ def stacked_weights(matrices: Tensor, means: Tensor, objective: ObjectiveName = 
     maxima = _maxima("weights_maxima", inputs, stack, n) if objective == "uniqueness" else ()
     channel_weights, score, left = (means.new_empty(size) for size in ((stack, n, channels), (stack,), (stack,)))
     matrix = means.new_empty(stack, n, n) if lap else None
-    grid = (stack, -(-n // _ROWS), -(-channels // _CHANNELS))
+    grid = (stack, -(-n // _ROWS), max(1, -(-channels // _CHANNELS)))
     results = (channel_weights, matrix, score, left)
     launch(matrices, "weights", f"weights_{objective}", grid, *inputs, *maxima, stack, n, means.contiguous(), channels, _ROUNDING, *results)
     return ChannelWeights(channel_weights, score, left, matrix)
+
+
+def product_weights(matrices: Tensor, means: Tensor, objective: ObjectiveName = "relevance") -> ChannelWeights:
+    """`stacked_weights` through Lap, whose product with the means cuBLAS computes in the tensor cores of a data-centre GPU."""
+    solution = stacked_weights(matrices, means[:, :, :0], objective, lap=True)
+    assert solution.lap is not None
+    # As in `geometry.gradient`: without their mean over the images, the spatial means round less.
+    return replace(solution, channel_weights=torch.bmm(solution.lap, means - means.mean(1, keepdim=True)))
 
 
 def query_weights(
@@ -272,127 +275,6 @@ def _maxima(kernel: str, inputs: tuple[Tensor, ...], stack: int, n: int) -> tupl
     residual, given = (torch.empty(stack, n, dtype=torch.float64, device=device) for _ in range(2))
     launch(column, "weights", kernel, (warps(stack * n), 1, 1), *inputs, stack, n, column, count, residual, given)
     return column, count, residual, given
-
-
-# Means and maps
-
-_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-
-def means(features: Tensor) -> Tensor:
-    """Float64 spatial means [n, C] of float32, float16 or bfloat16 features [n, C, H, W]: `geometry.gap`. Reads the features once."""
-    return _means(features, None)
-
-
-def means_with_probes(features: Tensor, drawn: Tensor) -> Tensor:
-    """`rounding.with_probes` [n, C + 8] of the `means` of features [n, C, H, W], from normal numbers ``drawn`` [n, 8] in float64."""
-    check(drawn.shape == (len(features), PROBES) and drawn.dtype == torch.float64, "drawn must be float64 [n, 8]")
-    return _means(features, drawn)
-
-
-def _means(features: Tensor, drawn: Tensor | None) -> Tensor:
-    check(features.ndim == 4 and features.dtype in _NAMES, "features must be float32, float16 or bfloat16 [n, C, H, W]")
-    features = features.contiguous()
-    images, channels, height, width = features.shape
-    rows, positions = images * channels, height * width
-    columns = channels if drawn is None else channels + PROBES
-    result = torch.empty(images, columns, dtype=torch.float64, device=features.device)
-    is_short = positions <= _SHORT
-    step = _SHORT_ROWS * positions if is_short else positions
-    sizes = (16,) if is_short else (16, 8)
-    pack = next((size for size in sizes if features.data_ptr() % size == 0 and step * features.element_size() % size == 0), 0)
-    blocks = warps(-(-rows // _SHORT_ROWS) if is_short else rows)
-    numbers = (np.int64(rows), positions, channels, pack, columns, blocks, sampling_step(channels))
-    grid = (blocks + (0 if drawn is None else images), 1, 1)
-    launch(features, "means", f"means_{_NAMES[features.dtype]}", grid, features, *numbers, drawn, result)
-    return result
-
-
-def cam(features: Tensor, channel_weights: Tensor) -> Tensor:
-    """Float32 maps ReLU(sum_c a_ic F_ic) [n, H, W] of float32, float16 or bfloat16 features [n, C, H, W] and weights [n, C].
-
-    Reads the features once. As `geometry.cam`.
-    """
-    finished = torch.zeros(len(features), dtype=torch.int32, device=features.device)
-    return _cam(features, channel_weights.float().contiguous(), None, finished)
-
-
-@dataclass(frozen=True)
-class ScaledWeights:
-    """Channel weights of S maps for `scaled_cam`.
-
-    normal [S, n, C] float32 and exponents [S, n]: the weights are normal 2^exponents, with the largest of each image near one. plain
-    [S, n, C]: the weights in float32. real [S, n]: 1 where any weight of an image is larger than its rounding, else 0, float64. finished
-    [S, n]: zeros, which `scaled_cam` uses up.
-    """
-
-    normal: Tensor
-    exponents: Tensor
-    plain: Tensor
-    real: Tensor
-    finished: Tensor
-
-
-def scaled_weights(weights: Tensor, dtype: torch.dtype, positions: int) -> ScaledWeights:
-    """The channel weights [S, n, C + 8] of means with probes, for features of this type and number of positions."""
-    check(weights.ndim == 3 and weights.dtype == torch.float64, "weights must be float64 [S, n, C + 8]")
-    maps, n, columns = weights.shape
-    channels = columns - PROBES
-    normal, plain = (torch.empty(maps, n, channels, dtype=torch.float32, device=weights.device) for _ in range(2))
-    exponents, finished = (torch.empty(maps, n, dtype=torch.int32, device=weights.device) for _ in range(2))
-    real = weights.new_empty(maps, n)
-    sizes = (channels, PROBES, relative_rounding(dtype, positions))
-    launch(weights, "cam", "cam_weights", (n, maps, 1), weights.contiguous(), *sizes, normal, plain, exponents, real, finished)
-    return ScaledWeights(normal, exponents, plain, real, finished)
-
-
-def scaled_cam(features: Tensor, weights: ScaledWeights, number: int) -> Tensor:
-    """`cam` [n, H, W] of features and the weights of the map with this number. Each number can be computed once."""
-    return _cam(features, weights.normal[number], weights.exponents[number], weights.finished[number])
-
-
-def _cam(features: Tensor, channel_weights: Tensor, exponents: Tensor | None, finished: Tensor) -> Tensor:
-    check(features.ndim == 4 and features.dtype in _NAMES, "features must be float32, float16 or bfloat16 [n, C, H, W]")
-    check(channel_weights.shape == features.shape[:2], "weights must be [n, C]")
-    features = features.contiguous()
-    n, channels, height, width = features.shape
-    plan = _plan(features, full_grid(features))
-    partial = torch.empty(n, plan.splits, height, width, dtype=torch.float32, device=features.device)
-    maps = torch.empty(n, height, width, dtype=torch.float32, device=features.device)
-    shape = (channels, height, width, plan.period, plan.lanes, plan.periods_per_block, plan.wide)
-    grid = (n, plan.slices, plan.splits)
-    results = (exponents, partial, finished, maps)
-    launch(features, "cam", f"cam_{_NAMES[features.dtype]}", grid, features, channel_weights, *shape, *results)
-    return maps
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How blocks share an image, as described in cam.cu. period and lanes count packs."""
-
-    wide: bool
-    period: int
-    lanes: int
-    slices: int
-    periods_per_block: int
-    splits: int
-
-
-def _plan(features: Tensor, blocks: int) -> _Plan:
-    n, channels, height, width = features.shape
-    positions, pack = height * width, 16 // features.element_size()
-    period = positions // gcd(positions, pack)
-    aligned = features.data_ptr() % 16 == 0 and channels * positions % pack == 0
-    wide = aligned and positions >= pack and (period <= THREADS or positions % pack == 0)
-    if not wide:
-        pack, period = 1, positions
-    lanes = min(period, THREADS)
-    slices = -(-period // lanes)
-    periods = -(-channels * positions // (pack * period))
-    # As many blocks as fill the device, if each thread then has four packs at least.
-    splits = max(1, min(-(-blocks // (n * slices)), periods // (4 * (THREADS // lanes))))
-    periods_per_block = -(-periods // splits)
-    return _Plan(wide, period, lanes, slices, periods_per_block, -(-periods // periods_per_block))
 
 
 def _pair_count(count: int) -> int:

@@ -18,8 +18,14 @@ from kdx.kernels.precision import ieee_float32
 
 _WARP = 32
 
-_POSITIONS = 64
+MEAN_POSITIONS = 64
 """Positions per block of the kernel that brings features into rows."""
+
+_CHANNELS = 128
+"""Channels per block of the same kernel."""
+
+_SAMPLED = 16
+"""Images whose mean is the centre of all."""
 
 _AT_ONCE = 4
 """Shares per block of the kernel that sums over pairs."""
@@ -37,48 +43,89 @@ _TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "b
 class PositionSquares:
     """`kdx.kernels.positions.PositionGeometry` of features [n, C, P] by the kernels.
 
-    rows [P, n, C]: the features minus their mean over the images, float32. squares [n, n, P]: |F_i(p) - F_j(p)|^2 of the pairs i < j, or
-    None where they do not fit into memory at once; then each call of ``shares`` computes them again, a strip at a time. norms [P, n]:
-    |F_i(p)|^2 of the rows, for strips. distances: float64 [n, n].
+    squares [n, n, P]: |F_i(p) - F_j(p)|^2 of the pairs i < j, or None where they do not fit into memory at once; then each call of
+    ``shares`` computes them again, a strip at a time, from ``rows`` [P, n, C]: the features minus a centre, float32. distances: float64
+    [n, n].
     """
 
     features: Tensor
-    rows: Tensor
-    norms: Tensor | None
+    rows: Tensor | None
     squares: Tensor | None
     distances: Tensor
 
     @classmethod
     def of(cls, features: Tensor) -> PositionSquares:
         """features: float32, float16 or bfloat16 [n, C, P], finite."""
-        n, channels, positions = features.shape
-        check(features.dtype in _TYPES, "features must be float32, float16 or bfloat16")
+        return cls.of_each([features], [None])[0]
+
+    @classmethod
+    def of_each(cls, features: Sequence[Tensor], means: Sequence[Tensor | None]) -> list[PositionSquares]:
+        """`of` of several networks' features, all of one shape and type, whose products fill the device better together.
+
+        means: for each network, None or a float64 tensor [n, >= C] whose first columns become the spatial means, from the same read of the
+        features. That is possible up to `MEAN_POSITIONS` positions.
+        """
+        n, channels, positions = features[0].shape
+        check(features[0].dtype in _TYPES, "features must be float32, float16 or bfloat16")
+        check(all(each.shape == features[0].shape and each.dtype == features[0].dtype for each in features), "features must be alike")
         check(channels * positions < _ELEMENTS, f"an image must have fewer than {_ELEMENTS} elements")
-        features = features.contiguous()
-        rows = torch.empty(positions, n, channels, dtype=torch.float32, device=features.device)
-        grid = (n * -(-channels // _WARP), -(-positions // _POSITIONS), 1)
-        mean = features.mean(0, dtype=torch.float32)
-        launch(features, "shares", f"shares_rows_{_TYPES[features.dtype]}", grid, features, mean, n, channels, positions, rows)
+        check(positions <= MEAN_POSITIONS or all(each is None for each in means), "means must be those of few positions")
+        features = [each.contiguous() for each in features]
+        rows = torch.empty(len(features), positions, n, channels, dtype=torch.float32, device=features[0].device)
+        for each, own, mean in zip(features, rows, means, strict=True):
+            _bring_into_rows(each, own, mean)
         if _strip(n, positions) < n:
-            flat = geometry.wide(features.flatten(1))
-            norms = torch.linalg.vector_norm(rows, dim=2).square_()
-            return cls(features, rows, norms, None, fused.distances(flat - flat.mean(0)).double())
-        distances = torch.empty(n, n, dtype=torch.float64, device=features.device)
-        return cls(features, rows, None, _squares(features, rows, None, 0, n, distances), distances)
+            return [cls._in_strips(each, own) for each, own in zip(features, rows, strict=True)]
+        products = _products(rows.flatten(0, 1), rows.flatten(0, 1)).unflatten(0, (-1, positions))
+        norms = products.diagonal(dim1=2, dim2=3).contiguous()  # rounded as the products beside them
+        results = []
+        for each, product, norm, total in zip(features, products, norms, norms.sum(1), strict=True):
+            distances = torch.empty(n, n, dtype=torch.float64, device=each.device)
+            results.append(cls(each, None, _squares(each, product, norm, total, 0, distances), distances))
+        return results
+
+    @classmethod
+    def _in_strips(cls, features: Tensor, rows: Tensor) -> PositionSquares:
+        flat = geometry.wide(features.flatten(1))
+        return cls(features, rows, None, fused.distances(flat - flat.mean(0)).double())
 
     def shares(self, matrices: Tensor, contexts: Sequence[slice]) -> Tensor:
-        positions, n, _ = self.rows.shape
+        n, _, positions = self.features.shape
         check(matrices.ndim == 3 and matrices.shape[1:] == (n, n) and matrices.dtype == torch.float64, "matrices must be float64 [m, n, n]")
         result = matrices.new_empty(len(contexts), len(matrices), n, positions)
         bounds = _bounds(tuple(part.indices(n) for part in contexts), matrices.device)
         inputs = (matrices.contiguous(), self.distances, bounds)
-        first = 0
+        if self.squares is not None:
+            _contract(self.squares, inputs, result, 0)
+            return result
+        assert self.rows is not None
+        norms = torch.linalg.vector_norm(self.rows, dim=2).square_()
+        totals, first = norms.sum(0), 0
         while first < n:
             strip = _strip(n - first, positions)
-            squares = _squares(self.features, self.rows, self.norms, first, strip) if self.squares is None else self.squares
-            _contract(squares, inputs, result, first)
+            products = _products(self.rows[:, first : first + strip], self.rows[:, first:])
+            _contract(_squares(self.features, products, norms, totals, first, None), inputs, result, first)
             first += strip
         return result
+
+
+def _bring_into_rows(features: Tensor, rows: Tensor, means: Tensor | None) -> None:
+    """Features [n, C, P] minus their centre as rows [P, n, C], and the spatial means if requested.
+
+    The centre is the mean of some images. Any centre near the images leaves their differences as they are, and rounds them as little.
+    """
+    n, channels, positions = features.shape
+    centre = features[:: max(1, n // _SAMPLED)].mean(0, dtype=torch.float32).T.contiguous()
+    grid = (n * -(-channels // _CHANNELS), -(-positions // MEAN_POSITIONS), 1)
+    columns = 0 if means is None else means.shape[1]
+    inputs = (features, centre, n, channels, positions, columns)
+    launch(features, "shares", f"shares_rows_{_TYPES[features.dtype]}", grid, *inputs, rows, means)
+
+
+def _products(rows: Tensor, others: Tensor) -> Tensor:
+    """The products of rows [P, q, C] and others [P, m, C] at every position, in full float32."""
+    with ieee_float32():
+        return torch.bmm(rows, others.mT)
 
 
 @lru_cache(maxsize=64)
@@ -87,21 +134,19 @@ def _bounds(contexts: tuple[tuple[int, int, int], ...], device: torch.device) ->
     return torch.tensor(contexts, dtype=torch.int32, device=device)
 
 
-def _squares(features: Tensor, rows: Tensor, norms: Tensor | None, first: int, strip: int, distances: Tensor | None = None) -> Tensor:
+def _squares(features: Tensor, products: Tensor, norms: Tensor, totals: Tensor, first: int, distances: Tensor | None) -> Tensor:
     """|F_i(p) - F_j(p)|^2 [strip, count, P] of the strip's images i before all others, with their ``distances`` if requested.
 
-    norms: |F_i(p)|^2 [P, n], or None if the strip has all images; they are then the diagonals of the products, and rounded as these are.
+    products [P, strip, count]: of the strip, which begins at the image ``first``, with all images from there on. norms [P, n]: |F_i(p)|^2.
+    totals [n]: their sums.
     """
-    positions, n, channels = rows.shape
-    count = n - first
-    with ieee_float32():
-        products = torch.bmm(rows[:, first : first + strip], rows[:, first:].mT)
-    norms = products.diagonal(dim1=1, dim2=2).contiguous() if norms is None else norms
-    squares = torch.empty(strip, count, positions, dtype=torch.float32, device=rows.device)
+    n, channels, positions = features.shape
+    _, strip, count = products.shape
+    squares = torch.empty(strip, count, positions, dtype=torch.float32, device=features.device)
     sizes = (n, first, count, channels, positions)
     grid = (strip, -(-count // _WARP), 1)
-    inputs = (products, features, norms, norms.sum(0))
-    launch(rows, "shares", f"shares_squares_{_TYPES[features.dtype]}", grid, *inputs, fused.near(), *sizes, squares, distances)
+    inputs = (products, features, norms, totals)
+    launch(features, "shares", f"shares_squares_{_TYPES[features.dtype]}", grid, *inputs, fused.near(), *sizes, squares, distances)
     return squares
 
 

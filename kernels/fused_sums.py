@@ -12,7 +12,10 @@ from kdx.kernels.launches import THREADS, check, full_grid, launch, warps
 from kdx.kernels.moments import Influences
 
 _MATRICES = 4
-"""Matrices per block of the kernel of permutations."""
+"""Matrices per block of the kernels of permutations."""
+
+_LABEL_PERMUTATIONS = 2
+"""Permutations per warp of the kernel of permuted labels."""
 
 
 def u_centered(d: Tensor, sums: Products) -> Tensor:
@@ -26,17 +29,31 @@ def u_centered(d: Tensor, sums: Products) -> Tensor:
 
 def permuted_products(matrices: Tensor, permuted: Tensor, permutations: Tensor) -> Tensor:
     """`geometry.permuted_products` [p, k] of symmetric centred matrices [k, n, n] and [n, n], under permutations [p, n]."""
+    n = matrices.shape[1]
+    check(permuted.dtype == torch.float64 and permuted.shape == (n, n), "permuted must be float64 [n, n]")
+    return _permuted("permuted_products", matrices, permuted, permutations, 1, 1.0)
+
+
+def permuted_label_products(matrices: Tensor, labels: Tensor, permutations: Tensor) -> Tensor:
+    """`permuted_products` [p, k] with the target matrix of int64 labels [n], of U-centred matrices [k, n, n] with n <= 256."""
+    n = matrices.shape[1]
+    check(labels.dtype == torch.int64 and labels.shape == (n,) and n <= THREADS, "labels must be int64 [n] of at most 256 images")
+    return _permuted("permuted_labels", matrices, labels, permutations, _LABEL_PERMUTATIONS, -(2**0.5))
+
+
+def _permuted(kernel: str, matrices: Tensor, permuted: Tensor, permutations: Tensor, each: int, factor: float) -> Tensor:
+    """Launch a kernel of permuted.cu, whose warps have ``each`` permutations."""
     count, n, _ = matrices.shape
-    check(matrices.dtype == permuted.dtype == torch.float64 and permuted.shape == (n, n), "matrices must be float64 [k, n, n] and [n, n]")
+    check(matrices.dtype == torch.float64, "matrices must be float64 [k, n, n]")
     check(permutations.ndim == 2 and permutations.dtype == torch.int64 and permutations.shape[1] == n, "permutations must be int64 [p, n]")
     total = len(permutations)
     if total == 0:
         return matrices.new_empty(0, count)
-    blocks, groups = warps(total), -(-count // _MATRICES)
-    chunks = max(1, min(n, -(-full_grid(matrices) // (blocks * groups))))
+    blocks, groups = warps(-(-total // each)), -(-count // _MATRICES)
+    chunks = max(1, min(n, -(-full_grid(matrices) // (each * blocks * groups))))
     partial = matrices.new_empty(chunks, total, count)
     inputs = (matrices.contiguous(), permuted.contiguous(), permutations.contiguous())
-    launch(matrices, "permuted", "permuted_products", (blocks, chunks, groups), *inputs, count, n, total, 1 / (n * (n - 3)), partial)
+    launch(matrices, "permuted", kernel, (blocks, chunks, groups), *inputs, count, n, total, factor / (n * (n - 3)), partial)
     return partial.sum(0)
 
 

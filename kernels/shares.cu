@@ -11,8 +11,9 @@
 // need no Gram product of their own. If D_ij^2 is tiny beside the norms, the differences are mostly rounding; a warp then computes them
 // from the features.
 //
-// shares_rows_{float32,float16,bfloat16}  Features [n, C, P] minus their mean over the images, as rows [P, n, C], through shared memory.
-//                     Bytes: n C P sizeof(T) read and 4 n C P written. The floor is the bytes over the bandwidth.
+// shares_rows_{float32,float16,bfloat16}  Features [n, C, P] minus a centre, as rows [P, n, C], through shared memory; with up to 64
+//                     positions also their spatial means in float64, from the same read. Bytes: n C P sizeof(T) read and 4 n C P written.
+//                     The floor is the bytes over the bandwidth.
 // shares_squares_{float32,float16,bfloat16}  The squared differences of the pairs i < j, in the order [i, j, p], and their distances. A block has one image and 32
 //                     others, and transposes their products through shared memory. Bytes: 2 n^2 P read and 2 n^2 P written.
 // shares_contract     The sum over j, or over the j of one context, for up to four pairs of a matrix G and a context at a time. Bytes:
@@ -29,27 +30,39 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kLanes = 32;
 constexpr int kPositions = 64;  // of a block that transposes features
+constexpr int kChannels = 128;  // of such a block: it writes them as one piece of memory
 constexpr int kAtOnce = 4;      // shares of a block
 
-// 32 channels of one image, at up to kPositions positions.
+// kChannels channels of one image, at up to kPositions positions. Two threads add up each channel.
 template <class T>
-__device__ void centre(const T* features, const float* mean, int count, int channels, int positions, float* rows) {
-    __shared__ float tile[kLanes][kPositions + 1];
-    const int tiles = (channels + kLanes - 1) / kLanes, image = blockIdx.x / tiles, first = blockIdx.x % tiles * kLanes;
-    const int left = blockIdx.y * kPositions, width = min(kPositions, positions - left), height = min(kLanes, channels - first);
-    const long long corner = (long long)first * positions + left;
-    features += (long long)image * channels * positions + corner;
-    mean += corner;
+__device__ void centre(
+    const T* features, const float* centres, int count, int channels, int positions, int columns, float* rows, double* means
+) {
+    __shared__ float tile[kChannels][kPositions + 1];
+    const int tiles = (channels + kChannels - 1) / kChannels, image = blockIdx.x / tiles, first = blockIdx.x % tiles * kChannels;
+    const int left = blockIdx.y * kPositions, width = min(kPositions, positions - left), height = min(kChannels, channels - first);
+    features += ((long long)image * channels + first) * positions + left;
+#pragma unroll 8
     for (int at = threadIdx.x; at < height * width; at += kLanes * kWarps) {
-        const int channel = at / width, position = at % width, from = channel * positions + position;
-        tile[channel][position] = float(features[from]) - mean[from];
+        const int channel = at / width, position = at % width;
+        tile[channel][position] = float(features[channel * positions + position]);
     }
     __syncthreads();
-    const int lane = threadIdx.x % kLanes;
-    if (lane >= height) return;
-    rows += ((long long)left * count + image) * channels + first + lane;
-    for (int position = threadIdx.x / kLanes; position < width; position += kWarps)
-        rows[(long long)position * count * channels] = tile[lane][position];
+    if (means) {
+        const int channel = threadIdx.x / 2;
+        double sum = 0;
+        if (channel < height)
+            for (int position = threadIdx.x % 2; position < width; position += 2) sum += double(tile[channel][position]);
+        sum += __shfl_xor_sync(kWarp, sum, 1);
+        if (threadIdx.x % 2 == 0 && channel < height) means[(long long)image * columns + first + channel] = sum / positions;
+    }
+    const int channel = threadIdx.x % kChannels;
+    if (channel >= height) return;
+    rows += ((long long)left * count + image) * channels + first + channel;
+    centres += (long long)left * channels + first + channel;
+#pragma unroll 4
+    for (int position = threadIdx.x / kChannels; position < width; position += kLanes * kWarps / kChannels)
+        rows[(long long)position * count * channels] = tile[channel][position] - centres[(long long)position * channels];
 }
 
 // One image of the strip and 32 images from ``left`` on. The strip begins at the image ``first`` of ``images``.
@@ -161,12 +174,13 @@ __device__ void contract(
 
 }  // namespace
 
-// features [count, C, P], mean [C, P]; out: rows [P, count, C]. Grid (count ceil(C/32), ceil(P/64)).
-#define KDX_ROWS(name, T)                                                                                \
-    extern "C" __global__ void __launch_bounds__(kLanes * kWarps) name(                                  \
-        const T* features, const float* mean, int count, int channels, int positions, float* rows        \
-    ) {                                                                                                  \
-        centre<T>(features, mean, count, channels, positions, rows);                                     \
+// features [count, C, P], centres [P, C]; out: rows [P, count, C], and unless null the means [count, columns] in the first C columns, of at
+// most kPositions positions. Grid (count ceil(C/128), ceil(P/64)).
+#define KDX_ROWS(name, T)                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(kLanes * kWarps) name(                                                          \
+        const T* features, const float* centres, int count, int channels, int positions, int columns, float* rows, double* means \
+    ) {                                                                                                                          \
+        centre<T>(features, centres, count, channels, positions, columns, rows, means);                                          \
     }
 KDX_ROWS(shares_rows_float32, float)
 KDX_ROWS(shares_rows_float16, __half)

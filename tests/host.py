@@ -58,6 +58,7 @@ class HostLauncher:
         self.order = order
         self.seed = seed
         self.multiprocessors = multiprocessors
+        self.can_be_captured = False
         self._changed = tuple(sorted((changed or {}).items()))
 
     def launch(

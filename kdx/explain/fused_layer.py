@@ -7,7 +7,7 @@ measured again in `measure`, step by step, which raises the error or computes wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,10 +17,9 @@ from torch import Tensor
 
 from kdx.choices import ObjectiveName
 from kdx.features import arrays
-from kdx.features.target import Target
-from kdx.kernels import fused, fused_sums, geometry, moments, rounding
+from kdx.kernels import fused, fused_maps, fused_sums, geometry, moments, rounding
 from kdx.kernels.distances import ORDINARY
-from kdx.kernels.fused_shares import PositionSquares
+from kdx.kernels.fused_shares import MEAN_POSITIONS, PositionSquares
 from kdx.kernels.moments import Moments
 from kdx.roles import TARGET, mapped_among, maps_among, permuted_among, roles_among, shares_among
 
@@ -42,6 +41,22 @@ class FusedMeasurement:
     moments: Moments | None
     numbers: Tensor
     limits: tuple[float, ...]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, those of float64 first."""
+        moments = () if self.moments is None else (self.moments.variance, self.moments.interaction, self.moments.slope)
+        maps = [tensor for pair in self.maps.values() for tensor in pair]
+        return [self.products, self.numbers, *self.permuted.values(), *moments, *self.shares.values(), *maps]
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> FusedMeasurement:
+        """The same measurement with other `tensors`, in the same order."""
+        left = iter(tensors)
+        products, numbers = next(left), next(left)
+        permuted = {name: next(left) for name in self.permuted}
+        moments = None if self.moments is None else Moments(self.moments.parts, next(left), next(left), next(left))
+        shares = {key: next(left) for key in self.shares}
+        maps = {name: (next(left), next(left)) for name in self.maps}
+        return FusedMeasurement(maps, shares, products, permuted, moments, numbers, self.limits)
 
     def scores(self, numbers: Sequence[float]) -> dict[str, float] | None:
         """The score of each map, from ``numbers``; None if the features are unusual, so that the results mean nothing."""
@@ -73,16 +88,17 @@ def applies(features: Mapping[str, Tensor]) -> bool:
 
 
 def measure_fused(
-    features: Mapping[str, Tensor], target: Target, objective: ObjectiveName, permutations: Tensor, *, shares: bool
+    features: Mapping[str, Tensor], target: Tensor, labels: Tensor | None, objective: ObjectiveName, permutations: Tensor, *, shares: bool
 ) -> FusedMeasurement:
-    """`kdx.explain.layer.measure` of the maps of a batch with the weighting ``gap``, from each role's features [n, C, H, W] on a GPU."""
+    """`kdx.explain.layer.measure` of the maps of a batch with the weighting ``gap``, from each role's features [n, C, H, W] on a GPU.
+
+    target: its distances [n, n]. labels: int64 [n] if the target is labels, else None.
+    """
     roles = roles_among(features)
     among = maps_among(roles)
-    device = target.distances.raw.device
-    positions: dict[str, PositionSquares] = {}
-    if shares:
-        positions = {role: PositionSquares.of(features[role].flatten(2)) for role in roles}
-    raw = torch.stack([*(positions[role].distances if shares else _distances(features[role]) for role in roles), target.distances.raw])
+    device = target.device
+    positions, known = _positions(features) if shares else ({}, {})
+    raw = torch.stack([*(positions[role].distances if shares else _distances(features[role]) for role in roles), target])
     sums = fused.products(raw[None])
     centred = fused_sums.u_centered(raw, sums)
 
@@ -91,22 +107,24 @@ def measure_fused(
     scores: dict[str, Tensor] = {}
     real: dict[str, Tensor] = {}
     single = raw.float()
-    means = {role: fused.means_with_probes(features[role], _drawn(len(raw[0]), device)) for role, _ in among.values()}
-    for names in _alike(features, among):
+    means = {role: _means(features[role], known.get(role)) for role, _ in among.values()}
+    for names in _alike({name: features[role] for name, (role, _) in among.items()}):
         explained = [among[name][0] for name in names]
         matrices = [place for name in names for place in (*(roles.index(role or "") for role in among[name]), len(roles))]
         stack = single.index_select(0, _indices(tuple(matrices), device)).unflatten(0, (-1, 3))
-        solution = fused.stacked_weights(stack, torch.stack([means[role] for role in explained]), objective)
+        solution = fused.product_weights(stack, torch.stack([means[role] for role in explained]), objective)
         first = features[explained[0]]
-        weights = fused.scaled_weights(solution.channel_weights, first.dtype, first[0, 0].numel())
+        weights = fused_maps.scaled_weights(solution.channel_weights, first.dtype, first[0, 0].numel())
         for place, (name, role) in enumerate(zip(names, explained, strict=True)):
-            maps[name] = fused.scaled_cam(features[role], weights, place), weights.plain[place]
+            maps[name] = fused_maps.scaled_cam(features[role], weights, place), weights.plain[place]
             left[name], scores[name], real[name] = solution.left[place, None], solution.score[place, None], weights.real[place]
 
     by_name = [*(values[name] for values in (left, scores, real) for name in among)]
     numbers = torch.cat([sums.squares[0, : len(roles)], sums.inner[0].diagonal()[: len(roles)], *by_name])
     permuted = {
-        name: fused_sums.permuted_products(centred, centred[-1 if name == TARGET else roles.index(name)], permutations)
+        name: fused_sums.permuted_label_products(centred, labels, permutations)
+        if name == TARGET and labels is not None
+        else fused_sums.permuted_products(centred, centred[-1 if name == TARGET else roles.index(name)], permutations)
         for name in permuted_among(roles)
     }
     influences = fused_sums.influences(centred)
@@ -127,12 +145,35 @@ def _distances(features: Tensor) -> Tensor:
     return fused.distances(rows - rows.mean(0)).double()
 
 
-def _alike(features: Mapping[str, Tensor], among: Mapping[str, tuple[str, str | None]]) -> list[list[str]]:
-    """The names of the maps, grouped by the shape and the type of the explained features."""
+def _alike(features: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names, grouped by the shape and the type of their features."""
     groups: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
-    for name, (role, _) in among.items():
-        groups.setdefault((features[role].shape[1:], features[role].dtype), []).append(name)
+    for name, value in features.items():
+        groups.setdefault((value.shape, value.dtype), []).append(name)
     return list(groups.values())
+
+
+def _positions(features: Mapping[str, Tensor]) -> tuple[dict[str, PositionSquares], dict[str, Tensor]]:
+    """The geometry of each role's positions, and the spatial means of those roles with maps whose features have few positions."""
+    roles = roles_among(features)
+    explained = {role for role, _ in maps_among(roles).values()}
+    few = {role for role in roles if role in explained and features[role][0, 0].numel() <= MEAN_POSITIONS}
+    means = {
+        role: torch.empty(len(value), value.shape[1] + rounding.PROBES, dtype=torch.float64, device=value.device)
+        for role, value in features.items()
+        if role in few
+    }
+    positions: dict[str, PositionSquares] = {}
+    for names in _alike({role: features[role] for role in roles}):
+        known = PositionSquares.of_each([features[role].flatten(2) for role in names], [means.get(role) for role in names])
+        positions.update(zip(names, known, strict=True))
+    return positions, means
+
+
+def _means(features: Tensor, known: Tensor | None) -> Tensor:
+    """The spatial means with probes [n, C + 8]. known: the same without probes, or None."""
+    drawn = _drawn(len(features), features.device)
+    return fused_maps.means_with_probes(features, drawn) if known is None else fused_maps.add_probes(known, features, drawn)
 
 
 def _shares(features: Mapping[str, Tensor], positions: Mapping[str, PositionSquares], centred: Tensor) -> dict[tuple[str, str], Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kdx.choices import Weighting
 from kdx.explain import fused_layer
+from kdx.explain.layer_graphs import LayerGraphs
 from kdx.features import arrays
 from kdx.features.target import Target
 from kdx.kernels import ambient, dispatch, geometry, moments, rounding
@@ -100,9 +101,11 @@ def begin(
     shares: bool = True,
     pooled: bool = False,
     backend: Backend = "auto",
+    graphs: LayerGraphs | None = None,
 ) -> PendingMeasurement:
     """`measure`, without waiting for a GPU that runs the kernels, if they compute all that is requested.
 
+    graphs: the captured computations of batches of the same shapes, which are then launched at once; None to launch each kernel.
     The features stay in memory until the result is read. Raises what `measure` raises if it has to be computed at once.
     """
     ops, name = _backend(features, backend), dispatch.kernel_objective(objective)
@@ -113,7 +116,9 @@ def begin(
     is_plain = weighting == "gap" and references is None and distances is None and not pooled
     if not (isinstance(ops, dispatch.CudaBackend) and name is not None and is_plain and fused_layer.applies(features)):
         return PendingMeasurement.complete(at_once())
-    computed = fused_layer.measure_fused(features, target, name, permutations, shares=shares)
+    graphs = LayerGraphs() if graphs is None else graphs
+    labels = target.values if target.values.dtype == torch.int64 and target.values.ndim == 1 else None
+    computed = graphs.measure(features, target.distances.raw, labels, name, permutations, shares=shares)
 
     def measurement(scores: Mapping[str, float]) -> LayerMeasurement:
         maps = {name: Maps(values, weights, scores[name]) for name, (values, weights) in computed.maps.items()}
@@ -138,12 +143,13 @@ def measure(
     shares: bool = True,
     pooled: bool = False,
     backend: Backend = "auto",
+    graphs: LayerGraphs | None = None,
 ) -> LayerMeasurement:
     """The maps and inner products of one layer and one batch, from each role's features [n, C, H, W].
 
     permutations: [p, n]. references: if given, the maps are those of reference mode. distances: if given, the inner products are those of
     these distances, between each role's other features of the same images. shares: whether the shares are computed as well. pooled,
-    backend: as in `kdx.unicam`; the references must have been made with the same ``pooled``.
+    backend: as in `kdx.unicam`; the references must have been made with the same ``pooled``. graphs: as in `begin`.
     """
     return begin(
         features,
@@ -156,6 +162,7 @@ def measure(
         shares=shares,
         pooled=pooled,
         backend=backend,
+        graphs=graphs,
     ).result()
 
 

@@ -20,6 +20,7 @@ from kdx.explain.batch_target import BatchTarget
 from kdx.explain.explainer_file import no_gradients
 from kdx.explain.exported import ENGINE_IMAGES, Export, ExportFolder, open_exported
 from kdx.explain.layer import LayerReferences, PendingMeasurement, begin
+from kdx.explain.layer_graphs import LayerGraphs
 from kdx.explain.network_set import NetworkRecord
 from kdx.explain.runtime_cost import FEW_IMAGES, ExportCost
 from kdx.explain.settings import Settings
@@ -99,6 +100,7 @@ class NetworkRunners:
                     self._graphs[role] = loaded, FeatureGraph(loaded.module, self._layers_of(role), loaded.preprocessing)
         self.classes: tuple[str, ...] = self._files["student"][1].classes if paths else ()
         self._references: dict[str, LayerReferences] = {}
+        self._captured = LayerGraphs()
         self._runners: dict[str, Runner] = {}
         self._gradients: dict[str, Runner] = {}
         self._is_automatic = self._may_fall_back and self.choice.runtime in ("onnx", "openvino") and not paths
@@ -238,6 +240,7 @@ class NetworkRunners:
                 references=self._references.get(layer),
                 distances=distances.get(layer),
                 pooled=self._settings.pooled,
+                graphs=self._captured,
             )
             for layer in self.layers
         }
@@ -337,6 +340,7 @@ class NetworkRunners:
     def close(self) -> None:
         self._close_runners()
         self._networks, self._files, self._graphs, self._references = {}, {}, {}, {}
+        self._captured.close()
         self._folder.close()
 
 

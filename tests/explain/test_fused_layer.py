@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 import kdx
-from kdx.explain import fused_layer
+from kdx.explain import fused_layer, layer_graphs
+from kdx.explain.fused_layer import FusedMeasurement
 from kdx.explain.layer import LayerMeasurement, begin, measure
+from kdx.explain.layer_graphs import LayerGraphs
 from kdx.features.target import Target
 from kdx.kernels import geometry
 from kdx.scores import uncertainty
@@ -49,7 +52,7 @@ def assert_close(actual: LayerMeasurement, expected: LayerMeasurement, tolerance
             assert oracle.error(getattr(actual.moments, field), getattr(expected.moments, field)) < tolerance, field
 
 
-@pytest.mark.parametrize(("names", "launches"), [(("student", "base"), 49), (("teacher", "student", "base", "random"), 76)])
+@pytest.mark.parametrize(("names", "launches"), [(("student", "base"), 51), (("teacher", "student", "base", "random"), 80)])
 def test_a_batch_takes_few_launches_and_no_wait(names: tuple[str, ...], launches: int) -> None:
     features, target, table = inputs(16, *names)
     target.checked()
@@ -156,3 +159,51 @@ def test_what_the_kernels_do_not_compute_is_complete_at_once() -> None:
             pending = begin(given, target, permutations=table, **options)
             assert not pending.numbers.numel() and pending.result().maps
     assert not begin(features, target, permutations=table).numbers.numel()  # on the CPU
+
+
+def captured(run: Callable[[], tuple[FusedMeasurement, Tensor]]) -> tuple[tuple[FusedMeasurement, Tensor], Callable[[], None]]:
+    """A stand-in for a CUDA graph, which computes the results again in the same memory."""
+    results = run()
+
+    def replay() -> None:
+        measurement, packed = run()
+        results[1].copy_(packed)
+        for own, other in zip(results[0].tensors(), measurement.tensors(), strict=True):
+            own.copy_(other)
+
+    return results, replay
+
+
+@pytest.mark.slow
+def test_batches_of_the_same_shapes_are_captured_and_keep_their_results() -> None:
+    captures: list[object] = []
+
+    def counting(run: Callable[[], tuple[FusedMeasurement, Tensor]]) -> tuple[tuple[FusedMeasurement, Tensor], Callable[[], None]]:
+        captures.append(run)
+        return captured(run)
+
+    graphs, (features, target, table) = LayerGraphs(counting), inputs(19, *NETWORKS[2])
+    batches = [{role: value.roll(shift, 1) * (shift + 1) for role, value in features.items()} for shift in range(4)]
+    batches[3] = spoiled(batches[3], "nan")
+    with running():
+        pending = [begin(batch, target, permutations=table, graphs=graphs) for batch in batches]
+        other = begin({role: value[:9] for role, value in features.items()}, inputs(9)[1], permutations=table[:, :9] % 9, graphs=graphs)
+        results = [each.result() for each in pending[:3]]
+        assert other.result().maps and len(captures) == 1
+        with pytest.raises(kdx.KdxError, match="not finite in rows 3, 7"):
+            pending[3].result()
+        graphs.close()
+        begin(features, target, permutations=table, graphs=graphs)
+    assert len(captures) == 1
+    for batch, result in zip(batches, results, strict=False):
+        assert_close(result, measure(batch, target, permutations=table))
+
+
+def test_large_features_and_launchers_without_graphs_are_not_captured() -> None:
+    features, target, table = inputs()
+    for graphs in (LayerGraphs(), LayerGraphs(captured)):
+        with counted(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layer_graphs, "_BYTES", 1000)
+            for _ in range(3):
+                begin(features, target, permutations=table, graphs=graphs)
+        assert not graphs._captured

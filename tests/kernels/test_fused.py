@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdx.kernels import fused, fused_shares, fused_sums, geometry, moments, reference, rounding
+from kdx.kernels import fused, fused_maps, fused_shares, fused_sums, geometry, moments, reference, rounding
 from tests import host, oracle
 from tests.host import ORDERS, HostLauncher, KernelError, running
 from tests.kernels.inputs import EXACT, SINGLE, among, defined, geometries, gradients, laplacian, matrices, rows
@@ -30,8 +30,8 @@ def all_results() -> list[Tensor]:
     permuted = fused_sums.permuted_products(centred, centred[0], torch.arange(28).view(2, 14) % 14)
     influences = fused_sums.influences(centred)
     assert influences is not None and influences.second is not None
-    results += [permuted, influences.first, influences.second, fused.means_with_probes(features, rounding.drawn(2, 0))]
-    return [*results, fused.cam(features, torch.ones(2, 64)), fused.means(features), positions.distances, shares]
+    results += [permuted, influences.first, influences.second, fused_maps.means_with_probes(features, rounding.drawn(2, 0))]
+    return [*results, fused_maps.cam(features, torch.ones(2, 64)), fused_maps.means(features), positions.distances, shares]
 
 
 @pytest.mark.slow
@@ -57,8 +57,8 @@ def test_wrong_shapes_and_types_are_refused() -> None:
         lambda: fused.weights(*triple, means.float()),
         lambda: fused.weights(d[:, 0], d[:, 1], d[:, 2, :4, :4], means),
         lambda: fused.query_weights(small, (d[0, 0, 2:, :2],) * 3, means[0, 2:], means[0, :2]),
-        lambda: fused.cam(torch.zeros(2, 3, 4, 5, dtype=torch.float64), torch.zeros(2, 3)),
-        lambda: fused.cam(torch.zeros(2, 3, 4, 5), torch.zeros(2, 4)),
+        lambda: fused_maps.cam(torch.zeros(2, 3, 4, 5, dtype=torch.float64), torch.zeros(2, 3)),
+        lambda: fused_maps.cam(torch.zeros(2, 3, 4, 5), torch.zeros(2, 4)),
     ):
         with pytest.raises(ValueError, match=r"must|needs"):
             call()
@@ -89,15 +89,19 @@ def check_weights() -> None:
 
 def check_cam() -> None:
     features = torch.randn(2, 320, 7, 7, generator=torch.Generator().manual_seed(0))
-    assert oracle.error(fused.cam(features, torch.ones(2, 320)), features.double().sum(1).relu()) < SINGLE
+    assert oracle.error(fused_maps.cam(features, torch.ones(2, 320)), features.double().sum(1).relu()) < SINGLE
 
 
 def check_means() -> None:
     for size in (5, 9), (9, 11):
         features = torch.randn(3, 11, *size, generator=torch.Generator().manual_seed(0))
-        means = fused.means_with_probes(features, rounding.drawn(3, 0))
+        means = fused_maps.means_with_probes(features, rounding.drawn(3, 0))
         assert oracle.error(means[:, :11], features.double().mean((2, 3))) < EXACT
         assert oracle.error(means, rounding.with_probes(means[:, :11], features)) < SINGLE
+    features = torch.randn(3, 35, 7, 7, generator=torch.Generator().manual_seed(0))
+    read = torch.zeros(3, 35, dtype=torch.float64)
+    fused_shares.PositionSquares.of_each([features.flatten(2)], [read])
+    assert oracle.error(read, features.double().mean((2, 3))) < EXACT
 
 
 def check_shares() -> None:
@@ -121,6 +125,10 @@ def check_sums() -> None:
         oracle.error(fused_sums.permuted_products(centred, centred[1], table), geometry.permuted_products(centred, centred[1], table))
         < EXACT
     )
+    labels = torch.arange(35) % 4
+    target = geometry.u_centered(2**0.5 * (labels[:, None] != labels).double())
+    by_label = fused_sums.permuted_label_products(centred, labels, table)
+    assert oracle.error(by_label, geometry.permuted_products(centred, target, table)) < EXACT
     actual, expected = fused_sums.influences(centred), moments.matrix_influences(centred)
     assert actual is not None and expected is not None and actual.second is not None and expected.second is not None
     assert oracle.error(actual.second, expected.second) < EXACT
@@ -130,7 +138,7 @@ def check_scaled() -> None:
     features = torch.randn(2, 320, 7, 7, generator=torch.Generator().manual_seed(0))
     weights = torch.full((1, 2, 328), 1e-9, dtype=torch.float64)
     weights[:, :, 319] = 1e-3
-    maps = fused.scaled_cam(features, fused.scaled_weights(weights, torch.float32, 49), 0)
+    maps = fused_maps.scaled_cam(features, fused_maps.scaled_weights(weights, torch.float32, 49), 0)
     assert oracle.error(maps, geometry.cam(features.double(), weights[0, :, :320])) < SINGLE
 
 
@@ -143,7 +151,7 @@ MISTAKES = [
     ("weights", check_weights, f"{BARRIER}\n        if (!present)", "if (!present)"),
     ("cam", check_cam, f"{BARRIER}\n    // Element e", ""),
     ("cam", check_cam, f"- 1;\n    {BARRIER}", "- 1;"),
-    ("shares", check_shares, f"- mean[from];\n    }}\n    {BARRIER}", "- mean[from];\n    }"),
+    ("shares", check_shares, f"+ position]);\n    }}\n    {BARRIER}", "+ position]);\n    }"),
     ("shares", check_shares, f"{BARRIER}\n#pragma unroll\n        for", "#pragma unroll\n        for"),
     ("shares", check_shares, f"{BARRIER}\n    }}\n#pragma unroll 1", "}\n#pragma unroll 1"),
     ("shares", check_shares, f"= sum[m];\n    {BARRIER}", "= sum[m];"),
@@ -156,9 +164,11 @@ MISTAKES = [
     ("means", check_means, "begin += 32 * kBatch", "begin += 32"),
     ("influences", check_sums, "v >= n || !second", "!second"),
     ("influences", check_sums, "gram[(to + u) * width + at + v]", "gram[(at + u) * width + to + v]"),
-    ("permuted", check_sums, "j < i; j += 32", "j + 1 < i; j += 32"),
+    ("permuted", check_sums, "j < i; j += 32) {\n            const", "j + 1 < i; j += 32) {\n            const"),
+    ("permuted", check_sums, "j < i; j += 32) {\n            bool", "j + 1 < i; j += 32) {\n            bool"),
     ("permuted", check_sums, "|| lane / 8 >= members", ""),
-    ("permuted", check_sums, "if (place >= total) return;", ""),
+    ("permuted", check_sums, "__syncwarp();", ""),
+    ("permuted", check_sums, "if (q < each && lane", "if (lane"),
     ("products", check_sums, "i == j ? 0.0 : d[at + j] -", "d[at + j] -"),
     ("cam", check_scaled, f"= own;\n    {BARRIER}", "= own;"),
     ("cam", check_scaled, "exponents ? exponents[at] : 0", "0"),
@@ -170,8 +180,10 @@ MISTAKES = [
     ("weights", check_weights, "j < n; j += 32) {\n        const double a", "j + 1 < n; j += 32) {\n        const double a"),
     ("cam", check_cam, "position < count; position", "position <= count; position"),
     ("cam", check_cam, "begin + image.periods_per_block)", "begin + image.periods_per_block + 1)"),
-    ("shares", check_shares, "if (lane >= height)", "if (lane > height)"),
-    ("shares", check_shares, "position < width; position", "position <= width; position"),
+    ("shares", check_shares, "if (channel >= height)", "if (channel > height)"),
+    ("shares", check_means, "position < width; position += 2", "position + 1 < width; position += 2"),
+    ("shares", check_means, " && channel < height)", ")"),
+    ("shares", check_shares, "position < width; position += kLanes", "position <= width; position += kLanes"),
     ("shares", check_shares, "other < count && own < other", "other <= count && own < other"),
     ("shares", check_shares, "left + kLanes - 1 <= own", "left <= own"),
     ("shares", check_shares, "channel < channels; ++channel", "channel + 1 < channels; ++channel"),

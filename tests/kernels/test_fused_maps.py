@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kdx.kernels import fused, geometry, rounding
+from kdx.kernels import fused_maps, geometry, rounding
 from tests import oracle
 from tests.host import HostLauncher, Order, running
 from tests.kernels.inputs import SINGLE
@@ -30,7 +30,7 @@ def test_maps_are_those_of_the_geometry(shape: tuple[int, int, int], dtype: torc
     features = torch.randn(2, *shape, generator=generator).to(dtype)
     weights = torch.randn(2, shape[0], generator=generator, dtype=torch.float64)
     with running(HostLauncher(order)):
-        maps = fused.cam(features, weights)
+        maps = fused_maps.cam(features, weights)
     expected = (weights[:, :, None, None] * features.double()).sum(1).relu()
     assert oracle.error(maps, expected) < SINGLE
     assert oracle.error(maps, geometry.cam(features, weights)) < 10 * SINGLE
@@ -42,7 +42,7 @@ def test_maps_by_few_blocks_and_by_many(multiprocessors: int) -> None:
     weights = torch.randn(1, 320, generator=torch.Generator().manual_seed(1))
     launcher = HostLauncher(multiprocessors=multiprocessors)
     with running(launcher):
-        maps = fused.cam(features, weights)
+        maps = fused_maps.cam(features, weights)
     assert oracle.error(maps, geometry.cam(features.double(), weights)) < SINGLE
 
 
@@ -54,21 +54,21 @@ def test_maps_of_strided_and_misaligned_features() -> None:
     expected = geometry.cam(features.double(), weights)
     with running():
         for variant in (features, features.contiguous(memory_format=torch.channels_last), shifted):
-            assert oracle.error(fused.cam(variant, weights), expected) < SINGLE
+            assert oracle.error(fused_maps.cam(variant, weights), expected) < SINGLE
 
 
 def test_a_constant_map_is_constant() -> None:
     features = torch.randn(3, 5, 7, 7, generator=torch.Generator().manual_seed(0))
     features[1] = 2.0
     with running():
-        assert (fused.cam(features, torch.ones(3, 5))[1] == 10).all()
+        assert (fused_maps.cam(features, torch.ones(3, 5))[1] == 10).all()
 
 
 def test_nan_stays_in_a_map() -> None:
     features = torch.ones(1, 3, 2, 2)
     features[0, 1, 0, 1] = torch.nan
     with running():
-        map_ = fused.cam(features, torch.ones(1, 3))[0]
+        map_ = fused_maps.cam(features, torch.ones(1, 3))[0]
     assert map_[0, 1].isnan() and map_[[0, 1, 1], [0, 0, 1]].isfinite().all()
 
 
@@ -78,8 +78,8 @@ def test_means_are_those_of_float64(shape: tuple[int, int, int], dtype: torch.dt
     images, channels, positions = shape
     features = torch.randn(images, channels, 1, positions, generator=torch.Generator().manual_seed(1)).to(dtype)
     with running(HostLauncher(order)):
-        actual = fused.means(features)
-        strided = fused.means(features.mT)
+        actual = fused_maps.means(features)
+        strided = fused_maps.means(features.mT)
     assert actual.dtype == torch.float64 and oracle.error(actual, features.double().mean((2, 3))) < 1e-14
     assert torch.equal(actual, strided)
 
@@ -89,9 +89,9 @@ def test_means_are_those_of_float64(shape: tuple[int, int, int], dtype: torch.dt
 def test_means_with_probes(shape: tuple[int, int, int, int], dtype: torch.dtype, order: Order) -> None:
     features = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     with running(HostLauncher(order)):
-        actual = fused.means_with_probes(features, rounding.drawn(len(features), 3))
+        actual = fused_maps.means_with_probes(features, rounding.drawn(len(features), 3))
         misaligned = torch.empty(features.numel() + 1, dtype=dtype)[1:].view(shape).copy_(features)
-        assert torch.equal(fused.means(misaligned), fused.means(features))
+        assert torch.equal(fused_maps.means(misaligned), fused_maps.means(features))
     expected = rounding.with_probes(geometry.gap(features), features, seed=3)
     assert oracle.error(actual[:, : -rounding.PROBES], expected[:, : -rounding.PROBES]) < 1e-14
     assert oracle.error(actual, expected) < 10 * SINGLE
@@ -107,8 +107,8 @@ def test_maps_of_weights_that_are_no_numbers_of_float32(order: Order) -> None:
     weights[1, 0, 20:] *= 1e9  # rounding larger than the weights
     weights[1, 3] *= 1e18
     with running(HostLauncher(order)):
-        scaled = fused.scaled_weights(weights, torch.float32, 9)
-        maps = torch.stack([fused.scaled_cam(features, scaled, number) for number in range(2)])
+        scaled = fused_maps.scaled_weights(weights, torch.float32, 9)
+        maps = torch.stack([fused_maps.scaled_cam(features, scaled, number) for number in range(2)])
     for number, rows in enumerate(weights):
         normal, exponents = geometry.split_exponent(rows[:, :20])
         assert oracle.error(maps[number], geometry.times_power(geometry.cam(features, normal), exponents)) < 10 * SINGLE

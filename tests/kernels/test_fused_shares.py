@@ -125,3 +125,23 @@ def test_wrong_shapes_and_types_are_refused() -> None:
     many = torch.zeros(1, 1, 1).expand(5, 1 << 16, 1 << 15)
     with running(), pytest.raises(ValueError, match="fewer than"):
         shares(many, g)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_several_networks_and_their_means_from_one_read(dtype: torch.dtype, order: Order) -> None:
+    features = [inputs(18, 35, 49, dtype)[0], inputs(18, 35, 49, dtype)[0].flip(2) - 3]
+    means = [torch.full((18, 40), 7.0, dtype=torch.float64), None]
+    with running(HostLauncher(order)):
+        both = PositionSquares.of_each(features, means)
+    for x, positions in zip(features, both, strict=True):
+        assert oracle.error(positions.distances, geometry.distances(x.double().flatten(1))) < SINGLE
+    assert means[0] is not None and oracle.error(means[0][:, :35], features[0].double().mean(2)) < 1e-14
+    assert (means[0][:, 35:] == 7).all()
+
+
+def test_networks_that_differ_in_shape_and_means_of_many_positions_are_refused() -> None:
+    x = torch.zeros(4, 2, 65)
+    with running(), pytest.raises(ValueError, match="alike"):
+        PositionSquares.of_each([x, x[:, :1]], [None, None])
+    with running(), pytest.raises(ValueError, match="few positions"):
+        PositionSquares.of_each([x], [torch.zeros(4, 2, dtype=torch.float64)])

@@ -33,6 +33,18 @@ def test_products_under_permutations(count: int, n: int, total: int, multiproces
     assert none.shape == (0, count)
 
 
+@pytest.mark.parametrize(("count", "n", "total"), [(1, 4, 1), (3, 33, 18), (9, 40, 7)])
+def test_products_under_permutations_of_labels(count: int, n: int, total: int, order: Order) -> None:
+    centred = geometry.u_centered(matrices(1, count, n)[0])
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(-2, 2, (n,), generator=generator) << 40  # of any size
+    target = geometry.u_centered(2**0.5 * (labels[:, None] != labels).double())
+    table = torch.stack([torch.randperm(n, generator=generator) for _ in range(total)])
+    with running(HostLauncher(order)):
+        actual = fused_sums.permuted_label_products(centred, labels, table)
+    assert oracle.error(actual, geometry.permuted_products(centred, target, table)) < EXACT
+
+
 @pytest.mark.parametrize(("count", "n"), [(2, 4), (2, 5), (3, 6), (1, 19), (5, 40)])
 def test_influences_are_those_of_left_out_images(count: int, n: int, order: Order) -> None:
     centred = geometry.u_centered(matrices(1, count, n)[0])
@@ -57,6 +69,8 @@ def test_wrong_shapes_and_types_are_refused() -> None:
         lambda: fused_sums.permuted_products(a.float(), a[0], table),
         lambda: fused_sums.permuted_products(a, a[0], table[:, :4]),
         lambda: fused_sums.permuted_products(a, a[0], table.int()),
+        lambda: fused_sums.permuted_label_products(a, table[0, :4], table),
+        lambda: fused_sums.permuted_label_products(a, table[0].int(), table),
         lambda: fused_sums.influences(a.float()),
         lambda: fused_sums.influences(torch.zeros(1, 257, 257, dtype=torch.float64)),
         lambda: fused_sums.u_centered(a, fused.products(a[None, :1])),

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdx.choices import ObjectiveName
-from kdx.kernels import fused, geometry, reference
+from kdx.kernels import fused, fused_maps, geometry, reference
 from tests import oracle
 from tests.host import HostLauncher, Order, running
 from tests.kernels.inputs import EXACT, among, geometries, gradients, laplacian
@@ -21,6 +21,7 @@ def test_weights_are_the_laplacian_of_the_geometry(n: int, count: int, channels:
     d, given, target, means = geometries(n, count, channels=channels)
     with running(HostLauncher(order)):
         actual = fused.weights(d, given, target, means, objective, lap=True)
+        through_lap = fused.product_weights(torch.stack((d, given, target), 1), means, objective)
     expected = laplacian(d, given, target, objective)
     assert actual.lap is not None
     if n == 4 and objective == "relevance":  # one dimension remains besides B, so L cannot change
@@ -29,6 +30,8 @@ def test_weights_are_the_laplacian_of_the_geometry(n: int, count: int, channels:
     assert oracle.error(actual.left, expected.left) < EXACT
     assert oracle.error(actual.lap, expected.lap) < EXACT
     assert oracle.error(actual.channel_weights, gradients(expected.lap, means)) < EXACT
+    assert oracle.error(through_lap.channel_weights, gradients(expected.lap, means)) < EXACT
+    assert torch.equal(through_lap.score, actual.score) and torch.equal(through_lap.left, actual.left)
 
 
 @pytest.mark.parametrize("objective", ["relevance", "uniqueness"])
@@ -41,7 +44,7 @@ def test_published_scores_weights_and_maps(case: str, objective: ObjectiveName) 
     with running():
         d, given, target = (fused.distances(f.flatten(1) - f.flatten(1).mean(0))[None] for f in (x, y, g))
         actual = fused.weights(d, given, target, geometry.gap(x)[None], objective)
-        maps = fused.cam(x, actual.channel_weights[0])
+        maps = fused_maps.cam(x, actual.channel_weights[0])
     tolerance = oracle.TOLERANCE["float32"]
     assert actual.lap is None
     assert oracle.error(actual.channel_weights[0], known[f"{name}/weights"]) < tolerance
@@ -60,7 +63,7 @@ def test_from_features_to_maps_is_autograd_through_the_definition(n: int, dtype:
         wide = (f.flatten(1).float() for f in (x, y, target))
         d, given, wanted = (fused.distances(f - f.mean(0))[None] for f in wide)
         actual = fused.weights(d, given, wanted, geometry.gap(x)[None], objective)
-        maps = fused.cam(x, actual.channel_weights[0])
+        maps = fused_maps.cam(x, actual.channel_weights[0])
     tolerance = oracle.TOLERANCE["float32"]
     assert oracle.error(actual.score[0], score) < tolerance
     assert oracle.error(actual.channel_weights[0], weights) < tolerance

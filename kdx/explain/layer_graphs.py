@@ -1,0 +1,116 @@
+"""The computation of a layer, captured as a CUDA graph where batches have the same shapes.
+
+About fifty launches take the processor longer than the GPU needs for a small layer. A graph launches them all at once. It reads from and
+writes to fixed memory, so the features of a batch are copied into it, and the results out of it, in one piece. Results of earlier batches
+are therefore never overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdx.choices import ObjectiveName
+from kdx.explain.fused_layer import FusedMeasurement, measure_fused
+from kdx.kernels import cuda
+
+_BYTES = 1 << 29
+"""The most bytes of features that a graph keeps. The kernels of larger layers take longer than their launches."""
+
+_GRAPHS = 8
+"""The most graphs that are kept."""
+
+Capture = Callable[[Callable[[], tuple[FusedMeasurement, Tensor]]], tuple[tuple[FusedMeasurement, Tensor], Callable[[], None]]]
+"""Runs a computation once and returns its results, and a function that computes them again in the same memory."""
+
+
+class CudaCapture:
+    """`Capture` as CUDA graphs, which share the memory of their intermediate results."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], tuple[FusedMeasurement, Tensor]]) -> tuple[tuple[FusedMeasurement, Tensor], Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may copy and allocate meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            results = run()
+        return results, graph.replay
+
+
+@dataclass(frozen=True, eq=False)
+class _Captured:
+    """A captured computation: its inputs, its results, which are also ``packed`` as bytes, and what computes them again."""
+
+    inputs: list[Tensor]
+    results: FusedMeasurement
+    packed: Tensor
+    replay: Callable[[], None]
+
+    def run(self, inputs: Sequence[Tensor]) -> FusedMeasurement:
+        """The results for other inputs, in memory of their own."""
+        for own, other in zip(self.inputs, inputs, strict=True):
+            own.copy_(other)
+        self.replay()
+        return self.results.with_tensors(_unpacked(self.packed.clone(), self.results.tensors()))
+
+
+class LayerGraphs:
+    """Captured computations by the shapes of their inputs. A computation is captured when shapes come for the second time.
+
+    capture: None for CUDA graphs.
+    """
+
+    def __init__(self, capture: Capture | None = None) -> None:
+        self._capture = capture
+        self._seen: set[object] = set()
+        self._captured: dict[object, _Captured] = {}
+
+    def measure(
+        self,
+        features: Mapping[str, Tensor],
+        target: Tensor,
+        labels: Tensor | None,
+        objective: ObjectiveName,
+        permutations: Tensor,
+        *,
+        shares: bool,
+    ) -> FusedMeasurement:
+        """`measure_fused`."""
+        inputs = [permutations, target, *features.values()] + ([] if labels is None else [labels])
+        key = (tuple(features), objective, shares, *((tensor.shape, tensor.dtype, tensor.device) for tensor in inputs))
+        if key in self._captured:
+            return self._captured[key].run(inputs)
+        if key not in self._seen or len(self._captured) == _GRAPHS or not self._can_capture(inputs):
+            self._seen.add(key)
+            return measure_fused(features, target, labels, objective, permutations, shares=shares)
+        own = [torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor) for tensor in inputs]
+        own_features = dict(zip(features, own[2:], strict=False))
+
+        def run() -> tuple[FusedMeasurement, Tensor]:
+            results = measure_fused(own_features, own[1], None if labels is None else own[-1], objective, own[0], shares=shares)
+            return results, torch.cat([tensor.flatten().view(torch.uint8) for tensor in results.tensors()])
+
+        self._capture = self._capture or CudaCapture()
+        (results, packed), replay = self._capture(run)
+        self._captured[key] = _Captured(own, results, packed, replay)
+        return self._captured[key].run(inputs)
+
+    def close(self) -> None:
+        """Free the memory of all graphs."""
+        self._captured.clear()
+        self._seen.clear()
+        self._capture = None
+
+    def _can_capture(self, inputs: Sequence[Tensor]) -> bool:
+        small = sum(tensor.nbytes for tensor in inputs) <= _BYTES
+        return small and (self._capture is not None or cuda.launcher(inputs[0].device).can_be_captured)
+
+
+def _unpacked(packed: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors like these, from their bytes one after the other."""
+    parts = packed.split([tensor.nbytes for tensor in tensors])
+    return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
