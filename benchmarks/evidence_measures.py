@@ -13,46 +13,58 @@ from torch import Tensor
 
 import kdx
 from benchmarks.planted import cell_shares
-from kdx import models
 from kdx.data.batches import random_batches
 from kdx.export.graphs import FeatureGraph
 from kdx.features.target import Target
 from kdx.kernels import geometry
 from kdx.maps.gradients import gradient_runner
 from kdx.maps.salient_images import Salience, ranking_maps
+from kdx.models.network import Network
+from kdx.runtimes.eager import EagerRunner
 
 Features = Mapping[str, Tensor]
 """The features [n, C, H, W] of one layer by role."""
 
 PUBLISHED_BATCH = 5
+_CHUNK = 256
+"""Images in a pass of a network."""
+
 PUBLISHED_SALIENCE = Salience(keep=0.5, noise=0.01, of_class="true", score="probability", image="published")
 """The batch and the salient images of ``kdx explain --preset published``."""
 
 
 class MeasuredNetwork:
-    """A trained network with its logits, features and salient features of a set of images [n, 3, height, width] in [0, 1]."""
+    """A trained network with its logits, features and salient features of a set of images [n, 3, height, width] in [0, 1].
 
-    def __init__(self, reference: str, layers: Sequence[str]) -> None:
-        self.layers = tuple(layers)
-        self.network = models.load(reference)
-        self._graph = FeatureGraph(self.network.module.eval(), self.layers, self.network.preprocessing)
+    The network runs in float32 on the device. The results are on the processor, where scores and maps are computed: many processes share
+    one GPU, and each would wait for it after every small step.
+    """
+
+    def __init__(self, network: Network, layers: Sequence[str], device: torch.device) -> None:
+        self.layers, self.network, self.device = tuple(layers), network, device
+        self._runner = EagerRunner(FeatureGraph(network.module.eval(), self.layers, network.preprocessing), device)
 
     def features(self, images: Tensor) -> dict[str, Tensor]:
         return self.outputs(images)[1]
 
+    def logits(self, images: Tensor) -> Tensor:
+        return self.outputs(images)[0]
+
     def outputs(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [n, classes], and features [n, C, H, W] by layer."""
-        with torch.no_grad():
-            parts = [self._graph(chunk) for chunk in images.split(64)]
-        logits, *features = (torch.cat(values) for values in zip(*parts, strict=True))
-        return logits, dict(zip(self.layers, features, strict=True))
+        logits, features = [], {layer: [] for layer in self.layers}  # type: tuple[list[Tensor], dict[str, list[Tensor]]]
+        for chunk in images.split(_CHUNK):
+            part = self._runner.infer(chunk)
+            logits.append(part.logits.cpu())
+            for layer in self.layers:
+                features[layer].append(part.features[layer].cpu())
+        return torch.cat(logits), {layer: torch.cat(pieces) for layer, pieces in features.items()}
 
     def salient_features(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The features of the network's salient images, made as in the published preset: the deepest layer ranks the pixels."""
-        logits, _ = self.outputs(images)
-        cotangents = PUBLISHED_SALIENCE.cotangents(logits, labels)
-        with gradient_runner(self.network, self.layers[-1], images, "cpu") as (runner, layer, batch):
-            maps = ranking_maps(runner, [layer], batch, cotangents, 64)[layer]
+        cotangents = PUBLISHED_SALIENCE.cotangents(self.logits(images), labels)
+        with gradient_runner(self.network, self.layers[-1], images, str(self.device)) as (runner, layer, batch):
+            maps = ranking_maps(runner, [layer], batch, cotangents, _CHUNK)[layer].cpu()
         return self.features(PUBLISHED_SALIENCE.images(images, maps, 0, self.network.preprocessing))
 
 
@@ -89,7 +101,8 @@ class Scoring:
     def _matrices(self, rows: Tensor, batches: Sequence[NDArray[np.int64]]) -> Tensor:
         stacked = torch.stack([rows[torch.from_numpy(batch)] for batch in batches]).double()
         centring = geometry.double_centered if self.biased else geometry.u_centered
-        return centring(torch.cdist(stacked, stacked, compute_mode="donot_use_mm_for_euclid_dist"))
+        distances = torch.cdist(stacked, stacked, compute_mode="use_mm_for_euclid_dist")
+        return centring(distances.masked_fill(torch.eye(stacked.shape[1], dtype=torch.bool), 0))
 
     def _residual(self, a: Tensor, b: Tensor) -> Tensor:
         if self.mean:
@@ -99,8 +112,9 @@ class Scoring:
     def _correlation(self, a: Tensor, b: Tensor) -> float:
         if self.mean:
             return float(geometry.correlation(a, b).mean())
-        products = [float(geometry.dot(*pair).sum()) for pair in ((a, b), (a, a), (b, b))]
-        return products[0] / float(np.sqrt(products[1] * products[2]))
+        product, a_square, b_square = (float(geometry.dot(*pair).sum()) for pair in ((a, b), (a, a), (b, b)))
+        norm = float(np.sqrt(a_square * b_square))
+        return product / norm if norm else 0.0  # of constant features, as in the definition of distance correlation
 
 
 # ---- maps ----

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -12,132 +11,34 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from benchmarks.evidence import PUBLISHED, SCORINGS, SUBSETS
-from benchmarks.evidence_networks import DESIGNS, LAYERS, METHODS, STUDENTS, TEACHERS, Student
+from benchmarks.evidence_claims import (
+    CLAIMS,
+    CONDITIONAL,
+    DIFFERENCE,
+    DIRECT,
+    LAST,
+    VARIANTS,
+    Record,
+    Run,
+    Variant,
+    likeness,
+    runs,
+    verdicts,
+)
+from benchmarks.evidence_design import ASSISTED_TEACHER, DATA, LAYERS, METHODS, STUDENTS, TEACHERS, Student
+from benchmarks.evidence_evaluation import METRICS
+from benchmarks.evidence_measuring import EVALUATED, PUBLISHED, SCORINGS, SUBSETS
 from benchmarks.markdown import header, joined, row
 from benchmarks.record import RESULTS
-from kdx.scores.uncertainty import holm
 from kdx.study.statistics import over_seeds
 
 PATH, IMAGENET_PATH = RESULTS / "evidence.json", RESULTS / "evidence_imagenet.json"
-Record = Mapping[str, Any]
-Run = Mapping[str, Any]
-"""The measurements of one seed on one data set."""
-
-LAST = LAYERS[-1]
-"""The layer of the verdicts, which was chosen before the measurement."""
-
-DIRECT = tuple(student for student in STUDENTS if not student.assisted)
-CONDITIONAL, DIFFERENCE = "decomposition of RS(S|B), RS(B|S)", "decomposition of RS(S) − RS(B)"
-PUBLISHED_MAPS = "UniCAM, batches of 5"
-ALPHA = 0.05
-
-
-@dataclass(frozen=True)
-class Variant:
-    """How a claim is tested: which scores and which maps of the record."""
-
-    title: str
-    scores: str
-    maps: str
-
-
-VARIANTS = (Variant("as published", PUBLISHED, PUBLISHED_MAPS), Variant("decomposition and the whole set", "whole", CONDITIONAL))
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A claim as a difference that it expects to be positive. value: of a run, a layer, and the names of scores and maps."""
-
-    text: str
-    value: Callable[[Run, str, Variant], float]
-
-
-def _place(measure: str, sign: int) -> Callable[[Run, str, Variant], float]:
-    """A measure of the residual maps minus that of the distilled ones, times ``sign``, as a mean over all students without assistant."""
-
-    def value(run: Run, layer: str, variant: Variant) -> float:
-        places = [run["students"][student.name][layer]["maps"][variant.maps] for student in DIRECT]
-        return sign * float(np.mean([place["residual"][measure] - place["distilled"][measure] for place in places]))
-
-    return value
-
-
-def _score(run: Run, student: Student, layer: str, variant: Variant, name: str) -> float:
-    return float(run["students"][student.name][layer]["scores"][variant.scores][name])
-
-
-def _difference(first: str, second: str) -> Callable[[Run, str, Variant], float]:
-    """The difference of two scores, as a mean over all students without assistant."""
-    return lambda run, layer, variant: float(
-        np.mean([_score(run, student, layer, variant, first) - _score(run, student, layer, variant, second) for student in DIRECT])
-    )
-
-
-def _gap(run: Run, layer: str, variant: Variant) -> float:
-    """FSS(S,T) under the small teacher minus that under the large one, as a mean over the methods."""
-    small, large = (
-        np.mean([_score(run, Student(method, teacher), layer, variant, "FSS(S,T)") for method in METHODS]) for teacher in TEACHERS
-    )
-    return float(small - large)
-
-
-def _assistant(run: Run, layer: str, variant: Variant) -> float:
-    """FSS(S,T) with the assistant minus that without, both under the large teacher and with the same method."""
-    assisted = next(student for student in STUDENTS if student.assisted)
-    direct = Student(assisted.method, assisted.teacher)
-    return _score(run, assisted, layer, variant, "FSS(S,T)") - _score(run, direct, layer, variant, "FSS(S,T)")
-
-
-CLAIMS = (
-    Claim("Distilled features are nearer the object than residual ones", _place("distance", 1)),
-    Claim("Residual features spread to the background", _place("background", 1)),
-    Claim("The student gains relevance: RS(S\\|B) > RS(B\\|S)", _difference("RS(S|B)", "RS(B|S)")),
-    Claim("The student is nearer the teacher than the base is: FSS(S,T) > FSS(B,T)", _difference("FSS(S,T)", "FSS(B,T)")),
-    Claim("A larger teacher lowers FSS(S,T)", _gap),
-    Claim("An assistant raises FSS(S,T)", _assistant),
-)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A mean over seeds, its 95% interval by Student's t, the p-value of the two-sided t test after Holm, and the number of seeds with a
-    positive difference."""
-
-    mean: float
-    interval: tuple[float, float]
-    p_adjusted: float
-    positive: int
-    seeds: int
-
-    @property
-    def word(self) -> str:
-        if self.p_adjusted > ALPHA:
-            return "not settled"
-        return "holds" if self.mean > 0 else "**contradicted**"
 
 
 @cache
 def stored() -> Record:
     record: Record = json.loads(PATH.read_text())
     return record
-
-
-def verdicts(record: Record, layer: str = LAST) -> dict[tuple[int, str, int], Verdict]:
-    """By the number of the claim, the data set, and the number of the variant. Holm's correction is for all of them together."""
-    keys = [(claim, data, variant) for claim in range(len(CLAIMS)) for data in DESIGNS for variant in range(len(VARIANTS))]
-    series = {key: np.array([CLAIMS[key[0]].value(run, layer, VARIANTS[key[2]]) for run in runs(record, key[1])]) for key in keys}
-    estimates = {key: over_seeds(values.tolist(), 0.95) for key, values in series.items()}
-    tested = {key: estimate.p_value for key, estimate in estimates.items() if estimate.p_value is not None}
-    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
-    return {
-        key: Verdict(estimates[key].value, estimates[key].interval, adjusted.get(key, 1.0), int((values > 0).sum()), len(values))
-        for key, values in series.items()
-    }
-
-
-def runs(record: Record, data: str) -> list[Run]:
-    return [run for run in record["runs"] if run["data"] == data]
 
 
 # ---- tables ----
@@ -148,7 +49,7 @@ def claims(record: Record) -> str:
     lines = header("claim", "data", *(variant.title for variant in VARIANTS))
     judged = verdicts(record)
     for number, claim in enumerate(CLAIMS):
-        for data in DESIGNS:
+        for data in DATA:
             cells = []
             for variant in range(len(VARIANTS)):
                 verdict = judged[number, data, variant]
@@ -164,11 +65,11 @@ def claims(record: Record) -> str:
 def networks(record: Record) -> str:
     """The accuracies of all networks."""
     names = [*TEACHERS, "base", *(student.name for student in STUDENTS)]
-    titles = {"small": "small teacher", "large": "large teacher"}
-    lines = header("network", *DESIGNS)
+    titles = {name: f"{name} teacher" for name in TEACHERS}
+    lines = header("network", *DATA)
     for name in names:
         title = titles.get(name, name if name == "base" else f"student: {name}")
-        lines.append(row(title, *(_range([run["accuracy"][name] for run in runs(record, data)]) for data in DESIGNS)))
+        lines.append(row(title, *(_range([run["accuracy"][name] for run in runs(record, data)]) for data in DATA)))
     return joined(lines) + "\n"
 
 
@@ -179,7 +80,7 @@ def estimators(record: Record) -> str:
         raise ValueError("the table does not have all kinds of scores")
     lines = header("claim", "data", *kinds)
     for claim in CLAIMS[2:]:
-        for data in DESIGNS:
+        for data in DATA:
             cells = [_seeds([claim.value(run, LAST, Variant("", kind, "")) for run in runs(record, data)]) for kind in kinds]
             lines.append(row(claim.text, data, *cells))
     return joined(lines) + "\n"
@@ -189,7 +90,7 @@ def by_layer(record: Record) -> str:
     """All claims by layer, with both variants."""
     lines = header("claim", "data", *(f"{layer}: {variant.title}" for variant in VARIANTS for layer in LAYERS))
     for claim in CLAIMS:
-        for data in DESIGNS:
+        for data in DATA:
             cells = [_seeds([claim.value(run, layer, variant) for run in runs(record, data)]) for variant in VARIANTS for layer in LAYERS]
             lines.append(row(claim.text, data, *cells))
     return joined(lines) + "\n"
@@ -201,7 +102,7 @@ def by_method(record: Record) -> str:
         "student", "data", "accuracy: S − B", "RS(S\\|B) − RS(B\\|S)", "FSS(S,T) − FSS(B,T)", "FSS(S,T)", "distance: B\\|S − S\\|B"
     )
     for student in STUDENTS:
-        for data in DESIGNS:
+        for data in DATA:
             selected = runs(record, data)
             whole = [run["students"][student.name][LAST]["scores"]["whole"] for run in selected]
             places = [run["students"][student.name][LAST]["maps"][CONDITIONAL] for run in selected]
@@ -222,7 +123,7 @@ def accuracy_and_scores(record: Record) -> str:
     names = {"RS(S\\|B) − RS(B\\|S)": ("RS(S|B)", "RS(B|S)"), "FSS(S,T) − FSS(B,T)": ("FSS(S,T)", "FSS(B,T)")}
     lines = header("score", "data", *kinds)
     for title, (first, second) in names.items():
-        for data in DESIGNS:
+        for data in DATA:
             pairs = [(run, student) for run in runs(record, data) for student in STUDENTS]
             gains = [run["accuracy"][student.name] - run["accuracy"]["base"] for run, student in pairs]
             cells = []
@@ -238,7 +139,7 @@ def kinds_of_maps(record: Record) -> str:
     names = list(record["runs"][0]["students"][DIRECT[0].name][LAST]["maps"])
     lines = header("map", "data", *LAYERS)
     for name in names:
-        for data in DESIGNS:
+        for data in DATA:
             cells = []
             for layer in LAYERS:
                 pairs = np.array([_densities(run, layer, name) for run in runs(record, data)])
@@ -263,7 +164,7 @@ def batches(record: Record) -> str:
     names = list(record["runs"][0]["detailed"][LAST]["maps"])
     lines = header("compared with", "data", *(f"{layer}: density; agreement" for layer in LAYERS))
     for name in names:
-        for data in DESIGNS:
+        for data in DATA:
             cells = []
             for layer in LAYERS:
                 entries = [run["detailed"][layer]["maps"][name] for run in runs(record, data)]
@@ -280,7 +181,7 @@ def smoothing(record: Record) -> str:
     kinds = {"UniCAM": ("UniCAM", "distilled"), "UniCAM residual": ("UniCAM", "residual"), DIFFERENCE: (DIFFERENCE, "distilled")}
     lines = header("map", "data", *(f"{layer}: one view; four views" for layer in LAYERS))
     for name, (kind, which) in kinds.items():
-        for data in DESIGNS:
+        for data in DATA:
             cells = []
             for layer in LAYERS:
                 selected = runs(record, data)
@@ -297,12 +198,46 @@ def widths(record: Record) -> str:
     names = ["RS(S)", "RS(S|B)", "FSS(S,T)", "FSS(S,T) - FSS(B,T)", "RS(S|B) - RS(B|S)"]
     lines = header("score", "data", *(f"{count} images" for count in SUBSETS), "images for 0.05")
     for name in names:
-        for data in DESIGNS:
+        for data in DATA:
             selected = [run["detailed"][LAST]["widths"] for run in runs(record, data)]
             means = [float(np.mean([entry[name][str(count)] for entry in selected])) for count in SUBSETS]
             needed = SUBSETS[-1] * (means[-1] / 0.05) ** 2
             rounded = f"{round(needed, -1 if needed < 1000 else -2):,.0f}"
             lines.append(row(name.replace("|", "\\|").replace(" - ", " − "), data, *(f"{mean:.3f}" for mean in means), rounded))
+    return joined(lines) + "\n"
+
+
+def evaluated(record: Record) -> str:
+    """The metrics of kdx evaluate on composites, as means over seeds: a row per layer and map."""
+    selected = [run["detailed"] for run in runs(record, "composites")]
+    lines = header("layer", "map", *METRICS)
+    for layer in LAYERS:
+        for name in selected[0][layer]["evaluated"]:
+            series = ([entry[layer]["evaluated"][name][metric] for entry in selected] for metric in METRICS)
+            lines.append(row(layer, name.replace("|", "\\|"), *(_with_spread(values) for values in series)))
+    note = f"{EVALUATED} images of each of {len(selected)} seeds; means, and half widths of 95% intervals, over seeds."
+    return f"{joined(lines)}\n\n{note}\n"
+
+
+def capacity(record: Record) -> str:
+    """Accuracy and FSS(S,T) of the students by teacher, as means over seeds, with the numbers of parameters of the teachers."""
+    lines = header("data", "teacher", "parameters", "accuracy of the teacher", "accuracy of students", *(v.title for v in VARIANTS))
+    for data in DATA:
+        selected = runs(record, data)
+        for teacher, assisted in [*((teacher, False) for teacher in TEACHERS), (ASSISTED_TEACHER, True)]:
+            students = [Student(method, teacher, assisted) for method in METHODS]
+            accuracies = [float(np.mean([run["accuracy"][student.name] for student in students])) for run in selected]
+            scores = ([likeness(run, LAST, variant, teacher, assisted=assisted) for run in selected] for variant in VARIANTS)
+            lines.append(
+                row(
+                    data,
+                    f"{teacher} and assistant" if assisted else teacher,
+                    f"{record['parameters'][data]['teachers'][teacher]:,}",
+                    _with_spread([run["accuracy"][teacher] for run in selected]),
+                    _with_spread(accuracies),
+                    *map(_with_spread, scores),
+                )
+            )
     return joined(lines) + "\n"
 
 
@@ -330,18 +265,23 @@ def imagenet() -> str:
 
 def origin(record: Record) -> str:
     """Where the figures come from."""
-    environment = record["environment"]
-    seeds = len({run["seed"] for run in record["runs"]})
+    seeds = " and ".join(f"{len(runs(record, data))} seeds of {data} ({runs(record, data)[0]['images']} test images)" for data in DATA)
+    machines = "; ".join(dict.fromkeys(_machine(run["machine"]) for run in record["runs"]))
     return (
-        f"Differences at {LAST}, as means over {seeds} seeds with 95% intervals (Student's t); p-values of two-sided t tests over seeds, "
-        f"after Holm's correction for all {len(CLAIMS) * len(DESIGNS) * len(VARIANTS)} tests of the table. {record['images']} test images. "
-        f"{environment['processor']}, PyTorch {environment['torch']}; commit {record['commit']}.\n"
+        f"Differences at {LAST}, as means over {seeds}, with 95% intervals (Student's t); p-values of two-sided t tests over seeds, after "
+        f"Holm's correction for all {len(CLAIMS) * len(DATA) * len(VARIANTS)} tests of the table. {machines}.\n"
     )
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    gpu = f"{machine['gpu']}, " if machine.get("gpu") else ""
+    return f"{machine['processor']}, {gpu}PyTorch {machine['torch']}, commit {machine['commit']}"
 
 
 TABLES: dict[str, Callable[[Record], str]] = {
     "claims": claims,
     "networks": networks,
+    "capacity": capacity,
     "methods": by_method,
     "accuracy": accuracy_and_scores,
     "layers": by_layer,
@@ -350,13 +290,20 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "batches": batches,
     "smoothing": smoothing,
     "widths": widths,
-    "imagenet": lambda _: imagenet(),
+    "evaluated": evaluated,
 }
 
 
 def _seeds(values: Sequence[float]) -> str:
     """The mean, and in how many seeds the value is positive."""
     return f"{_number(float(np.mean(values)), 3)} ({sum(value > 0 for value in values)} of {len(values)})"
+
+
+def _with_spread(values: Sequence[float]) -> str:
+    """The mean, and half the width of its 95% interval over seeds."""
+    estimate = over_seeds(list(values), 0.95)
+    low, high = estimate.interval
+    return f"{_number(estimate.value)} (±{(high - low) / 2:.2f})" if len(values) > 1 else _number(estimate.value)
 
 
 def _range(values: Sequence[float]) -> str:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.families [--only NAME ...]     exports, and adds to benchmarks/results/families.json
     python -m benchmarks.families --all [--part 1/8]    checks the smallest network of every family of timm and transformers
+    python -m benchmarks.families --merge FILE ...      adds the results that --all wrote to other files with --result
     python -m benchmarks.families --table               fills docs/export.md from that file
 
 Weights are random, since only the graph is checked. Each family is exported in a process of its own. The student and the base of its
@@ -199,26 +200,28 @@ def main() -> None:
     every.add_argument("--stages", default=",".join(STAGES), help=f"of {', '.join(STAGES)}")
     every.add_argument("--again", action="store_true", help="run also what was refused or failed")
     every.add_argument("--limit", type=float, default=all_families.LIMIT, help="seconds of processor time per network")
-    every.add_argument("--minutes", type=float, help="start no network after this time")
+    every.add_argument("--memory", type=float, default=all_families.MEMORY, help="gigabytes per process")
+    every.add_argument("--minutes", type=float, default=float("inf"), help="end after this time, and keep the stages that are finished")
+    every.add_argument("--result", type=Path, help="the file for the results, if another than that of the table")
+    every.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="add the results of other files, and run nothing")
     arguments = parser.parse_args()
     if arguments.all:
         _run_all(arguments)
+        if arguments.result:
+            return
+    elif arguments.merge:
+        all_families.merge(arguments.merge)
     elif not arguments.table:
         _run_engines(arguments.only or list(FAMILIES), arguments.workers)
     PAGE.write_text(filled(PAGE.read_text(), all_families.read()))
 
 
 def _run_all(arguments: argparse.Namespace) -> None:
+    all_families.prepare()
     part, parts = map(int, arguments.part.split("/"))
-    deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
-    all_families.run(
-        arguments.only or all_families.names(all_families.read())[part - 1 :: parts],
-        arguments.stages.split(","),
-        again=arguments.again,
-        workers=arguments.workers,
-        limit=arguments.limit,
-        deadline=deadline,
-    )
+    limits = all_families.Limits(arguments.workers, arguments.limit, arguments.memory, time.monotonic() + 60 * arguments.minutes)
+    chosen = arguments.only or all_families.names(all_families.read())[part - 1 :: parts]
+    all_families.run(chosen, arguments.stages.split(","), limits, again=arguments.again, result=arguments.result)
 
 
 def _run_engines(names: list[str], workers: int) -> None:

@@ -1,15 +1,19 @@
 """The networks of `benchmarks.families --all`: the smallest of each timm module with classifiers, and transformers' image classifiers.
 
-All weights are random. timm's networks have their own image size, or 128 x 128 if their configuration does not fix the size.
-transformers' networks have small configurations with blocks of every kind that the architecture has.
+All weights are random. timm's networks have their own image size, or 128 x 128 if their configuration does not fix the size, and at most
+two blocks per stage or four in a stack, if their number is an argument. transformers' networks have small configurations with blocks of
+every kind that the architecture has.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -22,6 +26,9 @@ CLASSES = 10
 SIDE = 128
 """Height and width of the images of networks that take any size."""
 
+_SIDES = (SIDE, 112)
+"""Sizes to try, as patches of 14 pixels do not fit into the first."""
+
 _SMALL: dict[str, int] = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96, "image_size": SIDE}
 """Values of a small configuration, where an architecture has the setting as a number."""
 
@@ -31,15 +38,54 @@ _OWN: dict[str, dict[str, Any]] = {
     "dinov2": {"image_size": 112},
     "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640},
     "donut-swin": {"image_size": 224},  # the windows of the last stage do not fit into a smaller image
+    "imagegpt": {"n_embd": 48, "n_layer": 4, "n_head": 4},
     "levit": {"image_size": 224},
     "metaclip_2": _VISION,
+    "perceiver": {"d_latents": 48, "num_latents": 16, "num_self_attends_per_block": 2},
+    "shieldgemma2": {
+        **_VISION,
+        "text_config": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
+        | {"intermediate_size": 96, "vocab_size": 262208},
+    },
     "siglip": _VISION,
     "siglip2": _VISION,
     "swin": {"image_size": 224},
     "swinv2": {"image_size": 224},
     "textnet": {"image_size": [SIDE, SIDE]},
+    "timm_wrapper": {"architecture": "test_resnet"},
 }
 """Settings of single architectures, which replace those of `_SMALL`."""
+
+
+_BLOCKS = (
+    "depth",
+    "depths",
+    "layers",
+    "num_blocks",
+    "stages",
+    "block_config",
+    "k_sec",
+    "depth_list",
+    "num_blocks_list",
+    "parallel_depth",
+    "serial_depths",
+)
+"""The names of timm's arguments for the number of blocks: of a stack, or of each stage."""
+
+_STACK, _STAGE = 4, 2
+"""The largest number of blocks in a stack, and in each of several stages."""
+
+_OWN_TIMM: dict[str, dict[str, Any]] = {
+    "convit_tiny": {"depth": 4, "local_up_to_layer": 3},
+    "deepseek_vit_412m": {"depth": 4, "embed_dim": 256, "num_heads": 4},  # the exports of 412 million parameters take 17 GB
+    "samvit_base_patch16_224": {"depth": 6},  # the third block attends to all positions
+}
+"""Arguments of single timm networks, which replace the standard ones."""
+
+
+def timm_networks() -> dict[str, str]:
+    """timm's module -> its smallest classifier. It takes minutes."""
+    return smallest_classifiers(parameter_counts())
 
 
 def parameter_counts() -> dict[str, dict[str, int]]:
@@ -118,20 +164,60 @@ def _calibrate(module: nn.Module, preprocessing: Preprocessing, *, draw_convolut
 
 
 def _from_timm(name: str) -> tuple[nn.Module, Preprocessing]:
-    network = models.load(f"timm:{name}", classes=CLASSES)
+    with _few_blocks(name):
+        network = models.load(f"timm:{name}", classes=CLASSES)
     preprocessing = network.preprocessing
     assert preprocessing.size is not None
     configuration: Any = getattr(network.module, "pretrained_cfg", {})
-    if not configuration.get("fixed_input_size") and min(preprocessing.size) > SIDE and _runs(network.module):
-        preprocessing = replace(preprocessing, size=(SIDE, SIDE))
-    return network.module, preprocessing
+    sides = [side for side in _SIDES if side < min(preprocessing.size)] if not configuration.get("fixed_input_size") else []
+    side = next((side for side in sides if _runs(network.module, side)), None)
+    return network.module, replace(preprocessing, size=(side, side)) if side else preprocessing
 
 
-def _runs(module: nn.Module) -> bool:
-    """Whether a network takes images of the small size."""
+@contextmanager
+def _few_blocks(name: str) -> Iterator[None]:
+    """Let timm build a network with at most four blocks in a stack, or two per stage, if it can be built so.
+
+    timm's functions pass the number of blocks to a common builder, often without an argument of their own for it.
+    """
+    import timm
+    from timm.models import _registry
+
+    module: Any = sys.modules[f"timm.models.{_registry._model_to_module[name]}"]
+    builder = module.build_model_with_cfg
+
+    def small(*arguments: Any, **settings: Any) -> Any:
+        few = {key: _fewer(value) for key, value in settings.items() if key in _BLOCKS}
+        return builder(*arguments, **settings | few | _OWN_TIMM.get(name, {}))
+
+    with patch.object(module, "build_model_with_cfg", small), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with torch.device("meta"):
+                timm.create_model(name)
+            works = True
+        except Exception:  # a network may need its number of blocks, and says so with an exception of any kind
+            works = False
+        if works:
+            yield
+    if not works:
+        yield
+
+
+def _fewer(blocks: Any) -> Any:
+    """A smaller number of blocks of a stack, or of each stage. Anything else remains as it is."""
+    if isinstance(blocks, int):
+        return min(blocks, _STACK)
+    if isinstance(blocks, list | tuple) and all(isinstance(number, int) for number in blocks):
+        return type(blocks)(min(number, _STAGE) for number in blocks)
+    return blocks
+
+
+def _runs(module: nn.Module, side: int) -> bool:
+    """Whether a network takes images of this height and width."""
     try:
         with torch.no_grad():
-            module.eval()(torch.rand(2, 3, SIDE, SIDE))
+            module.eval()(torch.rand(2, 3, side, side))
     except Exception:  # networks of another package refuse a size with exceptions of any kind
         return False
     return True

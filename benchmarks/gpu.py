@@ -1,198 +1,133 @@
-"""The CUDA kernels on a GPU: each is checked against its definition on new random inputs, and then timed against its lower bound.
+"""Everything that is to be known of kdx on a GPU, in one run of at most ten minutes: is it right, and how long does it take?
 
-A lower bound is the time of the bytes that must move, at the bandwidth of a copy that is measured in the same run, plus the time of the
-Gram product (cuBLAS) if the kernel needs one. The whole geometry of a batch (ResNet-50, layer4) is then compared with the two networks'
-forward passes and with the published method: a broadcast of n x n x d differences and a backward pass through them.
+1. Every kernel is checked against its definition in float64 on new random inputs, and then timed against its lower bound: the time of the
+   bytes that must move, at the bandwidth of a copy in the same run, plus that of the Gram product (cuBLAS) if it needs one.
+2. One batch (two ResNet-50, 256 images, layer4): the kernels alone, beside the published method; and the full path, which is everything
+   beside the two passes (uploads, target, permutations, checks, maps, scores and results on the host), one step after another, while
+   `kdx explain` overlaps them. Both are compared with two float16 passes on the same GPU: of TensorRT, else of ONNX Runtime, else of
+   PyTorch, as the record states.
+3. The tests that use a GPU. The record lists the names of those that fail.
+4. The decoder on the GPU, compared with Pillow.
+5. `kdx explain` over 10,000 drawn JPEGs, with the time of each stage (`benchmarks.gpu_timeline`).
 
-Samples are GPU times, measured by events. The GPU's cache is overwritten before each. The networks' weights are random, which does not
-change the timing. Float32 is computed without TensorFloat-32 everywhere, except in one row that says so.
+Times of the GPU are measured by events, after its cache is overwritten, and times that include the processor by the clock. The networks'
+weights are random, which does not change the timing. Float32 is computed without TensorFloat-32 everywhere, except in one row that says so.
+
+The figures go to benchmarks/results/gpu.json, and to gpu.md beside it. With --toy everything runs on the CPU, where the emulation of the
+kernels stands for a GPU, at sizes that take seconds: this tests the script, and its times mean nothing. A toy run stores nothing unless
+--out names a folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from benchmarks import eager
+import benchmarks.record
+from benchmarks import gpu_tables, gpu_timeline
 from benchmarks.cases import RESNET50 as NETWORK
-from benchmarks.kernel_cases import CHECKED, IN_PYTORCH, RESNET50, Check, cases, centred, check
-from benchmarks.record import quartiles, store
-from kdx import models
+from benchmarks.gpu_batch import Batch, time_batch, time_published
+from benchmarks.gpu_checks import TESTS, compare_decoders, run_tests
+from benchmarks.gpu_clock import Clock, CpuClock, GpuClock, median
+from benchmarks.gpu_passes import BASELINES, time_passes
+from benchmarks.kernel_cases import CHECKED, IN_PYTORCH, RESNET50, Check, Sizes, cases, check
+from benchmarks.record import quartiles
 from kdx.errors import KdxError
-from kdx.explain import layer
-from kdx.features.target import Target
-from kdx.kernels import cubins, cuda, fused, geometry
+from kdx.kernels import cubins, cuda
 from kdx.kernels.compilers import compilers
-from kdx.kernels.fused_shares import PositionSquares
-from kdx.kernels.precision import ieee_float32, tf32
-from kdx.scores import uncertainty
-from tests.oracle import TOLERANCE, error
+from kdx.kernels.precision import ieee_float32
+from tests.host import running
 
 PASSES_SHARE, PUBLISHED_TIMES, SHARES_TIMES = 0.05, 100, 1.5
-"""Goals: the time of a batch's geometry over that of the two forward passes, of the published method over that of the geometry, and of
-the geometry with decomposition maps over the geometry without them."""
+"""Goals: the time of a batch's geometry, and of the full path, over that of the two forward passes, of the published method over that of
+the geometry, and of the geometry with decomposition maps over the geometry without them."""
 
 
-class Clock:
-    """Measures GPU times after warming up, each with other data in the cache."""
+@dataclass(frozen=True)
+class Scale:
+    """The sizes of a measurement.
 
-    def __init__(self, device: torch.device, samples: int) -> None:
-        self.device = device
-        self.samples = samples
-        # Overwriting this buffer takes so long that the launches are queued meanwhile.
-        self._cache_filler = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    checked: the sizes at which kernels are compared with the definitions. batch: the sizes of the timed kernels and of the batch. network,
+    layer: of the two passes. tests: the paths of the tests to run. decoded: JPEGs for the comparison of decoders. explained: JPEGs of
+    the command; 0 leaves it out.
+    """
 
-    def seconds(self, run: Callable[[], object]) -> list[float]:
-        for _ in range(3):
-            run()
-        samples = []
-        for _ in range(self.samples):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._cache_filler.zero_()
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize(self.device)
-            samples.append(start.elapsed_time(end) / 1e3)
-        return samples
-
-    def bandwidth(self) -> float:
-        """Bytes per second of a copy, read and written."""
-        destination = torch.empty_like(self._cache_filler)
-        return 2 * destination.nbytes / _median(self.seconds(lambda: destination.copy_(self._cache_filler)))
+    checked: tuple[Sizes, ...]
+    batch: Sizes
+    network: str
+    layer: str
+    tests: tuple[str, ...]
+    decoded: int
+    explained: int
 
 
-def time_kernels(clock: Clock, seed: int) -> tuple[float, list[dict[str, Any]]]:
+FULL = Scale(CHECKED, RESNET50, NETWORK, "layer4", TESTS, decoded=128, explained=10_000)
+TOY = Scale(
+    CHECKED[:1],
+    Sizes(12, (4, 3, 3), (4, 3, 3), (16, 16), stack=1, classes=2),
+    "kdx:resnet,width=4,depth=1,classes=5",
+    "layer2",
+    (),
+    decoded=4,
+    explained=0,
+)
+
+
+def time_kernels(clock: Clock, sizes: Sizes, seed: int) -> tuple[float, list[dict[str, Any]]]:
     """A copy's bandwidth, and a row for each wrapper at full size. Each is compared with PyTorch in float64 before it is timed."""
     bandwidth = clock.bandwidth()
     rows = []
-    for case in cases(RESNET50, clock.device, seed, IN_PYTORCH):
+    for case in cases(sizes, clock.device, seed, IN_PYTORCH):
         require(check(case))
         samples = clock.seconds(case.run)
         row: dict[str, Any] = {"name": case.name, "samples": samples, "bytes": case.bytes, "goal": case.goal}
         if case.bytes is not None:
-            library = _median(clock.seconds(case.library_call)) if case.library_call else 0.0
+            library = median(clock.seconds(case.library_call)) if case.library_call else 0.0
             row["floor"] = case.bytes / bandwidth + library
-            row["share"] = row["floor"] / _median(samples)
+            row["share"] = row["floor"] / median(samples)
         rows.append(row)
     return bandwidth, rows
 
 
-# ---- a whole batch ----
-
-
-def explained(student: Tensor, base: Tensor, target: Tensor) -> list[Tensor]:
-    """Everything that the kernels compute from features [n, C, H, W] of two networks and a target [n, e].
-
-    Returns the channel weights of the distilled and of the residual maps [2, n, C], their scores [2], every inner product, and both maps.
-    """
-    return _explained(student, base, torch.stack([fused.distances(centred(values)) for values in (student, base, target)]))
-
-
-def _explained(student: Tensor, base: Tensor, d: Tensor) -> list[Tensor]:
-    means = torch.stack([fused.means(student), fused.means(base)])
-    weights = fused.weights(d[[0, 1]], d[[1, 0]], d[[2, 2]], means)
-    pairs = zip((student, base), weights.channel_weights, strict=True)
-    maps = [fused.cam(features, channel_weights) for features, channel_weights in pairs]
-    return [weights.channel_weights, weights.score, fused.products(d[None]).inner, *maps]
-
-
-def decomposed(student: Tensor, base: Tensor, target: Tensor) -> list[Tensor]:
-    """The results of `explained`, and the shares [n, H W] of both networks in their inner products with the target."""
-    positions = [PositionSquares.of(features.flatten(2)) for features in (student, base)]
-    matrix = fused.distances(centred(target))
-    d = torch.stack([*(each.distances.float() for each in positions), matrix])
-    centred_matrix = geometry.u_centered(matrix.double())[None]
-    shares = [each.shares(centred_matrix, [slice(0, len(student))])[0, 0] for each in positions]
-    return [*_explained(student, base, d), *shares]
-
-
-def published(student: Tensor, base: Tensor, target: Tensor) -> Tensor:
-    """The channel weights [2, n, C] of both maps by the published method, with one call per map."""
-    return torch.stack([eager.published_geometry(x, y, target)[0] for x, y in ((student, base), (base, student))])
-
-
-def compare(student: Tensor, base: Tensor, target: Tensor) -> Check:
-    """Compare the channel weights of `explained` with those of `published`, whose float32 differences and backward pass also round."""
-    actual, expected = explained(student, base, target)[0], published(student, base, target)
-    return Check("the published method", error(actual.cpu(), expected.cpu()), 10 * TOLERANCE["float32"])
-
-
-def time_batch(clock: Clock, seed: int) -> dict[str, Any]:
-    """Samples of a batch's geometry, of the forward passes in two precisions, and of the published method on as many images as fit.
-
-    The geometry is timed by the kernels alone, and as `kdx.explain.layer.measure` computes it around them.
-    """
-    generator = torch.Generator(clock.device).manual_seed(seed)
-    n, device = RESNET50.images, clock.device
-    labels = torch.arange(n, device=device) % RESNET50.classes
-    one_hot, target = torch.nn.functional.one_hot(labels).float(), Target.of(labels)
-    student, base = (torch.randn(n, *RESNET50.explained, generator=generator, device=device).relu_() for _ in range(2))
-    samples: dict[str, Any] = {"geometry": clock.seconds(lambda: explained(student, base, one_hot))}
-    samples["geometry and decomposition maps"] = clock.seconds(lambda: decomposed(student, base, one_hot))
-    for permutations in (0, 999):
-        table = uncertainty.permutation_table(n, permutations, seed, device)
-
-        def measured(table: Tensor = table, student: Tensor = student, base: Tensor = base) -> object:
-            return layer.measure({"student": student, "base": base}, target, permutations=table)
-
-        samples[f"maps and scores, {permutations} permutations"] = clock.seconds(measured)
-    samples["passes, float32"] = _time_passes(clock, torch.float32, generator)
-    with tf32():
-        samples["passes, TF32"] = _time_passes(clock, torch.float32, generator)
-    samples["passes, float16"] = _time_passes(clock, torch.float16, generator)
-    torch.cuda.empty_cache()
-    image_bytes, memory = student[0].nbytes, torch.cuda.get_device_properties(device).total_memory
-    # All differences exist five times at once (`eager.published`), beside the memory that PyTorch keeps.
-    few = next(n // divisor for divisor in (1, 2, 4, 8, 16) if 6 * (n // divisor) ** 2 * image_bytes < memory)
-    student, base, one_hot = student[:few], base[:few], one_hot[:few]
-    require(compare(student, base, one_hot))
-    samples["published images"] = few
-    samples["published"] = clock.seconds(lambda: published(student, base, one_hot))
-    samples["geometry beside published"] = clock.seconds(lambda: explained(student, base, one_hot))
-    return samples
-
-
-def _time_passes(clock: Clock, dtype: torch.dtype, generator: torch.Generator) -> list[float]:
-    """Samples of the forward passes of two networks in channels-last."""
-    networks = [models.load(NETWORK).module.eval().to(clock.device, dtype) for _ in range(2)]
-    for network in networks:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = torch.rand(RESNET50.images, 3, *RESNET50.picture, generator=generator, device=clock.device)
-    images = images.to(dtype, memory_format=torch.channels_last)
-
-    def passes() -> None:
-        with torch.no_grad():
-            for network in networks:
-                network(images)
-
-    return clock.seconds(passes)
-
-
-# ---- the report ----
+# ---- the measurement ----
 
 
 def goals(rows: Sequence[dict[str, Any]], batch: dict[str, Any]) -> list[dict[str, Any]]:
     """Each goal with the measured value and whether it holds. The keys are those of the stored record."""
     shares = [(f"{row['name']}: share of a copy's bandwidth", row["goal"], row["share"]) for row in rows if row["goal"] is not None]
-    of_passes = _median(batch["geometry"]) / _median(batch["passes, float16"])
-    of_geometry = _median(batch["geometry and decomposition maps"]) / _median(batch["geometry"])
-    speedup = _median(batch["published"]) / _median(batch["geometry beside published"])
+    reference = baseline(batch)
+    passes = median(batch[reference])
+    compared = reference.removeprefix("passes, ")
+    parts = {"kernels": "geometry", "maps and scores": "maps and scores, 999 permutations", "full path": "full path"}
+    of_geometry = median(batch["geometry and decomposition maps"]) / median(batch["geometry"])
+    speedup = median(batch["published"]) / median(batch["geometry beside published"])
     return [
         *({"goal": name, "wanted": wanted, "found": share, "holds": share >= wanted} for name, wanted, share in shares),
-        {"goal": "geometry over two float16 passes", "wanted": PASSES_SHARE, "found": of_passes, "holds": of_passes <= PASSES_SHARE},
+        *(
+            {"goal": f"{name} over two passes, {compared}", "wanted": PASSES_SHARE, "found": share, "holds": share <= PASSES_SHARE}
+            for name, share in ((name, median(batch[part]) / passes) for name, part in parts.items())
+        ),
         {"goal": "with decomposition maps", "wanted": SHARES_TIMES, "found": of_geometry, "holds": of_geometry <= SHARES_TIMES},
         {"goal": "times as fast as published", "wanted": PUBLISHED_TIMES, "found": speedup, "holds": speedup >= PUBLISHED_TIMES},
     ]
+
+
+def baseline(batch: dict[str, Any]) -> str:
+    """The name of the float16 passes with which the batch is compared."""
+    return next(name for name in BASELINES if name in batch)
 
 
 def require(result: Check) -> None:
@@ -207,36 +142,69 @@ def require(result: Check) -> None:
 def usable_gpu() -> torch.device:
     """PyTorch's current GPU, with the kernels compiled for it. Raises KdxError if no GPU can run them."""
     if not torch.cuda.is_available():
-        raise KdxError("This benchmark needs an NVIDIA GPU, and PyTorch sees none.", "Run kdx doctor to see what is missing.")
+        raise KdxError("This benchmark needs an NVIDIA GPU, and PyTorch sees none.", "Run kdx doctor to see what is missing, or --toy.")
     device = torch.device("cuda", torch.cuda.current_device())
     cuda.launcher(device)
     return device
 
 
 @ieee_float32()  # in PyTorch's passes and in the published method as well
-def measure(device: torch.device, samples: int, seed: int) -> dict[str, Any]:
-    checks = [check(case) for sizes in CHECKED for case in cases(sizes, device, seed)]
+def measure(clock: Clock, scale: Scale, seed: int) -> dict[str, Any]:
+    """The record. Each part's seconds are in it too."""
+    device, seconds = clock.device, {}
+
+    def timed(name: str, part: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = part()
+        seconds[name] = time.perf_counter() - start
+        return result
+
+    checks = timed("checks", lambda: [check(case) for sizes in scale.checked for case in cases(sizes, device, seed)])
     for result in checks:
         require(result)
-    clock = Clock(device, samples)
-    bandwidth, rows = time_kernels(clock, seed)
-    batch = time_batch(clock, seed)
-    capability, compiler = torch.cuda.get_device_capability(device), compilers()[0]
+    bandwidth, rows = timed("kernels", lambda: time_kernels(clock, scale.batch, seed))
+    batch = Batch.drawn(scale.batch, device, seed)
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1 << 20
+    samples = timed("batch", lambda: time_batch(clock, batch))
+    published, images, difference = timed("published", lambda: time_published(clock, batch, memory))
+    require(difference)
+    passes, missing = timed("passes", lambda: time_passes(clock, scale.network, scale.layer, scale.batch, seed))
+    times: dict[str, Any] = samples | published | passes | {"published images": images}
     return {
-        "case": f"ResNet-50, 224 x 224, batch {RESNET50.images}, layer4",
-        "device": {
-            "name": torch.cuda.get_device_name(device),
-            "architecture": cubins.architecture(capability),
-            "driver": _driver_version(device),
-            "cuda": torch.version.cuda,
-            "compiler": f"{compiler.name} {compiler.version}",
-        },
+        "case": f"ResNet-50, 224 x 224, batch {scale.batch.images}, layer4" if scale is FULL else "toy sizes on the emulation",
+        "device": _device(device),
         "seed": seed,
+        "tf32": "forbidden, except in the row that names it",
         "checks": [{"name": result.name, "error": result.error, "tolerance": result.tolerance} for result in checks],
         "bandwidth": bandwidth,
         "kernels": rows,
-        "batch": batch,
-        "goals": goals(rows, batch),
+        "batch": times,
+        "baseline": baseline(times),
+        "missing": missing,
+        "goals": goals(rows, times),
+        "tests": timed("tests", lambda: run_tests(scale.tests)) if scale.tests else None,
+        "decoder": timed("decoder", lambda: compare_decoders(device, scale.decoded, seed)),
+        "command": timed("command", lambda: _command(device, scale.explained)) if scale.explained else None,
+        "seconds": seconds,
+    }
+
+
+def _command(device: torch.device, images: int) -> dict[str, Any]:
+    """`kdx explain` with its timeline."""
+    with redirect_stdout(None):  # a run prints its progress
+        return gpu_timeline.measure(images, 256, str(device))
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    if device.type == "cpu":
+        return {"name": "the emulation on a CPU", "architecture": "", "driver": "", "cuda": None, "compiler": "g++"}
+    compiler = compilers()[0]
+    return {
+        "name": torch.cuda.get_device_name(device),
+        "architecture": cubins.architecture(torch.cuda.get_device_capability(device)),
+        "driver": _driver_version(device),
+        "cuda": torch.version.cuda,
+        "compiler": f"{compiler.name} {compiler.version}",
     }
 
 
@@ -249,11 +217,8 @@ def _driver_version(device: torch.device) -> str:
         return ""
 
 
-def _median(samples: Sequence[float]) -> float:
-    return float(np.median(samples))
-
-
 def show(record: dict[str, Any], console: Console) -> None:
+    """Print the record."""
     title = f"{record['device']['name']}, {record['case']}"
     table = Table("", "median", "quartiles", "lower bound", "lower bound over median", title=title, box=None)
     for row in record["kernels"]:
@@ -265,10 +230,13 @@ def show(record: dict[str, Any], console: Console) -> None:
             low, median, high = (f"{value * 1e3:.2f}" for value in quartiles(samples))
             table.add_row(name, f"{median} ms", f"{low} to {high}", "", "")
     console.print(table)
-    console.print(
-        f"A copy moves {record['bandwidth'] / 1e9:.0f} GB/s. The published method ran on {record['batch']['published images']} images.",
-        soft_wrap=True,
-    )
+    lines = [
+        f"A copy moves {record['bandwidth'] / 1e9:.0f} GB/s. The published method ran on {record['batch']['published images']} images."
+    ]
+    lines += [f"{name}: not measured, because: {reason}" for name, reason in record["missing"].items()]
+    lines += gpu_tables.checked(record)
+    for line in lines:
+        console.print(line, soft_wrap=True)
     for goal in record["goals"]:
         line = f"{goal['goal']}: {goal['found']:.3g}, wanted {goal['wanted']:g}"
         console.print(f"{'reached' if goal['holds'] else 'MISSED '} {line}", soft_wrap=True)
@@ -277,15 +245,25 @@ def show(record: dict[str, Any], console: Console) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=30, help="samples of each time (default 30)")
+    parser.add_argument("--toy", action="store_true", help="test the script on the CPU, at toy size; its times mean nothing")
+    parser.add_argument("--out", type=Path, help="the folder of gpu.json and gpu.md (default benchmarks/results, and none with --toy)")
     seed = int(np.random.default_rng().integers(2**31))
     parser.add_argument("--seed", type=int, default=seed, help="seed of the inputs (default: a new one in each run)")
     options = parser.parse_args(arguments)
     try:
-        measurement = measure(usable_gpu(), options.samples, options.seed)
+        clock: Clock = CpuClock(1) if options.toy else GpuClock(usable_gpu(), options.samples)
+        with running() if options.toy else nullcontext():
+            measurement = measure(clock, TOY if options.toy else FULL, options.seed)
     except KdxError as problem:
         print(problem, file=sys.stderr)
         return 2
-    show(store("gpu", "benchmarks.gpu", measurement), Console())
+    folder = options.out or (None if options.toy else benchmarks.record.RESULTS)
+    record = {**benchmarks.record.origin("benchmarks.gpu"), **measurement}
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "gpu.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        (folder / "gpu.md").write_text(gpu_tables.page(record), "utf-8")
+    show(record, Console())
     return 0
 
 

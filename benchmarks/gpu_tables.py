@@ -11,14 +11,23 @@ from benchmarks.record import RESULTS, quartiles
 
 PATH = RESULTS / "gpu.json"
 
+PASSES = {
+    "passes, float32": "two forward passes, PyTorch, float32",
+    "passes, TF32": "two forward passes, PyTorch, TensorFloat-32",
+    "passes, float16": "two forward passes, PyTorch, float16",
+    "passes, ONNX Runtime float16": "two forward passes, ONNX Runtime, float16",
+    "passes, TensorRT float16": "two forward passes, TensorRT, float16",
+}
 BATCH = {
-    "passes, float32": "two forward passes, float32",
-    "passes, TF32": "two forward passes, TensorFloat-32",
-    "passes, float16": "two forward passes, float16",
+    **PASSES,
     "geometry": "the kernels: distances, weights, products and two maps",
     "geometry and decomposition maps": "the same, with the shares of both networks",
     "maps and scores, 0 permutations": "everything that kdx computes per batch, without permutations",
     "maps and scores, 999 permutations": "everything that kdx computes per batch",
+    "upload": "the upload of the images, and their division by 255",
+    "target and permutations": "the target and the table of permutations",
+    "results to the host": "the copy of the results to the host",
+    "full path": "everything beside the passes, one step after another",
 }
 """The stored times of a batch, and what they are called on the page."""
 
@@ -32,28 +41,34 @@ def stored() -> Record | None:
 def batch() -> str:
     """The times of one batch, and the published method beside the kernels on as many images as fit."""
     record = stored()
-    if record is None:
-        return "No result is stored.\n"
-    times = record["batch"]
-    passes = quartiles(times["passes, float16"])[1]
-    lines = header("one batch of 256", "median", "relative to the float16 passes")
+    return "No result is stored.\n" if record is None else _batch(record)
+
+
+def _batch(record: Record) -> str:
+    times, compared = record["batch"], record.get("baseline", "passes, float16")
+    passes = quartiles(times[compared])[1]
+    lines = header("one batch of 256", "median", f"relative to the {PASSES[compared].removeprefix('two forward ')}")
     for name, title in BATCH.items():
-        median = quartiles(times[name])[1]
-        lines.append(row(title, _milliseconds(median), f"{median / passes:.3g}"))
+        if name in times:
+            median = quartiles(times[name])[1]
+            lines.append(row(title, _milliseconds(median), f"{median / passes:.3g}"))
     images = times["published images"]
     published, beside = (quartiles(times[name])[1] for name in ("published", "geometry beside published"))
     note = (
         f"The published method takes {_milliseconds(published)} on {images} images, which is what fits into memory. "
         f"The kernels take {_milliseconds(beside)} on the same images, {published / beside:.0f} times less, and give the same weights."
     )
-    return f"{joined(lines)}\n\n{note}\n\n{_goals(record)}\n\n{_machine(record)}\n"
+    missing = [f"{PASSES[name]}: not measured ({reason})." for name, reason in record.get("missing", {}).items()]
+    return "\n\n".join([joined(lines), note, *missing, _goals(record), _machine(record)]) + "\n"
 
 
 def kernels() -> str:
     """A row per kernel: its time and its lower bound."""
     record = stored()
-    if record is None:
-        return "No result is stored.\n"
+    return "No result is stored.\n" if record is None else _kernels(record)
+
+
+def _kernels(record: Record) -> str:
     lines = header("kernel", "median", "lower bound", "lower bound relative to the median", "largest error against float64")
     errors: dict[str, float] = {}
     for check in record["checks"]:
@@ -64,12 +79,69 @@ def kernels() -> str:
     return f"{joined(lines)}\n\nA copy moves {record['bandwidth'] / 1e12:.2f} TB/s, read and written together. {_machine(record)}\n"
 
 
+def checked(record: Record) -> list[str]:
+    """Lines on the tests and on the decoder."""
+    tests, decoder = record["tests"], record["decoder"]
+    lines = ["Tests: none were run."]
+    if tests is not None and tests["timed out"]:
+        lines = [f"Tests: not finished after {tests['seconds']:.0f} s."]
+    elif tests is not None:
+        lines = [f"Tests: {tests['passed']} passed, {len(tests['failed'])} failed, {tests['skipped']} skipped, {tests['seconds']:.0f} s."]
+        lines += [f"Failed: {name}" for name in tests["failed"]]
+    if "reason" in decoder:
+        return [*lines, f"The decoder on the GPU was not compared: {decoder['reason']}"]
+    return [
+        *lines,
+        f"The decoder on the GPU differs from Pillow by {decoder['mean']:.2f} levels on average over {decoder['images']} JPEGs; "
+        f"99.9% of the values differ by at most {decoder['99.9%']:.0f}, and all by at most {decoder['largest']:.0f}.",
+    ]
+
+
+def command(record: Record) -> str:
+    """Where the time of `kdx explain` goes."""
+    measured = record["command"]
+    if measured is None:
+        return "The command was not timed.\n"
+    lines = header("part", "images/s")
+    lines += [row(name, f"{rate:,.0f}") for name, rate in measured["images_per_second"].items()]
+    lines += [
+        row(f"`kdx explain`, geometry {each['geometry']}", f"{each['images'] / each['seconds']:,.0f}") for each in measured["commands"]
+    ]
+    tables = []
+    for each in measured["commands"]:
+        stages = header(f"stage, geometry {each['geometry']}", "seconds", "share of the command")
+        stages += [row(name, f"{seconds:.2f}", f"{seconds / each['seconds']:.0%}") for name, seconds in each["stages"].items()]
+        tables.append(joined(stages))
+    case = f"{measured['case']}; {measured['cores']} cores."
+    return "\n\n".join([joined(lines), *tables, case]) + "\n"
+
+
+def page(record: Record) -> str:
+    """The whole record as a page in Markdown."""
+    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in record["seconds"].items())
+    return "\n\n".join(
+        [
+            f"# kdx on {record['device']['name']}",
+            f"{record['case']}. TensorFloat-32 is {record['tf32']}. Seed {record['seed']}. Time of each part: {seconds}.",
+            "## One batch",
+            _batch(record).rstrip(),
+            "## The kernels",
+            _kernels(record).rstrip(),
+            "## Checks",
+            "\n\n".join(checked(record)),
+            "## `kdx explain`",
+            command(record),
+        ]
+    )
+
+
 def headline() -> str:
     """README.md's sentence."""
     record = stored()
     if record is None:
         return "No result is stored.\n"
-    times = {name: quartiles(record["batch"][name])[1] for name in (*BATCH, "published", "geometry beside published")}
+    names = ("maps and scores, 999 permutations", "passes, float16", "published", "geometry beside published")
+    times = {name: quartiles(record["batch"][name])[1] for name in names}
     everything, passes = times["maps and scores, 999 permutations"], times["passes, float16"]
     ratio = times["published"] / times["geometry beside published"]
     return (

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kdx.choices import ObjectiveName
-from kdx.kernels import decomposition, fused, geometry, imputation, reference
+from kdx.explain import layer
+from kdx.features.target import Target
+from kdx.kernels import decomposition, fused, fused_sums, geometry, imputation, moments, reference
+from kdx.kernels.cuda import Backend
 from kdx.kernels.fused_shares import PositionSquares
+from kdx.kernels.moments import Influences
 from tests.oracle import TOLERANCE, error
 
 OBJECTIVES: tuple[ObjectiveName, ...] = ("relevance", "uniqueness")
@@ -27,7 +31,7 @@ class Sizes:
     """The sizes of a batch.
 
     explained, given: the shapes (C, H, W) of the two networks' features. picture: height and width. stack: the number of matrices or
-    pictures in a kernel that takes a stack of them.
+    pictures in a kernel that takes a stack of them. permutations: of the images, in a kernel that permutes them.
     """
 
     images: int
@@ -36,6 +40,7 @@ class Sizes:
     picture: tuple[int, int]
     stack: int
     classes: int
+    permutations: int = 7
 
 
 CHECKED = (
@@ -46,7 +51,7 @@ CHECKED = (
 """Small enough for the definitions, which are slow; large enough that a residual is more than rounding, which `geometry.laplacian` sets
 to zero and the definition turns into a map."""
 
-RESNET50 = Sizes(256, (2048, 7, 7), (2048, 7, 7), (224, 224), stack=128, classes=10)
+RESNET50 = Sizes(256, (2048, 7, 7), (2048, 7, 7), (224, 224), stack=128, classes=10, permutations=999)
 """Two ResNet-50 networks at layer4."""
 
 
@@ -110,7 +115,8 @@ class KernelReference:
     """Functions that compute the expected results.
 
     distances: of float64 rows. products: inner products of float64 distances. weights: a batch's score and channel weights by an
-    objective. imputed: images [n, c, h, w]. shares: of features [n, C, P], in float64, by their distances and a U-centred matrix.
+    objective. imputed: images [n, c, h, w]. shares: of features [n, C, P], in float64, by their distances and a U-centred matrix. centred:
+    U-centred matrices [k, n, n] of float64 distances. permuted: inner products [p, k] of these with one more, under permutations [p, n].
     """
 
     distances: Callable[[Tensor], Tensor]
@@ -118,6 +124,8 @@ class KernelReference:
     weights: Callable[[Batch, ObjectiveName], tuple[Tensor, Tensor]]
     imputed: Callable[[Tensor, Tensor], Tensor]
     shares: Callable[[Tensor, Tensor, Tensor], Tensor]
+    centred: Callable[[Tensor], Tensor]
+    permuted: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _reference_products(d: Tensor) -> Tensor:
@@ -138,6 +146,15 @@ def _reference_shares(features: Tensor, _: Tensor, matrix: Tensor) -> Tensor:
     return reference.shares(features.cpu(), matrix.cpu())
 
 
+def _reference_centred(d: Tensor) -> Tensor:
+    return torch.stack([reference.u_centered(matrix) for matrix in d.cpu()])
+
+
+def _reference_permuted(centred: Tensor, permuted: Tensor, table: Tensor) -> Tensor:
+    rows = [[reference.inner(matrix, permuted.cpu()[order][:, order]) for matrix in centred.cpu()] for order in table.cpu()]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
 def _closed_products(d: Tensor) -> Tensor:
     return geometry.products(geometry.u_centered(d))
 
@@ -155,8 +172,24 @@ def _torch_imputed(images: Tensor, kept: Tensor) -> Tensor:
     return imputation.impute(images.double(), kept, backend="torch")
 
 
-DEFINED = KernelReference(reference.distances, _reference_products, _reference_weights, _reference_imputed, _reference_shares)
-IN_PYTORCH = KernelReference(geometry.distances, _closed_products, _closed_weights, _torch_imputed, decomposition.shares)
+DEFINED = KernelReference(
+    reference.distances,
+    _reference_products,
+    _reference_weights,
+    _reference_imputed,
+    _reference_shares,
+    _reference_centred,
+    _reference_permuted,
+)
+IN_PYTORCH = KernelReference(
+    geometry.distances,
+    _closed_products,
+    _closed_weights,
+    _torch_imputed,
+    decomposition.shares,
+    geometry.u_centered,
+    geometry.permuted_products,
+)
 """For sizes at which the definitions do not fit into memory. The tests compare it with them."""
 
 
@@ -177,6 +210,9 @@ def cases(sizes: Sizes, device: torch.device, seed: int, kernel_reference: Kerne
     yield from _distance_cases(centred(x), kernel_reference)
     orders = [torch.randperm(n, generator=generator).to(device) for _ in range(sizes.stack)]
     yield _products_case(torch.stack([batch.distances[:, order][:, :, order] for order in orders]), kernel_reference)
+    table = torch.stack([torch.randperm(n, generator=generator) for _ in range(sizes.permutations)]).to(device)
+    yield from _centred_cases(batch.distances.double(), table, kernel_reference)
+    yield _layer_case(x, y, labels, table)
     for objective in OBJECTIVES:
         yield _weights_case(batch, objective, kernel_reference)
         yield _query_case(batch, objective, kernel_reference)
@@ -222,6 +258,54 @@ def _products_case(d: Tensor, kernel_reference: KernelReference) -> KernelCase:
         return (kernel_reference.products(d.double()),)
 
     return KernelCase("products", lambda: (fused.products(d).inner,), expected, bytes=d.nbytes, goal=BANDWIDTH_SHARE)
+
+
+def _centred_cases(d: Tensor, table: Tensor, kernel_reference: KernelReference) -> Iterator[KernelCase]:
+    """Of float64 distances [k, n, n]: their U-centred matrices, and what is computed from these."""
+    centred = geometry.u_centered(d)
+    count, n, _ = d.shape
+    rows = centred.reshape(count * n, n)
+
+    def influences() -> tuple[Tensor, ...]:
+        return _tensors(fused_sums.influences(centred))
+
+    yield KernelCase(
+        "products, centred",
+        lambda: (fused_sums.u_centered(d, fused.products(d[None])),),
+        lambda: (kernel_reference.centred(d),),
+        bytes=3 * d.nbytes,
+    )
+    yield KernelCase(
+        "permuted",
+        lambda: (fused_sums.permuted_products(centred, centred[-1], table),),
+        lambda: (kernel_reference.permuted(centred, centred[-1], table),),
+        bytes=d.nbytes + table.nbytes + 8 * len(table) * count,
+    )
+    # The PyTorch geometry computes the influences from sums of rows, and its tests leave out images.
+    yield KernelCase(
+        "influences",
+        influences,
+        lambda: _tensors(moments.matrix_influences(centred)),
+        bytes=8 * n * n * (count + count**2 + count * (count + 1) // 2),
+        library_call=lambda: rows @ rows.T,
+    )
+
+
+def _layer_case(x: Tensor, y: Tensor, labels: Tensor, table: Tensor) -> KernelCase:
+    """The maps, channel weights and inner products of two networks at a layer, as `kdx explain` computes them, against float64."""
+
+    def measured(features: Mapping[str, Tensor], backend: Backend) -> list[Tensor]:
+        result = layer.measure(features, Target.of(labels), permutations=table, shares=False, backend=backend)
+        maps = [part.double() for value in result.maps.values() for part in (value.maps, value.weights)]
+        return [*maps, result.products, *result.permuted.values()]
+
+    features = {"student": x, "base": y}
+    wide = {role: values.double() for role, values in features.items()}
+    return KernelCase("a layer", lambda: measured(features, "auto"), lambda: measured(wide, "torch"))
+
+
+def _tensors(influences: Influences | None) -> tuple[Tensor, ...]:
+    return () if influences is None else tuple(part for part in (influences.first, influences.second) if part is not None)
 
 
 def _weights_case(batch: Batch, objective: ObjectiveName, kernel_reference: KernelReference) -> KernelCase:

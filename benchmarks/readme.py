@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import evidence_tables, gpu_tables, growth, methods, planted_tables, training
+from benchmarks import evidence_claims, evidence_tables, gpu_model, gpu_tables, growth, methods, planted_tables, training
 from benchmarks.cases import CASES, PROCESS_KINDS
 from benchmarks.cold import COMMANDS, IMPORTS
 from benchmarks.folder import MORE, PICTURE
@@ -157,7 +157,7 @@ def planted(table: Callable[[planted_tables.Record], str]) -> Callable[[Records]
     return lambda _: table(planted_tables.stored()) if planted_tables.PATH.exists() else "No result is stored.\n"
 
 
-def evidence(table: Callable[[evidence_tables.Record], str]) -> Callable[[Records], str]:
+def evidence(table: Callable[[evidence_claims.Record], str]) -> Callable[[Records], str]:
     """A table of `benchmarks.evidence`, which stores a result of its own."""
     return lambda _: table(evidence_tables.stored()) if evidence_tables.PATH.exists() else "No result is stored.\n"
 
@@ -206,11 +206,19 @@ PAGES: dict[Path, dict[str, Callable[[Records], str]]] = {
         "files": variants("gradients", "export", "cold start"),
         "start": process_start,
     },
-    GPU: {"batch": lambda _: gpu_tables.batch(), "kernels": lambda _: gpu_tables.kernels()},
+    GPU: {
+        "batch": lambda _: gpu_tables.batch(),
+        "kernels": lambda _: gpu_tables.kernels(),
+        "counts": lambda _: gpu_model.counts(),
+        "estimates": lambda _: gpu_model.estimates(),
+    },
     DISTILLATION: {"methods": lambda _: methods.markdown()},
     TRAINING: {"training": lambda _: training.markdown()},
     PLANTED: {name: planted(table) for name, table in planted_tables.TABLES.items()},
-    EVIDENCE: {name: evidence(table) for name, table in evidence_tables.TABLES.items()},
+    EVIDENCE: {
+        **{name: evidence(table) for name, table in evidence_tables.TABLES.items()},
+        "imagenet": lambda _: evidence_tables.imagenet(),
+    },
 }
 
 

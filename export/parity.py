@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kdx import threads
 from kdx.errors import KdxError, missing_package
 from kdx.export import half_precision
 from kdx.export.copies import copied
@@ -266,6 +267,7 @@ def _session(path: Path) -> Any:
     except ImportError:
         raise missing_package("onnxruntime", "cpu", "Checking an exported file") from None
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads.chosen() or threads.quota() or 0  # 0: one per core
     model = half_precision.simulated(path)
     if model is not None:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # optimisation would merge the roundings

@@ -34,6 +34,9 @@ _EXPONENTS = {torch.float32: 126, torch.float64: 1022}
 _BLOCK = 4096
 """Columns that one Gram product sums over. A float32 sum loses digits as it grows: two digits over 800,000 columns."""
 
+_WHOLE = 128
+"""Rows up to which a product of rows with themselves is one product on the CPU. More are halved, since half of the product is known."""
+
 _ELEMENTS = 1 << 24
 """The most elements that one step over pairs keeps in memory."""
 
@@ -177,12 +180,26 @@ def _centred_gram(x: Tensor, mean: Tensor) -> Tensor:
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:
     """<x_i, y_j> [..., q, m] of rows x [..., q, d] and y [..., m, d], a block of columns at a time."""
+    if x is y and x.ndim == 2 and len(x) > _WHOLE and x.device.type == "cpu":
+        return _symmetric_gram(x)
     rows = blocks(x)
     columns = rows if x is y else blocks(y)
     first, *others = range(rows.shape[-3])
     gram = rows.select(-3, first) @ columns.select(-3, first).mT
     for block in others:
         gram += rows.select(-3, block) @ columns.select(-3, block).mT
+    return gram
+
+
+def _symmetric_gram(x: Tensor) -> Tensor:
+    """<x_i, x_j> [n, n] of rows x [n, d]. Each half of the rows is multiplied with the other half once."""
+    upper, lower = x.tensor_split(2)
+    gram = x.new_empty(len(x), len(x))
+    middle = len(upper)
+    for rows, place in ((upper, slice(middle)), (lower, slice(middle, None))):
+        gram[place, place] = _gram(rows, rows)
+    across = _gram(upper, lower)
+    gram[:middle, middle:], gram[middle:, :middle] = across, across.T
     return gram
 
 

@@ -41,6 +41,12 @@ _RUNS = 16
 _BYTES = 1 << 28
 """Memory that the rows of a tile may take, for all matrices together."""
 
+_SAMPLE = 128
+"""Rows from which the centre is estimated. More would not make the products of centred rows more exact."""
+
+_READ = 1 << 21
+"""Bytes of rows that are read before their centre is subtracted. The system takes longer to provide new memory than to copy."""
+
 
 class Rows(Protocol):
     """Rows [n, d] between which distances are measured, in memory or on disk."""
@@ -73,14 +79,15 @@ class FeatureDistances:
     @classmethod
     def of(cls, rows: Rows) -> FeatureDistances:
         n, d = rows.shape
-        step = max(1, min(TILE, _BYTES // (8 * d)))
-        sample = geometry.wide(rows.read(torch.arange(min(step, n), device=rows.device) * n // min(step, n)))
+        count = min(n, _SAMPLE)
+        sample = geometry.wide(rows.read(torch.arange(count, device=rows.device) * n // count))
         sample = sample[sample.isfinite().all(1)]
         # The centre must be among the images, not between them and a few images that are far from all others.
         radius = torch.linalg.vector_norm(sample - sample.mean(0), dim=1)
         centre = sample[radius <= radius.nanmedian()].mean(0)
-        parts = (torch.arange(start, min(start + step, n), device=rows.device) for start in range(0, n, step))
-        norms = [torch.linalg.vector_norm(geometry.wide(rows.read(part)) - centre, dim=1) for part in parts]
+        everyone, buffer = torch.arange(n, device=rows.device), RowBuffer()
+        step = reading_step(rows, max(1, min(TILE, _BYTES // (8 * d))))
+        norms = [torch.linalg.vector_norm(buffer.subtracted(rows, part, centre), dim=1) for part in everyone.split(step)]
         return cls(rows, centre, torch.cat(norms).double().square())
 
     @property
@@ -230,6 +237,16 @@ def shuffled_tiles(n: int, side: int, run: int, generator: torch.Generator) -> l
     return [part[torch.randperm(len(part), generator=generator)] for part in order[order < n].split(side)]
 
 
+def reading_step(rows: Rows, most: int) -> int:
+    """How many of ``most`` rows are read at once: on a CPU so few that they stay in a cache, and their memory is used again.
+
+    Rows that are best read in runs, and those of a GPU, are read together.
+    """
+    if rows.run > 1 or torch.device(rows.device).type != "cpu":
+        return most
+    return min(most, max(1, _READ // (rows.shape[1] * rows.dtype.itemsize)))
+
+
 def _pairs(tiles: int) -> Iterator[tuple[int, int]]:
     return ((a, b) for a in range(tiles) for b in range(a, tiles))
 
@@ -242,10 +259,18 @@ class RowBuffer:
 
     def centred(self, matrix: FeatureDistances, index: Tensor) -> Tensor:
         """The rows [k, d] of these images minus the centre, float32 at least. The next call overwrites them."""
-        rows = geometry.wide(matrix.rows.read(index))
-        if self._memory is None or self._memory.numel() < rows.numel() or self._memory.dtype != rows.dtype:
-            self._memory = torch.empty(rows.numel(), dtype=rows.dtype, device=rows.device)
-        return torch.sub(rows, matrix.centre, out=self._memory[: rows.numel()].view(rows.shape))
+        return self.subtracted(matrix.rows, index, matrix.centre)
+
+    def subtracted(self, rows: Rows, index: Tensor, centre: Tensor) -> Tensor:
+        """The rows [k, d] of these images minus ``centre`` [d], float32 at least. The next call overwrites them."""
+        shape = len(index), rows.shape[1]
+        if self._memory is None or self._memory.numel() < shape[0] * shape[1] or self._memory.dtype != centre.dtype:
+            self._memory = torch.empty(shape[0] * shape[1], dtype=centre.dtype, device=centre.device)
+        result = self._memory[: shape[0] * shape[1]].view(shape)
+        step = reading_step(rows, max(1, len(index)))
+        for part, place in zip(index.split(step), result.split(step), strict=True):
+            torch.sub(geometry.wide(rows.read(part)), centre, out=place)
+        return result
 
 
 class _ShiftedMatrix:

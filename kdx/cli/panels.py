@@ -20,7 +20,7 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
         "Layers": ("layer_a", "layer_b", "layer_c", "max_layers"),
         "Images": ("split", "max_images", "image_size", "resize", "interpolation", "max_unreadable", "workers"),
         "Networks": ("runtime", "device", "precision", "batch"),
-        "Geometry": ("geometry", "store", "max_disk", "max_minutes", "confidence"),
+        "Geometry": ("geometry", "project", "store", "max_disk", "max_minutes", "confidence"),
     },
     "distill": {
         "Images": ("max_unreadable", "split_seed"),

@@ -73,6 +73,14 @@ def similarity(
             "auto: whole within --max-disk and --max-minutes, otherwise batch."
         ),
     ] = "auto",
+    project: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="For whole: project the features of each layer to this many random numbers per image, such as 2048, which is faster and "
+            "needs less space; 0 for none. Results become approximate.",
+        ),
+    ] = 0,
     store: Annotated[
         StoredPrecision, typer.Option(help="For whole: the number format of the features on disk. float16 takes half the space.")
     ] = "float32",
@@ -94,7 +102,7 @@ def similarity(
 ) -> None:
     """Compare every layer of one network with every layer of another: heat maps with intervals, a table, and a page."""
     from kdx.commands.similarity import matches_table, run
-    from kdx.runs.similarity import SimilarityOptions
+    from kdx.runs.similarity_options import SimilarityOptions
 
     options = SimilarityOptions(
         layers={"A": layer_a or (), "B": layer_b or (), "C": layer_c or ()},
@@ -111,6 +119,7 @@ def similarity(
         max_images=max_images,
         max_unreadable=max_unreadable,
         workers=workers,
+        project=project,
         stored_precision=store,
         max_disk=max_disk,
         max_minutes=max_minutes,

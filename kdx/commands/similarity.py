@@ -12,7 +12,9 @@ from rich.text import Text
 from kdx.disk import lock_folder, write_atomic
 from kdx.report.similarity_page import similarity_page
 from kdx.runs.number_text import number
-from kdx.runs.similarity import NetworkSimilarity, SimilarityOptions, compare_networks
+from kdx.runs.similarity import NetworkSimilarity, compare_networks
+from kdx.runs.similarity_options import SimilarityOptions
+from kdx.runs.similarity_sums import remove_stored
 from kdx.scores.similarity_result import Similarity
 
 JSON, CSV, PAGE, FIGURE = "similarity.json", "similarity.csv", "report.html", "heatmap"
@@ -36,7 +38,9 @@ def run(
     """
     with lock_folder(out):
         comparison = compare_networks(references, data, out, options, announce)
-        return write_results(comparison, out, figure=figure, command=command), comparison.result
+        page = write_results(comparison, out, figure=figure, command=command)
+        remove_stored(out)
+        return page, comparison.result
 
 
 def write_results(comparison: NetworkSimilarity, out: Path, *, figure: Path | None = None, command: Sequence[str] = ()) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +36,7 @@ from kdx.study.page import write_page
 from kdx.study.schedule import run_jobs
 from kdx.study.statistics import study_statistics
 from kdx.study.table import LATEX_FILE, STUDY_FILE, Cell, CellStatus, Measurement, measurements_of, read_study, write_plan, write_table
+from kdx.study.weights import SharedWeights, weights_files
 
 DONE = "done.json"
 """The file of a complete job, in its folder: the job's identity, and the seconds that it took."""
@@ -54,6 +55,26 @@ Announce = Callable[[str], None]
 
 def perform(job: Job, folder: Path, note: Note) -> None:
     """Do a job of a study. What a stopped attempt has done is used."""
+    models_file = train(job, folder, note)
+    if models_file is None:
+        return
+    run = folder / job.folder / RUN
+    command = ["kdx", "explain", job.data, "--models", str(models_file), "--out", str(run)]
+    with progress.redirected(lambda task, done, total, _note: note(f"{task}, {done:.0f} of {total}")):
+        explain.run(
+            job.data,
+            models_file,
+            run,
+            options=job.options,
+            networks=folder / NETWORKS,
+            shared_features=folder / _features(job),
+            command=command,
+            announce=lambda line: note(line) if line.startswith("Warning: ") else None,
+        )
+
+
+def train(job: Job, folder: Path, note: Note) -> Path | None:
+    """Train the network of a job. The path of a cell's models file; None for a job that trains a network that cells share."""
     teacher = job.teacher
     if job.teacher_weights is not None:
         weights = str((folder / job.teacher_weights).absolute())
@@ -67,34 +88,21 @@ def perform(job: Job, folder: Path, note: Note) -> None:
     }
     if job.kind in ("teacher", "base"):
         train_alone("teacher" if job.kind == "teacher" else "base", job.data, teacher=teacher, student=job.student, out=out, **shared)
-        return
+        return None
     shared["teacher_cache"] = job.extras.teacher_cache
     if job.kind == "assistant":
         distill(job.data, teacher=teacher, student=job.student, out=out, base=NO_BASE, **shared)
-        return
-    base = job.base if job.base in (None, NO_BASE) else (folder / str(job.base)).absolute()
-    models_file = distill(
+        return None
+    return distill(
         job.data,
         teacher=teacher,
         student=job.student,
         out=out / MODELS,
-        base=base,
+        base=job.base if job.base in (None, NO_BASE) else (folder / str(job.base)).absolute(),
         layers=job.layers or None,
         probe=job.extras.probe,
         **shared,
     )
-    command = ["kdx", "explain", job.data, "--models", str(models_file), "--out", str(out / RUN)]
-    with progress.redirected(lambda task, done, total, _note: note(f"{task}, {done:.0f} of {total}")):
-        explain.run(
-            job.data,
-            models_file,
-            out / RUN,
-            options=job.options,
-            networks=folder / NETWORKS,
-            shared_features=folder / _features(job),
-            command=command,
-            announce=lambda line: note(line) if line.startswith("Warning: ") else None,
-        )
 
 
 def _features(job: Job) -> Path:
@@ -115,6 +123,15 @@ class _Run:
     plan: Mapping[str, Any]
     complete: set[str]
     problems: dict[str, Outcome] = field(default_factory=dict)
+    weights: SharedWeights = field(default_factory=SharedWeights)
+
+    def __post_init__(self) -> None:
+        for job in self.grid.jobs:
+            if job.key in self.complete:
+                self._share_weights(job)
+
+    def _share_weights(self, job: Job) -> None:
+        self.weights.add(self.folder / path for path in weights_files(job))
 
     def status(self) -> dict[str, CellStatus]:
         """The state of every cell."""
@@ -135,8 +152,8 @@ class _Run:
         if outcome.problem:
             self.problems[job.key] = outcome
         else:
-            content = {"identity": job.identity, "seconds": round(outcome.seconds, 3)}
-            write_atomic(self.folder / job.folder / DONE, (json.dumps(content, indent=1) + "\n").encode())
+            self._share_weights(job)
+            write_done(self.folder, outcome)
             self.complete.add(job.key)
         if job.kind == "cell":
             self.write_plan()
@@ -154,28 +171,29 @@ def run(design: Design, folder: Path, *, workers: int | None = None, command: Se
 
     Raises KdxError for a folder with another study or other files, and, at the end, if a cell has failed. Ctrl-C raises `Stopped`.
     """
-    with lock_folder(_checked(folder)), resumable(lambda: any(folder.rglob("*.safetensors")) or any(folder.rglob("*.state.pt"))):
+    _checked(folder)
+    grid = grid_of(design)
+    with lock_folder(folder), resumable(lambda: any(folder.rglob("*.safetensors")) or any(folder.rglob("*.state.pt"))):
         remove_leftovers(folder)
-        grid = grid_of(design)
         count = workers or _default_workers(grid)
         plan = _plan(design, grid, folder, command, count)
-        study = _Run(folder, grid, plan, set(complete_jobs(folder, grid)))
+        study = _Run(folder, grid, plan, set(complete_jobs(folder, grid.jobs)))
         study.write_plan()
         todo = len(grid.jobs) - len(study.complete)
         announce(f"{len(grid.cells)} cells, {len(grid.jobs)} jobs, {todo} of them to do, with {count} worker{'s' if count > 1 else ''}.")
-        with progress.progress() as show:
-            ended = 0
+        with progress.job_display(todo) as display:
 
             def on_note(job: Job, note: str) -> None:
                 if note.startswith("Warning: "):
                     announce(f"Warning: {job.key}: {note.removeprefix('Warning: ')}")
                 else:
-                    show("jobs", ended, todo, f"{job.key}: {note}")
+                    display.note(job.key, note)
 
             done = frozenset(study.complete)
             outcomes = run_jobs(grid.jobs, perform, folder, workers=count, threads=plan["threads"], on_note=on_note, complete=done)
             for ended, outcome in enumerate(outcomes, 1):
                 study.end(outcome)
+                display.end(outcome.job.key)
                 announce(f"[{ended}/{todo}] {outcome.job.kind} {outcome.job.key}: {_ending(outcome)}")
         return _finish(study)
 
@@ -185,7 +203,7 @@ def dry_run(design: Design, folder: Path, *, workers: int | None = None) -> Grou
     grid = grid_of(design)
     if (folder / STUDY_FILE).exists():
         check_same_study(folder, read_study(folder).plan, _entries(design, grid))
-    complete = complete_jobs(_checked(folder), grid)
+    complete = complete_jobs(_checked(folder), grid.jobs)
     count = workers or _default_workers(grid)
     cells = Table("cell", "state", box=None, pad_edge=False)
     for cell in grid.cells:
@@ -193,16 +211,19 @@ def dry_run(design: Design, folder: Path, *, workers: int | None = None) -> Grou
     return Group(cells, "", _cost_table(costs(grid, complete), count), *_passes(grid))
 
 
-def _cost_table(rows: Sequence[Cost], workers: int) -> Table:
+def _cost_table(rows: Sequence[Cost], workers: int) -> Group:
     left = sum(row.left for row in rows)
-    title = f"About {_duration(left / workers)} with {workers} worker{'s' if workers > 1 else ''}, for {_duration(left)} of work"
-    table = Table("work", "networks", "jobs", "to do", "epochs", "time of one", "source of the time", box=None, pad_edge=False, title=title)
+    is_timed = any(row.source == "batch" and row.jobs > row.done for row in rows)
+    table = Table("work", "networks", "jobs", "to do", "epochs", "time of one", box=None, pad_edge=False)
+    table.columns[1].overflow = "fold"
     for row in rows:
-        kind = "student and its explanation" if row.kind == "cell" else row.kind
-        source = "complete jobs of this study" if row.source == "stored" else "one batch"
+        kind = "student" if row.kind == "cell" else row.kind
         counts = (str(number) for number in (row.jobs, row.jobs - row.done, row.epochs))
-        table.add_row(kind, escape(" > ".join(row.networks)), *counts, _duration(row.seconds), source)
-    return table
+        table.add_row(kind, escape(" > ".join(row.networks)), *counts, _duration(row.seconds) + (" *" if row.source == "batch" else ""))
+    total = f"{'At least' if is_timed else 'About'} {_duration(left / workers)} with {workers} worker{'s' if workers > 1 else ''}"
+    note = "* Training steps alone, by the time of one batch. Reading images, maps, scores and pages are not included; small networks spend"
+    notes = [f"{note} most of their time on these."] if any(row.source == "batch" for row in rows) else []
+    return Group(table, "", f"{total}, for {_duration(left)} of work.", *notes)
 
 
 def _passes(grid: Grid) -> list[str]:
@@ -212,8 +233,8 @@ def _passes(grid: Grid) -> list[str]:
     passes = len(cells) + sum(network not in ("", NO_BASE) for *_, network in shared)
     separate = sum(2 + (job.base not in (None, NO_BASE)) for job in cells)
     return [
-        "",
-        f"Explaining {len(cells)} cells takes {passes} passes of a network over the explained images; separate runs would take {separate}.",
+        f"Explaining {len(cells)} cell{'s' if len(cells) > 1 else ''} takes {passes} passes of a network over the explained images; "
+        f"separate runs would take {separate}.",
     ]
 
 
@@ -268,13 +289,27 @@ def _entries(design: Design, grid: Grid) -> dict[str, Any]:
     return {"design": design.as_table(), "fingerprints": dict(grid.fingerprints), "parameters": {**grid.parameters}}
 
 
-def complete_jobs(folder: Path, grid: Grid) -> dict[str, float]:
-    """The jobs whose results are in the folder, by key, with the seconds that each took.
+def write_done(folder: Path, outcome: Outcome) -> None:
+    """Record in the folder of a job that it is complete."""
+    content = {"identity": outcome.job.identity, "seconds": round(outcome.seconds, 3)}
+    write_atomic(folder / outcome.job.folder / DONE, (json.dumps(content, indent=1) + "\n").encode())
 
-    Raises KdxError for results of other inputs, such as data that have changed.
+
+def files_of_run(job: Job) -> Iterator[Path]:
+    """Files that a complete cell has, relative to the study's folder, beside its weights."""
+    if job.kind == "cell":
+        yield Path(job.folder, MODELS, "models.toml")
+        yield from (Path(job.folder, RUN, name) for name in (schema.MANIFEST, schema.SCORES_FILE, schema.PAGE))
+
+
+def complete_jobs(folder: Path, jobs: Iterable[Job], results: Callable[[Job], Iterable[Path]] = files_of_run) -> dict[str, float]:
+    """The jobs whose results are in the folder, by key, with the seconds that each took. A job of which a file is missing is not complete.
+
+    results: the files of a job beside its weights, relative to the folder. Raises KdxError for results of other inputs, such as data that
+    have changed.
     """
     complete = {}
-    for job in grid.jobs:
+    for job in jobs:
         try:
             stored = json.loads((folder / job.folder / DONE).read_text("utf-8"))
             identity, seconds = dict(stored["identity"]), float(stored["seconds"])
@@ -286,13 +321,9 @@ def complete_jobs(folder: Path, grid: Grid) -> dict[str, float]:
                 f"{folder / job.folder} was computed from other inputs (it differs in {', '.join(different)}).",
                 "Choose another --out, or delete that folder to compute it again.",
             )
-        if job.kind != "cell" or _has_page(folder / job.folder / RUN):
+        if all((folder / path).is_file() for path in (*weights_files(job), *results(job))):
             complete[job.key] = seconds
     return complete
-
-
-def _has_page(run: Path) -> bool:
-    return (run / schema.SCORES_FILE).is_file() and (run / schema.PAGE).is_file()
 
 
 @contextmanager

@@ -92,11 +92,34 @@ def resume(
     return state
 
 
+def on_processor(value: Any, *, copy: bool = False) -> Any:
+    """Nested dictionaries and lists with their tensors on the processor. They wait for a GPU once, not once per tensor.
+
+    copy: whether tensors that are there already are copied too.
+    """
+    devices: set[torch.device] = set()
+
+    def moved(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            devices.add(part.device)
+            return part.detach().to("cpu", non_blocking=True, copy=copy)
+        if isinstance(part, Mapping):
+            return {key: moved(entry) for key, entry in part.items()}
+        return [moved(entry) for entry in part] if isinstance(part, list) else part
+
+    result = moved(value)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return result
+
+
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Write a state file atomically."""
+    content = on_processor(state)
     with replacing(path) as temporary, temporary.open("wb") as file:
         try:
-            torch.save(state, file)
+            torch.save(content, file)
         except RuntimeError as error:  # PyTorch wraps the error of a full disk
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error

@@ -145,7 +145,7 @@ class _Run:
             self._stop("its validation loss", entropy, epoch, None)
         score = epoch_quality(training.settings.select, epoch, accuracy, entropy)
         if score >= self.state["best_score"]:
-            best = {key: value.detach().cpu().clone() for key, value in evaluated.network.state_dict().items()}
+            best = checkpoints.on_processor(evaluated.network.state_dict(), copy=True)
             self.state |= {"best_score": score, "best": best, "best_epoch": epoch + 1}
         scores = training.probe(evaluated.network) if training.probe is not None and processes.is_main else {}
         loss = losses.pop("total")
@@ -260,7 +260,8 @@ class _Run:
 
     def _save(self, epoch: int, place: Mapping[str, Any]) -> None:
         """Write the state file: training goes on in this epoch at this place."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):  # after a gradient that was not
+        finite = torch.stack([torch.isfinite(parameter).all() for parameter in self.parameters])
+        if not bool(finite.all()):  # after a gradient that was not
             self._stop("a weight", math.nan, epoch if place["step"] else epoch - 1, place["step"] or None)
         for name in ("step", "random", "losses"):
             self.state.pop(name, None)

@@ -120,11 +120,15 @@ DEFAULT = (
 
 def candidates(run: RunRecord) -> dict[str, Candidate]:
     """Every candidate that a run has, by name: its stored maps, those computed from its networks, and the baselines."""
-    computed = [_class_map("student", 0, "Grad-CAM"), _class_map("student", 1, "HiResCAM")]
-    if "base" in run.roles:
-        computed += [_class_map("base", 0, "Grad-CAM"), _DIFFERENCE]
     every = [*map(_stored, (*(kind for kind in run.map_kinds if kind in SCORE_MAPS), *(k for k in run.map_kinds if k in MAPS)))]
-    return {candidate.name: candidate for candidate in (*every, *computed, *_BASELINES)}
+    return {candidate.name: candidate for candidate in every} | computed("base" in run.roles)
+
+
+def computed(has_base: bool) -> dict[str, Candidate]:
+    """The candidates that need no stored map, by name: those computed from networks, and the baselines."""
+    of_base = [_class_map("base", 0, "Grad-CAM"), _DIFFERENCE] if has_base else []
+    every = [_class_map("student", 0, "Grad-CAM"), _class_map("student", 1, "HiResCAM"), *of_base, *_BASELINES]
+    return {candidate.name: candidate for candidate in every}
 
 
 def chosen(run: RunRecord, names: Sequence[str]) -> list[Candidate]:

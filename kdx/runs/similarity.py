@@ -2,76 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from kdx.choices import Interpolation, Precision, ResizeMode, Resizing, RuntimeName, SimilarityGeometry, StoredPrecision
+from kdx.choices import Resizing
 from kdx.data.dataset import Dataset, open_data
-from kdx.data.images import check_unreadable, decoded
-from kdx.errors import KdxError, resumable
+from kdx.errors import KdxError
 from kdx.explain.settings import Settings
 from kdx.features import arrays
-from kdx.features.rows import feature_distances
-from kdx.kernels import ambient, dispatch, layer_sums
-from kdx.kernels.layer_sums import LayerSums
+from kdx.kernels import ambient
 from kdx.models.models_file import ModelsFile, read_models
-from kdx.progress import progress
-from kdx.runs.collected import prediction_columns
 from kdx.runs.environment import environment, now
 from kdx.runs.feature_files import FeatureFiles, Shapes
 from kdx.runs.geometry import Geometry, products_per_second, size_text
 from kdx.runs.plan import MAX_MINUTES
 from kdx.runs.similarity_networks import ComparedNetworks
+from kdx.runs.similarity_options import SimilarityOptions
+from kdx.runs.similarity_sums import Key, Passes, batch_sums, whole_sums
 from kdx.runs.split import choose_split, with_recorded_data
-from kdx.runs.whole import check_finite
 from kdx.scores.layer_similarity import PooledSums
-from kdx.scores.similarity import of_sums, parts_of, rounding_floor
+from kdx.scores.similarity import of_sums
 from kdx.scores.similarity_result import Similarity
 
-FEATURES = "features"
-"""The folder of the features, inside that of the results. It is deleted when the sweep is complete."""
-
-_Key = tuple[str, str]
-"""A network that runs, and one of its layers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimilarityOptions:
-    """How networks are compared over a data set; the command `kdx similarity` describes each option.
-
-    max_layers: the most layers of a network, where none are named. batch: the images of a pass, and with the geometry ``batch`` the images
-    of a set of distances. stored_precision, max_disk, max_minutes: for the geometry ``whole``, as in `kdx.runs.plan.RunOptions`.
-    """
-
-    layers: Mapping[str, Sequence[str]]
-    max_layers: int = 20
-    geometry: SimilarityGeometry = "auto"
-    batch: int = 64
-    runtime: RuntimeName = "auto"
-    device: str = "auto"
-    precision: Precision = "float32"
-    image_size: int | None = None
-    resize: ResizeMode | None = None
-    interpolation: Interpolation | None = None
-    split: str | None = None
-    max_images: int | None = None
-    max_unreadable: float = 0.01
-    workers: int | None = None
-    stored_precision: StoredPrecision = "float32"
-    max_disk: float | None = None
-    max_minutes: float | None = None
-    confidence: float = 0.95
-    seed: int = 0
+_LOW = 0.02
+"""The share by which projections may lower similarities without a message."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +63,8 @@ def compare_networks(
 ) -> NetworkSimilarity:
     """Compare the networks ``A`` and ``B``, given an optional network ``C``, over a data set.
 
-    out: the folder for exported networks, and meanwhile for features. A stopped comparison of all images resumes there.
+    out: the folder for exported networks, and meanwhile for features or sums, with which a stopped comparison resumes;
+    `kdx.runs.similarity_sums.remove_stored` deletes them when the results are written.
 
     Raises KdxError for anything that the user can fix.
     """
@@ -121,12 +82,21 @@ def compare_networks(
         announce=announce,
     ) as networks:
         networks.open(len(indices), announce)
-        work = _Work(networks, dataset, indices, options, announce)
-        shapes = work.shapes()
-        geometry = _choose(shapes, len(indices), options, out)
+        passes = Passes(networks, dataset, indices, options, announce)
+        geometry = _choose(passes.shapes, len(indices), options, out)
         announce(f"Geometry {geometry.kind}: {geometry.reason}.")
-        sums, keys = work.whole(shapes, out) if geometry.kind == "whole" else work.batches()
-        numbered, left_out = _layers(networks, sums, keys)
+        projected, lowered = [list(key) for key in passes.sketches], 0.0
+        if geometry.kind == "whole":
+            if projected:
+                announce(_projection_note(len(projected), len(passes.keys), options.project))
+            sums, lowered = whole_sums(passes, out)
+            if lowered > _LOW:
+                announce(f"The projection lowers similarities by up to about {lowered:.0%}. Choose a larger --project, or none.")
+        else:
+            if projected:
+                announce("The geometry batch stores no features: --project has no effect.")
+            projected, sums = [], batch_sums(passes, out)
+        numbered, left_out = _layers(networks, sums, passes.keys)
         result = of_sums(sums, numbered["A"], numbered["B"], numbered.get("C", {}), options.confidence)
         for name, layer, reason in left_out:
             announce(f"{name}: the layer {layer} is left out: {reason}")
@@ -138,6 +108,8 @@ def compare_networks(
             "split": split,
             "image_size": list(networks.size),
             "geometry_reason": geometry.reason,
+            "projected": projected,
+            "lowered": lowered,
             "options": asdict(options),
             "runtime": {name: network.runners.choice.why for name, network in networks.opened.items()},
             "environment": environment(),
@@ -173,7 +145,7 @@ def _choose(shapes: Shapes, n: int, options: SimilarityOptions, out: Path) -> Ge
         if needed > limit:
             raise KdxError(
                 f"The features of {n:,} images take {size_text(needed)}, and {size_text(limit)} are available in {place}.",
-                "Free some space, choose --store float16 or fewer layers, or use --geometry batch.",
+                "Free some space, choose --project 2048, --store float16 or fewer layers, or use --geometry batch.",
             )
         return Geometry("whole", f"as requested; {text}")
     if needed > limit:
@@ -186,8 +158,15 @@ def _choose(shapes: Shapes, n: int, options: SimilarityOptions, out: Path) -> Ge
     return Geometry("whole", f"every image is compared with all others; {text}")
 
 
+def _projection_note(projected: int, layers: int, size: int) -> str:
+    return (
+        f"The features at {projected} of {layers} layers are projected to {size} numbers per image. Squared distances keep their expected "
+        f"value, with a relative standard deviation of at most {(2 / size) ** 0.5:.1%}."
+    )
+
+
 def _layers(
-    networks: ComparedNetworks, sums: PooledSums, keys: Sequence[_Key]
+    networks: ComparedNetworks, sums: PooledSums, keys: Sequence[Key]
 ) -> tuple[dict[str, dict[str, int]], tuple[tuple[str, str, str], ...]]:
     """The numbers of each network's layers by name, and the layers that are left out. KdxError if none of a network's is left."""
     constant = {keys[number] for number in sums.constant}
@@ -206,124 +185,3 @@ def _layers(
                 f"{name}: all layers are constant over these images.", "Check the weights and the preprocessing, or give other images."
             )
     return numbered, tuple(left_out)
-
-
-@dataclass(frozen=True, eq=False)
-class _Work:
-    """The passes over the images, and the sums of their geometry."""
-
-    networks: ComparedNetworks
-    dataset: Dataset
-    indices: NDArray[np.int64]
-    options: SimilarityOptions
-    announce: Callable[[str], None]
-
-    @property
-    def keys(self) -> list[_Key]:
-        """The layers that run, in the order of the sums."""
-        return [(name, layer) for name, network in self.networks.opened.items() for layer in network.layers]
-
-    def shapes(self) -> Shapes:
-        """The shape of each network's features at each layer, from a pass over blank images."""
-        _, features = self.networks.features(torch.zeros(2, 3, *self.networks.size))
-        shapes: dict[str, dict[str, tuple[int, int, int]]] = {}
-        for name, by_layer in features.items():
-            for layer, values in by_layer.items():
-                channels, height, width = values.shape[1:]
-                shapes.setdefault(name, {})[layer] = channels, height, width
-        return shapes
-
-    def whole(self, shapes: Shapes, out: Path) -> tuple[PooledSums, list[_Key]]:
-        """The sums over all pairs of images. Features are in files meanwhile, which a stopped comparison continues."""
-        folder = out / FEATURES / self._digest(shapes)
-        for other in (out / FEATURES).glob("*"):
-            if other != folder:  # of an earlier comparison with other arguments
-                shutil.rmtree(other, ignore_errors=True)
-        layers = list(dict.fromkeys(layer for _, layer in self.keys))
-        files = FeatureFiles(folder, len(self.indices), shapes, self.options.stored_precision, layers)
-        with resumable(lambda: bool((files.state != 0).any())):
-            self._store(files)
-            check_unreadable(files.unreadable, len(self.indices), self.options.max_unreadable)
-            arrays.check_images(len(files.kept))
-            device = self.networks.device
-            matrices = [
-                feature_distances(files.role_rows(name, layer, device).rows, f"features of {name} at {layer}") for name, layer in self.keys
-            ]
-            ops = dispatch.chosen(torch.empty(0, dtype=matrices[0].rows.dtype, device=device))
-            with progress() as show:
-                sums = layer_sums.of_set(
-                    matrices, seed=self.options.seed, ops=ops, progress=lambda done, total: show("Geometry", done, total, "tiles")
-                )
-        pooled = PooledSums.of([sums], rounding_floor(matrices))
-        shutil.rmtree(out / FEATURES, ignore_errors=True)
-        return pooled, self.keys
-
-    def _store(self, files: FeatureFiles) -> None:
-        """Run the networks on every image whose features are not stored yet."""
-        total, pending = len(self.indices), files.pending(self.options.batch)
-        done = total - sum(part.stop - part.start for part in pending)
-        if done:
-            self.announce(f"Resuming: the features of {done} of {total} images are stored.")
-        for part, (pixels, readable, unreadable) in zip(pending, self._pixels([self.indices[part] for part in pending], done), strict=True):
-            logits, features = self.networks.features(pixels)
-            by_layer: dict[str, dict[str, Tensor]] = {}
-            for name, layers in features.items():
-                for layer, values in layers.items():
-                    by_layer.setdefault(layer, {})[name] = values
-            check_finite(by_layer, readable, [self.dataset.ids[image] for image in self.indices[part]])
-            files.write(part, readable, by_layer, prediction_columns(logits), unreadable)
-            check_unreadable(files.unreadable, total, self.options.max_unreadable)
-
-    def _pixels(
-        self, parts: Sequence[NDArray[np.int64]], done: int
-    ) -> Iterator[tuple[Tensor, NDArray[np.bool_], tuple[tuple[str, str], ...]]]:
-        """The pixels of each part of the images, with blank images in place of unreadable ones, and which are readable."""
-        total = len(self.indices)
-        with decoded(self.dataset, parts, self.networks.size, self.options.workers) as results, progress() as show:
-            for part, images in zip(parts, results, strict=True):
-                show("Networks", done, total, "images")
-                readable = np.isin(part, images.kept)
-                pixels = torch.zeros(len(part), *images.pixels.shape[1:])
-                pixels[torch.from_numpy(readable)] = images.pixels
-                yield pixels, readable, images.unreadable
-                done += len(part)
-            show("Networks", done, total, "images")
-
-    def batches(self) -> tuple[PooledSums, list[_Key]]:
-        """The sums over random batches. No features are stored."""
-        order = np.random.default_rng(self.options.seed).permutation(len(self.indices))
-        batches = [self.indices[np.sort(part)] for part in arrays.batches_of(order, self.options.batch)]
-        blocks: list[LayerSums] = []
-        unreadable: list[tuple[str, str]] = []
-        scales = []
-        for part, (pixels, readable, failed) in zip(batches, self._pixels(batches, 0), strict=True):
-            unreadable += failed
-            check_unreadable(unreadable, len(self.indices), self.options.max_unreadable)
-            if readable.sum() < arrays.MIN_IMAGES:
-                continue
-            _, features = self.networks.features(pixels)
-            names = [self.dataset.ids[image] for image in part]
-            check_finite({layer: {name: features[name][layer]} for name, layer in self.keys}, readable, names)
-            rows = [features[name][layer][torch.from_numpy(readable)].flatten(1) for name, layer in self.keys]
-            ops = dispatch.chosen(rows[0])
-            distances = torch.stack([ops.distances(x) for x in rows])
-            blocks.append(layer_sums.of_batch(distances, parts_of(len(batches))))
-            n = distances.shape[1]
-            share = torch.tensor([max(arrays.rounding(x), 1e-8) ** 2 for x in rows], dtype=torch.float64, device=distances.device)
-            scales.append(share * distances.square().sum((1, 2)) / (n * (n - 3)))
-        return PooledSums.of(blocks, torch.stack(scales).sum(0)), self.keys
-
-    def _digest(self, shapes: Shapes) -> str:
-        """A digest of everything that the stored features depend on."""
-        options = self.options
-        key = {
-            "networks": {name: asdict(record) for name, record in self.networks.records.items()},
-            "runtimes": [network.runners.choice.runtime for network in self.networks.opened.values()],
-            "shapes": {name: list(by_layer.items()) for name, by_layer in shapes.items()},
-            "data": self.dataset.fingerprint,
-            "resizing": asdict(self.dataset.resizing),
-            "images": hashlib.sha256(self.indices.tobytes()).hexdigest(),
-            "size": self.networks.size,
-            "options": [options.stored_precision, options.precision],
-        }
-        return hashlib.sha256(json.dumps(key, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:16]

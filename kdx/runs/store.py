@@ -64,7 +64,11 @@ class Store:
                 store = cls(folder, cast(Manifest, new), lock)
                 store._write_manifest()
                 return store
-            stored = read_json(path)
+            stored = _read_manifest(path)
+            if stored is None:
+                store = cls(folder, cast(Manifest, new), lock, f"{path} is damaged; the run is computed again.")
+                store.restart()
+                return store
             known = stored.get("configuration", {}) | {"classes": stored.get("classes")}
             requested = configuration | {"classes": context["classes"]}
             different = sorted(key for key in {*known, *requested} if known.get(key) != requested.get(key))
@@ -260,3 +264,13 @@ class Store:
 
 def _may_become_a_run(folder: Path) -> bool:
     return folder.is_dir() and all(schema.may_precede_manifest(path.name) for path in folder.iterdir())
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a run; None if it is damaged and the folder has results, so that they are a run's. Otherwise raises KdxError."""
+    try:
+        return read_json(path)
+    except KdxError:
+        if any((path.parent / name).exists() for name in (schema.SAMPLES_FILE, schema.MAPS_FILE, schema.PROGRESS, schema.FEATURES)):
+            return None
+        raise

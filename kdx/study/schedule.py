@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,11 +24,12 @@ def run_jobs(
     threads: int,
     on_note: Callable[[Job, str], None],
     complete: Iterable[str] = (),
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Do the jobs that are not complete, and yield how each ended, as it ends.
 
     jobs: in an order in which each comes after those that it needs. workers: processes; with 1, this process does everything. threads: of
-    each process. An error ends its job, and the jobs that need it, and no other. An exception in the caller, such as Ctrl-C, stops all.
+    each process. An error ends its job, and the jobs that need it, and no other. An exception in the caller, such as Ctrl-C, stops
+    all, as does closing the generator.
     """
     done, failed = set(complete), set[str]()
     waiting = [job for job in jobs if job.key not in done]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import kdx
 from benchmarks import all_families, family_checks
+from benchmarks.all_families import Limits
 from kdx.errors import KdxError
 from kdx.export.graphs import Preprocessing
 from kdx.models.network import Network
@@ -71,21 +73,70 @@ def test_a_wrong_grad_cam_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert family_checks.grad_cam_error(network(resnet(4, 1, 5)), "layer2")["error"] == pytest.approx(0.01, rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("end", "reason"), [(lambda: os._exit(3), "the process ended"), (lambda: [None for _ in iter(int, 1)], "not finished after 1 s")]
-)
-def test_results_survive_a_process_that_stops(
-    end: Callable[[], object], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[], object], limits: Limits) -> list[dict[str, Any]]:
+    """The rows that are stored by a run over three networks, of which each finishes two stages and then runs ``end``."""
+
     def check(row: dict[str, Any], _stages: object, store: Callable[[dict[str, Any]], None]) -> None:
         store(row | {"layers": {"names": ["a"]}, "grad_cam": {"stopped": True}})
         end()
 
     monkeypatch.setattr(family_checks, "check", check)
     monkeypatch.setattr(all_families, "RESULT", tmp_path / "families.json")
-    row = all_families._checked({"network": "a:network"}, ["layers", "grad_cam"], 1)
-    assert row == {"network": "a:network", "layers": {"names": ["a"]}, "grad_cam": {"stopped": reason}}
-    assert all_families.read()["networks"] == [row]
+    all_families.run(["timm:a", "timm:b", "timm:c"], ["layers", "grad_cam"], limits)
+    return [{key: row.get(key) for key in ("network", "layers", "grad_cam")} for row in all_families.read()["networks"]]
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [(lambda: os._exit(3), "the process ended with 3"), (lambda: [None for _ in iter(int, 1)], "not finished after 1 s")],
+)
+def test_results_survive_a_process_that_stops(
+    end: Callable[[], object], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = checked(tmp_path, monkeypatch, end, Limits(3, 1))
+    assert rows == [{"network": f"timm:{name}", "layers": {"names": ["a"]}, "grad_cam": {"stopped": reason}} for name in "abc"]
+
+
+def test_a_run_ends_at_its_deadline_and_keeps_the_stages_that_are_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = time.monotonic()
+    rows = checked(tmp_path, monkeypatch, lambda: time.sleep(60), Limits(2, deadline=start + 1))
+    assert time.monotonic() - start < 10
+    assert rows == [{"network": f"timm:{name}", "layers": {"names": ["a"]}, "grad_cam": None} for name in "ab"]
+
+
+def test_a_process_that_needs_too_much_memory_is_told_from_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(row: dict[str, Any], _stages: object, store: Callable[[dict[str, Any]], None]) -> None:
+        family_checks._run(row, "layers", store, lambda: {"names": [str(torch.ones(int(8e9), dtype=torch.uint8).sum())]})
+
+    monkeypatch.setattr(family_checks, "check", check)
+    monkeypatch.setattr(all_families, "RESULT", tmp_path / "families.json")
+    all_families.run(["timm:a"], ["layers"], Limits(gigabytes=4))
+    assert all_families.read()["networks"][0]["layers"]["stopped"] == "it needs more memory than the limit"
+
+
+def test_rows_of_another_file_replace_those_with_fewer_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(all_families, "RESULT", tmp_path / "families.json")
+    half: dict[str, Any] = {"layers": {"names": ["a"]}}
+    whole = half | {"features": {"error": 1e-6}}
+    all_families.write({"rows": [1], "networks": [{"network": "timm:a", **half}, {"network": "timm:b", **whole}]})
+    other = tmp_path / "other.json"
+    all_families.write(
+        {"networks": [{"network": f"timm:{name}", **row} for name, row in zip("abc", (whole, half, half), strict=True)]}, other
+    )
+    all_families.merge([other])
+    record = all_families.read()
+    assert record["rows"] == [1]
+    assert record["networks"] == [{"network": "timm:a", **whole}, {"network": "timm:b", **whole}, {"network": "timm:c", **half}]
+
+
+def test_an_incomplete_row_of_other_versions_starts_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(all_families, "RESULT", tmp_path / "families.json")
+    old = {"network": "timm:a", "commit": "c", "environment": {"torch": "1.0"}, "patch": {"distance": 0}, "layers": {"names": ["b"]}}
+    all_families.write({"networks": [old]})
+    checked(tmp_path, monkeypatch, lambda: None, Limits())
+    row = all_families.read()["networks"][0]
+    assert row["layers"] == {"names": ["a"]} and "patch" not in row
+    assert row["environment"]["torch"] == torch.__version__ and row["environment"]["timm"]
 
 
 def test_a_stage_states_whether_kdx_refused_it_or_it_failed() -> None:
@@ -111,8 +162,11 @@ def test_the_table_counts_the_networks_that_export_in_every_kind() -> None:
         {"network": "timm:two", **place, **good, **exports, "patch": {"distance": 5}},
         {"network": "timm:three", **place, **good, **exports, "gradients": {"refused": "Too many steps."}},
         {"network": "timm:four", **place, "layers": {"names": ["a"]}},
+        {"network": "timm:five", **place, "build": {"refused": "It takes no image."}},
     ]
     text = all_families.table({"networks": rows})
-    assert text.startswith("2 of 3 networks export in all three kinds, and 1 pass every check. 1 more networks have run in part.")
+    assert text.startswith(
+        "5 networks: 1 pass every check, 2 are refused with a reason, 1 fail a check, and 1 have run in part. 2 export in all three kinds."
+    )
     assert "| timm:two | `b` | 1e-07 | 5 cells away | 1e-06 | 1e-06 | 1e-06 |" in text
     assert "- timm:three, gradients: refused: Too many steps." in text

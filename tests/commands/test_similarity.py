@@ -13,15 +13,20 @@ import torch
 from PIL import Image
 
 import kdx
+from kdx.commands import similarity as command
 from kdx.commands.similarity import run
 from kdx.data.dataset import open_data
 from kdx.data.images import load_images
-from kdx.errors import KdxError
+from kdx.errors import KdxError, Stopped
 from kdx.export.graphs import FeatureGraph
+from kdx.features.projection import Sketch
+from kdx.features.rows import InMemory
 from kdx.kernels import layer_sums
+from kdx.kernels.tiles import FeatureDistances
 from kdx.models.network import load
-from kdx.runs.similarity import SimilarityOptions
 from kdx.runs.similarity_networks import ComparedNetworks
+from kdx.runs.similarity_options import SimilarityOptions
+from kdx.runs.similarity_sums import kept_similarity
 
 A = "small_nets:wide"
 B = "small_nets:narrow"
@@ -127,21 +132,111 @@ def test_a_network_that_is_given_twice_runs_once(pictures: Path, tmp_path: Path,
     assert np.allclose(np.diag(result.values), 1) and passes == [["A"]] * 5  # blank images, and 26 images in batches of 8
 
 
+def stopped_after(passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the pass after so many passes; the first is that of blank images."""
+    original, done = ComparedNetworks.features, []
+
+    def features_until(self: Any, images: torch.Tensor) -> Any:
+        done.append(0)
+        if len(done) > passes:
+            raise KeyboardInterrupt
+        return original(self, images)
+
+    monkeypatch.setattr(ComparedNetworks, "features", features_until)
+
+
+@pytest.mark.parametrize(("geometry", "stored"), [pytest.param("whole", "features", marks=pytest.mark.slow), pytest.param("batch", "sums")])
+def test_a_comparison_that_is_stopped_in_a_pass_resumes_to_the_same_numbers(
+    geometry: Any, stored: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (pictures / "cat" / "25.png").write_bytes(b"damaged")
+    expected, _ = compare(pictures, tmp_path / "whole", geometry=geometry)
+    with monkeypatch.context() as patch:
+        stopped_after(3, patch)
+        with pytest.raises(Stopped):
+            compare(pictures, tmp_path / "out", geometry=geometry)
+    result, lines = compare(pictures, tmp_path / "out", geometry=geometry)
+    assert any(f"the {stored} of 1" in line and "Resuming" in line for line in lines), lines
+    assert json.dumps(result.to_dict()) == json.dumps(expected.to_dict())
+    assert result.n == 25 and not (tmp_path / "out" / "features").exists()
+
+
 @pytest.mark.slow
-def test_a_stopped_comparison_resumes_to_the_same_numbers(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_arguments_do_not_continue_a_stopped_comparison(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stopped_after(3, patch)
+        with pytest.raises(Stopped):
+            compare(pictures, tmp_path / "out", geometry="batch")
+    _, lines = compare(pictures, tmp_path / "out", geometry="batch", batch=9)
+    assert not any("Resuming" in line for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["of_set", "write_results"])
+def test_a_comparison_that_is_stopped_after_its_passes_needs_no_other(
+    phase: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected, _ = compare(pictures, tmp_path / "whole")
     with monkeypatch.context() as patch:
 
         def stop(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(layer_sums, "of_set", stop)
+        patch.setattr(layer_sums if phase == "of_set" else command, phase, stop)
         with pytest.raises(KeyboardInterrupt):
             compare(pictures, tmp_path / "out")
     assert not (tmp_path / "out" / "report.html").exists()
     result, lines = compare(pictures, tmp_path / "out")
-    assert any("26 images" in line and "Resuming" in line for line in lines)
+    assert any("26 of 26 images" in line and "Resuming" in line for line in lines)
     assert np.array_equal(result.values, expected.values) and np.array_equal(result.low, expected.low)
+
+
+def test_projected_features_are_those_of_the_sketches(pictures: Path, tmp_path: Path) -> None:
+    result, lines = compare(pictures, tmp_path / "out", project=20, layers={"A": ("first", "fc"), "B": ("first",)})
+    assert any("at 2 of 3 layers are projected to 20 numbers" in line for line in lines), lines
+    rows = {}
+    for name, reference, layers in (("A", A, ("first", "fc")), ("B", B, ("first",))):
+        rows[name] = {layer: values.flatten(1) for layer, values in features(reference, layers, pictures).items()}
+        rows[name]["first"] = Sketch.of(rows[name]["first"].shape[1], 20, 2, name, "first")(rows[name]["first"])
+    expected = kdx.similarity(rows["A"], rows["B"], seed=2)
+    assert np.allclose(result.values, expected.values, atol=1e-5) and np.allclose(result.cka, expected.cka, atol=1e-5)
+    stored = json.loads((tmp_path / "out" / "similarity.json").read_text())
+    assert stored["options"]["project"] == 20 and stored["projected"] == [["A", "first"], ["B", "first"]]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "projected to 20 random numbers per image" in page and f"{100 * stored['lowered']:.1f}" in page
+    assert any("lowers similarities by up to about" in line for line in lines), "the pixels are noise, with many dimensions"
+
+
+@pytest.mark.slow
+def test_the_geometry_batch_projects_nothing(pictures: Path, tmp_path: Path) -> None:
+    result, lines = compare(pictures, tmp_path / "out", geometry="batch", project=20)
+    expected, _ = compare(pictures, tmp_path / "other", geometry="batch")
+    assert np.array_equal(result.values, expected.values) and any("--project has no effect" in line for line in lines)
+    assert json.loads((tmp_path / "out" / "similarity.json").read_text())["projected"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dimensions", [5, 60])
+def test_projections_lower_similarities_by_the_estimated_share(dimensions: int) -> None:
+    """CKA of two projections of the same features, in which each has its own random numbers, over 40 pairs of projections."""
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(dimensions, 400))
+    x = torch.from_numpy(rng.normal(size=(150, dimensions)) @ mixing)
+    variances = np.linalg.eigvalsh(mixing @ mixing.T)
+    values, factors = [], []
+    for seed in range(40):
+        sketches = [Sketch.of(400, 50, seed, name, "fc") for name in ("A", "B")]
+        a, b = (sketch(x) for sketch in sketches)
+        result = kdx.similarity(a, b)
+        values.append([result.values[0, 0], result.cka[0, 0]])
+        matrices = [FeatureDistances.of(InMemory(rows)) for rows in (a, b)]
+        norms = layer_sums.of_set(matrices).squares.products().diagonal()
+        factors.append(
+            np.prod([kept_similarity(float(m.scale), float(s), sketch) for m, s, sketch in zip(matrices, norms, sketches, strict=True)])
+        )
+    distances, cka = np.mean(values, 0)
+    assert cka == pytest.approx(np.mean(factors), abs=0.02) and distances == pytest.approx(np.mean(factors), abs=0.05)
+    assert np.mean(factors) == pytest.approx(1 / (1 + variances.sum() ** 2 / (variances**2).sum() / 50), abs=0.03)
 
 
 def test_features_that_do_not_fit_are_compared_in_batches(pictures: Path, tmp_path: Path) -> None:

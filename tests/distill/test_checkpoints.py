@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from kdx import models
 from kdx.distill import TrainingSettings, distill
-from kdx.distill.checkpoints import Recipe, is_finished, resume, save_state, save_weights
+from kdx.distill.checkpoints import Recipe, is_finished, on_processor, resume, save_state, save_weights
 from kdx.errors import KdxError
 from kdx.models import ModelsFile, read_models
 from kdx.models.checkpoint_files import read_recipe
@@ -95,3 +95,19 @@ def test_a_models_file_without_data_takes_it_from_the_checkpoints(finished: Path
     assert with_recorded_data(other) == other  # the checkpoints contradict each other
     stated = replace(by_hand, data="digits", split_seed=3)
     assert with_recorded_data(stated) == stated
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+def test_a_state_on_the_processor_keeps_its_values(device: str) -> None:
+    """Also in nested dictionaries and lists, and without a gradient. A copy does not change with the weights."""
+    weight = torch.arange(3.0, device=device, requires_grad=True)
+    state = {"step": 2, "model": {"weight": weight}, "numpy": ["MT", weight.detach() + 1]}
+    result = on_processor(state, copy=True)
+    with torch.no_grad():
+        weight += 5
+    assert result["step"] == 2
+    assert result["model"]["weight"].tolist() == [0, 1, 2]
+    assert result["numpy"][0] == "MT"
+    assert result["numpy"][1].tolist() == [1, 2, 3]
+    assert not result["model"]["weight"].requires_grad
+    assert {result["model"]["weight"].device.type, result["numpy"][1].device.type} == {"cpu"}

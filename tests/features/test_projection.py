@@ -1,4 +1,4 @@
-"""Random projections of channels: distances keep their expected value, within the stated error."""
+"""Random projections: distances keep their expected value, within the stated error."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdx.features.projection import projected, projected_channels
+from kdx.features.projection import Sketch, projected, projected_channels
 from kdx.kernels import geometry
 
 
@@ -46,3 +46,39 @@ def test_few_channels_are_kept_as_they_are() -> None:
     assert projected(x, 8, 0, "student", "layer") is x and projected(x, 0, 0, "student", "layer") is x
     assert (projected_channels(8, 16), projected_channels(64, 16), projected_channels(64, 0)) == (8, 16, 64)
     assert projected(torch.randn(3, 9, 2, 2), 8, 0, "student", "layer").shape == (3, 8, 2, 2)
+
+
+@pytest.mark.parametrize(("width", "size"), [(100, 32), (96, 32), (33, 32)])
+def test_a_sketch_adds_signed_values_at_the_stated_places(width: int, size: int) -> None:
+    """Against the sum over single values."""
+    sketch, x = Sketch.of(width, size, 3, "A", "layer"), torch.randn(4, width, dtype=torch.float64)
+    expected = torch.zeros(4, size, dtype=torch.float64)
+    for i in range(width):
+        expected[:, (i + sketch.shifts[i // size]) % size] += sketch.signs[i] * x[:, i]
+    assert torch.allclose(sketch(x), expected, atol=1e-12) and set(sketch.signs.tolist()) == {-1, 1}
+    assert sketch(x.half()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["dense", "few values", "one block"])
+def test_sketches_keep_inner_products_with_the_stated_error(kind: str) -> None:
+    """Over 500 sketches: the mean and the standard deviation of a squared norm, and the mean of an inner product."""
+    size, count = 16, 500
+    x = torch.randn(2, 160, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    if kind == "few values":
+        x[:, 5:155] = 0
+    if kind == "one block":
+        x[:, size:] = 0
+    values = torch.stack([Sketch.of(160, size, seed, "A", "fc")(x) for seed in range(count)])
+    norm, blocks = float(x[0].square().sum()), x[0].unflatten(0, (-1, size)).square().sum(1)
+    deviation = (2 / size * (1 - float(blocks.square().sum()) / norm**2)) ** 0.5
+    squares = values[:, 0].square().sum(1) / norm
+    assert deviation <= (2 / size) ** 0.5
+    assert float(squares.std()) == pytest.approx(deviation, rel=0.15, abs=1e-6)
+    assert float(squares.mean()) == pytest.approx(1, abs=4 * deviation / count**0.5 + 1e-6)
+    products = (values[:, 0] * values[:, 1]).sum(1)
+    assert float(products.mean()) == pytest.approx(float(x[0] @ x[1]), abs=4 * float(products.std()) / count**0.5 + 1e-4)
+
+
+def test_sketches_of_two_networks_are_independent() -> None:
+    one, other = (Sketch.of(64, 8, 0, name, "fc") for name in ("A", "B"))
+    assert not torch.equal(one.signs, other.signs) and torch.equal(one.signs, Sketch.of(64, 8, 0, "A", "fc").signs)

@@ -276,3 +276,21 @@ def test_a_thousand_images_agree_with_dcor() -> None:
         for biased, expected in ((False, dcor.u_distance_correlation_sqr(x, y)), (True, dcor.distance_correlation_sqr(x, y))):
             products = tiles.sweep(measured, biased=biased).products
             assert float(products[0, 1] / (products[0, 0] * products[1, 1]).sqrt()) == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.parametrize("n", [127, 300])
+def test_many_rows_with_themselves_have_the_distances_of_single_products(n: int) -> None:
+    """On the CPU more than 128 rows are halved, and each half is multiplied with the other once."""
+    x = torch.randn(n, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    norms = x.square().sum(1)
+    distances = geometry.centred_distances(x, x, norms, norms)
+    assert torch.allclose(distances, torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist"), atol=1e-12)
+    assert torch.equal(distances, distances.T) and not distances.diagonal().any()
+
+
+def test_rows_are_centred_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "_READ", 100)  # three rows of eight float32 numbers
+    rows = InMemory(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)).half().float())
+    matrix, index = tiles.FeatureDistances.of(rows), torch.randperm(50)[:20]
+    assert torch.equal(tiles.RowBuffer().centred(matrix, index), rows.tensor[index] - matrix.centre)
+    assert torch.allclose(matrix.norms, (rows.tensor - matrix.centre).double().square().sum(1), rtol=1e-6)
