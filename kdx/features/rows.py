@@ -135,6 +135,20 @@ class Selected:
         return self.source.read(self.index[index.to(self.index.device)]).to(self.device)
 
 
+def resident(rows: Rows, device: torch.device, free: int) -> Rows:
+    """The same rows in the memory of ``device`` if they take at most a quarter of its ``free`` bytes, else ``rows``.
+
+    A sweep over all pairs of images reads each row once per tile of other images, and each time it would be copied to the device again.
+    """
+    n, d = rows.shape
+    if n * d * rows.dtype.itemsize > free // 4:
+        return rows
+    tensor = torch.empty(n, d, dtype=rows.dtype, device=device)
+    for part in torch.arange(n).split(tiles.TILE):
+        tensor[int(part[0]) : int(part[-1]) + 1] = rows.read(part)
+    return Selected(InMemory(tensor), torch.arange(n, device=device), device)
+
+
 @dataclass(frozen=True)
 class _Multiplied:
     """Other rows times a power of two."""

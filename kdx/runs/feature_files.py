@@ -29,7 +29,8 @@ from kdx.disk import write_atomic
 from kdx.errors import KdxError
 from kdx.explain.whole_set import SetRows
 from kdx.features.array_files import new_array
-from kdx.features.rows import Selected, rows_of
+from kdx.features.rows import Selected, resident, rows_of
+from kdx.kernels.tiles import Rows
 from kdx.roles import possessive
 from kdx.runs import schema
 
@@ -132,7 +133,10 @@ class FeatureFiles:
         """A role's features at one of its layers, of the images that could be read, on the device when they are read."""
         array = self._features[role, layer]
         source = rows_of(array.reshape(len(array), -1), f"{role}'s features")
-        return SetRows(Selected(source, torch.from_numpy(self.kept), device), self._shapes[role][layer])
+        rows: Rows = Selected(source, torch.from_numpy(self.kept), device)
+        if device.type == "cuda":
+            rows = resident(rows, device, torch.cuda.mem_get_info(device)[0])
+        return SetRows(rows, self._shapes[role][layer])
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -48,3 +48,15 @@ def test_features_on_a_gpu_need_no_labels_there(dtype: torch.dtype) -> None:
     torch.testing.assert_close(actual.maps.cpu(), expected.maps, rtol=TOLERANCE, atol=TOLERANCE * float(expected.maps.max()))
     score = kdx.rs(student.cuda(), labels(), base.cuda(), permutations=99)
     assert score.value == pytest.approx(kdx.rs(student, labels(), base, permutations=99).value, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_reference_set_on_a_gpu_needs_no_labels_there(pooled: bool) -> None:
+    role_features = {role: maps["conv2"] for role, maps in features(images(20)).items()}
+    student, base = role_features["student"], role_features["base"]
+    maps = []
+    for x, y in ((student, base), (student.cuda(), base.cuda())):
+        known = kdx.ReferenceSet(x[:14], y[:14], labels(14), pooled=pooled)
+        maps.append(kdx.unicam(x[14:], y[14:], labels(6), reference=known, pooled=pooled).maps)
+    assert maps[1].is_cuda
+    torch.testing.assert_close(maps[1].cpu(), maps[0], rtol=TOLERANCE, atol=TOLERANCE * float(maps[0].max()))

@@ -10,7 +10,7 @@ import torch
 import zarr
 
 import kdx
-from kdx.features.rows import Source, rows_of
+from kdx.features.rows import Selected, Source, resident, rows_of
 from tests import oracle
 
 
@@ -89,3 +89,23 @@ def test_bad_input(tmp_path: Path) -> None:
             rows_of(source, "features")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="features"):
         rows_of(3, "features")  # type: ignore[arg-type]
+
+
+def test_rows_that_fit_are_read_once_into_the_memory_of_the_device(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(700, 3, 2, 2)).astype(np.float32)
+    np.save(tmp_path / "features.npy", values)
+    index = torch.arange(0, 700, 3)
+    selected = Selected(rows_of(np.load(tmp_path / "features.npy", mmap_mode="r"), "features"), index, torch.device("cpu"))
+    size = len(index) * 12 * 4
+    fitting = resident(selected, torch.device("cpu"), 4 * size)
+    assert resident(selected, torch.device("cpu"), 4 * size - 1) is selected
+    assert fitting is not selected and (fitting.shape, fitting.dtype, fitting.run) == ((234, 12), torch.float32, 1)
+    for part in (torch.arange(5, 90), torch.tensor([3, 1, 233]), torch.arange(234)):
+        assert torch.equal(fitting.read(part), torch.from_numpy(values[index[part]]).flatten(1))
+    np.save(tmp_path / "features.npy", np.zeros_like(values))  # the file is not read again
+    assert torch.equal(fitting.read(torch.tensor([7])), torch.from_numpy(values[21:22]).flatten(1))
+
+
+def test_selected_rows_are_on_the_device_that_computes() -> None:
+    rows = Selected(rows_of(torch.ones(6, 4), "features"), torch.tensor([5, 0, 2]), torch.device("meta"))
+    assert rows.read(torch.tensor([0, 2])).device.type == "meta" and rows.shape == (3, 4)
