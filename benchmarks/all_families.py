@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,9 +24,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import family_checks, family_networks
+from benchmarks import family_checks, family_networks, markdown
 from benchmarks.family_checks import EXPORTS, STAGES, agrees, is_successful
-from benchmarks.markdown import header, joined, row
 from benchmarks.record import RESULTS, origin
 
 RESULT = RESULTS / "families.json"
@@ -204,17 +204,27 @@ def table(record: Mapping[str, Any]) -> str:
     rows = record.get("networks", [])
     if not rows:
         return "No result is stored.\n"
-    complete = [each for each in rows if all(stage in each for stage in STAGES)]
-    export = sum(all(agrees(each, kind) for kind in EXPORTS) for each in complete)
-    passed = sum(all(agrees(each, stage) for stage in STAGES) for each in complete)
+    counts = Counter(map(verdict, rows))
+    export = sum(all(agrees(each, kind) for kind in EXPORTS) for each in rows)
     text = (
-        f"{export} of {len(complete)} networks export in all three kinds, and {passed} pass every check."
-        f" {len(rows) - len(complete)} more networks have run in part.\n\n"
+        f"{len(rows)} networks: {counts['passes']} pass every check, {counts['refused']} are refused with a reason,"
+        f" {counts['fails']} fail a check, and {counts['in part']} have run in part. {export} export in all three kinds.\n\n"
     )
-    lines = header("network", "layer", "Grad-CAM", "patch", *EXPORTS)
-    lines += [row(each["network"], _layer(each), *(_cell(each, stage) for stage in STAGES[1:])) for each in rows]
+    lines = markdown.header("network", "layer", "Grad-CAM", "patch", *EXPORTS)
+    lines += [markdown.row(each["network"], _layer(each), *(_cell(each, stage) for stage in STAGES[1:])) for each in rows]
     reasons = [line for each in rows for line in _reasons(each)]
-    return f"{text}{joined(lines)}\n\n{joined(reasons)}\n\n{_origins(rows)}\n"
+    return f"{text}{markdown.joined(lines)}\n\n{markdown.joined(reasons)}\n\n{_origins(rows)}\n"
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """``passes``, ``refused`` (every stage agrees, or kdx states why not), ``fails``, or ``in part``: a stage has no result."""
+    entries = [stage for stage in ("build", *STAGES) if stage in result]
+    if any("refused" not in result[stage] and not agrees(result, stage) for stage in entries):
+        return "fails"
+    early = any("refused" in result.get(stage, {}) for stage in ("build", "layers"))
+    if not early and not all(stage in result for stage in STAGES):
+        return "in part"
+    return "refused" if any("refused" in result[stage] for stage in entries) else "passes"
 
 
 def _origins(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -6,7 +6,8 @@
 
 The grids are the two studies in benchmarks/studies. Their jobs are those of ``kdx study``, except that a cell is measured by
 `benchmarks.evidence_measuring` instead of explained. Seeds are done in their order on both data sets, and the record contains the seeds
-that are complete on a data set. A run that was stopped continues with the same command. `benchmarks.evidence_tables` draws conclusions.
+that are complete on a data set. A run that was stopped continues with the same command. Seeds that an earlier record contains are not
+computed, so that several machines can share the work; each seed states its own. `benchmarks.evidence_tables` draws conclusions.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence_cells import MEASURED, Subject, has_measurements, measuring_device, perform, subjects_of
+from benchmarks.evidence_cells import MEASURED, Subject, measurements_file, measuring_device, perform, subjects_of
 from benchmarks.evidence_design import DATA, design, draw
 from benchmarks.record import RESULTS, origin
 from kdx import threads
@@ -114,21 +115,25 @@ def run(options: argparse.Namespace) -> Path:
         say("The images are drawn.")
         device = measuring_device(options.device, say)
         grids = {name: grid_of(design(name, folder, toy=options.toy)) for name in DATA}
-        jobs = sorted((job for grid in grids.values() for job in grid.jobs), key=lambda job: job.settings.seed)
+        parameters = {name: grid.parameters for name, grid in grids.items()}
+        path = options.record
+        earlier = {(run["data"], run["seed"]): run for run in _runs(path, parameters)}
+        jobs = [job for name in options.data for job in grids[name].jobs if (name, job.settings.seed) not in earlier]
+        jobs = sorted((job for job in jobs if job.settings.seed < options.seeds), key=lambda job: job.settings.seed)
         subjects = subjects_of(grids)
-        complete = set(complete_jobs(folder, jobs, has_measurements))
+        complete = set(complete_jobs(folder, jobs, measurements_file))
         state = _Progress(start, options.minutes, len(jobs) - len(complete))
         say(f"{len(jobs)} jobs, {state.total} of them to do, with {options.workers} processes; measurements on {device}.")
         action = partial(perform, subjects=subjects, images=options.images, device=device)
         outcomes = run_jobs(jobs, action, folder, workers=options.workers, threads=1, on_note=state.check, complete=frozenset(complete))
-        path = options.record
+        source = origin("benchmarks.evidence")
+        machine = {**source["environment"], "commit": source["commit"], "device": device}
 
         def store() -> int:
-            runs = record_of(folder, grids, subjects, complete)
-            seeds = {name: sorted(run["seed"] for run in runs if run["data"] == name) for name in DATA}
-            facts = {"images": options.images, "toy": options.toy, "device": device, "seeds": seeds, "seconds": round(state.seconds)}
-            parameters = {name: grid.parameters for name, grid in grids.items()}
-            write_record(path, {**origin("benchmarks.evidence"), **facts, "parameters": parameters, "runs": runs})
+            computed = record_of(folder, grids, subjects, complete)
+            runs = {**earlier, **{(run["data"], run["seed"]): {**run, "machine": machine} for run in computed}}
+            facts = {"images": options.images, "toy": options.toy, "seconds": round(state.seconds)}
+            write_record(path, {**source, **facts, "parameters": parameters, "runs": [runs[key] for key in sorted(runs)]})
             return len(runs)
 
         try:
@@ -152,12 +157,23 @@ def run(options: argparse.Namespace) -> Path:
     return Path(path)
 
 
+def _runs(record: Path, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The seeds that a record contains of networks with these numbers of parameters."""
+    if not record.exists():
+        return []
+    stored = json.loads(record.read_text())
+    same = [data for data, counts in stored["parameters"].items() if counts == parameters[data]]
+    return [run for run in stored["runs"] if run["data"] in same]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder of the networks and of finished measurements")
     parser.add_argument("--record", type=Path, help="the file of the record, by default benchmarks/results/evidence.json")
     parser.add_argument("--minutes", type=float, help="stop after this time, counted from the start; by default never")
     parser.add_argument("--workers", type=int, default=threads.available_cores(), help="processes, by default one per core")
+    parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA), help="the data sets, by default all")
+    parser.add_argument("--seeds", type=int, default=6, help="how many seeds are computed on each data set")
     parser.add_argument("--images", type=int, default=IMAGES, help="test images whose maps and scores are measured")
     parser.add_argument("--device", default="auto", help="of the measurements; the studies state that of the trainings")
     parser.add_argument("--toy", action="store_true", help="tiny networks, and a record that docs/evidence.md does not read")

@@ -72,8 +72,9 @@ def perform(job: Job, folder: Path, note: Note, *, subjects: Mapping[str, Subjec
     write_atomic(folder / job.folder / MEASURED, json.dumps(result).encode())
 
 
-def has_measurements(cell: Path) -> bool:
-    return (cell / MEASURED).is_file()
+def measurements_file(job: Job) -> list[Path]:
+    """The file of the measurements of a cell, relative to the folder; other jobs have none."""
+    return [Path(job.folder, MEASURED)] if job.kind == "cell" else []
 
 
 def subjects_of(grids: Mapping[str, Grid]) -> dict[str, Subject]:
@@ -100,7 +101,7 @@ def measuring_device(name: str, say: Note) -> str:
     if not torch.cuda.is_available():
         return "cpu"
     try:
-        different = _largest_difference()
+        different = largest_difference("cpu", "cuda")
     except Exception as error:
         say(f"Measuring on the processor, because the check of the GPU fails: {type(error).__name__}: {error}")
         return "cpu"
@@ -108,10 +109,10 @@ def measuring_device(name: str, say: Note) -> str:
     return "cuda" if different < _AGREE else "cpu"
 
 
-def _largest_difference() -> float:
-    """The largest difference between the GPU's and the processor's whole-set scores and densities of decompositions."""
+def largest_difference(*devices: str) -> float:
+    """The largest difference between two devices' whole-set scores and densities of decompositions, of small random networks."""
     rng = torch.Generator().manual_seed(0)
-    n, side = 64, 64
+    n, side = 60, 64  # images that batches of 5 divide
     labels = torch.arange(n) % 4
     pattern = torch.rand(4, 3, side, side, generator=rng)
     images = (pattern[labels] + torch.rand(n, 3, side, side, generator=rng)) / 2
@@ -119,7 +120,7 @@ def _largest_difference() -> float:
     masks[:, 8:40, 16:48] = True
     test = TestImages(images.numpy(), labels.numpy(), masks.numpy())
     results = []
-    for device in ("cpu", "cuda"):
+    for device in devices:
         networks = {}
         for number, role in enumerate(("student", "base", "teacher")):
             with seeded(torch.device("cpu"), 0, number):

@@ -41,9 +41,10 @@ def measure(networks: Mapping[str, MeasuredNetwork], whole: TestImages, images: 
     """Accuracies, and by layer the scores and the places of the maps of a student.
 
     networks: student, base and teacher. whole: the test images, on which the accuracies are measured; scores and maps are those of the
-    first ``images`` of them. note: is called with the part that begins.
+    first ``images`` of them, without a rest that fills no published batch. note: is called with the part that begins.
     """
-    test = whole.first(images)
+    count = min(images, len(whole.labels))
+    test = whole.first(count - count % PUBLISHED_BATCH)
     pixels, labels = torch.from_numpy(test.images), torch.from_numpy(test.labels)
     every, every_label = torch.from_numpy(whole.images), torch.from_numpy(whole.labels)
     features = {role: network.features(pixels) for role, network in networks.items()}

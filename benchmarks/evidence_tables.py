@@ -265,18 +265,17 @@ def imagenet() -> str:
 
 def origin(record: Record) -> str:
     """Where the figures come from."""
-    environment = record["environment"]
     seeds = " and ".join(f"{len(runs(record, data))} seeds of {data} ({runs(record, data)[0]['images']} test images)" for data in DATA)
+    machines = "; ".join(dict.fromkeys(_machine(run["machine"]) for run in record["runs"]))
     return (
         f"Differences at {LAST}, as means over {seeds}, with 95% intervals (Student's t); p-values of two-sided t tests over seeds, after "
-        f"Holm's correction for all {len(CLAIMS) * len(DATA) * len(VARIANTS)} tests of the table. {environment['processor']}, "
-        f"{_device(environment)}PyTorch {environment['torch']}; {record['seconds'] / 60:.0f} minutes; commit {record['commit']}.\n"
+        f"Holm's correction for all {len(CLAIMS) * len(DATA) * len(VARIANTS)} tests of the table. {machines}.\n"
     )
 
 
-def _device(environment: Mapping[str, Any]) -> str:
-    """The GPU of the record, if there was one."""
-    return f"{environment['gpu']}, " if environment.get("gpu") else ""
+def _machine(machine: Mapping[str, Any]) -> str:
+    gpu = f"{machine['gpu']}, " if machine.get("gpu") else ""
+    return f"{machine['processor']}, {gpu}PyTorch {machine['torch']}, commit {machine['commit']}"
 
 
 TABLES: dict[str, Callable[[Record], str]] = {

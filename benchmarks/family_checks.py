@@ -22,6 +22,7 @@ from kdx.export.description import Origin
 from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
 from kdx.models.feature_layers import sensible_layers
 from kdx.models.network import Network
+from kdx.models.prepared import check_kind
 
 EXPORTS = ("features", "gradients", "explainer")
 STAGES = ("layers", "grad_cam", "patch", *EXPORTS)
@@ -44,8 +45,9 @@ _PATCH_SIDE = 0.25
 def check(row: dict[str, Any], stages: Sequence[str], store: Callable[[dict[str, Any]], None]) -> None:
     """Run ``stages`` of the network ``row["network"]`` and add their results, each with its seconds of processor time, to the row.
 
-    The result of a stage has the key ``refused`` if kdx raised its own error, and ``failed`` for any other exception. store: receives
-    the row before and after each stage, so that results survive if the process is stopped; then the stage's is ``{"stopped": true}``.
+    The result of a stage has the key ``refused`` if kdx raised its own error or a package is missing, and ``failed`` for any other
+    exception. store: receives the row before and after each stage, so that results survive if the process is stopped; then the stage's
+    is ``{"stopped": true}``.
     """
     name = row["network"]
     built: list[Network] = []
@@ -59,7 +61,7 @@ def check(row: dict[str, Any], stages: Sequence[str], store: Callable[[dict[str,
         **{kind: partial(_export_row, network, row, kind) for kind in EXPORTS},
     }
     if "layers" in stages or "layer" not in row:
-        _run(row, "layers", store, lambda: {"names": sensible_layers(network.module, _size(network.preprocessing))})
+        _run(row, "layers", store, lambda: _advised(network))
         names = row["layers"].get("names")
         if not names:
             return
@@ -69,12 +71,18 @@ def check(row: dict[str, Any], stages: Sequence[str], store: Callable[[dict[str,
             _run(row, stage, store, work[stage])
 
 
+def _advised(network: Network) -> dict[str, Any]:
+    names = sensible_layers(network.module, _size(network.preprocessing))
+    return {"names": names} if names else {"refused": "kdx.models.layers names no layer: none has positions in the image."}
+
+
 def _export_row(network: Network, row: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return exported(network, row["layer"], kind)
 
 
 def _built(name: str, built: list[Network]) -> dict[str, Any]:
     module, preprocessing = build(name, 0)
+    check_kind(module)  # as kdx.models.load does
     built.append(Network(name, module, preprocessing))
     return {"parameters": built[0].parameters, "size": preprocessing.size}
 
@@ -102,6 +110,8 @@ def _run(row: dict[str, Any], stage: str, store: Callable[[dict[str, Any]], None
         result = work()
     except KdxError as error:
         result = _reason("refused", f"{error.problem} {error.hint}")
+    except ImportError as error:  # transformers needs another package for some architectures
+        result = {"refused": first_line(error)}
     except Exception as error:  # code of other packages runs here; the table shows the exception
         result = _reason("failed", f"{type(error).__name__}: {first_line(error)}")
     row[stage] = result | {"seconds": round(time.process_time() - start, 1)}

@@ -38,13 +38,21 @@ _OWN: dict[str, dict[str, Any]] = {
     "dinov2": {"image_size": 112},
     "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640},
     "donut-swin": {"image_size": 224},  # the windows of the last stage do not fit into a smaller image
+    "imagegpt": {"n_embd": 48, "n_layer": 4, "n_head": 4},
     "levit": {"image_size": 224},
     "metaclip_2": _VISION,
+    "perceiver": {"d_latents": 48, "num_latents": 16, "num_self_attends_per_block": 2},
+    "shieldgemma2": {
+        **_VISION,
+        "text_config": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
+        | {"intermediate_size": 96, "vocab_size": 262208},
+    },
     "siglip": _VISION,
     "siglip2": _VISION,
     "swin": {"image_size": 224},
     "swinv2": {"image_size": 224},
     "textnet": {"image_size": [SIDE, SIDE]},
+    "timm_wrapper": {"architecture": "test_resnet"},
 }
 """Settings of single architectures, which replace those of `_SMALL`."""
 

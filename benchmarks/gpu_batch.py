@@ -116,7 +116,7 @@ def upload(batch: Batch, transfers: Transfers) -> Tensor:
 def target(batch: Batch, transfers: Transfers) -> BatchTarget:
     """The distances of the labels and the permutations, on their way to the device."""
     computed = BatchTarget.of(torch.from_numpy(batch.labels), PERMUTATIONS, batch.seed)
-    return computed.moved(transfers.staged).moved(transfers.upload)
+    return computed.moved(transfers.staged).moved(transfers.upload_together)
 
 
 def maps_and_scores(batch: Batch, moved: BatchTarget, permutations: int = PERMUTATIONS) -> layer.PendingMeasurement:

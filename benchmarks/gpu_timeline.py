@@ -155,7 +155,7 @@ def recorded(timeline: Timeline) -> Iterator[None]:
         (explainer_module.Explainer, "_pixels", "upload"),
         (BatchTarget, "moved", "upload"),
         (NetworkRunners, "_infer", "passes"),
-        (networks_module, "measure", "geometry"),
+        (networks_module, "begin", "geometry"),
         (whole_module, "_measure", "geometry"),
         (Download, "result", "results"),
         (Store, "write_batch", "store"),

@@ -149,10 +149,35 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""The beginnings of fields that a spreadsheet may execute (OWASP, "CSV injection")."""
+
+
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table as CSV, with an empty field for None."""
+    """A table as CSV, with an empty field for None.
+
+    A text that a spreadsheet may execute as a formula gets a leading apostrophe, which `csv_value` removes; texts of numbers do not.
+    """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(columns)
-    table.writerows(rows)
+    table.writerow(map(_harmless, columns))
+    table.writerows(map(_harmless, row) for row in rows)
     return text.getvalue()
+
+
+def _harmless(value: Any) -> Any:
+    if not isinstance(value, str) or not value.lstrip("'").startswith(_FORMULA) or _is_number(value):
+        return value
+    return f"'{value}"
+
+
+def _is_number(text: str) -> bool:
+    with suppress(ValueError):
+        float(text)
+        return True
+    return False
+
+
+def csv_value(text: str) -> str:
+    """The text of a field that `csv_text` has written."""
+    return text[1:] if text.startswith("'") and text.lstrip("'").startswith(_FORMULA) else text

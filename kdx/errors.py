@@ -94,11 +94,11 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def about_network(name: str) -> Iterator[None]:
-    """Put the name of a network, such as a role, before the problem of a KdxError that the block raises."""
+    """Put the name of a network before the problem of a KdxError that the block raises."""
     try:
         yield
     except KdxError as error:
-        error.problem = f"{name.capitalize()}: {error.problem}"
+        error.problem = f"{name[:1].upper()}{name[1:]}: {error.problem}"
         raise
 
 

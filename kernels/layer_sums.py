@@ -83,18 +83,21 @@ def of_set(
     order = [tile.to(layers[0].norms.device) for tile in tiles.shuffled_tiles(n, side, run, generator)]
     sums = LayerSums.empty(order, k)
     shifts = [layer.means() - layer.means().mean() / 2 for layer in layers]
-    step = max(1, _BYTES // (8 * k * side * side))
+    step = max(1, _BYTES // (8 * k * side * side) - 1)
     total, done = len(order) * (len(order) + 1) // 2, 0
     buffers = RowBuffer(), RowBuffer()
+    # One memory for all tiles: the system takes longer to provide new memory than the sums take.
+    memory = torch.empty(min(step, len(order)) + 1, k, *[len(order[0])] * 2, dtype=torch.float64, device=order[0].device)
     for a, left in enumerate(order):
         for first in range(a, len(order), step):
             columns = order[first : first + step]
-            strips = [left.new_empty(k, len(left), len(right), dtype=torch.float64) for right in columns]
+            strips = [tile[:, : len(left), : len(right)] for tile, right in zip(memory, columns, strict=False)]
             for number, layer in enumerate(layers):
                 for strip, tile in zip(strips, _tiles(layer, left, columns, ops, buffers), strict=True):
                     strip[number] = tile
             for b, (right, strip) in enumerate(zip(columns, strips, strict=True), first):
-                _add(sums, a, b, strip, layers, shifts, left, right)
+                squares = torch.mul(strip, strip, out=memory[-1, :, : len(left), : len(right)])
+                _add(sums, a, b, strip, squares, layers, shifts, left, right)
                 done += 1
                 progress(done, total)
     return sums
@@ -122,13 +125,13 @@ def _add(
     a: int,
     b: int,
     strip: Tensor,
+    squares: Tensor,
     layers: Sequence[FeatureDistances],
     shifts: Sequence[Tensor],
     left: Tensor,
     right: Tensor,
 ) -> None:
-    """Add a tile of distances [k, l, r], which this changes, minus matrices u_i + u_j, so that the terms are small."""
-    squares = strip.square()
+    """Add a tile of distances and their squares [k, l, r], which this changes, minus matrices u_i + u_j, so that the terms are small."""
     for layer, shift, distances, squared in zip(layers, shifts, strip, squares, strict=True):
         distances.sub_(shift[left][:, None]).sub_(shift[right])
         squared.sub_(layer.norms[left][:, None]).sub_(layer.norms[right])

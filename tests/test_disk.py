@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from pathlib import Path
 
 import pytest
 
-from kdx.disk import staging
+from kdx.disk import csv_text, csv_value, staging
 from kdx.errors import KdxError
 from tests.command_line import left_in
 
@@ -49,3 +51,13 @@ def test_a_folder_in_the_place_of_the_file_is_an_error_before_the_block(tmp_path
     with pytest.raises(KdxError, match="cannot be written: Is a directory"), staging(tmp_path / "a"):
         raise AssertionError
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+def test_no_field_of_a_csv_is_a_formula_and_every_text_can_be_read_again() -> None:
+    texts = ["=HYPERLINK(1)", "+1+1", "-x", "@SUM(A1)", "\tx", "'=x", "'quoted'", "cat", "", "RS(S) - RS(B)", "-1.5", "+inf", "−1.5"]
+    written = csv_text(["@name", "text"], [["a", text] for text in texts])
+    rows = list(csv.reader(io.StringIO(written)))
+    assert rows[0] == ["'@name", "text"]
+    assert not [row[1] for row in rows[1:] if row[1].startswith(("=", "+", "-", "@", "\t")) and row[1] not in ("-1.5", "+inf")]
+    assert [csv_value(row[1]) for row in rows[1:]] == texts
+    assert csv_text(["x"], [[-1.5], [None]]) == 'x\n-1.5\n""\n'  # numbers stay as they are

@@ -71,7 +71,7 @@ for _command in (demo, distill, export, explain, study, similarity, evaluate, re
 def _print_error(line: str, style: str | None = None) -> None:
     from rich.console import Console
 
-    Console(stderr=True, highlight=False).print(line, style=style, markup=False, soft_wrap=True)
+    Console(stderr=True, highlight=False, emoji=False).print(line, style=style, markup=False, soft_wrap=True)
 
 
 def main() -> None:

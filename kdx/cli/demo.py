@@ -9,7 +9,7 @@ import typer
 
 from kdx import progress
 from kdx.choices import DemoName
-from kdx.cli.options import SeedOption
+from kdx.cli.options import SeedOption, announce_line
 
 
 def demo(
@@ -22,7 +22,7 @@ def demo(
     """Distil, export and explain networks, and write the reports. This takes one minute (digits) or two (composites) on two cores."""
     from kdx.commands.demo import run, table
 
-    runs = run(out, data=data, seed=seed, announce=typer.echo)
+    runs = run(out, data=data, seed=seed, announce=announce_line)
     progress.console().print(table(runs))
     for method, folder in runs.items():
         typer.echo(f"The page of the student distilled with {method}: {folder / 'report.html'}")

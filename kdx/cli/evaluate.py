@@ -25,7 +25,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="A metric, such as energy, pointing, insertion, road_keep or randomisation. Repeat the option for more; by default all "
-            "whose requirements the run meets.",
+            "whose requirements the run meets, as far as --max-minutes allows.",
             show_default=False,
         ),
     ] = None,
@@ -56,6 +56,12 @@ def evaluate(
             help="How many of these images are used by the metrics that run the networks again, such as insertion, ROAD and randomisation.",
         ),
     ] = 64,
+    max_minutes: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Without --metric: leave out metrics that run the networks again and that do not fit into this time together."
+        ),
+    ] = 10.0,
     data: Annotated[str | None, typer.Option(help="Where the run's data is now.", show_default=False)] = None,
     models: Annotated[Path | None, typer.Option(help="Where the run's models file is now.", show_default=False)] = None,
     device: DeviceOption = "auto",
@@ -77,6 +83,7 @@ def evaluate(
         data=data,
         models=models,
         device=device,
+        max_minutes=max_minutes,
         options=EvaluationOptions(tolerance=tolerance, detailed=detailed),
         announce=announce_line,
     )

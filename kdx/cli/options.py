@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kdx import progress
 from kdx.choices import DATA_KINDS
 
 DataArgument = Annotated[str, typer.Argument(help=f"The data set: {DATA_KINDS}.")]
@@ -68,5 +69,4 @@ InterpolationHelp = "How the pixels of a resized image are computed."
 
 def announce_line(line: str) -> None:
     """Print a line; a warning is bold and yellow in a terminal."""
-    warning = line.startswith("Warning: ")
-    typer.secho(line, bold=warning, fg="yellow" if warning else None)
+    progress.print_line(line, "bold yellow" if line.startswith("Warning: ") else None)

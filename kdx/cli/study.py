@@ -88,6 +88,7 @@ def study(
     """Train and explain a grid of teachers, students, methods, seeds and data sets, and write one page, one CSV and one LaTeX table."""
     from kdx.commands import study as command
     from kdx.study.flags import Flags, design_from
+    from kdx.study.table import LATEX_FILE, TABLE_FILE
 
     flags = Flags(
         data=data or (),
@@ -106,4 +107,5 @@ def study(
         progress.console().print(command.dry_run(design, out, workers=workers))
         return
     page = command.run(design, out, workers=workers, command=["kdx", *sys.argv[1:]], announce=announce_line)
-    typer.echo(f"The page: {page}")
+    announce_line(f"The tables: {out / TABLE_FILE} and {out / LATEX_FILE}")
+    announce_line(f"The page: {page}")

@@ -36,6 +36,7 @@ from kdx.study.page import write_page
 from kdx.study.schedule import run_jobs
 from kdx.study.statistics import study_statistics
 from kdx.study.table import LATEX_FILE, STUDY_FILE, Cell, CellStatus, Measurement, measurements_of, read_study, write_plan, write_table
+from kdx.study.weights import SharedWeights, weights_files
 
 DONE = "done.json"
 """The file of a complete job, in its folder: the job's identity, and the seconds that it took."""
@@ -122,6 +123,15 @@ class _Run:
     plan: Mapping[str, Any]
     complete: set[str]
     problems: dict[str, Outcome] = field(default_factory=dict)
+    weights: SharedWeights = field(default_factory=SharedWeights)
+
+    def __post_init__(self) -> None:
+        for job in self.grid.jobs:
+            if job.key in self.complete:
+                self._share_weights(job)
+
+    def _share_weights(self, job: Job) -> None:
+        self.weights.add(self.folder / path for path in weights_files(job))
 
     def status(self) -> dict[str, CellStatus]:
         """The state of every cell."""
@@ -142,6 +152,7 @@ class _Run:
         if outcome.problem:
             self.problems[job.key] = outcome
         else:
+            self._share_weights(job)
             write_done(self.folder, outcome)
             self.complete.add(job.key)
         if job.kind == "cell":
@@ -160,28 +171,29 @@ def run(design: Design, folder: Path, *, workers: int | None = None, command: Se
 
     Raises KdxError for a folder with another study or other files, and, at the end, if a cell has failed. Ctrl-C raises `Stopped`.
     """
-    with lock_folder(_checked(folder)), resumable(lambda: any(folder.rglob("*.safetensors")) or any(folder.rglob("*.state.pt"))):
+    _checked(folder)
+    grid = grid_of(design)
+    with lock_folder(folder), resumable(lambda: any(folder.rglob("*.safetensors")) or any(folder.rglob("*.state.pt"))):
         remove_leftovers(folder)
-        grid = grid_of(design)
         count = workers or _default_workers(grid)
         plan = _plan(design, grid, folder, command, count)
         study = _Run(folder, grid, plan, set(complete_jobs(folder, grid.jobs)))
         study.write_plan()
         todo = len(grid.jobs) - len(study.complete)
         announce(f"{len(grid.cells)} cells, {len(grid.jobs)} jobs, {todo} of them to do, with {count} worker{'s' if count > 1 else ''}.")
-        with progress.progress() as show:
-            ended = 0
+        with progress.job_display(todo) as display:
 
             def on_note(job: Job, note: str) -> None:
                 if note.startswith("Warning: "):
                     announce(f"Warning: {job.key}: {note.removeprefix('Warning: ')}")
                 else:
-                    show("jobs", ended, todo, f"{job.key}: {note}")
+                    display.note(job.key, note)
 
             done = frozenset(study.complete)
             outcomes = run_jobs(grid.jobs, perform, folder, workers=count, threads=plan["threads"], on_note=on_note, complete=done)
             for ended, outcome in enumerate(outcomes, 1):
                 study.end(outcome)
+                display.end(outcome.job.key)
                 announce(f"[{ended}/{todo}] {outcome.job.kind} {outcome.job.key}: {_ending(outcome)}")
         return _finish(study)
 
@@ -199,16 +211,19 @@ def dry_run(design: Design, folder: Path, *, workers: int | None = None) -> Grou
     return Group(cells, "", _cost_table(costs(grid, complete), count), *_passes(grid))
 
 
-def _cost_table(rows: Sequence[Cost], workers: int) -> Table:
+def _cost_table(rows: Sequence[Cost], workers: int) -> Group:
     left = sum(row.left for row in rows)
-    title = f"About {_duration(left / workers)} with {workers} worker{'s' if workers > 1 else ''}, for {_duration(left)} of work"
-    table = Table("work", "networks", "jobs", "to do", "epochs", "time of one", "source of the time", box=None, pad_edge=False, title=title)
+    is_timed = any(row.source == "batch" and row.jobs > row.done for row in rows)
+    table = Table("work", "networks", "jobs", "to do", "epochs", "time of one", box=None, pad_edge=False)
+    table.columns[1].overflow = "fold"
     for row in rows:
-        kind = "student and its explanation" if row.kind == "cell" else row.kind
-        source = "complete jobs of this study" if row.source == "stored" else "one batch"
+        kind = "student" if row.kind == "cell" else row.kind
         counts = (str(number) for number in (row.jobs, row.jobs - row.done, row.epochs))
-        table.add_row(kind, escape(" > ".join(row.networks)), *counts, _duration(row.seconds), source)
-    return table
+        table.add_row(kind, escape(" > ".join(row.networks)), *counts, _duration(row.seconds) + (" *" if row.source == "batch" else ""))
+    total = f"{'At least' if is_timed else 'About'} {_duration(left / workers)} with {workers} worker{'s' if workers > 1 else ''}"
+    note = "* Training steps alone, by the time of one batch. Reading images, maps, scores and pages are not included; small networks spend"
+    notes = [f"{note} most of their time on these."] if any(row.source == "batch" for row in rows) else []
+    return Group(table, "", f"{total}, for {_duration(left)} of work.", *notes)
 
 
 def _passes(grid: Grid) -> list[str]:
@@ -218,8 +233,8 @@ def _passes(grid: Grid) -> list[str]:
     passes = len(cells) + sum(network not in ("", NO_BASE) for *_, network in shared)
     separate = sum(2 + (job.base not in (None, NO_BASE)) for job in cells)
     return [
-        "",
-        f"Explaining {len(cells)} cells takes {passes} passes of a network over the explained images; separate runs would take {separate}.",
+        f"Explaining {len(cells)} cell{'s' if len(cells) > 1 else ''} takes {passes} passes of a network over the explained images; "
+        f"separate runs would take {separate}.",
     ]
 
 
@@ -280,11 +295,18 @@ def write_done(folder: Path, outcome: Outcome) -> None:
     write_atomic(folder / outcome.job.folder / DONE, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def complete_jobs(folder: Path, jobs: Iterable[Job], is_whole: Callable[[Path], bool] | None = None) -> dict[str, float]:
-    """The jobs whose results are in the folder, by key, with the seconds that each took.
+def files_of_run(job: Job) -> Iterator[Path]:
+    """Files that a complete cell has, relative to the study's folder, beside its weights."""
+    if job.kind == "cell":
+        yield Path(job.folder, MODELS, "models.toml")
+        yield from (Path(job.folder, RUN, name) for name in (schema.MANIFEST, schema.SCORES_FILE, schema.PAGE))
 
-    is_whole: whether the folder of a complete cell still has its result, by default the run with its page. Raises KdxError for results of
-    other inputs, such as data that have changed.
+
+def complete_jobs(folder: Path, jobs: Iterable[Job], results: Callable[[Job], Iterable[Path]] = files_of_run) -> dict[str, float]:
+    """The jobs whose results are in the folder, by key, with the seconds that each took. A job of which a file is missing is not complete.
+
+    results: the files of a job beside its weights, relative to the folder. Raises KdxError for results of other inputs, such as data that
+    have changed.
     """
     complete = {}
     for job in jobs:
@@ -299,13 +321,9 @@ def complete_jobs(folder: Path, jobs: Iterable[Job], is_whole: Callable[[Path], 
                 f"{folder / job.folder} was computed from other inputs (it differs in {', '.join(different)}).",
                 "Choose another --out, or delete that folder to compute it again.",
             )
-        if job.kind != "cell" or (is_whole or _has_page)(folder / job.folder):
+        if all((folder / path).is_file() for path in (*weights_files(job), *results(job))):
             complete[job.key] = seconds
     return complete
-
-
-def _has_page(cell: Path) -> bool:
-    return (cell / RUN / schema.SCORES_FILE).is_file() and (cell / RUN / schema.PAGE).is_file()
 
 
 @contextmanager

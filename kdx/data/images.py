@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -18,11 +19,17 @@ from kdx import threads
 from kdx.data import decoding_processes
 from kdx.data.dataset import Dataset, Indices
 from kdx.data.decoding_processes import Decode
-from kdx.data.pixels import fit
-from kdx.data.prefetch import Job, prefetch
+from kdx.data.pixels import fit, pixels_of
+from kdx.data.prefetch import PREFETCH_DEPTH, Job, prefetch
 from kdx.errors import KdxError, printable
 
+if TYPE_CHECKING:
+    from kdx.data.gpu_decoder import GpuDecoder
+
 _CPU = torch.device("cpu")
+
+_DEPTH_FOR_GPU = 4
+"""Batches that are decoded in advance for a GPU, so that there are tasks for many processes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,15 +45,22 @@ class Images:
     kept: Indices
     unreadable: tuple[tuple[str, str], ...]
 
+    @classmethod
+    def of(cls, dataset: Dataset, indices: Indices, rows: Tensor, reasons: Sequence[str]) -> Self:
+        """The images of ``indices`` [m], from their levels and from the reason for each that cannot be read, "" for the others."""
+        readable = np.array([not reason for reason in reasons], dtype=bool)
+        unreadable = tuple((dataset.ids[index], reason) for index, reason in zip(indices, reasons, strict=True) if reason)
+        return cls(rows, readable, indices[readable], unreadable)
+
     @property
     def levels(self) -> Tensor:
         """The levels [n, 3, H, W] uint8 of the images that were read, from 0 to 255."""
-        return self.rows[torch.from_numpy(self.readable)] if self.unreadable else self.rows
+        return self.rows[torch.from_numpy(self.readable).to(self.rows.device)] if self.unreadable else self.rows
 
     @cached_property
     def pixels(self) -> Tensor:
         """The same as float32 in [0, 1]."""
-        return self.levels.float().div_(255)
+        return pixels_of(self.levels)
 
 
 def load_images(dataset: Dataset, indices: Sequence[int] | Indices, size: tuple[int, int]) -> Images:
@@ -91,7 +105,7 @@ def decoded(
 ) -> Iterator[Iterator[Images]]:
     """`load_images` of each batch, in order, decoded by ``workers`` threads while earlier batches are in use.
 
-    At most `kdx.data.prefetch.PREFETCH_DEPTH` batches are decoded in advance. By default there is one thread per core; with 0, each
+    A few batches are decoded in advance. By default there is one thread per core; with 0, each
     batch is decoded when it is taken. The levels are the same for any number of threads: Pillow decodes and resizes without the
     interpreter's lock, and each image is written to its own row.
 
@@ -106,19 +120,19 @@ def decoded(
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", r"This process .* is multi-threaded", DeprecationWarning)
         count = threads.available_cores() if workers is None else workers
-        decode: Decode = partial(_decode, dataset, size)
-        images = 1
-        if on_gpu and count > 1 and dataset.decoder is None and decoding_processes.available() and dataset.has_file_per_image:
-            decode, images = stack.enter_context(decoding_processes.started(decode, size, count)), decoding_processes.IMAGES
-        jobs = (_job(dataset, batch, size, decode, images, on_gpu) for batch in batches)
-        yield stack.enter_context(prefetch(jobs, count))
+        if dataset.decoder is not None:
+            jobs = (_job_on_gpu(dataset.decoder, dataset, batch, size) for batch in batches)
+        else:
+            decode: Decode = partial(_decode, dataset, size)
+            images = 1
+            if on_gpu and count > 1 and decoding_processes.available() and dataset.has_file_per_image:
+                decode, images = stack.enter_context(decoding_processes.started(decode, size, count)), decoding_processes.IMAGES
+            jobs = (_job(dataset, batch, size, decode, images, on_gpu) for batch in batches)
+        yield stack.enter_context(prefetch(jobs, count, _DEPTH_FOR_GPU if on_gpu else PREFETCH_DEPTH))
 
 
 def _job(dataset: Dataset, indices: Indices, size: tuple[int, int], decode: Decode, images: int, pinned: bool) -> Job[Images]:
-    """Tasks of ``images`` images each, which fill their rows of the levels, or record why they cannot; a decoder on a GPU has its own."""
-    if dataset.decoder is not None:
-        decoding = dataset.decoder.job(dataset, indices, size)
-        return Job(decoding.tasks, lambda: _images(dataset, indices, *decoding.result()))
+    """Tasks of ``images`` images each, which fill their rows of the levels, or record why they cannot."""
     rows = _empty_rows((len(indices), 3, *size), pinned)
     levels = rows.numpy()
     reasons = [""] * len(indices)
@@ -127,14 +141,12 @@ def _job(dataset: Dataset, indices: Indices, size: tuple[int, int], decode: Deco
         reasons[part] = decode(indices[part], levels[part])
 
     parts = [slice(start, start + images) for start in range(0, len(indices), images)]
-    return Job([partial(fill, part) for part in parts], lambda: _images(dataset, indices, rows, reasons))
+    return Job([partial(fill, part) for part in parts], lambda: Images.of(dataset, indices, rows, reasons))
 
 
-def _images(dataset: Dataset, indices: Indices, rows: Tensor, reasons: Sequence[str]) -> Images:
-    """The images of rows of levels, and of the reason for each that cannot be read, or else ""."""
-    readable = np.array([not reason for reason in reasons], dtype=bool)
-    unreadable = tuple((dataset.ids[index], reason) for index, reason in zip(indices, reasons, strict=True) if reason)
-    return Images(rows, readable, indices[readable], unreadable)
+def _job_on_gpu(decoder: GpuDecoder, dataset: Dataset, indices: Indices, size: tuple[int, int]) -> Job[Images]:
+    decoding = decoder.job(dataset, indices, size)
+    return Job(decoding.tasks, lambda: Images.of(dataset, indices, *decoding.result()))
 
 
 def _empty_rows(shape: tuple[int, ...], pinned: bool) -> Tensor:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from kdx.choices import COVER, Resizing
-from kdx.data.pixels import fit, to_rgb
+from kdx.data.pixels import fit, pixels_of, to_rgb
 from kdx.errors import KdxError, printable
 from kdx.export.graphs import Preprocessing
 from kdx.features import arrays
@@ -157,8 +157,7 @@ def _channels_first(batch: Tensor) -> Tensor:
         batch = batch.permute(0, 3, 1, 2)
     if batch.ndim != 4 or batch.shape[1] != 3 or 0 in batch.shape or not (batch.is_floating_point() or batch.dtype == torch.uint8):
         raise KdxError(f"The images have shape {list(batch.shape)} and type {batch.dtype}.", _GIVE)
-    # A division by a number would be a product with its rounded inverse on a GPU.
-    return batch.float().div_(torch.full((), 255.0, device=batch.device)) if batch.dtype == torch.uint8 else batch
+    return pixels_of(batch) if batch.dtype == torch.uint8 else batch
 
 
 def _checked(batch: Tensor, expected: InputFormat) -> Tensor:

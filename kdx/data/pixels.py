@@ -1,9 +1,11 @@
-"""Conversions of single Pillow images: to RGB, and to a size."""
+"""Conversions of single Pillow images to RGB and to a size, and of levels to pixels."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image
+from torch import Tensor
 
 from kdx.choices import COVER, Resizing
 
@@ -84,3 +86,9 @@ def fit(image: Image.Image, size: tuple[int, int], resizing: Resizing = COVER) -
     resized = image if covering == image.size else image.resize(covering, filter_)
     left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
     return resized.crop((left, top, left + width, top + height))
+
+
+def pixels_of(levels: Tensor) -> Tensor:
+    """Pixels in [0, 1] float32 of levels uint8 from 0 to 255: the same bits on every device."""
+    # A division by a number is a product with its rounded inverse on a GPU.
+    return levels.float().div_(torch.full((), 255.0, device=levels.device))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -13,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from kdx.data.splits import class_balanced_sample
-from kdx.disk import write_atomic
+from kdx.disk import csv_text, write_atomic
 from kdx.distill.networks import Distillation
 from kdx.distill.pairing import Pair
 from kdx.distill.probe import Probe
@@ -84,12 +82,8 @@ def open_logs(names: Sequence[str], folder: Path) -> Iterator[Log | None]:
 
 def _csv(folder: Path) -> Log:
     def write(role: str, rows: Sequence[Row]) -> None:
-        text = io.StringIO()
         columns = list(dict.fromkeys(name for row in rows for name in row))
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomic(folder / f"{role}.csv", text.getvalue().encode())
+        write_atomic(folder / f"{role}.csv", csv_text(columns, ([row.get(name) for name in columns] for row in rows)).encode())
 
     return write
 

@@ -196,7 +196,7 @@ def _train_assistants(
         folder = out.absolute() / f"assistant-{number}"
         named = None if report is None else partial(_report_as, report, folder.name)
         if named is None and Processes.of_environment(device)[0].is_main:
-            progress.console().print(f"Assistant {number} of {len(assistants)}: {assistant}", markup=False, soft_wrap=True)
+            progress.print_line(f"Assistant {number} of {len(assistants)}: {assistant}")
         distill(
             data,
             teacher=teacher,
@@ -224,8 +224,7 @@ def _ignore(_result: EpochResult) -> None:
 def _print_notes(distillation: Distillation) -> None:
     for line in distillation.notes:
         if line:
-            style = "bold yellow" if line.startswith("Warning: ") else None
-            progress.console().print(line, style=style, markup=False, soft_wrap=True)
+            progress.print_line(line, "bold yellow" if line.startswith("Warning: ") else None)
 
 
 def _device(name: str) -> torch.device:
@@ -394,5 +393,5 @@ def _print_unreadable(distillation: Distillation) -> bool:
     if unreadable:
         name, reason = next(iter(unreadable.items()))
         count = "1 image is" if len(unreadable) == 1 else f"{len(unreadable)} images are"
-        progress.console().print(f"{count} left out because unreadable, first {printable(name)}: {reason}", markup=False, soft_wrap=True)
+        progress.print_line(f"{count} left out because unreadable, first {printable(name)}: {reason}")
     return bool(unreadable)

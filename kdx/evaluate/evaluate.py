@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 from kdx.disk import lock_folder
 from kdx.errors import KdxError, resumable
 from kdx.evaluate.candidates import ALL, Candidate, chosen, empty_share
+from kdx.evaluate.cost import DEFAULT_MINUTES, Costs, affordable
 from kdx.evaluate.metrics import LEAST, EvaluationOptions, Metric, Need, Task, Values, chosen_metrics
 from kdx.evaluate.registry import METRICS
 from kdx.evaluate.subject import Sources, Subject
@@ -48,6 +51,7 @@ def evaluate(
     data: str | None = None,
     models: str | Path | None = None,
     device: str = "auto",
+    max_minutes: float = DEFAULT_MINUTES,
     options: EvaluationOptions = EvaluationOptions(),
     announce: Callable[[str], None] = print,
 ) -> Evaluation:
@@ -58,7 +62,9 @@ def evaluate(
     `kdx.evaluate.registry.METRICS`; by default all for which the run has what they need. maps: names or symbols of maps; by default those
     of `kdx.evaluate.candidates.DEFAULT`, or ``["all"]``. layers: of the student; by default all of the run. images: how many, balanced over
     the classes, among those with a mask if there are masks; None for all. seed: of this choice and of what a metric draws. data, models:
-    where the run's data and its models file are now; by default where they were. device: of the networks.
+    where the run's data and its models file are now; by default where they were. device: of the networks. max_minutes: without ``metrics``,
+    those that run the networks again and do not fit into this time are left out, by an estimate from one batch (`kdx.evaluate.cost`); and
+    no further map is measured once the time is over.
 
     The result is the mean over the images with its confidence interval (`kdx.runs.evaluation.mean_interval`) for each metric, map and
     layer, and the value of every image. It is written to evaluation.json and evaluation.parquet in the run's folder, where earlier results
@@ -79,9 +85,12 @@ def evaluate(
         subject = Subject(record, images, seed, sources, announce)
         work = _available(plan, subject, options, announce)
         state = _State(record, _known(record, work, subject, options))
-        _announce_cost(state, subject, work, options, announce)
+        if not work.named_metrics:
+            work = _affordable(state, subject, work, options, max_minutes, announce)
         with resumable(lambda: state.has_results), progress() as show:
-            _measure(state, subject, work, options, show)
+            late = _measure(state, subject, work, options, show, math.inf if work.named_metrics else 60 * max_minutes)
+        if late:
+            announce(f"The time is over ({_minutes(60 * max_minutes)}). {_missing_hint(late)}")
         return state.evaluation
 
 
@@ -115,6 +124,11 @@ class _State:
     @property
     def has_results(self) -> bool:
         return bool(self.evaluation.measurements)
+
+    @property
+    def done(self) -> set[tuple[str, str, str | None]]:
+        """What is measured: the metric, the candidate and the layer."""
+        return {(measurement.metric, measurement.candidate, measurement.layer) for measurement in self.evaluation.measurements}
 
     def add(self, measurements: Sequence[Measurement], values: Mapping[str, Values]) -> None:
         known = self.evaluation
@@ -187,7 +201,7 @@ def _missing(need: Need, subject: Subject, options: EvaluationOptions) -> KdxErr
 def _basis(metric: Metric, subject: Subject, options: EvaluationOptions) -> dict[str, Any]:
     """What the results of a metric depend on, besides the run."""
     digest = hashlib.sha256("\n".join(subject.ids).encode("utf-8", "surrogatepass"))
-    basis: dict[str, Any] = {"images": len(subject), "seed": subject.seed}
+    basis: dict[str, Any] = {"images": len(subject), "seed": subject.seed, "kdx": version("kdx")}
     if "masks" in metric.needs and subject.masks is not None:
         digest.update(np.packbits(subject.masks).tobytes())
         basis["area"] = float(subject.masks.mean())
@@ -216,23 +230,35 @@ def _known(run: RunRecord, plan: _Plan, subject: Subject, options: EvaluationOpt
     return known
 
 
-def _announce_cost(state: _State, subject: Subject, plan: _Plan, options: EvaluationOptions, announce: Callable[[str], None]) -> None:
-    """Say, where metrics were not named, which of them take long, and how to get fewer."""
-    done = {(m.metric, m.candidate, m.layer) for m in state.evaluation.measurements}
-    slow = [
-        m.title for m in plan.metrics if "networks" in m.needs and any((m.name, c.name, layer) not in done for c, layer in plan.tasks(m))
-    ]
-    if slow and not plan.named_metrics:
-        images = min(len(subject), options.detailed)
-        announce(
-            f"{len(slow)} metrics run the networks again and again on {images:,} images: minutes, and hours for large networks on "
-            "a CPU. Name others with --metric, or give a smaller --detailed. A stopped evaluation resumes."
-        )
+def _affordable(
+    state: _State, subject: Subject, plan: _Plan, options: EvaluationOptions, minutes: float, announce: Callable[[str], None]
+) -> _Plan:
+    """The plan without the metrics that do not fit into this many minutes together. They are announced, with the time of each."""
+    done = state.done
+    left = [(m, sum((m.name, c.name, layer) not in done for c, layer in plan.tasks(m))) for m in plan.metrics]
+    if not any("networks" in metric.needs and maps for metric, maps in left):
+        return plan
+    metrics, left_out = affordable(Costs.of(subject, options), left, 60 * minutes)
+    if left_out:
+        times = ", ".join(f"{metric.title} ({_minutes(seconds)})" for metric, seconds in left_out.items())
+        names = [metric.name for metric in left_out]
+        announce(f"Left out, with the least time that each would take: {times}. {_missing_hint(names)}")
+    return replace(plan, metrics=metrics)
 
 
-def _measure(state: _State, subject: Subject, plan: _Plan, options: EvaluationOptions, show: Show) -> None:
-    """Compute what is missing, metric by metric, and store it."""
-    done = {(m.metric, m.candidate, m.layer) for m in state.evaluation.measurements}
+def _missing_hint(metrics: Sequence[str]) -> str:
+    options = " ".join(f"--metric {name}" for name in metrics)
+    return f"To add them, give {options}, or more minutes with --max-minutes; a smaller --detailed makes them faster."
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _measure(state: _State, subject: Subject, plan: _Plan, options: EvaluationOptions, show: Show, limit: float) -> list[str]:
+    """Compute what is missing, metric by metric, and store it. The names of metrics of which a part is missing after ``limit`` seconds."""
+    done, end = state.done, time.monotonic() + limit
+    late = []
     for metric in plan.metrics:
         tasks = list(plan.tasks(metric))
         title = metric.title[0].upper() + metric.title[1:]
@@ -240,10 +266,15 @@ def _measure(state: _State, subject: Subject, plan: _Plan, options: EvaluationOp
             for number, (candidate, layer) in enumerate(tasks):
                 show(title, number, len(tasks), candidate.title)
                 if (metric.name, candidate.name, layer) not in done:
+                    if "networks" in metric.needs and time.monotonic() > end:
+                        late.append(metric.name)
+                        break
                     state.add(*_measured(metric, Task(subject, candidate, layer or plan.layers[0], options), layer, state))
+            else:
+                show(title, len(tasks), len(tasks), "maps")
         finally:
             state.write()  # also after Ctrl-C
-        show(title, len(tasks), len(tasks), "maps")
+    return late
 
 
 def _measured(metric: Metric, task: Task, layer: str | None, state: _State) -> tuple[list[Measurement], dict[str, Values]]:

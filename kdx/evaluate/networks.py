@@ -19,7 +19,7 @@ _SEED = 1_000_003
 def load_networks(run: RunRecord, models: Path | None) -> dict[str, Network]:
     """The networks of the run's roles, in eval mode, with the run's weights.
 
-    models: the models file; by default the one that the run's command names. Raises KdxError where that is not known or not there, for
+    models: the models file; by default the one that the run's manifest names. Raises KdxError where that is not known or not there, for
     networks in exported files, which have no gradients, and for other weights than those of the run.
     """
     file = read_models(_recorded_models(run) if models is None else models)
@@ -52,15 +52,20 @@ def layer_names(run: RunRecord) -> dict[str, LayerNames]:
 
 
 def _recorded_models(run: RunRecord) -> Path:
-    """The models file in the run's command."""
+    """The models file that the manifest names, from the run's folder, or else the one in the run's command."""
+    recorded = run.manifest.get("models_file")
+    if recorded is not None and (path := (run.folder.resolve() / recorded).resolve()).is_file():
+        return path
     for word, value in zip(run.command, [*run.command[1:], ""], strict=True):
         name, equals, rest = word.partition("=")
         if name == "--models" and (rest or value):
             path = Path(rest if equals else value)
             if path.suffix == ".toml" and path.is_file():
                 return path
-            raise KdxError(f"The run names {path}, which is not an existing models file (.toml).", "Name it with --models.")
-    raise KdxError("The run's manifest does not name its models file.", "Name it with --models.")
+            recorded = recorded or str(path)
+    if recorded is None:
+        raise KdxError("The run's manifest does not name its models file.", "Name it with --models.")
+    raise KdxError(f"The run names {recorded}, which is not an existing models file (.toml).", "Name it with --models.")
 
 
 def _load(file: ModelsFile, role: str) -> Network:

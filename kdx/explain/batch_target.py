@@ -38,7 +38,9 @@ class BatchTarget:
         classes = labels if classes is None and labels.ndim == 1 else classes
         return cls(target, permutation_table(len(labels), permutations, seed), classes, np.random.SeedSequence(seed))
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> Self:
-        """The same with ``move`` applied to every tensor."""
-        classes = None if self.classes is None else move(self.classes)
-        return replace(self, target=self.target.moved(move), permutations=move(self.permutations), classes=classes)
+    def moved(self, move: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]) -> Self:
+        """The same with copies of all tensors on another device, which ``move`` makes together."""
+        own = (self.permutations,) if self.classes is None else (self.permutations, self.classes)
+        permutations, *rest = move((*own, *self.target.tensors))
+        classes = None if self.classes is None else rest.pop(0)
+        return replace(self, target=self.target.with_tensors(rest), permutations=permutations, classes=classes)

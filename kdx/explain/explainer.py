@@ -31,7 +31,7 @@ from kdx.errors import KdxError
 from kdx.explain.batch_target import BatchTarget
 from kdx.explain.class_targets import explainer_target, rows_of
 from kdx.explain.explainer_file import ExplainerFile
-from kdx.explain.layer import LayerMeasurement
+from kdx.explain.layer import LayerMeasurement, PendingMeasurement
 from kdx.explain.map_statistics import stability
 from kdx.explain.network_set import NetworkRecord, NetworkSet
 from kdx.explain.networks import NetworkLike, NetworkRunners, networks_of
@@ -224,13 +224,13 @@ class Explainer:
         return self._networks.choice
 
     @ambient.neutral()
-    def open(self, image_size: tuple[int, int], images: int | None = None, *, runtime: str | None = None) -> None:
+    def open(self, image_size: tuple[int, int], images: int | None = None, *, runtime: str | None = None, batch: int | None = None) -> None:
         """Prepare for images of this size; otherwise the first call does this. Every runtime except eager then exports the networks.
 
         images: how many will be explained. The runtime ``auto`` then exports only if this saves time. runtime: the one that has computed a
-        part of the results already, which ``auto`` keeps.
+        part of the results already, which ``auto`` keeps. batch: the most images of a call; TensorRT's engines are built for it.
         """
-        self._networks.open(image_size, images, runtime)
+        self._networks.open(image_size, images, runtime, batch)
 
     @cached_property
     def transfers(self) -> Transfers:
@@ -278,15 +278,16 @@ class Explainer:
         if isinstance(seed, Tensor):
             raise TypeError("explain makes its permutations itself: give only a seed")
         seed = self.settings.seed if seed is None else seed
-        return self.explain_batch(images, BatchTarget.of(labels, self.settings.permutations, seed, classes))
+        logits, pending = self.begin(images, BatchTarget.of(labels, self.settings.permutations, seed, classes))
+        return logits, {layer: measurement.result() for layer, measurement in pending.items()}
 
     @ambient.neutral()
-    def explain_batch(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
-        """`explain` of images whose labels and permutations are known already.
+    def begin(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, PendingMeasurement]]:
+        """`explain` of images whose labels and permutations are known already, without waiting for a GPU where the kernels run.
 
         Labels and permutations are copied to the device before the passes, and the images once for all networks.
         """
-        return self._networks.explain(self._pixels(images), batch.moved(self.transfers.upload))
+        return self._networks.begin(self._pixels(images), batch.moved(self.transfers.upload_together))
 
     def _pixels(self, images: Tensor) -> Tensor:
         """Pixels [n, 3, h, w] on the device, from images that are uploaded before they are converted."""

@@ -13,7 +13,7 @@ from kdx.disk import log
 from kdx.errors import KdxError
 from kdx.explain.batch_target import BatchTarget
 from kdx.explain.exported import ENGINE_IMAGES, ExportFolder, open_exported
-from kdx.explain.layer import LayerMeasurement, measure_distances
+from kdx.explain.layer import LayerMeasurement, PendingMeasurement, measure_distances
 from kdx.explain.network_set import NetworkRecord
 from kdx.explain.settings import Settings
 from kdx.export.description import Description
@@ -56,12 +56,12 @@ class ExplainerFile:
             raise rounds_geometry(path)
         self._runner: FileRunner | None = None
 
-    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None) -> None:
+    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None, batch: int | None = None) -> None:
         if self._runner is not None:
             return
-        batch = self._file.least_images, ENGINE_IMAGES, ENGINE_IMAGES
+        most = max(batch or ENGINE_IMAGES, self._file.least_images)  # a file takes a whole batch at once
         size = image_size if self._file.image_size is None else None
-        self._runner = open_exported(self._path, self.choice, self._folder, self._path.stem, batch, size)
+        self._runner = open_exported(self._path, self.choice, self._folder, self._path.stem, (self._file.least_images, most, most), size)
         log.info("runtime: %s", self.choice.why)
 
     @property
@@ -77,8 +77,8 @@ class ExplainerFile:
     def use_references(self, images: Tensor, labels: Tensor) -> None:
         raise no_reference_mode(self._file)
 
-    def explain(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
-        self.open((images.shape[2], images.shape[3]))
+    def begin(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, PendingMeasurement]]:
+        self.open((images.shape[2], images.shape[3]), batch=max(ENGINE_IMAGES, len(images)))
         assert self._runner is not None
         outputs = self._runner.run({"images": images} | self._target_input(batch.target))
         measurements = {}
@@ -92,7 +92,8 @@ class ExplainerFile:
                 for name in maps_among(self.roles)
             }
             products, permuted, left_out = measure_distances(distances, batch.target, batch.permutations)
-            measurements[layer] = LayerMeasurement(maps, self._shares(outputs, layer, products), products, permuted, left_out)
+            measured = LayerMeasurement(maps, self._shares(outputs, layer, products), products, permuted, left_out)
+            measurements[layer] = PendingMeasurement.complete(measured)
         return {role: outputs[f"logits/{role}"] for role in self.roles}, measurements
 
     def _target_input(self, target: Target) -> dict[str, Tensor]:

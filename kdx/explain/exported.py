@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from kdx.explain import export_cache
 from kdx.export import engine, onnx_file
 from kdx.export.description import Origin, is_export_of
@@ -17,7 +19,7 @@ from kdx.runtimes.choice import Choice, open_file
 from kdx.runtimes.runner import FileRunner
 
 ENGINE_IMAGES = 64
-"""Images per pass of an engine, unless a chunk is set."""
+"""Images per pass of an engine, unless a batch or a chunk is known."""
 
 
 class ExportFolder:
@@ -108,6 +110,7 @@ def open_exported(
     """
     if choice.runtime == "tensorrt" and path.suffix != ".engine":
         built = folder.path / f"{name}.engine"
-        engine.build(path, built, batch=batch, image_size=image_size, tf32=choice.precision == "tf32")
+        with torch.cuda.device(choice.device):  # an engine is for one kind of GPU, and a machine may have several
+            engine.build(path, built, batch=batch, image_size=image_size, tf32=choice.precision == "tf32")
         path = built
     return open_file(path, choice)

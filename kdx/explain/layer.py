@@ -6,8 +6,10 @@ measured. `kdx.scores.pool` turns inner products, summed over any number of batc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from kdx.choices import Weighting
 from kdx.explain import fused_layer
 from kdx.features import arrays
 from kdx.features.target import Target
-from kdx.kernels import dispatch, geometry, moments, rounding
+from kdx.kernels import ambient, dispatch, geometry, moments, rounding
 from kdx.kernels.cuda import Backend
 from kdx.kernels.dispatch import BatchDistances
 from kdx.kernels.moments import Moments
@@ -65,17 +67,25 @@ class PendingMeasurement:
 
     numbers: float64 on the device; what `result` reads from it. Copy it to the processor with the other results, and give `result` the
     copy, so that nobody waits. It is empty if the measurement is complete.
+    expected: the measurement if the features are as usual. Until `result` has confirmed that, its tensors may mean nothing, and the scores
+    of its maps are not known (NaN), unless the measurement is complete.
     """
 
     numbers: Tensor
-    _result: Callable[[Sequence[float]], LayerMeasurement]
+    expected: LayerMeasurement
+    _result: Callable[[Sequence[float]], LayerMeasurement] | None = None
 
+    @ambient.neutral()
     def result(self, numbers: Tensor | None = None) -> LayerMeasurement:
         """The measurement; its tensors remain on the device. numbers: a copy of ``numbers``, or None to read it here.
 
-        Raises the errors of `measure`.
+        Its tensors are those of ``expected``, unless the features are unusual. Raises the errors of `measure`.
         """
-        return self._result((self.numbers if numbers is None else numbers).tolist())
+        return self.expected if self._result is None else self._result((self.numbers if numbers is None else numbers).tolist())
+
+    @classmethod
+    def complete(cls, measurement: LayerMeasurement) -> Self:
+        return cls(measurement.products.new_empty(0), measurement)
 
 
 def begin(
@@ -102,18 +112,18 @@ def begin(
 
     is_plain = weighting == "gap" and references is None and distances is None and not pooled
     if not (isinstance(ops, dispatch.CudaBackend) and name is not None and is_plain and fused_layer.applies(features)):
-        measurement = at_once()
-        return PendingMeasurement(measurement.products.new_empty(0), lambda _: measurement)
+        return PendingMeasurement.complete(at_once())
     computed = fused_layer.measure_fused(features, target, name, permutations, shares=shares)
 
-    def checked(numbers: Sequence[float]) -> LayerMeasurement:
-        scores = computed.scores(numbers)
-        if scores is None:
-            return at_once()
+    def measurement(scores: Mapping[str, float]) -> LayerMeasurement:
         maps = {name: Maps(values, weights, scores[name]) for name, (values, weights) in computed.maps.items()}
         return LayerMeasurement(maps, computed.shares, computed.products, computed.permuted, computed.moments)
 
-    return PendingMeasurement(computed.numbers, checked)
+    def checked(numbers: Sequence[float]) -> LayerMeasurement:
+        scores = computed.scores(numbers)
+        return at_once() if scores is None else measurement(scores)
+
+    return PendingMeasurement(computed.numbers, measurement(dict.fromkeys(computed.maps, math.nan)), checked)
 
 
 def measure(

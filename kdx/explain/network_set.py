@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdx.data.inputs import InputFormat
 from kdx.explain.batch_target import BatchTarget
-from kdx.explain.layer import LayerMeasurement
+from kdx.explain.layer import PendingMeasurement
 from kdx.export.description import Description, NetworkDescription
 from kdx.export.graphs import Preprocessing
 from kdx.models.layer_pairs import LayerNames
@@ -61,10 +61,11 @@ class NetworkSet(Protocol):
     def input_format(self) -> InputFormat:
         """The images that the networks take."""
 
-    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None) -> None:
+    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None, batch: int | None = None) -> None:
         """Prepare for images of this size. A second call does nothing.
 
         images: how many there will be, by which ``auto`` decides. runtime: which one computed a part of them already, for ``auto``.
+        batch: the most images of a call, for which engines are built.
         """
 
     def networks(self) -> dict[str, NetworkRecord]:
@@ -76,8 +77,9 @@ class NetworkSet(Protocol):
     def use_references(self, images: Tensor, labels: Tensor) -> None:
         """UniCAM maps every later image among these images instead of the others of its call."""
 
-    def explain(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
-        """Each role's logits [n, classes], and one measurement per layer, of images [n, 3, h, w] in [0, 1]. Both are on the device."""
+    def begin(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, PendingMeasurement]]:
+        """Each role's logits [n, classes], and one measurement per layer, of images [n, 3, h, w] in [0, 1]. Both are on the device, which
+        may not have computed the results yet."""
 
     def close(self) -> None:
         """Free the networks and delete temporary files."""

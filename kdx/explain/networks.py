@@ -19,7 +19,7 @@ from kdx.errors import KdxError, about_network
 from kdx.explain.batch_target import BatchTarget
 from kdx.explain.explainer_file import no_gradients
 from kdx.explain.exported import ENGINE_IMAGES, Export, ExportFolder, open_exported
-from kdx.explain.layer import LayerMeasurement, LayerReferences, measure
+from kdx.explain.layer import LayerReferences, PendingMeasurement, begin
 from kdx.explain.network_set import NetworkRecord
 from kdx.explain.runtime_cost import FEW_IMAGES, ExportCost
 from kdx.explain.settings import Settings
@@ -34,6 +34,7 @@ from kdx.maps.unicam import distance_rows
 from kdx.models.layer_pairs import LayerNames
 from kdx.models.models_file import ModelsFile
 from kdx.models.network import Network
+from kdx.models.source_code import code_hash
 from kdx.roles import ROLES
 from kdx.runtimes.choice import Choice, choose, describe_file, is_file
 from kdx.runtimes.eager import EagerRunner
@@ -104,10 +105,12 @@ class NetworkRunners:
         self._candidate: Choice | None = None  # the runtime to export for, while PyTorch runs because that would not pay
         self._cost: ExportCost | None = None
         self._images = 0
+        self._batch: int | None = None
 
-    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None) -> None:
+    def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None, batch: int | None = None) -> None:
         if self._runners:
             return
+        self._batch = batch
         if not self._networks:
             raise ValueError("the explainer is closed")
         if self._is_automatic and runtime == "eager":
@@ -197,7 +200,7 @@ class NetworkRunners:
         return Export(network, graph, role, self._folder, image_size, reusable=not is_module)
 
     def _open_file(self, path: Path, name: str, image_size: tuple[int, int] | None) -> Runner:
-        most = self._settings.chunk or ENGINE_IMAGES
+        most = self._settings.chunk or self._batch or ENGINE_IMAGES
         return open_exported(path, self.choice, self._folder, name, (1, most, most), image_size)
 
     @property
@@ -222,11 +225,11 @@ class NetworkRunners:
             layer: LayerReferences.of(self._features(outputs, layer), labels, pooled=self._settings.pooled) for layer in self.layers
         }
 
-    def explain(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, LayerMeasurement]]:
+    def begin(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, PendingMeasurement]]:
         outputs = self._infer(images)
         distances = {} if self._salience is None else self._salient_distances(self._salience, images, batch, outputs)
         measurements = {
-            layer: measure(
+            layer: begin(
                 self._features(outputs, layer),
                 batch.target,
                 objective=geometry.OBJECTIVES[self._settings.objective],
@@ -296,13 +299,14 @@ class NetworkRunners:
     def _key(self, role: str) -> str:
         """The key of everything except the images that a network's outputs depend on."""
         if role not in self._identities:
-            record, file = self.networks()[role], self._files.get(role)
+            record, file, network = self.networks()[role], self._files.get(role), self._networks.get(role)
             self._identities[role] = {
                 "reference": record.reference,
                 "weights": record.sha256,
                 "preprocessing": asdict(record.preprocessing),
                 # Exporters and runtimes may compute a layer differently if other layers are outputs as well.
                 "layers": list(dict.fromkeys(self._layers_of(role))),
+                "code": code_hash(record.reference, network.module) if isinstance(network, Network) else None,
                 "file": None if file is None else hashlib.sha256(file[0].read_bytes()).hexdigest(),
                 "chunk": self._settings.chunk,
             }

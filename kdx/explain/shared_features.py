@@ -4,9 +4,9 @@ FOLDER/NETWORK/PASS.pt     the logits and features of one pass; PASS is a hash o
 FOLDER/NETWORK/PASS.lock   locked while a process computes the pass, so that other processes wait for it instead of computing it as well
 FOLDER/runtime.json        the runtime that computed the first pass, which the runtime ``auto`` keeps
 
-NETWORK is a hash of everything else that the outputs depend on: the weights, the model reference, the preprocessing, the layers, the
-runtime and its version, the device, the precision and the images per pass. The stored outputs are therefore those that the network would
-compute again, to the last digit.
+NETWORK is a hash of everything else that the outputs depend on: the weights, the model reference, the source files of a user's own network
+(`kdx.models.source_code`), the preprocessing, the layers, the runtime and its version, the device, the precision and the images per pass.
+The stored outputs are therefore those that the network would compute again, to the last digit.
 """
 
 from __future__ import annotations

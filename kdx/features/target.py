@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -125,13 +125,19 @@ class Target:
         _ = self.distances
         return self
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> Target:
-        """The same target after ``move``, a copy to another device, of its values and its geometry, which is not computed again."""
-        moved = Target(move(self.values), self.backend, self.names)
-        distances, classes = self.distances, self.classes
-        rows = None if classes is None or classes.rows is None else move(classes.rows)
-        moved.__dict__["distances"] = BatchDistances(move(distances.raw), move(distances.centred))
-        moved.__dict__["classes"] = None if classes is None else Classes(move(classes.codes), classes.count, rows)
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The values and their geometry; for labels, the classes as well."""
+        geometry_ = self.values, self.distances.raw, self.distances.centred
+        return (*geometry_, self.classes.codes) if self.values.ndim == 1 and self.classes is not None else geometry_
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Target:
+        """The same target with copies of its ``tensors`` on another device, whose geometry is not computed again."""
+        values, raw, centred, *codes = tensors
+        moved = Target(values, self.backend, self.names)
+        moved.__dict__["distances"] = BatchDistances(raw, centred)
+        if codes and self.classes is not None:
+            moved.__dict__["classes"] = Classes(codes[0], self.classes.count, None)  # the classes of labels have no rows
         return moved
 
     @cached_property

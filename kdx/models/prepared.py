@@ -57,6 +57,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def check_kind(module: nn.Module) -> None:
     """Raise KdxError for a module, or one inside it, whose layers cannot be observed or differentiated."""
+    if getattr(module, "main_input_name", None) == "input_ids":  # transformers' name for the first input
+        raise KdxError(
+            f"The network ({type(module).__name__}) takes integers, such as tokens of a text or indices of colours, and no image.",
+            "Give a network whose first input is a batch of images [n, 3, H, W].",
+        )
     for path, inner in module.named_modules():
         reason = _reason_against(inner)
         if reason is not None:

@@ -36,7 +36,7 @@ def build(reference: ModelReference, arguments: dict[str, Value]) -> SourceNetwo
 
     Raises KdxError for an unknown source or name, a missing package, and arguments that the model does not take.
     """
-    return _SOURCES.get(reference.source, _from_factory)(reference, arguments)
+    return SOURCES.get(reference.source, _from_factory)(reference, arguments)
 
 
 def _construct(reference: ModelReference, factory: Callable[..., Any], arguments: Mapping[str, Value], hint: str) -> nn.Module:
@@ -114,13 +114,13 @@ def search_current_folder() -> None:
 
 def _from_factory(reference: ModelReference, arguments: dict[str, Value]) -> SourceNetwork:
     search_current_folder()
-    sources = ", ".join(source for source in _SOURCES if source != "pt2")
+    sources = ", ".join(source for source in SOURCES if source != "pt2")
     try:
         module = importlib.import_module(reference.source)
     except ModuleNotFoundError as error:
         if error.name and not (reference.source == error.name or reference.source.startswith(f"{error.name}.")):
             raise KdxError(f"Importing {reference.source!r} failed: it needs {error.name!r}.", f"Install {error.name}.") from error
-        near = difflib.get_close_matches(reference.source, _SOURCES, n=1)
+        near = difflib.get_close_matches(reference.source, SOURCES, n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
         raise KdxError(
             f"{reference.source!r} is neither a source of models nor a module that can be imported.",
@@ -147,7 +147,7 @@ def _from_program(reference: ModelReference, _arguments: dict[str, Value]) -> So
     return SourceNetwork(*exported_program.load_program(Path(reference.name)))
 
 
-_SOURCES: dict[str, Callable[[ModelReference, dict[str, Value]], SourceNetwork]] = {
+SOURCES: dict[str, Callable[[ModelReference, dict[str, Value]], SourceNetwork]] = {
     "timm": _from_timm,
     "torchvision": _from_torchvision,
     "kdx": _from_kdx,

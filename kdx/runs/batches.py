@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdx import threads
 from kdx.data.images import Images, check_unreadable, decoded, load_references
 from kdx.data.prefetch import Job, prefetch
 from kdx.errors import KdxError, printable
 from kdx.explain.batch_target import BatchTarget
 from kdx.explain.explainer import Explainer
+from kdx.explain.layer import LayerMeasurement, PendingMeasurement
 from kdx.explain.map_statistics import MapStatistics, mean_strength, stability
 from kdx.features.score_maps import combined
 from kdx.progress import progress
@@ -29,7 +31,7 @@ from kdx.runs.plan import Plan
 from kdx.runs.progress_records import BatchRecord, LayerProducts
 from kdx.runs.store import Store
 from kdx.runs.writer import writing
-from kdx.runtimes.transfers import Download, one_behind
+from kdx.runtimes.transfers import Download, on_host, one_behind
 from kdx.scores.pool import Pool
 
 
@@ -43,22 +45,31 @@ class _Ready:
 
 
 @dataclass(frozen=True, eq=False)
-class _Queued:
-    """A batch whose work is queued: its results will be on the host."""
+class _Results:
+    """What a run keeps of a batch at a layer: inner products, shares and maps."""
 
-    number: int
-    images: Images
-    results: Download[_Results]
+    products: LayerProducts
+    shares: dict[tuple[str, str], Tensor]
+    maps: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, measured: LayerMeasurement) -> Self:
+        return cls(
+            LayerProducts(measured.products, measured.permuted, measured.moments),
+            {name: value.float() for name, value in measured.shares.items()},
+            {name: value.maps.float() for name, value in measured.maps.items()},
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class _Results:
-    """What the networks and their geometry give for a batch: the columns of predictions, and per layer the products, shares and maps."""
+class _Queued:
+    """A batch whose work is queued. On their way to the host: the columns of predictions, per layer the expected results, and the numbers
+    from which each pending measurement concludes whether they hold."""
 
-    columns: dict[str, Tensor]
-    products: dict[str, LayerProducts]
-    shares: dict[str, dict[tuple[str, str], Tensor]]
-    maps: dict[str, dict[str, Tensor]]
+    number: int
+    images: Images
+    pending: dict[str, PendingMeasurement]
+    download: Download[tuple[dict[str, Tensor], dict[str, _Results], dict[str, Tensor]]]
 
 
 def explain_batches(
@@ -82,12 +93,13 @@ def explain_batches(
         decoded(plan.dataset, planned, size, plan.options.workers, explainer.choice.device) as images,
         prefetch((_target_job(explainer, plan, *batch) for batch in zip(pending, images, strict=True)), ahead, 1) as ready,
         writing() as submit,
+        threads.short_turns() if ahead else nullcontext(),
         progress() as show,
     ):
         queued = one_behind((_queue(explainer, plan, batch) for batch in ready), ahead)
         for done, batch in enumerate(queued, total - len(pending)):
             show("Explaining", done, total, "batches")
-            submit(partial(_write_batch, store, plan, batch.number, batch.images, batch.results.result()))
+            submit(partial(_write_batch, store, plan, batch.number, batch.images, *_read(batch, plan)))
             unreadable += batch.images.unreadable
             check_unreadable(unreadable, len(plan.indices), plan.options.max_unreadable)  # now, not after the last batch
         show("Explaining", total, total, "batches")
@@ -113,21 +125,33 @@ def _target_job(explainer: Explainer, plan: Plan, number: int, images: Images) -
 def _queue(explainer: Explainer, plan: Plan, batch: _Ready) -> _Queued:
     """Explain a batch. On a GPU its results are then on their way to the host."""
     with _about(batch.number, batch.images, plan):
-        logits, layers = explainer.explain_batch(batch.images.levels, batch.target)
+        logits, pending = explainer.begin(batch.images.levels, batch.target)
     check_classes(logits, len(plan.dataset.classes))
-    results = _Results(
-        predictions(logits),
-        {layer: LayerProducts(measured.products, measured.permuted, measured.moments) for layer, measured in layers.items()},
-        {layer: {name: value.float() for name, value in measured.shares.items()} for layer, measured in layers.items()},
-        {layer: {name: value.maps.float() for name, value in measured.maps.items()} for layer, measured in layers.items()},
-    )
-    return _Queued(batch.number, batch.images, explainer.transfers.download(results))
+    results = {layer: _Results.of(measurement.expected) for layer, measurement in pending.items()}
+    numbers = {layer: measurement.numbers for layer, measurement in pending.items()}
+    download = explainer.transfers.download((predictions(logits), results, numbers))
+    return _Queued(batch.number, batch.images, pending, download)
 
 
-def _write_batch(store: Store, plan: Plan, number: int, images: Images, results: _Results) -> None:
-    columns = {schema.INDEX: images.kept, **{name: column.numpy() for name, column in results.columns.items()}}
-    maps = {layer: {name: value.numpy() for name, value in kinds.items()} for layer, kinds in results.maps.items()}
-    record = BatchRecord(columns, results.products, images.unreadable, results.shares)
+def _read(batch: _Queued, plan: Plan) -> tuple[dict[str, Tensor], dict[str, _Results]]:
+    """The columns of predictions and the results of each layer, on the host. Raises KdxError for features that cannot be measured."""
+    columns, results, numbers = batch.download.result()
+    for layer, pending in batch.pending.items():
+        with _about(batch.number, batch.images, plan):
+            measured = pending.result(numbers[layer])
+        if measured.products is not pending.expected.products:  # the features are unusual, and were measured again
+            results[layer] = on_host(_Results.of(measured))
+    return columns, results
+
+
+def _write_batch(
+    store: Store, plan: Plan, number: int, images: Images, predicted: Mapping[str, Tensor], results: Mapping[str, _Results]
+) -> None:
+    columns = {schema.INDEX: images.kept, **{name: column.numpy() for name, column in predicted.items()}}
+    products = {layer: result.products for layer, result in results.items()}
+    shares = {layer: result.shares for layer, result in results.items()}
+    maps = {layer: {name: value.numpy() for name, value in result.maps.items()} for layer, result in results.items()}
+    record = BatchRecord(columns, products, images.unreadable, shares)
     store.write_batch(number, plan.widest, plan.widest * len(plan.batches), maps, record)
 
 

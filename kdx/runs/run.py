@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -29,18 +30,18 @@ from kdx.runs.geometry import Geometry, choose_geometry, unavoidable
 from kdx.runs.grouping import MAX_GROUPS
 from kdx.runs.image_numbers import prediction_numbers
 from kdx.runs.measured import Samples
-from kdx.runs.plan import Plan
+from kdx.runs.plan import Plan, aligned
 from kdx.runs.plan import RunOptions as RunOptions
 from kdx.runs.schema import (
     BaseLayers,
     Configuration,
     Context,
+    InputFiles,
     SplitRule,
     StoredFeatures,
     StoredInputs,
     StoredNetwork,
     StoredOptions,
-    TargetFile,
 )
 from kdx.runs.store import Store
 from kdx.runs.target_names import target_phrase
@@ -90,7 +91,7 @@ def explain_dataset(
         records = explainer.networks()
         size = largest_size(record.image_size for record in records.values())
         store = stack.enter_context(
-            Store.begin(out, _configuration(plan, records, size), _context(plan, command), lambda: plan.dataset.fingerprint_of_0_1_0)
+            Store.begin(out, _configuration(plan, records, size), _context(plan, command, out), lambda: plan.dataset.fingerprint_of_0_1_0)
         )
         if store.replaces:
             announce(store.replaces)
@@ -122,7 +123,7 @@ def _prepare_and_explain(
     runtime = None if started is None else str(started).split()[0]
     if runtime is None and shared is not None:
         runtime = shared.runtime()
-    explainer.open(size, len(plan.indices), runtime=runtime)
+    explainer.open(size, len(plan.indices), runtime=runtime, batch=aligned(plan.options.batch))
     if shared is not None:
         shared.keep_runtime(explainer.choice.runtime)
     announce(f"Runtime {explainer.choice.why}.")
@@ -264,11 +265,13 @@ def _recorded_inputs(plan: Plan) -> StoredInputs:
     return recorded
 
 
-def _context(plan: Plan, command: Sequence[str]) -> Context:
+def _context(plan: Plan, command: Sequence[str], out: Path) -> Context:
     """The part of a manifest that does not affect the results."""
-    target: TargetFile = {} if plan.own_target is None else {"target_file": plan.own_target.name}
+    files: InputFiles = {} if plan.own_target is None else {"target_file": plan.own_target.name}
+    if plan.models.path.suffix == ".toml":
+        files["models_file"] = _relative(plan.models.path, out)
     return {
-        **target,
+        **files,
         "kdx": version("kdx"),
         "created": now(),
         "command": list(command),
@@ -277,6 +280,14 @@ def _context(plan: Plan, command: Sequence[str]) -> Context:
         "method": plan.models.training.get("method"),
         "batches": 0,  # known when the geometry is
     }
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """The path from a folder, so that both can be moved together; the absolute path where there is none, as between drives of Windows."""
+    try:
+        return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+    except ValueError:
+        return str(path.resolve())
 
 
 def _finish(store: Store, plan: Plan, collected: Collected, size: tuple[int, int], announce: Callable[[str], None]) -> None:

@@ -208,10 +208,12 @@ class StoredInputs(TypedDict):
     resize: NotRequired[StoredResizing]
 
 
-class TargetFile(TypedDict):
-    """target_file: the target as it was stated, by default a file of class embeddings; absent where labels are the target."""
+class InputFiles(TypedDict):
+    """target_file: the target as it was stated, by default a file of class embeddings; absent where labels are the target. models_file:
+    the path of the models file, which starts at the run's folder unless it is absolute; absent for explainer files and in older runs."""
 
     target_file: NotRequired[str]
+    models_file: NotRequired[str]
 
 
 class Configuration(StoredOptions, SplitRule, StoredInputs, BaseLayers):
@@ -241,7 +243,7 @@ class ImageCounts(TypedDict):
     trained_on: NotRequired[int | None]
 
 
-class Context(TargetFile):
+class Context(InputFiles):
     """The part of a manifest that the results do not depend on."""
 
     kdx: str

@@ -38,6 +38,7 @@ class Store:
         self._lock = lock
         self.replaces = replaces
         """Why an unfinished run of another configuration in this folder was discarded, as a sentence; "" if there was none."""
+        self._arrays: dict[str, Any] = {}  # opening an array of maps takes as long as writing a batch of them
 
     @classmethod
     def begin(
@@ -63,7 +64,11 @@ class Store:
                 store = cls(folder, cast(Manifest, new), lock)
                 store._write_manifest()
                 return store
-            stored = read_json(path)
+            stored = _read_manifest(path)
+            if stored is None:
+                store = cls(folder, cast(Manifest, new), lock, f"{path} is damaged; the run is computed again.")
+                store.restart()
+                return store
             known = stored.get("configuration", {}) | {"classes": stored.get("classes")}
             requested = configuration | {"classes": context["classes"]}
             different = sorted(key for key in {*known, *requested} if known.get(key) != requested.get(key))
@@ -131,6 +136,7 @@ class Store:
         self.manifest["status"] = schema.RUNNING
         self.manifest.pop("geometry", None)  # runs of kdx 0.1.0 did not record it, and it is chosen again
         self._write_manifest()
+        self._arrays.clear()
         for path in (self.folder / schema.PROGRESS, self.folder / schema.FEATURES, self.folder / schema.MAPS_FILE):
             if path.is_dir():
                 shutil.rmtree(path)
@@ -149,24 +155,29 @@ class Store:
 
     def write_maps(self, batch: int, rows: int, total: int, maps: Mapping[str, Mapping[str, NDArray[np.float32]]]) -> None:
         """Write a batch's maps (layer -> kind -> [n, h, w]) at the rows from ``batch * rows`` of ``total``."""
-        with self._writing_maps() as group:
+        with self._writing_maps():
             for layer, kinds in maps.items():
                 for kind, values in kinds.items():
                     shape, chunks = (total, *values.shape[1:]), (rows, *values.shape[1:])
-                    array = group.require_array(schema.map_path(layer, kind), shape=shape, chunks=chunks, dtype="float32")
+                    path = schema.map_path(layer, kind)
+                    if path not in self._arrays:
+                        self._arrays[path] = self._maps().require_array(path, shape=shape, chunks=chunks, dtype="float32")
                     block = np.zeros(chunks, np.float32)
                     block[: len(values)] = values
-                    array[batch * rows : (batch + 1) * rows] = block
+                    self._arrays[path][batch * rows : (batch + 1) * rows] = block
 
     def read_maps(self, layer: str, kind: str, start: int, count: int) -> NDArray[np.float32]:
         """``count`` maps [count, h, w] of a kind, from the row ``start``."""
-        return np.asarray(cast(Any, self._maps()[schema.map_path(layer, kind)])[start : start + count])
+        path = schema.map_path(layer, kind)
+        if path not in self._arrays:
+            self._arrays[path] = self._maps()[path]
+        return np.asarray(self._arrays[path][start : start + count])
 
     @contextmanager
-    def _writing_maps(self) -> Iterator[Any]:
-        """The Zarr group of the maps. Raises KdxError if they cannot be written, for example because the disk is full."""
+    def _writing_maps(self) -> Iterator[None]:
+        """Raises KdxError if maps cannot be written in the block, for example because the disk is full."""
         try:
-            yield self._maps()
+            yield
         except OSError as error:
             raise unwritable(self.folder / schema.MAPS_FILE, error) from error
 
@@ -182,7 +193,8 @@ class Store:
         self, place: int, layer: str, maps: Mapping[str, NDArray[np.float32]], order: NDArray[np.int64], record: LayerRecord
     ) -> None:
         """Write all maps of a layer (kind -> [n, h, w]) in this order, then its record. place: the number of the layer."""
-        with self._writing_maps() as group:
+        with self._writing_maps():
+            group = self._maps()
             for kind, values in maps.items():
                 chunks = (min(schema.MAPS_PER_CHUNK, len(values)), *values.shape[1:])
                 path = schema.map_path(layer, kind)
@@ -252,3 +264,13 @@ class Store:
 
 def _may_become_a_run(folder: Path) -> bool:
     return folder.is_dir() and all(schema.may_precede_manifest(path.name) for path in folder.iterdir())
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a run; None if it is damaged and the folder has results, so that they are a run's. Otherwise raises KdxError."""
+    try:
+        return read_json(path)
+    except KdxError:
+        if any((path.parent / name).exists() for name in (schema.SAMPLES_FILE, schema.MAPS_FILE, schema.PROGRESS, schema.FEATURES)):
+            return None
+        raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdx import threads
 from kdx.data.images import Images, check_unreadable, decoded
 from kdx.errors import KdxError
 from kdx.explain.explainer import Explainer
@@ -73,6 +75,7 @@ def _infer(files: FeatureFiles, explainer: Explainer, plan: Plan, size: tuple[in
     with (
         decoded(plan.dataset, parts, size, plan.options.workers, explainer.choice.device) as images,
         writing() as submit,
+        threads.short_turns() if ahead else nullcontext(),
         progress() as show,
     ):
         passes = (_queue_part(explainer, plan, *job) for job in zip(pending, images, strict=True))

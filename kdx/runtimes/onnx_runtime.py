@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +54,10 @@ class OnnxRuntimeRunner(FileRunner):
         self._set_file(path, describe(path), own_device)
         self._stream = None if provider == "cpu" else CudaStream(self.device)
         self._session: Any = _session(onnxruntime, path, provider, self._stream, tf32)
+        self._options: Any = onnxruntime.RunOptions()
+        if self._stream is not None:
+            # The pass is queued on the runner's stream, for which PyTorch's stream waits. Otherwise the processor would wait for it.
+            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self.inputs = _shapes(path, self._session.get_inputs())
         self.outputs = _shapes(path, self._session.get_outputs())
         symbols = {size for shape in self.inputs.values() for size in shape}
@@ -77,11 +82,8 @@ class OnnxRuntimeRunner(FileRunner):
         for name, tensor in outputs.items():
             binding.bind_output(name, *place, np.float32, tuple(tensor.shape), tensor.data_ptr())
         try:
-            if self._stream is None:
-                session.run_with_iobinding(binding)
-            else:
-                with self._stream.taken():
-                    session.run_with_iobinding(binding)
+            with nullcontext() if self._stream is None else self._stream.taken():
+                session.run_with_iobinding(binding, self._options)
         except Exception as error:  # ONNX Runtime's exceptions share no other base
             raise KdxError(
                 f"ONNX Runtime cannot run {self._path}: {first_line(error)}.", "Try smaller batches, or --runtime eager."

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdx.disk import cache_folder, log, replace_file
 from kdx.errors import KdxError
 from kdx.export import engine
 from kdx.runtimes.cuda_stream import CudaStream, gpu_device
@@ -36,7 +38,9 @@ class TensorRtRunner(FileRunner):
         with torch.cuda.device(self.device):
             self._runtime: Any = package.Runtime(self._log)
             self._engine: Any = self._runtime.deserialize_cuda_engine(serialized)
-            self._context: Any = self._engine and self._engine.create_execution_context()
+            self._kernels = _KernelCache(package, self.engine, self._engine) if self._engine and _is_rtx(self.engine) else None
+            settings = () if self._kernels is None else (self._kernels.settings,)
+            self._context: Any = self._engine and self._engine.create_execution_context(*settings)
         if self._context is None:
             raise KdxError(f"TensorRT cannot load {path}: {self._log.last()}.", "Build it again on this machine with kdx export.")
         self._stream = CudaStream(self.device)
@@ -63,7 +67,37 @@ class TensorRtRunner(FileRunner):
     def close(self) -> None:
         if self._context is not None:
             self._stream.synchronize()  # a context must not be freed while it runs
-        self._context = self._engine = self._runtime = None  # in this order: each belongs to the next one
+            if self._kernels is not None:
+                self._kernels.store()
+        self._context = self._kernels = self._engine = self._runtime = None  # in this order: each belongs to the next one
+
+
+def _is_rtx(description: engine.EngineDescription) -> bool:
+    return description.package == "tensorrt_rtx"
+
+
+class _KernelCache:
+    """The settings of TensorRT-RTX for an engine's context, with the kernels that earlier processes compiled for it.
+
+    TensorRT-RTX compiles kernels when an engine runs. By default it starts with general kernels and replaces them later by kernels for the
+    size of the batch, so equal batches would not give equal bits. Here kernels for the size are compiled before a batch runs.
+    """
+
+    def __init__(self, package: Any, description: engine.EngineDescription, opened: Any) -> None:
+        self._path = cache_folder() / f"kernels-{description.sha256[:16]}-{description.version}-{description.arch}.cache"
+        self.settings: Any = opened.create_runtime_config()
+        self.settings.dynamic_shapes_kernel_specialization_strategy = package.DynamicShapesKernelSpecializationStrategy.EAGER
+        self._cache: Any = self.settings.create_runtime_cache()
+        with suppress(OSError):  # no earlier process ran this engine
+            self._cache.deserialize(self._path.read_bytes())  # false for another GPU or version, whose kernels are compiled again
+        self.settings.set_runtime_cache(self._cache)
+
+    def store(self) -> None:
+        """Keep the kernels for later processes."""
+        try:
+            replace_file(self._path, bytes(memoryview(self._cache.serialize())))
+        except OSError as error:  # only the next process is slower
+            log.info("The compiled kernels were not kept in %s: %s", self._path, error.strerror or error)
 
 
 def _check_fit(path: Path, description: engine.EngineDescription, device: torch.device) -> Any:

@@ -18,6 +18,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+MOST_PINNED = 1 << 28
+"""The most bytes of results that are copied through pinned memory. Pinned memory is never returned to the system."""
+
 
 class Download(Generic[T]):
     """Results on their way to the host. ``result`` waits for them."""
@@ -34,9 +37,9 @@ class Transfers:
     """The copies to and from one device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
         self.pinned = device.type == "cuda"
-        self._streams = [torch.cuda.Stream(device) for _ in range(2)] if self.pinned else []
+        self.device = torch.device("cuda", torch.cuda.current_device()) if self.pinned and device.index is None else device
+        self._streams = [torch.cuda.Stream(self.device) for _ in range(2)] if self.pinned else []
 
     @property
     def ahead(self) -> int:
@@ -44,9 +47,19 @@ class Transfers:
         operation returns."""
         return int(self.pinned)
 
-    def staged(self, tensor: Tensor) -> Tensor:
-        """A small tensor on the CPU, in memory from which `upload` copies asynchronously."""
-        return tensor.pin_memory() if self.pinned else tensor
+    def staged(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Small tensors on the CPU, in memory from which `upload_together` copies them at once and asynchronously."""
+        if not self.pinned:
+            return tensors
+        with torch.cuda.device(self.device):
+            return tuple(unpacked(packed(tensors).pin_memory(), tensors))
+
+    def upload_together(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The tensors on the device: `upload` in one copy, for tensors that are `staged`."""
+        if not self.pinned or all(tensor.device == self.device for tensor in tensors):
+            return tuple(tensor.to(self.device) for tensor in tensors)
+        flat = _whole(tensors)
+        return tuple(unpacked(self.upload(packed([tensor.cpu() for tensor in tensors]) if flat is None else flat), tensors))
 
     def upload(self, tensor: Tensor) -> Tensor:
         """The tensor on the device. Work that is queued later on the current stream waits for the copy; the caller does not."""
@@ -60,16 +73,22 @@ class Transfers:
         return copy
 
     def download(self, results: T) -> Download[T]:
-        """Copies all tensors of nested dictionaries, tuples and dataclasses to the host, in one copy. The caller does not wait."""
+        """Copies all tensors of nested dictionaries, tuples and dataclasses to the host, in one copy. The caller does not wait.
+
+        More than MOST_PINNED bytes are copied at once instead, since neither side should keep them in memory a second time.
+        """
         if not self.pinned:
             return Download(lambda: results)
-        tensors = list(_tensors(results))
+        tensors = [tensor.to(self.device) for tensor in tensors_of(results)]
+        if sum(tensor.nbytes for tensor in tensors) > MOST_PINNED:
+            copied = on_host(results)
+            return Download(lambda: copied)
         flat = packed(tensors)
         stream = self._streams[1]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat, non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event(blocking=True)  # a thread that waits by spinning would hold up the others
             done.record(stream)
         flat.record_stream(stream)
         # Only shapes and types are kept, so that the memory of the results on the device is free for the next batch.
@@ -81,6 +100,22 @@ class Transfers:
             return replaced(structure, iter(unpacked(host, shapes)))
 
         return Download(wait)
+
+
+def _whole(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The packed bytes of which these tensors are the `unpacked` views; None if they are not such views."""
+    storage = tensors[0].untyped_storage()
+    if any(tensor.untyped_storage().data_ptr() != storage.data_ptr() for tensor in tensors):
+        return None
+    flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+    views = unpacked(flat, tensors) if len(flat) == sum(tensor.nbytes for tensor in tensors) else []
+    same = len(views) == len(tensors) and all(a.data_ptr() == b.data_ptr() for a, b in zip(views, tensors, strict=True))
+    return flat if same else None
+
+
+def on_host(results: T) -> T:
+    """Results with every tensor of their nested dictionaries, tuples and dataclasses on the CPU. Waits for the device."""
+    return replaced(results, iter([tensor.cpu() for tensor in tensors_of(results)]))
 
 
 def one_behind(started: Iterator[T], ahead: int) -> Iterator[T]:
@@ -129,13 +164,13 @@ def _order(tensors: Sequence[Tensor]) -> list[int]:
     return sorted(range(len(tensors)), key=lambda place: -tensors[place].itemsize)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested dictionaries, tuples and dataclasses, in order."""
     if isinstance(value, Tensor):
         yield value
         return
     for part in _parts(value):
-        yield from _tensors(part)
+        yield from tensors_of(part)
 
 
 def replaced(value: T, tensors: Iterator[Tensor]) -> T:

@@ -13,10 +13,15 @@ from typing import Any, Literal
 from kdx import models
 from kdx.choices import NO_BASE
 from kdx.data.dataset import open_data
+from kdx.data.splits import stratified_splits
 from kdx.distill import TrainingSettings
 from kdx.distill.networks import is_trained_teacher, training_preprocessing
 from kdx.errors import KdxError, about_network
+from kdx.export.layer_names import find_layer
+from kdx.models.layer_pairs import parse_layers
 from kdx.models.network import Network
+from kdx.models.reference import ModelReference
+from kdx.models.source_code import code_hash
 from kdx.runs.plan import RunOptions
 from kdx.study.design import Design, slug
 from kdx.study.options import TrainingExtras
@@ -74,13 +79,14 @@ class Grid:
 @dataclass(frozen=True)
 class _Fact:
     """What a grid depends on of a network. given: the hash of the weights, if the network is used as it is. weights_file: the hash of the
-    file with which a training starts, if the reference names one."""
+    file with which a training starts, if the reference names one. code: the hash of the source files of a user's own network."""
 
     reference: str
     parameters: int
     preprocessing: str
     given: str | None
     weights_file: str | None
+    code: str | None
 
 
 def grid_of(design: Design) -> Grid:
@@ -110,16 +116,25 @@ class _DataGrid:
     def of(cls, design: Design, data: str) -> _DataGrid:
         dataset = open_data(design.reference_of(data))
         settings, _ = design.training_of(data, None, design.seeds[0])
+        for split, indices in stratified_splits(dataset, settings.split_seed).items():
+            if len(indices) < 2:
+                raise KdxError(
+                    f"The {split} split of {dataset.reference} has {len(indices)} images.",
+                    "Give more images: every split needs at least two.",
+                )
+        layers = parse_layers(design.layers).values()
         known: dict[str, _Fact] = {}
 
-        def fact(name: str, reference: str) -> _Fact:
-            if reference not in known:
-                with about_network(name):
-                    known[reference] = _fact(reference, len(dataset.classes), settings)
-            return known[reference]
+        def fact(group: str, name: str, reference: str) -> _Fact:
+            with about_network(f"the network {name}"):
+                parsed = models.parse_reference(reference).located().with_classes(len(dataset.classes))
+                network = models.load(str(parsed), classes=len(dataset.classes))
+                for layer in layers if group != "assistants" else ():
+                    find_layer(network.module, layer.teacher if group == "teachers" else layer.student)
+                return known.setdefault(reference, _fact(reference, parsed, network, settings))
 
         groups = {"teachers": design.teachers, "assistants": design.assistants, "students": design.students}
-        facts = {group: {name: fact(name, reference) for name, reference in names.items()} for group, names in groups.items()}
+        facts = {group: {name: fact(group, name, reference) for name, reference in names.items()} for group, names in groups.items()}
         return cls(design, data, dataset.fingerprint, facts)
 
     def chains(self) -> Iterator[tuple[str, tuple[str, ...], str]]:
@@ -206,6 +221,8 @@ class _DataGrid:
         above = above or []
         role = {"teacher": "teacher"}.get(above[0].kind, "student") if above else None
         options, layers = self.design.run_options_of(self.data), self.design.layers if kind == "cell" else ()
+        facts = [fact for group in self.facts.values() for fact in group.values()]
+        code = {fact.reference: fact.code for fact in facts if fact.code is not None and fact.reference in (teacher, student)}
         entries = {
             "data": self.fingerprint,
             "teacher": teacher,
@@ -213,13 +230,12 @@ class _DataGrid:
             "given": next((fact.given for fact in self.facts["teachers"].values() if fact.reference == teacher), None)
             if not above
             else None,
-            "weights_file": next(
-                fact.weights_file for group in self.facts.values() for fact in group.values() if fact.reference == student
-            ),
+            "weights_file": next(fact.weights_file for fact in facts if fact.reference == student),
             "base": base is not None and base != NO_BASE,
             "training": _jsonable({**asdict(settings), **asdict(extras), "save_minutes": None, "log": None}),
             **({"explain": _jsonable(asdict(options)), "layers": list(layers)} if kind == "cell" else {}),
             "above": above[0].identity if above else None,
+            **({"code": code} if code else {}),
             **(identity or {}),
         }
         return Job(
@@ -240,15 +256,13 @@ class _DataGrid:
         )
 
 
-def _fact(reference: str, classes: int, settings: TrainingSettings) -> _Fact:
-    parsed = models.parse_reference(reference).located().with_classes(classes)
-    network: Network = models.load(str(parsed), classes=classes)
+def _fact(reference: str, parsed: ModelReference, network: Network, settings: TrainingSettings) -> _Fact:
     preprocessing = json.dumps(asdict(training_preprocessing(network, settings)), sort_keys=True)
     digest = hashlib.sha256(preprocessing.encode()).hexdigest()
     given = network.weights_hash if is_trained_teacher(parsed, network) else None
     file = None if parsed.weights is None else Path(parsed.weights).expanduser()
     weights_file = hashlib.sha256(file.read_bytes()).hexdigest() if file is not None and file.is_file() else None
-    return _Fact(reference, network.parameters, digest, given, weights_file)
+    return _Fact(reference, network.parameters, digest, given, weights_file, code_hash(reference, network.module))
 
 
 def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:

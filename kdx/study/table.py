@@ -16,11 +16,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from kdx.disk import read_json, write_atomic
+from kdx.disk import csv_text, csv_value, read_json, write_atomic
 from kdx.errors import KdxError
 from kdx.roles import READING_ORDER
 from kdx.runs.schema import StoredScores
-from kdx.runs.score_tables import csv_text
 
 FORMAT = 1
 """The number that study.json states. It changes when an older kdx can no longer read a new study."""
@@ -179,4 +178,4 @@ def _read_table(path: Path) -> Iterator[Measurement]:
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             value, low, high = (float(row[name]) for name in ("value", "low", "high"))
-            yield Measurement(row["key"], row["layer"], row["score"], value, low, high, int(row["n"]))
+            yield Measurement(csv_value(row["key"]), csv_value(row["layer"]), csv_value(row["score"]), value, low, high, int(row["n"]))

@@ -162,8 +162,11 @@ def test_the_table_counts_the_networks_that_export_in_every_kind() -> None:
         {"network": "timm:two", **place, **good, **exports, "patch": {"distance": 5}},
         {"network": "timm:three", **place, **good, **exports, "gradients": {"refused": "Too many steps."}},
         {"network": "timm:four", **place, "layers": {"names": ["a"]}},
+        {"network": "timm:five", **place, "build": {"refused": "It takes no image."}},
     ]
     text = all_families.table({"networks": rows})
-    assert text.startswith("2 of 3 networks export in all three kinds, and 1 pass every check. 1 more networks have run in part.")
+    assert text.startswith(
+        "5 networks: 1 pass every check, 2 are refused with a reason, 1 fail a check, and 1 have run in part. 2 export in all three kinds."
+    )
     assert "| timm:two | `b` | 1e-07 | 5 cells away | 1e-06 | 1e-06 | 1e-06 |" in text
     assert "- timm:three, gradients: refused: Too many steps." in text

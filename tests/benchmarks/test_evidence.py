@@ -6,6 +6,7 @@ Its grid has the students of the page, its images are those of the data set, and
 from __future__ import annotations
 
 import json
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from scipy import stats
 
 import kdx
 from benchmarks import evidence, evidence_claims, evidence_design, evidence_evaluation
-from benchmarks.evidence_cells import MEASURED, Subject, subjects_of
+from benchmarks.evidence_cells import MEASURED, Subject, largest_difference, subjects_of
 from benchmarks.evidence_design import DATA, LAYERS, STUDENTS, Student, TestImages
 from benchmarks.evidence_measures import MeasuredNetwork, Objects, Scoring, unicam_maps
 from kdx import models
@@ -181,6 +182,12 @@ def test_metrics_of_maps_with_known_values() -> None:
     assert abs(perfect["insertion"] - float(probability.mean())) < 0.3  # the curve ends at the probability of the image
 
 
+@pytest.mark.slow
+def test_the_check_of_the_gpu() -> None:
+    """Two runs on the processor do not differ."""
+    assert largest_difference("cpu", "cpu") == 0
+
+
 def test_the_record_has_the_complete_seeds(grids: dict[str, Grid], tmp_path: Path) -> None:
     """Seed 0 is complete. Of seed 1 one cell is missing."""
     grid = grids["digits"]
@@ -214,7 +221,9 @@ def test_a_run_that_is_stopped_continues(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(evidence, "DATA", ("digits",))
     monkeypatch.setitem(evidence_design.TOY, "digits", {**evidence_design.TOY["digits"], "methods": ["kd"]})
     record = tmp_path / "record.json"
-    options = Namespace(out=tmp_path / "out", record=record, minutes=0.0, workers=1, images=30, device="cpu", toy=True)
+    options = Namespace(
+        out=tmp_path / "out", record=record, minutes=0.0, workers=1, images=32, device="cpu", toy=True, data=["digits"], seeds=8
+    )
     monkeypatch.setattr(evidence, "draw", lambda *_, **__: None)
     evidence.run(options)
     assert json.loads(record.read_text())["runs"] == []
@@ -228,3 +237,6 @@ def test_a_run_that_is_stopped_continues(tmp_path: Path, monkeypatch: pytest.Mon
     evidence.run(Namespace(**{**vars(options), "minutes": None}))
     again = json.loads(record.read_text())
     assert again["runs"] == json.loads(written)["runs"]
+    shutil.rmtree(tmp_path / "out")
+    evidence.run(Namespace(**{**vars(options), "minutes": 0.0}))  # nothing is computed again for a seed that the record contains
+    assert json.loads(record.read_text())["runs"] == again["runs"]

@@ -52,6 +52,7 @@ def record() -> dict[str, Any]:
             "data": data,
             "seed": seed,
             "images": 30,
+            "machine": {"processor": "P", "torch": "2", "gpu": "G", "commit": "c"},
             "accuracy": {name: float(rng.random()) for name in ("base", *TEACHERS, *(student.name for student in STUDENTS))},
             "students": {student.name: {name: layer() for name in LAYERS} for student in STUDENTS},
             "detailed": {name: details() for name in LAYERS},
@@ -59,9 +60,8 @@ def record() -> dict[str, Any]:
         for data in DATA
         for seed in range(SEEDS)
     ]
-    environment = {"processor": "P", "torch": "2", "gpu": "G"}
     parameters = {data: {"teachers": {name: 1000 * (place + 1) for place, name in enumerate(TEACHERS)}} for data in DATA}
-    return {"runs": runs, "parameters": parameters, "environment": environment, "commit": "c", "seconds": 120}
+    return {"runs": runs, "parameters": parameters, "commit": "c"}
 
 
 def cells(table: str, *start: str) -> list[str]:

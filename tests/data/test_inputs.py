@@ -16,7 +16,7 @@ from kdx.data.class_folders import list_images
 from kdx.data.dataset import open_data
 from kdx.data.images import load_images
 from kdx.data.inputs import InputFormat, as_pixels, labelled
-from kdx.data.pixels import to_rgb
+from kdx.data.pixels import pixels_of, to_rgb
 from kdx.export.graphs import Preprocessing
 
 LEVELS = np.random.default_rng(0).integers(0, 256, (4, 6, 5, 3), dtype=np.uint8)
@@ -147,3 +147,10 @@ def test_an_image_is_turned_upright_once(tmp_path: Path, orientation: int) -> No
         torch.testing.assert_close(as_pixels(image), expected)
         torch.testing.assert_close(as_pixels(to_rgb(to_rgb(image))), expected)
     torch.testing.assert_close(as_pixels(path), expected)
+
+
+def test_levels_become_the_nearest_pixels() -> None:
+    levels = torch.arange(256, dtype=torch.uint8).repeat(3)
+    expected = (levels.double() / 255).float()  # rounded twice, which does not matter here: no quotient lies between two numbers
+    assert torch.equal(pixels_of(levels), expected)
+    assert torch.equal(as_pixels(levels.view(1, 3, 16, 16)), expected.view(1, 3, 16, 16))

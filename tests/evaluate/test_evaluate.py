@@ -17,8 +17,11 @@ from kdx.disk import write_atomic
 from kdx.errors import KdxError
 from kdx.evaluate import evaluate as module
 from kdx.evaluate.candidates import at_image_size
+from kdx.evaluate.cost import Costs, affordable
 from kdx.evaluate.evaluate import evaluate
 from kdx.evaluate.localisation import energy, iou_curves
+from kdx.evaluate.metrics import Metric
+from kdx.evaluate.registry import METRICS
 from kdx.runs import schema
 from kdx.runs.evaluation import mean_interval, read_evaluation
 from kdx.runs.record import read_run
@@ -121,16 +124,51 @@ def test_grad_cam_and_its_difference(explained: Path, folder: Path, masks: Path)
         assert np.allclose(run.number(f"layer3/{name}/energy")[images], expected, atol=1e-5)
 
 
-def test_metrics_that_take_long_are_announced_unless_they_are_named(explained: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*arguments: Any) -> None:
+def test_metrics_that_do_not_fit_into_the_time_are_left_out_unless_they_are_named(
+    explained: Path, folder: Path, masks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run names its models file itself."""
+    measured = []
+
+    def measure(metric: Metric, *arguments: Any) -> None:
+        measured.append(metric.name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_measured", stop)
-    for metrics, expected in (((), 1), (("insertion",), 0)):
+    monkeypatch.setattr(module, "_measured", measure)
+    for metrics, minutes, first in (((), 0, "energy"), (("insertion",), 0, "insertion"), ((), 1000, "energy")):
         lines: list[str] = []
         with pytest.raises(KeyboardInterrupt):
-            evaluate(explained, models=folder / "models.toml", metrics=metrics, announce=lines.append)
-        assert sum("run the networks again and again on 29 images" in line for line in lines) == expected
+            evaluate(explained, masks=None if metrics else masks, metrics=metrics, max_minutes=minutes, announce=lines.append)
+        assert measured.pop() == first
+        left_out = [line for line in lines if line.startswith("Left out, with the least time")]
+        assert len(left_out) == (not metrics and not minutes)
+        if left_out:
+            assert "the insertion curve" in left_out[0] and "--metric sensitivity" in left_out[0] and "energy" not in left_out[0]
+
+
+def test_metrics_are_chosen_in_order_and_shared_work_counts_once() -> None:
+    costs = Costs({"insertion": 5.0, "deletion": 5.0, "keep": 2.0, "remove": 2.0}, {"randomisation": 30.0, "sensitivity": 1.0})
+    names = ("energy", "insertion", "deletion", "road_keep", "road_remove", "road", "randomisation", "randomisation_ssim", "sensitivity")
+    metrics = [(METRICS[name], 3) for name in names]
+    for limit, expected in (
+        (0, {"energy"}),
+        (1, {"energy", "sensitivity"}),
+        (15 + 15 + 6 + 6 + 1, {*names} - {"randomisation", "randomisation_ssim"}),
+        (15 + 15 + 6 + 6 + 30 + 1, {*names}),
+        (15 + 15 + 6 + 5, {"energy", "insertion", "deletion", "road_keep", "sensitivity"}),
+    ):
+        chosen, left_out = affordable(costs, metrics, limit)
+        assert {metric.name for metric in chosen} == expected and {metric.name for metric in left_out} == {*names} - expected
+    assert affordable(costs, metrics, 0)[1][METRICS["insertion"]] == 15
+    assert affordable(costs, [(METRICS["insertion"], 0)], 0)[0] == [METRICS["insertion"]]  # everything is measured already
+
+
+def test_no_map_is_measured_after_the_time(explained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "affordable", lambda costs, metrics, limit: ([metric for metric, _ in metrics], {}))
+    lines: list[str] = []
+    stored = evaluate(explained, max_minutes=0, announce=lines.append)
+    assert not [measurement for measurement in stored.measurements if measurement.metric == "insertion"]
+    assert any(line.startswith("The time is over (0 s). To add them, give --metric insertion --metric deletion") for line in lines)
 
 
 def test_other_networks_and_other_data_are_refused(explained: Path, folder: Path, masks: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +165,21 @@ class StandInEngines:
 
     def __init__(self) -> None:
         self.built: dict[str, tuple[Any, Any]] = {}
+        self.current: torch.device | None = None
+        self.devices: set[torch.device | None] = set()
         self.tf32: set[bool] = set()
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Stands in for torch.cuda.device, which makes a GPU the current one."""
+        self.current = device
+        yield
+        self.current = None
 
     def build(self, path: Path, built: Path, *, batch: Any, image_size: Any, tf32: bool) -> None:
         role, _, rest = built.stem.partition("-")
         self.built[role + Path(rest).suffix] = batch, image_size
+        self.devices.add(self.current)
         self.tf32.add(tf32)
         built.write_text(str(path))
 

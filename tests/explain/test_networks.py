@@ -118,12 +118,28 @@ def test_tensorrt_runs_engines_of_the_exported_files(
     choice = Choice("tensorrt", torch.device("cpu"), "for a test", precision)
     monkeypatch.setattr("kdx.explain.networks.choose", lambda *_, **__: choice)
     monkeypatch.setattr("kdx.explain.exported.engine.build", engines.build)
+    monkeypatch.setattr("torch.cuda.device", engines.on)
     monkeypatch.setattr("kdx.explain.exported.open_file", engines.open)
     sources: dict[str, Any] = {**files(folder)} if source == "files" else {**named_networks()}
     with explainer(runtime="tensorrt", folder=tmp_path, chunk=5, **sources) as opened:
         assert_same(opened(images(), labels()), explained, 1e-4)
     assert engines.built == dict.fromkeys(("teacher", "student", "base"), ((1, 5, 5), None))  # the files say their size
     assert engines.tf32 == {precision == "tf32"}
+    assert engines.devices == {torch.device("cpu")}  # the requested device
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(None, 64), (16, 16), (256, 256)])
+def test_engines_are_built_for_the_batch(
+    batch: int | None, expected: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = StandInEngines()
+    monkeypatch.setattr("kdx.explain.networks.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
+    monkeypatch.setattr("kdx.explain.exported.engine.build", engines.build)
+    monkeypatch.setattr("torch.cuda.device", engines.on)
+    monkeypatch.setattr("kdx.explain.exported.open_file", engines.open)
+    with explainer(runtime="tensorrt", folder=tmp_path, **files(folder)) as opened:
+        opened.open(SIZE, batch=batch)
+    assert set(engines.built.values()) == {((1, expected, expected), None)}
 
 
 def test_auto_falls_back_to_eager_with_a_reason(tmp_path: Path, explained: Explanation[Any], caplog: pytest.LogCaptureFixture) -> None:

@@ -210,6 +210,7 @@ def test_tensorrt_runs_engines_of_gradients(
     engines = StandInEngines()
     monkeypatch.setattr("kdx.explain.networks.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
     monkeypatch.setattr("kdx.explain.exported.engine.build", engines.build)
+    monkeypatch.setattr("torch.cuda.device", engines.on)
     monkeypatch.setattr("kdx.explain.exported.open_file", engines.open)
     shutil.copytree(gradients, tmp_path, dirs_exist_ok=True)
     with explainer(runtime="tensorrt", folder=tmp_path, chunk=5, **pair_settings()) as opened:

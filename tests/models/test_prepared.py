@@ -151,6 +151,19 @@ def quantised() -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(Net().eval(), {nn.Linear})  # type: ignore[no-any-return]
 
 
+class Coloured(Net):
+    """A network that embeds the indices of colours, as ImageGPT does, with transformers' name of its first input."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.colours = nn.Embedding(512, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(self.colours(images).movedim(-1, 1))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -160,9 +173,10 @@ def quantised() -> nn.Module:
         (with_scripted_stem, "The module 'stem' .* is scripted or traced"),
         (LazyHead, r"The module 'fc' \(LazyLinear\) has parameters that are not initialised"),
         (quantised, "The module 'fc' .* is quantised"),
+        (Coloured, r"The network \(Coloured\) takes integers, .* and no image"),
         (lambda: Net().to("meta"), r"The module 'stem.0' \(Conv2d\) has parameters without data"),
     ],
-    ids=["scripted", "traced", "scripted part", "lazy", "quantised", "meta"],
+    ids=["scripted", "traced", "scripted part", "lazy", "quantised", "integers", "meta"],
 )
 def test_modules_that_cannot_be_explained_are_refused_by_name(make: Callable[[], nn.Module], message: str) -> None:
     network = make()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from functools import partial
 
 import pytest
 
+from kdx import threads
 from kdx.runs.writer import DEPTH, writing
 
 SECONDS = 20
 
 
-def threads() -> list[str]:
+def writers() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("kdx-write")]
 
 
@@ -21,7 +23,7 @@ def test_writes_are_in_order_and_complete_after_the_block() -> None:
     with writing() as submit:
         for number in range(30):
             submit(partial(done.append, number))
-    assert done == list(range(30)) and not threads()
+    assert done == list(range(30)) and not writers()
 
 
 def test_the_caller_continues_during_a_write_and_waits_when_there_are_too_many() -> None:
@@ -62,7 +64,7 @@ def test_no_write_follows_one_that_failed(error: type[BaseException]) -> None:
         submit(fail)
         for number in range(1, 10):
             submit(partial(done.append, number))
-    assert done == [0] and not threads()
+    assert done == [0] and not writers()
 
 
 def test_writes_are_completed_when_the_caller_fails() -> None:
@@ -72,3 +74,11 @@ def test_writes_are_completed_when_the_caller_fails() -> None:
         submit(partial(done.append, 1))
         raise ValueError("batch 2")
     assert done == [0, 1]
+
+
+def test_threads_take_short_turns_in_a_block_only() -> None:
+    before = sys.getswitchinterval()
+    with pytest.raises(ValueError, match="stop"), threads.short_turns():
+        assert sys.getswitchinterval() == pytest.approx(2e-4)
+        raise ValueError("stop")
+    assert sys.getswitchinterval() == before

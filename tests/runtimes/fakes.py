@@ -54,6 +54,19 @@ class FakeOnnxRuntime:
         pass
 
 
+class FakeKernelCache:
+    """TensorRT-RTX's cache of compiled kernels: what it contained at first, and one more kernel."""
+
+    content = b""
+
+    def deserialize(self, content: bytes) -> bool:
+        self.content = content
+        return True
+
+    def serialize(self) -> bytes:
+        return self.content + b"kernel;"
+
+
 class FakeTensorRT:
     """TensorRT with the network of `network` on the CPU: it reads and writes at the addresses of its tensors."""
 
@@ -61,12 +74,25 @@ class FakeTensorRT:
 
     def __init__(self, network: nn.Module, refuses: str = "") -> None:
         self.graph, self.refuses = graph(network), refuses
+        self.used: FakeKernelCache | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.streams: list[int] = []
         self.Runtime = lambda _log: self
-        self.create_execution_context = lambda: None if refuses == "context" else self
+        self.cache = FakeKernelCache()
+        self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(LAZY="lazy", EAGER="eager")
+        self.settings = SimpleNamespace(
+            dynamic_shapes_kernel_specialization_strategy="lazy",
+            create_runtime_cache=lambda: self.cache,
+            set_runtime_cache=lambda cache: setattr(self, "used", cache),
+        )
+        self.create_runtime_config = lambda: self.settings
+        self.context_settings: tuple[Any, ...] = ()
         self.deserialize_cuda_engine = lambda data: None if refuses == "engine" else self
+
+    def create_execution_context(self, *settings: Any) -> FakeTensorRT | None:
+        self.context_settings = settings
+        return None if self.refuses == "context" else self
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = shape

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +78,34 @@ def test_an_engine_reads_and_writes_pytorchs_memory(n: int, network: nn.Module, 
     runner.close()
 
 
+def test_kernels_are_compiled_for_the_batch_and_kept_for_the_next_process(
+    network: nn.Module, built: Path, gpu: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu.setenv("KDX_CACHE", str(tmp_path))
+    gpu.setattr(engine, "messages", lambda name: SimpleNamespace(errors=[]))
+    for number in range(2):
+        fake = FakeTensorRT(network)
+        gpu.setattr(engine, "load_package", lambda name, fake=fake: fake)
+        with TensorRtRunner(built):
+            assert fake.context_settings == (fake.settings,) and fake.used is fake.cache
+            assert fake.settings.dynamic_shapes_kernel_specialization_strategy == "eager"
+            assert fake.cache.content == b"kernel;" * number
+    (kept,) = tmp_path.glob("kernels-*.cache")
+    assert kept.read_bytes() == b"kernel;" * 2
+
+
+def test_an_engine_of_tensorrt_has_no_cache_of_kernels(network: nn.Module, built: Path, gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu.setenv("KDX_CACHE", str(tmp_path))
+    fake = FakeTensorRT(network)
+    described = replace(engine.describe(built), package="tensorrt", gpu="A GPU")
+    gpu.setattr(engine, "describe", lambda path: described)
+    gpu.setattr(engine, "load_package", lambda name: fake)
+    gpu.setattr(engine, "messages", lambda name: SimpleNamespace(errors=[]))
+    with TensorRtRunner(built):
+        assert fake.context_settings == ()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("n", [1, 7, 100])
 def test_a_batch_outside_the_engines_profile_is_an_error_that_names_it(
     n: int, network: nn.Module, built: Path, gpu: pytest.MonkeyPatch
@@ -133,3 +162,13 @@ def test_an_engine_on_the_gpu_gives_the_cpus_numbers(network: nn.Module, path: P
             runner.infer(images(7))
     with TensorRtRunner(tmp_path / "a.engine") as first, TensorRtRunner(tmp_path / "a.engine") as second:
         torch.testing.assert_close(first.infer(images(4)).logits, second.infer(images(4)).logits)
+
+
+def test_the_installed_tensorrt_rtx_has_the_interface_of_the_kernel_cache() -> None:
+    """The stand-in has the same names."""
+    package: Any = pytest.importorskip("tensorrt_rtx")
+    assert {"EAGER", "LAZY"} <= set(package.DynamicShapesKernelSpecializationStrategy.__members__)
+    for name in ("create_runtime_cache", "set_runtime_cache", "dynamic_shapes_kernel_specialization_strategy"):
+        assert hasattr(package.IRuntimeConfig, name)
+    assert hasattr(package.IRuntimeCache, "serialize") and hasattr(package.IRuntimeCache, "deserialize")
+    assert "IRuntimeConfig" in package.ICudaEngine.create_execution_context.__doc__

@@ -71,7 +71,7 @@ def test_teachers_with_other_preprocessing_have_other_bases(tmp_path: Path) -> N
 def test_keys_and_networks_that_are_not_valid_are_errors() -> None:
     with pytest.raises(KdxError, match="the key digits/large/tiny/kd-at/seed0"):
         grid(methods={"kd at": "kd", "kd/at": "at"})
-    with pytest.raises(KdxError, match="Large: "):
+    with pytest.raises(KdxError, match="The network large: "):
         grid(teachers={"large": "kdx:nothing"})
     with pytest.raises(KdxError, match="no folder"):
         grid(data={"x": "nowhere"})

@@ -123,7 +123,7 @@ def test_a_study_that_is_killed_and_restarted_gives_the_same_files(complete: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damaged", ["scores.json", "samples.parquet", "maps.zarr/zarr.json"])
+@pytest.mark.parametrize("damaged", ["manifest.json", "scores.json", "samples.parquet", "maps.zarr/zarr.json"])
 def test_a_damaged_run_is_computed_again_by_the_next_start(complete: Path, damaged: str) -> None:
     """Maps are read for the page alone, after the numbers of all cells."""
     before, page = contents(complete), (complete / "report.html").read_bytes()
@@ -133,6 +133,29 @@ def test_a_damaged_run_is_computed_again_by_the_next_start(complete: Path, damag
     assert read_study(complete).status["digits/large/tiny/kd/seed0"].state == "missing"
     run_study(DESIGN, complete)
     assert contents(complete) == before and (complete / "report.html").read_bytes() == page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["trainings/*/*/teacher-*/teacher", "cells/*/large/tiny/kd/seed0/models/base"])
+def test_weights_that_were_deleted_are_computed_again(complete: Path, lost: str) -> None:
+    """And are the same; no other job is done again."""
+    before = contents(complete)
+    (path,) = complete.glob(f"{lost}.safetensors")
+    content = path.read_bytes()
+    path.unlink()
+    lines = run_study(DESIGN, complete)
+    assert lines[0] == "2 cells, 5 jobs, 1 of them to do, with 1 worker."
+    assert path.read_bytes() == content and contents(complete) == before
+
+
+@pytest.mark.slow
+def test_the_disk_has_each_teacher_and_each_base_once(complete: Path) -> None:
+    """The teachers and bases of the two cells, one with an assistant, and the trainings."""
+    files = [*complete.rglob("*.safetensors")]
+    by_content: dict[bytes, set[int]] = {}
+    for path in files:
+        by_content.setdefault(path.read_bytes(), set()).add(path.stat().st_ino)
+    assert len(by_content) < len(files) and {len(inodes) for inodes in by_content.values()} == {1}
 
 
 def toml_of(content: dict[str, Any]) -> str:
@@ -173,7 +196,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(run: Run, tmp_path: Path) 
     assert [line.split()[0] for line in out.splitlines() if line.endswith("to do")][-4:] == [
         f"digits/large/tiny/{method}/seed{seed}" for method in ("kd", "at") for seed in (0, 1)
     ]
-    rows = [line for line in out.splitlines() if "one batch" in line]
+    rows = [line for line in out.splitlines() if line.rstrip().endswith("s *")]
     assert [row.split()[0] for row in rows] == ["teacher", "base", "student"]
     assert "takes 8 passes" in out and "separate runs would take 12" in out  # 4 students, and per seed a teacher and a base
 
@@ -185,6 +208,16 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(run: Run, tmp_path: Path) 
         (["study", "none.toml"], "The study file none.toml cannot be read", "docs/studies.md"),
         ([*FLAGS, "training.epoch=3", "--method", "kd"], "no option 'training.epoch'", "Did you mean epochs"),
         ([*FLAGS, "training.epochs=3", "--method", "kx"], "no distillation method 'kx'", "Choose one of: kd"),
+        (
+            [*FLAGS, "training.image_size=8", "--method", "kd", "-l", "layer9"],
+            "The network large: The network has no layer 'layer9'",
+            "layer2",
+        ),
+        (
+            [*FLAGS, "training.image_size=8", "--method", "kd", "--images", "4"],
+            "split of sample:4:sample:100:digits",
+            "every split needs",
+        ),
         ([*FLAGS, "training.image_size=8", "--method", "kd", "--out", "full"], "full is neither empty nor a study", "new folder"),
     ],
 )

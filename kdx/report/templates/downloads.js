@@ -9,7 +9,10 @@ function saveFile(name, blob) {
 }
 
 function asCsv(rows) {
-  const field = (x) => (x === null ? "" : /[",\r\n]/.test(x) ? `"${String(x).replaceAll('"', '""')}"` : String(x));
+  // As in kdx.disk.csv_text, an apostrophe keeps a spreadsheet from executing a text that is not a number as a formula.
+  const harmless = (text) => (/^'*[=+\-@\t\r]/.test(text) && Number.isNaN(Number(text.replace("−", "-"))) ? `'${text}` : text);
+  const quoted = (text) => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
+  const field = (x) => (x === null ? "" : quoted(harmless(String(x))));
   return rows.map((row) => row.map(field).join(",")).join("\r\n") + "\r\n";
 }
 

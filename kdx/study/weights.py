@@ -1,0 +1,61 @@
+"""The weights of a study on disk: which files a complete job has, and equal files of several cells stored once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from kdx.choices import NO_BASE
+from kdx.study.grid import MODELS, Job
+
+_TRAINED = {"teacher": ("teacher",), "base": ("base",), "assistant": ("teacher", "student")}
+"""The roles whose weights a training of each kind writes."""
+
+
+def weights_files(job: Job) -> Iterator[Path]:
+    """The files of weights of a complete job, relative to the study's folder."""
+    folder = Path(job.folder)
+    if job.kind != "cell":
+        yield from (folder / f"{role}.safetensors" for role in _TRAINED[job.kind])
+        return
+    for role in ("teacher", "student", *(() if job.base in (None, NO_BASE) else ("base",))):
+        yield folder / MODELS / f"{role}.safetensors"
+
+
+class SharedWeights:
+    """Replaces files of weights with equal contents by hard links to one file.
+
+    Every cell has the files that `kdx distill` writes, so its folder can be copied and used alone; the disk has each teacher and each base
+    once. kdx never writes into such a file, it replaces it. Where the file system has no hard links, the copies stay.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, Path] = {}
+        self._inodes: set[tuple[int, int]] = set()
+
+    def add(self, paths: Iterable[Path]) -> None:
+        """Link each of these files to an equal one that was added before. Files that do not exist are left out."""
+        for path in paths:
+            with suppress(OSError):
+                self._add(path)
+
+    def _add(self, path: Path) -> None:
+        status = path.stat()
+        if (status.st_dev, status.st_ino) in self._inodes:
+            return
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        first = self._known.setdefault(content, path)
+        if first is path or not first.is_file():
+            self._known[content] = path
+            self._inodes.add((status.st_dev, status.st_ino))
+            return
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            os.link(first, temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
