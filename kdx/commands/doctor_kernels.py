@@ -82,8 +82,8 @@ def _run(code: bytes, open_: Callable[[int], Driver]) -> None:
             distances = torch.cdist(points, points)
             inputs = [matrix.to(device) for matrix in (distances, distances.sum(1), distances.sum().reshape(1))]
             centred = torch.full_like(inputs[0], torch.nan)
-            pointers = [np.uintp(matrix.data_ptr()) for matrix in inputs]
-            arguments = (*pointers, np.int32(_IMAGES), np.uintp(centred.data_ptr()))
+            pointers = [np.uintp(matrix.data_ptr()) for matrix in (*inputs, centred)]
+            arguments = (*pointers[:3], np.int32(_IMAGES), pointers[3])
             stream = torch.cuda.current_stream(device)
             driver.launch(function, (1, _IMAGES, 1), (_THREADS, 1, 1), 0, arguments, stream.cuda_stream)
             stream.synchronize()
