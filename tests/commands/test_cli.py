@@ -110,7 +110,7 @@ def test_every_option_of_explain_reaches_the_run(run: Run, monkeypatch: pytest.M
         batch=31, chunk=7, runtime="eager", device="cpu", objective="uniqueness", weighting="elementwise", reference_images=12, split="all",
         precision="bfloat16", permutations=5, confidence=0.9, max_unreadable=0.5, seed=3, features="salient", keep=0.25, noise=0.1,
         workers=0, geometry="batch", stored_precision="float16", keep_features=True, project=8, max_disk=1.5, max_minutes=7.0,
-        gallery=5, gallery_order="wrong", gallery_images=("a.png", "b/c.png"),
+        decoder="torchvision-cuda", gallery=5, gallery_order="wrong", gallery_images=("a.png", "b/c.png"),
         salient_class="true", salient_score="probability", salient_image="published", ratios="mean", pooled=True,
             random_baseline=True, base="none",
         target="t.npy", resize="squash", interpolation="bilinear", groups="weather", groups_file=Path("g.csv"), max_classes=7,
@@ -206,13 +206,17 @@ def test_doctor_lists_every_probe_with_a_hint_for_the_broken(run: Run, monkeypat
         raise RuntimeError("[red]no such thing[/red]")
 
     monkeypatch.setattr(
-        doctor, "_PROBES", doctor._PROBES | {"CUDA compiler": (broken, "hint [it]"), "Thing": (lambda: "one [two]", "unseen")}
+        doctor, "_PROBES", doctor._PROBES | {"CUDA compiler: nvcc": (broken, "hint [it]"), "Thing": (lambda: "one [two]", "unseen")}
     )
     status, out, err = run("doctor")
     assert (status, err) == (0, "")
     rows = {name: next(line for line in out.splitlines() if name in line) for name in doctor._PROBES}
-    assert rows["Python"].startswith("yes") and "[red]no such thing[/red]" in rows["CUDA compiler"] and "hint [it]" in rows["CUDA compiler"]
-    assert rows["CUDA compiler"].startswith("no") and "one [two]" in rows["Thing"] and "unseen" not in rows["Thing"]
+    assert (
+        rows["Python"].startswith("yes")
+        and "[red]no such thing[/red]" in rows["CUDA compiler: nvcc"]
+        and "hint [it]" in rows["CUDA compiler: nvcc"]
+    )
+    assert rows["CUDA compiler: nvcc"].startswith("no") and "one [two]" in rows["Thing"] and "unseen" not in rows["Thing"]
 
 
 # ---- mistakes ----
