@@ -12,7 +12,7 @@ import torch
 from kdx.errors import KdxError, first_line
 from kdx.kernels import cubins, geometry
 from kdx.kernels.compilers import COMPILERS, Compiler
-from kdx.kernels.drivers import DRIVERS, Driver, open_driver
+from kdx.kernels.drivers import DRIVERS, Driver, Number, open_driver
 
 _SOURCE, _KERNEL = "products", "products_centred"
 _IMAGES, _THREADS = 300, 256
@@ -83,7 +83,7 @@ def _run(code: bytes, open_: Callable[[int], Driver]) -> None:
             inputs = [matrix.to(device) for matrix in (distances, distances.sum(1), distances.sum().reshape(1))]
             centred = torch.full_like(inputs[0], torch.nan)
             pointers = [np.uintp(matrix.data_ptr()) for matrix in (*inputs, centred)]
-            arguments = (*pointers[:3], np.int32(_IMAGES), pointers[3])
+            arguments: list[Number] = [*pointers[:3], np.int32(_IMAGES), pointers[3]]
             stream = torch.cuda.current_stream(device)
             driver.launch(function, (1, _IMAGES, 1), (_THREADS, 1, 1), 0, arguments, stream.cuda_stream)
             stream.synchronize()
