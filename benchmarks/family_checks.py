@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import kdx
-from benchmarks.family_networks import build
+from benchmarks.family_networks import CLASSES, build
 from kdx.errors import KdxError, first_line
 from kdx.explain.graph import explainer_graph
 from kdx.export import onnx_file
@@ -163,6 +163,7 @@ def _hooked(network: Network, layer: str, images: Tensor, classes: Tensor) -> tu
     finally:
         handle.remove()
     logits = getattr(logits, "logits", logits)
+    logits = logits if isinstance(logits, Tensor) else next(part for part in logits.values() if part.shape == (len(images), CLASSES))
     (gradient,) = torch.autograd.grad(logits[torch.arange(len(images)), classes].sum(), features[-1])
     return features[-1].detach(), gradient
 

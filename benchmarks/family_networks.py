@@ -78,6 +78,7 @@ _STACK, _STAGE = 4, 2
 _OWN_TIMM: dict[str, dict[str, Any]] = {
     "convit_tiny": {"depth": 4, "local_up_to_layer": 3},
     "deepseek_vit_412m": {"depth": 4, "embed_dim": 256, "num_heads": 4},  # the exports of 412 million parameters take 17 GB
+    "sam2_hiera_tiny": {"stages": (1, 2, 7, 2)},  # it states which of its blocks attend to all positions
     "samvit_base_patch16_224": {"depth": 6},  # the third block attends to all positions
 }
 """Arguments of single timm networks, which replace the standard ones."""
