@@ -15,8 +15,8 @@ from kdx.runs.measured import Entry
 from kdx.scores.uncertainty import accuracy, holm, sign_test
 
 _DRAWN = (
-    ("fss", "Likeness to the teacher", "FSS(S,T)", "FSS(B,T)", False),
-    ("likeness", "Likeness beyond the base’s", LIKENESS, None, True),
+    ("fss", "Similarity to the teacher", "FSS(S,T)", "FSS(B,T)", False),
+    ("likeness", "Similarity beyond the base’s", LIKENESS, None, True),
     ("rs", "Relevance to the labels", "RS(S)", "RS(B)", True),
     ("gain", "Relevance beyond the base’s", GAIN, None, True),
     ("distilled", "What the student has beyond the base", "RS(S|B)", None, True),

@@ -45,7 +45,7 @@ BEYOND_SERIES = tuple(
 )
 
 DRAWINGS = (
-    ("fss", "Likeness to the teacher (FSS)", SIMILARITY_SERIES, False),
+    ("fss", "Similarity to the teacher (FSS)", SIMILARITY_SERIES, False),
     ("rs", "Relevance to the labels (RS)", RELEVANCE_SERIES, True),
     ("beyond", "Relevance beyond another network", BEYOND_SERIES, True),
 )

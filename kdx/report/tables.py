@@ -10,7 +10,7 @@ from kdx.runs.measured import Entry
 from kdx.runs.record import RunRecord
 
 TABLES = (
-    ("Likeness to the teacher", "FSS", (*SIMILARITY, LIKENESS, EXCESS)),
+    ("Similarity to the teacher", "FSS", (*SIMILARITY, LIKENESS, EXCESS)),
     ("Relevance to the labels", "RS", (*RELEVANCE, GAIN, LEAD)),
     ("Relevance beyond another network", "RS(·|·)", (*CONDITIONAL, BALANCE)),
 )

@@ -206,18 +206,18 @@ def _alike(layer: str, teacher_layer: str, entry: Entry, confidence: float) -> S
     """The statement about FSS(S,T) where there is no base to compare it with."""
     figures = (_figure("FSS(S,T)", entry),)
     if not entry.known:
-        return Statement("Likeness", f"The likeness of the features at {layer} to the teacher’s could not be computed.", figures, False)
+        return Statement("Similarity", f"The similarity of the features at {layer} to the teacher’s could not be computed.", figures, False)
     settled = entry.direction(confidence) > 0
     start = "The student’s features" if settled else "These images do not settle whether the student’s features"
     verdict = f"{start} at {layer} are like {_theirs(layer, teacher_layer)}. {_why(entry, confidence)}"
-    return Statement("Likeness", verdict, figures, settled)
+    return Statement("Similarity", verdict, figures, settled)
 
 
 def _excess(layer: str, teacher_layer: str, baseline: Entry, contrast: Entry, confidence: float) -> Statement:
     """The statement about FSS(S,T) beside that of random weights."""
     figures = (_figure("FSS(R,T)", baseline), _figure("difference", contrast, sign=True))
     if not (baseline.known and contrast.known):
-        return Statement("Baseline", "The likeness of random weights to the teacher could not be computed.", figures, False)
+        return Statement("Baseline", "The similarity of random weights to the teacher could not be computed.", figures, False)
     settled = contrast.direction(confidence)
     relation = {1: "are closer to", -1: "are further from", 0: "may or may not be closer to"}[settled]
     verdict = (
@@ -245,7 +245,7 @@ def _likeness(layer: str, teacher_layer: str, scores: Mapping[str, Entry], contr
     student, base = (scores[name] for name in _LIKENESS_SCORES)
     figures = (*(_figure(name, scores[name]) for name in _LIKENESS_SCORES), _figure("difference", contrast, sign=True))
     if not (student.known and base.known and contrast.known):
-        return Statement("Likeness", f"The likeness of the features at {layer} to the teacher’s could not be computed.", figures, False)
+        return Statement("Similarity", f"The similarity of the features at {layer} to the teacher’s could not be computed.", figures, False)
     theirs = _theirs(layer, teacher_layer)
     settled = contrast.direction(confidence) != 0
     if settled:
@@ -257,7 +257,7 @@ def _likeness(layer: str, teacher_layer: str, scores: Mapping[str, Entry], contr
     unsettled = [f"the {role}’s" for role, entry in (("student", student), ("base", base)) if not entry.settled(confidence)]
     if unsettled:
         verdict += f" These images do not settle whether {' and '.join(unsettled)} features are like the teacher’s at all."
-    return Statement("Likeness", verdict, figures, settled)
+    return Statement("Similarity", verdict, figures, settled)
 
 
 def _beyond(kind: MapKind, scores: Mapping[str, Entry], confidence: float) -> Statement:

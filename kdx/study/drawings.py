@@ -21,7 +21,7 @@ MOST_FIGURES = 8
 _ACCURACY_SERIES = tuple(Series(accuracy_score(line.role), line.role, line.role, line.marker) for line in RELEVANCE_SERIES)
 
 _SCORE_FIGURES = (
-    ("fss", "Likeness to the teacher (FSS)", tuple(line for line in SIMILARITY_SERIES if line.role in ("student", "base")), False),
+    ("fss", "Similarity to the teacher (FSS)", tuple(line for line in SIMILARITY_SERIES if line.role in ("student", "base")), False),
     ("rs", "Relevance to the labels (RS)", RELEVANCE_SERIES, False),
     ("beyond", "Relevance beyond the other network", tuple(line for line in BEYOND_SERIES if line.score in ("RS(S|B)", "RS(B|S)")), True),
 )

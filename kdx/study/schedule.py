@@ -36,7 +36,10 @@ def run_jobs(
     if workers == 1:
         with _threads(threads):
             for job in waiting:
-                outcome = _blocked(job, failed) or attempt(job, perform, folder, lambda text, job=job: on_note(job, text))  # type: ignore[misc]
+                blocked = _blocked(job, failed)
+                if blocked is None:
+                    on_note(job, "starting")
+                outcome = blocked or attempt(job, perform, folder, lambda text, job=job: on_note(job, text))  # type: ignore[misc]
                 if outcome.problem:
                     failed.add(job.key)
                 yield outcome
@@ -52,6 +55,7 @@ def run_jobs(
             for job in ready[: pool.free]:
                 waiting.remove(job)
                 pool.start(job)
+                on_note(job, "starting")
             for outcome in pool.wait(on_note):
                 (failed if outcome.problem else done).add(outcome.job.key)
                 yield outcome

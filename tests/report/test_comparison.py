@@ -70,7 +70,7 @@ def test_every_number_of_the_tables_is_that_of_its_run(students: dict[str, Path]
                 own = comparison.layers[layer][place]
                 entry = (run.scores[own or ""] | run.contrasts[own or ""])[row[0].text.replace(" − ", " - ")]
                 assert (row[1 + place].value, row[1 + place].interval) == (entry.value, entry.interval)
-    assert [drawing.title.split(":")[0] for drawing in drawings(comparison)][:1] == ["Likeness to the teacher"]
+    assert [drawing.title.split(":")[0] for drawing in drawings(comparison)][:1] == ["Similarity to the teacher"]
     assert drawings(comparison)[0].series[-1].label == "base: FSS(B,T)"  # all students have the same base
 
 

@@ -53,10 +53,10 @@ def test_points_are_placed_by_epoch_and_score() -> None:
 def test_a_drawing_has_the_series_that_every_layer_has_and_the_colours_of_the_page() -> None:
     drawings = {drawing.title: drawing for drawing in training_drawings(SCORES)}
     assert {title: [line.score for line in drawing.series] for title, drawing in drawings.items()} == {
-        "Likeness to the teacher (FSS)": ["FSS(S,T)", "FSS(B,T)"],
+        "Similarity to the teacher (FSS)": ["FSS(S,T)", "FSS(B,T)"],
         "Relevance to the labels (RS)": ["RS(S)"],
     }
-    svg = drawings["Likeness to the teacher (FSS)"].svg
+    svg = drawings["Similarity to the teacher (FSS)"].svg
     assert "&lt;b&gt;" in svg and "<b>" not in svg and "#0102" not in svg and "nan" not in svg.lower()
     assert ">epoch<" in svg and svg.count("currentColor") > 4
 

@@ -31,7 +31,7 @@ def _without_teacher(numbers: Any) -> Any:
     }
 
 
-def _statement(numbers: Any, topic: str = "Likeness") -> wording.Statement:
+def _statement(numbers: Any, topic: str = "Similarity") -> wording.Statement:
     (layer,) = wording.read(numbers, ACCURACY, (12, 5), 0.95).layers
     return next(statement for statement in layer.statements if statement.topic == topic)
 

@@ -30,13 +30,7 @@ function makeComparison(data) {
       label: `${students[student]}: ${right ? "✓" : "✗"} ${name} ${confidence}`,
       spoken: `${label} map of ${students[student]} for ${cards[index].dataset.id} at ${layers[layer]}`,
       words: figure ? describeMap(kinds[kind], map, figure, null) : { sum: "", quality: "does not have this layer" },
-      look: {
-        signed,
-        colours: signed ? colours.diverging : colours.sequential,
-        limit: inputs.scale.value === "own" ? 0 : limits[layer][kind],
-        smooth: inputs.cells.value !== "raw",
-        edge,
-      },
+      look: chosenLook(inputs, colours, signed, limits[layer][kind], edge),
     });
   }
 

@@ -40,13 +40,7 @@ function makeGallery(data) {
       label,
       spoken: `${label} map of ${cards[index].dataset.id} at ${layers[atLayer].name}`,
       words: describeMap(kinds[kind], map, figures[index][atLayer][kind], nulls[atLayer][kind]),
-      look: {
-        signed,
-        colours: signed ? colours.diverging : colours.sequential,
-        limit: inputs.scale.value === "own" ? 0 : limits[atLayer][kind],
-        smooth: inputs.cells.value !== "raw",
-        edge,
-      },
+      look: chosenLook(inputs, colours, signed, limits[atLayer][kind], edge),
     });
   }
 

@@ -22,6 +22,17 @@ function newTile(image, name) {
   return figure;
 }
 
+// The look of a map for `drawMap`, as the form's inputs choose it. limit: of the scale that maps share. edge: of the canvas, in pixels.
+function chosenLook(inputs, colours, signed, limit, edge) {
+  return {
+    signed,
+    colours: signed ? colours.diverging : colours.sequential,
+    limit: inputs.scale.value === "own" ? 0 : limit,
+    smooth: inputs.cells.value !== "raw",
+    edge,
+  };
+}
+
 // Draws a map into a tile and writes its caption. map: packed, or null for an empty map. label: the first line of the caption.
 // spoken: the map in words. words: { sum, quality } of describeMap. look: { signed, colours, limit, smooth, edge } of drawMap.
 function paintTile(figure, { map, label, spoken, words, look }) {
