@@ -23,7 +23,6 @@
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 6;  // per multiprocessor
 
 struct Image {
     int channels, height, width;
@@ -93,7 +92,7 @@ __device__ void finish(const float* partial, int positions, int exponent, float*
 // [n, H, W].
 // ``wide``: packs of 16 bytes, aligned. Grid (n, slices of the period, splits of the channels).
 #define KDX_CAM(name, T)                                                                                                       \
-    extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) name(                                                      \
+    extern "C" __global__ void __launch_bounds__(kThreads) name(                                                               \
         const T* features, const float* weights, int channels, int height, int width, int period, int lanes,                   \
         int periods_per_block, int wide, const int* exponents, float* partial, int* finished, float* maps                      \
     ) {                                                                                                                        \

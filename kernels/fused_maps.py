@@ -13,8 +13,8 @@ from kdx.kernels import cuda
 from kdx.kernels.launches import THREADS, check, launch, warps
 from kdx.kernels.rounding import PROBES, relative_rounding, sampling_step
 
-_BLOCKS = 6
-"""Blocks of the cam kernel that a multiprocessor runs at once."""
+_BLOCKS = 10
+"""Blocks of the cam kernel per multiprocessor: about two times as many as run at once."""
 
 _SHORT, _SHORT_ROWS = 64, 16
 """The means kernel: positions of a short row at most, and short rows per warp."""
@@ -137,7 +137,7 @@ def _plan(features: Tensor, blocks: int) -> _Plan:
     lanes = min(period, THREADS)
     slices = -(-period // lanes)
     periods = -(-channels * positions // (pack * period))
-    # As many blocks as run at once, if each thread then has four packs at least: a few more would run alone in the end.
+    # At most as many blocks as that, and each thread has four packs at least.
     splits = max(1, min(blocks // (n * slices), periods // (4 * (THREADS // lanes))))
     periods_per_block = -(-periods // splits)
     return _Plan(wide, period, lanes, slices, periods_per_block, -(-periods // periods_per_block))

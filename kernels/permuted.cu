@@ -51,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(32 * kWarps) permuted_products(
 }
 
 // labels [n], n <= 256; factor: of the sums over pairs. The rest is as above. Grid (ceil(P/16), chunks, ceil(K/4)).
-extern "C" __global__ void __launch_bounds__(32 * kWarps) permuted_labels(
+extern "C" __global__ void __launch_bounds__(32 * kWarps, 3) permuted_labels(
     const double* matrices, const long long* labels, const long long* permutations, int count, int n, int total, double factor, double* partial
 ) {
     __shared__ long long codes[kWarps][kEach][kImages];
