@@ -207,8 +207,8 @@ def table(record: Mapping[str, Any]) -> str:
     counts = Counter(map(verdict, rows))
     export = sum(all(agrees(each, kind) for kind in EXPORTS) for each in rows)
     text = (
-        f"{len(rows)} networks: {counts['passes']} pass every check, {counts['refused']} are refused with a reason,"
-        f" {counts['fails']} fail a check, and {counts['in part']} have run in part. {export} export in all three kinds.\n\n"
+        f"{len(rows)} networks: {counts['passes']} passed every check, {counts['refused']} were refused with a reason,"
+        f" {counts['fails']} failed a check, and {counts['in part']} have run only in part. {export} were exported in all three kinds.\n\n"
     )
     lines = markdown.header("network", "layer", "Grad-CAM", "patch", *EXPORTS)
     lines += [markdown.row(each["network"], _layer(each), *(_cell(each, stage) for stage in STAGES[1:])) for each in rows]
