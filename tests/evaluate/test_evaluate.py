@@ -127,7 +127,7 @@ def test_grad_cam_and_its_difference(explained: Path, folder: Path, masks: Path)
 def test_metrics_that_do_not_fit_into_the_time_are_left_out_unless_they_are_named(
     explained: Path, folder: Path, masks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run names its models file itself."""
+    """The run itself names its models file."""
     measured = []
 
     def measure(metric: Metric, *arguments: Any) -> None:
@@ -163,7 +163,7 @@ def test_metrics_are_chosen_in_order_and_shared_work_counts_once() -> None:
     assert affordable(costs, [(METRICS["insertion"], 0)], 0)[0] == [METRICS["insertion"]]  # everything is measured already
 
 
-def test_no_map_is_measured_after_the_time(explained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_map_is_measured_after_the_time_limit(explained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "affordable", lambda costs, metrics, limit: ([metric for metric, _ in metrics], {}))
     lines: list[str] = []
     stored = evaluate(explained, max_minutes=0, announce=lines.append)
