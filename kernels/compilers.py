@@ -57,7 +57,7 @@ def compilers() -> tuple[Compiler, ...]:
     if not started:
         raise KdxError(
             f"The CUDA kernels cannot be compiled: {'; '.join(problems)}.",
-            "Install PyTorch's CUDA build, which brings NVRTC, or the CUDA toolkit (nvcc on PATH).",
+            "Install PyTorch's CUDA build, which includes NVRTC, or the CUDA toolkit (nvcc on PATH).",
         )
     return tuple(started)
 
@@ -65,7 +65,7 @@ def compilers() -> tuple[Compiler, ...]:
 def nvrtc() -> Compiler:
     """NVRTC. Raises KdxError if it is not installed or does not load."""
     library, headers = find_nvrtc(), find_headers()
-    hint = "Install PyTorch's CUDA build, which brings NVRTC and its headers."
+    hint = "Install PyTorch's CUDA build, which includes NVRTC and its headers."
     if library is None:
         raise KdxError("NVRTC is not installed.", hint)
     if headers is None:
@@ -80,7 +80,7 @@ def nvcc() -> Compiler:
     """nvcc. Raises KdxError if it is not installed or does not start."""
     path = find_nvcc()
     if path is None:
-        raise KdxError("nvcc is not installed.", "Install the CUDA toolkit (nvcc on PATH); NVRTC, which PyTorch brings, also suffices.")
+        raise KdxError("nvcc is not installed.", "Install the CUDA toolkit (nvcc on PATH); PyTorch's NVRTC also suffices.")
     return Nvcc(path)
 
 

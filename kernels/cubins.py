@@ -94,7 +94,7 @@ def _compiled(source: str, runnable: Sequence[str], available: Sequence[Compiler
         raise failures[0]
     known = "; ".join(f"{compiler.name} {compiler.version} supports {', '.join(compiler.architectures)}" for compiler in available)
     raise KdxError(
-        f"No compiler here compiles for {runnable[0]}: {known}.", "Install PyTorch's CUDA build or a CUDA toolkit that knows this GPU."
+        f"No installed compiler supports {runnable[0]}: {known}.", "Install PyTorch's CUDA build or a CUDA toolkit that supports this GPU."
     )
 
 

@@ -89,7 +89,7 @@ class _Process:
             reasons: list[str] = self.connection.recv()
         except (EOFError, OSError) as error:
             raise KdxError(
-                "A process that decodes images has ended, perhaps for lack of memory.", "Decode with fewer processes: --workers 4."
+                "A process that decodes images has ended, perhaps because memory ran out.", "Decode with fewer processes: --workers 4."
             ) from error
         np.copyto(levels, self._levels[: len(indices)])
         return reasons

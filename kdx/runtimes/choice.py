@@ -76,7 +76,7 @@ def choose(
         raise KdxError(f"The device {device!r} cannot run here.", "Choose cpu, or see kdx doctor for what this machine can run.")
     if device.startswith("cuda") and (problem := gpu_problem()):
         raise KdxError(
-            f"PyTorch sees a GPU and cannot compute on it: {problem}.",
+            f"PyTorch sees a GPU but cannot compute on it: {problem}.",
             "Choose --device cpu, or install the build of PyTorch for this GPU and driver.",
         )
     chosen, reason = _automatic(device, files, engines) if runtime == "auto" else (runtime, "as requested")

@@ -24,7 +24,7 @@ _PROVIDERS: dict[Provider, str] = {
     "cuda": "CUDAExecutionProvider",
 }
 
-GPU_PACKAGE = "Install it in place of onnxruntime: pip uninstall onnxruntime, then pip install 'kdx[gpu]'"
+GPU_PACKAGE = "Install its GPU build in place of onnxruntime: pip uninstall onnxruntime, then pip install 'kdx[gpu]'"
 
 _SHAPE_ARITHMETIC = (
     "Shape Size Gather Slice Concat Squeeze Unsqueeze Cast Add Sub Mul Div Mod Neg Abs Floor Ceil Round Min Max Equal Less "
