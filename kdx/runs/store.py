@@ -17,13 +17,12 @@ from typing import IO, Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.disk import lock_folder, read_json, remove_leftovers, unwritable, write_atomic
+from kdx.disk import csv_text, lock_folder, read_json, remove_leftovers, unwritable, write_atomic
 from kdx.errors import KdxError
 from kdx.runs import grouped_scores, schema
 from kdx.runs.gallery_choice import write_picture
 from kdx.runs.progress_records import BatchRecord, LayerRecord
 from kdx.runs.schema import Configuration, Context, ImageCounts, Manifest, StoredScores
-from kdx.runs.score_tables import csv_text
 
 
 class Store:
