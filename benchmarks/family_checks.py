@@ -46,8 +46,8 @@ def check(row: dict[str, Any], stages: Sequence[str], store: Callable[[dict[str,
     """Run ``stages`` of the network ``row["network"]`` and add their results, each with its seconds of processor time, to the row.
 
     The result of a stage has the key ``refused`` if kdx raised its own error or a package is missing, and ``failed`` for any other
-    exception. store: receives the row before and after each stage, so that results survive if the process is stopped; then the stage's
-    is ``{"stopped": true}``.
+    exception. store: receives the row before and after each stage, so that results survive if the process is stopped; the result of
+    a stopped stage is ``{"stopped": true}``.
     """
     name = row["network"]
     built: list[Network] = []
@@ -119,7 +119,7 @@ def _run(row: dict[str, Any], stage: str, store: Callable[[dict[str, Any]], None
 
 
 def _reason(key: str, text: str) -> dict[str, Any]:
-    """The result of a stage that raised an exception with this text. A lack of memory says nothing about the network."""
+    """The result of a stage that raised an exception with this text. A lack of memory is no failure of the network."""
     if any(part in text for part in _OUT_OF_MEMORY):
         return {"stopped": "it needs more memory than the limit"}
     return {key: text}

@@ -27,7 +27,7 @@ SIDE = 128
 """Height and width of the images of networks that take any size."""
 
 _SIDES = (SIDE, 112)
-"""Sizes to try, as patches of 14 pixels do not fit into the first."""
+"""Sizes to try, because patches of 14 pixels do not fit into the first."""
 
 _SMALL: dict[str, int] = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96, "image_size": SIDE}
 """Values of a small configuration, where an architecture has the setting as a number."""
@@ -177,7 +177,7 @@ def _from_timm(name: str) -> tuple[nn.Module, Preprocessing]:
 
 @contextmanager
 def _few_blocks(name: str) -> Iterator[None]:
-    """Let timm build a network with at most four blocks in a stack, or two per stage, if it can be built so.
+    """Let timm build a network with at most four blocks in a stack, or two per stage, if this works.
 
     timm's functions pass the number of blocks to a common builder, often without an argument of their own for it.
     """
@@ -197,7 +197,7 @@ def _few_blocks(name: str) -> Iterator[None]:
             with torch.device("meta"):
                 timm.create_model(name)
             works = True
-        except Exception:  # a network may need its number of blocks, and says so with an exception of any kind
+        except Exception:  # a network may need its own number of blocks, and may raise any exception otherwise
             works = False
         if works:
             yield

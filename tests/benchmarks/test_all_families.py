@@ -166,7 +166,8 @@ def test_the_table_counts_the_networks_that_export_in_every_kind() -> None:
     ]
     text = all_families.table({"networks": rows})
     assert text.startswith(
-        "5 networks: 1 pass every check, 2 are refused with a reason, 1 fail a check, and 1 have run in part. 2 export in all three kinds."
+        "5 networks: 1 passed every check, 2 were refused with a reason, 1 failed a check, and 1 have run only in part. "
+        "2 were exported in all three kinds."
     )
     assert "| timm:two | `b` | 1e-07 | 5 cells away | 1e-06 | 1e-06 | 1e-06 |" in text
     assert "- timm:three, gradients: refused: Too many steps." in text

@@ -222,7 +222,7 @@ def test_a_run_that_is_stopped_continues(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(evidence_design.TOY, "digits", {**evidence_design.TOY["digits"], "methods": ["kd"]})
     record = tmp_path / "record.json"
     options = Namespace(
-        out=tmp_path / "out", record=record, minutes=0.0, workers=1, images=32, device="cpu", toy=True, data=["digits"], seeds=8
+        out=tmp_path / "out", record=record, minutes=0.0, workers=1, images=30, device="cpu", toy=True, data=["digits"], seeds=8
     )
     monkeypatch.setattr(evidence, "draw", lambda *_, **__: None)
     evidence.run(options)
