@@ -55,7 +55,7 @@ def test_a_spilled_register_is_reported(sources: Path) -> None:
 
 @pytest.fixture
 def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder in which alone the compilers are searched for."""
+    """An empty folder, the only one in which compilers are searched for."""
     for name in ("PATH", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -101,7 +101,7 @@ def test_images_are_uploaded_once_for_three_networks_and_the_target_before_the_p
     batch: list[str] = []
     for name, _ in recorder.of("upload of images", "upload of target", "passes"):
         batch.append(name)
-        if name == "passes":  # everything was uploaded before, and nothing follows
+        if name == "passes":  # everything is uploaded before the passes
             assert batch.count("upload of images") == 1 and batch.count("upload of target") == 1
             batch.clear()
     assert not batch
@@ -202,7 +202,7 @@ def test_an_error_names_its_batch_and_earlier_batches_are_stored(
 
 
 class Late:
-    """Stands in for `begin` on a GPU: expected results, which are wrong for one batch, and a check that is read later."""
+    """A stand-in for `begin` on a GPU: its expected results are wrong for one batch, and a check is read later."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, batch: int, error: KdxError | None) -> None:
         self.calls = 0
