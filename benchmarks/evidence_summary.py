@@ -52,8 +52,8 @@ def gains(record: Record) -> str:
             if selected:
                 whole, published = (sum(s[kind]["RS(S|B)"] > s[kind]["RS(B|S)"] for s in selected) for kind in ("whole", PUBLISHED))
                 lines.append(
-                    f"- Of the {len(selected)} students of {data} that are {title}, {whole} have RS(S|B) > RS(B|S) by the scores of the "
-                    f"whole set, and {published} by the published ones."
+                    f"- RS(S|B) > RS(B|S) in {whole} of {len(selected)} students of {data} that are {title}, by the scores of the whole "
+                    f"set, and in {published} by the published ones."
                 )
     return "\n".join(lines) + "\n"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -128,9 +128,9 @@ def _products(rows: Tensor, others: Tensor) -> Tensor:
         return torch.bmm(rows, others.mT)
 
 
-@lru_cache(maxsize=64)
+@cache
 def _bounds(contexts: tuple[tuple[int, int, int], ...], device: torch.device) -> Tensor:
-    """The start, stop and step [contexts, 3] of each context."""
+    """The start, stop and step [contexts, 3] of each context. They are never freed, since a CUDA graph may read them."""
     return torch.tensor(contexts, dtype=torch.int32, device=device)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -191,10 +191,11 @@ def run(design: Design, folder: Path, *, workers: int | None = None, command: Se
 
             done = frozenset(study.complete)
             outcomes = run_jobs(grid.jobs, perform, folder, workers=count, threads=plan["threads"], on_note=on_note, complete=done)
-            for ended, outcome in enumerate(outcomes, 1):
-                study.end(outcome)
-                display.end(outcome.job.key)
-                announce(f"[{ended}/{todo}] {outcome.job.kind} {outcome.job.key}: {_ending(outcome)}")
+            with closing(outcomes):  # after an error too, no process works in the folder when its lock ends
+                for ended, outcome in enumerate(outcomes, 1):
+                    study.end(outcome)
+                    display.end(outcome.job.key)
+                    announce(f"[{ended}/{todo}] {outcome.job.kind} {outcome.job.key}: {_ending(outcome)}")
         return _finish(study)
 
 

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -29,13 +29,15 @@ IMAGES = 8
 
 _SECONDS_TO_END = 5.0
 
+_SIGNALS = signal.SIGINT, signal.SIGTERM
+
 Decode = Callable[[NDArray[np.int64], NDArray[np.uint8]], list[str]]
 """decode(indices [k], levels [k, 3, H, W]) fills the levels of these images. It returns the reason for each that cannot be read, or ""."""
 
 
 def available() -> bool:
-    """Whether this system can fork processes safely."""
-    return sys.platform == "linux"
+    """Whether this process can fork others safely. The processes of a study cannot: they are daemons, which may have no children."""
+    return sys.platform == "linux" and not multiprocessing.current_process().daemon
 
 
 @contextmanager
@@ -77,10 +79,14 @@ class _Process:
         self._levels = np.frombuffer(mmap.mmap(-1, int(np.prod(shape))), np.uint8).reshape(shape)
         self.connection, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("fork")
-        self._process = context.Process(
-            target=_serve, args=(theirs, [*others, self.connection], decode, self._levels), name="kdx-decode", daemon=True
-        )
-        self._process.start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until the process has its own handlers
+        try:
+            self._process = context.Process(
+                target=_serve, args=(theirs, [*others, self.connection], decode, self._levels, before), name="kdx-decode", daemon=True
+            )
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def decode(self, indices: NDArray[np.int64], levels: NDArray[np.uint8]) -> list[str]:
@@ -103,9 +109,14 @@ class _Process:
         self._process.close()
 
 
-def _serve(connection: Connection, others: Sequence[Connection], decode: Decode, levels: NDArray[np.uint8]) -> None:
-    """Decode the requested images until the connection is closed, which also happens when the parent process is killed."""
+def _serve(connection: Connection, others: Sequence[Connection], decode: Decode, levels: NDArray[np.uint8], mask: Collection[int]) -> None:
+    """Decode the requested images until the connection is closed, which also happens when the parent process is killed.
+
+    mask: of signals, for the time after the handlers are set.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes, and the parent ends this one
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler, whose exception would be printed by every process
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     for other in others:  # as long as a copy of the parent's end is open, this end does not notice that the parent's is closed
         other.close()
     with suppress(EOFError, OSError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -192,13 +192,13 @@ def _shares(features: Mapping[str, Tensor], positions: Mapping[str, PositionSqua
     return result
 
 
-@lru_cache(maxsize=64)
+@cache
 def _indices(places: tuple[int, ...], device: torch.device) -> Tensor:
-    """These numbers on a device, where they are copied once."""
+    """These numbers on a device, where they are copied once. They are never freed, since a CUDA graph may read them."""
     return torch.tensor(places, device=device)
 
 
-@lru_cache(maxsize=16)
+@cache
 def _drawn(count: int, device: torch.device) -> Tensor:
-    """The normal numbers of the probes on a device, where they are copied once."""
+    """The normal numbers of the probes on a device, where they are copied once. They are never freed, as above."""
     return rounding.drawn(count, 0).to(device)

@@ -1,12 +1,14 @@
-"""The computation of a layer, captured as a CUDA graph where batches have the same shapes.
+"""The computation of a layer, captured as a CUDA graph where batches have the same shapes, if the user asks for it.
 
-For a small layer, the processor needs more time for about fifty launches than the GPU needs for the work. A graph is a single launch. It
-reads from and writes to fixed memory: the features of a batch are copied into this memory, and the results are copied out of it together.
-Therefore a batch does not overwrite the results of earlier batches.
+No GPU has run these graphs yet, so they are off unless `REQUEST` is 1 in the environment. For a small layer, the processor needs more time
+for about fifty launches than the GPU needs for the work. A graph is a single launch. It reads from and writes to fixed memory: the features
+of a batch are copied into this memory, and the results are copied out of it together. Therefore a batch does not overwrite the results of
+earlier batches.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +18,9 @@ from torch import Tensor
 from kdx.choices import ObjectiveName
 from kdx.explain.fused_layer import FusedMeasurement, measure_fused
 from kdx.kernels import cuda
+
+REQUEST = "KDX_CUDA_GRAPHS"
+"""The environment variable that turns CUDA graphs on if it is 1."""
 
 _BYTES = 1 << 29
 """The largest size of a graph's features in bytes. The kernels of larger layers take longer than their launches."""
@@ -61,7 +66,7 @@ class _Captured:
 class LayerGraphs:
     """Captured computations by the shapes of their inputs. A computation is captured when its shapes occur for the second time.
 
-    capture: None for CUDA graphs.
+    capture: None for CUDA graphs where the user asks for them and the launcher can be captured; otherwise nothing is captured.
     """
 
     def __init__(self, capture: Capture | None = None) -> None:
@@ -107,7 +112,12 @@ class LayerGraphs:
 
     def _can_capture(self, inputs: Sequence[Tensor]) -> bool:
         small = sum(tensor.nbytes for tensor in inputs) <= _BYTES
-        return small and (self._capture is not None or cuda.launcher(inputs[0].device).can_be_captured)
+        return small and (self._capture is not None or requested_on(inputs[0].device))
+
+
+def requested_on(device: torch.device) -> bool:
+    """Whether the user asks for CUDA graphs, and the device's launcher can be captured."""
+    return os.environ.get(REQUEST) == "1" and cuda.launcher(device).can_be_captured
 
 
 def _unpacked(packed: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -134,9 +134,13 @@ def _queue(explainer: Explainer, plan: Plan, batch: _Ready) -> _Queued:
 
 
 def _read(batch: _Queued, plan: Plan) -> tuple[dict[str, Tensor], dict[str, _Results]]:
-    """The columns of predictions and the results of each layer, on the host. Raises KdxError for features that cannot be measured."""
+    """The columns of predictions and the results of each layer, on the host. Raises KdxError for features that cannot be measured.
+
+    Each layer's measurement is given up here, because it keeps the features of the batch in memory, and the loop keeps the batch.
+    """
     columns, results, numbers = batch.download.result()
-    for layer, pending in batch.pending.items():
+    for layer in list(batch.pending):
+        pending = batch.pending.pop(layer)
         with _about(batch.number, batch.images, plan):
             measured = pending.result(numbers[layer])
         if measured.products is not pending.expected.products:  # the features were unusual and were measured again

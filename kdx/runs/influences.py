@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from kdx.disk import write_atomic
 from kdx.kernels.moments import Influences, part_sizes
-
-FILE = "influences.npz"
+from kdx.runs import schema
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +42,7 @@ class RunInfluences:
                 arrays[f"second/{layer}"] = _stacked(seconds)
         content = io.BytesIO()
         np.savez_compressed(content, allow_pickle=False, **arrays)
-        write_atomic(folder / FILE, content.getvalue())
+        write_atomic(folder / schema.INFLUENCES, content.getvalue())
 
 
 def _stacked(values: list[torch.Tensor]) -> NDArray[np.float32]:
@@ -58,7 +57,7 @@ def parts_of(order: NDArray[np.int64]) -> NDArray[np.uint8]:
 def read_influences(folder: Path) -> RunInfluences | None:
     """The influences of a run; None if it has none, as with other geometries and in older runs, or if the file is damaged."""
     try:
-        with np.load(io.BytesIO((folder / FILE).read_bytes()), allow_pickle=False) as content:
+        with np.load(io.BytesIO((folder / schema.INFLUENCES).read_bytes()), allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
         names = {name.removeprefix("names/"): values.tolist() for name, values in arrays.items() if name.startswith("names/")}
         return RunInfluences(arrays["parts"], {layer: _scores(arrays, layer, scores) for layer, scores in names.items()})

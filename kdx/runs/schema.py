@@ -47,7 +47,10 @@ MAPS_FILE = "maps.zarr"
 SCORES_FILE = "scores.json"
 SCORES_TABLE = "scores.csv"
 GROUPED_TABLES = {"classes": "scores_by_class.csv", "groups": "scores_by_group.csv"}
+INFLUENCES = "influences.npz"
 TRAINING_FILE = "training.json"
+OPTIONAL_RESULTS = (*GROUPED_TABLES.values(), INFLUENCES, TRAINING_FILE)
+"""The results that some runs do not have. In the folder of a run that is computed again, those of the earlier run would stay."""
 PAGE = "report.html"
 IMAGES_PAGE = "images.html"
 """The page of a few images, in a folder that is not a run."""

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kdx.data.dataset import Dataset
 from kdx.data.images import check_unreadable, decoded
+from kdx.data.pixels import pixels_of
 from kdx.disk import write_atomic
 from kdx.errors import resumable
 from kdx.features import arrays
@@ -103,15 +104,12 @@ class Passes:
     def pixels(
         self, parts: Sequence[NDArray[np.int64]], done: int
     ) -> Iterator[tuple[Tensor, NDArray[np.bool_], tuple[tuple[str, str], ...]]]:
-        """The pixels of each part of the images, with blank images in place of unreadable ones, and which are readable."""
+        """Of each part of the images: the pixels, blank for unreadable images, which are readable, and `Images.unreadable`."""
         total = len(self.indices)
         with decoded(self.dataset, parts, self.networks.size, self.options.workers) as results, progress() as show:
             for part, images in zip(parts, results, strict=True):
                 show("Networks", done, total, "images")
-                readable = np.isin(part, images.kept)
-                pixels = torch.zeros(len(part), *images.pixels.shape[1:])
-                pixels[torch.from_numpy(readable)] = images.pixels
-                yield pixels, readable, images.unreadable
+                yield pixels_of(images.rows), images.readable, images.unreadable
                 done += len(part)
             show("Networks", done, total, "images")
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple, Self
 
 from kdx.choices import NO_BASE
 from kdx.study.grid import MODELS, Job
@@ -33,7 +34,8 @@ class SharedWeights:
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, Path] = {}
+        self._first: dict[str, tuple[Path, _Version]] = {}
+        """By content: the file to link to, as it was when its content was read."""
         self._inodes: set[tuple[int, int]] = set()
 
     def add(self, paths: Iterable[Path]) -> None:
@@ -43,15 +45,15 @@ class SharedWeights:
                 self._add(path)
 
     def _add(self, path: Path) -> None:
-        status = path.stat()
-        if (status.st_dev, status.st_ino) in self._inodes:
+        version = _Version.of(path)
+        if (version.device, version.inode) in self._inodes:
             return
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
-        first = self._known.setdefault(content, path)
-        if first is path or not first.is_file():
-            self._known[content] = path
-            self._inodes.add((status.st_dev, status.st_ino))
+        first, read = self._first.setdefault(content, (path, version))
+        if first is path or not first.is_file() or _Version.of(first) != read:  # another program may have replaced the first file
+            self._first[content] = path, version
+            self._inodes.add((version.device, version.inode))
             return
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -59,3 +61,17 @@ class SharedWeights:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+class _Version(NamedTuple):
+    """What changes when a file is replaced or written."""
+
+    device: int
+    inode: int
+    size: int
+    changed: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        status = path.stat()
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

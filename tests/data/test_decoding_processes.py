@@ -75,6 +75,40 @@ def test_a_process_that_ends_is_an_error_and_no_process_is_left(dataset: Dataset
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.usefixtures("without_pinned_memory")
+def test_a_process_of_a_study_decodes_with_threads(dataset: Dataset) -> None:
+    """It is a daemon, and Python lets no daemon start processes."""
+
+    def read_all() -> None:
+        assert sum(len(images.kept) for images in read(dataset, GPU, 2)) == 20
+
+    process = multiprocessing.get_context("fork").Process(target=read_all, daemon=True)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_a_signal_to_all_processes_ends_them_without_a_message(capfd: pytest.CaptureFixture[str]) -> None:
+    """A scheduler sends SIGTERM to the parent, whose handler raises an exception, and to the processes."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with decoding_processes.started(lambda indices, _: [""] * len(indices), SIZE, 2) as decode:
+            decode(np.array([0]), np.empty((1, 3, *SIZE), np.uint8))
+            children = multiprocessing.active_children()
+            for child in children:
+                assert child.pid is not None
+                os.kill(child.pid, signal.SIGTERM)
+            for child in children:
+                child.join()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(children) == 2 and capfd.readouterr() == ("", "")
+
+
 def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     """They hold copies of the parent's open files, such as the lock of a run's folder, which another process may need."""
 
