@@ -191,7 +191,7 @@ def run(design: Design, folder: Path, *, workers: int | None = None, command: Se
 
             done = frozenset(study.complete)
             outcomes = run_jobs(grid.jobs, perform, folder, workers=count, threads=plan["threads"], on_note=on_note, complete=done)
-            with closing(outcomes):  # after an error too, no process works in the folder when its lock ends
+            with closing(outcomes):  # no process works in the folder when its lock ends, also after an error
                 for ended, outcome in enumerate(outcomes, 1):
                     study.end(outcome)
                     display.end(outcome.job.key)

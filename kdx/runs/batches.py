@@ -136,7 +136,7 @@ def _queue(explainer: Explainer, plan: Plan, batch: _Ready) -> _Queued:
 def _read(batch: _Queued, plan: Plan) -> tuple[dict[str, Tensor], dict[str, _Results]]:
     """The columns of predictions and the results of each layer, on the host. Raises KdxError for features that cannot be measured.
 
-    Each layer's measurement is given up here, because it keeps the features of the batch in memory, and the loop keeps the batch.
+    Each layer's measurement is released here, because it keeps the features of the batch in memory while the loop keeps the batch.
     """
     columns, results, numbers = batch.download.result()
     for layer in list(batch.pending):

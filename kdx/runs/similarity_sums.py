@@ -104,7 +104,8 @@ class Passes:
     def pixels(
         self, parts: Sequence[NDArray[np.int64]], done: int
     ) -> Iterator[tuple[Tensor, NDArray[np.bool_], tuple[tuple[str, str], ...]]]:
-        """Of each part of the images: the pixels, blank for unreadable images, which are readable, and `Images.unreadable`."""
+        """Yields for each part of the images: the pixels (blank for unreadable images), which images are readable, and
+        `Images.unreadable`."""
         total = len(self.indices)
         with decoded(self.dataset, parts, self.networks.size, self.options.workers) as results, progress() as show:
             for part, images in zip(parts, results, strict=True):

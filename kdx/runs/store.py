@@ -131,7 +131,7 @@ class Store:
         self._write_manifest()
 
     def restart(self) -> None:
-        """Discard the progress, the maps and the results that not every run has, so that every batch is computed again."""
+        """Discard the progress, the maps and the optional results, so that every batch is computed again."""
         self.manifest["status"] = schema.RUNNING
         self.manifest.pop("geometry", None)  # runs of kdx 0.1.0 did not record it, and it is chosen again
         self._write_manifest()

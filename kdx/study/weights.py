@@ -35,7 +35,7 @@ class SharedWeights:
 
     def __init__(self) -> None:
         self._first: dict[str, tuple[Path, _Version]] = {}
-        """By content: the file to link to, as it was when its content was read."""
+        """The file to link to and its version when it was read, by content."""
         self._inodes: set[tuple[int, int]] = set()
 
     def add(self, paths: Iterable[Path]) -> None:
@@ -64,7 +64,7 @@ class SharedWeights:
 
 
 class _Version(NamedTuple):
-    """What changes when a file is replaced or written."""
+    """The properties of a file that change when it is replaced or written."""
 
     device: int
     inode: int

@@ -77,7 +77,7 @@ def test_a_process_that_ends_is_an_error_and_no_process_is_left(dataset: Dataset
 
 @pytest.mark.usefixtures("without_pinned_memory")
 def test_a_process_of_a_study_decodes_with_threads(dataset: Dataset) -> None:
-    """It is a daemon, and Python lets no daemon start processes."""
+    """It is a daemon, and daemons cannot start processes in Python."""
 
     def read_all() -> None:
         assert sum(len(images.kept) for images in read(dataset, GPU, 2)) == 20

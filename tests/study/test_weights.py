@@ -1,4 +1,4 @@
-"""Equal files of weights are stored once, and no file gets another content."""
+"""Equal files of weights are stored once, and the content of no file changes."""
 
 from __future__ import annotations
 
