@@ -112,7 +112,7 @@ class _Process:
 def _serve(connection: Connection, others: Sequence[Connection], decode: Decode, levels: NDArray[np.uint8], mask: Collection[int]) -> None:
     """Decode the requested images until the connection is closed, which also happens when the parent process is killed.
 
-    mask: the signals to block after the handlers are set.
+    mask: the signal mask to restore after the handlers are set.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes, and the parent ends this one
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the parent's handler, whose exception would be printed by every process
