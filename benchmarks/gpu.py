@@ -39,7 +39,7 @@ from rich.table import Table
 import benchmarks.record
 from benchmarks import gpu_tables, gpu_timeline
 from benchmarks.cases import RESNET50 as NETWORK
-from benchmarks.gpu_batch import Batch, time_batch, time_published
+from benchmarks.gpu_batch import Batch, time_batch, time_graph, time_published
 from benchmarks.gpu_checks import TESTS, compare_decoders, run_tests
 from benchmarks.gpu_clock import Clock, CpuClock, GpuClock, median
 from benchmarks.gpu_passes import BASELINES, time_passes
@@ -169,7 +169,10 @@ def measure(clock: Clock, scale: Scale, seed: int) -> dict[str, Any]:
     published, images, difference = timed("published", lambda: time_published(clock, batch, memory))
     require(difference)
     passes, missing = timed("passes", lambda: time_passes(clock, scale.network, scale.layer, scale.batch, seed))
-    times: dict[str, Any] = samples | published | passes | {"published images": images}
+    graph, graph_difference, not_captured = timed("graph", lambda: time_graph(clock, batch))
+    if graph_difference is not None:
+        require(graph_difference)
+    times: dict[str, Any] = samples | graph | published | passes | {"published images": images}
     return {
         "case": f"ResNet-50, 224 x 224, batch {scale.batch.images}, layer4" if scale is FULL else "toy sizes on the emulation",
         "device": _device(device),
@@ -180,7 +183,7 @@ def measure(clock: Clock, scale: Scale, seed: int) -> dict[str, Any]:
         "kernels": rows,
         "batch": times,
         "baseline": baseline(times),
-        "missing": missing,
+        "missing": missing | not_captured,
         "goals": goals(rows, times),
         "tests": timed("tests", lambda: run_tests(scale.tests)) if scale.tests else None,
         "decoder": timed("decoder", lambda: compare_decoders(device, scale.decoded, seed)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,17 +12,22 @@ from torch.nn import functional
 
 from benchmarks import eager
 from benchmarks.gpu_clock import Clock
-from benchmarks.kernel_cases import Check, Sizes, centred
+from benchmarks.kernel_cases import Check, KernelCase, Sizes, centred, check
 from kdx.data import as_pixels
+from kdx.errors import first_line
 from kdx.explain import layer
 from kdx.explain.batch_target import BatchTarget
-from kdx.explain.layer_graphs import LayerGraphs
-from kdx.kernels import fused, fused_maps, geometry
+from kdx.explain.layer_graphs import CudaCapture, LayerGraphs
+from kdx.kernels import cuda, fused, fused_maps, geometry
+from kdx.kernels.drivers import DriverError
 from kdx.kernels.fused_shares import PositionSquares
 from kdx.runtimes.transfers import Transfers
 from tests.oracle import TOLERANCE, error
 
 PERMUTATIONS = 999
+
+GRAPH = "maps and scores, one CUDA graph"
+"""The name of the samples of `time_graph`."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def target(batch: Batch, transfers: Transfers) -> BatchTarget:
 def maps_and_scores(
     batch: Batch, moved: BatchTarget, permutations: int = PERMUTATIONS, graphs: LayerGraphs | None = None
 ) -> layer.PendingMeasurement:
-    """The measurement of the batch, which a GPU may still be computing. graphs: the graphs of earlier batches."""
+    """The measurement of the batch, which a GPU may still be computing. graphs: as in `layer.begin`."""
     features = {"student": batch.student, "base": batch.base}
     return layer.begin(features, moved.target, permutations=moved.permutations[:permutations], graphs=graphs)
 
@@ -137,29 +142,58 @@ def to_host(pending: layer.PendingMeasurement, transfers: Transfers) -> Results:
     return transfers.download(Results(maps, shares, measured.products, measured.permuted, pending.numbers)).result()
 
 
-def full_path(batch: Batch, transfers: Transfers, graphs: LayerGraphs) -> Results:
+def full_path(batch: Batch, transfers: Transfers) -> Results:
     """Everything except the two passes, one step after another: upload, target and permutations, maps, scores and checks, and results."""
     upload(batch, transfers)
-    return to_host(maps_and_scores(batch, target(batch, transfers), graphs=graphs), transfers)
+    return to_host(maps_and_scores(batch, target(batch, transfers)), transfers)
 
 
 def time_batch(clock: Clock, batch: Batch) -> dict[str, list[float]]:
     """Samples of the kernels alone and of maps and scores (by the clock's device), and of everything except the passes (wall-clock)."""
     one_hot, transfers = batch.one_hot, Transfers(batch.device)
     moved = target(batch, transfers)
-    pending, graphs = maps_and_scores(batch, moved), LayerGraphs()
-    samples = {
+    pending = maps_and_scores(batch, moved)
+    return {
         "geometry": clock.seconds(lambda: explained(batch.student, batch.base, one_hot)),
         "geometry and decomposition maps": clock.seconds(lambda: decomposed(batch.student, batch.base, one_hot)),
-        "maps and scores, 0 permutations": clock.seconds(lambda: maps_and_scores(batch, moved, 0, graphs)),
-        "maps and scores, 999 permutations": clock.seconds(lambda: maps_and_scores(batch, moved, graphs=graphs)),
+        "maps and scores, 0 permutations": clock.seconds(lambda: maps_and_scores(batch, moved, 0)),
+        "maps and scores, 999 permutations": clock.seconds(lambda: maps_and_scores(batch, moved)),
         "upload": clock.wall_seconds(lambda: upload(batch, transfers)),
         "target and permutations": clock.wall_seconds(lambda: target(batch, transfers)),
         "results to the host": clock.wall_seconds(lambda: to_host(pending, transfers)),
-        "full path": clock.wall_seconds(lambda: full_path(batch, transfers, graphs)),
+        "full path": clock.wall_seconds(lambda: full_path(batch, transfers)),
     }
+
+
+def time_graph(clock: Clock, batch: Batch) -> tuple[dict[str, list[float]], Check | None, dict[str, str]]:
+    """`graph_samples` as a CUDA graph; without them, the reason by their name."""
+    if batch.device.type != "cuda":
+        return {}, None, {GRAPH: "CUDA graphs need a GPU"}
+    if not cuda.launcher(batch.device).can_be_captured:
+        return {}, None, {GRAPH: "PyCUDA launches the kernels"}
+    try:
+        samples, difference = graph_samples(clock, batch, LayerGraphs(CudaCapture()))
+    except (RuntimeError, DriverError) as error:  # no GPU has captured them yet, and the other figures do not need them
+        return {}, None, {GRAPH: first_line(error)}
+    return {GRAPH: samples}, difference, {}
+
+
+def graph_samples(clock: Clock, batch: Batch, graphs: LayerGraphs) -> tuple[list[float], Check]:
+    """Samples of the maps and scores through ``graphs``, which are captured with other features, and the largest difference of their
+    results from those of single launches."""
+    moved = target(batch, Transfers(batch.device))
+    other = replace(batch, student=batch.base, base=batch.student)
+    for _ in range(2):
+        maps_and_scores(other, moved, graphs=graphs)
+
+    def results(graphs: LayerGraphs | None) -> list[Tensor]:
+        measured = maps_and_scores(batch, moved, graphs=graphs).expected
+        return [measured.products, *(maps.maps for maps in measured.maps.values()), *measured.shares.values()]
+
+    difference = check(KernelCase("a CUDA graph", lambda: results(graphs), lambda: results(None)))
+    samples = clock.seconds(lambda: maps_and_scores(batch, moved, graphs=graphs))
     graphs.close()
-    return samples
+    return samples, difference
 
 
 def time_published(clock: Clock, batch: Batch, memory: int) -> tuple[dict[str, list[float]], int, Check]:

@@ -24,6 +24,7 @@ BATCH = {
     "geometry and decomposition maps": "the same, with the shares of both networks",
     "maps and scores, 0 permutations": "everything that kdx computes per batch, without permutations",
     "maps and scores, 999 permutations": "everything that kdx computes per batch",
+    "maps and scores, one CUDA graph": "the same with `KDX_CUDA_GRAPHS=1`",
     "upload": "the upload of the images, and their division by 255",
     "target and permutations": "the target and the table of permutations",
     "results to the host": "the copy of the results to the host",
@@ -58,7 +59,7 @@ def _batch(record: Record) -> str:
         f"The published method takes {_milliseconds(published)} on {images} images, which is what fits into memory. "
         f"The kernels take {_milliseconds(beside)} on the same images, {published / beside:.0f} times less, and give the same weights."
     )
-    missing = [f"{PASSES[name]}: not measured ({reason})." for name, reason in record.get("missing", {}).items()]
+    missing = [f"{BATCH[name]}: not measured ({reason})." for name, reason in record.get("missing", {}).items()]
     return "\n\n".join([joined(lines), note, *missing, _goals(record), _machine(record)]) + "\n"
 
 

@@ -14,8 +14,8 @@
 // The blocks of an image share its channels and write partial maps. The last block to finish adds them up in order, so the result
 // does not depend on which block that was.
 //
-// cam_weights  Prepares the channel weights of several maps: as float32 numbers near one with the exponent of each image, because weights
-//              are as large as the features are small; as float32; and whether they are more than rounding (kdx/kernels/rounding.py).
+// cam_weights  Prepares the channel weights of several maps: as float32 numbers near one with an exponent per image, because weights are
+//              large if features are small; as plain float32; and whether they are more than rounding (kdx/kernels/rounding.py).
 //              Bytes: 8 n C read and 8 n C written per map.
 
 #include "reduce.cuh"
@@ -23,6 +23,7 @@
 namespace {
 
 constexpr int kThreads = 256;
+constexpr double kFinite = 1.7976931348623157e308;  // the largest double; NVRTC has no INFINITY, which comes from a header of the C library
 
 struct Image {
     int channels, height, width;
@@ -128,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(kThreads) cam_weights(
     __syncthreads();
     for (int warp = 0; warp < kThreads / 32; ++warp) own = fmax(own, largest[warp]);
     int exponent = 0;
-    if (own < INFINITY) frexp(own, &exponent);
+    if (own <= kFinite) frexp(own, &exponent);
     for (int channel = threadIdx.x; channel < channels; channel += kThreads) {
         normal[image * channels + channel] = float(ldexp(weights[channel], -exponent));
         plain[image * channels + channel] = float(weights[channel]);

@@ -1,10 +1,10 @@
 """Processes that decode image files, for networks on a GPU.
 
-Threads of one process take turns at Python's lock. Pillow decodes and resizes without it, but opening a file, reading its headers and
-handing over the pixels need it. Every handover takes time, also that of the thread that launches the work of the GPU. Each process has a
-lock of its own.
+The threads of one process share Python's interpreter lock. Pillow decodes and resizes without it, but opening a file, reading its headers
+and returning the pixels need it. Every change of the lock's owner takes time, also for the thread that launches the work of the GPU. Each
+process has a lock of its own.
 
-The processes are forked, so they start at once and know the data set. They read and decode files and do not use CUDA.
+The processes are forked, so they start immediately and already have the data set. They read and decode files and do not use CUDA.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from kdx.errors import KdxError
 
 IMAGES = 8
-"""Images per message to a process: few messages, and batches that all processes share evenly."""
+"""Images per message to a process: messages are few, and the processes share a batch evenly."""
 
 _SECONDS_TO_END = 5.0
 
@@ -42,9 +42,10 @@ def available() -> bool:
 
 @contextmanager
 def started(decode: Decode, size: tuple[int, int], count: int) -> Iterator[Decode]:
-    """``decode`` for at most `IMAGES` images, in one of ``count`` processes, for as many threads at a time.
+    """A function like ``decode`` for at most `IMAGES` images, which runs in one of ``count`` processes. As many threads may call it at a
+    time.
 
-    It raises KdxError if its process has ended, for example because memory ran out. No process is left after the block.
+    It raises KdxError if its process has ended, for example because memory ran out. All processes end with the block.
     """
     processes: list[_Process] = []
     idle: SimpleQueue[_Process] = SimpleQueue()
@@ -69,7 +70,8 @@ def started(decode: Decode, size: tuple[int, int], count: int) -> Iterator[Decod
 
 
 class _Process:
-    """A process with memory for the levels of `IMAGES` images, which it shares with this one. others: connections that it must close."""
+    """A process with memory for the levels of `IMAGES` images, which it shares with this one. others: the connections that it must
+    close."""
 
     def __init__(self, decode: Decode, size: tuple[int, int], others: Sequence[Connection]) -> None:
         shape = IMAGES, 3, *size
@@ -108,7 +110,7 @@ class _Process:
 
 
 def _serve(connection: Connection, others: Sequence[Connection], decode: Decode, levels: NDArray[np.uint8], mask: Collection[int]) -> None:
-    """Decode what is requested until the connection is closed, which also happens when the parent process is killed.
+    """Decode the requested images until the connection is closed, which also happens when the parent process is killed.
 
     mask: of signals, for the time after the handlers are set.
     """

@@ -1,15 +1,15 @@
 """Maps and inner products of one layer and one batch on a GPU, without waiting for it.
 
 `kdx.explain.layer.measure` reads a number from the GPU wherever it checks features, and the GPU is idle meanwhile. Here the numbers that
-the checks need are collected in one tensor. Whoever reads it later learns whether everything is as usual. If it is not, the features are
-measured again in `measure`, step by step, which raises the error or computes what unusual features need.
+the checks need are collected in one tensor, which the caller reads later. If it shows that the features are unusual, `measure` measures
+them again, step by step, and raises the error or handles the unusual features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 class FusedMeasurement:
     """The tensors of a `kdx.explain.layer.LayerMeasurement` on the device, which may not have computed them yet.
 
-    maps: the maps [n, H, W] and the channel weights [n, C] by name. numbers: what `scores` needs, float64. limits: the rounding of each
-    role's features, in the order of MEASURED.
+    maps: the maps [n, H, W] and the channel weights [n, C] by name. numbers: the numbers that `scores` needs, float64. limits: the rounding
+    of each role's features, in the order of MEASURED.
     """
 
     maps: dict[str, tuple[Tensor, Tensor]]
@@ -43,7 +43,7 @@ class FusedMeasurement:
     limits: tuple[float, ...]
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, those of float64 first."""
+        """All tensors, float64 tensors first."""
         moments = () if self.moments is None else (self.moments.variance, self.moments.interaction, self.moments.slope)
         maps = [tensor for pair in self.maps.values() for tensor in pair]
         return [self.products, self.numbers, *self.permuted.values(), *moments, *self.shares.values(), *maps]
@@ -59,14 +59,15 @@ class FusedMeasurement:
         return FusedMeasurement(maps, shares, products, permuted, moments, numbers, self.limits)
 
     def scores(self, numbers: Sequence[float]) -> dict[str, float] | None:
-        """The score of each map, from ``numbers``; None if the features are unusual, so that the results mean nothing."""
+        """The score of each map, from ``numbers``; None if the features are unusual; the results are then invalid."""
         n = next(iter(self.maps.values()))[0].shape[0]
         roles, maps = len(self.limits), len(self.maps)
         limits = np.array(self.limits)
         values = np.array(numbers, dtype=np.float64)
         squares, norms, left, scores, real = np.split(values, np.cumsum([roles, roles, maps, maps]))
         low, high = ORDINARY[torch.float32]
-        # The largest of n^2 distances is at most the root of their squares' sum, and at least that over n. NaN fails each comparison.
+        # The largest of n^2 distances is at most the root of the sum of their squares, and at least this root over n.
+        # NaN fails each comparison.
         is_usual = (
             ((np.sqrt(squares) >= low * n) & (np.sqrt(squares) <= high)).all()
             and (norms * (n * (n - 3)) > limits**2 * squares).all()
@@ -146,7 +147,7 @@ def _distances(features: Tensor) -> Tensor:
 
 
 def _alike(features: Mapping[str, Tensor]) -> list[list[str]]:
-    """The names, grouped by the shape and the type of their features."""
+    """The roles, grouped by the shape and the type of their features."""
     groups: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
     for name, value in features.items():
         groups.setdefault((value.shape, value.dtype), []).append(name)
@@ -191,13 +192,13 @@ def _shares(features: Mapping[str, Tensor], positions: Mapping[str, PositionSqua
     return result
 
 
-@lru_cache(maxsize=64)
+@cache
 def _indices(places: tuple[int, ...], device: torch.device) -> Tensor:
-    """These numbers on a device, where they are copied once."""
+    """These numbers on a device, where they are copied once. They are never freed, since a CUDA graph may read them."""
     return torch.tensor(places, device=device)
 
 
-@lru_cache(maxsize=16)
+@cache
 def _drawn(count: int, device: torch.device) -> Tensor:
-    """The normal numbers of the probes on a device, where they are copied once."""
+    """The normal numbers of the probes on a device, where they are copied once. They are never freed, as above."""
     return rounding.drawn(count, 0).to(device)

@@ -1,4 +1,4 @@
-"""What each part of a run's images contributes to its scores: the file influences.npz in the folder of a run with the geometry ``whole``.
+"""The contributions of the parts of a run's images to its scores: the file influences.npz of a run with the geometry ``whole``.
 
 parts          [rows], the part of each image of samples.parquet
 names/LAYER    [s], the scores
@@ -26,7 +26,7 @@ from kdx.runs import schema
 
 @dataclass(frozen=True, eq=False)
 class RunInfluences:
-    """parts [N]: of the images in the order of samples.parquet. layers: by layer and score, first [1, u] and second [1, u, u]."""
+    """parts [N]: the part of each image, in the order of samples.parquet. layers: by layer and score, first [1, u] and second [1, u, u]."""
 
     parts: NDArray[np.uint8]
     layers: Mapping[str, Mapping[str, Influences]]
@@ -55,7 +55,7 @@ def parts_of(order: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 
 def read_influences(folder: Path) -> RunInfluences | None:
-    """The influences of a run; None where it has none, as in other geometries and in older runs, and for a damaged file."""
+    """The influences of a run; None if it has none, as with other geometries and in older runs, or if the file is damaged."""
     try:
         with np.load(io.BytesIO((folder / schema.INFLUENCES).read_bytes()), allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}

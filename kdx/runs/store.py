@@ -266,7 +266,8 @@ def _may_become_a_run(folder: Path) -> bool:
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a run; None if it is damaged and the folder has results, so that they are a run's. Otherwise raises KdxError."""
+    """The manifest of a run; None if it is damaged but the folder contains results of a run. Raises KdxError for any other damaged
+    manifest."""
     try:
         return read_json(path)
     except KdxError:

@@ -1,4 +1,4 @@
-"""The weights of a study on disk: which files a complete job has, and equal files of several cells stored once."""
+"""The weights of a study on disk: the files of a complete job, and links that store equal files only once."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def weights_files(job: Job) -> Iterator[Path]:
 class SharedWeights:
     """Replaces files of weights with equal contents by hard links to one file.
 
-    Every cell has the files that `kdx distill` writes, so its folder can be copied and used alone; the disk has each teacher and each base
-    once. kdx never writes into such a file, it replaces it. Where the file system has no hard links, the copies stay.
+    Every cell has the files that `kdx distill` writes, so its folder can be copied and used alone, while the disk stores each teacher and
+    each base once. kdx never writes into such a file; it replaces the file. If the file system has no hard links, the copies remain.
     """
 
     def __init__(self) -> None:

@@ -104,7 +104,7 @@ def test_a_run_ends_at_its_deadline_and_keeps_the_stages_that_are_finished(tmp_p
     assert rows == [{"network": f"timm:{name}", "layers": {"names": ["a"]}, "grad_cam": None} for name in "ab"]
 
 
-def test_a_process_that_needs_too_much_memory_is_told_from_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_needs_too_much_memory_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def check(row: dict[str, Any], _stages: object, store: Callable[[dict[str, Any]], None]) -> None:
         family_checks._run(row, "layers", store, lambda: {"names": [str(torch.ones(int(8e9), dtype=torch.uint8).sum())]})
 
@@ -129,7 +129,7 @@ def test_rows_of_another_file_replace_those_with_fewer_stages(tmp_path: Path, mo
     assert record["networks"] == [{"network": "timm:a", **whole}, {"network": "timm:b", **whole}, {"network": "timm:c", **half}]
 
 
-def test_an_incomplete_row_of_other_versions_starts_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_row_of_other_versions_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(all_families, "RESULT", tmp_path / "families.json")
     old = {"network": "timm:a", "commit": "c", "environment": {"torch": "1.0"}, "patch": {"distance": 0}, "layers": {"names": ["b"]}}
     all_families.write({"networks": [old]})

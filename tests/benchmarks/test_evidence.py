@@ -167,7 +167,7 @@ def measured_networks(n: int = 12) -> tuple[dict[str, MeasuredNetwork], TestImag
 
 
 def test_metrics_of_maps_with_known_values() -> None:
-    """A uniform map has the mask's share of the area, and the mask itself hits always. A gain over itself is zero."""
+    """A uniform map has the mask's share of the area, and the mask itself always hits. A gain over the same network is zero."""
     networks, test = measured_networks()
     student = networks["student"]
     uniform = evidence_evaluation.measured(np.ones((12, 1, 1), np.float32), student, student, test)

@@ -15,14 +15,17 @@ from rich.console import Console
 
 import benchmarks.record
 from benchmarks import gpu, gpu_batch, gpu_checks, gpu_tables
+from benchmarks.gpu_clock import CpuClock
 from benchmarks.kernel_cases import CHECKED, IN_PYTORCH, Check, KernelCase, Sizes, cases, check
 from kdx.data.gpu_decoder import GpuDecoder
 from kdx.errors import KdxError
+from kdx.explain.layer_graphs import LayerGraphs
 from kdx.kernels import cubins, cuda, geometry
 from kdx.kernels.cuda import Argument
 from kdx.kernels.drivers import Size
 from kdx.runtimes.transfers import Transfers
 from tests.data.test_gpu_decoder import Nvjpeg
+from tests.explain.test_fused_layer import captured
 from tests.host import KERNELS, ORDERS, HostLauncher, KernelError, kernels, running
 from tests.oracle import TOLERANCE, error
 
@@ -90,7 +93,7 @@ def test_a_kernel_that_does_nothing_fails_only_its_own_checks(source: str) -> No
     with running(Absent(source)):
         failed = {case.name for case in cases(CHECKED[0], CPU, 4) if fails(case)}
     uses = {"products": {"products", "weights"}}.get(source, {source})
-    uses |= set() if source in ("imputation", "influences", "shares") else {"a"}  # of a layer, whose maps and products are compared
+    uses |= set() if source in ("imputation", "influences", "shares") else {"a"}  # the maps and products of a layer are compared
     expected = {case.name for case in cases(CHECKED[0], CPU, 4) if re.split(r"[ ,]", case.name)[0] in uses}
     assert failed == expected and expected
 
@@ -153,6 +156,16 @@ def test_the_timed_maps_and_scores_are_those_of_pytorch(permutations: int) -> No
     assert torch.equal(gpu_batch.upload(batch, transfers), batch.levels.float() / 255)
 
 
+@pytest.mark.slow
+def test_the_timed_graph_is_compared_with_single_launches() -> None:
+    batch = gpu_batch.Batch.drawn(Sizes(12, (4, 3, 3), (4, 3, 3), (16, 16), stack=1, classes=2), CPU, 3)
+    with running():
+        samples, same = gpu_batch.graph_samples(CpuClock(1), batch, LayerGraphs(captured))
+        _, other = gpu_batch.graph_samples(CpuClock(1), batch, LayerGraphs(lambda run: (captured(run)[0], lambda: None)))
+    assert len(samples) == 1 and same.error == 0
+    assert not other.holds  # a graph that computes nothing again has the results of other features
+
+
 # ---- the report ----
 
 
@@ -178,7 +191,7 @@ def test_a_toy_run_checks_times_and_writes(record: dict[str, Any]) -> None:
     times = record["batch"]
     assert times.pop("published images") == 12 and all(len(samples) == 1 for samples in times.values())
     assert set(times) | set(record["missing"]) == {*gpu_tables.BATCH, "published", "geometry beside published"}
-    assert record["missing"] == {"passes, TensorRT float16": "TensorRT needs a GPU"}
+    assert record["missing"] == {"passes, TensorRT float16": "TensorRT needs a GPU", gpu_batch.GRAPH: "CUDA graphs need a GPU"}
     assert record["baseline"] == "passes, ONNX Runtime float16"
     assert [goal["wanted"] for goal in record["goals"]] == [*[0.8] * 7, 0.05, 0.05, 0.05, 1.5, 100]
     assert "needs an NVIDIA GPU" in record["decoder"]["reason"] and record["tests"] is record["command"] is None
@@ -198,6 +211,7 @@ def test_a_run_is_shown(record: dict[str, Any]) -> None:
 def test_the_page_states_what_was_measured_and_what_was_not(record: dict[str, Any]) -> None:
     page = gpu_tables.page(record)
     assert page.startswith("# kdx on the emulation on a CPU\n") and "TensorFloat-32 is forbidden" in page
+    assert "the same with `KDX_CUDA_GRAPHS=1`: not measured (CUDA graphs need a GPU)." in page
     assert "relative to the passes, ONNX Runtime, float16" in page and "TensorRT, float16: not measured (TensorRT needs a GPU)." in page
     full = record | {
         "tests": {"passed": 5, "skipped": 1, "failed": ["tests/test_a.py::test_b[1]"], "seconds": 3.2, "timed out": False},
@@ -236,7 +250,7 @@ def test_goals_are_judged_by_the_measured_values(holds: bool) -> None:
     assert [goal["holds"] for goal in goals] == [holds] * 6
     assert [goal["found"] for goal in goals[1:4]] == pytest.approx([0.05, 0.04, 0.05] if holds else [0.06, 0.08, 0.07])
     assert "float16" in goals[3]["goal"]
-    # The fastest passes that ran are those that count.
+    # The goals use the first of BASELINES that ran.
     faster = gpu.goals(rows, batch | {"passes, ONNX Runtime float16": [50.0], "passes, TensorRT float16": [20.0]})
     assert faster[3]["found"] == pytest.approx(0.25 if holds else 0.35) and "TensorRT" in faster[3]["goal"]
 
@@ -257,7 +271,7 @@ def test_without_a_gpu_it_explains_why(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "PyCUDA does not load" in capsys.readouterr().err and not (tmp_path / "gpu.json").exists()
 
 
-# ---- the checks beside the kernels ----
+# ---- the checks besides the kernels ----
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Decoding by processes: the levels and the errors of threads, and no process is left."""
+"""Decoding by processes gives the levels and the errors of decoding by threads, and leaves no process."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_processes_decode_what_threads_decode(dataset: Dataset, workers: int) ->
     assert not multiprocessing.active_children()
 
 
-def test_a_process_that_ends_is_an_error_and_leaves_no_other(dataset: Dataset) -> None:
+def test_a_process_that_ends_is_an_error_and_no_process_is_left(dataset: Dataset) -> None:
     def ends(indices: NDArray[np.int64], _: NDArray[np.uint8]) -> list[str]:
         if indices[0] == 3:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -15,7 +15,7 @@ from kdx.explain.fused_layer import FusedMeasurement
 from kdx.explain.layer import LayerMeasurement, begin, measure
 from kdx.explain.layer_graphs import LayerGraphs
 from kdx.features.target import Target
-from kdx.kernels import geometry
+from kdx.kernels import cuda, geometry
 from kdx.scores import uncertainty
 from tests import oracle
 from tests.device_work import counted
@@ -197,6 +197,25 @@ def test_batches_of_the_same_shapes_are_captured_and_keep_their_results() -> Non
     assert len(captures) == 1
     for batch, result in zip(batches, results, strict=False):
         assert_close(result, measure(batch, target, permutations=table))
+
+
+@pytest.mark.parametrize(
+    ("text", "can_be_captured", "expected"),
+    [(None, True, False), ("", True, False), ("0", True, False), ("1", False, False), ("1", True, True)],
+)
+def test_graphs_are_captured_only_on_request(
+    monkeypatch: pytest.MonkeyPatch, text: str | None, can_be_captured: bool, expected: bool
+) -> None:
+    monkeypatch.delenv("KDX_CUDA_GRAPHS", raising=False)
+    if text is not None:
+        monkeypatch.setenv("KDX_CUDA_GRAPHS", text)
+    monkeypatch.setattr(layer_graphs, "CudaCapture", lambda: captured)
+    graphs, (features, target, table) = LayerGraphs(), inputs()
+    with counted():
+        monkeypatch.setattr(cuda.launcher(torch.device("cpu")), "can_be_captured", can_be_captured)
+        for _ in range(2):
+            begin(features, target, permutations=table, graphs=graphs)
+    assert bool(graphs._captured) == expected
 
 
 def test_large_features_and_launchers_without_graphs_are_not_captured() -> None:

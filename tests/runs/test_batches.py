@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_images_are_uploaded_once_for_three_networks_and_the_target_before_the_p
     batch: list[str] = []
     for name, _ in recorder.of("upload of images", "upload of target", "passes"):
         batch.append(name)
-        if name == "passes":  # everything was uploaded before, and nothing follows
+        if name == "passes":  # everything is uploaded before the passes
             assert batch.count("upload of images") == 1 and batch.count("upload of target") == 1
             batch.clear()
     assert not batch
@@ -201,7 +202,7 @@ def test_an_error_names_its_batch_and_earlier_batches_are_stored(
 
 
 class Late:
-    """Stands in for `begin` on a GPU: expected results, which are wrong for one batch, and a check that is read later."""
+    """A stand-in for `begin` on a GPU: its expected results are wrong for one batch, and a check is read later."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, batch: int, error: KdxError | None) -> None:
         self.calls = 0
@@ -228,13 +229,37 @@ class Late:
         return right
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_an_error_that_is_known_late_names_its_batch(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int) -> None:
+@pytest.mark.parametrize(("ahead", "batch"), [(0, 1), (1, 1), (1, 3)])
+def test_an_error_that_is_known_late_names_its_batch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int, batch: int
+) -> None:
     monkeypatch.setattr(Transfers, "ahead", ahead)
-    Late(monkeypatch, 1, KdxError("The features are constant.", "Check them."))
-    with pytest.raises(KdxError, match=r"^Batch 1 of 4, whose first image is \w+/\d+\.png: The features are constant"):
+    Late(monkeypatch, batch, KdxError("The features are constant.", "Check them."))
+    with pytest.raises(KdxError, match=rf"^Batch {batch} of 4, whose first image is \w+/\d+\.png: The features are constant"):
         run(folder, tmp_path / "run")
-    assert len(list((tmp_path / "run" / "progress").glob("*.npz"))) == 1
+    assert len(list((tmp_path / "run" / "progress").glob("*.npz"))) == batch
+
+
+@pytest.mark.slow
+def test_features_are_freed_when_their_results_have_been_read(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features: list[weakref.ref[Tensor]] = []
+    alive: list[list[int]] = []
+
+    def pending(maps: Mapping[str, Tensor], *arguments: Any, **options: Any) -> PendingMeasurement:
+        alive.append([place // 2 for place, feature in enumerate(features) if feature() is not None])
+        features.append(weakref.ref(maps["student"]))
+        measurement = begin(maps, *arguments, **options).result()
+
+        def again(_: Sequence[float], kept: Mapping[str, Tensor] = maps) -> LayerMeasurement:
+            return measurement
+
+        return PendingMeasurement(torch.zeros(1), measurement, again)
+
+    monkeypatch.setattr(Transfers, "ahead", 1)
+    monkeypatch.setattr("kdx.explain.networks.begin", pending)
+    run(folder, tmp_path / "run")
+    # Two layers: of the batch itself the first, and of the batch before it both.
+    assert alive == [[], [0], [0, 0], [0, 0, 1], [1, 1], [1, 1, 2], [2, 2], [2, 2, 3]]
 
 
 def test_a_batch_that_is_measured_again_replaces_its_expected_results(

@@ -59,7 +59,7 @@ def digests(out: Path) -> dict[str, str]:
     ],
 )
 def test_the_batch_changes_no_byte(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    """On the CPU: on a GPU the algorithm of a convolution, and with it the rounding, depends on the number of images."""
+    """The test runs on the CPU. On a GPU, the number of images selects the algorithm of a convolution, and thereby its rounding."""
     run(folder, tmp_path / "expected", replace(WHOLE, batch=32, device="cpu"))
     run(folder, tmp_path / "run", replace(WHOLE, device="cpu", **changes))
     assert digests(tmp_path / "run") == digests(tmp_path / "expected")

@@ -141,7 +141,7 @@ def test_a_damaged_run_is_computed_again_by_the_next_start(complete: Path, damag
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", ["trainings/*/*/teacher-*/teacher", "cells/*/large/tiny/kd/seed0/models/base"])
 def test_weights_that_were_deleted_are_computed_again(complete: Path, lost: str) -> None:
-    """And are the same; no other job is done again."""
+    """The new weights equal the deleted ones, and no other job runs again."""
     before = contents(complete)
     (path,) = complete.glob(f"{lost}.safetensors")
     content = path.read_bytes()
@@ -153,7 +153,7 @@ def test_weights_that_were_deleted_are_computed_again(complete: Path, lost: str)
 
 @pytest.mark.slow
 def test_the_disk_has_each_teacher_and_each_base_once(complete: Path) -> None:
-    """The teachers and bases of the two cells, one with an assistant, and the trainings."""
+    """These are the teachers and bases of two cells, one of which has an assistant, and those of the trainings."""
     files = [*complete.rglob("*.safetensors")]
     by_content: dict[bytes, set[int]] = {}
     for path in files:
