@@ -21,6 +21,7 @@ from kdx.data.dataset import Dataset, Indices
 from kdx.data.decoding_processes import Decode
 from kdx.data.pixels import fit, pixels_of
 from kdx.data.prefetch import PREFETCH_DEPTH, Job, prefetch
+from kdx.disk import log
 from kdx.errors import KdxError, printable
 
 if TYPE_CHECKING:
@@ -126,7 +127,10 @@ def decoded(
             decode: Decode = partial(_decode, dataset, size)
             images = 1
             if on_gpu and count > 1 and decoding_processes.available() and dataset.has_file_per_image:
-                decode, images = stack.enter_context(decoding_processes.started(decode, size, count)), decoding_processes.IMAGES
+                try:
+                    decode, images = stack.enter_context(decoding_processes.started(decode, size, count)), decoding_processes.IMAGES
+                except OSError as error:  # the system limits processes, or their memory; threads decode the same levels
+                    log.warning("Images are decoded by threads, which is slower: no process can be started (%s).", error.strerror or error)
             jobs = (_job(dataset, batch, size, decode, images, on_gpu) for batch in batches)
         yield stack.enter_context(prefetch(jobs, count, _DEPTH_FOR_GPU if on_gpu else PREFETCH_DEPTH))
 

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,6 +87,21 @@ def test_a_process_of_a_study_decodes_with_threads(dataset: Dataset) -> None:
     process.start()
     process.join()
     assert process.exitcode == 0
+
+
+@pytest.mark.usefixtures("without_pinned_memory")
+def test_threads_decode_where_the_system_allows_no_more_processes(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Limited(decoding_processes._Process):
+        def __init__(self, *arguments: Any) -> None:
+            if multiprocessing.active_children():
+                raise BlockingIOError(11, "Resource temporarily unavailable")
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(decoding_processes, "_Process", Limited)
+    assert sum(len(images.kept) for images in read(dataset, GPU, 3)) == 20
+    assert "decoded by threads" in caplog.text and not multiprocessing.active_children()
 
 
 def test_a_signal_to_all_processes_ends_them_without_a_message(capfd: pytest.CaptureFixture[str]) -> None:

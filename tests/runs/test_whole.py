@@ -288,6 +288,16 @@ def test_a_part_without_a_readable_image_is_stored_in_float16(folder: Path, tmp_
     assert read_run(tmp_path / "run").explained == 16
 
 
+def test_features_too_large_for_float16_are_refused_and_their_images_stay_pending(tmp_path: Path) -> None:
+    files = feature_files.FeatureFiles(tmp_path, 4, {"student": {"layer3": (3, 1, 1)}}, "float16", ["layer3"])
+    columns: dict[str, Any] = {"student_prediction": np.zeros(2, np.int64), "student_confidence": np.ones(2, np.float32)}
+    everything = np.ones(2, bool)
+    files.write(slice(0, 2), everything, {"layer3": {"student": torch.full((2, 3, 1, 1), 65504.0)}}, columns, ())
+    with pytest.raises(kdx.KdxError, match=r"The student's features at layer3 are too large for float16\."):
+        files.write(slice(2, 4), everything, {"layer3": {"student": torch.full((2, 3, 1, 1), 7e4)}}, columns, ())
+    assert files.pending(2) == [slice(2, 4)] and files.kept.tolist() == [0, 1]
+
+
 def test_features_that_are_not_finite_are_reported_with_the_image_as_soon_as_they_occur(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
