@@ -16,6 +16,7 @@ from kdx.explain.layer import LayerMeasurement, begin, measure
 from kdx.explain.layer_graphs import LayerGraphs
 from kdx.features.target import Target
 from kdx.kernels import cuda, geometry
+from kdx.runtimes.transfers import tensors_of
 from kdx.scores import uncertainty
 from tests import oracle
 from tests.device_work import counted
@@ -198,7 +199,7 @@ def captured(run: Callable[[], tuple[FusedMeasurement, Tensor]]) -> tuple[tuple[
     def replay() -> None:
         measurement, packed = run()
         results[1].copy_(packed)
-        for own, other in zip(results[0].tensors(), measurement.tensors(), strict=True):
+        for own, other in zip(tensors_of(results[0]), tensors_of(measurement), strict=True):
             own.copy_(other)
 
     return results, replay
