@@ -40,7 +40,9 @@ _COMPILE = (
     *("g++", "-std=c++17", "-O1", "-g1", "-DKDX_HOST", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"),
     *("-fsanitize=address,undefined", "-fsanitize-sections=kdx_shared", "-fno-sanitize-recover=all"),
 )
-_KERNEL = re.compile(r'extern\s+"C"\s+__attribute__\s*\(\(used\)\)\s+void\s+(\w+)')
+_KERNEL = re.compile(r'extern\s+"C"\s+__attribute__\s*\(\(used\)\)\s+void\s+(\w+)\s*\(([^)]*)\)')
+POINTER = np.dtype(np.uintp).name
+_TYPES = {"int": "int32", "long long": "int64", "float": "float32", "double": "float64"}
 
 
 class KernelError(Exception):
@@ -139,6 +141,24 @@ def broken(source: str, old: str, new: str, order: Order = "forward", seed: int 
 
 def kernels(source: Path) -> list[str]:
     """The kernels that a file defines, including those of its macros."""
+    return [name for name, _ in _definitions(source)]
+
+
+@functools.cache
+def declared() -> dict[str, tuple[str, ...]]:
+    """The types of the parameters of each kernel of kernels/*.cu, as NumPy names them."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++, which reads the sources")
+    definitions = [definition for path in sorted(KERNELS.glob("*.cu")) for definition in _definitions(path)]
+    return {name: tuple(_type(parameter) for parameter in text.split(",")) for name, text in definitions}
+
+
+def _type(parameter: str) -> str:
+    return POINTER if "*" in parameter else _TYPES[parameter.strip().rpartition(" ")[0]]
+
+
+def _definitions(source: Path) -> list[tuple[str, str]]:
+    """The name and the text of the parameters of each kernel."""
     return _KERNEL.findall(_run(*_COMPILE, f"-I{source.parent}", f"-I{KERNELS}", "-E", "-P", "-x", "c++", str(source)))
 
 

@@ -7,7 +7,7 @@ them again, step by step, and raises the error or handles the unusual features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -41,22 +41,6 @@ class FusedMeasurement:
     moments: Moments | None
     numbers: Tensor
     limits: tuple[float, ...]
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors, float64 tensors first."""
-        moments = () if self.moments is None else (self.moments.variance, self.moments.interaction, self.moments.slope)
-        maps = [tensor for pair in self.maps.values() for tensor in pair]
-        return [self.products, self.numbers, *self.permuted.values(), *moments, *self.shares.values(), *maps]
-
-    def with_tensors(self, tensors: Iterable[Tensor]) -> FusedMeasurement:
-        """The same measurement with other `tensors`, in the same order."""
-        left = iter(tensors)
-        products, numbers = next(left), next(left)
-        permuted = {name: next(left) for name in self.permuted}
-        moments = None if self.moments is None else Moments(self.moments.parts, next(left), next(left), next(left))
-        shares = {key: next(left) for key in self.shares}
-        maps = {name: (next(left), next(left)) for name in self.maps}
-        return FusedMeasurement(maps, shares, products, permuted, moments, numbers, self.limits)
 
     def scores(self, numbers: Sequence[float]) -> dict[str, float] | None:
         """The score of each map, from ``numbers``; None if the features are unusual; the results are then invalid."""

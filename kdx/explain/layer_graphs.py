@@ -18,6 +18,7 @@ from torch import Tensor
 from kdx.choices import ObjectiveName
 from kdx.explain.fused_layer import FusedMeasurement, measure_fused
 from kdx.kernels import cuda
+from kdx.runtimes.transfers import packed, replaced, tensors_of, unpacked
 
 REQUEST = "KDX_CUDA_GRAPHS"
 """The environment variable that turns CUDA graphs on if it is 1."""
@@ -60,7 +61,7 @@ class _Captured:
         for own, other in zip(self.inputs, inputs, strict=True):
             own.copy_(other)
         self.replay()
-        return self.results.with_tensors(_unpacked(self.packed.clone(), self.results.tensors()))
+        return replaced(self.results, iter(unpacked(self.packed.clone(), list(tensors_of(self.results)))))
 
 
 class LayerGraphs:
@@ -97,11 +98,11 @@ class LayerGraphs:
 
         def run() -> tuple[FusedMeasurement, Tensor]:
             results = measure_fused(own_features, own[1], None if labels is None else own[-1], objective, own[0], shares=shares)
-            return results, torch.cat([tensor.flatten().view(torch.uint8) for tensor in results.tensors()])
+            return results, packed(list(tensors_of(results)))
 
         self._capture = self._capture or CudaCapture()
-        (results, packed), replay = self._capture(run)
-        self._captured[key] = _Captured(own, results, packed, replay)
+        (results, together), replay = self._capture(run)
+        self._captured[key] = _Captured(own, results, together, replay)
         return self._captured[key].run(inputs)
 
     def close(self) -> None:
@@ -118,9 +119,3 @@ class LayerGraphs:
 def requested_on(device: torch.device) -> bool:
     """Whether the user asks for CUDA graphs, and the device's launcher can be captured."""
     return os.environ.get(REQUEST) == "1" and cuda.launcher(device).can_be_captured
-
-
-def _unpacked(packed: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors like these, from their bytes one after the other."""
-    parts = packed.split([tensor.nbytes for tensor in tensors])
-    return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

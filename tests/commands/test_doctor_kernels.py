@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,9 +23,7 @@ RUNS = "a kernel loads, runs and gives the right result"
 
 def centred(launch: Launch) -> None:
     """The kernel products_centred on the CPU."""
-    source = (cubins.SOURCES / "products.cu").read_text()
-    (parameters,) = re.findall(r"\bproducts_centred\(([^)]*)\)", source)
-    assert launch.kernel == "products_centred" and len(launch.arguments) == len(parameters.split(","))
+    assert launch.kernel == "products_centred"
     distances, rows, totals, n, result = (int(value) for _, value in launch.arguments)
     assert launch.grid == (1, n, 1)
     d, sums, total = (

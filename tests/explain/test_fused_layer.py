@@ -16,11 +16,12 @@ from kdx.explain.layer import LayerMeasurement, begin, measure
 from kdx.explain.layer_graphs import LayerGraphs
 from kdx.features.target import Target
 from kdx.kernels import cuda, geometry
+from kdx.runtimes.transfers import tensors_of
 from kdx.scores import uncertainty
 from tests import oracle
 from tests.device_work import counted
 from tests.explain.test_layer import roles
-from tests.host import running
+from tests.host import HostLauncher, running
 
 CLOSE = oracle.TOLERANCE["float32"]
 
@@ -86,6 +87,36 @@ def test_few_images(n: int) -> None:
     expected = measure(features, target, permutations=table)
     with running():
         assert_close(measure(features, target, permutations=table), expected, 10 * CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n", "student", "base", "dtype"),
+    [
+        (5, (1, 1, 1), (2, 1, 1), torch.float16),
+        (6, (8, 1, 1), (8, 1, 1), torch.bfloat16),
+        (7, (3, 1, 2), (1, 3, 3), torch.bfloat16),
+        (9, (33, 9, 8), (2, 1, 1), torch.float32),
+        (33, (5, 3, 5), (5, 3, 5), torch.float16),
+    ],
+)
+def test_small_and_odd_shapes(n: int, student: tuple[int, ...], base: tuple[int, ...], dtype: torch.dtype) -> None:
+    """One channel, one position, networks of unlike shapes and rows that are not aligned, with threads in random order."""
+    generator = torch.Generator().manual_seed(n)
+    labels = torch.arange(n) % 2
+    shapes = {"student": student, "base": base}
+    drawn = {role: torch.randn(n, *shape, generator=generator) + labels[:, None, None, None] for role, shape in shapes.items()}
+    features = {role: values.to(dtype) for role, values in drawn.items()}
+    target, table = Target.of(labels), uncertainty.permutation_table(n, 5, 0)
+    wide = {role: values.double() for role, values in features.items()}
+    expected = measure(wide, target, permutations=table, backend="torch")
+    with running(HostLauncher("shuffled", n)):
+        actual = measure(features, target, permutations=table)
+    for name, maps in expected.maps.items():
+        assert oracle.error(actual.maps[name].maps, maps.maps) < CLOSE and oracle.error(actual.maps[name].weights, maps.weights) < CLOSE
+    assert oracle.error(actual.products, expected.products) < CLOSE
+    assert all(oracle.error(actual.shares[key], share) < CLOSE for key, share in expected.shares.items())
+    assert all(oracle.error(actual.permuted[name], rows) < CLOSE for name, rows in expected.permuted.items())
 
 
 @pytest.mark.slow
@@ -168,7 +199,7 @@ def captured(run: Callable[[], tuple[FusedMeasurement, Tensor]]) -> tuple[tuple[
     def replay() -> None:
         measurement, packed = run()
         results[1].copy_(packed)
-        for own, other in zip(results[0].tensors(), measurement.tensors(), strict=True):
+        for own, other in zip(tensors_of(results[0]), tensors_of(measurement), strict=True):
             own.copy_(other)
 
     return results, replay

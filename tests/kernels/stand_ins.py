@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kdx.kernels import drivers
+from tests.host import declared
 
 INVALID_IMAGE, NO_DEVICE = "device kernel image is invalid", "no CUDA-capable device is detected"
 
@@ -55,6 +56,13 @@ class Package(ModuleType):
         patch.setattr(drivers, "_installed", lambda name: name == package)
         patch.setattr(drivers, "importlib", SimpleNamespace(import_module=lambda name: {self.__name__: self}[name]))
 
+    def _record(self, launch: Launch) -> None:
+        """Record a launch and compute it. A kernel of kdx must receive the arguments that it declares; a GPU does not notice others."""
+        types = tuple(kind for kind, _ in launch.arguments)
+        assert declared().get(launch.kernel, types) == types, f"{launch.kernel} takes {declared()[launch.kernel]}, not {types}"
+        self.launches.append(launch)
+        self.compute(launch)
+
 
 class PyCuda(Package):
     """pycuda.driver."""
@@ -89,8 +97,7 @@ class PyCuda(Package):
                     raise self.Error("cuLaunchKernel failed: launch failed")
                 values = tuple((argument.dtype.name, float(argument)) for argument in arguments)
                 handle = 0 if stream is None else stream.handle
-                self.launches.append(Launch(device, kernel, grid, block, shared, handle, values))
-                self.compute(self.launches[-1])
+                self._record(Launch(device, kernel, grid, block, shared, handle, values))
 
             return launch
 
@@ -160,8 +167,7 @@ class CudaBindings(Package):
             return (status,)
         shared, stream, (values, types) = rest[6:9]
         arguments = tuple((_NAMES[kind], float(value)) for value, kind in zip(values, types, strict=True))
-        self.launches.append(Launch(device, kernel, rest[:3], rest[3:6], shared, stream, arguments))
-        self.compute(self.launches[-1])
+        self._record(Launch(device, kernel, rest[:3], rest[3:6], shared, stream, arguments))
         return (0,)
 
     def cuGetErrorString(self, status: int) -> tuple[int, bytes]:
