@@ -20,7 +20,7 @@ from kdx.explain.graph import explainer_graph
 from kdx.export import onnx_file
 from kdx.export.description import Origin
 from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
-from kdx.models.feature_layers import sensible_layers
+from kdx.models.feature_layers import described_layers, sensible_layers
 from kdx.models.network import Network
 from kdx.models.prepared import check_kind
 
@@ -72,8 +72,12 @@ def check(row: dict[str, Any], stages: Sequence[str], store: Callable[[dict[str,
 
 
 def _advised(network: Network) -> dict[str, Any]:
-    names = sensible_layers(network.module, _size(network.preprocessing))
-    return {"names": names} if names else {"refused": "kdx.models.layers names no layer: none has positions in the image."}
+    size = _size(network.preprocessing)
+    names = sensible_layers(network.module, size)
+    if names:
+        return {"names": names}
+    problem = next((layer.problem for layer in described_layers(network.module, size) if layer.problem), "No layer returns a feature map.")
+    return {"refused": f"kdx.models.layers names no layer. {problem}"}
 
 
 def _export_row(network: Network, row: Mapping[str, Any], kind: str) -> dict[str, Any]:
