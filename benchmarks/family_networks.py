@@ -84,6 +84,9 @@ _OWN_TIMM: dict[str, dict[str, Any]] = {
 """Arguments of single timm networks, which replace the standard ones."""
 
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
 def timm_networks() -> dict[str, str]:
     """timm's module -> its smallest classifier. It takes minutes."""
     return smallest_classifiers(parameter_counts())
@@ -136,9 +139,10 @@ def build(name: str, seed: int) -> tuple[nn.Module, Preprocessing]:
 
     Weights that start at zero, such as some heads and residual branches, are random too: without them there would be no gradient.
     Batch norms have the statistics of random images, as those of a trained network. With the initial ones, deep features of two images can
-    differ by less than the rounding of their common part. Convolutions beside a batch norm have larger weights in transformers' networks:
-    with the initial ones, features shrink by about 1e6 per stage. Those of attention keep the initial ones: larger ones let every position
-    attend to one position, so that a patch changes the features of all positions.
+    differ by less than the rounding of their common part. In transformers' networks, convolutions and linear layers beside a batch norm
+    have larger weights: with the initial ones, features shrink by about 1e6 per stage. Attention without norms keeps the initial weights,
+    and attention with a bias per distance favours the position itself, as in trained networks. Otherwise a patch may change the features of
+    all positions alike.
     """
     torch.manual_seed(seed)
     source, _, rest = name.partition(":")
@@ -146,19 +150,22 @@ def build(name: str, seed: int) -> tuple[nn.Module, Preprocessing]:
     for parameter in module.parameters():
         if parameter.ndim > 1 and not parameter.any():
             nn.init.normal_(parameter, std=0.02)
-    _calibrate(module, preprocessing, draw_convolutions=source == "transformers")
+    for inner in module.modules():
+        if isinstance(biases := getattr(inner, "attention_biases", None), nn.Parameter):
+            biases.data[:, 0] = 8.0  # at the distance 0: about 90 % of the attention among 14 x 14 positions
+    _calibrate(module, preprocessing, draw_weights=source == "transformers")
     return module.eval(), preprocessing
 
 
-def _calibrate(module: nn.Module, preprocessing: Preprocessing, *, draw_convolutions: bool) -> None:
-    """Give batch norms the statistics of four images, and, if asked, the convolutions beside them weights that keep the scale."""
-    norms = [inner for inner in module.eval().modules() if isinstance(inner, nn.BatchNorm2d) and inner.track_running_stats]
+def _calibrate(module: nn.Module, preprocessing: Preprocessing, *, draw_weights: bool) -> None:
+    """Give batch norms the statistics of four images, and, if asked, the layers beside them weights that keep the scale."""
+    norms = [inner for inner in module.eval().modules() if isinstance(inner, _BATCH_NORMS) and inner.track_running_stats]
     if not norms or preprocessing.size is None:
         return
-    for parent in module.modules() if draw_convolutions else ():
-        if any(isinstance(child, nn.BatchNorm2d) for child in parent.children()):
+    for parent in module.modules() if draw_weights else ():
+        if any(isinstance(child, _BATCH_NORMS) for child in parent.children()):
             for child in parent.children():
-                if isinstance(child, nn.Conv2d):
+                if isinstance(child, nn.Conv2d | nn.Linear):
                     nn.init.kaiming_normal_(child.weight)
     for norm in norms:
         norm.train()

@@ -199,7 +199,7 @@ def test_weights_of_normalised_convolutions_are_drawn_and_those_of_attention_sta
     module, images = Attending().eval(), torch.rand(4, 3, 32, 32) * 2 - 1
     convolution: Any = module.stem[0]
     before = {name: parameter.clone() for name, parameter in module.named_parameters()}
-    family_networks._calibrate(module, Preprocessing((32, 32), (0.5,), (0.5,)), draw_convolutions=True)
+    family_networks._calibrate(module, Preprocessing((32, 32), (0.5,), (0.5,)), draw_weights=True)
     changed = {name for name, parameter in module.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {"stem.0.weight"}
     with torch.no_grad():
