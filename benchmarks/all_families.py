@@ -2,7 +2,7 @@
 
 Results are in the entry ``networks`` of benchmarks/results/families.json: one row per network, with the commit and the environment of
 its last run. A run continues where the last one ended: it runs the stages that have no result. If the versions of PyTorch, timm or
-transformers are others than those of an incomplete row, that row starts afresh, so that no row mixes versions.
+transformers differ from those of an incomplete row, that row starts again, so that no row mixes versions.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Limits:
 def names(record: Mapping[str, Any]) -> list[str]:
     """All networks: those of timm in the stored list that the installed timm has, and transformers' architectures.
 
-    A record without a list counts the parameters of all of timm's networks, which takes minutes.
+    If the record has no list, the parameters of all of timm's networks are counted, which takes minutes.
     """
     import timm
 
@@ -65,10 +65,10 @@ def names(record: Mapping[str, Any]) -> list[str]:
 
 
 def run(chosen: Sequence[str], stages: Sequence[str], limits: Limits, *, again: bool = False, result: Path | None = None) -> None:
-    """Run the missing stages of the chosen networks; with ``again``, all stages of those with one that did not succeed.
+    """Run the missing stages of the chosen networks; with ``again``, all stages of networks with a stage that did not succeed.
 
     Rows are stored after every stage in ``result``, by default in `RESULT`. Another file starts with the rows that `RESULT` has, and
-    `merge` takes it up. At the deadline, running processes end, and their finished stages stay.
+    `merge` adds it to `RESULT`. At the deadline, running processes end, and their finished stages stay.
     """
     torch.set_num_threads(1)
     result = result or RESULT
@@ -116,7 +116,7 @@ class _Process:
 def _checked(pending: Sequence[tuple[dict[str, Any], list[str]]], limits: Limits) -> Iterator[dict[str, Any]]:
     """Check networks in processes and return each row after every stage, and once more after its process has ended.
 
-    One thread does all of this: a process that is forked while another thread holds a lock may wait for ever.
+    One thread does all of this: a process that is forked while another thread holds a lock may wait forever.
     """
     context = multiprocessing.get_context("fork")
     waiting, running = list(pending), dict[Any, _Process]()
@@ -207,8 +207,8 @@ def table(record: Mapping[str, Any]) -> str:
     counts = Counter(map(verdict, rows))
     export = sum(all(agrees(each, kind) for kind in EXPORTS) for each in rows)
     text = (
-        f"{len(rows)} networks: {counts['passes']} pass every check, {counts['refused']} are refused with a reason,"
-        f" {counts['fails']} fail a check, and {counts['in part']} have run in part. {export} export in all three kinds.\n\n"
+        f"{len(rows)} networks: {counts['passes']} passed every check, {counts['refused']} were refused with a reason,"
+        f" {counts['fails']} failed a check, and {counts['in part']} have run only in part. {export} were exported in all three kinds.\n\n"
     )
     lines = markdown.header("network", "layer", "Grad-CAM", "patch", *EXPORTS)
     lines += [markdown.row(each["network"], _layer(each), *(_cell(each, stage) for stage in STAGES[1:])) for each in rows]

@@ -1,11 +1,11 @@
 """Train and measure the networks of docs/evidence.md: whether the claims of the paper hold where the objects are known.
 
-    python -m benchmarks.evidence --out FOLDER                                  all, and store results/evidence.json
+    python -m benchmarks.evidence --out FOLDER                                  everything; writes results/evidence.json
     python -m benchmarks.evidence --out FOLDER --minutes 9 --record FILE        stop after 9 minutes at most, and store FILE
-    python -m benchmarks.evidence --out FOLDER --toy                            tiny networks, which show that the command works
+    python -m benchmarks.evidence --out FOLDER --toy                            tiny networks, to test the command
 
 The grids are the two studies in benchmarks/studies. Their jobs are those of ``kdx study``, except that a cell is measured by
-`benchmarks.evidence_measuring` instead of explained. Seeds are done in their order on both data sets, and the record contains the seeds
+`benchmarks.evidence_measuring` instead of explained. Seeds are computed in order on both data sets, and the record contains the seeds
 that are complete on a data set. A run that was stopped continues with the same command. Seeds that an earlier record contains are not
 computed, so that several machines can share the work; each seed states its own. `benchmarks.evidence_tables` draws conclusions.
 """
@@ -35,8 +35,8 @@ IMAGES = 480
 """The test images whose maps and scores are compared, where a data set has so many."""
 
 
-class TimeIsUp(BaseException):  # no error of a job, which would end only the job
-    """The minutes of the command are over."""
+class TimeIsUp(BaseException):  # not an Exception, which would end only the job
+    """The time limit of the command is reached."""
 
 
 # ---- the record
@@ -85,7 +85,7 @@ def _rounded(value: Any) -> Any:
 
 @dataclass
 class _Progress:
-    """What is complete, and how much time is left."""
+    """The complete jobs and seeds, and the time that is left."""
 
     start: float
     minutes: float | None
@@ -98,13 +98,13 @@ class _Progress:
         return time.monotonic() - self.start
 
     def check(self, *_: object) -> None:
-        """Raise `TimeIsUp` after the minutes of the command. Called at every note of a job."""
+        """Raise `TimeIsUp` when the time limit is reached. Every note of a job calls this."""
         if self.minutes is not None and self.seconds > 60 * self.minutes:
             raise TimeIsUp
 
 
 def run(options: argparse.Namespace) -> Path:
-    """Do what is missing, and write the record of the complete seeds; the path of the record."""
+    """Run the missing jobs and write the record of the complete seeds. Returns the path of the record."""
     start, folder = time.monotonic(), options.out.absolute()
 
     def say(line: str) -> None:
@@ -150,7 +150,7 @@ def run(options: argparse.Namespace) -> Path:
                         store()
                 state.check()
         except TimeIsUp:
-            say("The time is up. The same command continues.")
+            say("The time limit is reached. Run the same command to continue.")
         finally:
             outcomes.close()
         say(f"{store()} seeds are complete, and {state.failed} jobs failed. The record is {path}.")
@@ -158,7 +158,7 @@ def run(options: argparse.Namespace) -> Path:
 
 
 def _runs(record: Path, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The seeds that a record contains of networks with these numbers of parameters."""
+    """The seeds in a record whose networks have these numbers of parameters."""
     if not record.exists():
         return []
     stored = json.loads(record.read_text())
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA), help="the data sets, by default all")
     parser.add_argument("--seeds", type=int, default=8, help="how many seeds are computed on each data set")
     parser.add_argument("--images", type=int, default=IMAGES, help="test images whose maps and scores are measured")
-    parser.add_argument("--device", default="auto", help="of the measurements; the studies state that of the trainings")
+    parser.add_argument("--device", default="auto", help="the device of the measurements; the studies state the device of the trainings")
     parser.add_argument("--toy", action="store_true", help="tiny networks, and a record that docs/evidence.md does not read")
     options = parser.parse_args(arguments)
     options.record = options.record or (options.out / "evidence.json" if options.toy else RESULTS / "evidence.json")

@@ -1,4 +1,4 @@
-"""The jobs of `benchmarks.evidence`, which its processes do: trainings, and measurements of the students."""
+"""The jobs of `benchmarks.evidence`, which its processes run: trainings, and measurements of the students."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ MEASURED = "measured.json"
 """The measurements of a cell, in its folder."""
 
 _AGREE = 0.02
-"""How far a score from the GPU may differ from that of the processor: they add in another order."""
+"""The largest allowed difference between scores of the GPU and of the processor, which add in different orders."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured of a cell.
+    """The subject of the measurements of a cell.
 
-    teacher: the reference of the teacher that is compared, which with an assistant is the assistant's. weights: its file, relative to the
-    folder.
+    teacher: the reference of the teacher with which the student is compared; with an assistant, that of the assistant. weights: its file,
+    relative to the folder.
     """
 
     student: Student

@@ -40,7 +40,7 @@ VARIANTS = (Variant("as published", PUBLISHED, PUBLISHED_MAPS), Variant("decompo
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim as a difference that it expects to be positive. value: of a run, a layer, and the names of scores and maps."""
+    """A claim as a difference that it expects to be positive. value: the difference for a run, a layer and a variant."""
 
     text: str
     value: Callable[[Run, str, Variant], float]
@@ -112,7 +112,7 @@ class Verdict:
 
 
 def verdicts(record: Record, layer: str = LAST) -> dict[tuple[int, str, int], Verdict]:
-    """By the number of the claim, the data set, and the number of the variant. Holm's correction is for all of them together."""
+    """The verdicts by number of the claim, data set, and number of the variant. Holm's correction covers all of them together."""
     keys = [(claim, data, variant) for claim in range(len(CLAIMS)) for data in DATA for variant in range(len(VARIANTS))]
     series = {key: np.array([CLAIMS[key[0]].value(run, layer, VARIANTS[key[2]]) for run in runs(record, key[1])]) for key in keys}
     estimates = {key: over_seeds(values.tolist(), 0.95) for key, values in series.items()}

@@ -46,7 +46,7 @@ TOY: dict[str, dict[str, Any]] = {
         "students": {"student": "kdx:resnet,width=3,depth=1"},
     },
 }
-"""What is different at toy scale, which shows that the command works, and nothing about the claims."""
+"""The settings of the toy scale, which tests the command. Its results mean nothing for the claims."""
 
 _TOY_TRAINING = {"seeds": 1, "training.epochs": 2, "training.teacher_epochs": 1, "training.batch": 10}
 
@@ -113,7 +113,7 @@ def _masks_file(name: str, folder: Path) -> Path:
 
 
 def draw(name: str, folder: Path, *, toy: bool = False, workers: int = 1) -> None:
-    """Draw composites and the masks of the test split into files, because every training reads them. Other data sets are files already."""
+    """Draw composites and the masks of the test split into files, because every training reads them. Other data sets are not drawn."""
     if name != "composites" or _masks_file(name, folder).exists():
         return
     reference = drawn_reference(name, toy=toy)
@@ -164,7 +164,7 @@ class TestImages:
 def test_images(name: str, reference: str, folder: Path, size: tuple[int, int], split_seed: int = 0) -> TestImages:
     """The test images of a study with the masks of their objects. The object of a digit is its ink.
 
-    reference: of the images on which the networks are trained. folder: of `draw`.
+    reference: the reference of the images on which the networks are trained. folder: the folder into which `draw` wrote.
     """
     data = open_data(reference)
     rows = stratified_splits(data, split_seed)["test"]

@@ -16,10 +16,10 @@ from kdx.evaluate.class_maps import ClassMapPair, class_maps
 from kdx.evaluate.localisation import density, energy, pointing
 
 METRICS = ("pointing", "energy", "density", "insertion", "deletion", "insertion[gain]", "deletion[gain]")
-"""Those of `kdx.evaluate.registry.METRICS`. insertion and deletion: by the student's probability, and by that minus the base's."""
+"""Names of `kdx.evaluate.registry.METRICS`. insertion and deletion use the student's probability, and the same minus the base's."""
 
 STEPS = 16
-"""Of the curves, as in ``kdx evaluate``."""
+"""The steps of the curves, as in ``kdx evaluate``."""
 
 _OTHERS = ("grad_cam_student", "hires_cam_student", "grad_cam_student_minus_base", UNIFORM, CENTRE)
 """The candidates of `kdx.evaluate.candidates` that are not maps of kdx."""
@@ -35,7 +35,7 @@ _DISTILLED = (
 
 @dataclass
 class _Networks:
-    """The source of the maps that `kdx.evaluate` computes from networks. size: of the images. maps: of each role, by layer."""
+    """The source of the maps that `kdx.evaluate` computes from networks. size: the size of the images. maps: each role's maps, by layer."""
 
     size: tuple[int, int]
     count: int

@@ -27,7 +27,7 @@ Features = Mapping[str, Tensor]
 
 PUBLISHED_BATCH = 5
 _CHUNK = 256
-"""Images in a pass of a network."""
+"""Images per pass of a network."""
 
 PUBLISHED_SALIENCE = Salience(keep=0.5, noise=0.01, of_class="true", score="probability", image="published")
 """The batch and the salient images of ``kdx explain --preset published``."""
@@ -114,7 +114,7 @@ class Scoring:
             return float(geometry.correlation(a, b).mean())
         product, a_square, b_square = (float(geometry.dot(*pair).sum()) for pair in ((a, b), (a, a), (b, b)))
         norm = float(np.sqrt(a_square * b_square))
-        return product / norm if norm else 0.0  # of constant features, as in the definition of distance correlation
+        return product / norm if norm else 0.0  # 0 for constant features, as in the definition of distance correlation
 
 
 # ---- maps ----

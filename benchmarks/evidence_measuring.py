@@ -41,7 +41,7 @@ def measure(networks: Mapping[str, MeasuredNetwork], whole: TestImages, images: 
     """Accuracies, and by layer the scores and the places of the maps of a student.
 
     networks: student, base and teacher. whole: the test images, on which the accuracies are measured; scores and maps are those of the
-    first ``images`` of them, without a rest that fills no published batch. note: is called with the part that begins.
+    first ``images`` of them, rounded down to whole published batches. note: a function that is called with the name of each part.
     """
     count = min(images, len(whole.labels))
     test = whole.first(count - count % PUBLISHED_BATCH)
@@ -63,9 +63,10 @@ def measure(networks: Mapping[str, MeasuredNetwork], whole: TestImages, images: 
 def measure_details(
     networks: Mapping[str, MeasuredNetwork], whole: TestImages, images: int, note: Note, *, mirrored: bool, evaluates: bool
 ) -> dict[str, Any]:
-    """What is measured of a single student of a seed: batches, reference sets, smoothing, intervals, and the metrics of `kdx.evaluate`.
+    """The measurements of a single student of a seed: batches, reference sets, smoothing, intervals, and the metrics of `kdx.evaluate`.
 
-    mirrored: whether smoothing mirrors images. evaluates: whether the metrics of `kdx.evaluate` are measured. Others: as of `measure`.
+    mirrored: whether smoothing mirrors images. evaluates: whether the metrics of `kdx.evaluate` are measured. The other arguments are those
+    of `measure`.
     """
     test = whole.first(images)
     pixels = torch.from_numpy(test.images)
@@ -104,10 +105,10 @@ def _maps(features: Features, test: TestImages) -> dict[str, Any]:
 
 
 def _detailed_maps(features: Features, test: TestImages) -> dict[str, Any]:
-    """UniCAM's maps in batches of several sizes, and among reference sets: their places, and the agreement of two of a kind.
+    """UniCAM's maps in batches of several sizes and with reference sets: their places, and their agreement.
 
-    The agreement is the mean over images of Spearman's rank correlation: of a batch's maps with those of the whole set, and of the maps
-    among two disjoint reference sets.
+    The agreement is the mean over images of Spearman's rank correlation between a batch's maps and those of the whole set, and between the
+    maps with two disjoint reference sets.
     """
     objects = Objects.of(test.masks, *features["student"].shape[2:])
     whole = unicam_maps(features, "student", "base", test.labels)

@@ -42,7 +42,7 @@ def gains(record: Record) -> str:
     """How often students that are more accurate than their base, and those that are not, have RS(S|B) > RS(B|S)."""
     lines = []
     for data in DATA:
-        for title, better in (("more accurate than their base", True), ("not more accurate", False)):
+        for title, better in (("more accurate than their base", True), ("not more accurate than their base", False)):
             selected = [
                 run["students"][student.name][LAST]["scores"]
                 for run in runs(record, data)
@@ -52,14 +52,14 @@ def gains(record: Record) -> str:
             if selected:
                 whole, published = (sum(s[kind]["RS(S|B)"] > s[kind]["RS(B|S)"] for s in selected) for kind in ("whole", PUBLISHED))
                 lines.append(
-                    f"- Of the {len(selected)} students of {data} that are {title}, {whole} have RS(S|B) > RS(B|S) by the scores of the "
-                    f"whole set, and {published} by the published ones."
+                    f"- RS(S|B) > RS(B|S) in {whole} of {len(selected)} students of {data} that are {title}, by the scores of the whole "
+                    f"set, and in {published} by the published ones."
                 )
     return "\n".join(lines) + "\n"
 
 
 def advice(record: Record) -> str:
-    """What to choose, with the figures of the record that it follows from."""
+    """The advice, with the figures of the record from which it follows."""
     densities = {data: _densities(runs(record, data)) for data in DATA}
     best = [f"{LAYERS[int(np.argmax(densities[data]))]} on {data} ({max(densities[data]):.2f})" for data in DATA]
     agreement = {name: _agreement(record, name) for name in _COMPARED}
@@ -71,13 +71,13 @@ def advice(record: Record) -> str:
         for name in ("RS(S)", "RS(S|B)", "FSS(S,T) - FSS(B,T)", "RS(S|B) - RS(B|S)")
     )
     lines = [
-        "- **Layer.** Compare layers before reading positions in maps: the distilled map of the decomposition is densest at the object at",
+        "- **Layer.** Compare layers before you interpret positions: the distilled map of the decomposition is densest on the object at",
         f"  {' and '.join(best)}. Report more than one layer, and choose the layer of a claim before the measurement.",
         f"- **Batch.** Use the whole set. Maps in batches of {BATCHES[0]} have a rank correlation of {_span(small)} with those of the",
         f"  whole set, and in batches of {BATCHES[-1]} one of {_span(large)}. Do not interpret maps of batches of {BATCHES[0]}.",
-        "- **Reference set.** Maps with two disjoint class-balanced sets agree with a rank correlation of",
+        "- **Reference set.** The maps with two disjoint class-balanced sets have a rank correlation of",
         f"  {references} images. Use the largest set that you can afford.",
-        f"- **Images.** For an interval narrower than 0.05 at {LAST}: {needed}.",
+        f"- **Images.** About so many images make a 95% interval at {LAST} 0.05 wide: {needed}.",
         f"- **Seeds.** Compare within a seed, because students of one seed share their base. The accuracy of the base alone is {bases}.",
         "- **Scores.** Show accuracies next to scores. Prefer whole features to salient ones for statements about what a student",
         "  learned, because each network has salient images of its own.",

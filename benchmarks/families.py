@@ -201,8 +201,8 @@ def main() -> None:
     every.add_argument("--again", action="store_true", help="run also what was refused or failed")
     every.add_argument("--limit", type=float, default=all_families.LIMIT, help="seconds of processor time per network")
     every.add_argument("--memory", type=float, default=all_families.MEMORY, help="gigabytes per process")
-    every.add_argument("--minutes", type=float, default=float("inf"), help="end after this time, and keep the stages that are finished")
-    every.add_argument("--result", type=Path, help="the file for the results, if another than that of the table")
+    every.add_argument("--minutes", type=float, default=float("inf"), help="end after this time; finished stages are kept")
+    every.add_argument("--result", type=Path, help="the file for the results; by default the file of the table")
     every.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="add the results of other files, and run nothing")
     arguments = parser.parse_args()
     if arguments.all:

@@ -20,7 +20,7 @@ from kdx.explain.graph import explainer_graph
 from kdx.export import onnx_file
 from kdx.export.description import Origin
 from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
-from kdx.models.feature_layers import sensible_layers
+from kdx.models.feature_layers import described_layers, sensible_layers
 from kdx.models.network import Network
 from kdx.models.prepared import check_kind
 
@@ -46,8 +46,8 @@ def check(row: dict[str, Any], stages: Sequence[str], store: Callable[[dict[str,
     """Run ``stages`` of the network ``row["network"]`` and add their results, each with its seconds of processor time, to the row.
 
     The result of a stage has the key ``refused`` if kdx raised its own error or a package is missing, and ``failed`` for any other
-    exception. store: receives the row before and after each stage, so that results survive if the process is stopped; then the stage's
-    is ``{"stopped": true}``.
+    exception. store: receives the row before and after each stage, so that results survive if the process is stopped; the result of
+    a stopped stage is ``{"stopped": true}``.
     """
     name = row["network"]
     built: list[Network] = []
@@ -72,8 +72,12 @@ def check(row: dict[str, Any], stages: Sequence[str], store: Callable[[dict[str,
 
 
 def _advised(network: Network) -> dict[str, Any]:
-    names = sensible_layers(network.module, _size(network.preprocessing))
-    return {"names": names} if names else {"refused": "kdx.models.layers names no layer: none has positions in the image."}
+    size = _size(network.preprocessing)
+    names = sensible_layers(network.module, size)
+    if names:
+        return {"names": names}
+    problem = next((layer.problem for layer in described_layers(network.module, size) if layer.problem), "No layer returns a feature map.")
+    return {"refused": f"kdx.models.layers names no layer. {problem}"}
 
 
 def _export_row(network: Network, row: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -119,7 +123,7 @@ def _run(row: dict[str, Any], stage: str, store: Callable[[dict[str, Any]], None
 
 
 def _reason(key: str, text: str) -> dict[str, Any]:
-    """The result of a stage that raised an exception with this text. A lack of memory says nothing about the network."""
+    """The result of a stage that raised an exception with this text. A lack of memory is no failure of the network."""
     if any(part in text for part in _OUT_OF_MEMORY):
         return {"stopped": "it needs more memory than the limit"}
     return {key: text}

@@ -27,7 +27,7 @@ SIDE = 128
 """Height and width of the images of networks that take any size."""
 
 _SIDES = (SIDE, 112)
-"""Sizes to try, as patches of 14 pixels do not fit into the first."""
+"""Sizes to try, because patches of 14 pixels do not fit into the first."""
 
 _SMALL: dict[str, int] = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96, "image_size": SIDE}
 """Values of a small configuration, where an architecture has the setting as a number."""
@@ -136,8 +136,9 @@ def build(name: str, seed: int) -> tuple[nn.Module, Preprocessing]:
 
     Weights that start at zero, such as some heads and residual branches, are random too: without them there would be no gradient.
     Batch norms have the statistics of random images, as those of a trained network. With the initial ones, deep features of two images can
-    differ by less than the rounding of their common part. Convolutions of transformers' networks with batch norms have larger weights:
-    with the initial ones, features shrink by about 1e6 per stage.
+    differ by less than the rounding of their common part. Convolutions beside a batch norm have larger weights in transformers' networks:
+    with the initial ones, features shrink by about 1e6 per stage. Those of attention keep the initial ones: larger ones let every position
+    attend to one position, so that a patch changes the features of all positions.
     """
     torch.manual_seed(seed)
     source, _, rest = name.partition(":")
@@ -150,13 +151,15 @@ def build(name: str, seed: int) -> tuple[nn.Module, Preprocessing]:
 
 
 def _calibrate(module: nn.Module, preprocessing: Preprocessing, *, draw_convolutions: bool) -> None:
-    """Give the batch norms of a network the statistics of four images, and its convolutions, if asked, weights that keep the scale."""
+    """Give batch norms the statistics of four images, and, if asked, the convolutions beside them weights that keep the scale."""
     norms = [inner for inner in module.eval().modules() if isinstance(inner, nn.BatchNorm2d) and inner.track_running_stats]
     if not norms or preprocessing.size is None:
         return
-    for inner in module.modules():
-        if draw_convolutions and isinstance(inner, nn.Conv2d):
-            nn.init.kaiming_normal_(inner.weight)
+    for parent in module.modules() if draw_convolutions else ():
+        if any(isinstance(child, nn.BatchNorm2d) for child in parent.children()):
+            for child in parent.children():
+                if isinstance(child, nn.Conv2d):
+                    nn.init.kaiming_normal_(child.weight)
     for norm in norms:
         norm.train()
         norm.momentum = None  # the mean over passes: of one pass
@@ -177,7 +180,7 @@ def _from_timm(name: str) -> tuple[nn.Module, Preprocessing]:
 
 @contextmanager
 def _few_blocks(name: str) -> Iterator[None]:
-    """Let timm build a network with at most four blocks in a stack, or two per stage, if it can be built so.
+    """Let timm build a network with at most four blocks in a stack, or two per stage, if this works.
 
     timm's functions pass the number of blocks to a common builder, often without an argument of their own for it.
     """
@@ -197,7 +200,7 @@ def _few_blocks(name: str) -> Iterator[None]:
             with torch.device("meta"):
                 timm.create_model(name)
             works = True
-        except Exception:  # a network may need its number of blocks, and says so with an exception of any kind
+        except Exception:  # a network may need its own number of blocks, and may raise any exception otherwise
             works = False
         if works:
             yield

@@ -67,7 +67,7 @@ def draw(folder: Path, images: int) -> None:
 
 
 def make_networks(folder: Path, network: str, side: int, runtime: RuntimeName = "auto") -> None:
-    """Write a student and a base with random weights and the models file, and export them, so that no run waits for it.
+    """Write a student and a base with random weights and the models file, and export them, so that no run waits for an export.
 
     runtime: ``eager`` exports nothing.
     """

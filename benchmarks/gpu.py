@@ -1,20 +1,20 @@
-"""Everything that is to be known of kdx on a GPU, in one run of at most ten minutes: is it right, and how long does it take?
+"""Checks and times kdx on a GPU, in one run of at most ten minutes.
 
 1. Every kernel is checked against its definition in float64 on new random inputs, and then timed against its lower bound: the time of the
    bytes that must move, at the bandwidth of a copy in the same run, plus that of the Gram product (cuBLAS) if it needs one.
-2. One batch (two ResNet-50, 256 images, layer4): the kernels alone, beside the published method; and the full path, which is everything
-   beside the two passes (uploads, target, permutations, checks, maps, scores and results on the host), one step after another, while
-   `kdx explain` overlaps them. Both are compared with two float16 passes on the same GPU: of TensorRT, else of ONNX Runtime, else of
-   PyTorch, as the record states.
+2. One batch (two ResNet-50, 256 images, layer4): the kernels alone, compared with the published method; and the full path, which is
+   everything except the two passes (uploads, target, permutations, checks, maps, scores and results on the host). Its steps run one after
+   another here, while `kdx explain` overlaps them. Both are compared with two float16 passes on the same GPU, by TensorRT, else by ONNX
+   Runtime, else by PyTorch; the record states which.
 3. The tests that use a GPU. The record lists the names of those that fail.
 4. The decoder on the GPU, compared with Pillow.
 5. `kdx explain` over 10,000 drawn JPEGs, with the time of each stage (`benchmarks.gpu_timeline`).
 
 Times of the GPU are measured by events, after its cache is overwritten, and times that include the processor by the clock. The networks'
-weights are random, which does not change the timing. Float32 is computed without TensorFloat-32 everywhere, except in one row that says so.
+weights are random, which does not change the timing. Float32 is computed without TensorFloat-32, except in the row that names it.
 
 The figures go to benchmarks/results/gpu.json, and to gpu.md beside it. With --toy everything runs on the CPU, where the emulation of the
-kernels stands for a GPU, at sizes that take seconds: this tests the script, and its times mean nothing. A toy run stores nothing unless
+kernels replaces a GPU, at sizes that take seconds. This tests the script; its times mean nothing. A toy run stores nothing unless
 --out names a folder.
 """
 
@@ -61,8 +61,8 @@ class Scale:
     """The sizes of a measurement.
 
     checked: the sizes at which kernels are compared with the definitions. batch: the sizes of the timed kernels and of the batch. network,
-    layer: of the two passes. tests: the paths of the tests to run. decoded: JPEGs for the comparison of decoders. explained: JPEGs of
-    the command; 0 leaves it out.
+    layer: the networks of the two passes. tests: the paths of the tests to run. decoded: JPEGs for the comparison of decoders. explained:
+    JPEGs of the command; 0 leaves it out.
     """
 
     checked: tuple[Sizes, ...]
@@ -150,7 +150,7 @@ def usable_gpu() -> torch.device:
 
 @ieee_float32()  # in PyTorch's passes and in the published method as well
 def measure(clock: Clock, scale: Scale, seed: int) -> dict[str, Any]:
-    """The record. Each part's seconds are in it too."""
+    """The record, which also contains the seconds of each part."""
     device, seconds = clock.device, {}
 
     def timed(name: str, part: Callable[[], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The geometry of one batch on a GPU: by the kernels alone, by the published method, and as kdx computes it around them, part by part."""
+"""The geometry of one batch on a GPU: the kernels alone, the published method, and all parts of the computation in kdx."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ GRAPH = "maps and scores, one CUDA graph"
 
 @dataclass(frozen=True)
 class Batch:
-    """The inputs of one batch. levels [n, 3, H, W] uint8 and labels [n] on the host; features [n, C, h, w] of both networks elsewhere."""
+    """The inputs of one batch. levels [n, 3, H, W] uint8 and labels [n] on the host; features [n, C, h, w] of both networks on the
+    device."""
 
     levels: Tensor
     labels: NDArray[np.int64]
@@ -42,7 +43,7 @@ class Batch:
 
     @classmethod
     def drawn(cls, sizes: Sizes, device: torch.device, seed: int) -> Batch:
-        """Random features, which are not negative, as after a ReLU, and differ between classes."""
+        """Random features that are not negative, as after a ReLU, and differ between classes."""
         generator = torch.Generator().manual_seed(seed)
         labels = torch.arange(sizes.images) % sizes.classes
         shape = (sizes.images, *sizes.explained)
@@ -105,7 +106,7 @@ def compare(student: Tensor, base: Tensor, target: Tensor) -> Check:
 
 @dataclass(frozen=True)
 class Results:
-    """What a run stores of a batch and a layer, and the numbers that the checks read."""
+    """The results of a batch and a layer that a run stores, and the numbers that the checks read."""
 
     maps: dict[str, Tensor]
     shares: dict[tuple[str, str], Tensor]
@@ -142,13 +143,13 @@ def to_host(pending: layer.PendingMeasurement, transfers: Transfers) -> Results:
 
 
 def full_path(batch: Batch, transfers: Transfers) -> Results:
-    """Everything beside the two passes, one step after another: upload, target and permutations, maps, scores and checks, and results."""
+    """Everything except the two passes, one step after another: upload, target and permutations, maps, scores and checks, and results."""
     upload(batch, transfers)
     return to_host(maps_and_scores(batch, target(batch, transfers)), transfers)
 
 
 def time_batch(clock: Clock, batch: Batch) -> dict[str, list[float]]:
-    """Samples of the kernels alone and of maps and scores (by the clock's device), and of everything beside the passes (wall-clock)."""
+    """Samples of the kernels alone and of maps and scores (by the clock's device), and of everything except the passes (wall-clock)."""
     one_hot, transfers = batch.one_hot, Transfers(batch.device)
     moved = target(batch, transfers)
     pending = maps_and_scores(batch, moved)

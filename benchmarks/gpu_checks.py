@@ -1,4 +1,4 @@
-"""What the benchmark of the GPU checks besides the kernels: the tests that use a GPU, and the decoder on the GPU against Pillow."""
+"""Further checks of the GPU benchmark: the tests that use a GPU, and the decoder on the GPU against Pillow."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ TEST_SECONDS = 180
 def run_tests(paths: Sequence[str | Path], seconds: float = TEST_SECONDS, options: Sequence[str] = ()) -> dict[str, Any]:
     """Run tests in another process, for at most ``seconds``.
 
-    The result: the number of tests that passed and that were skipped, the names of those that failed, the seconds, and whether time ran
-    out, in which case the numbers are those of no test.
+    The result contains the numbers of passed and skipped tests, the names of failed tests, the seconds, and whether the time ran out. If it
+    did, the numbers are zero.
     """
     parallel = ("-n", "auto", "--dist", "loadfile") if importlib.util.find_spec("xdist") else ()
     start = time.perf_counter()
@@ -47,7 +47,9 @@ def run_tests(paths: Sequence[str | Path], seconds: float = TEST_SECONDS, option
         except subprocess.TimeoutExpired:
             return {"passed": 0, "skipped": 0, "failed": [], "seconds": time.perf_counter() - start, "timed out": True}
         if not report.exists():
-            raise KdxError(f"The tests do not run: {done.stdout.strip().splitlines()[-1]}.", "Install pytest and what the tests need.")
+            raise KdxError(
+                f"The tests do not run: {done.stdout.strip().splitlines()[-1]}.", "Install pytest and the packages of the tests."
+            )
         cases = list(xml.etree.ElementTree.parse(report).getroot().iter("testcase"))
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = sum(case.find("skipped") is not None for case in cases)
@@ -64,7 +66,7 @@ def run_tests(paths: Sequence[str | Path], seconds: float = TEST_SECONDS, option
 def compare_decoders(device: torch.device, images: int, seed: int) -> dict[str, Any]:
     """Differences between the decoder on the GPU and Pillow, in levels of 8 bits, over drawn JPEGs that are resized to 224 x 224.
 
-    A key ``reason`` alone states why the decoder does not run here.
+    If the decoder does not run here, the result contains only the key ``reason``.
     """
     try:
         decoder = open_gpu_decoder(device)

@@ -1,4 +1,4 @@
-"""Times on a GPU by its events, and on the CPU, which stands for a GPU at toy size."""
+"""Times on a GPU by its events, and times on the CPU, which replaces a GPU at toy size."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Clock(Protocol):
 
 
 class GpuClock:
-    """Measures by events of the GPU, with other data in its cache before each sample."""
+    """Measures by events of the GPU. Before each sample, other data fill its cache."""
 
     def __init__(self, device: torch.device, samples: int) -> None:
         self.device = device
         self.samples = samples
-        # Overwriting this buffer takes so long that the launches are queued meanwhile.
+        # While the GPU overwrites this buffer, the launches are queued.
         self._cache_filler = torch.empty(1 << 30, dtype=torch.uint8, device=device)
 
     def seconds(self, run: Callable[[], object]) -> list[float]:

@@ -1,11 +1,11 @@
 """A model of the cost of one batch on a GPU: bytes, operations and launches of each stage, and from these the seconds on common GPUs.
 
     seconds of a stage on the device = bytes / (MEMORY x bandwidth) + operations / (ARITHMETIC x rate)
-    seconds of maps and scores       = the larger of that and launches x LAUNCH, the time in which the processor launches them
+    seconds of maps and scores       = the larger of that and launches x LAUNCH, the time of the processor
 
 The stages of successive batches overlap, so a batch takes as long as its slowest part: passes with maps and scores, upload, or download.
 The shares of the peak rates that are reached (MEMORY, ARITHMETIC) and the time of a launch are those of the one GPU that was measured, an
-H100; a test compares the model with that measurement. For the other GPUs the figures are an estimate from data sheets, and no measurement.
+H100; a test compares the model with that measurement. The figures of the other GPUs are estimates from data sheets, not measurements.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MEMORY, ARITHMETIC = 0.85, 0.5
 """The shares of a GPU's peak bandwidth and peak rate that a stage reaches."""
 
 LAUNCH = 20e-6
-"""Seconds of the processor per launch, with Python's part."""
+"""Seconds of the processor per launch, including Python."""
 
 DECODING = 2.3e-3
 """Seconds in which one core decodes and resizes a JPEG of 500 x 375."""
@@ -30,10 +30,10 @@ LAUNCHES = 51
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates by the data sheet.
+    """The rates in a data sheet.
 
     memory: bytes per second of its memory. float32: operations per second without TensorFloat-32. float16: operations per second of the
-    matrix units without sparsity. host: bytes per second of copies from and to the host, as they are reached.
+    matrix units without sparsity. host: bytes per second that copies from and to the host reach.
     """
 
     name: str
@@ -56,7 +56,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Network:
-    """One network on one image: operations of a pass (a product and a sum are two), and numbers that its convolutions write."""
+    """One network on one image: operations of a pass (a product and a sum count as two), and the numbers that its convolutions write."""
 
     operations: float
     activations: float
@@ -65,8 +65,8 @@ class Network:
 RESNET50 = Network(8.2e9, 11.1e6)
 
 EAGER_TOUCHES, FUSED_TOUCHES = 7, 2
-"""How often an activation is written or read: in PyTorch, whose normalisation, ReLU and sum are steps of their own, and in a runtime that
-computes them with the convolution."""
+"""How often an activation is written or read: in PyTorch, which computes normalisation, ReLU and sum as separate steps, and in a runtime
+that computes them with the convolution."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Cost:
     host: float = 0.0
 
     def seconds(self, gpu: Gpu) -> float:
-        """On a GPU, with everything that a stage needs one after the other."""
+        """The seconds on a GPU, if the parts of the stage do not overlap."""
         operations = self.float32 / gpu.float32 + self.float16 / gpu.float16
         return max(self.memory / (MEMORY * gpu.memory) + operations / ARITHMETIC, self.launches * LAUNCH) + self.host / gpu.host
 
@@ -134,7 +134,7 @@ def cores(gpu: Gpu, case: Case = Case()) -> float:
 
 
 def counts() -> str:
-    """What a batch of the measured case moves, computes and launches."""
+    """The bytes, operations and launches of a batch of the measured case."""
     lines = header("stage", "bytes of the GPU's memory", "operations", "launches", "bytes between host and GPU")
     for name, cost in costs(Case()).items():
         operations = _amount(cost.float32 + cost.float16, "")

@@ -1,6 +1,6 @@
 """The forward passes of two networks on one device: in PyTorch with three number formats, in ONNX Runtime and in TensorRT.
 
-ONNX Runtime and TensorRT run a float16 file that kdx exports. Float32 is computed without TensorFloat-32, except in the row that says so.
+ONNX Runtime and TensorRT run a float16 file that kdx exports. Float32 is computed without TensorFloat-32, except in the row that names it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def time_passes(clock: Clock, network: str, layer: str, sizes: Sizes, seed: int)
             try:
                 runners = [stack.enter_context(open_()) for _ in range(2)]
                 samples[part] = clock.seconds(lambda runners=runners: [runner.infer(images) for runner in runners])  # type: ignore[misc]
-            except Exception as error:  # the packages of a runtime raise what they like, and the other figures count without it
+            except Exception as error:  # a runtime may raise any exception, and the other figures are valid without it
                 reasons[part] = first_line(error)
     return samples, reasons
 

@@ -28,7 +28,7 @@ BATCH = {
     "upload": "the upload of the images, and their division by 255",
     "target and permutations": "the target and the table of permutations",
     "results to the host": "the copy of the results to the host",
-    "full path": "everything beside the passes, one step after another",
+    "full path": "everything except the passes, one step after another",
 }
 """The stored times of a batch, and what they are called on the page."""
 

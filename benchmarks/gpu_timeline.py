@@ -1,9 +1,9 @@
-"""One `kdx explain` over a folder of JPEGs, with the time that each stage of it takes, beside the stages alone.
+"""The time of each stage of one `kdx explain` over a folder of JPEGs, and the time of the stages alone.
 
-JPEGs (512 x 384) are drawn, and a student and a base, both ResNet-18 (224 x 224, layer4), with random weights, are explained by one
-command. While it runs, the start and the end of every step of every stage are recorded:
+JPEGs (512 x 384) are drawn, and one command explains a student and a base, both ResNet-18 (224 x 224, layer4) with random weights. While it
+runs, the start and the end of every step of every stage are recorded:
 
-    decode    the loop waits for a decoded batch; the decoding itself goes on beside the other stages
+    decode    the loop waits for a decoded batch; the decoding itself runs in parallel with the other stages
     target    labels, their distances and the permutations of a batch
     upload    images and target are copied to the device, and levels become pixels
     passes    the networks' operations are queued (on the CPU: computed)
@@ -15,8 +15,8 @@ command. While it runs, the start and the end of every step of every stage are r
 Stages in one thread add up to at most the time of the command; ``store``, and on a GPU ``target``, have threads of their own. On a GPU the
 time between the first and the last operation of passes and geometry is also measured by events of the GPU.
 
-Alone: decoding by one thread, by as many threads as there are cores, and as the command decodes; and the networks with their geometry from
-batches in memory. The command keeps the slower of the two busy if it takes no longer than that one. The record goes to results/.
+The parts alone are decoding by one thread, by one thread per core, and as in the command; and the networks with their geometry, from
+batches in memory. If the command takes no longer than the slower of the two, it keeps that part busy. The record is written to results/.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Span:
 
 @dataclass
 class Timeline:
-    """The spans of one command, in the order in which they ended, and pairs of events around the work of the GPU by stage."""
+    """The spans of one command, in the order in which they ended, and for each stage pairs of events around the work of the GPU."""
 
     start: float = field(default_factory=time.perf_counter)
     spans: list[Span] = field(default_factory=list)
@@ -105,7 +105,7 @@ class Timeline:
             self.spans.append(Span(stage, start, end, threading.current_thread().name))
 
     def timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, each call of which is a span."""
+        """The function, where each call is a span."""
 
         @wraps(function)
         def measured(*arguments: Any, **options: Any) -> Any:
@@ -125,7 +125,7 @@ class Timeline:
             yield item
 
     def seconds(self) -> dict[str, float]:
-        """The total of each stage."""
+        """The total seconds of each stage."""
         return {stage: sum(span.end - span.start for span in self.spans if span.stage == stage) for stage in STAGES}
 
     def gpu_seconds(self) -> dict[str, float]:
@@ -174,7 +174,7 @@ def recorded(timeline: Timeline) -> Iterator[None]:
 
 
 def draw(place: Path, images: int) -> None:
-    """JPEGs in class folders, of which at most DRAWN differ: the others are links to them."""
+    """JPEGs in class folders. At most DRAWN of them differ; the others are links to these."""
 
     def draw_one(number: int) -> Path:
         path = place / folder.CLASSES[number % len(folder.CLASSES)] / f"{number:06d}.jpg"

@@ -261,7 +261,7 @@ def _products_case(d: Tensor, kernel_reference: KernelReference) -> KernelCase:
 
 
 def _centred_cases(d: Tensor, labels: Tensor, table: Tensor, kernel_reference: KernelReference) -> Iterator[KernelCase]:
-    """Of float64 distances [k, n, n]: their U-centred matrices, and what is computed from these."""
+    """The U-centred matrices of float64 distances [k, n, n], and the results that are computed from these."""
     centred = geometry.u_centered(d)
     count, n, _ = d.shape
     rows = centred.reshape(count * n, n)

@@ -1,7 +1,7 @@
 """Measure the similarity of all pairs of 20 x 20 layers of two residual networks, beside the forward passes that it needs.
 
-`python -m benchmarks.similarity [IMAGES]` writes results/similarity.json. Everything runs in one process, and the stages of each batch in
-turns, so that other processes slow all of them down alike:
+`python -m benchmarks.similarity [IMAGES]` writes results/similarity.json. Everything runs in one process. The stages take turns
+in each batch, so that other processes slow all of them down equally:
 
 - passes: the forward passes of both networks, without features;
 - features: the same passes with the features of 20 layers each;
@@ -9,9 +9,9 @@ turns, so that other processes slow all of them down alike:
   `project` does the same with --project 2048, and `batch` compares the images of each batch. Each gives distance correlations with
   intervals, and CKA.
 
-The total of a comparison is the time of the features and its own, and the goal at most 1.5 times the passes. The average load of the
+The total of a comparison is the time of the features plus its own time. The goal is at most 1.5 times the passes. The average load of the
 machine states whether other processes ran meanwhile. On a busy machine the ratio of processor times with OMP_NUM_THREADS=1 is the
-meaningful one: it counts only this process, and no thread that waits for another.
+meaningful one: it counts only the work of this process, without waiting threads.
 """
 
 from __future__ import annotations

@@ -90,10 +90,12 @@ class Decider:
         except KdxError as error:
             raise _unknown(layer, shape, images, f"it takes no three images of {_text(self._size)}: {error.problem}") from error
         is_finite = isinstance(sample, Tensor) and bool(sample.isfinite().all())
-        if rows is None and is_finite:
+        # A ReLU that is 0 for the probe's images hides the rows of a block of convolutions.
+        is_map = shape[0] == images and library_layouts.usually_convolutional(self._network, module, shape, self._size)
+        if rows is None and is_finite and not is_map:
             raise _no_rows(layer, sample)
         layout = self._probe.layout(layer, self._grids) if is_finite else None
-        if layout is None and shape[0] == images and library_layouts.usually_convolutional(self._network, module, shape, self._size):
+        if layout is None and is_map:
             return DecidedLayout(channels_first(shape), "convolutions")
         if not is_finite:
             raise _unknown(layer, shape, images, "it contains values that are not finite")

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdx.features.layout import Grid, Layout, aspect_grid, batch_first_tokens, channels_first, channels_last, compact, has_aspect
 
@@ -40,6 +40,12 @@ _HF_TOKENS = {
     *("clip_vision_model", "siglip_vision_model"),
 }
 """The model types of transformers whose tokens are [n, prefix + H W, C] in reading order."""
+
+_HF_GRIDS = {
+    "levit": r"(.*\.)?stages\.\d+(\.layers\.\d+)?",
+    **dict.fromkeys(("swin", "swinv2", "donut-swin"), r"(.*\.)?layers\.\d+(\.blocks\.\d+)?"),
+}
+"""The model types of transformers whose stages and blocks return [n, H W, C] in reading order on a grid that changes, and their paths."""
 
 _HF_LATENTS = {"perceiver": ("encoder", "decoder")}
 """The model types of transformers with latents in place of positions, and the modules that return them."""
@@ -105,7 +111,7 @@ def library(network: nn.Module, path: str, shape: Sequence[int], image_size: Gri
             layout = _timm(owner, home.rpartition(".")[2], rest, shape, image_size)
             return None if layout is None else (layout, "timm")
         if home.startswith("transformers.") and hasattr(owner, "config"):
-            layout = _transformers(owner, shape, image_size)
+            layout = _transformers(owner, rest, shape, image_size)
             return None if layout is None else (layout, "transformers")
         if home == "torchvision.models.vision_transformer" and hasattr(owner, "patch_size"):
             layout = _tokens(shape, _patches(image_size, owner.patch_size), (1,))
@@ -167,19 +173,32 @@ def _hiera(owner: Any, rest: str, shape: Sequence[int]) -> Layout | None:
     names = rest.split(".")
     if len(names) != 2 or names[0] != "blocks" or len(shape) != 3:
         return None
-    block = int(names[1])
-    if block not in owner.reroll.schedule or math.prod(owner.reroll.schedule[block][1]) != shape[1]:
+    return _rerolled(owner.reroll, owner.reroll.schedule, int(names[1]), shape)
+
+
+def _rerolled(reroll: Callable[[Tensor, int], Tensor], schedule: Mapping[int, Any], place: int, shape: Sequence[int]) -> Layout | None:
+    """The tokens [n, L, C] that ``reroll`` puts in reading order. schedule: block or stage -> the pools that follow, and its grid."""
+    if place not in schedule or math.prod(schedule[place][1]) != shape[1]:
         return None
-    tokens = owner.reroll(torch.arange(shape[1]).view(1, -1, 1), block)
+    tokens = reroll(torch.arange(shape[1]).view(1, -1, 1), place)
     if tokens.ndim != 4:
         return None
     return Layout(3, 0, 2, shape[1], (tokens.shape[1], tokens.shape[2]), compact(tokens.flatten().tolist()))
 
 
-def _transformers(owner: Any, shape: Sequence[int], image_size: Grid) -> Layout | None:
+def _transformers(owner: Any, rest: str, shape: Sequence[int], image_size: Grid) -> Layout | None:
     config = owner.config
+    if len(shape) != 3:
+        return None
+    kind = getattr(config, "model_type", "")
+    if kind == "hiera" and (match := re.fullmatch(r"(.*?)\.?stages\.(\d+)(\.layers\.\d+)?", rest)):
+        encoder = owner.get_submodule(match[1])
+        return _rerolled(encoder.reroll, encoder.schedule, int(match[2]), shape)
+    if kind in _HF_GRIDS:
+        grid = aspect_grid(shape[1], image_size) if re.fullmatch(_HF_GRIDS[kind], rest) else None
+        return None if grid is None else _tokens(shape, grid, (0,))
     patch = getattr(config, "patch_size", None)
-    if getattr(config, "model_type", None) not in _HF_TOKENS or patch is None or len(shape) != 3:
+    if kind not in _HF_TOKENS or patch is None:
         return None
     grid = _patches(image_size, patch)
     extra = shape[1] - math.prod(grid)

@@ -61,7 +61,7 @@ SimilarityGeometry = Literal["auto", "whole", "batch"]
 """The images with which `kdx similarity` compares an image: the whole set, or its batch."""
 
 DecoderName = Literal["pillow", "torchvision-cuda"]
-"""What decodes image files. torchvision-cuda: nvJPEG on the GPU for JPEG files, and Pillow for the others. Its levels differ a little."""
+"""The decoders of image files. torchvision-cuda: nvJPEG on the GPU for JPEG files, and Pillow for others; its pixels differ a little."""
 
 ResizeMode = Literal["cover", "squash", "letterbox"]
 """How an image of other proportions is brought to a size. cover: resized until it covers the size, and cropped at its centre. squash:

@@ -77,18 +77,18 @@ def progress() -> Iterator[Show]:
 
 
 class JobDisplay(Protocol):
-    """Shows the jobs of long work, of which several may run at once."""
+    """Shows the jobs of a long command, of which several may run at once."""
 
     def note(self, job: str, note: str) -> None:
-        """What a running job does now."""
+        """Show the current step of a running job."""
 
     def end(self, job: str) -> None:
-        """A job has ended."""
+        """Show that a job has ended."""
 
 
 @contextmanager
 def job_display(total: int) -> Iterator[JobDisplay]:
-    """On a terminal a bar for all jobs, with a line for each that runs. Elsewhere a line every ten seconds."""
+    """On a terminal, a bar for all jobs and a line for each running job; elsewhere, a line every ten seconds."""
     if not total or not console().is_terminal:
         yield _JobLines(total)
         return
@@ -140,7 +140,8 @@ def _job_bars(total: int) -> Iterator[JobDisplay]:
 
 
 def fitted(job: str, note: str, width: int) -> str:
-    """``job: note`` in at most ``width`` characters. The start of a long name is left out first, because its end differs between jobs."""
+    """``job: note`` in at most ``width`` characters. If it is too long, the start of the name is cut, because its end differs between
+    jobs."""
     room = width - len(note) - 2
     if len(job) > room:
         job = f"…{job[len(job) - room + 1 :]}" if room > 1 else "…"

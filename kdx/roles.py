@@ -29,7 +29,7 @@ LETTERS = {role: role[0].upper() for role in MEASURED}
 
 
 def possessive(network: str) -> str:
-    """Whose features they are, at the start of a sentence: "The student's" for a role, "A's" for a network with another name."""
+    """The possessive at the start of a sentence: "The student's" for a role, "A's" for a network with another name."""
     return f"The {network}'s" if network in MEASURED else f"{network}'s"
 
 

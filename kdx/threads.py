@@ -136,8 +136,8 @@ def _lines(file: Path) -> list[str]:
 def short_turns() -> Iterator[None]:
     """Run a block in which a thread that waits for Python's lock gets it after 0.2 ms, in place of 5 ms.
 
-    A thread that launches the work of a GPU gives up the lock for every operation. If other threads compute in Python meanwhile, it would
-    wait for them 5 ms at a time, and the GPU for it. The setting belongs to the process.
+    A thread that launches the work of a GPU releases the lock for every operation. If other threads compute in Python meanwhile, it would
+    wait up to 5 ms each time, and the GPU would wait for it. The setting applies to the whole process.
     """
     before = sys.getswitchinterval()
     sys.setswitchinterval(2e-4)

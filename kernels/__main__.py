@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--arch",
         required=True,
         help="architectures of the GPUs, such as sm_80,sm_90; machine code also runs on later architectures of the same generation. "
-        "compute_90 is PTX, which runs on every GPU from sm_90 on",
+        "compute_90 means PTX, which runs on every GPU from sm_90 on",
     )
     try:
         build_all([name.strip() for name in parser.parse_args(arguments).arch.split(",")])

@@ -14,8 +14,8 @@
 // The blocks of an image share its channels and write partial maps. The last block to finish adds them up in order, so the result
 // does not depend on which block that was.
 //
-// cam_weights  Prepares the channel weights of several maps: as float32 numbers near one with the exponent of each image, because weights
-//              are as large as the features are small; as float32; and whether they are more than rounding (kdx/kernels/rounding.py).
+// cam_weights  Prepares the channel weights of several maps: as float32 numbers near one with an exponent per image, because weights are
+//              large if features are small; as plain float32; and whether they are more than rounding (kdx/kernels/rounding.py).
 //              Bytes: 8 n C read and 8 n C written per map.
 
 #include "reduce.cuh"

@@ -1,7 +1,7 @@
 """The compilers of the CUDA kernels: the NVRTC that comes with PyTorch, and nvcc.
 
-Both compile a source into machine code for one architecture (``sm_90``), or into PTX for a virtual architecture (``compute_90``), from
-which a driver makes machine code for any GPU of that compute capability or a higher one.
+Both compile a source into machine code for one architecture (``sm_90``), or into PTX for a virtual architecture (``compute_90``), which
+a driver turns into machine code for any GPU of that compute capability or a higher one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FLAGS = ("--std=c++17", "--generate-line-info", "--ptxas-options=-v")
 """The flags of nvcc and of NVRTC, which have the same names."""
 
 PTX = "compute_"
-"""The beginning of the names of virtual architectures, for which a compiler returns PTX."""
+"""The prefix of the names of virtual architectures, for which a compiler returns PTX."""
 
 
 class Compiler(Protocol):
@@ -44,8 +44,8 @@ class Compiler(Protocol):
 def compilers() -> tuple[Compiler, ...]:
     """The compilers that start on this machine, in the order in which they are tried.
 
-    NVRTC is first because it belongs to PyTorch's own CUDA version, while an nvcc on the PATH may be older than the GPU. Raises KdxError,
-    with the reason for each, if none starts.
+    NVRTC is first because it belongs to PyTorch's own CUDA version, while an nvcc on the PATH may be older than the GPU. Raises KdxError
+    with all reasons if none starts.
     """
     started: list[Compiler] = []
     problems: list[str] = []
@@ -57,7 +57,7 @@ def compilers() -> tuple[Compiler, ...]:
     if not started:
         raise KdxError(
             f"The CUDA kernels cannot be compiled: {'; '.join(problems)}.",
-            "Install PyTorch's CUDA build, which brings NVRTC, or the CUDA toolkit (nvcc on PATH).",
+            "Install PyTorch's CUDA build, which includes NVRTC, or the CUDA toolkit (nvcc on PATH).",
         )
     return tuple(started)
 
@@ -65,7 +65,7 @@ def compilers() -> tuple[Compiler, ...]:
 def nvrtc() -> Compiler:
     """NVRTC. Raises KdxError if it is not installed or does not load."""
     library, headers = find_nvrtc(), find_headers()
-    hint = "Install PyTorch's CUDA build, which brings NVRTC and its headers."
+    hint = "Install PyTorch's CUDA build, which includes NVRTC and its headers."
     if library is None:
         raise KdxError("NVRTC is not installed.", hint)
     if headers is None:
@@ -80,7 +80,7 @@ def nvcc() -> Compiler:
     """nvcc. Raises KdxError if it is not installed or does not start."""
     path = find_nvcc()
     if path is None:
-        raise KdxError("nvcc is not installed.", "Install the CUDA toolkit (nvcc on PATH); NVRTC, which PyTorch brings, also suffices.")
+        raise KdxError("nvcc is not installed.", "Install the CUDA toolkit (nvcc on PATH); PyTorch's NVRTC also suffices.")
     return Nvcc(path)
 
 
@@ -89,7 +89,7 @@ COMPILERS: dict[str, Callable[[], Compiler]] = {"NVRTC": nvrtc, "nvcc": nvcc}
 
 
 class Nvcc:
-    """The compiler of the CUDA toolkit. Only the machine code of the device is used from its output."""
+    """The compiler of the CUDA toolkit. Only the device code of its output is used."""
 
     name = "nvcc"
 
@@ -108,7 +108,7 @@ class Nvcc:
             output = "--ptx" if architecture.startswith(PTX) else "--cubin"
             log = self._run(output, f"--gpu-architecture={architecture}", *FLAGS, f"--output-file={out}", str(source))
             code = out.read_bytes()
-        return (code + b"\0", "") if architecture.startswith(PTX) else (code, log)  # a driver takes PTX as text that ends in zero
+        return (code + b"\0", "") if architecture.startswith(PTX) else (code, log)  # a driver takes PTX as text that ends with a zero byte
 
     def _run(self, *options: str) -> str:
         try:

@@ -65,11 +65,11 @@ def architecture(capability: tuple[int, int]) -> str:
 def load(source: str, capability: tuple[int, int]) -> Cubin:
     """The code of a source for a device, from the cache or compiled now.
 
-    In order: machine code of the device's own architecture, then of older ones of its generation, then PTX, which the driver compiles for
-    a GPU that is newer than the compilers; each by the first of `kdx.kernels.compilers.compilers` that succeeds. If none does, any entry
-    of the cache that the device runs.
+    The order is: machine code for the device's own architecture, then for older ones of its generation, then PTX, which the driver compiles
+    for a GPU that is newer than the compilers. Each is compiled by the first of `kdx.kernels.compilers.compilers` that succeeds. If none
+    succeeds, any entry of the cache that the device can run is used.
 
-    Raises KdxError, with the reason of the first compiler, if there is neither a working compiler nor a cache entry.
+    Raises KdxError with the reason of the first compiler if there is neither a working compiler nor a cache entry.
     """
     names = runnable(capability)
     try:
@@ -94,7 +94,7 @@ def _compiled(source: str, runnable: Sequence[str], available: Sequence[Compiler
         raise failures[0]
     known = "; ".join(f"{compiler.name} {compiler.version} supports {', '.join(compiler.architectures)}" for compiler in available)
     raise KdxError(
-        f"No compiler here compiles for {runnable[0]}: {known}.", "Install PyTorch's CUDA build or a CUDA toolkit that knows this GPU."
+        f"No installed compiler supports {runnable[0]}: {known}.", "Install PyTorch's CUDA build or a CUDA toolkit that supports this GPU."
     )
 
 
@@ -140,8 +140,8 @@ def usage(ptxas_log: str) -> dict[str, Usage]:
 
 
 def runnable(capability: tuple[int, int]) -> list[str]:
-    """The architectures whose code a device runs, best first: machine code for itself, then for older devices of its generation; then the
-    virtual architectures up to its own, whose PTX its driver compiles."""
+    """The architectures whose code a device can run, best first: machine code for itself, then for older devices of its generation; then
+    the virtual architectures up to its own, whose PTX its driver compiles."""
     major, minor = capability
     virtual = [(older, part) for older in range(major, OLDEST[0] - 1, -1) for part in range(9, -1, -1)]
     return [

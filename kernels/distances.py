@@ -35,7 +35,8 @@ _BLOCK = 4096
 """Columns that one Gram product sums over. A float32 sum loses digits as it grows: two digits over 800,000 columns."""
 
 _WHOLE = 128
-"""Rows up to which a product of rows with themselves is one product on the CPU. More are halved, since half of the product is known."""
+"""Up to this many rows, a product of rows with themselves is one product on the CPU. More rows are halved, because half of the product
+follows by symmetry."""
 
 _ELEMENTS = 1 << 24
 """The most elements that one step over pairs keeps in memory."""

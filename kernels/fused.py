@@ -233,7 +233,7 @@ def product_weights(matrices: Tensor, means: Tensor, objective: ObjectiveName = 
     """`stacked_weights` through Lap, whose product with the means cuBLAS computes in the tensor cores of a data-centre GPU."""
     solution = stacked_weights(matrices, means[:, :, :0], objective, lap=True)
     assert solution.lap is not None
-    # As in `geometry.gradient`: without their mean over the images, the spatial means round less.
+    # As in `geometry.gradient`: the spatial means minus their mean over the images have less rounding.
     return replace(solution, channel_weights=torch.bmm(solution.lap, means - means.mean(1, keepdim=True)))
 
 

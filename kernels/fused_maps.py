@@ -14,10 +14,10 @@ from kdx.kernels.launches import THREADS, check, launch, warps
 from kdx.kernels.rounding import PROBES, relative_rounding, sampling_step
 
 _BLOCKS = 10
-"""Blocks of the cam kernel per multiprocessor: about two times as many as run at once."""
+"""Blocks of the cam kernel per multiprocessor: about twice as many as run at once."""
 
 _SHORT, _SHORT_ROWS = 64, 16
-"""The means kernel: positions of a short row at most, and short rows per warp."""
+"""The means kernel: the largest number of positions of a short row, and the short rows per warp."""
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -71,7 +71,7 @@ class ScaledWeights:
 
     normal [S, n, C] float32 and exponents [S, n]: the weights are normal 2^exponents, with the largest of each image near one. plain
     [S, n, C]: the weights in float32. real [S, n]: 1 where any weight of an image is larger than its rounding, else 0, float64. finished
-    [S, n]: zeros, which `scaled_cam` uses up.
+    [S, n]: zeros, which `scaled_cam` overwrites.
     """
 
     normal: Tensor
@@ -95,7 +95,7 @@ def scaled_weights(weights: Tensor, dtype: torch.dtype, positions: int) -> Scale
 
 
 def scaled_cam(features: Tensor, weights: ScaledWeights, number: int) -> Tensor:
-    """`cam` [n, H, W] of features and the weights of the map with this number. Each number can be computed once."""
+    """`cam` [n, H, W] of features and the weights of the map with this number. Each number can be used only once."""
     return _cam(features, weights.normal[number], weights.exponents[number], weights.finished[number])
 
 
@@ -116,7 +116,7 @@ def _cam(features: Tensor, channel_weights: Tensor, exponents: Tensor | None, fi
 
 @dataclass(frozen=True)
 class _Plan:
-    """How blocks share an image, as described in cam.cu. period and lanes count packs."""
+    """The division of an image among blocks, as described in cam.cu. period and lanes count packs."""
 
     wide: bool
     period: int
@@ -137,7 +137,7 @@ def _plan(features: Tensor, blocks: int) -> _Plan:
     lanes = min(period, THREADS)
     slices = -(-period // lanes)
     periods = -(-channels * positions // (pack * period))
-    # At most as many blocks as that, and each thread has four packs at least.
+    # At most this many blocks, and at least four packs per thread.
     splits = max(1, min(blocks // (n * slices), periods // (4 * (THREADS // lanes))))
     periods_per_block = -(-periods // splits)
     return _Plan(wide, period, lanes, slices, periods_per_block, -(-periods // periods_per_block))

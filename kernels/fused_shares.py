@@ -25,7 +25,7 @@ _CHANNELS = 128
 """Channels per block of the same kernel."""
 
 _SAMPLED = 16
-"""Images whose mean is the centre of all."""
+"""The number of images whose mean is the centre."""
 
 _AT_ONCE = 4
 """Shares per block of the kernel that sums over pairs."""
@@ -60,7 +60,7 @@ class PositionSquares:
 
     @classmethod
     def of_each(cls, features: Sequence[Tensor], means: Sequence[Tensor | None]) -> list[PositionSquares]:
-        """`of` of several networks' features, all of one shape and type, whose products fill the device better together.
+        """`of` for several networks' features of one shape and type, whose products use the device better together.
 
         means: for each network, None or a float64 tensor [n, >= C] whose first columns become the spatial means, from the same read of the
         features. That is possible up to `MEAN_POSITIONS` positions.
@@ -77,7 +77,7 @@ class PositionSquares:
         if _strip(n, positions) < n:
             return [cls._in_strips(each, own) for each, own in zip(features, rows, strict=True)]
         products = _products(rows.flatten(0, 1), rows.flatten(0, 1)).unflatten(0, (-1, positions))
-        norms = products.diagonal(dim1=2, dim2=3).contiguous()  # rounded as the products beside them
+        norms = products.diagonal(dim1=2, dim2=3).contiguous()  # rounded like the other products
         results = []
         for each, product, norm, total in zip(features, products, norms, norms.sum(1), strict=True):
             distances = torch.empty(n, n, dtype=torch.float64, device=each.device)
@@ -112,7 +112,7 @@ class PositionSquares:
 def _bring_into_rows(features: Tensor, rows: Tensor, means: Tensor | None) -> None:
     """Features [n, C, P] minus their centre as rows [P, n, C], and the spatial means if requested.
 
-    The centre is the mean of some images. Any centre near the images leaves their differences as they are, and rounds them as little.
+    The centre is the mean of some images. Any centre near the images preserves their differences, with equally little rounding.
     """
     n, channels, positions = features.shape
     centre = features[:: max(1, n // _SAMPLED)].mean(0, dtype=torch.float32).T.contiguous()
@@ -137,8 +137,8 @@ def _bounds(contexts: tuple[tuple[int, int, int], ...], device: torch.device) ->
 def _squares(features: Tensor, products: Tensor, norms: Tensor, totals: Tensor, first: int, distances: Tensor | None) -> Tensor:
     """|F_i(p) - F_j(p)|^2 [strip, count, P] of the strip's images i before all others, with their ``distances`` if requested.
 
-    products [P, strip, count]: of the strip, which begins at the image ``first``, with all images from there on. norms [P, n]: |F_i(p)|^2.
-    totals [n]: their sums.
+    products [P, strip, count]: the products of the strip, which begins at the image ``first``, with all images from there on. norms [P, n]:
+    |F_i(p)|^2. totals [n]: their sums.
     """
     n, channels, positions = features.shape
     _, strip, count = products.shape

@@ -1,4 +1,5 @@
-"""Centred matrices, inner products under permutations, and influences of images, by kernels. As in `kdx.kernels.fused`, all are float64."""
+"""Centred matrices, inner products under permutations, and influences of images, by kernels. All numbers are float64, as in
+`kdx.kernels.fused`."""
 
 from __future__ import annotations
 

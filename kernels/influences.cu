@@ -1,13 +1,13 @@
-// The influences of single images on the inner products of U-centred matrices: L_i and Q_ij of kdx/kernels/moments.py, whose mean is zero.
+// The influences of single images on the inner products of U-centred matrices: L_i and Q_ij of kdx/kernels/moments.py, with mean zero.
 //
-// With h = A B entry by entry, X = A B as a product of matrices, c_i = X_ii = sum_j h_ij, and S = sum_i c_i, leaving out images of
-// matrices whose rows sum to zero gives
+// Let h = A B entry by entry, X = A B the product of the matrices, c_i = X_ii = sum_j h_ij, and S = sum_i c_i. If the rows of the matrices
+// sum to zero, the inner products without some images are
 //
 //     <A,B> without i, times (n-1)(n-4):         S - 2 (n-2)/(n-3) c_i
 //     <A,B> without i and j, times (n-2)(n-5):   S - 2 (n-3)/(n-4) (c_i + c_j) - 2/(n-4) (X_ij + X_ji)
 //                                                + (2 + 4/(n-4) + 4/((n-3)(n-4))) h_ij.
 //
-// Both influences are linear in these, and so are their means: sum_ij h_ij = S, and the X_ij off the diagonal add up to -S.
+// Both influences are linear in these numbers, and so are their means: sum_ij h_ij = S, and the sum of the X_ij off the diagonal is -S.
 //
 //     L_i  = s (c_i - S/n),    s = 2 (n-2)/((n-3)(n-4))
 //     Q_ij = b (c_i + c_j - 2 S/n) + g (h_ij - S/(n(n-1))) + d (X_ij + X_ji + 2 S/(n(n-1)))      i != j

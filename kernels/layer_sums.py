@@ -48,7 +48,7 @@ class LayerSums:
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> LayerSums:
-        """The sums whose `tensors` these are; the images count as one tile."""
+        """The sums from their `tensors`; the images count as one tile."""
         k, n, parts = tensors["rows"].shape
         sums = cls.empty([torch.arange(n, device=tensors["rows"].device)], k, parts)
         sums.distances.pairs, sums.distances.rows = tensors["pairs"], tensors["rows"]
@@ -86,7 +86,7 @@ def of_set(
     step = max(1, _BYTES // (8 * k * side * side) - 1)
     total, done = len(order) * (len(order) + 1) // 2, 0
     buffers = RowBuffer(), RowBuffer()
-    # One memory for all tiles: the system takes longer to provide new memory than the sums take.
+    # All tiles use the same memory, because the system needs more time to provide new memory than the sums take.
     memory = torch.empty(min(step, len(order)) + 1, k, *[len(order[0])] * 2, dtype=torch.float64, device=order[0].device)
     for a, left in enumerate(order):
         for first in range(a, len(order), step):
@@ -131,7 +131,7 @@ def _add(
     left: Tensor,
     right: Tensor,
 ) -> None:
-    """Add a tile of distances and their squares [k, l, r], which this changes, minus matrices u_i + u_j, so that the terms are small."""
+    """Add a tile of distances and their squares [k, l, r] minus matrices u_i + u_j, so that the terms are small. Overwrites the tile."""
     for layer, shift, distances, squared in zip(layers, shifts, strip, squares, strict=True):
         distances.sub_(shift[left][:, None]).sub_(shift[right])
         squared.sub_(layer.norms[left][:, None]).sub_(layer.norms[right])

@@ -3,11 +3,11 @@
 // Bytes: n C P sizeof(T) read and 8 n C written. The floor is the bytes over the bandwidth. PyTorch's mean with another type of result
 // first writes all features in that type.
 //
-// Short rows of up to 64 positions: a warp has 16 neighbouring rows, which are one piece of memory. It reads them in packs of 16 bytes,
-// all of them at once, into shared memory, from which two lanes add up each row. Rows of 7 x 7 are not aligned with packs, but 16 rows are.
-// Long rows: a warp has one row, and four packs per lane in flight.
+// Short rows have up to 64 positions. A warp has 16 neighbouring rows, which are contiguous in memory. It reads all of them at once, in
+// packs of 16 bytes, into shared memory, from which two lanes add up each row. Rows of 7 x 7 are not aligned with packs, but 16 rows are.
+// For long rows, a warp has one row, and each lane reads four packs at once.
 //
-// Behind the means of each image there may be probes of rounding (kdx/kernels/rounding.py): the mean absolute value of some channels
+// After the means of each image there may be probes of rounding (kdx/kernels/rounding.py): the mean absolute value of some channels
 // times normal numbers. Further blocks compute them, one per image. They read a part of the features again.
 
 #include "reduce.cuh"
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kRows = 16;   // short rows of a warp
-constexpr int kShort = 64;  // positions of a short row, at most
+constexpr int kShort = 64;  // largest number of positions of a short row
 constexpr int kBatch = 4;   // packs of a long row that a lane reads at once
 constexpr int kProbes = 8;
 
@@ -37,7 +37,7 @@ __device__ double short_rows(const T* features, int height, int positions, T* ti
     const int row = lane % kRows;
     double sum = 0;
     if (row < height) {
-        // Rows of an even length would begin in few banks, so each begins at another place.
+        // Rows of an even length would begin in few banks, so each row begins at a different position.
         int at = lane / kRows + (positions % 2 ? 0 : 2 * row % positions);
         for (int k = lane / kRows; k < positions; k += 2) {
             sum += double(float(tile[row * positions + at]));
@@ -122,7 +122,7 @@ __device__ void average(
 
 // features [n, C, P] as ``rows`` = n C rows of P positions; pack: the bytes of a load, to which rows (16 rows if they are short) are
 // aligned. drawn: normal numbers [n, 8], or null. Out: means [n, width], whose first C columns are means; the next 8 are probes unless
-// drawn is null. Grid (blocks, which have the rows, + n if there are probes).
+// drawn is null. Grid (blocks for the rows, + n if there are probes).
 #define KDX_MEANS(name, T)                                                                                                           \
     extern "C" __global__ void __launch_bounds__(32 * kWarps, 4) name(                                                               \
         const T* features, long long rows, int positions, int channels, int pack, int width, int blocks, int step, const double* drawn, \

@@ -1,4 +1,4 @@
-// Inner products of centred matrices with one matrix whose images are permuted, for many permutations, without a permuted matrix.
+// Inner products of centred matrices with one matrix whose images are permuted, for many permutations. No permuted matrix is stored.
 //
 //     out_pk = f sum_ij A_k,ij B_(p_i)(p_j),    A_k and B symmetric with zero diagonals, so that the pairs j < i suffice.
 //
@@ -9,10 +9,10 @@
 //
 //     sum_ij A_k,ij B_(p_i)(p_j) = -sqrt(2) sum_ij A_k,ij over the pairs of one label,
 //
-// so that nothing is gathered for a pair. A warp has two permutations, whose labels are in shared memory.
+// so pairs gather no entries of B. A warp has two permutations, whose labels are in shared memory.
 //
-// permuted_products  Bytes: 8 n^2 (K + 8) per eight permutations, from L2. Operations: K n^2 / 2 multiplications and additions in float64 per permutation.
-// The floor is the time of the gathered loads: P n^2 / 2 of 8 bytes.
+// permuted_products  Bytes: 8 n^2 (K + 8) per eight permutations, from L2. Operations: K n^2 / 2 multiplications and additions in float64
+// per permutation. The floor is the time of the gathered loads: P n^2 / 2 of 8 bytes.
 
 #include "reduce.cuh"
 

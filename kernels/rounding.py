@@ -58,7 +58,7 @@ def drawn(count: int, seed: int) -> Tensor:
 
 
 def sampling_step(channels: int) -> int:
-    """Every so many channels, one is read for the `entry_sizes`."""
+    """One of this many channels is read for the `entry_sizes`."""
     return max(1, channels // _SAMPLED)
 
 

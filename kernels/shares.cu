@@ -131,8 +131,8 @@ struct Context {
     __device__ bool has(int image) const { return image >= start && image < stop && (image - start) % step == 0; }
 };
 
-// The strip's part of up to kAtOnce shares of one image at up to 32 positions. An image of the strip has its pairs with all others, and an
-// image behind the strip has its pairs with the strip. Share s is of context s / matrices and matrix s % matrices.
+// The strip's part of up to kAtOnce shares of one image at up to 32 positions. An image of the strip has its pairs with all other images,
+// and an image after the strip has its pairs with the strip. Share s is of context s / matrices and matrix s % matrices.
 __device__ void contract(
     const float* squares, const double* g, const double* distances, const Context* contexts, int matrices, int shared, int images, int first,
     int rows, int count, int positions, int lanes, double* shares
@@ -201,7 +201,7 @@ KDX_SQUARES(shares_squares_float16, __half)
 KDX_SQUARES(shares_squares_bfloat16, __nv_bfloat16)
 
 // squares [rows, count, P] of the strip that begins at the image ``first``; g [matrices, images, images], distances [images, images];
-// shared: contexts times matrices. Out: shares [contexts, matrices, images, P], written for the first strip, and added to for the others.
+// shared: contexts times matrices. Out: shares [contexts, matrices, images, P]; the first strip writes them, and the others add to them.
 // Grid (count, parts of the positions, ceil(shared/4)).
 extern "C" __global__ void __launch_bounds__(kLanes * kWarps, 3) shares_contract(
     const float* squares, const double* g, const double* distances, const int* contexts, int matrices, int shared, int images, int first,

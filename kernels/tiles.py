@@ -45,7 +45,7 @@ _SAMPLE = 128
 """Rows from which the centre is estimated. More would not make the products of centred rows more exact."""
 
 _READ = 1 << 21
-"""Bytes of rows that are read before their centre is subtracted. The system takes longer to provide new memory than to copy."""
+"""Bytes of rows that are read before their centre is subtracted. Small pieces reuse memory, because new memory takes longer than a copy."""
 
 
 class Rows(Protocol):
@@ -238,9 +238,10 @@ def shuffled_tiles(n: int, side: int, run: int, generator: torch.Generator) -> l
 
 
 def reading_step(rows: Rows, most: int) -> int:
-    """How many of ``most`` rows are read at once: on a CPU so few that they stay in a cache, and their memory is used again.
+    """The number of rows that are read at once, out of ``most``. On a CPU they are so few that they stay in a cache and their memory is
+    reused.
 
-    Rows that are best read in runs, and those of a GPU, are read together.
+    Rows that are best read in runs, and rows for a GPU, are read together.
     """
     if rows.run > 1 or torch.device(rows.device).type != "cpu":
         return most

@@ -1,7 +1,7 @@
 """The set-up of all tests: torchvision on PyTorch builds that lack its operators, dcor as plain Python, and one thread per worker.
 
 Tests also run on a machine with a GPU. Those that need it have the marker gpu; those that assume that `auto` means the CPU use the
-fixture `no_gpu` or say so.
+fixture `no_gpu`, or request the CPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ numba.guvectorize = lambda *_, **__: lambda function: function
 
 @pytest.fixture(scope="module")
 def no_gpu() -> Iterator[None]:
-    """Hide the machine's GPUs from PyTorch's callers in a whole module, which asks for it with ``pytest.mark.usefixtures``."""
+    """Hide the machine's GPUs from PyTorch's callers, for modules that use this fixture through ``pytest.mark.usefixtures``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         yield

@@ -1,8 +1,9 @@
-"""Counts what a computation would ask of a GPU: launches of PyTorch's operators and of kdx's kernels, and waits for their results.
+"""Counts the launches of PyTorch's operators and of kdx's kernels, and the waits for results, that a computation would need on a GPU.
 
-The computation runs on the CPU. kdx's kernels are counted and do not run, so that its results are NaN. An operator counts as one launch
+The computation runs on the CPU. kdx's kernels are counted but do not run, so the results are NaN. An operator counts as one launch
 if it computes or copies; views, and the memory of new tensors, do not count. Operators that read a result (`item`, `nonzero`, ...) make
-the processor wait. On a GPU, an operator may launch more than one kernel. Copies between devices are not seen, since there is one device.
+the processor wait. On a GPU, an operator may launch more than one kernel. Copies between devices are not counted, because there is only one
+device.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _MEMORY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strid
 """Operators without work on the device, besides views."""
 
 _SILENT = {"promote_types", "_local_scalar_dense", "item", "is_nonzero"}
-"""Operators that launch nothing of their own."""
+"""Operators that launch no work themselves."""
 
 _WAITS = {"_local_scalar_dense", "item", "nonzero", "_unique2", "unique_dim", "unique_consecutive", "masked_select", "equal", "is_nonzero"}
 """Operators whose result, or the size of whose result, the processor reads."""
@@ -44,7 +45,7 @@ class Work:
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def by_line(self) -> str:
-        """The launches and the waits, most first, one line each."""
+        """The launches and the waits, one line each, the most frequent first."""
         rows = [
             f"{count:4d} {kind:6s} {place} {name}"
             for kind, counts in (("wait", self.waits), ("launch", self.launches))
@@ -82,7 +83,7 @@ def counted() -> Iterator[Work]:
     """Count the work of a block, in which kdx calls its kernels for CPU tensors."""
     work = Work()
     with host.running(_CountingLauncher(work)), _Counter(work), pytest.MonkeyPatch.context() as patch:
-        for name in ("tolist", "numpy", "cpu"):  # they do not reach the counter
+        for name in ("tolist", "numpy", "cpu"):  # the counter does not see these
             patch.setattr(Tensor, name, _reading(work, name, getattr(Tensor, name)))
         yield work
 

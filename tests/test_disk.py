@@ -53,7 +53,7 @@ def test_a_folder_in_the_place_of_the_file_is_an_error_before_the_block(tmp_path
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
-def test_no_field_of_a_csv_is_a_formula_and_every_text_can_be_read_again() -> None:
+def test_no_field_of_a_csv_file_is_a_formula_and_every_text_can_be_read_again() -> None:
     texts = ["=HYPERLINK(1)", "+1+1", "-x", "@SUM(A1)", "\tx", "'=x", "'quoted'", "cat", "", "RS(S) - RS(B)", "-1.5", "+inf", "−1.5"]
     written = csv_text(["@name", "text"], [["a", text] for text in texts])
     rows = list(csv.reader(io.StringIO(written)))

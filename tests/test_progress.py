@@ -1,4 +1,4 @@
-"""What a user sees of long work on a terminal, as the terminal shows it at the end."""
+"""The progress of long commands, as a terminal shows it at the end."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_lines_that_a_command_prints_leave_no_copy_of_the_bars() -> None:
         display.end("second")
     first, second, bar = screen(output.getvalue())
     assert (first, second) == ("[1/2] first: 1.0 s", "Warning: [2/2] second: 1.0 s")
-    assert bar.startswith("jobs ━") and " 2/2 " in bar  # at the end the bar is full, and no job runs
+    assert bar.startswith("jobs ━") and " 2/2 " in bar  # at the end the bar is full and no job is running
 
 
 def test_every_running_job_has_a_line() -> None:

@@ -25,7 +25,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="A metric, such as energy, pointing, insertion, road_keep or randomisation. Repeat the option for more; by default all "
-            "whose requirements the run meets, as far as --max-minutes allows.",
+            "whose requirements the run meets, within the limit of --max-minutes.",
             show_default=False,
         ),
     ] = None,
@@ -58,9 +58,7 @@ def evaluate(
     ] = 64,
     max_minutes: Annotated[
         float,
-        typer.Option(
-            min=0, help="Without --metric: leave out metrics that run the networks again and that do not fit into this time together."
-        ),
+        typer.Option(min=0, help="Without --metric: leave out metrics that run the networks again and do not fit into this time together."),
     ] = 10.0,
     data: Annotated[str | None, typer.Option(help="Where the run's data is now.", show_default=False)] = None,
     models: Annotated[Path | None, typer.Option(help="Where the run's models file is now.", show_default=False)] = None,

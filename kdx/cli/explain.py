@@ -244,7 +244,8 @@ def explain(
     decoder: Annotated[
         DecoderName,
         typer.Option(
-            help="What decodes image files. torchvision-cuda: JPEG files on the GPU, with levels that differ a little; Pillow the others."
+            help="The decoder of image files. torchvision-cuda decodes JPEG files on the GPU, with slightly different pixels, and all "
+            "other files with Pillow."
         ),
     ] = "pillow",
     gallery: GalleryOption = 60,

@@ -77,8 +77,8 @@ def similarity(
         int,
         typer.Option(
             min=0,
-            help="For whole: project the features of each layer to this many random numbers per image, such as 2048, which is faster and "
-            "needs less space; 0 for none. Results become approximate.",
+            help="For whole: project the features of each layer to this many random numbers per image, such as 2048; 0 for none. "
+            "This is faster and needs less space, but results become approximate.",
         ),
     ] = 0,
     store: Annotated[

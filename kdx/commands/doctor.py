@@ -57,7 +57,7 @@ def _gpu() -> str:
     if not torch.cuda.is_available():
         raise RuntimeError("PyTorch sees no GPU")
     if problem := gpu_problem():
-        raise RuntimeError(f"PyTorch sees a GPU and cannot compute on it: {problem}")
+        raise RuntimeError(f"PyTorch sees a GPU but cannot compute on it: {problem}")
     properties = torch.cuda.get_device_properties(0)
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
 

@@ -22,13 +22,13 @@ _HINTS = {
     "open": "Install an NVIDIA driver that nvidia-smi can reach, and check CUDA_VISIBLE_DEVICES",
     "load": "Update the NVIDIA driver: it must be at least as new as the compiler's CUDA version",
     "launch": "Check nvidia-smi for other programs that fill the GPU, and for errors of the GPU in the system's log",
-    "compare": "Do not use this GPU before a memory test passes; if it does, report this with the GPU's name and the driver's version",
+    "compare": "Run a memory test before you use this GPU; if it passes, report this with the GPU's name and the driver's version",
 }
-"""The steps of a trial, with what to do if one fails."""
+"""The steps of a trial, with the hint for a step that fails."""
 
 
 class FailedStep(Exception):
-    """A step of a trial fails. hint: what to do."""
+    """A step of a trial fails. hint: how to fix it."""
 
     def __init__(self, step: str, problem: str, hint: str = "") -> None:
         self.hint = hint or _HINTS[step]
@@ -36,7 +36,7 @@ class FailedStep(Exception):
 
 
 def try_compiler(name: str) -> str:
-    """What a compiler (a key of `COMPILERS`) can do. On a machine with a GPU, a kernel that it compiles is run.
+    """Describes what a compiler (a key of `COMPILERS`) can do. On a machine with a GPU, a kernel that it compiles is run.
 
     Raises KdxError if it does not start, and FailedStep for a step that fails.
     """
@@ -47,17 +47,17 @@ def try_compiler(name: str) -> str:
     with _step("compile"):
         code, _ = compiler.compile(cubins.SOURCES / f"{_SOURCE}.cu", architecture)
     _run(code, open_driver)
-    return f"{compiler.version}, a kernel for {architecture} compiles, loads, runs and is exact"
+    return f"{compiler.version}, a kernel for {architecture} compiles, loads, runs and gives the right result"
 
 
 def try_launcher(package: str) -> str:
-    """What a launcher (a key of `DRIVERS`) can do: it runs a kernel. Raises FailedStep for a step that fails."""
+    """Describes what a launcher (a key of `DRIVERS`) can do, after it has run a kernel. Raises FailedStep for a step that fails."""
     if not torch.cuda.is_available():
         raise RuntimeError("PyTorch sees no GPU")
     with _step("compile"):
         code = cubins.load(_SOURCE, torch.cuda.get_device_capability(_device().index)).code
     _run(code, DRIVERS[package])
-    return "a kernel loads, runs and is exact"
+    return "a kernel loads, runs and gives the right result"
 
 
 def _architecture(compiler: Compiler) -> str:
@@ -65,7 +65,7 @@ def _architecture(compiler: Compiler) -> str:
     wanted = cubins.runnable(torch.cuda.get_device_capability(_device().index))
     suitable = cubins.targets(wanted, [compiler])
     if not suitable:
-        raise FailedStep("compile", f"{compiler.name} {compiler.version} does not know {wanted[0]}, and no older architecture either")
+        raise FailedStep("compile", f"{compiler.name} {compiler.version} supports neither {wanted[0]} nor an older architecture")
     return suitable[0][0]
 
 

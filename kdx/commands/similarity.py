@@ -39,7 +39,7 @@ def run(
     the last.
     """
     if figure is not None:
-        figure_format(figure)  # before hours of work
+        figure_format(figure)  # fails before hours of work
     unused = [name for name, layers in options.layers.items() if layers and name not in references]
     if unused:
         raise KdxError(
@@ -47,7 +47,7 @@ def run(
         )
     with lock_folder(out):
         comparison = compare_networks(references, data, out, options, announce)
-        with resumable(lambda: True):  # what the comparison has stored is still there
+        with resumable(lambda: True):  # the comparison's stored features and sums are still there
             page = write_results(comparison, out, figure=figure, command=command)
         remove_stored(out)
         return page, comparison.result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -191,10 +191,11 @@ def run(design: Design, folder: Path, *, workers: int | None = None, command: Se
 
             done = frozenset(study.complete)
             outcomes = run_jobs(grid.jobs, perform, folder, workers=count, threads=plan["threads"], on_note=on_note, complete=done)
-            for ended, outcome in enumerate(outcomes, 1):
-                study.end(outcome)
-                display.end(outcome.job.key)
-                announce(f"[{ended}/{todo}] {outcome.job.kind} {outcome.job.key}: {_ending(outcome)}")
+            with closing(outcomes):  # no process works in the folder when its lock ends, also after an error
+                for ended, outcome in enumerate(outcomes, 1):
+                    study.end(outcome)
+                    display.end(outcome.job.key)
+                    announce(f"[{ended}/{todo}] {outcome.job.kind} {outcome.job.key}: {_ending(outcome)}")
         return _finish(study)
 
 
@@ -221,8 +222,8 @@ def _cost_table(rows: Sequence[Cost], workers: int) -> Group:
         counts = (str(number) for number in (row.jobs, row.jobs - row.done, row.epochs))
         table.add_row(kind, escape(" > ".join(row.networks)), *counts, _duration(row.seconds) + (" *" if row.source == "batch" else ""))
     total = f"{'At least' if is_timed else 'About'} {_duration(left / workers)} with {workers} worker{'s' if workers > 1 else ''}"
-    note = "* Training steps alone, by the time of one batch. Reading images, maps, scores and pages are not included; small networks spend"
-    notes = [f"{note} most of their time on these."] if any(row.source == "batch" for row in rows) else []
+    note = "* Estimated from one batch of training, without reading images, maps, scores and pages, which take most of the time of"
+    notes = [f"{note} small networks."] if any(row.source == "batch" for row in rows) else []
     return Group(table, "", f"{total}, for {_duration(left)} of work.", *notes)
 
 
@@ -296,16 +297,17 @@ def write_done(folder: Path, outcome: Outcome) -> None:
 
 
 def files_of_run(job: Job) -> Iterator[Path]:
-    """Files that a complete cell has, relative to the study's folder, beside its weights."""
+    """The files of a complete cell besides its weights, relative to the study's folder."""
     if job.kind == "cell":
         yield Path(job.folder, MODELS, "models.toml")
         yield from (Path(job.folder, RUN, name) for name in (schema.MANIFEST, schema.SCORES_FILE, schema.PAGE))
 
 
 def complete_jobs(folder: Path, jobs: Iterable[Job], results: Callable[[Job], Iterable[Path]] = files_of_run) -> dict[str, float]:
-    """The jobs whose results are in the folder, by key, with the seconds that each took. A job of which a file is missing is not complete.
+    """The jobs whose results are in the folder, by key, with the seconds that each took. A job is not complete if one of its files is
+    missing.
 
-    results: the files of a job beside its weights, relative to the folder. Raises KdxError for results of other inputs, such as data that
+    results: the files of a job besides its weights, relative to the folder. Raises KdxError for results of other inputs, such as data that
     have changed.
     """
     complete = {}

@@ -1,8 +1,8 @@
 """Decoding of JPEG files on a GPU (`--decoder torchvision-cuda`): nvJPEG through torchvision, and Pillow for every other file.
 
-Pillow reads the header of each file. nvJPEG decodes baseline RGB files; Pillow decodes the others (progressive, grey, CMYK, other formats,
-incomplete and very large files) and those that nvJPEG refuses, so that the same images are readable with both. Files from nvJPEG are turned
-upright and resized on the GPU.
+Pillow reads the header of each file. nvJPEG decodes complete baseline files in YCbCr colours. Pillow decodes the others (progressive, grey,
+CMYK or RGB JPEGs, other formats, incomplete and very large files) and those that nvJPEG refuses, so that the same images are readable with
+both. The images from nvJPEG are turned upright and resized on the GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _END = b"\xff\xd9"
 """The marker at the end of a JPEG file. Pillow refuses a file that ends before it, and nvJPEG may fill the rest with grey."""
 
 _PADDING = 64
-"""The bytes after the end marker that some cameras write, at most."""
+"""The largest number of bytes after the end marker, which some cameras write."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,14 +48,14 @@ class GpuDecoder:
     decode: Decode = field(repr=False)
 
     def job(self, dataset: Dataset, indices: Indices, size: tuple[int, int]) -> Job[tuple[Tensor, list[str]]]:
-        """Tasks that decode images of ``dataset``. The result: levels [n, 3, H, W] uint8 on the device, and the reason for each image that
-        cannot be read, whose levels are 0, and else ""."""
+        """Tasks that decode images of ``dataset``. The result is the levels [n, 3, H, W] uint8 on the device, and for each image
+        the reason if it cannot be read (its levels are then 0), else ""."""
         parts = [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
         levels: list[Tensor] = [torch.empty(0)] * len(parts)
         reasons: list[list[str]] = [[]] * len(parts)
 
         def fill(number: int) -> None:
-            # A stream of the thread: it waits only for its own work, and not for the networks.
+            # Each thread has a stream, so that it waits only for its own work and not for the networks.
             stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
             with torch.cuda.stream(stream) if stream is not None else nullcontext():
                 levels[number], reasons[number] = self._chunk(dataset, parts[number], size)
@@ -151,7 +151,7 @@ class Jpeg:
 
 
 def jpeg_of(dataset: Dataset, index: int) -> Jpeg | None:
-    """The file of an image if nvJPEG decodes it as Pillow does; else None. Raises nothing: Pillow then states what is wrong."""
+    """The file of an image if nvJPEG decodes it as Pillow does; else None. Raises nothing, because Pillow then reports the error."""
     file = dataset.files.get(dataset.ids[index])
     if file is None:  # several images share a file
         return None
@@ -191,7 +191,7 @@ def upright(levels: Tensor, orientation: object) -> Tensor:
 def fit_levels(levels: Tensor, size: tuple[int, int], resizing: Resizing = COVER) -> Tensor:
     """Levels [3, h, w] uint8 brought to ``size`` = (height, width): `kdx.data.pixels.fit`, on the device of ``levels``.
 
-    Pillow's weights have fewer digits, so that the two differ by a level here and there.
+    Pillow's weights have fewer digits, so some levels differ by one.
     """
     height, width = size
     if resizing.mode == "squash":
@@ -210,7 +210,7 @@ def fit_levels(levels: Tensor, size: tuple[int, int], resizing: Resizing = COVER
 
 
 def _resized(levels: Tensor, size: tuple[int, int], resizing: Resizing) -> Tensor:
-    """Resized along the width and then along the height, with levels in between, as Pillow does."""
+    """The image resized along the width and then along the height, rounded to levels after each step, as in Pillow."""
     for shape in ((levels.shape[1], size[1]), size):
         if tuple(levels.shape[1:]) != shape:
             rows = functional.interpolate(levels[None].float(), shape, mode=resizing.interpolation, antialias=True, align_corners=False)

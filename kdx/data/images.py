@@ -21,6 +21,7 @@ from kdx.data.dataset import Dataset, Indices
 from kdx.data.decoding_processes import Decode
 from kdx.data.pixels import fit, pixels_of
 from kdx.data.prefetch import PREFETCH_DEPTH, Job, prefetch
+from kdx.disk import log
 from kdx.errors import KdxError, printable
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 _CPU = torch.device("cpu")
 
 _DEPTH_FOR_GPU = 4
-"""Batches that are decoded in advance for a GPU, so that there are tasks for many processes."""
+"""The number of batches that are decoded in advance for a GPU, so that many processes have tasks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ class Images:
 
     @classmethod
     def of(cls, dataset: Dataset, indices: Indices, rows: Tensor, reasons: Sequence[str]) -> Self:
-        """The images of ``indices`` [m], from their levels and from the reason for each that cannot be read, "" for the others."""
+        """The images of ``indices`` [m], from their levels and the reasons why they cannot be read ("" for readable images)."""
         readable = np.array([not reason for reason in reasons], dtype=bool)
         unreadable = tuple((dataset.ids[index], reason) for index, reason in zip(indices, reasons, strict=True) if reason)
         return cls(rows, readable, indices[readable], unreadable)
@@ -105,9 +106,9 @@ def decoded(
 ) -> Iterator[Iterator[Images]]:
     """`load_images` of each batch, in order, decoded by ``workers`` threads while earlier batches are in use.
 
-    A few batches are decoded in advance. By default there is one thread per core; with 0, each
-    batch is decoded when it is taken. The levels are the same for any number of threads: Pillow decodes and resizes without the
-    interpreter's lock, and each image is written to its own row.
+    A few batches are decoded in advance. By default there is one thread per core; with 0, each batch is decoded when it is taken. The
+    levels are the same for any number of threads: Pillow decodes and resizes without the interpreter's lock, and each image is written to
+    its own row.
 
     device: where the networks run. For a GPU the levels are in pinned memory, and image files are decoded by as many processes. With
     ``dataset.decoder``, JPEG files are decoded on a GPU, and the levels are there.
@@ -126,7 +127,10 @@ def decoded(
             decode: Decode = partial(_decode, dataset, size)
             images = 1
             if on_gpu and count > 1 and decoding_processes.available() and dataset.has_file_per_image:
-                decode, images = stack.enter_context(decoding_processes.started(decode, size, count)), decoding_processes.IMAGES
+                try:
+                    decode, images = stack.enter_context(decoding_processes.started(decode, size, count)), decoding_processes.IMAGES
+                except OSError as error:  # the system limits processes, or their memory; threads decode the same levels
+                    log.warning("Images are decoded by threads, which is slower: no process can be started (%s).", error.strerror or error)
             jobs = (_job(dataset, batch, size, decode, images, on_gpu) for batch in batches)
         yield stack.enter_context(prefetch(jobs, count, _DEPTH_FOR_GPU if on_gpu else PREFETCH_DEPTH))
 
@@ -154,7 +158,7 @@ def _empty_rows(shape: tuple[int, ...], pinned: bool) -> Tensor:
 
 
 def _decode(dataset: Dataset, size: tuple[int, int], indices: Indices, levels: NDArray[np.uint8]) -> list[str]:
-    """Fill the levels [k, 3, H, W] of images. Returns the reason for each that cannot be read, whose levels are 0, and else ""."""
+    """Fill the levels [k, 3, H, W] of images. Returns for each image the reason if it cannot be read (its levels are then 0), else ""."""
     reasons = []
     for index, row in zip(indices, levels, strict=True):
         try:

@@ -71,7 +71,7 @@ def as_pixels(images: Any, expected: InputFormat = InputFormat()) -> Tensor:
     them.
     """
     pixels = labelled(images, expected)[0] if _yields_batches(images) else _batch(images, expected)
-    if isinstance(images, Tensor) and images.dtype == torch.uint8:  # levels cannot lie outside, and on a GPU the check would wait
+    if isinstance(images, Tensor) and images.dtype == torch.uint8:  # levels are always within the range, and on a GPU the check would wait
         return pixels
     return _checked(pixels, expected)
 

@@ -90,5 +90,5 @@ def fit(image: Image.Image, size: tuple[int, int], resizing: Resizing = COVER) -
 
 def pixels_of(levels: Tensor) -> Tensor:
     """Pixels in [0, 1] float32 of levels uint8 from 0 to 255: the same bits on every device."""
-    # A division by a number is a product with its rounded inverse on a GPU.
+    # On a GPU, PyTorch divides by a number through its rounded inverse, which gives other bits.
     return levels.float().div_(torch.full((), 255.0, device=levels.device))

@@ -93,9 +93,9 @@ def resume(
 
 
 def on_processor(value: Any, *, copy: bool = False) -> Any:
-    """Nested dictionaries and lists with their tensors on the processor. They wait for a GPU once, not once per tensor.
+    """Nested dictionaries and lists with their tensors on the processor. The copies wait for a GPU once, not once per tensor.
 
-    copy: whether tensors that are there already are copied too.
+    copy: whether tensors that are already on the processor are copied too.
     """
     devices: set[torch.device] = set()
 

@@ -261,7 +261,7 @@ class _Run:
     def _save(self, epoch: int, place: Mapping[str, Any]) -> None:
         """Write the state file: training goes on in this epoch at this place."""
         finite = torch.stack([torch.isfinite(parameter).all() for parameter in self.parameters])
-        if not bool(finite.all()):  # after a gradient that was not
+        if not bool(finite.all()):  # a gradient that is not finite spoils weights
             self._stop("a weight", math.nan, epoch if place["step"] else epoch - 1, place["step"] or None)
         for name in ("step", "random", "losses"):
             self.state.pop(name, None)

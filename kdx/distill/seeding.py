@@ -1,4 +1,4 @@
-"""The same training twice: random numbers that follow from a seed, and deterministic algorithms. The caller's state stays untouched."""
+"""Repeatable training: random numbers from a seed, and deterministic algorithms. The caller's random state does not change."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def deterministic(device: torch.device) -> Iterator[None]:
     """On a GPU, run a block with deterministic algorithms, so that a training that was stopped ends with the same weights.
 
     On a CPU the algorithms are deterministic anyway. Where PyTorch has no deterministic algorithm for an operation on a GPU, it warns and
-    uses the other one.
+    uses one that is not deterministic.
     """
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it PyTorch takes no matrix product for deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it PyTorch does not consider matrix products deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark, fill = torch.backends.cudnn.benchmark, _settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # The fastest of several algorithms may be another one in the next process.
+    # A benchmark may select another algorithm in the next process.
     torch.backends.cudnn.benchmark = False
     _settings.fill_uninitialized_memory = False
     try:

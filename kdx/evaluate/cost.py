@@ -1,4 +1,4 @@
-"""What metrics that run the networks again cost, from the time of one batch, and which of them fit into a limit of time."""
+"""The cost of metrics that run the networks again, estimated from one batch, and the metrics that fit into a time limit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kdx.export.graphs import FeatureGraph
 from kdx.runtimes.eager import EagerRunner
 
 DEFAULT_MINUTES = 10.0
-"""The minutes that metrics which were not named take by default, at most."""
+"""The default limit in minutes for metrics that the user has not named."""
 
 _WORK = {
     "insertion": ("insertion",),
@@ -40,7 +40,7 @@ _BACKWARD = 3
 class Costs:
     """The seconds of forward passes alone. Imputation, geometry and rankings are not included, so the work takes longer.
 
-    per_map: of one map at one layer, by part of the work. once: of parts that all maps share.
+    per_map: the seconds of one map at one layer, by part of the work. once: those of parts that all maps share.
     """
 
     per_map: Mapping[str, float]
@@ -61,7 +61,7 @@ class Costs:
         )
 
     def seconds(self, metric: Metric, maps: int, done: set[str]) -> float:
-        """Of a metric of this many maps, without the parts that are ``done``."""
+        """The seconds of a metric of this many maps, without the parts that are ``done``."""
         parts = [part for part in _WORK.get(metric.name, ()) if part not in done]
         return sum(self.once[part] if part in self.once else maps * self.per_map[part] for part in parts) if maps else 0.0
 
@@ -87,7 +87,7 @@ def affordable(costs: Costs, metrics: Sequence[tuple[Metric, int]], limit: float
 
 
 def _seconds_per_image(subject: Subject, role: str) -> float:
-    """Of a forward pass of a batch, the second of two."""
+    """The seconds per image of a forward pass of a batch, the second of two passes."""
     network = subject.networks[role]
     pixels = subject.pixels(slice(0, min(PART, len(subject))))
     with EagerRunner(FeatureGraph(network.module, [], network.preprocessing), subject.device) as runner:

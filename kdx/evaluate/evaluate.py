@@ -63,8 +63,8 @@ def evaluate(
     of `kdx.evaluate.candidates.DEFAULT`, or ``["all"]``. layers: of the student; by default all of the run. images: how many, balanced over
     the classes, among those with a mask if there are masks; None for all. seed: of this choice and of what a metric draws. data, models:
     where the run's data and its models file are now; by default where they were. device: of the networks. max_minutes: without ``metrics``,
-    those that run the networks again and do not fit into this time are left out, by an estimate from one batch (`kdx.evaluate.cost`); and
-    no further map is measured once the time is over.
+    metrics that run the networks again and do not fit into this time are left out, by an estimate from one batch (`kdx.evaluate.cost`), and
+    no further map is measured when the time is over.
 
     The result is the mean over the images with its confidence interval (`kdx.runs.evaluation.mean_interval`) for each metric, map and
     layer, and the value of every image. It is written to evaluation.json and evaluation.parquet in the run's folder, where earlier results
@@ -90,7 +90,7 @@ def evaluate(
         with resumable(lambda: state.has_results), progress() as show:
             late = _measure(state, subject, work, options, show, math.inf if work.named_metrics else 60 * max_minutes)
         if late:
-            announce(f"The time is over ({_minutes(60 * max_minutes)}). {_missing_hint(late)}")
+            announce(f"The time limit ({_minutes(60 * max_minutes)}) is reached, and metrics are incomplete. {_missing_hint(late)}")
         return state.evaluation
 
 
@@ -233,22 +233,22 @@ def _known(run: RunRecord, plan: _Plan, subject: Subject, options: EvaluationOpt
 def _affordable(
     state: _State, subject: Subject, plan: _Plan, options: EvaluationOptions, minutes: float, announce: Callable[[str], None]
 ) -> _Plan:
-    """The plan without the metrics that do not fit into this many minutes together. They are announced, with the time of each."""
+    """The plan without the metrics that do not fit into this many minutes together. It announces these, with the time of each."""
     done = state.done
     left = [(m, sum((m.name, c.name, layer) not in done for c, layer in plan.tasks(m))) for m in plan.metrics]
     if not any("networks" in metric.needs and maps for metric, maps in left):
         return plan
     metrics, left_out = affordable(Costs.of(subject, options), left, 60 * minutes)
     if left_out:
-        times = ", ".join(f"{metric.title} ({_minutes(seconds)})" for metric, seconds in left_out.items())
+        times = ", ".join(f"{metric.title} (at least {_minutes(seconds)})" for metric, seconds in left_out.items())
         names = [metric.name for metric in left_out]
-        announce(f"Left out, with the least time that each would take: {times}. {_missing_hint(names)}")
+        announce(f"These metrics would take too long and are left out: {times}. {_missing_hint(names)}")
     return replace(plan, metrics=metrics)
 
 
 def _missing_hint(metrics: Sequence[str]) -> str:
     options = " ".join(f"--metric {name}" for name in metrics)
-    return f"To add them, give {options}, or more minutes with --max-minutes; a smaller --detailed makes them faster."
+    return f"To compute them, give {options} or a larger --max-minutes; a smaller --detailed makes them faster."
 
 
 def _minutes(seconds: float) -> str:
@@ -256,7 +256,8 @@ def _minutes(seconds: float) -> str:
 
 
 def _measure(state: _State, subject: Subject, plan: _Plan, options: EvaluationOptions, show: Show, limit: float) -> list[str]:
-    """Compute what is missing, metric by metric, and store it. The names of metrics of which a part is missing after ``limit`` seconds."""
+    """Compute the missing results, metric by metric, and store them. Returns the names of metrics that are incomplete after ``limit``
+    seconds."""
     done, end = state.done, time.monotonic() + limit
     late = []
     for metric in plan.metrics:

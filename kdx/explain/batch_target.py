@@ -16,10 +16,10 @@ from kdx.scores.uncertainty import permutation_table
 
 @dataclass(frozen=True, eq=False)
 class BatchTarget:
-    """What the images of a batch are compared by. It depends on no image, so it is known before the networks run.
+    """The target of a batch, with permutations and seed. It does not depend on the images, so it is known before the networks run.
 
-    target: of the n images, with its geometry. permutations [p, n] of the images. classes [n]: the true classes, for salient images; None
-    if they are not known. seed: of the noise in salient images.
+    target: the target of the n images, with its geometry. permutations [p, n]: permutations of the images. classes [n]: the true classes,
+    for salient images; None if they are not known. seed: the seed of the noise in salient images.
     """
 
     target: Target
@@ -30,7 +30,7 @@ class BatchTarget:
     @classmethod
     @ambient.neutral()
     def of(cls, labels: Tensor, permutations: int, seed: int | Sequence[int], classes: Tensor | None = None) -> Self:
-        """From labels [n] or an embedding [n, e]. classes: by default the labels, if they are not an embedding.
+        """Make it from labels [n] or an embedding [n, e]. classes: by default the labels, if they are not an embedding.
 
         Raises KdxError for a target without geometry.
         """

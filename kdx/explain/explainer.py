@@ -227,8 +227,9 @@ class Explainer:
     def open(self, image_size: tuple[int, int], images: int | None = None, *, runtime: str | None = None, batch: int | None = None) -> None:
         """Prepare for images of this size; otherwise the first call does this. Every runtime except eager then exports the networks.
 
-        images: how many will be explained. The runtime ``auto`` then exports only if this saves time. runtime: the one that has computed a
-        part of the results already, which ``auto`` keeps. batch: the most images of a call; TensorRT's engines are built for it.
+        images: how many will be explained. The runtime ``auto`` then exports only if this saves time. runtime: the runtime that has
+        already computed a part of the results, which ``auto`` keeps. batch: the largest number of images in a call, for which TensorRT's
+        engines are built.
         """
         self._networks.open(image_size, images, runtime, batch)
 
@@ -283,7 +284,7 @@ class Explainer:
 
     @ambient.neutral()
     def begin(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, PendingMeasurement]]:
-        """`explain` of images whose labels and permutations are known already, without waiting for a GPU where the kernels run.
+        """`explain` for images whose labels and permutations are already known, without waiting for a GPU where the kernels run.
 
         Labels and permutations are copied to the device before the passes, and the images once for all networks.
         """

@@ -110,7 +110,7 @@ def open_exported(
     """
     if choice.runtime == "tensorrt" and path.suffix != ".engine":
         built = folder.path / f"{name}.engine"
-        with torch.cuda.device(choice.device):  # an engine is for one kind of GPU, and a machine may have several
+        with torch.cuda.device(choice.device):  # an engine is built for one kind of GPU, and a machine may have several kinds
             engine.build(path, built, batch=batch, image_size=image_size, tf32=choice.precision == "tf32")
         path = built
     return open_file(path, choice)

@@ -1,8 +1,8 @@
 """Maps and inner products of one layer and one batch on a GPU, without waiting for it.
 
 `kdx.explain.layer.measure` reads a number from the GPU wherever it checks features, and the GPU is idle meanwhile. Here the numbers that
-the checks need are collected in one tensor. Whoever reads it later learns whether everything is as usual. If it is not, the features are
-measured again in `measure`, step by step, which raises the error or computes what unusual features need.
+the checks need are collected in one tensor, which the caller reads later. If it shows that the features are unusual, `measure` measures
+them again, step by step, and raises the error or handles the unusual features.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 class FusedMeasurement:
     """The tensors of a `kdx.explain.layer.LayerMeasurement` on the device, which may not have computed them yet.
 
-    maps: the maps [n, H, W] and the channel weights [n, C] by name. numbers: what `scores` needs, float64. limits: the rounding of each
-    role's features, in the order of MEASURED.
+    maps: the maps [n, H, W] and the channel weights [n, C] by name. numbers: the numbers that `scores` needs, float64. limits: the rounding
+    of each role's features, in the order of MEASURED.
     """
 
     maps: dict[str, tuple[Tensor, Tensor]]
@@ -43,14 +43,15 @@ class FusedMeasurement:
     limits: tuple[float, ...]
 
     def scores(self, numbers: Sequence[float]) -> dict[str, float] | None:
-        """The score of each map, from ``numbers``; None if the features are unusual, so that the results mean nothing."""
+        """The score of each map, from ``numbers``; None if the features are unusual; the results are then invalid."""
         n = next(iter(self.maps.values()))[0].shape[0]
         roles, maps = len(self.limits), len(self.maps)
         limits = np.array(self.limits)
         values = np.array(numbers, dtype=np.float64)
         squares, norms, left, scores, real = np.split(values, np.cumsum([roles, roles, maps, maps]))
         low, high = ORDINARY[torch.float32]
-        # The largest of n^2 distances is at most the root of their squares' sum, and at least that over n. NaN fails each comparison.
+        # The largest of n^2 distances is at most the root of the sum of their squares, and at least this root over n.
+        # NaN fails each comparison.
         is_usual = (
             ((np.sqrt(squares) >= low * n) & (np.sqrt(squares) <= high)).all()
             and (norms * (n * (n - 3)) > limits**2 * squares).all()
@@ -130,7 +131,7 @@ def _distances(features: Tensor) -> Tensor:
 
 
 def _alike(features: Mapping[str, Tensor]) -> list[list[str]]:
-    """The names, grouped by the shape and the type of their features."""
+    """The roles, grouped by the shape and the type of their features."""
     groups: dict[tuple[torch.Size, torch.dtype], list[str]] = {}
     for name, value in features.items():
         groups.setdefault((value.shape, value.dtype), []).append(name)

@@ -66,10 +66,10 @@ class LayerMeasurement:
 class PendingMeasurement:
     """A measurement that a GPU may still be computing.
 
-    numbers: float64 on the device; what `result` reads from it. Copy it to the processor with the other results, and give `result` the
-    copy, so that nobody waits. It is empty if the measurement is complete.
-    expected: the measurement if the features are as usual. Until `result` has confirmed that, its tensors may mean nothing, and the scores
-    of its maps are not known (NaN), unless the measurement is complete.
+    numbers: the float64 numbers on the device that `result` reads. Copy them to the processor with the other results, and give `result` the
+    copy, so that it does not wait. The tensor is empty if the measurement is complete.
+    expected: the measurement if the features are as usual. Until `result` has confirmed that, its tensors may be invalid, and the scores
+    of its maps are unknown (NaN), unless the measurement is complete.
     """
 
     numbers: Tensor
@@ -103,9 +103,9 @@ def begin(
     backend: Backend = "auto",
     graphs: LayerGraphs | None = None,
 ) -> PendingMeasurement:
-    """`measure`, without waiting for a GPU that runs the kernels, if they compute all that is requested.
+    """`measure` without waiting for a GPU, if the kernels can compute everything that is requested.
 
-    graphs: the captured computations of batches of the same shapes, which are then launched at once; None to launch each kernel.
+    graphs: the captured computations of batches of the same shapes, each of which is one launch; None to launch each kernel.
     The features stay in memory until the result is read. Raises what `measure` raises if it has to be computed at once.
     """
     ops, name = _backend(features, backend), dispatch.kernel_objective(objective)
@@ -178,7 +178,7 @@ def _measure(
     pooled: bool,
     ops: dispatch.TorchBackend,
 ) -> LayerMeasurement:
-    """`measure`, step by step: each check waits for what it checks."""
+    """`measure`, step by step: each check waits for its numbers."""
     roles = roles_among(features)
     parts: dict[tuple[str, str], Tensor] = {}
     # The shares would be those of other scores than ``distances`` have, and distances between means have none.

@@ -1,8 +1,9 @@
 """The computation of a layer, captured as a CUDA graph where batches have the same shapes, if the user asks for it.
 
-No GPU has run these graphs yet, so they are off unless `REQUEST` is 1 in the environment. About fifty launches take the processor longer
-than the GPU needs for a small layer. A graph launches them all at once. It reads from and writes to fixed memory, so the features of a
-batch are copied into it, and the results out of it, in one piece. Results of earlier batches are therefore never overwritten.
+No GPU has run these graphs yet, so they are off unless `REQUEST` is 1 in the environment. For a small layer, the processor needs more time
+for about fifty launches than the GPU needs for the work. A graph is a single launch. It reads from and writes to fixed memory: the features
+of a batch are copied into this memory, and the results are copied out of it together. Therefore a batch does not overwrite the results of
+earlier batches.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ REQUEST = "KDX_CUDA_GRAPHS"
 """The environment variable that turns CUDA graphs on if it is 1."""
 
 _BYTES = 1 << 29
-"""The most bytes of features that a graph keeps. The kernels of larger layers take longer than their launches."""
+"""The largest size of a graph's features in bytes. The kernels of larger layers take longer than their launches."""
 
 _GRAPHS = 8
-"""The most graphs that are kept."""
+"""The largest number of graphs that are kept."""
 
 Capture = Callable[[Callable[[], tuple[FusedMeasurement, Tensor]]], tuple[tuple[FusedMeasurement, Tensor], Callable[[], None]]]
 """Runs a computation once and returns its results, and a function that computes them again in the same memory."""
@@ -48,7 +49,7 @@ class CudaCapture:
 
 @dataclass(frozen=True, eq=False)
 class _Captured:
-    """A captured computation: its inputs, its results, which are also ``packed`` as bytes, and what computes them again."""
+    """A captured computation: its inputs, its results, the same results ``packed`` as bytes, and a function that computes them again."""
 
     inputs: list[Tensor]
     results: FusedMeasurement
@@ -64,7 +65,7 @@ class _Captured:
 
 
 class LayerGraphs:
-    """Captured computations by the shapes of their inputs. A computation is captured when shapes come for the second time.
+    """Captured computations by the shapes of their inputs. A computation is captured when its shapes occur for the second time.
 
     capture: None for CUDA graphs where the user asks for them and the launcher can be captured; otherwise nothing is captured.
     """

@@ -64,8 +64,8 @@ class NetworkSet(Protocol):
     def open(self, image_size: tuple[int, int], images: int | None = None, runtime: str | None = None, batch: int | None = None) -> None:
         """Prepare for images of this size. A second call does nothing.
 
-        images: how many there will be, by which ``auto`` decides. runtime: which one computed a part of them already, for ``auto``.
-        batch: the most images of a call, for which engines are built.
+        images: how many will be explained, for ``auto``. runtime: the runtime that has already computed a part of them, for ``auto``.
+        batch: the largest number of images in a call, for which engines are built.
         """
 
     def networks(self) -> dict[str, NetworkRecord]:

@@ -40,14 +40,14 @@ class Sketch:
 
         y_k = sum_i s_i x_i over the i with h(i) = k,    h(i) = (i + r_b) mod K    for the i of block b = floor(i/K)
 
-    with random signs s_i and a random shift r_b of each block of K consecutive values. Two values of different blocks fall on the same
-    number with probability 1/K, and two of the same block never do, so that
+    with random signs s_i and a random shift r_b of each block of K consecutive values. Two values of different blocks are added to the
+    same number with probability 1/K, and two of the same block never are, so that
 
-        E <y, y'> = <x, x'>    and    Var |y|^2 = 2/K (|x|^4 - sum_b |x_b|^4)    with the values x_b of block b.
+        E <y, y'> = <x, x'>    and    Var |y|^2 = 2/K (|x|^4 - sum_b |x_b|^4)    where x_b are the values of block b.
 
-    A squared distance has the expected value of the unprojected one and a relative standard deviation of at most sqrt(2/K), whatever the
-    features are, and a distance one of about 1/sqrt(2K). This is the count sketch of Charikar, Chen and Farach-Colton ("Finding frequent
-    items in data streams", ICALP 2002), with shifts in place of an independent hash of each value, for which its variance holds as well.
+    A squared distance has the expected value of the unprojected one and a relative standard deviation of at most sqrt(2/K) for all
+    features, and a distance has one of about 1/sqrt(2K). This is the count sketch of Charikar, Chen and Farach-Colton ("Finding frequent
+    items in data streams", ICALP 2002), with shifts in place of an independent hash of each value, for which the same variance holds.
 
     signs [d]: 1 or -1, float32. shifts [ceil(d/K)]: from 0 to K - 1.
     """
@@ -68,7 +68,7 @@ class Sketch:
         rows = wide(rows)
         signs, result = self.signs.to(rows), rows.new_zeros(len(rows), self.size)
         for shift, part, own in zip(self.shifts, rows.split(self.size, 1), signs.split(self.size), strict=True):
-            straight = min(part.shape[1], self.size - shift)  # the others continue at the beginning
+            straight = min(part.shape[1], self.size - shift)  # the other values wrap to the beginning
             result[:, shift : shift + straight].addcmul_(part[:, :straight], own[:straight])
             result[:, : part.shape[1] - straight].addcmul_(part[:, straight:], own[straight:])
         return result

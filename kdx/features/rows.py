@@ -138,7 +138,7 @@ class Selected:
 def resident(rows: Rows, device: torch.device, free: int) -> Rows:
     """The same rows in the memory of ``device`` if they take at most a quarter of its ``free`` bytes, else ``rows``.
 
-    A sweep over all pairs of images reads each row once per tile of other images, and each time it would be copied to the device again.
+    A sweep over all pairs of images reads each row once per tile of other images. Without this copy, each read would copy it to the device.
     """
     n, d = rows.shape
     if n * d * rows.dtype.itemsize > free // 4:

@@ -132,7 +132,7 @@ class Target:
         return (*geometry_, self.classes.codes) if self.values.ndim == 1 and self.classes is not None else geometry_
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Target:
-        """The same target with copies of its ``tensors`` on another device, whose geometry is not computed again."""
+        """The same target with these copies of its ``tensors`` on another device. Its geometry is not computed again."""
         values, raw, centred, *codes = tensors
         moved = Target(values, self.backend, self.names)
         moved.__dict__["distances"] = BatchDistances(raw, centred)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import nn
 
 from kdx.errors import KdxError
@@ -68,6 +70,11 @@ def check_kind(module: nn.Module) -> None:
             problem, hint = reason
             name = f"The module {path!r}" if path else "The network"
             raise KdxError(f"{name} ({type(inner).__name__}) {problem}.", hint)
+    if "spatial_shapes" in inspect.signature(module.forward).parameters:  # transformers' name for the grid of the patches of each image
+        raise KdxError(
+            f"The network ({type(module).__name__}) takes patches of images with the size of their grid, and no image.",
+            "Wrap it in a module that takes images [n, 3, H, W], cuts them into patches, and passes these on.",
+        )
 
 
 def _reason_against(module: nn.Module) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""The code of networks that a user defines: stored results of a network depend on it as well as on its weights."""
+"""The source code of a user's own networks: stored results depend on it as well as on the weights."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from kdx.models.sources import SOURCES
 def code_hash(reference: str, module: nn.Module) -> str | None:
     """The SHA-256, in hexadecimal, of the source files that define a network; None where all its code belongs to installed packages.
 
-    reference: the model reference, or any text. The files are that of the factory that the reference names and those of the classes of all
-    submodules, without packages in site-packages, whose versions are recorded elsewhere. What these files import, and files that a
-    function reads, is not part of the hash.
+    reference: the model reference, or any text. The files are that of the factory that the reference names, and those of the classes of all
+    submodules. Packages in site-packages are left out, because their versions are recorded elsewhere. Modules that these files import, and
+    files that a function reads, are not part of the hash.
     """
     files = sorted({path for path in _files(reference, module) if _is_own(path)})
     if not files:

@@ -87,7 +87,7 @@ class Comparison:
 
     @cached_property
     def _influences(self) -> dict[str, RunInfluences]:
-        """By run, what each part of its images contributes to its scores, for runs with the parts of the first run."""
+        """By run, the contributions of the parts of its images to its scores, for runs with the same parts as the first run."""
         first = read_influences(self.first.folder)
         if first is None:
             return {}
@@ -100,12 +100,12 @@ class Comparison:
 
     @property
     def paired(self) -> tuple[str, ...]:
-        """The students whose scores can be subtracted from those of the first student with an interval."""
+        """The students for which differences from the first student can have intervals."""
         return tuple(name for name in self.names if name in self._influences and name != self.names[0])
 
     def difference(self, student: str, layer: str, number: str) -> Contrast | None:
         """A score or a difference of a student minus that of the first student at a layer of ``layers``, with its interval over images
-        (`kdx.scores.paired`); None where a run does not have it, or does not have the parts of the first run's images."""
+        (`kdx.scores.paired`); None if a run does not have the score, or not the same parts of the images as the first run."""
         both = [(name, self.entry(name, layer, number)) for name in (student, self.names[0])]
         known = [self._influence(name, layer, number) for name, _ in both]
         if student not in self.paired or None in known or any(entry is None or not entry.known for _, entry in both):

@@ -88,7 +88,7 @@ def score_tables(comparison: Comparison) -> list[DataTable]:
 def difference_tables(comparison: Comparison) -> list[DataTable]:
     """One table per layer: a row per score or difference, and a column per student with its value minus the first student's.
 
-    Empty where no run has what the intervals need.
+    Empty if no run has the data that the intervals need.
     """
     first, paired = comparison.names[0], comparison.paired
     without = [name for name in comparison.names[1:] if name not in paired]
@@ -107,7 +107,7 @@ def difference_tables(comparison: Comparison) -> list[DataTable]:
 
 
 def _without(names: Sequence[str], first: str) -> str:
-    """Which students the tables of differences lack, as a sentence; "" for none."""
+    """A sentence about the students that the tables of differences leave out; "" for none."""
     if not names:
         return ""
     runs = f"the run of {names[0]} does" if len(names) == 1 else f"the runs of {', '.join(names)} do"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kdx.choices import TableFormat
+from kdx.disk import csv_text
 from kdx.errors import KdxError
 from kdx.report.comparison import Comparison
 from kdx.report.comparison_tables import ordered_numbers
@@ -10,7 +11,6 @@ from kdx.roles import SCORES
 from kdx.runs import schema
 from kdx.runs.measured import Entry
 from kdx.runs.score_tables import (
-    csv_text,
     latex_cell,
     latex_score,
     latex_text,

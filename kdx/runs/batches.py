@@ -46,7 +46,7 @@ class _Ready:
 
 @dataclass(frozen=True, eq=False)
 class _Results:
-    """What a run keeps of a batch at a layer: inner products, shares and maps."""
+    """The results of a batch at a layer that a run keeps: inner products, shares and maps."""
 
     products: LayerProducts
     shares: dict[tuple[str, str], Tensor]
@@ -63,8 +63,8 @@ class _Results:
 
 @dataclass(frozen=True, eq=False)
 class _Queued:
-    """A batch whose work is queued. On their way to the host: the columns of predictions, per layer the expected results, and the numbers
-    from which each pending measurement concludes whether they hold."""
+    """A batch whose work is queued. download: copies the columns of predictions, the expected results of each layer, and the numbers with
+    which each pending measurement checks these results."""
 
     number: int
     images: Images
@@ -110,7 +110,7 @@ def _use_references(explainer: Explainer, plan: Plan, references: NDArray[np.int
 
 
 def _target_job(explainer: Explainer, plan: Plan, number: int, images: Images) -> Job[_Ready]:
-    """The target of a batch, which takes no image."""
+    """The target of a batch, which does not depend on the pixels."""
     ready: list[_Ready] = []
 
     def compute() -> None:
@@ -123,7 +123,7 @@ def _target_job(explainer: Explainer, plan: Plan, number: int, images: Images) -
 
 
 def _queue(explainer: Explainer, plan: Plan, batch: _Ready) -> _Queued:
-    """Explain a batch. On a GPU its results are then on their way to the host."""
+    """Explain a batch. On a GPU this queues the work and the copy of its results to the host."""
     with _about(batch.number, batch.images, plan):
         logits, pending = explainer.begin(batch.images.levels, batch.target)
     check_classes(logits, len(plan.dataset.classes))
@@ -136,14 +136,14 @@ def _queue(explainer: Explainer, plan: Plan, batch: _Ready) -> _Queued:
 def _read(batch: _Queued, plan: Plan) -> tuple[dict[str, Tensor], dict[str, _Results]]:
     """The columns of predictions and the results of each layer, on the host. Raises KdxError for features that cannot be measured.
 
-    Each layer's measurement is given up here, because it keeps the features of the batch in memory, and the loop keeps the batch.
+    Each layer's measurement is released here, because it keeps the features of the batch in memory while the loop keeps the batch.
     """
     columns, results, numbers = batch.download.result()
     for layer in list(batch.pending):
         pending = batch.pending.pop(layer)
         with _about(batch.number, batch.images, plan):
             measured = pending.result(numbers[layer])
-        if measured.products is not pending.expected.products:  # the features are unusual, and were measured again
+        if measured.products is not pending.expected.products:  # the features were unusual and were measured again
             results[layer] = on_host(_Results.of(measured))
     return columns, results
 

@@ -23,9 +23,10 @@ from kdx.scores.pool import LayerScores, adjusted
 class Collected:
     """Everything that a run computed except the maps.
 
-    columns: of samples.parquet, and INDEX. scores, statistics and null strengths: per layer, the last two per kind of map. unreadable: the
-    name and the reason for each image that could not be read. grouped: per ``classes`` and ``groups`` the scores of each layer and name;
-    left_out: the reason for each of the two that is absent, where one applies. influences: on the scores, in the geometry ``whole``.
+    columns: of samples.parquet, and INDEX. scores, statistics and null strengths: per layer, and the last two per kind of map. unreadable:
+    the name and the reason for each image that could not be read. grouped: per ``classes`` and ``groups`` the scores of each layer and
+    name; left_out: the reason for each of the two that is absent, where one applies. influences: the influences on the scores, in the
+    geometry ``whole``.
     """
 
     columns: dict[str, NDArray[Any]]

@@ -1,4 +1,4 @@
-"""What each part of a run's images contributes to its scores: the file influences.npz in the folder of a run with the geometry ``whole``.
+"""The contributions of the parts of a run's images to its scores: the file influences.npz of a run with the geometry ``whole``.
 
 parts          [rows], the part of each image of samples.parquet
 names/LAYER    [s], the scores
@@ -21,13 +21,12 @@ from numpy.typing import NDArray
 
 from kdx.disk import write_atomic
 from kdx.kernels.moments import Influences, part_sizes
-
-FILE = "influences.npz"
+from kdx.runs import schema
 
 
 @dataclass(frozen=True, eq=False)
 class RunInfluences:
-    """parts [N]: of the images in the order of samples.parquet. layers: by layer and score, first [1, u] and second [1, u, u]."""
+    """parts [N]: the part of each image, in the order of samples.parquet. layers: by layer and score, first [1, u] and second [1, u, u]."""
 
     parts: NDArray[np.uint8]
     layers: Mapping[str, Mapping[str, Influences]]
@@ -43,7 +42,7 @@ class RunInfluences:
                 arrays[f"second/{layer}"] = _stacked(seconds)
         content = io.BytesIO()
         np.savez_compressed(content, allow_pickle=False, **arrays)
-        write_atomic(folder / FILE, content.getvalue())
+        write_atomic(folder / schema.INFLUENCES, content.getvalue())
 
 
 def _stacked(values: list[torch.Tensor]) -> NDArray[np.float32]:
@@ -56,9 +55,9 @@ def parts_of(order: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 
 def read_influences(folder: Path) -> RunInfluences | None:
-    """The influences of a run; None where it has none, as in other geometries and in older runs, and for a damaged file."""
+    """The influences of a run; None if it has none, as with other geometries and in older runs, or if the file is damaged."""
     try:
-        with np.load(io.BytesIO((folder / FILE).read_bytes()), allow_pickle=False) as content:
+        with np.load(io.BytesIO((folder / schema.INFLUENCES).read_bytes()), allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
         names = {name.removeprefix("names/"): values.tolist() for name, values in arrays.items() if name.startswith("names/")}
         return RunInfluences(arrays["parts"], {layer: _scores(arrays, layer, scores) for layer, scores in names.items()})

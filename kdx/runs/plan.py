@@ -61,7 +61,7 @@ class RunOptions(Settings):
     ``auto`` selects the geometry ``reference``.
     base: ``none`` leaves out the base of the models file.
     target: what relevance is measured against in place of labels (`kdx.runs.targets`), by default as the models file states.
-    decoder: what decodes image files (`kdx.data.gpu_decoder`); the pictures of the page are always Pillow's.
+    decoder: the decoder of image files (`kdx.data.gpu_decoder`); Pillow always decodes the pictures of the page.
     resize, interpolation: how images are brought to the networks' size, by default as the models file states.
     ratios: ``summed`` for one score from the inner products of all batches, or ``mean`` for the mean of the batches' scores, with the
     geometry ``batch``.
@@ -219,7 +219,7 @@ class Plan:
 
 
 def _decoder(options: RunOptions) -> GpuDecoder | None:
-    """The decoder on the GPU of the run, if it is chosen. Raises KdxError where it cannot run."""
+    """The decoder on the run's GPU, if it is chosen. Raises KdxError if it cannot run."""
     if options.decoder == "pillow":
         return None
     return open_gpu_decoder(choose("eager", options.device).device)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kdx.disk import csv_text
 from kdx.errors import KdxError
-from kdx.runs.score_tables import csv_text
 
 
 class Records(list[dict[str, Any]]):

@@ -10,7 +10,7 @@ folder in this schema; `kdx.runs.record` reads it.
                      (`kdx.roles.SCORE_MAPS`). Kinds that involve the teacher exist only with a teacher.
     scores.json      accuracies, and per layer the scores and contrasts, of all images and of each class and group; scores.csv has those of
                      all images as a table, scores_by_class.csv and scores_by_group.csv those of classes and groups, if there are any
-    influences.npz   what each part of the images contributes to the scores (`kdx.runs.influences`), for differences between runs
+    influences.npz   contributions of the parts of the images to the scores (`kdx.runs.influences`), for differences between runs
     training.json    the scores of probe images during training, where kdx distill logged them
     report.html      the page
     gallery.json     which images the page shows: how they were chosen, and their rows in the order of the page
@@ -47,7 +47,10 @@ MAPS_FILE = "maps.zarr"
 SCORES_FILE = "scores.json"
 SCORES_TABLE = "scores.csv"
 GROUPED_TABLES = {"classes": "scores_by_class.csv", "groups": "scores_by_group.csv"}
+INFLUENCES = "influences.npz"
 TRAINING_FILE = "training.json"
+OPTIONAL_RESULTS = (*GROUPED_TABLES.values(), INFLUENCES, TRAINING_FILE)
+"""The results that some runs do not have. In the folder of a run that is computed again, those of the earlier run would stay."""
 PAGE = "report.html"
 IMAGES_PAGE = "images.html"
 """The page of a few images, in a folder that is not a run."""

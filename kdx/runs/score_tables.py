@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from kdx.choices import TABLE_FORMATS, GroupKind, TableFormat
-from kdx.disk import csv_text as csv_text
+from kdx.disk import csv_text
 from kdx.errors import KdxError, printable
 from kdx.roles import BALANCE, GAIN, LEAD, LIKENESS, counterpart
 from kdx.runs import grouped_scores, schema

@@ -31,7 +31,7 @@ from kdx.scores.similarity import of_sums
 from kdx.scores.similarity_result import Similarity
 
 _LOW = 0.02
-"""The share by which projections may lower similarities without a message."""
+"""The largest share by which projections may lower similarities without a message."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ def compare_networks(
 ) -> NetworkSimilarity:
     """Compare the networks ``A`` and ``B``, given an optional network ``C``, over a data set.
 
-    out: the folder for exported networks, and meanwhile for features or sums, with which a stopped comparison resumes;
+    out: the folder for exported networks and, during the comparison, for features or sums from which a stopped comparison resumes;
     `kdx.runs.similarity_sums.remove_stored` deletes them when the results are written.
 
     Raises KdxError for anything that the user can fix.
@@ -91,10 +91,10 @@ def compare_networks(
                 announce(_projection_note(len(projected), len(passes.keys), options.project))
             sums, lowered = whole_sums(passes, out)
             if lowered > _LOW:
-                announce(f"The projection lowers similarities by up to about {lowered:.0%}. Choose a larger --project, or none.")
+                announce(f"The projection lowers similarities by up to about {lowered:.0%}. Choose a larger --project, or leave it out.")
         else:
             if projected:
-                announce("The geometry batch stores no features: --project has no effect.")
+                announce("The geometry batch stores no features, so --project has no effect.")
             projected, sums = [], batch_sums(passes, out)
         numbered, left_out = _layers(networks, sums, passes.keys)
         result = of_sums(sums, numbered["A"], numbered["B"], numbered.get("C", {}), options.confidence)
@@ -160,8 +160,8 @@ def _choose(shapes: Shapes, n: int, options: SimilarityOptions, out: Path) -> Ge
 
 def _projection_note(projected: int, layers: int, size: int) -> str:
     return (
-        f"The features at {projected} of {layers} layers are projected to {size} numbers per image. Squared distances keep their expected "
-        f"value, with a relative standard deviation of at most {(2 / size) ** 0.5:.1%}."
+        f"The features at {projected} of {layers} layers are projected to {size} numbers per image. The expected values of squared "
+        f"distances do not change; their relative standard deviation is at most {(2 / size) ** 0.5:.1%}."
     )
 
 

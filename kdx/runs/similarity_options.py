@@ -12,10 +12,11 @@ from kdx.choices import Interpolation, Precision, ResizeMode, RuntimeName, Simil
 class SimilarityOptions:
     """How networks are compared over a data set; the command `kdx similarity` describes each option.
 
-    max_layers: the most layers of a network, where none are named. batch: the images of a pass, and with the geometry ``batch`` the images
-    of a set of distances. stored_precision, max_disk, max_minutes: for the geometry ``whole``, as in `kdx.runs.plan.RunOptions`.
+    max_layers: the largest number of layers per network, if no layers are named. batch: the images per pass and, with the geometry
+    ``batch``, per set of distances. stored_precision, max_disk, max_minutes: for the geometry ``whole``, as in `kdx.runs.plan.RunOptions`.
     project: with K > 0 and the geometry ``whole``, the features of an image at a layer are projected to K numbers
-    (`kdx.features.projection.Sketch`) if they are more; squared distances then have a relative standard deviation of at most sqrt(2/K).
+    (`kdx.features.projection.Sketch`) if there are more than K; squared distances then have a relative standard deviation of at most
+    sqrt(2/K).
     """
 
     layers: Mapping[str, Sequence[str]]

@@ -1,6 +1,7 @@
-"""The sums of `kdx similarity`: the passes over the images, and the geometry of their features, which a stopped comparison continues.
+"""The sums of `kdx similarity`: the passes over the images, and the geometry of their features. A stopped comparison resumes from the
+stored files.
 
-features/DIGEST/            the digest of everything that the files depend on
+features/DIGEST/            DIGEST is a hash of everything that the files depend on
 features/DIGEST/*.npy       the geometry whole: `kdx.runs.feature_files`
 features/DIGEST/NUMBER.npz  the geometry batch: the sums of a batch
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from kdx.data.dataset import Dataset
 from kdx.data.images import check_unreadable, decoded
+from kdx.data.pixels import pixels_of
 from kdx.disk import write_atomic
 from kdx.errors import resumable
 from kdx.features import arrays
@@ -44,12 +46,12 @@ FEATURES = "features"
 """The folder of the stored features and sums, inside that of the results. `remove_stored` deletes it."""
 
 Key = tuple[str, str]
-"""A network that runs, and one of its layers."""
+"""A network and one of its layers."""
 
 
 @dataclass(frozen=True, eq=False)
 class Passes:
-    """The passes of all networks over the images, and what is computed from their outputs."""
+    """The passes of all networks over the images, and the results of their outputs."""
 
     networks: ComparedNetworks
     dataset: Dataset
@@ -59,7 +61,7 @@ class Passes:
 
     @property
     def keys(self) -> list[Key]:
-        """The layers that run, in the order of the sums."""
+        """The layers that are compared, in the order of the sums."""
         return [(name, layer) for name, network in self.networks.opened.items() for layer in network.layers]
 
     @cached_property
@@ -102,20 +104,18 @@ class Passes:
     def pixels(
         self, parts: Sequence[NDArray[np.int64]], done: int
     ) -> Iterator[tuple[Tensor, NDArray[np.bool_], tuple[tuple[str, str], ...]]]:
-        """The pixels of each part of the images, with blank images in place of unreadable ones, and which are readable."""
+        """Yields for each part of the images: the pixels (blank for unreadable images), which images are readable, and
+        `Images.unreadable`."""
         total = len(self.indices)
         with decoded(self.dataset, parts, self.networks.size, self.options.workers) as results, progress() as show:
             for part, images in zip(parts, results, strict=True):
                 show("Networks", done, total, "images")
-                readable = np.isin(part, images.kept)
-                pixels = torch.zeros(len(part), *images.pixels.shape[1:])
-                pixels[torch.from_numpy(readable)] = images.pixels
-                yield pixels, readable, images.unreadable
+                yield pixels_of(images.rows), images.readable, images.unreadable
                 done += len(part)
             show("Networks", done, total, "images")
 
     def folder(self, out: Path, geometry: str) -> Path:
-        """The folder for what a stopped comparison continues with. Those of comparisons with other arguments are deleted."""
+        """The folder from which a stopped comparison resumes. The folders of comparisons with other arguments are deleted."""
         folder = out / FEATURES / self._digest(geometry)
         for other in (out / FEATURES).glob("*"):
             if other != folder:
@@ -146,7 +146,7 @@ def remove_stored(out: Path) -> None:
 
 
 def whole_sums(passes: Passes, out: Path) -> tuple[PooledSums, float]:
-    """The sums over all pairs of images, with the features in files, and the share by which projections lower the similarities at most."""
+    """The sums over all pairs of images, with the features in files, and the largest share by which projections lower similarities."""
     layers = list(dict.fromkeys(layer for _, layer in passes.keys))
     files = FeatureFiles(passes.folder(out, "whole"), len(passes.indices), passes.shapes, passes.options.stored_precision, layers)
     with resumable(lambda: bool((files.state != 0).any())):
@@ -159,7 +159,7 @@ def whole_sums(passes: Passes, out: Path) -> tuple[PooledSums, float]:
         kept_similarity(float(square), float(norm), passes.sketches.get(key))
         for key, square, norm in zip(passes.keys, squares, sums.kernels[0].diagonal(), strict=True)
     ]
-    # The layer that loses most of each network; a network that is compared with itself loses twice.
+    # In each network, the layer that loses most counts; a network that is compared with itself loses twice.
     least = [min(share for share, other in zip(kept, names, strict=True) if other == name) for name in dict.fromkeys(names)]
     first, second, *_ = sorted(least * 2)
     return sums, 1 - first * second
@@ -210,9 +210,9 @@ def as_maps(rows: Mapping[Key, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """The sums of a batch, None if it has fewer than four readable images.
+    """The sums of a batch; None if it has fewer than four readable images.
 
-    floor [k]: the squared norms of the layers' centred matrices up to which they are rounding. unreadable: names and reasons.
+    floor [k]: the squared norms up to which the layers' centred matrices are only rounding. unreadable: names and reasons.
     """
 
     sums: LayerSums | None
@@ -221,7 +221,7 @@ class _Batch:
 
 
 def batch_sums(passes: Passes, out: Path) -> PooledSums:
-    """The sums over random batches. The sums of each batch are stored, and no features."""
+    """The sums over random batches. The sums of each batch are stored; features are not."""
     options, total = passes.options, len(passes.indices)
     order = np.random.default_rng(options.seed).permutation(total)
     parts = [passes.indices[np.sort(part)] for part in arrays.batches_of(order, options.batch)]
@@ -262,7 +262,7 @@ def _measured(
 
 
 def sums_of_batch(rows: Sequence[Tensor], parts: int | None) -> tuple[LayerSums, Tensor]:
-    """The sums of the rows [n, d] of k layers, and the squared norms [k] up to which the layers' centred matrices are rounding."""
+    """The sums of the rows [n, d] of k layers, and the squared norms [k] up to which the layers' centred matrices are only rounding."""
     n, ops = len(rows[0]), dispatch.chosen(rows[0])
     distances = torch.stack([ops.distances(x) for x in rows])
     share = torch.tensor([max(arrays.rounding(x), 1e-8) ** 2 for x in rows], dtype=torch.float64, device=distances.device)
@@ -271,7 +271,7 @@ def sums_of_batch(rows: Sequence[Tensor], parts: int | None) -> tuple[LayerSums,
 
 @dataclass(frozen=True)
 class _BatchFiles:
-    """The sums of each batch in a file of ``folder``, which appears whole."""
+    """The sums of each batch, in a file of ``folder`` that is written atomically."""
 
     folder: Path
     device: torch.device

@@ -17,13 +17,12 @@ from typing import IO, Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.disk import lock_folder, read_json, remove_leftovers, unwritable, write_atomic
+from kdx.disk import csv_text, lock_folder, read_json, remove_leftovers, unwritable, write_atomic
 from kdx.errors import KdxError
 from kdx.runs import grouped_scores, schema
 from kdx.runs.gallery_choice import write_picture
 from kdx.runs.progress_records import BatchRecord, LayerRecord
 from kdx.runs.schema import Configuration, Context, ImageCounts, Manifest, StoredScores
-from kdx.runs.score_tables import csv_text
 
 
 class Store:
@@ -132,12 +131,12 @@ class Store:
         self._write_manifest()
 
     def restart(self) -> None:
-        """Discard the progress and the maps of a run whose results were lost, so that every batch is computed again."""
+        """Discard the progress, the maps and the optional results, so that every batch is computed again."""
         self.manifest["status"] = schema.RUNNING
         self.manifest.pop("geometry", None)  # runs of kdx 0.1.0 did not record it, and it is chosen again
         self._write_manifest()
         self._arrays.clear()
-        for path in (self.folder / schema.PROGRESS, self.folder / schema.FEATURES, self.folder / schema.MAPS_FILE):
+        for path in (self.folder / name for name in (schema.PROGRESS, schema.FEATURES, schema.MAPS_FILE, *schema.OPTIONAL_RESULTS)):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -267,7 +266,8 @@ def _may_become_a_run(folder: Path) -> bool:
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a run; None if it is damaged and the folder has results, so that they are a run's. Otherwise raises KdxError."""
+    """The manifest of a run; None if it is damaged but the folder contains results of a run. Raises KdxError for any other damaged
+    manifest."""
     try:
         return read_json(path)
     except KdxError:

@@ -95,7 +95,8 @@ def _infer(files: FeatureFiles, explainer: Explainer, plan: Plan, size: tuple[in
 
 @dataclass(frozen=True, eq=False)
 class _Outputs:
-    """What the networks give for a part of the images: the columns of predictions, the features, and which rows of these are finite."""
+    """The outputs of the networks for a part of the images: the columns of predictions, the features, and which rows of these are
+    finite."""
 
     columns: dict[str, Tensor]
     features: dict[str, dict[str, Tensor]]
@@ -104,7 +105,7 @@ class _Outputs:
 
 @dataclass(frozen=True, eq=False)
 class _Passed:
-    """A part of the images whose passes are queued: its outputs will be on the host."""
+    """A part of the images whose passes, and whose copies to the host, are queued."""
 
     part: slice
     images: Images
@@ -112,9 +113,9 @@ class _Passed:
 
 
 def _queue_part(explainer: Explainer, plan: Plan, part: slice, images: Images) -> _Passed:
-    """Run the networks on a part of the images. On a GPU the outputs are then on their way to the host."""
+    """Run the networks on a part of the images. On a GPU this queues the passes and the copy of the outputs to the host."""
     count = len(images.rows)
-    # Unreadable images are blank, so that the other images keep their places in the pass, and blank images fill the pass.
+    # Unreadable images are blank, so that the other images keep their places in the pass. Blank images also fill the last pass.
     fill = aligned(count) - count
     levels = torch.cat([images.rows, images.rows.new_zeros(fill, *images.rows.shape[1:])]) if fill else images.rows
     logits, features = explainer.features(levels)

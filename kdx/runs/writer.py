@@ -1,4 +1,4 @@
-"""Writing in a thread while the next batch is computed."""
+"""Writes results in a thread while the next batch is computed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from contextlib import contextmanager
 Write = Callable[[], None]
 
 DEPTH = 2
-"""Writes that wait or run while the caller continues. Their results stay in memory."""
+"""The largest number of writes that wait or run while the caller continues. Their data stay in memory."""
 
 
 @contextmanager
 def writing(depth: int = DEPTH) -> Iterator[Callable[[Write], None]]:
     """``submit(write)``: runs writes in one thread, in order, while the caller continues. It waits while ``depth`` writes are not done.
 
-    After a write that raises, no later one is run; the exception is raised by a later ``submit`` or at the end of the block. At the end,
-    also after an exception of the caller, all writes before such a failure are complete, and no thread is left.
+    After a write that raises, no later one is run; the exception is raised by a later ``submit`` or at the end of the block. At the end of
+    the block, also after an exception of the caller, all writes before a failed one are complete, and the thread has ended.
     """
     pending: deque[Future[None]] = deque()
     failed = False

@@ -42,7 +42,7 @@ class Choice:
 
 def allows_tf32(choice: Choice, files: Iterable[str | Path | None]) -> bool:
     """Whether a choice lets a GPU round the products of the networks to TensorFloat-32. An engine file has the setting that it was built
-    with. files: the networks, of which those that are no engines do not matter."""
+    with. files: the files of the networks; those that are not engines do not matter."""
     engines = [Path(file) for file in files if file is not None and str(file).endswith(".engine")]
     return choice.precision == "tf32" or any(engine.describe(path).tf32 for path in engines)
 
@@ -76,7 +76,7 @@ def choose(
         raise KdxError(f"The device {device!r} cannot run here.", "Choose cpu, or see kdx doctor for what this machine can run.")
     if device.startswith("cuda") and (problem := gpu_problem()):
         raise KdxError(
-            f"PyTorch sees a GPU and cannot compute on it: {problem}.",
+            f"PyTorch sees a GPU but cannot compute on it: {problem}.",
             "Choose --device cpu, or install the build of PyTorch for this GPU and driver.",
         )
     chosen, reason = _automatic(device, files, engines) if runtime == "auto" else (runtime, "as requested")
@@ -100,9 +100,9 @@ def choose(
 
 
 def _automatic(device: str, files: bool, engines: bool) -> tuple[RuntimeName, str]:
-    """The runtime for ``auto``, and the reason: PyTorch on a GPU; on the CPU the first that works of onnx, openvino and eager.
+    """The runtime for ``auto``, and the reason: PyTorch on a GPU, else the first of onnx, openvino and eager that works on the CPU.
 
-    No error of a broken installation is raised: it becomes a part of the reason.
+    Errors of a broken installation are not raised; they become a part of the reason.
     """
     if engines:
         return "tensorrt", "the networks are engines"
@@ -173,7 +173,7 @@ def _usable_gpu() -> bool:
 
 
 def _gpus() -> tuple[str, ...]:
-    """The names of the GPUs that PyTorch sees; none on a machine without one, or if PyTorch cannot look."""
+    """The names of the GPUs that PyTorch sees; empty on a machine without one, or if PyTorch cannot list them."""
     try:
         if not torch.cuda.is_available():
             return ()

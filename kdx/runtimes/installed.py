@@ -1,6 +1,7 @@
-"""What is installed and works: probes that turn any error of a broken installation into a reason, so that ``auto`` can choose another way.
+"""Checks of what is installed and works. They turn any error of a broken installation into a reason, so that ``auto`` can choose another
+runtime or device.
 
-Each returns an empty string where everything works, and is computed once per process.
+Each check returns an empty string if everything works, and runs once per process.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def is_installed(package: str) -> bool:
 
 @functools.cache
 def package_problem(package: str) -> str:
-    """Why an installed package cannot be imported."""
+    """The reason why an installed package cannot be imported, or ""."""
     try:
         importlib.import_module(package)
     except Exception as error:  # ImportError, OSError for a library, AttributeError for another version, and more
@@ -33,7 +34,8 @@ def package_problem(package: str) -> str:
 
 @functools.cache
 def gpu_problem() -> str:
-    """Why PyTorch cannot compute on the GPU that it sees: its build may lack the GPU's architecture, or the driver may be too old."""
+    """The reason why PyTorch cannot compute on the GPU that it sees, or "": its build may lack the GPU's architecture, or the driver may be
+    too old."""
     try:
         torch.ones(2, device="cuda").sum().item()
     except Exception as error:  # PyTorch raises RuntimeError and AssertionError
@@ -43,7 +45,7 @@ def gpu_problem() -> str:
 
 @functools.cache
 def cuda_provider_problem() -> str:
-    """Why ONNX Runtime's CUDA provider does not work: a provider that is compiled in may still lack a library."""
+    """The reason why ONNX Runtime's CUDA provider does not work, or "". A provider that is compiled in may still lack a library."""
     name = "CUDAExecutionProvider"
     try:
         import onnxruntime

@@ -24,7 +24,7 @@ _PROVIDERS: dict[Provider, str] = {
     "cuda": "CUDAExecutionProvider",
 }
 
-GPU_PACKAGE = "Install it in place of onnxruntime: pip uninstall onnxruntime, then pip install 'kdx[gpu]'"
+GPU_PACKAGE = "Install its GPU build in place of onnxruntime: pip uninstall onnxruntime, then pip install 'kdx[gpu]'"
 
 _SHAPE_ARITHMETIC = (
     "Shape Size Gather Slice Concat Squeeze Unsqueeze Cast Add Sub Mul Div Mod Neg Abs Floor Ceil Round Min Max Equal Less "
@@ -56,7 +56,7 @@ class OnnxRuntimeRunner(FileRunner):
         self._session: Any = _session(onnxruntime, path, provider, self._stream, tf32)
         self._options: Any = onnxruntime.RunOptions()
         if self._stream is not None:
-            # The pass is queued on the runner's stream, for which PyTorch's stream waits. Otherwise the processor would wait for it.
+            # The pass is queued on the runner's stream, for which PyTorch's stream waits. Otherwise the processor would wait.
             self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self.inputs = _shapes(path, self._session.get_inputs())
         self.outputs = _shapes(path, self._session.get_outputs())

@@ -77,10 +77,11 @@ def _is_rtx(description: engine.EngineDescription) -> bool:
 
 
 class _KernelCache:
-    """The settings of TensorRT-RTX for an engine's context, with the kernels that earlier processes compiled for it.
+    """TensorRT-RTX's settings for the context of an engine, with the kernels that earlier processes compiled for it.
 
     TensorRT-RTX compiles kernels when an engine runs. By default it starts with general kernels and replaces them later by kernels for the
-    size of the batch, so equal batches would not give equal bits. Here kernels for the size are compiled before a batch runs.
+    size of the batch, so equal batches would not give equal bits. With these settings, the kernels for a size are compiled before the batch
+    runs.
     """
 
     def __init__(self, package: Any, description: engine.EngineDescription, opened: Any) -> None:

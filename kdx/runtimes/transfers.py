@@ -1,10 +1,10 @@
 """Copies between the host and the device of the networks that overlap with the work of the device.
 
-On a GPU, one asynchronous copy per tensor brings a batch to the device, and one asynchronous copy brings all its results back. Both have a
-stream of their own, so that they neither wait for the kernels that are queued nor hold them up. On the CPU nothing is copied.
+On a GPU, one asynchronous copy per tensor brings a batch to the device, and one asynchronous copy brings all its results back. Each
+direction has a stream of its own, so that the copies neither wait for queued kernels nor delay them. On the CPU nothing is copied.
 
-Asynchronous copies need pinned memory. PyTorch's allocator of pinned memory uses a block again only when the copies from and to it are
-complete, so the buffers of a long run are a ring of a few blocks.
+Asynchronous copies need pinned memory. PyTorch's allocator of pinned memory reuses a block only after the copies from and to it are
+complete, so a long run alternates between a few blocks.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor
 T = TypeVar("T")
 
 MOST_PINNED = 1 << 28
-"""The most bytes of results that are copied through pinned memory. Pinned memory is never returned to the system."""
+"""The largest size in bytes of results that are copied through pinned memory, which PyTorch never returns to the system."""
 
 
 class Download(Generic[T]):
-    """Results on their way to the host. ``result`` waits for them."""
+    """Results that are being copied to the host. ``result`` waits for them."""
 
     def __init__(self, wait: Callable[[], T]) -> None:
         self._wait = wait
 
     def result(self) -> T:
-        """The results, with every tensor on the CPU. To be called once."""
+        """The results, with every tensor on the CPU. Call this once."""
         return self._wait()
 
 
@@ -75,7 +75,7 @@ class Transfers:
     def download(self, results: T) -> Download[T]:
         """Copies all tensors of nested dictionaries, tuples and dataclasses to the host, in one copy. The caller does not wait.
 
-        More than MOST_PINNED bytes are copied at once instead, since neither side should keep them in memory a second time.
+        Results of more than MOST_PINNED bytes are copied immediately, because neither side should keep them in memory twice.
         """
         if not self.pinned:
             return Download(lambda: results)
@@ -88,7 +88,7 @@ class Transfers:
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat, non_blocking=True)
-            done = torch.cuda.Event(blocking=True)  # a thread that waits by spinning would hold up the others
+            done = torch.cuda.Event(blocking=True)  # a thread that waits by spinning would delay the others
             done.record(stream)
         flat.record_stream(stream)
         # Only shapes and types are kept, so that the memory of the results on the device is free for the next batch.
@@ -119,9 +119,9 @@ def on_host(results: T) -> T:
 
 
 def one_behind(started: Iterator[T], ahead: int) -> Iterator[T]:
-    """The elements in order, each after the next ``ahead`` elements have been drawn.
+    """Yields the elements in order, each after the next ``ahead`` elements have been drawn.
 
-    An exception in drawing is raised after the elements that were drawn before it, so that no complete result is lost.
+    If drawing an element raises an exception, the elements before it are returned first, so that no complete result is lost.
     """
     drawn: list[T] = []
     failure: Exception | None = None

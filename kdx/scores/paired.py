@@ -1,7 +1,7 @@
 """The difference of two scores of the same images from separate computations, such as the runs of two students.
 
 The parts of the images contribute to both scores. If both computations have the same parts, the contributions of a part can be subtracted,
-and the sampling moments of the difference follow as those of one score do (`kdx.kernels.moments`).
+and the sampling moments of the difference follow as for one score (`kdx.kernels.moments`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from kdx.scores.uncertainty import interval, spread
 
 
 def score_influences(products: Tensor, influences: Influences, roles: Collection[str]) -> dict[str, Influences]:
-    """What each part of the images contributes to each score of a layer: first [1, u] and second [1, u, u] per score.
+    """The contribution of each part of the images to each score of a layer: first [1, u] and second [1, u, u] per score.
 
-    products [r + 1, r + 1], influences [m]: of the matrices of ``roles`` and, last, of the target.
+    products [r + 1, r + 1], influences [m]: those of the matrices of ``roles`` and, last, of the target.
     """
     result = {}
     for name, estimate in score_estimates(products, roles).items():
@@ -34,10 +34,10 @@ def score_influences(products: Tensor, influences: Influences, roles: Collection
 def paired_difference(
     values: tuple[float, float], influences: tuple[Influences, Influences], *, n: int, confidence: float, limit: float = 2.0
 ) -> Contrast:
-    """The difference of two values, the first minus the second, and its confidence interval over images, as of `kdx.scores.score.contrast`.
+    """The difference of two values, the first minus the second, and its confidence interval over images, as in `kdx.scores.score.contrast`.
 
-    influences: of the same parts of the same n images on each value. limit: the largest absolute difference. The interval does not describe
-    other trainings of the networks, and it belongs to this difference alone.
+    influences: those of the same parts of the same n images on each value. limit: the largest absolute difference. The interval does not
+    describe other trainings of the networks, and it belongs to this difference alone.
     """
     first, second = influences
     value = values[0] - values[1]
@@ -53,5 +53,5 @@ def minus(first: Influences, second: Influences) -> Influences:
 
 
 def contrast_influences(scores: Mapping[str, Influences], contrasts: Mapping[str, tuple[str, str]]) -> dict[str, Influences]:
-    """The influences on the contrasts, whose two scores are named, from those on the scores."""
+    """The influences on contrasts, each named by its two scores, from the influences on the scores."""
     return {name: minus(scores[more], scores[less]) for name, (more, less) in contrasts.items() if {more, less} <= scores.keys()}

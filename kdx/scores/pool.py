@@ -23,7 +23,7 @@ class LayerScores:
 
 
 def score_estimates(products: Tensor, roles: Collection[str]) -> dict[str, Estimate]:
-    """The value of each score of these roles and its gradient by the inner products [r + 1, r + 1], as for `pooled_scores`."""
+    """The value of each score of these roles and its gradient with respect to the inner products [r + 1, r + 1], as for `pooled_scores`."""
     return {name: estimate(statistic, products) for name, statistic in _statistics(roles).items()}
 
 

@@ -78,8 +78,9 @@ class Grid:
 
 @dataclass(frozen=True)
 class _Fact:
-    """What a grid depends on of a network. given: the hash of the weights, if the network is used as it is. weights_file: the hash of the
-    file with which a training starts, if the reference names one. code: the hash of the source files of a user's own network."""
+    """The properties of a network that a grid depends on. given: the hash of the weights, if the network is used as it is. weights_file:
+    the hash of the file with which a training starts, if the reference names one. code: the hash of the source files of a user's own
+    network."""
 
     reference: str
     parameters: int

@@ -25,11 +25,11 @@ def run_jobs(
     on_note: Callable[[Job, str], None],
     complete: Iterable[str] = (),
 ) -> Generator[Outcome, None, None]:
-    """Do the jobs that are not complete, and yield how each ended, as it ends.
+    """Run the jobs that are not complete, and yield the outcome of each when it ends.
 
-    jobs: in an order in which each comes after those that it needs. workers: processes; with 1, this process does everything. threads: of
-    each process. An error ends its job, and the jobs that need it, and no other. An exception in the caller, such as Ctrl-C, stops
-    all, as does closing the generator.
+    jobs: in an order in which each job comes after those that it needs. workers: the number of processes; with 1, this process runs all
+    jobs. threads: those of each process. An error ends its job and the jobs that need it, but no others. An exception in the caller, such
+    as Ctrl-C, or closing the generator stops all jobs.
     """
     done, failed = set(complete), set[str]()
     waiting = [job for job in jobs if job.key not in done]

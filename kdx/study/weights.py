@@ -1,4 +1,4 @@
-"""The weights of a study on disk: which files a complete job has, and equal files of several cells stored once."""
+"""The weights of a study on disk: the files of a complete job, and links that store equal files only once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple, Self
 
 from kdx.choices import NO_BASE
 from kdx.study.grid import MODELS, Job
@@ -28,12 +29,13 @@ def weights_files(job: Job) -> Iterator[Path]:
 class SharedWeights:
     """Replaces files of weights with equal contents by hard links to one file.
 
-    Every cell has the files that `kdx distill` writes, so its folder can be copied and used alone; the disk has each teacher and each base
-    once. kdx never writes into such a file, it replaces it. Where the file system has no hard links, the copies stay.
+    Every cell has the files that `kdx distill` writes, so its folder can be copied and used alone, while the disk stores each teacher and
+    each base once. kdx never writes into such a file; it replaces the file. If the file system has no hard links, the copies remain.
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, Path] = {}
+        self._first: dict[str, tuple[Path, _Version]] = {}
+        """The file to link to and its version when it was read, by content."""
         self._inodes: set[tuple[int, int]] = set()
 
     def add(self, paths: Iterable[Path]) -> None:
@@ -43,15 +45,15 @@ class SharedWeights:
                 self._add(path)
 
     def _add(self, path: Path) -> None:
-        status = path.stat()
-        if (status.st_dev, status.st_ino) in self._inodes:
+        version = _Version.of(path)
+        if (version.device, version.inode) in self._inodes:
             return
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
-        first = self._known.setdefault(content, path)
-        if first is path or not first.is_file():
-            self._known[content] = path
-            self._inodes.add((status.st_dev, status.st_ino))
+        first, read = self._first.setdefault(content, (path, version))
+        if first is path or not first.is_file() or _Version.of(first) != read:  # another program may have replaced the first file
+            self._first[content] = path, version
+            self._inodes.add((version.device, version.inode))
             return
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -59,3 +61,17 @@ class SharedWeights:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+class _Version(NamedTuple):
+    """The properties of a file that change when it is replaced or written."""
+
+    device: int
+    inode: int
+    size: int
+    changed: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        status = path.stat()
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import kdx
-from benchmarks import all_families, family_checks
+from benchmarks import all_families, family_checks, family_networks
 from benchmarks.all_families import Limits
 from kdx.errors import KdxError
 from kdx.export.graphs import Preprocessing
@@ -104,7 +104,7 @@ def test_a_run_ends_at_its_deadline_and_keeps_the_stages_that_are_finished(tmp_p
     assert rows == [{"network": f"timm:{name}", "layers": {"names": ["a"]}, "grad_cam": None} for name in "ab"]
 
 
-def test_a_process_that_needs_too_much_memory_is_told_from_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_needs_too_much_memory_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def check(row: dict[str, Any], _stages: object, store: Callable[[dict[str, Any]], None]) -> None:
         family_checks._run(row, "layers", store, lambda: {"names": [str(torch.ones(int(8e9), dtype=torch.uint8).sum())]})
 
@@ -129,7 +129,7 @@ def test_rows_of_another_file_replace_those_with_fewer_stages(tmp_path: Path, mo
     assert record["networks"] == [{"network": "timm:a", **whole}, {"network": "timm:b", **whole}, {"network": "timm:c", **half}]
 
 
-def test_an_incomplete_row_of_other_versions_starts_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_row_of_other_versions_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(all_families, "RESULT", tmp_path / "families.json")
     old = {"network": "timm:a", "commit": "c", "environment": {"torch": "1.0"}, "patch": {"distance": 0}, "layers": {"names": ["b"]}}
     all_families.write({"networks": [old]})
@@ -166,7 +166,68 @@ def test_the_table_counts_the_networks_that_export_in_every_kind() -> None:
     ]
     text = all_families.table({"networks": rows})
     assert text.startswith(
-        "5 networks: 1 pass every check, 2 are refused with a reason, 1 fail a check, and 1 have run in part. 2 export in all three kinds."
+        "5 networks: 1 passed every check, 2 were refused with a reason, 1 failed a check, and 1 have run only in part. "
+        "2 were exported in all three kinds."
     )
     assert "| timm:two | `b` | 1e-07 | 5 cells away | 1e-06 | 1e-06 | 1e-06 |" in text
     assert "- timm:three, gradients: refused: Too many steps." in text
+
+
+class Attending(nn.Module):
+    """Attention in which each position's query is compared with all keys, on features of a normalised convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 4, 4), nn.BatchNorm2d(16))
+        self.queries, self.keys = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+        self.fc = nn.Linear(16, 4)
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.02)
+
+    def attention(self, images: Tensor) -> Tensor:
+        features = self.stem(images)
+        queries, keys = (convolution(features).flatten(2) for convolution in (self.queries, self.keys))
+        return torch.softmax(queries.transpose(1, 2) @ keys, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.fc((self.stem(images).flatten(2) @ self.attention(images).transpose(1, 2)).mean(2))
+        return logits
+
+
+def test_weights_of_normalised_convolutions_are_drawn_and_those_of_attention_stay() -> None:
+    module, images = Attending().eval(), torch.rand(4, 3, 32, 32) * 2 - 1
+    convolution: Any = module.stem[0]
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    family_networks._calibrate(module, Preprocessing((32, 32), (0.5,), (0.5,)), draw_convolutions=True)
+    changed = {name for name, parameter in module.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {"stem.0.weight"}
+    with torch.no_grad():
+        scale, attention = convolution(images).std() / images.std(), module.attention(images)
+    assert 0.5 < float(scale) < 2  # a kaiming draw keeps the scale, up to the factor sqrt(2) for a ReLU
+    assert float(attention.max()) < 2 / 64  # of 64 positions; saturated attention would have values near 1
+
+
+class Constants(nn.Module):
+    """A network whose only map is the same for every image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = Constant(), nn.Linear(4, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.table(images).mean(1)) * images.mean((1, 2, 3))[:, None]
+        return logits
+
+
+class Constant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.values, self.scales = nn.Parameter(torch.randn(16, 4)), nn.Parameter(torch.randn(16, 4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (self.values * self.scales).expand(len(images), -1, -1)
+
+
+def test_a_network_without_a_layer_to_advise_is_refused_with_the_reason() -> None:
+    assert "no axis along which the images differ" in family_checks._advised(network(Constants()))["refused"]

@@ -167,7 +167,7 @@ def measured_networks(n: int = 12) -> tuple[dict[str, MeasuredNetwork], TestImag
 
 
 def test_metrics_of_maps_with_known_values() -> None:
-    """A uniform map has the mask's share of the area, and the mask itself hits always. A gain over itself is zero."""
+    """A uniform map has the mask's share of the area, and the mask itself always hits. A gain over the same network is zero."""
     networks, test = measured_networks()
     student = networks["student"]
     uniform = evidence_evaluation.measured(np.ones((12, 1, 1), np.float32), student, student, test)
@@ -222,7 +222,7 @@ def test_a_run_that_is_stopped_continues(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(evidence_design.TOY, "digits", {**evidence_design.TOY["digits"], "methods": ["kd"]})
     record = tmp_path / "record.json"
     options = Namespace(
-        out=tmp_path / "out", record=record, minutes=0.0, workers=1, images=32, device="cpu", toy=True, data=["digits"], seeds=8
+        out=tmp_path / "out", record=record, minutes=0.0, workers=1, images=30, device="cpu", toy=True, data=["digits"], seeds=8
     )
     monkeypatch.setattr(evidence, "draw", lambda *_, **__: None)
     evidence.run(options)

@@ -121,7 +121,7 @@ def test_the_verdict_names_each_test_once(record: dict[str, Any]) -> None:
 def test_gains_count_every_student(record: dict[str, Any]) -> None:
     text = evidence_summary.gains(record)
     counts = [
-        [int(number) for number in re.findall(r"(\d+) (?:students of digits|have RS)", line)]
+        [int(number) for number in re.findall(r"in (\d+) of (\d+) students of digits", line)[0]]
         for line in text.splitlines()
         if "digits" in line
     ]
@@ -131,7 +131,7 @@ def test_gains_count_every_student(record: dict[str, Any]) -> None:
         if run["data"] == "digits"
         for student in STUDENTS
     ]
-    for (number, positive), better in zip(counts, (True, False), strict=True):
+    for (positive, number), better in zip(counts, (True, False), strict=True):
         selected = [entry for is_better, entry in scores if is_better is better]
         assert number == len(selected)
         assert positive == sum(entry["RS(S|B)"] > entry["RS(B|S)"] for entry in selected)

@@ -93,7 +93,7 @@ def test_a_kernel_that_does_nothing_fails_only_its_own_checks(source: str) -> No
     with running(Absent(source)):
         failed = {case.name for case in cases(CHECKED[0], CPU, 4) if fails(case)}
     uses = {"products": {"products", "weights"}}.get(source, {source})
-    uses |= set() if source in ("imputation", "influences", "shares") else {"a"}  # of a layer, whose maps and products are compared
+    uses |= set() if source in ("imputation", "influences", "shares") else {"a"}  # the maps and products of a layer are compared
     expected = {case.name for case in cases(CHECKED[0], CPU, 4) if re.split(r"[ ,]", case.name)[0] in uses}
     assert failed == expected and expected
 
@@ -250,7 +250,7 @@ def test_goals_are_judged_by_the_measured_values(holds: bool) -> None:
     assert [goal["holds"] for goal in goals] == [holds] * 6
     assert [goal["found"] for goal in goals[1:4]] == pytest.approx([0.05, 0.04, 0.05] if holds else [0.06, 0.08, 0.07])
     assert "float16" in goals[3]["goal"]
-    # The fastest passes that ran are those that count.
+    # The goals use the first of BASELINES that ran.
     faster = gpu.goals(rows, batch | {"passes, ONNX Runtime float16": [50.0], "passes, TensorRT float16": [20.0]})
     assert faster[3]["found"] == pytest.approx(0.25 if holds else 0.35) and "TensorRT" in faster[3]["goal"]
 
@@ -271,7 +271,7 @@ def test_without_a_gpu_it_explains_why(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "PyCUDA does not load" in capsys.readouterr().err and not (tmp_path / "gpu.json").exists()
 
 
-# ---- the checks beside the kernels ----
+# ---- the checks besides the kernels ----
 
 
 @pytest.mark.slow

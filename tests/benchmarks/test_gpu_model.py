@@ -42,7 +42,7 @@ def test_the_costs_follow_the_sizes() -> None:
     stages = seconds(ROUND)
     assert stages["batch"] == max(stages["passes, fused"] + stages["maps and scores"], stages["upload"], stages["results"])
     slow = seconds(replace(ROUND, host=1e6))
-    assert slow["batch"] == slow["upload"]  # the copy is the slowest part
+    assert slow["batch"] == slow["upload"]  # the copy is the slowest stage
     assert gpu_model.cores(ROUND) == pytest.approx(gpu_model.DECODING * 256 / stages["batch"])
 
 
@@ -76,7 +76,7 @@ class Traffic(TorchDispatchMode):
 
 
 def test_launches_and_bytes_are_those_of_a_computation() -> None:
-    """The bytes of operators alone, at sizes at which features and pairs are most of them; kernels add the rest."""
+    """Counts the bytes of operators alone, at sizes where features and pairs dominate; kernels add the rest."""
     case = Case(images=24, channels=96, positions=49, permutations=19)
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(24) % 3

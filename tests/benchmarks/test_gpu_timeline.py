@@ -26,7 +26,7 @@ def test_every_stage_of_every_batch_is_in_the_timeline() -> None:
         assert result["loop"] < result["seconds"]
     counts = Counter(stage for stage, *_ in record["spans"])
     assert counts == {
-        "decode": 3 + 1,  # after the last batch, the loop asks once more
+        "decode": 3 + 1,  # after the last batch, the loop waits once more
         "target": 3,
         "upload": 3 * 3,  # the images; the target, which is first copied to pinned memory on a GPU
         "passes": 3,

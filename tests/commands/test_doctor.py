@@ -59,7 +59,7 @@ def test_a_probe_that_raises_is_reported_with_its_hint(name: str, error: Excepti
     hints = {probed: f"hint {probed}" for probed in doctor._PROBES}
     monkeypatch.setattr(doctor, "_PROBES", {probed: (broken if probed == name else fine, hint) for probed, hint in hints.items()})
     if isinstance(error, KdxError):
-        hints[name] = error.hint  # it knows better
+        hints[name] = error.hint  # the error has its own hint
     assert probe() == [
         Finding(probed, False, message, hint) if probed == name else Finding(probed, True, "works") for probed, hint in hints.items()
     ]

@@ -18,7 +18,7 @@ from kdx.kernels import compilers, cubins, drivers
 from kdx.kernels.cubins import Cubin
 from tests.kernels.stand_ins import CudaBindings, Launch, Package, PyCuda, two_gpus
 
-RUNS = "a kernel loads, runs and is exact"
+RUNS = "a kernel loads, runs and gives the right result"
 
 
 def centred(launch: Launch) -> None:
@@ -112,13 +112,13 @@ def test_a_launcher_that_does_not_load_or_has_no_code_is_reported(package: Packa
 
 
 def test_each_compiler_compiles_the_kernel_that_runs(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compiler_finding(FakeCompiler, monkeypatch).result == "1.0, a kernel for sm_90 compiles, loads, runs and is exact"
+    assert compiler_finding(FakeCompiler, monkeypatch).result == "1.0, a kernel for sm_90 compiles, loads, runs and gives the right result"
     assert package.modules == [(0, b"products.cu for sm_90")]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (12, 0))
     assert "a kernel for compute_90 compiles" in compiler_finding(FakeCompiler, monkeypatch).result
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (7, 5))
     finding = compiler_finding(FakeCompiler, monkeypatch)
-    assert finding.result.startswith("compile: fake 1.0 does not know sm_75") and "CUDA toolkit" in finding.hint
+    assert finding.result.startswith("compile: fake 1.0 supports neither sm_75") and "CUDA toolkit" in finding.hint
 
 
 def test_a_compiler_that_fails_is_reported(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:

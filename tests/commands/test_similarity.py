@@ -134,7 +134,7 @@ def test_a_network_that_is_given_twice_runs_once(pictures: Path, tmp_path: Path,
 
 
 def stopped_after(passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the pass after so many passes; the first is that of blank images."""
+    """Raise KeyboardInterrupt after this many passes, of which the first is that of blank images."""
     original, done = ComparedNetworks.features, []
 
     def features_until(self: Any, images: torch.Tensor) -> Any:
@@ -174,7 +174,7 @@ def test_other_arguments_do_not_continue_a_stopped_comparison(pictures: Path, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["of_set", "write_results"])
-def test_a_comparison_that_is_stopped_after_its_passes_needs_no_other(
+def test_a_comparison_that_is_stopped_after_its_passes_needs_no_further_pass(
     phase: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, _ = compare(pictures, tmp_path / "whole")
@@ -262,7 +262,7 @@ def test_bad_requests_are_refused(pictures: Path, tmp_path: Path, changes: dict[
         compare(pictures, tmp_path / "out", **changes)
 
 
-def test_a_figure_of_another_type_is_refused_before_the_work(pictures: Path, tmp_path: Path) -> None:
+def test_a_figure_of_an_unknown_type_is_refused_before_the_work(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(KdxError, match=r"No figure can be written as map\.gif"):
         run({"A": A, "B": B}, str(pictures), tmp_path / "out", OPTIONS, figure=tmp_path / "map.gif")
     assert not (tmp_path / "out").exists()

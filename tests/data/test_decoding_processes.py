@@ -1,4 +1,4 @@
-"""Decoding by processes: the levels and the errors of threads, and no process is left."""
+"""Decoding by processes gives the levels and the errors of decoding by threads, and leaves no process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_processes_decode_what_threads_decode(dataset: Dataset, workers: int) ->
     assert not multiprocessing.active_children()
 
 
-def test_a_process_that_ends_is_an_error_and_leaves_no_other(dataset: Dataset) -> None:
+def test_a_process_that_ends_is_an_error_and_no_process_is_left(dataset: Dataset) -> None:
     def ends(indices: NDArray[np.int64], _: NDArray[np.uint8]) -> list[str]:
         if indices[0] == 3:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -73,6 +74,55 @@ def test_a_process_that_ends_is_an_error_and_leaves_no_other(dataset: Dataset) -
         with pytest.raises(KdxError, match="process that decodes images has ended"):
             decode(np.array([3]), levels)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.usefixtures("without_pinned_memory")
+def test_a_process_of_a_study_decodes_with_threads(dataset: Dataset) -> None:
+    """It is a daemon, and daemons cannot start processes in Python."""
+
+    def read_all() -> None:
+        assert sum(len(images.kept) for images in read(dataset, GPU, 2)) == 20
+
+    process = multiprocessing.get_context("fork").Process(target=read_all, daemon=True)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+@pytest.mark.usefixtures("without_pinned_memory")
+def test_threads_decode_where_the_system_allows_no_more_processes(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Limited(decoding_processes._Process):
+        def __init__(self, *arguments: Any) -> None:
+            if multiprocessing.active_children():
+                raise BlockingIOError(11, "Resource temporarily unavailable")
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(decoding_processes, "_Process", Limited)
+    assert sum(len(images.kept) for images in read(dataset, GPU, 3)) == 20
+    assert "decoded by threads" in caplog.text and not multiprocessing.active_children()
+
+
+def test_a_signal_to_all_processes_ends_them_without_a_message(capfd: pytest.CaptureFixture[str]) -> None:
+    """A scheduler sends SIGTERM to the parent, whose handler raises an exception, and to the processes."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with decoding_processes.started(lambda indices, _: [""] * len(indices), SIZE, 2) as decode:
+            decode(np.array([0]), np.empty((1, 3, *SIZE), np.uint8))
+            children = multiprocessing.active_children()
+            for child in children:
+                assert child.pid is not None
+                os.kill(child.pid, signal.SIGTERM)
+            for child in children:
+                child.join()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(children) == 2 and capfd.readouterr() == ("", "")
 
 
 def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:

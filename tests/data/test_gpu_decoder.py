@@ -1,4 +1,4 @@
-"""Decoding of JPEG files on a GPU: which files it takes, and what becomes of them, with a stand-in for nvJPEG on the CPU."""
+"""Decoding of JPEG files on a GPU: which files nvJPEG decodes, and the resulting levels, with a stand-in for nvJPEG on the CPU."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def levels_of(image: Image.Image) -> Tensor:
 
 
 def smooth(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """A picture without noise, which JPEG keeps well."""
+    """A picture without noise, which JPEG changes little."""
     noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
 
 class Nvjpeg:
-    """Stands for nvJPEG: Pillow without turning. It refuses files that contain ``refused``, as a whole call."""
+    """A stand-in for nvJPEG: Pillow without turning. A call with a file that contains ``refused`` fails as a whole."""
 
     def __init__(self, refused: bytes = b"REFUSED") -> None:
         self.refused = refused

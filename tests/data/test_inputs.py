@@ -151,6 +151,6 @@ def test_an_image_is_turned_upright_once(tmp_path: Path, orientation: int) -> No
 
 def test_levels_become_the_nearest_pixels() -> None:
     levels = torch.arange(256, dtype=torch.uint8).repeat(3)
-    expected = (levels.double() / 255).float()  # rounded twice, which does not matter here: no quotient lies between two numbers
+    expected = (levels.double() / 255).float()  # rounded twice; both roundings agree, because no quotient lies halfway between two numbers
     assert torch.equal(pixels_of(levels), expected)
     assert torch.equal(as_pixels(levels.view(1, 3, 16, 16)), expected.view(1, 3, 16, 16))

@@ -99,7 +99,7 @@ def test_a_models_file_without_data_takes_it_from_the_checkpoints(finished: Path
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
 def test_a_state_on_the_processor_keeps_its_values(device: str) -> None:
-    """Also in nested dictionaries and lists, and without a gradient. A copy does not change with the weights."""
+    """This includes nested dictionaries and lists, and tensors have no gradient. A copy does not change with the weights."""
     weight = torch.arange(3.0, device=device, requires_grad=True)
     state = {"step": 2, "model": {"weight": weight}, "numpy": ["MT", weight.detach() + 1]}
     result = on_processor(state, copy=True)

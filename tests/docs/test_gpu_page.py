@@ -23,7 +23,7 @@ def test_the_page_lists_the_extras_for_gpus() -> None:
 
 
 def test_no_extra_installs_both_builds_of_onnx_runtime() -> None:
-    """They are one package under two names, and the second to be installed overwrites files of the first."""
+    """They are one package under two names, and installing the second overwrites files of the first."""
     assert all(not {"onnxruntime", "onnxruntime-gpu"} <= packages(extra) for extra in EXTRAS)
 
 
@@ -33,7 +33,7 @@ def test_all_of_nvidia_is_in_one_extra() -> None:
 
 
 def test_the_bounds_are_those_of_the_cuda_versions() -> None:
-    """ONNX Runtime 1.26 is the last for CUDA 12, and 1.24 the first that reports where a node runs."""
+    """ONNX Runtime 1.26 is the last for CUDA 12, and 1.24 is the first that reports where a node runs."""
     assert "onnxruntime-gpu>=1.27" in EXTRAS["gpu"] and "onnxruntime-gpu>=1.24,<1.27" in EXTRAS["gpu-cu12"]
     assert any(requirement.startswith("cuda-bindings>=13") for requirement in EXTRAS["gpu"])
     assert any(requirement.endswith(",<13") for requirement in EXTRAS["gpu-cu12"])

@@ -127,7 +127,7 @@ def test_grad_cam_and_its_difference(explained: Path, folder: Path, masks: Path)
 def test_metrics_that_do_not_fit_into_the_time_are_left_out_unless_they_are_named(
     explained: Path, folder: Path, masks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run names its models file itself."""
+    """The run itself names its models file."""
     measured = []
 
     def measure(metric: Metric, *arguments: Any) -> None:
@@ -140,7 +140,7 @@ def test_metrics_that_do_not_fit_into_the_time_are_left_out_unless_they_are_name
         with pytest.raises(KeyboardInterrupt):
             evaluate(explained, masks=None if metrics else masks, metrics=metrics, max_minutes=minutes, announce=lines.append)
         assert measured.pop() == first
-        left_out = [line for line in lines if line.startswith("Left out, with the least time")]
+        left_out = [line for line in lines if line.startswith("These metrics would take too long and are left out")]
         assert len(left_out) == (not metrics and not minutes)
         if left_out:
             assert "the insertion curve" in left_out[0] and "--metric sensitivity" in left_out[0] and "energy" not in left_out[0]
@@ -163,12 +163,17 @@ def test_metrics_are_chosen_in_order_and_shared_work_counts_once() -> None:
     assert affordable(costs, [(METRICS["insertion"], 0)], 0)[0] == [METRICS["insertion"]]  # everything is measured already
 
 
-def test_no_map_is_measured_after_the_time(explained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_map_is_measured_after_the_time_limit(explained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "affordable", lambda costs, metrics, limit: ([metric for metric, _ in metrics], {}))
     lines: list[str] = []
     stored = evaluate(explained, max_minutes=0, announce=lines.append)
     assert not [measurement for measurement in stored.measurements if measurement.metric == "insertion"]
-    assert any(line.startswith("The time is over (0 s). To add them, give --metric insertion --metric deletion") for line in lines)
+    assert any(
+        line.startswith(
+            "The time limit (0 s) is reached, and metrics are incomplete. To compute them, give --metric insertion --metric deletion"
+        )
+        for line in lines
+    )
 
 
 def test_other_networks_and_other_data_are_refused(explained: Path, folder: Path, masks: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def named_networks() -> dict[str, Network]:
 
 
 def explainer(**changes: Any) -> Explainer:
-    """On the CPU, because tests compare it with PyTorch there, to nine digits."""
+    """The explainer is on the CPU, because tests compare it with PyTorch on the CPU to nine digits."""
     settings: dict[str, Any] = {**networks(), "layers": LAYERS, "runtime": "eager", "device": "cpu", "permutations": 19}
     return Explainer(**settings | changes)
 

@@ -130,6 +130,40 @@ def test_an_output_that_does_not_depend_on_the_image_is_refused(n: int) -> None:
         FeatureGraph(Table().eval(), ["table"])(images((4, 4), n))
 
 
+class TwoPaths(nn.Module):
+    """A block of convolutions with two outputs, the first of which is 0 for all images in [0, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 4, 4), nn.Conv2d(3, 5, 4, 4)
+        self.first.bias = nn.Parameter(torch.full((6,), -100.0))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(pixels).relu(), self.second(pixels)
+
+
+class Paths(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = TwoPaths(), nn.Linear(11, 4)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.cat(self.block(pixels), 1).mean((2, 3)))
+        return logits
+
+
+def test_an_output_of_convolutions_that_is_zero_for_the_probe_has_their_layout() -> None:
+    torch.manual_seed(0)
+    network = Paths().eval()
+    for index, channels in enumerate((6, 5)):
+        graph, layer = FeatureGraph(network, [f"block[{index}]"]), f"block[{index}]"
+        pixels = 400 * images((4, 4), 2) - 200  # the first output is not 0 for these
+        feature = graph(pixels)[1]
+        torch.testing.assert_close(feature, network.block(pixels)[index])
+        assert feature.shape[1] == channels and feature.any()
+        assert graph.decisions[layer, (pixels.shape[2], pixels.shape[3])].source in {"convolutions", "probe"}
+
+
 class Mixed(nn.Module):
     """Tokens that are all equal: no probe can place them."""
 

@@ -189,3 +189,65 @@ def test_the_default_layer_of_an_advised_network_has_a_map(name: str) -> None:
         assert advised == ["blocks.0", "blocks.1"]  # after blocks.2, the head reads only the class token
     maps = kdx.grad_cam(network, pixels(), classes=1).maps
     assert maps.shape[0] == 2 and bool(maps.any())
+
+
+def with_grids(kind: str) -> Any:
+    """A small network of transformers whose grid changes between its stages. Its images are 64 x 64, except for Levit."""
+    import transformers
+
+    torch.manual_seed(0)
+    widths: dict[str, dict[str, Any]] = {
+        "Hiera": {"embed_dim": 8, "depths": [1, 2, 1, 1], "num_heads": [1, 1, 1, 1], "image_size": list(SIZE)},
+        "Levit": {"hidden_sizes": [16, 24, 32], "num_attention_heads": [2] * 3, "depths": [1] * 3, "key_dim": [8] * 3, "image_size": 128},
+        "Swin": {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4, "image_size": 64},
+        "Swinv2": {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4, "image_size": 64},
+        "DonutSwin": {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4, "image_size": 64},
+    }
+    config = getattr(transformers, f"{kind}Config")(num_labels=5, **widths[kind])
+    return getattr(transformers, f"{kind}ForImageClassification")(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [
+        ("Hiera", [f"hiera.encoder.stages.{stage}" for stage in range(4)]),
+        ("Swin", ["swin.encoder.layers.0[0]", "swin.encoder.layers.1[0]"]),
+        ("Swinv2", ["swinv2.encoder.layers.0[0]", "swinv2.encoder.layers.1[0]"]),
+        ("DonutSwin", ["donut.encoder.layers.0[0]", "donut.encoder.layers.1[0]"]),
+    ],
+)
+def test_stages_of_transformers_are_its_own_reshaped_hidden_states(kind: str, layers: list[str]) -> None:
+    network = with_grids(kind)
+    backbone = getattr(network, layers[0].partition(".")[0])
+    graph = FeatureGraph(network, [f"{layer.removesuffix('[0]')}[0]" for layer in layers])
+    images = pixels()
+    with torch.no_grad():
+        features = graph(images)[1:]
+        states = backbone(images, output_hidden_states=True).reshaped_hidden_states[1:]
+    for feature, state in zip(features, states, strict=True):
+        torch.testing.assert_close(feature, state.movedim(-1, 1) if kind == "Hiera" else state)
+    assert {decided.source for decided in graph.decisions.values()} == {"transformers"}
+
+
+def test_tokens_of_levit_are_at_their_positions() -> None:
+    network = with_grids("Levit")
+    block, stage = "levit.encoder.stages.0.layers.0", "levit.encoder.stages.0"
+    norm = network.get_submodule(f"{block}.module.projection.batch_norm")
+    nn.init.zeros_(norm.weight)  # the block then returns the embeddings of the patches, which are a convolution's map
+    for attention in (inner for inner in network.modules() if type(inner).__name__ == "LevitAttentionSubsample"):
+        nn.init.constant_(attention.attention_biases[:, 0].data, 30.0)  # every position attends to itself
+    graph = FeatureGraph(network, [block, stage])
+    image = pixels(1, (128, 128))
+    brighter = image.clone()
+    brighter[:, :, 34:48, 98:112] += 0.5  # the embeddings see it at rows 2 and 3 and columns 6 and 7 of 8
+    images = torch.cat([image, brighter])
+    with torch.no_grad():
+        first, last = graph(images)[1:]
+        network.levit.patch_embeddings.embedding_layer_4.register_forward_hook(lambda *call: maps.append(call[2]))
+        maps: list[Tensor] = []
+        network(images)
+    torch.testing.assert_close(first, maps[0])
+    assert last.shape[2:] == (4, 4)
+    assert (last[1] - last[0]).norm(dim=0).nonzero().tolist() == [[1, 3]]
+    assert {decided.source for decided in graph.decisions.values()} == {"transformers"}
+    assert kdx.models.layers(network, (128, 128)) == [f"levit.encoder.stages.{number}" for number in range(3)]

@@ -50,7 +50,7 @@ def test_few_channels_are_kept_as_they_are() -> None:
 
 @pytest.mark.parametrize(("width", "size"), [(100, 32), (96, 32), (33, 32)])
 def test_a_sketch_adds_signed_values_at_the_stated_places(width: int, size: int) -> None:
-    """Against the sum over single values."""
+    """The oracle is the sum over single values."""
     sketch, x = Sketch.of(width, size, 3, "A", "layer"), torch.randn(4, width, dtype=torch.float64)
     expected = torch.zeros(4, size, dtype=torch.float64)
     for i in range(width):
@@ -61,7 +61,7 @@ def test_a_sketch_adds_signed_values_at_the_stated_places(width: int, size: int)
 
 @pytest.mark.parametrize("kind", ["dense", "few values", "one block"])
 def test_sketches_keep_inner_products_with_the_stated_error(kind: str) -> None:
-    """Over 500 sketches: the mean and the standard deviation of a squared norm, and the mean of an inner product."""
+    """Compares, over 500 sketches, the mean and standard deviation of a squared norm and the mean of an inner product with the formulas."""
     size, count = 16, 500
     x = torch.randn(2, 160, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     if kind == "few values":

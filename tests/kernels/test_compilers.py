@@ -55,7 +55,7 @@ def test_a_spilled_register_is_reported(sources: Path) -> None:
 
 @pytest.fixture
 def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder in which alone the compilers are searched for."""
+    """An empty folder, the only one in which compilers are searched for."""
     for name in ("PATH", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -194,7 +194,7 @@ def test_nvrtc_compiles_every_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("source", sorted(path.name for path in cubins.SOURCES.glob("*.cu*")))
 def test_no_kernel_needs_a_header_of_the_c_library(source: str) -> None:
-    """nvcc includes them by itself and NVRTC has none, so this can be tested where there is no NVRTC."""
+    """nvcc includes them by default and NVRTC has none, so this test needs no NVRTC."""
     text = re.sub(r"//.*", "", (cubins.SOURCES / source).read_text())
     macros = r"INFINITY|NAN|HUGE_VALF?|M_[A-Z0-9_]+|(?:FLT|DBL|CHAR|SHRT|INT|LONG|LLONG|UINT|SIZE)_(?:MAX|MIN|EPSILON)"
     assert not re.findall(rf"\b(?:{macros}|std::\w+|u?int(?:8|16|32|64)_t)\b", text)

@@ -250,7 +250,7 @@ def codes(*capabilities: tuple[int, int]) -> list[bytes]:
 def test_a_device_gets_its_own_architecture_or_an_older_one_of_its_generation(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(FakeCompiler(), monkeypatch)
     assert codes((8, 0), (8, 6), (8, 9), (9, 0)) == [b"sm_80", b"sm_86", b"sm_86", b"sm_90"]
-    with pytest.raises(KdxError, match=r"No compiler here compiles for sm_75: fake 1\.0 supports sm_80, sm_86, sm_90"):
+    with pytest.raises(KdxError, match=r"No installed compiler supports sm_75: fake 1\.0 supports sm_80, sm_86, sm_90"):
         cubins.load("one", (7, 5))
 
 
@@ -265,7 +265,7 @@ def test_a_device_newer_than_the_compilers_gets_ptx(sources: Path, monkeypatch: 
 
 
 class Failing(FakeCompiler):
-    """A compiler that starts and does not compile, as nvcc without a C++ compiler."""
+    """A compiler that starts but does not compile, like nvcc without a C++ compiler."""
 
     name = "failing"
 
@@ -277,7 +277,7 @@ def test_a_compiler_that_fails_leaves_the_source_to_the_next(sources: Path, tmp_
     use(Failing(), monkeypatch, FakeCompiler())
     assert codes((9, 0)) == [b"sm_90"]
     use(Failing(), monkeypatch)
-    assert codes((9, 0)) == [b"sm_90"]  # an entry of the cache
+    assert codes((9, 0)) == [b"sm_90"]  # from the cache
     with pytest.raises(KdxError, match="It does not compile for sm_80"):
         cubins.load("one", (8, 0))
 

@@ -97,8 +97,8 @@ def test_means_with_probes(shape: tuple[int, int, int, int], dtype: torch.dtype,
     assert oracle.error(actual, expected) < 10 * SINGLE
 
 
-def test_maps_of_weights_that_are_no_numbers_of_float32(order: Order) -> None:
-    """Weights of each size, with the rounding that the geometry finds in them."""
+def test_maps_of_weights_that_float32_cannot_represent(order: Order) -> None:
+    """Weights of many magnitudes, with the rounding that the geometry measures in them."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(4, 20, 3, 3, generator=generator)
     weights = torch.randn(2, 4, 20 + rounding.PROBES, generator=generator, dtype=torch.float64)

@@ -29,7 +29,7 @@ def test_products_under_permutations(count: int, n: int, total: int, multiproces
         actual = fused_sums.permuted_products(centred, centred[-1], table)
         none = fused_sums.permuted_products(centred, centred[-1], table[:0])
     assert oracle.error(actual, geometry.permuted_products(centred, centred[-1], table)) < EXACT
-    assert oracle.error(actual[0], geometry.products(centred)[-1]) < EXACT  # the permutation that changes nothing
+    assert oracle.error(actual[0], geometry.products(centred)[-1]) < EXACT  # the identity permutation
     assert none.shape == (0, count)
 
 
@@ -37,7 +37,7 @@ def test_products_under_permutations(count: int, n: int, total: int, multiproces
 def test_products_under_permutations_of_labels(count: int, n: int, total: int, order: Order) -> None:
     centred = geometry.u_centered(matrices(1, count, n)[0])
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(-2, 2, (n,), generator=generator) << 40  # of any size
+    labels = torch.randint(-2, 2, (n,), generator=generator) << 40  # large integers, as labels may have any value
     target = geometry.u_centered(2**0.5 * (labels[:, None] != labels).double())
     table = torch.stack([torch.randperm(n, generator=generator) for _ in range(total)])
     with running(HostLauncher(order)):

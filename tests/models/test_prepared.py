@@ -164,6 +164,13 @@ class Coloured(Net):
         return super().forward(self.colours(images).movedim(-1, 1))
 
 
+class Patched(Net):
+    """A network of patches with the size of their grid, as Siglip2, with transformers' name of that size."""
+
+    def forward(self, pixel_values: Tensor, spatial_shapes: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(pixel_values.unflatten(1, tuple(spatial_shapes[0].tolist())).movedim(-1, 1))
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -174,9 +181,10 @@ class Coloured(Net):
         (LazyHead, r"The module 'fc' \(LazyLinear\) has parameters that are not initialised"),
         (quantised, "The module 'fc' .* is quantised"),
         (Coloured, r"The network \(Coloured\) takes integers, .* and no image"),
+        (Patched, r"The network \(Patched\) takes patches of images .* and no image"),
         (lambda: Net().to("meta"), r"The module 'stem.0' \(Conv2d\) has parameters without data"),
     ],
-    ids=["scripted", "traced", "scripted part", "lazy", "quantised", "integers", "meta"],
+    ids=["scripted", "traced", "scripted part", "lazy", "quantised", "integers", "patches", "meta"],
 )
 def test_modules_that_cannot_be_explained_are_refused_by_name(make: Callable[[], nn.Module], message: str) -> None:
     network = make()

@@ -49,7 +49,7 @@ def test_it_changes_with_the_factory_and_with_the_classes_of_the_parts(folder: P
     assert len({same, of_code(folder, FACTORY + "# changed\n", PART), of_code(folder, FACTORY, PART.replace("= 1", "= 22"))}) == 3
 
 
-def test_networks_of_packages_have_none() -> None:
+def test_networks_of_packages_have_no_hash() -> None:
     for reference in ("kdx:resnet,width=2", "timm:resnet18"):
         assert code_hash(reference, models.load(reference).module) is None
     assert code_hash("a network", nn.Linear(2, 2)) is None

@@ -1,4 +1,4 @@
-"""A run that decodes on the GPU, with a stand-in for nvJPEG, and what it refuses and records."""
+"""A run that decodes on the GPU, with a stand-in for nvJPEG: its results, its record and its errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ON_GPU = replace(OPTIONS, decoder="torchvision-cuda")
 
 @pytest.fixture
 def jpegs(folder: Path, tmp_path: Path) -> Path:
-    """The pictures as JPEG files of the networks' size, so that nothing is resized, of which one is damaged."""
+    """The pictures as JPEG files of the networks' size, so that nothing is resized. One file is damaged."""
     pictures = tmp_path / "pictures"
     for file in (folder / "pictures").rglob("*.png"):
         (pictures / file.parent.name).mkdir(parents=True, exist_ok=True)

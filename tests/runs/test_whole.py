@@ -59,7 +59,7 @@ def digests(out: Path) -> dict[str, str]:
     ],
 )
 def test_the_batch_changes_no_byte(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    """On the CPU: on a GPU the algorithm of a convolution, and with it the rounding, depends on the number of images."""
+    """The test runs on the CPU. On a GPU, the number of images selects the algorithm of a convolution, and thereby its rounding."""
     run(folder, tmp_path / "expected", replace(WHOLE, batch=32, device="cpu"))
     run(folder, tmp_path / "run", replace(WHOLE, device="cpu", **changes))
     assert digests(tmp_path / "run") == digests(tmp_path / "expected")
@@ -286,6 +286,16 @@ def test_a_part_without_a_readable_image_is_stored_in_float16(folder: Path, tmp_
         (tmp_path / "copy" / "pictures" / data.ids[index]).write_bytes(b"no picture")
     run(tmp_path / "copy", tmp_path / "run", replace(WHOLE, batch=16, stored_precision="float16", max_unreadable=0.5))
     assert read_run(tmp_path / "run").explained == 16
+
+
+def test_features_too_large_for_float16_are_refused_and_their_images_stay_pending(tmp_path: Path) -> None:
+    files = feature_files.FeatureFiles(tmp_path, 4, {"student": {"layer3": (3, 1, 1)}}, "float16", ["layer3"])
+    columns: dict[str, Any] = {"student_prediction": np.zeros(2, np.int64), "student_confidence": np.ones(2, np.float32)}
+    everything = np.ones(2, bool)
+    files.write(slice(0, 2), everything, {"layer3": {"student": torch.full((2, 3, 1, 1), 65504.0)}}, columns, ())
+    with pytest.raises(kdx.KdxError, match=r"The student's features at layer3 are too large for float16\."):
+        files.write(slice(2, 4), everything, {"layer3": {"student": torch.full((2, 3, 1, 1), 7e4)}}, columns, ())
+    assert files.pending(2) == [slice(2, 4)] and files.kept.tolist() == [0, 1]
 
 
 def test_features_that_are_not_finite_are_reported_with_the_image_as_soon_as_they_occur(

@@ -1,4 +1,4 @@
-"""Writing behind: in order, bounded, complete at the end, and stopped by the first failure."""
+"""Writes in a thread are in order, bounded in number, complete at the end, and stopped by the first failure."""
 
 from __future__ import annotations
 

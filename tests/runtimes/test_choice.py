@@ -168,7 +168,7 @@ def test_auto_survives_a_gpu_on_which_pytorch_cannot_compute(monkeypatch: pytest
     assert choose("eager").why == "eager on the CPU: as requested, and not on the GPU (no kernel image is available)"
     assert choose("auto", files=True).device == CPU
     for name in ("auto", "eager", "onnx"):
-        with pytest.raises(KdxError, match="sees a GPU and cannot compute on it: no kernel image is available"):
+        with pytest.raises(KdxError, match="sees a GPU but cannot compute on it: no kernel image is available"):
             choose(name, "cuda")
         assert choose(name, "cpu").device == CPU
 

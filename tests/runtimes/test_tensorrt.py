@@ -165,7 +165,7 @@ def test_an_engine_on_the_gpu_gives_the_cpus_numbers(network: nn.Module, path: P
 
 
 def test_the_installed_tensorrt_rtx_has_the_interface_of_the_kernel_cache() -> None:
-    """The stand-in has the same names."""
+    """The stand-in has the same attributes."""
     package: Any = pytest.importorskip("tensorrt_rtx")
     assert {"EAGER", "LAZY"} <= set(package.DynamicShapesKernelSpecializationStrategy.__members__)
     for name in ("create_runtime_cache", "set_runtime_cache", "dynamic_shapes_kernel_specialization_strategy"):

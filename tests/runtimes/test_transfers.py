@@ -27,7 +27,7 @@ class Result:
 
 
 def mixed() -> list[Tensor]:
-    """Tensors of all sizes of numbers, empty, without dimensions, and not contiguous."""
+    """Tensors of number types of all sizes, some empty, without dimensions, or not contiguous."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3, 5, generator=generator)
     return [
@@ -58,7 +58,7 @@ def test_packed_tensors_come_back_bit_for_bit_in_their_order_and_shape() -> None
 
 
 def test_staged_tensors_are_recognised_by_their_memory() -> None:
-    """They are copied together; any others are packed first."""
+    """Staged tensors are copied together; others are packed first."""
     flat = packed(mixed())
     staged = unpacked(flat, mixed())
     whole = _whole(staged)
@@ -85,7 +85,7 @@ def test_nothing_is_copied_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
-def test_an_element_is_given_after_the_next_ones_are_drawn(ahead: int) -> None:
+def test_an_element_is_yielded_after_the_next_ones_are_drawn(ahead: int) -> None:
     drawn: list[int] = []
 
     def numbers() -> Iterator[int]:
@@ -100,7 +100,7 @@ def test_an_element_is_given_after_the_next_ones_are_drawn(ahead: int) -> None:
     assert given == [0, 1, 2, 3, 4]
 
 
-def test_what_was_complete_before_an_error_is_given_before_it_is_raised() -> None:
+def test_complete_elements_are_yielded_before_an_error_is_raised() -> None:
     def numbers() -> Iterator[int]:
         yield from (0, 1)
         raise ValueError("batch 2")

@@ -38,7 +38,7 @@ def networks(seed: int, n: int, noise: Mapping[str, float]) -> tuple[dict[str, T
 
 @pytest.mark.parametrize("n", [12, 40, 150])
 def test_the_difference_of_two_runs_is_the_contrast_of_a_joint_run(n: int) -> None:
-    """If the network of the second run is the base of a joint run, whose contrasts are computed from all matrices at once."""
+    """In the joint run, the network of the second run is the base, and contrasts are computed from all matrices at once."""
     features, labels = networks(0, n, {"teacher": 0.3, "student": 0.5, "base": 1.0})
     roles = ("teacher", "student", "base")
     sums = swept({role: features[role] for role in roles}, labels)

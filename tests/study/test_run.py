@@ -9,17 +9,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kdx.commands import explain, study
+from kdx.disk import lock_folder
 from kdx.distill import distill
 from kdx.errors import KdxError
 from kdx.runs.record import read_run
+from kdx.study.attempts import Outcome
 from kdx.study.design import design_of
+from kdx.study.grid import Job
 from kdx.study.table import CellStatus, measurements_of, read_study
 from tests import command_line as commands
 from tests.command_line import Run, left_in
@@ -138,7 +141,7 @@ def test_a_damaged_run_is_computed_again_by_the_next_start(complete: Path, damag
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", ["trainings/*/*/teacher-*/teacher", "cells/*/large/tiny/kd/seed0/models/base"])
 def test_weights_that_were_deleted_are_computed_again(complete: Path, lost: str) -> None:
-    """And are the same; no other job is done again."""
+    """The new weights equal the deleted ones, and no other job runs again."""
     before = contents(complete)
     (path,) = complete.glob(f"{lost}.safetensors")
     content = path.read_bytes()
@@ -150,7 +153,7 @@ def test_weights_that_were_deleted_are_computed_again(complete: Path, lost: str)
 
 @pytest.mark.slow
 def test_the_disk_has_each_teacher_and_each_base_once(complete: Path) -> None:
-    """The teachers and bases of the two cells, one with an assistant, and the trainings."""
+    """These are the teachers and bases of two cells, one of which has an assistant, and those of the trainings."""
     files = [*complete.rglob("*.safetensors")]
     by_content: dict[bytes, set[int]] = {}
     for path in files:
@@ -180,6 +183,27 @@ def run_and_kill(arguments: list[str], file: Path) -> None:
 
 
 # ---- the command line ----
+
+
+def test_an_error_ends_the_jobs_before_the_folder_is_unlocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked: list[bool] = []
+
+    def run_jobs(jobs: Sequence[Job], *_: object, **__: object) -> Iterator[Outcome]:
+        try:
+            yield Outcome(jobs[0], 0.0, "It is ill.", "Help it.")
+        finally:
+            with pytest.raises(KdxError, match="Another process"):
+                lock_folder(tmp_path)
+            locked.append(True)
+
+    def announce(line: str) -> None:
+        if line.startswith("[1/"):
+            raise KdxError("The disk is full.", "Make room.")
+
+    monkeypatch.setattr(study, "run_jobs", run_jobs)
+    with pytest.raises(KdxError, match="disk is full"):
+        study.run(design_of(CONTENT), tmp_path, workers=1, announce=announce)
+    assert locked
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ function newTile(image, name) {
   return figure;
 }
 
-// The look of a map for `drawMap`, as the form's inputs choose it. limit: of the scale that maps share. edge: of the canvas, in pixels.
+// The options of `drawMap` that the form's inputs choose. limit: the end of the scale that the maps share. edge: the canvas's size in pixels.
 function chosenLook(inputs, colours, signed, limit, edge) {
   return {
     signed,
