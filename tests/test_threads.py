@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,12 +134,12 @@ class TestNumberOfThreads:
         counts = []
 
         @contextmanager
-        def prefetch(_: object, workers: int) -> Iterator[None]:
+        def prefetch(_: object, workers: int, depth: int) -> Iterator[None]:
             counts.append(workers)
             yield
 
         monkeypatch.setattr(images, "prefetch", prefetch)
-        with images.decoded([], [], (8, 8)):  # type: ignore[arg-type]
+        with images.decoded(SimpleNamespace(decoder=None), [], (8, 8)):  # type: ignore[arg-type]
             pass
         assert counts == [1]
 

@@ -88,7 +88,7 @@ def fails(case: KernelCase) -> bool:
         return True
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", [pytest.param(source, marks=() if source == "cam" else pytest.mark.slow) for source in SOURCES])
 def test_a_kernel_that_does_nothing_fails_only_its_own_checks(source: str) -> None:
     with running(Absent(source)):
         failed = {case.name for case in cases(CHECKED[0], CPU, 4) if fails(case)}
@@ -179,6 +179,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return written
 
 
+@pytest.mark.slow
 def test_a_toy_run_checks_times_and_writes(record: dict[str, Any]) -> None:
     assert record["seed"] == 7 and "emulation" in record["device"]["name"]
     assert len(record["checks"]) == len(record["kernels"]) >= 11
@@ -198,6 +199,7 @@ def test_a_toy_run_checks_times_and_writes(record: dict[str, Any]) -> None:
     times["published images"] = 12
 
 
+@pytest.mark.slow
 def test_a_run_is_shown(record: dict[str, Any]) -> None:
     console = Console(width=140)
     with console.capture() as shown:
@@ -208,6 +210,7 @@ def test_a_run_is_shown(record: dict[str, Any]) -> None:
     assert "Tests: none were run." in text and "was not compared" in text and "TensorRT needs a GPU" in text
 
 
+@pytest.mark.slow
 def test_the_page_states_what_was_measured_and_what_was_not(record: dict[str, Any]) -> None:
     page = gpu_tables.page(record)
     assert page.startswith("# kdx on the emulation on a CPU\n") and "TensorFloat-32 is forbidden" in page
