@@ -171,7 +171,8 @@ def kept_similarity(square: float, norm: float, sketch: Sketch | None) -> float:
     square: the mean squared distance t. norm: the squared norm s = <A,A> of the U-centred squared distances. With the covariance S of the
     features, t = 2 tr S and s = 4 tr S^2. A projection to K numbers adds (tr S)^2/K to tr S^2, and changes no expected inner product of
     two layers, so their similarity is multiplied by sqrt(1 - t^2/(K s)), with t and s after the projection. For features with
-    r = (tr S)^2/tr S^2 effective dimensions this is 1/sqrt(1 + r/K). It holds for CKA, and to first order for distances.
+    r = (tr S)^2/tr S^2 effective dimensions this is 1/sqrt(1 + r/K). It holds for CKA, and to first order for distances. The estimate
+    ignores that values of one block of a sketch are never added to one number: with few blocks the projection changes less than this.
     """
     if sketch is None or norm <= 0:
         return 1.0

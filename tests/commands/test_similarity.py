@@ -221,12 +221,12 @@ def test_the_geometry_batch_projects_nothing(pictures: Path, tmp_path: Path) -> 
 def test_projections_lower_similarities_by_the_estimated_share(dimensions: int) -> None:
     """CKA of two projections of the same features, in which each has its own random numbers, over 40 pairs of projections."""
     rng = np.random.default_rng(0)
-    mixing = rng.normal(size=(dimensions, 400))
+    mixing = rng.normal(size=(dimensions, 4000))
     x = torch.from_numpy(rng.normal(size=(150, dimensions)) @ mixing)
     variances = np.linalg.eigvalsh(mixing @ mixing.T)
     values, factors = [], []
     for seed in range(40):
-        sketches = [Sketch.of(400, 50, seed, name, "fc") for name in ("A", "B")]
+        sketches = [Sketch.of(4000, 50, seed, name, "fc") for name in ("A", "B")]
         a, b = (sketch(x) for sketch in sketches)
         result = kdx.similarity(a, b)
         values.append([result.values[0, 0], result.cka[0, 0]])
