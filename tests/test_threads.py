@@ -140,8 +140,7 @@ class TestNumberOfThreads:
 
         monkeypatch.setattr(images, "prefetch", prefetch)
         with images.decoded(SimpleNamespace(decoder=None), [], (8, 8)):  # type: ignore[arg-type]
-            pass
-        assert counts == [1]
+            assert counts == [1]
 
 
 class TestEnvironment:

@@ -45,6 +45,7 @@ class Recording(HostLauncher):
         super().launch(source, kernel, grid, block, arguments, shared)
 
 
+@pytest.mark.slow
 def test_every_check_holds_on_the_cpu_and_every_kernel_is_reached() -> None:
     with running(Recording()) as launcher:
         for sizes in CHECKED[:2]:
