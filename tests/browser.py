@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Locator, Page
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +55,29 @@ def opened(browser: Browser) -> Iterator[Callable[..., Page]]:
 
 def _is_external(url: str, address: str) -> bool:
     return url != address and not url.startswith(("data:", "blob:"))
+
+
+def saved(page: Page, button: Locator) -> bytes:
+    """The content of the file that a button saves."""
+    with page.expect_download() as download:
+        button.click()
+    return Path(download.value.path()).read_bytes()
+
+
+def beyond_the_window(page: Page, hidden: str = ".unseen") -> list[str]:
+    """The elements that reach beyond the right edge, except those that scroll inside another one, drawings, and ``hidden`` (a selector)."""
+    elements: list[str] = page.evaluate(
+        "hidden => [...document.querySelectorAll('main *, header *, footer *')].filter(e => e.getClientRects().length && "
+        "!e.closest(hidden + ', svg, .scroll *') && e.getBoundingClientRect().right > innerWidth + 1)"
+        ".map(e => e.outerHTML.slice(0, 120))",
+        hidden,
+    )
+    return elements
+
+
+def out_of_reach(page: Page) -> int:
+    """The number of elements that scroll and that the keyboard cannot reach."""
+    count: int = page.evaluate(
+        "() => [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth && e.tabIndex < 0).length"
+    )
+    return count

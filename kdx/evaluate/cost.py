@@ -15,7 +15,7 @@ from kdx.export.graphs import FeatureGraph
 from kdx.runtimes.eager import EagerRunner
 
 DEFAULT_MINUTES = 10.0
-"""The default limit in minutes for metrics that the user has not named."""
+"""The default limit of the metrics' time, in minutes. It does not apply to metrics that the user names."""
 
 _WORK = {
     "insertion": ("insertion",),

@@ -143,13 +143,12 @@ def measure(
     shares: bool = True,
     pooled: bool = False,
     backend: Backend = "auto",
-    graphs: LayerGraphs | None = None,
 ) -> LayerMeasurement:
     """The maps and inner products of one layer and one batch, from each role's features [n, C, H, W].
 
     permutations: [p, n]. references: if given, the maps are those of reference mode. distances: if given, the inner products are those of
     these distances, between each role's other features of the same images. shares: whether the shares are computed as well. pooled,
-    backend: as in `kdx.unicam`; the references must have been made with the same ``pooled``. graphs: as in `begin`.
+    backend: as in `kdx.unicam`; the references must have been made with the same ``pooled``.
     """
     return begin(
         features,
@@ -162,7 +161,6 @@ def measure(
         shares=shares,
         pooled=pooled,
         backend=backend,
-        graphs=graphs,
     ).result()
 
 

@@ -35,7 +35,7 @@ from kdx.kernels import dispatch, layer_sums
 from kdx.kernels.layer_sums import LayerSums
 from kdx.progress import progress
 from kdx.runs.collected import prediction_columns
-from kdx.runs.feature_files import FeatureFiles, Shapes
+from kdx.runs.feature_files import PENDING, FeatureFiles, Shapes
 from kdx.runs.similarity_networks import ComparedNetworks
 from kdx.runs.similarity_options import SimilarityOptions
 from kdx.runs.whole import check_finite
@@ -149,7 +149,7 @@ def whole_sums(passes: Passes, out: Path) -> tuple[PooledSums, float]:
     """The sums over all pairs of images, with the features in files, and the largest share by which projections lower similarities."""
     layers = list(dict.fromkeys(layer for _, layer in passes.keys))
     files = FeatureFiles(passes.folder(out, "whole"), len(passes.indices), passes.shapes, passes.options.stored_precision, layers)
-    with resumable(lambda: bool((files.state != 0).any())):
+    with resumable(lambda: bool((files.state != PENDING).any())):
         _store(passes, files)
         check_unreadable(files.unreadable, len(passes.indices), passes.options.max_unreadable)
         arrays.check_images(len(files.kept))

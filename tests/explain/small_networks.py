@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import kdx
 from kdx import Explainer, KdxError
+from kdx.choices import Precision
 from kdx.explain.results import Explanation
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.models.network import Network
@@ -168,6 +169,14 @@ class StandInEngines:
         self.tf32: set[bool] = set()
         self.current: torch.device | None = None
         self.devices: set[torch.device | None] = set()
+
+    def install(self, patch: pytest.MonkeyPatch, precision: Precision = "float32") -> None:
+        """Make these the engines of an Explainer with the runtime tensorrt."""
+        choice = Choice("tensorrt", torch.device("cpu"), "for a test", precision)
+        patch.setattr("kdx.explain.networks.choose", lambda *_, **__: choice)
+        patch.setattr("kdx.explain.exported.engine.build", self.build)
+        patch.setattr("torch.cuda.device", self.on)
+        patch.setattr("kdx.explain.exported.open_file", self.open)
 
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:

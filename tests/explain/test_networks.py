@@ -115,11 +115,7 @@ def test_tensorrt_runs_engines_of_the_exported_files(
     source: str, precision: Precision, folder: Path, tmp_path: Path, explained: Explanation[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines = StandInEngines()
-    choice = Choice("tensorrt", torch.device("cpu"), "for a test", precision)
-    monkeypatch.setattr("kdx.explain.networks.choose", lambda *_, **__: choice)
-    monkeypatch.setattr("kdx.explain.exported.engine.build", engines.build)
-    monkeypatch.setattr("torch.cuda.device", engines.on)
-    monkeypatch.setattr("kdx.explain.exported.open_file", engines.open)
+    engines.install(monkeypatch, precision)
     sources: dict[str, Any] = {**files(folder)} if source == "files" else {**named_networks()}
     with explainer(runtime="tensorrt", folder=tmp_path, chunk=5, **sources) as opened:
         assert_same(opened(images(), labels()), explained, 1e-4)
@@ -133,10 +129,7 @@ def test_engines_are_built_for_the_batch(
     batch: int | None, expected: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines = StandInEngines()
-    monkeypatch.setattr("kdx.explain.networks.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
-    monkeypatch.setattr("kdx.explain.exported.engine.build", engines.build)
-    monkeypatch.setattr("torch.cuda.device", engines.on)
-    monkeypatch.setattr("kdx.explain.exported.open_file", engines.open)
+    engines.install(monkeypatch)
     with explainer(runtime="tensorrt", folder=tmp_path, **files(folder)) as opened:
         opened.open(SIZE, batch=batch)
     assert set(engines.built.values()) == {((1, expected, expected), None)}

@@ -18,7 +18,6 @@ from kdx.explain.results import Explanation
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.maps.salient_images import Salience
 from kdx.models.network import Network
-from kdx.runtimes.choice import Choice
 from tests.explain.small_networks import (
     LAYERS,
     SIZE,
@@ -208,10 +207,7 @@ def test_tensorrt_runs_engines_of_gradients(
     gradients: Path, tmp_path: Path, salient: Explanation[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines = StandInEngines()
-    monkeypatch.setattr("kdx.explain.networks.choose", lambda *_, **__: Choice("tensorrt", torch.device("cpu"), "for a test"))
-    monkeypatch.setattr("kdx.explain.exported.engine.build", engines.build)
-    monkeypatch.setattr("torch.cuda.device", engines.on)
-    monkeypatch.setattr("kdx.explain.exported.open_file", engines.open)
+    engines.install(monkeypatch)
     shutil.copytree(gradients, tmp_path, dirs_exist_ok=True)
     with explainer(runtime="tensorrt", folder=tmp_path, chunk=5, **pair_settings()) as opened:
         assert_scores_of_a_pair(opened(images(), labels()), salient)

@@ -20,6 +20,7 @@ from PIL import Image
 from playwright.sync_api import Page
 
 from kdx.report.page import write_page
+from tests.browser import saved
 from tests.made_runs import KINDS, make_run
 from tests.report.slow_maps import slow_resize, slow_scale
 
@@ -267,9 +268,7 @@ def test_an_image_is_enlarged_with_the_keyboard_and_saved(run: Path, opened: Cal
 def test_the_figures_are_saved_as_a_table(run: Path, opened: Callable[..., Page]) -> None:
     page = opened(run)
     page.get_by_label("Class").select_option(value="1")
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Save CSV").click()
-    table = list(csv.DictReader(io.StringIO(download.value.path().read_text())))
+    table = list(csv.DictReader(io.StringIO(saved(page, page.get_by_role("button", name="Save CSV")).decode())))
     chosen = [row for row in samples(run) if row["label"] == 1]
     assert len(table) == len(chosen) * 2 * 11
     for line in table:
@@ -331,9 +330,7 @@ def test_the_difference_of_two_unicam_maps_has_the_diverging_colours(run: Path, 
 def test_plots_are_saved_as_svg_and_png_with_the_colours_of_the_page(run: Path, opened: Callable[..., Page]) -> None:
     page = opened(run)
     figure = page.locator("figure.plot").first
-    with page.expect_download() as download:
-        figure.get_by_text("Save SVG").click()
-    text = download.value.path().read_text()
+    text = saved(page, figure.get_by_text("Save SVG")).decode()
     assert text.startswith("<svg") and "stroke: rgb(" in text and "currentColor" not in "".join(re.findall('style="[^"]*"', text))
     with page.expect_download() as download:
         figure.get_by_text("Save PNG").click()

@@ -16,6 +16,7 @@ from playwright.sync_api import Page
 
 from kdx.report.drawing import INK, LINES, WIDE, as_svg, page_colour, page_figure, style_axes
 from kdx.report.layout import DataCell, DataTable, render
+from tests.browser import saved
 
 TEMPLATE = """{% extends "base.html.j2" %}
 {% from "macros.html.j2" import data_table, plot_figure %}
@@ -72,12 +73,6 @@ def test_a_page_is_the_same_for_the_same_content_and_escapes_text(tmp_path: Path
         render("own.html.j2", folder=tmp_path, kdx="1")
 
 
-def saved(page: Page, button: str) -> bytes:
-    with page.expect_download() as download:
-        page.get_by_role("button", name=button).click()
-    return Path(download.value.path()).read_bytes()
-
-
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), pytest.param(400, "dark", marks=pytest.mark.slow)])
 def test_figures_are_saved_and_tables_copied(tmp_path: Path, opened: Callable[..., Page], width: int, scheme: str) -> None:
     write(tmp_path)
@@ -90,13 +85,13 @@ def test_figures_are_saved_and_tables_copied(tmp_path: Path, opened: Callable[..
       .map(({ top, bottom }) => [top, bottom])""")
     assert below[0][1] <= below[1][0], "the buttons lie over the drawing"
 
-    svg = saved(page, "Save the plot “A line” as SVG").decode()
+    svg = saved(page, page.get_by_role("button", name="Save the plot “A line” as SVG")).decode()
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert svg.startswith("<svg") and "var(--" not in svg.split("style=")[1] and ground in svg
-    with Image.open(io.BytesIO(saved(page, "Save the plot “A line” as PNG"))) as picture:
+    with Image.open(io.BytesIO(saved(page, page.get_by_role("button", name="Save the plot “A line” as PNG")))) as picture:
         assert picture.size == (3 * WIDE, 360)
 
-    rows = list(csv.reader(io.StringIO(saved(page, "Save CSV of the table “Scores”").decode("utf-8"))))
+    rows = list(csv.reader(io.StringIO(saved(page, page.get_by_role("button", name="Save CSV of the table “Scores”")).decode("utf-8"))))
     assert rows == [
         ["layer", "RS(S) − RS(B)", "RS(S) − RS(B) low", "RS(S) − RS(B) high", "images"],
         [NAME, repr(-1 / 3), "-0.5", "-0.1", "1200"],

@@ -18,6 +18,7 @@ from kdx.report.drawing import LINES
 from kdx.report.layout import script_json
 from kdx.report.page import write_page
 from kdx.report.terminal import scores_table
+from tests.browser import beyond_the_window
 from tests.made_runs import ODD_LAYER, SCRIPT, edit, make_run
 from tests.report.test_gallery_page import kinds_shown, samples, shown
 
@@ -74,12 +75,7 @@ def test_no_horizontal_overflow(run: Path, hostile: Path, pair: Path, opened: Ca
         page.eval_on_selector_all("details", "all => all.forEach(d => { d.open = true; })")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         # No element may be clipped: an element wider than the window must scroll inside itself.
-        beyond = page.evaluate(
-            "() => [...document.querySelectorAll('main *, header *, footer *')].filter(e => e.getClientRects().length && "
-            "!e.closest('.unseen, thead, svg, .scroll *') && e.getBoundingClientRect().right > innerWidth + 1)"
-            ".map(e => e.outerHTML.slice(0, 120))"
-        )
-        assert beyond == []
+        assert beyond_the_window(page, ".unseen, thead") == []
 
 
 def test_hostile_names_are_text(hostile: Path, opened: Callable[..., Page]) -> None:

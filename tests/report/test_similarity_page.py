@@ -17,6 +17,7 @@ from playwright.sync_api import Page
 import kdx
 from kdx.report.similarity_page import similarity_page
 from kdx.runs.similarity import NetworkSimilarity
+from tests.browser import beyond_the_window, out_of_reach, saved
 from tests.made_runs import SCRIPT
 
 LAYERS_A = (f"{SCRIPT} & 100%_x", "layer1", "features.stages.3.blocks.17.branch2.depthwise_convolution", "layer3")
@@ -74,12 +75,6 @@ def test_arrow_keys_read_the_cells(made: tuple[Path, kdx.Similarity], opened: Ca
     assert reading.inner_text().startswith(f"{LAYERS_A[2]} of A, {LAYERS_B[3]} of B: ")
 
 
-def saved(page: Page, button: Any) -> bytes:
-    with page.expect_download() as download:
-        button.click()
-    return Path(download.value.path()).read_bytes()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
 def test_every_figure_is_saved_and_every_table_copied(
@@ -88,13 +83,8 @@ def test_every_figure_is_saved_and_every_table_copied(
     folder, result = made
     page = opened(folder, width, scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    beyond = page.evaluate(
-        "() => [...document.querySelectorAll('main *, header *, footer *')].filter(e => e.getClientRects().length && "
-        "!e.closest('.unseen, svg, .scroll *') && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 120))"
-    )
-    assert beyond == []
-    unreachable = "() => [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth && e.tabIndex < 0).length"
-    assert page.evaluate(unreachable) == 0
+    assert beyond_the_window(page) == []
+    assert out_of_reach(page) == 0
     plots = page.locator("figure.plot")
     assert plots.count() == 3  # distance correlation, CKA and the partial correlation; the networks have no common diagonal
     for place in range(3):

@@ -22,6 +22,7 @@ from kdx.report.page import write_page as write_run_page
 from kdx.runs.record import LostResult, read_run
 from kdx.study.page import write_page
 from kdx.study.table import CellStatus, Measurement, Study, read_study, write_plan, write_table
+from tests.browser import beyond_the_window, out_of_reach, saved
 from tests.study.made_studies import make_study
 
 
@@ -182,16 +183,7 @@ def test_students_are_selected_by_keyboard(whole: Path, opened: Callable[..., Pa
     href = page.locator("#tiles a").first.get_attribute("href")
     assert href == "digits/large%2Bmiddle/tiny/kd/seed0/run/report.html"
     page.keyboard.press("Tab")
-    unreachable = page.evaluate(
-        """() => [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth && e.tabIndex < 0).length"""
-    )
-    assert unreachable == 0
-
-
-def saved(page: Page, button: Any) -> bytes:
-    with page.expect_download() as download:
-        button.click()
-    return Path(download.value.path()).read_bytes()
+    assert out_of_reach(page) == 0
 
 
 @pytest.mark.slow
@@ -199,11 +191,7 @@ def saved(page: Page, button: Any) -> bytes:
 def test_every_figure_is_saved_and_every_table_copied(whole: Path, opened: Callable[..., Page], width: int, scheme: str) -> None:
     page = opened(whole, width, scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    beyond = page.evaluate(
-        "() => [...document.querySelectorAll('main *, header *, footer *')].filter(e => e.getClientRects().length && "
-        "!e.closest('.unseen, svg, .scroll *') && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 120))"
-    )
-    assert beyond == []
+    assert beyond_the_window(page) == []
     plots = page.locator("figure.plot")
     assert plots.count() == 2 + 4 + 1 + 2 + 1 + 6
     assert [page.get_by_role("button", name=f"as {form}", exact=False).count() for form in ("SVG", "PNG")] == [plots.count()] * 2
