@@ -42,6 +42,7 @@ from kdx.cli.options import (
     is_given,
     with_preset,
 )
+from kdx.remote import as_path
 
 if TYPE_CHECKING:
     from kdx.runs.run import RunOptions
@@ -54,7 +55,13 @@ def explain(
         typer.Argument(help=f"The data set: {DATA_KINDS}. Or a few image files, together with --data."),
     ],
     out: Annotated[
-        Path, typer.Option(help="The folder of the run, or of the runs of several students. A run that was stopped there is resumed.")
+        Path,
+        typer.Option(
+            parser=as_path,
+            metavar="FOLDER",
+            help="The folder of the run, or of the runs of several students. A run that was stopped there is resumed. The folder of one "
+            "run may be a URL such as s3://bucket/run.",
+        ),
     ],
     models: Annotated[
         Path | None,

@@ -163,6 +163,8 @@ def _decode(dataset: Dataset, size: tuple[int, int], indices: Indices, levels: N
     for index, row in zip(indices, levels, strict=True):
         try:
             row[:] = np.asarray(fit(dataset.read(int(index)), size, dataset.resizing)).transpose(2, 0, 1)
+        except KdxError:  # a service that cannot be reached does not make an image unreadable
+            raise
         except Exception as error:  # decoders raise SyntaxError, struct.error, MemoryError and more on damaged files
             row[:] = 0
             reasons.append(printable(f"{type(error).__name__}: {error}"))

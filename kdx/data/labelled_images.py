@@ -14,6 +14,7 @@ from PIL import Image
 from kdx.choices import COVER, Resizing
 from kdx.data.fingerprint import SourceFile, content_fingerprint, fingerprint_of_0_1_0, image_keys, stamps_of_0_1_0
 from kdx.data.pixels import to_rgb
+from kdx.remote import RemotePath
 
 if TYPE_CHECKING:
     from kdx.data.gpu_decoder import GpuDecoder
@@ -80,8 +81,10 @@ class Dataset:
 
     @cached_property
     def image_keys(self) -> NDArray[np.uint64] | None:
-        """A number per image [N] that identifies it in other folders (`kdx.data.fingerprint.image_keys`); None if images share files."""
-        return image_keys(self.files) if self.has_file_per_image else None
+        """A number per image [N] that identifies it in other folders (`kdx.data.fingerprint.image_keys`); None if images share files or
+        are at a URL, where every key would need a request."""
+        is_remote = any(isinstance(file, RemotePath) for file in self.files.values())
+        return image_keys(self.files) if self.has_file_per_image and not is_remote else None
 
     @cached_property
     def fingerprint_of_0_1_0(self) -> str:

@@ -14,11 +14,13 @@ import numpy as np
 from kdx.choices import COVER
 from kdx.data.batches import check_labels
 from kdx.data.images import check_unreadable, load_images
+from kdx.disk import scratch_folder
 from kdx.errors import KdxError, resumable
 from kdx.explain.explainer import Explainer
 from kdx.explain.graph import largest_size
 from kdx.explain.network_set import NetworkRecord
 from kdx.explain.shared_features import SharedFeatures
+from kdx.remote import is_url, without_credentials
 from kdx.roles import BASELINE, mapped_among
 from kdx.runs import schema
 from kdx.runs.batches import collect_batches, explain_batches
@@ -66,6 +68,8 @@ def explain_dataset(
 ) -> None:
     """Explain ``data`` with the networks of a models file, or with an explainer file, and store the run in the folder ``out``.
 
+    data, out: a path or a URL. The large files that only an unfinished run needs are then in the folder of kdx's caches.
+
     layers: names that the networks share, or ``student_layer=teacher_layer``; by default those of the models file.
     networks: the folder for exported networks, by default out/networks. command: the command line, for the manifest. restart: compute a
     complete run again. A stopped run resumes, with the same result.
@@ -75,7 +79,9 @@ def explain_dataset(
 
     Raises KdxError for anything that the user can fix, if possible before anything is written.
     """
-    plan = Plan.of(data, models, layers, options)
+    if options.keep_features and is_url(out):
+        raise KdxError("Features are kept in a local folder only.", "Leave --keep-features out, or give a local --out.")
+    plan = Plan.of(without_credentials(data), models, layers, options)
     for line in (*plan.split.lines(), plan.dataset.note):
         if line:
             announce(line)
@@ -87,7 +93,7 @@ def explain_dataset(
     if geometry is not None and geometry.kind != "whole":
         _ = plan.batches
     shared = None if shared_features is None else SharedFeatures(shared_features)
-    with ExitStack() as stack, plan.explainer(networks or out / schema.NETWORKS, announce, shared) as explainer:
+    with ExitStack() as stack, plan.explainer(networks or scratch_folder(out) / schema.NETWORKS, announce, shared) as explainer:
         records = explainer.networks()
         size = largest_size(record.image_size for record in records.values())
         store = stack.enter_context(
@@ -152,7 +158,7 @@ def _explain(
     elif geometry is None and store.has(0):  # kdx 0.1.0 did not record it
         geometry = Geometry("batch", "the run was started by an older version")
     elif geometry is None:
-        geometry = choose_geometry(plan, shapes, store.folder, shared_bytes)
+        geometry = choose_geometry(plan, shapes, store.scratch, shared_bytes)
     store.set_geometry(geometry.kind, geometry.reason, batches=1 if geometry.kind == "whole" else len(plan.batches))
     announce(f"Geometry {geometry.kind}: {geometry.reason}.")
     if geometry.kind == "whole":
@@ -274,7 +280,7 @@ def _context(plan: Plan, command: Sequence[str], out: Path) -> Context:
         **files,
         "kdx": version("kdx"),
         "created": now(),
-        "command": list(command),
+        "command": list(map(without_credentials, command)),
         "environment": environment(),
         "classes": list(plan.dataset.classes),
         "method": plan.models.training.get("method"),
@@ -283,7 +289,10 @@ def _context(plan: Plan, command: Sequence[str], out: Path) -> Context:
 
 
 def _relative(path: Path, folder: Path) -> str:
-    """The path from a folder, so that both can be moved together; the absolute path where there is none, as between drives of Windows."""
+    """The path from a folder, so that both can be moved together; the absolute path where there is none, as between drives of Windows
+    and from a URL."""
+    if is_url(folder):
+        return str(path.resolve())
     try:
         return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
     except ValueError:

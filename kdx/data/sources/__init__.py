@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from kdx.data.labelled_images import Dataset
 from kdx.data.sources import arrays, cifar, composites, digits, hugging_face, image_files
+from kdx.remote import as_path
 
 
 def _absolute(place: str) -> str:
-    return str(Path(place).expanduser().resolve())
+    return str(as_path(place).expanduser().resolve())
 
 
 @dataclass(frozen=True)
