@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
 import logging
@@ -118,15 +119,39 @@ def staging(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(0, "Is a directory")
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            with _locked_if_free(leftover) as is_free:
+                if is_free:  # the process that wrote there was killed
+                    shutil.rmtree(leftover, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-        yield folder
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
-            file.replace(path.parent / file.name)
+        with _locked_if_free(folder):
+            yield folder
+            for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+                file.replace(path.parent / file.name)
     except OSError as error:
         raise unwritable(path, error) from error
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked_if_free(folder: Path) -> Iterator[bool]:
+    """Whether no other process has locked this folder, which is locked in the block; false if the system cannot lock folders."""
+    descriptor = None
+    try:
+        import fcntl  # Windows does not have it
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_free = True
+    except (ImportError, OSError):
+        is_free = False
+    try:
+        yield is_free
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def write_through(path: Path, data: bytes) -> None:

@@ -242,9 +242,17 @@ class Store:
         self.manifest = {**self.manifest, "finished": finished, "images": images, "status": schema.COMPLETE}
         self.manifest.pop("failure", None)
         self._write_manifest()
-        shutil.rmtree(self.folder / schema.PROGRESS, ignore_errors=True)
-        if not keep_features:
-            shutil.rmtree(self.folder / schema.FEATURES, ignore_errors=True)
+        self.tidy(keep_features=keep_features)
+
+    def tidy(self, *, keep_features: bool) -> None:
+        """Delete the files of a complete run that only a resumed run needs, unless that was done.
+
+        The progress is deleted last: where a complete run has some, the process was killed before it was here.
+        """
+        if (self.folder / schema.PROGRESS).exists():
+            if not keep_features:
+                shutil.rmtree(self.folder / schema.FEATURES, ignore_errors=True)
+            shutil.rmtree(self.folder / schema.PROGRESS, ignore_errors=True)
 
     def _remove_partial_files(self) -> None:
         """Delete the temporary files that a killed process left: those of Zarr, and those of `kdx.disk.replacing` beside the results."""
