@@ -58,6 +58,22 @@ def lock_folder(folder: Path) -> IO[bytes]:
         raise KdxError(f"{folder} cannot be written: {error.strerror}.", "Make the folder writable, or choose another --out.") from error
 
 
+def check_locked(folder: Path, lock: IO[bytes]) -> None:
+    """Raise KdxError if ``folder`` is no longer the folder that `lock_folder` locked: it was moved or deleted, or its disk is gone.
+
+    Without this, new files would be in a new folder, where the earlier ones are missing.
+    """
+    try:
+        is_same = os.path.samestat(os.fstat(lock.fileno()), (folder / ".lock").stat())
+    except OSError:
+        is_same = False
+    if not is_same:
+        raise KdxError(
+            f"{folder} was moved or deleted, or its disk was removed, while kdx wrote to it.",
+            "Put the folder back, and run the same command again.",
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from typing import IO, Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.disk import csv_text, lock_folder, read_json, remove_leftovers, unwritable, write_atomic
+from kdx.disk import check_locked, csv_text, lock_folder, read_json, remove_leftovers, unwritable, write_atomic
 from kdx.errors import KdxError
 from kdx.runs import grouped_scores, schema
 from kdx.runs.gallery_choice import write_picture
@@ -207,6 +207,7 @@ class Store:
             return LayerRecord.from_arrays({name: content[name] for name in content.files})
 
     def _write_arrays(self, path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+        check_locked(self.folder, self._lock)
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **arrays)
         write_atomic(path, content.getvalue())
@@ -265,6 +266,7 @@ class Store:
         self._write_json(schema.MANIFEST, self.manifest)
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        check_locked(self.folder, self._lock)
         # allow_nan=False: a NaN in a result would be a bug, and few JSON readers other than Python's accept it.
         write_atomic(self.folder / name, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 

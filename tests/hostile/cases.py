@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,8 +97,8 @@ class Subject:
     folder: Path
     command: tuple[str, ...]
 
-    def run(self, fault: Fault = Fault.NONE, at: int = 0, *, kill_after: float | None = None, clock: bool = False) -> Ending:
-        return self.forked.run(self.command, self.folder / "run", fault, at, kill_after=kill_after, clock=clock, current=self.folder)
+    def run(self, fault: Fault = Fault.NONE, at: int = 0, **settings: Any) -> Ending:
+        return self.forked.run(self.command, self.folder / "run", fault, at, current=self.folder, **settings)
 
     def clear(self) -> None:
         for name in ("run", "run.gone"):

@@ -82,16 +82,19 @@ class Forked:
         at: int = 0,
         *,
         kill_after: float | None = None,
+        vanish_after: float | None = None,
         clock: bool = False,
         current: Path = ROOT,
     ) -> Ending:
         """``kdx COMMAND`` with a fault at a call that changes the disk below ``folder``. at: the number of the call, from 1.
 
-        current: the current folder. kill_after: seconds after which the process is killed. clock: whether the clock goes an hour back at every look.
+        current: the current folder. kill_after: seconds after which the process is killed. vanish_after: seconds after which the folder is
+        moved away.
+        clock: whether the clock goes an hour back at every look.
         """
         request = {
             **{"command": [*map(str, command)], "folder": str(folder), "current": str(current)},
-            **{"fault": fault, "at": at, "kill_after": kill_after, "clock": clock},
+            **{"fault": fault, "at": at, "kill_after": kill_after, "vanish_after": vanish_after, "clock": clock},
         }
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -129,7 +132,7 @@ def _answer(shim: Any, request: dict[str, Any]) -> dict[str, Any]:
         child = os.fork()
         if not child:
             _perform(shim, request, output, modules)
-        status = _wait(child, request["kill_after"] or SECONDS)
+        status = _wait(child, request)
         if modules.exists():
             for module in modules.read_text().split("\n"):
                 if module not in sys.modules:
@@ -146,10 +149,14 @@ def _answer(shim: Any, request: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def _wait(child: int, seconds: float) -> int:
-    """The status of a process that is killed after this time."""
-    end = time.monotonic() + seconds
+def _wait(child: int, request: dict[str, Any]) -> int:
+    """The status of a process that is killed after a time."""
+    start = time.monotonic()
+    end, vanish = start + (request["kill_after"] or SECONDS), start + (request["vanish_after"] or SECONDS)
     while time.monotonic() < end:
+        if time.monotonic() >= vanish and Path(request["folder"]).is_dir():
+            Path(request["folder"]).rename(request["folder"] + ".gone")
+            vanish = end
         process, status = os.waitpid(child, os.WNOHANG)
         if process:
             return status

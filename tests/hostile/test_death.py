@@ -7,46 +7,17 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
-from tests.hostile.cases import COMMANDS, Subject, contents, differences, write_inputs
-from tests.hostile.forked import Fault, Forked
+from tests.hostile.cases import COMMANDS, Subject, contents, differences
+from tests.hostile.forked import Fault
 
 pytestmark = pytest.mark.slow
 
 CALLS = {"explain, batch": 10, "explain, reference": 5, "explain, whole": 8, "distill": 8, "study": 3, "export": 2}
 """How many of the calls of each command a test visits."""
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Forked]:
-    with Forked() as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hostile")
-    write_inputs(folder)
-    return folder
-
-
-@pytest.fixture
-def subject(forked: Forked, inputs: Path) -> Iterator[Callable[[str], Subject]]:
-    """Makes the subject of a case."""
-    subjects: list[Subject] = []
-
-    def of(case: str) -> Subject:
-        subjects.append(Subject(forked, inputs, COMMANDS[case]))
-        subjects[-1].clear()
-        return subjects[-1]
-
-    yield of
-    for each in subjects:
-        each.clear()
 
 
 def points(count: int, visited: int) -> list[int]:
