@@ -102,6 +102,7 @@ def explain_dataset(
         if store.replaces:
             announce(store.replaces)
         if store.complete and not restart:
+            store.tidy(keep_features=options.keep_features)
             announce(f"{out} is already complete; its page is written again.")
             return
         if store.complete:
