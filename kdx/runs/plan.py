@@ -170,7 +170,7 @@ class Plan:
         """The target of images, which are rows of the data set: their labels [n], or the rows [n, e] of another target."""
         return torch.from_numpy(self.dataset.labels[indices]) if self.own_target is None else self.own_target.rows(indices)
 
-    @property
+    @cached_property
     def widest(self) -> int:
         """The number of images in the largest batch."""
         return max(map(len, self.batches))
