@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def content_fingerprint(ids: Sequence[str], class_names: Sequence[str], files: M
     """
     sizes = {name: _size(file) for name, file in files.items()}
     digest = hashlib.sha256(b"kdx data 1\n")
-    for row in (*zip(ids, class_names, strict=True), *sizes.items()):
+    for row in chain(zip(ids, class_names, strict=True), sizes.items()):
         digest.update(json.dumps(row).encode())
     for name in _sample(sizes):
         digest.update(_content(files[name]))
@@ -129,7 +130,7 @@ def fingerprint_of_0_1_0(ids: Sequence[str], labels: NDArray[np.int64], contents
 
 def stamps_of_0_1_0(ids: Sequence[str], files: Mapping[str, SourceFile]) -> list[bytes]:
     """The contents that `fingerprint_of_0_1_0` hashes."""
-    if tuple(files) != tuple(ids):  # images that share files
+    if len(files) != len(ids) or tuple(files) != tuple(ids):  # images that share files
         return [b"".join(map(_content, files.values()))]
     states = [file.stat() for file in files.values() if isinstance(file, Path)]
     return [f"{state.st_size} {state.st_mtime_ns}".encode() for state in states]

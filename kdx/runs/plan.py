@@ -153,7 +153,8 @@ class Plan:
         target = run_target(options.target, models_file, dataset, split.indices, split.pool, options.device)
         grouping = grouping_of(dataset, split.indices, options.groups, options.groups_file)
         plan = cls(data, models_file, dataset, split, parse_layers(layers or models_file.layers), options, target, grouping)
-        options.gallery_choice.check([dataset.ids[index] for index in plan.indices], models_file.references, plan.layers)
+        names = [dataset.ids[index] for index in plan.indices] if options.gallery_images else ()
+        options.gallery_choice.check(names, models_file.references, plan.layers)
         return plan
 
     @property
