@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -72,41 +72,64 @@ class _Queued:
     download: Download[tuple[dict[str, Tensor], dict[str, _Results], dict[str, Tensor]]]
 
 
-def explain_batches(
-    store: Store, explainer: Explainer, plan: Plan, references: NDArray[np.int64], size: tuple[int, int], announce: Callable[[str], None]
-) -> None:
-    """Explain and store every batch that is not stored yet. references: rows of the data set; none for the geometry ``batch``.
+@dataclass(frozen=True, eq=False)
+class BatchResult:
+    """What a run stores of a batch: the maps [n, h, w] by layer and kind, and the record. It can be sent to another process."""
+
+    number: int
+    maps: dict[str, dict[str, NDArray[np.float32]]]
+    record: BatchRecord
+
+
+Compute = Callable[[Sequence[int]], AbstractContextManager[Iterator[BatchResult]]]
+"""``compute(pending)``: the results of these batches inside a block, in any order."""
+
+
+class LocalBatches:
+    """Computes batches in this process. references: rows of the data set; none for the geometry ``batch``.
 
     Images are decoded, and targets computed, while earlier batches are explained. On a GPU a batch is queued before the results of the
-    previous one are read. Batches are stored in order, by a thread.
+    previous one are read.
     """
+
+    def __init__(self, explainer: Explainer, plan: Plan, references: NDArray[np.int64], size: tuple[int, int]) -> None:
+        self._explainer = explainer
+        self._plan = plan
+        self._references = references
+        self._size = size
+
+    @contextmanager
+    def compute(self, pending: Sequence[int]) -> Iterator[Iterator[BatchResult]]:
+        """The results of these batches, in order. The references are used for the first of them."""
+        explainer, plan = self._explainer, self._plan
+        if len(self._references) and pending:
+            explainer.use_references(load_references(plan.dataset, self._references, self._size), plan.target(self._references))
+            self._references = self._references[:0]
+        planned = (plan.indices[plan.batches[batch]] for batch in pending)
+        ahead = explainer.transfers.ahead
+        with (
+            decoded(plan.dataset, planned, self._size, plan.options.workers, explainer.choice.device) as images,
+            prefetch((_target_job(explainer, plan, *batch) for batch in zip(pending, images, strict=True)), ahead, 1) as ready,
+            threads.short_turns() if ahead else nullcontext(),
+        ):
+            queued = one_behind((_queue(explainer, plan, batch) for batch in ready), ahead)
+            yield (_result(batch, plan) for batch in queued)
+
+
+def explain_batches(store: Store, plan: Plan, compute: Compute, announce: Callable[[str], None]) -> None:
+    """Compute and store every batch that is not stored yet. A thread stores them, in the order in which they are computed."""
     total = len(plan.batches)
     pending = [batch for batch in range(total) if not store.has(batch)]
     if pending and len(pending) < total:
         announce(f"Resuming: {total - len(pending)} of {total} batches are done.")
-    if len(references) and pending:
-        _use_references(explainer, plan, references, size)
     unreadable: list[tuple[str, str]] = []
-    planned = (plan.indices[plan.batches[batch]] for batch in pending)
-    ahead = explainer.transfers.ahead
-    with (
-        decoded(plan.dataset, planned, size, plan.options.workers, explainer.choice.device) as images,
-        prefetch((_target_job(explainer, plan, *batch) for batch in zip(pending, images, strict=True)), ahead, 1) as ready,
-        writing() as submit,
-        threads.short_turns() if ahead else nullcontext(),
-        progress() as show,
-    ):
-        queued = one_behind((_queue(explainer, plan, batch) for batch in ready), ahead)
-        for done, batch in enumerate(queued, total - len(pending)):
+    with compute(pending) as results, writing() as submit, progress() as show:
+        for done, result in enumerate(results, total - len(pending)):
             show("Explaining", done, total, "batches")
-            submit(partial(_write_batch, store, plan, batch.number, batch.images, *_read(batch, plan)))
-            unreadable += batch.images.unreadable
+            submit(partial(store.write_batch, result.number, plan.widest, plan.widest * total, result.maps, result.record))
+            unreadable += result.record.unreadable
             check_unreadable(unreadable, len(plan.indices), plan.options.max_unreadable)  # now, not after the last batch
         show("Explaining", total, total, "batches")
-
-
-def _use_references(explainer: Explainer, plan: Plan, references: NDArray[np.int64], size: tuple[int, int]) -> None:
-    explainer.use_references(load_references(plan.dataset, references, size), plan.target(references))
 
 
 def _target_job(explainer: Explainer, plan: Plan, number: int, images: Images) -> Job[_Ready]:
@@ -148,15 +171,13 @@ def _read(batch: _Queued, plan: Plan) -> tuple[dict[str, Tensor], dict[str, _Res
     return columns, results
 
 
-def _write_batch(
-    store: Store, plan: Plan, number: int, images: Images, predicted: Mapping[str, Tensor], results: Mapping[str, _Results]
-) -> None:
-    columns = {schema.INDEX: images.kept, **{name: column.numpy() for name, column in predicted.items()}}
+def _result(batch: _Queued, plan: Plan) -> BatchResult:
+    predicted, results = _read(batch, plan)
+    columns = {schema.INDEX: batch.images.kept, **{name: column.numpy() for name, column in predicted.items()}}
     products = {layer: result.products for layer, result in results.items()}
     shares = {layer: result.shares for layer, result in results.items()}
     maps = {layer: {name: value.numpy() for name, value in result.maps.items()} for layer, result in results.items()}
-    record = BatchRecord(columns, products, images.unreadable, shares)
-    store.write_batch(number, plan.widest, plan.widest * len(plan.batches), maps, record)
+    return BatchResult(batch.number, maps, BatchRecord(columns, products, batch.images.unreadable, shares))
 
 
 @contextmanager

@@ -199,8 +199,9 @@ class Plan:
             return "teacher" in references and "base" not in references and _is_architecture(self.models.student)
         return requested
 
-    def explainer(self, folder: Path, announce: Callable[[str], None], shared: SharedFeatures | None = None) -> Explainer:
-        """The Explainer of the networks. folder: where exported networks are written. announce: prints a line about weights."""
+    def explainer(self, folder: Path | None, announce: Callable[[str], None], shared: SharedFeatures | None = None) -> Explainer:
+        """The Explainer of the networks. folder: where exported networks are written, by default a temporary folder. announce: prints a
+        line about weights."""
         models = self.models
         if is_file(models.path):
             if self.options.reference_images or self.options.geometry == "reference":
