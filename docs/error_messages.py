@@ -20,7 +20,7 @@ TOPICS = {
     "models": ("models",),
     "distill": ("distill", "callbacks"),
     "features": ("features", "maps", "cam", "scores", "kernels"),
-    "explain": ("explain", "runs", "report", "study", "disk", "figure_files"),
+    "explain": ("explain", "runs", "report", "study", "disk", "figure_files", "cluster"),
     "evaluate": ("evaluate",),
     "runtimes": ("runtimes",),
     "export": ("export", "commands"),

@@ -5,6 +5,7 @@ Paths may be at a URL (`kdx.remote.RemotePath`), where an object appears whole o
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -80,6 +81,26 @@ def lock_folder(folder: Path) -> IO[bytes] | RemoteLock:
         raise KdxError(f"{folder} cannot be written: {error.strerror}.", "Make the folder writable, or choose another --out.") from error
 
 
+def check_locked(folder: Path, lock: IO[bytes] | RemoteLock) -> None:
+    """Raise KdxError if ``folder`` is no longer the folder that `lock_folder` locked: it was moved or deleted, its disk is gone, or, at a
+    URL, another process has taken it over.
+
+    Without this, new files would be in a new folder, where the earlier ones are missing.
+    """
+    if isinstance(lock, RemoteLock):
+        lock.check()
+        return
+    try:
+        is_same = os.path.samestat(os.fstat(lock.fileno()), (folder / ".lock").stat())
+    except OSError:
+        is_same = False
+    if not is_same:
+        raise KdxError(
+            f"{folder} was moved or deleted, or its disk was removed, while kdx wrote to it.",
+            "Put the folder back, and run the same command again.",
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -152,15 +173,39 @@ def staging(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(0, "Is a directory")
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            with _locked_if_free(leftover) as is_free:
+                if is_free:  # the process that wrote there was killed
+                    shutil.rmtree(leftover, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-        yield folder
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
-            file.replace(path.parent / file.name)
+        with _locked_if_free(folder):
+            yield folder
+            for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+                file.replace(path.parent / file.name)
     except OSError as error:
         raise unwritable(path, error) from error
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked_if_free(folder: Path) -> Iterator[bool]:
+    """Whether no other process has locked this folder, which is locked in the block; false if the system cannot lock folders."""
+    descriptor = None
+    try:
+        import fcntl  # Windows does not have it
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_free = True
+    except (ImportError, OSError):
+        is_free = False
+    try:
+        yield is_free
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def write_through(path: Path, data: bytes) -> None:

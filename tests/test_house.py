@@ -26,7 +26,7 @@ FLOORS = [
     {"kdx.errors", "kdx.choices", "kdx.roles", "kdx.progress", "kdx.threads"},
     {"kdx.remote"},
     {"kdx.remote_lock"},
-    {"kdx.disk"},
+    {"kdx.disk", "kdx.cluster"},
     {"kdx.kernels", "kdx.figure_files"},
     {"kdx.features"},
     {"kdx.export", "kdx.scores"},

@@ -20,7 +20,7 @@ from rich.table import Table
 from kdx import models, progress, threads
 from kdx.choices import NO_BASE
 from kdx.commands import explain
-from kdx.disk import lock_folder, remove_leftovers, write_atomic
+from kdx.disk import check_locked, lock_folder, remove_leftovers, write_atomic
 from kdx.distill import EpochResult, distill, train_alone
 from kdx.errors import KdxError, resumable
 from kdx.runs import schema
@@ -173,7 +173,7 @@ def run(design: Design, folder: Path, *, workers: int | None = None, command: Se
     """
     _checked(folder)
     grid = grid_of(design)
-    with lock_folder(folder), resumable(lambda: any(folder.rglob("*.safetensors")) or any(folder.rglob("*.state.pt"))):
+    with lock_folder(folder) as lock, resumable(lambda: any(folder.rglob("*.safetensors")) or any(folder.rglob("*.state.pt"))):
         remove_leftovers(folder)
         count = workers or _default_workers(grid)
         plan = _plan(design, grid, folder, command, count)
@@ -196,6 +196,7 @@ def run(design: Design, folder: Path, *, workers: int | None = None, command: Se
                     study.end(outcome)
                     display.end(outcome.job.key)
                     announce(f"[{ended}/{todo}] {outcome.job.kind} {outcome.job.key}: {_ending(outcome)}")
+        check_locked(folder, lock)
         return _finish(study)
 
 

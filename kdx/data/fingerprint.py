@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def content_fingerprint(ids: Sequence[str], class_names: Sequence[str], files: M
     if versions:
         digest.update(json.dumps([list(ids), list(class_names), sizes, versions]).encode())
         return digest.hexdigest()
-    for row in (*zip(ids, class_names, strict=True), *sizes.items()):
+    for row in chain(zip(ids, class_names, strict=True), sizes.items()):
         digest.update(json.dumps(row).encode())
     for name in _sample(sizes):
         digest.update(_content(files[name]))
@@ -138,7 +139,7 @@ def fingerprint_of_0_1_0(ids: Sequence[str], labels: NDArray[np.int64], contents
 
 def stamps_of_0_1_0(ids: Sequence[str], files: Mapping[str, SourceFile]) -> list[bytes]:
     """The contents that `fingerprint_of_0_1_0` hashes."""
-    if tuple(files) != tuple(ids):  # images that share files
+    if len(files) != len(ids) or tuple(files) != tuple(ids):  # images that share files
         return [b"".join(map(_content, files.values()))]
     states = [file.stat() for file in files.values() if isinstance(file, Path) and not isinstance(file, RemotePath)]
     return [f"{state.st_size} {state.st_mtime_ns}".encode() for state in states]

@@ -45,7 +45,7 @@ class Dataset:
     reference: str
     classes: tuple[str, ...]
     labels: Indices
-    ids: tuple[str, ...]
+    ids: Sequence[str]
     files: Mapping[str, SourceFile] = field(repr=False)
     reader: Callable[[int], Image.Image] = field(repr=False)
     splits: Mapping[str, Indices] = field(default_factory=dict, repr=False)
@@ -77,7 +77,7 @@ class Dataset:
     @cached_property
     def has_file_per_image(self) -> bool:
         """Whether each image is in a file of its own."""
-        return tuple(self.files) == self.ids
+        return len(self.files) == len(self.ids) and all(file == name for file, name in zip(self.files, self.ids, strict=True))
 
     @cached_property
     def image_keys(self) -> NDArray[np.uint64] | None:

@@ -19,7 +19,7 @@ from kdx.errors import KdxError, about_network
 from kdx.explain.batch_target import BatchTarget
 from kdx.explain.explainer_file import no_gradients
 from kdx.explain.exported import ENGINE_IMAGES, Export, ExportFolder, open_exported
-from kdx.explain.layer import LayerReferences, PendingMeasurement, begin
+from kdx.explain.layer import LayerMethod, LayerReferences, PendingMeasurement, begin
 from kdx.explain.layer_graphs import LayerGraphs
 from kdx.explain.network_set import NetworkRecord
 from kdx.explain.runtime_cost import FEW_IMAGES, ExportCost
@@ -230,16 +230,16 @@ class NetworkRunners:
     def begin(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, PendingMeasurement]]:
         outputs = self._infer(images)
         distances = {} if self._salience is None else self._salient_distances(self._salience, images, batch, outputs)
+        settings = self._settings
+        method = LayerMethod(geometry.OBJECTIVES[settings.objective], settings.weighting, settings.pooled)
         measurements = {
             layer: begin(
                 self._features(outputs, layer),
                 batch.target,
-                objective=geometry.OBJECTIVES[self._settings.objective],
-                weighting=self._settings.weighting,
-                permutations=batch.permutations,
+                batch.permutations,
+                method,
                 references=self._references.get(layer),
                 distances=distances.get(layer),
-                pooled=self._settings.pooled,
                 graphs=self._captured,
             )
             for layer in self.layers

@@ -153,7 +153,8 @@ class Plan:
         target = run_target(options.target, models_file, dataset, split.indices, split.pool, options.device)
         grouping = grouping_of(dataset, split.indices, options.groups, options.groups_file)
         plan = cls(data, models_file, dataset, split, parse_layers(layers or models_file.layers), options, target, grouping)
-        options.gallery_choice.check([dataset.ids[index] for index in plan.indices], models_file.references, plan.layers)
+        names = [dataset.ids[index] for index in plan.indices] if options.gallery_images else ()
+        options.gallery_choice.check(names, models_file.references, plan.layers)
         return plan
 
     @property
@@ -170,7 +171,7 @@ class Plan:
         """The target of images, which are rows of the data set: their labels [n], or the rows [n, e] of another target."""
         return torch.from_numpy(self.dataset.labels[indices]) if self.own_target is None else self.own_target.rows(indices)
 
-    @property
+    @cached_property
     def widest(self) -> int:
         """The number of images in the largest batch."""
         return max(map(len, self.batches))
@@ -198,8 +199,9 @@ class Plan:
             return "teacher" in references and "base" not in references and _is_architecture(self.models.student)
         return requested
 
-    def explainer(self, folder: Path, announce: Callable[[str], None], shared: SharedFeatures | None = None) -> Explainer:
-        """The Explainer of the networks. folder: where exported networks are written. announce: prints a line about weights."""
+    def explainer(self, folder: Path | None, announce: Callable[[str], None], shared: SharedFeatures | None = None) -> Explainer:
+        """The Explainer of the networks. folder: where exported networks are written, by default a temporary folder. announce: prints a
+        line about weights."""
         models = self.models
         if is_file(models.path):
             if self.options.reference_images or self.options.geometry == "reference":

@@ -18,7 +18,7 @@ from typing import IO, Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.disk import csv_text, lock_folder, read_json, remove_leftovers, remove_tree, scratch_folder, unwritable, write_atomic
+from kdx.disk import check_locked, csv_text, lock_folder, read_json, remove_leftovers, remove_tree, scratch_folder, unwritable, write_atomic
 from kdx.errors import KdxError
 from kdx.remote import RemotePath, remote_errors, zarr_store
 from kdx.remote_lock import RemoteLock
@@ -108,6 +108,9 @@ class Store:
 
     def close(self) -> None:
         self._lock.close()
+        if self.scratch != self.folder:
+            with suppress(OSError):  # it contains what a resumed run needs
+                self.scratch.rmdir()
 
     def __enter__(self) -> Self:
         return self
@@ -234,7 +237,7 @@ class Store:
     def _write_arrays(self, path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **arrays)
-        self._check_lock()
+        check_locked(self.folder, self._lock)
         write_atomic(path, content.getvalue())
         self._listing[1].add(path.name)
 
@@ -269,11 +272,19 @@ class Store:
         self.manifest = {**self.manifest, "finished": finished, "images": images, "status": schema.COMPLETE}
         self.manifest.pop("failure", None)
         self._write_manifest()
-        remove_tree(self.folder / schema.PROGRESS, ignore_errors=True)
-        if not keep_features:
-            remove_tree(self.scratch / schema.FEATURES, ignore_errors=True)
-        if self.scratch != self.folder:
-            remove_tree(self.scratch, ignore_errors=True)
+        self.tidy(keep_features=keep_features)
+
+    def tidy(self, *, keep_features: bool) -> None:
+        """Delete the files of a complete run that only a resumed run needs, unless that was done.
+
+        The progress is deleted last: where a complete run has some, the process was killed before it was here.
+        """
+        if (self.folder / schema.PROGRESS).exists():
+            if not keep_features:
+                remove_tree(self.scratch / schema.FEATURES, ignore_errors=True)
+            if self.scratch != self.folder:
+                remove_tree(self.scratch, ignore_errors=True)
+            remove_tree(self.folder / schema.PROGRESS, ignore_errors=True)
 
     def _remove_partial_files(self) -> None:
         """Delete the temporary files that a killed process left: those of Zarr, and those of `kdx.disk.replacing` beside the results."""
@@ -284,16 +295,11 @@ class Store:
         for folder in (self.folder, self.folder / schema.OVERLAYS):
             remove_leftovers(folder)
 
-    def _check_lock(self) -> None:
-        """Raise KdxError if another process has taken over the run."""
-        if isinstance(self._lock, RemoteLock):
-            self._lock.check()
-
     def _write_manifest(self) -> None:
-        self._check_lock()
         self._write_json(schema.MANIFEST, self.manifest)
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        check_locked(self.folder, self._lock)
         # allow_nan=False: a NaN in a result would be a bug, and few JSON readers other than Python's accept it.
         write_atomic(self.folder / name, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 

@@ -14,6 +14,7 @@ from kdx.data.class_folders import SPLIT_NAMES, utf8_name
 from kdx.data.fingerprint import SourceFile
 from kdx.data.label_values import LABEL_COLUMNS, class_labels
 from kdx.data.labelled_images import Dataset, Indices, splits_by_name
+from kdx.data.numbered_names import NumberedNames
 from kdx.data.place_options import place_options
 from kdx.errors import KdxError, first_line, import_optional
 
@@ -91,7 +92,7 @@ def open_hugging_face(reference: str, place: str) -> Dataset:
             raise ValueError("the row has no image")
         return Image.open(entry["path"] if content is None else io.BytesIO(content))
 
-    ids = tuple(f"{name}/{row:06d}" for name, part in parts.items() for row in range(len(part)))
+    ids = NumberedNames([(name, len(part)) for name, part in parts.items()])
     return Dataset(reference, classes, labels, ids, _files(parsed, parts), read, _splits(parts), note)
 
 

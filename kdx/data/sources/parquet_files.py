@@ -17,6 +17,7 @@ from PIL import Image
 from kdx.data.class_folders import SPLIT_NAMES, natural_key, utf8_name
 from kdx.data.label_values import LABEL_COLUMNS, class_labels, class_names
 from kdx.data.labelled_images import Dataset, splits_by_name
+from kdx.data.numbered_names import NumberedNames
 from kdx.data.place_options import COLUMNS, located_place, place_options
 from kdx.errors import KdxError, first_line
 from kdx.remote import as_path
@@ -58,7 +59,7 @@ def open_parquet(reference: str, place: str) -> Dataset:
     values = [value for file in files for value in _read(file, None, label).to_pylist()]
     known = class_names(as_path(options["classes"]).expanduser()) if "classes" in options else _stored_names(files[0], label)
     classes, labels = class_labels(values, known, f"The column {label!r} of {name}", name)
-    ids = tuple(utf8_name(f"{file.name}/{row:06d}") for file in files for row in range(file.metadata.num_rows))
+    ids = NumberedNames([(utf8_name(file.name), file.metadata.num_rows) for file in files])
     parts = [SPLIT_NAMES.get(file.path.name.partition("-")[0].lower(), "") for file in files for _ in range(file.metadata.num_rows)]
     splits = {} if "" in parts or len(set(parts)) < 2 else splits_by_name(parts)
     groups = _RowGroups(files, image)
