@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdx.disk import write_atomic
+from kdx.remote import remote_errors
 from kdx.runs import schema
 from kdx.runs.record import RunRecord
 from kdx.scores.uncertainty import t_quantile, wilson
@@ -253,7 +254,7 @@ def _read_values(run: RunRecord, names: Sequence[str]) -> dict[str, Values]:
 
     path: Path = run.folder / schema.EVALUATION_TABLE
     try:
-        with path.open("rb") as file:
+        with remote_errors(path), path.open("rb") as file:
             table = pyarrow.parquet.read_table(file, columns=list(names))
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is damaged: {error}") from error

@@ -128,7 +128,7 @@ class RunRecord:
         import zarr
 
         path = schema.map_path(layer, kind)
-        with _damage_is_lost_result(self.folder), remote_errors(self.folder):
+        with _damage_is_lost_result(self.folder):
             array = self._maps[path]
             if not isinstance(array, zarr.Array) or array.ndim != 3:
                 raise ValueError(f"{schema.MAPS_FILE} has no array of maps [N, h, w] at {path}")
@@ -221,7 +221,8 @@ def read_run(folder: Path) -> RunRecord:
 def _damage_is_lost_result(folder: Path) -> Iterator[None]:
     """Raise LostResult for an error that a damaged file causes: the folder is at fault, not the program."""
     try:
-        yield
+        with remote_errors(folder):
+            yield
     except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:  # RuntimeError: from decompressing a damaged map
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise LostResult(f"The run in {folder} cannot be read: {reason}.", _RUN_AGAIN) from error
