@@ -129,6 +129,8 @@ DATA_REFERENCES = {
     "cifar10:FOLDER": "CIFAR-10, binary or Python version",
     "cifar100:FOLDER": "CIFAR-100 with its fine labels, binary or Python version",
     "hfdata:NAME_OR_FOLDER": "a data set of the Hugging Face Hub, or a folder or file of its formats",
+    "parquet:FILE_OR_FOLDER": "Parquet files with a column of images and one of labels, read by row group",
+    "wds:PATTERN": "WebDataset shards, such as wds:shards/{0000..0099}.tar, read image by image",
     "digits": "scikit-learn's 1,797 handwritten digits, 8 x 8",
     "composites": "drawn images: an object with a known mask on a photograph",
     "composites:OPTIONS": "the same with options, such as composites:classes=shape,side=96,spurious=0.9",
@@ -137,7 +139,7 @@ DATA_REFERENCES = {
 """The references of data sets, with what they name. Help texts, errors and docs/data.md list them."""
 
 DATA_KINDS = (
-    "a folder of images, FILE.csv (columns path and label), FILE.npz, cifar10:FOLDER, cifar100:FOLDER, hfdata:NAME_OR_FOLDER, digits, "
-    "composites, or sample:N:REFERENCE"
+    "a folder of images, FILE.csv (columns path and label), FILE.npz, cifar10:FOLDER, cifar100:FOLDER, hfdata:NAME_OR_FOLDER, "
+    "parquet:FILE_OR_FOLDER, wds:PATTERN, digits, composites, or sample:N:REFERENCE"
 )
 """The references in one phrase."""

@@ -26,6 +26,9 @@ ResultT = TypeVar("ResultT")
 _ATTEMPTS = 3
 _SECONDS_BETWEEN_ATTEMPTS = 0.5
 
+_BLOCK_BYTES = 1 << 20
+"""The bytes that reading a file in parts requests at least."""
+
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _CREDENTIALS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+://)[^/@\s]*@")
 _QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+://[^?\s]*)\?\S*")
@@ -204,7 +207,7 @@ class RemotePath(Path, PurePosixPath):
     def open(self, mode: str = "r", *_: Any, encoding: str | None = None, newline: str | None = None, **__: Any) -> IO[Any]:  # type: ignore[override]
         """The file for reading: whole as text, or in blocks as bytes (``rb``)."""
         if mode == "rb":
-            stream: IO[Any] = self._call(lambda system: system.open(str(self), "rb"))
+            stream: IO[Any] = self._call(lambda system: system.open(str(self), "rb", block_size=_BLOCK_BYTES))
             return stream
         if mode != "r":
             raise ValueError(f"no mode {mode!r} for a file at a URL")

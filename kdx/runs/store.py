@@ -108,6 +108,9 @@ class Store:
 
     def close(self) -> None:
         self._lock.close()
+        if self.scratch != self.folder:
+            with suppress(OSError):  # it contains what a resumed run needs
+                self.scratch.rmdir()
 
     def __enter__(self) -> Self:
         return self

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
+
 from kdx.remote import as_path
 
 BUCKET = "bucket"
@@ -84,3 +86,10 @@ def s3_server() -> Iterator[Server]:
         log.setLevel(level)
         log.propagate = propagate
         service.stop()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """The server of all tests of a process."""
+    with s3_server() as server:
+        yield server

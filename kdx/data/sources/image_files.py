@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,37 +12,21 @@ from PIL import Image
 from kdx.data.class_folders import FolderImage, list_images, natural_key, utf8_name
 from kdx.data.label_tables import read_label_table
 from kdx.data.labelled_images import Dataset, splits_by_name
-from kdx.errors import KdxError
+from kdx.data.remote_listing import listed
 from kdx.remote import RemotePath, as_path
 
 
 def open_folder(reference: str, place: str, *, labelled: bool = True) -> Dataset:
     """The images below a folder, in any of the layouts of `kdx.data.class_folders.list_images`."""
-    listing = list_images(_listed(as_path(place).expanduser()), labelled=labelled)
+    listing = list_images(listed(as_path(place).expanduser()), labelled=labelled)
     return _of_files(reference, listing.root, listing.images, listing.note())
 
 
 def open_table(reference: str, place: str) -> Dataset:
     """The images that a CSV file lists with their labels (`kdx.data.label_tables.read_label_table`)."""
     given = as_path(place).expanduser()
-    table = _listed(given.parent) / given.name
+    table = listed(given.parent) / given.name
     return _of_files(reference, table.parent, read_label_table(table), "")
-
-
-def _listed(folder: Path) -> Path:
-    """A folder, with a listing of all its files if it is at a URL: one request per 1,000 files instead of one or more per file.
-
-    Raises KdxError for a bucket or a folder that does not exist, or that may not be listed.
-    """
-    if not isinstance(folder, RemotePath):
-        return folder
-    try:
-        return folder.listed()
-    except OSError as error:
-        missing = error.errno == errno.ENOENT
-        raise KdxError(
-            f"{folder} cannot be listed: {error.strerror}.", "Check the bucket and the folder." if missing else "Check the permissions."
-        ) from error
 
 
 def _of_files(reference: str, folder: Path, images: Sequence[FolderImage], note: str) -> Dataset:
