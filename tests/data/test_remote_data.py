@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from kdx.data import load_images, open_data
@@ -84,6 +85,39 @@ def test_unknown_protocols_and_missing_packages_are_errors() -> None:
         open_data("nonsense://data/pictures")
     with pytest.raises(KdxError, match="need another package"):
         open_data("gs://data/pictures")
+
+
+def test_a_lost_connection_is_tried_again_and_makes_no_image_unreadable(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload(pictures, "memory://data/lost")
+    dataset = open_data("memory://data/lost")
+    expected = load_images(dataset, [0], (8, 8)).rows
+    attempts: list[str] = []
+    read = MemoryFileSystem.cat_file
+
+    def failing(self: MemoryFileSystem, path: str, **options: object) -> bytes:
+        attempts.append(path)
+        if len(attempts) in fails:
+            raise ConnectionResetError("the connection was reset")
+        return bytes(read(self, path, **options))
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", failing)
+    monkeypatch.setattr("kdx.remote._SECONDS_BETWEEN_ATTEMPTS", 0.01)
+    fails = {1, 2}
+    assert np.array_equal(load_images(dataset, [0], (8, 8)).rows, expected)
+    assert len(attempts) == 3
+    attempts.clear()
+    fails = {1, 2, 3}
+    with pytest.raises(KdxError, match=r"The connection to memory://data/lost/.* fails: the connection was reset"):
+        load_images(dataset, [0], (8, 8))
+
+
+def test_refused_credentials_are_an_error(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(MemoryFileSystem, "find", refused)
+    with pytest.raises(KdxError, match="memory://data/secret is refused: Access Denied"):
+        open_data("memory://data/secret")
 
 
 @pytest.mark.slow

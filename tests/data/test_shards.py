@@ -22,6 +22,7 @@ from kdx.data.dataset import Dataset, located
 from kdx.data.sources import parquet_files
 from kdx.errors import KdxError
 from kdx.remote import as_path
+from tests.remote.server import BUCKET, Server, upload
 
 CLASSES = ("cat", "dog", "owl")
 COUNT = 24
@@ -239,3 +240,18 @@ def test_shards_and_parquet_files_may_be_at_a_url(pictures: Path, tmp_path: Path
         (as_path("memory://shards") / path.relative_to(tmp_path).as_posix()).write_bytes(path.read_bytes())
     check_equal(open_data(f"wds:memory://shards/shards/{{000..002}}.tar,classes={named(tmp_path)}"), pictures)
     check_equal(open_data("parquet:memory://shards/one.parquet"), pictures)
+
+
+@pytest.mark.slow
+def test_requests_of_shards_on_s3(server: Server, pictures: Path, tmp_path: Path) -> None:
+    """The index is read once; then a data set costs one listing, and an image one request."""
+    write_shards(tmp_path / "shards", pictures)
+    upload(tmp_path / "shards", f"s3://{BUCKET}/shards")
+    reference = f"wds:s3://{BUCKET}/shards/{{000..002}}.tar,classes={named(tmp_path)}"
+    check_equal(open_data(reference), pictures)
+    server.reset()
+    dataset = open_data(reference)
+    assert server.counts == {"GET": 1}
+    load_images(dataset, [3, 17, 9], (32, 32))
+    assert server.counts == {"GET": 4}
+    assert dataset.fingerprint == open_data(reference).fingerprint

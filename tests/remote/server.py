@@ -22,7 +22,8 @@ BUCKET = "bucket"
 
 @dataclass
 class Server:
-    """environment: the variables with which other processes use the server. counts: requests by method since `Server.reset`."""
+    """environment: the variables with which other processes use the server. counts, writes: the requests since `reset`: all by method, and
+    those that change an object."""
 
     environment: dict[str, str]
     counts: Counter[str] = field(default_factory=Counter)
@@ -78,7 +79,6 @@ def s3_server() -> Iterator[Server]:
     log.addHandler(handler)
     try:
         with patch.dict(os.environ, server.environment):
-            s3fs.S3FileSystem.clear_instance_cache()
             s3fs.S3FileSystem(use_listings_cache=False).mkdir(BUCKET)
             yield server
     finally:
