@@ -46,7 +46,7 @@ def origin(module: str) -> dict[str, Any]:
 
     try:
         commit = git("rev-parse", "--short", "HEAD")
-        if git("status", "--porcelain", "--untracked-files=no", "--", "kdx", "benchmarks", ":!benchmarks/results"):
+        if git("status", "--porcelain", "--untracked-files=no", "--", "kdx", "export", "kernels", "benchmarks", ":!benchmarks/results"):
             commit += "-dirty"
     except FileNotFoundError:
         commit = ""

@@ -60,8 +60,10 @@ GeometryName = Literal["auto", "whole", "reference", "batch"]
 SimilarityGeometry = Literal["auto", "whole", "batch"]
 """The images with which `kdx similarity` compares an image: the whole set, or its batch."""
 
-DecoderName = Literal["pillow", "torchvision-cuda"]
-"""The decoders of image files. torchvision-cuda: nvJPEG on the GPU for JPEG files, and Pillow for others; its pixels differ a little."""
+DecoderName = Literal["pillow", "pillow-draft", "torchvision-cuda"]
+"""The decoders of image files. pillow-draft: Pillow, which decodes large JPEG files at an eighth, a quarter or a half of their size, but
+not below twice the size that is needed. torchvision-cuda: nvJPEG on the GPU for JPEG files, and Pillow for others. The pixels of both
+differ a little from those of pillow."""
 
 ResizeMode = Literal["cover", "squash", "letterbox"]
 """How an image of other proportions is brought to a size. cover: resized until it covers the size, and cropped at its centre. squash:

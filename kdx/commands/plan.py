@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from kdx.runs.feature_files import Shapes
 from kdx.runs.geometry import Geometry, geometry_within, products_per_second, size_text, unavoidable
 from kdx.runs.hardware import ARITHMETIC, Cluster, cluster_seconds
 from kdx.runs.plan import Plan, RunOptions
-from kdx.runs.trial import counted_pass, decoding_trial, timed_trial
+from kdx.runs.trial import Clock, counted_pass, decoding_trial, timed_trial
 from kdx.runs.whole import feature_shapes
 from kdx.runtimes.choice import is_file
 
@@ -88,11 +89,12 @@ def run(
     images: int | None = None,
     cluster: Cluster | None = None,
     announce: Callable[[str], None] = print,
+    clock: Clock = time.perf_counter,
 ) -> Estimate:
     """Estimate the cost of explaining ``images`` images like those of ``data``, by default as many as it has.
 
     out: the folder of the run, whose disk is meant; by default the current folder. cluster: the machines; None for this machine, whose
-    speed a trial measures. Nothing is written to ``out``, and exported networks are deleted.
+    speed a trial measures with ``clock``. Nothing is written to ``out``, and exported networks are deleted.
 
     Raises the errors of `kdx.runs.run.explain_dataset`, and KdxError for an explainer file and for exported networks on other machines.
     """
@@ -128,7 +130,7 @@ def run(
         with plan.explainer(folder, lambda line: None) as explainer:
             explainer.open(size, n, batch=plan.options.batch)
             announce(f"Runtime {explainer.choice.why}.")
-            speed = timed_trial(plan, explainer, size, work, geometry.kind, announce)
+            speed = timed_trial(plan, explainer, size, work, geometry.kind, announce, clock)
             device = explainer.choice.device
     cores = threads.available_cores()
     machine = f"this machine, {cores} core{'s' if cores != 1 else ''}" + ("" if device.type == "cpu" else f" and {device}")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from kdx.choices import COVER, Resizing
 from kdx.data.fingerprint import SourceFile, content_fingerprint, fingerprint_of_0_1_0, image_keys, stamps_of_0_1_0
-from kdx.data.pixels import to_rgb
+from kdx.data.pixels import draft, fit, to_rgb
 from kdx.remote import RemotePath
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Dataset:
     ``classes`` are those of models. ``resizing`` states how images are brought to the size of the networks. ``masks`` returns where the
     objects of an image are, [k, height, width] at the image's own upright size, or None for an image without masks; it is None for data
     without masks. ``decoder`` decodes JPEG files on a GPU; None leaves all files to Pillow.
+    ``draft`` lets Pillow decode large JPEG files at a fraction of their size (`kdx.data.pixels.draft`).
     """
 
     reference: str
@@ -54,6 +55,7 @@ class Dataset:
     resizing: Resizing = COVER
     masks: Callable[[int], NDArray[np.bool_] | None] | None = field(default=None, repr=False)
     decoder: GpuDecoder | None = field(default=None, repr=False)
+    draft: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,6 +67,12 @@ class Dataset:
         """
         with self.reader(index) as image:
             return to_rgb(image)
+
+    def read_fitted(self, index: int, size: tuple[int, int]) -> Image.Image:
+        """Image ``index`` as `read` returns it, brought to ``size`` = (height, width) as ``resizing`` states."""
+        with self.reader(index) as image:
+            box = draft(image, size, self.resizing) if self.draft else None
+            return fit(to_rgb(image), size, self.resizing, box)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -211,7 +211,7 @@ def collect_batches(store: Store, plan: Plan) -> Collected:
     return Collected(
         columns,
         {layer: pool.scores(n=count, confidence=plan.options.confidence) for layer, pool in pools.items()},
-        _statistics(store, plan, {layer: pool.products for layer, pool in pools.items()}, roles, with_shares),
+        _statistics(store, plan, {layer: pool.products for layer, pool in pools.items()}, roles, with_shares, count),
         {layer: {} for layer in plan.layers},
         unreadable,
         left_out=left_out_of_batches(plan, store.manifest["geometry"]),
@@ -225,17 +225,22 @@ def _records(store: Store, plan: Plan) -> Iterator[tuple[int, BatchRecord]]:
 
 
 def _statistics(
-    store: Store, plan: Plan, products: Mapping[str, Tensor], roles: Sequence[str], with_shares: Collection[str]
+    store: Store, plan: Plan, products: Mapping[str, Tensor], roles: Sequence[str], with_shares: Collection[str], images: int
 ) -> dict[str, dict[str, MapStatistics]]:
     """The statistics of every kind of map per layer. Writes the maps that add up to a score, at the layers ``with_shares``."""
-    parts: dict[str, dict[str, list[MapStatistics]]] = {layer: {} for layer in plan.layers}
+    # One array per kind: the small tensors of many batches, kept between large ones that are freed, would make the heap grow.
+    columns: dict[str, dict[str, Tensor]] = {layer: {} for layer in plan.layers}
+    start = 0
     for batch, record in _records(store, plan):
-        for layer, by_name in parts.items():
+        count = len(record.columns[schema.INDEX])
+        for layer, by_name in columns.items():
             shares = record.shares[layer] if layer in with_shares else None
-            count = len(record.columns[schema.INDEX])
-            for name, statistics in _batch_statistics(store, plan, layer, batch, count, shares, products[layer], roles).items():
-                by_name.setdefault(name, []).append(statistics)
-    return {layer: {name: MapStatistics.joined(values) for name, values in by_name.items()} for layer, by_name in parts.items()}
+            for name, values in _batch_statistics(store, plan, layer, batch, count, shares, products[layer], roles).items():
+                if name not in by_name:
+                    by_name[name] = torch.empty(3, images, dtype=torch.float64)
+                by_name[name][:, start : start + count] = torch.stack([values.total, values.strength, values.stability])
+        start += count
+    return {layer: {name: MapStatistics(*values) for name, values in by_name.items()} for layer, by_name in columns.items()}
 
 
 def _batch_statistics(

@@ -61,7 +61,7 @@ class RunOptions(Settings):
     ``auto`` selects the geometry ``reference``.
     base: ``none`` leaves out the base of the models file.
     target: what relevance is measured against in place of labels (`kdx.runs.targets`), by default as the models file states.
-    decoder: the decoder of image files (`kdx.data.gpu_decoder`); Pillow always decodes the pictures of the page.
+    decoder: the decoder of image files (`kdx.choices.DecoderName`); Pillow always decodes the pictures of the page.
     resize, interpolation: how images are brought to the networks' size, by default as the models file states.
     ratios: ``summed`` for one score from the inner products of all batches, or ``mean`` for the mean of the batches' scores, with the
     geometry ``batch``.
@@ -147,7 +147,9 @@ class Plan:
         _check_base(models, options)
         models_file = _from_explainer_file(models) if is_file(models) else with_recorded_data(read_models(models)).with_base(options.base)
         dataset = open_data(data, models_file.classes or None)
-        dataset = replace(dataset, resizing=options.resizing(models_file.resizing), decoder=_decoder(options))
+        dataset = replace(
+            dataset, resizing=options.resizing(models_file.resizing), decoder=_decoder(options), draft=options.decoder == "pillow-draft"
+        )
         split = choose_split(dataset, models_file, options.split, options.seed)
         check_images(len(split.indices))
         target = run_target(options.target, models_file, dataset, split.indices, split.pool, options.device)
@@ -222,7 +224,7 @@ class Plan:
 
 def _decoder(options: RunOptions) -> GpuDecoder | None:
     """The decoder on the run's GPU, if it is chosen. Raises KdxError if it cannot run."""
-    if options.decoder == "pillow":
+    if options.decoder != "torchvision-cuda":
         return None
     return open_gpu_decoder(choose("eager", options.device).device)
 

@@ -38,10 +38,10 @@ from kdx.runs.measured import Samples
 from kdx.runs.plan import Plan, aligned
 from kdx.runs.plan import RunOptions as RunOptions
 from kdx.runs.schema import (
-    BaseLayers,
     Configuration,
     Context,
     InputFiles,
+    NetworkDetails,
     SplitRule,
     StoredFeatures,
     StoredInputs,
@@ -222,17 +222,20 @@ def _configuration(plan: Plan, records: Mapping[str, NetworkRecord], size: tuple
         **rule,
         "models": {role: _identity(record) for role, record in records.items()},
         "layers": {layer: names.teacher for layer, names in plan.layers.items()},
-        **_base_layers(plan),
+        **_network_details(plan, records),
         "image_size": size,
         **_recorded_options(plan.options),
         **_recorded_inputs(plan),
     }
 
 
-def _base_layers(plan: Plan) -> BaseLayers:
-    """The base's layers that have other names than the student's."""
-    other = {layer: names.base for layer, names in plan.layers.items() if names.base != layer}
-    return {"base_layers": other} if other else {}
+def _network_details(plan: Plan, records: Mapping[str, NetworkRecord]) -> NetworkDetails:
+    details: NetworkDetails = {}
+    if base_layers := {layer: names.base for layer, names in plan.layers.items() if names.base != layer}:
+        details["base_layers"] = base_layers
+    if code := {role: record.code for role, record in records.items() if record.code is not None}:
+        details["source_code"] = code
+    return details
 
 
 def _identity(record: NetworkRecord) -> StoredNetwork:

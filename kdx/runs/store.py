@@ -84,6 +84,8 @@ class Store:
             different = sorted(key for key in {*known, *requested} if known.get(key) != requested.get(key))
             if "fingerprint" in different and fingerprint_of_0_1_0 is not None and known.get("fingerprint") == fingerprint_of_0_1_0():
                 different.remove("fingerprint")
+            if "source_code" not in known:  # older versions did not record it
+                different = [key for key in different if key != "source_code"]
             if stored.get("geometry") == "whole":  # the batch does not change its results
                 different = [key for key in different if key != "batch"]
             if "fingerprint" not in different:  # the same images in another folder

@@ -26,6 +26,8 @@ from kdx.runs.cost import Pass, SetCost, Work
 from kdx.runs.geometry import products_per_second
 from kdx.runs.plan import Plan
 
+Clock = Callable[[], float]
+
 _SECONDS = 2.0
 """About the longest time of one part of a trial, if a batch does not take longer."""
 
@@ -92,23 +94,32 @@ class Speed:
 
 
 def timed_trial(
-    plan: Plan, explainer: Explainer, size: tuple[int, int], work: Work, geometry: str, announce: Callable[[str], None]
+    plan: Plan,
+    explainer: Explainer,
+    size: tuple[int, int],
+    work: Work,
+    geometry: str,
+    announce: Callable[[str], None],
+    clock: Clock = time.perf_counter,
 ) -> Speed:
-    """Decode one batch, pass it through the networks, and measure maps and scores as the geometry does."""
+    """Decode one batch, pass it through the networks, and measure maps and scores as the geometry does.
+
+    clock: that of the trial. With one thread on a busy machine, ``time.process_time`` gives the times of an idle one.
+    """
     announce(f"Trial: decoding, passes and geometry of {len(plan.batches[0])} images.")
-    images, decoding = decoding_trial(plan, size)
+    images, decoding = decoding_trial(plan, size, clock)
     levels = images.levels
-    passes = _best(lambda: explainer.features(levels)) / len(levels)
+    passes = _best(lambda: explainer.features(levels), clock) / len(levels)
     maps = linear = quadratic = None
     if geometry == "whole":
-        linear, quadratic = _sweeps(plan, work)
+        linear, quadratic = _sweeps(plan, work, clock)
     else:
-        maps = _maps(plan, explainer, images, size, geometry) / len(levels) - passes
+        maps = _maps(plan, explainer, images, size, geometry, clock) / len(levels) - passes
     on_gpu = explainer.choice.device.type == "cuda"
-    return Speed(decoding, passes, None if maps is None else max(maps, 0.0), linear, quadratic, _disk_rate(), on_gpu)
+    return Speed(decoding, passes, None if maps is None else max(maps, 0.0), linear, quadratic, _disk_rate(clock), on_gpu)
 
 
-def decoding_trial(plan: Plan, size: tuple[int, int]) -> tuple[Images, float]:
+def decoding_trial(plan: Plan, size: tuple[int, int], clock: Clock = time.perf_counter) -> tuple[Images, float]:
     """The images of a batch, and the seconds per image of decoding them with the run's threads. Files may be in the system's cache."""
     indices = plan.indices[plan.batches[0]]
     few = max(1, threads.available_cores() if plan.options.workers is None else plan.options.workers)
@@ -116,15 +127,15 @@ def decoding_trial(plan: Plan, size: tuple[int, int]) -> tuple[Images, float]:
     batches += [indices] * 2
     times, result = [], None
     with decoded(plan.dataset, iter(batches), size, plan.options.workers) as parts:
-        start = time.perf_counter()
+        start = clock()
         for part in parts:
             result = part
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
     assert result is not None
     return result, (times[-1] - times[0]) / (2 * len(indices))
 
 
-def _maps(plan: Plan, explainer: Explainer, images: Images, size: tuple[int, int], geometry: str) -> float:
+def _maps(plan: Plan, explainer: Explainer, images: Images, size: tuple[int, int], geometry: str, clock: Clock) -> float:
     """The seconds of the passes, maps and scores of a batch."""
     if geometry == "reference":
         references = plan.references()
@@ -137,22 +148,22 @@ def _maps(plan: Plan, explainer: Explainer, images: Images, size: tuple[int, int
             for kind in layer.maps.values():
                 kind.maps.numpy(force=True)  # on a GPU a batch is complete when its maps are on the CPU
 
-    return _best(explained)
+    return _best(explained, clock)
 
 
-def _sweeps(plan: Plan, work: Work) -> tuple[float, float]:
+def _sweeps(plan: Plan, work: Work, clock: Clock) -> tuple[float, float]:
     """The seconds a and b of sweeps that take a n + b n^2, from two sets of random features of the shapes of the run."""
     per_pair = SetCost.of(1, work.shapes, work.precision, work.pooled).operations
     rate = products_per_second()
     width = sum(channels * height * width for by_layer in work.shapes.values() for channels, height, width in by_layer.values())
     most = min(_SET_IMAGES, int((_SECONDS * rate / 4 / per_pair) ** 0.5), (1 << 28) // (4 * width))
     n = max(64, 1 << (most.bit_length() - 1)) if most else 64
-    small, large = _swept(plan, work, n // 2), _swept(plan, work, n)
+    small, large = _swept(plan, work, n // 2, clock), _swept(plan, work, n, clock)
     quadratic = max((large - 2 * small) / (n**2 / 2), per_pair / rate)
     return max(0.0, large / n - quadratic * n), quadratic
 
 
-def _swept(plan: Plan, work: Work, n: int) -> float:
+def _swept(plan: Plan, work: Work, n: int, clock: Clock) -> float:
     """The seconds of the sweeps over n images with random features, for all layers."""
     generator, labels, seconds = torch.Generator().manual_seed(0), torch.arange(n) % 4, 0.0
     settings: Settings = plan.options
@@ -166,32 +177,32 @@ def _swept(plan: Plan, work: Work, n: int) -> float:
         def measured(features: dict[str, SetRows] = features) -> None:
             measure_set(features, Target.of(labels), settings, lambda kind, shape: torch.empty(shape), shuffled=True)
 
-        seconds += _best(measured, 2)
+        seconds += _best(measured, clock, 2)
     return seconds
 
 
-def _best(call: Callable[[], object], most: int = 3) -> float:
+def _best(call: Callable[[], object], clock: Clock, most: int = 3) -> float:
     """The shortest time of up to ``most`` calls after one that prepares it; fewer if they are slow. A GPU has then finished."""
     call()
     best, total = float("inf"), 0.0
     for _ in range(most):
-        start = time.perf_counter()
+        start = clock()
         call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        best = min(best, seconds := time.perf_counter() - start)
+        best = min(best, seconds := clock() - start)
         total += seconds
         if total > _SECONDS:
             break
     return best
 
 
-def _disk_rate() -> float:
+def _disk_rate(clock: Clock) -> float:
     """The bytes per second of a file that is written to the temporary folder and flushed to the disk."""
     content = np.random.default_rng(0).bytes(_WRITTEN)
     with tempfile.TemporaryDirectory() as name, (Path(name) / "trial").open("wb") as file:
-        start = time.perf_counter()
+        start = clock()
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-        return _WRITTEN / (time.perf_counter() - start)
+        return _WRITTEN / (clock() - start)
