@@ -63,6 +63,9 @@ def orientation_of(image: Image.Image) -> object:
         return 1
 
 
+_LARGEST = 50_000_000
+"""The most pixels of a resized image before it is cropped. An image of 1 x 60,000 pixels would have 3 billion at 224 x 224."""
+
 BAR = (128, 128, 128)
 """The colour of the bars of a letterbox."""
 
@@ -83,6 +86,10 @@ def fit(image: Image.Image, size: tuple[int, int], resizing: Resizing = COVER) -
         boxed.paste(image if inside == image.size else image.resize(inside, filter_), ((width - inside[0]) // 2, (height - inside[1]) // 2))
         return boxed
     covering = (max(width, round(image.width * max(scales))), max(height, round(image.height * max(scales))))
+    if covering[0] * covering[1] > _LARGEST:  # of a very long image, only what is shown is resized
+        scale, (left, top) = max(scales), ((covering[0] - width) / 2, (covering[1] - height) / 2)
+        box = (left / scale, top / scale, min(image.width, (left + width) / scale), min(image.height, (top + height) / scale))
+        return image.resize((width, height), filter_, box=box)
     resized = image if covering == image.size else image.resize(covering, filter_)
     left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
     return resized.crop((left, top, left + width, top + height))
