@@ -164,6 +164,8 @@ def read_run(folder: Path) -> RunRecord:
         configuration, images = manifest["configuration"], manifest["images"]
         roles = [role for role in READING_ORDER if role in configuration["models"]]
         layers = {str(student): str(teacher) for student, teacher in configuration["layers"].items()}
+        if "student" not in roles or not layers:
+            raise ValueError(f"{schema.MANIFEST} names no student or no layer")
         measured = [role for role in MEASURED if role in configuration["models"]]
         contrasts = [contrast_name(*pair) for pair in contrasts_among(measured)]
         features = configuration.get("features")

@@ -9,20 +9,16 @@ import json
 import os
 import pickle
 import random
-import shutil
-import struct
 import tempfile
 import warnings
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import save
 
 from kdx.data.class_embeddings import read_class_embeddings, read_image_rows
@@ -33,22 +29,15 @@ from kdx.evaluate.annotations import read_annotations
 from kdx.models import load
 from kdx.models.models_file import read_models
 from kdx.models.resnet import resnet
-from kdx.report.page import write_page
-from kdx.runs.opened import open_run
-from kdx.runs.run import RunOptions, explain_dataset
 from kdx.study.design import design_of, read_design
-from tests.hostile.cases import write_inputs
+from tests.hostile import fuzzed_images, fuzzed_runs
+from tests.hostile.fuzzed_images import fresh, images
 from tests.hostile.mutations import HOSTILE_TEXTS, changed_value, damaged, damaged_json
 
 Call = Callable[[], object]
 Target = Callable[[Path, random.Random], Call]
 
 NETWORK = "kdx:resnet,width=2,depth=1,classes=2"
-
-FORMATS = (
-    *("AVIF", "BMP", "DDS", "DIB", "EPS", "GIF", "ICNS", "ICO", "IM", "JPEG", "JPEG2000", "MPO", "MSP", "PCX", "PDF", "PNG", "PPM", "QOI"),
-    *("SGI", "SPIDER", "TGA", "TIFF", "WEBP", "XBM"),
-)
 
 
 class _Canary:
@@ -58,71 +47,8 @@ class _Canary:
         return os.mkdir, ("canary",)
 
 
-@functools.cache
-def _images() -> dict[str, list[bytes]]:
-    """Small images of every format and mode that Pillow can write."""
-    rng = np.random.default_rng(0)
-    contents: dict[str, list[bytes]] = {}
-    for name in FORMATS:
-        for mode in ("RGB", "L", "P", "RGBA", "CMYK", "1", "I;16"):
-            image = Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)).convert("L" if mode == "I;16" else mode)
-            file = io.BytesIO()
-            try:
-                image.save(file, name)
-            except (OSError, ValueError, KeyError):
-                continue
-            contents.setdefault(name, []).append(file.getvalue())
-    return contents
-
-
-def _png(width: int, height: int, bits: int = 8, colour: int = 2) -> bytes:
-    """A PNG of zeros with this size; the file is small."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    row = 1 + (width * bits * {0: 1, 2: 3, 3: 1}[colour] + 7) // 8
-    rows = zlib.compress(bytes(min(row * height, 200_000_000)), 1)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
-        + chunk(b"IDAT", rows)
-        + chunk(b"IEND", b"")
-    )
-
-
-_SIZES = ((1, 60_000), (60_000, 1), (2, 2_000_000), (13_000, 13_000), (9_000, 9_000), (100_000, 100_000), (1, 1), (65_535, 400))
-
-
-def image(path: Path, random_: random.Random) -> Call:
-    """A damaged image, or, one time in a hundred, one of an extreme size."""
-    folder = _fresh(path)
-    formats = _images()
-    name = random_.choice(sorted(formats))
-    content = random_.choice(formats[name])
-    other = random_.choice(formats[random_.choice(sorted(formats))])
-    content = _png(*random_.choice(_SIZES)) if random_.random() < 0.01 else damaged(content, random_, other)
-    suffix = random_.choice((name.lower(), "png", "jpg", "tiff"))
-    (folder / "a").mkdir()
-    (folder / "b").mkdir()
-    (folder / "a" / f"1.{suffix if suffix != 'jpeg2000' else 'jp2'}").write_bytes(content)
-    (folder / "b" / "2.png").write_bytes(formats["PNG"][0])
-
-    def read() -> None:
-        dataset = open_data(str(folder))
-        load_images(dataset, range(len(dataset.ids)), (16, 16))
-
-    return read
-
-
-def _fresh(path: Path) -> Path:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir()
-    return path
-
-
 def _file(path: Path, name: str, content: bytes) -> Path:
-    file = _fresh(path) / name
+    file = fresh(path) / name
     file.write_bytes(content)
     return file
 
@@ -303,7 +229,7 @@ def npz(path: Path, random_: random.Random) -> Call:
 def cifar(path: Path, random_: random.Random) -> Call:
     """Binary and pickled batches; some pickles have code."""
     rng = np.random.default_rng(0)
-    folder = _fresh(path)
+    folder = fresh(path)
     if random_.random() < 0.3:
         content, name = rng.integers(0, 10, (4, 3073), dtype=np.uint8).tobytes(), "data_batch_1.bin"
     else:
@@ -327,7 +253,7 @@ def cifar(path: Path, random_: random.Random) -> Call:
 
 def table(path: Path, random_: random.Random) -> Call:
     """A table of images and labels; one of groups; and one of class embeddings."""
-    folder = _fresh(path)
+    folder = fresh(path)
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["path", "label", "split", "group"])
@@ -340,7 +266,7 @@ def table(path: Path, random_: random.Random) -> Call:
                 random_.choice(HOSTILE_TEXTS),
             ]
         )
-        (folder / f"{number}.png").write_bytes(_images()["PNG"][0])
+        (folder / f"{number}.png").write_bytes(images()["PNG"][0])
     content = text.getvalue().encode("utf-8", "surrogatepass")
     (folder / "data.csv").write_bytes(damaged(content, random_) if random_.random() < 0.7 else content)
     embeddings = f"cat,{random_.random()},2\ndog,3,{random_.choice((4, 'x', 'nan', '1e999', '9' * 400))}\n".encode()
@@ -404,72 +330,8 @@ def annotation_file(path: Path, random_: random.Random) -> Call:
     return read
 
 
-@functools.cache
-def _run() -> Path:
-    """A finished run, which is not changed."""
-    folder = Path(tempfile.mkdtemp())
-    write_inputs(folder)
-    options = RunOptions(batch=8, geometry="batch", permutations=5, runtime="eager", gallery=1)
-    explain_dataset(str(folder / "pictures"), folder / "models.toml", folder / "run", (), options, announce=lambda _: None)
-    return folder / "run"
-
-
-def _of_run(name: str, change: Callable[[bytes, random.Random], bytes], *, page: bool) -> Target:
-    """A run with a damaged file, of which all numbers, maps and pictures are read, or its page is written."""
-
-    def target(path: Path, random_: random.Random) -> Call:
-        shutil.rmtree(path, ignore_errors=True)
-        shutil.copytree(_run(), path)
-        file = random_.choice(sorted(path.glob(name)))
-        file.write_bytes(change(file.read_bytes(), random_))
-
-        def read() -> None:
-            if page:
-                write_page(path)
-            run = open_run(path)
-            _ = run.scores, run.class_scores, run.table(), run.table("images")
-            image = run[0]
-            _ = image.pixels, dict(image.numbers)
-            for layer in image.layers.values():
-                _ = dict(layer.maps), dict(layer.score_maps), dict(layer.numbers)
-
-        return read
-
-    return target
-
-
-def names(path: Path, random_: random.Random) -> Call:
-    """A page of a run whose classes, images and layers have hostile names: nothing of them may be markup, also not in the tables."""
-    shutil.rmtree(path, ignore_errors=True)
-    shutil.copytree(_run(), path)
-    hostile = [text for text in HOSTILE_TEXTS if "\ud800" not in text]
-    classes = [random_.choice(hostile) + "1", random_.choice(hostile) + "2"]
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["classes"] = classes
-    manifest["command"] = ["kdx", random_.choice(hostile)]
-    manifest["environment"]["runtime"] = random_.choice(hostile)
-    (path / "manifest.json").write_text(json.dumps(manifest))
-
-    def read() -> None:
-        page = write_page(path).read_text("utf-8")
-        for text in ("<script>alert", "<img src=x", "<svg onload", "\x1b", "\u202e", "\x9b"):
-            if text in page:
-                raise ValueError(f"{text!r} is in the page")
-        run = open_run(path)
-        for cell in _cells(run.class_scores.to_csv() if hasattr(run.class_scores, "to_csv") else ""):
-            if cell.startswith(("=", "@", "+1", "\t")):
-                raise ValueError(f"a formula in a table: {cell[:50]!r}")
-
-    return read
-
-
-def _cells(text: str) -> Iterator[str]:
-    for row in csv.reader(io.StringIO(text)):
-        yield from row
-
-
 TARGETS: dict[str, Target] = {
-    "image": image,
+    "image": fuzzed_images.image,
     "safetensors": safetensors,
     "pt": pt,
     "pt2": pt2,
@@ -481,13 +343,13 @@ TARGETS: dict[str, Target] = {
     "csv": table,
     "parquet": parquet,
     "annotations": annotation_file,
-    "manifest": _of_run("manifest.json", damaged_json, page=False),
-    "scores": _of_run("scores.json", damaged_json, page=False),
-    "samples": _of_run("samples.parquet", damaged, page=False),
-    "zarr": _of_run("maps.zarr/**/zarr.json", damaged_json, page=False),
-    "map chunk": _of_run("maps.zarr/*/*/c/0/0/0", damaged, page=False),
-    "page": _of_run("*.json", damaged_json, page=True),
-    "names": names,
+    "manifest": fuzzed_runs.of_run("manifest.json", damaged_json, page=False),
+    "scores": fuzzed_runs.of_run("scores.json", damaged_json, page=False),
+    "samples": fuzzed_runs.of_run("samples.parquet", damaged, page=False),
+    "zarr": fuzzed_runs.of_run("maps.zarr/**/zarr.json", damaged_json, page=False),
+    "map chunk": fuzzed_runs.of_run("maps.zarr/*/*/c/0/0/0", damaged, page=False),
+    "page": fuzzed_runs.of_run("*.json", damaged_json, page=True),
+    "names": fuzzed_runs.names,
 }
 
 COUNTS = {
@@ -501,5 +363,5 @@ COUNTS = {
 def prepare() -> None:
     """Make what all inputs are made from, before processes are forked."""
     torch.set_num_threads(1)
-    for make in (_images, _weights, _checkpoints, _program, _onnx, _run):
+    for make in (images, _weights, _checkpoints, _program, _onnx, fuzzed_runs.finished):
         make()

@@ -130,7 +130,7 @@ def test_null_becomes_nan() -> None:
     assert math.isnan(number.value) and math.isnan(number.interval[0]) and not number.known
 
 
-@pytest.mark.parametrize("damage", ["a text", "no p_value", "three bounds", "accuracy", "a list", "of maps"])
+@pytest.mark.parametrize("damage", ["a text", "no p_value", "three bounds", "accuracy", "a list", "of maps", "no student", "no layer"])
 def test_a_damaged_score_is_found_when_the_run_is_opened(finished: Path, tmp_path: Path, damage: str) -> None:
     """Not later, when a table is made."""
     shutil.copytree(finished, tmp_path / "run")
@@ -148,8 +148,12 @@ def test_a_damaged_score_is_found_when_the_run_is_opened(finished: Path, tmp_pat
         next(iter(entry["maps"].values()))["strength"] = {}
     elif damage == "accuracy":
         stored["accuracy"]["student"] = {"value": 1}
-    else:
+    elif damage == "a list":
         entry["maps"] = ["a list"]
     path.write_text(json.dumps(stored))
+    if damage in ("no student", "no layer"):
+        manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+        manifest["configuration"]["models" if damage == "no student" else "layers"] = {}
+        (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(LostResult):
         read_run(tmp_path / "run")
