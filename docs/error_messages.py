@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("troubleshooting.md")
 
 TOPICS = {
-    "data": ("data",),
+    "data": ("data", "remote", "remote_lock"),
     "models": ("models",),
     "distill": ("distill", "callbacks"),
     "features": ("features", "maps", "cam", "scores", "kernels"),
-    "explain": ("explain", "runs", "report", "study", "disk", "figure_files"),
+    "explain": ("explain", "runs", "report", "study", "disk", "figure_files", "cluster"),
     "evaluate": ("evaluate",),
     "runtimes": ("runtimes",),
     "export": ("export", "commands"),

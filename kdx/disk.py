@@ -1,9 +1,12 @@
-"""Atomic writes, lock files, tables as CSV and the cache folder."""
+"""Atomic writes, lock files, tables as CSV and the cache folder.
+
+Paths may be at a URL (`kdx.remote.RemotePath`), where an object appears whole or not at all."""
 
 from __future__ import annotations
 
 import csv
 import glob
+import hashlib
 import io
 import json
 import logging
@@ -12,11 +15,13 @@ import shutil
 import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from kdx.errors import KdxError
+from kdx.remote import RemotePath
+from kdx.remote_lock import RemoteLock
 
 log = logging.getLogger("kdx")
 
@@ -46,9 +51,27 @@ def lock_file(path: Path, *, wait: bool) -> IO[bytes]:
     return lock
 
 
-def lock_folder(folder: Path) -> IO[bytes]:
-    """Open and lock the folder's lock file until it is closed; KdxError if another process has locked it."""
+def scratch_folder(folder: Path) -> Path:
+    """The folder for files that belong to ``folder`` and that only a local disk can hold: itself, or for a URL one in `cache_folder`."""
+    if not isinstance(folder, RemotePath):
+        return folder
+    return cache_folder() / "runs" / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+
+
+def remove_tree(folder: Path, *, ignore_errors: bool = False) -> None:
+    """Delete a folder and everything in it."""
+    if isinstance(folder, RemotePath):
+        with suppress(OSError, KdxError) if ignore_errors else nullcontext():
+            folder.remove_tree()
+    else:
+        shutil.rmtree(folder, ignore_errors=ignore_errors)
+
+
+def lock_folder(folder: Path) -> IO[bytes] | RemoteLock:
+    """Lock the folder's lock file until it is closed; KdxError if another process has locked it."""
     try:
+        if isinstance(folder, RemotePath):
+            return RemoteLock.acquire(folder / ".lock")
         folder.mkdir(parents=True, exist_ok=True)
         return lock_file(folder / ".lock", wait=False)
     except BlockingIOError:
@@ -59,11 +82,15 @@ def lock_folder(folder: Path) -> IO[bytes]:
         raise KdxError(f"{folder} cannot be written: {error.strerror}.", "Make the folder writable, or choose another --out.") from error
 
 
-def check_locked(folder: Path, lock: IO[bytes]) -> None:
-    """Raise KdxError if ``folder`` is no longer the folder that `lock_folder` locked: it was moved or deleted, or its disk is gone.
+def check_locked(folder: Path, lock: IO[bytes] | RemoteLock) -> None:
+    """Raise KdxError if ``folder`` is no longer the folder that `lock_folder` locked: it was moved or deleted, its disk is gone, or, at a
+    URL, another process has taken it over.
 
     Without this, new files would be in a new folder, where the earlier ones are missing.
     """
+    if isinstance(lock, RemoteLock):
+        lock.check()
+        return
     try:
         is_same = os.path.samestat(os.fstat(lock.fileno()), (folder / ".lock").stat())
     except OSError:
@@ -104,6 +131,11 @@ def read_json(path: Path) -> dict[str, Any]:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """`replacing`, with the OSError as it is."""
+    if isinstance(path, RemotePath):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder, path.name)
+            path.write_bytes(Path(folder, path.name).read_bytes())
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,6 +162,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` as a whole (`replacing`)."""
+    if isinstance(path, RemotePath):
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            raise unwritable(path, error) from error
+        return
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 

@@ -20,6 +20,7 @@ from kdx.cli.export import export
 from kdx.cli.layers import layers
 from kdx.cli.options import is_first_process
 from kdx.cli.panels import Command
+from kdx.cli.plan import plan
 from kdx.cli.report import report
 from kdx.cli.similarity import similarity
 from kdx.cli.study import study
@@ -64,7 +65,7 @@ def _options(
 ) -> None: ...
 
 
-for _command in (demo, distill, export, explain, study, similarity, evaluate, report, layers, doctor):
+for _command in (demo, distill, export, explain, plan, study, similarity, evaluate, report, layers, doctor):
     app.command(cls=Command)(_command)
 
 

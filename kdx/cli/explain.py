@@ -28,6 +28,8 @@ from kdx.choices import (
     Weighting,
 )
 from kdx.cli.options import (
+    ClusterOption,
+    CpusPerWorkerOption,
     DeviceOption,
     GalleryOption,
     ImagesOption,
@@ -37,13 +39,16 @@ from kdx.cli.options import (
     ResizeHelp,
     SeedOption,
     UnreadableOption,
+    WorkersPerGpuOption,
     announce_line,
     image_names,
     is_given,
     with_preset,
 )
+from kdx.remote import as_path
 
 if TYPE_CHECKING:
+    from kdx.cluster.executor import Executor
     from kdx.runs.run import RunOptions
 
 
@@ -54,7 +59,13 @@ def explain(
         typer.Argument(help=f"The data set: {DATA_KINDS}. Or a few image files, together with --data."),
     ],
     out: Annotated[
-        Path, typer.Option(help="The folder of the run, or of the runs of several students. A run that was stopped there is resumed.")
+        Path,
+        typer.Option(
+            parser=as_path,
+            metavar="FOLDER",
+            help="The folder of the run, or of the runs of several students. A run that was stopped there is resumed. The folder of one "
+            "run may be a URL such as s3://bucket/run.",
+        ),
     ],
     models: Annotated[
         Path | None,
@@ -244,8 +255,8 @@ def explain(
     decoder: Annotated[
         DecoderName,
         typer.Option(
-            help="The decoder of image files. torchvision-cuda decodes JPEG files on the GPU, with slightly different pixels, and all "
-            "other files with Pillow."
+            help="The decoder of image files. pillow-draft decodes large JPEG files at a fraction of their size, which is faster; "
+            "torchvision-cuda decodes JPEG files on the GPU. The pixels of both differ slightly."
         ),
     ] = "pillow",
     gallery: GalleryOption = 60,
@@ -263,6 +274,9 @@ def explain(
         ),
     ] = None,
     seed: SeedOption = 0,
+    cluster: ClusterOption = None,
+    workers_per_gpu: WorkersPerGpuOption = 1,
+    cpus_per_worker: CpusPerWorkerOption = None,
 ) -> None:
     """Explain a data set: store maps of every image at every layer, scores with intervals, and a page that shows them."""
     from kdx.commands import explain_images, explain_students
@@ -328,9 +342,28 @@ def explain(
         typer.echo(f"The page: {images_page}")
         return
     check_data_set(data, label)
-    page = run(data[0], models, out, layer or (), options, command=["kdx", *sys.argv[1:]], announce=announce_line)
+    page = run(
+        data[0],
+        models,
+        out,
+        layer or (),
+        options,
+        command=["kdx", *sys.argv[1:]],
+        executor=_executor(cluster, workers_per_gpu, cpus_per_worker, device),
+        announce=announce_line,
+    )
     progress.console().print(scores_table(out))
     typer.echo(f"The page: {page}")
+
+
+def _executor(cluster: str | None, workers_per_gpu: int, cpus_per_worker: int | None, device: str) -> Executor | None:
+    """What computes the run; None for this process. Raises KdxError before anything is computed if Ray is missing."""
+    if cluster is None:
+        return None
+    from kdx.cluster.executor import RayExecutor
+    from kdx.cluster.options import ClusterOptions
+
+    return RayExecutor(ClusterOptions(cluster, workers_per_gpu, cpus_per_worker), uses_gpus=device != "cpu")
 
 
 def _options(context: typer.Context, preset: PresetName | None, **values: Any) -> RunOptions:

@@ -42,6 +42,27 @@ ImagesOption = Annotated[
 ]
 
 
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Distribute the work with Ray (docs/cluster.md). Without an address, or with local: on this machine. auto, or an address such "
+        "as head:6379: on a running cluster.",
+        metavar="[ADDRESS]",
+        show_default=False,
+    ),
+]
+WorkersPerGpuOption = Annotated[int, typer.Option(min=1, help="With --cluster: the workers that share a GPU.")]
+CpusPerWorkerOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="With --cluster: the cores and threads of a worker; by default OMP_NUM_THREADS, otherwise 1, or on GPUs an equal part of the "
+        "machine.",
+        show_default=False,
+    ),
+]
+
+
 def is_given(context: typer.Context, name: str) -> bool:
     """Whether the command line gives the option with this name in Python."""
     source = context.get_parameter_source(name)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import typer.core
+
+from kdx.cluster.options import LOCAL
 
 PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     "explain": {
@@ -15,6 +18,7 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
         "Maps and scores": ("objective", "weighting", "pooled", "target", "ratios", "permutations", "confidence"),
         "Salient features": ("features", "keep", "noise", "salient_class", "salient_score", "salient_image"),
         "Page": ("gallery", "order", "images"),
+        "Cluster": ("cluster", "workers_per_gpu", "cpus_per_worker"),
     },
     "similarity": {
         "Layers": ("layer_a", "layer_b", "layer_c", "max_layers"),
@@ -46,4 +50,19 @@ class Command(typer.core.TyperCommand):
         for parameter in self.params:
             if parameter.name in place and isinstance(parameter, typer.core.TyperOption):
                 parameter.rich_help_panel = place[parameter.name][1]
+        self._addresses = [name for parameter in self.params if parameter.name == "cluster" for name in parameter.opts]
         self.params.sort(key=lambda parameter: place.get(parameter.name or "", (-1, ""))[0])
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """``--cluster`` without an address stands for ``--cluster local``: typer has no option with an optional value."""
+        parsed: list[str] = super().parse_args(ctx, _with_addresses(args, self._addresses))
+        return parsed
+
+
+def _with_addresses(args: Sequence[str], options: Sequence[str]) -> list[str]:
+    complete = []
+    for place, arg in enumerate(args):
+        complete.append(arg)
+        if arg in options and (place + 1 == len(args) or args[place + 1].startswith("-")):
+            complete.append(LOCAL)
+    return complete

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from kdx.cluster.executor import Executor
 from kdx.data.dataset import source_of
 from kdx.errors import KdxError, printable
 from kdx.report.page import write_page
@@ -29,6 +30,7 @@ def run(
     networks: Path | None = None,
     command: Sequence[str] = (),
     shared_features: Path | None = None,
+    executor: Executor | None = None,
     announce: Callable[[str], None] = print,
 ) -> Path:
     """Explain a data set with `kdx.runs.run.explain_dataset`, which has the same arguments, and write the run's page. Returns its path.
@@ -47,6 +49,7 @@ def run(
             command=command,
             restart=restart,
             shared_features=shared_features,
+            executor=executor,
             announce=announce,
         )
         if options.gallery_choice not in (GalleryChoice(), read_choice(run := read_run(out))[0]):  # a run that was already complete

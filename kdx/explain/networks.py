@@ -35,7 +35,6 @@ from kdx.maps.unicam import distance_rows
 from kdx.models.layer_pairs import LayerNames
 from kdx.models.models_file import ModelsFile
 from kdx.models.network import Network
-from kdx.models.source_code import code_hash
 from kdx.roles import ROLES
 from kdx.runtimes.choice import Choice, choose, describe_file, is_file
 from kdx.runtimes.eager import EagerRunner
@@ -302,14 +301,14 @@ class NetworkRunners:
     def _key(self, role: str) -> str:
         """The key of everything except the images that a network's outputs depend on."""
         if role not in self._identities:
-            record, file, network = self.networks()[role], self._files.get(role), self._networks.get(role)
+            record, file = self.networks()[role], self._files.get(role)
             self._identities[role] = {
                 "reference": record.reference,
                 "weights": record.sha256,
                 "preprocessing": asdict(record.preprocessing),
                 # Exporters and runtimes may compute a layer differently if other layers are outputs as well.
                 "layers": list(dict.fromkeys(self._layers_of(role))),
-                "code": code_hash(record.reference, network.module) if isinstance(network, Network) else None,
+                "code": record.code,
                 "file": None if file is None else hashlib.sha256(file[0].read_bytes()).hexdigest(),
                 "chunk": self._settings.chunk,
             }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -72,41 +72,64 @@ class _Queued:
     download: Download[tuple[dict[str, Tensor], dict[str, _Results], dict[str, Tensor]]]
 
 
-def explain_batches(
-    store: Store, explainer: Explainer, plan: Plan, references: NDArray[np.int64], size: tuple[int, int], announce: Callable[[str], None]
-) -> None:
-    """Explain and store every batch that is not stored yet. references: rows of the data set; none for the geometry ``batch``.
+@dataclass(frozen=True, eq=False)
+class BatchResult:
+    """What a run stores of a batch: the maps [n, h, w] by layer and kind, and the record. It can be sent to another process."""
+
+    number: int
+    maps: dict[str, dict[str, NDArray[np.float32]]]
+    record: BatchRecord
+
+
+Compute = Callable[[Sequence[int]], AbstractContextManager[Iterator[BatchResult]]]
+"""``compute(pending)``: the results of these batches inside a block, in any order."""
+
+
+class LocalBatches:
+    """Computes batches in this process. references: rows of the data set; none for the geometry ``batch``.
 
     Images are decoded, and targets computed, while earlier batches are explained. On a GPU a batch is queued before the results of the
-    previous one are read. Batches are stored in order, by a thread.
+    previous one are read.
     """
+
+    def __init__(self, explainer: Explainer, plan: Plan, references: NDArray[np.int64], size: tuple[int, int]) -> None:
+        self._explainer = explainer
+        self._plan = plan
+        self._references = references
+        self._size = size
+
+    @contextmanager
+    def compute(self, pending: Sequence[int]) -> Iterator[Iterator[BatchResult]]:
+        """The results of these batches, in order. The references are used for the first of them."""
+        explainer, plan = self._explainer, self._plan
+        if len(self._references) and pending:
+            explainer.use_references(load_references(plan.dataset, self._references, self._size), plan.target(self._references))
+            self._references = self._references[:0]
+        planned = (plan.indices[plan.batches[batch]] for batch in pending)
+        ahead = explainer.transfers.ahead
+        with (
+            decoded(plan.dataset, planned, self._size, plan.options.workers, explainer.choice.device) as images,
+            prefetch((_target_job(explainer, plan, *batch) for batch in zip(pending, images, strict=True)), ahead, 1) as ready,
+            threads.short_turns() if ahead else nullcontext(),
+        ):
+            queued = one_behind((_queue(explainer, plan, batch) for batch in ready), ahead)
+            yield (_result(batch, plan) for batch in queued)
+
+
+def explain_batches(store: Store, plan: Plan, compute: Compute, announce: Callable[[str], None]) -> None:
+    """Compute and store every batch that is not stored yet. A thread stores them, in the order in which they are computed."""
     total = len(plan.batches)
     pending = [batch for batch in range(total) if not store.has(batch)]
     if pending and len(pending) < total:
         announce(f"Resuming: {total - len(pending)} of {total} batches are done.")
-    if len(references) and pending:
-        _use_references(explainer, plan, references, size)
     unreadable: list[tuple[str, str]] = []
-    planned = (plan.indices[plan.batches[batch]] for batch in pending)
-    ahead = explainer.transfers.ahead
-    with (
-        decoded(plan.dataset, planned, size, plan.options.workers, explainer.choice.device) as images,
-        prefetch((_target_job(explainer, plan, *batch) for batch in zip(pending, images, strict=True)), ahead, 1) as ready,
-        writing() as submit,
-        threads.short_turns() if ahead else nullcontext(),
-        progress() as show,
-    ):
-        queued = one_behind((_queue(explainer, plan, batch) for batch in ready), ahead)
-        for done, batch in enumerate(queued, total - len(pending)):
+    with compute(pending) as results, writing() as submit, progress() as show:
+        for done, result in enumerate(results, total - len(pending)):
             show("Explaining", done, total, "batches")
-            submit(partial(_write_batch, store, plan, batch.number, batch.images, *_read(batch, plan)))
-            unreadable += batch.images.unreadable
+            submit(partial(store.write_batch, result.number, plan.widest, plan.widest * total, result.maps, result.record))
+            unreadable += result.record.unreadable
             check_unreadable(unreadable, len(plan.indices), plan.options.max_unreadable)  # now, not after the last batch
         show("Explaining", total, total, "batches")
-
-
-def _use_references(explainer: Explainer, plan: Plan, references: NDArray[np.int64], size: tuple[int, int]) -> None:
-    explainer.use_references(load_references(plan.dataset, references, size), plan.target(references))
 
 
 def _target_job(explainer: Explainer, plan: Plan, number: int, images: Images) -> Job[_Ready]:
@@ -148,15 +171,13 @@ def _read(batch: _Queued, plan: Plan) -> tuple[dict[str, Tensor], dict[str, _Res
     return columns, results
 
 
-def _write_batch(
-    store: Store, plan: Plan, number: int, images: Images, predicted: Mapping[str, Tensor], results: Mapping[str, _Results]
-) -> None:
-    columns = {schema.INDEX: images.kept, **{name: column.numpy() for name, column in predicted.items()}}
+def _result(batch: _Queued, plan: Plan) -> BatchResult:
+    predicted, results = _read(batch, plan)
+    columns = {schema.INDEX: batch.images.kept, **{name: column.numpy() for name, column in predicted.items()}}
     products = {layer: result.products for layer, result in results.items()}
     shares = {layer: result.shares for layer, result in results.items()}
     maps = {layer: {name: value.numpy() for name, value in result.maps.items()} for layer, result in results.items()}
-    record = BatchRecord(columns, products, images.unreadable, shares)
-    store.write_batch(number, plan.widest, plan.widest * len(plan.batches), maps, record)
+    return BatchResult(batch.number, maps, BatchRecord(columns, products, batch.images.unreadable, shares))
 
 
 @contextmanager
@@ -174,46 +195,77 @@ def collect_batches(store: Store, plan: Plan) -> Collected:
     """The results of all batches. The maps that add up to the scores are computed here, since they depend on the inner products of all."""
     roles = roles_among(store.manifest["configuration"]["models"])
     pools = {layer: Pool(roles, mean=plan.options.ratios == "mean") for layer in plan.layers}
-    records = [store.read_batch(batch) for batch in range(len(plan.batches))]
     parts: list[dict[str, NDArray[Any]]] = []
-    for batch, record in enumerate(records):
+    unreadable: list[tuple[str, str]] = []
+    with_shares = set(plan.layers)
+    for batch, record in _records(store, plan):
         for layer, pool in pools.items():
             pool.add(*record.layers[layer])
         count = len(record.columns[schema.INDEX])
         position = {schema.ROW: batch * plan.widest + np.arange(count), schema.BATCH: np.full(count, batch)}
         parts.append(position | record.columns)
+        unreadable += record.unreadable
+        with_shares &= record.shares.keys()  # the records of kdx 0.1.0 have no shares
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     count = len(columns[schema.INDEX])
     return Collected(
         columns,
         {layer: pool.scores(n=count, confidence=plan.options.confidence) for layer, pool in pools.items()},
-        {layer: _statistics(store, plan, layer, records, pools[layer].products, roles) for layer in plan.layers},
+        _statistics(store, plan, {layer: pool.products for layer, pool in pools.items()}, roles, with_shares, count),
         {layer: {} for layer in plan.layers},
-        [image for record in records for image in record.unreadable],
+        unreadable,
         left_out=left_out_of_batches(plan, store.manifest["geometry"]),
     )
 
 
+def _records(store: Store, plan: Plan) -> Iterator[tuple[int, BatchRecord]]:
+    """The number and the record of each batch. One is in memory at a time: together, the shares of a million images take gigabytes."""
+    for batch in range(len(plan.batches)):
+        yield batch, store.read_batch(batch)
+
+
 def _statistics(
-    store: Store, plan: Plan, layer: str, records: Sequence[BatchRecord], products: Tensor, roles: Sequence[str]
-) -> dict[str, MapStatistics]:
-    """The statistics of every kind of map at a layer. Writes the maps that add up to a score."""
-    names = (*roles, TARGET)
-    stored = all(layer in record.shares for record in records)  # the records of kdx 0.1.0 have no shares
-    kinds = score_maps_among(roles) if stored else {}
-    parts: dict[str, list[MapStatistics]] = {}
-    rows, total = plan.widest, plan.widest * len(plan.batches)
-    for batch, record in enumerate(records):
-        contexts = {name: combined(kind, record.shares[layer], products, names) for name, kind in kinds.items()}
-        store.write_maps(batch, rows, total, {layer: {name: value.sum(0).float().numpy() for name, value in contexts.items()}})
+    store: Store, plan: Plan, products: Mapping[str, Tensor], roles: Sequence[str], with_shares: Collection[str], images: int
+) -> dict[str, dict[str, MapStatistics]]:
+    """The statistics of every kind of map per layer. Writes the maps that add up to a score, at the layers ``with_shares``."""
+    # One array per kind: the small tensors of many batches, kept between large ones that are freed, would make the heap grow.
+    columns: dict[str, dict[str, Tensor]] = {layer: {} for layer in plan.layers}
+    start = 0
+    for batch, record in _records(store, plan):
         count = len(record.columns[schema.INDEX])
-        for name, value in contexts.items():
-            maps = value.sum(0)
-            # An explainer file gives one context, from which no stability follows.
-            known = stability(value[0], value[1]) if len(value) == 2 else torch.full((count,), torch.nan, dtype=torch.float64)
-            parts.setdefault(name, []).append(MapStatistics(maps.double().sum((1, 2)), mean_strength(maps), known))
-        for name in maps_among(roles):
-            maps = torch.from_numpy(store.read_maps(layer, name, batch * rows, count))
-            unknown = torch.full((count,), torch.nan, dtype=torch.float64)
-            parts.setdefault(name, []).append(MapStatistics(maps.double().sum((1, 2)), mean_strength(maps), unknown))
-    return {name: MapStatistics.joined(values) for name, values in parts.items()}
+        for layer, by_name in columns.items():
+            shares = record.shares[layer] if layer in with_shares else None
+            for name, values in _batch_statistics(store, plan, layer, batch, count, shares, products[layer], roles).items():
+                if name not in by_name:
+                    by_name[name] = torch.empty(3, images, dtype=torch.float64)
+                by_name[name][:, start : start + count] = torch.stack([values.total, values.strength, values.stability])
+        start += count
+    return {layer: {name: MapStatistics(*values) for name, values in by_name.items()} for layer, by_name in columns.items()}
+
+
+def _batch_statistics(
+    store: Store,
+    plan: Plan,
+    layer: str,
+    batch: int,
+    count: int,
+    shares: Mapping[tuple[str, str], Tensor] | None,
+    products: Tensor,
+    roles: Sequence[str],
+) -> dict[str, MapStatistics]:
+    """The statistics of every kind of map of one batch of ``count`` images at a layer. Writes the maps that add up to a score."""
+    rows, total, names = plan.widest, plan.widest * len(plan.batches), (*roles, TARGET)
+    kinds = {} if shares is None else score_maps_among(roles)
+    contexts = {name: combined(kind, shares, products, names) for name, kind in kinds.items() if shares is not None}
+    store.write_maps(batch, rows, total, {layer: {name: value.sum(0).float().numpy() for name, value in contexts.items()}})
+    result = {}
+    unknown = torch.full((count,), torch.nan, dtype=torch.float64)
+    for name, value in contexts.items():
+        maps = value.sum(0)
+        # An explainer file gives one context, from which no stability follows.
+        known = stability(value[0], value[1]) if len(value) == 2 else unknown
+        result[name] = MapStatistics(maps.double().sum((1, 2)), mean_strength(maps), known)
+    for name in maps_among(roles):
+        maps = torch.from_numpy(store.read_maps(layer, name, batch * rows, count))
+        result[name] = MapStatistics(maps.double().sum((1, 2)), mean_strength(maps), unknown)
+    return result

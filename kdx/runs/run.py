@@ -5,25 +5,30 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdx.choices import COVER
+from kdx.cluster.executor import Executor
 from kdx.data.batches import check_labels
 from kdx.data.images import check_unreadable, load_images
+from kdx.disk import scratch_folder
 from kdx.errors import KdxError, resumable
 from kdx.explain.explainer import Explainer
 from kdx.explain.graph import largest_size
 from kdx.explain.network_set import NetworkRecord
 from kdx.explain.shared_features import SharedFeatures
+from kdx.remote import is_url, without_credentials
 from kdx.roles import BASELINE, mapped_among
 from kdx.runs import schema
-from kdx.runs.batches import collect_batches, explain_batches
+from kdx.runs.batches import Compute, LocalBatches, collect_batches, explain_batches
 from kdx.runs.class_order import class_order_warning
 from kdx.runs.collected import Collected
+from kdx.runs.distributed import DistributedBatches, RunArguments
 from kdx.runs.environment import environment, now
 from kdx.runs.gallery_choice import check_order, write_choice
 from kdx.runs.geometry import Geometry, choose_geometry, unavoidable
@@ -33,10 +38,10 @@ from kdx.runs.measured import Samples
 from kdx.runs.plan import Plan, aligned
 from kdx.runs.plan import RunOptions as RunOptions
 from kdx.runs.schema import (
-    BaseLayers,
     Configuration,
     Context,
     InputFiles,
+    NetworkDetails,
     SplitRule,
     StoredFeatures,
     StoredInputs,
@@ -62,9 +67,12 @@ def explain_dataset(
     command: Sequence[str] = (),
     restart: bool = False,
     shared_features: Path | None = None,
+    executor: Executor | None = None,
     announce: Callable[[str], None] = print,
 ) -> None:
     """Explain ``data`` with the networks of a models file, or with an explainer file, and store the run in the folder ``out``.
+
+    data, out: a path or a URL. The large files that only an unfinished run needs are then in the folder of kdx's caches.
 
     layers: names that the networks share, or ``student_layer=teacher_layer``; by default those of the models file.
     networks: the folder for exported networks, by default out/networks. command: the command line, for the manifest. restart: compute a
@@ -72,10 +80,13 @@ def explain_dataset(
     shared_features: a folder for the outputs of the teacher, the base and the random baseline. Runs with the same folder compute them once
     if data, size, layers, runtime and batches are the same, and otherwise each run computes its own; the results do not change. Several
     processes may use the folder at once. The caller deletes it. The runtime ``auto`` is that of the first run.
+    executor: computes the batches in other processes; None computes them in this one. This process writes the results in any case.
 
     Raises KdxError for anything that the user can fix, if possible before anything is written.
     """
-    plan = Plan.of(data, models, layers, options)
+    if options.keep_features and is_url(out):
+        raise KdxError("Features are kept in a local folder only.", "Leave --keep-features out, or give a local --out.")
+    plan = Plan.of(without_credentials(data), models, layers, options)
     for line in (*plan.split.lines(), plan.dataset.note):
         if line:
             announce(line)
@@ -87,7 +98,7 @@ def explain_dataset(
     if geometry is not None and geometry.kind != "whole":
         _ = plan.batches
     shared = None if shared_features is None else SharedFeatures(shared_features)
-    with ExitStack() as stack, plan.explainer(networks or out / schema.NETWORKS, announce, shared) as explainer:
+    with ExitStack() as stack, plan.explainer(networks or scratch_folder(out) / schema.NETWORKS, announce, shared) as explainer:
         records = explainer.networks()
         size = largest_size(record.image_size for record in records.values())
         store = stack.enter_context(
@@ -103,7 +114,7 @@ def explain_dataset(
             store.restart()
         try:
             with resumable(lambda: store.has_progress):
-                _prepare_and_explain(store, explainer, plan, records, size, geometry, announce, shared)
+                _prepare_and_explain(store, explainer, plan, layers, executor, size, geometry, announce, shared)
         except KdxError as error:
             store.fail(error.problem)
             raise
@@ -113,13 +124,15 @@ def _prepare_and_explain(
     store: Store,
     explainer: Explainer,
     plan: Plan,
-    records: Mapping[str, NetworkRecord],
+    layers: Sequence[str],
+    executor: Executor | None,
     size: tuple[int, int],
     geometry: Geometry | None,
     announce: Callable[[str], None],
     shared: SharedFeatures | None,
 ) -> None:
     """Open the networks, record what they are, and compute what is missing."""
+    records = explainer.networks()
     started = store.manifest["environment"].get("runtime") if store.has_progress else None
     runtime = None if started is None else str(started).split()[0]
     if runtime is None and shared is not None:
@@ -134,26 +147,44 @@ def _prepare_and_explain(
     store.manifest["random_weights"] = [role for role, record in records.items() if not record.trained and role != BASELINE]
     for role in store.manifest["random_weights"]:
         announce(f"Some or all weights of the {role} are random: {records[role].reference}.")
-    _explain(store, explainer, plan, size, geometry, announce, 0 if shared is None else shared.bytes)
+    work = _Work(store, explainer, plan, tuple(layers), executor, size)
+    _explain(work, geometry, announce, 0 if shared is None else shared.bytes)
 
 
-def _explain(
-    store: Store,
-    explainer: Explainer,
-    plan: Plan,
-    size: tuple[int, int],
-    geometry: Geometry | None,
-    announce: Callable[[str], None],
-    shared_bytes: int,
-) -> None:
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """A run whose networks are open. layers: as the user gave them. executor: None computes in this process."""
+
+    store: Store
+    explainer: Explainer
+    plan: Plan
+    layers: tuple[str, ...]
+    executor: Executor | None
+    size: tuple[int, int]
+
+    def batches(self, references: NDArray[np.int64]) -> Compute:
+        """What computes the batches of the geometry ``reference``, or ``batch`` without references."""
+        if self.executor is None:
+            return LocalBatches(self.explainer, self.plan, references, self.size).compute
+        return DistributedBatches(self.executor, self._arguments(reference=len(references) > 0), self.store).compute
+
+    def _arguments(self, *, reference: bool) -> RunArguments:
+        hashes = {role: record.sha256 for role, record in self.explainer.networks().items()}
+        runtime = self.explainer.choice.runtime
+        self.explainer.close()  # the workers open their own networks, on a GPU perhaps in the same memory
+        return RunArguments.of(self.plan, self.layers, self.size, runtime, hashes, reference=reference)
+
+
+def _explain(work: _Work, geometry: Geometry | None, announce: Callable[[str], None], shared_bytes: int) -> None:
     """Compute what is missing of a run, and complete it. geometry: None where it depends on the size of the features."""
+    store, explainer, plan, size = work.store, work.explainer, work.plan, work.size
     shapes = feature_shapes(explainer, size, plan.options.project) if geometry is None else {}
     if "geometry" in store.manifest:  # a resumed run keeps its geometry, whatever the machine can do now
         geometry = Geometry(store.manifest["geometry"], store.manifest["geometry_reason"])
     elif geometry is None and store.has(0):  # kdx 0.1.0 did not record it
         geometry = Geometry("batch", "the run was started by an older version")
     elif geometry is None:
-        geometry = choose_geometry(plan, shapes, store.folder, shared_bytes)
+        geometry = choose_geometry(plan, shapes, store.scratch, shared_bytes)
     store.set_geometry(geometry.kind, geometry.reason, batches=1 if geometry.kind == "whole" else len(plan.batches))
     announce(f"Geometry {geometry.kind}: {geometry.reason}.")
     if geometry.kind == "whole":
@@ -168,7 +199,7 @@ def _explain(
     references = plan.references() if geometry.kind == "reference" else plan.indices[:0]
     if len(references):
         store.manifest["reference_ids"] = [plan.dataset.ids[index] for index in references]
-    explain_batches(store, explainer, plan, references, size, announce)
+    explain_batches(store, plan, work.batches(references), announce)
     explainer.close()
     _finish(store, plan, collect_batches(store, plan), size, announce)
 
@@ -191,17 +222,20 @@ def _configuration(plan: Plan, records: Mapping[str, NetworkRecord], size: tuple
         **rule,
         "models": {role: _identity(record) for role, record in records.items()},
         "layers": {layer: names.teacher for layer, names in plan.layers.items()},
-        **_base_layers(plan),
+        **_network_details(plan, records),
         "image_size": size,
         **_recorded_options(plan.options),
         **_recorded_inputs(plan),
     }
 
 
-def _base_layers(plan: Plan) -> BaseLayers:
-    """The base's layers that have other names than the student's."""
-    other = {layer: names.base for layer, names in plan.layers.items() if names.base != layer}
-    return {"base_layers": other} if other else {}
+def _network_details(plan: Plan, records: Mapping[str, NetworkRecord]) -> NetworkDetails:
+    details: NetworkDetails = {}
+    if base_layers := {layer: names.base for layer, names in plan.layers.items() if names.base != layer}:
+        details["base_layers"] = base_layers
+    if code := {role: record.code for role, record in records.items() if record.code is not None}:
+        details["source_code"] = code
+    return details
 
 
 def _identity(record: NetworkRecord) -> StoredNetwork:
@@ -275,7 +309,7 @@ def _context(plan: Plan, command: Sequence[str], out: Path) -> Context:
         **files,
         "kdx": version("kdx"),
         "created": now(),
-        "command": list(command),
+        "command": list(map(without_credentials, command)),
         "environment": environment(),
         "classes": list(plan.dataset.classes),
         "method": plan.models.training.get("method"),
@@ -284,7 +318,10 @@ def _context(plan: Plan, command: Sequence[str], out: Path) -> Context:
 
 
 def _relative(path: Path, folder: Path) -> str:
-    """The path from a folder, so that both can be moved together; the absolute path where there is none, as between drives of Windows."""
+    """The path from a folder, so that both can be moved together; the absolute path where there is none, as between drives of Windows
+    and from a URL."""
+    if is_url(folder):
+        return str(path.resolve())
     try:
         return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
     except ValueError:

@@ -52,7 +52,7 @@ def explain_whole(
     store: Store, explainer: Explainer, plan: Plan, shapes: Shapes, size: tuple[int, int], announce: Callable[[str], None]
 ) -> FeatureFiles:
     """Compute and store every layer that is not stored yet. Returns the files of features."""
-    files = FeatureFiles(store.folder / schema.FEATURES, len(plan.indices), shapes, plan.options.stored_precision, list(plan.layers))
+    files = FeatureFiles(store.scratch / schema.FEATURES, len(plan.indices), shapes, plan.options.stored_precision, list(plan.layers))
     _infer(files, explainer, plan, size, announce)
     check_unreadable(files.unreadable, len(plan.indices), plan.options.max_unreadable)
     device = torch.device(explainer.choice.device)

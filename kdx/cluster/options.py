@@ -1,0 +1,32 @@
+"""Where a command distributes its work, and the size of a worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdx.errors import KdxError
+
+LOCAL = "local"
+"""The address that starts a cluster on this machine, which ends with the command."""
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """How a command distributes its work.
+
+    address: ``local``, ``auto`` for the running cluster that Ray finds, or the address of one, such as ``head:6379``.
+    workers_per_gpu: the workers that share a GPU. cpus_per_worker: the cores and threads of a worker; None takes OMP_NUM_THREADS, and
+    without it one core, or for a GPU its part of the machine's cores. workers: the number of workers; None takes as many as there is room
+    for.
+    """
+
+    address: str = LOCAL
+    workers_per_gpu: int = 1
+    cpus_per_worker: int | None = None
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("workers_per_gpu", "cpus_per_worker", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise KdxError(f"The cluster option {name} is {value}.", "Give a number of 1 or more.")

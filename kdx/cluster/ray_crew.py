@@ -1,0 +1,199 @@
+"""Workers as actors of Ray. A cluster that kdx starts on this machine accepts no other user and ends with this process."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import pickle
+import secrets
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from kdx import threads
+from kdx.cluster.options import LOCAL, ClusterOptions
+from kdx.cluster.pool import Member, WorkerEnded
+from kdx.cluster.service import Build, Surroundings, Worker
+from kdx.errors import KdxError, first_line, import_optional
+
+_SECONDS_BETWEEN_CHECKS = 5.0
+
+_SECONDS_TO_CLOSE = 5.0
+
+_NO_CONNECTION = "Run the same command again to resume; start the cluster again if it has ended."
+
+
+@functools.cache
+def _token() -> str:
+    """The password of the clusters that this process starts. Ray reads it once."""
+    return secrets.token_hex(32)
+
+
+@contextmanager
+def connected(options: ClusterOptions) -> Iterator[Any]:
+    """The module ray, connected to the cluster inside the block. A connection that exists already is used and kept.
+
+    Raises KdxError if Ray is not installed, and if no cluster answers.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")  # Ray's lines about workers that end; kdx reports those that matter
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if options.address == LOCAL:
+        # Ray's servers listen on all network interfaces. They accept only this token, which this process and its children know.
+        os.environ["RAY_AUTH_TOKEN"] = _token()
+        if "ray" not in sys.modules:  # Ray reads the mode when it is imported; its default for a new cluster is the same, with a message
+            os.environ["RAY_AUTH_MODE"] = "token"
+    ray = import_optional("ray", "cluster", "A cluster")
+    if ray.is_initialized():
+        yield ray
+        return
+    with ExitStack() as stack:
+        settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if options.address == LOCAL:
+            folder = tempfile.TemporaryDirectory(prefix="kdx-ray-", dir=_short_folder(), ignore_cleanup_errors=True)
+            settings |= {"num_cpus": threads.available_cores(), "include_dashboard": False, "_temp_dir": stack.enter_context(folder)}
+        stack.callback(ray.shutdown)
+        with _same_handler():  # Ray replaces the handler of SIGTERM, which makes a run resumable
+            try:
+                ray.init(address=options.address, **settings)
+            except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+                raise KdxError(
+                    f"No Ray cluster answers at {options.address}: {first_line(error)}.",
+                    "Start one with ray start --head, or give --cluster local for workers on this machine.",
+                ) from error
+        yield ray
+
+
+@contextmanager
+def _same_handler() -> Iterator[None]:
+    """At the end of the block, the handler of SIGTERM is that of its beginning. Only the main thread can set it."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _short_folder() -> str | None:
+    """Where Ray puts its sockets, whose paths may have about 100 characters."""
+    return "/tmp" if os.name == "posix" else None
+
+
+@dataclass(frozen=True)
+class _Size:
+    """The resources of each worker, and how many workers there are."""
+
+    cpus: int
+    gpus: float
+    count: int
+
+
+def _size(ray: Any, options: ClusterOptions, uses_gpus: bool) -> _Size:
+    """Raises KdxError if no machine of the cluster has room for a worker."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = 1 / options.workers_per_gpu if uses_gpus and any(machine.get("GPU") for machine in machines) else 0.0
+    machines = [machine for machine in machines if not gpus or machine.get("GPU")]
+    places = [int(machine["GPU"]) * options.workers_per_gpu if gpus else int(machine.get("CPU", 0)) for machine in machines]
+    cpus = options.cpus_per_worker or threads.chosen()
+    if cpus is None:
+        cpus = 1 if not gpus else max(1, min(int(machine.get("CPU", 1)) // place for machine, place in zip(machines, places, strict=True)))
+    room = sum(min(place, int(machine.get("CPU", 0)) // cpus) for machine, place in zip(machines, places, strict=True))
+    if not room:
+        most = max((int(machine.get("CPU", 0)) for machine in machines), default=0)
+        raise KdxError(
+            f"No machine of the cluster has the {cpus} cores of a worker; the largest has {most}.", "Give a smaller --cpus-per-worker."
+        )
+    return _Size(cpus, gpus, min(room, options.workers or room))
+
+
+class RayMember:
+    """A worker that is an actor."""
+
+    def __init__(self, ray: Any, actor: Any) -> None:
+        self._ray = ray
+        self._actor = actor
+
+    def prepare(self) -> Any:
+        return self._actor.prepare.remote()
+
+    def step(self, tasks: Sequence[Any]) -> Any:
+        return self._actor.step.remote(tasks)
+
+    def close(self) -> Any:
+        return self._actor.close.remote()
+
+    def stop(self) -> None:
+        self._ray.kill(self._actor)
+
+
+class RayCrew:
+    """Workers in a cluster that is `connected`. uses_gpus: whether a worker gets a GPU, or a part of one, where there are any."""
+
+    def __init__(self, ray: Any, options: ClusterOptions, build: Build, *, uses_gpus: bool) -> None:
+        self._ray = ray
+        self._resources = _size(ray, options, uses_gpus)
+        self._arguments = pickle.dumps(build), Surroundings.here(self._resources.cpus)
+        self._node = ray.get_runtime_context().get_node_id()
+
+    @property
+    def count(self) -> int:
+        return self._resources.count
+
+    def start(self) -> RayMember:
+        actor = self._ray.remote(Worker).options(num_cpus=self._resources.cpus, num_gpus=self._resources.gpus, max_restarts=0)
+        return RayMember(self._ray, actor.remote(*self._arguments))
+
+    def wait(self, replies: Sequence[Any]) -> list[Any]:
+        checked = time.monotonic()
+        while True:
+            with self._lost_connection():
+                ready, _ = self._ray.wait(list(replies), num_returns=1, timeout=1.0)
+                if ready:  # and all others that have arrived
+                    ready, _ = self._ray.wait(list(replies), num_returns=len(replies), timeout=0)
+                    return [reply for reply in replies if reply in ready]
+                if time.monotonic() - checked > _SECONDS_BETWEEN_CHECKS:
+                    checked = time.monotonic()
+                    self._check()
+
+    def close(self, members: Sequence[Member]) -> None:
+        replies = [member.close() for member in members]
+        if replies:
+            self._ray.wait(replies, num_returns=len(replies), timeout=_SECONDS_TO_CLOSE)
+
+    def result(self, reply: Any) -> Any:
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(reply)
+        except errors.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, KdxError) else error from None
+        except (errors.RayActorError, errors.WorkerCrashedError, errors.OutOfMemoryError, errors.ObjectLostError) as error:
+            self._check()
+            raise WorkerEnded(_reason(error)) from error
+
+    def _check(self) -> None:
+        """Raise KdxError if this machine is no longer a part of the cluster: a worker that is started then never runs."""
+        with self._lost_connection():
+            alive = any(node["NodeID"] == self._node and node["Alive"] for node in self._ray.nodes())
+        if not alive:
+            raise KdxError("Ray's process on this machine (raylet) has ended.", _NO_CONNECTION)
+
+    @contextmanager
+    def _lost_connection(self) -> Iterator[None]:
+        try:
+            yield
+        except (self._ray.exceptions.RaySystemError, ConnectionError) as error:
+            raise KdxError(f"The connection to the Ray cluster was lost: {first_line(error)}.", _NO_CONNECTION) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Ray's reason in one line without its advice."""
+    lines = [line.strip() for line in str(error).splitlines() if "exit detail" in line or "dead because" in line or "memory" in line]
+    return (lines[0] if lines else first_line(error)).partition(" Some common causes")[0].rstrip(".")[:300]

@@ -1,0 +1,89 @@
+"""What a worker computes, and the worker itself. PyTorch is imported only after the number of threads is known."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from kdx import threads
+
+Facts = Mapping[str, Any]
+"""A worker's description of itself, for the manifest."""
+
+
+class Service(Protocol):
+    """Computes tasks in a worker. It is built once, from arguments that are sent to the worker."""
+
+    @property
+    def facts(self) -> Facts:
+        """What the results depend on besides the tasks, for example the runtime. It must be the same in all workers."""
+
+    def results(self, tasks: Sequence[Any]) -> Iterator[Any]:
+        """The result of each task, in order."""
+
+    def close(self) -> None:
+        """Free what the service holds."""
+
+
+Build = Callable[[], Service]
+"""Builds a service. It is pickled, so it is a function of a module or an object of a class with ``__call__``."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a worker takes over from the driver: the number of threads, the current folder and the folders of Python modules."""
+
+    threads: int
+    folder: str
+    modules: tuple[str, ...]
+
+    @classmethod
+    def here(cls, threads: int) -> Surroundings:
+        return cls(threads, str(Path.cwd()), tuple(sys.path))
+
+    def enter(self) -> None:
+        """Prepare this process. Call it before PyTorch is imported, which reads the number of threads only then."""
+        os.environ.update(dict.fromkeys(threads.COUNTS, str(self.threads)))
+        threads.set_environment(os.environ, threads.quota())
+        with suppress(OSError):  # another machine may not have the folder; then relative paths do not exist, and an error says so
+            os.chdir(self.folder)
+        sys.path += [folder for folder in self.modules if folder not in sys.path]
+
+
+class Worker:
+    """A process that holds a service. Each call of `step` returns one result, so the driver decides how many are in memory."""
+
+    def __init__(self, build: bytes, surroundings: Surroundings) -> None:
+        """build: a pickled `Build`, which is not unpickled before `prepare`, because that imports PyTorch."""
+        self._build = build
+        self._surroundings = surroundings
+        self._service: Service | None = None
+        self._results: Iterator[Any] = iter(())
+
+    def prepare(self) -> Facts:
+        """Build the service. Returns its facts and those of this process."""
+        self._surroundings.enter()
+        build: Build = pickle.loads(self._build)  # from the driver, which starts this process
+        self._service = build()
+        return {"host": os.uname().nodename if hasattr(os, "uname") else "", "pid": os.getpid(), "same": self._same(self._service)}
+
+    def _same(self, service: Service) -> Facts:
+        return {"kdx": version("kdx"), "torch": version("torch"), "threads": self._surroundings.threads, **service.facts}
+
+    def step(self, tasks: Sequence[Any]) -> Any:
+        """Start with new tasks if there are any, and return the next result."""
+        assert self._service is not None
+        if tasks:
+            self._results = self._service.results(tasks)
+        return next(self._results)
+
+    def close(self) -> None:
+        if self._service is not None:
+            self._service.close()

@@ -1,0 +1,126 @@
+"""A run in several processes: the arguments with which a worker makes its own plan and networks, and what it computes with them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kdx import threads
+from kdx.cluster.executor import Executor
+from kdx.cluster.service import Facts
+from kdx.errors import KdxError
+from kdx.explain.explainer import Explainer
+from kdx.runs.batches import BatchResult, LocalBatches
+from kdx.runs.plan import Plan, RunOptions, aligned
+from kdx.runs.store import Store
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """What a worker needs to make the plan and the networks of a run.
+
+    size: of the images. runtime: the one that the driver chose. fingerprint, hashes: of the data and of each role's weights, which must be
+    the same where the worker runs. reference: whether the geometry is ``reference``.
+    """
+
+    data: str
+    models: Path
+    layers: tuple[str, ...]
+    options: RunOptions
+    size: tuple[int, int]
+    runtime: str
+    fingerprint: str
+    hashes: Mapping[str, str]
+    reference: bool
+
+    @classmethod
+    def of(
+        cls, plan: Plan, layers: Sequence[str], size: tuple[int, int], runtime: str, hashes: Mapping[str, str], *, reference: bool
+    ) -> RunArguments:
+        models = Path.cwd() / plan.models.path
+        # Ray shows each worker its own GPU, as the first one.
+        options = replace(plan.options, device="cuda") if plan.options.device.startswith("cuda") else plan.options
+        return cls(plan.data, models, tuple(layers), options, size, runtime, plan.dataset.fingerprint, hashes, reference)
+
+    def __call__(self) -> RunService:
+        """Raises KdxError if the data or the weights differ from the driver's."""
+        options = self.options if self.options.workers is not None else replace(self.options, workers=threads.chosen())
+        plan = Plan.of(self.data, self.models, self.layers, options)
+        if plan.dataset.fingerprint != self.fingerprint:
+            raise _different(f"the data set {self.data}")
+        explainer = plan.explainer(None, lambda line: None)
+        for role, record in explainer.networks().items():
+            if record.sha256 != self.hashes[role]:
+                raise _different(f"the {role}'s weights")
+        explainer.open(self.size, len(plan.indices), runtime=self.runtime, batch=aligned(options.batch))
+        return RunService(explainer, plan, self.size, reference=self.reference)
+
+
+def _different(thing: str) -> KdxError:
+    return KdxError(
+        f"On the machine {socket.gethostname()}, {thing} differ from those of the driver.",
+        "Provide the same files at the same paths on all machines of the cluster.",
+    )
+
+
+class RunService:
+    """Computes batches of a run in a worker."""
+
+    def __init__(self, explainer: Explainer, plan: Plan, size: tuple[int, int], *, reference: bool) -> None:
+        self._explainer = explainer
+        self._batches = LocalBatches(explainer, plan, plan.references() if reference else plan.indices[:0], size)
+
+    @property
+    def facts(self) -> Facts:
+        return {"runtime": f"{self._explainer.choice.runtime} on {self._explainer.choice.device.type}"}
+
+    def results(self, tasks: Sequence[int]) -> Iterator[BatchResult]:
+        with self._batches.compute(tasks) as results:
+            yield from results
+
+    def close(self) -> None:
+        self._explainer.close()
+
+
+class DistributedBatches:
+    """Computes batches in the workers of an executor, and records the workers in the manifest of the store."""
+
+    def __init__(self, executor: Executor, arguments: RunArguments, store: Store) -> None:
+        self._executor = executor
+        self._arguments = arguments
+        self._workers = WorkerRecord(store)
+
+    @contextmanager
+    def compute(self, pending: Sequence[int]) -> Iterator[Iterator[BatchResult]]:
+        """The results of these batches, in the order in which they arrive."""
+        with self._executor.results(self._arguments, pending, "batch {}".format, self._workers.add) as results:
+            yield results
+
+
+class WorkerRecord:
+    """The workers of a run in the entry ``workers`` of its manifest's environment. They must agree in what results depend on."""
+
+    def __init__(self, store: Store) -> None:
+        self._environment = store.manifest["environment"]
+        self._first: Mapping[str, Any] | None = None
+
+    def add(self, facts: Facts) -> None:
+        """Raises KdxError for a worker that would compute other digits than the earlier ones."""
+        if self._first is None:
+            self._first = facts
+            self._environment["runtime"] = facts["same"]["runtime"]
+            self._environment["workers"] = {"threads": facts["same"]["threads"], "hosts": {}}
+        different = [name for name, value in facts["same"].items() if self._first["same"].get(name) != value]
+        if different:
+            name = different[0]
+            one, other = (f"{worker['same'].get(name)} on {worker['host']}" for worker in (self._first, facts))
+            raise KdxError(
+                f"The workers differ in {name}: {one}, and {other}.",
+                "Install the same versions on all machines, and name --runtime and --device.",
+            )
+        hosts = self._environment["workers"]["hosts"]
+        hosts[facts["host"]] = hosts.get(facts["host"], 0) + 1
