@@ -255,7 +255,8 @@ def _cell(result: Mapping[str, Any], stage: str) -> str:
     if stage == "layers":
         return str(len(entry["names"]))
     if stage == "patch":
-        return "on it" if agrees(result, stage) else f"{entry['distance']} cells away"
+        where = f" at {entry['layer']}" if "layer" in entry else ""
+        return f"on it{where}" if agrees(result, stage) else f"{entry['distance']} cells away{where}"
     return f"{entry['error']:.0e}" if agrees(result, stage) else f"differs by {entry['error']:.0e}"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.comparison import Comparison, Run, gram_work, require_agreement
 from benchmarks.geometry import networks
-from kdx.explain.layer import measure
+from kdx.explain.layer import LayerMethod, measure
 from kdx.features.target import Target
 from kdx.kernels import geometry
 from kdx.kernels.decomposition import context_shares
@@ -37,14 +37,14 @@ def comparison(_: Path, *, n: int, channels: int, height: int, width: int) -> Co
     contexts = [slice(0, n, 2), slice(1, n, 2)]
 
     def without() -> dict[str, Tensor]:
-        return {"products": measure(features, target, permutations=table, shares=False).products}
+        return {"products": measure(features, target, table, LayerMethod(shares=False)).products}
 
     def plain(_: ExitStack) -> Run:
         return without
 
     def together(_: ExitStack) -> Run:
         def run() -> dict[str, Tensor]:
-            result = measure(features, target, permutations=table)
+            result = measure(features, target, table)
             return {"products": result.products} | {role: result.shares[role, TARGET] for role in ROLES}
 
         return run

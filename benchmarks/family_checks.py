@@ -57,7 +57,7 @@ def check(row: dict[str, Any], stages: Sequence[str], store: Callable[[dict[str,
     network = built[0]
     work: dict[str, Callable[[], dict[str, Any]]] = {
         "grad_cam": lambda: grad_cam_error(network, row["layer"]),
-        "patch": lambda: patch_distance(network, row["layer"]),
+        "patch": lambda: patch_in_grid(network, row["layer"], row["layers"]["names"]),
         **{kind: partial(_export_row, network, row, kind) for kind in EXPORTS},
     }
     if "layers" in stages or "layer" not in row:
@@ -182,6 +182,21 @@ def _largest_difference(maps: Tensor, feature: Tensor, gradient: Tensor) -> floa
     return float((maps.flatten(1).sort(1).values - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
+def patch_in_grid(network: Network, layer: str, names: Sequence[str]) -> dict[str, Any]:
+    """`patch_distance` of a layer or, if the change is elsewhere, of the first of ``names`` with the same grid, which the result names.
+
+    Attention with random weights can spread the change of a patch over all positions, so that no cell stands out any more. Earlier layers
+    with the same grid have the same layout, and show where a patch lies in it.
+    """
+    result = patch_distance(network, layer)
+    if result["distance"] > MARGIN:
+        for earlier in names[: names.index(layer)]:
+            other = patch_distance(network, earlier)
+            if other["grid"] == result["grid"]:
+                return other | {"layer": earlier}
+    return result
+
+
 def patch_distance(network: Network, layer: str) -> dict[str, Any]:
     """How far the largest change of the feature map is from a brightened patch of the image, in cells: the larger of two patches.
 
@@ -208,7 +223,7 @@ def patch_distance(network: Network, layer: str) -> dict[str, Any]:
         inside = torch.zeros_like(change, dtype=torch.bool)
         inside[covered[0][0] : covered[0][1] + 1, covered[1][0] : covered[1][1] + 1] = True
         contrasts.append(float(change[inside].mean() / change[~inside].mean().clamp_min(1e-30)) if not inside.all() else 1.0)
-    return {"distance": max(distances), "contrast": min(contrasts)}
+    return {"distance": max(distances), "contrast": min(contrasts), "grid": [cells_high, cells_wide]}
 
 
 def exported(network: Network, layer: str, kind: str) -> dict[str, Any]:

@@ -9,6 +9,10 @@ share the cores, so that their sum is a lower bound there, and is shown.
 
 It prints medians and the peak memory with N and 4N images, and stores all figures with the machine in benchmarks/results/. The networks
 and pictures are random, which does not change the timing.
+
+``--photographs`` takes photographs of 12 megapixels (tiles of two photographs of scikit-learn, quality 90) and networks of a quarter of
+the width, so that decoding dominates; ``--decoder pillow-draft`` decodes them at a fraction of their size. The record is then
+photographs.json, or photographs-draft.json.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +39,7 @@ from safetensors.torch import save_file
 import kdx
 from benchmarks.record import child, peak_bytes, quartiles, store
 from kdx import models
-from kdx.choices import RuntimeName
+from kdx.choices import DecoderName, RuntimeName
 from kdx.commands import explain
 from kdx.data.batches import random_batches
 from kdx.data.dataset import Dataset, open_data
@@ -47,7 +52,9 @@ MODULE = "benchmarks.folder"
 NETWORK = "kdx:resnet,width=64,depth=2-2-2-2,classes=10,block=basic,stem=imagenet"
 SIDE, BATCH, LAYER = 224, 64, "layer4"
 CLASSES = tuple(f"class{number}" for number in range(10))
+SMALL_NETWORK = "kdx:resnet,width=16,depth=2-2-2-2,classes=10,block=basic,stem=imagenet"
 PICTURE = (500, 375)  # width, height: ImageNet's median
+PHOTOGRAPH = (4032, 3024)
 DECODED_BATCHES = 8  # in memory, used repeatedly
 MORE = 4  # times as many images, to see whether memory grows
 
@@ -64,6 +71,23 @@ def draw(folder: Path, images: int) -> None:
         if number < images:
             (folder / "few" / name).parent.mkdir(parents=True, exist_ok=True)
             os.link(path, folder / "few" / name)
+
+
+def draw_photographs(folder: Path, images: int) -> None:
+    """`draw` with photographs of 12 megapixels. A few different files stand for all: the others are links to them."""
+    from sklearn.datasets import load_sample_images
+
+    originals = []
+    for number, levels in enumerate(load_sample_images().images):
+        tiles = np.tile(np.concatenate([levels, levels[::-1]]), (4, 7, 1))[: PHOTOGRAPH[1], : PHOTOGRAPH[0]]
+        for turned in range(2):
+            originals.append(folder / f"{number}-{turned}.jpg")
+            Image.fromarray(tiles[::-1] if turned else tiles).save(originals[-1], quality=90)
+    for number in range(MORE * images):
+        for name in ("many", "few")[: 2 if number < images else 1]:
+            path = folder / name / CLASSES[number % len(CLASSES)] / f"{number:06d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.link(originals[number % len(originals)], path)
 
 
 def make_networks(folder: Path, network: str, side: int, runtime: RuntimeName = "auto") -> None:
@@ -93,8 +117,8 @@ def _explainer(folder: Path, runtime: RuntimeName = "auto") -> kdx.Explainer:
     return kdx.Explainer(student=student, base=base, layers=models_file.layers, folder=folder / "networks", runtime=runtime)
 
 
-def _opened(folder: Path, batch: int) -> tuple[Dataset, list[Any], tuple[int, int]]:
-    dataset = open_data(str(folder / "few"), CLASSES)
+def _opened(folder: Path, batch: int, decoder: DecoderName) -> tuple[Dataset, list[Any], tuple[int, int]]:
+    dataset = replace(open_data(str(folder / "few"), CLASSES), draft=decoder == "pillow-draft")
     size = read_models(folder / "models.toml").load("student").preprocessing.size
     assert size is not None
     return dataset, random_batches(dataset.labels, batch, 0), size
@@ -103,16 +127,16 @@ def _opened(folder: Path, batch: int) -> tuple[Dataset, list[Any], tuple[int, in
 # ---- the parts, each in a fresh process ----
 
 
-def decode(folder: Path, batch: int) -> dict[str, float]:
-    dataset, batches, size = _opened(folder, batch)
+def decode(folder: Path, batch: int, decoder: DecoderName) -> dict[str, float]:
+    dataset, batches, size = _opened(folder, batch, decoder)
     start = time.perf_counter()
     with decoded(dataset, batches, size) as pictures:
         images = sum(len(batch_pictures.kept) for batch_pictures in pictures)
     return {"seconds": time.perf_counter() - start, "images": images}
 
 
-def infer(folder: Path, batch: int) -> dict[str, float]:
-    dataset, batches, size = _opened(folder, batch)
+def infer(folder: Path, batch: int, decoder: DecoderName) -> dict[str, float]:
+    dataset, batches, size = _opened(folder, batch, decoder)
     with decoded(dataset, batches[:DECODED_BATCHES], size) as pictures:
         in_memory = list(pictures)
     with _explainer(folder) as explainer:
@@ -133,13 +157,12 @@ def infer(folder: Path, batch: int) -> dict[str, float]:
         return {"seconds": time.perf_counter() - start, "images": images}
 
 
-def whole(folder: Path, batch: int, data: str) -> dict[str, float]:
+def whole(folder: Path, batch: int, data: str, decoder: DecoderName) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=folder) as name:
         out = Path(name) / "run"
         start = time.perf_counter()
-        explain.run(
-            str(folder / data), folder / "models.toml", out, (), RunOptions(batch=batch, geometry="batch"), networks=folder / "networks"
-        )
+        options = RunOptions(batch=batch, geometry="batch", decoder=decoder)
+        explain.run(str(folder / data), folder / "models.toml", out, (), options, networks=folder / "networks")
         seconds = time.perf_counter() - start
         images = json.loads((out / "manifest.json").read_text())["images"]["explained"]
         # Only these grow with the number of images.
@@ -148,11 +171,11 @@ def whole(folder: Path, batch: int, data: str) -> dict[str, float]:
     return {"seconds": seconds, "images": images, "peak_bytes": peak_bytes(), "bytes": written}
 
 
-PARTS: dict[str, Callable[[Path, int], dict[str, float]]] = {
+PARTS: dict[str, Callable[[Path, int, DecoderName], dict[str, float]]] = {
     "decoding": decode,
     "inference": infer,
-    "whole": lambda folder, batch: whole(folder, batch, "few"),
-    "whole of more": lambda folder, batch: whole(folder, batch, "many"),
+    "whole": lambda folder, batch, decoder: whole(folder, batch, "few", decoder),
+    "whole of more": lambda folder, batch, decoder: whole(folder, batch, "many", decoder),
 }
 
 
@@ -160,17 +183,24 @@ PARTS: dict[str, Callable[[Path, int], dict[str, float]]] = {
 
 
 def measure(
-    images: int, rounds: int, *, network: str = NETWORK, side: int = SIDE, layer: str = LAYER, batch: int = BATCH
+    images: int,
+    rounds: int,
+    *,
+    network: str = NETWORK,
+    side: int = SIDE,
+    batch: int = BATCH,
+    photographs: bool = False,
+    decoder: DecoderName = "pillow",
 ) -> dict[str, Any]:
     """Seconds of each part per round, ratios, peak memory and disk, for a folder of ``images`` JPEGs and one of four times as many."""
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in PARTS}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        draw(folder, images)
+        (draw_photographs if photographs else draw)(folder, images)
         make_networks(folder, network, side)
         for number in range(rounds):
             for part in list(PARTS)[:: 1 if number % 2 == 0 else -1]:
-                runs[part].append(child(MODULE, "--part", part, "--folder", name, "--batch", str(batch)))
+                runs[part].append(child(MODULE, "--part", part, "--folder", name, "--batch", str(batch), "--decoder", decoder))
     counts = {part: images * (MORE if part == "whole of more" else 1) for part in PARTS}
     for part, part_runs in runs.items():
         if any(run["images"] != counts[part] for run in part_runs):
@@ -202,16 +232,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=512, help="N; the larger folder holds four times as many")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--photographs", action="store_true", help="photographs of 12 megapixels and small networks")
+    parser.add_argument("--decoder", choices=("pillow", "pillow-draft"), default="pillow")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # for the fresh processes: the folder that holds everything
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=BATCH, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part is not None:
         with contextlib.redirect_stdout(sys.stderr):  # a run prints its progress
-            result = PARTS[options.part](options.folder, options.batch)
+            result = PARTS[options.part](options.folder, options.batch, options.decoder)
         print(json.dumps(result))
         return
-    record = store("folder", MODULE, {"case": f"two ResNet-18, {SIDE} x {SIDE}, {LAYER}", **measure(options.images, options.rounds)})
+    network, case = (SMALL_NETWORK, "two ResNet-18 of a quarter of the width") if options.photographs else (NETWORK, "two ResNet-18")
+    measurement = measure(options.images, options.rounds, network=network, photographs=options.photographs, decoder=options.decoder)
+    name = "folder" if not options.photographs else "photographs" if options.decoder == "pillow" else "photographs-draft"
+    record = store(name, MODULE, {"case": f"{case}, {SIDE} x {SIDE}, {LAYER}", "decoder": options.decoder, **measurement})
     table = Table("", "lower quartile", "median", "upper quartile", title=f"{record['case']}: {options.images} JPEGs", box=None)
     for label, values in record["images_per_second"].items():
         table.add_row(label, *(f"{value:.1f} images/s" for value in values))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import eager
 from benchmarks.comparison import Comparison, Run, gram_work, require_agreement, require_difference_tensors
-from kdx.explain.layer import measure
+from kdx.explain.layer import LayerMethod, measure
 from kdx.features.target import Target
 from kdx.scores import uncertainty
 
@@ -58,7 +58,7 @@ def comparison(_: Path, *, n: int, channels: int, height: int, width: int) -> Co
         target = Target.of(labels)
 
         def run() -> WeightsAndScores:
-            maps = measure({"student": student, "base": base}, target, permutations=table, shares=False).maps
+            maps = measure({"student": student, "base": base}, target, table, LayerMethod(shares=False)).maps
             return [(maps[name].weights, maps[name].score) for name in ("distilled", "residual")]
 
         return run

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from benchmarks.markdown import header, joined, row
-
-MEMORY, ARITHMETIC = 0.85, 0.5
-"""The shares of a GPU's peak bandwidth and peak rate that a stage reaches."""
+from kdx.runs.cost import EAGER_TOUCHES, batch_cost
+from kdx.runs.hardware import ARITHMETIC, GPUS, MEMORY, Gpu
 
 LAUNCH = 20e-6
 """Seconds of the processor per launch, including Python."""
@@ -29,32 +28,6 @@ LAUNCHES = 51
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """The rates in a data sheet.
-
-    memory: bytes per second of its memory. float32: operations per second without TensorFloat-32. float16: operations per second of the
-    matrix units without sparsity. host: bytes per second that copies from and to the host reach.
-    """
-
-    name: str
-    memory: float
-    float32: float
-    float16: float
-    host: float
-
-
-GPUS = (
-    Gpu("T4", 320e9, 8.1e12, 65e12, 12e9),
-    Gpu("A10", 600e9, 31.2e12, 125e12, 24e9),
-    Gpu("L4", 300e9, 30.3e12, 121e12, 24e9),
-    Gpu("RTX 4090", 1008e9, 82.6e12, 165e12, 24e9),
-    Gpu("A100 80 GB", 2039e9, 19.5e12, 312e12, 24e9),
-    Gpu("H100", 3350e9, 66.9e12, 989e12, 50e9),
-    Gpu("H200", 4800e9, 66.9e12, 989e12, 50e9),
-)
-
-
-@dataclass(frozen=True)
 class Network:
     """One network on one image: operations of a pass (a product and a sum count as two), and the numbers that its convolutions write."""
 
@@ -64,9 +37,8 @@ class Network:
 
 RESNET50 = Network(8.2e9, 11.1e6)
 
-EAGER_TOUCHES, FUSED_TOUCHES = 7, 2
-"""How often an activation is written or read: in PyTorch, which computes normalisation, ReLU and sum as separate steps, and in a runtime
-that computes them with the convolution."""
+FUSED_TOUCHES = 2
+"""How often an activation is written or read in a runtime that computes normalisation, ReLU and sum with the convolution."""
 
 
 @dataclass(frozen=True)
@@ -99,21 +71,17 @@ class Cost:
 
 def costs(case: Case, network: Network = RESNET50) -> dict[str, Cost]:
     """The cost of each stage of a batch."""
-    n, k, features = case.images, case.networks, case.networks * case.images * case.channels * case.positions
-    pairs = k * n * n * case.positions
+    n, k = case.images, case.networks
     passes = {
         name: Cost(memory=k * n * network.activations * 2 * touches, float16=k * n * network.operations)
         for name, touches in (("passes, PyTorch", EAGER_TOUCHES), ("passes, fused", FUSED_TOUCHES))
     }
-    # Features: read for norms, means and maps, and written and read once as rows. Products of all pairs at all positions: written by the
-    # matrix product, read and written as squared differences, and read for the shares.
-    geometry = 4 * (5 * features + 4 * pairs) + 8 * (k + 1) * n * n * 10
-    operations = 2 * n * features + 2 * case.permutations * n * n * (k + 1)
+    maps = batch_cost(n, [(case.channels, case.positions)] * k, case.permutations)
     results = 4 * n * case.positions * (k + 6)
     return {
         "upload": Cost(host=3 * n * case.size[0] * case.size[1]),
         **passes,
-        "maps and scores": Cost(memory=geometry, float32=operations, launches=LAUNCHES),
+        "maps and scores": Cost(memory=maps.memory, float32=maps.operations, launches=LAUNCHES),
         "results": Cost(host=results),
     }
 

@@ -301,7 +301,7 @@ def _layer_case(x: Tensor, y: Tensor, labels: Tensor, table: Tensor) -> KernelCa
     """The maps, channel weights and inner products of two networks at a layer, as `kdx explain` computes them, against float64."""
 
     def measured(features: Mapping[str, Tensor], backend: Backend) -> list[Tensor]:
-        result = layer.measure(features, Target.of(labels), permutations=table, shares=False, backend=backend)
+        result = layer.measure(features, Target.of(labels), table, layer.LayerMethod(shares=False), backend=backend)
         maps = [part.double() for value in result.maps.values() for part in (value.maps, value.weights)]
         return [*maps, result.products, *result.permuted.values()]
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdx.runs.environment import environment
+from kdx.runs.environment import peak_bytes as peak_bytes
 
 RESULTS = Path(__file__).parent / "results"
-STATUS = Path("/proc/self/status")
 
 
 def ratio(samples: Mapping[str, list[float]], numerator: str, denominator: str) -> list[float]:
@@ -34,15 +34,6 @@ def child(module: str, *arguments: str) -> Any:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def peak_bytes() -> int:
-    """The peak memory of this process. On Linux getrusage starts from the parent's peak, so the process's status is read instead."""
-    if STATUS.exists():
-        return 1024 * int(STATUS.read_text().split("VmHWM:")[1].split()[0])
-    import resource  # it does not exist on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def origin(module: str) -> dict[str, Any]:
     """The origin of a benchmark's figures: the command, the commit, and the machine with its versions.
 
@@ -55,7 +46,7 @@ def origin(module: str) -> dict[str, Any]:
 
     try:
         commit = git("rev-parse", "--short", "HEAD")
-        if git("status", "--porcelain", "--untracked-files=no", "--", "kdx", "benchmarks", ":!benchmarks/results"):
+        if git("status", "--porcelain", "--untracked-files=no", "--", "kdx", "export", "kernels", "benchmarks", ":!benchmarks/results"):
             commit += "-dirty"
     except FileNotFoundError:
         commit = ""

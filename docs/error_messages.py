@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("troubleshooting.md")
 
 TOPICS = {
-    "data": ("data",),
+    "data": ("data", "remote", "remote_lock"),
     "models": ("models",),
     "distill": ("distill", "callbacks"),
     "features": ("features", "maps", "cam", "scores", "kernels"),

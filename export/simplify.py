@@ -6,6 +6,8 @@ whole graph at every node, which took up to half of an export, and it never appl
 
 from __future__ import annotations
 
+import itertools
+
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import rewriter
@@ -75,4 +77,26 @@ def simplify(model: ir.Model) -> None:
     for _ in range(_ROUNDS):
         fold_constants_ir(model)
         rewriter.rewrite(model, _RULES)
+        _keep_constants(model.graph)
     _CLEANING(model)
+
+
+def _keep_constants(graph: ir.Graph) -> None:
+    """Add to ``graph`` the constants that the rules have displaced from it.
+
+    A rule names a new constant after the value that its node reads. If two nodes read the same value, for example two clamps, or two
+    convolutions with the same weights, the constant of the second replaces that of the first in the graph's list.
+    """
+    for node in graph.all_nodes():
+        for value in node.inputs:
+            if (
+                value is None
+                or value.const_value is None
+                or value.producer() is not None
+                or value.is_initializer()
+                or value.is_graph_input()
+            ):
+                continue
+            numbers = (f"{value.name}_{number}" for number in itertools.count(1))
+            value.name = next(name for name in numbers if name not in graph.initializers)
+            graph.initializers[value.name] = value

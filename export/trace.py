@@ -55,6 +55,9 @@ def traced_program(graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: Dynami
             program = _with_gradients(forward, graph)
         else:
             program = torch.export.export(graph, inputs, dynamic_shapes=dynamic)
+            # An assignment to a part of a tensor has no ONNX form. The exporter translates relu_ and others itself.
+            if any(_is_in_place(node.target) and not _exportable(node.target) for node in program.graph.nodes):
+                program = program.run_decompositions({})
         program = _with_translatable_attention(program)
     if len(program.graph.nodes) > _MANY:
         log.warning("converting %d operators to ONNX takes up to a minute per 1,000", len(program.graph.nodes))
@@ -67,6 +70,11 @@ def traced_program(graph: nn.Module, inputs: tuple[Tensor, ...], dynamic: Dynami
             "Choose layers after these operators, or run the network with --runtime eager.",
         )
     return program
+
+
+def _is_in_place(operator: Any) -> bool:
+    """Whether an operator changes a tensor that it receives."""
+    return isinstance(operator, torch._ops.OpOverload) and operator._schema.is_mutable
 
 
 def _with_translatable_attention(program: ExportedProgram) -> ExportedProgram:
@@ -224,7 +232,7 @@ def _joint(
         with torch.enable_grad():
             joint = make_fx(differentiate, decomposition_table=decompositions.BACKWARD, _allow_non_fake_inputs=True)(*fakes)
         joint.graph.eliminate_dead_code()
-        if any(isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable for node in joint.graph.nodes):
+        if any(_is_in_place(node.target) for node in joint.graph.nodes):
             # Some derivatives use in-place fx_graph, which a program must not contain.
             joint = make_fx(torch.func.functionalize(fx.Interpreter(joint).run), _allow_non_fake_inputs=True)(*fakes)
             joint.graph.eliminate_dead_code()

@@ -60,8 +60,10 @@ GeometryName = Literal["auto", "whole", "reference", "batch"]
 SimilarityGeometry = Literal["auto", "whole", "batch"]
 """The images with which `kdx similarity` compares an image: the whole set, or its batch."""
 
-DecoderName = Literal["pillow", "torchvision-cuda"]
-"""The decoders of image files. torchvision-cuda: nvJPEG on the GPU for JPEG files, and Pillow for others; its pixels differ a little."""
+DecoderName = Literal["pillow", "pillow-draft", "torchvision-cuda"]
+"""The decoders of image files. pillow-draft: Pillow, which decodes large JPEG files at an eighth, a quarter or a half of their size, but
+not below twice the size that is needed. torchvision-cuda: nvJPEG on the GPU for JPEG files, and Pillow for others. The pixels of both
+differ a little from those of pillow."""
 
 ResizeMode = Literal["cover", "squash", "letterbox"]
 """How an image of other proportions is brought to a size. cover: resized until it covers the size, and cropped at its centre. squash:
@@ -127,6 +129,8 @@ DATA_REFERENCES = {
     "cifar10:FOLDER": "CIFAR-10, binary or Python version",
     "cifar100:FOLDER": "CIFAR-100 with its fine labels, binary or Python version",
     "hfdata:NAME_OR_FOLDER": "a data set of the Hugging Face Hub, or a folder or file of its formats",
+    "parquet:FILE_OR_FOLDER": "Parquet files with a column of images and one of labels, read by row group",
+    "wds:PATTERN": "WebDataset shards, such as wds:shards/{0000..0099}.tar, read image by image",
     "digits": "scikit-learn's 1,797 handwritten digits, 8 x 8",
     "composites": "drawn images: an object with a known mask on a photograph",
     "composites:OPTIONS": "the same with options, such as composites:classes=shape,side=96,spurious=0.9",
@@ -135,7 +139,7 @@ DATA_REFERENCES = {
 """The references of data sets, with what they name. Help texts, errors and docs/data.md list them."""
 
 DATA_KINDS = (
-    "a folder of images, FILE.csv (columns path and label), FILE.npz, cifar10:FOLDER, cifar100:FOLDER, hfdata:NAME_OR_FOLDER, digits, "
-    "composites, or sample:N:REFERENCE"
+    "a folder of images, FILE.csv (columns path and label), FILE.npz, cifar10:FOLDER, cifar100:FOLDER, hfdata:NAME_OR_FOLDER, "
+    "parquet:FILE_OR_FOLDER, wds:PATTERN, digits, composites, or sample:N:REFERENCE"
 )
 """The references in one phrase."""

@@ -1,8 +1,12 @@
-"""Atomic writes, lock files, tables as CSV and the cache folder."""
+"""Atomic writes, lock files, tables as CSV and the cache folder.
+
+Paths may be at a URL (`kdx.remote.RemotePath`), where an object appears whole or not at all."""
 
 from __future__ import annotations
 
 import csv
+import glob
+import hashlib
 import io
 import json
 import logging
@@ -10,11 +14,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from kdx.errors import KdxError
+from kdx.remote import RemotePath
+from kdx.remote_lock import RemoteLock
 
 log = logging.getLogger("kdx")
 
@@ -44,9 +50,27 @@ def lock_file(path: Path, *, wait: bool) -> IO[bytes]:
     return lock
 
 
-def lock_folder(folder: Path) -> IO[bytes]:
-    """Open and lock the folder's lock file until it is closed; KdxError if another process has locked it."""
+def scratch_folder(folder: Path) -> Path:
+    """The folder for files that belong to ``folder`` and that only a local disk can hold: itself, or for a URL one in `cache_folder`."""
+    if not isinstance(folder, RemotePath):
+        return folder
+    return cache_folder() / "runs" / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+
+
+def remove_tree(folder: Path, *, ignore_errors: bool = False) -> None:
+    """Delete a folder and everything in it."""
+    if isinstance(folder, RemotePath):
+        with suppress(OSError, KdxError) if ignore_errors else nullcontext():
+            folder.remove_tree()
+    else:
+        shutil.rmtree(folder, ignore_errors=ignore_errors)
+
+
+def lock_folder(folder: Path) -> IO[bytes] | RemoteLock:
+    """Lock the folder's lock file until it is closed; KdxError if another process has locked it."""
     try:
+        if isinstance(folder, RemotePath):
+            return RemoteLock.acquire(folder / ".lock")
         folder.mkdir(parents=True, exist_ok=True)
         return lock_file(folder / ".lock", wait=False)
     except BlockingIOError:
@@ -55,6 +79,26 @@ def lock_folder(folder: Path) -> IO[bytes]:
         ) from None
     except OSError as error:
         raise KdxError(f"{folder} cannot be written: {error.strerror}.", "Make the folder writable, or choose another --out.") from error
+
+
+def check_locked(folder: Path, lock: IO[bytes] | RemoteLock) -> None:
+    """Raise KdxError if ``folder`` is no longer the folder that `lock_folder` locked: it was moved or deleted, its disk is gone, or, at a
+    URL, another process has taken it over.
+
+    Without this, new files would be in a new folder, where the earlier ones are missing.
+    """
+    if isinstance(lock, RemoteLock):
+        lock.check()
+        return
+    try:
+        is_same = os.path.samestat(os.fstat(lock.fileno()), (folder / ".lock").stat())
+    except OSError:
+        is_same = False
+    if not is_same:
+        raise KdxError(
+            f"{folder} was moved or deleted, or its disk was removed, while kdx wrote to it.",
+            "Put the folder back, and run the same command again.",
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,6 +114,11 @@ def read_json(path: Path) -> dict[str, Any]:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """`replacing`, with the OSError as it is."""
+    if isinstance(path, RemotePath):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder, path.name)
+            path.write_bytes(Path(folder, path.name).read_bytes())
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +145,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` as a whole (`replacing`)."""
+    if isinstance(path, RemotePath):
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            raise unwritable(path, error) from error
+        return
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
@@ -118,15 +173,39 @@ def staging(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(0, "Is a directory")
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            with _locked_if_free(leftover) as is_free:
+                if is_free:  # the process that wrote there was killed
+                    shutil.rmtree(leftover, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-        yield folder
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
-            file.replace(path.parent / file.name)
+        with _locked_if_free(folder):
+            yield folder
+            for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+                file.replace(path.parent / file.name)
     except OSError as error:
         raise unwritable(path, error) from error
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked_if_free(folder: Path) -> Iterator[bool]:
+    """Whether no other process has locked this folder, which is locked in the block; false if the system cannot lock folders."""
+    descriptor = None
+    try:
+        import fcntl  # Windows does not have it
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_free = True
+    except (ImportError, OSError):
+        is_free = False
+    try:
+        yield is_free
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def write_through(path: Path, data: bytes) -> None:

@@ -88,6 +88,14 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
+def about_file(error: OSError) -> KdxError:
+    """The error of the system about a file, which may have vanished with its disk, as a KdxError."""
+    return KdxError(
+        f"{error.filename} cannot be used: {error.strerror or first_line(error)}.",
+        "Check the folder and its disk, and run the same command again.",
+    )
+
+
 class Stopped(KeyboardInterrupt):
     """Ctrl-C after a part of the work was stored: the same command resumes it."""
 

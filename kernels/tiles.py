@@ -216,7 +216,11 @@ def tile_side(n: int, rows: Sequence[Rows]) -> int:
     From 16 images on there are at least four tiles, so that turns permute well: tiles of four images have the most permutations of small
     sets. A tile keeps the rows of every matrix and the columns of one matrix in memory.
     """
-    widths = [r.shape[1] * r.dtype.itemsize for r in rows]
+    return side_for(n, [r.shape[1] * r.dtype.itemsize for r in rows])
+
+
+def side_for(n: int, widths: Sequence[int]) -> int:
+    """`tile_side` for rows of these numbers of bytes."""
     side = TILE
     while side > 16 and side * (sum(widths) + 2 * max(widths, default=0)) > _BYTES:
         side //= 2

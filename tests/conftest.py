@@ -20,6 +20,7 @@ import torch
 from benchmarks import torchvision_operators as torchvision_operators
 from tests.browser import browser as browser
 from tests.browser import opened as opened
+from tests.remote.server import server as server
 from tests.selection import pytest_addoption as pytest_addoption
 from tests.selection import pytest_collection_modifyitems as pytest_collection_modifyitems
 from tests.selection import pytest_configure as pytest_configure

@@ -61,3 +61,12 @@ def test_no_field_of_a_csv_file_is_a_formula_and_every_text_can_be_read_again() 
     assert not [row[1] for row in rows[1:] if row[1].startswith(("=", "+", "-", "@", "\t")) and row[1] not in ("-1.5", "+inf")]
     assert [csv_value(row[1]) for row in rows[1:]] == texts
     assert csv_text(["x"], [[-1.5], [None]]) == 'x\n-1.5\n""\n'  # numbers stay as they are
+
+
+def test_staging_removes_what_a_killed_process_left_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / ".file.abc.partial").mkdir()
+    (tmp_path / ".other.abc.partial").mkdir()
+    with staging(tmp_path / "file"), staging(tmp_path / "file") as second:  # two processes at once
+        (second / "file").write_bytes(b"2")
+        assert len(list(tmp_path.glob(".file.*"))) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.abc.partial", "file"]

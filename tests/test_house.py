@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 # A file may import files of lower floors only.
 FLOORS = [
     {"kdx.errors", "kdx.choices", "kdx.roles", "kdx.progress", "kdx.threads"},
+    {"kdx.remote"},
+    {"kdx.remote_lock"},
     {"kdx.disk", "kdx.cluster"},
     {"kdx.kernels", "kdx.figure_files"},
     {"kdx.features"},

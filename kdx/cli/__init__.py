@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
@@ -20,10 +20,11 @@ from kdx.cli.export import export
 from kdx.cli.layers import layers
 from kdx.cli.options import is_first_process
 from kdx.cli.panels import Command
+from kdx.cli.plan import plan
 from kdx.cli.report import report
 from kdx.cli.similarity import similarity
 from kdx.cli.study import study
-from kdx.errors import KdxError, Stopped
+from kdx.errors import KdxError, Stopped, about_file
 
 
 class _Commands(typer.core.TyperGroup):
@@ -64,7 +65,7 @@ def _options(
 ) -> None: ...
 
 
-for _command in (demo, distill, export, explain, study, similarity, evaluate, report, layers, doctor):
+for _command in (demo, distill, export, explain, plan, study, similarity, evaluate, report, layers, doctor):
     app.command(cls=Command)(_command)
 
 
@@ -74,12 +75,21 @@ def _print_error(line: str, style: str | None = None) -> None:
     Console(stderr=True, highlight=False, emoji=False).print(line, style=style, markup=False, soft_wrap=True)
 
 
+def _end(error: KdxError) -> NoReturn:
+    _print_error(f"Error: {error.problem}", style="bold red")
+    _print_error(error.hint)
+    sys.exit(2)
+
+
 def main() -> None:
-    """The entry point. For a KdxError it prints two sentences and exits with 2; Ctrl-C exits with 130. Any other exception is a bug."""
+    """The entry point. For a KdxError it prints two sentences and exits with 2; Ctrl-C exits with 130. Any other exception is a bug, except
+    that of the system about a file, for example where a disk has vanished."""
     threads.set_environment(os.environ, threads.quota())  # before a command loads PyTorch
     try:
         app()
     except KdxError as error:
-        _print_error(f"Error: {error.problem}", style="bold red")
-        _print_error(error.hint)
-        sys.exit(2)
+        _end(error)
+    except OSError as error:
+        if error.filename is None:  # none of a file
+            raise
+        _end(about_file(error))

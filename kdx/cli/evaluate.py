@@ -9,10 +9,11 @@ import typer
 
 from kdx import progress
 from kdx.cli.options import DeviceOption, SeedOption, announce_line
+from kdx.remote import as_path
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    run: Annotated[Path, typer.Argument(parser=as_path, metavar="RUN", help="The folder or the URL of a finished run.")],
     masks: Annotated[
         Path | None,
         typer.Option(

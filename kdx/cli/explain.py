@@ -48,6 +48,7 @@ from kdx.cli.options import (
     is_given,
     with_preset,
 )
+from kdx.remote import as_path
 
 if TYPE_CHECKING:
     from kdx.cluster.executor import Executor
@@ -61,7 +62,13 @@ def explain(
         typer.Argument(help=f"The data set: {DATA_KINDS}. Or a few image files, together with --data."),
     ],
     out: Annotated[
-        Path, typer.Option(help="The folder of the run, or of the runs of several students. A run that was stopped there is resumed.")
+        Path,
+        typer.Option(
+            parser=as_path,
+            metavar="FOLDER",
+            help="The folder of the run, or of the runs of several students. A run that was stopped there is resumed. The folder of one "
+            "run may be a URL such as s3://bucket/run.",
+        ),
     ],
     models: Annotated[
         Path | None,
@@ -251,8 +258,8 @@ def explain(
     decoder: Annotated[
         DecoderName,
         typer.Option(
-            help="The decoder of image files. torchvision-cuda decodes JPEG files on the GPU, with slightly different pixels, and all "
-            "other files with Pillow."
+            help="The decoder of image files. pillow-draft decodes large JPEG files at a fraction of their size, which is faster; "
+            "torchvision-cuda decodes JPEG files on the GPU. The pixels of both differ slightly."
         ),
     ] = "pillow",
     gallery: GalleryOption = 60,

@@ -9,6 +9,7 @@ import typer
 
 from kdx.choices import GroupKind, TableFormat
 from kdx.cli.options import ORDER_HELP, ImagesOption, image_names
+from kdx.remote import as_path
 
 
 def report(
@@ -16,7 +17,7 @@ def report(
         list[str],
         typer.Argument(
             metavar="RUN...",
-            help="The folder of a run. Several runs, RUN or NAME=RUN, are compared on one page, --out.",
+            help="The folder or the URL of a run. Several runs, RUN or NAME=RUN, are compared on one page, --out.",
             show_default=False,
         ),
     ],
@@ -50,7 +51,7 @@ def report(
     if len(runs) > 1:
         typer.echo(compare(runs, out, table), nl=table is None)
         return
-    run = Path(runs[0])
+    run = as_path(runs[0])
     if table is not None:
         from kdx.runs.opened import open_run
 

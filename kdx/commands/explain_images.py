@@ -29,6 +29,7 @@ from kdx.explain.networks import networks_of
 from kdx.features.target import ClassNames
 from kdx.maps.overlays import overlay
 from kdx.models.models_file import read_models
+from kdx.remote import is_url
 from kdx.roles import MAPS, maps_among
 from kdx.runs.collected import check_classes
 from kdx.runs.plan import REFERENCE_IMAGES, RunOptions
@@ -83,6 +84,8 @@ def run(
 
     Raises KdxError for files, networks, data and labels that do not work, and for an explainer file.
     """
+    if is_url(out):
+        raise KdxError("The maps of a few images are written into a local folder.", "Give a local --out.")
     if is_file(models):
         raise no_reference_mode(describe_explainer(models))
     if labels and len(labels) != len(paths):

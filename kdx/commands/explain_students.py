@@ -14,6 +14,7 @@ from kdx.errors import KdxError
 from kdx.explain.shared_features import SharedFeatures
 from kdx.models.models_file import ModelsFile, read_models, write_models
 from kdx.models.reference import parse_reference
+from kdx.remote import is_url
 from kdx.report.comparison_page import write_comparison
 from kdx.runs import schema
 from kdx.runs.run import RunOptions
@@ -138,6 +139,8 @@ def student_files(students: Mapping[str, str], teacher: str | None, base: str | 
     base: model references or exported files for all students, in place of those of a models file. ``none`` as the base leaves it out. A
     relative path starts at the current folder.
     """
+    if is_url(out):
+        raise KdxError("The runs of several students need a local folder.", "Give a local --out, or explain each student by itself.")
     files = {}
     for name, reference in students.items():
         if not reference.endswith(".toml"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kdx.choices import GroupKind, TableFormat
 from kdx.errors import KdxError
+from kdx.remote import as_path
 
 
 def check_options(
@@ -61,8 +62,8 @@ def named_runs(runs: Sequence[str]) -> dict[str, Path]:
     """The folder of each run by its name: that of ``NAME=FOLDER``, or the part of the path that differs from the other runs'."""
     from kdx.report.comparison import run_names
 
-    named = [re.fullmatch(r"([^=/\\]+)=(.+)", run) if not Path(run).exists() else None for run in runs]
-    folders = [Path(run if match is None else match[2]) for run, match in zip(runs, named, strict=True)]
+    named = [re.fullmatch(r"([^=/\\]+)=(.+)", run) if not as_path(run).exists() else None for run in runs]
+    folders = [as_path(run if match is None else match[2]) for run, match in zip(runs, named, strict=True)]
     names = [default if match is None else match[1] for default, match in zip(run_names(folders), named, strict=True)]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

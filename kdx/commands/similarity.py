@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from kdx.disk import lock_folder, write_atomic
+from kdx.disk import check_locked, lock_folder, write_atomic
 from kdx.errors import KdxError, resumable
 from kdx.figure_files import figure_format
 from kdx.report.similarity_page import similarity_page
@@ -45,8 +45,9 @@ def run(
         raise KdxError(
             f"There is no network {unused[0]} for --layer-{unused[0].lower()}.", "Name it with --given, or leave its layers out."
         )
-    with lock_folder(out):
+    with lock_folder(out) as lock:
         comparison = compare_networks(references, data, out, options, announce)
+        check_locked(out, lock)
         with resumable(lambda: True):  # the comparison's stored features and sums are still there
             page = write_results(comparison, out, figure=figure, command=command)
         remove_stored(out)

@@ -21,7 +21,7 @@ from kdx import models, progress, threads
 from kdx.choices import NO_BASE
 from kdx.cluster.options import ClusterOptions
 from kdx.commands import explain
-from kdx.disk import lock_folder, remove_leftovers, write_atomic
+from kdx.disk import check_locked, lock_folder, remove_leftovers, write_atomic
 from kdx.distill import EpochResult, distill, train_alone
 from kdx.errors import KdxError, resumable
 from kdx.runs import schema
@@ -183,7 +183,7 @@ def run(
     """
     _checked(folder)
     grid = grid_of(design)
-    with lock_folder(folder), resumable(lambda: any(folder.rglob("*.safetensors")) or any(folder.rglob("*.state.pt"))):
+    with lock_folder(folder) as lock, resumable(lambda: any(folder.rglob("*.safetensors")) or any(folder.rglob("*.state.pt"))):
         remove_leftovers(folder)
         count = workers or _default_workers(grid)
         plan = _plan(design, grid, folder, command, _threads(count, cluster))
@@ -209,6 +209,7 @@ def run(
                     study.end(outcome)
                     display.end(outcome.job.key)
                     announce(f"[{ended}/{todo}] {outcome.job.kind} {outcome.job.key}: {_ending(outcome)}")
+        check_locked(folder, lock)
         return _finish(study)
 
 

@@ -14,6 +14,7 @@ from kdx.data.sample import SAMPLE, sample_of, sample_parts
 from kdx.data.sources import SOURCES, Source
 from kdx.data.sources.image_files import open_folder
 from kdx.errors import KdxError
+from kdx.remote import as_path, without_credentials
 
 __all__ = ["SPLITS", "Dataset", "Indices", "located", "open_data", "source_of", "table_of"]
 
@@ -26,8 +27,11 @@ def open_data(reference: str, classes: Sequence[str] | None = None, *, labelled:
     data may contain only some. labelled: False where classes do not matter. A single class, a folder of images without class folders and
     classes that are not in ``classes`` are then accepted; with other classes the labels index those of the data.
 
+    A folder or a table may be at a URL, such as ``s3://bucket/photos``. Credentials in a URL are removed and not used.
+
     Raises KdxError for data that are missing or damaged, for a single class, and for a class that is not in ``classes``.
     """
+    reference = without_credentials(reference)
     source, place = _parsed(reference)
     dataset = _SOURCES[source].open(reference, place) if labelled or source != "folder" else open_folder(reference, place, labelled=False)
     if not labelled and not set(dataset.classes) <= set(classes or ()):
@@ -43,7 +47,7 @@ def located(reference: str) -> str:
     """The data reference with the absolute path of its folder or file, without symbolic links. Equal data sets that are written in
     different ways, such as ``folder:photos`` and ``./photos/``, have the same located reference. A relative path starts at the current
     folder."""
-    source, place = _parsed(reference)
+    source, place = _parsed(without_credentials(reference))
     absolute = _SOURCES[source].locate(place)
     if not absolute:
         return source
@@ -58,7 +62,7 @@ def source_of(reference: str) -> str:
 def table_of(reference: str) -> Path | None:
     """The CSV file that lists the images of a data reference; None for another kind of data."""
     source, place = _parsed(reference)
-    return Path(place).expanduser() if source == "csv" else None
+    return as_path(place).expanduser() if source == "csv" else None
 
 
 def _parsed(reference: str) -> tuple[str, str]:

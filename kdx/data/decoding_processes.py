@@ -92,11 +92,13 @@ class _Process:
     def decode(self, indices: NDArray[np.int64], levels: NDArray[np.uint8]) -> list[str]:
         try:
             self.connection.send(indices)
-            reasons: list[str] = self.connection.recv()
+            reasons: list[str] | KdxError = self.connection.recv()
         except (EOFError, OSError) as error:
             raise KdxError(
                 "A process that decodes images has ended, perhaps because memory ran out.", "Decode with fewer processes: --workers 4."
             ) from error
+        if isinstance(reasons, KdxError):
+            raise reasons
         np.copyto(levels, self._levels[: len(indices)])
         return reasons
 
@@ -122,5 +124,9 @@ def _serve(connection: Connection, others: Sequence[Connection], decode: Decode,
     with suppress(EOFError, OSError):
         while True:
             indices = connection.recv()
-            connection.send(decode(indices, levels[: len(indices)]))
+            try:
+                answer: list[str] | KdxError = decode(indices, levels[: len(indices)])
+            except KdxError as error:
+                answer = error
+            connection.send(answer)
     os._exit(0)  # without the exit functions of libraries that the parent has started

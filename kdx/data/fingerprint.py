@@ -6,12 +6,14 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdx.errors import KdxError
+from kdx.remote import RemotePath
 
 SAMPLE_BYTES = 256_000_000
 SAMPLE_FILES = 4_000
@@ -41,11 +43,19 @@ def content_fingerprint(ids: Sequence[str], class_names: Sequence[str], files: M
     Equal fingerprints mean the same images in the same order, and so the same split of the same seed. In a data set that is larger than
     the sample, a file whose content changes while its name and size do not is noticed only if it is in the sample.
 
+    Of files at a URL nothing is read: their names, sizes and versions (an S3 object's ETag) are hashed, as the listing states them. The
+    fingerprint is therefore not that of a local copy, and changes if a service gives the same content another version. A service without
+    versions does not show that a file of the same size has changed.
+
     Raises KdxError for a file that has disappeared.
     """
     sizes = {name: _size(file) for name, file in files.items()}
     digest = hashlib.sha256(b"kdx data 1\n")
-    for row in (*zip(ids, class_names, strict=True), *sizes.items()):
+    versions = {name: file.file.version for name, file in files.items() if isinstance(file, RemotePath)}
+    if versions:
+        digest.update(json.dumps([list(ids), list(class_names), sizes, versions]).encode())
+        return digest.hexdigest()
+    for row in chain(zip(ids, class_names, strict=True), sizes.items()):
         digest.update(json.dumps(row).encode())
     for name in _sample(sizes):
         digest.update(_content(files[name]))
@@ -129,7 +139,7 @@ def fingerprint_of_0_1_0(ids: Sequence[str], labels: NDArray[np.int64], contents
 
 def stamps_of_0_1_0(ids: Sequence[str], files: Mapping[str, SourceFile]) -> list[bytes]:
     """The contents that `fingerprint_of_0_1_0` hashes."""
-    if tuple(files) != tuple(ids):  # images that share files
+    if len(files) != len(ids) or tuple(files) != tuple(ids):  # images that share files
         return [b"".join(map(_content, files.values()))]
-    states = [file.stat() for file in files.values() if isinstance(file, Path)]
+    states = [file.stat() for file in files.values() if isinstance(file, Path) and not isinstance(file, RemotePath)]
     return [f"{state.st_size} {state.st_mtime_ns}".encode() for state in states]

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,7 +155,7 @@ def jpeg_of(dataset: Dataset, index: int) -> Jpeg | None:
     if file is None:  # several images share a file
         return None
     try:
-        data = file if isinstance(file, bytes) else Path(file).read_bytes()
+        data = file if isinstance(file, bytes) else file.read_bytes()
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:  # reads the header, and checks the number of pixels
             names = [layer[0] for layer in getattr(image, "layer", ())]
             usual_colours = image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1 and names != [*b"RGB"]

@@ -19,7 +19,7 @@ from kdx import threads
 from kdx.data import decoding_processes
 from kdx.data.dataset import Dataset, Indices
 from kdx.data.decoding_processes import Decode
-from kdx.data.pixels import fit, pixels_of
+from kdx.data.pixels import pixels_of
 from kdx.data.prefetch import PREFETCH_DEPTH, Job, prefetch
 from kdx.disk import log
 from kdx.errors import KdxError, printable
@@ -162,7 +162,9 @@ def _decode(dataset: Dataset, size: tuple[int, int], indices: Indices, levels: N
     reasons = []
     for index, row in zip(indices, levels, strict=True):
         try:
-            row[:] = np.asarray(fit(dataset.read(int(index)), size, dataset.resizing)).transpose(2, 0, 1)
+            row[:] = np.asarray(dataset.read_fitted(int(index), size)).transpose(2, 0, 1)
+        except KdxError:  # a service that cannot be reached does not make an image unreadable
+            raise
         except Exception as error:  # decoders raise SyntaxError, struct.error, MemoryError and more on damaged files
             row[:] = 0
             reasons.append(printable(f"{type(error).__name__}: {error}"))

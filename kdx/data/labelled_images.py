@@ -13,7 +13,8 @@ from PIL import Image
 
 from kdx.choices import COVER, Resizing
 from kdx.data.fingerprint import SourceFile, content_fingerprint, fingerprint_of_0_1_0, image_keys, stamps_of_0_1_0
-from kdx.data.pixels import to_rgb
+from kdx.data.pixels import draft, fit, to_rgb
+from kdx.remote import RemotePath
 
 if TYPE_CHECKING:
     from kdx.data.gpu_decoder import GpuDecoder
@@ -39,12 +40,13 @@ class Dataset:
     ``classes`` are those of models. ``resizing`` states how images are brought to the size of the networks. ``masks`` returns where the
     objects of an image are, [k, height, width] at the image's own upright size, or None for an image without masks; it is None for data
     without masks. ``decoder`` decodes JPEG files on a GPU; None leaves all files to Pillow.
+    ``draft`` lets Pillow decode large JPEG files at a fraction of their size (`kdx.data.pixels.draft`).
     """
 
     reference: str
     classes: tuple[str, ...]
     labels: Indices
-    ids: tuple[str, ...]
+    ids: Sequence[str]
     files: Mapping[str, SourceFile] = field(repr=False)
     reader: Callable[[int], Image.Image] = field(repr=False)
     splits: Mapping[str, Indices] = field(default_factory=dict, repr=False)
@@ -53,6 +55,7 @@ class Dataset:
     resizing: Resizing = COVER
     masks: Callable[[int], NDArray[np.bool_] | None] | None = field(default=None, repr=False)
     decoder: GpuDecoder | None = field(default=None, repr=False)
+    draft: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,6 +68,12 @@ class Dataset:
         with self.reader(index) as image:
             return to_rgb(image)
 
+    def read_fitted(self, index: int, size: tuple[int, int]) -> Image.Image:
+        """Image ``index`` as `read` returns it, brought to ``size`` = (height, width) as ``resizing`` states."""
+        with self.reader(index) as image:
+            box = draft(image, size, self.resizing) if self.draft else None
+            return fit(to_rgb(image), size, self.resizing, box)
+
     @cached_property
     def fingerprint(self) -> str:
         """What identifies the images, their names and their classes: see `kdx.data.fingerprint.content_fingerprint`.
@@ -76,12 +85,14 @@ class Dataset:
     @cached_property
     def has_file_per_image(self) -> bool:
         """Whether each image is in a file of its own."""
-        return tuple(self.files) == self.ids
+        return len(self.files) == len(self.ids) and all(file == name for file, name in zip(self.files, self.ids, strict=True))
 
     @cached_property
     def image_keys(self) -> NDArray[np.uint64] | None:
-        """A number per image [N] that identifies it in other folders (`kdx.data.fingerprint.image_keys`); None if images share files."""
-        return image_keys(self.files) if self.has_file_per_image else None
+        """A number per image [N] that identifies it in other folders (`kdx.data.fingerprint.image_keys`); None if images share files or
+        are at a URL, where every key would need a request."""
+        is_remote = any(isinstance(file, RemotePath) for file in self.files.values())
+        return image_keys(self.files) if self.has_file_per_image and not is_remote else None
 
     @cached_property
     def fingerprint_of_0_1_0(self) -> str:

@@ -63,28 +63,77 @@ def orientation_of(image: Image.Image) -> object:
         return 1
 
 
+DRAFT_MARGIN = 2
+"""How many times larger than needed a draft is at least. With 1, the levels of photographs differ by up to 46 and by 3 on average, since
+almost nothing is left for the antialiased resize; with 2, by up to 18 and by 1. A photograph of 12 megapixels takes a quarter longer."""
+
+Box = tuple[float, float, float, float]
+"""The (left, top, right, bottom) of a part of an image."""
+
+
+def draft(image: Image.Image, size: tuple[int, int], resizing: Resizing = COVER) -> Box | None:
+    """Let a JPEG file that is not decoded yet be decoded at 1/8, 1/4 or 1/2 of its size: the smallest that is at least DRAFT_MARGIN times
+    as large as `fit` makes it.
+
+    The decoder then leaves out the highest frequencies of each block. An image that is less than twice DRAFT_MARGIN times as large as
+    needed, or not a JPEG file, does not change. Returns the part of the decoded image, once it is upright, that shows the image: blocks at
+    its edges may be incomplete. None stands for all of it.
+    """
+    orientation = orientation_of(image)
+    turned_by_90 = orientation in (5, 6, 7, 8)
+    width, height = image.size[::-1] if turned_by_90 else image.size
+    needed = tuple(DRAFT_MARGIN * side for side in scaled_size((width, height), size, resizing))
+    drafted = image.draft(None, (needed[1], needed[0]) if turned_by_90 else (needed[0], needed[1]))
+    return None if drafted is None else _turned_box(drafted[1], image.size, orientation)
+
+
+def _turned_box(box: Box, size: tuple[int, int], orientation: object) -> Box:
+    """A box that starts at the upper left corner of an image of this (width, height), after the image is turned upright."""
+    (width, height), (right, bottom) = size, box[2:]
+    turned: dict[object, Box] = {
+        2: (width - right, 0, width, bottom),
+        3: (width - right, height - bottom, width, height),
+        4: (0, height - bottom, right, height),
+        5: (0, 0, bottom, right),
+        6: (height - bottom, 0, height, right),
+        7: (height - bottom, width - right, height, width),
+        8: (0, width - right, bottom, width),
+    }
+    return turned.get(orientation, box)
+
+
 BAR = (128, 128, 128)
 """The colour of the bars of a letterbox."""
 
 
-def fit(image: Image.Image, size: tuple[int, int], resizing: Resizing = COVER) -> Image.Image:
+def scaled_size(own: tuple[float, float], size: tuple[int, int], resizing: Resizing) -> tuple[int, int]:
+    """The (width, height) to which `fit` resizes an image of the (width, height) ``own``, before it is cropped or gets bars."""
+    height, width = size
+    if resizing.mode == "squash":
+        return width, height
+    scales = height / own[1], width / own[0]
+    if resizing.mode == "letterbox":
+        return max(1, min(width, round(own[0] * min(scales)))), max(1, min(height, round(own[1] * min(scales))))
+    return max(width, round(own[0] * max(scales))), max(height, round(own[1] * max(scales)))
+
+
+def fit(image: Image.Image, size: tuple[int, int], resizing: Resizing = COVER, box: Box | None = None) -> Image.Image:
     """An RGB or grey ``image`` brought to ``size`` = (height, width), antialiased. `kdx.choices.ResizeMode` describes the modes.
 
-    The bars of a letterbox are grey in an RGB image and black in a grey one, which is a mask.
+    The bars of a letterbox are grey in an RGB image and black in a grey one, which is a mask. box: the part of the image to use; all of it
+    by default.
     """
     height, width = size
     filter_ = Image.Resampling[resizing.interpolation.upper()]
+    scaled = scaled_size(image.size if box is None else (box[2] - box[0], box[3] - box[1]), size, resizing)
+    resized = image if scaled == image.size and box is None else image.resize(scaled, filter_, box)
     if resizing.mode == "squash":
-        return image if image.size == (width, height) else image.resize((width, height), filter_)
-    scales = height / image.height, width / image.width
+        return resized
     if resizing.mode == "letterbox":
-        inside = max(1, min(width, round(image.width * min(scales)))), max(1, min(height, round(image.height * min(scales))))
         boxed = Image.new(image.mode, (width, height), BAR if image.mode == "RGB" else 0)
-        boxed.paste(image if inside == image.size else image.resize(inside, filter_), ((width - inside[0]) // 2, (height - inside[1]) // 2))
+        boxed.paste(resized, ((width - scaled[0]) // 2, (height - scaled[1]) // 2))
         return boxed
-    covering = (max(width, round(image.width * max(scales))), max(height, round(image.height * max(scales))))
-    resized = image if covering == image.size else image.resize(covering, filter_)
-    left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
+    left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
     return resized.crop((left, top, left + width, top + height))
 
 

@@ -38,7 +38,7 @@ def sample_of(dataset: Dataset, count: int, reference: str) -> Dataset:
     ]
     kept = np.sort(np.concatenate(parts))
     ids = tuple(dataset.ids[index] for index in kept)
-    files = {name: dataset.files[name] for name in ids} if tuple(dataset.files) == dataset.ids else dataset.files
+    files = {name: dataset.files[name] for name in ids} if dataset.has_file_per_image else dataset.files
     return replace(
         dataset,
         reference=reference,

@@ -41,7 +41,7 @@ def _stratified_sample(labels: Indices, indices: Indices, share: float, generato
         members = generator.permutation(indices[labels[indices] == label])
         samples.append(members[: round(share * len(members))])
     sample = np.concatenate(samples)
-    return sample, np.setdiff1d(indices, sample)
+    return sample, np.sort(indices[~np.isin(indices, sample, kind="table")])
 
 
 def _shuffled_by_class(labels: NDArray[np.integer], seed: int) -> Indices:

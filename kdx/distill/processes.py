@@ -19,8 +19,9 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kdx.disk import lock_folder, remove_leftovers
+from kdx.disk import check_locked, lock_folder, remove_leftovers
 from kdx.errors import KdxError, missing_package
+from kdx.remote_lock import RemoteLock
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ class Processes:
 
         Raises KdxError, in every process, if another training has locked the folder or it cannot be written.
         """
-        lock: IO[bytes] | None = None
+        lock: IO[bytes] | RemoteLock | None = None
         problem: KdxError | None = None
         if self.is_main:
             try:
@@ -107,6 +108,8 @@ class Processes:
             if problem is not None:
                 raise problem
             yield
+            if lock is not None:
+                check_locked(folder, lock)
 
     def agree(self, value: T) -> T:
         """The first process's value, in each process."""

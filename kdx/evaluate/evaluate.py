@@ -21,6 +21,7 @@ from kdx.evaluate.metrics import LEAST, EvaluationOptions, Metric, Need, Task, V
 from kdx.evaluate.registry import METRICS
 from kdx.evaluate.subject import Sources, Subject
 from kdx.progress import Show, progress
+from kdx.remote import as_path
 from kdx.runs.evaluation import (
     Evaluation,
     Measurement,
@@ -74,7 +75,7 @@ def evaluate(
     Raises KdxError for a run that is not finished; for a metric, map or layer that does not exist; for masks that cannot be read or belong
     to none of the images; and for a metric or a map that was named while the run's data or networks, which it needs, are not available.
     """
-    record = read_run(Path(run))
+    record = read_run(as_path(run))
     are_named = bool(maps) and list(maps) != [ALL]
     plan = _Plan(chosen_metrics(METRICS, metrics), chosen(record, maps), _layers(record, layers), bool(metrics), are_named)
     _check_masks(plan, masks)

@@ -8,6 +8,7 @@ from kdx.errors import KdxError
 from kdx.models.layer_pairs import LayerNames
 from kdx.models.models_file import ModelsFile, read_models
 from kdx.models.network import Network
+from kdx.remote import is_url
 from kdx.roles import READING_ORDER
 from kdx.runs.record import RunRecord
 from kdx.runtimes.choice import is_file
@@ -54,7 +55,8 @@ def layer_names(run: RunRecord) -> dict[str, LayerNames]:
 def _recorded_models(run: RunRecord) -> Path:
     """The models file that the manifest names, from the run's folder, or else the one in the run's command."""
     recorded = run.manifest.get("models_file")
-    if recorded is not None and (path := (run.folder.resolve() / recorded).resolve()).is_file():
+    folder = Path() if is_url(run.folder) else run.folder  # a run at a URL records the absolute path
+    if recorded is not None and (path := (folder.resolve() / recorded).resolve()).is_file():
         return path
     for word, value in zip(run.command, [*run.command[1:], ""], strict=True):
         name, equals, rest = word.partition("=")

@@ -43,6 +43,16 @@ class LayerReferences:
 
 
 @dataclass(frozen=True)
+class LayerMethod:
+    """How a layer is measured. objective, weighting, pooled: as in `kdx.unicam`. shares: whether the shares are computed as well."""
+
+    objective: geometry.Objective = geometry.relevance
+    weighting: Weighting = "gap"
+    pooled: bool = False
+    shares: bool = True
+
+
+@dataclass(frozen=True)
 class LayerMeasurement:
     """One batch at one layer, with r roles.
 
@@ -92,14 +102,11 @@ class PendingMeasurement:
 def begin(
     features: Mapping[str, Tensor],
     target: Target,
-    *,
-    objective: geometry.Objective = geometry.relevance,
-    weighting: Weighting = "gap",
     permutations: Tensor,
+    method: LayerMethod = LayerMethod(),
+    *,
     references: LayerReferences | None = None,
     distances: Mapping[str, BatchDistances] | None = None,
-    shares: bool = True,
-    pooled: bool = False,
     backend: Backend = "auto",
     graphs: LayerGraphs | None = None,
 ) -> PendingMeasurement:
@@ -108,17 +115,17 @@ def begin(
     graphs: the captured computations of batches of the same shapes, each of which is one launch; None to launch each kernel.
     The features stay in memory until the result is read. Raises what `measure` raises if it has to be computed at once.
     """
-    ops, name = _backend(features, backend), dispatch.kernel_objective(objective)
+    ops, name = _backend(features, backend), dispatch.kernel_objective(method.objective)
 
     def at_once() -> LayerMeasurement:
-        return _measure(features, target, objective, weighting, permutations, references, distances, shares, pooled, ops)
+        return _measure(features, target, permutations, method, references, distances, ops)
 
-    is_plain = weighting == "gap" and references is None and distances is None and not pooled
+    is_plain = method.weighting == "gap" and references is None and distances is None and not method.pooled
     if not (isinstance(ops, dispatch.CudaBackend) and name is not None and is_plain and fused_layer.applies(features)):
         return PendingMeasurement.complete(at_once())
     graphs = LayerGraphs() if graphs is None else graphs
     labels = target.values if target.values.dtype == torch.int64 and target.values.ndim == 1 else None
-    computed = graphs.measure(features, target.distances.raw, labels, name, permutations, shares=shares)
+    computed = graphs.measure(features, target.distances.raw, labels, name, permutations, shares=method.shares)
 
     def measurement(scores: Mapping[str, float]) -> LayerMeasurement:
         maps = {name: Maps(values, weights, scores[name]) for name, (values, weights) in computed.maps.items()}
@@ -134,60 +141,43 @@ def begin(
 def measure(
     features: Mapping[str, Tensor],
     target: Target,
-    *,
-    objective: geometry.Objective = geometry.relevance,
-    weighting: Weighting = "gap",
     permutations: Tensor,
+    method: LayerMethod = LayerMethod(),
+    *,
     references: LayerReferences | None = None,
     distances: Mapping[str, BatchDistances] | None = None,
-    shares: bool = True,
-    pooled: bool = False,
     backend: Backend = "auto",
 ) -> LayerMeasurement:
     """The maps and inner products of one layer and one batch, from each role's features [n, C, H, W].
 
-    permutations: [p, n]. references: if given, the maps are those of reference mode. distances: if given, the inner products are those of
-    these distances, between each role's other features of the same images. shares: whether the shares are computed as well. pooled,
-    backend: as in `kdx.unicam`; the references must have been made with the same ``pooled``.
+    permutations: [p, n]. references: if given, the maps are those of reference mode; they must have been made with the same ``pooled``.
+    distances: if given, the inner products are those of these distances, between each role's other features of the same images.
+    backend: as in `kdx.unicam`.
     """
-    return begin(
-        features,
-        target,
-        objective=objective,
-        weighting=weighting,
-        permutations=permutations,
-        references=references,
-        distances=distances,
-        shares=shares,
-        pooled=pooled,
-        backend=backend,
-    ).result()
+    return begin(features, target, permutations, method, references=references, distances=distances, backend=backend).result()
 
 
 def _measure(
     features: Mapping[str, Tensor],
     target: Target,
-    objective: geometry.Objective,
-    weighting: Weighting,
     permutations: Tensor,
+    method: LayerMethod,
     references: LayerReferences | None,
     distances: Mapping[str, BatchDistances] | None,
-    shares: bool,
-    pooled: bool,
     ops: dispatch.TorchBackend,
 ) -> LayerMeasurement:
     """`measure`, step by step: each check waits for its numbers."""
     roles = roles_among(features)
     parts: dict[tuple[str, str], Tensor] = {}
     # The shares would be those of other scores than ``distances`` have, and distances between means have none.
-    if not shares or pooled or distances is not None:
-        among = _distances(features, ops, pooled)
+    if not method.shares or method.pooled or distances is not None:
+        among = _distances(features, ops, method.pooled)
     else:
         positions = {role: ops.positions(features[role].flatten(2)) for role in roles}
         rows = {f"{role}'s features": features[role].flatten(1) for role in roles}
         among = arrays.checked_distances(torch.stack([positions[role].distances for role in roles]), rows)
         parts = _shares(features, positions, among, target)
-    maps = _maps(features, among, target, objective, weighting, references, ops, pooled)
+    maps = _maps(features, among, target, method, references, ops)
     if distances is not None:
         among = _stack([distances[role] for role in roles])
         _check_residuals(roles, among, target)
@@ -198,11 +188,9 @@ def _maps(
     features: Mapping[str, Tensor],
     distances: BatchDistances,
     target: Target,
-    objective: geometry.Objective,
-    weighting: Weighting,
+    method: LayerMethod,
     references: LayerReferences | None,
     ops: dispatch.TorchBackend,
-    pooled: bool,
 ) -> dict[str, Maps[Tensor]]:
     """The maps of `measure`, from features and the distances [r, n, n] between them."""
     roles = roles_among(features)
@@ -211,20 +199,20 @@ def _maps(
     given = [role for _, role in among.values() if role is not None]  # no map, or every map, is given another network
     means = {role: rounding.with_probes(ops.means(features[role]), features[role]) for role in roles}
     explained_means = [means[role] for role in explained]
-    laplacians = weighting == "elementwise" and not pooled
+    laplacians = method.weighting == "elementwise" and not method.pooled
     if references is None:
         solution = ops.channel_weights(
             distances.select([roles.index(role) for role in explained]),
             distances.select([roles.index(role) for role in given]) if given else None,
             target.distances,
             explained_means,
-            objective,
+            method.objective,
             laplacians=laplacians,
         )
     else:
         known = references.features
         pairs = {
-            role: reference_distances(known[role], features[role], references.distances[i], f"{role}'s features", pooled)
+            role: reference_distances(known[role], features[role], references.distances[i], f"{role}'s features", method.pooled)
             for i, role in enumerate(roles)
         }
         reference_means = {role: rounding.with_probes(ops.means(known[role]), known[role], seed=1) for role in roles}
@@ -234,16 +222,16 @@ def _maps(
             references.target.reference_distances(target.values),
             explained_means,
             [reference_means[role] for role in explained],
-            objective,
+            method.objective,
             laplacians=laplacians,
         )
     if given:
-        check_residual(solution.residual_share, *(distance_rows(features[role], pooled) for role in roles))
+        check_residual(solution.residual_share, *(distance_rows(features[role], method.pooled) for role in roles))
     maps = {}
     for index, (name, role) in enumerate(zip(among, explained, strict=True)):
         known_features = None if references is None else references.features[role]
-        pair = PairGeometry.of(features[role], solution, index, ops, pooled=pooled, references=known_features)
-        weights, values = pair.maps(weighting)
+        pair = PairGeometry.of(features[role], solution, index, ops, pooled=method.pooled, references=known_features)
+        weights, values = pair.maps(method.weighting)
         maps[name] = Maps(values, weights, pair.score)
     return maps
 

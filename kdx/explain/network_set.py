@@ -14,6 +14,7 @@ from kdx.export.description import Description, NetworkDescription
 from kdx.export.graphs import Preprocessing
 from kdx.models.layer_pairs import LayerNames
 from kdx.models.network import Network
+from kdx.models.source_code import code_hash
 from kdx.runtimes.choice import Choice
 
 
@@ -23,7 +24,7 @@ class NetworkRecord:
 
     reference: the model reference that names it. sha256: the hash of its weights. parameters: how many it has. preprocessing: what it
     does to its images. image_size: the (height, width) that it takes, or None for any. trained: False if some weights are known to
-    be random.
+    be random. code: the hash of the user's own source code that defines it (`kdx.models.source_code`), or None.
     """
 
     reference: str
@@ -32,11 +33,13 @@ class NetworkRecord:
     preprocessing: Preprocessing
     image_size: tuple[int, int] | None
     trained: bool
+    code: str | None = None
 
     @classmethod
     def of_network(cls, network: Network) -> Self:
         size = network.preprocessing.size
-        return cls(network.reference, network.weights_hash, network.parameters, network.preprocessing, size, network.trained)
+        code = code_hash(network.reference, network.module)
+        return cls(network.reference, network.weights_hash, network.parameters, network.preprocessing, size, network.trained, code)
 
     @classmethod
     def of_file(cls, network: NetworkDescription, file: Description) -> Self:

@@ -19,7 +19,7 @@ from kdx.errors import KdxError, about_network
 from kdx.explain.batch_target import BatchTarget
 from kdx.explain.explainer_file import no_gradients
 from kdx.explain.exported import ENGINE_IMAGES, Export, ExportFolder, open_exported
-from kdx.explain.layer import LayerReferences, PendingMeasurement, begin
+from kdx.explain.layer import LayerMethod, LayerReferences, PendingMeasurement, begin
 from kdx.explain.layer_graphs import LayerGraphs
 from kdx.explain.network_set import NetworkRecord
 from kdx.explain.runtime_cost import FEW_IMAGES, ExportCost
@@ -35,7 +35,6 @@ from kdx.maps.unicam import distance_rows
 from kdx.models.layer_pairs import LayerNames
 from kdx.models.models_file import ModelsFile
 from kdx.models.network import Network
-from kdx.models.source_code import code_hash
 from kdx.roles import ROLES
 from kdx.runtimes.choice import Choice, choose, describe_file, is_file
 from kdx.runtimes.eager import EagerRunner
@@ -230,16 +229,16 @@ class NetworkRunners:
     def begin(self, images: Tensor, batch: BatchTarget) -> tuple[dict[str, Tensor], dict[str, PendingMeasurement]]:
         outputs = self._infer(images)
         distances = {} if self._salience is None else self._salient_distances(self._salience, images, batch, outputs)
+        settings = self._settings
+        method = LayerMethod(geometry.OBJECTIVES[settings.objective], settings.weighting, settings.pooled)
         measurements = {
             layer: begin(
                 self._features(outputs, layer),
                 batch.target,
-                objective=geometry.OBJECTIVES[self._settings.objective],
-                weighting=self._settings.weighting,
-                permutations=batch.permutations,
+                batch.permutations,
+                method,
                 references=self._references.get(layer),
                 distances=distances.get(layer),
-                pooled=self._settings.pooled,
                 graphs=self._captured,
             )
             for layer in self.layers
@@ -302,14 +301,14 @@ class NetworkRunners:
     def _key(self, role: str) -> str:
         """The key of everything except the images that a network's outputs depend on."""
         if role not in self._identities:
-            record, file, network = self.networks()[role], self._files.get(role), self._networks.get(role)
+            record, file = self.networks()[role], self._files.get(role)
             self._identities[role] = {
                 "reference": record.reference,
                 "weights": record.sha256,
                 "preprocessing": asdict(record.preprocessing),
                 # Exporters and runtimes may compute a layer differently if other layers are outputs as well.
                 "layers": list(dict.fromkeys(self._layers_of(role))),
-                "code": code_hash(record.reference, network.module) if isinstance(network, Network) else None,
+                "code": record.code,
                 "file": None if file is None else hashlib.sha256(file[0].read_bytes()).hexdigest(),
                 "chunk": self._settings.chunk,
             }

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kdx.errors import KdxError
 from kdx.kernels.moments import Influences
+from kdx.remote import as_path
 from kdx.roles import CONTRASTS, SCORES, contrast_name
 from kdx.runs.influences import RunInfluences, read_influences
 from kdx.runs.measured import Entry
@@ -136,7 +137,7 @@ def compare_runs(folders: Mapping[str, Path]) -> Comparison:
     """
     if len(folders) < 2:
         raise KdxError("A comparison needs at least two runs.", "Name another run.")
-    runs = {name: read_run(Path(folder)) for name, folder in folders.items()}
+    runs = {name: read_run(as_path(folder)) for name, folder in folders.items()}
     for name, run in runs.items():
         _check_same_data(next(iter(runs)), next(iter(runs.values())), name, run)
     layers = _common_layers(list(runs.values()))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdx.disk import remove_leftovers, write_atomic
+from kdx.remote import as_path
 from kdx.report import plots, wording
 from kdx.report.evaluation import evaluation_section
 from kdx.report.gallery import MAP_SCRIPTS, Gallery, colour_tables, gradient, make_gallery
@@ -43,7 +44,7 @@ def write_page(folder: Path) -> Path:
 
     Raises KdxError where the folder is missing or incomplete, where the run is not complete, or where a newer kdx wrote it.
     """
-    run = read_run(Path(folder))
+    run = read_run(as_path(folder))
     for written_to in (run.folder, run.folder / schema.OVERLAYS):
         remove_leftovers(written_to)
     page = _page(run, make_gallery(run), read_training_scores(run.folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kdx.remote import as_path
 from kdx.report import wording
 from kdx.report.tables import names_by_table
 from kdx.runs.record import read_run
@@ -22,7 +23,7 @@ def scores_table(folder: Path) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    run = read_run(Path(folder))
+    run = read_run(as_path(folder))
     title = f"Scores{' of salient features' if run.salient else ''} with {wording.percent(run.confidence, 0)} intervals"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("score", no_wrap=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -195,46 +195,77 @@ def collect_batches(store: Store, plan: Plan) -> Collected:
     """The results of all batches. The maps that add up to the scores are computed here, since they depend on the inner products of all."""
     roles = roles_among(store.manifest["configuration"]["models"])
     pools = {layer: Pool(roles, mean=plan.options.ratios == "mean") for layer in plan.layers}
-    records = [store.read_batch(batch) for batch in range(len(plan.batches))]
     parts: list[dict[str, NDArray[Any]]] = []
-    for batch, record in enumerate(records):
+    unreadable: list[tuple[str, str]] = []
+    with_shares = set(plan.layers)
+    for batch, record in _records(store, plan):
         for layer, pool in pools.items():
             pool.add(*record.layers[layer])
         count = len(record.columns[schema.INDEX])
         position = {schema.ROW: batch * plan.widest + np.arange(count), schema.BATCH: np.full(count, batch)}
         parts.append(position | record.columns)
+        unreadable += record.unreadable
+        with_shares &= record.shares.keys()  # the records of kdx 0.1.0 have no shares
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     count = len(columns[schema.INDEX])
     return Collected(
         columns,
         {layer: pool.scores(n=count, confidence=plan.options.confidence) for layer, pool in pools.items()},
-        {layer: _statistics(store, plan, layer, records, pools[layer].products, roles) for layer in plan.layers},
+        _statistics(store, plan, {layer: pool.products for layer, pool in pools.items()}, roles, with_shares, count),
         {layer: {} for layer in plan.layers},
-        [image for record in records for image in record.unreadable],
+        unreadable,
         left_out=left_out_of_batches(plan, store.manifest["geometry"]),
     )
 
 
+def _records(store: Store, plan: Plan) -> Iterator[tuple[int, BatchRecord]]:
+    """The number and the record of each batch. One is in memory at a time: together, the shares of a million images take gigabytes."""
+    for batch in range(len(plan.batches)):
+        yield batch, store.read_batch(batch)
+
+
 def _statistics(
-    store: Store, plan: Plan, layer: str, records: Sequence[BatchRecord], products: Tensor, roles: Sequence[str]
-) -> dict[str, MapStatistics]:
-    """The statistics of every kind of map at a layer. Writes the maps that add up to a score."""
-    names = (*roles, TARGET)
-    stored = all(layer in record.shares for record in records)  # the records of kdx 0.1.0 have no shares
-    kinds = score_maps_among(roles) if stored else {}
-    parts: dict[str, list[MapStatistics]] = {}
-    rows, total = plan.widest, plan.widest * len(plan.batches)
-    for batch, record in enumerate(records):
-        contexts = {name: combined(kind, record.shares[layer], products, names) for name, kind in kinds.items()}
-        store.write_maps(batch, rows, total, {layer: {name: value.sum(0).float().numpy() for name, value in contexts.items()}})
+    store: Store, plan: Plan, products: Mapping[str, Tensor], roles: Sequence[str], with_shares: Collection[str], images: int
+) -> dict[str, dict[str, MapStatistics]]:
+    """The statistics of every kind of map per layer. Writes the maps that add up to a score, at the layers ``with_shares``."""
+    # One array per kind: the small tensors of many batches, kept between large ones that are freed, would make the heap grow.
+    columns: dict[str, dict[str, Tensor]] = {layer: {} for layer in plan.layers}
+    start = 0
+    for batch, record in _records(store, plan):
         count = len(record.columns[schema.INDEX])
-        for name, value in contexts.items():
-            maps = value.sum(0)
-            # An explainer file gives one context, from which no stability follows.
-            known = stability(value[0], value[1]) if len(value) == 2 else torch.full((count,), torch.nan, dtype=torch.float64)
-            parts.setdefault(name, []).append(MapStatistics(maps.double().sum((1, 2)), mean_strength(maps), known))
-        for name in maps_among(roles):
-            maps = torch.from_numpy(store.read_maps(layer, name, batch * rows, count))
-            unknown = torch.full((count,), torch.nan, dtype=torch.float64)
-            parts.setdefault(name, []).append(MapStatistics(maps.double().sum((1, 2)), mean_strength(maps), unknown))
-    return {name: MapStatistics.joined(values) for name, values in parts.items()}
+        for layer, by_name in columns.items():
+            shares = record.shares[layer] if layer in with_shares else None
+            for name, values in _batch_statistics(store, plan, layer, batch, count, shares, products[layer], roles).items():
+                if name not in by_name:
+                    by_name[name] = torch.empty(3, images, dtype=torch.float64)
+                by_name[name][:, start : start + count] = torch.stack([values.total, values.strength, values.stability])
+        start += count
+    return {layer: {name: MapStatistics(*values) for name, values in by_name.items()} for layer, by_name in columns.items()}
+
+
+def _batch_statistics(
+    store: Store,
+    plan: Plan,
+    layer: str,
+    batch: int,
+    count: int,
+    shares: Mapping[tuple[str, str], Tensor] | None,
+    products: Tensor,
+    roles: Sequence[str],
+) -> dict[str, MapStatistics]:
+    """The statistics of every kind of map of one batch of ``count`` images at a layer. Writes the maps that add up to a score."""
+    rows, total, names = plan.widest, plan.widest * len(plan.batches), (*roles, TARGET)
+    kinds = {} if shares is None else score_maps_among(roles)
+    contexts = {name: combined(kind, shares, products, names) for name, kind in kinds.items() if shares is not None}
+    store.write_maps(batch, rows, total, {layer: {name: value.sum(0).float().numpy() for name, value in contexts.items()}})
+    result = {}
+    unknown = torch.full((count,), torch.nan, dtype=torch.float64)
+    for name, value in contexts.items():
+        maps = value.sum(0)
+        # An explainer file gives one context, from which no stability follows.
+        known = stability(value[0], value[1]) if len(value) == 2 else unknown
+        result[name] = MapStatistics(maps.double().sum((1, 2)), mean_strength(maps), known)
+    for name in maps_among(roles):
+        maps = torch.from_numpy(store.read_maps(layer, name, batch * rows, count))
+        result[name] = MapStatistics(maps.double().sum((1, 2)), mean_strength(maps), unknown)
+    return result

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import platform
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+_STATUS = Path("/proc/self/status")
 
 _PACKAGES = ("kdx", "torch", "numpy", "scipy", "onnx", "onnxruntime", "openvino", "zarr", "pyarrow", "pillow")
 
@@ -34,6 +37,15 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def peak_bytes() -> int:
+    """The peak memory of this process. On Linux getrusage starts from the parent's peak, so the process's status is read instead."""
+    if _STATUS.exists():
+        return 1024 * int(_STATUS.read_text().split("VmHWM:")[1].split()[0])
+    import resource  # it does not exist on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def now() -> str:

@@ -253,7 +253,8 @@ def _read_values(run: RunRecord, names: Sequence[str]) -> dict[str, Values]:
 
     path: Path = run.folder / schema.EVALUATION_TABLE
     try:
-        table = pyarrow.parquet.read_table(path, columns=list(names))
+        with path.open("rb") as file:
+            table = pyarrow.parquet.read_table(file, columns=list(names))
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if table.num_rows != len(run.samples.ids):

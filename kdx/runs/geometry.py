@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from kdx.errors import KdxError
-from kdx.kernels.set_geometry import StoredDistances
-from kdx.roles import shares_among
-from kdx.runs.feature_files import FeatureFiles, Shapes
+from kdx.runs.cost import SetCost
+from kdx.runs.feature_files import Shapes
 from kdx.runs.plan import MAX_MINUTES, Plan
 from kdx.runtimes.choice import is_file
 
@@ -23,28 +23,6 @@ class Geometry:
 
     kind: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What the geometry ``whole`` costs besides the networks: bytes on disk and operations."""
-
-    bytes: int
-    operations: float
-
-    @classmethod
-    def of(cls, n: int, shapes: Shapes, plan: Plan) -> Cost:
-        """The cost for n images. The distances of one layer are on disk at a time, the features of all layers."""
-        roles = tuple(shapes)
-        pooled = plan.options.pooled
-        shares = () if pooled else shares_among(roles)
-        products = {role: 1 + 2 * sum(share == role for share, _ in shares) for role in roles}
-        operations = sum(
-            products[role] * n**2 * channels * (1 if pooled else height * width)
-            for role, by_layer in shapes.items()
-            for channels, height, width in by_layer.values()
-        )
-        return cls(FeatureFiles.bytes(n, shapes, plan.options.stored_precision) + StoredDistances.bytes(n, len(roles)), operations)
 
 
 def unavoidable(plan: Plan) -> Geometry | None:
@@ -71,28 +49,37 @@ def unavoidable(plan: Plan) -> Geometry | None:
 
 
 def choose_geometry(plan: Plan, shapes: Shapes, folder: Path, shared_bytes: int = 0) -> Geometry:
-    """``whole`` if it was requested and the features fit on the disk; for ``auto``, ``whole`` within the limits and else ``reference``.
+    """`geometry_within` for the images of the plan, with the free space of the disk of ``folder`` and the speed of this machine.
 
     shared_bytes: the size of features that other runs have stored. They count as free space, so that the choice is that of a single run.
-
-    Raises KdxError, with the figures, if ``whole`` was requested and its files do not fit on the disk of ``folder``.
     """
-    cost, options = Cost.of(len(plan.indices), shapes, plan), plan.options
     free = shutil.disk_usage(folder).free + shared_bytes + sum(file.stat().st_size for file in folder.rglob("*.npy"))
+    return geometry_within(plan, shapes, len(plan.indices), free, folder, products_per_second)
+
+
+def geometry_within(plan: Plan, shapes: Shapes, n: int, free: float, place: object, speed: Callable[[], float]) -> Geometry:
+    """``whole`` if it was requested and the features fit on the disk; for ``auto``, ``whole`` within the limits and else ``reference``.
+
+    n: the number of images. free: the bytes of free space. place: the folder, for the error. speed: the operations per second.
+
+    Raises KdxError, with the figures, if ``whole`` was requested and its files do not fit on the disk.
+    """
+    options = plan.options
+    cost = SetCost.of(n, shapes, options.stored_precision, options.pooled)
     limit = free / 2 if options.max_disk is None else min(free, options.max_disk * 1e9)
-    needed = f"features and distances of {len(plan.indices):,} images take {size_text(cost.bytes)}"
+    needed = f"features and distances of {n:,} images take {size_text(cost.bytes)}"
     if options.geometry == "whole":
         available = free if options.max_disk is None else limit
         if cost.bytes > available:
             raise KdxError(
-                f"The features and distances of {len(plan.indices):,} images take {size_text(cost.bytes)}, and {size_text(available)} are "
-                f"available in {folder}.",
+                f"The features and distances of {n:,} images take {size_text(cost.bytes)}, and {size_text(available)} are "
+                f"available in {place}.",
                 "Free some space, choose --store float16 or --project 64, or use --geometry reference.",
             )
         return Geometry("whole", f"as requested; the {needed}")
     if cost.bytes > limit:
         return Geometry("reference", f"the {needed}, and the limit is {size_text(limit)} (--max-disk)")
-    minutes = cost.operations / products_per_second() / 60
+    minutes = cost.operations / speed() / 60
     most = MAX_MINUTES if options.max_minutes is None else options.max_minutes
     if minutes > most:
         estimate = f"the sweeps over all pairs would take about {minutes:,.0f} minutes"
@@ -102,6 +89,8 @@ def choose_geometry(plan: Plan, shapes: Shapes, folder: Path, shared_bytes: int 
 
 def size_text(count: float) -> str:
     """A number of bytes in words."""
+    if count >= 1e12:
+        return f"{count / 1e12:,.1f} TB"
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 

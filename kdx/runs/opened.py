@@ -16,6 +16,7 @@ from kdx.choices import GroupKind, TableFormat
 from kdx.errors import KdxError
 from kdx.maps.drawing import Sheet
 from kdx.maps.figures import DRAWN_KINDS, Drawable, chosen_kinds, layers_sheet
+from kdx.remote import as_path
 from kdx.roles import SCORE_MAPS
 from kdx.runs import grouped_scores, schema
 from kdx.runs.image_numbers import image_number, number_names
@@ -33,14 +34,14 @@ class UnknownName(KdxError, KeyError):
 
 
 def open_run(folder: str | Path) -> OpenedRun:
-    """Open the run that ``kdx explain`` wrote into ``folder``: its images, maps, scores and numbers.
+    """Open the run that ``kdx explain`` wrote into ``folder``, which may be at a URL: its images, maps, scores and numbers.
 
     It reads the scores and the predictions at once, and maps and pictures when they are used. Nothing is computed and no network is
     loaded. Runs of kdx 0.1.0 open too; they have no maps that add up to a score and no numbers of maps.
 
     Raises KdxError if there is no run, if it is not finished or damaged, or if a newer kdx wrote it.
     """
-    record = read_run(Path(folder))
+    record = read_run(as_path(folder))
     return OpenedRun(_Reader(record), np.arange(len(record.samples.rows)))
 
 

@@ -61,7 +61,7 @@ class RunOptions(Settings):
     ``auto`` selects the geometry ``reference``.
     base: ``none`` leaves out the base of the models file.
     target: what relevance is measured against in place of labels (`kdx.runs.targets`), by default as the models file states.
-    decoder: the decoder of image files (`kdx.data.gpu_decoder`); Pillow always decodes the pictures of the page.
+    decoder: the decoder of image files (`kdx.choices.DecoderName`); Pillow always decodes the pictures of the page.
     resize, interpolation: how images are brought to the networks' size, by default as the models file states.
     ratios: ``summed`` for one score from the inner products of all batches, or ``mean`` for the mean of the batches' scores, with the
     geometry ``batch``.
@@ -147,13 +147,16 @@ class Plan:
         _check_base(models, options)
         models_file = _from_explainer_file(models) if is_file(models) else with_recorded_data(read_models(models)).with_base(options.base)
         dataset = open_data(data, models_file.classes or None)
-        dataset = replace(dataset, resizing=options.resizing(models_file.resizing), decoder=_decoder(options))
+        dataset = replace(
+            dataset, resizing=options.resizing(models_file.resizing), decoder=_decoder(options), draft=options.decoder == "pillow-draft"
+        )
         split = choose_split(dataset, models_file, options.split, options.seed)
         check_images(len(split.indices))
         target = run_target(options.target, models_file, dataset, split.indices, split.pool, options.device)
         grouping = grouping_of(dataset, split.indices, options.groups, options.groups_file)
         plan = cls(data, models_file, dataset, split, parse_layers(layers or models_file.layers), options, target, grouping)
-        options.gallery_choice.check([dataset.ids[index] for index in plan.indices], models_file.references, plan.layers)
+        names = [dataset.ids[index] for index in plan.indices] if options.gallery_images else ()
+        options.gallery_choice.check(names, models_file.references, plan.layers)
         return plan
 
     @property
@@ -170,7 +173,7 @@ class Plan:
         """The target of images, which are rows of the data set: their labels [n], or the rows [n, e] of another target."""
         return torch.from_numpy(self.dataset.labels[indices]) if self.own_target is None else self.own_target.rows(indices)
 
-    @property
+    @cached_property
     def widest(self) -> int:
         """The number of images in the largest batch."""
         return max(map(len, self.batches))
@@ -221,7 +224,7 @@ class Plan:
 
 def _decoder(options: RunOptions) -> GpuDecoder | None:
     """The decoder on the run's GPU, if it is chosen. Raises KdxError if it cannot run."""
-    if options.decoder == "pillow":
+    if options.decoder != "torchvision-cuda":
         return None
     return open_gpu_decoder(choose("eager", options.device).device)
 

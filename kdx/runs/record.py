@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdx.errors import KdxError
+from kdx.remote import remote_errors, zarr_store
 from kdx.roles import MEASURED, READING_ORDER, contrast_name, contrasts_among, maps_among, score_maps_among, scores_among
 from kdx.runs import schema
 from kdx.runs.measured import Entry, GroupEntries, MapColumns, MapSummary, NetworkResult, Samples, optional_integer
@@ -115,30 +117,40 @@ class RunRecord:
 
         names = [schema.map_column(layer, kind, name) for name in schema.MAP_COLUMNS]
         with _damage_is_lost_result(self.folder):
-            path = self.folder / schema.SAMPLES_FILE
-            if not set(names) <= set(pyarrow.parquet.read_schema(path).names):
-                return None
-            table = pyarrow.parquet.read_table(path, columns=names)
-            return MapColumns(*(table[name].to_numpy() for name in names))
+            with (self.folder / schema.SAMPLES_FILE).open("rb") as file, pyarrow.parquet.ParquetFile(file) as table:
+                if not set(names) <= set(table.schema_arrow.names):
+                    return None
+                columns = table.read(columns=names)
+            return MapColumns(*(columns[name].to_numpy() for name in names))
 
     def maps(self, layer: str, kind: str, rows: Sequence[int]) -> NDArray[np.float32]:
         """The maps [len(rows), h, w] of these rows at their stored resolution. Raises LostResult where the run does not have them."""
         import zarr
 
         path = schema.map_path(layer, kind)
-        with _damage_is_lost_result(self.folder):
-            array = zarr.open_group(self.folder / schema.MAPS_FILE, mode="r")[path]
+        with _damage_is_lost_result(self.folder), remote_errors(self.folder):
+            array = self._maps[path]
             if not isinstance(array, zarr.Array) or array.ndim != 3:
                 raise ValueError(f"{schema.MAPS_FILE} has no array of maps [N, h, w] at {path}")
             if rows and max(rows) >= array.shape[0]:
                 raise ValueError(f"{schema.MAPS_FILE} has {array.shape[0]} maps at {path}, and there is a picture for row {max(rows)}")
             return np.asarray(array.oindex[np.array(rows)]) if rows else np.empty((0, *array.shape[1:]), np.float32)
 
+    @cached_property
+    def _maps(self) -> Any:
+        import zarr
+
+        return zarr.open_group(zarr_store(self.folder / schema.MAPS_FILE, read_only=True), mode="r")
+
     def picture(self, row: int) -> Image.Image:
         """The picture of a gallery image, in RGB. Raises LostResult where it is missing or damaged."""
         from PIL import Image
 
-        with _damage_is_lost_result(self.folder), Image.open(schema.picture_path(self.folder, row)) as picture:
+        with (
+            _damage_is_lost_result(self.folder),
+            schema.picture_path(self.folder, row).open("rb") as file,
+            Image.open(file) as picture,
+        ):
             return picture.convert("RGB")
 
 
@@ -280,7 +292,8 @@ def _samples(folder: Path, roles: Sequence[str]) -> Samples:
 
     columns = [schema.ROW, schema.ID, schema.LABEL, *map(schema.prediction_column, roles), *map(schema.confidence_column, roles)]
     try:
-        table = pyarrow.parquet.read_table(folder / schema.SAMPLES_FILE, columns=columns)
+        with (folder / schema.SAMPLES_FILE).open("rb") as file:
+            table = pyarrow.parquet.read_table(file, columns=columns)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{schema.SAMPLES_FILE}: {error}") from error
     missing = [name for name in columns if name not in table.column_names]

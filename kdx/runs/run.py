@@ -17,11 +17,13 @@ from kdx.choices import COVER
 from kdx.cluster.executor import Executor
 from kdx.data.batches import check_labels
 from kdx.data.images import check_unreadable, load_images
+from kdx.disk import scratch_folder
 from kdx.errors import KdxError, resumable
 from kdx.explain.explainer import Explainer
 from kdx.explain.graph import largest_size
 from kdx.explain.network_set import NetworkRecord
 from kdx.explain.shared_features import SharedFeatures
+from kdx.remote import is_url, without_credentials
 from kdx.roles import BASELINE, mapped_among
 from kdx.runs import schema
 from kdx.runs.batches import Compute, LocalBatches, collect_batches, explain_batches
@@ -37,10 +39,10 @@ from kdx.runs.measured import Samples
 from kdx.runs.plan import Plan, aligned
 from kdx.runs.plan import RunOptions as RunOptions
 from kdx.runs.schema import (
-    BaseLayers,
     Configuration,
     Context,
     InputFiles,
+    NetworkDetails,
     SplitRule,
     StoredFeatures,
     StoredInputs,
@@ -71,6 +73,8 @@ def explain_dataset(
 ) -> None:
     """Explain ``data`` with the networks of a models file, or with an explainer file, and store the run in the folder ``out``.
 
+    data, out: a path or a URL. The large files that only an unfinished run needs are then in the folder of kdx's caches.
+
     layers: names that the networks share, or ``student_layer=teacher_layer``; by default those of the models file.
     networks: the folder for exported networks, by default out/networks. command: the command line, for the manifest. restart: compute a
     complete run again. A stopped run resumes, with the same result.
@@ -81,7 +85,9 @@ def explain_dataset(
 
     Raises KdxError for anything that the user can fix, if possible before anything is written.
     """
-    plan = Plan.of(data, models, layers, options)
+    if options.keep_features and is_url(out):
+        raise KdxError("Features are kept in a local folder only.", "Leave --keep-features out, or give a local --out.")
+    plan = Plan.of(without_credentials(data), models, layers, options)
     for line in (*plan.split.lines(), plan.dataset.note):
         if line:
             announce(line)
@@ -93,7 +99,7 @@ def explain_dataset(
     if geometry is not None and geometry.kind != "whole":
         _ = plan.batches
     shared = None if shared_features is None else SharedFeatures(shared_features)
-    with ExitStack() as stack, plan.explainer(networks or out / schema.NETWORKS, announce, shared) as explainer:
+    with ExitStack() as stack, plan.explainer(networks or scratch_folder(out) / schema.NETWORKS, announce, shared) as explainer:
         records = explainer.networks()
         size = largest_size(record.image_size for record in records.values())
         store = stack.enter_context(
@@ -102,6 +108,7 @@ def explain_dataset(
         if store.replaces:
             announce(store.replaces)
         if store.complete and not restart:
+            store.tidy(keep_features=options.keep_features)
             announce(f"{out} is already complete; its page is written again.")
             return
         if store.complete:
@@ -184,7 +191,7 @@ def _explain(work: _Work, geometry: Geometry | None, announce: Callable[[str], N
     elif geometry is None and store.has(0):  # kdx 0.1.0 did not record it
         geometry = Geometry("batch", "the run was started by an older version")
     elif geometry is None:
-        geometry = choose_geometry(plan, shapes, store.folder, shared_bytes)
+        geometry = choose_geometry(plan, shapes, store.scratch, shared_bytes)
     store.set_geometry(geometry.kind, geometry.reason, batches=1 if geometry.kind == "whole" else len(plan.batches))
     announce(f"Geometry {geometry.kind}: {geometry.reason}.")
     if geometry.kind == "whole":
@@ -222,17 +229,20 @@ def _configuration(plan: Plan, records: Mapping[str, NetworkRecord], size: tuple
         **rule,
         "models": {role: _identity(record) for role, record in records.items()},
         "layers": {layer: names.teacher for layer, names in plan.layers.items()},
-        **_base_layers(plan),
+        **_network_details(plan, records),
         "image_size": size,
         **_recorded_options(plan.options),
         **_recorded_inputs(plan),
     }
 
 
-def _base_layers(plan: Plan) -> BaseLayers:
-    """The base's layers that have other names than the student's."""
-    other = {layer: names.base for layer, names in plan.layers.items() if names.base != layer}
-    return {"base_layers": other} if other else {}
+def _network_details(plan: Plan, records: Mapping[str, NetworkRecord]) -> NetworkDetails:
+    details: NetworkDetails = {}
+    if base_layers := {layer: names.base for layer, names in plan.layers.items() if names.base != layer}:
+        details["base_layers"] = base_layers
+    if code := {role: record.code for role, record in records.items() if record.code is not None}:
+        details["source_code"] = code
+    return details
 
 
 def _identity(record: NetworkRecord) -> StoredNetwork:
@@ -306,7 +316,7 @@ def _context(plan: Plan, command: Sequence[str], out: Path) -> Context:
         **files,
         "kdx": version("kdx"),
         "created": now(),
-        "command": list(command),
+        "command": list(map(without_credentials, command)),
         "environment": environment(),
         "classes": list(plan.dataset.classes),
         "method": plan.models.training.get("method"),
@@ -315,7 +325,10 @@ def _context(plan: Plan, command: Sequence[str], out: Path) -> Context:
 
 
 def _relative(path: Path, folder: Path) -> str:
-    """The path from a folder, so that both can be moved together; the absolute path where there is none, as between drives of Windows."""
+    """The path from a folder, so that both can be moved together; the absolute path where there is none, as between drives of Windows
+    and from a URL."""
+    if is_url(folder):
+        return str(path.resolve())
     try:
         return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
     except ValueError:

@@ -172,10 +172,12 @@ class SplitRule(TypedDict):
     validation_is_test: NotRequired[bool]
 
 
-class BaseLayers(TypedDict):
-    """base_layers: the base's layers that have other names than the student's, by the student's; omitted if there are none."""
+class NetworkDetails(TypedDict):
+    """base_layers: the base's layers that have other names than the student's, by the student's. source_code: the hash of the source code
+    of each network that is the user's own (`kdx.models.source_code`). Each is omitted if there are none."""
 
     base_layers: NotRequired[dict[str, str]]
+    source_code: NotRequired[dict[str, str]]
 
 
 class StoredTarget(TypedDict):
@@ -220,7 +222,7 @@ class InputFiles(TypedDict):
     models_file: NotRequired[str]
 
 
-class Configuration(StoredOptions, SplitRule, StoredInputs, BaseLayers):
+class Configuration(StoredOptions, SplitRule, StoredInputs, NetworkDetails):
     """Everything that a run's results depend on. ``fingerprint`` identifies the data, wherever its folder ``data`` is. layers: the
     student's layer to the teacher's, or to itself without a teacher."""
 

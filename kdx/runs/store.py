@@ -1,13 +1,14 @@
 """Writes a run's folder so that a kill at any moment loses at most the batch in progress. The schema is in `kdx.runs.schema`.
 
-A batch's maps are written first. Its file under progress/ is written last, by a rename: a batch that has this file is complete.
+A batch's maps are written first. Its file under progress/ is written last, by a rename: a batch that has this file is complete. At a URL
+the rename is the write of one object, which the service shows whole or not at all.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,26 +18,36 @@ from typing import IO, Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.disk import csv_text, lock_folder, read_json, remove_leftovers, unwritable, write_atomic
+from kdx.disk import check_locked, csv_text, lock_folder, read_json, remove_leftovers, remove_tree, scratch_folder, unwritable, write_atomic
 from kdx.errors import KdxError
+from kdx.remote import RemotePath, remote_errors, zarr_store
+from kdx.remote_lock import RemoteLock
 from kdx.runs import grouped_scores, schema
 from kdx.runs.gallery_choice import write_picture
 from kdx.runs.progress_records import BatchRecord, LayerRecord
 from kdx.runs.schema import Configuration, Context, ImageCounts, Manifest, StoredScores
 
+_LISTED_FOR = 10.0
+"""The seconds for which a listing of the finished batches at a URL is used."""
+
 
 class Store:
-    """The folder of one run, locked for one process at a time. `begin` creates or reopens it; `close` unlocks it.
+    """The folder of one run, which may be at a URL, locked for one process at a time. `begin` creates or reopens it; `close` unlocks it.
 
     A context manager. The lock ends with the process, even when the process is killed.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, lock: IO[bytes], replaces: str = "") -> None:
+    def __init__(self, folder: Path, manifest: Manifest, lock: IO[bytes] | RemoteLock, replaces: str = "") -> None:
         self.folder = folder
+        self.scratch = scratch_folder(folder)
+        """The folder for features and other large files of a run that is not complete: the run's, or a local one if the run is at a URL."""
+        self.scratch.mkdir(parents=True, exist_ok=True)
         self.manifest = manifest
         self._lock = lock
         self.replaces = replaces
         """Why an unfinished run of another configuration in this folder was discarded, as a sentence; "" if there was none."""
+        self._listing: tuple[float, set[str]] = -_LISTED_FOR, set()  # when the finished batches at a URL were listed, and their files
+        self._group: Any = None  # of maps.zarr, once it is opened
         self._arrays: dict[str, Any] = {}  # opening an array of maps takes as long as writing a batch of them
 
     @classmethod
@@ -73,6 +84,8 @@ class Store:
             different = sorted(key for key in {*known, *requested} if known.get(key) != requested.get(key))
             if "fingerprint" in different and fingerprint_of_0_1_0 is not None and known.get("fingerprint") == fingerprint_of_0_1_0():
                 different.remove("fingerprint")
+            if "source_code" not in known:  # older versions did not record it
+                different = [key for key in different if key != "source_code"]
             if stored.get("geometry") == "whole":  # the batch does not change its results
                 different = [key for key in different if key != "batch"]
             if "fingerprint" not in different:  # the same images in another folder
@@ -97,6 +110,9 @@ class Store:
 
     def close(self) -> None:
         self._lock.close()
+        if self.scratch != self.folder:
+            with suppress(OSError):  # it contains what a resumed run needs
+                self.scratch.rmdir()
 
     def __enter__(self) -> Self:
         return self
@@ -111,7 +127,7 @@ class Store:
     @property
     def has_progress(self) -> bool:
         """Whether a part of the results, or of the features that they need, is stored."""
-        state = self.folder / schema.FEATURES / "state.npy"
+        state = self.scratch / schema.FEATURES / "state.npy"
         return any((self.folder / schema.PROGRESS).glob("*.npz")) or (state.exists() and bool(np.load(state, mmap_mode="r").any()))
 
     @property
@@ -136,14 +152,24 @@ class Store:
         self.manifest.pop("geometry", None)  # runs of kdx 0.1.0 did not record it, and it is chosen again
         self._write_manifest()
         self._arrays.clear()
-        for path in (self.folder / name for name in (schema.PROGRESS, schema.FEATURES, schema.MAPS_FILE, *schema.OPTIONAL_RESULTS)):
+        self._group = None
+        self._listing = -_LISTED_FOR, set()
+        folders = (self.folder / schema.PROGRESS, self.scratch / schema.FEATURES, self.folder / schema.MAPS_FILE)
+        for path in (*folders, *(self.folder / name for name in schema.OPTIONAL_RESULTS)):
             if path.is_dir():
-                shutil.rmtree(path)
+                remove_tree(path)
             else:
                 path.unlink(missing_ok=True)
 
     def has(self, batch: int) -> bool:
-        return schema.batch_path(self.folder, batch).exists()
+        path = schema.batch_path(self.folder, batch)
+        if not isinstance(self.folder, RemotePath):
+            return path.exists()
+        listed, names = self._listing
+        if time.monotonic() - listed >= _LISTED_FOR:  # one request per 1,000 batches, instead of one per batch
+            names = {file.name for file in path.parent.glob("*.npz")}
+            self._listing = time.monotonic(), names
+        return path.name in names
 
     def write_batch(
         self, batch: int, rows: int, total: int, maps: Mapping[str, Mapping[str, NDArray[np.float32]]], record: BatchRecord
@@ -168,22 +194,26 @@ class Store:
     def read_maps(self, layer: str, kind: str, start: int, count: int) -> NDArray[np.float32]:
         """``count`` maps [count, h, w] of a kind, from the row ``start``."""
         path = schema.map_path(layer, kind)
-        if path not in self._arrays:
-            self._arrays[path] = self._maps()[path]
-        return np.asarray(self._arrays[path][start : start + count])
+        with remote_errors(self.folder):
+            if path not in self._arrays:
+                self._arrays[path] = self._maps()[path]
+            return np.asarray(self._arrays[path][start : start + count])
 
     @contextmanager
     def _writing_maps(self) -> Iterator[None]:
         """Raises KdxError if maps cannot be written in the block, for example because the disk is full."""
         try:
-            yield
+            with remote_errors(self.folder):
+                yield
         except OSError as error:
             raise unwritable(self.folder / schema.MAPS_FILE, error) from error
 
     def _maps(self) -> Any:
         import zarr
 
-        return zarr.open_group(self.folder / schema.MAPS_FILE, mode="a")
+        if self._group is None:
+            self._group = zarr.open_group(zarr_store(self.folder / schema.MAPS_FILE, read_only=False), mode="a")
+        return self._group
 
     def has_layer(self, place: int) -> bool:
         return schema.layer_path(self.folder, place).exists()
@@ -203,16 +233,18 @@ class Store:
         self._write_arrays(schema.layer_path(self.folder, place), record.arrays())
 
     def read_layer(self, place: int) -> LayerRecord:
-        with np.load(schema.layer_path(self.folder, place), allow_pickle=False) as content:
+        with np.load(io.BytesIO(schema.layer_path(self.folder, place).read_bytes()), allow_pickle=False) as content:
             return LayerRecord.from_arrays({name: content[name] for name in content.files})
 
     def _write_arrays(self, path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **arrays)
+        check_locked(self.folder, self._lock)
         write_atomic(path, content.getvalue())
+        self._listing[1].add(path.name)
 
     def read_batch(self, batch: int) -> BatchRecord:
-        with np.load(schema.batch_path(self.folder, batch), allow_pickle=False) as content:
+        with np.load(io.BytesIO(schema.batch_path(self.folder, batch).read_bytes()), allow_pickle=False) as content:
             return BatchRecord.from_arrays({name: content[name] for name in content.files})
 
     def write_samples(self, columns: Mapping[str, Sequence[Any] | NDArray[Any]]) -> None:
@@ -242,12 +274,24 @@ class Store:
         self.manifest = {**self.manifest, "finished": finished, "images": images, "status": schema.COMPLETE}
         self.manifest.pop("failure", None)
         self._write_manifest()
-        shutil.rmtree(self.folder / schema.PROGRESS, ignore_errors=True)
-        if not keep_features:
-            shutil.rmtree(self.folder / schema.FEATURES, ignore_errors=True)
+        self.tidy(keep_features=keep_features)
+
+    def tidy(self, *, keep_features: bool) -> None:
+        """Delete the files of a complete run that only a resumed run needs, unless that was done.
+
+        The progress is deleted last: where a complete run has some, the process was killed before it was here.
+        """
+        if (self.folder / schema.PROGRESS).exists():
+            if not keep_features:
+                remove_tree(self.scratch / schema.FEATURES, ignore_errors=True)
+            if self.scratch != self.folder:
+                remove_tree(self.scratch, ignore_errors=True)
+            remove_tree(self.folder / schema.PROGRESS, ignore_errors=True)
 
     def _remove_partial_files(self) -> None:
         """Delete the temporary files that a killed process left: those of Zarr, and those of `kdx.disk.replacing` beside the results."""
+        if isinstance(self.folder, RemotePath):  # objects are whole
+            return
         for path in (self.folder / schema.MAPS_FILE).rglob("*.partial"):
             path.unlink(missing_ok=True)
         for folder in (self.folder, self.folder / schema.OVERLAYS):
@@ -257,6 +301,7 @@ class Store:
         self._write_json(schema.MANIFEST, self.manifest)
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        check_locked(self.folder, self._lock)
         # allow_nan=False: a NaN in a result would be a bug, and few JSON readers other than Python's accept it.
         write_atomic(self.folder / name, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,7 +75,7 @@ class ImageTable:
     """A row per image, from a file with the images' ids. explained: the images that the file must have."""
 
     path: Path
-    ids: tuple[str, ...]
+    ids: Sequence[str]
     explained: NDArray[np.int64]
 
     @property

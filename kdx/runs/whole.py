@@ -102,7 +102,7 @@ def explain_whole(
     store: Store, plan: Plan, shapes: Shapes, infer: Infer, device: torch.device, announce: Callable[[str], None]
 ) -> FeatureFiles:
     """Compute and store every layer that is not stored yet. Returns the files of features. device: where layers are measured."""
-    files = FeatureFiles(store.folder / schema.FEATURES, len(plan.indices), shapes, plan.options.stored_precision, list(plan.layers))
+    files = FeatureFiles(store.scratch / schema.FEATURES, len(plan.indices), shapes, plan.options.stored_precision, list(plan.layers))
     _infer(files, plan, infer, announce)
     check_unreadable(files.unreadable, len(plan.indices), plan.options.max_unreadable)
     index = _shuffled(plan)[files.kept]

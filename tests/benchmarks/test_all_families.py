@@ -62,6 +62,20 @@ def test_positions_in_another_order_are_found(change: Callable[[Tensor], Tensor]
     assert family_checks.patch_distance(network(Rearranged(change)), "layer")["distance"] > family_checks.MARGIN
 
 
+def test_a_layer_that_spreads_a_patch_is_checked_by_an_earlier_layer_of_its_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = {
+        "other grid": {"distance": 0, "grid": [16, 16]},
+        "plain": {"distance": 0, "grid": [8, 8]},
+        "spread": {"distance": 5, "grid": [8, 8]},
+        "turned": {"distance": 6, "grid": [4, 4]},
+    }
+    monkeypatch.setattr(family_checks, "patch_distance", lambda _, layer: results[layer])
+    plain, names = network(resnet(4, 1, 5)), list(results)
+    assert family_checks.patch_in_grid(plain, "spread", names) == {"distance": 0, "grid": [8, 8], "layer": "plain"}
+    assert family_checks.patch_in_grid(plain, "turned", names) == results["turned"]
+    assert family_checks.patch_in_grid(plain, "plain", names) == results["plain"]
+
+
 def test_a_wrong_grad_cam_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     correct = kdx.grad_cam
 

@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import gpu_model, gpu_tables
 from benchmarks.cases import RESNET50
-from benchmarks.gpu_model import GPUS, Case, Cost, Gpu, costs, seconds
+from benchmarks.gpu_model import Case, Cost, costs, seconds
 from kdx import models
 from kdx.explain.layer import begin
 from kdx.features.target import Target
+from kdx.runs.hardware import GPUS, Gpu
 from kdx.scores import uncertainty
 from tests.device_work import counted
 

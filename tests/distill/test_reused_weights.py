@@ -89,7 +89,7 @@ def test_explained_images_are_those_that_training_left_out(photos: Path, trained
         shutil.copyfile(photos / name, trained / "part" / name)
     part = open_data(str(trained / "part"))
     choice = choose_split(part, models_file.read_models(trained / "models.toml"), None, 0)
-    assert choice.used is not None and {part.ids[row] for row in np.flatnonzero(choice.used)} == {"dark/0.png"} & read
+    assert choice.used is not None and {part.ids[row] for row in np.flatnonzero(choice.used).tolist()} == {"dark/0.png"} & read
 
 
 @pytest.mark.parametrize("seed", [0, 1, 9])

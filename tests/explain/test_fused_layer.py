@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 import kdx
 from kdx.explain import fused_layer, layer_graphs
 from kdx.explain.fused_layer import FusedMeasurement
-from kdx.explain.layer import LayerMeasurement, begin, measure
+from kdx.explain.layer import LayerMeasurement, LayerMethod, begin, measure
 from kdx.explain.layer_graphs import LayerGraphs
 from kdx.features.target import Target
 from kdx.kernels import cuda, geometry
@@ -58,9 +57,9 @@ def test_a_batch_takes_few_launches_and_no_wait(names: tuple[str, ...], launches
     features, target, table = inputs(16, *names)
     target.checked()
     with counted():
-        begin(features, target, permutations=table)  # small constants are copied to the device once
+        begin(features, target, table)  # small constants are copied to the device once
     with counted() as work:
-        begin(features, target, permutations=table)
+        begin(features, target, table)
     assert not work.waits and work.launches.total() <= launches, work.by_line()
 
 
@@ -74,9 +73,9 @@ CASES = [
 @pytest.mark.parametrize(("names", "shares"), CASES)
 def test_the_results_are_those_of_pytorch(names: tuple[str, ...], shares: bool) -> None:
     features, target, table = inputs(19, *names)
-    expected = measure(features, target, permutations=table, shares=shares)
+    expected = measure(features, target, table, LayerMethod(shares=shares))
     with running():
-        actual = measure(features, target, permutations=table, shares=shares)
+        actual = measure(features, target, table, LayerMethod(shares=shares))
     assert_close(actual, expected)
 
 
@@ -84,9 +83,9 @@ def test_the_results_are_those_of_pytorch(names: tuple[str, ...], shares: bool) 
 @pytest.mark.parametrize("n", [5, 6])
 def test_few_images(n: int) -> None:
     features, target, table = inputs(n)
-    expected = measure(features, target, permutations=table)
+    expected = measure(features, target, table)
     with running():
-        assert_close(measure(features, target, permutations=table), expected, 10 * CLOSE)
+        assert_close(measure(features, target, table), expected, 10 * CLOSE)
 
 
 @pytest.mark.slow
@@ -109,9 +108,9 @@ def test_small_and_odd_shapes(n: int, student: tuple[int, ...], base: tuple[int,
     features = {role: values.to(dtype) for role, values in drawn.items()}
     target, table = Target.of(labels), uncertainty.permutation_table(n, 5, 0)
     wide = {role: values.double() for role, values in features.items()}
-    expected = measure(wide, target, permutations=table, backend="torch")
+    expected = measure(wide, target, table, backend="torch")
     with running(HostLauncher("shuffled", n)):
-        actual = measure(features, target, permutations=table)
+        actual = measure(features, target, table)
     for name, maps in expected.maps.items():
         assert oracle.error(actual.maps[name].maps, maps.maps) < CLOSE and oracle.error(actual.maps[name].weights, maps.weights) < CLOSE
     assert oracle.error(actual.products, expected.products) < CLOSE
@@ -124,20 +123,20 @@ def test_small_and_odd_shapes(n: int, student: tuple[int, ...], base: tuple[int,
 def test_half_precision_and_uniqueness(dtype: torch.dtype) -> None:
     features, target, table = inputs()
     features = {role: value.to(dtype) for role, value in features.items()}
-    options: dict[str, Any] = {"permutations": table, "objective": geometry.uniqueness}
-    expected = measure(features, target, **options)
+    method = LayerMethod(geometry.uniqueness)
+    expected = measure(features, target, table, method)
     with running():
-        assert_close(measure(features, target, **options), expected)
+        assert_close(measure(features, target, table, method), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("factor", [1e-15, 1e25])
 def test_features_of_unusual_magnitude_are_measured_step_by_step(factor: float) -> None:
     features, target, table = inputs()
-    expected = measure(features, target, permutations=table)
+    expected = measure(features, target, table)
     features = {role: value * factor for role, value in features.items()}
     with running():
-        pending = begin(features, target, permutations=table)
+        pending = begin(features, target, table)
         assert pending.numbers.numel()
         actual = pending.result(pending.numbers.clone())
     for name, maps in expected.maps.items():
@@ -149,7 +148,7 @@ def test_features_of_unusual_magnitude_are_measured_step_by_step(factor: float) 
 def test_four_images_have_maps_of_zero() -> None:
     features, target, table = inputs(4)
     with running():
-        actual = measure(features, target, permutations=table)
+        actual = measure(features, target, table)
     assert actual.moments is None and not any(maps.maps.any() for maps in actual.maps.values())
 
 
@@ -171,9 +170,9 @@ def test_errors_are_those_of_pytorch_and_come_with_the_result(how: str) -> None:
     features, target, table = inputs()
     features = spoiled(features, how)
     with pytest.raises(kdx.KdxError) as expected:
-        measure(features, target, permutations=table)
+        measure(features, target, table)
     with running():
-        pending = begin(features, target, permutations=table)
+        pending = begin(features, target, table)
         with pytest.raises(kdx.KdxError) as actual:
             pending.result()
     assert str(actual.value) == str(expected.value)
@@ -186,10 +185,14 @@ def test_what_the_kernels_do_not_compute_is_complete_at_once() -> None:
     double = features | {"base": features["base"].double()}
     assert fused_layer.applies(features) and not fused_layer.applies(alone) and not fused_layer.applies(double)
     with running():
-        for given, options in ((alone, {}), (features, {"weighting": "elementwise"}), (features, {"pooled": True})):
-            pending = begin(given, target, permutations=table, **options)
+        for given, method in (
+            (alone, LayerMethod()),
+            (features, LayerMethod(weighting="elementwise")),
+            (features, LayerMethod(pooled=True)),
+        ):
+            pending = begin(given, target, table, method)
             assert not pending.numbers.numel() and pending.result().maps
-    assert not begin(features, target, permutations=table).numbers.numel()  # on the CPU
+    assert not begin(features, target, table).numbers.numel()  # on the CPU
 
 
 def captured(run: Callable[[], tuple[FusedMeasurement, Tensor]]) -> tuple[tuple[FusedMeasurement, Tensor], Callable[[], None]]:
@@ -217,17 +220,17 @@ def test_batches_of_the_same_shapes_are_captured_and_keep_their_results() -> Non
     batches = [{role: value.roll(shift, 1) * (shift + 1) for role, value in features.items()} for shift in range(4)]
     batches[3] = spoiled(batches[3], "nan")
     with running():
-        pending = [begin(batch, target, permutations=table, graphs=graphs) for batch in batches]
-        other = begin({role: value[:9] for role, value in features.items()}, inputs(9)[1], permutations=table[:, :9] % 9, graphs=graphs)
+        pending = [begin(batch, target, table, graphs=graphs) for batch in batches]
+        other = begin({role: value[:9] for role, value in features.items()}, inputs(9)[1], table[:, :9] % 9, graphs=graphs)
         results = [each.result() for each in pending[:3]]
         assert other.result().maps and len(captures) == 1
         with pytest.raises(kdx.KdxError, match="not finite in rows 3, 7"):
             pending[3].result()
         graphs.close()
-        begin(features, target, permutations=table, graphs=graphs)
+        begin(features, target, table, graphs=graphs)
     assert len(captures) == 1
     for batch, result in zip(batches, results, strict=False):
-        assert_close(result, measure(batch, target, permutations=table))
+        assert_close(result, measure(batch, target, table))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +248,7 @@ def test_graphs_are_captured_only_on_request(
     with counted():
         monkeypatch.setattr(cuda.launcher(torch.device("cpu")), "can_be_captured", can_be_captured)
         for _ in range(2):
-            begin(features, target, permutations=table, graphs=graphs)
+            begin(features, target, table, graphs=graphs)
     assert bool(graphs._captured) == expected
 
 
@@ -255,5 +258,5 @@ def test_large_features_and_launchers_without_graphs_are_not_captured() -> None:
         with counted(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(layer_graphs, "_BYTES", 1000)
             for _ in range(3):
-                begin(features, target, permutations=table, graphs=graphs)
+                begin(features, target, table, graphs=graphs)
         assert not graphs._captured

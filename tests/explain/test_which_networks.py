@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kdx
-from kdx.explain.layer import measure
+from kdx.explain.layer import LayerMethod, measure
 from kdx.explain.results import Explanation
 from kdx.explain.settings import Settings
 from kdx.explain.whole_set import measure_set
@@ -154,7 +154,7 @@ def test_the_whole_set_measures_these_roles_as_one_batch_does(present: tuple[str
         return maps[name]
 
     actual = measure_set(rows(features), target, Settings(permutations=9, objective=objective), output)
-    expected = measure(features, target, permutations=permutation_table(40, 0, 0), objective=geometry.OBJECTIVES[objective])
+    expected = measure(features, target, permutation_table(40, 0, 0), LayerMethod(geometry.OBJECTIVES[objective]))
     assert oracle.error(actual.products, expected.products) < 1e-9
     for name, of_batch in expected.maps.items():
         assert oracle.error(maps[name], of_batch.maps) < 1e-9

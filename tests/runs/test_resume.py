@@ -65,6 +65,25 @@ def test_a_run_is_not_resumed_with_other_preprocessing(folder: Path, tmp_path: P
         run(tmp_path / "copy", tmp_path / "run")
 
 
+def test_a_run_is_not_resumed_with_other_source_code_of_a_network(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, module = tmp_path / "copy", tmp_path / "own_student.py"
+    shutil.copytree(folder, copy)
+    text = (copy / "models.toml").read_text()
+    (copy / "models.toml").write_text(text.replace("kdx:resnet,width=4,depth=1,classes=3@student", "own_student:network@student"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = "from kdx.models.resnet import resnet\n\n\ndef network():\n    return resnet(width=4, depth=1, classes=3)\n"
+    module.write_text(code)
+    run(copy, tmp_path / "run")
+    run(copy, tmp_path / "run")
+    module.write_text(f"{code}\n\nSCALE = 2\n")
+    with pytest.raises(kdx.KdxError, match=r"another run .*source_code"):
+        run(copy, tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert list(manifest["configuration"].pop("source_code")) == ["student"]
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))  # as older versions wrote it
+    run(copy, tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_a_killed_process_resumes_to_the_same_result(folder: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"

@@ -28,7 +28,8 @@ from kdx.kernels.set_geometry import StoredDistances
 from kdx.kernels.tiles import tile_side
 from kdx.models.models_file import read_models
 from kdx.roles import SCORE_MAPS
-from kdx.runs import feature_files, geometry, store, whole
+from kdx.runs import feature_files, store, whole
+from kdx.runs.cost import SetCost
 from kdx.runs.plan import RunOptions
 from kdx.runs.record import read_run
 from tests import oracle
@@ -228,10 +229,10 @@ def test_too_little_space_is_reported_before_the_networks_run(folder: Path, tmp_
 
 
 def test_the_stated_space_is_at_least_what_is_used(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    costs: list[geometry.Cost] = []
-    original = geometry.Cost.of
+    costs: list[SetCost] = []
+    original = SetCost.of
 
-    def recorded(*arguments: Any) -> geometry.Cost:
+    def recorded(*arguments: Any) -> SetCost:
         costs.append(original(*arguments))
         return costs[-1]
 
@@ -244,7 +245,7 @@ def test_the_stated_space_is_at_least_what_is_used(folder: Path, tmp_path: Path,
         used.append(sum(path.stat().st_size for path in files))
         write_layer(self, *arguments)
 
-    monkeypatch.setattr(geometry.Cost, "of", recorded)
+    monkeypatch.setattr(SetCost, "of", recorded)
     monkeypatch.setattr(store.Store, "write_layer", measuring)
     run(folder, tmp_path / "run", WHOLE)
     assert max(used) <= costs[0].bytes * 1.05

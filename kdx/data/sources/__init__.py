@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from kdx.data.labelled_images import Dataset
-from kdx.data.sources import arrays, cifar, composites, digits, hugging_face, image_files
+from kdx.data.sources import arrays, cifar, composites, digits, hugging_face, image_files, parquet_files, tar_shards
+from kdx.remote import as_path
 
 
 def _absolute(place: str) -> str:
-    return str(Path(place).expanduser().resolve())
+    return str(as_path(place).expanduser().resolve())
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ SOURCES = {
     "cifar10": Source(cifar.open_cifar10),
     "cifar100": Source(cifar.open_cifar100),
     "hfdata": Source(hugging_face.open_hugging_face, hugging_face.locate),
+    "parquet": Source(parquet_files.open_parquet, parquet_files.locate_parquet),
+    "wds": Source(tar_shards.open_shards, tar_shards.locate_shards),
     "digits": Source(digits.open_digits, str, "none"),
     "composites": Source(composites.open_composites, composites.canonical_options, "optional"),
 }

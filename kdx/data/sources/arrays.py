@@ -11,6 +11,7 @@ from PIL import Image
 
 from kdx.data.class_folders import natural_key
 from kdx.data.labelled_images import SPLITS, Dataset, splits_by_name
+from kdx.data.numbered_names import NumberedNames
 from kdx.errors import KdxError, first_line
 
 _KEYS = "Give images [n, h, w] or [n, h, w, 3 or 1], as uint8 or as numbers in [0, 1], and labels [n] as integers or names."
@@ -37,10 +38,16 @@ def open_npz(reference: str, place: str) -> Dataset:
         ) from error
     parts = _parts(path, arrays)
     names, labels = _labels(path, [part_labels for _, _, part_labels in parts], arrays.get("classes"))
-    levels = [image for _, images, _ in parts for image in _levels(path, images)]
-    splits = splits_by_name([split for split, images, _ in parts for _ in range(len(images))]) if len(parts) > 1 else {}
-    ids = tuple(f"{split or 'images'}/{row:06d}" for split, images, _ in parts for row in range(len(images)))
-    return Dataset(reference, names, labels, ids, {path.name: path}, lambda index: Image.fromarray(levels[index]), splits)
+    levels = [_levels(path, images) for _, images, _ in parts]
+    ids = NumberedNames([(split or "images", len(images)) for split, images, _ in parts])
+    counts = [len(images) for images in levels]
+    splits = splits_by_name(np.repeat([split for split, _, _ in parts], counts).tolist()) if len(parts) > 1 else {}
+
+    def read(index: int) -> Image.Image:
+        part, row = ids.place(index)
+        return Image.fromarray(levels[part][row])
+
+    return Dataset(reference, names, labels, ids, {path.name: path}, read, splits)
 
 
 def _parts(path: Path, arrays: dict[str, NDArray[Any]]) -> list[tuple[str, NDArray[Any], NDArray[Any]]]:
@@ -67,7 +74,7 @@ def _labels(path: Path, parts: list[NDArray[Any]], classes: NDArray[Any] | None)
         raise KdxError(f"The labels in {path} are neither integers nor names.", _KEYS)
     joined = np.concatenate(parts)
     if classes is None:
-        values = sorted(set(joined.tolist()), key=lambda value: natural_key(value) if isinstance(value, str) else value)
+        values = sorted(np.unique(joined).tolist(), key=lambda value: natural_key(value) if isinstance(value, str) else value)
         names = tuple(str(value) for value in values)
     elif classes.ndim != 1 or classes.dtype.kind != "U" or len(set(classes.tolist())) != len(classes):
         raise KdxError(f"The classes in {path} are not different names [k].", _KEYS)
@@ -75,10 +82,11 @@ def _labels(path: Path, parts: list[NDArray[Any]], classes: NDArray[Any] | None)
         names = tuple(classes.tolist())
         values = list(names) if kinds == {"U"} else list(range(len(names)))
     numbers = {value: number for number, value in enumerate(values)}
-    missing = [value for value in joined.tolist() if value not in numbers]
+    present, places = np.unique(joined, return_inverse=True)
+    missing = [value for value in joined.tolist() if value not in numbers] if not numbers.keys() >= {*present.tolist()} else []
     if missing:
         raise KdxError(f"The label {missing[0]!r} in {path} is not one of its classes.", "Name all classes in the array classes.")
-    return names, np.array([numbers[value] for value in joined.tolist()], dtype=np.int64)
+    return names, np.array([numbers[value] for value in present.tolist()], dtype=np.int64)[places]
 
 
 def _levels(path: Path, images: NDArray[Any]) -> NDArray[np.uint8]:

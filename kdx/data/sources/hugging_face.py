@@ -8,16 +8,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from kdx.data.class_folders import SPLIT_NAMES, natural_key, utf8_name
+from kdx.data.class_folders import SPLIT_NAMES, utf8_name
 from kdx.data.fingerprint import SourceFile
+from kdx.data.label_values import LABEL_COLUMNS, class_labels
 from kdx.data.labelled_images import Dataset, Indices, splits_by_name
+from kdx.data.numbered_names import NumberedNames
+from kdx.data.place_options import place_options
 from kdx.errors import KdxError, first_line, import_optional
-
-_LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
-"""The columns that may contain the classes, if none has the type ClassLabel."""
 
 _FORM = "Write hfdata:NAME_OR_FOLDER, and optionally ,split=train or ,config=NAME, ,image=COLUMN and ,label=COLUMN."
 
@@ -34,11 +33,7 @@ class _Place:
 
     @classmethod
     def parse(cls, place: str) -> _Place:
-        name, *entries = place.split(",")
-        options = dict(entry.partition("=")[::2] for entry in entries)
-        known = {field.name for field in fields(cls)} - {"name"}
-        if not name or options.keys() - known or not all(options.values()) or len(options) < len(entries):
-            raise KdxError(f"hfdata:{place} is not a reference of a data set.", _FORM)
+        name, options = place_options("hfdata", place, {field.name for field in fields(cls)} - {"name"}, _FORM)
         return cls(name, **options)
 
     @property
@@ -97,7 +92,7 @@ def open_hugging_face(reference: str, place: str) -> Dataset:
             raise ValueError("the row has no image")
         return Image.open(entry["path"] if content is None else io.BytesIO(content))
 
-    ids = tuple(f"{name}/{row:06d}" for name, part in parts.items() for row in range(len(part)))
+    ids = NumberedNames([(name, len(part)) for name, part in parts.items()])
     return Dataset(reference, classes, labels, ids, _files(parsed, parts), read, _splits(parts), note)
 
 
@@ -140,7 +135,7 @@ def _label_column(place: _Place, library: Any, features: Mapping[str, Any]) -> s
     if place.label is not None:
         return _existing(place, "label", place.label, features)
     typed = [name for name, feature in features.items() if isinstance(feature, library.ClassLabel)]
-    columns = typed or [name for name in _LABELS if name in features][:1]
+    columns = typed or [name for name in LABEL_COLUMNS if name in features][:1]
     if len(columns) != 1:
         problem = f"several columns of classes: {', '.join(columns)}" if columns else "no column of classes"
         raise KdxError(f"{place.name} has {problem}.", f"Choose one with ,label=COLUMN; its columns are {', '.join(features)}.")
@@ -157,20 +152,8 @@ def _labels(place: _Place, library: Any, parts: Sequence[Any], column: str) -> t
     """The names of the classes, and the labels [n] of all parts."""
     values = [value for part in parts for value in part.select_columns([column]).with_format("arrow")[:][column].to_pylist()]
     feature = parts[0].features[column]
-    if isinstance(feature, library.ClassLabel):
-        names, numbers = tuple(feature.names), {number: number for number in range(len(feature.names))}
-    elif all(type(value) is int or isinstance(value, str) for value in values):
-        different = sorted(set(values), key=lambda value: natural_key(str(value)))
-        names, numbers = tuple(map(str, different)), {value: number for number, value in enumerate(different)}
-    else:
-        raise KdxError(f"The column {column!r} of {place.name} contains neither integers nor names.", "Choose another with ,label=COLUMN.")
-    unlabelled = [row for row, value in enumerate(values) if value not in numbers]
-    if unlabelled:
-        raise KdxError(
-            f"{len(unlabelled)} of {len(values)} images of {place.name} have no class.",
-            "Choose a split whose images have classes: ,split=train.",
-        )
-    return names, np.array([numbers[value] for value in values], dtype=np.int64)
+    names = feature.names if isinstance(feature, library.ClassLabel) else None
+    return class_labels(values, names, f"The column {column!r} of {place.name}", place.name)
 
 
 def _splits(parts: Mapping[str, Any]) -> dict[str, Indices]:

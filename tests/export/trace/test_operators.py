@@ -149,10 +149,41 @@ class Windows(nn.Module):
         return logits
 
 
+class Assignments(nn.Module):
+    """Assigns to parts of a tensor, as relative positions in attention do, before the layer and behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.after, self.fc = nn.Conv2d(3, 6, 2, 2), nn.Conv2d(6, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch(images)
+        x[:, :, 1:, 1:] = x[:, :, 1:, 1:] + x[:, :, :-1, :1]
+        x = self.after(x)
+        x[:, 2] = 0.5
+        x[:, 3:, ::2] *= 1.5
+        logits: Tensor = self.fc(x.relu_().mean((2, 3)))
+        return logits
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [FeatureGraph(Assignments().eval(), ["after"]), GradientGraph(Assignments().eval(), ["after"])],
+    ids=["features", "gradients"],
+)
+def test_assignments_to_parts_of_a_tensor(graph: FeatureGraph | GradientGraph) -> None:
+    agree_with_the_graph(graph)
+
+
 @pytest.mark.parametrize(
     "graph", [FeatureGraph(Windows().eval(), ["after"]), GradientGraph(Windows().eval(), ["after"])], ids=["features", "gradients"]
 )
 def test_attention_over_other_than_four_dimensions_before_the_layer(graph: FeatureGraph | GradientGraph) -> None:
+    agree_with_the_graph(graph)
+
+
+def agree_with_the_graph(graph: FeatureGraph | GradientGraph) -> None:
+    """Compare the results of the graph's program in ONNX Runtime with those of the graph."""
     inputs: tuple[Tensor, ...] = (torch.rand(5, 3, 12, 10),) if isinstance(graph, FeatureGraph) else random_inputs(graph, 5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

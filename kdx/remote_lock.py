@@ -1,0 +1,142 @@
+"""A lock at a URL: an object that its owner creates, renews and deletes, because object stores cannot lock files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from kdx.errors import KdxError
+from kdx.remote import RemotePath
+
+log = logging.getLogger("kdx")
+
+RENEWED_EVERY = 15.0
+"""The seconds between two renewals of a lock."""
+
+ABANDONED_AFTER = 60.0
+"""The seconds without a renewal after which the owner of a lock counts as dead."""
+
+
+class RemoteLock:
+    """A lock object, with its owner and the time of its last renewal. A context manager; `close` deletes the object.
+
+    The object is created by a conditional write, of which the service lets one succeed. The lock of a process that has ended is taken
+    over: at once if the process was on this machine, and otherwise after it was not renewed for `ABANDONED_AFTER` seconds as this machine's
+    clock measures them, whatever the times in the object are. A process that was only suspended for so long loses its lock: `check` raises
+    KdxError from its next renewal on. Until then both may write, which is why a run's files depend on its configuration alone.
+    """
+
+    def __init__(self, path: RemotePath) -> None:
+        self._path = path
+        self._owner = {"machine": _machine(), "process": os.getpid(), "lock": uuid.uuid4().hex}
+        self._is_lost = False
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="kdx-lock", daemon=True)
+
+    @classmethod
+    def acquire(cls, path: RemotePath) -> Self:
+        """The lock ``path``. Raises BlockingIOError if another process has it."""
+        lock = cls(path)
+        while True:
+            try:
+                path.create(lock._content())
+            except FileExistsError:
+                _wait_for(path)
+                path.unlink(missing_ok=True)
+            else:
+                lock._thread.start()
+                return lock
+
+    def check(self) -> None:
+        """Raise KdxError if another process has taken the lock."""
+        if self._is_lost:
+            raise KdxError(
+                f"Another process has taken over {self._path.parent}, because this one did not renew its lock for {ABANDONED_AFTER:.0f} s.",
+                "Let the other process finish, or stop it and run the same command again.",
+            )
+
+    def close(self) -> None:
+        if not self._closed.is_set():
+            self._closed.set()
+            self._thread.join()
+            with suppress(OSError, KdxError):  # an abandoned lock is taken over
+                if self._is_own(_read(self._path)):
+                    self._path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        self.close()
+
+    def _renew(self) -> None:
+        while not self._closed.wait(RENEWED_EVERY):
+            with suppress(OSError, KdxError):  # a lost connection: the next renewal may succeed
+                if not self._is_own(_read(self._path)):
+                    self._is_lost = True
+                    return
+                self._path.write_bytes(self._content())
+
+    def _is_own(self, content: dict[str, Any]) -> bool:
+        return content.get("lock") == self._owner["lock"]
+
+    def _content(self) -> bytes:
+        return json.dumps({**self._owner, "renewed": datetime.now(UTC).isoformat(timespec="seconds")}).encode()
+
+
+def _wait_for(path: RemotePath) -> None:
+    """Return when the lock's owner has ended or given it back. Raises BlockingIOError if the owner renews the lock."""
+    first, end = _read(path), time.monotonic() + ABANDONED_AFTER
+    if _has_ended(first):
+        return
+    log.warning("%s is locked by process %s on %s; waiting for a sign of it.", path.parent, first.get("process"), first.get("machine"))
+    while time.monotonic() < end:
+        time.sleep(min(1.0, ABANDONED_AFTER / 10))
+        current = _read(path)
+        if not current:
+            return
+        if current != first:
+            raise BlockingIOError(0, "Another process has the lock")
+
+
+def _has_ended(owner: dict[str, Any]) -> bool:
+    """Whether the owner of a lock is known to have ended: it was on this machine, and has no process any more."""
+    if not owner:
+        return True
+    if owner.get("machine") != _machine() or not isinstance(process := owner.get("process"), int):
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _read(path: RemotePath) -> dict[str, Any]:
+    """The content of a lock; empty if there is none, or if it is damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _machine() -> str:
+    """What tells this machine, its boot and its container from others."""
+    facts = [socket.gethostname(), f"{uuid.getnode():x}"]
+    with suppress(OSError):
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        facts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return " ".join(facts)

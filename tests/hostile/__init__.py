@@ -1,0 +1,1 @@
+"""Tests of hostile days: death at any write, full and vanished disks, and broken or malicious inputs."""
