@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -42,6 +44,7 @@ from kdx.cli.options import (
     WorkersPerGpuOption,
     announce_line,
     image_names,
+    is_first_process,
     is_given,
     with_preset,
 )
@@ -279,8 +282,9 @@ def explain(
     cpus_per_worker: CpusPerWorkerOption = None,
 ) -> None:
     """Explain a data set: store maps of every image at every layer, scores with intervals, and a page that shows them."""
+    from kdx.cluster import processes
     from kdx.commands import explain_images, explain_students
-    from kdx.commands.explain import check_data_set, run
+    from kdx.commands.explain import check_data_set, check_distributed, run
     from kdx.report.terminal import scores_table
 
     options = _options(
@@ -327,6 +331,8 @@ def explain(
         gallery_images=image_names(images),
         seed=seed,
     )
+    if cluster is not None or processes.count() > 1:
+        check_distributed(student, among)
     explain_students.check_options(data, models, student, teacher, among, label)
     if student:
         files = explain_students.student_files(explain_students.parse_students(student), teacher, base, out)
@@ -342,28 +348,38 @@ def explain(
         typer.echo(f"The page: {images_page}")
         return
     check_data_set(data, label)
-    page = run(
-        data[0],
-        models,
-        out,
-        layer or (),
-        options,
-        command=["kdx", *sys.argv[1:]],
-        executor=_executor(cluster, workers_per_gpu, cpus_per_worker, device),
-        announce=announce_line,
-    )
+    with _executor(cluster, workers_per_gpu, cpus_per_worker, device) as executor:
+        if executor == "served":
+            return
+        page = run(data[0], models, out, layer or (), options, command=["kdx", *sys.argv[1:]], executor=executor, announce=announce_line)
     progress.console().print(scores_table(out))
     typer.echo(f"The page: {page}")
 
 
-def _executor(cluster: str | None, workers_per_gpu: int, cpus_per_worker: int | None, device: str) -> Executor | None:
-    """What computes the run; None for this process. Raises KdxError before anything is computed if Ray is missing."""
-    if cluster is None:
-        return None
-    from kdx.cluster.executor import RayExecutor
-    from kdx.cluster.options import ClusterOptions
+@contextmanager
+def _executor(
+    cluster: str | None, workers_per_gpu: int, cpus_per_worker: int | None, device: str
+) -> Iterator[Executor | Literal["served"] | None]:
+    """What computes the run; None for this process.
 
-    return RayExecutor(ClusterOptions(cluster, workers_per_gpu, cpus_per_worker), uses_gpus=device != "cpu")
+    "served" if this process has computed its part for the first of torchrun's processes, and has nothing else to do.
+    """
+    from kdx.cluster import processes
+
+    if cluster is not None:
+        from kdx.cluster.executor import RayExecutor
+        from kdx.cluster.options import ClusterOptions
+
+        yield RayExecutor(ClusterOptions(cluster, workers_per_gpu, cpus_per_worker), uses_gpus=device != "cpu")
+    elif processes.count() == 1:
+        yield None
+    else:
+        with processes.connected():
+            if is_first_process():
+                yield processes.ProcessExecutor()
+            else:
+                processes.serve()
+                yield "served"
 
 
 def _options(context: typer.Context, preset: PresetName | None, **values: Any) -> RunOptions:

@@ -26,6 +26,7 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
         "Networks": ("runtime", "device", "precision", "batch"),
         "Geometry": ("geometry", "project", "store", "max_disk", "max_minutes", "confidence"),
     },
+    "study": {"Cluster": ("cluster", "workers_per_gpu", "cpus_per_worker")},
     "distill": {
         "Images": ("max_unreadable", "split_seed"),
         "Speed and machine": ("device",),

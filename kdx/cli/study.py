@@ -10,7 +10,8 @@ import typer
 
 from kdx import progress
 from kdx.choices import DATA_KINDS, StudyPresetName
-from kdx.cli.options import announce_line
+from kdx.cli.options import ClusterOption, CpusPerWorkerOption, WorkersPerGpuOption, announce_line
+from kdx.cluster.options import ClusterOptions
 
 _GRID, _SCALE = "Grid", "Training and explaining"
 """The groups of options in the help page."""
@@ -83,6 +84,9 @@ def study(
             show_default=False,
         ),
     ] = None,
+    cluster: ClusterOption = None,
+    workers_per_gpu: WorkersPerGpuOption = 1,
+    cpus_per_worker: CpusPerWorkerOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells, the trainings and their cost, and train nothing.")] = False,
 ) -> None:
     """Train and explain a grid of teachers, students, methods, seeds and data sets, and write one page, one CSV and one LaTeX table."""
@@ -106,6 +110,7 @@ def study(
     if dry_run:
         progress.console().print(command.dry_run(design, out, workers=workers))
         return
-    page = command.run(design, out, workers=workers, command=["kdx", *sys.argv[1:]], announce=announce_line)
+    options = None if cluster is None else ClusterOptions(cluster, workers_per_gpu, cpus_per_worker)
+    page = command.run(design, out, workers=workers, cluster=options, command=["kdx", *sys.argv[1:]], announce=announce_line)
     announce_line(f"The tables: {out / TABLE_FILE} and {out / LATEX_FILE}")
     announce_line(f"The page: {page}")

@@ -44,6 +44,7 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")  # Ray's lines about workers that end; kdx reports those that matter
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of results that are on their way when the work stops
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if options.address == LOCAL:
         # Ray's servers listen on all network interfaces. They accept only this token, which this process and its children know.
@@ -88,7 +89,7 @@ def _short_folder() -> str | None:
 
 
 @dataclass(frozen=True)
-class _Size:
+class WorkerSize:
     """The resources of each worker, and how many workers there are."""
 
     cpus: int
@@ -96,7 +97,7 @@ class _Size:
     count: int
 
 
-def _size(ray: Any, options: ClusterOptions, uses_gpus: bool) -> _Size:
+def size_of(ray: Any, options: ClusterOptions, uses_gpus: bool) -> WorkerSize:
     """Raises KdxError if no machine of the cluster has room for a worker."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = 1 / options.workers_per_gpu if uses_gpus and any(machine.get("GPU") for machine in machines) else 0.0
@@ -111,7 +112,53 @@ def _size(ray: Any, options: ClusterOptions, uses_gpus: bool) -> _Size:
         raise KdxError(
             f"No machine of the cluster has the {cpus} cores of a worker; the largest has {most}.", "Give a smaller --cpus-per-worker."
         )
-    return _Size(cpus, gpus, min(room, options.workers or room))
+    return WorkerSize(cpus, gpus, min(room, options.workers or room))
+
+
+class Connection:
+    """Waits for replies of actors, and notices if the cluster ends."""
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+        self._node = ray.get_runtime_context().get_node_id()
+
+    def wait(self, replies: Sequence[Any]) -> list[Any]:
+        """Those of the replies that have arrived, at least one. Raises KdxError if none can arrive any more."""
+        checked = time.monotonic()
+        while True:
+            with self._lost_connection():
+                ready, _ = self._ray.wait(list(replies), num_returns=1, timeout=1.0)
+                if ready:  # and all others that have arrived
+                    ready, _ = self._ray.wait(list(replies), num_returns=len(replies), timeout=0)
+                    return [reply for reply in replies if reply in ready]
+                if time.monotonic() - checked > _SECONDS_BETWEEN_CHECKS:
+                    checked = time.monotonic()
+                    self._check()
+
+    def result(self, reply: Any) -> Any:
+        """What a reply contains. Raises WorkerEnded, or the exception that the worker raised."""
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(reply)
+        except errors.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, KdxError) else error from None
+        except (errors.RayActorError, errors.WorkerCrashedError, errors.OutOfMemoryError, errors.ObjectLostError) as error:
+            self._check()
+            raise WorkerEnded(_reason(error)) from error
+
+    def _check(self) -> None:
+        """Raise KdxError if this machine is no longer a part of the cluster: a worker that is started then never runs."""
+        with self._lost_connection():
+            alive = any(node["NodeID"] == self._node and node["Alive"] for node in self._ray.nodes())
+        if not alive:
+            raise KdxError("Ray's process on this machine (raylet) has ended.", _NO_CONNECTION)
+
+    @contextmanager
+    def _lost_connection(self) -> Iterator[None]:
+        try:
+            yield
+        except (self._ray.exceptions.RaySystemError, ConnectionError) as error:
+            raise KdxError(f"The connection to the Ray cluster was lost: {first_line(error)}.", _NO_CONNECTION) from error
 
 
 class RayMember:
@@ -139,9 +186,9 @@ class RayCrew:
 
     def __init__(self, ray: Any, options: ClusterOptions, build: Build, *, uses_gpus: bool) -> None:
         self._ray = ray
-        self._resources = _size(ray, options, uses_gpus)
+        self._resources = size_of(ray, options, uses_gpus)
         self._arguments = pickle.dumps(build), Surroundings.here(self._resources.cpus)
-        self._node = ray.get_runtime_context().get_node_id()
+        self._connection = Connection(ray)
 
     @property
     def count(self) -> int:
@@ -152,45 +199,15 @@ class RayCrew:
         return RayMember(self._ray, actor.remote(*self._arguments))
 
     def wait(self, replies: Sequence[Any]) -> list[Any]:
-        checked = time.monotonic()
-        while True:
-            with self._lost_connection():
-                ready, _ = self._ray.wait(list(replies), num_returns=1, timeout=1.0)
-                if ready:  # and all others that have arrived
-                    ready, _ = self._ray.wait(list(replies), num_returns=len(replies), timeout=0)
-                    return [reply for reply in replies if reply in ready]
-                if time.monotonic() - checked > _SECONDS_BETWEEN_CHECKS:
-                    checked = time.monotonic()
-                    self._check()
+        return self._connection.wait(replies)
+
+    def result(self, reply: Any) -> Any:
+        return self._connection.result(reply)
 
     def close(self, members: Sequence[Member]) -> None:
         replies = [member.close() for member in members]
         if replies:
             self._ray.wait(replies, num_returns=len(replies), timeout=_SECONDS_TO_CLOSE)
-
-    def result(self, reply: Any) -> Any:
-        errors = self._ray.exceptions
-        try:
-            return self._ray.get(reply)
-        except errors.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, KdxError) else error from None
-        except (errors.RayActorError, errors.WorkerCrashedError, errors.OutOfMemoryError, errors.ObjectLostError) as error:
-            self._check()
-            raise WorkerEnded(_reason(error)) from error
-
-    def _check(self) -> None:
-        """Raise KdxError if this machine is no longer a part of the cluster: a worker that is started then never runs."""
-        with self._lost_connection():
-            alive = any(node["NodeID"] == self._node and node["Alive"] for node in self._ray.nodes())
-        if not alive:
-            raise KdxError("Ray's process on this machine (raylet) has ended.", _NO_CONNECTION)
-
-    @contextmanager
-    def _lost_connection(self) -> Iterator[None]:
-        try:
-            yield
-        except (self._ray.exceptions.RaySystemError, ConnectionError) as error:
-            raise KdxError(f"The connection to the Ray cluster was lost: {first_line(error)}.", _NO_CONNECTION) from error
 
 
 def _reason(error: BaseException) -> str:

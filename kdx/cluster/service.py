@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -49,12 +50,20 @@ class Surroundings:
         return cls(threads, str(Path.cwd()), tuple(sys.path))
 
     def enter(self) -> None:
-        """Prepare this process. Call it before PyTorch is imported, which reads the number of threads only then."""
+        """Prepare this process, best before PyTorch is imported, so that the threads of other libraries are limited too."""
         os.environ.update(dict.fromkeys(threads.COUNTS, str(self.threads)))
         threads.set_environment(os.environ, threads.quota())
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(self.threads)
         with suppress(OSError):  # another machine may not have the folder; then relative paths do not exist, and an error says so
             os.chdir(self.folder)
         sys.path += [folder for folder in self.modules if folder not in sys.path]
+
+
+def described(service: Service, threads: int) -> Facts:
+    """The facts of a service in this process: its host, its process, and under ``same`` what must be the same in all workers."""
+    same = {"kdx": version("kdx"), "torch": version("torch"), "threads": threads, **service.facts}
+    return {"host": platform.node(), "pid": os.getpid(), "same": same}
 
 
 class Worker:
@@ -72,10 +81,7 @@ class Worker:
         self._surroundings.enter()
         build: Build = pickle.loads(self._build)  # from the driver, which starts this process
         self._service = build()
-        return {"host": os.uname().nodename if hasattr(os, "uname") else "", "pid": os.getpid(), "same": self._same(self._service)}
-
-    def _same(self, service: Service) -> Facts:
-        return {"kdx": version("kdx"), "torch": version("torch"), "threads": self._surroundings.threads, **service.facts}
+        return described(self._service, self._surroundings.threads)
 
     def step(self, tasks: Sequence[Any]) -> Any:
         """Start with new tasks if there are any, and return the next result."""

@@ -20,6 +20,15 @@ def check_data_set(data: Sequence[str], labels: Sequence[str] | None) -> None:
         raise KdxError("Image files need a data set with which they are compared.", "Name it with --data, or explain a single data set.")
 
 
+def check_distributed(students: Sequence[str] | None, among: str | None) -> None:
+    """Raise KdxError for several students or a few images, which are not explained in several processes."""
+    if students or among is not None:
+        raise KdxError(
+            "Several processes explain a data set with one models file, not several students or a few images.",
+            "Leave --cluster and torchrun out, or explain each student with its models file.",
+        )
+
+
 def run(
     data: str,
     models: Path,

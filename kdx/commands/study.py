@@ -19,6 +19,7 @@ from rich.table import Table
 
 from kdx import models, progress, threads
 from kdx.choices import NO_BASE
+from kdx.cluster.options import ClusterOptions
 from kdx.commands import explain
 from kdx.disk import check_locked, lock_folder, parse_json, remove_leftovers, write_atomic
 from kdx.distill import EpochResult, distill, train_alone
@@ -163,11 +164,20 @@ class _Run:
                 shutil.rmtree(self.folder / features, ignore_errors=True)
 
 
-def run(design: Design, folder: Path, *, workers: int | None = None, command: Sequence[str] = (), announce: Announce = print) -> Path:
+def run(
+    design: Design,
+    folder: Path,
+    *,
+    workers: int | None = None,
+    cluster: ClusterOptions | None = None,
+    command: Sequence[str] = (),
+    announce: Announce = print,
+) -> Path:
     """Train and explain what is missing of a study in ``folder``, and write study.json, study.csv, study.tex and the page, report.html.
 
     workers: processes, by default one per core where all networks are small and no GPU is used, otherwise 1. Their number does not change
-    the results, because the number of threads of each is recorded when the study starts. Returns the path of the page.
+    the results, because the number of threads of each is recorded when the study starts. cluster: jobs run in workers of Ray instead.
+    Returns the path of the page.
 
     Raises KdxError for a folder with another study or other files, and, at the end, if a cell has failed. Ctrl-C raises `Stopped`.
     """
@@ -176,11 +186,12 @@ def run(design: Design, folder: Path, *, workers: int | None = None, command: Se
     with lock_folder(folder) as lock, resumable(lambda: any(folder.rglob("*.safetensors")) or any(folder.rglob("*.state.pt"))):
         remove_leftovers(folder)
         count = workers or _default_workers(grid)
-        plan = _plan(design, grid, folder, command, count)
+        plan = _plan(design, grid, folder, command, _threads(count, cluster))
         study = _Run(folder, grid, plan, set(complete_jobs(folder, grid.jobs)))
         study.write_plan()
         todo = len(grid.jobs) - len(study.complete)
-        announce(f"{len(grid.cells)} cells, {len(grid.jobs)} jobs, {todo} of them to do, with {count} worker{'s' if count > 1 else ''}.")
+        where = "in a cluster" if cluster is not None else f"with {count} worker{'s' if count > 1 else ''}"
+        announce(f"{len(grid.cells)} cells, {len(grid.jobs)} jobs, {todo} of them to do, {where}.")
         with progress.job_display(todo) as display:
 
             def on_note(job: Job, note: str) -> None:
@@ -190,7 +201,9 @@ def run(design: Design, folder: Path, *, workers: int | None = None, command: Se
                     display.note(job.key, note)
 
             done = frozenset(study.complete)
-            outcomes = run_jobs(grid.jobs, perform, folder, workers=count, threads=plan["threads"], on_note=on_note, complete=done)
+            outcomes = run_jobs(
+                grid.jobs, perform, folder, workers=count, threads=plan["threads"], cluster=cluster, on_note=on_note, complete=done
+            )
             with closing(outcomes):  # no process works in the folder when its lock ends, also after an error
                 for ended, outcome in enumerate(outcomes, 1):
                     study.end(outcome)
@@ -270,8 +283,16 @@ def _default_workers(grid: Grid) -> int:
     return 1 if uses_gpu or largest > SMALL else threads.available_cores()
 
 
-def _plan(design: Design, grid: Grid, folder: Path, command: Sequence[str], workers: int) -> dict[str, Any]:
-    """The plan of study.json: that of the study in the folder, if there is one with the same design, otherwise a new one.
+def _threads(workers: int, cluster: ClusterOptions | None) -> int:
+    """The threads of each worker of a new study."""
+    if cluster is not None:
+        return cluster.cpus_per_worker or threads.chosen() or 1
+    return max(1, torch.get_num_threads() // workers)
+
+
+def _plan(design: Design, grid: Grid, folder: Path, command: Sequence[str], threads: int) -> dict[str, Any]:
+    """The plan of study.json: that of the study in the folder, if there is one with the same design, otherwise a new one. threads: those of
+    a worker in a new study.
 
     Raises KdxError if the study in the folder cannot be extended to this one.
     """
@@ -282,7 +303,7 @@ def _plan(design: Design, grid: Grid, folder: Path, command: Sequence[str], work
         check_same_study(folder, known, entries)
         if all(known.get(key) == value for key, value in entries.items()):
             return known
-    count = known.get("threads") or max(1, torch.get_num_threads() // workers)
+    count = known.get("threads") or threads
     return {**entries, "kdx": version("kdx"), "environment": environment(), "command": list(command), "threads": count}
 
 

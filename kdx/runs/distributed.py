@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kdx import threads
 from kdx.cluster.executor import Executor
@@ -17,6 +17,9 @@ from kdx.explain.explainer import Explainer
 from kdx.runs.batches import BatchResult, LocalBatches
 from kdx.runs.plan import Plan, RunOptions, aligned
 from kdx.runs.store import Store
+from kdx.runs.whole import LocalPasses, Part, PartResult
+
+GeometryKind = Literal["batch", "reference", "whole"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class RunArguments:
     """What a worker needs to make the plan and the networks of a run.
 
     size: of the images. runtime: the one that the driver chose. fingerprint, hashes: of the data and of each role's weights, which must be
-    the same where the worker runs. reference: whether the geometry is ``reference``.
+    the same where the worker runs. geometry: tasks are the numbers of batches, or for ``whole`` parts of the images.
     """
 
     data: str
@@ -35,16 +38,16 @@ class RunArguments:
     runtime: str
     fingerprint: str
     hashes: Mapping[str, str]
-    reference: bool
+    geometry: GeometryKind
 
     @classmethod
     def of(
-        cls, plan: Plan, layers: Sequence[str], size: tuple[int, int], runtime: str, hashes: Mapping[str, str], *, reference: bool
+        cls, plan: Plan, layers: Sequence[str], size: tuple[int, int], runtime: str, hashes: Mapping[str, str], geometry: GeometryKind
     ) -> RunArguments:
         models = Path.cwd() / plan.models.path
         # Ray shows each worker its own GPU, as the first one.
         options = replace(plan.options, device="cuda") if plan.options.device.startswith("cuda") else plan.options
-        return cls(plan.data, models, tuple(layers), options, size, runtime, plan.dataset.fingerprint, hashes, reference)
+        return cls(plan.data, models, tuple(layers), options, size, runtime, plan.dataset.fingerprint, hashes, geometry)
 
     def __call__(self) -> RunService:
         """Raises KdxError if the data or the weights differ from the driver's."""
@@ -57,7 +60,7 @@ class RunArguments:
             if record.sha256 != self.hashes[role]:
                 raise _different(f"the {role}'s weights")
         explainer.open(self.size, len(plan.indices), runtime=self.runtime, batch=aligned(options.batch))
-        return RunService(explainer, plan, self.size, reference=self.reference)
+        return RunService(explainer, plan, self.size, self.geometry)
 
 
 def _different(thing: str) -> KdxError:
@@ -68,37 +71,44 @@ def _different(thing: str) -> KdxError:
 
 
 class RunService:
-    """Computes batches of a run in a worker."""
+    """Computes batches, or parts of the images for the geometry ``whole``, in a worker."""
 
-    def __init__(self, explainer: Explainer, plan: Plan, size: tuple[int, int], *, reference: bool) -> None:
+    def __init__(self, explainer: Explainer, plan: Plan, size: tuple[int, int], geometry: GeometryKind) -> None:
         self._explainer = explainer
-        self._batches = LocalBatches(explainer, plan, plan.references() if reference else plan.indices[:0], size)
+        self._compute: Callable[[Sequence[Any]], AbstractContextManager[Iterator[Any]]]
+        if geometry == "whole":
+            self._compute = LocalPasses(explainer, plan, size).infer
+        else:
+            references = plan.references() if geometry == "reference" else plan.indices[:0]
+            self._compute = LocalBatches(explainer, plan, references, size).compute
 
     @property
     def facts(self) -> Facts:
         return {"runtime": f"{self._explainer.choice.runtime} on {self._explainer.choice.device.type}"}
 
-    def results(self, tasks: Sequence[int]) -> Iterator[BatchResult]:
-        with self._batches.compute(tasks) as results:
+    def results(self, tasks: Sequence[Any]) -> Iterator[Any]:
+        with self._compute(tasks) as results:
             yield from results
 
     def close(self) -> None:
         self._explainer.close()
 
 
-class DistributedBatches:
-    """Computes batches in the workers of an executor, and records the workers in the manifest of the store."""
+class DistributedRun:
+    """Computes the tasks of a run in the workers of an executor, and records the workers in the manifest of the store."""
 
     def __init__(self, executor: Executor, arguments: RunArguments, store: Store) -> None:
         self._executor = executor
         self._arguments = arguments
         self._workers = WorkerRecord(store)
 
-    @contextmanager
-    def compute(self, pending: Sequence[int]) -> Iterator[Iterator[BatchResult]]:
+    def batches(self, pending: Sequence[int]) -> AbstractContextManager[Iterator[BatchResult]]:
         """The results of these batches, in the order in which they arrive."""
-        with self._executor.results(self._arguments, pending, "batch {}".format, self._workers.add) as results:
-            yield results
+        return self._executor.results(self._arguments, pending, "batch {}".format, self._workers.add)
+
+    def passes(self, pending: Sequence[Part]) -> AbstractContextManager[Iterator[PartResult]]:
+        """The results of these parts of the images, in the order in which they arrive."""
+        return self._executor.results(self._arguments, pending, lambda part: f"images {part[0]} to {part[1] - 1}", self._workers.add)
 
 
 class WorkerRecord:

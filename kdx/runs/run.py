@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kdx.choices import COVER
@@ -28,7 +29,7 @@ from kdx.runs import schema
 from kdx.runs.batches import Compute, LocalBatches, collect_batches, explain_batches
 from kdx.runs.class_order import class_order_warning
 from kdx.runs.collected import Collected
-from kdx.runs.distributed import DistributedBatches, RunArguments
+from kdx.runs.distributed import DistributedRun, GeometryKind, RunArguments
 from kdx.runs.environment import environment, now
 from kdx.runs.gallery_choice import check_order, write_choice
 from kdx.runs.geometry import Geometry, choose_geometry, unavoidable
@@ -51,7 +52,7 @@ from kdx.runs.schema import (
 from kdx.runs.store import Store
 from kdx.runs.target_names import target_phrase
 from kdx.runs.training_scores import logged_scores, write_training_scores
-from kdx.runs.whole import collect_whole, explain_whole, feature_shapes
+from kdx.runs.whole import Infer, LocalPasses, collect_whole, explain_whole, feature_shapes
 from kdx.runtimes.choice import allows_tf32
 from kdx.scores.uncertainty import accuracy
 
@@ -166,13 +167,19 @@ class _Work:
         """What computes the batches of the geometry ``reference``, or ``batch`` without references."""
         if self.executor is None:
             return LocalBatches(self.explainer, self.plan, references, self.size).compute
-        return DistributedBatches(self.executor, self._arguments(reference=len(references) > 0), self.store).compute
+        return DistributedRun(self.executor, self._arguments("reference" if len(references) else "batch"), self.store).batches
 
-    def _arguments(self, *, reference: bool) -> RunArguments:
+    def passes(self) -> Infer:
+        """What runs the networks for the geometry ``whole``."""
+        if self.executor is None:
+            return LocalPasses(self.explainer, self.plan, self.size).infer
+        return DistributedRun(self.executor, self._arguments("whole"), self.store).passes
+
+    def _arguments(self, geometry: GeometryKind) -> RunArguments:
         hashes = {role: record.sha256 for role, record in self.explainer.networks().items()}
         runtime = self.explainer.choice.runtime
         self.explainer.close()  # the workers open their own networks, on a GPU perhaps in the same memory
-        return RunArguments.of(self.plan, self.layers, self.size, runtime, hashes, reference=reference)
+        return RunArguments.of(self.plan, self.layers, self.size, runtime, hashes, geometry)
 
 
 def _explain(work: _Work, geometry: Geometry | None, announce: Callable[[str], None], shared_bytes: int) -> None:
@@ -190,7 +197,7 @@ def _explain(work: _Work, geometry: Geometry | None, announce: Callable[[str], N
     if geometry.kind == "whole":
         if plan.options.project:
             announce(_projection_note(plan.options.project))
-        files = explain_whole(store, explainer, plan, shapes, size, announce)
+        files = explain_whole(store, plan, shapes, work.passes(), torch.device(explainer.choice.device), announce)
         explainer.close()
         _finish(store, plan, collect_whole(store, plan, files), size, announce)
         return

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,14 +48,63 @@ def feature_shapes(explainer: Explainer, size: tuple[int, int], project: int) ->
     return shapes
 
 
+Part = tuple[int, int]
+"""The first image of a part, and the one after its last, in the order in which features are stored."""
+
+
+@dataclass(frozen=True, eq=False)
+class PartResult:
+    """What the networks return for a part of the images. It can be sent to another process.
+
+    readable [k], features [k, C, h, w] by layer and role, columns of predictions [k], and the unreadable images with their reasons.
+    """
+
+    part: Part
+    readable: NDArray[np.bool_]
+    features: dict[str, dict[str, Tensor]]
+    columns: dict[str, NDArray[Any]]
+    unreadable: tuple[tuple[str, str], ...]
+
+
+Infer = Callable[[Sequence[Part]], AbstractContextManager[Iterator[PartResult]]]
+"""``infer(pending)``: the results of these parts inside a block, in any order."""
+
+
+class LocalPasses:
+    """Runs the networks on parts of the images in this process."""
+
+    def __init__(self, explainer: Explainer, plan: Plan, size: tuple[int, int]) -> None:
+        self._explainer = explainer
+        self._plan = plan
+        self._size = size
+        self._order = _shuffled(plan)
+
+    @contextmanager
+    def infer(self, pending: Sequence[Part]) -> Iterator[Iterator[PartResult]]:
+        """The results of these parts, in order. Raises KdxError for features that are not finite."""
+        explainer, plan = self._explainer, self._plan
+        parts, ahead = (self._order[slice(*part)] for part in pending), explainer.transfers.ahead
+        with (
+            decoded(plan.dataset, parts, self._size, plan.options.workers, explainer.choice.device) as images,
+            threads.short_turns() if ahead else nullcontext(),
+        ):
+            passes = (_queue_part(explainer, plan, *job) for job in zip(pending, images, strict=True))
+            yield (self._result(passed) for passed in one_behind(passes, ahead))
+
+    def _result(self, passed: _Passed) -> PartResult:
+        outputs, readable = passed.outputs.result(), passed.images.readable
+        check_rows(outputs.finite, readable, [self._plan.dataset.ids[image] for image in self._order[slice(*passed.part)]])
+        columns = {name: column.numpy() for name, column in outputs.columns.items()}
+        return PartResult(passed.part, readable, outputs.features, columns, passed.images.unreadable)
+
+
 def explain_whole(
-    store: Store, explainer: Explainer, plan: Plan, shapes: Shapes, size: tuple[int, int], announce: Callable[[str], None]
+    store: Store, plan: Plan, shapes: Shapes, infer: Infer, device: torch.device, announce: Callable[[str], None]
 ) -> FeatureFiles:
-    """Compute and store every layer that is not stored yet. Returns the files of features."""
+    """Compute and store every layer that is not stored yet. Returns the files of features. device: where layers are measured."""
     files = FeatureFiles(store.scratch / schema.FEATURES, len(plan.indices), shapes, plan.options.stored_precision, list(plan.layers))
-    _infer(files, explainer, plan, size, announce)
+    _infer(files, plan, infer, announce)
     check_unreadable(files.unreadable, len(plan.indices), plan.options.max_unreadable)
-    device = torch.device(explainer.choice.device)
     index = _shuffled(plan)[files.kept]
     target, divisions = plan.target(index), Divisions.of(plan, index)
     for place, layer in enumerate(plan.layers):
@@ -64,32 +113,21 @@ def explain_whole(
     return files
 
 
-def _infer(files: FeatureFiles, explainer: Explainer, plan: Plan, size: tuple[int, int], announce: Callable[[str], None]) -> None:
+def _infer(files: FeatureFiles, plan: Plan, infer: Infer, announce: Callable[[str], None]) -> None:
     """Run the networks on every image that is not stored yet."""
-    unit = aligned(plan.options.batch)
-    total, pending = len(plan.indices), files.pending(unit)
-    remaining = sum(part.stop - part.start for part in pending)
-    if pending and remaining < total:
-        announce(f"Resuming: the features of {total - remaining} of {total} images are stored.")
-    done, order = total - remaining, _shuffled(plan)
-    parts, ahead = (order[part] for part in pending), explainer.transfers.ahead
+    total, pending = len(plan.indices), [(part.start, part.stop) for part in files.pending(aligned(plan.options.batch))]
+    done = total - sum(stop - start for start, stop in pending)
+    if pending and done:
+        announce(f"Resuming: the features of {done} of {total} images are stored.")
     unreadable = {*files.unreadable}
-    with (
-        decoded(plan.dataset, parts, size, plan.options.workers, explainer.choice.device) as images,
-        writing() as submit,
-        threads.short_turns() if ahead else nullcontext(),
-        progress() as show,
-    ):
-        passes = (_queue_part(explainer, plan, *job) for job in zip(pending, images, strict=True))
-        for passed in one_behind(passes, ahead):
+    with infer(pending) as results, writing() as submit, progress() as show:
+        for result in results:
             show("Networks", done, total, "images")
-            outputs, readable = passed.outputs.result(), passed.images.readable
-            check_rows(outputs.finite, readable, [plan.dataset.ids[image] for image in order[passed.part]])
-            columns = {name: column.numpy() for name, column in outputs.columns.items()}
-            submit(partial(files.write, passed.part, readable, outputs.features, columns, passed.images.unreadable))
-            unreadable.update(passed.images.unreadable)
+            readable = np.array(result.readable)  # an array from another process may be read-only, which PyTorch refuses
+            submit(partial(files.write, slice(*result.part), readable, result.features, result.columns, result.unreadable))
+            unreadable.update(result.unreadable)
             check_unreadable(sorted(unreadable), total, plan.options.max_unreadable)
-            done += passed.part.stop - passed.part.start
+            done += result.part[1] - result.part[0]
         show("Networks", total, total, "images")
 
 
@@ -107,12 +145,12 @@ class _Outputs:
 class _Passed:
     """A part of the images whose passes, and whose copies to the host, are queued."""
 
-    part: slice
+    part: Part
     images: Images
     outputs: Download[_Outputs]
 
 
-def _queue_part(explainer: Explainer, plan: Plan, part: slice, images: Images) -> _Passed:
+def _queue_part(explainer: Explainer, plan: Plan, part: Part, images: Images) -> _Passed:
     """Run the networks on a part of the images. On a GPU this queues the passes and the copy of the outputs to the host."""
     count = len(images.rows)
     # Unreadable images are blank, so that the other images keep their places in the pass. Blank images also fill the last pass.

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
+from kdx.cluster.options import ClusterOptions
 from kdx.study.attempts import Outcome, Perform, attempt
+from kdx.study.cluster_workers import ClusterWorkers
 from kdx.study.grid import Job
 from kdx.study.workers import Workers
 from kdx.threads import COUNTS
@@ -22,18 +24,21 @@ def run_jobs(
     *,
     workers: int,
     threads: int,
+    cluster: ClusterOptions | None = None,
     on_note: Callable[[Job, str], None],
     complete: Iterable[str] = (),
 ) -> Generator[Outcome, None, None]:
     """Run the jobs that are not complete, and yield the outcome of each when it ends.
 
     jobs: in an order in which each job comes after those that it needs. workers: the number of processes; with 1, this process runs all
-    jobs. threads: those of each process. An error ends its job and the jobs that need it, but no others. An exception in the caller, such
-    as Ctrl-C, or closing the generator stops all jobs.
+    jobs. threads: those of each process. cluster: in place of ``workers``, as many workers as the cluster has room for.
+
+    An error ends its job and the jobs that need it, but no others. An exception in the caller, such as Ctrl-C, or closing the generator
+    stops all jobs.
     """
     done, failed = set(complete), set[str]()
     waiting = [job for job in jobs if job.key not in done]
-    if workers == 1:
+    if workers == 1 and cluster is None:
         with _threads(threads):
             for job in waiting:
                 blocked = _blocked(job, failed)
@@ -44,7 +49,11 @@ def run_jobs(
                     failed.add(job.key)
                 yield outcome
         return
-    with Workers(min(workers, max(1, len(waiting))), perform, folder, threads) as pool:
+    if not waiting:
+        return
+    uses_gpus = any(job.extras.device != "cpu" for job in waiting)
+    processes, arguments = min(workers, len(waiting)), (perform, folder, threads)
+    with Workers(processes, *arguments) if cluster is None else ClusterWorkers(cluster, *arguments, uses_gpus=uses_gpus) as pool:
         while waiting or pool.busy:
             for job in list(waiting):
                 if (blocked := _blocked(job, failed)) is not None:

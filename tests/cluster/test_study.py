@@ -1,0 +1,36 @@
+"""The jobs of a study in workers of a real Ray: the same order and the same failures as in processes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdx.cluster.options import ClusterOptions
+from kdx.study.attempts import ERROR_FILE
+from kdx.study.design import design_of
+from kdx.study.grid import grid_of
+from kdx.study.schedule import run_jobs
+from tests.cluster.test_ray import limited as limited
+from tests.cluster.test_ray import ray as ray
+from tests.study.small_study import ASSISTANT, CONTENT, fail_at
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray")
+def test_failures_and_killed_workers_end_only_the_jobs_that_need_them(tmp_path: Path) -> None:
+    grid = grid_of(design_of({**copy.deepcopy(CONTENT), "methods": ["kd", "at", "rkd"], "assistants": {"medium": ASSISTANT}}))
+    notes: list[str] = []
+    settings: dict[str, Any] = {"workers": 1, "threads": 1, "cluster": ClusterOptions(workers=2)}
+    ended = list(run_jobs(grid.jobs, fail_at, tmp_path, on_note=lambda job, note: notes.append(note), **settings))
+    assert sorted(outcome.job.key for outcome in ended) == sorted(job.key for job in grid.jobs)
+    problems = {outcome.job.key: outcome.problem for outcome in ended if outcome.problem}
+    assert problems["digits/seed0/assistant-large+medium-kd"] == "The assistant is ill."
+    assert "digits/seed0/assistant-large+medium-kd, which failed" in problems["digits/large+medium/tiny/kd/seed0"]
+    assert "ZeroDivisionError" in problems["digits/large/tiny/at/seed0"]
+    assert "fail_at" in (tmp_path / "cells/digits/large/tiny/at/seed0" / ERROR_FILE).read_text()
+    assert "worker ended" in problems["digits/large/tiny/rkd/seed0"]
+    done = (tmp_path / "jobs.txt").read_text().split()
+    assert sorted(done) == sorted(job.key for job in grid.jobs if job.key not in problems), "every other job ran, once"
