@@ -11,6 +11,7 @@ import typer
 from kdx import progress
 from kdx.choices import DATA_KINDS, StudyPresetName
 from kdx.cli.options import announce_line
+from kdx.remote import local_path
 
 _GRID, _SCALE = "Grid", "Training and explaining"
 """The groups of options in the help page."""
@@ -22,7 +23,9 @@ def _axis(help_text: str, *names: str) -> Any:
 
 def study(
     file: Annotated[Path | None, typer.Argument(help="The study file (TOML). Options take precedence over it.", show_default=False)] = None,
-    out: Annotated[Path, typer.Option(help="The folder of the study. A study that was stopped there is resumed.")] = Path("kdx-study"),
+    out: Annotated[
+        Path, typer.Option(callback=local_path, help="The folder of the study. A study that was stopped there is resumed.")
+    ] = Path("kdx-study"),
     preset: Annotated[
         StudyPresetName | None,
         typer.Option(
