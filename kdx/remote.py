@@ -46,6 +46,13 @@ def as_path(place: str | Path) -> Path:
     return RemotePath(without_credentials(str(place))) if is_url(place) else Path(place)
 
 
+def local_path(path: Path) -> Path:
+    """The value of an option that names a folder on this machine. Raises KdxError for a URL, which would become a folder ``s3:``."""
+    if path.parts and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:", path.parts[0]):
+        raise KdxError(f"{path} is a URL, and this command writes into a local folder.", "Give a local --out.")
+    return path
+
+
 def without_credentials(text: str) -> str:
     """``text``, in which URLs have lost their user names, passwords and queries, where credentials may be."""
     return _QUERY.sub(r"\1", _CREDENTIALS.sub(r"\1", text))

@@ -10,10 +10,11 @@ import typer
 from kdx import progress
 from kdx.choices import DemoName
 from kdx.cli.options import SeedOption, announce_line
+from kdx.remote import local_path
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("kdx-demo"),
+    out: Annotated[Path, typer.Option(callback=local_path, help="The folder to write to.")] = Path("kdx-demo"),
     data: Annotated[
         DemoName, typer.Option(help="The images: handwritten digits, or drawn composites, which need scikit-image.")
     ] = "digits",

@@ -20,6 +20,7 @@ from kdx.cli.options import (
     is_first_process,
     with_preset,
 )
+from kdx.remote import local_path
 
 if TYPE_CHECKING:
     from kdx.distill import TrainingSettings
@@ -39,7 +40,7 @@ def distill(
         str, typer.Option(help="Model reference of the teacher. A teacher with @weights is used as it is; otherwise kdx trains it first.")
     ],
     student: Annotated[str, typer.Option(help="Model reference of the student. The base has the same architecture.")],
-    out: Annotated[Path, typer.Option(help="The folder for the checkpoints and the models file.")],
+    out: Annotated[Path, typer.Option(callback=local_path, help="The folder for the checkpoints and the models file.")],
     assistant: Annotated[
         list[str] | None,
         typer.Option(

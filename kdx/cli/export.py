@@ -9,6 +9,7 @@ import typer
 
 from kdx import progress
 from kdx.choices import NO_BASE, FileFormat, FileKind, FilePrecision
+from kdx.remote import local_path
 
 
 def export(
@@ -63,7 +64,7 @@ def export(
     tf32: Annotated[
         bool, typer.Option("--tf32", help="tensorrt: allow TensorFloat-32, which is faster but has three digits fewer.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="The folder, or the .onnx file, to write.")] = Path(),
+    out: Annotated[Path, typer.Option(callback=local_path, help="The folder, or the .onnx file, to write.")] = Path(),
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Resize images to a square of this side; by default the model's own size.")
     ] = None,

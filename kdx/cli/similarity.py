@@ -10,7 +10,16 @@ import typer
 
 from kdx import progress
 from kdx.choices import Interpolation, Precision, ResizeMode, RuntimeName, SimilarityGeometry, StoredPrecision
-from kdx.cli.options import DataArgument, DeviceOption, InterpolationHelp, ResizeHelp, SeedOption, UnreadableOption, announce_line
+from kdx.cli.options import (
+    DataArgument,
+    DeviceOption,
+    InterpolationHelp,
+    ResizeHelp,
+    SeedOption,
+    UnreadableOption,
+    announce_line,
+)
+from kdx.remote import local_path
 
 _Model = "A model reference, MODELS.toml:ROLE, or an exported .onnx file."
 
@@ -28,7 +37,7 @@ def similarity(
     a: Annotated[str, typer.Argument(metavar="A", help=f"The first network. {_Model}")],
     b: Annotated[str, typer.Argument(metavar="B", help="The second network. The same reference as A compares the network with itself.")],
     data: DataArgument,
-    out: Annotated[Path, typer.Option(help="The folder of the results.")],
+    out: Annotated[Path, typer.Option(callback=local_path, help="The folder of the results.")],
     given: Annotated[
         str | None,
         typer.Option(help="A third network C: also compute what A and B share beyond C (partial correlation).", show_default=False),

@@ -12,6 +12,7 @@ from kdx import progress
 from kdx.choices import DATA_KINDS, StudyPresetName
 from kdx.cli.options import ClusterOption, CpusPerWorkerOption, WorkersPerGpuOption, announce_line
 from kdx.cluster.options import ClusterOptions
+from kdx.remote import local_path
 
 _GRID, _SCALE = "Grid", "Training and explaining"
 """The groups of options in the help page."""
@@ -23,7 +24,9 @@ def _axis(help_text: str, *names: str) -> Any:
 
 def study(
     file: Annotated[Path | None, typer.Argument(help="The study file (TOML). Options take precedence over it.", show_default=False)] = None,
-    out: Annotated[Path, typer.Option(help="The folder of the study. A study that was stopped there is resumed.")] = Path("kdx-study"),
+    out: Annotated[
+        Path, typer.Option(callback=local_path, help="The folder of the study. A study that was stopped there is resumed.")
+    ] = Path("kdx-study"),
     preset: Annotated[
         StudyPresetName | None,
         typer.Option(

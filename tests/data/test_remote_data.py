@@ -11,7 +11,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from numpy.typing import NDArray
 from PIL import Image
+from typer.testing import CliRunner
 
+from kdx.cli import app
 from kdx.data import decoding_processes, load_images, open_data
 from kdx.data.dataset import Indices, located, table_of
 from kdx.data.images import _decode
@@ -80,6 +82,16 @@ def test_a_path_at_a_url_is_never_used_as_a_local_one(tmp_path: Path, monkeypatc
     for use in (lambda: os.fspath(path), path.touch, lambda: path.rename("other"), path.rmdir):
         with pytest.raises(TypeError, match="not a path on this machine"):
             use()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command", [["demo"], ["distill", "digits", "--student", "kdx:resnet"], ["study"], ["similarity", "a", "b", "digits"]]
+)
+def test_commands_that_write_locally_refuse_a_url(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [*command, "--out", "s3://bucket/run"])
+    assert isinstance(result.exception, KdxError) and "writes into a local folder" in result.exception.problem
     assert not list(tmp_path.iterdir())
 
 
