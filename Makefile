@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types format docs pages bench clean
+.PHONY: help demo test check lint types format audit docs pages bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -28,6 +28,11 @@ types: $(VENV)/.installed-dev ## Check types
 format: $(VENV)/.installed-dev ## Format the code
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+audit: $(BIN)/python ## Look up known vulnerabilities of the pinned dependencies; skipped without network
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 0 --timeout 10 pip-audit 2>/dev/null \
+	|| { echo 'audit: skipped, because pip-audit cannot be installed without network'; exit 0; }; \
+	$(BIN)/python -m pip_audit --strict --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
 
 docs: $(VENV)/.installed-docs ## Build the documentation into site/; a warning or a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean --quiet

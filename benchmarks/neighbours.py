@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from benchmarks.comparison import Comparison, Run, Variant, require_agreement
 from kdx import threads
@@ -66,16 +66,11 @@ def _comparison(code: str, busy: bool) -> Comparison:
     def variant(imports: str, environment: dict[str, str]) -> Variant:
         def opened(resources: ExitStack) -> Run:
             process = resources.enter_context(_process(f"{imports}\n{code}\n{_SERVE}", environment))
-            neighbours = [resources.enter_context(_stopped_loop()) for _ in range(os.cpu_count() or 1 if busy else 0)]
+            neighbours = resources.enter_context(Neighbours(busy))
 
             def run() -> float:
-                for neighbour in neighbours:
-                    neighbour.send_signal(signal.SIGCONT)
-                try:
+                with neighbours.running():
                     return _answer(process)
-                finally:
-                    for neighbour in neighbours:
-                        neighbour.send_signal(signal.SIGSTOP)
 
             _answer(process)  # what only a first run does
             return run
@@ -105,6 +100,34 @@ def _answer(process: subprocess.Popen[str]) -> float:
     if not line:
         raise subprocess.CalledProcessError(process.wait(), process.args)
     return float(json.loads(line))
+
+
+class Neighbours:
+    """A process per core that counts in a loop while it is not stopped. A context manager; the processes end with it. busy: False for no
+    process."""
+
+    def __init__(self, busy: bool = True) -> None:
+        self._busy = busy
+
+    def __enter__(self) -> Self:
+        self._resources = ExitStack()
+        count = threads.available_cores() if self._busy else 0
+        self._processes = [self._resources.enter_context(_stopped_loop()) for _ in range(count)]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._resources.close()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let the processes run during the block."""
+        for process in self._processes:
+            process.send_signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            for process in self._processes:
+                process.send_signal(signal.SIGSTOP)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Self
 import onnx
 from google.protobuf.message import DecodeError
 
+from kdx.disk import parse_json
 from kdx.errors import KdxError, first_line
 from kdx.export.graphs import FeatureGraph, GradientGraph, Preprocessing
 from kdx.features.arrays import MIN_IMAGES
@@ -126,7 +126,7 @@ def describe(path: Path) -> Description:
         metadata = {
             entry.key.removeprefix(METADATA_PREFIX): entry.value for entry in model.metadata_props if entry.key.startswith(METADATA_PREFIX)
         }
-        entries = {key: json.loads(value) for key, value in metadata.items()}
+        entries = {key: parse_json(value) for key, value in metadata.items()}
         entries.pop("parity")
         return Description.of(entries)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

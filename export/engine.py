@@ -18,7 +18,7 @@ from typing import Any, Literal
 import onnx
 import torch
 
-from kdx.disk import cache_folder, replace_file, staging, write_through
+from kdx.disk import cache_folder, parse_json, replace_file, staging, write_through
 from kdx.errors import KdxError, first_line
 from kdx.export import description
 from kdx.export.description import Description, Shape, shapes_by_name, tuples
@@ -212,7 +212,7 @@ def describe(path: Path) -> EngineDescription:
         raise KdxError(f"There is no file {path}.", "Check the path, or build the engine with kdx export.")
     beside = description_path(path)
     try:
-        entries = json.loads(beside.read_text())
+        entries = parse_json(beside.read_text())
         file = Description.of(entries.pop("file"))
         return EngineDescription(file=file, **{key: tuples(value) for key, value in entries.items()})
     except FileNotFoundError:

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -101,9 +102,25 @@ def check_locked(folder: Path, lock: IO[bytes] | RemoteLock) -> None:
         )
 
 
+def parse_json(text: str) -> Any:
+    """`json.loads` that raises ValueError also for values that are nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("values are nested too deeply") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """`tomllib.loads` that raises ValueError also for values that are nested too deeply."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("values are nested too deeply") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise KdxError(f"{path} is not readable JSON: {error}.", "Delete the folder and run again.") from None
     if not isinstance(content, dict):

@@ -91,7 +91,7 @@ class RemoteLock:
         return content.get("lock") == self._owner["lock"]
 
     def _content(self) -> bytes:
-        return json.dumps({**self._owner, "renewed": datetime.now(UTC).isoformat(timespec="seconds")}).encode()
+        return json.dumps({**self._owner, "renewed": datetime.now(UTC).isoformat()}).encode()
 
 
 def _wait_for(path: RemotePath) -> None:

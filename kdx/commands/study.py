@@ -21,7 +21,7 @@ from kdx import models, progress, threads
 from kdx.choices import NO_BASE
 from kdx.cluster.options import ClusterOptions
 from kdx.commands import explain
-from kdx.disk import check_locked, lock_folder, remove_leftovers, write_atomic
+from kdx.disk import check_locked, lock_folder, parse_json, remove_leftovers, write_atomic
 from kdx.distill import EpochResult, distill, train_alone
 from kdx.errors import KdxError, resumable
 from kdx.runs import schema
@@ -335,7 +335,7 @@ def complete_jobs(folder: Path, jobs: Iterable[Job], results: Callable[[Job], It
     complete = {}
     for job in jobs:
         try:
-            stored = json.loads((folder / job.folder / DONE).read_text("utf-8"))
+            stored = parse_json((folder / job.folder / DONE).read_text("utf-8"))
             identity, seconds = dict(stored["identity"]), float(stored["seconds"])
         except (OSError, ValueError, KeyError, TypeError):
             continue

@@ -63,6 +63,9 @@ def orientation_of(image: Image.Image) -> object:
         return 1
 
 
+_LARGEST = 50_000_000
+"""The most pixels of a resized image before it is cropped. An image of 1 x 60,000 pixels would have 3 billion at 224 x 224."""
+
 DRAFT_MARGIN = 2
 """How many times larger than needed a draft is at least. With 1, the levels of photographs differ by up to 46 and by 3 on average, since
 almost nothing is left for the antialiased resize; with 2, by up to 18 and by 1. A photograph of 12 megapixels takes a quarter longer."""
@@ -126,6 +129,8 @@ def fit(image: Image.Image, size: tuple[int, int], resizing: Resizing = COVER, b
     height, width = size
     filter_ = Image.Resampling[resizing.interpolation.upper()]
     scaled = scaled_size(image.size if box is None else (box[2] - box[0], box[3] - box[1]), size, resizing)
+    if resizing.mode == "cover" and scaled[0] * scaled[1] > _LARGEST:
+        return _cropped_first(image, size, filter_, box)
     resized = image if scaled == image.size and box is None else image.resize(scaled, filter_, box)
     if resizing.mode == "squash":
         return resized
@@ -135,6 +140,15 @@ def fit(image: Image.Image, size: tuple[int, int], resizing: Resizing = COVER, b
         return boxed
     left, top = (scaled[0] - width) // 2, (scaled[1] - height) // 2
     return resized.crop((left, top, left + width, top + height))
+
+
+def _cropped_first(image: Image.Image, size: tuple[int, int], filter_: Image.Resampling, box: Box | None) -> Image.Image:
+    """The middle of a very long image, resized alone, which takes no memory for the rest."""
+    left, top, right, bottom = (0, 0, image.width, image.height) if box is None else box
+    scale = max(size[1] / (right - left), size[0] / (bottom - top))
+    width, height = min(right - left, size[1] / scale), min(bottom - top, size[0] / scale)
+    left, top = (left + right - width) / 2, (top + bottom - height) / 2
+    return image.resize((size[1], size[0]), filter_, (left, top, left + width, top + height))
 
 
 def pixels_of(levels: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
@@ -17,11 +16,15 @@ from PIL import Image
 
 from kdx.data.image_types import is_image_type
 from kdx.data.pixels import orientation_of, turned
+from kdx.disk import parse_json
 from kdx.errors import KdxError, first_line
 
 T = TypeVar("T")
 
 Mask = NDArray[np.bool_]
+
+_LARGEST = 178_956_970
+"""The most pixels of an annotated image: those that Pillow opens."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def _marked(image: Image.Image) -> Mask:
 def _coco(path: Path) -> Annotations:
     """Instances of COCO: segmentations where there are some, else boxes. Crowds, which contain many objects, are left out."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = parse_json(path.read_text("utf-8"))
         images = {int(image["id"]): image for image in content["images"]}
         categories = {int(entry["id"]): str(entry["name"]) for entry in content.get("categories", [])}
         objects: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
@@ -145,7 +148,7 @@ def _coco(path: Path) -> Annotations:
             if not annotation.get("iscrowd"):
                 objects[int(annotation["image_id"])].append(annotation)
         masks = {str(images[number]["file_name"]): _instances(path, images[number], known, categories) for number, known in objects.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise KdxError(f"{path} is not a JSON file of COCO: {reason}.", "Give a file with images, annotations and categories.") from error
     return Annotations(f"objects of {path} (COCO)", masks)
@@ -155,6 +158,8 @@ def _instances(
     path: Path, image: Mapping[str, Any], objects: Sequence[Mapping[str, Any]], categories: Mapping[int, str]
 ) -> Callable[[tuple[int, int] | None, str], Mask | None]:
     stated = (int(image["height"]), int(image["width"])) if "height" in image and "width" in image else None
+    if stated is not None and (min(stated) < 1 or stated[0] * stated[1] > _LARGEST):
+        raise ValueError(f"the size of {image['file_name']} is {stated[0]} x {stated[1]}")
 
     def mask(size: tuple[int, int] | None, class_name: str) -> Mask | None:
         own = stated or size
@@ -163,7 +168,7 @@ def _instances(
         try:
             named = [(categories.get(int(entry.get("category_id", -1)), ""), entry) for entry in objects]
             parts = [_coco_object(entry, own) for entry in _of_class(named, class_name, categories.values())]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             raise KdxError(f"{path} has a damaged object in {image['file_name']}: {first_line(error)}.", "Repair the file.") from error
         return np.asarray(np.any(parts, axis=0)) if parts else None
 
@@ -194,6 +199,8 @@ def _polygon(points: Sequence[float], size: tuple[int, int]) -> Mask:
     """The pixels whose centres lie in a polygon x0, y0, x1, y1, ...; where it overlaps itself, by the even-odd rule."""
     height, width = size
     x, y = (np.asarray(values, dtype=np.float64) for values in (points[::2], points[1::2]))
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        raise ValueError("a polygon with coordinates that are not finite")
     crossings = np.zeros((height, width + 1), dtype=np.int64)  # at the first pixel whose centre is to the right of an edge
     centres = np.arange(height) + 0.5
     for x0, y0, x1, y1 in zip(x, y, np.roll(x, -1), np.roll(y, -1), strict=True):
@@ -214,9 +221,10 @@ def _box(left: float, top: float, right: float, bottom: float, size: tuple[int, 
 def run_lengths(counts: Sequence[int], size: tuple[int, int]) -> Mask:
     """The mask of COCO's run lengths: zeros and ones in turn, beginning with zeros, down one column after another."""
     values = np.arange(len(counts)) % 2 == 1
+    total = sum(counts)  # before memory is taken
+    if total != size[0] * size[1] or total > _LARGEST:
+        raise ValueError(f"run lengths of {total} pixels in a mask of {size[0]} x {size[1]}")
     flat = np.repeat(values, counts)
-    if flat.size != size[0] * size[1]:
-        raise ValueError(f"run lengths of {flat.size} pixels in a mask of {size[0]} x {size[1]}")
     return flat.reshape(size[1], size[0]).T
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import _compat_pickle
-import json
 import pickle
 import pickletools
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from kdx.disk import parse_json
 from kdx.errors import KdxError, first_line
 from kdx.export.graphs import Preprocessing
 
@@ -81,7 +82,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         return {}
     try:
         with safetensors.safe_open(path, "pt") as file:
-            recipe = json.loads((file.metadata() or {})["recipe"])
+            recipe = parse_json((file.metadata() or {})["recipe"])
     except (safetensors.SafetensorError, OSError, KeyError, ValueError):  # damaged, or another program wrote it
         return {}
     return recipe if isinstance(recipe, dict) else {}
@@ -138,8 +139,8 @@ def _type_names(path: Path) -> list[str]:
     allowed = {entry[1] if isinstance(entry, tuple) else f"{entry.__module__}.{entry.__qualname__}" for entry in entries}
     try:
         return [name for name in dict.fromkeys(_referred_names(path)) if name not in allowed]
-    except (ValueError, OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
-        raise KdxError(_damaged(path), _SAVE_AGAIN) from error
+    except (ValueError, OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, MemoryError, OverflowError, zlib.error) as error:
+        raise KdxError(_damaged(path), _SAVE_AGAIN) from error  # a length of many gigabytes in a damaged file raises MemoryError
 
 
 def _referred_names(path: Path) -> Iterator[str]:

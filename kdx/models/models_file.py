@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, TypeVar, get_args
 from torch import nn
 
 from kdx.choices import COVER, NO_BASE, Interpolation, ResizeMode, Resizing
-from kdx.disk import write_atomic
+from kdx.disk import parse_toml, write_atomic
 from kdx.errors import KdxError, first_line
 from kdx.export.graphs import Preprocessing
 from kdx.models.layer_pairs import LayerNames
@@ -120,8 +119,8 @@ def read_models(path: Path | str) -> ModelsFile:
     """
     path = Path(path)
     try:
-        content = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        content = parse_toml(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else first_line(error)
         raise KdxError(
             f"The models file {path} cannot be read: {reason}.", "Give the models.toml that kdx distill wrote, or write one."

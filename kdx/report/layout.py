@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdx.errors import printable
 from kdx.report import wording
 from kdx.runs.number_text import number
 
@@ -57,10 +58,16 @@ def render(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_shown,
     )
     environment.filters["percent"] = wording.percent
     environment.filters.update(filters or {})
     return environment.get_template(template).render(assets=_Assets.load(folders, styles, scripts), **content)
+
+
+def _shown(value: object) -> object:
+    """A value of a template: texts that are not our own markup do not change the direction of the text after them (`printable`)."""
+    return printable(value) if type(value) is str else value
 
 
 def script_json(content: object) -> Markup:

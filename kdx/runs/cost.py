@@ -30,6 +30,7 @@ from kdx.choices import StoredPrecision
 from kdx.kernels.set_geometry import StoredDistances
 from kdx.kernels.tiles import side_for
 from kdx.roles import mapped_among, maps_among, permuted_among, roles_among, score_maps_among, shares_among
+from kdx.runs import schema
 from kdx.runs.feature_files import FeatureFiles, Shapes
 
 EAGER_TOUCHES = 7
@@ -39,17 +40,22 @@ steps."""
 SUMS, TRANSFORMS = 9, 6
 """How often the first sweep reads or writes a distance for the sums, and per Fourier transform of a tile for the permutations."""
 
+CHUNK = 4.2e-3
+"""Seconds of processor time in which the maps of one kind of a batch are written, with their part of the record; measured on an Intel Xeon
+as what runs of tiny networks take beyond the other stages (benchmarks/scale.py). One process writes."""
+
 _COLUMN_BYTES, _ID_BYTES = 16, 24
 """Bytes in samples.parquet per image and kind of map (total, strength, stability), and for its name."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations, bytes of memory that are read or written, and bytes on disk that are read or written."""
+    """Operations, bytes of memory that are read or written, bytes on disk that are read or written, and chunks of maps that are written."""
 
     operations: float = 0.0
     memory: float = 0.0
     disk: float = 0.0
+    chunks: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,17 @@ class Work:
             stages["sweeps"] = self.sweeps()
         else:
             stages["maps and scores"] = self.maps_of_batches()
-        return stages | {"results": Cost(disk=sum(self.result_bytes().values()))}
+        return stages | {"results": Cost(disk=sum(self.result_bytes().values()), chunks=self._chunks(geometry))}
+
+    def _chunks(self, geometry: str) -> int:
+        """The chunks of maps that are written: one per batch, layer and kind."""
+        images = schema.MAPS_PER_CHUNK if geometry == "whole" else self.batch
+        return -(-self.images // images) * len(self.layers) * self._kinds
+
+    @property
+    def _kinds(self) -> int:
+        """The number of kinds of maps at a layer."""
+        return len(maps_among(self.roles)) + (0 if self.pooled else len(score_maps_among(self.roles)))
 
     def maps_of_batches(self) -> Cost:
         """The maps and scores of all batches."""
@@ -193,7 +209,7 @@ class Work:
 
     def result_bytes(self) -> dict[str, float]:
         """The results that stay: maps before compression, and the table of images."""
-        kinds = len(maps_among(self.roles)) + (0 if self.pooled else len(score_maps_among(self.roles)))
+        kinds = self._kinds
         maps = sum(4 * kinds * max(self.positions(role, layer) for role in mapped_among(self.roles)) for layer in self.layers)
         table = _ID_BYTES + 12 * len(self.roles) + _COLUMN_BYTES * kinds * len(self.layers)
         return {"maps": self.images * maps, "table": self.images * table}
@@ -208,7 +224,7 @@ class Work:
 
     def growing_memory(self, geometry: str) -> float:
         """The bytes of memory that grow with the number of images: names, columns, and with ``whole`` the sums of one layer."""
-        kinds = len(maps_among(self.roles)) + (0 if self.pooled else len(score_maps_among(self.roles)))
+        kinds = self._kinds
         # A name is a Python string of about 80 bytes, and a column of a table has 8 bytes.
         per_image = 80 + 24 * kinds * len(self.layers) + 24 * len(self.roles) + 64
         if geometry != "whole":

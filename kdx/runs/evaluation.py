@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.disk import write_atomic
+from kdx.disk import parse_json, write_atomic
+from kdx.remote import remote_errors
 from kdx.runs import schema
 from kdx.runs.record import RunRecord
 from kdx.scores.uncertainty import t_quantile, wilson
@@ -240,7 +241,7 @@ def evaluated_number(run: RunRecord, name: str) -> Values:
 def _stored(run: RunRecord) -> dict[str, Any] | None:
     """The content of evaluation.json, if it is about this run as it is now."""
     try:
-        content = json.loads((run.folder / schema.EVALUATION_FILE).read_text("utf-8"))
+        content = parse_json((run.folder / schema.EVALUATION_FILE).read_text("utf-8"))
     except (OSError, ValueError):
         return None
     current = isinstance(content, dict) and content.get("format") == FORMAT and content.get("run") == _identity(run)
@@ -253,7 +254,7 @@ def _read_values(run: RunRecord, names: Sequence[str]) -> dict[str, Values]:
 
     path: Path = run.folder / schema.EVALUATION_TABLE
     try:
-        with path.open("rb") as file:
+        with remote_errors(path), path.open("rb") as file:
             table = pyarrow.parquet.read_table(file, columns=list(names))
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is damaged: {error}") from error

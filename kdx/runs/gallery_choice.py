@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kdx.data.images import load_images
 from kdx.data.splits import class_balanced_sample
-from kdx.disk import write_atomic
+from kdx.disk import parse_json, write_atomic
 from kdx.errors import KdxError
 from kdx.roles import maps_among, score_maps_among
 from kdx.runs import schema
@@ -133,7 +133,7 @@ def read_choice(run: RunRecord) -> tuple[GalleryChoice, list[int]]:
     if not path.exists():
         return GalleryChoice(len(pictured)), pictured
     try:
-        content: Mapping[str, Any] = json.loads(path.read_text("utf-8"))
+        content: Mapping[str, Any] = parse_json(path.read_text("utf-8"))
         choice = GalleryChoice(int(content["count"]), str(content["order"]), tuple(map(str, content["images"])))
         rows = [int(row) for row in content["rows"]]
     except (ValueError, KeyError, TypeError):  # a damaged choice is no reason to lose a page

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kdx.choices import Precision
 from kdx.errors import KdxError
-from kdx.runs.cost import Cost
+from kdx.runs.cost import CHUNK, Cost
 
 MEMORY, ARITHMETIC = 0.85, 0.5
 """The shares of a GPU's peak bandwidth and peak rate that a stage reaches, as measured on an H100."""
@@ -101,6 +101,7 @@ def cluster_seconds(
     cluster: Cluster, stages: Mapping[str, Cost], images: int, core_seconds: float, precision: Precision
 ) -> dict[str, float]:
     """The seconds of each stage on a cluster over which it is divided evenly, and of decoding. An estimate from data sheets.
+    The process that collects the results writes the maps alone.
 
     stages: the costs of `kdx.runs.cost.Work.stages`. core_seconds: those in which one core decodes an image.
     """
@@ -108,5 +109,5 @@ def cluster_seconds(
     for name, cost in stages.items():
         rate = gpu.passes(precision) if name == "passes" else gpu.float32
         on_gpu = cost.operations / (ARITHMETIC * rate) + cost.memory / (MEMORY * gpu.memory)
-        seconds[name] = on_gpu / cluster.count + cost.disk / (cluster.disk * cluster.machines)
+        seconds[name] = on_gpu / cluster.count + cost.disk / (cluster.disk * cluster.machines) + CHUNK * cost.chunks
     return seconds

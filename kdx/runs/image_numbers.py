@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kdx.runs import schema
 from kdx.runs.evaluation import evaluated_names, evaluated_number
 from kdx.runs.measured import Samples
-from kdx.runs.record import RunRecord
+from kdx.runs.record import LostResult, RunRecord
 
 CHANGED, WRONG, DISAGREEMENT = "changed", "wrong", "disagreement"
 
@@ -99,5 +99,5 @@ def image_number(run: RunRecord, name: str) -> NDArray[np.float64]:
     layer, kind, column = name.rsplit("/", 2)
     columns = run.map_columns(layer, kind)
     if columns is None:
-        raise KeyError(name)
+        raise LostResult(f"{run.folder / schema.SAMPLES_FILE} has no column {name}.", "Run kdx explain again with the same options.")
     return np.asarray(getattr(columns, column), dtype=np.float64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from kdx.disk import parse_json
 from kdx.errors import KdxError
 from kdx.remote import remote_errors, zarr_store
 from kdx.roles import MEASURED, READING_ORDER, contrast_name, contrasts_among, maps_among, score_maps_among, scores_among
-from kdx.runs import schema
+from kdx.runs import grouped_scores, schema
 from kdx.runs.measured import Entry, GroupEntries, MapColumns, MapSummary, NetworkResult, Samples, optional_integer
 from kdx.runs.schema import Manifest, StoredFeatures, StoredGroup, StoredScore, StoredScores, UnreadableImage
 
@@ -128,7 +128,7 @@ class RunRecord:
         import zarr
 
         path = schema.map_path(layer, kind)
-        with _damage_is_lost_result(self.folder), remote_errors(self.folder):
+        with _damage_is_lost_result(self.folder):
             array = self._maps[path]
             if not isinstance(array, zarr.Array) or array.ndim != 3:
                 raise ValueError(f"{schema.MAPS_FILE} has no array of maps [N, h, w] at {path}")
@@ -172,9 +172,12 @@ def read_run(folder: Path) -> RunRecord:
         for name in (schema.SAMPLES_FILE, schema.MAPS_FILE):
             if not (folder / name).exists():
                 raise LostResult(f"The run in {folder} has no {name}.", _RUN_AGAIN)
+        _check_tables(stored)
         configuration, images = manifest["configuration"], manifest["images"]
         roles = [role for role in READING_ORDER if role in configuration["models"]]
         layers = {str(student): str(teacher) for student, teacher in configuration["layers"].items()}
+        if "student" not in roles or not layers:
+            raise ValueError(f"{schema.MANIFEST} names no student or no layer")
         measured = [role for role in MEASURED if role in configuration["models"]]
         contrasts = [contrast_name(*pair) for pair in contrasts_among(measured)]
         features = configuration.get("features")
@@ -217,12 +220,31 @@ def read_run(folder: Path) -> RunRecord:
         )
 
 
+def _check_tables(stored: StoredScores) -> None:
+    """Read every row of the tables, which are made later, where a damaged value would be an error of the program."""
+    rows: list[tuple[tuple[Any, ...], tuple[Any, ...], Sequence[str]]] = [
+        (row, row[2:], schema.SCORES_TABLE_COLUMNS) for row in schema.scores_table_rows(stored)
+    ]
+    for kind in schema.GROUPED_TABLES:  # their last column is a text
+        rows += [(row, row[4:-1], grouped_scores.grouped_columns(kind)) for row in grouped_scores.grouped_rows(stored, kind)]
+    for row, numbers, columns in rows:
+        if len(row) != len(columns) or not all(number is None or isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"{schema.SCORES_FILE} contains a score that is not a number")
+    for entry in stored["layers"].values():
+        for summary in entry.get("maps", {}).values():
+            if not all(number is None or isinstance(number, int | float) for number in summary.values()):
+                raise ValueError(f"{schema.SCORES_FILE} contains a number of maps that is not a number")
+
+
 @contextlib.contextmanager
 def _damage_is_lost_result(folder: Path) -> Iterator[None]:
     """Raise LostResult for an error that a damaged file causes: the folder is at fault, not the program."""
     try:
-        yield
-    except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:  # RuntimeError: from decompressing a damaged map
+        with remote_errors(folder):
+            yield
+    except KdxError:
+        raise
+    except Exception as error:  # a value of another type or shape raises almost any error, and so does a damaged map that is decompressed
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise LostResult(f"The run in {folder} cannot be read: {reason}.", _RUN_AGAIN) from error
 
@@ -251,7 +273,7 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
     if not file.is_file():
         raise LostResult(f"The run in {folder} has no {name}.", _RUN_AGAIN)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise LostResult(f"{file} is not readable as JSON ({error}).", _RUN_AGAIN) from error
     if not isinstance(content, dict):

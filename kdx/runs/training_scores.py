@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kdx.disk import write_atomic
+from kdx.disk import parse_json, write_atomic
 from kdx.distill.settings import epoch_quality
 from kdx.models.models_file import ModelsFile
 from kdx.roles import SCORES
@@ -79,7 +79,7 @@ def read_training_scores(run: Path) -> TrainingScores | None:
     if not path.exists():
         return None
     try:
-        scores = TrainingScores(**json.loads(path.read_text("utf-8")))
+        scores = TrainingScores(**parse_json(path.read_text("utf-8")))
         if not scores.epochs:
             raise ValueError("no epochs")
         for values in (values for by_score in scores.layers.values() for values in by_score.values()):

@@ -22,7 +22,7 @@ from kdx.explain.settings import Settings
 from kdx.explain.whole_set import SetRows, measure_set
 from kdx.features.rows import InMemory
 from kdx.features.target import Target
-from kdx.runs.cost import Pass, SetCost, Work
+from kdx.runs.cost import CHUNK, Pass, SetCost, Work
 from kdx.runs.geometry import products_per_second
 from kdx.runs.plan import Plan
 
@@ -90,7 +90,7 @@ class Speed:
         else:
             assert self.maps is not None
             stages["maps and scores"] = n * self.maps
-        return stages | {"results": costs["results"].disk / self.disk}
+        return stages | {"results": costs["results"].disk / self.disk + CHUNK * costs["results"].chunks}
 
 
 def timed_trial(

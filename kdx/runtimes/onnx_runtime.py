@@ -149,6 +149,11 @@ def _strays(parts: Collection[Any], name: str) -> list[str]:
 
 
 def _shapes(path: Path, values: Collection[Any]) -> dict[str, Shape]:
+    try:
+        for value in values:
+            _ = value.name, value.type, value.shape
+    except UnicodeDecodeError as error:
+        raise KdxError(f"{path} has a name that is not a text.", "Export it again with kdx export.") from error
     for value in values:
         expected, name = ("tensor(int64)", "int64") if input_dtype(value.name) == torch.int64 else ("tensor(float)", "float32")
         if value.type != expected:

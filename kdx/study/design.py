@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kdx.data.dataset import source_of
+from kdx.disk import parse_toml
 from kdx.distill import TrainingSettings
 from kdx.errors import KdxError, first_line
 from kdx.models.reference import parse_reference
@@ -136,8 +136,8 @@ def design_of(content: Mapping[str, Any]) -> Design:
 def read_design(path: Path) -> dict[str, Any]:
     """The contents of a study file. Raises KdxError for a file that is missing or is not TOML."""
     try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return parse_toml(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else first_line(error)
         raise KdxError(f"The study file {path} cannot be read: {reason}.", "docs/studies.md has an example.") from error
 
@@ -149,6 +149,10 @@ def value_of_table(value: Any, name: str) -> dict[str, Any]:
     return value
 
 
+MAX_SEEDS = 10_000
+"""The most seeds of a study. Without a limit, a number with a typing error would take all memory."""
+
+
 def _images(value: Any) -> int:
     images: int = value_of(int, value, "images")
     if images < 1:
@@ -157,9 +161,12 @@ def _images(value: Any) -> int:
 
 
 def _seeds(value: Any) -> tuple[int, ...]:
-    seeds = tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value_of(tuple[int, ...], value, "seeds")
-    if len(set(seeds)) < len(seeds) or min(seeds, default=0) < 0:
-        raise KdxError(f"seeds cannot be {value!r}.", "Give a number of seeds, or a list of different numbers from 0 on.")
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    if is_count and value > MAX_SEEDS:
+        raise KdxError(f"A study cannot have {value} seeds.", f"Give at most {MAX_SEEDS}.")
+    seeds = tuple(range(value)) if is_count else value_of(tuple[int, ...], value, "seeds")
+    if len(set(seeds)) < len(seeds) or min(seeds, default=0) < 0 or max(seeds, default=0) >= 2**32:
+        raise KdxError(f"seeds cannot be {value!r}.", "Give a number of seeds, or a list of different numbers from 0 to 4294967295.")
     return tuple(seeds)
 
 
@@ -246,8 +253,8 @@ def parse_setting(text: str) -> tuple[list[str], Any]:
     if not equals or not all(keys):
         raise KdxError(f"{text!r} is not a setting.", "Write KEY=VALUE, such as --set training.epochs=10.")
     try:
-        return keys, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        return keys, parse_toml(f"value = {value}")["value"]
+    except ValueError:
         return keys, value.strip()
 
 

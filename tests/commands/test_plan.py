@@ -18,7 +18,7 @@ from kdx.errors import KdxError
 from kdx.explain.explainer import Explainer
 from kdx.kernels.tiles import tile_side
 from kdx.runs import schema, store
-from kdx.runs.cost import EAGER_TOUCHES, Cost, Pass, SetCost, Work, batch_cost
+from kdx.runs.cost import CHUNK, EAGER_TOUCHES, Cost, Pass, SetCost, Work, batch_cost
 from kdx.runs.hardware import ARITHMETIC, GPUS, MEMORY, Cluster, Gpu, cluster_seconds, find_gpu
 from kdx.runs.plan import RunOptions
 from kdx.runs.trial import Speed, counted_pass
@@ -52,6 +52,7 @@ def test_the_operations_are_those_of_the_products() -> None:
     assert SetCost.of(n, SHAPES, pooled=True).operations == (6 + 4) * n**2
     work = Work(100, SHAPES, batch=20, permutations=7, one_pass=Pass(5.0, 3.0))
     assert work.stages("batch")["passes"] == Cost(500, 4 * 3 * 100 * EAGER_TOUCHES)
+    assert [work.stages(geometry)["results"].chunks for geometry in ("batch", "whole")] == [5 * 7, 2 * 7]  # 2 maps of UniCAM, 5 of scores
     one = batch_cost(20, [(6, 15), (4, 15)], 7)
     assert one.operations == 2 * 20**2 * 15 * 10 + 2 * 7 * 20**2 * 3
     assert work.stages("batch")["maps and scores"].operations == 5 * one.operations
@@ -78,6 +79,7 @@ def test_the_seconds_on_other_hardware_are_costs_over_rates() -> None:
     stages = {"passes": Cost(operations=ARITHMETIC * 4e12, memory=MEMORY * 1e12), "results": Cost(disk=3e9)}
     assert cluster_seconds(ROUND, stages, 1200, 0.01, "float32") == pytest.approx({"decoding": 1, "passes": 4 + 1, "results": 3})
     assert cluster_seconds(ROUND, stages, 1200, 0.01, "tf32")["passes"] == pytest.approx(1 + 1)
+    assert cluster_seconds(ROUND, {"results": Cost(chunks=10)}, 0, 0.01, "float32")["results"] == pytest.approx(10 * CHUNK)
     more = Cluster(ROUND.gpu, machines=3, gpus=2, disk=1e9)
     assert cluster_seconds(more, stages, 1200, 0.01, "float32") == pytest.approx({"decoding": 1 / 6, "passes": 5 / 6, "results": 1})
 

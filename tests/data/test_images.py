@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from kdx.choices import Interpolation, Resizing
 from kdx.data.dataset import Dataset, open_data
 from kdx.data.images import decoded, load_images
+from kdx.data.pixels import fit
 from tests.data.pictures import class_folders, picture
 
 
@@ -223,3 +224,21 @@ def test_images_are_brought_to_a_size_as_pillow_does(tmp_path: Path, source: tup
     whole = image.resize((max(24, round(image.width * scale)), max(18, round(image.height * scale))), method)
     left, top = (whole.width - 24) // 2, (whole.height - 18) // 2
     np.testing.assert_allclose(loaded("cover"), np.asarray(whole)[top : top + 18, left : left + 24], atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (90_000, 3)])
+def test_a_very_long_image_takes_little_memory(size: tuple[int, int]) -> None:
+    """Its middle is shown, as of any other image, without the whole image at the new scale, which would have billions of pixels."""
+    width, height = size
+    values = np.tile(np.arange(max(size), dtype=np.float64)[:, None], (1, min(size)))
+    values = (values if height > width else values.T) * 255 / max(size)
+    fitted = np.asarray(fit(Image.fromarray(values.astype(np.uint8)), (224, 224)))
+    assert fitted.shape == (224, 224) and abs(int(fitted.mean()) - 127) <= 1
+
+
+def test_a_long_image_is_resized_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part that is resized alone equals the crop of the whole, except for rounding."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 400, 3), dtype=np.uint8))
+    whole = np.asarray(fit(image, (16, 16))).astype(int)
+    monkeypatch.setattr("kdx.data.pixels._LARGEST", 1)
+    assert np.abs(np.asarray(fit(image, (16, 16))).astype(int) - whole).max() <= 1

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from numpy.typing import NDArray
 from PIL import Image
 
-from kdx.data import load_images, open_data
-from kdx.data.dataset import located, table_of
+from kdx.data import decoding_processes, load_images, open_data
+from kdx.data.dataset import Indices, located, table_of
+from kdx.data.images import _decode
 from kdx.errors import KdxError
 from kdx.remote import RemotePath, as_path, without_credentials
 from tests.remote.server import BUCKET, Server, upload
@@ -147,3 +150,23 @@ def test_a_missing_bucket_or_folder_is_an_error(server: Server) -> None:
     for url in ("s3://no-bucket/pictures", f"s3://{BUCKET}/no-folder", f"s3://{BUCKET}/no-folder/table.csv"):
         with pytest.raises(KdxError, match="cannot be listed"):
             open_data(url)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not decoding_processes.available(), reason="needs processes that fork")
+def test_processes_decode_images_on_s3(server: Server, pictures: Path) -> None:
+    """A forked process has connections of its own, and reports a lost connection as an error and not as an unreadable image."""
+    upload(pictures, f"s3://{BUCKET}/forked")
+    dataset = open_data(f"s3://{BUCKET}/forked")
+    expected = load_images(dataset, np.arange(8), (8, 8)).rows.numpy()  # the parent has connections before it forks
+    levels = np.zeros((8, 3, 8, 8), np.uint8)
+    with decoding_processes.started(partial(_decode, dataset, (8, 8)), (8, 8), 2) as decode:
+        for part in (slice(0, 4), slice(4, 8)):
+            assert decode(np.arange(8)[part], levels[part]) == [""] * 4
+    assert np.array_equal(levels, expected)
+
+    def lost(indices: Indices, levels: NDArray[np.uint8]) -> list[str]:
+        raise KdxError("The connection fails.", "Check it.")
+
+    with decoding_processes.started(lost, (8, 8), 1) as decode, pytest.raises(KdxError, match="The connection fails"):
+        decode(np.arange(4), levels[:4])

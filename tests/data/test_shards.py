@@ -120,6 +120,14 @@ def test_the_index_is_stored_and_follows_the_shard(pictures: Path, tmp_path: Pat
     assert again.ids == (*first.ids, "002.tar/0099") and again.fingerprint != first.fingerprint
 
 
+def header(size: bytes, kind: bytes = b"0") -> bytes:
+    """A member's header with this size field and type, after a valid member, and with a valid checksum."""
+    content = bytearray(tarfile.TarInfo("0.png").tobuf())
+    content[124:136], content[156:157], content[148:156] = size, kind, b" " * 8
+    content[148:156] = f"{sum(content):06o}\0 ".encode()
+    return tarfile.TarInfo("1.cls").tobuf() + bytes(content) + bytes(1024)
+
+
 def test_compressed_damaged_and_missing_shards_are_errors(pictures: Path, tmp_path: Path) -> None:
     write_shards(tmp_path, pictures)
     whole = (tmp_path / "000.tar").read_bytes()
@@ -127,6 +135,10 @@ def test_compressed_damaged_and_missing_shards_are_errors(pictures: Path, tmp_pa
         ("gzip.tar", gzip.compress(whole), r"compressed \(gzip\)"),
         ("noise.tar", b"no tar" * 200, "not a tar file or is damaged"),
         ("empty.tar", b"", "not a tar file or is damaged"),
+        ("cut.tar", whole[: len(whole) // 2], "not a tar file or is damaged"),
+        ("second.tar", whole[:1024] + b"damaged!" * 64 + whole[1536:], "there is no header at byte 1024"),
+        ("negative.tar", header(b"\xff" * 11 + b"\x00"), "not a tar file or is damaged"),
+        ("long.tar", header(b"77777777777\0", b"x"), "not a tar file or is damaged"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(KdxError, match=problem):

@@ -175,7 +175,29 @@ def test_voc(tmp_path: Path) -> None:
         read_annotations(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"images": []}', '{"images": [{"id": 1}], "annotations": [{"image_id": 1}]}'])
+@pytest.mark.parametrize(
+    "segmentation",
+    [{"size": [10**9, 10**9], "counts": [10**18]}, {"size": [4, 4], "counts": [10**18]}, {"counts": 3}, [["a", "b"]], "x", [[1e400] * 6]],
+)
+def test_a_damaged_object_takes_no_memory(segmentation: Any, tmp_path: Path) -> None:
+    annotation = {"image_id": 1, "segmentation": segmentation}
+    content = {"images": [{"id": 1, "file_name": "1.png", "height": 4, "width": 4}], "annotations": [annotation]}
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    with pytest.raises(KdxError, match="damaged object"), np.errstate(all="ignore"):
+        next(iter(read_annotations(tmp_path / "coco.json").masks.values()))(None, "")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "[" * 100_000,
+        '{"images": [{"id": 1e999}], "annotations": []}',
+        '{"images": []}',
+        '{"images": [{"id": 1}], "annotations": [{"image_id": 1}]}',
+    ],
+)
 def test_a_file_that_is_not_coco_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "file.json").write_text(content)
     with pytest.raises(KdxError, match=r"file.json is not a JSON file of COCO"):

@@ -239,6 +239,7 @@ def test_files_that_are_not_checkpoints_are_refused(tmp_path: Path) -> None:
         "zeros.bin": bytes(5000),
         "cut.pt": whole[: len(whole) // 2],
         "damaged.pt": whole[:300] + bytes(200) + whole[500:],
+        "length.pt": pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + b"\x80\x04\x8e" + (2**62).to_bytes(8, "little"),
         "pickle.bin": pickle.dumps({"a": 1}),
         "protocol.tar": pickle.dumps(0x1950A86A20F9469CFC6C) * 3 + pickle.dumps({"a": 1}, protocol=5),
     }

@@ -19,7 +19,7 @@ from kdx.report.page import write_page
 from kdx.report.terminal import scores_table
 from kdx.runs import schema
 from kdx.runs.measured import Entry
-from kdx.runs.record import read_run
+from kdx.runs.record import LostResult, read_run
 from tests.made_runs import edit, entry, make_run
 
 
@@ -128,3 +128,32 @@ def test_an_entry_is_settled_by_the_adjusted_p_value_if_it_has_one() -> None:
 def test_null_becomes_nan() -> None:
     number = Entry.of({"value": None, "interval": [None, 0.5]})
     assert math.isnan(number.value) and math.isnan(number.interval[0]) and not number.known
+
+
+@pytest.mark.parametrize("damage", ["a text", "no p_value", "three bounds", "accuracy", "a list", "of maps", "no student", "no layer"])
+def test_a_damaged_score_is_found_when_the_run_is_opened(finished: Path, tmp_path: Path, damage: str) -> None:
+    """Not later, when a table is made."""
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "scores.json"
+    stored = json.loads(path.read_text())
+    entry = stored["layers"]["layer2"]
+    score = entry["scores"]["RS(S)"]
+    if damage == "a text":
+        score["n"] = "<script>"
+    elif damage == "no p_value":
+        del score["p_value"]
+    elif damage == "three bounds":
+        score["interval"] = [0, 1, 2]
+    elif damage == "of maps":
+        next(iter(entry["maps"].values()))["strength"] = {}
+    elif damage == "accuracy":
+        stored["accuracy"]["student"] = {"value": 1}
+    elif damage == "a list":
+        entry["maps"] = ["a list"]
+    path.write_text(json.dumps(stored))
+    if damage in ("no student", "no layer"):
+        manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+        manifest["configuration"]["models" if damage == "no student" else "layers"] = {}
+        (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(LostResult):
+        read_run(tmp_path / "run")

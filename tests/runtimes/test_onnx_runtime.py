@@ -142,3 +142,11 @@ def test_without_onnx_runtime_a_file_cannot_be_opened(path: Path, monkeypatch: p
     with pytest.raises(KdxError) as caught:
         OnnxRuntimeRunner(path)
     assert "onnxruntime" in caught.value.problem and "kdx[cpu]" in caught.value.hint
+
+
+def test_a_name_that_is_not_a_text_is_an_error(path: Path, tmp_path: Path) -> None:
+    """Files of other programs, and damaged ones, may contain any bytes as the name of an output."""
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(path.read_bytes().replace(b"logits", b"\x80ogits"))
+    with pytest.raises(KdxError):
+        OnnxRuntimeRunner(damaged)

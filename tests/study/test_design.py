@@ -154,3 +154,9 @@ def test_a_study_needs_a_file_or_data(tmp_path: Path) -> None:
             design_from(tmp_path / name, None, Flags())
     with pytest.raises(KdxError, match="is not a setting"):
         design_from(None, None, Flags(data=["digits"], settings=["training.epochs"]))
+
+
+@pytest.mark.parametrize("seeds", [10**30, 10_001, [2**32], [-1], [1, 1]])
+def test_seeds_that_would_take_all_memory_or_are_none(seeds: Any) -> None:
+    with pytest.raises(KdxError, match="seeds"):
+        design_of({"data": ["digits"], "teachers": ["kdx:resnet"], "students": ["kdx:resnet,width=8"], "methods": ["kd"], "seeds": seeds})

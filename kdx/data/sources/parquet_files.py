@@ -20,7 +20,7 @@ from kdx.data.labelled_images import Dataset, splits_by_name
 from kdx.data.numbered_names import NumberedNames
 from kdx.data.place_options import COLUMNS, located_place, place_options
 from kdx.errors import KdxError, first_line
-from kdx.remote import as_path
+from kdx.remote import as_path, remote_errors
 
 _FORM = "Write parquet:FILE_OR_FOLDER, and optionally ,image=COLUMN, ,label=COLUMN and ,classes=FILE."
 
@@ -56,7 +56,7 @@ def open_parquet(reference: str, place: str) -> Dataset:
     schema = files[0].metadata.schema.to_arrow_schema()
     image, label = _image_column(name, schema, options.get("image")), _label_column(name, schema, options.get("label"))
     largest = _largest_group(files, image)
-    values = [value for file in files for value in _read(file, None, label).to_pylist()]
+    values = [value for file in files for value in _labels(file, label)]
     known = class_names(as_path(options["classes"]).expanduser()) if "classes" in options else _stored_names(files[0], label)
     classes, labels = class_labels(values, known, f"The column {label!r} of {name}", name)
     ids = NumberedNames([(utf8_name(file.name), file.metadata.num_rows) for file in files])
@@ -100,7 +100,7 @@ class _RowGroups:
             values = self._kept.pop(group, None)
             if values is None:
                 file, place = self._groups[group]
-                values = _read(file, place, self._column)
+                values = _read(file, place, self._column).combine_chunks()
                 self._bytes += values.nbytes
             self._kept[group] = values
             while self._bytes > _KEPT_BYTES and len(self._kept) > 1:
@@ -111,15 +111,24 @@ class _RowGroups:
 
 def _read(file: _File, group: int | None, column: str) -> Any:
     """A column of a file, or of one row group of it."""
-    import pyarrow
     import pyarrow.parquet
 
+    with (
+        remote_errors(file.path),  # a lost connection makes no image unreadable
+        file.path.open("rb") as stream,
+        pyarrow.parquet.ParquetFile(stream, metadata=file.metadata) as table,
+    ):
+        return (table.read(columns=[column]) if group is None else table.read_row_group(group, columns=[column]))[column]
+
+
+def _labels(file: _File, column: str) -> list[object]:
+    import pyarrow
+
     try:
-        with file.path.open("rb") as stream, pyarrow.parquet.ParquetFile(stream, metadata=file.metadata) as table:
-            read = table.read(columns=[column]) if group is None else table.read_row_group(group, columns=[column])
-            return read[column].combine_chunks() if group is not None else read[column]
+        values: list[object] = _read(file, None, column).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise _unreadable(file.path, error) from error
+    return values
 
 
 def _unreadable(path: Path, error: Exception) -> KdxError:
@@ -138,7 +147,7 @@ def _files(name: str) -> list[_File]:
     files: list[_File] = []
     for path in paths:
         try:
-            with path.open("rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
+            with remote_errors(path), path.open("rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
                 metadata = table.metadata
         except (OSError, pyarrow.ArrowException) as error:
             raise _unreadable(path, error) from error

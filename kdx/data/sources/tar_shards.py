@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import numpy as np
 from PIL import Image
@@ -33,7 +33,7 @@ from kdx.data.remote_listing import listed
 from kdx.disk import cache_folder, write_atomic
 from kdx.errors import KdxError, first_line
 from kdx.progress import progress
-from kdx.remote import RemotePath, as_path
+from kdx.remote import RemotePath, as_path, remote_errors
 
 _FORM = "Write wds:PATTERN, such as wds:shards/{0000..0099}.tar, and optionally ,image=EXTENSION, ,label=cls or json.FIELD, ,classes=FILE."
 
@@ -195,13 +195,29 @@ def _index(shard: Path, image: str, label: str) -> _Index:
 
 def _scanned(shard: Path, image: str, label: str) -> _Index:
     """The index of a shard, from its headers and its labels. Images are skipped."""
-    with shard.open("rb") as file:
+    with remote_errors(shard), shard.open("rb") as file:
         _check_uncompressed(shard, file)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                return _of_members(tar, image.lower().lstrip("."), label)
-        except tarfile.TarError as error:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
+                index = _of_members(tar, image.lower().lstrip("."), label)
+                file.seek(tar.offset)  # tarfile ends silently at a damaged header
+                if any(file.read(tarfile.BLOCKSIZE)):
+                    raise tarfile.ReadError(f"there is no header at byte {tar.offset}")
+                return index
+        except (tarfile.TarError, ValueError, OverflowError) as error:
             raise KdxError(f"The shard {shard} is not a tar file or is damaged: {first_line(error)}.", "Write the shard again.") from error
+
+
+class _Header(tarfile.TarInfo):
+    """A header whose size cannot make the reader allocate much memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        is_description = header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+        if header.size < 0 or (is_description and header.size > _LABEL_BYTES):
+            raise tarfile.HeaderError("the size of a member is negative or too large")
+        return header
 
 
 def _check_uncompressed(shard: Path, file: IO[bytes]) -> None:
@@ -221,8 +237,12 @@ def _of_members(tar: tarfile.TarFile, image: str, label: str) -> _Index:
     labels: dict[str, int | str] = {}
     suffixes = {suffix.lstrip(".") for suffix in decodable_suffixes()}
     file_label, _, label_field = label.partition(".")
+    last = -1
     for member in tar:
         tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps a list of all members
+        if member.offset <= last or member.size < 0:  # else a damaged size could repeat members for ever
+            raise tarfile.ReadError("the size of a member is negative")
+        last = member.offset
         if not member.isreg() or member.issparse():
             continue
         path = PurePosixPath(member.name)

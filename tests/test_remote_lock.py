@@ -1,0 +1,77 @@
+"""Locks at URLs: one process has a lock, a dead owner loses it, and a live one keeps it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kdx import remote_lock
+from kdx.errors import KdxError
+from kdx.remote import RemotePath, as_path
+from kdx.remote_lock import RemoteLock
+
+
+@pytest.fixture
+def path(monkeypatch: pytest.MonkeyPatch) -> Iterator[RemotePath]:
+    """A lock that is renewed every 0.05 s and abandoned after 0.5 s."""
+    monkeypatch.setattr(remote_lock, "RENEWED_EVERY", 0.05)
+    monkeypatch.setattr(remote_lock, "ABANDONED_AFTER", 0.5)
+    lock = as_path("memory://locks/run") / ".lock"
+    assert isinstance(lock, RemotePath)
+    yield lock
+    lock.unlink(missing_ok=True)
+
+
+def owner(path: RemotePath) -> dict[str, object]:
+    return dict(json.loads(path.read_bytes()))
+
+
+def abandoned(path: RemotePath, **changes: object) -> None:
+    """Write the lock of a process on another machine, which will not renew it."""
+    content = {"machine": "another", "process": os.getpid(), "lock": "0", "renewed": "2999-01-01T00:00:00+00:00"} | changes
+    path.write_bytes(json.dumps(content).encode())
+
+
+def test_a_renewed_lock_is_refused(path: RemotePath) -> None:
+    with RemoteLock.acquire(path) as lock:
+        with pytest.raises(BlockingIOError):
+            RemoteLock.acquire(path)
+        lock.check()
+    assert not path.exists()
+    RemoteLock.acquire(path).close()
+
+
+def test_a_lock_that_is_not_renewed_is_taken_over_whatever_its_clock_says(path: RemotePath) -> None:
+    abandoned(path)
+    start = time.monotonic()
+    with RemoteLock.acquire(path):
+        assert 0.4 < time.monotonic() - start < 5
+        assert owner(path)["process"] == os.getpid() and owner(path)["machine"] != "another"
+
+
+def test_the_lock_of_a_process_that_has_ended_on_this_machine_is_taken_over_at_once(path: RemotePath) -> None:
+    process = os.posix_spawn("/bin/true", ["true"], os.environ) if hasattr(os, "posix_spawn") else pytest.skip("needs POSIX")
+    os.waitpid(process, 0)
+    abandoned(path, machine=remote_lock._machine(), process=process)
+    start = time.monotonic()
+    with RemoteLock.acquire(path):
+        assert time.monotonic() - start < 0.3
+
+
+def test_a_damaged_lock_is_replaced(path: RemotePath) -> None:
+    path.write_bytes(b"{")
+    RemoteLock.acquire(path).close()
+
+
+def test_a_process_that_lost_its_lock_stops_and_leaves_the_other_s(path: RemotePath) -> None:
+    lock = RemoteLock.acquire(path)
+    abandoned(path)
+    time.sleep(0.3)
+    with pytest.raises(KdxError, match="has taken over memory://locks/run"):
+        lock.check()
+    lock.close()
+    assert owner(path)["machine"] == "another"
