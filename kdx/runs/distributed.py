@@ -66,7 +66,7 @@ class RunArguments:
 def _different(thing: str) -> KdxError:
     return KdxError(
         f"On the machine {socket.gethostname()}, {thing} differ from those of the driver.",
-        "Provide the same files at the same paths on all machines of the cluster.",
+        "Provide the same files at the same paths on all machines; a network without weights is random in every process.",
     )
 
 
