@@ -8,6 +8,7 @@ An input may be read without an error or end with a KdxError. Everything else is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import json
 import os
@@ -164,7 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kind", action="append", choices=sorted(fuzzed_inputs.TARGETS))
     options = parser.parse_args(arguments)
     faulthandler.disable()
-    fuzzed_inputs.prepare()
+    with contextlib.redirect_stdout(sys.stderr):  # the progress of the run that is damaged
+        fuzzed_inputs.prepare()
     kinds = options.kind or list(fuzzed_inputs.COUNTS)
     counts = {kind: max(1, round(fuzzed_inputs.COUNTS[kind] * options.share)) for kind in kinds}
     result = run(counts, options.seed, float("inf") if options.minutes is None else 60 * options.minutes)

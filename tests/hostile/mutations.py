@@ -87,7 +87,7 @@ def changed_value(content: Any, random_: random.Random) -> Any:
     elif kind == 1 and isinstance(holder, dict):
         holder[random_.choice(HOSTILE_TEXTS)] = holder.pop(key)
     elif kind == 2:
-        for _ in range(random_.choice((2, 50, 400))):
+        for _ in range(random_.choice((2, 50, 150))):
             holder[key] = [holder[key]]
     elif kind == 3:
         other, name = random_.choice(places)

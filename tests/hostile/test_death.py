@@ -16,7 +16,7 @@ from tests.hostile.forked import Fault
 
 pytestmark = pytest.mark.slow
 
-CALLS = {"explain, batch": 10, "explain, reference": 5, "explain, whole": 8, "distill": 8, "study": 3, "export": 2}
+CALLS = {"explain, batch": 6, "explain, reference": 2, "explain, whole": 4, "distill": 5, "study": 1, "export": 1}
 """How many of the calls of each command a test visits."""
 
 

@@ -26,7 +26,7 @@ def restore(run: Subject) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "visited"), [("explain, batch", 5), ("explain, whole", 3), ("distill", 4), ("study", 1), ("export", 1)])
+@pytest.mark.parametrize(("case", "visited"), [("explain, batch", 3), ("explain, whole", 2), ("distill", 3), ("study", 1), ("export", 1)])
 @pytest.mark.parametrize("fault", [Fault.FULL, Fault.READ_ONLY, Fault.VANISHED], ids=str)
 def test_a_disk_that_fails(subject: Callable[[str], Subject], case: str, visited: int, fault: Fault) -> None:
     run = subject(case)
@@ -52,7 +52,7 @@ def test_a_folder_that_vanishes_at_any_moment(subject: Callable[[str], Subject],
     run, moments = subject(case), random.Random(1)
     seconds = run.run().seconds
     expected = contents(run.folder / "run")
-    for _ in range(8):
+    for _ in range(4):
         run.clear()
         ending = run.run(vanish_after=moments.uniform(0.1, 0.9) * seconds)
         assert problems_of(ending) == []
