@@ -222,7 +222,7 @@ def test_an_image_of_a_parquet_file_needs_its_row_group(tmp_path: Path, monkeypa
     dataset.read(9)
     assert bytes_read() - last > group / 2, "the row group had to leave"
     monkeypatch.setattr(parquet_files, "_KEPT_BYTES", int(group / 2))
-    with pytest.raises(KdxError, match="which all must be read"):
+    with pytest.raises(KdxError, match="all of which must be read"):
         open_data(f"parquet:{path}")
 
 
