@@ -113,7 +113,7 @@ def test_the_geometry_whole_keeps_its_features_on_this_machine(
     assert files(out) == files(tmp_path / "local")
     assert not any("features" in write for write in server.writes)
     assert not list((tmp_path / "cache" / "runs").iterdir())
-    with pytest.raises(KdxError, match="local folder only"):
+    with pytest.raises(KdxError, match="only be kept in a local folder"):
         run(folder, out, replace(options, keep_features=True), layers=LAYERS)
 
 
