@@ -29,9 +29,9 @@ format: $(VENV)/.installed-dev ## Format the code
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-audit: $(BIN)/python ## Look up known vulnerabilities of the pinned dependencies; skipped without network
+audit: $(BIN)/python ## Look up known vulnerabilities of the pinned dependencies; skipped without a network
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 0 --timeout 10 pip-audit 2>/dev/null \
-	|| { echo 'audit: skipped, because pip-audit cannot be installed without network'; exit 0; }; \
+	|| { echo 'audit: skipped, because pip-audit cannot be installed without a network'; exit 0; }; \
 	$(BIN)/python -m pip_audit --strict --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
 
 docs: $(VENV)/.installed-docs ## Build the documentation into site/; a warning or a broken link is an error

@@ -1,11 +1,11 @@
-"""Every main case of the suite on an idle machine and beside as many busy processes as there are cores.
+"""Runs every main case of the suite on an idle machine and beside as many busy processes as there are cores.
 
     python -m benchmarks.busy                 every main case; stores the results in benchmarks/results/busy.json
     python -m benchmarks.busy --case TEXT     the cases whose name contains TEXT; stores nothing
 
-Only kdx's own variants run, each in a process of its own, in paired rounds: once alone and once beside the processes, which are stopped in
-between. With a core for every two threads, twice the time is a fair share, and the goal is at most GOAL times. The machine must be idle
-otherwise. The record has the number of threads (`environment`, `threads`), as the manifest of every run does.
+Only kdx's own variants run, each in a process of its own, in paired rounds: once alone and once beside the busy processes, which are
+stopped in between. If two threads share each core, a fair share takes twice the time. The goal is at most GOAL times. The machine must be
+idle otherwise. The record states the number of threads (`environment`, `threads`), as the manifest of every run does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`kdx explain` in one process against workers of Ray on this machine: ``python -m benchmarks.cluster [--images N]``.
+"""Compares `kdx explain` in one process with workers of Ray on this machine: ``python -m benchmarks.cluster [--images N]``.
 
 Each command runs with one thread per process. The table has the elapsed time and the CPU seconds of the driver, of the workers and of Ray's
-own processes, as the system counts them. On a machine with other work, compare the CPU seconds.
+own processes, as the system counts them. If other programs use the machine, compare the CPU seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kdx.models import models_file
 from kdx.models.resnet import resnet
 
 _INTERVAL = 0.2
-"""Seconds between two readings of the CPU times: what a process uses after its last reading is not counted."""
+"""Seconds between two readings of the CPU times. The time that a process uses after its last reading is not counted."""
 
 CASES = {
     "1 process": (),
@@ -33,7 +33,7 @@ CASES = {
 
 
 def write_case(folder: Path, images: int) -> None:
-    """Images of noise and three networks with random weights: the work of a run does not depend on them."""
+    """Images of noise and three networks with random weights. The work of a run does not depend on their values."""
     random = np.random.default_rng(0)
     np.savez(folder / "data.npz", images=random.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8), labels=np.arange(images) % 10)
     for role, width in (("teacher", 32), ("base", 16), ("student", 16)):
@@ -50,13 +50,13 @@ def write_case(folder: Path, images: int) -> None:
 
 
 def measured(command: list[str], cores: int) -> tuple[float, dict[str, float]]:
-    """The elapsed seconds of a command, and the CPU seconds of its processes by their part in the work."""
+    """The elapsed seconds of a command, and the CPU seconds of its processes by their role."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     seconds: dict[int, tuple[str, float]] = {}
     start = time.monotonic()
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, preexec_fn=lambda: _use(cores)) as process:
         while process.poll() is None:
-            for pid, (part, value) in _tree(process.pid).items():  # a process that has ended has no name any more
+            for pid, (part, value) in _tree(process.pid).items():  # a process that has ended does not have its name any more
                 seconds[pid] = ("workers" if seconds.get(pid, ("",))[0] == "workers" else part, value)
             time.sleep(_INTERVAL)
     elapsed = time.monotonic() - start
@@ -69,7 +69,7 @@ def measured(command: list[str], cores: int) -> tuple[float, dict[str, float]]:
 
 
 def _use(cores: int) -> None:
-    """Limit this process and its children to some of the cores, of which Ray then makes as many workers."""
+    """Limit this process and its children to some of the cores. Ray then has one worker per core."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
 
 

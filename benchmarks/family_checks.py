@@ -183,7 +183,7 @@ def _largest_difference(maps: Tensor, feature: Tensor, gradient: Tensor) -> floa
 
 
 def patch_in_grid(network: Network, layer: str, names: Sequence[str]) -> dict[str, Any]:
-    """`patch_distance` of a layer or, if the change is elsewhere, of the first of ``names`` with the same grid, which the result names.
+    """`patch_distance` of a layer or, if the change is elsewhere, of the first in ``names`` with the same grid. The result names it.
 
     Attention with random weights can spread the change of a patch over all positions, so that no cell stands out any more. Earlier layers
     with the same grid have the same layout, and show where a patch lies in it.

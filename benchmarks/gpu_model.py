@@ -38,7 +38,7 @@ class Network:
 RESNET50 = Network(8.2e9, 11.1e6)
 
 FUSED_TOUCHES = 2
-"""How often an activation is written or read in a runtime that computes normalisation, ReLU and sum with the convolution."""
+"""How often an activation is written or read in a runtime that computes normalisation, ReLU and sum together with the convolution."""
 
 
 @dataclass(frozen=True)

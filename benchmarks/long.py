@@ -1,8 +1,8 @@
-"""A long run: memory, open files, threads and seconds per batch while 100,000 images are explained, and the plan of a million images.
+"""Measures memory, open files, threads and seconds per batch of a run over 100,000 images, and the plan of a million images.
 
-The images are drawn at random in a NumPy file and the networks are tiny, so that the run consists of what kdx does per batch: the plan,
-decoding, passes, geometry, records, maps and progress. Every batch is sampled when its results are handed over. The tenths of the run are
-compared: the first contains the start, and the second is the reference.
+The images are drawn at random in a NumPy file and the networks are tiny, so the run consists mainly of kdx's own work per batch: the plan,
+decoding, passes, geometry, records, maps and progress. The process is sampled after every batch. The tenths of the run are compared: the
+first contains the start, and the second is the reference.
 
 It prints a table and stores the figures in benchmarks/results/long.json.
 """
@@ -35,7 +35,7 @@ MODULE = "benchmarks.long"
 NETWORK = "kdx:resnet,width=4,depth=1,stages=2,classes=10"
 SIDE, BATCH, PERMUTATIONS = 16, 64, 99
 FLAT = 1.03
-"""How much more memory the last tenth may take than the second."""
+"""The most memory of the last tenth, relative to the second."""
 
 COLUMNS = ("seconds", "resident bytes", "open files", "threads")
 
@@ -79,7 +79,7 @@ def long_run(folder: Path, geometry: GeometryName) -> dict[str, Any]:
 
 
 def tenths(samples: NDArray[np.float64]) -> dict[str, list[float]]:
-    """Of each tenth of the batches: the seconds per batch, and the medians of the other columns."""
+    """For each tenth of the batches: the seconds per batch, and the medians of the other columns."""
     parts = np.array_split(samples, 10)
     result = {"seconds per batch": [float((part[-1, 0] - part[0, 0]) / (len(part) - 1)) for part in parts]}
     for number, name in enumerate(COLUMNS[1:], 1):

@@ -103,8 +103,8 @@ def _answer(process: subprocess.Popen[str]) -> float:
 
 
 class Neighbours:
-    """A process per core that counts in a loop while it is not stopped. A context manager; the processes end with it. busy: False for no
-    process."""
+    """One process per core, which counts in a loop unless it is stopped. A context manager, with which the processes end. busy: False for
+    no processes."""
 
     def __init__(self, busy: bool = True) -> None:
         self._busy = busy

@@ -1,4 +1,4 @@
-"""The estimates of ``kdx plan`` beside runs: what additional images cost, in the processor time of one thread.
+"""Compares the estimates of ``kdx plan`` with runs: the cost of additional images, in processor time of one thread.
 
 Every case plans and explains a small and a large part of the same random images, each in a fresh process, and compares the differences,
 which contain neither the start nor the page. The clock is the processor time of all threads of the process, which other processes on the
@@ -37,7 +37,7 @@ RESNET = "kdx:resnet,width=16,depth=2-2-2-2,classes=10,block=basic,stem=imagenet
 
 @dataclass(frozen=True)
 class Case:
-    """A student and a base with this network, of which a layer is explained. side: of the images. few, many: numbers of images."""
+    """A student and a base with this network, and one layer. side: of the images. few, many: numbers of images."""
 
     name: str
     network: str
@@ -80,7 +80,7 @@ def part(folder: Path, case: Case, name: str) -> dict[str, Any]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """The seconds of the additional images, estimated and run."""
+    """The seconds of the additional images, estimated and measured."""
     with tempfile.TemporaryDirectory() as name:
         write_case(Path(name), case)
         parts = {

@@ -62,6 +62,7 @@ class _Source:
         for path, module in self.modules.items():
             calls = list(_calls(module, None))
             parts = path.with_suffix("").parts
+            own = self.constants | _assigned(module.body)  # other modules may have constants of the same name
             folder = parts[1] if parts[0] == "kdx" else parts[0]
             for function, call in calls:
                 if not (isinstance(call.func, ast.Name) and call.func.id in self.errors):
@@ -69,7 +70,7 @@ class _Source:
                 values = dict(zip(("problem", "hint"), call.args, strict=False))
                 values |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
                 for arguments in _arguments(function, calls):
-                    names = self.constants | arguments | _assigned(ast.walk(function) if function else ())
+                    names = own | arguments | _assigned(ast.walk(function) if function else ())
                     message = Message(folder, *(_written(values[name], names) for name in ("problem", "hint")))
                     if message.problem != "*problem*":  # else it passes on the problem of another error
                         yield message

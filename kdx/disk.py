@@ -52,7 +52,7 @@ def lock_file(path: Path, *, wait: bool) -> IO[bytes]:
 
 
 def scratch_folder(folder: Path) -> Path:
-    """The folder for files that belong to ``folder`` and that only a local disk can hold: itself, or for a URL one in `cache_folder`."""
+    """The folder for files of ``folder`` that must be on a local disk: ``folder`` itself, or for a URL a folder in `cache_folder`."""
     if not isinstance(folder, RemotePath):
         return folder
     return cache_folder() / "runs" / hashlib.sha256(str(folder).encode()).hexdigest()[:16]
@@ -68,7 +68,7 @@ def remove_tree(folder: Path, *, ignore_errors: bool = False) -> None:
 
 
 def lock_folder(folder: Path) -> IO[bytes] | RemoteLock:
-    """Lock the folder's lock file until it is closed; KdxError if another process has locked it."""
+    """Lock the folder's lock file until it is closed. Raises KdxError if another process has locked it."""
     try:
         if isinstance(folder, RemotePath):
             return RemoteLock.acquire(folder / ".lock")
@@ -83,10 +83,10 @@ def lock_folder(folder: Path) -> IO[bytes] | RemoteLock:
 
 
 def check_locked(folder: Path, lock: IO[bytes] | RemoteLock) -> None:
-    """Raise KdxError if ``folder`` is no longer the folder that `lock_folder` locked: it was moved or deleted, its disk is gone, or, at a
-    URL, another process has taken it over.
+    """Raise KdxError if ``folder`` is no longer the folder that `lock_folder` locked: it was moved or deleted, its disk was removed,
+    or, at a URL, another process has taken it over.
 
-    Without this, new files would be in a new folder, where the earlier ones are missing.
+    Without this check, new files could be written into a new folder that lacks the earlier ones.
     """
     if isinstance(lock, RemoteLock):
         lock.check()

@@ -89,7 +89,7 @@ def first_line(error: BaseException) -> str:
 
 
 def about_file(error: OSError) -> KdxError:
-    """The error of the system about a file, which may have vanished with its disk, as a KdxError."""
+    """The KdxError for an OSError about a file, which may have vanished with its disk."""
     return KdxError(
         f"{error.filename} cannot be used: {error.strerror or first_line(error)}.",
         "Check the folder and its disk, and run the same command again.",

@@ -35,7 +35,7 @@ _QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+://[^?\s]*)\?\S*")
 
 
 def is_url(place: str | Path) -> bool:
-    """Whether a place is a URL of a file system, and not a path on this machine."""
+    """Whether a place is a URL of a file system and not a path on this machine."""
     return isinstance(place, RemotePath) or _URL.match(str(place)) is not None
 
 
@@ -54,7 +54,7 @@ def local_path(path: Path) -> Path:
 
 
 def without_credentials(text: str) -> str:
-    """``text``, in which URLs have lost their user names, passwords and queries, where credentials may be."""
+    """``text`` without the user names, passwords and queries of its URLs, which can contain credentials."""
     return _QUERY.sub(r"\1", _CREDENTIALS.sub(r"\1", text))
 
 
@@ -76,7 +76,7 @@ class _Listing:
 
 @dataclass(frozen=True)
 class RemoteStat:
-    """The part of a file's state that kdx uses."""
+    """The part of a file's status that kdx uses."""
 
     st_size: int
 
@@ -85,10 +85,10 @@ class RemotePath(Path, PurePosixPath):
     """A path at a URL, with the methods of `pathlib.Path` that kdx uses on runs and data sets.
 
     Writing a file is atomic: an object appears whole or not at all. Folders exist as long as they contain files, and ``mkdir`` does
-    nothing. Other methods of `Path` raise TypeError and never use the local disk, because the path has no name there (``os.fspath``).
+    nothing. Other methods of `Path` raise TypeError and never use the local disk, because ``os.fspath`` refuses the path.
 
-    Methods raise OSError for a file that is missing, exists, or may not be read or written, as those of `Path` do. They raise KdxError for
-    a service that cannot be reached or that refuses the credentials, after a few attempts.
+    As those of `Path`, methods raise OSError for a file that is missing or that exists already. They raise KdxError for a service that
+    refuses access, and after a few attempts for one that cannot be reached.
     """
 
     __slots__ = ("_listing", "_listing_root")
@@ -111,15 +111,15 @@ class RemotePath(Path, PurePosixPath):
         return self._of_listing(super().parent)
 
     def _of_listing(self, path: Path) -> RemotePath:
-        """A path derived from this one, which knows the same listing."""
+        """A path derived from this one, with the same listing."""
         derived = path if isinstance(path, RemotePath) else RemotePath(path)
         with suppress(AttributeError):
             derived._listing, derived._listing_root = self._listing, self._listing_root
         return derived
 
     def listed(self) -> RemotePath:
-        """This folder with a listing of everything below it. Paths that are derived from it with ``/``, ``iterdir`` and ``rglob`` know
-        which files exist, and their sizes and versions, without another request.
+        """This folder with a listing of everything below it. For paths that are derived from it with ``/``, ``iterdir`` and
+        ``rglob``, the existence, size and version of files need no further request.
 
         Raises FileNotFoundError if there are no such files.
         """
@@ -212,7 +212,7 @@ class RemotePath(Path, PurePosixPath):
                     yield self._of_listing(RemotePath(f"{self._listing_root}/{place}"))
 
     def open(self, mode: str = "r", *_: Any, encoding: str | None = None, newline: str | None = None, **__: Any) -> IO[Any]:  # type: ignore[override]
-        """The file for reading: whole as text, or in blocks as bytes (``rb``)."""
+        """Open the file for reading: as text at once, or as bytes in blocks (``rb``)."""
         if mode == "rb":
             stream: IO[Any] = self._call(lambda system: system.open(str(self), "rb", block_size=_BLOCK_BYTES))
             return stream
@@ -222,7 +222,7 @@ class RemotePath(Path, PurePosixPath):
 
     def read_bytes(self) -> bytes:
         size = 0 if self._known() is None else self.file.size
-        if size:  # without a size, s3fs asks for it first
+        if size:  # without a size, s3fs requests it first
             return self.read_range(0, size)
         content: bytes = self._call(lambda system: system.cat_file(str(self)))
         return content
@@ -251,7 +251,7 @@ class RemotePath(Path, PurePosixPath):
             raise
 
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: folders exist as long as they contain files."""
+        """Do nothing: folders exist as long as they contain files."""
 
     def unlink(self, missing_ok: bool = False) -> None:
         try:
@@ -285,7 +285,7 @@ class RemotePath(Path, PurePosixPath):
         return _file_system(self.parts[0].removesuffix(":"), self.parts[1] if len(self.parts) > 1 else "", os.getpid())
 
     def _call(self, request: Callable[[Any], ResultT]) -> ResultT:
-        """``request`` of the file system. Lost connections are tried again, and every exception becomes an OSError or a KdxError."""
+        """The result of ``request(file_system)``. Retries after a lost connection. Every exception becomes an OSError or a KdxError."""
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return request(self._file_system())
@@ -299,7 +299,7 @@ class RemotePath(Path, PurePosixPath):
 
 
 def zarr_store(path: Path, *, read_only: bool) -> Any:
-    """What Zarr opens for the arrays in a folder: the path, or a store of the URL."""
+    """The store that Zarr opens for the arrays in a folder: the path, or a store at the URL."""
     if not isinstance(path, RemotePath):
         return path
     import_optional("fsspec", "cloud", f"The run at {path}")
@@ -320,14 +320,14 @@ def remote_errors(path: Path) -> Iterator[None]:
 
 
 def _failure(path: Path, error: Exception) -> Exception:
-    """The error to raise for one of a service."""
+    """The error to raise for an exception of a service."""
     names = {kind.__name__ for kind in type(error).__mro__}
     code = next((code for kind, code in _FILE_ERRORS.items() if isinstance(error, kind)), None)
     if code is not None:
         return OSError(code, reason if " " in (reason := _reason(error)) else os.strerror(code), str(path))
     if names & _CREDENTIAL_ERRORS or isinstance(error, PermissionError):
         return KdxError(
-            f"{path} is refused: {_reason(error)}.",
+            f"The service refuses access to {path}: {_reason(error)}.",
             "Set the service's credentials, for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, with permission to list, read and write.",
         )
     if _is_lost_connection(error):
@@ -351,7 +351,7 @@ _FILE_ERRORS = {
     IsADirectoryError: errno.EISDIR,
     NotADirectoryError: errno.ENOTDIR,
 }
-"""Exceptions about a file, which OSError makes again from their numbers."""
+"""Exceptions about a file with their numbers, from which OSError makes the same exception again."""
 
 _CREDENTIAL_ERRORS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError", "GatedRepoError"}
 
@@ -375,8 +375,8 @@ def _version(entry: dict[str, Any]) -> str:
 
 @lru_cache(maxsize=16)
 def _file_system(protocol: str, host: str, process: int) -> Any:
-    """The file system of a protocol and a host or bucket in this process. A forked process needs its own, because connections cannot be
-    shared."""
+    """The file system of a protocol and a host or bucket in this process. A forked process needs its own, because processes cannot
+    share connections."""
     fsspec = import_optional("fsspec", "cloud", f"A {protocol}:// URL")
     try:
         return fsspec.url_to_fs(f"{protocol}://{host}", use_listings_cache=False)[0]

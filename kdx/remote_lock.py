@@ -30,10 +30,10 @@ ABANDONED_AFTER = 60.0
 class RemoteLock:
     """A lock object, with its owner and the time of its last renewal. A context manager; `close` deletes the object.
 
-    The object is created by a conditional write, of which the service lets one succeed. The lock of a process that has ended is taken
-    over: at once if the process was on this machine, and otherwise after it was not renewed for `ABANDONED_AFTER` seconds as this machine's
-    clock measures them, whatever the times in the object are. A process that was only suspended for so long loses its lock: `check` raises
-    KdxError from its next renewal on. Until then both may write, which is why a run's files depend on its configuration alone.
+    A conditional write creates the object, and the service lets only one succeed. If the owner of a lock has ended, another process takes
+    the lock over: at once on the same machine, otherwise after `ABANDONED_AFTER` seconds without a renewal. The waiting machine's clock
+    measures these seconds; the times in the object do not matter. A process that was only suspended for so long loses its lock: `check`
+    raises KdxError from its next renewal on. Until then both may write, so a run's files must depend on its configuration alone.
     """
 
     def __init__(self, path: RemotePath) -> None:
@@ -69,7 +69,7 @@ class RemoteLock:
         if not self._closed.is_set():
             self._closed.set()
             self._thread.join()
-            with suppress(OSError, KdxError):  # an abandoned lock is taken over
+            with suppress(OSError, KdxError):  # a lock that is not deleted is taken over later
                 if self._is_own(_read(self._path)):
                     self._path.unlink(missing_ok=True)
 
@@ -95,11 +95,13 @@ class RemoteLock:
 
 
 def _wait_for(path: RemotePath) -> None:
-    """Return when the lock's owner has ended or given it back. Raises BlockingIOError if the owner renews the lock."""
+    """Return when the lock's owner has ended or released it. Raises BlockingIOError if the owner renews the lock."""
     first, end = _read(path), time.monotonic() + ABANDONED_AFTER
     if _has_ended(first):
         return
-    log.warning("%s is locked by process %s on %s; waiting for a sign of it.", path.parent, first.get("process"), first.get("machine"))
+    log.warning(
+        "%s is locked by process %s on %s; checking whether it still runs.", path.parent, first.get("process"), first.get("machine")
+    )
     while time.monotonic() < end:
         time.sleep(min(1.0, ABANDONED_AFTER / 10))
         current = _read(path)
@@ -110,7 +112,7 @@ def _wait_for(path: RemotePath) -> None:
 
 
 def _has_ended(owner: dict[str, Any]) -> bool:
-    """Whether the owner of a lock is known to have ended: it was on this machine, and has no process any more."""
+    """Whether the owner of a lock is known to have ended: it was on this machine, and its process does not exist any more."""
     if not owner:
         return True
     if owner.get("machine") != _machine() or not isinstance(process := owner.get("process"), int):
@@ -134,7 +136,7 @@ def _read(path: RemotePath) -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """What tells this machine, its boot and its container from others."""
+    """A text that identifies this machine, its boot and its container."""
     facts = [socket.gethostname(), f"{uuid.getnode():x}"]
     with suppress(OSError):
         facts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())

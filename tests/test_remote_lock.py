@@ -1,4 +1,4 @@
-"""Locks at URLs: one process has a lock, a dead owner loses it, and a live one keeps it."""
+"""Locks at URLs: only one process has a lock, an owner that has ended loses it, and a running one keeps it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def owner(path: RemotePath) -> dict[str, object]:
 
 
 def abandoned(path: RemotePath, **changes: object) -> None:
-    """Write the lock of a process on another machine, which will not renew it."""
+    """Write the lock of a process on another machine, which does not renew it."""
     content = {"machine": "another", "process": os.getpid(), "lock": "0", "renewed": "2999-01-01T00:00:00+00:00"} | changes
     path.write_bytes(json.dumps(content).encode())
 

@@ -83,13 +83,13 @@ def _end(error: KdxError) -> NoReturn:
 
 def main() -> None:
     """The entry point. For a KdxError it prints two sentences and exits with 2; Ctrl-C exits with 130. Any other exception is a bug, except
-    that of the system about a file, for example where a disk has vanished."""
+    the system's OSError about a file, for example if a disk has vanished."""
     threads.set_environment(os.environ, threads.quota())  # before a command loads PyTorch
     try:
         app()
     except KdxError as error:
         _end(error)
     except OSError as error:
-        if error.filename is None:  # none of a file
+        if error.filename is None:  # not about a file
             raise
         _end(about_file(error))

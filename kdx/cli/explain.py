@@ -360,9 +360,9 @@ def explain(
 def _executor(
     cluster: str | None, workers_per_gpu: int, cpus_per_worker: int | None, device: str
 ) -> Iterator[Executor | Literal["served"] | None]:
-    """What computes the run; None for this process.
+    """The executor of the run; None to compute it in this process.
 
-    "served" if this process has computed its part for the first of torchrun's processes, and has nothing else to do.
+    "served" if this process has computed its part for the first of torchrun's processes and must do nothing else.
     """
     from kdx.cluster import processes
 

@@ -45,8 +45,8 @@ ImagesOption = Annotated[
 ClusterOption = Annotated[
     str | None,
     typer.Option(
-        help="Distribute the work with Ray (docs/cluster.md). Without an address, or with local: on this machine. auto, or an address such "
-        "as head:6379: on a running cluster.",
+        help="Distribute the work with Ray (docs/cluster.md): on this machine without an address or with local, on a running cluster with "
+        "auto or an address such as head:6379.",
         metavar="[ADDRESS]",
         show_default=False,
     ),
@@ -56,8 +56,8 @@ CpusPerWorkerOption = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="With --cluster: the cores and threads of a worker; by default OMP_NUM_THREADS, otherwise 1, or on GPUs an equal part of the "
-        "machine.",
+        help="With --cluster: the cores and threads of a worker; by default OMP_NUM_THREADS if it is set, otherwise 1, or on GPUs an equal "
+        "part of the machine's cores.",
         show_default=False,
     ),
 ]

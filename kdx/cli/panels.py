@@ -55,7 +55,7 @@ class Command(typer.core.TyperCommand):
         self.params.sort(key=lambda parameter: place.get(parameter.name or "", (-1, ""))[0])
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """``--cluster`` without an address stands for ``--cluster local``: typer has no option with an optional value."""
+        """``--cluster`` without an address stands for ``--cluster local``: typer has no options with an optional value."""
         parsed: list[str] = super().parse_args(ctx, _with_addresses(args, self._addresses))
         return parsed
 

@@ -49,23 +49,23 @@ def plan(
     models: Annotated[Path, typer.Option(help="The models file, which names the student and optionally base and teacher.")],
     images: Annotated[
         int | None,
-        typer.Option(min=4, help="Plan for this many images like those of DATA, by default for those of DATA.", show_default=False),
+        typer.Option(min=4, help="Plan for this many images like those of DATA; by default for all of DATA.", show_default=False),
     ] = None,
     on: Annotated[
         str | None,
-        typer.Option(help="A GPU by name, such as h100: estimate from its data sheet, in place of a trial here.", show_default=False),
+        typer.Option(help="A GPU by name, such as h100: estimate from its data sheet, without a trial here.", show_default=False),
     ] = None,
     machines: Annotated[int, typer.Option(min=1, help="With --on: the number of machines. The work is divided evenly.")] = 1,
     gpus: Annotated[int, typer.Option(min=1, help="With --on: the number of GPUs per machine.")] = 1,
     cores: Annotated[int, typer.Option(min=1, help="With --on: the number of cores per GPU, which decode images.")] = 12,
     out: Annotated[
         Path | None,
-        typer.Option(help="The folder of the run, whose disk is meant; by default the current folder.", show_default=False),
+        typer.Option(help="The folder of the run, whose disk must have room; by default the current folder.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON: seconds, bytes and operations.")] = False,
     **values: Any,
 ) -> None:
-    """Estimate what kdx explain would cost with the same options: time, operations, disk, memory. A short trial measures this machine."""
+    """Estimate the cost of kdx explain with the same options: time, operations, disk, memory. A short trial measures this machine."""
     from kdx.commands import plan as command
     from kdx.runs.hardware import cluster_of
     from kdx.runs.run import RunOptions

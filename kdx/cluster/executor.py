@@ -21,12 +21,12 @@ class Executor(Protocol):
         """The results of all tasks, in any order, inside a block. All workers end with the block.
 
         build: makes a worker's service. tasks: hashable. name(task): its name in an error. on_ready(facts): called for each worker that
-        is ready. A KdxError of a worker is raised as it is.
+        is ready. A KdxError in a worker is raised unchanged.
         """
 
 
 class RayExecutor:
-    """Computes tasks with actors of Ray. uses_gpus: whether a worker gets a GPU, or a part of one, where there are any."""
+    """Computes tasks with actors of Ray. uses_gpus: whether a worker gets a GPU, or a part of one, if the cluster has any."""
 
     def __init__(self, options: ClusterOptions, *, uses_gpus: bool) -> None:
         self._options = options

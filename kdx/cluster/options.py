@@ -15,9 +15,9 @@ class ClusterOptions:
     """How a command distributes its work.
 
     address: ``local``, ``auto`` for the running cluster that Ray finds, or the address of one, such as ``head:6379``.
-    workers_per_gpu: the workers that share a GPU. cpus_per_worker: the cores and threads of a worker; None takes OMP_NUM_THREADS, and
-    without it one core, or for a GPU its part of the machine's cores. workers: the number of workers; None takes as many as there is room
-    for.
+    workers_per_gpu: the workers that share a GPU. cpus_per_worker: the cores and threads of a worker; None stands for
+    OMP_NUM_THREADS if it is set, otherwise for one, or for a worker with a GPU an equal part of the machine's cores. workers: the number of
+    workers; None stands for as many as the cluster has room for.
     """
 
     address: str = LOCAL

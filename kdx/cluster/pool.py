@@ -12,13 +12,14 @@ from kdx.cluster.service import Facts
 from kdx.errors import KdxError
 
 DEPTH = 2
-"""Results that a worker computes, or that are on their way, before the driver takes the first."""
+"""The most results per worker that are being computed, or that were computed and not yet taken by the driver."""
 
 MOST_DEATHS = 3
-"""How many workers may end at the same task, or before they are ready, until the work stops."""
+"""The number of workers that end at the same task, or before they are ready, at which the work stops."""
 
 CHUNK = 8
-"""The most tasks that a worker receives together. Within them it reads ahead; if it ends, others compute what is left of them."""
+"""The most tasks that a worker receives together. The worker prefetches among them. If it ends, other workers
+compute the rest."""
 
 
 class WorkerEnded(Exception):
@@ -31,7 +32,7 @@ class Member(Protocol):
     def prepare(self) -> Any: ...
     def step(self, tasks: Sequence[Any]) -> Any: ...
     def close(self) -> Any:
-        """Let the worker free what it holds."""
+        """Let the worker free its resources."""
 
     def stop(self) -> None:
         """End the worker now. It may have ended already."""
@@ -50,15 +51,15 @@ class Crew(Protocol):
         """Those of the replies that have arrived, at least one. Raises KdxError if none can arrive any more."""
 
     def result(self, reply: Any) -> Any:
-        """What a reply contains. Raises WorkerEnded, or the exception that the worker raised."""
+        """The value of a reply. Raises WorkerEnded, or the exception that the worker raised."""
 
     def close(self, members: Sequence[Member]) -> None:
-        """Let workers without tasks free what they hold, for a few seconds at most."""
+        """Let workers without tasks free their resources, for a few seconds at most."""
 
 
 @dataclass(eq=False)
 class _Working:
-    """A worker with its tasks in order. requested: how many of them have a reply on the way. preparing: whether it is not ready yet."""
+    """A worker with its tasks in order. requested: how many of their results were requested. preparing: whether it is not ready yet."""
 
     member: Member
     preparing: bool = True
@@ -82,9 +83,9 @@ class Pool:
         self._queue: deque[Any] = deque()
 
     def results(self, tasks: Sequence[Any]) -> Generator[Any, None, None]:
-        """The result of every task, as soon as it is there. All workers have ended when the generator is closed.
+        """The result of every task, as soon as it arrives. All workers have ended when the generator is closed.
 
-        Raises KdxError of a worker, and KdxError if three workers end at the same task. At most DEPTH results per worker wait for the
+        Raises the KdxError of a worker, and KdxError if three workers end at the same task. At most DEPTH results per worker wait for the
         caller.
         """
         self._queue.extend(tasks)

@@ -1,6 +1,6 @@
 """The processes that ``torchrun`` started, as workers: process r computes the tasks r, r + world, r + 2 world and so on.
 
-All processes are at the same round. If one ends, torchrun ends the others, and the same command resumes.
+All processes compute the same round of tasks. If one ends, torchrun ends the others, and the same command resumes the work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kdx.cluster.service import Build, Facts, Service, described
 from kdx.errors import KdxError
 
 _PATIENCE = timedelta(days=30)
-"""How long a process waits for the first one, which may measure layers meanwhile."""
+"""How long a process waits for the first one, which can measure layers during that time."""
 
 
 def count() -> int:
@@ -25,7 +25,7 @@ def count() -> int:
 
 
 class ProcessExecutor:
-    """Computes tasks in all processes; used by the first one. The others run `serve`."""
+    """Computes tasks in all processes. The first process uses it, and the others run `serve`."""
 
     @contextmanager
     def results(

@@ -43,8 +43,8 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
     Raises KdxError if Ray is not installed, and if no cluster answers.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")  # Ray's lines about workers that end; kdx reports those that matter
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of results that are on their way when the work stops
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")  # hides Ray's lines about workers that end; kdx reports the important ones
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # hides errors of results that have not arrived when the work stops
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if options.address == LOCAL:
         # Ray's servers listen on all network interfaces. They accept only this token, which this process and its children know.
@@ -84,7 +84,7 @@ def _same_handler() -> Iterator[None]:
 
 
 def _short_folder() -> str | None:
-    """Where Ray puts its sockets, whose paths may have about 100 characters."""
+    """A folder for Ray's sockets, whose paths can have at most about 100 characters."""
     return "/tmp" if os.name == "posix" else None
 
 
@@ -116,7 +116,7 @@ def size_of(ray: Any, options: ClusterOptions, uses_gpus: bool) -> WorkerSize:
 
 
 class Connection:
-    """Waits for replies of actors, and notices if the cluster ends."""
+    """Waits for replies of actors, and detects the end of the cluster."""
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
@@ -136,7 +136,7 @@ class Connection:
                     self._check()
 
     def result(self, reply: Any) -> Any:
-        """What a reply contains. Raises WorkerEnded, or the exception that the worker raised."""
+        """The value of a reply. Raises WorkerEnded, or the exception that the worker raised."""
         errors = self._ray.exceptions
         try:
             return self._ray.get(reply)
@@ -182,7 +182,7 @@ class RayMember:
 
 
 class RayCrew:
-    """Workers in a cluster that is `connected`. uses_gpus: whether a worker gets a GPU, or a part of one, where there are any."""
+    """Workers in a cluster that is `connected`. uses_gpus: whether a worker gets a GPU, or a part of one, if the cluster has any."""
 
     def __init__(self, ray: Any, options: ClusterOptions, build: Build, *, uses_gpus: bool) -> None:
         self._ray = ray
@@ -211,6 +211,6 @@ class RayCrew:
 
 
 def _reason(error: BaseException) -> str:
-    """Ray's reason in one line without its advice."""
+    """Ray's reason in one line, without its advice."""
     lines = [line.strip() for line in str(error).splitlines() if "exit detail" in line or "dead because" in line or "memory" in line]
     return (lines[0] if lines else first_line(error)).partition(" Some common causes")[0].rstrip(".")[:300]

@@ -1,4 +1,4 @@
-"""What a worker computes, and the worker itself. PyTorch is imported only after the number of threads is known."""
+"""The service that a worker runs, and the worker itself. PyTorch is imported only after the number of threads is known."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Service(Protocol):
 
     @property
     def facts(self) -> Facts:
-        """What the results depend on besides the tasks, for example the runtime. It must be the same in all workers."""
+        """Everything that results depend on besides the tasks, for example the runtime. It must be the same in all workers."""
 
     def results(self, tasks: Sequence[Any]) -> Iterator[Any]:
         """The result of each task, in order."""
 
     def close(self) -> None:
-        """Free what the service holds."""
+        """Free the resources of the service."""
 
 
 Build = Callable[[], Service]
@@ -39,7 +39,7 @@ Build = Callable[[], Service]
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a worker takes over from the driver: the number of threads, the current folder and the folders of Python modules."""
+    """The settings that a worker adopts from the driver: number of threads, current folder and folders of Python modules."""
 
     threads: int
     folder: str
@@ -55,7 +55,7 @@ class Surroundings:
         threads.set_environment(os.environ, threads.quota())
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(self.threads)
-        with suppress(OSError):  # another machine may not have the folder; then relative paths do not exist, and an error says so
+        with suppress(OSError):  # another machine may not have the folder; then errors name the relative paths that do not exist
             os.chdir(self.folder)
         sys.path += [folder for folder in self.modules if folder not in sys.path]
 
@@ -67,7 +67,7 @@ def described(service: Service, threads: int) -> Facts:
 
 
 class Worker:
-    """A process that holds a service. Each call of `step` returns one result, so the driver decides how many are in memory."""
+    """A process with a service. Each call of `step` returns one result, so the driver decides how many are in memory."""
 
     def __init__(self, build: bytes, surroundings: Surroundings) -> None:
         """build: a pickled `Build`, which is not unpickled before `prepare`, because that imports PyTorch."""

@@ -24,8 +24,8 @@ def check_distributed(students: Sequence[str] | None, among: str | None) -> None
     """Raise KdxError for several students or a few images, which are not explained in several processes."""
     if students or among is not None:
         raise KdxError(
-            "Several processes explain a data set with one models file, not several students or a few images.",
-            "Leave --cluster and torchrun out, or explain each student with its models file.",
+            "Several processes cannot explain several students or a few images.",
+            "Leave --cluster and torchrun out, or explain a data set with the models file of one student.",
         )
 
 

@@ -85,7 +85,7 @@ def run(
     Raises KdxError for files, networks, data and labels that do not work, and for an explainer file.
     """
     if is_url(out):
-        raise KdxError("The maps of a few images are written into a local folder.", "Give a local --out.")
+        raise KdxError("The maps of a few images can only be written into a local folder.", "Give a local --out.")
     if is_file(models):
         raise no_reference_mode(describe_explainer(models))
     if labels and len(labels) != len(paths):

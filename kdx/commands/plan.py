@@ -1,4 +1,4 @@
-"""`kdx plan`: what `kdx explain` with the same options would cost, from a short timed trial or from the data sheets of GPUs."""
+"""`kdx plan`: the estimated cost of `kdx explain` with the same options, from a short timed trial or from the data sheets of GPUs."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ from kdx.runtimes.choice import is_file
 
 @dataclass(frozen=True)
 class Estimate:
-    """The estimated cost of a run. Nothing of it is a measurement of that run.
+    """The estimated cost of a run. It contains no measurement of that run.
 
-    machine: in words. own_images: how many images the data have. work: what the run does. stages: operations and bytes. seconds: of each
-    stage. shared: whether decoding and passes share the processor, so that their times add up; else the longer of the two counts.
+    machine: its description. own_images: the number of images in the data. work: the work of the run. stages: operations and bytes.
+    seconds: of each stage. shared: whether decoding and passes share the processor, so that their times add up; otherwise the longer of the
+    two counts.
     process: the bytes of memory that do not depend on the number of images.
     """
 
@@ -93,13 +94,13 @@ def run(
 ) -> Estimate:
     """Estimate the cost of explaining ``images`` images like those of ``data``, by default as many as it has.
 
-    out: the folder of the run, whose disk is meant; by default the current folder. cluster: the machines; None for this machine, whose
-    speed a trial measures with ``clock``. Nothing is written to ``out``, and exported networks are deleted.
+    out: the folder of the run, whose disk must have room; by default the current folder. cluster: the machines; None for this machine,
+    whose speed a trial measures with ``clock``. Nothing is written to ``out``, and exported networks are deleted.
 
     Raises the errors of `kdx.runs.run.explain_dataset`, and KdxError for an explainer file and for exported networks on other machines.
     """
     if is_file(models):
-        raise KdxError("kdx plan does not plan for explainer files.", "Give the models file that names the networks.")
+        raise KdxError("kdx plan does not accept explainer files.", "Give the models file that names the networks.")
     plan = Plan.of(data, models, layers, options)
     files = any(map(is_file, plan.models.references.values()))
     if cluster is not None and files:
@@ -107,7 +108,7 @@ def run(
             "The operations of exported networks cannot be counted.", "Name the networks by model references, or leave --on out."
         )
     if cluster is not None and options.features == "salient":
-        raise KdxError("The passes of salient features are not counted.", "Choose raw features (--features raw), or leave --on out.")
+        raise KdxError("The operations of salient features cannot be counted.", "Choose raw features (--features raw), or leave --on out.")
     check_labels(plan.dataset.labels[plan.indices])
     known, n = unavoidable(plan), images or len(plan.indices)
     with tempfile.TemporaryDirectory() as name:

@@ -43,9 +43,9 @@ def content_fingerprint(ids: Sequence[str], class_names: Sequence[str], files: M
     Equal fingerprints mean the same images in the same order, and so the same split of the same seed. In a data set that is larger than
     the sample, a file whose content changes while its name and size do not is noticed only if it is in the sample.
 
-    Of files at a URL nothing is read: their names, sizes and versions (an S3 object's ETag) are hashed, as the listing states them. The
-    fingerprint is therefore not that of a local copy, and changes if a service gives the same content another version. A service without
-    versions does not show that a file of the same size has changed.
+    Files at a URL are not read: the hash is that of their names, sizes and versions (an S3 object's ETag), as the listing states them. The
+    fingerprint therefore differs from that of a local copy, and changes if a service gives the same content another version. If a service
+    has no versions, a change that keeps the size of a file is not noticed.
 
     Raises KdxError for a file that has disappeared.
     """

@@ -18,8 +18,8 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target")
 def class_labels(values: Sequence[object], names: Sequence[str] | None, column: str, data: str) -> tuple[tuple[str, ...], Indices]:
     """The names of the classes, and the label [n] of each value: an integer or a name.
 
-    names: the classes that integers index; without them, the different values are the classes, in natural order. column, data: what
-    contains the values, for errors. Raises KdxError for values of other types and for values without a class.
+    names: the classes that integers index; without them, the different values are the classes, in natural order. column, data: the names
+    of the column and the data, for errors. Raises KdxError for values of other types and for values without a class.
     """
     numbers: dict[object, int]
     if names is not None:
@@ -28,7 +28,7 @@ def class_labels(values: Sequence[object], names: Sequence[str] | None, column: 
         different = sorted(set(values), key=lambda value: natural_key(str(value)))
         names, numbers = [str(value) for value in different], {value: number for number, value in enumerate(different)}
     else:
-        raise KdxError(f"{column} contains neither integers nor names.", "Choose another with ,label=COLUMN.")
+        raise KdxError(f"{column} contains neither integers nor names.", "Choose another column with ,label=COLUMN.")
     unlabelled = sum(value not in numbers for value in values)
     if unlabelled:
         raise KdxError(

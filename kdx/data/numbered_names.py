@@ -1,4 +1,4 @@
-"""The names of numbered images, which are made when they are needed: a million strings would take 70 MB."""
+"""The names of numbered images, made only when they are needed, because a million strings would take 70 MB."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import overload
 class NumberedNames(Sequence[str]):
     """The names ``PART/000000``, ``PART/000001`` ... of the images of each part, one part after the other.
 
-    counts: (part, number of its images). digits: the least number of digits.
+    counts: (part, number of its images) per part. digits: the least number of digits.
     """
 
     def __init__(self, counts: Sequence[tuple[str, int]], digits: int = 6) -> None:

@@ -67,8 +67,9 @@ _LARGEST = 50_000_000
 """The most pixels of a resized image before it is cropped. An image of 1 x 60,000 pixels would have 3 billion at 224 x 224."""
 
 DRAFT_MARGIN = 2
-"""How many times larger than needed a draft is at least. With 1, the levels of photographs differ by up to 46 and by 3 on average, since
-almost nothing is left for the antialiased resize; with 2, by up to 18 and by 1. A photograph of 12 megapixels takes a quarter longer."""
+"""The least ratio between the size of a draft and the size that is needed. With 1, the levels of photographs differ by up to 46 and by 3 on
+average, because almost nothing is left for the antialiased resize; with 2, by up to 18 and by 1 on average. With 2, a photograph of 12
+megapixels takes a quarter longer than with 1."""
 
 Box = tuple[float, float, float, float]
 """The (left, top, right, bottom) of a part of an image."""
@@ -79,8 +80,8 @@ def draft(image: Image.Image, size: tuple[int, int], resizing: Resizing = COVER)
     as large as `fit` makes it.
 
     The decoder then leaves out the highest frequencies of each block. An image that is less than twice DRAFT_MARGIN times as large as
-    needed, or not a JPEG file, does not change. Returns the part of the decoded image, once it is upright, that shows the image: blocks at
-    its edges may be incomplete. None stands for all of it.
+    needed, or not a JPEG file, does not change. Returns the part of the decoded and upright image that shows the image, because blocks at
+    its edges may be incomplete. None stands for the whole decoded image.
     """
     orientation = orientation_of(image)
     turned_by_90 = orientation in (5, 6, 7, 8)
@@ -143,7 +144,7 @@ def fit(image: Image.Image, size: tuple[int, int], resizing: Resizing = COVER, b
 
 
 def _cropped_first(image: Image.Image, size: tuple[int, int], filter_: Image.Resampling, box: Box | None) -> Image.Image:
-    """The middle of a very long image, resized alone, which takes no memory for the rest."""
+    """The middle of a very long image. Only this part is resized, so the rest takes no memory."""
     left, top, right, bottom = (0, 0, image.width, image.height) if box is None else box
     scale = max(size[1] / (right - left), size[0] / (bottom - top))
     width, height = min(right - left, size[1] / scale), min(bottom - top, size[0] / scale)

@@ -10,7 +10,7 @@ from kdx.remote import RemotePath
 
 
 def listed(folder: Path) -> Path:
-    """A folder, with a listing of all its files if it is at a URL: one request per 1,000 files instead of one or more per file.
+    """A folder, with a listing of all its files if it is at a URL. It needs one request per 1,000 files instead of one or more per file.
 
     Raises KdxError for a bucket or a folder that does not exist, or that may not be listed.
     """

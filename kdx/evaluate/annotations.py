@@ -221,7 +221,7 @@ def _box(left: float, top: float, right: float, bottom: float, size: tuple[int, 
 def run_lengths(counts: Sequence[int], size: tuple[int, int]) -> Mask:
     """The mask of COCO's run lengths: zeros and ones in turn, beginning with zeros, down one column after another."""
     values = np.arange(len(counts)) % 2 == 1
-    total = sum(counts)  # before memory is taken
+    total = sum(counts)  # before memory is allocated
     if total != size[0] * size[1] or total > _LARGEST:
         raise ValueError(f"run lengths of {total} pixels in a mask of {size[0]} x {size[1]}")
     flat = np.repeat(values, counts)

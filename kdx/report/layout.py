@@ -66,7 +66,7 @@ def render(
 
 
 def _shown(value: object) -> object:
-    """A value of a template: texts that are not our own markup do not change the direction of the text after them (`printable`)."""
+    """A value of a template. Texts other than kdx's own markup cannot change the direction of the text after them (`printable`)."""
     return printable(value) if type(value) is str else value
 
 

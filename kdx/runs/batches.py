@@ -74,7 +74,7 @@ class _Queued:
 
 @dataclass(frozen=True, eq=False)
 class BatchResult:
-    """What a run stores of a batch: the maps [n, h, w] by layer and kind, and the record. It can be sent to another process."""
+    """The results of a batch that a run stores: the maps [n, h, w] by layer and kind, and the record. It can be sent to another process."""
 
     number: int
     maps: dict[str, dict[str, NDArray[np.float32]]]

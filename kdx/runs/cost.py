@@ -13,7 +13,8 @@ permutations of each of q matrices, m shares of a network's maps, and batches of
 
 "Maps and scores" is the stage of the geometries batch and reference, "features" and "sweeps" are those of whole. F are the operations of a
 pass (a product and a sum count as two), A the numbers that its convolutions and products write, f the bytes of a stored number. Sums are
-over networks and layers. The sweeps read the features once per row of tiles of ``side`` images if they do not fit in memory, else once.
+over networks and layers. The sweeps read the features once per row of tiles of ``side`` images if they do not fit in memory,
+otherwise once.
 
 These are counts of the leading terms, not measurements: the seconds that follow from them are estimates.
 """
@@ -42,7 +43,7 @@ SUMS, TRANSFORMS = 9, 6
 
 CHUNK = 4.2e-3
 """Seconds of processor time in which the maps of one kind of a batch are written, with their part of the record; measured on an Intel Xeon
-as what runs of tiny networks take beyond the other stages (benchmarks/scale.py). One process writes."""
+as the rest that runs of tiny networks take besides the other stages (benchmarks/scale.py). One process writes all maps."""
 
 _COLUMN_BYTES, _ID_BYTES = 16, 24
 """Bytes in samples.parquet per image and kind of map (total, strength, stability), and for its name."""
@@ -109,10 +110,10 @@ class Pass:
 
 @dataclass(frozen=True)
 class Work:
-    """What a run does, without the geometry.
+    """The work of a run, except for its geometry.
 
-    shapes: as stored, after a projection. one_pass: of all networks over one image; None where it is not known. memory: the bytes of
-    memory in which the features that are swept could stay.
+    shapes: as stored, after a projection. one_pass: of all networks over one image; None if it is not known. memory: the bytes of memory
+    that can keep the features during the sweeps.
     """
 
     images: int
@@ -215,7 +216,7 @@ class Work:
         return {"maps": self.images * maps, "table": self.images * table}
 
     def disk(self, geometry: str) -> dict[str, float]:
-        """The bytes on disk by what they are: maps and table stay, features and scratch are deleted when the run is complete."""
+        """The bytes on disk by kind: maps and table stay, features and scratch are deleted when the run is complete."""
         if geometry != "whole":
             return self.result_bytes() | {"features": 0, "scratch": self.record_bytes}
         results = self.result_bytes()

@@ -1,4 +1,4 @@
-"""A run in several processes: the arguments with which a worker makes its own plan and networks, and what it computes with them."""
+"""A run in several processes: the arguments from which a worker makes its own plan and networks, and its computations with them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ GeometryKind = Literal["batch", "reference", "whole"]
 
 @dataclass(frozen=True)
 class RunArguments:
-    """What a worker needs to make the plan and the networks of a run.
+    """The arguments from which a worker makes the plan and the networks of a run.
 
     size: of the images. runtime: the one that the driver chose. fingerprint, hashes: of the data and of each role's weights, which must be
-    the same where the worker runs. geometry: tasks are the numbers of batches, or for ``whole`` parts of the images.
+    the same on the worker's machine. geometry: tasks are the numbers of batches, or for ``whole`` parts of the images.
     """
 
     data: str
@@ -54,19 +54,19 @@ class RunArguments:
         options = self.options if self.options.workers is not None else replace(self.options, workers=threads.chosen())
         plan = Plan.of(self.data, self.models, self.layers, options)
         if plan.dataset.fingerprint != self.fingerprint:
-            raise _different(f"the data set {self.data}")
+            raise _different(f"The data of {self.data}")
         explainer = plan.explainer(None, lambda line: None)
         for role, record in explainer.networks().items():
             if record.sha256 != self.hashes[role]:
-                raise _different(f"the {role}'s weights")
+                raise _different(f"The {role}'s weights")
         explainer.open(self.size, len(plan.indices), runtime=self.runtime, batch=aligned(options.batch))
         return RunService(explainer, plan, self.size, self.geometry)
 
 
 def _different(thing: str) -> KdxError:
     return KdxError(
-        f"On the machine {socket.gethostname()}, {thing} differ from those of the driver.",
-        "Provide the same files at the same paths on all machines; a network without weights is random in every process.",
+        f"{thing} on {socket.gethostname()} differ from those of the driver.",
+        "Provide the same files at the same paths on all machines, and name weights for every network, because random weights differ.",
     )
 
 
@@ -112,14 +112,14 @@ class DistributedRun:
 
 
 class WorkerRecord:
-    """The workers of a run in the entry ``workers`` of its manifest's environment. They must agree in what results depend on."""
+    """The workers of a run in the entry ``workers`` of its manifest's environment. They must agree in everything that results depend on."""
 
     def __init__(self, store: Store) -> None:
         self._environment = store.manifest["environment"]
         self._first: Mapping[str, Any] | None = None
 
     def add(self, facts: Facts) -> None:
-        """Raises KdxError for a worker that would compute other digits than the earlier ones."""
+        """Raises KdxError for a worker whose results would differ in their digits from those of earlier workers."""
         if self._first is None:
             self._first = facts
             self._environment["runtime"] = facts["same"]["runtime"]

@@ -43,7 +43,7 @@ def peak_bytes() -> int:
     """The peak memory of this process. On Linux getrusage starts from the parent's peak, so the process's status is read instead."""
     if _STATUS.exists():
         return 1024 * int(_STATUS.read_text().split("VmHWM:")[1].split()[0])
-    import resource  # it does not exist on Windows
+    import resource  # Windows does not have it
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -58,7 +58,7 @@ def choose_geometry(plan: Plan, shapes: Shapes, folder: Path, shared_bytes: int 
 
 
 def geometry_within(plan: Plan, shapes: Shapes, n: int, free: float, place: object, speed: Callable[[], float]) -> Geometry:
-    """``whole`` if it was requested and the features fit on the disk; for ``auto``, ``whole`` within the limits and else ``reference``.
+    """``whole`` if it was requested and the features fit on the disk; for ``auto``, ``whole`` within the limits, otherwise ``reference``.
 
     n: the number of images. free: the bytes of free space. place: the folder, for the error. speed: the operations per second.
 

@@ -1,4 +1,4 @@
-"""The rates of GPUs in their data sheets, and the shares of them that kdx reaches."""
+"""The rates of GPUs in their data sheets, and the shares of these rates that kdx reaches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Gpu:
     """The rates in a data sheet.
 
     memory: bytes per second of its memory. float32: operations per second without TensorFloat-32. float16: operations per second of the
-    matrix units without sparsity. host: bytes per second that copies from and to the host reach. tf32: operations per second of the matrix
+    matrix units without sparsity. host: bytes per second of copies from and to the host. tf32: operations per second of the matrix
     units in TensorFloat-32; 0 for a GPU that does not have it.
     """
 
@@ -100,10 +100,10 @@ def _plain(name: str) -> str:
 def cluster_seconds(
     cluster: Cluster, stages: Mapping[str, Cost], images: int, core_seconds: float, precision: Precision
 ) -> dict[str, float]:
-    """The seconds of each stage on a cluster over which it is divided evenly, and of decoding. An estimate from data sheets.
-    The process that collects the results writes the maps alone.
+    """The seconds of each stage, divided evenly over a cluster, and of decoding. They are estimates from data sheets.
 
-    stages: the costs of `kdx.runs.cost.Work.stages`. core_seconds: those in which one core decodes an image.
+    One process writes all maps. stages: the costs of `kdx.runs.cost.Work.stages`. core_seconds: the seconds in which one core decodes an
+    image.
     """
     gpu, seconds = cluster.gpu, {"decoding": images * core_seconds / (cluster.cores * cluster.count)}
     for name, cost in stages.items():

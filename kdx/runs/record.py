@@ -221,7 +221,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def _check_tables(stored: StoredScores) -> None:
-    """Read every row of the tables, which are made later, where a damaged value would be an error of the program."""
+    """Check every row of the tables, which are made later, when a damaged value would look like a bug."""
     rows: list[tuple[tuple[Any, ...], tuple[Any, ...], Sequence[str]]] = [
         (row, row[2:], schema.SCORES_TABLE_COLUMNS) for row in schema.scores_table_rows(stored)
     ]
@@ -233,7 +233,7 @@ def _check_tables(stored: StoredScores) -> None:
     for entry in stored["layers"].values():
         for summary in entry.get("maps", {}).values():
             if not all(number is None or isinstance(number, int | float) for number in summary.values()):
-                raise ValueError(f"{schema.SCORES_FILE} contains a number of maps that is not a number")
+                raise ValueError(f"{schema.SCORES_FILE} contains a summary of maps that is not a number")
 
 
 @contextlib.contextmanager

@@ -73,7 +73,8 @@ def explain_dataset(
 ) -> None:
     """Explain ``data`` with the networks of a models file, or with an explainer file, and store the run in the folder ``out``.
 
-    data, out: a path or a URL. The large files that only an unfinished run needs are then in the folder of kdx's caches.
+    data, out: a path or a URL. If ``out`` is a URL, the large files that only an unfinished run needs are in the folder of kdx's
+    caches.
 
     layers: names that the networks share, or ``student_layer=teacher_layer``; by default those of the models file.
     networks: the folder for exported networks, by default out/networks. command: the command line, for the manifest. restart: compute a
@@ -86,7 +87,7 @@ def explain_dataset(
     Raises KdxError for anything that the user can fix, if possible before anything is written.
     """
     if options.keep_features and is_url(out):
-        raise KdxError("Features are kept in a local folder only.", "Leave --keep-features out, or give a local --out.")
+        raise KdxError("Features can only be kept in a local folder.", "Leave --keep-features out, or give a local --out.")
     plan = Plan.of(without_credentials(data), models, layers, options)
     for line in (*plan.split.lines(), plan.dataset.note):
         if line:
@@ -164,13 +165,13 @@ class _Work:
     size: tuple[int, int]
 
     def batches(self, references: NDArray[np.int64]) -> Compute:
-        """What computes the batches of the geometry ``reference``, or ``batch`` without references."""
+        """The function that computes the batches of the geometry ``reference``, or ``batch`` without references."""
         if self.executor is None:
             return LocalBatches(self.explainer, self.plan, references, self.size).compute
         return DistributedRun(self.executor, self._arguments("reference" if len(references) else "batch"), self.store).batches
 
     def passes(self) -> Infer:
-        """What runs the networks for the geometry ``whole``."""
+        """The function that runs the networks for the geometry ``whole``."""
         if self.executor is None:
             return LocalPasses(self.explainer, self.plan, self.size).infer
         return DistributedRun(self.executor, self._arguments("whole"), self.store).passes
@@ -178,7 +179,7 @@ class _Work:
     def _arguments(self, geometry: GeometryKind) -> RunArguments:
         hashes = {role: record.sha256 for role, record in self.explainer.networks().items()}
         runtime = self.explainer.choice.runtime
-        self.explainer.close()  # the workers open their own networks, on a GPU perhaps in the same memory
+        self.explainer.close()  # the workers open their own networks, which may need the same GPU's memory
         return RunArguments.of(self.plan, self.layers, self.size, runtime, hashes, geometry)
 
 
@@ -325,8 +326,8 @@ def _context(plan: Plan, command: Sequence[str], out: Path) -> Context:
 
 
 def _relative(path: Path, folder: Path) -> str:
-    """The path from a folder, so that both can be moved together; the absolute path where there is none, as between drives of Windows
-    and from a URL."""
+    """The path relative to a folder, so that both can be moved together. It is the absolute path if there is no relative one, as between
+    drives of Windows and from a URL."""
     if is_url(folder):
         return str(path.resolve())
     try:

@@ -28,7 +28,7 @@ from kdx.runs.progress_records import BatchRecord, LayerRecord
 from kdx.runs.schema import Configuration, Context, ImageCounts, Manifest, StoredScores
 
 _LISTED_FOR = 10.0
-"""The seconds for which a listing of the finished batches at a URL is used."""
+"""The seconds for which a listing of the finished batches at a URL stays valid."""
 
 
 class Store:
@@ -111,7 +111,7 @@ class Store:
     def close(self) -> None:
         self._lock.close()
         if self.scratch != self.folder:
-            with suppress(OSError):  # it contains what a resumed run needs
+            with suppress(OSError):  # it contains files that a resumed run needs
                 self.scratch.rmdir()
 
     def __enter__(self) -> Self:
@@ -277,9 +277,9 @@ class Store:
         self.tidy(keep_features=keep_features)
 
     def tidy(self, *, keep_features: bool) -> None:
-        """Delete the files of a complete run that only a resumed run needs, unless that was done.
+        """Delete the files of a complete run that only a resumed run needs, unless they are deleted already.
 
-        The progress is deleted last: where a complete run has some, the process was killed before it was here.
+        The progress is deleted last: if a complete run has some, a process was killed before it had deleted all of these files.
         """
         if (self.folder / schema.PROGRESS).exists():
             if not keep_features:

@@ -29,7 +29,7 @@ from kdx.runs.plan import Plan
 Clock = Callable[[], float]
 
 _SECONDS = 2.0
-"""About the longest time of one part of a trial, if a batch does not take longer."""
+"""The approximate limit of one part of a trial, unless a batch takes longer."""
 
 _SET_IMAGES = 512
 """The most images of the trial of the sweeps."""
@@ -62,12 +62,12 @@ def counted_pass(explainer: Explainer, size: tuple[int, int]) -> Pass:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a trial measured.
+    """The results of a trial.
 
-    decoding, passes, maps: seconds per image, the last two for all networks. maps is that of the geometries batch and reference, None if
-    it was not tried. linear and quadratic: the sweeps of the geometry ``whole`` over n images take linear n + quadratic n^2 seconds; None
-    if they were not tried. disk: bytes per second that reach the disk. on_gpu: whether the networks run on a GPU, so that decoding and
-    passes do not share the processor.
+    decoding, passes, maps: seconds per image, the last two for all networks. maps is for the geometries batch and reference, and None if
+    it was not measured. linear and quadratic: the sweeps of the geometry ``whole`` over n images take linear n + quadratic n^2 seconds;
+    None if they were not measured. disk: bytes per second that reach the disk. on_gpu: whether the networks run on a GPU, so that decoding
+    and passes do not share the processor.
     """
 
     decoding: float
@@ -104,7 +104,7 @@ def timed_trial(
 ) -> Speed:
     """Decode one batch, pass it through the networks, and measure maps and scores as the geometry does.
 
-    clock: that of the trial. With one thread on a busy machine, ``time.process_time`` gives the times of an idle one.
+    clock: measures the trial. With one thread on a busy machine, ``time.process_time`` gives the times of an idle machine.
     """
     announce(f"Trial: decoding, passes and geometry of {len(plan.batches[0])} images.")
     images, decoding = decoding_trial(plan, size, clock)
@@ -182,7 +182,7 @@ def _swept(plan: Plan, work: Work, n: int, clock: Clock) -> float:
 
 
 def _best(call: Callable[[], object], clock: Clock, most: int = 3) -> float:
-    """The shortest time of up to ``most`` calls after one that prepares it; fewer if they are slow. A GPU has then finished."""
+    """The shortest time of up to ``most`` calls after one warm-up call; fewer if they are slow. It includes the work of a GPU."""
     call()
     best, total = float("inf"), 0.0
     for _ in range(most):

@@ -54,7 +54,7 @@ Part = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class PartResult:
-    """What the networks return for a part of the images. It can be sent to another process.
+    """The outputs of the networks for a part of the images. They can be sent to another process.
 
     readable [k], features [k, C, h, w] by layer and role, columns of predictions [k], and the unreadable images with their reasons.
     """

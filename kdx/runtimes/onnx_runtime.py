@@ -153,7 +153,7 @@ def _shapes(path: Path, values: Collection[Any]) -> dict[str, Shape]:
         for value in values:
             _ = value.name, value.type, value.shape
     except UnicodeDecodeError as error:
-        raise KdxError(f"{path} has a name that is not a text.", "Export it again with kdx export.") from error
+        raise KdxError(f"{path} contains a name that is not valid text.", "Export it again with kdx export.") from error
     for value in values:
         expected, name = ("tensor(int64)", "int64") if input_dtype(value.name) == torch.int64 else ("tensor(float)", "float32")
         if value.type != expected:

@@ -36,8 +36,8 @@ def compare(
     student and optionally base and teacher. target: labels [n] or an embedding [n, e]. batch: the number of images in a set of distances;
     by default all images are one set, which is exact for any n. permutations, confidence, seed, backend: as in `kdx.fss`.
     cluster: the address of a Ray cluster, ``local`` for workers on this machine, or `kdx.cluster.options.ClusterOptions`. Each worker
-    measures whole layers, with the digits of one process with as many threads. Features in memory are sent to the workers; they read mapped
-    files and Zarr arrays at the same paths.
+    measures whole layers, with the same results as one process with as many threads. Features in memory are sent to the workers;
+    the workers read mapped files and Zarr arrays at the same paths.
 
     Returns, for each layer, `scores` by name and `contrasts` by name. The scores are those of `kdx.fss` and `kdx.rs`: "FSS(S,T)",
     "FSS(B,T)", "RS(T)", "RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)", "RS(T|S)" and "RS(S|T)", as far as the roles exist. A

@@ -34,7 +34,7 @@ class _MappedFile:
 
 
 def _sent(source: Source) -> Source | _MappedFile:
-    """What is sent to a worker: the path of a mapped file, and otherwise the array. A part of a mapped file does not know its offset."""
+    """The object that is sent to a worker: the path of a mapped file, otherwise the array. A slice does not know its offset."""
     if not isinstance(source, np.memmap) or not isinstance(source.base, mmap.mmap) or source.filename is None:
         return source
     order = "C" if source.flags.c_contiguous else "F"

@@ -46,7 +46,7 @@ class _Worker:
 
 
 class ClusterWorkers:
-    """As `kdx.study.workers.Workers`, with actors of Ray. threads: the threads and cores of each."""
+    """The same interface as `kdx.study.workers.Workers`, with actors of Ray. threads: the threads and cores of each."""
 
     def __init__(self, options: ClusterOptions, perform: Perform, folder: Path, threads: int, *, uses_gpus: bool) -> None:
         self._options = replace(options, cpus_per_worker=threads)

@@ -150,7 +150,7 @@ def value_of_table(value: Any, name: str) -> dict[str, Any]:
 
 
 MAX_SEEDS = 10_000
-"""The most seeds of a study. Without a limit, a number with a typing error would take all memory."""
+"""The most seeds of a study. Without a limit, a mistyped number would take all memory."""
 
 
 def _images(value: Any) -> int:

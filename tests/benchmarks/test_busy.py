@@ -1,4 +1,4 @@
-"""The benchmark beside busy processes: which cases it contains, and that the processes run only when they should."""
+"""The benchmark beside busy processes: its cases, and that the busy processes run only when they should."""
 
 from __future__ import annotations
 

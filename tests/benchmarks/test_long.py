@@ -1,4 +1,4 @@
-"""A long run keeps the same number of files and threads, and no memory per batch; a plan holds no object per image."""
+"""A long run keeps the same number of files and threads, and takes no memory per batch; a plan has no object per image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kdx.compare` in workers of a real Ray: the digits of one process."""
+"""`kdx.compare` in workers of a real Ray: the scores equal those of one process, digit by digit."""
 
 from __future__ import annotations
 

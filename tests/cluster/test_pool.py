@@ -1,4 +1,4 @@
-"""The distribution of tasks, with workers that are objects of this process: every order of replies, and ends of workers anywhere."""
+"""The distribution of tasks, with workers that are objects of this process: replies in any order, and workers that end at any point."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kdx.errors import KdxError
 
 
 class Squares:
-    """A service that squares numbers, and fails where ``broken`` says."""
+    """A service that squares numbers and fails at the tasks in ``broken``."""
 
     def __init__(self, broken: dict[int, Exception] | None = None) -> None:
         self.facts: Facts = {"runtime": "python"}

@@ -1,4 +1,4 @@
-"""Runs with workers of a real Ray on this machine: the bytes of one process, whichever process is killed."""
+"""Runs with workers of a real Ray on this machine have the bytes of a run in one process, whichever process is killed."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def pictures(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of the run of this process with one thread."""
+    """The files of a run in this process with one thread."""
     return bytes_of(alone(pictures, tmp_path_factory.mktemp("one") / "run", "batch"))
 
 
@@ -101,7 +101,7 @@ def command(folder: Path, out: Path, *options: str) -> list[str]:
 
 
 def bytes_of(out: Path) -> dict[str, bytes]:
-    """Every file of a run except those with times, and the manifest without its times and its machine."""
+    """Every file of a run except those with times, and the manifest without its times and machine."""
     files = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
     manifest = json.loads(files["manifest.json"])
     for name in ("environment", "created", "finished", "command"):
@@ -203,7 +203,7 @@ def test_a_worker_that_is_larger_than_the_machine(ray: Any) -> None:
 
 
 def started(folder: Path, out: Path) -> subprocess.Popen[str]:
-    """A run with a cluster that has stored at least one batch, and waits for SIGCONT."""
+    """A run with a cluster that has stored at least one batch and is stopped until SIGCONT."""
     process = subprocess.Popen(
         command(folder, out, "--cluster", "--cpus-per-worker", "1"),
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The jobs of a study in workers of a real Ray: the same order and the same failures as in processes."""
+"""The jobs of a study in workers of a real Ray: the same order and the same failures as in local processes."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from kdx.errors import KdxError
 
 
 class Toy:
-    """Returns (task, process) for each task. A class of it states what happens at some tasks."""
+    """Returns (task, process) for each task. Its subclasses do something else at some tasks."""
 
     def __init__(self) -> None:
         self.facts: Facts = {"runtime": "python"}
@@ -30,7 +30,7 @@ class Toy:
 
 
 class Ends(Toy):
-    """Its process ends at task 5, as one whose memory runs out."""
+    """Its process ends at task 5, like a process whose memory runs out."""
 
     def before(self, task: int) -> None:
         if task == 5:
@@ -38,7 +38,7 @@ class Ends(Toy):
 
 
 class Refuses(Toy):
-    """Finds a mistake of the user at task 5."""
+    """Raises an error of the user at task 5."""
 
     def before(self, task: int) -> None:
         if task == 5:
@@ -55,7 +55,7 @@ class Fails(Toy):
 
 @dataclass(frozen=True)
 class OneIsSlow:
-    """Builds a service whose first worker needs a second per task, and the others 50 ms. folder: where the first one leaves its number."""
+    """Builds a service whose first worker needs a second per task, and the others 50 ms. folder: where the first writes its number."""
 
     folder: Path
 
@@ -75,7 +75,7 @@ class Slow(Toy):
 
 
 class Unable(Toy):
-    """Cannot be built."""
+    """A service that cannot be built."""
 
     def __init__(self) -> None:
         raise KdxError("The data differ.", "Copy them.")

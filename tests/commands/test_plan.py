@@ -161,7 +161,7 @@ def test_a_table_and_json(run: Run, models: Path) -> None:
     [
         (("--on", "V100"), "does not know the rates of a GPU 'V100'"),
         (("--machines", "2"), "describe other hardware"),
-        (("--on", "h100", "--features", "salient"), "salient features are not counted"),
+        (("--on", "h100", "--features", "salient"), "salient features cannot be counted"),
         (("--geometry", "whole", "--images", "1000000000"), "features and distances of 1,000,000,000 images take"),
         (("--layer", "layer9"), "layer9"),
     ],
@@ -174,7 +174,7 @@ def test_bad_input_is_explained(arguments: tuple[str, ...], problem: str, run: R
 def test_files_whose_operations_cannot_be_counted_are_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "explainer.onnx").write_bytes(b"")
     status, _, err = run("plan", "digits", "--models", "explainer.onnx")
-    assert status == 2 and "does not plan for explainer files" in err
+    assert status == 2 and "does not accept explainer files" in err
 
 
 def test_times_have_a_unit_that_fits() -> None:

@@ -1,4 +1,4 @@
-"""JPEG files that are decoded at a fraction of their size: the difference from whole decoding on photographs, and where there is none."""
+"""JPEG files that are decoded at a fraction of their size: the difference from decoding at full size, and cases without one."""
 
 from __future__ import annotations
 

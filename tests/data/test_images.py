@@ -228,7 +228,7 @@ def test_images_are_brought_to_a_size_as_pillow_does(tmp_path: Path, source: tup
 
 @pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (90_000, 3)])
 def test_a_very_long_image_takes_little_memory(size: tuple[int, int]) -> None:
-    """Its middle is shown, as of any other image, without the whole image at the new scale, which would have billions of pixels."""
+    """Its middle is shown, as for any other image, without resizing the whole image, which would have billions of pixels."""
     width, height = size
     values = np.tile(np.arange(max(size), dtype=np.float64)[:, None], (1, min(size)))
     values = (values if height > width else values.T) * 255 / max(size)
@@ -237,7 +237,7 @@ def test_a_very_long_image_takes_little_memory(size: tuple[int, int]) -> None:
 
 
 def test_a_long_image_is_resized_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The part that is resized alone equals the crop of the whole, except for rounding."""
+    """Resizing only a part gives the crop of the whole resized image, except for rounding."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (10, 400, 3), dtype=np.uint8))
     whole = np.asarray(fit(image, (16, 16))).astype(int)
     monkeypatch.setattr("kdx.data.pixels._LARGEST", 1)

@@ -131,7 +131,7 @@ def test_refused_credentials_are_an_error(pictures: Path, monkeypatch: pytest.Mo
         raise PermissionError("Access Denied")
 
     monkeypatch.setattr(MemoryFileSystem, "find", refused)
-    with pytest.raises(KdxError, match="memory://data/secret is refused: Access Denied"):
+    with pytest.raises(KdxError, match="refuses access to memory://data/secret: Access Denied"):
         open_data("memory://data/secret")
 
 

@@ -1,4 +1,4 @@
-"""WebDataset shards and Parquet files: images and labels of the folder that they were written from, read one by one."""
+"""WebDataset shards and Parquet files: their images and labels are those of the folder from which they were written."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def write_shards(folder: Path, pictures: Path, label: str = "cls") -> None:
-    """Three shards of eight images with labels, and members that are to be ignored."""
+    """Three shards of eight images with labels, and members that must be ignored."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard in range(3):
         with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
@@ -222,7 +222,7 @@ def test_an_image_of_a_parquet_file_needs_its_row_group(tmp_path: Path, monkeypa
     dataset.read(9)
     assert bytes_read() - last > group / 2, "the row group had to leave"
     monkeypatch.setattr(parquet_files, "_KEPT_BYTES", int(group / 2))
-    with pytest.raises(KdxError, match="which all must be read"):
+    with pytest.raises(KdxError, match="all of which must be read"):
         open_data(f"parquet:{path}")
 
 
@@ -256,7 +256,7 @@ def test_shards_and_parquet_files_may_be_at_a_url(pictures: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_requests_of_shards_on_s3(server: Server, pictures: Path, tmp_path: Path) -> None:
-    """The index is read once; then a data set costs one listing, and an image one request."""
+    """The shards are scanned once. After that, opening the data needs one listing, and an image one request."""
     write_shards(tmp_path / "shards", pictures)
     upload(tmp_path / "shards", f"s3://{BUCKET}/shards")
     reference = f"wds:s3://{BUCKET}/shards/{{000..002}}.tar,classes={named(tmp_path)}"

@@ -1,1 +1,1 @@
-"""Tests of hostile days: death at any write, full and vanished disks, and broken or malicious inputs."""
+"""Tests of faults: processes that die at any write, full and vanished disks, and damaged or malicious inputs."""

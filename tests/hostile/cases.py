@@ -53,7 +53,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "study": ("study", "study.toml", "--out", "run", "--workers", "1"),
     "export": ("export", "kdx:resnet,width=2,depth=1,classes=2@student.safetensors", "--layer", "layer2", "--out", "run/student.onnx"),
 }
-"""A command of each kind, in the folder of `write_inputs`. Its files are in the folder ``run``."""
+"""One command of each kind, for the folder of `write_inputs`. It writes its files into the folder ``run``."""
 
 
 def write_inputs(folder: Path) -> None:
@@ -91,7 +91,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @dataclass
 class Subject:
-    """A command and how to run it: each run is in the same folder, so that its files name the same paths."""
+    """A command and its folder. Each run is in the same folder, so that its files name the same paths."""
 
     forked: Forked
     folder: Path
@@ -105,7 +105,7 @@ class Subject:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def complete(self) -> dict[str, bytes]:
-        """The files after the command, run until it is complete."""
+        """The files after the command was run until it was complete."""
         ending = self.run()
         assert ending.status == 0, ending.output
         return contents(self.folder / "run")
@@ -117,7 +117,7 @@ def differences(actual: dict[str, bytes], expected: dict[str, bytes]) -> list[st
 
 
 def problems_of(ending: Ending) -> list[str]:
-    """What is wrong with how a command ended after a fault: it must have succeeded or printed an error in two sentences."""
+    """The problem with the ending of a command after a fault. It must succeed or print an error of two sentences."""
     if ending.status == 0:
         return []
     lines = ending.output.strip().splitlines()

@@ -1,4 +1,4 @@
-"""The fixtures of the tests with faults of the disk: the process that forks, tiny inputs, and the commands that run on them."""
+"""Fixtures of the tests with faults of the disk: the process that forks, tiny inputs, and the commands that run on them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 /* Interposes the calls of libc that change files below one folder (LD_PRELOAD), so that a test can fail any one of them.
  *
  * hostile_arm(folder, mode, number) starts to count calls; at the call `number` (from 1) the mode takes effect. The counter is shared
- * with forked processes. Death kills the whole process group, as the end of a machine would.
+ * with forked processes. The mode DIE kills the whole process group, like a power failure.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>

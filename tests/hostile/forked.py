@@ -33,13 +33,13 @@ SECONDS = 60
 
 
 class Fault(IntEnum):
-    """What happens at a call that changes the disk; the numbers are those of disk_calls.c."""
+    """A fault at a call that changes the disk. The numbers are those of disk_calls.c."""
 
     NONE = 0
     DEATH = 1
     """The processes die before the call."""
     DEATH_IN_WRITE = 2
-    """The processes die when half of the bytes are written; only writes count."""
+    """The processes die when half of the bytes of a write are written. Only writes are counted."""
     FULL = 3
     """The disk is full from this call on; half of the bytes of a write still fit."""
     READ_ONLY = 4
@@ -50,7 +50,7 @@ class Fault(IntEnum):
 
 @dataclass(frozen=True)
 class Ending:
-    """How a command ended. status: its exit status, or minus the number of the signal. calls, writes: those that change the disk."""
+    """The ending of a command. status: its exit status, or minus the number of the signal. calls, writes: those that changed the disk."""
 
     status: int
     calls: int
@@ -89,8 +89,7 @@ class Forked:
         """``kdx COMMAND`` with a fault at a call that changes the disk below ``folder``. at: the number of the call, from 1.
 
         current: the current folder. kill_after: seconds after which the process is killed. vanish_after: seconds after which the folder is
-        moved away.
-        clock: whether the clock goes an hour back at every look.
+        moved away. clock: whether the clock goes back by an hour at every reading.
         """
         request = {
             **{"command": [*map(str, command)], "folder": str(folder), "current": str(current)},
@@ -125,7 +124,7 @@ def _serve() -> None:
 
 
 def _answer(shim: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Run a request in a forked process, and import what it has imported, for the next ones."""
+    """Run a request in a forked process, and import the modules that it imported, so that the next ones have them."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         output, modules = Path(name, "output"), Path(name, "modules")
@@ -150,7 +149,7 @@ def _answer(shim: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wait(child: int, request: dict[str, Any]) -> int:
-    """The status of a process that is killed after a time."""
+    """The status of a process, which is killed if it takes too long."""
     start = time.monotonic()
     end, vanish = start + (request["kill_after"] or SECONDS), start + (request["vanish_after"] or SECONDS)
     while time.monotonic() < end:
@@ -200,7 +199,7 @@ def _perform(shim: Any, request: dict[str, Any], output: Path, modules: Path) ->
 
 
 def _let_the_clock_jump() -> None:
-    """At every look the clock goes an hour back."""
+    """At every reading the clock goes back by an hour."""
     start, looks = time.time(), iter(range(1, 1_000_000))
     time.time = lambda: start - 3600 * next(looks)
 

@@ -1,4 +1,4 @@
-"""What is fuzzed: for each kind of input, a function that writes a damaged one and returns how kdx reads it."""
+"""The inputs of the fuzzer: for each kind, a function that writes a damaged input and returns a function with which kdx reads it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NETWORK = "kdx:resnet,width=2,depth=1,classes=2"
 
 
 class _Canary:
-    """What makes the file ``canary`` in the current folder if its pickle is executed."""
+    """An object whose pickle writes the file ``canary`` into the current folder if it is executed."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("canary",)
@@ -85,7 +85,7 @@ def _checkpoints() -> tuple[bytes, ...]:
 
 
 def pt(path: Path, random_: random.Random) -> Call:
-    """A checkpoint, half of them with code, which is also damaged in only three of four cases."""
+    """A checkpoint, damaged in most cases. Half of the checkpoints contain code."""
     content = random_.choice(_checkpoints())
     if content[:2] == b"PK" and random_.random() < 0.5:
         content = _damaged_zip(content, random_, damaged)
@@ -227,7 +227,7 @@ def npz(path: Path, random_: random.Random) -> Call:
 
 
 def cifar(path: Path, random_: random.Random) -> Call:
-    """Binary and pickled batches; some pickles have code."""
+    """Binary and pickled batches. Some pickles contain code."""
     rng = np.random.default_rng(0)
     folder = fresh(path)
     if random_.random() < 0.3:
@@ -359,11 +359,11 @@ COUNTS = {
     **{"cifar": 800, "csv": 600, "parquet": 400, "annotations": 800, "manifest": 150, "scores": 150, "samples": 150, "zarr": 150},
     **{"map chunk": 100, "page": 30, "names": 20},
 }
-"""The inputs of each kind that the slow tests read; 11,610 in all."""
+"""The number of inputs of each kind that the slow tests read, 11,610 in all."""
 
 
 def prepare() -> None:
-    """Make what all inputs are made from, before processes are forked."""
+    """Make the originals of all inputs before processes are forked."""
     torch.set_num_threads(1)
     for make in (images, _weights, _checkpoints, _program, _onnx, fuzzed_runs.finished):
         make()

@@ -33,7 +33,7 @@ def finished() -> Path:
 
 
 def of_run(name: str, change: Callable[[bytes, random.Random], bytes], *, page: bool) -> Target:
-    """A run with a damaged file, of which all numbers, maps and pictures are read, or its page is written."""
+    """A run with a damaged file. Its numbers, maps and pictures are read, or its page is written."""
 
     def target(path: Path, random_: random.Random) -> Call:
         shutil.rmtree(path, ignore_errors=True)
@@ -57,7 +57,7 @@ def of_run(name: str, change: Callable[[bytes, random.Random], bytes], *, page: 
 
 
 def names(path: Path, random_: random.Random) -> Call:
-    """A page of a run whose classes, images and layers have hostile names: nothing of them may be markup, also not in the tables."""
+    """A page of a run whose classes, images and layers have hostile names: none of them may become markup, not even in the tables."""
     shutil.rmtree(path, ignore_errors=True)
     shutil.copytree(finished(), path)
     hostile = [text for text in HOSTILE_TEXTS if "\ud800" not in text]

@@ -1,8 +1,8 @@
-"""Damages inputs of every kind, and reads them with kdx in forked processes with little memory and time.
+"""Damages inputs of every kind, and reads them with kdx in forked processes with limited memory and time.
 
 ``python -m tests.hostile.fuzzing --count N`` or ``--minutes M`` prints one JSON object: the number of inputs per kind, and the failures.
 An input may be read without an error or end with a KdxError. Everything else is a failure: another exception, a crash, more than
-`SECONDS`, more than `MEMORY`, or a canary file, which only code from an input can make.
+`SECONDS`, more than `MEMORY`, or a canary file, which only code in an input can write.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _address_space() -> int:
 
 
 def run_chunk(kind: str, first: int, last: int, seed: int) -> tuple[dict[str, int], list[str]]:
-    """The number of inputs per outcome, and the failures. An input that ends the process counts as a failure, and the next ones follow."""
+    """The number of inputs per outcome, and the failures. An input that ends the process is a failure, and a new process continues."""
     counts, failures = {"read": 0, "refused": 0, "failed": 0}, []
     while first < last:
         with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +134,7 @@ def threading_timer(child: int, seconds: float) -> Any:
 
 
 def run(counts: dict[str, int], seed: int, seconds: float = float("inf")) -> dict[str, Any]:
-    """Read ``counts`` inputs of each kind, again with further seeds while there is time. Returns counts and failures."""
+    """Read ``counts`` inputs of each kind, and repeat this with further seeds until the time is over. Returns counts and failures."""
     start, totals, failures = time.monotonic(), {kind: {"read": 0, "refused": 0, "failed": 0} for kind in counts}, list[str]()
     while True:
         for kind, count in counts.items():
@@ -160,7 +160,7 @@ def _result(totals: dict[str, dict[str, int]], failures: list[str], start: float
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--share", type=float, default=1.0, help="share of the usual number of inputs per kind")
-    parser.add_argument("--minutes", type=float, default=None, help="go on with further seeds for so long")
+    parser.add_argument("--minutes", type=float, default=None, help="continue with further seeds for this many minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", action="append", choices=sorted(fuzzed_inputs.TARGETS))
     options = parser.parse_args(arguments)

@@ -35,13 +35,13 @@ HOSTILE_TEXTS = (
     "\N{GRINNING FACE}" * 100,
     "e" + "\u0301" * 500,
 )
-"""Texts that a page, a terminal, a spreadsheet or a file system might obey."""
+"""Texts that a page, a terminal, a spreadsheet or a file system might execute."""
 
 _VALUES: tuple[Any, ...] = (*_NUMBERS, *HOSTILE_TEXTS, None, True, [], {}, [[[]]], float("nan"), float("inf"))
 
 
 def damaged(content: bytes, random_: random.Random, other: bytes = b"") -> bytes:
-    """The bytes with one to four changes: flipped bits, changed, deleted, repeated or foreign pieces, extreme integers, or cut off."""
+    """The bytes with one to four changes: flipped bits, changed, deleted, repeated or foreign pieces, extreme integers, or a cut end."""
     data = bytearray(content)
     for _ in range(random_.choice((1, 1, 1, 2, 4))):
         kind = random_.randrange(8)

@@ -1,6 +1,6 @@
 """A process that dies at any call that changes the disk loses nothing: the same command completes with the same files.
 
-The tests visit some of the calls; KDX_EVERY_CALL=1 in the environment visits all of them (docs/security.md has the last result).
+The tests visit some of the calls; KDX_EVERY_CALL=1 in the environment visits all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.hostile.forked import Fault
 pytestmark = pytest.mark.slow
 
 CALLS = {"explain, batch": 6, "explain, reference": 2, "explain, whole": 4, "distill": 5, "study": 1, "export": 1}
-"""How many of the calls of each command a test visits."""
+"""The number of calls of each command that a test visits."""
 
 
 def points(count: int, visited: int) -> list[int]:
@@ -28,7 +28,7 @@ def points(count: int, visited: int) -> list[int]:
 
 @pytest.mark.parametrize("case", COMMANDS)
 def test_death_at_a_call(subject: Callable[[str], Subject], case: str) -> None:
-    """Before the call, which is after the one before, and in the middle of a write."""
+    """The process dies before the call, which is after the previous one, and in the middle of a write."""
     run = subject(case)
     ending = run.run()
     assert ending.status == 0, ending.output
@@ -46,7 +46,7 @@ def test_death_at_a_call(subject: Callable[[str], Subject], case: str) -> None:
 
 @pytest.mark.parametrize("case", ["explain, batch", "explain, whole", "distill"])
 def test_death_again_and_again(subject: Callable[[str], Subject], case: str) -> None:
-    """A process that always dies before it is at its end comes to its end."""
+    """A command whose process dies again and again makes progress each time, until it is complete."""
     run = subject(case)
     calls = run.run().calls
     expected = contents(run.folder / "run")
@@ -59,7 +59,7 @@ def test_death_again_and_again(subject: Callable[[str], Subject], case: str) -> 
 
 
 def test_a_kill_at_any_moment(subject: Callable[[str], Subject]) -> None:
-    """`kill -9` at 100 random moments; after each, the same command continues what is there, and every fifth run starts anew."""
+    """`kill -9` at 100 random moments; after each, the same command resumes, and every fifth run starts in an empty folder."""
     run = subject("explain, batch")
     expected = run.complete()
     run.clear()

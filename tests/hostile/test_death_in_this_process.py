@@ -1,5 +1,5 @@
-"""Like `test_death`, in one process and in a second: after a "death", every change of the disk is refused, so that the disk stays as a
-death would have left it.
+"""Like `test_death`, in one process and in a second: after a "death", every change of the disk is refused, so the disk stays as a
+killed process would leave it.
 
 The interpreter announces opening, renaming and deleting of files to a hook (PEP 578); it does not announce writing.
 """
@@ -23,11 +23,11 @@ OPTIONS = RunOptions(batch=8, geometry="batch", permutations=5, runtime="eager",
 
 
 class Death(BaseException):
-    """The end of the process, which nothing catches."""
+    """Stands for the end of the process. Nothing catches it."""
 
 
 class _Hook:
-    """Counts the changes below a folder, and refuses them from a number on."""
+    """Counts the changes below a folder, and refuses all from a given number on."""
 
     folder: str | None = None
     count = last = 0

@@ -1,4 +1,4 @@
-"""A full or read-only disk, a folder that vanishes, a clock that jumps, two processes: a clear error, and nothing is lost."""
+"""A full or read-only disk, a folder that vanishes, a clock that goes back, two processes: the error is clear, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.hostile.test_death import points
 
 
 def restore(run: Subject) -> None:
-    """Put the folder back that has vanished."""
+    """Restore the folder that has vanished."""
     if (run.folder / "run.gone").exists():
         shutil.rmtree(run.folder / "run", ignore_errors=True)
         (run.folder / "run.gone").rename(run.folder / "run")
@@ -48,7 +48,7 @@ def test_a_disk_that_fails(subject: Callable[[str], Subject], case: str, visited
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["explain, batch", "distill"])
 def test_a_folder_that_vanishes_at_any_moment(subject: Callable[[str], Subject], case: str) -> None:
-    """No command claims success in a new folder without the files of the old one."""
+    """No command reports success in a new folder that lacks the files of the old one."""
     run, moments = subject(case), random.Random(1)
     seconds = run.run().seconds
     expected = contents(run.folder / "run")

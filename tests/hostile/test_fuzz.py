@@ -1,4 +1,4 @@
-"""Damaged and malicious inputs of every kind end with a KdxError, or are read: nothing crashes, hangs, takes memory or is executed."""
+"""Damaged and malicious inputs of every kind are read or end with a KdxError. None crashes kdx, hangs, exhausts memory or is executed."""
 
 from __future__ import annotations
 

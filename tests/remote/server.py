@@ -22,8 +22,8 @@ BUCKET = "bucket"
 
 @dataclass
 class Server:
-    """environment: the variables with which other processes use the server. counts, writes: the requests since `reset`: all by method, and
-    those that change an object."""
+    """environment: the variables with which other processes use the server. counts, writes: the requests since `reset`: the number by
+    method, and those that change an object."""
 
     environment: dict[str, str]
     counts: Counter[str] = field(default_factory=Counter)
@@ -57,7 +57,7 @@ def upload(folder: Path, url: str) -> None:
 
 @contextmanager
 def s3_server() -> Iterator[Server]:
-    """A server with an empty bucket `BUCKET`, which the environment's variables name."""
+    """A server with an empty bucket `BUCKET`. Environment variables contain its address."""
     import s3fs
     from moto.server import ThreadedMotoServer
 

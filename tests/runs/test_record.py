@@ -132,7 +132,7 @@ def test_null_becomes_nan() -> None:
 
 @pytest.mark.parametrize("damage", ["a text", "no p_value", "three bounds", "accuracy", "a list", "of maps", "no student", "no layer"])
 def test_a_damaged_score_is_found_when_the_run_is_opened(finished: Path, tmp_path: Path, damage: str) -> None:
-    """Not later, when a table is made."""
+    """The damage is found at once, not later when a table is made."""
     shutil.copytree(finished, tmp_path / "run")
     path = tmp_path / "run" / "scores.json"
     stored = json.loads(path.read_text())

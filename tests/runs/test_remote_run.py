@@ -67,7 +67,7 @@ def test_a_run_in_memory_has_the_files_of_a_local_run(folder: Path, finished: Pa
 
 @pytest.mark.slow
 def test_a_run_on_s3_has_the_files_of_a_local_run(server: Server, folder: Path, local: Path) -> None:
-    """Data at a URL too. A batch's record follows its maps, and the manifest's last state follows every result."""
+    """The data are at a URL too. A batch's record is written after its maps, and the manifest's last state after every result."""
     url = f"s3://{BUCKET}/run"
     out = as_path(url)
     upload(folder / "pictures", f"s3://{BUCKET}/photos")
@@ -113,13 +113,13 @@ def test_the_geometry_whole_keeps_its_features_on_this_machine(
     assert files(out) == files(tmp_path / "local")
     assert not any("features" in write for write in server.writes)
     assert not list((tmp_path / "cache" / "runs").iterdir())
-    with pytest.raises(KdxError, match="local folder only"):
+    with pytest.raises(KdxError, match="only be kept in a local folder"):
         run(folder, out, replace(options, keep_features=True), layers=LAYERS)
 
 
 @pytest.mark.slow
 def test_the_same_command_continues_a_killed_run(server: Server, folder: Path, local: Path) -> None:
-    """`kill -9` while batches are written, then the same command: the same files."""
+    """After `kill -9` while batches are written, the same command gives the same files."""
     url = f"s3://{BUCKET}/killed"
     out = as_path(url)
     command = [sys.executable, "-c", _SLOW_RUN, str(folder), url]

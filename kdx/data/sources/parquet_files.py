@@ -25,7 +25,7 @@ from kdx.remote import as_path, remote_errors
 _FORM = "Write parquet:FILE_OR_FOLDER, and optionally ,image=COLUMN, ,label=COLUMN and ,classes=FILE."
 
 _KEPT_BYTES = 256_000_000
-"""The decoded row groups that are kept in memory take at most this many bytes, and so does a single one."""
+"""The most bytes of the row groups in memory together, and of a single row group."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ def open_parquet(reference: str, place: str) -> Dataset:
     ``classes`` is a text file with the names that integers index; without it, those that Hugging Face stores in the file are used. Files
     whose names begin with ``train-``, ``validation-`` or ``test-`` are these splits.
 
-    Only the footers and the labels are read at once. An image needs its row group; the row groups that were used last stay in memory, up to
-    `_KEPT_BYTES`.
+    Only the footers and the labels are read when the data are opened. An image needs its row group; the row groups that were used last stay
+    in memory, up to `_KEPT_BYTES`.
 
-    Raises KdxError for files that cannot be read, for missing columns, and for row groups that are larger than that.
+    Raises KdxError for files that cannot be read, for missing columns, and for row groups that are larger than `_KEPT_BYTES`.
     """
     name, options = place_options("parquet", place, COLUMNS, _FORM)
     files = _files(name)
@@ -96,7 +96,7 @@ class _RowGroups:
         return Image.open(io.BytesIO(content))
 
     def _values(self, group: int) -> Any:
-        with self._lock:  # a group is read once, whoever needs it
+        with self._lock:  # several threads that need a group read it once
             values = self._kept.pop(group, None)
             if values is None:
                 file, place = self._groups[group]
@@ -203,7 +203,7 @@ def _largest_group(files: Sequence[_File], column: str) -> _Group:
                 largest = _Group(group.num_rows, size)
             if size > _KEPT_BYTES:
                 raise KdxError(
-                    f"A row group of {file.path} has {size / 1e6:,.0f} MB of images, which all must be read for any one of them.",
+                    f"A row group of {file.path} has {size / 1e6:,.0f} MB of images, all of which must be read for each image.",
                     f"Write the file with row groups of at most {_KEPT_BYTES / 1e6:,.0f} MB (row_group_size=100 in pyarrow).",
                 )
     return largest

@@ -1,8 +1,8 @@
 """WebDataset shards: tar files whose members of one name are a sample, such as ``0001.jpg`` and ``0001.cls``.
 
-A tar file has no directory, so each shard is read through once, and the places of its images are kept in the folder of kdx's caches. After
-that, every image is read alone, by its place. Nothing is unpickled or executed: of a member other than an image or a label, only the name
-is used.
+A tar file has no directory, so each shard is scanned once, and the places of its images are kept in the folder of kdx's caches. After
+that, every image is read by its place, without the rest of the shard. Nothing is unpickled or executed: members other than images and
+labels are counted by the extension of their names, and not read.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 """The beginnings of compressed files."""
 
 _LABEL_BYTES = 65_536
-"""The largest label file."""
+"""The most bytes of a member with a label."""
 
 _FORMAT = 1
 
 _THREADS = 8
-"""The shards that are read through at once; at a URL each of them waits for its requests."""
+"""The number of shards that are scanned at the same time, because at a URL each of them waits for its requests."""
 
 
 @dataclass
 class _Index:
     """The images of a shard: per image its key, the place and the number of its bytes, and its label ("" without one).
 
-    unused: the numbers of members by extension that are neither images nor labels, and of images without a label (``no label``).
+    unused: the number of members per extension that are neither images nor labels, and of images without a label (``no label``).
     """
 
     keys: list[str] = field(default_factory=list)
@@ -160,7 +160,7 @@ def _expanded(pattern: str) -> Iterator[str]:
 
 
 def _names(shards: list[Path]) -> list[str]:
-    """A name per shard: that of the file, or the whole path where two have the same."""
+    """A name per shard: that of the file, or for all shards the whole path if two files have the same name."""
     names = [shard.name for shard in shards]
     return names if len(set(names)) == len(names) else [str(shard) for shard in shards]
 
@@ -183,7 +183,7 @@ def _index(shard: Path, image: str, label: str) -> _Index:
             state = [str(shard.resolve()), status.st_size, status.st_mtime_ns]
         key = hashlib.sha256(json.dumps([_FORMAT, *state, image, label, sorted(decodable_suffixes())]).encode()).hexdigest()
         cached = cache_folder() / "shards" / f"{key}.json"
-        with suppress(OSError, ValueError, TypeError):  # it is not there, or damaged
+        with suppress(OSError, ValueError, TypeError):  # it does not exist or is damaged
             return _Index(**json.loads(cached.read_text("utf-8")))
         index = _scanned(shard, image, label)
     except OSError as error:
@@ -240,7 +240,7 @@ def _of_members(tar: tarfile.TarFile, image: str, label: str) -> _Index:
     last = -1
     for member in tar:
         tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps a list of all members
-        if member.offset <= last or member.size < 0:  # else a damaged size could repeat members for ever
+        if member.offset <= last or member.size < 0:  # otherwise a damaged size could repeat members forever
             raise tarfile.ReadError("the size of a member is negative")
         last = member.offset
         if not member.isreg() or member.issparse():
