@@ -9,6 +9,7 @@ import pickle
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -28,6 +29,8 @@ from kdx.errors import KdxError, first_line, import_optional
 _SECONDS_BETWEEN_CHECKS = 5.0
 
 _SECONDS_TO_CLOSE = 5.0
+
+_SECONDS_TO_CONNECT = 10.0
 
 _REMOVALS = 10
 """How often a folder is deleted in which a process of Ray that ends may still write."""
@@ -68,13 +71,21 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
         stack.callback(ray.shutdown)
         with _same_handler():  # Ray replaces the handler of SIGTERM, which makes a run resumable
             try:
+                _check_reachable(options.address)
                 ray.init(address=options.address, **settings)
-            except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+            except (ValueError, RuntimeError, OSError, OverflowError) as error:
                 raise KdxError(
                     f"No Ray cluster answers at {options.address}: {first_line(error)}.",
                     "Start one with ray start --head, or give --cluster local for workers on this machine.",
                 ) from error
         yield ray
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError if nothing listens at an address HOST:PORT, for which Ray would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_CONNECT).close()
 
 
 @contextmanager

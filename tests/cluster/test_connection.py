@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
 import sys
 from pathlib import Path
 from types import FrameType
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 from kdx.cluster import ray_crew
+from kdx.cluster.options import ClusterOptions
+from kdx.errors import KdxError
 
 
 def test_a_signal_while_ray_starts_gets_to_the_handler_of_the_command() -> None:
@@ -46,3 +49,18 @@ def test_the_folder_of_a_cluster_is_deleted_while_a_process_still_writes_there(m
     with ray_crew._session_folder() as folder:
         Path(folder, "raylet").touch()
     assert not Path(folder).exists()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "[::1]:{}", "127.0.0.1:99999"])
+def test_an_address_at_which_nothing_listens_is_an_error_at_once(address: str) -> None:
+    """Ray tries for minutes, and prints its own lines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = address.format(free.getsockname()[1])
+        with pytest.raises(KdxError, match="No Ray cluster answers at"), ray_crew.connected(ClusterOptions(place)):
+            pass
+
+
+@pytest.mark.parametrize("address", ["local", "auto", "ray://head:10001"])
+def test_other_addresses_are_left_to_ray(address: str) -> None:
+    ray_crew._check_reachable(address)
