@@ -31,7 +31,8 @@ _BLOCK_BYTES = 1 << 20
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _CREDENTIALS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+://)[^/@\s]*@")
-_QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+://[^?\s]*)\?\S*")
+_QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+://[^?\s]*)\?[\w.%-]+=\S*")
+"""A query has NAME=VALUE. In other places a question mark belongs to a pattern of names."""
 
 
 def is_url(place: str | Path) -> bool:

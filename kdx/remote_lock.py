@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -116,6 +117,8 @@ def _has_ended(owner: dict[str, Any]) -> bool:
     if not owner:
         return True
     if owner.get("machine") != _machine() or not isinstance(process := owner.get("process"), int):
+        return False
+    if sys.platform == "win32":  # there, signal 0 is Ctrl-C
         return False
     try:
         os.kill(process, 0)

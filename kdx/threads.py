@@ -51,9 +51,16 @@ def available_cores() -> int:
 
 
 def chosen() -> int | None:
-    """The number of threads that the environment chooses for this process (OMP_NUM_THREADS); None without one."""
+    """The number of threads that the user, or the parent process, chose for this process (OMP_NUM_THREADS); None without one.
+
+    A limit that `set_environment` has set is no choice.
+    """
     text = os.environ.get(COUNTS[0], "").partition(",")[0].strip()  # a list has a number per level of nesting
-    return int(text) if text.isdecimal() and int(text) else None
+    return int(text) if text.isdecimal() and int(text) and text != _limit else None
+
+
+_limit: str | None = None
+"""The OMP_NUM_THREADS that `set_environment` has set in this process."""
 
 
 @cache
@@ -154,8 +161,10 @@ def set_environment(environment: MutableMapping[str, str], limit: int | None) ->
     """
     if not any(name in environment for name in WAITING):
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
+    global _limit
     if limit is not None and not any(name in environment for name in COUNTS):
-        environment["OMP_NUM_THREADS"] = str(limit)
+        environment[COUNTS[0]] = str(limit)
+        _limit = str(limit) if environment is os.environ else _limit
 
 
 @contextmanager

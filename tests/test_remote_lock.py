@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 
@@ -60,6 +61,13 @@ def test_the_lock_of_a_process_that_has_ended_on_this_machine_is_taken_over_at_o
     start = time.monotonic()
     with RemoteLock.acquire(path):
         assert time.monotonic() - start < 0.3
+
+
+def test_windows_gets_no_signal_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There os.kill(process, 0) is Ctrl-C for the owner of the lock."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("a signal was sent"))
+    assert not remote_lock._has_ended({"machine": remote_lock._machine(), "process": os.getpid()})
 
 
 def test_a_damaged_lock_is_replaced(path: RemotePath) -> None:

@@ -48,10 +48,12 @@ from kdx.cli.options import (
     is_given,
     with_preset,
 )
+from kdx.cluster.options import cluster_options
 from kdx.remote import as_path
 
 if TYPE_CHECKING:
     from kdx.cluster.executor import Executor
+    from kdx.cluster.options import ClusterOptions
     from kdx.runs.run import RunOptions
 
 
@@ -331,7 +333,8 @@ def explain(
         gallery_images=image_names(images),
         seed=seed,
     )
-    if cluster is not None or processes.count() > 1:
+    distribution = cluster_options(cluster, workers_per_gpu, cpus_per_worker)
+    if distribution is not None or processes.count() > 1:
         check_distributed(student, among)
     explain_students.check_options(data, models, student, teacher, among, label)
     if student:
@@ -348,7 +351,7 @@ def explain(
         typer.echo(f"The page: {images_page}")
         return
     check_data_set(data, label)
-    with _executor(cluster, workers_per_gpu, cpus_per_worker, device) as executor:
+    with _executor(distribution, device) as executor:
         if executor == "served":
             return
         page = run(data[0], models, out, layer or (), options, command=["kdx", *sys.argv[1:]], executor=executor, announce=announce_line)
@@ -357,9 +360,7 @@ def explain(
 
 
 @contextmanager
-def _executor(
-    cluster: str | None, workers_per_gpu: int, cpus_per_worker: int | None, device: str
-) -> Iterator[Executor | Literal["served"] | None]:
+def _executor(cluster: ClusterOptions | None, device: str) -> Iterator[Executor | Literal["served"] | None]:
     """The executor of the run; None to compute it in this process.
 
     "served" if this process has computed its part for the first of torchrun's processes and must do nothing else.
@@ -368,9 +369,8 @@ def _executor(
 
     if cluster is not None:
         from kdx.cluster.executor import RayExecutor
-        from kdx.cluster.options import ClusterOptions
 
-        yield RayExecutor(ClusterOptions(cluster, workers_per_gpu, cpus_per_worker), uses_gpus=device != "cpu")
+        yield RayExecutor(cluster, uses_gpus=device != "cpu")
     elif processes.count() == 1:
         yield None
     else:

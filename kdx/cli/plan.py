@@ -13,6 +13,7 @@ from kdx import progress
 from kdx.choices import DATA_KINDS
 from kdx.cli.explain import explain
 from kdx.cli.options import announce_line
+from kdx.remote import as_path
 
 _OPTIONS = {
     "batch": "batch",
@@ -60,7 +61,12 @@ def plan(
     cores: Annotated[int, typer.Option(min=1, help="With --on: the number of cores per GPU, which decode images.")] = 12,
     out: Annotated[
         Path | None,
-        typer.Option(help="The folder of the run, whose disk must have room; by default the current folder.", show_default=False),
+        typer.Option(
+            parser=as_path,
+            metavar="FOLDER",
+            help="The folder of the run, or its URL, whose disk must have room; by default the current folder.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON: seconds, bytes and operations.")] = False,
     **values: Any,

@@ -11,7 +11,7 @@ import typer
 from kdx import progress
 from kdx.choices import DATA_KINDS, StudyPresetName
 from kdx.cli.options import ClusterOption, CpusPerWorkerOption, WorkersPerGpuOption, announce_line
-from kdx.cluster.options import ClusterOptions
+from kdx.cluster.options import cluster_options
 from kdx.remote import local_path
 
 _GRID, _SCALE = "Grid", "Training and explaining"
@@ -97,6 +97,7 @@ def study(
     from kdx.study.flags import Flags, design_from
     from kdx.study.table import LATEX_FILE, TABLE_FILE
 
+    options = cluster_options(cluster, workers_per_gpu, cpus_per_worker)
     flags = Flags(
         data=data or (),
         teachers=teacher or (),
@@ -113,7 +114,6 @@ def study(
     if dry_run:
         progress.console().print(command.dry_run(design, out, workers=workers))
         return
-    options = None if cluster is None else ClusterOptions(cluster, workers_per_gpu, cpus_per_worker)
     page = command.run(design, out, workers=workers, cluster=options, command=["kdx", *sys.argv[1:]], announce=announce_line)
     announce_line(f"The tables: {out / TABLE_FILE} and {out / LATEX_FILE}")
     announce_line(f"The page: {page}")

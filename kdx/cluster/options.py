@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kdx.cluster import processes
 from kdx.errors import KdxError
 
 LOCAL = "local"
@@ -30,3 +31,16 @@ class ClusterOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise KdxError(f"The cluster option {name} is {value}.", "Give a number of 1 or more.")
+
+
+def cluster_options(address: str | None, workers_per_gpu: int, cpus_per_worker: int | None) -> ClusterOptions | None:
+    """The options of a cluster on the command line; None without ``--cluster``. Raises KdxError for options that would have no effect."""
+    if address is None:
+        if workers_per_gpu != 1 or cpus_per_worker is not None:
+            raise KdxError(
+                "--workers-per-gpu and --cpus-per-worker describe the workers of a cluster.", "Add --cluster, or leave them out."
+            )
+        return None
+    if processes.count() > 1:
+        raise KdxError("torchrun and --cluster would both distribute the work.", "Leave one of them out.")
+    return ClusterOptions(address, workers_per_gpu, cpus_per_worker)

@@ -7,7 +7,9 @@ import logging
 import os
 import pickle
 import secrets
+import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -15,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kdx import threads
@@ -26,6 +29,11 @@ from kdx.errors import KdxError, first_line, import_optional
 _SECONDS_BETWEEN_CHECKS = 5.0
 
 _SECONDS_TO_CLOSE = 5.0
+
+_SECONDS_TO_CONNECT = 10.0
+
+_REMOVALS = 10
+"""How often a folder is deleted in which a process of Ray that ends may still write."""
 
 _NO_CONNECTION = "Run the same command again to resume; start the cluster again if it has ended."
 
@@ -58,13 +66,14 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
     with ExitStack() as stack:
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if options.address == LOCAL:
-            folder = tempfile.TemporaryDirectory(prefix="kdx-ray-", dir=_short_folder(), ignore_cleanup_errors=True)
-            settings |= {"num_cpus": threads.available_cores(), "include_dashboard": False, "_temp_dir": stack.enter_context(folder)}
+            folder = stack.enter_context(_session_folder())
+            settings |= {"num_cpus": threads.available_cores(), "include_dashboard": False, "_temp_dir": folder}
         stack.callback(ray.shutdown)
         with _same_handler():  # Ray replaces the handler of SIGTERM, which makes a run resumable
             try:
+                _check_reachable(options.address)
                 ray.init(address=options.address, **settings)
-            except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+            except (ValueError, RuntimeError, OSError, OverflowError) as error:
                 raise KdxError(
                     f"No Ray cluster answers at {options.address}: {first_line(error)}.",
                     "Start one with ray start --head, or give --cluster local for workers on this machine.",
@@ -72,15 +81,43 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
         yield ray
 
 
+def _check_reachable(address: str) -> None:
+    """Raise OSError if nothing listens at an address HOST:PORT, for which Ray would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_CONNECT).close()
+
+
 @contextmanager
 def _same_handler() -> Iterator[None]:
-    """At the end of the block, the handler of SIGTERM is that of its beginning. Only the main thread can set it."""
+    """At the end of the block, the handler of SIGTERM is that of its beginning. Only the main thread can set it.
+
+    A signal in the block, which Ray's handler turns into SystemExit, gets to that handler too.
+    """
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit:
+        if callable(handler):
+            handler(signal.SIGTERM, None)
+        raise
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def _session_folder() -> Iterator[str]:
+    """A folder for the files of a cluster, which is deleted at the end of the block."""
+    folder = tempfile.mkdtemp(prefix="kdx-ray-", dir=_short_folder())
+    try:
+        yield folder
+    finally:
+        for _ in range(_REMOVALS):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not Path(folder).exists():
+                break
+            time.sleep(0.2)
 
 
 def _short_folder() -> str | None:

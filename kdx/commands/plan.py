@@ -15,6 +15,7 @@ from rich.table import Table
 
 from kdx import threads
 from kdx.data.batches import check_labels
+from kdx.disk import scratch_folder
 from kdx.errors import KdxError
 from kdx.explain.graph import largest_size
 from kdx.runs.cost import Cost, Pass, Work
@@ -22,7 +23,7 @@ from kdx.runs.environment import peak_bytes
 from kdx.runs.feature_files import Shapes
 from kdx.runs.geometry import Geometry, geometry_within, products_per_second, size_text, unavoidable
 from kdx.runs.hardware import ARITHMETIC, Cluster, cluster_seconds
-from kdx.runs.plan import Plan, RunOptions
+from kdx.runs.plan import Plan, RunOptions, aligned
 from kdx.runs.trial import Clock, counted_pass, decoding_trial, timed_trial
 from kdx.runs.whole import feature_shapes
 from kdx.runtimes.choice import is_file
@@ -94,8 +95,8 @@ def run(
 ) -> Estimate:
     """Estimate the cost of explaining ``images`` images like those of ``data``, by default as many as it has.
 
-    out: the folder of the run, whose disk must have room; by default the current folder. cluster: the machines; None for this machine,
-    whose speed a trial measures with ``clock``. Nothing is written to ``out``, and exported networks are deleted.
+    out: the folder of the run, or its URL, whose disk must have room; by default the current folder. cluster: the machines; None for this
+    machine, whose speed a trial measures with ``clock``. Nothing is written to ``out``, and exported networks are deleted.
 
     Raises the errors of `kdx.runs.run.explain_dataset`, and KdxError for an explainer file and for exported networks on other machines.
     """
@@ -126,10 +127,11 @@ def run(
         )
         if cluster is not None:
             return _on_cluster(plan, work, known, size, cluster)
-        place = next(path for path in (out or Path(), *(out or Path()).absolute().parents) if path.exists())
+        scratch = scratch_folder(out or Path())  # of a run at a URL, features are on this machine
+        place = next(path for path in (scratch, *scratch.absolute().parents) if path.exists())
         geometry = known or geometry_within(plan, shapes, n, shutil.disk_usage(place).free, place, products_per_second)
         with plan.explainer(folder, lambda line: None) as explainer:
-            explainer.open(size, n, batch=plan.options.batch)
+            explainer.open(size, n, batch=aligned(plan.options.batch))
             announce(f"Runtime {explainer.choice.why}.")
             speed = timed_trial(plan, explainer, size, work, geometry.kind, announce, clock)
             device = explainer.choice.device

@@ -179,8 +179,11 @@ def run(
     the results, because the number of threads of each is recorded when the study starts. cluster: jobs run in workers of Ray instead.
     Returns the path of the page.
 
-    Raises KdxError for a folder with another study or other files, and, at the end, if a cell has failed. Ctrl-C raises `Stopped`.
+    Raises KdxError for a folder with another study or other files, for ``workers`` of a cluster, and, at the end, if a cell has failed.
+    Ctrl-C raises `Stopped`.
     """
+    if workers is not None and cluster is not None:
+        raise KdxError("A study in a cluster has as many workers as the cluster has room for.", "Leave --workers or --cluster out.")
     _checked(folder)
     grid = grid_of(design)
     with lock_folder(folder) as lock, resumable(lambda: any(folder.rglob("*.safetensors")) or any(folder.rglob("*.state.pt"))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,16 @@ import torch
 import kdx
 from kdx.cluster.options import ClusterOptions
 from kdx.errors import KdxError
+from kdx.scores import distributed
 from tests.cluster.test_ray import limited as limited
 from tests.cluster.test_ray import ray as ray
+
+
+def test_what_is_written_to_a_copy_of_a_mapped_file_reaches_the_workers(tmp_path: Path) -> None:
+    np.save(tmp_path / "features.npy", np.zeros((4, 2)))
+    copy = np.load(tmp_path / "features.npy", mmap_mode="c")
+    copy[:] = 7
+    assert pickle.loads(pickle.dumps(distributed._sent(copy))).tolist() == copy.tolist()
 
 
 @pytest.mark.slow

@@ -171,6 +171,15 @@ def test_bad_input_is_explained(arguments: tuple[str, ...], problem: str, run: R
     assert status == 2 and problem in err and "Traceback" not in out + err
 
 
+def test_the_disk_of_a_run_at_a_url_is_that_of_the_caches(run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the run stores its features, so there it looks for space when it chooses the geometry."""
+    (tmp_path / "caches").mkdir()
+    monkeypatch.setenv("KDX_CACHE", str(tmp_path / "caches"))
+    too_many = ("--geometry", "whole", "--images", "1000000000")
+    status, _, err = run("plan", "digits", "--models", str(models), *too_many, "--out", "s3://bucket/run")
+    assert status == 2 and f"available in {tmp_path / 'caches'}." in err
+
+
 def test_files_whose_operations_cannot_be_counted_are_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "explainer.onnx").write_bytes(b"")
     status, _, err = run("plan", "digits", "--models", "explainer.onnx")

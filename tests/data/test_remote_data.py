@@ -70,6 +70,7 @@ def test_the_fingerprint_changes_with_names_and_sizes(pictures: Path) -> None:
 
 def test_credentials_are_removed_from_references() -> None:
     assert without_credentials("s3://key:secret@bucket/a@b?X-Amz-Signature=1 next") == "s3://bucket/a@b next"
+    assert without_credentials("wds:s3://bucket/train-00?.tar,label=json.age") == "wds:s3://bucket/train-00?.tar,label=json.age"
     assert without_credentials("hfdata:someone/pictures,split=a@b") == "hfdata:someone/pictures,split=a@b"
     assert located("folder:s3://key:secret@bucket/a/") == "s3://bucket/a"
     assert str(table_of("s3://key:secret@bucket/a.csv")) == "s3://bucket/a.csv"

@@ -1,0 +1,66 @@
+"""What a connection to Ray leaves behind, without Ray."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from kdx.cluster import ray_crew
+from kdx.cluster.options import ClusterOptions
+from kdx.errors import KdxError
+
+
+def test_a_signal_while_ray_starts_gets_to_the_handler_of_the_command() -> None:
+    """Ray's handler calls sys.exit(15), and a run would end without a message and with another exit status."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    def of_ray(number: int, _frame: FrameType | None) -> None:
+        sys.exit(number)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt), ray_crew._same_handler():
+            signal.signal(signal.SIGTERM, of_ray)
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is interrupt
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_folder_of_a_cluster_is_deleted_while_a_process_still_writes_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    remove, late = shutil.rmtree, iter(["gcs_server.out", "raylet.out"])
+
+    def removed(folder: str, **settings: Any) -> None:
+        remove(folder, **settings)
+        if (name := next(late, "")) != "":
+            Path(folder).mkdir(exist_ok=True)
+            Path(folder, name).touch()
+
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    with ray_crew._session_folder() as folder:
+        Path(folder, "raylet").touch()
+    assert not Path(folder).exists()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "[::1]:{}", "127.0.0.1:99999"])
+def test_an_address_at_which_nothing_listens_is_an_error_at_once(address: str) -> None:
+    """Ray tries for minutes, and prints its own lines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = address.format(free.getsockname()[1])
+        with pytest.raises(KdxError, match="No Ray cluster answers at"), ray_crew.connected(ClusterOptions(place)):
+            pass
+
+
+@pytest.mark.parametrize("address", ["local", "auto", "ray://head:10001"])
+def test_other_addresses_are_left_to_ray(address: str) -> None:
+    ray_crew._check_reachable(address)
