@@ -34,8 +34,10 @@ class _MappedFile:
 
 
 def _sent(source: Source) -> Source | _MappedFile:
-    """The object that is sent to a worker: the path of a mapped file, otherwise the array. A part of a mapped file does not know its offset, and
-    what is written to a copy ("c") is not in the file."""
+    """The object that is sent to a worker: the path of a mapped file, otherwise the array.
+
+    A part of a mapped file does not know its offset, and what is written to a copy ("c") is not in the file.
+    """
     if not isinstance(source, np.memmap) or not isinstance(source.base, mmap.mmap) or source.filename is None or source.mode == "c":
         return source
     order = "C" if source.flags.c_contiguous else "F"
