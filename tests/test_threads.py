@@ -158,16 +158,6 @@ class TestEnvironment:
         related = threads.WAITING if name in threads.WAITING else threads.COUNTS
         assert {key: value for key, value in environment.items() if key in related} == {name: "7"}
 
-    def test_the_limit_of_a_container_is_no_choice_of_the_user(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(threads, "_limit", None)
-        for name in threads.COUNTS:
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr(os, "environ", {**os.environ})
-        threads.set_environment(os.environ, 8)
-        assert os.environ["OMP_NUM_THREADS"] == "8" and threads.chosen() is None  # not one worker with all cores of a cluster
-        os.environ["OMP_NUM_THREADS"] = "2"
-        assert threads.chosen() == 2
-
 
 def running_threads() -> int:
     return sum(1 for _ in Path("/proc/self/task").iterdir())
