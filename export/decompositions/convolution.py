@@ -11,6 +11,11 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
+def _per_dimension(values: Sequence[int], dims: int) -> list[int]:
+    """One value per spatial dimension. PyTorch also takes one value for all of them, as the padding "valid" has."""
+    return [*values] * dims if len(values) == 1 else [*values]
+
+
 def convolution_backward(
     gradient: Tensor,
     x: Tensor,
@@ -30,7 +35,9 @@ def convolution_backward(
     """
     if any(output_mask[1:]):
         return NotImplemented
-    zero = [0] * len(stride)
+    dims = weight.ndim - 2
+    stride, padding, dilation, output_padding = (_per_dimension(values, dims) for values in (stride, padding, dilation, output_padding))
+    zero = [0] * dims
     if transposed:
         out = aten.convolution.default(gradient, weight, None, stride, padding, dilation, False, zero, groups)
         for dim, (extra, s) in enumerate(zip(output_padding, stride, strict=True), start=2):

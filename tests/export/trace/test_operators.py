@@ -69,12 +69,15 @@ class Convolutions(nn.Module):
         self.same = nn.Conv2d(8, 6, (5, 3), padding="same", dilation=(1, 2))
         self.transposed = nn.ConvTranspose2d(6, 4, 3, 2, 1, 1, groups=2)
         self.line = nn.Conv1d(8, 6, 3, 2, groups=2)
+        self.valid = nn.Conv2d(8, 6, 3, 2, padding="valid")
         self.prelu = nn.PReLU(8)
 
     def forward(self, x: Tensor) -> Tensor:
         grown = self.transposed(self.same(self.prelu(x)))
         windows = F.fold(F.unfold(x, 3, stride=2, padding=1), (12, 10), 3, stride=2, padding=1)
-        return torch.cat([part.flatten(1) for part in (self.grouped(x), grown, self.line(x.flatten(2)), windows)], 1)
+        single = F.conv2d(x, self.valid.weight, stride=[2], padding=[1], dilation=[2])
+        parts = (self.grouped(x), grown, self.line(x.flatten(2)), windows, self.valid(x), self.valid(x.flip(3)[:, :, :5, :5]), single)
+        return torch.cat([part.flatten(1) for part in parts], 1)
 
 
 class Normalisations(nn.Module):
