@@ -52,7 +52,7 @@ def test_three_files_give_what_eager_gives(folder: Path, explained: Explanation[
     with explainer() as opened:
         expected = opened.networks()
     for role in records:
-        assert replace(records[role], image_size=None) == expected[role]
+        assert replace(records[role], image_size=None) == replace(expected[role], code=None)  # a file has no source code
         assert records[role].image_size == SIZE
 
 
