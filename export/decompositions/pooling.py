@@ -33,7 +33,7 @@ class _MaxPool(torch.autograd.Function):
         padded = torch.nn.functional.pad(x, (left, max(0, left + right), top, max(0, top + below)), value=-math.inf)
         unassigned = torch.ones_like(out, dtype=torch.bool)
         parts: list[list[Tensor]] = []
-        for line in _slices(padded, windows, kernel, stride, dilation):
+        for line in _slices(padded, windows, _offsets(x.shape[2:], kernel, padding, dilation), stride, dilation):
             parts.append([])
             for entry in line:
                 first = (entry == out) & unassigned
@@ -75,7 +75,8 @@ class _AvgPool(torch.autograd.Function):
             gradient = gradient / (counts[0][:, None] * counts[1][None, :]).to(gradient.dtype)
         else:
             gradient = gradient / divisor
-        parts = [[gradient] * kernel[1]] * kernel[0]
+        rows, columns = _offsets(shape[2:], kernel, padding, (1, 1))
+        parts = [[gradient] * columns] * rows
         return _spread(parts, shape[2:], stride, padding, (1, 1)), None, None, None, None, None, None
 
 
@@ -152,6 +153,12 @@ def _windows(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pa
     return (counts[0], counts[1]), (beyond[0], beyond[1])
 
 
+def _offsets(size: Pair, kernel: Pair, padding: Pair, dilation: Pair) -> Pair:
+    """The number of kernel offsets per dimension that reach the image. A window may be much larger than the image with ceil_mode."""
+    rows, columns = (min(k, (n + p - 1) // d + 1) for n, k, p, d in zip(size, kernel, padding, dilation, strict=True))
+    return rows, columns
+
+
 def _spread(parts: Sequence[Sequence[Tensor]], size: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """The adjoint of `_slices`: the sum of parts[i][j] [n, C, h, w], one per kernel offset (i, j), in a tensor [n, C, *size].
 
@@ -159,7 +166,8 @@ def _spread(parts: Sequence[Sequence[Tensor]], size: Pair, stride: Pair, padding
     no step scatters.
     """
     height, width = parts[0][0].shape[2:]
-    (sh, sw), (dh, dw) = stride, dilation
+    sh, sw = (s if count > 1 else 1 for s, count in zip(stride, (height, width), strict=True))  # a single window has no stride
+    dh, dw = dilation
     rows = height + (len(parts) - 1) * dh // sh
     columns = width + (len(parts[0]) - 1) * dw // sw
     grids: dict[Pair, Tensor] = {}

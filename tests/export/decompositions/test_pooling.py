@@ -66,3 +66,13 @@ def test_adaptive_average_pooling(size: tuple[int, int]) -> None:
 def test_adaptive_max_pooling(size: tuple[int, int]) -> None:
     agree(aten.adaptive_max_pool2d.default, whole(2, 3, 6, 9), size, tolerance=ADDED)
     agree(aten.adaptive_max_pool2d.default, normal(2, 3, 6, 9) - 3, size, tolerance=ADDED)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [((900, 900), (900, 900), (0, 0)), ((3, 900), (2, 900), (1, 0))])
+def test_windows_that_are_much_larger_than_the_image(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> None:
+    """As in the EfficientNet of transformers, whose last pooling has a window as large as the number of channels."""
+    agree(aten.avg_pool2d.default, normal(2, 3, 12, 10), kernel, stride, padding, True, True, None)
+
+
+def test_a_window_of_a_maximum_that_reaches_beyond_the_image() -> None:
+    agree(aten.max_pool2d.default, whole(2, 3, 12, 10), (13, 3), (13, 13), (6, 1), (1, 1), True, tolerance=ADDED)
