@@ -52,7 +52,7 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")  # hides Ray's lines about workers that end; kdx reports the important ones
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # hides errors of results that have not arrived when the work stops
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # when the work stops, Ray would print errors of results that nobody reads
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if options.address == LOCAL:
         # Ray's servers listen on all network interfaces. They accept only this token, which this process and its children know.

@@ -28,19 +28,12 @@ from kdx.export.description import describe
 from kdx.export.parity import Difference, ParityReport
 from kdx.report import page, terminal
 from kdx.runs.run import RunOptions
-from tests import command_line as commands
 from tests.command_line import Run
 
 KDX = Path(sys.executable).parent / "kdx"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 TINY = "kdx:resnet,width=2,depth=1,stages=1"
 PARITY = ParityReport({"logits": Difference(1e-7, 1e-8, 1e-7, 2.0, 1.0)}, 1e-4, (3,))
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """``run(*arguments) -> (status, stdout, stderr)`` of the command line, in an empty current folder."""
-    return commands.in_folder(tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -22,16 +22,10 @@ from kdx.runs.cost import CHUNK, EAGER_TOUCHES, Cost, Pass, SetCost, Work, batch
 from kdx.runs.hardware import ARITHMETIC, GPUS, MEMORY, Cluster, Gpu, cluster_seconds, find_gpu
 from kdx.runs.plan import RunOptions
 from kdx.runs.trial import Speed, counted_pass
-from tests import command_line as commands
 from tests.command_line import Run
 
 ROUND = Cluster(Gpu("round", memory=1e12, float32=1e12, float16=1e13, host=1e10, tf32=4e12), disk=1e9)
 SHAPES = {"student": {"layer": (6, 3, 5)}, "base": {"layer": (4, 3, 5)}}
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    return commands.in_folder(tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture
