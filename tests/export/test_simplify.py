@@ -32,7 +32,7 @@ NETWORKS = {
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of PyTorch's exporter, about its own calls
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["convolutions", pytest.param("attention", marks=pytest.mark.slow)])
 def test_the_operators_and_results_are_those_of_the_exporters_own_optimizer(name: str) -> None:
     torch.manual_seed(0)
     network = NETWORKS[name].eval()

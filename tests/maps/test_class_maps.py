@@ -91,6 +91,7 @@ def test_maps_of_a_target_equal_those_of_a_network_that_ends_in_it(weighting: st
     assert torch.equal(actual.classes, network(images).argmax(1)) and actual.logits.shape == (8, CLASSES)
 
 
+@pytest.mark.slow
 def test_a_target_that_is_a_logit_gives_the_maps_of_the_class_in_every_kind_of_network(tmp_path: Path) -> None:
     network, images = Net().eval(), batch().float()
     path = exported(tmp_path, network, ["conv2"])

@@ -99,6 +99,7 @@ def test_filters_show_the_images_that_match(run: Path, opened: Callable[..., Pag
     assert shown(page) == [s["id"] for s in rows[:12]]
 
 
+@pytest.mark.slow
 def test_layer_buttons_draw_that_layers_maps(run: Path, opened: Callable[..., Page]) -> None:
     page = opened(run)
     page.get_by_label("Scale of colours").select_option(label="Each map’s own")
@@ -210,6 +211,7 @@ def test_images_are_sorted_and_searched(run: Path, opened: Callable[..., Page]) 
     assert shown(page) == ["image-00001", *(f"image-0001{i}" for i in range(6))]
 
 
+@pytest.mark.slow
 def test_the_address_restores_the_view(run: Path, opened: Callable[..., Page]) -> None:
     page = opened(run)
     start = page.url

@@ -171,13 +171,17 @@ class Assignments(nn.Module):
 
 @pytest.mark.parametrize(
     "graph",
-    [FeatureGraph(Assignments().eval(), ["after"]), GradientGraph(Assignments().eval(), ["after"])],
+    [
+        FeatureGraph(Assignments().eval(), ["after"]),
+        pytest.param(GradientGraph(Assignments().eval(), ["after"]), marks=pytest.mark.slow),
+    ],
     ids=["features", "gradients"],
 )
 def test_assignments_to_parts_of_a_tensor(graph: FeatureGraph | GradientGraph) -> None:
     agree_with_the_graph(graph)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "graph", [FeatureGraph(Windows().eval(), ["after"]), GradientGraph(Windows().eval(), ["after"])], ids=["features", "gradients"]
 )

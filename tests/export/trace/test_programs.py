@@ -149,6 +149,7 @@ def test_the_only_feature_of_several_outputs_needs_no_index() -> None:
         assert torch.equal(ours, indexed)
 
 
+@pytest.mark.slow
 def test_layers_and_their_parts_in_a_residual_network_with_the_cotangent_at_a_layer() -> None:
     network = resnet(4, (1, 2, 1), 4).eval()
     in_pytorch(GradientGraph(network, ["layer2.1", "layer1", "layer2"], at="layer3"))
@@ -261,6 +262,7 @@ def test_the_gradient_of_a_layer_that_returns_its_input_excludes_the_path_around
     torch.testing.assert_close(results["gradient/drop"], expected.detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "network", "layer"), [(torch.float16, lambda: resnet(4, 1, 4), "layer2"), (torch.bfloat16, Transformer, "blocks.0")]
 )
