@@ -25,6 +25,9 @@ from benchmarks.record import peak_bytes
 MINIMUM_SECONDS = 0.2
 """A variant runs at least this long in a round, repeatedly if necessary: the first run after a pause meets a machine that sleeps."""
 
+REST_SECONDS = 0.05
+"""How long a variant waits before each round: OpenMP's threads of the variant before it spin for some milliseconds after their work."""
+
 WARM_UP_RUNS = 2
 
 
@@ -83,6 +86,7 @@ def serve(open_variant: Callable[[ExitStack], tuple[Run | None, str]], answer: C
         answer({"missing": None})
         for line in sys.stdin:
             path = line.strip()
+            time.sleep(REST_SECONDS)
             total, count = 0.0, 0
             while not count or (total < MINIMUM_SECONDS and not path):
                 start = time.perf_counter()

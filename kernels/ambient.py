@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from kdx import threads
+from kdx import patience, threads
 from kdx.kernels.precision import ieee_float32
 
 
@@ -21,7 +21,8 @@ from kdx.kernels.precision import ieee_float32
 def neutral() -> Iterator[None]:
     """Run a block, or as a decorator a function, without autocast, inference mode, recorded gradients, default device and TF32.
 
-    In it, OpenMP's threads do not spin beside busy processes, and there are at most as many as the process has cores (`kdx.threads`).
+    In it, OpenMP's threads do not spin beside busy processes (`kdx.patience`), and there are at most as many as the process has cores
+    (`kdx.threads`).
     Every public function that computes has this decorator, or that of `full_precision`. Code inside it that needs gradients uses
     torch.enable_grad().
     """
@@ -31,7 +32,7 @@ def neutral() -> Iterator[None]:
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(within_limits())
-        stack.enter_context(threads.patient(torch.get_num_threads()))
+        stack.enter_context(patience.patient(torch.get_num_threads()))
         yield
 
 

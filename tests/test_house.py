@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 # A file may import files of lower floors only.
 FLOORS = [
     {"kdx.errors", "kdx.choices", "kdx.roles", "kdx.progress", "kdx.threads"},
-    {"kdx.remote"},
+    {"kdx.remote", "kdx.patience"},
     {"kdx.remote_lock"},
     {"kdx.disk", "kdx.cluster"},
     {"kdx.kernels", "kdx.figure_files"},
@@ -100,7 +100,7 @@ def test_kernels_know_nothing_of_models_or_files() -> None:
     }
     for module, path in sources().items():
         if module.startswith("kdx.kernels"):
-            below = {"kdx.choices", "kdx.errors", "kdx.threads"}
+            below = {"kdx.choices", "kdx.errors", "kdx.patience", "kdx.threads"}
             others = {name for name in imports(path) - below if not name.startswith("kdx.kernels")}
             if module in MACHINERY:  # files of the cache, and processes of compilers
                 others -= {"kdx.disk"}

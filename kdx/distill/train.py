@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdx import models, progress, threads
+from kdx import models, patience, progress
 from kdx.choices import NO_BASE
 from kdx.data.dataset import located, open_data
 from kdx.disk import write_atomic
@@ -156,7 +156,7 @@ def _prepared(
     chosen_device = _device(device)
     check_settings(settings, chosen_device, processes)
     with ExitStack() as stack, resumable(lambda: any(any(out.glob(f"**/*.{kind}")) for kind in ("state.pt", "safetensors"))):
-        stack.enter_context(threads.patient(torch.get_num_threads()))
+        stack.enter_context(patience.patient(torch.get_num_threads()))
         row_log = stack.enter_context(open_logs(log, out)) if processes.is_main else None
         distillation = Distillation.prepare(data, out, settings, chosen_device, teacher, student, processes, row_log)
         stack.enter_context(processes.alone_in(distillation.folder))

@@ -258,7 +258,8 @@ def test_without_raylet_the_run_ends_with_an_error_and_resumes(pictures: Path, f
         _, errors = process.communicate()
     finally:
         for worker in workers:
-            os.kill(worker, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # some systems end a process with the one that started it, even if it is stopped
+                os.kill(worker, signal.SIGKILL)
     assert process.returncode == 2, errors
     assert "raylet" in errors and "Traceback" not in errors
     again = command(pictures, tmp_path / "run")
