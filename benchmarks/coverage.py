@@ -127,7 +127,7 @@ def sampled(population: Population, rng: np.random.Generator, n: int, batches: i
     if batches == 1 and n > moments.SINGLE_IMAGES:
         features, labels = population.draw(rng, n)
         target = Target.of(torch.from_numpy(labels)).matrix()
-        swept = tiles.sweep([*(feature_distances(rows_of(features[role], role), role) for role in ROLES), target])
+        swept = tiles.Sweep([*(feature_distances(rows_of(features[role], role), role) for role in ROLES), target]).run()
         return swept.products, swept.moments
     drawn = [population.matrices(rng, n // batches) for _ in range(batches)]
     products = torch.stack([geometry.products(each) for each in drawn])

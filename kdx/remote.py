@@ -30,7 +30,8 @@ _BLOCK_BYTES = 1 << 20
 """The bytes that reading a file in parts requests at least."""
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
-_CREDENTIALS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+://)[^/@\s]*@")
+_CREDENTIALS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+://)(?:[^/@\s]*|[^/@:\s]*:(?!\d+/)[^@\s]*)@")
+"""User and password before an @. Keys of S3 can contain slashes; after a colon a number and a slash are a port and a path."""
 _QUERY = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+://[^?\s]*)\?[\w.%-]+=\S*")
 """A query has NAME=VALUE. In other places a question mark belongs to a pattern of names."""
 

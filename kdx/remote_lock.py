@@ -27,6 +27,9 @@ RENEWED_EVERY = 15.0
 ABANDONED_AFTER = 60.0
 """The seconds without a renewal after which the owner of a lock counts as dead."""
 
+SETTLED_AFTER = 1.0
+"""The seconds after which every process that saw an old lock has tried to replace it."""
+
 
 class RemoteLock:
     """A lock object, with its owner and the time of its last renewal. A context manager; `close` deletes the object.
@@ -47,16 +50,22 @@ class RemoteLock:
     @classmethod
     def acquire(cls, path: RemotePath) -> Self:
         """The lock ``path``. Raises BlockingIOError if another process has it."""
-        lock = cls(path)
+        lock, took_over = cls(path), False
         while True:
             try:
                 path.create(lock._content())
             except FileExistsError:
-                _wait_for(path)
-                path.unlink(missing_ok=True)
-            else:
-                lock._thread.start()
-                return lock
+                old = _wait_for(path)
+                if _read(path) == old:
+                    path.unlink(missing_ok=True)
+                    took_over = True
+                continue
+            if took_over:  # another process may have read the old lock too, and then deleted the new one
+                time.sleep(SETTLED_AFTER)
+                if not lock._is_own(_read(path)):
+                    raise BlockingIOError(0, "Another process has the lock")
+            lock._thread.start()
+            return lock
 
     def check(self) -> None:
         """Raise KdxError if another process has taken the lock."""
@@ -95,11 +104,11 @@ class RemoteLock:
         return json.dumps({**self._owner, "renewed": datetime.now(UTC).isoformat()}).encode()
 
 
-def _wait_for(path: RemotePath) -> None:
-    """Return when the lock's owner has ended or released it. Raises BlockingIOError if the owner renews the lock."""
+def _wait_for(path: RemotePath) -> dict[str, Any]:
+    """Return when the lock's owner has ended or released it: the content then. Raises BlockingIOError if the owner renews the lock."""
     first, end = _read(path), time.monotonic() + ABANDONED_AFTER
     if _has_ended(first):
-        return
+        return first
     log.warning(
         "%s is locked by process %s on %s; checking whether it still runs.", path.parent, first.get("process"), first.get("machine")
     )
@@ -107,9 +116,10 @@ def _wait_for(path: RemotePath) -> None:
         time.sleep(min(1.0, ABANDONED_AFTER / 10))
         current = _read(path)
         if not current:
-            return
+            return current
         if current != first:
             raise BlockingIOError(0, "Another process has the lock")
+    return first
 
 
 def _has_ended(owner: dict[str, Any]) -> bool:

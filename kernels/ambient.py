@@ -59,11 +59,19 @@ def within_limits() -> Iterator[None]:
     The number belongs to the calling thread. A thread that first uses PyTorch while another one is in the block starts with that
     block's number.
     """
-    before, limit = torch.get_num_threads(), threads.quota()
-    if limit is None or before <= limit or any(name in os.environ for name in threads.COUNTS):
+    limit = threads.quota()
+    if limit is None or torch.get_num_threads() <= limit or any(name in os.environ for name in threads.COUNTS):
         yield
         return
-    torch.set_num_threads(limit)
+    with torch_threads(limit):
+        yield
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run a block with so many threads of PyTorch. The number belongs to the calling thread, as in `within_limits`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -181,8 +181,12 @@ def _centred_gram(x: Tensor, mean: Tensor) -> Tensor:
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:
     """<x_i, y_j> [..., q, m] of rows x [..., q, d] and y [..., m, d], a block of columns at a time."""
-    if x is y and x.ndim == 2 and len(x) > _WHOLE and x.device.type == "cpu":
+    if x is y and x.ndim == 2 and x.device.type == "cpu":
         return _symmetric_gram(x)
+    return _blockwise_gram(x, y)
+
+
+def _blockwise_gram(x: Tensor, y: Tensor) -> Tensor:
     rows = blocks(x)
     columns = rows if x is y else blocks(y)
     first, *others = range(rows.shape[-3])
@@ -193,13 +197,19 @@ def _gram(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _symmetric_gram(x: Tensor) -> Tensor:
-    """<x_i, x_j> [n, n] of rows x [n, d]. Each half of the rows is multiplied with the other half once."""
+    """<x_i, x_j> [n, n] of rows x [n, d]. Each half of the rows is multiplied with the other half once.
+
+    The result is symmetric to the last bit. Not every processor's product of a matrix with itself is.
+    """
+    if len(x) <= _WHOLE:
+        gram = _blockwise_gram(x, x)
+        return gram.triu() + gram.triu(1).mT
     upper, lower = x.tensor_split(2)
     gram = x.new_empty(len(x), len(x))
     middle = len(upper)
     for rows, place in ((upper, slice(middle)), (lower, slice(middle, None))):
-        gram[place, place] = _gram(rows, rows)
-    across = _gram(upper, lower)
+        gram[place, place] = _symmetric_gram(rows)
+    across = _blockwise_gram(upper, lower)
     gram[:middle, middle:], gram[middle:, :middle] = across, across.T
     return gram
 

@@ -1,6 +1,6 @@
 """The geometry of N images after the first sweep: every entry of a U-centred matrix, tile by tile.
 
-`kdx.kernels.tiles.sweep` sums over all pairs, and its results are inner products and row sums. With them, an entry of a U-centred matrix
+`kdx.kernels.tiles.Sweep` sums over all pairs, and its results are inner products and row sums. With them, an entry of a U-centred matrix
 is known from its distance. The distances themselves are kept by the first sweep, on disk if necessary, so that no Gram product of whole
 images is computed twice.
 """

@@ -42,7 +42,8 @@ class Swept:
 
 
 class TileSums:
-    """Sums over tiles that are added one at a time. classes [n]: the class of each image, if `Swept.classes` is wanted."""
+    """Sums over tiles that are added one at a time, or over several tiles. classes [n]: the class of each image, if `Swept.classes` is
+    wanted."""
 
     def __init__(
         self, tiles: Sequence[Tensor], k: int, permuted: Sequence[int], turns: Sequence[Tensor], classes: Tensor | None = None
@@ -62,6 +63,16 @@ class TileSums:
             self._sums.add_rows(self._inside, a, b, d * (self._codes[a][:, None] == self._codes[b]))
         if self._turned.numel():
             self._turned += self._turned_tile(a, b, d) * (1 if a == b else 2)
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """The sums so far, which `add_sums` adds to those of other tiles. They share memory with this object."""
+        return (self._sums.pairs, self._sums.rows, self._turned, *([] if self._inside is None else [self._inside]))
+
+    def add_sums(self, sums: Sequence[Tensor]) -> None:
+        """Add the sums of other tiles of the same matrices."""
+        for own, other in zip(self.sums, sums, strict=True):
+            own += other
 
     def _turned_tile(self, a: int, b: int, d: Tensor) -> Tensor:
         """sum_ij D_ij E_(i+s)(j+t) [permuted, k, p] for each permutation's turns s and t of two tiles; 0 for a matrix with itself."""

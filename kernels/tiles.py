@@ -20,8 +20,10 @@ Randomisation by a subgroup: Hemerik and Goeman, "Exact testing with random perm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -34,6 +36,9 @@ from kdx.kernels.tile_sums import TileSums
 
 TILE = 1024
 """Images per side of a tile, at most."""
+
+BLOCKS = 32
+"""Blocks of tiles in a sweep, at most. Each has sums of its own until they are added."""
 
 _RUNS = 16
 """The least number of runs of neighbouring rows in a tile, if rows are best read in runs."""
@@ -144,56 +149,90 @@ class ClassDistances:
 Matrix = FeatureDistances | ClassDistances
 
 
-def sweep(
-    matrices: Sequence[Matrix],
-    *,
-    permuted: Sequence[int] = (),
-    permutations: int = 0,
-    biased: bool = False,
-    seed: int = 0,
-    shuffled: bool = False,
-    ops: TorchBackend = TorchBackend(),
-    classes: Tensor | None = None,
-    keep: Callable[[int, int, Tensor], None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Swept:
-    """Inner products over all images of k matrices of the same n >= 4 images.
+class Sweep:
+    """Inner products over all images of k matrices of the same n >= 4 images, in blocks of tiles.
 
-    permuted: the numbers of the matrices whose images are permuted, ``permutations`` times. biased: double-centred instead of
-    U-centred. shuffled: whether the images are in random order already, so that neighbours form the tiles. ops: the backend that computes
-    distances. classes: the class [n] of each image, as a number from 0, if `Swept.classes` is wanted. keep: receives each tile (a, b) with
-    its distances [k, l, r], which it may not change; a <= b. progress: receives the number of finished tiles and of all tiles. Raises
-    ValueError if the matrices differ in their number of images.
+    The blocks depend on the number of tiles only, and their sums are added in order. Each may be computed in another process: the results
+    are the same down to the last bit, if all processes use the same number of threads.
     """
-    measured = [m for m in matrices if isinstance(m, FeatureDistances)]
-    n, *others = (len(m.codes) if isinstance(m, ClassDistances) else m.rows.shape[0] for m in matrices)
-    if any(other != n for other in others):
-        raise ValueError(f"the matrices are of {n} and {others} images")
-    device = next((m.norms.device for m in measured), torch.device("cpu"))
-    side = tile_side(n, [m.rows for m in measured])
-    generator = torch.Generator().manual_seed(seed)
-    run = max((m.rows.run for m in measured), default=1)
-    order = list(torch.arange(n).split(side)) if shuffled else shuffled_tiles(n, side, run, generator)
-    tiles = [part.to(device) for part in order]
-    turns = [torch.randint(len(part), (permutations,), generator=generator).to(device) for part in tiles]
-    sums = TileSums(tiles, len(matrices), permuted, turns, classes)
-    offsets = [torch.zeros_like(m.means()) if biased else m.means() - m.means().mean() / 2 for m in matrices]
-    shifted = [_ShiftedMatrix(m, offset, ops) for m, offset in zip(matrices, offsets, strict=True)]
-    d = torch.empty(0, dtype=torch.float64, device=device)
-    pairs = list(_pairs(len(tiles)))
-    for done, (a, b) in enumerate(pairs):
-        shape = (len(shifted), len(tiles[a]), len(tiles[b]))
-        d = d if d.shape == shape else d.new_empty(shape)  # reuse memory that is already mapped
-        for matrix, tile in zip(shifted, d, strict=True):
-            matrix.distances(tiles[a], tiles[b], tile)
-        if keep is not None:
-            keep(a, b, d)
-        for matrix, tile in zip(shifted, d, strict=True):
-            matrix.shift(tiles[a], tiles[b], tile)
-        sums.add(a, b, d)
-        if progress is not None:
-            progress(done + 1, len(pairs))
-    return sums.combined(biased, torch.stack(offsets))
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        *,
+        permuted: Sequence[int] = (),
+        permutations: int = 0,
+        biased: bool = False,
+        seed: int = 0,
+        shuffled: bool = False,
+        ops: TorchBackend = TorchBackend(),
+        classes: Tensor | None = None,
+    ) -> None:
+        """permuted: the numbers of the matrices whose images are permuted, ``permutations`` times. biased: double-centred instead of
+        U-centred. shuffled: whether the images are in random order already, so that neighbours form the tiles. ops: the backend that
+        computes distances. classes: the class [n] of each image, as a number from 0, if `Swept.classes` is wanted.
+
+        Raises ValueError if the matrices differ in their number of images.
+        """
+        measured = [m for m in matrices if isinstance(m, FeatureDistances)]
+        n, *others = (len(m.codes) if isinstance(m, ClassDistances) else m.rows.shape[0] for m in matrices)
+        if any(other != n for other in others):
+            raise ValueError(f"the matrices are of {n} and {others} images")
+        device = next((m.norms.device for m in measured), torch.device("cpu"))
+        side = tile_side(n, [m.rows for m in measured])
+        generator = torch.Generator().manual_seed(seed)
+        run = max((m.rows.run for m in measured), default=1)
+        order = list(torch.arange(n).split(side)) if shuffled else shuffled_tiles(n, side, run, generator)
+        self._tiles = [part.to(device) for part in order]
+        turns = [torch.randint(len(part), (permutations,), generator=generator).to(device) for part in self._tiles]
+        self._empty = partial(TileSums, self._tiles, len(matrices), permuted, turns, classes)
+        self._biased = biased
+        self._offsets = [torch.zeros_like(m.means()) if biased else m.means() - m.means().mean() / 2 for m in matrices]
+        self._shifted = [_ShiftedMatrix(m, offset, ops) for m, offset in zip(matrices, self._offsets, strict=True)]
+        self._memory = torch.empty(0, dtype=torch.float64, device=device)
+        self._bounds = _block_bounds(len(self._tiles))
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks."""
+        return len(self._bounds) - 1
+
+    def run(self, keep: Callable[[int, int, Tensor], None] | None = None, progress: Callable[[int, int], None] | None = None) -> Swept:
+        """The sums over all tiles, and what follows from them.
+
+        keep: receives each tile (a, b) with its distances [k, l, r], which it may not change; a <= b. progress: receives the number of
+        finished tiles and of all tiles.
+        """
+        return self.combined(self.sums(block, keep, progress) for block in range(self.blocks))
+
+    def sums(
+        self, block: int, keep: Callable[[int, int, Tensor], None] | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> tuple[Tensor, ...]:
+        """The sums over the tiles of a block, for `combined`. keep, progress: as in `run`."""
+        result, tiles = self._empty(), self._tiles
+        first, last = self._bounds[block : block + 2]
+        for done, (a, b) in enumerate(islice(_pairs(len(tiles)), first, last), first + 1):
+            shape = (len(self._shifted), len(tiles[a]), len(tiles[b]))
+            if self._memory.shape != shape:  # otherwise reuse memory that is already mapped
+                self._memory = self._memory.new_empty(shape)
+            d = self._memory
+            for matrix, tile in zip(self._shifted, d, strict=True):
+                matrix.distances(tiles[a], tiles[b], tile)
+            if keep is not None:
+                keep(a, b, d)
+            for matrix, tile in zip(self._shifted, d, strict=True):
+                matrix.shift(tiles[a], tiles[b], tile)
+            result.add(a, b, d)
+            if progress is not None:
+                progress(done, self._bounds[-1])
+        return result.sums
+
+    def combined(self, sums: Iterable[Sequence[Tensor]]) -> Swept:
+        """What follows from the sums of all blocks, in their order."""
+        total = self._empty()
+        for each in sums:
+            total.add_sums(each)
+        return total.combined(self._biased, torch.stack(self._offsets))
 
 
 def turned_products(centred: Tensor, permuted: int, turns: Tensor) -> Tensor:
@@ -250,6 +289,18 @@ def reading_step(rows: Rows, most: int) -> int:
     if rows.run > 1 or torch.device(rows.device).type != "cpu":
         return most
     return min(most, max(1, _READ // (rows.shape[1] * rows.dtype.itemsize)))
+
+
+def block_count(n: int, rows: Sequence[Rows]) -> int:
+    """The number of blocks in a `Sweep` over n images, if features are ``rows``."""
+    return len(_block_bounds(-(-n // tile_side(n, rows)))) - 1
+
+
+def _block_bounds(tiles: int) -> list[int]:
+    """The numbers of the pairs of so many tiles at which blocks begin and end."""
+    pairs = tiles * (tiles + 1) // 2
+    blocks = min(BLOCKS, pairs)
+    return [block * pairs // blocks for block in range(blocks + 1)]
 
 
 def _pairs(tiles: int) -> Iterator[tuple[int, int]]:

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -21,6 +22,7 @@ def path(monkeypatch: pytest.MonkeyPatch) -> Iterator[RemotePath]:
     """A lock that is renewed every 0.05 s and abandoned after 0.5 s."""
     monkeypatch.setattr(remote_lock, "RENEWED_EVERY", 0.05)
     monkeypatch.setattr(remote_lock, "ABANDONED_AFTER", 0.5)
+    monkeypatch.setattr(remote_lock, "SETTLED_AFTER", 0.1)
     lock = as_path("memory://locks/run") / ".lock"
     assert isinstance(lock, RemotePath)
     yield lock
@@ -61,6 +63,37 @@ def test_the_lock_of_a_process_that_has_ended_on_this_machine_is_taken_over_at_o
     start = time.monotonic()
     with RemoteLock.acquire(path):
         assert time.monotonic() - start < 0.3
+
+
+def test_of_processes_that_see_the_same_old_lock_one_gets_it(path: RemotePath) -> None:
+    abandoned(path)
+
+    def acquired(_: int) -> RemoteLock | None:
+        try:
+            return RemoteLock.acquire(path)
+        except BlockingIOError:
+            return None
+
+    with ThreadPoolExecutor(6) as pool:
+        locks = [lock for lock in pool.map(acquired, range(6)) if lock is not None]
+    assert len(locks) == 1
+    locks[0].check()
+    locks[0].close()
+
+
+def test_a_process_whose_new_lock_is_replaced_at_once_does_not_start(path: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process had read the old lock before, and deleted the new one in its place."""
+    abandoned(path)
+    create = RemotePath.create
+
+    def replaced(self: RemotePath, content: bytes) -> None:
+        create(self, content)
+        abandoned(self, machine="a third")
+
+    monkeypatch.setattr(RemotePath, "create", replaced)
+    with pytest.raises(BlockingIOError):
+        RemoteLock.acquire(path)
+    assert owner(path)["machine"] == "a third"
 
 
 def test_windows_gets_no_signal_0(monkeypatch: pytest.MonkeyPatch) -> None:

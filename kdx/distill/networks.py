@@ -20,7 +20,7 @@ from kdx.distill.augmentation import Augmentation
 from kdx.distill.checkpoints import Recipe, TrainingData
 from kdx.distill.data import SplitImages
 from kdx.distill.losses import method_requirements
-from kdx.distill.number_formats import CompiledGraph
+from kdx.distill.number_formats import CompiledGraph, check_channels_last
 from kdx.distill.processes import SINGLE, Processes
 from kdx.distill.reused_weights import check_weights
 from kdx.distill.seeding import seeded
@@ -131,6 +131,13 @@ class Distillation:
         with seeded(self.device, self.settings.seed, int(role == "teacher")):
             module = models.load(str(self.reference(role)), classes=len(self.dataset.classes)).module
         return module.to(self.device)
+
+    def network_to_train(self, role: str) -> nn.Module:
+        """`initial_network`. Raises KdxError if PyTorch cannot train it in the memory layout of the settings."""
+        module = self.initial_network(role)
+        if self.settings.channels_last:
+            check_channels_last(module, self.device)
+        return module
 
     def trained_network(self, role: str) -> nn.Module:
         """The network of a role with its trained weights, for evaluation only."""

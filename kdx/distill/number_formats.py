@@ -34,6 +34,23 @@ def check_settings(settings: TrainingSettings, device: torch.device, processes: 
         raise KdxError(f"The device {device} does not compute in bfloat16.", "Choose --precision float32.")
 
 
+def check_channels_last(network: nn.Module, device: torch.device) -> None:
+    """Raise KdxError for a network whose gradients PyTorch writes beyond their memory in the layout with the channels last.
+
+    oneDNN's gradient of a 1 x 1 convolution for AVX2 (jit_avx2_1x1_convolution_bwd_weights_t) does so in this layout unless the number of
+    channels is a multiple of 8. Valgrind shows it for PyTorch 2.13 and 2 channels; the process may crash much later.
+    """
+    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2":
+        return
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.in_channels % 8:
+            raise KdxError(
+                f"This processor (AVX2) cannot train the layer {name} with --channels-last: its {module.in_channels} channels are not a "
+                "multiple of 8, for which PyTorch writes beyond the memory of the gradient.",
+                "Leave out --channels-last.",
+            )
+
+
 def has_bfloat16(device: torch.device) -> bool:
     """Whether PyTorch computes in bfloat16 on this device; on a CPU, whether oneDNN has kernels for it."""
     if device.type == "cuda":

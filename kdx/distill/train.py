@@ -273,7 +273,7 @@ def _train_base(distillation: Distillation, checkpoint: Path | str | None, on_ep
 
 def _label_training(distillation: Distillation, role: str) -> loop.Training:
     """The training of a network from labels alone."""
-    graph, cross_entropy = distillation.training_graph(distillation.initial_network(role)), label_loss(distillation)
+    graph, cross_entropy = distillation.training_graph(distillation.network_to_train(role)), label_loss(distillation)
 
     def loss(images: Tensor, labels: Tensor, _positions: Tensor) -> dict[str, Tensor]:
         return {LABELS: cross_entropy(graph(images)[0], labels)}
@@ -287,7 +287,7 @@ def _train_student(
     settings, teacher = distillation.settings, distillation.trained_network("teacher")
     weights_hash = models.weights_hash(teacher)
     student_loss = StudentLoss.of_networks(
-        distillation, distillation.initial_network("student"), teacher, pairs, distillation.training_graph
+        distillation, distillation.network_to_train("student"), teacher, pairs, distillation.training_graph
     )
     recipe = distillation.recipe("base").with_entries(
         {

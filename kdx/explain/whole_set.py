@@ -116,7 +116,7 @@ def measure_set(
     names = (*roles, TARGET)
     stored = StoredDistances(known, None if folder is None else partial(_on_disk, folder))
     permuted, sweeps = permuted_among(roles), 1 + len(mapped_among(roles))
-    swept = tiles.sweep(
+    whole = tiles.Sweep(
         known,
         permuted=[names.index(name) for name in permuted],
         permutations=settings.permutations,
@@ -124,9 +124,8 @@ def measure_set(
         shuffled=shuffled,
         ops=dispatch.chosen(torch.empty(0, dtype=matrices[0].rows.dtype, device=matrices[0].rows.device)),
         classes=None if classes is None else torch.from_numpy(classes),
-        keep=stored.keep,
-        progress=lambda done, total: progress(done, sweeps * total),
     )
+    swept = whole.run(keep=stored.keep, progress=lambda done, total: progress(done, sweeps * total))
     _check_geometry(dict(zip(names, known, strict=True)), swept.products)
     geometry = SetGeometry(known, swept, stored)
     layer = _Layer(names, geometry, features, settings)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 from kdx.cluster.executor import RayExecutor
 from kdx.cluster.options import ClusterOptions
 from kdx.errors import KdxError
 from kdx.features.arrays import Labels
-from kdx.features.rows import Source, rows_of
+from kdx.features.rows import Source
 from kdx.kernels import ambient
 from kdx.kernels.cuda import Backend
-from kdx.roles import TARGET, pairs_among, permuted_among, roles_among
 from kdx.scores.distributed import layers_in
-from kdx.scores.inner_products import Sampling, check_residual, inner_products
-from kdx.scores.pool import LayerScores, adjusted, pooled_scores
+from kdx.scores.inner_products import Sampling
+from kdx.scores.layer_scores import Measure
+from kdx.scores.pool import LayerScores, adjusted
 
 
 @ambient.neutral()
@@ -35,9 +34,9 @@ def compare(
     features: layer -> role -> features of the same images, [n, C, H, W] or [n, d], in any form that `kdx.fss` takes. The roles are
     student and optionally base and teacher. target: labels [n] or an embedding [n, e]. batch: the number of images in a set of distances;
     by default all images are one set, which is exact for any n. permutations, confidence, seed, backend: as in `kdx.fss`.
-    cluster: the address of a Ray cluster, ``local`` for workers on this machine, or `kdx.cluster.options.ClusterOptions`. Each worker
-    measures whole layers, with the same results as one process with as many threads. Features in memory are sent to the workers;
-    the workers read mapped files and Zarr arrays at the same paths.
+    cluster: the address of a Ray cluster, ``local`` for workers on this machine, or `kdx.cluster.options.ClusterOptions`. Workers share the
+    layers and, in each, the tiles of the matrix of all pairs of images, with the same results as one process with as many threads.
+    Features in memory are sent to the workers; the workers read mapped files and Zarr arrays at the same paths.
 
     Returns, for each layer, `scores` by name and `contrasts` by name. The scores are those of `kdx.fss` and `kdx.rs`: "FSS(S,T)",
     "FSS(B,T)", "RS(T)", "RS(S)", "RS(B)", "RS(S|B)", "RS(B|S)", "RS(T|S)" and "RS(S|T)", as far as the roles exist. A
@@ -56,21 +55,8 @@ def compare(
     """
     if not features:
         raise KdxError("There are no features to compare.", "Give the features of a layer: {layer: {'student': ..., 'base': ...}}.")
-    sampling = Sampling("unbiased", batch, permutations, confidence, seed, backend)
-    measure = partial(_layer, target=target, sampling=sampling)
+    measure = Measure(target, Sampling("unbiased", batch, permutations, confidence, seed, backend))
     if cluster is None:
-        return adjusted({layer: measure(layer, by_role) for layer, by_role in features.items()})
+        return adjusted({layer: measure.scores(layer, by_role) for layer, by_role in features.items()})
     executor = RayExecutor(ClusterOptions(cluster) if isinstance(cluster, str) else cluster, uses_gpus=False)
     return adjusted(layers_in(executor, features, measure))
-
-
-def _layer(layer: str, features: Mapping[str, Source], target: Labels, sampling: Sampling) -> LayerScores:
-    roles = roles_among(features)
-    names = {role: f"{role}'s features at {layer}" for role in roles} | {TARGET: TARGET}
-    named = {names[role]: rows_of(features[role], names[role]) for role in roles}
-    permuted = {role: names[role] for role in permuted_among(roles)}
-    sums = inner_products({**named, TARGET: target}, [*permuted.values()], sampling)
-    for explained, other in pairs_among(roles).values():
-        check_residual(sums, roles.index(explained), roles.index(other))
-    products = {role: sums.permuted[name] for role, name in permuted.items()}
-    return pooled_scores(sums.products, products, sums.moments, n=sums.n, batches=sums.batches, confidence=sampling.confidence, roles=roles)

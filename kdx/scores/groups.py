@@ -302,7 +302,7 @@ def _check_target(target: Target) -> None:
         target.checked()
     else:
         matrix = target.matrix()
-        arrays.check_varied(float(tiles.sweep([matrix]).products), float(matrix.scale) * n / (n - 3), 1e-8, TARGET)
+        arrays.check_varied(float(tiles.Sweep([matrix]).run().products), float(matrix.scale) * n / (n - 3), 1e-8, TARGET)
 
 
 def _without(n: int, roles: Collection[str], definitions: Collection[str], reason: str) -> GroupScores:

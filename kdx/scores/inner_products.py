@@ -7,7 +7,7 @@ batches they come from the variation between batches. p-values come from permuta
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
 
@@ -73,13 +73,43 @@ class InnerProducts:
 
 @ambient.neutral()
 def inner_products(
-    named: Mapping[str, Rows | Labels], permuted: Collection[str], sampling: Sampling = Sampling(), classes: Tensor | None = None
+    named: Mapping[str, Rows | Labels],
+    permuted: Collection[str],
+    sampling: Sampling = Sampling(),
+    classes: Tensor | None = None,
+    sums: Iterable[Sequence[Tensor]] | None = None,
 ) -> InnerProducts:
     """Inner products of features by name and, under TARGET, of labels or an embedding. Errors are those of `fss` and `rs`.
 
     permuted: the names of the matrices whose images are permuted. classes [n]: the class of each image, as a number from 0, if
-    `InnerProducts.classes` is wanted.
+    `InnerProducts.classes` is wanted. sums: those of all blocks of `sweep_of`, or their total, if they are known.
     """
+    inputs, plan = _prepared(named, permuted, sampling, classes)
+    if plan.batch is not None:
+        return _in_batches(inputs, plan, plan.batch)
+    return _in_tiles(inputs, plan, sums) if plan.n > _ALL_PAIRS else _of_all_pairs(inputs, plan)
+
+
+@ambient.neutral()
+def sweep_of(named: Mapping[str, Rows | Labels], permuted: Collection[str], sampling: Sampling = Sampling()) -> tiles.Sweep | None:
+    """The sums from which `inner_products` of the same arguments follow; None for few images and for batches."""
+    inputs, plan = _prepared(named, permuted, sampling, None)
+    return None if plan.batch is not None or plan.n <= _ALL_PAIRS else _sweep(_matrices(inputs), tuple(inputs), plan)
+
+
+def block_count(named: Mapping[str, Rows | Labels], sampling: Sampling) -> int | None:
+    """The number of blocks in the sweep that `sweep_of` returns; None where it returns none."""
+    inputs, plan = _prepared(named, (), sampling, None)
+    if plan.batch is not None or plan.n <= _ALL_PAIRS:
+        return None
+    sources = [source.matrix() if isinstance(source, Target) else source for source in inputs.values()]
+    rows = [source.rows if isinstance(source, tiles.FeatureDistances) else source for source in sources]
+    return tiles.block_count(plan.n, [each for each in rows if not isinstance(each, tiles.ClassDistances)])
+
+
+def _prepared(
+    named: Mapping[str, Rows | Labels], permuted: Collection[str], sampling: Sampling, classes: Tensor | None
+) -> tuple[dict[str, _Input], _Plan]:
     estimator, batch, permutations, seed = sampling.estimator, sampling.batch, sampling.permutations, sampling.seed
     if estimator not in ("unbiased", "biased"):
         raise ValueError(f"estimator must be 'unbiased' or 'biased', not {estimator!r}")
@@ -94,10 +124,8 @@ def inner_products(
     inputs = {
         name: features[name] if name in features else Target.of(value, n, device=device, backend=ops) for name, value in named.items()
     }
-    plan = _Plan(n, device, tuple(permuted), estimator == "biased", permutations, seed, ops, classes)
-    if batch is not None and batch < n:
-        return _in_batches(inputs, plan, batch)
-    return _of_all_pairs(inputs, plan) if n <= _ALL_PAIRS else _in_tiles(inputs, plan)
+    batch = None if batch is None or batch >= n else batch
+    return inputs, _Plan(n, device, tuple(permuted), estimator == "biased", permutations, seed, ops, batch, classes)
 
 
 def _common(features: Mapping[str, Rows]) -> tuple[int, torch.device, torch.dtype]:
@@ -125,7 +153,8 @@ class _Plan:
     permutations: int
     seed: int
     ops: dispatch.TorchBackend
-    classes: Tensor | None = None
+    batch: int | None
+    classes: Tensor | None
 
     def centred(self, distances: BatchDistances) -> Tensor:
         """The centred matrices of the estimator."""
@@ -158,23 +187,27 @@ def _of_all_pairs(inputs: Mapping[str, _Input], plan: _Plan) -> InnerProducts:
     )
 
 
-def _in_tiles(inputs: Mapping[str, _Input], plan: _Plan) -> InnerProducts:
-    """In tiles, for any number of images."""
-    names, matrices = tuple(inputs), _matrices(inputs)
-    rounding = _rounding(matrices, plan.device)
-    permuted = {name: names.index(name) for name in plan.permuted}
-    sums = tiles.sweep(
+def _sweep(matrices: Sequence[tiles.Matrix], names: Sequence[str], plan: _Plan) -> tiles.Sweep:
+    return tiles.Sweep(
         matrices,
-        permuted=[*permuted.values()],
+        permuted=[names.index(name) for name in plan.permuted],
         permutations=plan.permutations,
         biased=plan.biased,
         seed=plan.seed,
         ops=plan.ops,
         classes=plan.classes,
     )
+
+
+def _in_tiles(inputs: Mapping[str, _Input], plan: _Plan, known: Iterable[Sequence[Tensor]] | None) -> InnerProducts:
+    """In tiles, for any number of images."""
+    names, matrices = tuple(inputs), _matrices(inputs)
+    rounding = _rounding(matrices, plan.device)
+    whole = _sweep(matrices, names, plan)
+    sums = whole.run() if known is None else whole.combined(known)
     raw = torch.stack([matrix.scale for matrix in matrices]) * plan.n / (plan.n - 3)
     _check_varied(names, sums.products, raw, rounding.clamp_min(1e-8))  # sums over tiles are known to 1e-16 of them
-    permuted_products = {name: sums.permuted[place] for name, place in permuted.items()}
+    permuted_products = {name: sums.permuted[names.index(name)] for name in plan.permuted}
     return InnerProducts(names, plan.n, 1, sums.products, sums.moments, permuted_products, raw, rounding, sums.influences, sums.classes)
 
 

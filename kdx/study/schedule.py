@@ -7,9 +7,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from kdx.cluster.options import ClusterOptions
+from kdx.kernels import ambient
 from kdx.study.attempts import Outcome, Perform, attempt
 from kdx.study.cluster_workers import ClusterWorkers
 from kdx.study.grid import Job
@@ -79,13 +78,12 @@ def _blocked(job: Job, failed: set[str]) -> Outcome | None:
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     """Inside the block, PyTorch and the runtimes use this many threads."""
-    before, environment = torch.get_num_threads(), os.environ.get(COUNTS[0])
-    torch.set_num_threads(count)
+    environment = os.environ.get(COUNTS[0])
     os.environ[COUNTS[0]] = str(count)
     try:
-        yield
+        with ambient.torch_threads(count):
+            yield
     finally:
-        torch.set_num_threads(before)
         if environment is None:
             del os.environ[COUNTS[0]]
         else:

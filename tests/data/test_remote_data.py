@@ -70,6 +70,8 @@ def test_the_fingerprint_changes_with_names_and_sizes(pictures: Path) -> None:
 
 def test_credentials_are_removed_from_references() -> None:
     assert without_credentials("s3://key:secret@bucket/a@b?X-Amz-Signature=1 next") == "s3://bucket/a@b next"
+    assert without_credentials("s3://KEY:se/cr/et@bucket/a b") == "s3://bucket/a b"
+    assert without_credentials("http://localhost:9000/a@b") == "http://localhost:9000/a@b"
     assert without_credentials("wds:s3://bucket/train-00?.tar,label=json.age") == "wds:s3://bucket/train-00?.tar,label=json.age"
     assert without_credentials("hfdata:someone/pictures,split=a@b") == "hfdata:someone/pictures,split=a@b"
     assert located("folder:s3://key:secret@bucket/a/") == "s3://bucket/a"

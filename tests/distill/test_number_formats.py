@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kdx.distill import EpochResult, TrainingSettings, distill
-from kdx.distill.number_formats import CompiledGraph, autocast, check_settings, has_bfloat16
+from kdx.distill.number_formats import CompiledGraph, autocast, check_channels_last, check_settings, has_bfloat16
 from kdx.distill.processes import SINGLE, Processes
 from kdx.errors import KdxError
 from kdx.export.graphs import FeatureGraph, Preprocessing
@@ -54,11 +54,11 @@ def test_a_compiled_graph_has_the_outputs_and_gradients_of_the_graph() -> None:
     torch.testing.assert_close(FeatureGraph(averaged.eval(), [], preprocessing)(images)[0], compiled.eval()(images)[0])
 
 
-def losses(out: Path, settings: TrainingSettings, teacher: Path) -> list[float]:
+def losses(out: Path, settings: TrainingSettings, teacher: Path, student: str) -> list[float]:
     """The student's loss per epoch under a trained teacher."""
     results: list[EpochResult] = []
     distill(
-        "digits", teacher=f"{TEACHER}@{teacher / 'teacher.safetensors'}", student=STUDENT, out=out, settings=settings, device="cpu",
+        "digits", teacher=f"{TEACHER}@{teacher / 'teacher.safetensors'}", student=student, out=out, settings=settings, device="cpu",
         report=results.append,
     )  # fmt: skip
     return [result.loss for result in results if result.loss is not None and result.network == "student"]
@@ -67,12 +67,27 @@ def losses(out: Path, settings: TrainingSettings, teacher: Path) -> list[float]:
 @pytest.mark.parametrize("method", ["kd", "at"])
 def test_bfloat16_and_channels_last_train_as_float32_does(finished: Path, tmp_path: Path, method: str) -> None:
     settings = replace(QUICK, method=method, student_images=60, epochs=2)
-    expected = losses(tmp_path / "plain", settings, finished)
-    assert losses(tmp_path / "layout", replace(settings, channels_last=True), finished) == pytest.approx(expected, rel=1e-4)
+    wide = "kdx:resnet,width=8,depth=1,stages=2"
+    expected = losses(tmp_path / "plain", settings, finished, wide)
+    assert losses(tmp_path / "layout", replace(settings, channels_last=True), finished, wide) == pytest.approx(expected, rel=1e-4)
     if has_bfloat16(CPU):
-        assert losses(tmp_path / "half", replace(settings, precision="bfloat16"), finished) == pytest.approx(expected, rel=0.05)
+        expected = losses(tmp_path / "narrow", settings, finished, STUDENT)
+        assert losses(tmp_path / "half", replace(settings, precision="bfloat16"), finished, STUDENT) == pytest.approx(expected, rel=0.05)
         weights = load_file(tmp_path / "half" / "student.safetensors")
         assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in weights.values())
+
+
+@pytest.mark.parametrize(("capability", "channels", "refused"), [("AVX2", 12, True), ("AVX2", 16, False), ("AVX512", 12, False)])
+def test_a_layout_for_which_pytorch_overwrites_memory_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capability: str, channels: int, refused: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    convolutions = nn.Sequential(nn.Conv2d(3, channels, 3), nn.Conv2d(channels, 10, 1))
+    if refused:
+        with pytest.raises(KdxError, match="the layer 1 with --channels-last: its 12 channels"):
+            check_channels_last(convolutions, CPU)
+    else:
+        check_channels_last(convolutions, CPU)
 
 
 def test_networks_compute_in_bfloat16() -> None:
@@ -89,8 +104,9 @@ def test_networks_compute_in_bfloat16() -> None:
 def test_a_compiled_training_is_the_training(finished: Path, tmp_path: Path) -> None:
     for method in ("kd", "at"):
         settings = replace(QUICK, method=method, student_images=60, epochs=2)
-        expected = losses(tmp_path / method / "plain", settings, finished)
-        assert losses(tmp_path / method / "compiled", replace(settings, compile=True), finished) == pytest.approx(expected, rel=1e-3)
+        expected = losses(tmp_path / method / "plain", settings, finished, STUDENT)
+        compiled = losses(tmp_path / method / "compiled", replace(settings, compile=True), finished, STUDENT)
+        assert compiled == pytest.approx(expected, rel=1e-3)
 
 
 def test_settings_that_a_machine_cannot_train_with_are_refused() -> None:

@@ -161,7 +161,8 @@ def test_traceable_with_a_dynamic_batch() -> None:
 
     def inputs(n: int) -> tuple[Tensor, ...]:
         x, y, labels = oracle.features(n=n)
-        return x.float(), y.float(), torch.nn.functional.one_hot(labels, 4).float()
+        labels = labels % 3  # four images of four classes have no geometry, and their maps would be rounding
+        return x.float(), y.float(), torch.nn.functional.one_hot(labels, 3).float()
 
     program = torch.export.export(_Explained(), inputs(7), dynamic_shapes=({0: batch},) * 3)
     for n in (4, 13):

@@ -65,7 +65,7 @@ def inner(a: Tensor, biased: bool) -> Tensor:
 
 
 def ordered(n: int, side: int, permutations: int, seed: int, run: int = 1) -> tuple[Tensor, Tensor]:
-    """The images in the order of `tiles.sweep`, and its permutations [p, n], from the same random numbers."""
+    """The images in the order of `tiles.Sweep`, and its permutations [p, n], from the same random numbers."""
     generator = torch.Generator().manual_seed(seed)
     parts = tiles.shuffled_tiles(n, side, run, generator)
     turns = [torch.randint(len(part), (permutations,), generator=generator) for part in parts]
@@ -86,7 +86,7 @@ def set_side(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 @pytest.mark.parametrize(("n", "side"), [(50, 16), (33, 33), (101, 64), (19, 6), (4, 4)])
 def test_products_are_those_of_whole_matrices(n: int, side: int, biased: bool, set_side: Callable[[int], None]) -> None:
     set_side(side)
-    swept = tiles.sweep(matrices(n), biased=biased)
+    swept = tiles.Sweep(matrices(n), biased=biased).run()
     assert oracle.error(swept.products, inner(whole(n, biased=biased), biased)) < 1e-12
 
 
@@ -94,7 +94,7 @@ def test_products_are_those_of_whole_matrices(n: int, side: int, biased: bool, s
 def test_products_of_narrow_rows(dtype: torch.dtype, set_side: Callable[[int], None]) -> None:
     """Against matrices of the same rounded rows: the tiles add only the rounding of float32."""
     set_side(32)
-    swept = tiles.sweep(matrices(101, dtype))
+    swept = tiles.Sweep(matrices(101, dtype)).run()
     assert oracle.error(swept.products, inner(whole(101, dtype), False)) < 1e-6
 
 
@@ -103,7 +103,7 @@ def test_moments_are_those_of_parts_of_the_images(biased: bool, set_side: Callab
     n = 53
     set_side(16)
     monkeypatch.setattr(moments, "PARTS", 7)
-    swept = tiles.sweep(matrices(n), biased=biased, seed=3).moments
+    swept = tiles.Sweep(matrices(n), biased=biased, seed=3).run().moments
     order, _ = ordered(n, 16, 0, 3)
     parts = [slice(part * n // 7, (part + 1) * n // 7) for part in range(7)]
     expected = moments_by_centring(lambda part: inner(whole(n, biased=biased, part=order[part]), biased), n, parts)
@@ -116,7 +116,7 @@ def test_moments_are_those_of_parts_of_the_images(biased: bool, set_side: Callab
 def test_turned_tiles_are_permuted_images(biased: bool, set_side: Callable[[int], None]) -> None:
     n, side, count = 53, 16, 6
     set_side(side)
-    swept = tiles.sweep(matrices(n), permuted=[1, 2], permutations=count, biased=biased, seed=5)
+    swept = tiles.Sweep(matrices(n), permuted=[1, 2], permutations=count, biased=biased, seed=5).run()
     _, permutations = ordered(n, side, count, 5)
     assert len({tuple(p.tolist()) for p in permutations}) == count
     a = whole(n, biased=biased)
@@ -184,7 +184,7 @@ def test_only_tiles_of_rows_are_read_at_a_time(set_side: Callable[[int], None]) 
     measured = [FeatureDistances.of(a), FeatureDistances.of(b)]
     a.reads.clear()
     set_side(32)
-    tiles.sweep(measured)
+    tiles.Sweep(measured).run()
     assert max(map(len, a.reads)) == 32
     assert len(a.reads) == 7 * 8 // 2  # each tile's rows once, and its columns once per tile above the diagonal
 
@@ -219,8 +219,8 @@ def test_classes_are_their_one_hot_rows(set_side: Callable[[int], None]) -> None
         assert oracle.error(classes.batches(index, TorchBackend()), torch.stack([d[i][:, i] for i in index])) < 1e-12
         assert oracle.error(classes.means(), d.mean(1)) < 1e-12
         assert float(classes.scale) == pytest.approx(float(d.square().mean()), rel=1e-12)
-        by_rows = tiles.sweep([matrices(40)[0], FeatureDistances.of(Stored(rows_))]).products
-        assert oracle.error(tiles.sweep([matrices(40)[0], classes]).products, by_rows) < 1e-12
+        by_rows = tiles.Sweep([matrices(40)[0], FeatureDistances.of(Stored(rows_))]).run().products
+        assert oracle.error(tiles.Sweep([matrices(40)[0], classes]).run().products, by_rows) < 1e-12
 
 
 def test_measured_rows() -> None:
@@ -263,7 +263,7 @@ def test_batches_turned_together_are_permuted_batches() -> None:
 
 def test_matrices_of_different_images_are_refused() -> None:
     with pytest.raises(ValueError, match="images"):
-        tiles.sweep([matrices(20)[0], matrices(21)[1]])
+        tiles.Sweep([matrices(20)[0], matrices(21)[1]]).run()
 
 
 @pytest.mark.slow
@@ -274,7 +274,7 @@ def test_a_thousand_images_agree_with_dcor() -> None:
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
         measured = [FeatureDistances.of(Stored(torch.from_numpy(each).to(dtype))) for each in (x, y)]
         for biased, expected in ((False, dcor.u_distance_correlation_sqr(x, y)), (True, dcor.distance_correlation_sqr(x, y))):
-            products = tiles.sweep(measured, biased=biased).products
+            products = tiles.Sweep(measured, biased=biased).run().products
             assert float(products[0, 1] / (products[0, 0] * products[1, 1]).sqrt()) == pytest.approx(expected, abs=tolerance)
 
 

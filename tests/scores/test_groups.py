@@ -137,7 +137,7 @@ def test_sums_over_tiles_give_the_products_of_every_class(monkeypatch: pytest.Mo
     monkeypatch.setattr(tiles, "TILE", 8)
     from kdx.features.rows import InMemory, feature_distances
 
-    swept = tiles.sweep([feature_distances(InMemory(rows), "features")], classes=codes, seed=1)
+    swept = tiles.Sweep([feature_distances(InMemory(rows), "features")], classes=codes, seed=1).run()
     order = torch.cat(swept.order)
     matrices = geometry.u_centered(geometry.distances(rows[order]))[None]
     assert swept.classes is not None

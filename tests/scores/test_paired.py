@@ -23,7 +23,7 @@ CLASSES = 5
 def swept(features: Mapping[str, Tensor], labels: Tensor) -> tiles.Swept:
     """The sums over the images of features [n, d], which are in random order, and of the labels."""
     matrices = [FeatureDistances.of(InMemory(rows)) for rows in features.values()]
-    return tiles.sweep([*matrices, Target.of(labels, len(labels)).matrix()], shuffled=True)
+    return tiles.Sweep([*matrices, Target.of(labels, len(labels)).matrix()], shuffled=True).run()
 
 
 def networks(seed: int, n: int, noise: Mapping[str, float]) -> tuple[dict[str, Tensor], Tensor]:
