@@ -26,7 +26,12 @@ from kdx.cluster.pool import Member, WorkerEnded
 from kdx.cluster.service import Build, Surroundings, Worker
 from kdx.errors import KdxError, first_line, import_optional
 
+log = logging.getLogger("kdx")
+
 _SECONDS_BETWEEN_CHECKS = 5.0
+
+_SECONDS_TO_START = 30.0
+"""How long no worker answers until the user is told what the command waits for."""
 
 _SECONDS_TO_CLOSE = 5.0
 
@@ -158,6 +163,7 @@ class Connection:
     def __init__(self, ray: Any) -> None:
         self._ray = ray
         self._node = ray.get_runtime_context().get_node_id()
+        self._silent_since: float | None = time.monotonic()  # None as soon as a worker has answered, or the user knows
 
     def wait(self, replies: Sequence[Any]) -> list[Any]:
         """Those of the replies that have arrived, at least one. Raises KdxError if none can arrive any more."""
@@ -166,8 +172,15 @@ class Connection:
             with self._lost_connection():
                 ready, _ = self._ray.wait(list(replies), num_returns=1, timeout=1.0)
                 if ready:  # and all others that have arrived
+                    self._silent_since = None
                     ready, _ = self._ray.wait(list(replies), num_returns=len(replies), timeout=0)
                     return [reply for reply in replies if reply in ready]
+                if self._silent_since is not None and time.monotonic() - self._silent_since > _SECONDS_TO_START:
+                    self._silent_since = None
+                    log.warning(
+                        "No worker has started for %.0f s. Other programs may use the cluster's cores; kdx waits until enough are free.",
+                        _SECONDS_TO_START,
+                    )
                 if time.monotonic() - checked > _SECONDS_BETWEEN_CHECKS:
                     checked = time.monotonic()
                     self._check()

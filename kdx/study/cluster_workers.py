@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import queue
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -66,7 +66,8 @@ class ClusterWorkers:
     def __exit__(self, _type: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
         with self._stack:
             for worker in self._workers:
-                self._ray.kill(worker.actor)
+                with suppress(self._ray.exceptions.RayError, ConnectionError):  # the error of the block is the one to show
+                    self._ray.kill(worker.actor)
 
     @property
     def busy(self) -> bool:

@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,3 +64,30 @@ def test_an_address_at_which_nothing_listens_is_an_error_at_once(address: str) -
 @pytest.mark.parametrize("address", ["local", "auto", "ray://head:10001"])
 def test_other_addresses_are_left_to_ray(address: str) -> None:
     ray_crew._check_reachable(address)
+
+
+class SlowRay:
+    """Stands for Ray: the replies arrive at the third question."""
+
+    def __init__(self) -> None:
+        self.exceptions = SimpleNamespace(RaySystemError=OSError)
+        self.questions = 0
+
+    def get_runtime_context(self) -> SlowRay:
+        return self
+
+    def get_node_id(self) -> str:
+        return "this"
+
+    def wait(self, replies: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+        self.questions += 1
+        return (replies, []) if self.questions > 2 else ([], replies)
+
+
+def test_the_user_is_told_once_that_no_worker_starts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(ray_crew, "_SECONDS_TO_START", -1.0)
+    assert ray_crew.Connection(SlowRay()).wait(["a"]) == ["a"]
+    assert [record.getMessage().partition(" for ")[0] for record in caplog.records] == ["No worker has started"]
+    caplog.clear()
+    monkeypatch.setattr(ray_crew, "_SECONDS_TO_START", 60.0)
+    assert ray_crew.Connection(SlowRay()).wait(["a"]) == ["a"] and not caplog.records

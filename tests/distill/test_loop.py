@@ -91,7 +91,8 @@ def test_the_default_training_is_the_plain_loop(images: SplitImages, tmp_path: P
             losses += float(loss.detach()) * len(batch) / COUNT
         means.append(losses)
     weights, results = trained(images, settings, tmp_path)
-    assert all(torch.equal(weights[name], tensor) for name, tensor in module.state_dict().items())
+    for name, tensor in module.state_dict().items():  # equal up to the rounding of convolutions of other memory layouts
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-7)
     assert [result.loss for result in results] == pytest.approx(means)
 
 
