@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from benchmarks.comparison import Work
+from kdx.kernels import ambient
 
 SIDES, VALUES, REPEATS = (1024, 2048, 3072), 1 << 26, 9
 """The sides of the square matrices, and the length of the copied vectors, which exceeds any cache."""
@@ -24,17 +25,13 @@ def limits() -> dict[str, float]:
     ``operations``, ``operations, one thread``: float32. ``operations, bf16``: bfloat16. ``bytes``: read and written.
     """
     destination, source = torch.empty(VALUES), torch.ones(VALUES)
-    threads = torch.get_num_threads()
     rates = {
         "operations": _rate(torch.float32),
         "operations, bf16": _rate(torch.bfloat16),
         "bytes": 2 * source.nbytes / _best(lambda: destination.copy_(source)),
     }
-    torch.set_num_threads(1)
-    try:
+    with ambient.torch_threads(1):
         rates["operations, one thread"] = _rate(torch.float32)
-    finally:
-        torch.set_num_threads(threads)
     return rates
 
 

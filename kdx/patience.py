@@ -171,9 +171,9 @@ class Waits:
 class Watch:
     """Starts an idle team when the machine is crowded in a block, and ends it when the machine is quiet or no block runs any more.
 
-    A block looks at the other processes when it begins, because its own threads have not waited yet. From then on a thread asks every
-    `INTERVAL` for how long the threads of this process wait. That tells more: it also holds in a container, and for the own threads of a
-    process that has more of them than cores. The first look is not repeated while the answers are recent.
+    When a block begins, the threads of this process have not waited yet, so it looks at the other processes. Then a thread asks every
+    `INTERVAL` how long the threads of this process have waited for a core. This answer is better: it is also right in a container, and in a
+    process that has more threads than cores. A block that begins soon after an answer does not look again.
     """
 
     def __init__(self) -> None:

@@ -28,8 +28,8 @@ def prefetch(jobs: Iterable[Job[T]], workers: int, depth: int = PREFETCH_DEPTH) 
     """The results of the jobs, in order, while ``workers`` threads run the tasks of the next ``depth`` jobs.
 
     Each job is drawn from ``jobs`` when its tasks start, so the memory of the jobs is bounded too. With 0 workers, the thread that
-    takes a result runs its job at that moment. An exception in a task is raised where its result is taken. At the end of the
-    block, tasks that have not started are cancelled, the others are completed, and the threads end.
+    takes a result runs its job at that moment. An exception in a task is raised where its result is taken. The block's end cancels
+    tasks that have not started and waits for those that run. Then the threads end.
 
     These are threads and not processes: the tasks release the interpreter's lock, threads share memory, and they end with their process.
 

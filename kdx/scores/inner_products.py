@@ -87,20 +87,20 @@ def inner_products(
     inputs, plan = _prepared(named, permuted, sampling, classes)
     if plan.batch is not None:
         return _in_batches(inputs, plan, plan.batch)
-    return _in_tiles(inputs, plan, sums) if plan.n > _ALL_PAIRS else _of_all_pairs(inputs, plan)
+    return _in_tiles(inputs, plan, sums) if plan.tiled else _of_all_pairs(inputs, plan)
 
 
 @ambient.neutral()
 def sweep_of(named: Mapping[str, Rows | Labels], permuted: Collection[str], sampling: Sampling = Sampling()) -> tiles.Sweep | None:
     """The sums from which `inner_products` of the same arguments follow; None for few images and for batches."""
     inputs, plan = _prepared(named, permuted, sampling, None)
-    return None if plan.batch is not None or plan.n <= _ALL_PAIRS else _sweep(_matrices(inputs), tuple(inputs), plan)
+    return _sweep(_matrices(inputs), tuple(inputs), plan) if plan.tiled else None
 
 
 def block_count(named: Mapping[str, Rows | Labels], sampling: Sampling) -> int | None:
     """The number of blocks in the sweep that `sweep_of` returns; None where it returns none."""
     inputs, plan = _prepared(named, (), sampling, None)
-    if plan.batch is not None or plan.n <= _ALL_PAIRS:
+    if not plan.tiled:
         return None
     sources = [source.matrix() if isinstance(source, Target) else source for source in inputs.values()]
     rows = [source.rows if isinstance(source, tiles.FeatureDistances) else source for source in sources]
@@ -155,6 +155,11 @@ class _Plan:
     ops: dispatch.TorchBackend
     batch: int | None
     classes: Tensor | None
+
+    @property
+    def tiled(self) -> bool:
+        """Whether all pairs are computed, in tiles."""
+        return self.batch is None and self.n > _ALL_PAIRS
 
     def centred(self, distances: BatchDistances) -> Tensor:
         """The centred matrices of the estimator."""

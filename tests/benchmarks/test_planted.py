@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import planted, planted_tables
 from kdx.data.planted_cues import BOX, SIDE, Composites, draw_composites
-from kdx.kernels import geometry
+from kdx.kernels import ambient, geometry
 
 
 def one_region(rows: slice, columns: slice, n: int = 2) -> Composites:
@@ -100,12 +100,8 @@ def test_the_difference_was_planted() -> None:
 
 @pytest.mark.slow
 def test_a_decomposition_of_the_gain_shows_a_planted_texture() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with ambient.torch_threads(1):
         run = planted.measure(planted.CASES["texture"], 0)
-    finally:
-        torch.set_num_threads(threads)
     assert run["accuracy"]["student"]["cue"] > 0.9 and run["accuracy"]["base"]["cue"] == pytest.approx(1 / 6, abs=0.1)
     assert all(run["accuracy"][role]["glyph"] > 0.9 for role in ("student", "base"))
     for layer in planted.LAYERS:

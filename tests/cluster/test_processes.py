@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from kdx.choices import GeometryName
 from kdx.commands import explain
+from kdx.kernels import ambient
 from tests.cluster.test_ray import bytes_of
 from tests.runs.conftest import folder as folder
 from tests.runs.small_run import OPTIONS
@@ -31,13 +31,9 @@ def torchrun(folder: Path, out: Path, geometry: str, data: str = "pictures") -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("geometry", ["batch", "whole"])
 def test_two_processes_write_the_bytes_of_one(folder: Path, tmp_path: Path, geometry: GeometryName) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with ambient.torch_threads(1):
         options = replace(OPTIONS, geometry=geometry)
         explain.run(str(folder / "pictures"), folder / "models.toml", tmp_path / "one", (), options, announce=lambda line: None)
-    finally:
-        torch.set_num_threads(threads)
     result = torchrun(folder, tmp_path / "two", geometry)
     assert result.returncode == 0, result.stderr
     assert bytes_of(tmp_path / "two") == bytes_of(tmp_path / "one")

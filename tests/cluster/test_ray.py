@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from kdx.choices import GeometryName
@@ -27,6 +26,7 @@ from kdx.cluster.ray_crew import RayCrew, connected
 from kdx.cluster.service import Facts
 from kdx.commands import explain
 from kdx.errors import KdxError
+from kdx.kernels import ambient
 from kdx.runs import distributed
 from kdx.runs.store import Store
 from tests.cluster import toy_services
@@ -81,12 +81,8 @@ def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def alone(folder: Path, out: Path, geometry: GeometryName) -> Path:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with ambient.torch_threads(1):
         run(folder, out, geometry, None)
-    finally:
-        torch.set_num_threads(threads)
     return out
 
 

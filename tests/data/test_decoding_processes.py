@@ -148,7 +148,7 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether a process runs. A process that has ended, and whose parent has not read its status yet, does not run."""
+    """Whether a process runs. A zombie, which has ended but whose status its parent has not read yet, does not run."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

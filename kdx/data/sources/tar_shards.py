@@ -174,7 +174,7 @@ def _read_range(path: Path, start: int, stop: int) -> bytes:
 
 
 def _index(shard: Path, image: str, label: str) -> _Index:
-    """The index of a shard. It is read from kdx's caches if it is stored there and the shard has not changed since."""
+    """The index of a shard. If kdx's caches contain it, and the shard has not changed since, it is read from there."""
     try:
         if isinstance(shard, RemotePath):
             state: list[object] = [str(shard), asdict(shard.file)]
