@@ -38,7 +38,7 @@ def check_channels_last(network: nn.Module, device: torch.device) -> None:
     """Raise KdxError for a network whose gradients PyTorch writes beyond their memory in the layout with the channels last.
 
     oneDNN's gradient of a 1 x 1 convolution for AVX2 (jit_avx2_1x1_convolution_bwd_weights_t) does so in this layout unless the number of
-    channels is a multiple of 8. Valgrind shows it for PyTorch 2.13 and 2 channels; the process may crash much later.
+    input channels is a multiple of 8. Valgrind shows it for PyTorch 2.13 and 2 input channels; the process may crash much later.
     """
     if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2":
         return
