@@ -127,10 +127,14 @@ class Distillation:
         return self.folder / f"{role}.safetensors"
 
     def initial_network(self, role: str) -> nn.Module:
-        """The network of a role with its initial weights, which are the same for base and student."""
+        """The network of a role with its initial weights, which are the same for base and student.
+
+        A network that the user's function returns can have channels last; only the settings decide whether it is trained so.
+        """
         with seeded(self.device, self.settings.seed, int(role == "teacher")):
             module = models.load(str(self.reference(role)), classes=len(self.dataset.classes)).module
-        return module.to(self.device)
+        module.to(self.device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        return module
 
     def network_to_train(self, role: str) -> nn.Module:
         """`initial_network`. Raises KdxError if PyTorch cannot train it in the memory layout of the settings."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,20 +36,27 @@ def check_settings(settings: TrainingSettings, device: torch.device, processes: 
 
 
 def check_channels_last(network: nn.Module, device: torch.device) -> None:
-    """Raise KdxError for a network whose gradients PyTorch writes beyond their memory in the layout with the channels last.
+    """Raise KdxError for a network whose gradients PyTorch writes beyond their memory in the layout with the channels last."""
+    found = _overwriting_layer(network, device)
+    if found is not None:
+        name, module = found
+        raise KdxError(
+            f"This processor (AVX2) cannot train the layer {name} with --channels-last: its {module.in_channels} channels are not a "
+            "multiple of 8, for which PyTorch writes beyond the memory of the gradient.",
+            "Leave out --channels-last.",
+        )
+
+
+def _overwriting_layer(network: nn.Module, device: torch.device) -> tuple[str, nn.Conv2d] | None:
+    """The first layer, with its name, whose gradient PyTorch writes beyond its memory if channels are last.
 
     oneDNN's gradient of a 1 x 1 convolution for AVX2 (jit_avx2_1x1_convolution_bwd_weights_t) does so in this layout unless the number of
     input channels is a multiple of 8. Valgrind shows it for PyTorch 2.13 and 2 input channels; the process may crash much later.
     """
     if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2":
-        return
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.in_channels % 8:
-            raise KdxError(
-                f"This processor (AVX2) cannot train the layer {name} with --channels-last: its {module.in_channels} channels are not a "
-                "multiple of 8, for which PyTorch writes beyond the memory of the gradient.",
-                "Leave out --channels-last.",
-            )
+        return None
+    convolutions = ((name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d))
+    return next(((name, module) for name, module in convolutions if module.kernel_size == (1, 1) and module.in_channels % 8), None)
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -86,7 +94,12 @@ class CompiledGraph(FeatureGraph):
 
         # Compiled passes are stored with the code, and are reused for another network of the same shapes without looking at its hooks.
         captured.__code__ = captured.__code__.replace()
-        self._compiled = torch.compile(captured, backend=backend)
+        # Inductor puts channels last on a processor.
+        device = next(network.parameters(), torch.empty(0)).device
+        options: dict[str, Any] | None = (
+            {"layout_optimization": False} if backend == "inductor" and _overwriting_layer(network, device) else None
+        )
+        self._compiled = torch.compile(captured, backend=backend, options=options)
 
     def _pass(self, images: Tensor, capture: Callable[[Tensor], Tensor]) -> tuple[object, dict[str, object]]:
         return self._compiled(images)

@@ -30,6 +30,9 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST = 1e50
 """The largest distance whose sixth power, which the moments of inner products contain, is a number in float64."""
 
+_CENTRING_ROUNDING = 2.0**-48
+"""The largest rounding of U-centring, relative to the largest distance. Up to 1.1e-15 was measured, for up to 1,132 images."""
+
 MIN_IMAGES = 4
 """The fewest images that have U-centred geometry: the unbiased inner product divides by n(n - 3)."""
 
@@ -195,11 +198,15 @@ def row_distances(rows: Mapping[str, Tensor], backend: TorchBackend) -> BatchDis
 def checked_distances(d: Tensor, rows: Mapping[str, Tensor]) -> BatchDistances:
     """Distances d [k, n, n] between the rows [n, ...] of each of k names, together with the U-centred distances.
 
+    U-centred distances that are only rounding are zero. A target has whole rows of them: that of an image without others of its class,
+    if all other classes are of one size. Decompositions of such an image are then zero as well, instead of a map of rounding.
+
     Raises KdxError if the distances of a name are not finite, or all equal: no correlation with them is defined.
     """
     for matrix, (name, x) in zip(d, rows.items(), strict=True):
         check_distances(matrix, x, name)
     centred = geometry.u_centered(d)
+    centred.masked_fill_(centred.abs() <= _CENTRING_ROUNDING * d.amax((-2, -1), keepdim=True), 0)
     sums = zip(geometry.dot(centred, centred).tolist(), geometry.dot(d, d).tolist(), strict=True)
     for (remaining, whole), (name, x) in zip(sums, rows.items(), strict=True):
         check_varied(remaining, whole, rounding(x), name)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from kdx.distill import EpochResult, TrainingSettings, distill
+from kdx.distill import EpochResult, TrainingSettings, blocked_layout, distill
 from kdx.distill.number_formats import CompiledGraph, autocast, check_channels_last, check_settings, has_bfloat16
 from kdx.distill.processes import SINGLE, Processes
 from kdx.errors import KdxError
@@ -21,11 +21,11 @@ from tests.distill.small import QUICK, STUDENT, TEACHER
 CPU = torch.device("cpu")
 
 
-def network() -> nn.Sequential:
+def network(classes: int = 7) -> nn.Sequential:
     torch.manual_seed(0)
     block = nn.Sequential(nn.Conv2d(4, 5, 3), nn.ReLU(inplace=True))
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 7)
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, classes)
     )
 
 
@@ -90,6 +90,41 @@ def test_a_layout_for_which_pytorch_overwrites_memory_is_refused(
         check_channels_last(convolutions, CPU)
 
 
+@pytest.mark.parametrize(("capability", "channels", "safe"), [("AVX2", 12, False), ("AVX2", 16, True), ("AVX512", 12, True)])
+def test_a_compiled_network_does_not_get_that_layout(monkeypatch: pytest.MonkeyPatch, capability: str, channels: int, safe: bool) -> None:
+    given: list[dict[str, bool] | None] = []
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch, "compile", lambda function, backend, options: given.append(options))
+    convolutions = nn.Sequential(nn.Conv2d(3, channels, 3), nn.Conv2d(channels, 10, 1))
+    CompiledGraph(convolutions, [], Preprocessing(mean=(0.4,), std=(0.3,)))
+    assert given == [None if safe else {"layout_optimization": False}]
+
+
+def last(classes: int = 10) -> nn.Module:
+    """A user's network whose weights have channels last."""
+    return network(classes).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_setting_chooses_the_layout_and_not_the_network(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels_last: bool
+) -> None:
+    layouts: set[bool] = set()
+    convolve = nn.Conv2d.forward
+
+    def observed(self: nn.Conv2d, features: torch.Tensor) -> torch.Tensor:
+        result = convolve(self, features)
+        if torch.is_grad_enabled() and self.training:
+            layouts.add(result.is_contiguous(memory_format=torch.channels_last))
+        return result
+
+    monkeypatch.setattr(nn.Conv2d, "forward", observed)
+    monkeypatch.setattr(blocked_layout, "suits", lambda *_: False)
+    settings = replace(QUICK, student_images=60, epochs=1, channels_last=channels_last)
+    losses(tmp_path, settings, finished, "tests.distill.test_number_formats:last")
+    assert layouts == {channels_last}
+
+
 def test_networks_compute_in_bfloat16() -> None:
     graph = FeatureGraph(network(), ["3"])
     exact = graph(torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(1)))
@@ -102,11 +137,9 @@ def test_networks_compute_in_bfloat16() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
 def test_a_compiled_training_is_the_training(finished: Path, tmp_path: Path) -> None:
-    for method in ("kd", "at"):
-        settings = replace(QUICK, method=method, student_images=60, epochs=2)
-        expected = losses(tmp_path / method / "plain", settings, finished, STUDENT)
-        compiled = losses(tmp_path / method / "compiled", replace(settings, compile=True), finished, STUDENT)
-        assert compiled == pytest.approx(expected, rel=1e-3)
+    settings = replace(QUICK, method="at", student_images=60, epochs=2)
+    expected = losses(tmp_path / "plain", settings, finished, STUDENT)
+    assert losses(tmp_path / "compiled", replace(settings, compile=True), finished, STUDENT) == pytest.approx(expected, rel=1e-3)
 
 
 def test_settings_that_a_machine_cannot_train_with_are_refused() -> None:

@@ -41,7 +41,7 @@ def report_threads():
     deadline = time.monotonic() + 5  # a thread that has been joined can be listed for a moment
     while gloo_threads() and time.monotonic() < deadline:
         time.sleep(0.01)
-    print("threads at the end:", gloo_threads())
+    os.write(1, f"threads at the end: {gloo_threads()}\\n".encode())  # in one piece, because both processes write
 
 atexit.register(report_threads)  # after all that kdx registers later
 save = loop._Run._save

@@ -48,6 +48,15 @@ def test_pairs_at_nearly_zero_distance_keep_their_digits(apart: float, dtype: to
     assert (actual - expected).abs().max() <= (1e-9 if dtype == torch.float64 else 1e-4) * expected.abs().max()
 
 
+@pytest.mark.parametrize(("others", "size"), [(2, 3), (4, 4), (9, 5), (28, 12)])
+def test_an_image_alone_beside_equal_classes_has_a_map_of_zeros(others: int, size: int) -> None:
+    """Its row of U-centred target distances is zero exactly, and its map must not be an enlarged picture of rounding."""
+    labels = np.random.default_rng(others).permutation(np.append(np.arange(others * size) % others, others))
+    x = np.random.default_rng(0).normal(size=(len(labels), 3, 2, 2))
+    drawn = np.abs(kdx.decompose(x, labels).at_size((4, 4))).max((1, 2))
+    assert drawn[labels == others] == 0 and drawn[labels != others].min() == 1
+
+
 SCORES: dict[str, tuple[Callable[[Any, Any, Any], kdx.Decomposition[Any]], Callable[[Any, Any, Any], float]]] = {
     "RS(X)": (lambda x, y, t: kdx.decompose(x, LABELS), lambda x, y, t: kdx.rs(x, LABELS).value),
     "RS(X|Y)": (lambda x, y, t: kdx.decompose(x, LABELS, given=y), lambda x, y, t: kdx.rs(x, LABELS, given=y).value),
