@@ -23,12 +23,16 @@ ERROR_FILE = "error.txt"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: after which time, and with which error; ``problem`` is empty if it is complete."""
+    """How a job ended: after which time, and with which error; ``problem`` is empty if it is complete.
+
+    worker_ended: whether the job only ended because its process did.
+    """
 
     job: Job
     seconds: float
     problem: str = ""
     hint: str = ""
+    worker_ended: bool = False
 
 
 def attempt(job: Job, perform: Perform, folder: Path, note: Note) -> Outcome:

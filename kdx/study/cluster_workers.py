@@ -94,7 +94,7 @@ class ClusterWorkers:
                 message = self._connection.result(reply)
             except WorkerEnded as error:
                 self._workers.remove(worker)
-                yield Outcome(worker.job, 0.0, f"Its worker ended: {error}.", "If memory ran out, start fewer workers.")
+                yield Outcome(worker.job, 0.0, f"Its worker ended: {error}.", "If memory ran out, start fewer workers.", True)
                 continue
             if isinstance(message, str):
                 worker.reply = worker.actor.message.remote()

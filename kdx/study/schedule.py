@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from kdx.cluster.options import ClusterOptions
+from kdx.cluster.pool import MOST_DEATHS
 from kdx.kernels import ambient
 from kdx.study.attempts import Outcome, Perform, attempt
 from kdx.study.cluster_workers import ClusterWorkers
@@ -32,7 +34,8 @@ def run_jobs(
     jobs: in an order in which each job comes after those that it needs. workers: the number of processes; with 1, this process runs all
     jobs. threads: those of each process. cluster: in place of ``workers``, as many workers as the cluster has room for.
 
-    An error ends its job and the jobs that need it, but no others. An exception in the caller, such as Ctrl-C, or closing the generator
+    An error ends its job and the jobs that need it, but no others. A job whose worker ends is repeated and resumes, until it has ended as
+    many workers as `kdx.cluster.pool.MOST_DEATHS`. An exception in the caller, such as Ctrl-C, or closing the generator
     stops all jobs.
     """
     done, failed = set(complete), set[str]()
@@ -51,6 +54,7 @@ def run_jobs(
     if not waiting:
         return
     uses_gpus = any(job.extras.device != "cpu" for job in waiting)
+    deaths = Counter[str]()
     processes, arguments = min(workers, len(waiting)), (perform, folder, threads)
     with Workers(processes, *arguments) if cluster is None else ClusterWorkers(cluster, *arguments, uses_gpus=uses_gpus) as pool:
         while waiting or pool.busy:
@@ -65,6 +69,11 @@ def run_jobs(
                 pool.start(job)
                 on_note(job, "starting")
             for outcome in pool.wait(on_note):
+                deaths[outcome.job.key] += outcome.worker_ended
+                if outcome.worker_ended and deaths[outcome.job.key] < MOST_DEATHS:
+                    waiting.insert(0, outcome.job)
+                    on_note(outcome.job, f"Warning: {outcome.problem} The job is repeated.")
+                    continue
                 (failed if outcome.problem else done).add(outcome.job.key)
                 yield outcome
 

@@ -85,7 +85,7 @@ class Workers:
                 worker.process.join()
                 code = worker.process.exitcode
                 ended = f"by signal {-code}" if code is not None and code < 0 else f"with status {code}"
-                yield Outcome(worker.job, 0.0, f"Its process ended {ended}.", "If memory ran out, choose fewer --workers.")
+                yield Outcome(worker.job, 0.0, f"Its process ended {ended}.", "If memory ran out, choose fewer --workers.", True)
                 continue
             if isinstance(message, str):
                 on_note(worker.job, message)

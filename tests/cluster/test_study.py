@@ -20,8 +20,8 @@ from tests.study.small_study import ASSISTANT, CONTENT, fail_at
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray")
-def test_failures_and_killed_workers_end_only_the_jobs_that_need_them(tmp_path: Path) -> None:
-    grid = grid_of(design_of({**copy.deepcopy(CONTENT), "methods": ["kd", "at", "rkd"], "assistants": {"medium": ASSISTANT}}))
+def test_failures_end_only_the_jobs_that_need_them_and_jobs_of_killed_workers_are_repeated(tmp_path: Path) -> None:
+    grid = grid_of(design_of({**copy.deepcopy(CONTENT), "methods": ["kd", "at", "rkd", "dkd"], "assistants": {"medium": ASSISTANT}}))
     notes: list[str] = []
     settings: dict[str, Any] = {"workers": 1, "threads": 1, "cluster": ClusterOptions(workers=2)}
     ended = list(run_jobs(grid.jobs, fail_at, tmp_path, on_note=lambda job, note: notes.append(note), **settings))
@@ -31,6 +31,7 @@ def test_failures_and_killed_workers_end_only_the_jobs_that_need_them(tmp_path: 
     assert "digits/seed0/assistant-large+medium-kd, which failed" in problems["digits/large+medium/tiny/kd/seed0"]
     assert "ZeroDivisionError" in problems["digits/large/tiny/at/seed0"]
     assert "fail_at" in (tmp_path / "cells/digits/large/tiny/at/seed0" / ERROR_FILE).read_text()
-    assert "worker ended" in problems["digits/large/tiny/rkd/seed0"]
+    assert "worker ended" in problems["digits/large/tiny/rkd/seed0"] and "digits/large/tiny/dkd/seed0" not in problems
+    assert len([note for note in notes if note.startswith("Warning")]) == 3, "the job of dkd is repeated once, and that of rkd twice"
     done = (tmp_path / "jobs.txt").read_text().split()
     assert sorted(done) == sorted(job.key for job in grid.jobs if job.key not in problems), "every other job ran, once"

@@ -37,12 +37,15 @@ def record(job: Job, folder: Path, note: Note) -> None:
 
 
 def fail_at(job: Job, folder: Path, note: Note) -> None:
-    """`record`, except for the jobs of `at`: an error of the user, an error of kdx, or the end of the process, by the name of the job."""
+    """`record`, except for some jobs: an error of the user, an error of kdx, or the end of the process, each time or the first time."""
     if job.kind == "assistant":
         raise KdxError("The assistant is ill.", "Give another one.")
     if job.key.endswith("/at/seed0"):
         raise ZeroDivisionError("nothing can be divided")
     if job.key.endswith("/rkd/seed0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if job.key.endswith("/dkd/seed0") and not (folder / "died").exists():
+        (folder / "died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     record(job, folder, note)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ def grid() -> Grid:
     return grid_of(design_of({**copy.deepcopy(CONTENT), "assistants": {"medium": ASSISTANT}}))
 
 
-def outcomes(grid: Grid, perform: Any, folder: Path, workers: int, **settings: Any) -> dict[str, Outcome]:
-    ended = list(run_jobs(grid.jobs, perform, folder, workers=workers, threads=1, on_note=lambda job, note: None, **settings))
+def outcomes(
+    grid: Grid, perform: Any, folder: Path, workers: int, on_note: Callable[[Job, str], None] = lambda job, note: None, **settings: Any
+) -> dict[str, Outcome]:
+    ended = list(run_jobs(grid.jobs, perform, folder, workers=workers, threads=1, on_note=on_note, **settings))
     assert len({outcome.job.key for outcome in ended}) == len(ended)
     return {outcome.job.key: outcome for outcome in ended}
 
@@ -73,10 +76,13 @@ def test_code_of_a_model_that_ends_the_program_fails_its_job_alone(grid: Grid, t
 
 
 @pytest.mark.slow  # two processes import PyTorch
-def test_processes_do_the_same_and_one_that_dies_fails_its_job(tmp_path: Path) -> None:
-    content = {**copy.deepcopy(CONTENT), "assistants": {"medium": ASSISTANT}, "methods": ["rkd", "kd", "at"]}
+def test_processes_do_the_same_and_jobs_whose_process_dies_are_repeated(tmp_path: Path) -> None:
+    content = {**copy.deepcopy(CONTENT), "assistants": {"medium": ASSISTANT}, "methods": ["rkd", "dkd", "kd", "at"]}
     grid = grid_of(design_of(content))
-    ended = outcomes(grid, fail_at, tmp_path, 2)
+    warnings: list[str] = []
+    ended = outcomes(grid, fail_at, tmp_path, 2, lambda job, note: warnings.append(job.key) if note.startswith("Warning") else None)
+    assert sorted(warnings) == ["digits/large/tiny/dkd/seed0"] + 2 * ["digits/large/tiny/rkd/seed0"]
+    assert not ended["digits/large/tiny/dkd/seed0"].problem
     assert "ended by signal 9" in ended["digits/large/tiny/rkd/seed0"].problem
     check_failures(ended, tmp_path)
     assert len(ended) == len(grid.jobs)
