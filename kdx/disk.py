@@ -102,7 +102,7 @@ def check_locked(folder: Path, lock: IO[bytes] | RemoteLock) -> None:
         )
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """`json.loads` that raises ValueError also for values that are nested too deeply."""
     try:
         return json.loads(text)

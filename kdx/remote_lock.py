@@ -143,7 +143,7 @@ def _read(path: RemotePath) -> dict[str, Any]:
     """The content of a lock; empty if there is none, or if it is damaged."""
     try:
         content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -19,10 +19,13 @@ def class_labels(values: Sequence[object], names: Sequence[str] | None, column: 
     """The names of the classes, and the label [n] of each value: an integer or a name.
 
     names: the classes that integers index; without them, the different values are the classes, in natural order. column, data: the names
-    of the column and the data, for errors. Raises KdxError for values of other types and for values without a class.
+    of the column and the data, for errors. Raises KdxError for values of other types, for values without a class, and for names that are
+    not different texts.
     """
     numbers: dict[object, int]
-    if names is not None:
+    if names is not None and (not all(isinstance(name, str) for name in names) or len(set(names)) < len(names)):
+        raise KdxError(f"The classes of {data} do not have different names.", "Choose another column with ,label=COLUMN.")
+    if names is not None and not any(isinstance(value, list | dict) for value in values):
         numbers = {**{name: number for number, name in enumerate(names)}, **{number: number for number in range(len(names))}}
     elif all(type(value) is int or isinstance(value, str) for value in values):
         different = sorted(set(values), key=lambda value: natural_key(str(value)))

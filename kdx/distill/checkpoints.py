@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdx.disk import replacing
+from kdx.disk import parse_json, replacing
 from kdx.errors import KdxError
 from kdx.models.checkpoint_files import read_recipe
 
@@ -41,10 +41,12 @@ class Recipe:
         return json.dumps(self.entries, sort_keys=True)
 
     def differences(self, stored: str) -> list[str]:
-        """The names of the entries in which a stored recipe differs."""
+        """The names of the entries in which a stored recipe differs. Raises ValueError if it is damaged."""
         if stored == self.to_json():
             return []
-        theirs, ours = json.loads(stored), dict(self.entries)
+        theirs, ours = parse_json(stored), dict(self.entries)
+        if not isinstance(theirs, dict):
+            raise ValueError("a recipe is a JSON object")
         if "seed" in theirs and "split_seed" not in theirs and self.fingerprint_of_0_1_0 is not None:
             theirs |= {"split_seed": theirs["seed"]}
             ours |= {"data": self.fingerprint_of_0_1_0()}
@@ -82,13 +84,15 @@ def resume(
         return {"recipe": recipe.to_json(), "epoch": 0, "best_score": [-math.inf, -math.inf]}
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        _check_recipe(path, state["recipe"], recipe)
+        network.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        for name, part in others.items():
+            part.load_state_dict(state[name])
+    except KdxError:
+        raise
     except Exception as error:  # kdx writes it atomically, so another program has changed it
         raise KdxError(f"The state file {path} cannot be read.", "Remove it to train this network from the start.") from error
-    _check_recipe(path, state["recipe"], recipe)
-    network.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    for name, part in others.items():
-        part.load_state_dict(state[name])
     return state
 
 
@@ -145,7 +149,10 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _check_recipe(path: Path, stored: str, recipe: Recipe) -> None:
-    differing = recipe.differences(stored)
+    try:
+        differing = recipe.differences(stored)
+    except ValueError as error:
+        raise KdxError(f"The recipe in {path} is damaged.", "Remove the file to train this network again.") from error
     if differing:
         raise KdxError(
             f"{path} belongs to another configuration: {', '.join(differing)} differ{'s' if len(differing) == 1 else ''}.",

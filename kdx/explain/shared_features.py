@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdx.disk import lock_file, log, replacing, unwritable, write_atomic
+from kdx.disk import lock_file, log, parse_json, replacing, unwritable, write_atomic
 from kdx.errors import KdxError, first_line
 from kdx.runtimes.runner import NetworkOutputs
 
@@ -82,7 +82,7 @@ class SharedFeatures:
     def runtime(self) -> str | None:
         """The runtime of the first pass; None if there was none."""
         path = self.folder / "runtime.json"
-        return str(json.loads(path.read_text("utf-8"))) if path.exists() else None
+        return str(parse_json(path.read_text("utf-8"))) if path.exists() else None
 
     def keep_runtime(self, runtime: str) -> None:
         """Record the runtime, unless one is recorded."""

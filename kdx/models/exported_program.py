@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdx.disk import parse_json
 from kdx.errors import KdxError, first_line
 from kdx.export.graphs import Preprocessing
 
@@ -82,13 +83,13 @@ def _checked_archive(path: Path) -> tuple[io.BytesIO, tuple[int, int] | None]:
         if "models/model.json" not in records:
             raise _refusal("it contains no model.json", "Save one program with torch.export.save.")
         contents = {name: file.read(records[name]) for name in ("archive_format", "archive_version", "byteorder", ".data/version")}
-        model = json.loads(file.read(records["models/model.json"]))
+        model = parse_json(file.read(records["models/model.json"]))
         size = _image_size(model)
         contents["models/model.json"] = json.dumps(_checked_model(model)).encode()
         contents["data/sample_inputs/model.pt"] = b""  # pickled, and not needed
         for folder, kind in (("weights", "weights"), ("constants", "constants")):
             name = f"data/{folder}/model_{kind}_config.json"
-            config = json.loads(file.read(records[name]))
+            config = parse_json(file.read(records[name]))
             _check(config)
             contents[name] = json.dumps(config).encode()
             for payload in config["config"].values():
@@ -156,7 +157,7 @@ def _check_text(text: str, key: str) -> None:
     if key == "target":
         _check_operator(text)
     elif key in ("in_spec", "out_spec"):
-        _check_structure(json.loads(text)[1])
+        _check_structure(parse_json(text)[1])
     elif key == "expr_str":
         if not _is_arithmetic(ast.parse(text, mode="eval").body):
             raise _refusal(f"a size in it is not arithmetic: {text!r}")

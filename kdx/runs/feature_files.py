@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdx.choices import StoredPrecision
-from kdx.disk import write_atomic
+from kdx.disk import parse_json, write_atomic
 from kdx.errors import KdxError
 from kdx.explain.whole_set import SetRows
 from kdx.features.array_files import new_array
@@ -110,7 +110,7 @@ class FeatureFiles:
     def unreadable(self) -> list[tuple[str, str]]:
         """The name and the reason for each image that could not be read, without repetitions."""
         path = self.folder / "unreadable.json"
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        stored = parse_json(path.read_text(encoding="utf-8")) if path.exists() else []
         return sorted({(str(name), str(reason)) for name, reason in stored})
 
     @property

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdx.disk import parse_json
 from kdx.explain.map_statistics import MapStatistics, NullStrength
 from kdx.kernels.moments import Influences, Moments
 from kdx.scores.groups import GroupContrast, GroupScores
@@ -116,7 +117,7 @@ class LayerRecord:
             _products({name: values for name, values in arrays.items() if "/" not in name}),
             {kind: MapStatistics(*torch.from_numpy(values)) for kind, values in kinds["statistics"].items()},
             {kind: NullStrength(*values.tolist()) for kind, values in kinds["null"].items()},
-            {kind: [_group(json.loads(text)) for text in values.tolist()] for kind, values in kinds["grouped"].items()},
+            {kind: [_group(parse_json(text)) for text in values.tolist()] for kind, values in kinds["grouped"].items()},
             _influences({name: torch.from_numpy(values) for name, values in kinds["influences"].items()}),
         )
 

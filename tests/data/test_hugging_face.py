@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import struct
 import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -171,6 +172,19 @@ def test_data_without_classes_or_images_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(KdxError, match=problem):
             open_data(f"hfdata:{tmp_path / name}")
+
+
+def test_offsets_that_leave_the_file_are_refused(tmp_path: Path) -> None:
+    """Arrow does not check where the values of a file in memory begin and end, and would read any memory."""
+    folder = write("saved", tmp_path)
+    (file,) = folder.glob("test/*.arrow")
+    first, last = len(png(4)), len(png(4)) + len(png(5))
+    whole = struct.pack("<3i", 0, first, last)
+    content = file.read_bytes()
+    assert content.count(whole) == 1
+    file.write_bytes(content.replace(whole, struct.pack("<3i", 0, 2**30, 2**30 + 1)))
+    with pytest.raises(KdxError, match=r"The column 'image' of .* is damaged"):
+        open_data(f"hfdata:{folder}")
 
 
 def test_a_data_set_that_cannot_be_loaded_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,6 +238,18 @@ def test_parquet_files_without_images_or_labels_are_errors(pictures: Path, tmp_p
         open_data(f"parquet:{path}")
 
 
+def test_values_that_are_nested_too_deeply_name_nothing(pictures: Path, tmp_path: Path) -> None:
+    nested = "[" * 50_000
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number, path in enumerate(paths(pictures)[:4]):
+            add(tar, path.name, path.read_bytes())
+            add(tar, f"{path.stem}.json", (nested if number == 3 else json.dumps({"label": number % 2})).encode())
+    assert len(open_data(f"wds:{tmp_path / '0.tar'},label=json.label").ids) == 3
+    table = pa.table({"image": [path.read_bytes() for path in paths(pictures)[:4]], "label": [0, 1, 0, 1]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": nested}), tmp_path / "0.parquet")
+    assert open_data(f"parquet:{tmp_path / '0.parquet'}").classes == ("0", "1")
+
+
 def test_located_references_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     expected = f"wds:{tmp_path.resolve()}/{{0..9}}.tar,label=cls,classes={tmp_path.resolve()}/names.txt"

@@ -52,6 +52,13 @@ def test_an_unreadable_checkpoint_is_refused(tmp_path: Path) -> None:
         is_finished(path, Recipe({}))
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{"])
+def test_a_damaged_recipe_is_an_error(tmp_path: Path, text: str) -> None:
+    save_file({"weight": torch.zeros(1)}, tmp_path / "teacher.safetensors", {"recipe": text})
+    with pytest.raises(KdxError, match=r"recipe in .* is damaged"):
+        is_finished(tmp_path / "teacher.safetensors", Recipe({"seed": 1}))
+
+
 def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
     weights, state = tmp_path / "student.safetensors", tmp_path / "student.state.pt"
     save_weights(weights, {"weight": torch.ones(2)}, Recipe({"seed": 0}))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import io
 import random
-import shutil
 import struct
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +14,8 @@ from PIL import Image
 
 from kdx.data.dataset import open_data
 from kdx.data.images import load_images
+from tests.hostile.input_files import Call, fresh
 from tests.hostile.mutations import damaged
-
-Call = Callable[[], object]
 
 FORMATS = (
     *("AVIF", "BMP", "DDS", "DIB", "EPS", "GIF", "ICNS", "ICO", "IM", "JPEG", "JPEG2000", "MPO", "MSP", "PCX", "PDF", "PNG", "PPM", "QOI"),
@@ -81,9 +78,3 @@ def image(path: Path, random_: random.Random) -> Call:
         load_images(dataset, range(len(dataset.ids)), (16, 16))
 
     return read
-
-
-def fresh(path: Path) -> Path:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir()
-    return path

@@ -10,16 +10,18 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+from kdx.distill import EpochResult, distill
 from kdx.report.page import write_page
 from kdx.runs.opened import open_run
 from kdx.runs.run import RunOptions, explain_dataset
+from tests.distill.small import QUICK, STUDENT, TEACHER, Interruption, stop_at
 from tests.hostile.cases import write_inputs
-from tests.hostile.mutations import HOSTILE_TEXTS
-
-Call = Callable[[], object]
-Target = Callable[[Path, random.Random], Call]
+from tests.hostile.input_files import Call, Target, fresh
+from tests.hostile.mutations import HOSTILE_TEXTS, damaged, damaged_json
 
 
 @functools.cache
@@ -84,3 +86,27 @@ def names(path: Path, random_: random.Random) -> Call:
 def _cells(text: str) -> Iterator[str]:
     for row in csv.reader(io.StringIO(text)):
         yield from row
+
+
+@functools.cache
+def stopped() -> Path:
+    """A distillation that was stopped after the first of two epochs of the student. It is not changed."""
+    folder = Path(tempfile.mkdtemp()) / "distillation"
+    with suppress(Interruption):
+        _distil(folder, stop_at("student", 1))
+    assert (folder / "student.state.pt").exists() and (folder / "base.safetensors").exists()
+    return folder
+
+
+def _distil(folder: Path, report: Callable[[EpochResult], None]) -> None:
+    settings = replace(QUICK, teacher_epochs=1, epochs=2, student_images=50)
+    distill("sample:200:digits", teacher=TEACHER, student=STUDENT, out=folder, settings=settings, device="cpu", report=report)
+
+
+def distillation(path: Path, random_: random.Random) -> Call:
+    """An unfinished distillation with a damaged file, which the same command continues."""
+    folder = fresh(path) / "distillation"
+    shutil.copytree(stopped(), folder)
+    file = random_.choice([file for file in sorted(folder.rglob("*")) if file.is_file()])
+    file.write_bytes((damaged_json if file.suffix == ".json" else damaged)(file.read_bytes(), random_))
+    return lambda: _distil(folder, lambda result: None)

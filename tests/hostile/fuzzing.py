@@ -42,6 +42,7 @@ def attempts(kind: str, first: int, last: int, seed: int, folder: Path, connecti
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGPROF, _late)
     os.chdir(folder)
+    os.environ["KDX_CACHE"] = str(folder / "cache")
     for number in range(first, last):
         os.write(connection, f"{number}\n".encode())
         random_ = random.Random(f"{seed}/{kind}/{number}")

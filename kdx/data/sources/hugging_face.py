@@ -77,7 +77,9 @@ def open_hugging_face(reference: str, place: str) -> Dataset:
     image, label = _image_column(parsed, library, first.features), _label_column(parsed, library, first.features)
     classes, labels = _labels(parsed, library, list(parts.values()), label)
     try:
-        images = [part.select_columns([image]).cast_column(image, library.Image(decode=False)) for part in parts.values()]
+        images = [_column(parsed, part, image).cast_column(image, library.Image(decode=False)) for part in parts.values()]
+    except KdxError:
+        raise
     except Exception as error:
         raise KdxError(
             f"The column {image!r} of {parsed.name} does not contain images: {first_line(error)}.", "Name another column."
@@ -148,9 +150,21 @@ def _existing(place: _Place, kind: str, column: str, features: Mapping[str, Any]
     return column
 
 
+def _column(place: _Place, part: Any, column: str) -> Any:
+    """A part with one column. Raises KdxError for a damaged one: Arrow itself would read at any place in memory that the file states."""
+    selected = part.select_columns([column])
+    try:
+        selected.data.validate(full=True)  # reads where the values begin and end, but not the images
+    except Exception as error:
+        raise KdxError(
+            f"The column {column!r} of {place.name} is damaged: {first_line(error)}.", "Write or download the data again."
+        ) from error
+    return selected
+
+
 def _labels(place: _Place, library: Any, parts: Sequence[Any], column: str) -> tuple[tuple[str, ...], Indices]:
     """The names of the classes, and the labels [n] of all parts."""
-    values = [value for part in parts for value in part.select_columns([column]).with_format("arrow")[:][column].to_pylist()]
+    values = [value for part in parts for value in _column(place, part, column).with_format("arrow")[:][column].to_pylist()]
     feature = parts[0].features[column]
     names = feature.names if isinstance(feature, library.ClassLabel) else None
     return class_labels(values, names, f"The column {column!r} of {place.name}", place.name)

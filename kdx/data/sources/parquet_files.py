@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from kdx.data.label_values import LABEL_COLUMNS, class_labels, class_names
 from kdx.data.labelled_images import Dataset, splits_by_name
 from kdx.data.numbered_names import NumberedNames
 from kdx.data.place_options import COLUMNS, located_place, place_options
+from kdx.disk import parse_json
 from kdx.errors import KdxError, first_line
 from kdx.remote import as_path, remote_errors
 
@@ -212,7 +212,7 @@ def _largest_group(files: Sequence[_File], column: str) -> _Group:
 def _stored_names(file: _File, label: str) -> list[str] | None:
     """The names of the classes that Hugging Face stores in a file; None without them."""
     try:
-        features = json.loads((file.metadata.metadata or {})[b"huggingface"])["info"]["features"]
+        features = parse_json((file.metadata.metadata or {})[b"huggingface"])["info"]["features"]
         names = features[label]["names"]
     except (KeyError, TypeError, ValueError):
         return None

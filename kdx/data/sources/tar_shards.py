@@ -30,7 +30,7 @@ from kdx.data.label_values import LABEL_COLUMNS, class_labels, class_names
 from kdx.data.labelled_images import Dataset
 from kdx.data.place_options import COLUMNS, located_place, place_options
 from kdx.data.remote_listing import listed
-from kdx.disk import cache_folder, write_atomic
+from kdx.disk import cache_folder, parse_json, write_atomic
 from kdx.errors import KdxError, first_line
 from kdx.progress import progress
 from kdx.remote import RemotePath, as_path, remote_errors
@@ -184,7 +184,7 @@ def _index(shard: Path, image: str, label: str) -> _Index:
         key = hashlib.sha256(json.dumps([_FORMAT, *state, image, label, sorted(decodable_suffixes())]).encode()).hexdigest()
         cached = cache_folder() / "shards" / f"{key}.json"
         with suppress(OSError, ValueError, TypeError):  # it does not exist or is damaged
-            return _Index(**json.loads(cached.read_text("utf-8")))
+            return _Index(**parse_json(cached.read_text("utf-8")))
         index = _scanned(shard, image, label)
     except OSError as error:
         raise KdxError(f"The shard {shard} cannot be read: {error.strerror or first_line(error)}.", _FORM) from error
@@ -275,9 +275,9 @@ def _label(extension: str, content: bytes, name: str) -> int | str | None:
         text = content.decode("utf-8").strip()
         value: Any = text
         if extension == "json":
-            fields = json.loads(text)
+            fields = parse_json(text)
             value = next((fields[each] for each in ((name,) if name else LABEL_COLUMNS) if each in fields), None)
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError):
         return None
     if isinstance(value, str):
         return int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else value or None
