@@ -91,7 +91,7 @@ def table(path: Path, random_: random.Random) -> Call:
         writer.writerow(
             [
                 f"{number}.png",
-                random_.choice((*HOSTILE_TEXTS, "cat")),
+                random_.choice((*HOSTILE_TEXTS, "cat")) if number else "dog",
                 "x" if random_.random() < 0.05 else random_.choice(("train", "test")),
                 random_.choice(HOSTILE_TEXTS),
             ]
@@ -99,7 +99,7 @@ def table(path: Path, random_: random.Random) -> Call:
         (folder / f"{number}.png").write_bytes(images()["PNG"][0])
     content = text.getvalue().encode("utf-8", "surrogatepass")
     (folder / "data.csv").write_bytes(damaged(content, random_) if random_.random() < 0.7 else content)
-    embeddings = f"cat,{random_.random()},2\ndog,3,{random_.choice((4, 'x', 'nan', '1e999', '9' * 400))}\n".encode()
+    embeddings = f"cat,{random_.random()},2\ndog,3,{random_.choice((4, 5, 6, 7, 'x', 'nan', '1e999', '9' * 400))}\n".encode()
     (folder / "classes.csv").write_bytes(damaged(embeddings, random_) if random_.random() < 0.7 else embeddings)
 
     def read() -> None:
@@ -127,17 +127,17 @@ def _read_by_all(*readers: Call) -> None:
 
 
 def parquet(path: Path, random_: random.Random) -> Call:
+    """Rows of numbers with names of images or classes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     content = io.BytesIO()
-    pq.write_table(
-        pa.table({"id": ["a", "b", "c"], "x": [1.0, 2.0, 3.0], "class": ["cat", "dog", random_.choice(HOSTILE_TEXTS[:10])]}), content
-    )
+    names = ["cat", "dog", random_.choice(HOSTILE_TEXTS[:10])]
+    pq.write_table(pa.table({"name": names, "x": [1.0, 2.0, 3.0], "y": [3.0, 2.0, 2.0]}), content)
     file = written(path, "rows.parquet", damaged(content.getvalue(), random_))
 
     def read() -> None:
-        _read_by_all(lambda: read_image_rows(file, ["a", "b"]), lambda: read_class_embeddings(file, ("cat", "dog")))
+        _read_by_all(lambda: read_image_rows(file, ["cat", "dog"]), lambda: read_class_embeddings(file, ("cat", "dog")))
 
     return read
 

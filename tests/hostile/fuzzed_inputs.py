@@ -147,9 +147,10 @@ def _toml_file(content: dict[str, Any], random_: random.Random) -> bytes:
 def models_file(path: Path, random_: random.Random) -> Call:
     content = {
         "teacher": "kdx:resnet,width=3", "student": f"{NETWORK}", "base": f"{NETWORK}", "layers": ["layer2", "layer3=layer4"],
-        "classes": ["cat", "dog"], "split_seed": 1,
-        "preprocessing": {"size": [8, 8], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
-        "resize": {"mode": "cover", "interpolation": "bilinear"}, "training": {"method": "kd", "probe": "probe.csv", "probe_images": 3},
+        "classes": ["cat", "dog"],
+        "preprocessing": {"size": [8, 8], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "resize": "cover", "interpolation": "bilinear"},
+        "data": {"reference": "digits", "fingerprint": "0123", "split_seed": 1, "used": "used.npy"},
+        "training": {"method": "kd", "probe": "probe.csv", "probe_images": 3},
     }  # fmt: skip
     file = written(path, "models.toml", _toml_file(content, random_))
 
@@ -164,9 +165,10 @@ def study(path: Path, random_: random.Random) -> Call:
     content = {
         "data": {"digits": "sample:60:digits", "more": {"reference": "digits", "training": {"epochs": 2}, "explain": {"seed": 1}}},
         "teachers": {"large": "kdx:resnet,width=3"}, "students": ["kdx:resnet,width=2"],
-        "methods": {"kd": "kd,temperature=2", "at": "kd+at:0.5"},
+        "methods": {"soft": "kd", "both": "kd+at:0.5"},
         "assistants": {"medium": "kdx:resnet,width=3"}, "seeds": [0, 1], "images": 100, "layers": ["layer2"],
-        "training": {"epochs": 1, "image_size": 8, "batch": 8, "lr": 0.1}, "explain": {"permutations": 5, "gallery": 1, "batch": 8},
+        "training": {"epochs": 1, "image_size": 8, "batch": 8, "learning_rate": 0.1},
+        "explain": {"permutations": 5, "gallery": 1, "batch": 8},
     }  # fmt: skip
     file = written(path, "study.toml", _toml_file(content, random_))
 

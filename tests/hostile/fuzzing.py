@@ -55,6 +55,8 @@ def attempts(kind: str, first: int, last: int, seed: int, folder: Path, connecti
             outcome = "refused"
             if any((ord(character) < 32 and character not in "\n\t") or character in "\x1b\x9b\u202e" for character in str(error)):
                 outcome = f"failure: control characters in {error}"
+        except OSError as error:  # of a file that the input names, as when the name is too long; the command line reports it
+            outcome = "refused" if error.filename is not None else f"failure: OSError: {error} at " + _place()
         except _Late:
             outcome = f"failure: longer than {SECONDS} s: " + _place()
         except BaseException as error:

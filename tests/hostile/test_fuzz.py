@@ -38,6 +38,7 @@ def test_damaged_inputs(tmp_path: Path) -> None:
     assert result["total"] == sum(COUNTS.values()) >= 10_000
     executable = [kind for kind, outcomes in result["kinds"].items() if not outcomes["refused"] and kind not in ("image", "names", "page")]
     assert executable == []  # each kind has inputs that kdx notices to be damaged
+    assert [kind for kind, outcomes in result["kinds"].items() if not outcomes["read"]] == []  # and none is refused for a reason of its own
 
 
 @pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a = " + "{a=" * 100_000])
