@@ -279,9 +279,9 @@ def test_the_installed_wheel_works_outside_the_repository(built: Path, tmp_path:
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False, symlinks=True)
     python = environment / "bin" / "python"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True
-    )
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, env=clean)
     # The dependencies are those of the running environment, from a path entry that comes after the wheel's own.
     site = next(environment.glob("lib/python*/site-packages"))
     dependencies = tmp_path / "dependencies"
@@ -292,7 +292,6 @@ def test_the_installed_wheel_works_outside_the_repository(built: Path, tmp_path:
     (site / "dependencies.pth").write_text(f"{dependencies}\n")
     modules = sorted(sources().keys() - {"kdx.__main__"})
     code = f"import importlib, kdx; [importlib.import_module(name) for name in {modules}]; print(kdx.__file__)"
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     loaded = subprocess.run([str(python), "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True, check=False)
     assert loaded.returncode == 0, loaded.stderr
     assert Path(loaded.stdout.strip()).is_relative_to(environment)

@@ -1,4 +1,7 @@
-"""Network families: every kind of file agrees with PyTorch, and engines for two architectures are built without a GPU."""
+"""Network families: every kind of file agrees with PyTorch, and engines for two architectures are built without a GPU.
+
+Two families show that the measurement works. `python -m benchmarks.families --all` measures all of them, in hours.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "convnext_atto", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
 def test_a_family_exports_in_every_kind_and_builds_engines(name: str) -> None:
     rows = families.measure(f"timm:{name}")
     assert [row["kind"] for row in rows] == list(families.KINDS)
