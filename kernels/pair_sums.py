@@ -6,7 +6,9 @@ The inner products of the centred matrices and their moments follow from them (`
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -34,17 +36,22 @@ class PairSums:
         self.pairs = torch.zeros(k, k, len(starts), len(starts), dtype=torch.float64, device=device)
         self.rows = torch.zeros(k, n, len(starts), dtype=torch.float64, device=device)
 
+    def empty(self) -> Self:
+        """Sums over no tiles yet, of the same matrices in the same parts."""
+        other = copy.copy(self)
+        other.pairs, other.rows = torch.zeros_like(self.pairs), torch.zeros_like(self.rows)
+        return other
+
     def add(self, a: int, b: int, d: Tensor) -> None:
         """Add the tile d [k, l, r] of every matrix, in row a and column b >= a of tiles. Its entries are float64."""
         left, right = self._parts[a], self._parts[b]
         self.add_rows(self.rows, a, b, d)
-        for first, rows in left.items():
-            for second, columns in right.items():
-                block = d[:, rows, columns].flatten(1)
-                product = block @ block.T
-                self.pairs[:, :, first, second] += product
-                if a != b:
-                    self.pairs[:, :, second, first] += product
+        blocks = (d[:, rows, columns].flatten(1) for rows in left.values() for columns in right.values())
+        products = torch.stack([block @ block.T for block in blocks]).unflatten(0, (len(left), len(right))).permute(2, 3, 0, 1)
+        first, second = (slice(min(parts), max(parts) + 1) for parts in (left, right))
+        self.pairs[:, :, first, second] += products
+        if a != b:
+            self.pairs[:, :, second, first] += products.mT
 
     def add_rows(self, rows: Tensor, a: int, b: int, d: Tensor) -> None:
         """Add the row sums of a tile [k, l, r] to ``rows`` [k, n, u], split by the parts of the columns."""
