@@ -6,9 +6,7 @@ The inner products of the centred matrices and their moments follow from them (`
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -35,12 +33,6 @@ class PairSums:
         self._parts = [self._within(place) for place in self.places]
         self.pairs = torch.zeros(k, k, len(starts), len(starts), dtype=torch.float64, device=device)
         self.rows = torch.zeros(k, n, len(starts), dtype=torch.float64, device=device)
-
-    def empty(self) -> Self:
-        """Sums over no tiles yet, of the same matrices in the same parts."""
-        other = copy.copy(self)
-        other.pairs, other.rows = torch.zeros_like(self.pairs), torch.zeros_like(self.rows)
-        return other
 
     def add(self, a: int, b: int, d: Tensor) -> None:
         """Add the tile d [k, l, r] of every matrix, in row a and column b >= a of tiles. Its entries are float64."""

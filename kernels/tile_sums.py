@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -57,13 +55,6 @@ class TileSums:
         self._codes = None if classes is None else [classes.to(device)[tile] for tile in tiles]
         self._inside = None if classes is None else torch.zeros_like(self._sums.rows)
         self._turned = torch.zeros(len(self._permuted), k, len(turns[0]), dtype=torch.float64, device=device)
-
-    def empty(self) -> Self:
-        """Sums over no tiles yet, of the same matrices."""
-        other = copy.copy(self)
-        other._sums, other._turned = self._sums.empty(), torch.zeros_like(self._turned)
-        other._inside = None if self._inside is None else torch.zeros_like(self._inside)
-        return other
 
     def add(self, a: int, b: int, d: Tensor) -> None:
         """Add the tile d [k, l, r] of every matrix, in row a and column b >= a of tiles."""

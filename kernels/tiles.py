@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Protocol
 
@@ -184,7 +185,7 @@ class Sweep:
         order = list(torch.arange(n).split(side)) if shuffled else shuffled_tiles(n, side, run, generator)
         self._tiles = [part.to(device) for part in order]
         turns = [torch.randint(len(part), (permutations,), generator=generator).to(device) for part in self._tiles]
-        self._no_sums = TileSums(self._tiles, len(matrices), permuted, turns, classes)
+        self._empty = partial(TileSums, self._tiles, len(matrices), permuted, turns, classes)
         self._biased = biased
         self._offsets = [torch.zeros_like(m.means()) if biased else m.means() - m.means().mean() / 2 for m in matrices]
         self._shifted = [_ShiftedMatrix(m, offset, ops) for m, offset in zip(matrices, self._offsets, strict=True)]
@@ -208,7 +209,7 @@ class Sweep:
         self, block: int, keep: Callable[[int, int, Tensor], None] | None = None, progress: Callable[[int, int], None] | None = None
     ) -> tuple[Tensor, ...]:
         """The sums over the tiles of a block, for `combined`. keep, progress: as in `run`."""
-        result, tiles = self._no_sums.empty(), self._tiles
+        result, tiles = self._empty(), self._tiles
         first, last = self._bounds[block : block + 2]
         for done, (a, b) in enumerate(islice(_pairs(len(tiles)), first, last), first + 1):
             shape = (len(self._shifted), len(tiles[a]), len(tiles[b]))
@@ -228,7 +229,7 @@ class Sweep:
 
     def combined(self, sums: Iterable[Sequence[Tensor]]) -> Swept:
         """What follows from the sums of all blocks, in their order."""
-        total = self._no_sums.empty()
+        total = self._empty()
         for each in sums:
             total.add_sums(each)
         return total.combined(self._biased, torch.stack(self._offsets))

@@ -90,7 +90,6 @@ def test_kernels_know_nothing_of_models_or_files() -> None:
         "collections.abc",
         "concurrent.futures",
         "contextlib",
-        "copy",
         "dataclasses",
         "functools",
         "itertools",

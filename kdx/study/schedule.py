@@ -35,8 +35,7 @@ def run_jobs(
     jobs. threads: those of each process. cluster: in place of ``workers``, as many workers as the cluster has room for.
 
     An error ends its job and the jobs that need it, but no others. A job whose worker ends is repeated and resumes, until it has ended as
-    many workers as `kdx.cluster.pool.MOST_DEATHS`. An exception in the caller, such as Ctrl-C, or closing the generator
-    stops all jobs.
+    many workers as `kdx.cluster.pool.MOST_DEATHS`. An exception in the caller, such as Ctrl-C, or closing the generator stops all jobs.
     """
     done, failed = set(complete), set[str]()
     waiting = [job for job in jobs if job.key not in done]

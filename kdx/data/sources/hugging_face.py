@@ -76,10 +76,9 @@ def open_hugging_face(reference: str, place: str) -> Dataset:
     first = next(iter(parts.values()))
     image, label = _image_column(parsed, library, first.features), _label_column(parsed, library, first.features)
     classes, labels = _labels(parsed, library, list(parts.values()), label)
+    columns = [_column(parsed, part, image) for part in parts.values()]
     try:
-        images = [_column(parsed, part, image).cast_column(image, library.Image(decode=False)) for part in parts.values()]
-    except KdxError:
-        raise
+        images = [column.cast_column(image, library.Image(decode=False)) for column in columns]
     except Exception as error:
         raise KdxError(
             f"The column {image!r} of {parsed.name} does not contain images: {first_line(error)}.", "Name another column."
