@@ -136,6 +136,11 @@ def cross_distances(x: Tensor, y: Tensor, dtype: torch.dtype = torch.float64) ->
     return of_any_magnitude(_cross_distances, wide(x), wide(y)).to(dtype)
 
 
+def label_distances(rows: Tensor, columns: Tensor) -> Tensor:
+    """||e_i - e_j|| [..., q, m] in float64 between the one-hot rows of labels ``rows`` [..., q] and ``columns`` [..., m]: 0 or sqrt(2)."""
+    return (rows[..., :, None] != columns[..., None, :]).double().mul_(2**0.5)
+
+
 def _cross_distances(x: Tensor, y: Tensor) -> Tensor:
     centre = y.mean(0)
     x, y = x - centre, y - centre

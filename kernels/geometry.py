@@ -27,6 +27,7 @@ from kdx.kernels.distances import centred_distances as centred_distances
 from kdx.kernels.distances import cross_distances as cross_distances
 from kdx.kernels.distances import distances as distances
 from kdx.kernels.distances import hollow, parts_per_step
+from kdx.kernels.distances import label_distances as label_distances
 from kdx.kernels.distances import wide as wide
 
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

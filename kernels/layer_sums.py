@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kdx.kernels import geometry, tiles
 from kdx.kernels.dispatch import TorchBackend
-from kdx.kernels.pair_sums import PairSums
+from kdx.kernels.pair_sums import Division, PairSums
 from kdx.kernels.tiles import FeatureDistances, RowBuffer
 
 _BYTES = 1 << 28
@@ -35,7 +35,8 @@ class LayerSums:
 
     @classmethod
     def empty(cls, images: Sequence[Tensor], k: int, parts: int | None = None) -> LayerSums:
-        return cls(PairSums(images, k, parts), PairSums(images, k, 1))
+        device = images[0].device
+        return cls(PairSums(Division.of(images, parts), k, device), PairSums(Division.of(images, 1), k, device))
 
     def tensors(self) -> dict[str, Tensor]:
         """All sums by name, to store them."""

@@ -6,7 +6,10 @@ The inner products of the centred matrices and their moments follow from them (`
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -14,29 +17,52 @@ from torch import Tensor
 from kdx.kernels import geometry, moments
 
 
-class PairSums:
-    """Sums over the pairs of n images of k symmetric matrices D, split by equal parts of the images.
+@dataclass(frozen=True)
+class Division:
+    """Where the images of each tile are, and the equal parts of the images whose sums are kept apart.
 
-    tiles: the images in random order, so that consecutive parts are random parts. parts: the number of parts, by default
-    `moments.PARTS`; 1 where no moments are needed.
-
-    pairs [k, k, u, u]: sum of D_ij E_ij over the images i of one part and j of the other, for every two matrices D and E. rows [k, n, u]:
-    sum_j D_ij over the images j of each part, with the images in the order of the tiles. sizes [u]: the images of each part.
+    places: of the images of each tile, in the order of the tiles. sizes [u]: the images of each part. parts: per tile, the parts that have
+    images in it, and their positions in it.
     """
 
-    def __init__(self, tiles: Sequence[Tensor], k: int, parts: int | None = None) -> None:
-        n, device = sum(map(len, tiles)), tiles[0].device
-        self.places = [slice(start, start + len(part)) for start, part in zip(range(0, n, len(tiles[0])), tiles, strict=True)]
-        self.sizes = moments.part_sizes(n, parts)
-        starts = [sum(self.sizes[:part]) for part in range(len(self.sizes))]
-        self._bounds = [slice(start, start + size) for start, size in zip(starts, self.sizes, strict=True)]
-        self._parts = [self._within(place) for place in self.places]
-        self.pairs = torch.zeros(k, k, len(starts), len(starts), dtype=torch.float64, device=device)
-        self.rows = torch.zeros(k, n, len(starts), dtype=torch.float64, device=device)
+    places: list[slice]
+    sizes: list[int]
+    parts: list[dict[int, slice]]
+
+    @classmethod
+    def of(cls, tiles: Sequence[Tensor], parts: int | None = None) -> Division:
+        """tiles: the images in random order, so that consecutive parts are random parts. parts: as for `moments.part_sizes`; 1 where no
+        moments are needed."""
+        ends = list(accumulate(map(len, tiles), initial=0))
+        places = [slice(*bounds) for bounds in pairwise(ends)]
+        sizes = moments.part_sizes(ends[-1], parts)
+        bounds = list(accumulate(sizes, initial=0))
+        return cls(places, sizes, [_within(bounds, place) for place in places])
+
+
+def _within(bounds: Sequence[int], place: slice) -> dict[int, slice]:
+    """The parts between ``bounds`` that have images at ``place``, and their positions in it."""
+    first, last = bisect_right(bounds, place.start) - 1, bisect_left(bounds, place.stop)
+    cut = ((part, max(bounds[part], place.start), min(bounds[part + 1], place.stop)) for part in range(first, last))
+    return {part: slice(start - place.start, stop - place.start) for part, start, stop in cut}
+
+
+class PairSums:
+    """Sums over the pairs of n images of k symmetric matrices D, split by the parts of a `Division`.
+
+    pairs [k, k, u, u]: sum of D_ij E_ij over the images i of one part and j of the other, for every two matrices D and E. rows [k, n, u]:
+    sum_j D_ij over the images j of each part, with the images in the order of the tiles.
+    """
+
+    def __init__(self, division: Division, k: int, device: torch.device | None = None) -> None:
+        self.division = division
+        count = len(division.sizes)
+        self.pairs = torch.zeros(k, k, count, count, dtype=torch.float64, device=device)
+        self.rows = torch.zeros(k, division.places[-1].stop, count, dtype=torch.float64, device=device)
 
     def add(self, a: int, b: int, d: Tensor) -> None:
         """Add the tile d [k, l, r] of every matrix, in row a and column b >= a of tiles. Its entries are float64."""
-        left, right = self._parts[a], self._parts[b]
+        left, right = self.division.parts[a], self.division.parts[b]
         self.add_rows(self.rows, a, b, d)
         blocks = (d[:, rows, columns].flatten(1) for rows in left.values() for columns in right.values())
         products = torch.stack([block @ block.T for block in blocks]).unflatten(0, (len(left), len(right))).permute(2, 3, 0, 1)
@@ -47,11 +73,11 @@ class PairSums:
 
     def add_rows(self, rows: Tensor, a: int, b: int, d: Tensor) -> None:
         """Add the row sums of a tile [k, l, r] to ``rows`` [k, n, u], split by the parts of the columns."""
-        for part, place in self._parts[b].items():
-            rows[:, self.places[a], part] += d[:, :, place].sum(2)
+        for part, place in self.division.parts[b].items():
+            rows[:, self.division.places[a], part] += d[:, :, place].sum(2)
         if a != b:
-            for part, place in self._parts[a].items():
-                rows[:, self.places[b], part] += d[:, place].sum(1)
+            for part, place in self.division.parts[a].items():
+                rows[:, self.division.places[b], part] += d[:, place].sum(1)
 
     @property
     def totals(self) -> tuple[Tensor, Tensor]:
@@ -63,8 +89,3 @@ class PairSums:
         pairs, rows = self.totals
         sums = rows.sum(1)
         return geometry.combined(pairs, rows @ rows.T, sums[:, None] * sums, rows.shape[1], biased)
-
-    def _within(self, place: slice) -> dict[int, slice]:
-        """The parts that have images at ``place``, and their positions in it."""
-        cut = {part: slice(max(b.start, place.start), min(b.stop, place.stop)) for part, b in enumerate(self._bounds)}
-        return {part: slice(b.start - place.start, b.stop - place.start) for part, b in cut.items() if b.start < b.stop}

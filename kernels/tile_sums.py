@@ -14,7 +14,7 @@ from torch import Tensor
 from kdx.kernels import geometry, moments
 from kdx.kernels.moments import Influences, Moments
 from kdx.kernels.one_against_rest import ClassSums
-from kdx.kernels.pair_sums import PairSums
+from kdx.kernels.pair_sums import Division, PairSums
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,18 @@ class TileSums:
     wanted."""
 
     def __init__(
-        self, tiles: Sequence[Tensor], k: int, permuted: Sequence[int], turns: Sequence[Tensor], classes: Tensor | None = None
+        self,
+        tiles: Sequence[Tensor],
+        division: Division,
+        k: int,
+        permuted: Sequence[int],
+        turns: Sequence[Tensor],
+        classes: Tensor | None = None,
     ) -> None:
         device = tiles[0].device
         self._tiles = list(tiles)
         self._permuted, self._turns = list(permuted), turns
-        self._sums = PairSums(tiles, k)
+        self._sums = PairSums(division, k, device)
         self._codes = None if classes is None else [classes.to(device)[tile] for tile in tiles]
         self._inside = None if classes is None else torch.zeros_like(self._sums.rows)
         self._turned = torch.zeros(len(self._permuted), k, len(turns[0]), dtype=torch.float64, device=device)
@@ -95,18 +101,18 @@ class TileSums:
         # With the subtracted u_i + u_j (i != j), a row sums to (n - 2) u_i + sum_j u_j more.
         shifted = offsets[:, torch.cat(self._tiles)]
         sums = rows + (n - 2) * shifted + shifted.sum(1, keepdim=True)
-        influences = moments.influences(self._sums.pairs, self._sums.rows, self._sums.sizes, biased)
+        influences = moments.influences(self._sums.pairs, self._sums.rows, self._sums.division.sizes, biased)
         return Swept(self._sums.products(biased), influences, permuted, self._tiles, list(self._turns), sums, self._class_sums())
 
     def _class_sums(self) -> ClassSums | None:
         if self._codes is None or self._inside is None:
             return None
-        return ClassSums.of_rows(self._sums.rows, self._inside, torch.cat(self._codes), self._sums.sizes)
+        return ClassSums.of_rows(self._sums.rows, self._inside, torch.cat(self._codes), self._sums.division.sizes)
 
     def _turned_rows(self, rows: Tensor, matrix: int) -> Tensor:
         """sum_i r_i s_pi(i) [p, k] of the row sums [k, n] and the permuted row sums of ``matrix``."""
         products = rows.new_zeros(len(self._turns[0]), len(rows))
-        for place, turns in zip(self._sums.places, self._turns, strict=True):
+        for place, turns in zip(self._sums.division.places, self._turns, strict=True):
             spectra = torch.fft.rfft(rows[:, place])
             products += torch.fft.irfft(spectra.conj() * spectra[matrix], n=place.stop - place.start)[:, turns].T
         return products

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from kdx.kernels import geometry
 from kdx.kernels.dispatch import TorchBackend
+from kdx.kernels.pair_sums import Division
 from kdx.kernels.tile_sums import Swept as Swept
 from kdx.kernels.tile_sums import TileSums
 
@@ -121,10 +122,10 @@ class ClassDistances:
 
     def tile(self, left: Tensor, right: Tensor) -> Tensor:
         """Distances [..., l, r] in float64 between the images ``left`` [..., l] and ``right`` [..., r]."""
-        rows, columns = self.codes[left][..., :, None], self.codes[right][..., None, :]
+        rows, columns = self.codes[left], self.codes[right]
         if self.distances is None:
-            return (rows != columns).double().mul_(2**0.5)
-        return self.distances[rows, columns]
+            return geometry.label_distances(rows, columns)
+        return self.distances[rows[..., :, None], columns[..., None, :]]
 
     def batches(self, index: Tensor, ops: TorchBackend) -> Tensor:
         """Distances [b, n, n] of images index [b, n] within each batch, in float64."""
@@ -185,7 +186,7 @@ class Sweep:
         order = list(torch.arange(n).split(side)) if shuffled else shuffled_tiles(n, side, run, generator)
         self._tiles = [part.to(device) for part in order]
         turns = [torch.randint(len(part), (permutations,), generator=generator).to(device) for part in self._tiles]
-        self._empty = partial(TileSums, self._tiles, len(matrices), permuted, turns, classes)
+        self._empty = partial(TileSums, self._tiles, Division.of(self._tiles), len(matrices), permuted, turns, classes)
         self._biased = biased
         self._offsets = [torch.zeros_like(m.means()) if biased else m.means() - m.means().mean() / 2 for m in matrices]
         self._shifted = [_ShiftedMatrix(m, offset, ops) for m, offset in zip(matrices, self._offsets, strict=True)]

@@ -118,7 +118,11 @@ class Target:
     @cached_property
     def distances(self) -> BatchDistances:
         """Distances between the rows [n, n]. Raises KdxError if they are not finite, or all equal (one class, or one image per class)."""
-        return arrays.row_distances({TARGET: self.rows}, self.backend)[0]
+        if self.values.ndim == 1:
+            raw, rows = geometry.label_distances(self.values, self.values), self.values[:, None].double()
+        else:
+            raw, rows = self.backend.distances(self.rows), self.rows
+        return arrays.checked_distances(raw[None], {TARGET: rows})[0]
 
     def checked(self) -> Target:
         """The same target, after its geometry was computed, which raises KdxError if it has none."""

@@ -153,7 +153,7 @@ def _block_influences(block: LayerSums, weights: Tensor, needed: Tensor) -> Infl
     sums = block.distances
     pairs = torch.einsum("ab,bcuv,dc->aduv", weights, sums.pairs, weights)
     rows = (weights @ sums.rows.flatten(1)).view_as(sums.rows)
-    return moments.influences(pairs, rows, sums.sizes, which=(needed[0], needed[1]))
+    return moments.influences(pairs, rows, sums.division.sizes, which=(needed[0], needed[1]))
 
 
 def _score_moments(influences: Influences, place: Tensor, gradients: Tensor) -> ScoreMoments:

@@ -112,7 +112,7 @@ def test_intervals_are_those_of_a_single_score(n: int) -> None:
     x, y = (FeatureDistances.of(InMemory(torch.from_numpy(flat(z)))) for z in (a["fc"], b["tokens"]))
     sums = layer_sums.of_set([*(FeatureDistances.of(InMemory(torch.from_numpy(flat(z)))) for z in (*a.values(), *b.values()))]).distances
     pair = layer_sums.of_set([x, y]).distances
-    chosen = moments.influences(sums.pairs[1:3, 1:3], sums.rows[1:3], sums.sizes).moments()
+    chosen = moments.influences(sums.pairs[1:3, 1:3], sums.rows[1:3], sums.division.sizes).moments()
     assert torch.allclose(pair.products(), sums.products()[1:3, 1:3], rtol=1e-10)
     expected = score.summary(score.estimate(score.correlation, pair.products()), chosen, None, n=n, batches=1)
     assert (result.low[1, 0], result.high[1, 0]) == pytest.approx(expected.interval, abs=1e-9)
@@ -125,7 +125,7 @@ def test_partial_intervals_are_those_of_the_partial_score() -> None:
     result = kdx.similarity(a["fc"], b["tokens"], given=third)
     assert result.partial_low is not None and result.partial_high is not None
     sums = layer_sums.of_set([FeatureDistances.of(InMemory(torch.from_numpy(flat(z)))) for z in (a["fc"], b["tokens"], third)]).distances
-    known = moments.influences(sums.pairs, sums.rows, sums.sizes).moments()
+    known = moments.influences(sums.pairs, sums.rows, sums.division.sizes).moments()
     expected = score.summary(score.estimate(score.partial, sums.products()), known, None, n=400, batches=1).interval
     width = expected[1] - expected[0]
     assert abs(result.partial_low[0, 0] - expected[0]) < 0.03 * width
