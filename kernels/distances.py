@@ -136,9 +136,11 @@ def cross_distances(x: Tensor, y: Tensor, dtype: torch.dtype = torch.float64) ->
     return of_any_magnitude(_cross_distances, wide(x), wide(y)).to(dtype)
 
 
-def label_distances(rows: Tensor, columns: Tensor) -> Tensor:
+def label_distances(rows: Tensor, columns: Tensor, out: Tensor | None = None) -> Tensor:
     """||e_i - e_j|| [..., q, m] in float64 between the one-hot rows of labels ``rows`` [..., q] and ``columns`` [..., m]: 0 or sqrt(2)."""
-    return (rows[..., :, None] != columns[..., None, :]).double().mul_(2**0.5)
+    if out is None:
+        out = torch.empty(*rows.shape, columns.shape[-1], dtype=torch.float64, device=rows.device)
+    return torch.ne(rows[..., :, None], columns[..., None, :], out=out).mul_(2**0.5)
 
 
 def _cross_distances(x: Tensor, y: Tensor) -> Tensor:

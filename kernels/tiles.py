@@ -120,12 +120,13 @@ class ClassDistances:
     codes: Tensor
     distances: Tensor | None = None
 
-    def tile(self, left: Tensor, right: Tensor) -> Tensor:
+    def tile(self, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         """Distances [..., l, r] in float64 between the images ``left`` [..., l] and ``right`` [..., r]."""
         rows, columns = self.codes[left], self.codes[right]
         if self.distances is None:
-            return geometry.label_distances(rows, columns)
-        return self.distances[rows[..., :, None], columns[..., None, :]]
+            return geometry.label_distances(rows, columns, out)
+        d = self.distances[rows[..., :, None], columns[..., None, :]]
+        return d if out is None else out.copy_(d)
 
     def batches(self, index: Tensor, ops: TorchBackend) -> Tensor:
         """Distances [b, n, n] of images index [b, n] within each batch, in float64."""
@@ -342,8 +343,10 @@ class _ShiftedMatrix:
 
     def distances(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """The distances [l, r] of the images ``left`` [l] and ``right`` [r], which are the same tensor or have no image in common."""
-        matrix = self._matrix
-        out.copy_(matrix.tile(left, right) if isinstance(matrix, ClassDistances) else self._measured(matrix, left, right))
+        if isinstance(self._matrix, ClassDistances):
+            self._matrix.tile(left, right, out)
+        else:
+            out.copy_(self._measured(self._matrix, left, right))
 
     def shift(self, left: Tensor, right: Tensor, d: Tensor) -> None:
         """Subtract the offsets from these distances in place."""
