@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdx.report.comparison import Comparison
-from kdx.report.gallery import PIXELATED, MapFigures, map_figures, scale_end
+from kdx.report.gallery import LEAST_STABILITY, PIXELATED, MapFigures, map_figures, scale_end
 from kdx.report.kinds import PageKind, opening_layer, page_kinds, shown_first
 from kdx.report.packing import PackedMap, data_uri, packed_map, packed_shape, shrunk
 from kdx.runs.gallery_choice import read_choice
@@ -22,6 +22,9 @@ _FEWEST_IMAGES = 6
 
 _PAGE_BYTES = 24_000_000
 """About how many bytes of maps the page has. With many students it shows fewer images."""
+
+_STRIP_IMAGES, _STRIP_STUDENTS = 6, 3
+"""The images at the top of the page, and how many students' maps they have there."""
 
 _WITHOUT_STUDENT = ("rs_base", "rs_teacher", "fss_base")
 """Kinds of map that do not depend on the student."""
@@ -57,11 +60,16 @@ class ComparedImage:
 
 @dataclass(frozen=True)
 class ComparedGallery:
-    """The images of the page. limits [layer][kind]: where the scale of colours ends, common to all students. opening: the first layer."""
+    """The images of the page.
+
+    limits [layer][kind]: where the scale of colours ends, common to all students. opening: the number of the layer that the page shows
+    first. grid: the height and width of the first student's maps there.
+    """
 
     images: list[ComparedImage]
     kinds: list[PageKind]
-    opening: str
+    opening: int
+    grid: tuple[int, int]
     first_kind: PageKind
     limits: list[list[float]]
     classes: list[tuple[int, str, int]]  # (class, name, number of images)
@@ -70,6 +78,27 @@ class ComparedGallery:
     def pixelated(self) -> bool:
         """Whether every image is so small that its pixels should appear as squares."""
         return all(max(image.width, image.height) <= PIXELATED for image in self.images)
+
+    @property
+    def strip_students(self) -> int:
+        """How many students, from the first one on, have maps in the strip."""
+        return _STRIP_STUDENTS
+
+    @property
+    def strip(self) -> list[int]:
+        """The images at the top of the page: those on which the sums of the shown students' maps differ most, at the opening layer.
+
+        Images with an empty map, or one whose stability is known to be low, are left out.
+        """
+        kind = self.kinds.index(self.first_kind)
+        differences: dict[int, float] = {}
+        for place, image in enumerate(self.images):
+            maps = image.maps[self.opening][kind][:_STRIP_STUDENTS]
+            figures = [known for known in image.figures[self.opening][kind][:_STRIP_STUDENTS] if known is not None]
+            if None not in maps and all(stability is None or stability >= LEAST_STABILITY for _, _, stability in figures):
+                sums = [total for total, _, _ in figures]
+                differences[place] = max(sums) - min(sums)
+        return sorted(differences, key=lambda place: (-differences[place], place))[:_STRIP_IMAGES]
 
 
 def make_compared_gallery(comparison: Comparison) -> ComparedGallery:
@@ -122,7 +151,9 @@ def make_compared_gallery(comparison: Comparison) -> ComparedGallery:
     counts = Counter(image.label for image in images)
     classes = [(label, comparison.first.class_name(label), count) for label, count in sorted(counts.items())]
     shown = shown_first(comparison.first, kinds)
-    return ComparedGallery(images, kinds, _opening(comparison, kinds), shown[0] if shown else kinds[0], limits, classes)
+    opening = _opening(comparison, kinds)
+    grid = _grid(comparison.first, comparison.layers[opening][0] or opening, kinds[0])
+    return ComparedGallery(images, kinds, layers.index(opening), grid, shown[0] if shown else kinds[0], limits, classes)
 
 
 def _pictured(comparison: Comparison, most: int) -> dict[str, tuple[int, int]]:

@@ -15,7 +15,7 @@ from kdx.report import wording
 from kdx.report.comparison import Comparison, compare_runs
 from kdx.report.comparison_gallery import ComparedGallery, make_compared_gallery
 from kdx.report.comparison_tables import difference_tables, drawings, score_tables, students_table
-from kdx.report.gallery import MAP_SCRIPTS, colour_tables, gradient
+from kdx.report.gallery import LEAST_STABILITY, MAP_SCRIPTS, colour_tables, gradient
 from kdx.report.layout import render, script_json
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def _page(comparison: Comparison, gallery: ComparedGallery) -> str:
         tables=score_tables(comparison),
         differences=difference_tables(comparison),
         layers=list(comparison.layers),
+        least_stability=LEAST_STABILITY,
         gallery=gallery,
         gradients={signed: gradient(signed) for signed in (True, False)},
         opacity=round(100 * overlays.OPACITY),
@@ -66,7 +67,9 @@ def _payload(comparison: Comparison, gallery: ComparedGallery) -> Markup:
         {
             "colours": colour_tables(),
             "layers": list(comparison.layers),
-            "opening": list(comparison.layers).index(gallery.opening),
+            "opening": gallery.opening,
+            "strip": gallery.strip,
+            "stripStudents": gallery.strip_students,
             "kinds": [{"label": kind.label, "meaning": kind.meaning, "signed": kind.signed} for kind in gallery.kinds],
             "kind": gallery.kinds.index(gallery.first_kind),
             "students": comparison.names,

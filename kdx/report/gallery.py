@@ -34,7 +34,8 @@ _SATURATION = 0.95  # the common scale of a layer ends at this quantile of the h
 
 _STRIP_HIGHEST, _STRIP_LOWEST = 4, 2  # the images of the strip: those with the highest sums, then those with the lowest
 
-_LEAST_STABILITY = 0.5  # an image of the strip has a map that is at least this stable, where stability is known
+LEAST_STABILITY = 0.5
+"""The stability that a map of the strip has at least, where stability is known."""
 
 CONFIDENCE = "confidence"
 """The number of a card that is the student's confidence in its prediction."""
@@ -119,7 +120,7 @@ class Gallery:
     @property
     def least_stability(self) -> float:
         """The stability that a map of the strip has at least, where stability is known."""
-        return _LEAST_STABILITY
+        return LEAST_STABILITY
 
     @property
     def strip(self) -> list[int]:
@@ -129,7 +130,7 @@ class Gallery:
         """
         layer, signed = list(self.grids).index(self.opening), self.kinds[0].signed
         figures = {place: card.figures[layer][0] for place, card in enumerate(self.cards) if card.maps[layer][0] is not None}
-        sums = {place: total for place, (total, _, stability) in figures.items() if stability is None or stability >= _LEAST_STABILITY}
+        sums = {place: total for place, (total, _, stability) in figures.items() if stability is None or stability >= LEAST_STABILITY}
         order = sorted(sums, key=lambda place: (-sums[place], place))
         count = _STRIP_HIGHEST + _STRIP_LOWEST
         if len(order) <= count or not signed:

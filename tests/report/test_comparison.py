@@ -215,6 +215,37 @@ def test_the_page_shows_the_chosen_map_of_every_student_on_one_scale(
     assert page.locator("#zoom-tiles .map").count() == 2
 
 
+def test_the_strip_shows_the_images_on_which_the_students_differ_most(
+    students: dict[str, Path], tmp_path: Path, opened: Callable[..., Page]
+) -> None:
+    page = opened_page(opened, students, tmp_path)
+    payload = json.loads(page.locator("#payload").text_content() or "")
+    ids = page.locator(".card").evaluate_all("cards => cards.map((card) => card.dataset.id)")
+    kind, opening = payload["kinds"][payload["kind"]]["label"], payload["layers"][payload["opening"]]
+    assert kind == "RS(S) − RS(B)"
+    sums, stable, filled = [], np.ones(len(ids), bool), np.ones(len(ids), bool)
+    for name, folder in students.items():
+        run = read_run(folder)
+        layer = {"mobile": {own: known for known, own in PAIRED.items()}}.get(name, {}).get(opening, opening)
+        places = [run.samples.places[image] for image in ids]
+        maps = run.maps(layer, "rs_student_minus_base", [int(run.samples.rows[place]) for place in places])
+        columns = run.map_columns(layer, "rs_student_minus_base")
+        sums.append(maps.sum((1, 2), dtype=np.float64))
+        filled &= np.abs(maps).max((1, 2)) > 0
+        assert columns is not None
+        stable &= columns.stability[places] >= 0.5
+    spread = np.where(stable & filled, np.ptp(sums, 0), -1)
+    expected = [ids[place] for place in np.argsort(-spread, kind="stable")[:6] if spread[place] >= 0]
+    shown = page.locator(".stripitem .enlarge").all_text_contents()
+    assert len(expected) == 6 and shown == [f"Enlarge {name}" for name in expected]
+    captions = page.locator(".stripitem").first.locator(".kind").all_text_contents()
+    assert [text.split(":")[0] for text in captions] == ["kd", "at", "mobile"]
+    tops = [page.locator(name).first.evaluate("e => e.offsetTop") for name in (".strip", "#students", "#scores", "#cards", "#tables")]
+    assert tops == sorted(tops)
+    page.locator(".stripitem .enlarge").nth(1).click()
+    assert (page.locator("#zoom-title").text_content() or "").endswith(expected[1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(400, "dark"), (1280, "light")])
 def test_the_page_of_twenty_students_fits(tmp_path: Path, opened: Callable[..., Page], width: int, scheme: str) -> None:

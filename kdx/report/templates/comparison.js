@@ -20,19 +20,29 @@ function makeComparison(data) {
 
   const opacity = () => element("opacity").value / 100;
 
-  function fillTile(tile, index, student, edge) {
-    const map = maps[index][layer][kind][student];
-    const figure = figures[index][layer][kind][student];
-    const { label, signed } = kinds[kind];
+  function fillTile(tile, index, student, edge, atLayer = layer, atKind = kind) {
+    const map = maps[index][atLayer][atKind][student];
+    const figure = figures[index][atLayer][atKind][student];
+    const { label, signed } = kinds[atKind];
     const [name, right, confidence] = predictions[index][student];
     return paintTile(tile ?? newTile(cards[index].querySelector("img"), students[student]), {
       map,
       label: `${students[student]}: ${right ? "✓" : "✗"} ${name} ${confidence}`,
-      spoken: `${label} map of ${students[student]} for ${cards[index].dataset.id} at ${layers[layer]}`,
-      words: figure ? describeMap(kinds[kind], map, figure, null) : { sum: "", quality: "does not have this layer" },
-      look: chosenLook(inputs, colours, signed, limits[layer][kind], edge),
+      spoken: `${label} map of ${students[student]} for ${cards[index].dataset.id} at ${layers[atLayer]}`,
+      words: figure ? describeMap(kinds[atKind], map, figure, null) : { sum: "", quality: "does not have this layer" },
+      look: chosenLook(inputs, colours, signed, limits[atLayer][atKind], edge),
     });
   }
+
+  const enlarge = (index) => enlargeButton(cards[index].dataset.id, () => zoom(index));
+
+  // The strip keeps the layer and the kind of map of the page as it opens.
+  const stripStudents = students.slice(0, data.stripStudents);
+  const stripTile = (tile, index, student) => fillTile(tile, index, student, COMPARED_EDGE, data.opening, data.kind);
+  const strip = data.strip.map((index) => {
+    const tiles = stripStudents.map((_, student) => stripTile(null, index, student));
+    return { index, tiles, item: stripItem(cards[index], tiles, enlarge(index)) };
+  });
 
   function paint(index) {
     const card = cards[index];
@@ -41,7 +51,7 @@ function makeComparison(data) {
     const views = card.querySelector(".views");
     if (!card.tiles) {
       card.tiles = students.map(() => null);
-      card.querySelector(".source .stack").append(enlargeButton(card.dataset.id, () => zoom(index)));
+      card.querySelector(".source .stack").append(enlarge(index));
     }
     const visible = students.flatMap((_, student) => (shown.has(student) ? [student] : []));
     for (const student of visible) card.tiles[student] = fillTile(card.tiles[student], index, student, COMPARED_EDGE);
@@ -62,6 +72,7 @@ function makeComparison(data) {
       card.hidden = !visible.has(index);
       if (visible.has(index)) paint(index);
     });
+    strip.forEach(({ index, tiles }) => tiles.forEach((tile, student) => stripTile(tile, index, student)));
     const press = (all, isPressed) => all.forEach((button, place) => button.setAttribute("aria-pressed", String(isPressed(place))));
     press(layerButtons, (place) => place === layer);
     press(kindButtons, (place) => place === kind);
@@ -112,6 +123,7 @@ function makeComparison(data) {
   controls.addEventListener("submit", (event) => event.preventDefault());
   controls.reset(); // after a reload, the form must not keep choices that the images do not have
   controls.hidden = false;
+  element("strip")?.append(...strip.map(({ item }) => item));
   render();
 }
 

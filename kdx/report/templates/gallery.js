@@ -94,20 +94,8 @@ function makeGallery(data) {
   }
 
   const strip = data.strip.map((index) => {
-    const item = document.createElement("div");
-    item.className = "stripitem";
-    const picture = document.createElement("div");
-    picture.className = "stack";
-    picture.append(cards[index].querySelector("img").cloneNode());
     const figure = fillTile(null, index, 0, TILE_EDGE, data.opening);
-    const name = document.createElement("p");
-    name.className = "name";
-    const label = document.createElement("bdi");
-    label.textContent = cards[index].dataset.name;
-    name.append(label);
-    item.style.setProperty("--ratio", cards[index].style.getPropertyValue("--ratio"));
-    item.append(name, picture, figure, enlarge(index));
-    return { index, item, figure };
+    return { index, figure, item: stripItem(cards[index], [figure], enlarge(index)) };
   });
 
   function matches(card) {

@@ -47,6 +47,23 @@ function paintTile(figure, { map, label, spoken, words, look }) {
   return figure;
 }
 
+// A column of the strip at the top of the page: the class of a card's image, the image, and tiles of its maps. button: opens the dialog.
+function stripItem(card, tiles, button) {
+  const item = document.createElement("div");
+  const picture = document.createElement("div");
+  const name = document.createElement("p");
+  const label = document.createElement("bdi");
+  item.className = "stripitem";
+  item.style.setProperty("--ratio", card.style.getPropertyValue("--ratio"));
+  picture.className = "stack";
+  picture.append(card.querySelector("img").cloneNode());
+  name.className = "name";
+  label.textContent = card.dataset.name;
+  name.append(label);
+  item.append(name, picture, ...tiles, button);
+  return item;
+}
+
 // The button over an image that opens the dialog.
 function enlargeButton(name, open) {
   const button = document.createElement("button");
