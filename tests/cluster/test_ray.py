@@ -198,14 +198,14 @@ def test_a_worker_that_is_larger_than_the_machine(ray: Any) -> None:
 # Commands that start their own cluster. They come last, because the cluster of this module runs beside them.
 
 
-def started(folder: Path, out: Path) -> subprocess.Popen[str]:
-    """A run with a cluster that has stored at least one batch and is stopped until SIGCONT."""
+def started(folder: Path, out: Path, *address: str, **environment: str) -> subprocess.Popen[str]:
+    """A run with a cluster that has stored at least one batch and is stopped until SIGCONT. address: that of a running cluster."""
     process = subprocess.Popen(
-        command(folder, out, "--cluster", "--cpus-per-worker", "1"),
+        command(folder, out, "--cluster", *address, "--cpus-per-worker", "1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=one_thread(),
+        env=one_thread() | environment,
     )
     while not list((out / "progress").glob("*.npz")):
         assert process.poll() is None, process.communicate()
