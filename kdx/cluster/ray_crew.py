@@ -88,7 +88,7 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
             except (ValueError, RuntimeError, OSError, OverflowError) as error:
                 raise KdxError(
                     f"No Ray cluster answers at {options.address}: {first_line(error)}.",
-                    "Start one with ray start --head, or give --cluster local for workers on this machine. If the cluster requires a token, "
+                    "Start one with ray start --head, or give --cluster local for workers on this machine. If the cluster needs a token, "
                     "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here too.",
                 ) from error
         yield ray

@@ -64,7 +64,8 @@ def test_an_address_at_which_nothing_listens_is_an_error_at_once(address: str) -
 
 
 def answering(server: socket.socket, answer: bytes) -> threading.Thread:
-    """A server that answers one client."""
+    """A server that answers one client, if one connects within some seconds."""
+    server.settimeout(20)
 
     def serve() -> None:
         client, _ = server.accept()
