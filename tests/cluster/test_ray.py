@@ -198,10 +198,13 @@ def test_a_worker_that_is_larger_than_the_machine(ray: Any) -> None:
 # Commands that start their own cluster. They come last, because the cluster of this module runs beside them.
 
 
-def started(folder: Path, out: Path, *address: str, **environment: str) -> subprocess.Popen[str]:
-    """A run with a cluster that has stored at least one batch and is stopped until SIGCONT. address: that of a running cluster."""
+def started(folder: Path, out: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
+    """A run with a cluster that has stored at least one batch and is stopped until SIGCONT.
+
+    options: the address of a running cluster, and further options.
+    """
     process = subprocess.Popen(
-        command(folder, out, "--cluster", *address, "--cpus-per-worker", "1"),
+        command(folder, out, "--cpus-per-worker", "1", "--cluster", *options),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
