@@ -344,7 +344,10 @@ def _failure(path: Path, error: Exception) -> Exception:
 def _is_from_service(error: Exception) -> bool:
     """Whether an exception is of the system, or of a package that talks to a service."""
     package = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError) or package in ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "fsspec", "huggingface_hub")
+    return isinstance(error, OSError) or package in _PACKAGES
+
+
+_PACKAGES = {"botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "fsspec", "huggingface_hub", "httpx", "httpx2"}
 
 
 _FILE_ERRORS = {
@@ -357,7 +360,10 @@ _FILE_ERRORS = {
 
 _CREDENTIAL_ERRORS = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError", "GatedRepoError"}
 
-_CONNECTION_ERRORS = {"HTTPClientError", "ConnectionError", "ClientConnectionError", "ClientPayloadError", "TimeoutError", "ReadTimeout"}
+_CONNECTION_ERRORS = {"HTTPClientError", "ConnectionError", "ClientConnectionError", "ClientPayloadError", "TimeoutError"} | {
+    "ReadTimeout",  # of requests
+    "TransportError",  # of httpx, with which huggingface_hub sends its requests
+}
 
 
 def _is_lost_connection(error: Exception) -> bool:

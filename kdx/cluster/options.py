@@ -10,6 +10,9 @@ from kdx.errors import KdxError
 LOCAL = "local"
 """The address that starts a cluster on this machine, which ends with the command."""
 
+AUTO = "auto"
+"""The address of the running cluster that Ray finds."""
+
 
 @dataclass(frozen=True)
 class ClusterOptions:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kdx import threads
-from kdx.cluster.options import LOCAL, ClusterOptions
+from kdx.cluster.options import AUTO, LOCAL, ClusterOptions
 from kdx.cluster.pool import Member, WorkerEnded
 from kdx.cluster.service import Build, Surroundings, Worker
 from kdx.errors import KdxError, first_line, import_optional
@@ -36,6 +36,12 @@ _SECONDS_TO_START = 30.0
 _SECONDS_TO_CLOSE = 5.0
 
 _SECONDS_TO_CONNECT = 10.0
+
+_HTTP2_START = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+"""The first bytes of a gRPC client: the preface of HTTP/2 and an empty frame of settings. The server answers with its settings."""
+
+_HTTP2_SETTINGS = b"\4"
+"""The type of a frame of settings, which is the fourth byte of a frame."""
 
 _REMOVALS = 10
 """How often a folder is deleted in which a process of Ray that ends may still write."""
@@ -76,21 +82,41 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
         stack.callback(ray.shutdown)
         with _same_handler():  # Ray replaces the handler of SIGTERM, which makes a run resumable
             try:
-                _check_reachable(options.address)
-                ray.init(address=options.address, **settings)
+                address = _found(ray) if options.address == AUTO else options.address
+                _check_answers(address)
+                ray.init(address=address, **settings)
             except (ValueError, RuntimeError, OSError, OverflowError) as error:
                 raise KdxError(
                     f"No Ray cluster answers at {options.address}: {first_line(error)}.",
-                    "Start one with ray start --head, or give --cluster local for workers on this machine.",
+                    "Start one with ray start --head, or give --cluster local for workers on this machine. If the cluster needs a token, "
+                    "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here too.",
                 ) from error
         yield ray
 
 
-def _check_reachable(address: str) -> None:
-    """Raise OSError if nothing listens at an address HOST:PORT, for which Ray would wait for minutes."""
+def _found(ray: Any) -> str:
+    """The address of the running cluster that Ray finds. It may have ended: Ray reads a file that outlives a killed cluster.
+
+    Raises ConnectionError if there is none.
+    """
+    find = getattr(ray._private.services, "canonicalize_bootstrap_address", None)  # Ray has no public function for it
+    return AUTO if find is None else str(find(AUTO))
+
+
+def _check_answers(address: str) -> None:
+    """Raise OSError if no gRPC server, such as that of a cluster, answers at an address HOST:PORT. Ray would try for minutes."""
     host, _, port = address.rpartition(":")
-    if host and "/" not in host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_CONNECT).close()
+    if not host or "/" in host or not port.isdecimal():
+        return
+    with socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_CONNECT) as connection:
+        if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # then the server answers only in TLS
+            return
+        connection.sendall(_HTTP2_START)
+        answer = b""
+        while len(answer) < 4 and (part := connection.recv(4 - len(answer))):
+            answer += part
+    if answer[3:] != _HTTP2_SETTINGS:
+        raise ConnectionError("another program listens there")
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import shutil
 import signal
 import socket
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -61,9 +63,53 @@ def test_an_address_at_which_nothing_listens_is_an_error_at_once(address: str) -
             pass
 
 
+def answering(server: socket.socket, answer: bytes) -> threading.Thread:
+    """A server that answers one client, if one connects within some seconds."""
+    server.settimeout(20)
+
+    def serve() -> None:
+        client, _ = server.accept()
+        with client, suppress(ConnectionResetError):  # a client that does not read the whole answer
+            client.recv(100)
+            client.sendall(answer)
+            client.recv(100)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", b"\0"])
+@pytest.mark.parametrize("found", [False, True])
+def test_another_program_at_the_address_is_no_cluster(answer: bytes, found: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray tries for minutes. It also finds addresses of clusters that have ended."""
+    monkeypatch.setattr(ray_crew, "_SECONDS_TO_CONNECT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = answering(server, answer)
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(ray_crew, "_found", lambda ray: address)
+        options = ClusterOptions("auto" if found else address)
+        with pytest.raises(KdxError, match=r"another program listens there|timed out"), ray_crew.connected(options):
+            pass
+        thread.join()
+
+
+def test_a_server_of_grpc_may_be_a_cluster() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = answering(server, bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        ray_crew._check_answers(f"127.0.0.1:{server.getsockname()[1]}")
+        thread.join()
+
+
+def test_a_silent_server_of_tls_may_be_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ray_crew._check_answers(f"127.0.0.1:{server.getsockname()[1]}")
+
+
 @pytest.mark.parametrize("address", ["local", "auto", "ray://head:10001"])
 def test_other_addresses_are_left_to_ray(address: str) -> None:
-    ray_crew._check_reachable(address)
+    ray_crew._check_answers(address)
 
 
 class SlowRay:

@@ -27,6 +27,7 @@ from kdx.cluster.service import Facts
 from kdx.commands import explain
 from kdx.errors import KdxError
 from kdx.kernels import ambient
+from kdx.remote import is_url
 from kdx.runs import distributed
 from kdx.runs.store import Store
 from tests.cluster import toy_services
@@ -198,18 +199,21 @@ def test_a_worker_that_is_larger_than_the_machine(ray: Any) -> None:
 # Commands that start their own cluster. They come last, because the cluster of this module runs beside them.
 
 
-def started(folder: Path, out: Path) -> subprocess.Popen[str]:
-    """A run with a cluster that has stored at least one batch and is stopped until SIGCONT."""
+def started(folder: Path, out: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
+    """A run with a cluster that has stored at least one batch and is stopped until SIGCONT.
+
+    options: the address of a running cluster, and further options.
+    """
     process = subprocess.Popen(
-        command(folder, out, "--cluster", "--cpus-per-worker", "1"),
+        command(folder, out, "--cpus-per-worker", "1", "--cluster", *options),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=one_thread(),
+        env=one_thread() | environment,
     )
     while not list((out / "progress").glob("*.npz")):
         assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
+        time.sleep(0.1 if is_url(out) else 0.005)  # a server that lists a folder all the time has no time for the run
     process.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
     return process
 
