@@ -1,0 +1,59 @@
+"""Ctrl-C at the very start and at the very end of a command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+AT_AN_IMPORT = """
+import os, signal, sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
+
+module = sys.argv[1]
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+from kdx.cli import main
+sys.argv[1:] = ["layers", "--help"]
+main()
+"""
+
+AT_THE_END = """
+import atexit, os, signal, sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+from kdx.cli import main
+sys.argv[1:] = ["--version"]
+main()
+"""
+
+
+def ended(code: str, *arguments: str) -> tuple[int, str]:
+    process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return process.returncode, process.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("module", ["kdx.cli.commands", "typer", "kdx.cli.study"])
+def test_ctrl_c_while_the_commands_are_imported_is_one_line(module: str) -> None:
+    assert ended(AT_AN_IMPORT, module) == (130, "Stopped.\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_while_arguments_are_parsed_is_one_line() -> None:
+    """typer alone would exit without a message. The help page is written while arguments are parsed."""
+    assert ended(AT_AN_IMPORT, "rich.table") == (130, "Stopped.\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_while_a_complete_command_ends_is_ignored() -> None:
+    assert ended(AT_THE_END) == (0, "")
