@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kdx.choices import NO_BASE
 from kdx.commands import explain
+from kdx.disk import check_folder
 from kdx.errors import KdxError
 from kdx.explain.shared_features import SharedFeatures
 from kdx.models.models_file import ModelsFile, read_models, write_models
@@ -49,6 +50,10 @@ def run(
     Raises KdxError for names that cannot be folders, and for anything that `kdx.commands.explain.run` refuses.
     """
     check_names(students)
+    _check_folder(out, students)
+    for models in students.values():
+        if not is_file(models):
+            read_models(models)  # a file that is missing is an error now, and not after the other students
     own_layers = {name: layers_of(name, students, layers) for name in students}
     shared = out / SHARED
     for place, (name, models) in enumerate(students.items(), 1):
@@ -68,6 +73,17 @@ def run(
     if not options.keep_features:
         SharedFeatures(shared).remove()
     return page
+
+
+def _check_folder(out: Path, students: Collection[str]) -> None:
+    """KdxError if the folder contains anything other than runs of students, of these or of others, and their models files."""
+    own = {NETWORKS, SHARED, schema.PAGE, *students}
+
+    def is_own(path: Path) -> bool:
+        name = path.name
+        return name in own or name.endswith(".toml") or name.startswith(".") or (path / schema.MANIFEST).exists()
+
+    check_folder(out, "a comparison of students", is_own)
 
 
 def check_options(
@@ -141,6 +157,7 @@ def student_files(students: Mapping[str, str], teacher: str | None, base: str | 
     """
     if is_url(out):
         raise KdxError("The runs of several students need a local folder.", "Give a local --out, or explain each student by itself.")
+    _check_folder(out, students)
     files = {}
     for name, reference in students.items():
         if not reference.endswith(".toml"):
