@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import sys
@@ -61,6 +62,8 @@ def ended_with_one_line() -> Iterator[None]:
                 # Without Rich, whose import may be what was interrupted.
                 print("Stopped. Run the same command again to resume." if isinstance(error, Stopped) else "Stopped.", file=sys.stderr)
         _ignore()
+        exec("")  # Ctrl-C in another exec, as in many imports, would end python -m by the signal and not with 130
+        gc.freeze()  # Python would look for garbage in all imported packages, which takes a second or more
         sys.exit(130)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +39,21 @@ main()
 """
 
 
+IN_CODE_FROM_TEXT = """
+import os, signal, sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from kdx.cli import commands, main
+
+def work() -> None:
+    exec("os.kill(os.getpid(), signal.SIGINT)", globals())
+
+commands.app.command()(work)
+sys.argv[1:] = ["work"]
+main()
+"""
+
+
 def ended(code: str, *arguments: str) -> tuple[int, str]:
     process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=False)
     return process.returncode, process.stderr
@@ -57,3 +74,13 @@ def test_ctrl_c_while_arguments_are_parsed_is_one_line() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_while_a_complete_command_ends_is_ignored() -> None:
     assert ended(AT_THE_END) == (0, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_in_code_from_text_is_status_130_also_after_python_m(tmp_path: Path) -> None:
+    """Packages execute such code when they are imported. Python would then end by the signal, although it was handled."""
+    (tmp_path / "interrupted.py").write_text(IN_CODE_FROM_TEXT)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-m", "interrupted"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert (process.returncode, process.stderr) == (130, "Stopped.\n")
