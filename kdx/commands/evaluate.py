@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kdx.errors import resumable
 from kdx.evaluate.evaluate import evaluate
 from kdx.report.page import write_page
 from kdx.report.terminal import NumberRow, NumberTable
@@ -16,7 +17,8 @@ from kdx.runs.number_text import number
 def run(folder: Path, **arguments: Any) -> tuple[Evaluation, Path]:
     """Evaluate a run with `kdx.evaluate.evaluate.evaluate`, which has the same arguments; return the result and the path of the page."""
     evaluation = evaluate(folder, **arguments)
-    return evaluation, write_page(folder)
+    with resumable(lambda: True):  # all results are stored
+        return evaluation, write_page(folder)
 
 
 def tables(evaluation: Evaluation) -> Iterator[NumberTable]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from kdx.choices import NO_BASE
 from kdx.commands import explain
 from kdx.disk import check_folder
-from kdx.errors import KdxError
+from kdx.errors import KdxError, resumable
 from kdx.explain.shared_features import SharedFeatures
 from kdx.models.models_file import ModelsFile, read_models, write_models
 from kdx.models.reference import parse_reference
@@ -56,20 +56,21 @@ def run(
             read_models(models)  # a file that is missing is an error now, and not after the other students
     own_layers = {name: layers_of(name, students, layers) for name in students}
     shared = out / SHARED
-    for place, (name, models) in enumerate(students.items(), 1):
-        announce(f"Student {name} ({place} of {len(students)}).")
-        explain.run(
-            data,
-            models,
-            out / name,
-            own_layers[name],
-            options,
-            networks=out / NETWORKS,
-            command=command,
-            shared_features=shared,
-            announce=announce,
-        )
-    page = write_comparison({name: out / name for name in students}, out / schema.PAGE)
+    with resumable(lambda: any((out / name / schema.SCORES_FILE).exists() for name in students)):
+        for place, (name, models) in enumerate(students.items(), 1):
+            announce(f"Student {name} ({place} of {len(students)}).")
+            explain.run(
+                data,
+                models,
+                out / name,
+                own_layers[name],
+                options,
+                networks=out / NETWORKS,
+                command=command,
+                shared_features=shared,
+                announce=announce,
+            )
+        page = write_comparison({name: out / name for name in students}, out / schema.PAGE)
     if not options.keep_features:
         SharedFeatures(shared).remove()
     return page

@@ -44,3 +44,19 @@ def test_every_models_file_is_read_before_the_first_student_is_explained(run: Ru
     status, out, err = run("explain", "digits", "--student", "a=a.toml", "--student", "b=missing.toml", "--out", "out")
     assert (status, out, left_in(tmp_path)) == (2, "", ["a.toml"])
     assert "missing.toml cannot be read" in err
+
+
+def test_the_page_of_several_runs_is_a_file(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "pages").mkdir()
+    status, _, err = run("report", "a", "b", "--out", "pages")
+    assert (status, err) == (2, "Error: pages is a folder, and --out names a file.\nName the page, such as --out pages/comparison.html.\n")
+
+
+@pytest.mark.parametrize("folder", ["a study", "images"])
+def test_a_folder_without_a_run_is_not_taken_for_one(folder: str, run: Run, tmp_path: Path) -> None:
+    for name in FOLDERS[folder]:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("{}")
+    for command in ("evaluate", "report"):
+        status, _, err = run(command, "out")
+        assert status == 2 and "out contains no run" in err and "Give the folder that kdx explain wrote" in err

@@ -6,8 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from kdx.commands import evaluate, explain, explain_students
+from kdx.errors import Stopped
 
 AT_AN_IMPORT = """
 import os, signal, sys
@@ -84,3 +88,32 @@ def test_ctrl_c_in_code_from_text_is_status_130_also_after_python_m(tmp_path: Pa
     command = [sys.executable, "-m", "interrupted"]
     process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
     assert (process.returncode, process.stderr) == (130, "Stopped.\n")
+
+
+@pytest.mark.parametrize("command", ["explain", "explain_students", "evaluate"])
+def test_ctrl_c_while_the_page_is_written_promises_to_resume(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that the page shows is stored."""
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("explain_dataset", "read_run", "_report_unreadable"):
+        monkeypatch.setattr(explain, name, lambda *_, **__: None)
+    monkeypatch.setattr(explain, "read_choice", lambda _: (explain.GalleryChoice(), []))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(evaluate, "write_page", interrupt)
+    monkeypatch.setattr(explain, "write_page", interrupt)
+    monkeypatch.setattr(explain_students, "write_comparison", interrupt)
+    with pytest.raises(Stopped):
+        if command == "explain":
+            explain.run("digits", tmp_path / "models.toml", tmp_path / "run")
+        elif command == "evaluate":
+            evaluate.run(tmp_path / "run")
+        else:
+            files = [tmp_path / f"{name}.toml" for name in "ab"]
+            for file in files:
+                file.write_text('student = "kdx:resnet"\n')
+                (tmp_path / "out" / file.stem).mkdir(parents=True)
+                (tmp_path / "out" / file.stem / "scores.json").write_text("{}")
+            monkeypatch.setattr(explain, "write_page", lambda *_: None)
+            explain_students.run("digits", {file.stem: file for file in files}, tmp_path / "out")
