@@ -12,6 +12,7 @@ import pytest
 
 from kdx.commands import evaluate, explain, explain_students
 from kdx.errors import Stopped
+from kdx.runs.gallery_choice import GalleryChoice
 
 AT_AN_IMPORT = """
 import os, signal, sys
@@ -99,7 +100,7 @@ def test_ctrl_c_while_the_page_is_written_promises_to_resume(command: str, tmp_p
 
     for name in ("explain_dataset", "read_run", "_report_unreadable"):
         monkeypatch.setattr(explain, name, lambda *_, **__: None)
-    monkeypatch.setattr(explain, "read_choice", lambda _: (explain.GalleryChoice(), []))
+    monkeypatch.setattr(explain, "read_choice", lambda _: (GalleryChoice(), []))
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: None)
     monkeypatch.setattr(evaluate, "write_page", interrupt)
     monkeypatch.setattr(explain, "write_page", interrupt)
