@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -236,6 +236,16 @@ def write_through(path: Path, data: bytes) -> None:
 def unwritable(path: Path, error: OSError) -> KdxError:
     """The KdxError for a file that cannot be written."""
     return KdxError(f"{path} cannot be written: {error.strerror or error}.", "Choose a folder that you may write to, on a disk with room.")
+
+
+def check_folder(folder: Path, kind: str, is_own: Callable[[Path], bool]) -> None:
+    """Raise KdxError if there is anything in the folder that the command which is going to write to it does not own: it would replace the
+    page of another command, or put its files among a user's images.
+
+    kind: what the folder may be, for the message.
+    """
+    if folder.exists() and not (folder.is_dir() and all(path.name in (".DS_Store", ".lock") or is_own(path) for path in folder.iterdir())):
+        raise KdxError(f"{folder} is neither empty nor {kind}.", "Choose a new folder for --out.")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -110,7 +110,7 @@ def test_kernels_know_nothing_of_models_or_files() -> None:
 
 def test_optional_and_heavy_packages_are_imported_where_they_are_used() -> None:
     """`import kdx` works with the core dependencies alone, and no command waits for a package that it does not use."""
-    code = "import sys, kdx.cli; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    code = "import sys, kdx.cli.commands; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"onnxruntime", "timm", "torchvision", "matplotlib", "sklearn", "zarr", "pyarrow", "jinja2", "onnxscript", "PIL"}
     heavy |= {
@@ -224,7 +224,7 @@ def test_readmes_commands_exist() -> None:
     """Each `kdx` line of the documents names a command and options that the command line has."""
     from typer.main import get_command
 
-    from kdx.cli import app
+    from kdx.cli.commands import app
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
     blocks = [

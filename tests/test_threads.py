@@ -14,8 +14,8 @@ def test_the_command_line_sets_the_environment_before_pytorch_is_loaded(tmp_path
     """The variables reach the C library, from which OpenMP reads them, and the processes that a command starts."""
     code = """
 import ctypes, sys
-import kdx.cli
-kdx.cli.app = lambda: print("torch" in sys.modules, ctypes.CDLL(None).getenv(b"OMP_WAIT_POLICY") != 0)
+import kdx.cli.commands
+kdx.cli.commands.app = lambda: print("torch" in sys.modules, ctypes.CDLL(None).getenv(b"OMP_WAIT_POLICY") != 0)
 kdx.cli.main()
 """
     clean = {name: value for name, value in os.environ.items() if name not in threads.WAITING}

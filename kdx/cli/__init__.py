@@ -1,95 +1,11 @@
-"""The command line: one thin function per command. Everything heavy is imported inside the functions, so that help and errors are quick."""
+"""The command line. The commands are imported only after Ctrl-C is handled, because a user may press it at once."""
 
-from __future__ import annotations
-
-import os
-import sys
-from typing import Annotated, Any, NoReturn
-
-import typer
-import typer.core
-
-from kdx import threads
 from kdx.cli import interruption
-from kdx.cli.demo import demo
-from kdx.cli.distill import distill
-from kdx.cli.doctor import doctor
-from kdx.cli.evaluate import evaluate
-from kdx.cli.explain import explain
-from kdx.cli.export import export
-from kdx.cli.layers import layers
-from kdx.cli.options import is_first_process
-from kdx.cli.panels import Command
-from kdx.cli.plan import plan
-from kdx.cli.report import report
-from kdx.cli.similarity import similarity
-from kdx.cli.study import study
-from kdx.errors import KdxError, Stopped, about_file
-
-
-class _Commands(typer.core.TyperGroup):
-    """Handles Ctrl-C and SIGTERM before typer does, which would exit without a message."""
-
-    def invoke(self, ctx: Any) -> Any:
-        with interruption.interruptible():
-            try:
-                return super().invoke(ctx)
-            except KeyboardInterrupt as error:
-                if is_first_process():
-                    _print_error("Stopped. Run the same command again to resume." if isinstance(error, Stopped) else "Stopped.")
-                interruption.ignore()
-                sys.exit(130)
-
-
-app = typer.Typer(
-    cls=_Commands,
-    help="Shows what a student network learned from its teacher, and measures it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def _print_version(requested: bool) -> None:
-    if requested:
-        import kdx
-
-        typer.echo(f"kdx {kdx.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
-) -> None: ...
-
-
-for _command in (demo, distill, export, explain, plan, study, similarity, evaluate, report, layers, doctor):
-    app.command(cls=Command)(_command)
-
-
-def _print_error(line: str, style: str | None = None) -> None:
-    from rich.console import Console
-
-    Console(stderr=True, highlight=False, emoji=False).print(line, style=style, markup=False, soft_wrap=True)
-
-
-def _end(error: KdxError) -> NoReturn:
-    _print_error(f"Error: {error.problem}", style="bold red")
-    _print_error(error.hint)
-    sys.exit(2)
 
 
 def main() -> None:
-    """The entry point. For a KdxError it prints two sentences and exits with 2; Ctrl-C exits with 130. Any other exception is a bug, except
-    the system's OSError about a file, for example if a disk has vanished."""
-    threads.set_environment(os.environ, threads.quota())  # before a command loads PyTorch
-    try:
-        app()
-    except KdxError as error:
-        _end(error)
-    except OSError as error:
-        if error.filename is None:  # not about a file
-            raise
-        _end(about_file(error))
+    """The entry point. Ctrl-C and SIGTERM end it with one line and status 130."""
+    with interruption.interruptible(), interruption.ended_with_one_line():
+        from kdx.cli.commands import run
+
+        run()

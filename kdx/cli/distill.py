@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdx.choices import Interpolation, OptimizerName, ResizeMode, Resizing, ScheduleName, Selection, TrainingPrecision, TrainingPresetName
+from kdx.cli.interruption import is_first_process
 from kdx.cli.options import (
     DataArgument,
     DeviceOption,
@@ -17,7 +18,6 @@ from kdx.cli.options import (
     ResizeHelp,
     SeedOption,
     UnreadableOption,
-    is_first_process,
     with_preset,
 )
 from kdx.remote import local_path

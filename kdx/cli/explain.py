@@ -29,6 +29,7 @@ from kdx.choices import (
     StoredPrecision,
     Weighting,
 )
+from kdx.cli.interruption import is_first_process
 from kdx.cli.options import (
     ClusterOption,
     CpusPerWorkerOption,
@@ -44,7 +45,6 @@ from kdx.cli.options import (
     WorkersPerGpuOption,
     announce_line,
     image_names,
-    is_first_process,
     is_given,
     with_preset,
 )

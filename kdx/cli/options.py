@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -72,11 +71,6 @@ def is_given(context: typer.Context, name: str) -> bool:
 def with_preset(context: typer.Context, preset: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` of the command line, with those of the preset where the command line gives none."""
     return {**values, **{name: value for name, value in preset.items() if not is_given(context, name)}}
-
-
-def is_first_process() -> bool:
-    """Whether this is the only process of a command, or the first of those that ``accelerate launch`` or ``torchrun`` started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def image_names(text: str | None) -> tuple[str, ...]:

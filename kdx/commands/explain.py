@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kdx.cluster.executor import Executor
 from kdx.data.dataset import source_of
-from kdx.errors import KdxError, printable
+from kdx.errors import KdxError, printable, resumable
 from kdx.report.page import write_page
 from kdx.runs.gallery_choice import GalleryChoice, choose_again, read_choice
 from kdx.runs.record import LostResult, RunRecord, read_run
@@ -61,10 +61,11 @@ def run(
             executor=executor,
             announce=announce,
         )
-        if options.gallery_choice not in (GalleryChoice(), read_choice(run := read_run(out))[0]):  # a run that was already complete
-            choose_again(run, options.gallery_choice, data)
-        _report_unreadable(read_run(out), announce)
-        return write_page(out)
+        with resumable(lambda: True):  # the run is complete
+            if options.gallery_choice not in (GalleryChoice(), read_choice(run := read_run(out))[0]):  # it was already complete before
+                choose_again(run, options.gallery_choice, data)
+            _report_unreadable(read_run(out), announce)
+            return write_page(out)
 
     try:
         return explain_and_write(restart=False)

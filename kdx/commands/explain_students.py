@@ -10,7 +10,8 @@ from pathlib import Path
 
 from kdx.choices import NO_BASE
 from kdx.commands import explain
-from kdx.errors import KdxError
+from kdx.disk import check_folder
+from kdx.errors import KdxError, resumable
 from kdx.explain.shared_features import SharedFeatures
 from kdx.models.models_file import ModelsFile, read_models, write_models
 from kdx.models.reference import parse_reference
@@ -49,25 +50,41 @@ def run(
     Raises KdxError for names that cannot be folders, and for anything that `kdx.commands.explain.run` refuses.
     """
     check_names(students)
+    _check_folder(out, students)
+    for models in students.values():
+        if not is_file(models):
+            read_models(models)  # a file that is missing is an error now, and not after the other students
     own_layers = {name: layers_of(name, students, layers) for name in students}
     shared = out / SHARED
-    for place, (name, models) in enumerate(students.items(), 1):
-        announce(f"Student {name} ({place} of {len(students)}).")
-        explain.run(
-            data,
-            models,
-            out / name,
-            own_layers[name],
-            options,
-            networks=out / NETWORKS,
-            command=command,
-            shared_features=shared,
-            announce=announce,
-        )
-    page = write_comparison({name: out / name for name in students}, out / schema.PAGE)
+    with resumable(lambda: any((out / name / schema.SCORES_FILE).exists() for name in students)):
+        for place, (name, models) in enumerate(students.items(), 1):
+            announce(f"Student {name} ({place} of {len(students)}).")
+            explain.run(
+                data,
+                models,
+                out / name,
+                own_layers[name],
+                options,
+                networks=out / NETWORKS,
+                command=command,
+                shared_features=shared,
+                announce=announce,
+            )
+        page = write_comparison({name: out / name for name in students}, out / schema.PAGE)
     if not options.keep_features:
         SharedFeatures(shared).remove()
     return page
+
+
+def _check_folder(out: Path, students: Collection[str]) -> None:
+    """KdxError if the folder contains anything other than runs of students, of these or of others, and their models files."""
+    own = {NETWORKS, SHARED, schema.PAGE, *students}
+
+    def is_own(path: Path) -> bool:
+        name = path.name
+        return name in own or name.endswith(".toml") or name.startswith(".") or (path / schema.MANIFEST).exists()
+
+    check_folder(out, "a comparison of students", is_own)
 
 
 def check_options(
@@ -141,6 +158,7 @@ def student_files(students: Mapping[str, str], teacher: str | None, base: str | 
     """
     if is_url(out):
         raise KdxError("The runs of several students need a local folder.", "Give a local --out, or explain each student by itself.")
+    _check_folder(out, students)
     files = {}
     for name, reference in students.items():
         if not reference.endswith(".toml"):

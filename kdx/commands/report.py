@@ -41,6 +41,8 @@ def check_runs(runs: Sequence[str], out: Path | None, table: TableFormat | None,
         raise KdxError("The joint table of several runs has no scores of classes or groups.", "Print them run by run: kdx report RUN.")
     if (out is None) == (table is None):
         raise KdxError("Several runs make one page or one table.", "Name the page with --out comparison.html, or give --table.")
+    if out is not None and out.is_dir():
+        raise KdxError(f"{out} is a folder, and --out names a file.", f"Name the page, such as --out {out / 'comparison.html'}.")
 
 
 def compare(runs: Sequence[str], out: Path | None, table: TableFormat | None) -> str:

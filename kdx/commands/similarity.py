@@ -9,14 +9,14 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from kdx.disk import check_locked, lock_folder, write_atomic
+from kdx.disk import check_folder, check_locked, lock_folder, write_atomic
 from kdx.errors import KdxError, resumable
 from kdx.figure_files import figure_format
 from kdx.report.similarity_page import similarity_page
 from kdx.runs.number_text import number
 from kdx.runs.similarity import NetworkSimilarity, compare_networks
 from kdx.runs.similarity_options import SimilarityOptions
-from kdx.runs.similarity_sums import remove_stored
+from kdx.runs.similarity_sums import FEATURES, remove_stored
 from kdx.scores.similarity_result import Similarity
 
 JSON, CSV, PAGE, FIGURE = "similarity.json", "similarity.csv", "report.html", "heatmap"
@@ -45,6 +45,7 @@ def run(
         raise KdxError(
             f"There is no network {unused[0]} for --layer-{unused[0].lower()}.", "Name it with --given, or leave its layers out."
         )
+    _check_folder(out, figure)
     with lock_folder(out) as lock:
         comparison = compare_networks(references, data, out, options, announce)
         check_locked(out, lock)
@@ -52,6 +53,15 @@ def run(
             page = write_results(comparison, out, figure=figure, command=command)
         remove_stored(out)
         return page, comparison.result
+
+
+def _check_folder(out: Path, figure: Path | None) -> None:
+    """KdxError if the folder contains anything other than a comparison, also one that was stopped."""
+    if not (out / JSON).exists():
+        own = {CSV, FEATURES, *(f"{FIGURE}.{ending}" for ending in ("svg", "png", "pdf")), *([] if figure is None else [figure.name])}
+        check_folder(
+            out, "a comparison", lambda path: path.name in own or path.name.startswith(tuple(f".{name}." for name in (*own, JSON)))
+        )
 
 
 def write_results(comparison: NetworkSimilarity, out: Path, *, figure: Path | None = None, command: Sequence[str] = ()) -> Path:

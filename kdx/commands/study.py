@@ -21,7 +21,7 @@ from kdx import models, progress, threads
 from kdx.choices import NO_BASE
 from kdx.cluster.options import ClusterOptions
 from kdx.commands import explain
-from kdx.disk import check_locked, lock_folder, parse_json, remove_leftovers, write_atomic
+from kdx.disk import check_folder, check_locked, lock_folder, parse_json, remove_leftovers, write_atomic
 from kdx.distill import EpochResult, distill, train_alone
 from kdx.errors import KdxError, resumable
 from kdx.runs import schema
@@ -268,15 +268,8 @@ def _ending(outcome: Outcome) -> str:
 
 def _checked(folder: Path) -> Path:
     """The folder, which is new, empty, or a study's; otherwise KdxError."""
-    allowed = {".lock", ".DS_Store"}
-    if folder.exists() and not (folder / STUDY_FILE).exists():
-        others = (
-            [path.name for path in folder.iterdir() if path.name not in allowed and not path.name.startswith(f".{STUDY_FILE}.")]
-            if folder.is_dir()
-            else [""]
-        )
-        if others:
-            raise KdxError(f"{folder} is neither empty nor a study.", "Choose a new folder for --out.")
+    if not (folder / STUDY_FILE).exists():
+        check_folder(folder, "a study", lambda path: path.name.startswith(f".{STUDY_FILE}."))
     return folder
 
 

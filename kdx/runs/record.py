@@ -23,6 +23,7 @@ from kdx.runs.schema import Manifest, StoredFeatures, StoredGroup, StoredScore, 
 if TYPE_CHECKING:
     from PIL import Image
 
+_NO_RUN = "Give the folder that kdx explain wrote; if it is this one, run the same kdx explain command again."
 _RUN_AGAIN = "Run the same kdx explain command again; it computes what is missing."
 
 
@@ -270,6 +271,8 @@ def _complete_manifest(folder: Path) -> Manifest:
 
 def _json(folder: Path, name: str) -> dict[str, Any]:
     file = folder / name
+    if not file.is_file() and name == schema.MANIFEST:
+        raise LostResult(f"{folder} contains no run: it has no {name}.", _NO_RUN)
     if not file.is_file():
         raise LostResult(f"The run in {folder} has no {name}.", _RUN_AGAIN)
     try:

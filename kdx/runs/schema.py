@@ -94,8 +94,8 @@ def overlay_path(run: Path, row: int, layer_name: str, kind: str) -> Path:
 
 
 def may_precede_manifest(name: str) -> bool:
-    """Whether this file may be in a folder that becomes a run's: a run that was killed at its start wrote it, or the system did."""
-    return name in (".DS_Store", ".lock", NETWORKS) or name.startswith(f".{MANIFEST}.")
+    """Whether this file may be in a folder that becomes a run's: a run that was killed at its start wrote it."""
+    return name == NETWORKS or name.startswith(f".{MANIFEST}.")
 
 
 def layer_file_names(layers: Sequence[str]) -> dict[str, str]:

@@ -18,7 +18,18 @@ from typing import IO, Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from kdx.disk import check_locked, csv_text, lock_folder, read_json, remove_leftovers, remove_tree, scratch_folder, unwritable, write_atomic
+from kdx.disk import (
+    check_folder,
+    check_locked,
+    csv_text,
+    lock_folder,
+    read_json,
+    remove_leftovers,
+    remove_tree,
+    scratch_folder,
+    unwritable,
+    write_atomic,
+)
 from kdx.errors import KdxError
 from kdx.remote import RemotePath, remote_errors, zarr_store
 from kdx.remote_lock import RemoteLock
@@ -65,8 +76,8 @@ class Store:
         """
         configuration = json.loads(json.dumps(configuration))
         path = folder / schema.MANIFEST
-        if not path.exists() and folder.exists() and not _may_become_a_run(folder):
-            raise KdxError(f"{folder} is neither empty nor a run.", "Choose a new folder for --out.")
+        if not path.exists():
+            check_folder(folder, "a run", lambda path: schema.may_precede_manifest(path.name))
         lock = lock_folder(folder)
         try:
             new = {**context, "format": schema.FORMAT, "status": schema.RUNNING, "configuration": configuration}
@@ -304,10 +315,6 @@ class Store:
         check_locked(self.folder, self._lock)
         # allow_nan=False: a NaN in a result would be a bug, and few JSON readers other than Python's accept it.
         write_atomic(self.folder / name, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
-def _may_become_a_run(folder: Path) -> bool:
-    return folder.is_dir() and all(schema.may_precede_manifest(path.name) for path in folder.iterdir())
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:

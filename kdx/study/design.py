@@ -124,8 +124,8 @@ def design_of(content: Mapping[str, Any]) -> Design:
     tables = {key: value_of_table(content.get(key, {}), key) for key in ("training", "explain")}
     return Design(
         data=_data_sets(content.get("data", {})),
-        **{group: _named(content.get(group, {}), group) for group in _NETWORKS},
-        methods=_named(content.get("methods", {}), "methods"),
+        **{group: named(content.get(group, {}), group) for group in _NETWORKS},
+        methods=named(content.get("methods", {}), "methods"),
         seeds=_seeds(content.get("seeds", 1)),
         images=None if "images" not in content else _images(content["images"]),
         layers=value_of(tuple[str, ...], content.get("layers", []), "layers"),
@@ -171,7 +171,7 @@ def _seeds(value: Any) -> tuple[int, ...]:
 
 
 def _data_sets(value: Any) -> dict[str, DataSet]:
-    references = value if isinstance(value, dict) else _named(value, "data")
+    references = value if isinstance(value, dict) else named(value, "data")
     entries = {}
     for name, entry in references.items():
         _check_name(name, "data")
@@ -186,7 +186,7 @@ def _data_sets(value: Any) -> dict[str, DataSet]:
     return entries
 
 
-def _named(value: Any, group: str) -> dict[str, str]:
+def named(value: Any, group: str) -> dict[str, str]:
     """The references of a table, or of a list, by name."""
     if isinstance(value, dict):
         for name, reference in value.items():

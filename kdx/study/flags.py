@@ -11,7 +11,7 @@ from typing import Any, get_args
 from kdx.choices import StudyPresetName
 from kdx.distill.presets import PRESETS as TRAINING_PRESETS
 from kdx.errors import KdxError, near_names
-from kdx.study.design import Design, design_of, parse_setting, read_design, set_value, split_name, value_of_table, with_names
+from kdx.study.design import Design, design_of, named, parse_setting, read_design, set_value, split_name, value_of_table, with_names
 from kdx.study.presets import PRESETS
 
 
@@ -44,7 +44,7 @@ def design_from(file: Path | None, preset: StudyPresetName | None, flags: Flags)
     if file is None and preset is None and not flags.data:
         raise KdxError("The study has no file and no data.", "Give a study file, --preset, or --data with --teacher and --student.")
     known: dict[str, Any] = copy.deepcopy(PRESETS[preset]) if preset is not None else {}
-    located = {name for name, entry in _table(content.get("data", {})).items() if isinstance(entry, str) or "reference" in entry}
+    located = {name for name, entry in _table(content.get("data", {})).items() if not isinstance(entry, dict) or "reference" in entry}
     if "data" in content:
         content["data"] = _with_known(_table(content["data"]), known)
     content = {**known, **content}
@@ -74,7 +74,7 @@ def _preset(value: Any) -> StudyPresetName | None:
 
 def _table(data: Any) -> dict[str, Any]:
     """The data sets of a file by name, also where the file has a list."""
-    return data if isinstance(data, dict) else with_names(((None, str(reference)) for reference in data), "data")
+    return data if isinstance(data, dict) else named(data, "data")
 
 
 def _with_known(entries: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:

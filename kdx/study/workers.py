@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -99,7 +99,7 @@ class Workers:
         os.environ.update(dict.fromkeys(COUNTS, str(self.threads)))  # read before the process loads PyTorch
         try:
             process = _CONTEXT.Process(target=_serve, args=(theirs, self.perform, self.folder), daemon=True)
-            with _hidden_main():
+            with _hidden_main(), _blocked_ctrl_c():
                 process.start()
         finally:
             for name, value in before.items():
@@ -127,9 +127,26 @@ def _hidden_main() -> Iterator[None]:
             setattr(main, name, value)
 
 
+@contextmanager
+def _blocked_ctrl_c() -> Iterator[None]:
+    """Inside the block, new processes start with SIGINT blocked: a terminal sends Ctrl-C to them too, and Python would print a traceback of
+    each that has not come to `_serve`, which takes seconds."""
+    if sys.platform == "win32":
+        yield
+        return
+    resource_tracker.ensure_running()  # otherwise the first process starts it, which unblocks SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(connection: Any, perform: Perform, folder: Path) -> None:
     """Do the jobs that come from the connection, in a process of its own. Ctrl-C is left to the first process, which kills this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # for processes that this one may start
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:

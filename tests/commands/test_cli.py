@@ -18,7 +18,7 @@ import typer.main
 import kdx.distill
 import kdx.explain
 from kdx.choices import Resizing
-from kdx.cli import app
+from kdx.cli.commands import app
 from kdx.cli.panels import PANELS
 from kdx.commands import doctor
 from kdx.distill import TrainingSettings

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import kdx
 from kdx import KdxError
-from kdx.cli import app
+from kdx.cli.commands import app
 from kdx.commands import explain_images
 from kdx.commands.explain import check_data_set
 from kdx.commands.references import choose_references

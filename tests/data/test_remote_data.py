@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from typer.testing import CliRunner
 
-from kdx.cli import app
+from kdx.cli.commands import app
 from kdx.data import decoding_processes, load_images, open_data
 from kdx.data.dataset import Indices, located, table_of
 from kdx.data.images import _decode

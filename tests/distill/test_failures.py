@@ -130,6 +130,7 @@ def test_a_second_training_in_the_same_folder_is_refused(finished: Path, tmp_pat
 INTERRUPTED = """
 import atexit, os, signal, sys, time, typer
 from kdx import cli, errors
+from kdx.cli import commands
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 
@@ -144,7 +145,7 @@ def work(signals: str) -> None:
             for name in signals.split(","):
                 os.kill(os.getpid(), getattr(signal, name))
 
-cli.app.command()(work)
+commands.app.command()(work)
 sys.argv[1:] = ["work", sys.argv[1]]
 cli.main()
 """

@@ -55,7 +55,7 @@ def test_commands_exist() -> None:
     """Each `kdx` line and each `make` line of a page names a command with options that it has."""
     from typer.main import get_command
 
-    from kdx.cli import app
+    from kdx.cli.commands import app
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))

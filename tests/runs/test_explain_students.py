@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import kdx
-from kdx.cli import app
+from kdx.cli.commands import app
 from kdx.commands import explain, explain_students
 from kdx.models.models_file import read_models
 from kdx.report.comparison import compare_runs

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 import kdx
-from kdx.cli import app
+from kdx.cli.commands import app
 from kdx.commands import explain
 from kdx.disk import lock_folder
 from kdx.errors import KdxError

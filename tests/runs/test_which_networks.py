@@ -77,7 +77,7 @@ def test_a_run_has_the_results_of_its_roles_and_a_page(
     absent = {"base", "teacher"} - set(roles)
     text = re.sub(r"<[^>]*>", "", page.split('<main id="main">')[1].split('<section id="run"')[0])
     assert not [role for role in absent if re.search(rf"\bthe {role}\b|\b{role}:", text)]
-    assert scores_table(tmp_path / "run").row_count == len(record.score_names) + len(record.contrast_names)
+    assert len(scores_table(tmp_path / "run").rows) == len(record.score_names) + len(record.contrast_names)
 
 
 def test_the_geometry_whole_of_a_student_and_a_teacher_with_their_own_layers(folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from kdx.cli.commands import app
 from kdx.distill import DEMO, TrainingSettings
 from kdx.errors import KdxError
 from kdx.runs.run import RunOptions
@@ -97,6 +99,36 @@ def test_what_is_not_valid_is_an_error_that_names_it(entries: dict[str, Any], pr
     with pytest.raises(KdxError, match=problem) as caught:
         design_of(changed(**entries))
     assert re.search(hint, caught.value.hint)
+
+
+VALUES = ['"digits"', "5", "-1.5", "true", "1979-05-27", "[1]", '[["digits"]]', "{a = 1}", "{a = [1]}", "{a = {b = 1}}"]
+"""Values of every type of TOML, none of which is right for an axis of the grid or a table of options."""
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("key", ["data", "teachers", "assistants", "students", "methods", "layers", "training", "explain"])
+@pytest.mark.parametrize("flags", [Flags(), Flags(epochs=1, settings=["training.epochs=3"])], ids=["file", "flags"])
+def test_a_value_of_another_type_is_an_error_that_names_the_entry(key: str, value: str, flags: Flags, tmp_path: Path) -> None:
+    file = tmp_path / "study.toml"
+    entries = {"data": '["digits"]', "methods": '["kd"]', "teachers": '["kdx:resnet"]', "students": '["kdx:resnet,width=2"]', key: value}
+    file.write_text("\n".join(f"{name} = {text}" for name, text in entries.items()))
+    with pytest.raises(KdxError, match=key):
+        design_from(file, None, flags)
+
+
+@pytest.mark.parametrize(("command", "table"), [("explain", "explain"), ("distill", "training")])
+def test_a_study_file_has_the_ranges_of_the_command_line(command: str, table: str) -> None:
+    flags = {"reference": "reference_images", "lr": "learning_rate"}
+    known = EXPLAIN_KEYS if table == "explain" else TRAINING_KEYS
+    refused = set()
+    for parameter in get_command(app).commands[command].params:  # type: ignore[attr-defined]
+        name = flags.get(parameter.name, parameter.name)
+        for limit, step in ((getattr(parameter, "min", None), -1), (getattr(parameter, "max", None), 1)):
+            if limit is not None and name in known:
+                with pytest.raises(KdxError, match=name):
+                    design_of(changed(**{table: {name: limit + step}}))
+                refused.add(name)
+    assert len(refused) > 5
 
 
 def test_a_reference_with_arguments_is_not_a_name() -> None:

@@ -101,6 +101,20 @@ def test_a_process_that_dies_without_a_job_is_replaced(grid: Grid, tmp_path: Pat
         assert [outcome.problem for outcome in pool.wait(lambda job, note: None)] == [""]
 
 
+@pytest.mark.slow  # a process imports PyTorch
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_is_left_to_the_first_process_while_others_start(grid: Grid, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A terminal sends it to all processes."""
+    with Workers(1, record, tmp_path, 1) as pool:
+        pool.start(grid.jobs[0])
+        (process,) = multiprocessing.active_children()
+        for _ in range(20):
+            os.kill(process.pid or 0, signal.SIGINT)
+            time.sleep(0.05)
+        assert [outcome.problem for outcome in pool.wait(lambda job, note: None)] == [""]
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_processes_end_with_the_first_one(tmp_path: Path) -> None:
