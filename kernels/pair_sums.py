@@ -6,7 +6,6 @@ The inner products of the centred matrices and their moments follow from them (`
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -42,9 +41,8 @@ class Division:
 
 def _within(bounds: Sequence[int], place: slice) -> dict[int, slice]:
     """The parts between ``bounds`` that have images at ``place``, and their positions in it."""
-    first, last = bisect_right(bounds, place.start) - 1, bisect_left(bounds, place.stop)
-    cut = ((part, max(bounds[part], place.start), min(bounds[part + 1], place.stop)) for part in range(first, last))
-    return {part: slice(start - place.start, stop - place.start) for part, start, stop in cut}
+    cut = ((max(start, place.start), min(stop, place.stop)) for start, stop in pairwise(bounds))
+    return {part: slice(start - place.start, stop - place.start) for part, (start, stop) in enumerate(cut) if start < stop}
 
 
 class PairSums:
