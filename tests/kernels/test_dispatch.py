@@ -112,7 +112,7 @@ def test_a_batch_of_three_networks(launches: list[str], references: bool) -> Non
     assert oracle.error(actual.products, expected.products) < CLOSE
 
 
-@pytest.mark.parametrize(("n", "batch"), [(40, None), (260, None), (60, 16)])
+@pytest.mark.parametrize(("n", "batch"), [(40, None), pytest.param(260, None, marks=pytest.mark.slow), (60, 16)])
 def test_scores(launches: list[str], n: int, batch: int | None) -> None:
     x, y, labels = features(n)
     for options in ({"estimator": "unbiased"}, {"estimator": "biased"}):
