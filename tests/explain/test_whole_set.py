@@ -199,7 +199,7 @@ def test_a_whole_set_equals_a_batch_of_all_images() -> None:
         assert oracle.error(maps[name], value.maps) < 1e-9
 
 
-@pytest.mark.parametrize("n", [4, 5, 17, 33, 65])
+@pytest.mark.parametrize("n", [4, 5, 17, pytest.param(33, marks=pytest.mark.slow), pytest.param(65, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("objective", ["relevance", "uniqueness"])
 def test_sets_of_any_size_equal_all_images_at_once(n: int, objective: ObjectiveName) -> None:
     features, labels = roles(n)

@@ -54,7 +54,9 @@ def test_published_scores_weights_and_maps(case: str, objective: ObjectiveName) 
 
 
 @pytest.mark.parametrize("objective", ["relevance", "uniqueness"])
-@pytest.mark.parametrize(("n", "dtype"), [(5, torch.float32), (33, torch.bfloat16), pytest.param(111, torch.float16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("n", "dtype"), [(5, torch.float32), (33, torch.bfloat16), pytest.param(111, torch.float16, marks=pytest.mark.slow)]
+)
 def test_from_features_to_maps_is_autograd_through_the_definition(n: int, dtype: torch.dtype, objective: ObjectiveName) -> None:
     x, y, labels = oracle.features(n=n, shape=(5, 3, 5), classes=2)
     x, y, target = x.to(dtype), y.to(dtype), torch.nn.functional.one_hot(labels).float()

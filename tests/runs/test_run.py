@@ -147,7 +147,9 @@ def test_a_corrupt_image_is_skipped_and_named(folder: Path, tmp_path: Path) -> N
     assert len(ids) == 29 and "dog/torn0.png" not in ids
 
 
-@pytest.mark.parametrize(("count", "limit", "passes"), [(1, 0.01, True), (2, 0.01, False), (2, 0.05, False), (2, 0.07, True)])
+@pytest.mark.parametrize(
+    ("count", "limit", "passes"), [(1, 0.01, True), (2, 0.01, False), (2, 0.05, False), pytest.param(2, 0.07, True, marks=pytest.mark.slow)]
+)
 def test_a_share_of_corrupt_images_is_allowed_and_one_image_always(
     folder: Path, tmp_path: Path, count: int, limit: float, passes: bool
 ) -> None:

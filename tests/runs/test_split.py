@@ -248,7 +248,7 @@ def models(folder: Path, photos: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("split", "used"), [(None, 0), ("validation", 5), ("all", 23)])
+@pytest.mark.parametrize(("split", "used"), [(None, 0), pytest.param("validation", 5, marks=pytest.mark.slow), ("all", 23)])
 def test_a_run_records_and_states_how_many_images_were_used_in_training(
     photos: Path, models: Path, tmp_path: Path, lines: list[str], split: str | None, used: int
 ) -> None:

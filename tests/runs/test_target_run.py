@@ -56,7 +56,7 @@ CASES: dict[str, tuple[RunOptions, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "whole")) for name in CASES])
 def test_scores_of_a_run_are_those_of_the_embedding(name: str, folder: Path, target: Path, tmp_path: Path) -> None:
     options, settings = CASES[name]
     page = run(folder, tmp_path / "run", replace(options, target=target))
