@@ -17,7 +17,7 @@ _export = torch.onnx.export
 def _read_once() -> None:
     from torch.onnx._internal.exporter._registration import ONNXRegistry  # takes a second, which most processes of one test do not need
 
-    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[assignment, method-assign]
+    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
 
 
 @functools.wraps(_export)

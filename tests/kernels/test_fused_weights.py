@@ -16,7 +16,7 @@ from tests.kernels.inputs import EXACT, among, geometries, gradients, laplacian
 
 
 @pytest.mark.parametrize("objective", ["relevance", "uniqueness"])
-@pytest.mark.parametrize(("n", "count", "channels"), [(4, 2, 3), (5, 3, 1), (19, 1, 2049), (33, 2, 3)])
+@pytest.mark.parametrize(("n", "count", "channels"), [(4, 2, 3), (5, 3, 1), (19, 1, 2049), pytest.param(33, 2, 3, marks=pytest.mark.slow)])
 def test_weights_are_the_laplacian_of_the_geometry(n: int, count: int, channels: int, objective: ObjectiveName, order: Order) -> None:
     d, given, target, means = geometries(n, count, channels=channels)
     with running(HostLauncher(order)):

@@ -126,6 +126,7 @@ def test_a_stopped_run_leaves_no_thread_and_resumes_with_any_number_of_threads(
     assert same(results(tmp_path / "run"), results(finished))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_salient_features_resumes_to_the_same_result(
     folder: Path, salient: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +138,7 @@ def test_a_stopped_run_of_salient_features_resumes_to_the_same_result(
     assert same(results(tmp_path / "run"), results(salient))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_without_a_teacher_resumes(folder: Path, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments: Any = (str(folder / "pictures"), pair, tmp_path / "run", (), replace(OPTIONS, geometry="reference", reference_images=10))
     with monkeypatch.context() as patch:

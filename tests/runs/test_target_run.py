@@ -100,7 +100,13 @@ def means_without(rows: Tensor, labels: np.ndarray[Any, Any]) -> NDArray[np.floa
 
 @pytest.mark.parametrize("geometry", ["batch", pytest.param("whole", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "name", ["prototypes:teacher", "prototypes:teacher,layer=layer2", "soft:teacher,temperature=0.5", "images:rows.csv"]
+    "name",
+    [
+        pytest.param("prototypes:teacher", marks=pytest.mark.slow),
+        "prototypes:teacher,layer=layer2",
+        "soft:teacher,temperature=0.5",
+        "images:rows.csv",
+    ],
 )
 def test_scores_are_those_of_rows_computed_by_hand(name: str, geometry: GeometryName, folder: Path, tmp_path: Path) -> None:
     dataset, logits, features = teacher_outputs(folder)
