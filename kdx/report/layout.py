@@ -64,8 +64,19 @@ def render(
         bytecode_cache=_compiled_templates(),
     )
     environment.filters["percent"] = wording.percent
-    environment.filters.update(filters or {})
+    environment.filters.update({name: _applied_late(filter_) for name, filter_ in (filters or {}).items()})
     return environment.get_template(template).render(assets=_Assets.load(folders, styles, scripts), **content)
+
+
+def _applied_late(filter_: Callable[..., str]) -> Callable[..., str]:
+    """The filter as one that jinja2 does not apply to constants while it compiles: another page may have another filter of this name."""
+    import jinja2
+
+    @jinja2.pass_context
+    def applied(_context: object, *arguments: object) -> str:
+        return filter_(*arguments)
+
+    return applied
 
 
 @functools.cache
