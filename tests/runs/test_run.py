@@ -74,6 +74,7 @@ def test_files_agree_with_each_other(finished: Path) -> None:
     assert (finished / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_every_batch_has_its_own_permutations(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tables: list[torch.Tensor] = []
 
@@ -98,6 +99,7 @@ def test_a_file_name_that_is_not_text_is_escaped(folder: Path, tmp_path: Path) -
     assert "dog/\\xff.png" in pq.read_table(tmp_path / "run" / "samples.parquet").to_pydict()["id"]
 
 
+@pytest.mark.slow
 def test_the_chunk_does_not_change_the_results(folder: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run(folder, out, replace(OPTIONS, chunk=4))
@@ -171,6 +173,7 @@ def torn(folder: Path, tmp_path: Path, count: int) -> Path:
     return pictures
 
 
+@pytest.mark.slow
 def test_one_batch_alone_has_an_interval_from_its_images(folder: Path, tmp_path: Path) -> None:
     run(folder, tmp_path / "run", replace(OPTIONS, batch=64))
     content = json.loads((tmp_path / "run" / "scores.json").read_text())

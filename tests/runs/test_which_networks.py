@@ -130,6 +130,7 @@ def test_without_a_base_fss_has_the_baseline_of_random_weights(folder: Path, tmp
     assert "random weights and teacher" in page and "FSS has no baseline here" not in page
 
 
+@pytest.mark.slow
 def test_with_a_base_the_baseline_is_on_request_and_changes_nothing_else(folder: Path, finished: Path, tmp_path: Path) -> None:
     record, before = run_of(folder, tmp_path / "run", ROLES, replace(OPTIONS, random_baseline=True)), read_run(finished)
     assert set(record.score_names) - set(before.score_names) == {"FSS(R,T)"} and record.map_kinds == before.map_kinds
