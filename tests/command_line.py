@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer.main
 from rich.console import Console
 
 from kdx import progress
 from kdx.cli import main
+
+_command = functools.cache(typer.main.get_command)
+"""Typer reads all commands again for every call, which takes longer than most calls of the tests."""
 
 Run = Callable[..., tuple[int, str, str]]
 """``run(*arguments) -> (status, stdout, stderr)``."""
@@ -20,6 +25,7 @@ def status_of(*arguments: object) -> int:
     """The exit status of ``kdx`` with these arguments."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["kdx", *map(str, arguments)])
+        patch.setattr(typer.main, "get_command", _command)
         try:
             main()
         except SystemExit as stop:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from benchmarks import torchvision_operators as torchvision_operators
+from tests import exporter
 from tests.browser import browser as browser
 from tests.browser import opened as opened
 from tests.remote.server import server as server
@@ -30,6 +31,8 @@ from tests.selection import pytest_configure as pytest_configure
 # for many pairs of rows at once; no test calls them.
 numba.config.DISABLE_JIT = True  # type: ignore[attr-defined]
 numba.guvectorize = lambda *_, **__: lambda function: function
+
+exporter.install()
 
 
 @pytest.fixture(scope="module")

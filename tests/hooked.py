@@ -18,6 +18,7 @@ from tests import oracle
 
 SIZE = (13, 9)
 CLASSES = 5
+MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)
 
 
 class Net(nn.Module):

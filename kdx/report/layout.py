@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ from kdx.report import wording
 from kdx.runs.number_text import number
 
 if TYPE_CHECKING:
+    from jinja2 import BytecodeCache
     from markupsafe import Markup
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -59,10 +61,41 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=_shown,
+        bytecode_cache=_compiled_templates(),
     )
     environment.filters["percent"] = wording.percent
-    environment.filters.update(filters or {})
+    environment.filters.update({name: _applied_late(filter_) for name, filter_ in (filters or {}).items()})
     return environment.get_template(template).render(assets=_Assets.load(folders, styles, scripts), **content)
+
+
+def _applied_late(filter_: Callable[..., str]) -> Callable[..., str]:
+    """The filter as one that jinja2 does not apply to constants while it compiles: another page may have another filter of this name."""
+    import jinja2
+
+    @jinja2.pass_context
+    def applied(_context: object, *arguments: object) -> str:
+        return filter_(*arguments)
+
+    return applied
+
+
+@functools.cache
+def _compiled_templates() -> BytecodeCache:
+    """The code of the templates, compiled once per process: compiling them takes longer than filling them in."""
+    from jinja2 import BytecodeCache
+    from jinja2.bccache import Bucket
+
+    class InMemory(BytecodeCache):
+        def __init__(self) -> None:
+            self._code: dict[tuple[str, str], Any] = {}
+
+        def load_bytecode(self, bucket: Bucket) -> None:
+            bucket.code = self._code.get((bucket.key, bucket.checksum))
+
+        def dump_bytecode(self, bucket: Bucket) -> None:
+            self._code[bucket.key, bucket.checksum] = bucket.code
+
+    return InMemory()
 
 
 def _shown(value: object) -> object:

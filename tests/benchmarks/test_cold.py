@@ -33,7 +33,7 @@ def test_every_process_has_a_time_in_the_table() -> None:
     assert [*cold.COMMANDS, *cold.IMPORTS] == list(cold.process_start(Path()).variants) == list(SECONDS)
 
 
-@pytest.mark.parametrize("name", ["kdx explain --no-such-option", "import kdx; kdx.unicam"])
+@pytest.mark.parametrize("name", ["kdx explain --no-such-option", pytest.param("import kdx; kdx.unicam", marks=pytest.mark.slow)])
 def test_processes_end_as_expected(name: str, tmp_path: Path) -> None:
     assert status(cold.process_start(tmp_path), name) == cold.COMMANDS.get(name, 0)
 

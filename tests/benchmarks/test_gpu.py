@@ -143,7 +143,7 @@ def test_the_batch_with_decomposition_maps_adds_up() -> None:
         assert float(shares.sum()) == pytest.approx(float(geometry.dot(d, geometry.u_centered(g))), rel=1e-4) and shares.shape == (13, 15)
 
 
-@pytest.mark.parametrize("permutations", [0, 999])
+@pytest.mark.parametrize("permutations", [0, pytest.param(999, marks=pytest.mark.slow)])
 def test_the_timed_maps_and_scores_are_those_of_pytorch(permutations: int) -> None:
     batch = gpu_batch.Batch.drawn(Sizes(12, (4, 3, 3), (4, 3, 3), (16, 16), stack=1, classes=2), CPU, 3)
     transfers = Transfers(CPU)

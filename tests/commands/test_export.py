@@ -141,8 +141,8 @@ def test_an_explainer_file_of_a_models_file(run: Run, folder: Path, tmp_path: Pa
     ("out", "precision", "path"),
     [
         ("to", "fp16", "to/resnet-student.features.fp16.onnx"),
-        ("to/net.onnx", "bf16", "to/net.onnx"),
-        ("", "fp32", "resnet-student.features.onnx"),
+        pytest.param("to/net.onnx", "bf16", "to/net.onnx", marks=pytest.mark.slow),
+        pytest.param("", "fp32", "resnet-student.features.onnx", marks=pytest.mark.slow),
     ],
 )
 def test_where_a_file_goes_and_what_it_is_called(
@@ -216,7 +216,9 @@ def test_the_options_of_reference_images_reach_the_command(run: Run, tmp_path: P
     assert status == 2 and "--data" in err and len(err.splitlines()) == 2 and left_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("code", [errno.EACCES, errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize(
+    "code", [pytest.param(errno.EACCES, marks=pytest.mark.slow), errno.ENOSPC, pytest.param(errno.EROFS, marks=pytest.mark.slow)]
+)
 def test_a_folder_that_cannot_be_written_is_an_error_with_a_hint(
     run: Run, folder: Path, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

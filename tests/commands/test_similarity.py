@@ -120,6 +120,7 @@ def test_batches_are_those_of_the_features_in_memory(pictures: Path, tmp_path: P
     assert result.values[0, 0] == pytest.approx(1, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_a_network_that_is_given_twice_runs_once(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
     original = ComparedNetworks.features
@@ -192,6 +193,7 @@ def test_a_comparison_that_is_stopped_after_its_passes_needs_no_further_pass(
     assert np.array_equal(result.values, expected.values) and np.array_equal(result.low, expected.low)
 
 
+@pytest.mark.slow
 def test_projected_features_are_those_of_the_sketches(pictures: Path, tmp_path: Path) -> None:
     result, lines = compare(pictures, tmp_path / "out", project=20, layers={"A": ("first", "fc"), "B": ("first",)})
     assert any("at 2 of 3 layers are projected to 20 numbers" in line for line in lines), lines

@@ -87,6 +87,7 @@ def test_each_cue_names_its_class(kind: Cue) -> None:
             assert distances.min() > 0.05, (a, b)  # the noise of such a mean has a standard deviation below 0.01
 
 
+@pytest.mark.slow
 def test_an_uninformative_cue_carries_no_information() -> None:
     """The plug-in estimate from n samples exceeds the true value by about (CLASSES - 1)^2/(2n)."""
     n = 4000

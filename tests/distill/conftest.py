@@ -10,6 +10,7 @@ import torch
 
 from kdx.distill import EpochResult, distill
 from tests.distill.small import QUICK, STUDENT, TEACHER, summaries
+from tests.made_once import made_once
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -24,12 +25,14 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="package")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was not interrupted."""
-    out = tmp_path_factory.mktemp("distill") / "run"
-    results: list[EpochResult] = []
-    distill("digits", teacher=TEACHER, student=STUDENT, out=out, settings=QUICK, report=results.append)
-    assert summaries(results) == [
-        ("teacher", 1, True),
-        ("teacher", 2, True),
-        *((name, epoch, True) for name in ("base", "student") for epoch in (1, 2, 3)),
-    ]
-    return out
+
+    def train(folder: Path) -> None:
+        results: list[EpochResult] = []
+        distill("digits", teacher=TEACHER, student=STUDENT, out=folder / "run", settings=QUICK, report=results.append)
+        assert summaries(results) == [
+            ("teacher", 1, True),
+            ("teacher", 2, True),
+            *((name, epoch, True) for name in ("base", "student") for epoch in (1, 2, 3)),
+        ]
+
+    return made_once(tmp_path_factory, "distill", train) / "run"

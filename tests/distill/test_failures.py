@@ -83,7 +83,7 @@ def test_a_gradient_that_is_not_finite_stops_the_training(finished: Path, tmp_pa
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
-@pytest.mark.parametrize("size", [3000, 10_000])
+@pytest.mark.parametrize("size", [pytest.param(3000, marks=pytest.mark.slow), 10_000])
 def test_a_full_disk_leaves_nothing_half_written_and_the_run_resumes(finished: Path, tmp_path: Path, size: int) -> None:
     """The smaller limit prevents the teacher's weights, the larger one the state of the first epoch of the base."""
     with files_of_at_most(size), pytest.raises(KdxError, match=rf"^{tmp_path}/[a-z]+\.(safetensors|state\.pt) cannot be written: "):

@@ -64,7 +64,7 @@ def losses(out: Path, settings: TrainingSettings, teacher: Path, student: str) -
     return [result.loss for result in results if result.loss is not None and result.network == "student"]
 
 
-@pytest.mark.parametrize("method", ["kd", "at"])
+@pytest.mark.parametrize("method", ["kd", pytest.param("at", marks=pytest.mark.slow)])
 def test_bfloat16_and_channels_last_train_as_float32_does(finished: Path, tmp_path: Path, method: str) -> None:
     settings = replace(QUICK, method=method, student_images=60, epochs=2)
     wide = "kdx:resnet,width=8,depth=1,stages=2"

@@ -47,7 +47,9 @@ def _cifar10(root: Path) -> str:
     return f"cifar10:{root / 'cifar'}"
 
 
-@pytest.mark.parametrize("source", [_npz, _named_files, _hugging_face, _cifar10])
+@pytest.mark.parametrize(
+    "source", [pytest.param(_npz, marks=pytest.mark.slow), _named_files, _hugging_face, pytest.param(_cifar10, marks=pytest.mark.slow)]
+)
 def test_the_test_split_is_explained_wherever_the_data_are(tmp_path: Path, source: Callable[[Path], str]) -> None:
     (tmp_path / "data").mkdir()
     reference = source(tmp_path / "data")

@@ -92,7 +92,7 @@ def test_explained_images_are_those_that_training_left_out(photos: Path, trained
     assert choice.used is not None and {part.ids[row] for row in np.flatnonzero(choice.used).tolist()} == {"dark/0.png"} & read
 
 
-@pytest.mark.parametrize("seed", [0, 1, 9])
+@pytest.mark.parametrize("seed", [0, 1, pytest.param(9, marks=pytest.mark.slow)])
 def test_the_training_seed_does_not_move_the_split(tmp_path: Path, seed: int) -> None:
     prepare: dict[int, Any] = {
         split_seed: Distillation.prepare(
@@ -146,6 +146,7 @@ def test_weights_in_the_home_folder_are_checked_too(photos: Path, trained: Path,
         distill(str(photos), teacher=f"{TEACHER}@~/teacher.safetensors", student=STUDENT, out=tmp_path, settings=BRIEF)
 
 
+@pytest.mark.slow
 def test_where_folders_define_the_test_images_the_split_seed_does_not_matter(photos: Path, tmp_path: Path) -> None:
     for split in ("train", "test"):
         shutil.copytree(photos, tmp_path / "data" / split)

@@ -52,7 +52,7 @@ def losses(out: Path, teacher: str, settings: TrainingSettings, **keywords: Any)
     return [result.loss for result in results if result.network == "student" and result.loss is not None]
 
 
-@pytest.mark.parametrize("method", ["kd", "at+kd", "ofd", "catkd", "crd"])
+@pytest.mark.parametrize("method", ["at+kd", *(pytest.param(method, marks=pytest.mark.slow) for method in ("kd", "ofd", "catkd", "crd"))])
 def test_students_learn_from_stored_outputs_as_from_computed_ones(
     tmp_path: Path, teacher: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,6 +142,7 @@ def test_training_learns_and_seeds_matter(finished: Path, tmp_path: Path) -> Non
     assert models_file.read_models(path).load("student").weights_hash != models_file.read_models(other).load("student").weights_hash
 
 
+@pytest.mark.slow
 def test_without_a_terminal_progress_is_one_line_per_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = replace(QUICK, epochs=1, teacher_epochs=1, student_images=20)
     for _ in range(2):

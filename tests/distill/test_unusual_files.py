@@ -166,7 +166,7 @@ def test_training_and_explaining_read_the_same(
             assert np.abs(levels - np.array(colour)).max() <= tolerance, names[index]
 
 
-@pytest.mark.parametrize(("method", "batch", "accumulate"), [("ofd", 2, 1), ("kd", 8, 4)])
+@pytest.mark.parametrize(("method", "batch", "accumulate"), [pytest.param("ofd", 2, 1, marks=pytest.mark.slow), ("kd", 8, 4)])
 def test_batches_without_a_readable_image_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, batch: int, accumulate: int
 ) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from kdx.explain.explainer import Explainer
+from kdx.explain.graph import explainer_graph
 from kdx.explain.results import Explanation
 from kdx.export import onnx_file
 from kdx.export.description import Origin
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from tests.explain.small_networks import SIZE, explainer, images, labels, named_networks
-from tests.explain.written_files import FIXED, Written, network, written
+from tests.explain.written_files import FILE, FIXED, Written, network, written
+from tests.made_once import made_once
 
 
 @pytest.fixture(scope="session")
@@ -31,10 +33,12 @@ def explained(eager: Explainer) -> Explanation[Any]:
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three files that an explainer exported."""
-    path = tmp_path_factory.mktemp("networks")
-    with explainer(runtime="onnx", folder=path, **named_networks()) as opened:
-        opened.open(SIZE)
-    return path
+
+    def export(path: Path) -> None:
+        with explainer(runtime="onnx", folder=path, **named_networks()) as opened:
+            opened.open(SIZE)
+
+    return made_once(tmp_path_factory, "networks", export)
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +63,9 @@ def trio(tmp_path_factory: pytest.TempPathFactory) -> Written:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """Student and base alone, which take images as they are, of one size."""
     networks = {"student": network(3, 4, 3, Preprocessing()), "base": network(4, 3, 3, Preprocessing())}
-    return written(tmp_path_factory.mktemp("pair"), networks, {"layer2": "layer2"}, FIXED)
+    layers = {"layer2": "layer2"}
+    folder = made_once(tmp_path_factory, "pair", lambda folder: written(folder, networks, layers, FIXED))
+    return Written(folder / FILE, explainer_graph(networks, layers), networks, layers)
 
 
 @pytest.fixture(scope="module")

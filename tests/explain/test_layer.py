@@ -97,6 +97,7 @@ def test_pooling_is_one_ratio_of_summed_products() -> None:
     assert z[1] - z[0] == pytest.approx(2 * reach, rel=0.05)
 
 
+@pytest.mark.slow
 def test_pooled_scores_over_the_batches_of_a_run_converge_to_those_of_the_whole_set() -> None:
     """480 images of eight classes in batches of 16: over six plans, most intervals contain the scores of the whole set."""
     features, labels = roles(480, classes=8)

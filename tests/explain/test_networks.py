@@ -110,7 +110,9 @@ def test_files_open_on_the_chosen_device(folder: Path, monkeypatch: pytest.Monke
     assert opened_on == [device] * 6
 
 
-@pytest.mark.parametrize(("source", "precision"), [("networks", "float32"), ("files", "float32"), ("files", "tf32")])
+@pytest.mark.parametrize(
+    ("source", "precision"), [pytest.param("networks", "float32", marks=pytest.mark.slow), ("files", "float32"), ("files", "tf32")]
+)
 def test_tensorrt_runs_engines_of_the_exported_files(
     source: str, precision: Precision, folder: Path, tmp_path: Path, explained: Explanation[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

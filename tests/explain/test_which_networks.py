@@ -66,7 +66,7 @@ def test_student_and_teacher_have_what_they_have_beside_a_base(explained: Explan
                 getattr(result, name)
 
 
-@pytest.mark.parametrize("runtime", ["eager", "onnx"])
+@pytest.mark.parametrize("runtime", ["eager", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_a_student_alone_is_mapped_as_autograd_of_the_distance_correlation_does(runtime: str) -> None:
     with explainer(**ALONE, runtime=runtime) as opened:
         actual = opened(images(), labels())

@@ -75,6 +75,7 @@ def test_score_maps_equal_decompose_and_add_up_to_the_scores() -> None:
         assert oracle.error(measurement.statistics[name].total, maps[name].sum((1, 2))) < 1e-9
 
 
+@pytest.mark.slow
 def test_float32_features_on_disk_with_close_pairs_give_the_same_maps(tmp_path: Path) -> None:
     features, labels = roles(N)
     features = {role: x.float() + 30 for role, x in features.items()}  # far from the origin
@@ -119,6 +120,7 @@ def test_stability_is_the_correlation_of_the_maps_with_either_half_as_context() 
     assert oracle.error(measurement.statistics["rs_student"].stability, np.array(expected)) < 1e-9
 
 
+@pytest.mark.slow
 def test_maps_of_unrelated_features_are_not_stronger_than_their_null() -> None:
     features, labels = roles(N)
     generator = torch.Generator().manual_seed(5)
@@ -199,7 +201,7 @@ def test_a_whole_set_equals_a_batch_of_all_images() -> None:
         assert oracle.error(maps[name], value.maps) < 1e-9
 
 
-@pytest.mark.parametrize("n", [4, 5, 17, 33, 65])
+@pytest.mark.parametrize("n", [4, 5, 17, pytest.param(33, marks=pytest.mark.slow), pytest.param(65, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("objective", ["relevance", "uniqueness"])
 def test_sets_of_any_size_equal_all_images_at_once(n: int, objective: ObjectiveName) -> None:
     features, labels = roles(n)

@@ -12,7 +12,7 @@ from kdx.explain.results import Explanation
 from tests.explain.small_networks import LAYERS, assert_without_teacher, explainer, files, images, labels
 
 
-@pytest.mark.parametrize("runtime", ["eager", "onnx"])
+@pytest.mark.parametrize("runtime", ["eager", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_without_a_teacher_the_other_results_are_the_same(explained: Explanation[Any], runtime: str) -> None:
     with explainer(teacher=None, layers=list(LAYERS), runtime=runtime) as opened:
         assert_without_teacher(opened(images(), labels()), explained, 1e-4)

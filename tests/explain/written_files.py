@@ -35,6 +35,7 @@ SCORES_AGREE = 1e-5
 """Absolute, for correlations: float32 inner products of U-centred distances."""
 CLASSES = ("cat", "dog", "owl")
 FIXED = (12, 10)
+FILE = "nets.explainer.onnx"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def written(
     tolerance: float = parity.TOLERANCE,
 ) -> Written:
     graph = explainer_graph(networks, layers)
-    path = folder / "nets.explainer.onnx"
+    path = folder / FILE
     origin = {role: Origin(network.reference, network.weights_hash) for role, network in networks.items()}
     classes = CLASSES if len(networks) == 2 else ()
     onnx_file.write(graph, path, origin=origin, image_size=size, classes=classes, precision=precision, tolerance=tolerance)

@@ -339,7 +339,8 @@ class QuadrantTokens(nn.Module):
         return logits
 
 
-def test_tokens_that_follow_no_grid_are_not_read_as_a_small_one() -> None:
-    for seed in range(40):
+@pytest.mark.parametrize("seeds", [range(10), pytest.param(range(10, 40), marks=pytest.mark.slow)])
+def test_tokens_that_follow_no_grid_are_not_read_as_a_small_one(seeds: range) -> None:
+    for seed in seeds:
         with pytest.raises(KdxError, match="is not known"):
             FeatureGraph(QuadrantTokens(seed).eval(), ["layer"])(torch.rand(2, 3, 16, 16, dtype=torch.float32))

@@ -380,7 +380,7 @@ def test_a_file_with_a_gradient_error_of_one_percent_fails(file: Path, tmp_path:
     assert parity.compare(path, gradients(), SIZE).failures() == ("gradient/layer2",)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "bf16"])
 def test_a_half_precision_file_differs_from_that_of_another_network(precision: FilePrecision, tmp_path: Path) -> None:
     path = tmp_path / "half.onnx"
     report = onnx_file.write(features(), path, origin=Origin("a:b", ""), image_size=SIZE, precision=precision)

@@ -76,7 +76,13 @@ class SharedConvolution(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(
-    "network", [Clamps(), SharedConvolution(), nn.Sequential(Clamps(), SharedConvolution())], ids=["clamps", "shared", "both"]
+    "network",
+    [
+        pytest.param(Clamps(), marks=pytest.mark.slow),
+        pytest.param(SharedConvolution(), marks=pytest.mark.slow),
+        nn.Sequential(Clamps(), SharedConvolution()),
+    ],
+    ids=["clamps", "shared", "both"],
 )
 def test_rules_that_name_their_constants_alike_do_not_mix_them(network: nn.Module) -> None:
     torch.manual_seed(0)

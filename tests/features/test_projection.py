@@ -14,7 +14,7 @@ def squares(x: Tensor) -> Tensor:
     return geometry.distances(x.flatten(1)).square()
 
 
-@pytest.mark.parametrize("channels", [16, 64])
+@pytest.mark.parametrize("channels", [16, pytest.param(64, marks=pytest.mark.slow)])
 def test_squared_distances_have_the_stated_error_if_all_differences_have_one_direction(channels: int) -> None:
     """The worst case: every image is a multiple of one vector of channels."""
     x = torch.arange(8.0)[:, None, None, None] * torch.randn(1, 200, 1, 1, generator=torch.Generator().manual_seed(0))

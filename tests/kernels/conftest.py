@@ -10,7 +10,7 @@ from kdx.kernels import cubins
 from tests.host import ORDERS, Order
 
 
-@pytest.fixture(params=ORDERS)
+@pytest.fixture(params=[pytest.param(order, marks=[pytest.mark.slow] * (order == "reverse")) for order in ORDERS])
 def order(request: pytest.FixtureRequest) -> Order:
     chosen: Order = request.param
     return chosen

@@ -155,7 +155,7 @@ def test_the_same_bits_in_every_state(call: str, state: str, outside: dict[str, 
     ("kind", "state"),
     [
         (FeatureGraph, "bfloat16 autocast"),
-        (GradientGraph, "inference mode"),
+        pytest.param(GradientGraph, "inference mode", marks=pytest.mark.slow),
         pytest.param(FeatureGraph, "float64 by default", marks=pytest.mark.slow),
         pytest.param(GradientGraph, "bfloat16 autocast", marks=pytest.mark.slow),
         pytest.param(GradientGraph, "float64 by default", marks=pytest.mark.slow),

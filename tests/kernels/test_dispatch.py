@@ -93,7 +93,7 @@ def test_pytorch_computes_what_no_kernel_covers(launches: list[str]) -> None:
     assert oracle.error(among[1].maps, among[0].maps) < CLOSE
 
 
-@pytest.mark.parametrize("references", [False, True])
+@pytest.mark.parametrize("references", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_batch_of_three_networks(launches: list[str], references: bool) -> None:
     """Four maps at once: networks with equal numbers of channels share a launch."""
     features_by_role, labels = roles(24)
@@ -112,7 +112,7 @@ def test_a_batch_of_three_networks(launches: list[str], references: bool) -> Non
     assert oracle.error(actual.products, expected.products) < CLOSE
 
 
-@pytest.mark.parametrize(("n", "batch"), [(40, None), (260, None), (60, 16)])
+@pytest.mark.parametrize(("n", "batch"), [(40, None), pytest.param(260, None, marks=pytest.mark.slow), (60, 16)])
 def test_scores(launches: list[str], n: int, batch: int | None) -> None:
     x, y, labels = features(n)
     for options in ({"estimator": "unbiased"}, {"estimator": "biased"}):

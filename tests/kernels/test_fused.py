@@ -207,6 +207,7 @@ def test_a_mistake_in_a_kernel_is_caught(source: str, check: Callable[[], None],
                 check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "check", [check_pairwise, check_products, check_weights, check_cam, check_scaled, check_means, check_sums, check_shares]
 )

@@ -40,10 +40,10 @@ def shares(x: Tensor, g: Tensor) -> Tensor:
         ((9, 2049, 1), torch.float32),
         ((17, 33, 16), torch.bfloat16),
         ((33, 6, 17), torch.float32),
-        ((35, 5, 49), torch.float16),
+        pytest.param((35, 5, 49), torch.float16, marks=pytest.mark.slow),
         ((19, 64, 49), torch.float32),
         ((6, 3, 197), torch.bfloat16),
-        ((67, 2, 5), torch.float32),
+        pytest.param((67, 2, 5), torch.float32, marks=pytest.mark.slow),
     ],
 )
 def test_shares_equal_the_definition(shape: tuple[int, int, int], dtype: torch.dtype, order: Order) -> None:

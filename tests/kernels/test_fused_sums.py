@@ -45,7 +45,7 @@ def test_products_under_permutations_of_labels(count: int, n: int, total: int, o
     assert oracle.error(actual, geometry.permuted_products(centred, target, table)) < EXACT
 
 
-@pytest.mark.parametrize(("count", "n"), [(2, 4), (2, 5), (3, 6), (1, 19), (5, 40)])
+@pytest.mark.parametrize(("count", "n"), [(2, 4), (2, 5), (3, 6), (1, 19), (2, 35), pytest.param(5, 40, marks=pytest.mark.slow)])
 def test_influences_are_those_of_left_out_images(count: int, n: int, order: Order) -> None:
     centred = geometry.u_centered(matrices(1, count, n)[0])
     with running(HostLauncher(order)):

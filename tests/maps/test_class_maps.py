@@ -26,10 +26,9 @@ from kdx.runtimes.eager import EagerRunner
 from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
 from kdx.runtimes.tensorrt import TensorRtRunner
 from tests import oracle
-from tests.hooked import CLASSES, SIZE, Blocks, Net, agree, batch, by_hand, cam_of_gradient, exported, hooked
+from tests.hooked import CLASSES, MEAN, SIZE, STD, Blocks, Net, agree, batch, by_hand, cam_of_gradient, exported, hooked
 
 CPU = torch.device("cpu")
-MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)
 METHODS: dict[str, Callable[..., ClassMaps[Any]]] = {"gap": kdx.grad_cam, "elementwise": kdx.hires_cam}
 
 
@@ -213,9 +212,9 @@ def test_strided_and_half_precision_images() -> None:
     agree(kdx.grad_cam(network, rounded, "conv2"), kdx.grad_cam(network, rounded.float(), "conv2"), 1e-12)
 
 
-def test_a_file_gives_what_pytorch_gives(tmp_path: Path) -> None:
+def test_a_file_gives_what_pytorch_gives(gradients_file: Path) -> None:
     network, images = Net().eval(), batch(dtype=torch.float32)
-    path = exported(tmp_path, network, ["conv1", "conv2"], preprocessing=Preprocessing(None, MEAN, STD))
+    path = gradients_file
     normalized = torch.stack([(images[:, c] - MEAN[c]) / STD[c] for c in range(3)], dim=1)
     for weighting, method in METHODS.items():
         for choice in (None, torch.arange(8) % CLASSES):
@@ -314,12 +313,16 @@ def test_misused_options_are_value_errors() -> None:
         kdx.grad_cam(runner, images, device="cpu")
 
 
+@pytest.mark.slow
+def test_a_file_of_features_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "features.onnx"
+    onnx_file.write(FeatureGraph(Net().eval(), ["conv2"]), path, origin=Origin("net", "0" * 64), image_size=SIZE)
+    with pytest.raises(KdxError, match=r"features\.onnx contains features, not gradients\.\n.*--kind gradients"):
+        kdx.grad_cam(path, batch(dtype=torch.float32))
+
+
 def test_a_graph_without_the_right_gradients_is_refused(tmp_path: Path) -> None:
     network, images = Net().eval(), batch(dtype=torch.float32)
-    path = tmp_path / "features.onnx"
-    onnx_file.write(FeatureGraph(network, ["conv2"]), path, origin=Origin("net", "0" * 64), image_size=SIZE)
-    with pytest.raises(KdxError, match=r"features\.onnx contains features, not gradients\.\n.*--kind gradients"):
-        kdx.grad_cam(path, images)
     with EagerRunner(FeatureGraph(network, ["conv2"]), CPU) as runner, pytest.raises(KdxError, match="--kind gradients"):
         kdx.grad_cam(runner, images)
     with EagerRunner(GradientGraph(network, ["conv1", "conv2"]), CPU) as runner:

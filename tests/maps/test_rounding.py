@@ -53,6 +53,7 @@ def test_class_maps_before_a_normalisation_of_every_channel(norm: str, size: tup
     assert kdx.hires_cam(_normalised(norm).to(dtype), images, "3").empty < 1
 
 
+@pytest.mark.slow
 def test_class_maps_of_an_exported_file(tmp_path: Path) -> None:
     path = tmp_path / "gradients.onnx"
     network = _normalised("one group per channel")

@@ -16,7 +16,7 @@ from kdx import KdxError
 from kdx.export.graphs import GradientGraph
 from kdx.runtimes.eager import EagerRunner
 from tests import oracle
-from tests.hooked import CLASSES, SIZE, Blocks, Net, batch, by_hand, exported
+from tests.hooked import CLASSES, SIZE, Blocks, Net, batch, by_hand
 
 CPU = torch.device("cpu")
 
@@ -106,8 +106,8 @@ def test_salient_images_equal_their_steps(choice: str, keep: float) -> None:
     assert float(off[~kept].max()) < 1e-4
 
 
-def test_a_file_gives_the_salient_images_of_its_maps(tmp_path: Path) -> None:
-    path, images = exported(tmp_path, Net().eval(), ["conv1", "conv2"]), batch(dtype=torch.float32)
+def test_a_file_gives_the_salient_images_of_its_maps(gradients_file: Path) -> None:
+    path, images = gradients_file, batch(dtype=torch.float32)
     assert torch.equal(kdx.salient_images(path, images, "conv2", 0.3, chunk=3), steps(path, images, "conv2", 0.3, None))
 
 

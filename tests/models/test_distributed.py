@@ -67,7 +67,7 @@ def checkpointed() -> nn.Module:
     return DistributedDataParallel(network)
 
 
-@pytest.mark.parametrize("make", [trained, compiled, averaged, exponential, checkpointed])
+@pytest.mark.parametrize("make", [trained, pytest.param(compiled, marks=pytest.mark.slow), averaged, exponential, checkpointed])
 def test_every_entry_takes_the_wrapped_module(make: Callable[[], nn.Module]) -> None:
     network, base = make(), Net()
     nn.init.normal_(base.get_parameter("block.0.weight"))

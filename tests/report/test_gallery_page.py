@@ -124,7 +124,7 @@ def test_layer_buttons_draw_that_layers_maps(run: Path, opened: Callable[..., Pa
     assert empty.locator("canvas").is_hidden()
 
 
-@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("own", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_signed_map_is_blue_below_zero_orange_above_and_transparent_at_zero(run: Path, opened: Callable[..., Page], own: bool) -> None:
     page, kind = opened(run), "rs_student_minus_base"
     maps = stored(run, "layer1", kind)[:16]  # the gallery
@@ -308,6 +308,7 @@ def test_a_run_without_score_maps_shows_unicams_maps(tmp_path: Path, opened: Cal
     assert page.locator(".facts-of-maps").count() == 0
 
 
+@pytest.mark.slow
 def test_the_difference_of_two_unicam_maps_has_the_diverging_colours(run: Path, opened: Callable[..., Page]) -> None:
     page = opened(run)
     assert page.locator("#difference").is_hidden()

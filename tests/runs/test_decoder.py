@@ -60,6 +60,7 @@ def test_it_is_refused_before_anything_is_written(folder: Path, tmp_path: Path) 
         replace(OPTIONS, decoder="nvjpeg")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_network_on_the_cpu_takes_images_from_the_gpu(folder: Path, jpegs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The references of the geometry reference are decoded in the same way as the images."""
     nvjpeg = Nvjpeg()

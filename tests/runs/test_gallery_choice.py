@@ -172,6 +172,7 @@ def test_the_command_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert cards(folder) == ["image-00007", "image-00003"]
 
 
+@pytest.mark.slow
 def test_the_choice_is_part_of_no_result(folder: Path, copy: Path) -> None:
     """Another gallery resumes the same run."""
     options = replace(OPTIONS, gallery=7, gallery_order="wrong")

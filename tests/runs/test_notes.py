@@ -45,6 +45,7 @@ def test_a_run_states_what_it_leaves_out_and_which_weights_it_takes(folder: Path
     assert json.loads((tmp_path / "run" / "scores.json").read_text()) == json.loads((finished / "scores.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_training_starts_from_a_checkpoint_with_a_new_head(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for level, name in ((30, "dark"), (220, "light")):
         (tmp_path / "data" / name).mkdir(parents=True)

@@ -49,7 +49,9 @@ def batch_values(folder: Path, options: RunOptions) -> list[dict[str, dict[str, 
     return values
 
 
-@pytest.mark.parametrize("options", [replace(OPTIONS, ratios="mean"), PUBLISHED], ids=["raw", "published"])
+@pytest.mark.parametrize(
+    "options", [pytest.param(replace(OPTIONS, ratios="mean"), marks=pytest.mark.slow), PUBLISHED], ids=["raw", "published"]
+)
 def test_scores_are_the_means_of_the_batches(options: RunOptions, folder: Path, tmp_path: Path) -> None:
     page = run(folder, tmp_path / "run", options)
     batches = batch_values(folder, options)
@@ -61,6 +63,7 @@ def test_scores_are_the_means_of_the_batches(options: RunOptions, folder: Path, 
     assert -1 <= entry["interval"][0] <= entry["value"] <= entry["interval"][1] <= 1 and 0.05 <= entry["p_value"] <= 1
 
 
+@pytest.mark.slow
 def test_one_batch_is_its_own_mean(folder: Path, tmp_path: Path) -> None:
     for ratios in ("summed", "mean"):
         run(folder, tmp_path / ratios, replace(OPTIONS, batch=64, ratios=ratios))

@@ -22,7 +22,15 @@ from kdx.runs import store
 from tests.runs.small_run import OPTIONS, SALIENT, interrupt, results, run, same, stopping
 
 
-@pytest.mark.parametrize("stop", ["before the maps", "between maps and record", "after a batch", "while finishing"])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param("before the maps", marks=pytest.mark.slow),
+        pytest.param("between maps and record", marks=pytest.mark.slow),
+        "after a batch",
+        "while finishing",
+    ],
+)
 def test_a_stopped_run_resumes_to_the_same_result(
     folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str
 ) -> None:
@@ -48,7 +56,7 @@ def test_a_stopped_run_resumes_to_the_same_result(
     assert same(results(out), results(finished))
 
 
-@pytest.mark.parametrize("left", [".manifest.json.123", "networks/.student.onnx.partial"])
+@pytest.mark.parametrize("left", [pytest.param(".manifest.json.123", marks=pytest.mark.slow), "networks/.student.onnx.partial"])
 def test_a_run_that_was_killed_at_its_start_can_start_again(folder: Path, finished: Path, tmp_path: Path, left: str) -> None:
     (tmp_path / "run" / left).parent.mkdir(parents=True)
     (tmp_path / "run" / left).write_bytes(b"{")
@@ -105,7 +113,7 @@ def test_a_killed_process_resumes_to_the_same_result(folder: Path, finished: Pat
     assert same(results(out), results(expected))
 
 
-@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_a_stopped_run_leaves_no_thread_and_resumes_with_any_number_of_threads(
     folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
@@ -118,6 +126,7 @@ def test_a_stopped_run_leaves_no_thread_and_resumes_with_any_number_of_threads(
     assert same(results(tmp_path / "run"), results(finished))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_salient_features_resumes_to_the_same_result(
     folder: Path, salient: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +138,7 @@ def test_a_stopped_run_of_salient_features_resumes_to_the_same_result(
     assert same(results(tmp_path / "run"), results(salient))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_without_a_teacher_resumes(folder: Path, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments: Any = (str(folder / "pictures"), pair, tmp_path / "run", (), replace(OPTIONS, geometry="reference", reference_images=10))
     with monkeypatch.context() as patch:

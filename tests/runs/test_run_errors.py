@@ -117,6 +117,7 @@ def test_a_corrected_command_runs_in_the_folder_of_one_that_failed(folder: Path,
         run(folder, tmp_path / "new", layers=("layr3",))
 
 
+@pytest.mark.slow
 def test_a_reference_set_is_as_large_as_the_data(folder: Path, tmp_path: Path, lines: list[str]) -> None:
     options = replace(OPTIONS, geometry="reference", reference_images=5000)
     explain.run(str(folder / "pictures"), folder / "models.toml", tmp_path / "run", (), options, announce=lines.append)

@@ -56,6 +56,7 @@ def test_a_runs_scores_are_the_explainers(folder: Path, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_every_batch_has_its_own_noise(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
 

@@ -58,8 +58,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.mark.parametrize(
     "options",
-    [WHOLE, *(pytest.param(options, marks=pytest.mark.slow) for options in (OPTIONS, REFERENCE))],
-    ids=["whole", "batch", "reference"],
+    [OPTIONS, *(pytest.param(options, marks=pytest.mark.slow) for options in (WHOLE, REFERENCE))],
+    ids=["batch", "whole", "reference"],
 )
 def test_students_that_share_have_the_numbers_of_single_runs_and_run_teacher_and_base_once(
     folder: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: RunOptions

@@ -248,7 +248,9 @@ def models(folder: Path, photos: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("split", "used"), [(None, 0), ("validation", 5), ("all", 23)])
+@pytest.mark.parametrize(
+    ("split", "used"), [(None, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("validation", 5), ("all", 23)))]
+)
 def test_a_run_records_and_states_how_many_images_were_used_in_training(
     photos: Path, models: Path, tmp_path: Path, lines: list[str], split: str | None, used: int
 ) -> None:
@@ -269,6 +271,7 @@ def test_a_run_records_and_states_how_many_images_were_used_in_training(
         assert page.index(warning) < page.index('class="lede"')
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_is_not_counted_among_the_explained(photos: Path, folder: Path, models: Path, tmp_path: Path) -> None:
     data = open_data(str(photos))
     torn = stratified_splits(data, SPLIT_SEED)["train"][0]

@@ -56,7 +56,7 @@ CASES: dict[str, tuple[RunOptions, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "batch")) for name in CASES])
 def test_scores_of_a_run_are_those_of_the_embedding(name: str, folder: Path, target: Path, tmp_path: Path) -> None:
     options, settings = CASES[name]
     page = run(folder, tmp_path / "run", replace(options, target=target))
@@ -100,7 +100,13 @@ def means_without(rows: Tensor, labels: np.ndarray[Any, Any]) -> NDArray[np.floa
 
 @pytest.mark.parametrize("geometry", ["batch", pytest.param("whole", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "name", ["prototypes:teacher", "prototypes:teacher,layer=layer2", "soft:teacher,temperature=0.5", "images:rows.csv"]
+    "name",
+    [
+        pytest.param("prototypes:teacher", marks=pytest.mark.slow),
+        "prototypes:teacher,layer=layer2",
+        "soft:teacher,temperature=0.5",
+        "images:rows.csv",
+    ],
 )
 def test_scores_are_those_of_rows_computed_by_hand(name: str, geometry: GeometryName, folder: Path, tmp_path: Path) -> None:
     dataset, logits, features = teacher_outputs(folder)
@@ -208,6 +214,7 @@ def test_images_without_a_row_and_targets_by_image_in_python_are_refused(folder:
         assert explainer(images, rows).layers["layer3"].scores["RS(S)"].value == own
 
 
+@pytest.mark.slow
 def test_references_have_the_embedding_too(folder: Path, target: Path, tmp_path: Path) -> None:
     """With labels in place of the embedding, the maps would differ; with another geometry, the run would fail for the shapes."""
     kinds = []

@@ -80,6 +80,7 @@ def test_a_run_has_the_results_of_its_roles_and_a_page(
     assert len(scores_table(tmp_path / "run").rows) == len(record.score_names) + len(record.contrast_names)
 
 
+@pytest.mark.slow
 def test_the_geometry_whole_of_a_student_and_a_teacher_with_their_own_layers(folder: Path, tmp_path: Path) -> None:
     layers = ("student=layer2,teacher=layer3", "layer3=layer3.0")
     record = run_of(folder, tmp_path / "run", ("student", "teacher"), WHOLE, layers)
@@ -96,7 +97,7 @@ def test_other_layers_of_the_base_are_recorded(folder: Path, tmp_path: Path) -> 
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["configuration"]["layers"] == {"layer2": "layer2"}
 
 
-@pytest.mark.parametrize("geometry", ["whole", "batch"])
+@pytest.mark.parametrize("geometry", [pytest.param("whole", marks=pytest.mark.slow), "batch"])
 def test_a_run_of_spatial_means_has_no_score_maps_and_states_it(folder: Path, tmp_path: Path, geometry: GeometryName) -> None:
     options = replace(OPTIONS, pooled=True, geometry=geometry, permutations=9)
     record = run_of(folder, tmp_path / "run", ("student", "base", "teacher"), options)
@@ -129,6 +130,7 @@ def test_without_a_base_fss_has_the_baseline_of_random_weights(folder: Path, tmp
     assert "random weights and teacher" in page and "FSS has no baseline here" not in page
 
 
+@pytest.mark.slow
 def test_with_a_base_the_baseline_is_on_request_and_changes_nothing_else(folder: Path, finished: Path, tmp_path: Path) -> None:
     record, before = run_of(folder, tmp_path / "run", ROLES, replace(OPTIONS, random_baseline=True)), read_run(finished)
     assert set(record.score_names) - set(before.score_names) == {"FSS(R,T)"} and record.map_kinds == before.map_kinds

@@ -108,7 +108,10 @@ def _after(count: int) -> Iterator[bool]:
         yield True
 
 
-@pytest.mark.parametrize("target", ["write", "write_layer", "write_scores", "measure_set"])
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param("write", marks=pytest.mark.slow), "write_layer", "write_scores", pytest.param("measure_set", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("calls", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stopped_run_continues_to_the_same_result(
     folder: Path, complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, calls: int
@@ -207,7 +210,7 @@ def kdx_run(folder: Path, out: Path, options: RunOptions, lines: list[str]) -> N
     ("changes", "reason"),
     [
         ({"max_disk": 1e-6}, "--max-disk"),
-        ({"max_minutes": 0.0}, "--max-minutes"),
+        pytest.param({"max_minutes": 0.0}, "--max-minutes", marks=pytest.mark.slow),
         ({"reference_images": 6}, "6 reference images"),
     ],
 )
@@ -228,6 +231,7 @@ def test_too_little_space_is_reported_before_the_networks_run(folder: Path, tmp_
     assert not (tmp_path / "run" / "features").exists()
 
 
+@pytest.mark.slow
 def test_the_stated_space_is_at_least_what_is_used(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     costs: list[SetCost] = []
     original = SetCost.of
@@ -280,6 +284,7 @@ def test_a_disk_that_becomes_full_is_reported_and_the_run_continues(
     assert same(results(tmp_path / "run"), results(complete))
 
 
+@pytest.mark.slow
 def test_a_part_without_a_readable_image_is_stored_in_float16(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     data = open_data(str(tmp_path / "copy" / "pictures"), CLASSES)

@@ -11,6 +11,7 @@ from torch import nn
 from kdx.export import engine, onnx_file
 from kdx.export.description import Origin
 from kdx.models.network import weights_hash
+from tests.made_once import made_once
 from tests.runtimes.small_network import Small, graph
 
 
@@ -24,13 +25,15 @@ def network() -> nn.Module:
 
 @pytest.fixture(scope="session")
 def path(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("runtime") / "small.onnx"
-    onnx_file.write(graph(network), path, origin=Origin("Small", weights_hash(network)), image_size=(11, 9))
-    return path
+    def export(folder: Path) -> None:
+        onnx_file.write(graph(network), folder / "small.onnx", origin=Origin("Small", weights_hash(network)), image_size=(11, 9))
+
+    return made_once(tmp_path_factory, "runtime", export) / "small.onnx"
 
 
 @pytest.fixture(scope="session")
 def built(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    to = tmp_path_factory.mktemp("engine") / "small.engine"
-    engine.build(path, to, batch=(2, 3, 6), arch="sm_86")
-    return to
+    def build(folder: Path) -> None:
+        engine.build(path, folder / "small.engine", batch=(2, 3, 6), arch="sm_86")
+
+    return made_once(tmp_path_factory, "engine", build) / "small.engine"

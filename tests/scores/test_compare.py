@@ -33,7 +33,7 @@ def expected(f: dict[str, Tensor], labels: Tensor, batch: int | None) -> dict[st
     }
 
 
-@pytest.mark.parametrize(("n", "batch"), [(40, None), (300, None), (150, 32)])
+@pytest.mark.parametrize(("n", "batch"), [(40, None), pytest.param(300, None, marks=pytest.mark.slow), (150, 32)])
 def test_scores_equal_fss_and_rs(n: int, batch: int | None) -> None:
     features, labels = layers(n)
     comparison = kdx.compare(features, labels, batch=batch, permutations=49, seed=3)

@@ -181,6 +181,7 @@ def test_p_values_are_uniform_under_the_null() -> None:
         assert counts.sum() == 600 and stats.chisquare(counts).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_permuted_products_of_a_pool_give_uniform_p_values() -> None:
     """Scores over the batches of a run: the share of p-values up to 0.2 is 0.2 for unrelated features."""
     rng = np.random.default_rng(6)

@@ -36,7 +36,9 @@ class InPlace(nn.Module):
 
 
 @pytest.mark.parametrize("graph_class", [FeatureGraph, partial(CompiledGraph, backend="eager")])
-@pytest.mark.parametrize("reference", ["kdx:resnet,width=4,depth=2", "kdx:resnet,width=4,depth=1,block=bottleneck"])
+@pytest.mark.parametrize(
+    "reference", ["kdx:resnet,width=4,depth=2", pytest.param("kdx:resnet,width=4,depth=1,block=bottleneck", marks=pytest.mark.slow)]
+)
 def test_pre_activations_of_residual_networks(reference: str, graph_class: Callable[..., FeatureGraph]) -> None:
     torch.manual_seed(0)
     graph = graph_class(models.load(reference).module, ["layer1", "layer3"], Preprocessing()).eval()

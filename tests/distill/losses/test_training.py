@@ -88,7 +88,7 @@ def test_adapters_are_discarded(whole: dict[str, Any], finished: Path) -> None:
     assert models_file.read_models(whole["out"] / "models.toml").training["method"] == EVERYTHING
 
 
-@pytest.mark.parametrize("student_is_transformer", [False, True])
+@pytest.mark.parametrize("student_is_transformer", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_teacher_and_student_may_be_of_different_families(tmp_path: Path, student_is_transformer: bool) -> None:
     transformer = f"{__name__}:TokenNetwork,width=6"
     teacher, student = (TEACHER, transformer) if student_is_transformer else (transformer, STUDENT)

@@ -13,12 +13,13 @@ from kdx.export.engine import EngineDescription
 from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.models.resnet import resnet
 from tests.export.engine.files import BATCH
+from tests.made_once import made_once
 
 
 @pytest.fixture(scope="session")
 def fixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A features file of images 16 x 12."""
-    return _exported(tmp_path_factory.mktemp("fixed"), None, (16, 12))
+    return made_once(tmp_path_factory, "fixed", lambda folder: _exported(folder, None, (16, 12))) / "model.onnx"
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def test_exporting_does_not_change_the_network(resizing: Exported) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 4, 11])
-@pytest.mark.parametrize("at", [None, "layer2"])
+@pytest.mark.parametrize("at", [None, pytest.param("layer2", marks=pytest.mark.slow)])
 def test_a_gradients_file_agrees_with_autograd(differentiated: Any, at: str | None, n: int) -> None:
     path, graph = differentiated(at)
     generator = torch.Generator().manual_seed(n)

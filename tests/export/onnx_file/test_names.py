@@ -62,6 +62,7 @@ def test_layers_may_have_the_names_of_operators_inputs_and_outputs(kind: type[Fe
     torch.testing.assert_close(features.mean((2, 3)) @ Named().logits.weight.T + Named().logits.bias, actual["logits"])
 
 
+@pytest.mark.slow
 def test_maps_of_a_layer_named_logits_are_those_of_the_layer(tmp_path: Path) -> None:
     class Renamed(nn.Module):
         def __init__(self) -> None:
@@ -118,7 +119,7 @@ class Plain(nn.Module):
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float16, torch.float64))]
 )
-@pytest.mark.parametrize("kind", [FeatureGraph, GradientGraph])
+@pytest.mark.parametrize("kind", [FeatureGraph, pytest.param(GradientGraph, marks=pytest.mark.slow)])
 def test_a_file_of_a_network_in_another_format_has_its_weights_in_float32(
     kind: type[FeatureGraph] | type[GradientGraph], dtype: torch.dtype, tmp_path: Path
 ) -> None:

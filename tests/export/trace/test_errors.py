@@ -48,8 +48,8 @@ class Dynamic(nn.Module):
     ("module", "operator"),
     [
         (Distances(), "aten._cdist_backward"),
-        (nn.LocalResponseNorm(3), "aten.avg_pool3d_backward"),
-        (nn.AdaptiveMaxPool2d((5, 7)), "aten.adaptive_max_pool2d_backward"),
+        pytest.param(nn.LocalResponseNorm(3), "aten.avg_pool3d_backward", marks=pytest.mark.slow),
+        pytest.param(nn.AdaptiveMaxPool2d((5, 7)), "aten.adaptive_max_pool2d_backward", marks=pytest.mark.slow),
         (Dynamic(), "aten.convolution_backward"),
     ],
 )

@@ -49,7 +49,7 @@ def test_tokens_lose_their_class_token_and_operators_before_the_layer_stay_whole
     assert graph(*random_inputs(graph, 3, (12, 8)))[2].shape == (3, 8, 3, 2)
 
 
-@pytest.mark.parametrize("layer", ["layer1", "layer2"])
+@pytest.mark.parametrize("layer", [pytest.param("layer1", marks=pytest.mark.slow), "layer2"])
 def test_weights_get_no_gradient_and_nothing_before_the_layer_is_differentiated(layer: str) -> None:
     """A convolution behind the layer occurs twice, forward and for its input's gradient; one before the layer occurs once."""
     network = resnet(4, 1, 4).eval()
@@ -95,8 +95,8 @@ class Pair(nn.Module):
     "layers",
     [
         ["left", "right[1]", "left.0"],
-        ["left.0", "left.2", "left"],
-        ["right[1]", "right[0]", "right.one"],
+        pytest.param(["left.0", "left.2", "left"], marks=pytest.mark.slow),
+        pytest.param(["right[1]", "right[0]", "right.one"], marks=pytest.mark.slow),
         ["stem", "left.1", "right.two", "right[1]", "left"],
     ],
 )
