@@ -40,7 +40,7 @@ def _page(comparison: Comparison, gallery: ComparedGallery) -> str:
         "comparison.html.j2",
         styles=("gallery.css",),
         scripts=(*MAP_SCRIPTS, "comparison.js"),
-        filters={"of_target": partial(wording.of_target, target=first.target_file) if first.target_file else str},
+        of_target=partial(wording.of_target, target=first.target_file) if first.target_file else str,
         kdx=version("kdx"),
         title=f"{first.data}, {first.split}" if first.split else first.data,
         students=comparison.names,

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from kdx.report import wording
 from kdx.runs.number_text import number
 
 if TYPE_CHECKING:
-    from jinja2 import BytecodeCache
+    from jinja2 import Environment
     from markupsafe import Markup
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -37,7 +37,6 @@ def render(
     styles: Sequence[str] = (),
     scripts: Sequence[str] = (),
     folder: Path | None = None,
-    filters: Mapping[str, Callable[..., str]] | None = None,
     **content: object,
 ) -> str:
     """A page as one HTML file that contains all it shows and sends no request.
@@ -45,15 +44,21 @@ def render(
     template: a template that extends ``base.html.j2``; it is filled with ``content``. folder: where this template and its styles and
     scripts are, if not among those of this package; a template there can still include and extend the ones of this package. styles,
     scripts: the files of this page alone. They follow the files of all pages, except that the styles of narrow screens are last. A script
-    can use the functions of the scripts of all pages, and starts itself on ``DOMContentLoaded``. filters: additional filters of the
-    template, by name.
+    can use the functions of the scripts of all pages, and starts itself on ``DOMContentLoaded``.
 
     The page is the same byte for byte for the same arguments. Text in ``content`` is escaped; `markupsafe.Markup` is not. Raises
     jinja2.UndefinedError where the template uses a name that ``content`` does not have.
     """
+    folders = (_TEMPLATES,) if folder is None else (folder, _TEMPLATES)
+    return _environment(folders).get_template(template).render(assets=_Assets.load(folders, styles, scripts), **content)
+
+
+@functools.cache
+def _environment(folders: tuple[Path, ...]) -> Environment:
+    """Jinja's settings for the templates of these folders. There is one per process, because compiling templates takes longer than filling
+    them in."""
     import jinja2
 
-    folders = [_TEMPLATES] if folder is None else [folder, _TEMPLATES]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folders),
         autoescape=True,
@@ -61,41 +66,9 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=_shown,
-        bytecode_cache=_compiled_templates(),
     )
     environment.filters["percent"] = wording.percent
-    environment.filters.update({name: _applied_late(filter_) for name, filter_ in (filters or {}).items()})
-    return environment.get_template(template).render(assets=_Assets.load(folders, styles, scripts), **content)
-
-
-def _applied_late(filter_: Callable[..., str]) -> Callable[..., str]:
-    """The filter as one that jinja2 does not apply to constants while it compiles: another page may have another filter of this name."""
-    import jinja2
-
-    @jinja2.pass_context
-    def applied(_context: object, *arguments: object) -> str:
-        return filter_(*arguments)
-
-    return applied
-
-
-@functools.cache
-def _compiled_templates() -> BytecodeCache:
-    """The code of the templates, compiled once per process: compiling them takes longer than filling them in."""
-    from jinja2 import BytecodeCache
-    from jinja2.bccache import Bucket
-
-    class InMemory(BytecodeCache):
-        def __init__(self) -> None:
-            self._code: dict[tuple[str, str], Any] = {}
-
-        def load_bytecode(self, bucket: Bucket) -> None:
-            bucket.code = self._code.get((bucket.key, bucket.checksum))
-
-        def dump_bytecode(self, bucket: Bucket) -> None:
-            self._code[bucket.key, bucket.checksum] = bucket.code
-
-    return InMemory()
+    return environment
 
 
 def _shown(value: object) -> object:

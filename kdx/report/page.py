@@ -60,7 +60,7 @@ def _page(run: RunRecord, gallery: Gallery, training: TrainingScores | None) -> 
         "report.html.j2",
         styles=_STYLES,
         scripts=_SCRIPTS,
-        filters={"of_target": partial(wording.of_target, target=run.target_file) if run.target_file else str},
+        of_target=partial(wording.of_target, target=run.target_file) if run.target_file else str,
         kdx=run.kdx,
         run=run,
         target=target_phrase(run.target_file) if run.target_file else "",
