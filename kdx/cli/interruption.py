@@ -29,14 +29,32 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    first: list[float] = []
+    first: list[tuple[float, int]] = []
 
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        if first and time.monotonic() - first[0] < _GRACE:
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        if first and time.monotonic() - first[0][0] < _GRACE:
             return
-        first[:] = [time.monotonic()]
+        first[:] = [(time.monotonic(), number)]
         raise KeyboardInterrupt
 
+    def send(number: int) -> None:
+        if signal.getsignal(number) is not interrupt:  # the block has ended
+            return
+        if sys.platform == "win32":
+            signal.raise_signal(number)
+        else:
+            signal.pthread_kill(threading.main_thread().ident or 0, number)  # ends a wait of the main thread, unlike raise_signal
+
+    def interrupt_again(lost: sys.UnraisableHookArgs) -> None:
+        """Python only prints an exception in a callback, for example of a weak reference during an import, and continues."""
+        if first and lost.exc_type is KeyboardInterrupt:
+            timer = threading.Timer(0.01, send, [first.pop()[1]])
+            timer.daemon = True
+            timer.start()
+        else:
+            hook(lost)
+
+    hook, sys.unraisablehook = sys.unraisablehook, interrupt_again
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if before[signal.SIGINT] is signal.SIG_IGN:  # a shell that starts a job in the background ignores Ctrl-C for it
         del before[signal.SIGINT]
@@ -45,6 +63,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         atexit.register(_ignore)  # a command that is complete has nothing to interrupt
         for number, handler in before.items():
             if signal.getsignal(number) is interrupt:  # and not after `_ignore`

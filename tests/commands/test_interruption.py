@@ -59,6 +59,25 @@ main()
 """
 
 
+IN_A_CALLBACK = """
+import os, signal, sys, time, weakref
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from kdx.cli import commands, main
+
+def work() -> None:
+    node = set()
+    reference = weakref.ref(node, lambda _: os.kill(os.getpid(), name))
+    del node
+    time.sleep(60)
+
+name = getattr(signal, sys.argv[1])
+commands.app.command()(work)
+sys.argv[1:] = ["work"]
+main()
+"""
+
+
 def ended(code: str, *arguments: str) -> tuple[int, str]:
     process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=False)
     return process.returncode, process.stderr
@@ -89,6 +108,13 @@ def test_ctrl_c_in_code_from_text_is_status_130_also_after_python_m(tmp_path: Pa
     command = [sys.executable, "-m", "interrupted"]
     process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
     assert (process.returncode, process.stderr) == (130, "Stopped.\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_ctrl_c_in_a_callback_is_not_lost(name: str) -> None:
+    """Imports and the garbage collector call such functions, in which Python ignores every exception."""
+    assert ended(IN_A_CALLBACK, name) == (130, "Stopped.\n")
 
 
 @pytest.mark.parametrize("command", ["explain", "explain_students", "evaluate"])
