@@ -28,7 +28,7 @@ norms in place of zero, and a gradient divides by it."""
 ORDINARY = {torch.float32: (2.0**-30, 2.0**50), torch.float64: (2.0**-400, 2.0**400)}
 """The largest distance of a matrix lies in this range if the squares that it is made of keep all their digits."""
 
-_EXPONENTS = {torch.float32: 126, torch.float64: 1022}
+EXPONENTS = {torch.float32: 126, torch.float64: 1022}
 """The largest exponents of a type's powers of two."""
 
 _BLOCK = 4096
@@ -55,7 +55,7 @@ def power_of_two(largest: float, dtype: torch.dtype) -> float:
     """The power of two that brings the largest absolute value of features near one; 1 if that value is zero or not finite."""
     if not isfinite(largest) or largest == 0:
         return 1.0
-    bound = _EXPONENTS[dtype]
+    bound = EXPONENTS[dtype]
     return 2.0 ** min(max(1 - frexp(largest)[1], -bound), bound)
 
 
