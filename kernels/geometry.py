@@ -20,13 +20,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdx.kernels.distances import EXPONENTS, hollow, parts_per_step
+
 # `geometry` is the name under which callers know these too.
 from kdx.kernels.distances import REPAIR_BELOW as REPAIR_BELOW
 from kdx.kernels.distances import blocks as blocks
 from kdx.kernels.distances import centred_distances as centred_distances
 from kdx.kernels.distances import cross_distances as cross_distances
 from kdx.kernels.distances import distances as distances
-from kdx.kernels.distances import EXPONENTS, hollow, parts_per_step
 from kdx.kernels.distances import label_distances as label_distances
 from kdx.kernels.distances import wide as wide
 
