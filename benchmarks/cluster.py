@@ -1,4 +1,4 @@
-"""Compares `kdx explain` in one process with workers of Ray on this machine: ``python -m benchmarks.cluster [--images N]``.
+"""Compares `kdx explain` in one process with workers of Ray on this machine: ``python -m benchmarks.cluster [--images N] [--side PIXELS]``.
 
 Each command runs with one thread per process. The table has the elapsed time and the CPU seconds of the driver, of the workers and of Ray's
 own processes, as the system counts them. If other programs use the machine, compare the CPU seconds.
@@ -32,10 +32,10 @@ CASES = {
 }
 
 
-def write_case(folder: Path, images: int) -> None:
+def write_case(folder: Path, images: int, side: int) -> None:
     """Images of noise and three networks with random weights. The work of a run does not depend on their values."""
     random = np.random.default_rng(0)
-    np.savez(folder / "data.npz", images=random.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8), labels=np.arange(images) % 10)
+    np.savez(folder / "data.npz", images=random.integers(0, 256, (images, side, side, 3), dtype=np.uint8), labels=np.arange(images) % 10)
     for role, width in (("teacher", 32), ("base", 16), ("student", 16)):
         save_file(resnet(width=width, depth=2, classes=10).state_dict(), folder / f"{role}.safetensors")
     models_file.write_models(
@@ -45,7 +45,7 @@ def write_case(folder: Path, images: int) -> None:
         student="kdx:resnet,width=16,depth=2,classes=10@student.safetensors",
         layers=("layer2", "layer3"),
         classes=tuple(map(str, range(10))),
-        preprocessing=Preprocessing((32, 32), (0.5,), (0.5,)),
+        preprocessing=Preprocessing((side, side), (0.5,), (0.5,)),
     )
 
 
@@ -101,12 +101,13 @@ def _part(pid: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--side", type=int, default=32, help="of the images, in pixels")
     parser.add_argument("--geometry", default="batch")
     arguments = parser.parse_args()
     print("| | elapsed s | driver CPU s | workers CPU s | Ray CPU s |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_case(folder, arguments.images)
+        write_case(folder, arguments.images, arguments.side)
         for number, (case, options) in enumerate(CASES.items()):
             command = [sys.executable, "-m", "kdx", "explain", str(folder / "data.npz"), "--models", str(folder / "models.toml")]
             command += ["--out", str(folder / f"run{number}"), "--geometry", arguments.geometry, "--runtime", "eager", "--split", "all"]
