@@ -239,10 +239,10 @@ def unwritable(path: Path, error: OSError) -> KdxError:
 
 
 def check_folder(folder: Path, kind: str, is_own: Callable[[Path], bool]) -> None:
-    """Raise KdxError if there is anything in the folder that the command which is going to write to it does not own: it would replace the
-    page of another command, or put its files among a user's images.
+    """Raise KdxError if the folder contains a file that does not belong to the command, which is about to write there.
 
-    kind: what the folder may be, for the message.
+    It would replace the page of another command, or put its files among a user's images. kind: what the folder may be, for the message.
+    is_own: whether a path in the folder belongs to the command.
     """
     if folder.exists() and not (folder.is_dir() and all(path.name in (".DS_Store", ".lock") or is_own(path) for path in folder.iterdir())):
         raise KdxError(f"{folder} is neither empty nor {kind}.", "Choose a new folder for --out.")

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from kdx.disk import check_folder, check_locked, lock_folder, write_atomic
 from kdx.errors import KdxError, resumable
-from kdx.figure_files import figure_format
+from kdx.figure_files import FORMATS, figure_format
 from kdx.report.similarity_page import similarity_page
 from kdx.runs.number_text import number
 from kdx.runs.similarity import NetworkSimilarity, compare_networks
@@ -58,7 +58,7 @@ def run(
 def _check_folder(out: Path, figure: Path | None) -> None:
     """KdxError if the folder contains anything other than a comparison, also one that was stopped."""
     if not (out / JSON).exists():
-        own = {CSV, FEATURES, *(f"{FIGURE}.{ending}" for ending in ("svg", "png", "pdf")), *([] if figure is None else [figure.name])}
+        own = {CSV, FEATURES, *(f"{FIGURE}.{ending}" for ending in FORMATS), *([] if figure is None else [figure.name])}
         check_folder(
             out, "a comparison", lambda path: path.name in own or path.name.startswith(tuple(f".{name}." for name in (*own, JSON)))
         )
@@ -67,7 +67,7 @@ def _check_folder(out: Path, figure: Path | None) -> None:
 def write_results(comparison: NetworkSimilarity, out: Path, *, figure: Path | None = None, command: Sequence[str] = ()) -> Path:
     """Write the JSON, the table, the heat maps and the page of a comparison. Returns the path of the page."""
     result = comparison.result
-    for ending in ("svg", "png", "pdf"):
+    for ending in FORMATS:
         result.save(out / f"{FIGURE}.{ending}")
     if figure is not None:
         result.save(figure)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdx.report.comparison import Comparison
-from kdx.report.gallery import LEAST_STABILITY, PIXELATED, MapFigures, map_figures, scale_end
+from kdx.report.gallery import PIXELATED, MapFigures, is_stable, map_figures, scale_end
 from kdx.report.kinds import PageKind, opening_layer, page_kinds, shown_first
 from kdx.report.packing import PackedMap, data_uri, packed_map, packed_shape, shrunk
 from kdx.runs.gallery_choice import read_choice
@@ -95,7 +95,7 @@ class ComparedGallery:
         for place, image in enumerate(self.images):
             maps = image.maps[self.opening][kind][:_STRIP_STUDENTS]
             figures = [known for known in image.figures[self.opening][kind][:_STRIP_STUDENTS] if known is not None]
-            if None not in maps and all(stability is None or stability >= LEAST_STABILITY for _, _, stability in figures):
+            if None not in maps and all(map(is_stable, figures)):
                 sums = [total for total, _, _ in figures]
                 differences[place] = max(sums) - min(sums)
         return sorted(differences, key=lambda place: (-differences[place], place))[:_STRIP_IMAGES]

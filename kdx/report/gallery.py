@@ -35,7 +35,7 @@ _SATURATION = 0.95  # the common scale of a layer ends at this quantile of the h
 _STRIP_HIGHEST, _STRIP_LOWEST = 4, 2  # the images of the strip: those with the highest sums, then those with the lowest
 
 LEAST_STABILITY = 0.5
-"""The stability that a map of the strip has at least, where stability is known."""
+"""The stability that a map of a strip has at least, where stability is known."""
 
 CONFIDENCE = "confidence"
 """The number of a card that is the student's confidence in its prediction."""
@@ -118,11 +118,6 @@ class Gallery:
         return round(100 * overlays.OPACITY)
 
     @property
-    def least_stability(self) -> float:
-        """The stability that a map of the strip has at least, where stability is known."""
-        return LEAST_STABILITY
-
-    @property
     def strip(self) -> list[int]:
         """The cards of the strip at the opening layer: the highest sums of the first kind of map, then the lowest if it is signed.
 
@@ -130,12 +125,18 @@ class Gallery:
         """
         layer, signed = list(self.grids).index(self.opening), self.kinds[0].signed
         figures = {place: card.figures[layer][0] for place, card in enumerate(self.cards) if card.maps[layer][0] is not None}
-        sums = {place: total for place, (total, _, stability) in figures.items() if stability is None or stability >= LEAST_STABILITY}
+        sums = {place: of_map[0] for place, of_map in figures.items() if is_stable(of_map)}
         order = sorted(sums, key=lambda place: (-sums[place], place))
         count = _STRIP_HIGHEST + _STRIP_LOWEST
         if len(order) <= count or not signed:
             return order[:count]
         return [*order[:_STRIP_HIGHEST], *order[-_STRIP_LOWEST:]]
+
+
+def is_stable(figures: MapFigures) -> bool:
+    """Whether a map may be in a strip: its stability is high enough, or not known."""
+    stability = figures[2]
+    return stability is None or stability >= LEAST_STABILITY
 
 
 def colour_tables() -> dict[str, str]:

@@ -13,7 +13,7 @@ from kdx.disk import remove_leftovers, write_atomic
 from kdx.remote import as_path
 from kdx.report import plots, wording
 from kdx.report.evaluation import evaluation_section
-from kdx.report.gallery import MAP_SCRIPTS, Gallery, colour_tables, gradient, make_gallery
+from kdx.report.gallery import LEAST_STABILITY, MAP_SCRIPTS, Gallery, colour_tables, gradient, make_gallery
 from kdx.report.groups import group_sections
 from kdx.report.kinds import kinds_left_out
 from kdx.report.layout import nested_facts, render, script_json
@@ -79,6 +79,7 @@ def _page(run: RunRecord, gallery: Gallery, training: TrainingScores | None) -> 
         tables=score_tables(run),
         group_sections=group_sections(run, gallery.opening),
         gallery=gallery,
+        least_stability=LEAST_STABILITY,
         facts=layer_facts(run, gallery.kinds, gallery.grids),
         left_out=kinds_left_out(run),
         gradients={signed: gradient(signed) for signed in (True, False)},

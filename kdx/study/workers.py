@@ -129,8 +129,10 @@ def _hidden_main() -> Iterator[None]:
 
 @contextmanager
 def _blocked_ctrl_c() -> Iterator[None]:
-    """Inside the block, new processes start with SIGINT blocked: a terminal sends Ctrl-C to them too, and Python would print a traceback of
-    each that has not come to `_serve`, which takes seconds."""
+    """Inside the block, new processes start with SIGINT blocked.
+
+    A terminal sends Ctrl-C to these processes too. A process needs seconds to reach `_serve`, and until then it would print a traceback.
+    """
     if sys.platform == "win32":
         yield
         return
