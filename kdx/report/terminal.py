@@ -15,6 +15,7 @@ from kdx.runs.record import read_run
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
     from rich.table import Table
+    from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,17 @@ class NumberTable:
             table.add_column(Text(self.columns[column]), justify="right", overflow="fold")  # Text: a layer's name is not markup
         for row in self.rows:
             cells = [row.cells[column] for column in columns]
-            texts = ["" if cell is None else Text.assemble((cell[0], "bold"), f"{between}({cell[1]})") for cell in cells]
+            texts = ["" if cell is None else self._cell(*cell, between) for cell in cells]
             table.add_row(Text(row.name), *texts, end_section=row.ends_section)
         return table
+
+    @staticmethod
+    def _cell(value: str, interval: str, between: str) -> Text:
+        from rich.text import Text
+
+        # No-break spaces: a narrow terminal breaks the line between value and interval, not inside the interval.
+        unbroken = interval.replace(" to ", "\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}")
+        return Text.assemble((value, "bold"), f"{between}({unbroken})")
 
 
 def scores_table(folder: Path) -> NumberTable:
