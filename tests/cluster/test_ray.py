@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,6 @@ from kdx.cluster.service import Facts
 from kdx.commands import explain
 from kdx.errors import KdxError
 from kdx.kernels import ambient
-from kdx.remote import is_url
 from kdx.runs import distributed
 from kdx.runs.store import Store
 from tests.cluster import toy_services
@@ -91,8 +90,8 @@ def one_thread() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def command(folder: Path, out: Path, *options: str) -> list[str]:
-    kdx = [str(Path(sys.executable).parent / "kdx"), "explain", str(folder / "pictures"), "--models", str(folder / "models.toml")]
+def command(folder: Path, out: Path, *options: str, program: Sequence[str] = (str(Path(sys.executable).parent / "kdx"),)) -> list[str]:
+    kdx = [*program, "explain", str(folder / "pictures"), "--models", str(folder / "models.toml")]
     run = ["--out", str(out), "--batch", "4", "--permutations", "19", "--runtime", "eager", "--seed", "3", "--geometry", "batch"]
     return [*kdx, *run, "--gallery", "6", *options]
 
@@ -200,21 +199,20 @@ def test_a_worker_that_is_larger_than_the_machine(ray: Any) -> None:
 
 
 def started(folder: Path, out: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
-    """A run with a cluster that has stored at least one batch and is stopped until SIGCONT.
+    """A run with a cluster that has stored one batch and is stopped until SIGCONT.
 
     options: the address of a running cluster, and further options.
     """
+    program = sys.executable, "-P", str(Path(__file__).with_name("stopping_driver.py"))
     process = subprocess.Popen(
-        command(folder, out, "--cpus-per-worker", "1", "--cluster", *options),
+        command(folder, out, "--cpus-per-worker", "1", "--cluster", *options, program=program),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=one_thread() | environment,
     )
-    while not list((out / "progress").glob("*.npz")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1 if is_url(out) else 0.005)  # a server that lists a folder all the time has no time for the run
-    process.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
+    state = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    assert state is not None and state.si_code == os.CLD_STOPPED, process.communicate()
     return process
 
 
