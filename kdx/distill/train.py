@@ -153,7 +153,7 @@ def _prepared(
     discovers are printed at its end, unless the caller reports the epochs itself.
     """
     processes, device = Processes.of_environment(device)
-    chosen_device = _device(device)
+    chosen_device = training_device(device)
     check_settings(settings, chosen_device, processes)
     with ExitStack() as stack, resumable(lambda: any(any(out.glob(f"**/*.{kind}")) for kind in ("state.pt", "safetensors"))):
         stack.enter_context(patience.patient(torch.get_num_threads()))
@@ -227,7 +227,8 @@ def _print_notes(distillation: Distillation) -> None:
             progress.print_line(line, "bold yellow" if line.startswith("Warning: ") else None)
 
 
-def _device(name: str) -> torch.device:
+def training_device(name: str) -> torch.device:
+    """The device on which networks are trained. Raises KdxError for one that this machine does not have."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

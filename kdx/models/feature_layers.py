@@ -63,10 +63,15 @@ class LayerDescription:
 def described_layers(module: nn.Module, size: tuple[int, int], layers: Sequence[str] = ()) -> list[LayerDescription]:
     """The named layers; by default the stages and blocks of the network, also those that are not advised, in order of execution.
 
-    Raises KdxError if the network does not run on an image of ``size``, and for a layer that does not exist.
+    Raises KdxError if the network does not run on an image of ``size``, if no stage or block has a map there, and for a layer that does not
+    exist.
     """
     trace = _trace(module, size)
     stages = [trace.names[path] for path in _stages(module, trace)]
+    if not (layers or stages):
+        raise KdxError(
+            f"The network has no stage or block with a map on images of {size[0]} x {size[1]}.", "Give larger images, or name a layer."
+        )
     advised = _usable(module, stages, size)
     graph = FeatureGraph(module, layers or stages)
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(graph.mean)

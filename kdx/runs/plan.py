@@ -142,11 +142,15 @@ class Plan:
 
     @classmethod
     def of(cls, data: str, models: Path, layers: Sequence[str], options: RunOptions) -> Plan:
-        _check_references(options)
-        _check_storage(options)
         _check_base(models, options)
         models_file = _from_explainer_file(models) if is_file(models) else with_recorded_data(read_models(models)).with_base(options.base)
-        dataset = open_data(data, models_file.classes or None)
+        return cls.with_models(data, models_file, open_data(data, models_file.classes or None), layers, options)
+
+    @classmethod
+    def with_models(cls, data: str, models_file: ModelsFile, dataset: Dataset, layers: Sequence[str], options: RunOptions) -> Plan:
+        """The plan for the contents of a models file, which need not exist, and for opened data."""
+        _check_references(options)
+        _check_storage(options)
         dataset = replace(
             dataset, resizing=options.resizing(models_file.resizing), decoder=_decoder(options), draft=options.decoder == "pillow-draft"
         )

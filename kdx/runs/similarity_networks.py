@@ -92,8 +92,8 @@ class ComparedNetworks:
                 continue
             union = dict.fromkeys(layer for other in compared.values() if other.reference == one.reference for layer in other.layers)
             network = loaded[one.reference]
-            if isinstance(network, Network) and network.note:
-                announce(f"{name}: {network.note}")
+            if isinstance(network, Network):
+                _announce_weights(name, network, announce)
             with _about(name):
                 names = {layer: LayerNames(layer, layer, layer) for layer in union}
                 opened[name] = Opened(one.reference, tuple(union), NetworkRunners({_ROLE: network}, names, settings, folder))
@@ -138,6 +138,13 @@ class ComparedNetworks:
     def __exit__(self, *_error: object) -> None:
         for network in self.opened.values():
             network.runners.close()
+
+
+def _announce_weights(name: str, network: Network, announce: Callable[[str], None]) -> None:
+    if network.note:
+        announce(f"{name}: {network.note}")
+    if not network.trained:
+        announce(f"Warning: {name} has random weights, and other ones each time. Name weights: {network.reference}@FILE.")
 
 
 def _loaded(reference: str, image_size: int | None) -> Network:

@@ -287,5 +287,5 @@ def explained_completely(explained: str, given: str) -> KdxError:
     """The error for features, or a target, of which the given features leave only rounding."""
     return KdxError(
         f"Nothing is left of the {explained}: the {given} explain {'it' if explained == TARGET else 'them'} completely.",
-        "Compare two different networks or layers.",
+        "Compare two different networks or layers, over more images if there are only a few.",
     )

@@ -5,24 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from kdx import models
 from kdx.choices import NO_BASE
-from kdx.data.dataset import open_data
+from kdx.data.dataset import Dataset, open_data
 from kdx.data.splits import stratified_splits
 from kdx.distill import TrainingSettings
 from kdx.distill.networks import is_trained_teacher, training_preprocessing
 from kdx.errors import KdxError, about_network
 from kdx.export.layer_names import find_layer
 from kdx.models.layer_pairs import parse_layers
+from kdx.models.models_file import ModelsFile
 from kdx.models.network import Network
 from kdx.models.reference import ModelReference
 from kdx.models.source_code import code_hash
-from kdx.runs.plan import RunOptions
+from kdx.runs.plan import Plan, RunOptions
 from kdx.study.design import Design, slug
 from kdx.study.options import TrainingExtras
 from kdx.study.table import Cell
@@ -123,6 +124,7 @@ class _DataGrid:
                     f"The {split} split of {dataset.reference} has {len(indices)} images.",
                     "Give more images: every split needs at least two.",
                 )
+        _check_explaining(design, data, dataset, settings)
         layers = parse_layers(design.layers).values()
         known: dict[str, _Fact] = {}
 
@@ -255,6 +257,27 @@ class _DataGrid:
             layers=layers,
             identity=entries,
         )
+
+
+def _check_explaining(design: Design, data: str, dataset: Dataset, settings: TrainingSettings) -> None:
+    """Plan the run of a cell with untrained networks, so that an error in [explain] does not appear after hours of training.
+
+    A GPU decoder is not opened, because another machine may explain the cells.
+    """
+    options = replace(design.run_options_of(data), decoder="pillow")
+    student, teacher = (next(iter(group.values())) for group in (design.students, design.teachers))
+    file = ModelsFile(
+        Path("models.toml"),
+        student,
+        student,
+        teacher,
+        classes=dataset.classes,
+        fingerprint=dataset.fingerprint,
+        split_seed=settings.split_seed,
+    )
+    # Without layers in the design, training chooses them, and an order of images may name any.
+    layers = design.layers or ((options.gallery_order.rsplit("/", 2)[0],) if "/" in options.gallery_order else ())
+    Plan.with_models(dataset.reference, file.with_base(options.base), dataset, layers, options)
 
 
 def _fact(reference: str, parsed: ModelReference, network: Network, settings: TrainingSettings) -> _Fact:

@@ -68,3 +68,8 @@ def test_named_layers_are_described_with_probed_and_stated_layouts(run: Run) -> 
 def test_mistakes_are_two_lines(run: Run, arguments: tuple[str, ...], message: str) -> None:
     status, _, err = run("layers", "token_nets:tokens", *arguments)
     assert status == 2 and message in err and len(err.splitlines()) == 2
+
+
+def test_images_on_which_no_stage_has_a_map_are_refused(run: Run) -> None:
+    status, _, err = run("layers", "kdx:resnet,width=4,depth=1,classes=3", "--image-size", "1")
+    assert status == 2 and "no stage or block with a map on images of 1 x 1" in err

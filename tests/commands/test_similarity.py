@@ -264,6 +264,14 @@ def test_bad_requests_are_refused(pictures: Path, tmp_path: Path, changes: dict[
         compare(pictures, tmp_path / "out", **changes)
 
 
+def test_random_weights_are_announced(pictures: Path, tmp_path: Path) -> None:
+    """They differ between two processes, so the numbers of a comparison cannot be repeated. A user's factory may have loaded weights."""
+    lines: list[str] = []
+    options = SimilarityOptions(layers={}, runtime="eager", batch=8, image_size=16)
+    run({"A": "kdx:resnet,width=2,depth=1,stages=2", "B": B}, str(pictures), tmp_path / "out", options, announce=lines.append)
+    assert [line.split(",")[0] for line in lines if "random weights" in line] == ["Warning: A has random weights"]
+
+
 def test_a_figure_of_an_unknown_type_is_refused_before_the_work(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(KdxError, match=r"No figure can be written as map\.gif"):
         run({"A": A, "B": B}, str(pictures), tmp_path / "out", OPTIONS, figure=tmp_path / "map.gif")

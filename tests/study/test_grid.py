@@ -77,6 +77,44 @@ def test_keys_and_networks_that_are_not_valid_are_errors() -> None:
         grid(data={"x": "nowhere"})
 
 
+@pytest.mark.parametrize(
+    ("entries", "problem"),
+    [
+        ({"split": "holdout"}, "There is no split 'holdout'."),
+        ({"target": "missing.csv"}, "missing.csv"),
+        ({"target": "soft:student,temperature=cold"}, "is not a positive number"),
+        ({"target": "prototypes:teacher,layer=layer9"}, "layer9"),
+        ({"groups": "camera"}, "has no table with a column 'camera'"),
+        ({"groups_file": "missing.csv"}, "missing.csv"),
+        ({"gallery_order": "magic"}, "Images have no number 'magic'"),
+        ({"gallery_order": "layer1/distilled/magic"}, "Images have no number"),
+        ({"gallery_images": ["nobody.png"]}, "There is no image 'nobody.png'"),
+        ({"reference_images": 2}, "A reference set of 2 is too small."),
+        ({"geometry": "batch", "keep_features": True}, "Only the geometry whole stores features."),
+    ],
+)
+def test_an_error_in_how_cells_are_explained_appears_before_anything_is_trained(entries: dict[str, Any], problem: str) -> None:
+    explain = {**CONTENT["explain"], **entries}
+    with pytest.raises(KdxError) as error:
+        grid(explain=explain)
+    assert problem in error.value.problem
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"split": "train"},
+        {"target": "soft:student"},
+        {"target": "prototypes:teacher,layer=layer1"},
+        {"gallery_order": "teacher_confidence"},
+        {"gallery_order": "layer9/distilled/total"},
+        {"decoder": "torchvision-cuda", "device": "cuda:7"},  # `kdx.commands.study.run` looks for devices
+    ],
+)
+def test_a_study_has_the_options_of_a_run(entries: dict[str, Any]) -> None:
+    assert grid(explain={**CONTENT["explain"], **entries}).jobs
+
+
 def test_other_weights_in_a_file_make_other_jobs_of_the_networks_that_start_with_it(tmp_path: Path) -> None:
     file, identities = tmp_path / "start.safetensors", []
     for seed in (0, 0, 1):

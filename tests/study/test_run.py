@@ -54,6 +54,16 @@ def contents(out: Path) -> dict[str, Any]:
     return {**{name: (out / name).read_bytes() for name in FILES}, "study.json": stored}
 
 
+@pytest.mark.parametrize(
+    "entries", [{"training": {"device": "cuda:77"}}, {"explain": {"device": "cuda:77"}}, {"explain": {"device": "gpu"}}]
+)
+def test_a_device_that_is_not_here_is_an_error_before_anything_is_trained(entries: dict[str, Any], tmp_path: Path) -> None:
+    content = {**DESIGN, **{table: {**DESIGN[table], **values} for table, values in entries.items()}}
+    with pytest.raises(KdxError, match=r"The device '(cuda:77|gpu)' can"):
+        run_study(content, tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".safetensors", ".pt")]
+
+
 @pytest.mark.slow
 def test_the_numbers_are_those_of_the_single_commands(complete: Path, tmp_path: Path) -> None:
     """Of `kdx distill` with and without --assistant, which train their own teacher and base, and of `kdx explain`."""
