@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from typing import Any
@@ -12,12 +13,16 @@ from kdx.runs.store import Store
 _write = Store.write_batch
 
 
-def write_and_stop(*arguments: Any) -> None:
-    _write(*arguments)
-    Store.write_batch = _write  # type: ignore[method-assign]
+@functools.cache
+def _stop_once() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def _write_and_stop(*arguments: Any) -> None:
+    _write(*arguments)
+    _stop_once()
+
+
 if __name__ == "__main__":
-    Store.write_batch = write_and_stop  # type: ignore[method-assign]
+    Store.write_batch = _write_and_stop  # type: ignore[method-assign,assignment]
     main()
