@@ -1,6 +1,6 @@
 """Network families: every kind of file agrees with PyTorch, and engines for two architectures are built without a GPU.
 
-Two families show that the measurement works. `python -m benchmarks.families --all` measures all of them, in hours.
+Small networks of two families show that the measurement works. `python -m benchmarks.families --all` measures all of them, in hours.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
-def test_a_family_exports_in_every_kind_and_builds_engines(name: str) -> None:
-    rows = families.measure(f"timm:{name}")
+@pytest.mark.parametrize("reference", ["kdx:resnet,width=8,depth=1", "timm:vit_tiny_patch16_224,img_size=64,depth=3"])
+def test_a_family_exports_in_every_kind_and_builds_engines(reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(families.FAMILIES, reference, lambda: families._reference(reference))
+    rows = families.measure(reference)
     assert [row["kind"] for row in rows] == list(families.KINDS)
     for row in rows:
         assert "failed" not in row, row
