@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A file's tests share fixtures. Files start in the order of their names; by default those with one test, often a long one, would come last.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint types format audit docs pages bench clean
@@ -13,10 +15,10 @@ demo: $(VENV)/.installed-cpu ## Handwritten digits: distil, export, explain, rep
 	$(BIN)/kdx demo --out demo
 
 test: $(VENV)/.installed-dev ## The test suite (long tests: make test ARGS='-m slow')
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 check: lint types ## Style, types and the fast tests, in less than two minutes
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow and not medium' $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not medium' $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style and formatting
 	$(BIN)/ruff check .

@@ -163,6 +163,7 @@ def test_every_option_of_distill_reaches_the_training(run: Run, monkeypatch: pyt
     assert seen[2]["settings"] == TrainingSettings(image_size=(224, 224), epochs=25, batch=64, learning_rate=0.1)
 
 
+@pytest.mark.slow
 def test_export_writes_a_checked_file_and_describes_it(run: Run, tmp_path: Path) -> None:
     status, out, err = run("export", f"{TINY},classes=5", "--layer", "layer1", "-l", "conv1", "--out", tmp_path / "files")
     assert (status, err) == (0, "")

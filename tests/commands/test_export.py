@@ -77,6 +77,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 # ---- what is written ----
 
 
+@pytest.mark.slow
 def test_a_gradients_file_and_its_engine(run: Run, folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     model = f"{folder / 'models.toml'}:student"

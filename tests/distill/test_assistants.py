@@ -24,6 +24,7 @@ def teacher(finished: Path) -> str:
     return f"{TEACHER}@{finished / 'teacher.safetensors'}"
 
 
+@pytest.mark.slow
 def test_a_chain_is_one_distillation_after_another(teacher: str, tmp_path: Path) -> None:
     results: list[EpochResult] = []
     chain = tmp_path / "chain"

@@ -184,7 +184,8 @@ def test_only_networks_that_compute_alike_and_convert_little_are_suited() -> Non
     assert not suits(nn.Sequential(nn.Flatten(), nn.Linear(1200, 7)), (20, 20))  # nothing to gain
 
 
-@pytest.mark.parametrize("method", ["kd", pytest.param("at", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["kd", "at"])
 def test_a_distillation_in_either_layout_is_the_same(finished: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(QUICK, method=method, student_images=60, epochs=2, learning_rate=0.01)
     student = "kdx:resnet,width=16,depth=1,stages=3"

@@ -101,6 +101,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(finished: Path, tmp_path: P
         distill("digits", **arguments(finished, file))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fcntl")
 def test_a_second_training_in_the_same_folder_is_refused(finished: Path, tmp_path: Path) -> None:
     refused: list[str] = []

@@ -68,6 +68,7 @@ def test_students_learn_from_stored_outputs_as_from_computed_ones(
     assert logits.shape == (60, 10) and logits.dtype == np.float32 and (logits.std(0) > 0).all()
 
 
+@pytest.mark.slow
 def test_the_teacher_computes_each_image_once_for_all_students(tmp_path: Path, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def seen(out: str, settings: TrainingSettings, **keywords: Any) -> int:
         Counted.images = 0

@@ -82,6 +82,7 @@ def test_kdx_explain_of_a_file_is_a_run_like_any_other(pair: Written, pictures: 
                 assert worst(maps, getattr(expected.layers["layer2"], name).maps) <= MAPS_AGREE
 
 
+@pytest.mark.slow
 def test_its_signed_maps_add_up_to_its_scores(finished: Path) -> None:
     layer = json.loads((finished / "scores.json").read_text())["layers"]["layer2"]
     values = {name: entry["value"] for name, entry in layer["scores"].items()}

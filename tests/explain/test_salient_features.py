@@ -185,6 +185,7 @@ def pair_settings() -> dict[str, Any]:
     return {**named_networks(), "teacher": None, "layers": list(LAYERS), "features": "salient", "keep": 0.4}
 
 
+@pytest.mark.slow
 def test_onnx_gives_what_eager_gives_of_salient_features(gradients: Path, explained: Explanation[Any], salient: Explanation[Any]) -> None:
     modified = {path.name: path.stat().st_mtime_ns for path in gradients.iterdir()}
     with explainer(runtime="onnx", folder=gradients, chunk=5, **pair_settings()) as opened:

@@ -348,6 +348,7 @@ def rewired(file: Path, output: str, nodes: Callable[[str], list[onnx.NodeProto]
     return out
 
 
+@pytest.mark.slow
 def test_a_file_agrees_with_its_graph_and_no_other(file: Path) -> None:
     assert parity.compare(file, gradients(), SIZE)
     report = parity.compare(file, gradients(1), SIZE)

@@ -63,6 +63,7 @@ def test_rows_of_a_chunk_are_read_together(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_scores_of_files_equal_scores_of_arrays(tmp_path: Path) -> None:
     x, y, labels = oracle.features(n=300)
     there, here = tmp_path / "x", tmp_path / "y"

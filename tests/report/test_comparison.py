@@ -179,6 +179,7 @@ def opened_page(opened: Callable[..., Page], folders: dict[str, Path], target: P
     return opened(target, **options)
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_chosen_map_of_every_student_on_one_scale(
     students: dict[str, Path], tmp_path: Path, opened: Callable[..., Page]
 ) -> None:

@@ -61,6 +61,7 @@ def kinds_shown(page: Page) -> list[str]:
     return names
 
 
+@pytest.mark.slow
 def test_filters_show_the_images_that_match(run: Path, opened: Callable[..., Page]) -> None:
     page, rows = opened(run), samples(run)
 
@@ -166,6 +167,7 @@ def test_captions_have_the_sum_the_strength_and_the_stability(run: Path, opened:
     assert ["(chance)" in text for text in distilled] == weak and any(weak)
 
 
+@pytest.mark.slow
 def test_images_are_sorted_and_searched(run: Path, opened: Callable[..., Page]) -> None:
     page, rows = opened(run), samples(run)
     page.get_by_role("button", name="Show 4 more").click()

@@ -68,7 +68,8 @@ def test_page_is_labelled(run: Path, opened: Callable[..., Page]) -> None:
     assert faults == {"unlabelled": 0, "noalt": 0, "nameless": 0, "twice": [], "dangling": [], "references": [], "titles": 1}
 
 
-@pytest.mark.parametrize("width", [pytest.param(400, marks=pytest.mark.slow), 320])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 320])
 def test_no_horizontal_overflow(run: Path, hostile: Path, pair: Path, opened: Callable[..., Page], width: int) -> None:
     for folder in (run, hostile, pair):
         page = opened(folder, width=width)
@@ -192,9 +193,10 @@ def test_the_page_states_random_weights(tmp_path: Path) -> None:
     assert "trained without the teacher. Some or all of its weights are random." in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("used", "sentence"),
-    [(None, "It is not known whether"), (12, "12 of the 40 images explained"), pytest.param(0, "", marks=pytest.mark.slow)],
+    [(None, "It is not known whether"), (12, "12 of the 40 images explained"), (0, "")],
 )
 def test_the_page_states_images_of_the_training_before_any_result(
     tmp_path: Path, opened: Callable[..., Page], used: int | None, sentence: str

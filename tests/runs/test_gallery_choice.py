@@ -86,6 +86,7 @@ def test_new_pictures_are_those_of_the_data(folder: Path, copy: Path) -> None:
     assert [samples["id"] for row in rows_of(copy) for samples in samples_of(copy) if samples["row"] == row] == wrong.images
 
 
+@pytest.mark.slow
 def test_a_run_is_computed_with_its_choice(folder: Path, tmp_path: Path) -> None:
     out, options = tmp_path / "run", replace(OPTIONS, gallery=4, gallery_order="changed", resize="squash", interpolation="bilinear")
     run(folder, out, options)

@@ -73,6 +73,7 @@ def test_a_run_is_not_resumed_with_other_preprocessing(folder: Path, tmp_path: P
         run(tmp_path / "copy", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_other_source_code_of_a_network(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy, module = tmp_path / "copy", tmp_path / "own_student.py"
     shutil.copytree(folder, copy)

@@ -49,14 +49,15 @@ def digests(out: Path) -> dict[str, str]:
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
         {"batch": 16},
-        pytest.param({"batch": 64, "chunk": 5}, marks=pytest.mark.slow),
-        pytest.param({"batch": 4}, marks=pytest.mark.slow),
-        pytest.param({"batch": 32, "chunk": 16}, marks=pytest.mark.slow),
-        pytest.param({"batch": 23, "workers": 0}, marks=pytest.mark.slow),
+        {"batch": 64, "chunk": 5},
+        {"batch": 4},
+        {"batch": 32, "chunk": 16},
+        {"batch": 23, "workers": 0},
     ],
 )
 def test_the_batch_changes_no_byte(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:

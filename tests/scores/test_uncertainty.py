@@ -119,6 +119,7 @@ def test_the_width_of_an_interval_does_not_depend_on_the_number_of_batches() -> 
     assert widths == pytest.approx([whole.interval[1] - whole.interval[0]] * 5, rel=0.25)
 
 
+@pytest.mark.slow
 def test_intervals_have_their_level_near_zero_and_away_from_it() -> None:
     """Unrelated and related features. The jackknife without the correction for interactions has 93% where 80% are stated."""
     rng = np.random.default_rng(2)

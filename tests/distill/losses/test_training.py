@@ -68,6 +68,7 @@ def whole(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {"out": out, **arguments}
 
 
+@pytest.mark.slow
 def test_adapters_and_banks_resume_bit_for_bit(whole: dict[str, Any], tmp_path: Path) -> None:
     arguments = whole | {"out": tmp_path}
     for epoch in (1, 2):

@@ -132,6 +132,7 @@ def test_timings_are_in_the_users_cache_folder(
     assert engine._timing_cache(described).parent == tmp_path / "home" / ".cache" / "kdx"
 
 
+@pytest.mark.slow
 def test_a_build_writes_only_its_files(fixed: Path, tmp_path: Path) -> None:
     """In a fresh process: its cache, home and working folders stay empty, and it prints nothing."""
     code = "import sys; from pathlib import Path; from kdx.export import engine; engine.build(*map(Path, sys.argv[1:]), {})"

@@ -50,8 +50,9 @@ def test_exporting_does_not_change_the_network(resizing: Exported) -> None:
     assert not any(module._forward_hooks for module in resizing.graph.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 4, 11])
-@pytest.mark.parametrize("at", [None, pytest.param("layer2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("at", [None, "layer2"])
 def test_a_gradients_file_agrees_with_autograd(differentiated: Any, at: str | None, n: int) -> None:
     path, graph = differentiated(at)
     generator = torch.Generator().manual_seed(n)

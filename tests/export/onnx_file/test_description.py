@@ -100,7 +100,8 @@ def test_another_programs_file_and_a_missing_file_have_different_errors(tmp_path
         describe(tmp_path)
 
 
-@pytest.mark.parametrize("at", [None, pytest.param("layer2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [None, "layer2"])
 def test_a_gradients_file_describes_its_cotangent(differentiated: Any, at: str | None) -> None:
     path, _ = differentiated(at)
     description = describe(path)

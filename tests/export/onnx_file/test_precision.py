@@ -51,6 +51,7 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Files:
 PRECISIONS = pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 
 
+@pytest.mark.slow
 @PRECISIONS
 def test_a_half_precision_file_has_half_precision_weights(halves: Files, precision: str) -> None:
     path = halves[precision].path

@@ -169,11 +169,12 @@ class Assignments(nn.Module):
         return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "graph",
     [
         FeatureGraph(Assignments().eval(), ["after"]),
-        pytest.param(GradientGraph(Assignments().eval(), ["after"]), marks=pytest.mark.slow),
+        GradientGraph(Assignments().eval(), ["after"]),
     ],
     ids=["features", "gradients"],
 )

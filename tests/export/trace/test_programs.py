@@ -40,6 +40,7 @@ class Transformer(nn.Module):
         return logits
 
 
+@pytest.mark.slow
 def test_tokens_lose_their_class_token_and_operators_before_the_layer_stay_whole() -> None:
     """The one block before the layer's end still has its attention and its normalisations as single operators."""
     graph = GradientGraph(Transformer().eval(), ["blocks.0"])
@@ -184,6 +185,7 @@ class Twice(nn.Module):
         return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [["shared"], ["shared", "between"], ["stem", "shared"]])
 def test_the_gradient_of_a_module_called_twice_is_that_of_its_last_call(layers: list[str]) -> None:
     in_pytorch(GradientGraph(Twice().eval(), layers))
