@@ -21,13 +21,13 @@ from kdx import models, progress, threads
 from kdx.choices import NO_BASE
 from kdx.cluster.options import ClusterOptions
 from kdx.commands import explain
-from kdx.data.gpu_decoder import open_gpu_decoder
 from kdx.disk import check_folder, check_locked, lock_folder, parse_json, remove_leftovers, write_atomic
 from kdx.distill import EpochResult, distill, train_alone
 from kdx.distill.train import training_device
 from kdx.errors import KdxError, resumable
 from kdx.runs import schema
 from kdx.runs.environment import environment
+from kdx.runs.plan import gpu_decoder
 from kdx.runs.record import LostResult, read_run
 from kdx.runtimes.choice import choose
 from kdx.study.attempts import Note, Outcome
@@ -194,10 +194,10 @@ def run(
         count = workers or _default_workers(grid)
         plan = _plan(design, grid, folder, command, _threads(count, cluster))
         study = _Run(folder, grid, plan, set(complete_jobs(folder, grid.jobs)))
-        study.write_plan()
-        todo = len(grid.jobs) - len(study.complete)
         if cluster is None:  # the workers of a cluster may have other devices
             _check_devices([job for job in grid.jobs if job.key not in study.complete])
+        study.write_plan()
+        todo = len(grid.jobs) - len(study.complete)
         where = "in a cluster" if cluster is not None else f"with {count} worker{'s' if count > 1 else ''}"
         announce(f"{len(grid.cells)} cells, {len(grid.jobs)} jobs, {todo} of them to do, {where}.")
         with progress.job_display(todo) as display:
@@ -288,10 +288,9 @@ def _check_devices(jobs: Sequence[Job]) -> None:
     """KdxError, before anything is trained, for a device or a runtime of [training] or [explain] that cannot be used here."""
     for device in {job.extras.device for job in jobs}:
         training_device(device)
-    for options in {job.data: job.options for job in jobs}.values():
-        choice = choose(options.runtime, options.device, precision=options.precision)
-        if options.decoder == "torchvision-cuda":
-            open_gpu_decoder(choice.device)
+    for options in {job.options for job in jobs}:
+        choose(options.runtime, options.device, precision=options.precision)
+        gpu_decoder(options)
 
 
 def _threads(workers: int, cluster: ClusterOptions | None) -> int:

@@ -62,6 +62,8 @@ def source_of(reference: str) -> str:
 def table_of(reference: str) -> Path | None:
     """The CSV file that lists the images of a data reference; None for another kind of data."""
     source, place = _parsed(reference)
+    if source == SAMPLE:
+        return table_of(sample_parts(reference, place)[1])
     return as_path(place).expanduser() if source == "csv" else None
 
 

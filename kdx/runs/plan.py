@@ -144,15 +144,20 @@ class Plan:
     def of(cls, data: str, models: Path, layers: Sequence[str], options: RunOptions) -> Plan:
         _check_base(models, options)
         models_file = _from_explainer_file(models) if is_file(models) else with_recorded_data(read_models(models)).with_base(options.base)
-        return cls.with_models(data, models_file, open_data(data, models_file.classes or None), layers, options)
+        return cls.with_models(data, models_file, layers, options)
 
     @classmethod
-    def with_models(cls, data: str, models_file: ModelsFile, dataset: Dataset, layers: Sequence[str], options: RunOptions) -> Plan:
-        """The plan for the contents of a models file, which need not exist, and for opened data."""
+    def with_models(
+        cls, data: str, models_file: ModelsFile, layers: Sequence[str], options: RunOptions, dataset: Dataset | None = None
+    ) -> Plan:
+        """The plan for the contents of a models file, which need not exist. dataset: the data, if they are open already."""
         _check_references(options)
         _check_storage(options)
         dataset = replace(
-            dataset, resizing=options.resizing(models_file.resizing), decoder=_decoder(options), draft=options.decoder == "pillow-draft"
+            open_data(data, models_file.classes or None) if dataset is None else dataset,
+            resizing=options.resizing(models_file.resizing),
+            decoder=gpu_decoder(options),
+            draft=options.decoder == "pillow-draft",
         )
         split = choose_split(dataset, models_file, options.split, options.seed)
         check_images(len(split.indices))
@@ -226,7 +231,7 @@ class Plan:
         return Explainer.of(networks, self.layers.values(), options, folder=folder, classes=self.dataset.classes, shared=shared)
 
 
-def _decoder(options: RunOptions) -> GpuDecoder | None:
+def gpu_decoder(options: RunOptions) -> GpuDecoder | None:
     """The decoder on the run's GPU, if it is chosen. Raises KdxError if it cannot run."""
     if options.decoder != "torchvision-cuda":
         return None

@@ -144,7 +144,7 @@ def _announce_weights(name: str, network: Network, announce: Callable[[str], Non
     if network.note:
         announce(f"{name}: {network.note}")
     if not network.trained:
-        announce(f"Warning: {name} has random weights, and other ones each time. Name weights: {network.reference}@FILE.")
+        announce(f"Warning: Some or all weights of {name} are random and differ from run to run: {network.reference}. Name a weights file.")
 
 
 def _loaded(reference: str, image_size: int | None) -> Network:

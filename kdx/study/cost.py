@@ -17,6 +17,7 @@ from kdx import models
 from kdx.data.dataset import open_data
 from kdx.data.splits import stratified_splits
 from kdx.distill.networks import training_preprocessing
+from kdx.distill.train import training_device
 from kdx.export.graphs import FeatureGraph
 from kdx.study.grid import Grid, Job, JobKind
 
@@ -108,9 +109,7 @@ class _Timer:
         key = reference, batch, size, classes
         if key not in self._steps:
             module = teacher.module if reference == job.teacher else models.load(reference, classes=classes).module
-            device = torch.device(
-                "cuda" if job.extras.device == "auto" and torch.cuda.is_available() else job.extras.device.replace("auto", "cpu")
-            )
+            device = training_device(job.extras.device)
             graph = FeatureGraph(module, (), replace(preprocessing, size=None)).to(device)
             images, labels = torch.rand(batch, 3, *size, device=device), torch.zeros(batch, dtype=torch.int64, device=device)
             self._steps[key] = (_seconds(_trained(graph, images, labels)), _seconds(_evaluated(graph, images)))

@@ -17,12 +17,14 @@ from kdx.data.splits import stratified_splits
 from kdx.distill import TrainingSettings
 from kdx.distill.networks import is_trained_teacher, training_preprocessing
 from kdx.errors import KdxError, about_network
+from kdx.export.graphs import Preprocessing
 from kdx.export.layer_names import find_layer
 from kdx.models.layer_pairs import parse_layers
 from kdx.models.models_file import ModelsFile
 from kdx.models.network import Network
 from kdx.models.reference import ModelReference
 from kdx.models.source_code import code_hash
+from kdx.models.weights import split_key
 from kdx.runs.plan import Plan, RunOptions
 from kdx.study.design import Design, slug
 from kdx.study.options import TrainingExtras
@@ -79,16 +81,20 @@ class Grid:
 
 @dataclass(frozen=True)
 class _Fact:
-    """The properties of a network that a grid depends on. given: the hash of the weights, if the network is used as it is. weights_file:
-    the hash of the file with which a training starts, if the reference names one. code: the hash of the source files of a user's own
-    network."""
+    """The properties of a network that a grid depends on. preprocessing: that of the trainings under it. given: the hash of the weights, if
+    the network is used as it is. weights_file: the hash of the file with which a training starts, if the reference names one. code: the
+    hash of the source files of a user's own network."""
 
     reference: str
     parameters: int
-    preprocessing: str
+    preprocessing: Preprocessing
     given: str | None
     weights_file: str | None
     code: str | None
+
+    @property
+    def preprocessing_hash(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self.preprocessing), sort_keys=True).encode()).hexdigest()
 
 
 def grid_of(design: Design) -> Grid:
@@ -124,7 +130,6 @@ class _DataGrid:
                     f"The {split} split of {dataset.reference} has {len(indices)} images.",
                     "Give more images: every split needs at least two.",
                 )
-        _check_explaining(design, data, dataset, settings)
         layers = parse_layers(design.layers).values()
         known: dict[str, _Fact] = {}
 
@@ -132,13 +137,42 @@ class _DataGrid:
             with about_network(f"the network {name}"):
                 parsed = models.parse_reference(reference).located().with_classes(len(dataset.classes))
                 network = models.load(str(parsed), classes=len(dataset.classes))
-                for layer in layers if group != "assistants" else ():
-                    find_layer(network.module, layer.teacher if group == "teachers" else layer.student)
-                return known.setdefault(reference, _fact(reference, parsed, network, settings))
+                for layer in layers:  # an assistant is the teacher of the student below it
+                    find_layer(network.module, layer.student if group == "students" else layer.teacher)
+                if reference not in known:
+                    known[reference] = _fact(reference, parsed, network, settings)
+                return known[reference]
 
         groups = {"teachers": design.teachers, "assistants": design.assistants, "students": design.students}
         facts = {group: {name: fact(group, name, reference) for name, reference in names.items()} for group, names in groups.items()}
-        return cls(design, data, dataset.fingerprint, facts)
+        grid = cls(design, data, dataset.fingerprint, facts)
+        grid._check_explaining(dataset, settings)
+        return grid
+
+    def _check_explaining(self, dataset: Dataset, settings: TrainingSettings) -> None:
+        """Plan the runs of the cells with untrained networks, so that an error in [explain] does not appear after hours of training.
+
+        A GPU decoder is not opened, because another machine may explain the cells.
+        """
+        options = replace(self.design.run_options_of(self.data), decoder="pillow")
+        # Without layers in the design, training chooses them, and an order of images may name any.
+        layers = self.design.layers or ((options.gallery_order.rsplit("/", 2)[0],) if "/" in options.gallery_order else ())
+        pairs = {((chain[0], *chain[1])[-1], chain[2]): chain for chain in self.chains()}
+        for (teacher, student), (first, *_) in pairs.items() if options.target is not None else list(pairs.items())[:1]:
+            networks = {**self.facts["assistants"], **self.facts["teachers"]}
+            reference = self.facts["students"][student].reference
+            file = ModelsFile(
+                Path("models.toml"),
+                reference,
+                reference,
+                networks[teacher].reference,
+                classes=dataset.classes,
+                preprocessing=self.facts["teachers"][first].preprocessing,
+                data=dataset.reference,
+                split_seed=settings.split_seed,
+            )
+            with about_network(f"the runs of the data set {self.data}"):
+                Plan.with_models(dataset.reference, file.with_base(options.base), layers, options, dataset)
 
     def chains(self) -> Iterator[tuple[str, tuple[str, ...], str]]:
         """Every teacher, the assistants below it, and the student."""
@@ -190,9 +224,9 @@ class _DataGrid:
     def _base(self, teacher: str, student: str, seed: int) -> Job:
         """The training of a base. Teachers with the same preprocessing share it."""
         fact, reference = self.facts["teachers"][teacher], self.facts["students"][student].reference
-        key = f"{self.data}/seed{seed}/base-{student}-{fact.preprocessing[:6]}"
+        key = f"{self.data}/seed{seed}/base-{student}-{fact.preprocessing_hash[:6]}"
         return self._job(
-            "base", key, fact.reference, reference, None, seed, identity={"teacher": None, "preprocessing": fact.preprocessing}
+            "base", key, fact.reference, reference, None, seed, identity={"teacher": None, "preprocessing": fact.preprocessing_hash}
         )
 
     def _assistant(self, teacher: str, above: list[Job], top: str, assistants: tuple[str, ...], method: str, seed: int) -> Job:
@@ -259,34 +293,13 @@ class _DataGrid:
         )
 
 
-def _check_explaining(design: Design, data: str, dataset: Dataset, settings: TrainingSettings) -> None:
-    """Plan the run of a cell with untrained networks, so that an error in [explain] does not appear after hours of training.
-
-    A GPU decoder is not opened, because another machine may explain the cells.
-    """
-    options = replace(design.run_options_of(data), decoder="pillow")
-    student, teacher = (next(iter(group.values())) for group in (design.students, design.teachers))
-    file = ModelsFile(
-        Path("models.toml"),
-        student,
-        student,
-        teacher,
-        classes=dataset.classes,
-        fingerprint=dataset.fingerprint,
-        split_seed=settings.split_seed,
-    )
-    # Without layers in the design, training chooses them, and an order of images may name any.
-    layers = design.layers or ((options.gallery_order.rsplit("/", 2)[0],) if "/" in options.gallery_order else ())
-    Plan.with_models(dataset.reference, file.with_base(options.base), dataset, layers, options)
-
-
 def _fact(reference: str, parsed: ModelReference, network: Network, settings: TrainingSettings) -> _Fact:
-    preprocessing = json.dumps(asdict(training_preprocessing(network, settings)), sort_keys=True)
-    digest = hashlib.sha256(preprocessing.encode()).hexdigest()
     given = network.weights_hash if is_trained_teacher(parsed, network) else None
-    file = None if parsed.weights is None else Path(parsed.weights).expanduser()
+    file = None if parsed.weights is None else split_key(parsed.weights)[0]
     weights_file = hashlib.sha256(file.read_bytes()).hexdigest() if file is not None and file.is_file() else None
-    return _Fact(reference, network.parameters, digest, given, weights_file, code_hash(reference, network.module))
+    return _Fact(
+        reference, network.parameters, training_preprocessing(network, settings), given, weights_file, code_hash(reference, network.module)
+    )
 
 
 def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -269,7 +269,8 @@ def test_random_weights_are_announced(pictures: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     options = SimilarityOptions(layers={}, runtime="eager", batch=8, image_size=16)
     run({"A": "kdx:resnet,width=2,depth=1,stages=2", "B": B}, str(pictures), tmp_path / "out", options, announce=lines.append)
-    assert [line.split(",")[0] for line in lines if "random weights" in line] == ["Warning: A has random weights"]
+    warnings = [line for line in lines if line.startswith("Warning: ")]
+    assert len(warnings) == 1 and "weights of A are random" in warnings[0]
 
 
 def test_a_figure_of_an_unknown_type_is_refused_before_the_work(pictures: Path, tmp_path: Path) -> None:

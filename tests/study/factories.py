@@ -13,3 +13,8 @@ def brighter(classes: int = 10) -> nn.Module:
     module = load(f"kdx:resnet,width=3,depth=1,stages=2,classes={classes}").module
     module.preprocessing = Preprocessing((8, 8), (0.25,), (0.25,))  # type: ignore[assignment]
     return module
+
+
+def plain(classes: int = 10) -> nn.Module:
+    """A small network that states no size of its images."""
+    return load(f"kdx:resnet,width=3,depth=1,stages=2,classes={classes}").module

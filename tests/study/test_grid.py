@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from kdx.data.dataset import table_of
 from kdx.errors import KdxError
 from kdx.models.resnet import resnet
 from kdx.study.conflicts import check_same_study
@@ -84,6 +85,7 @@ def test_keys_and_networks_that_are_not_valid_are_errors() -> None:
         ({"target": "missing.csv"}, "missing.csv"),
         ({"target": "soft:student,temperature=cold"}, "is not a positive number"),
         ({"target": "prototypes:teacher,layer=layer9"}, "layer9"),
+        ({"target": "prototypes:teacher,layer=layer3"}, "layer3"),  # only the first teacher has it
         ({"groups": "camera"}, "has no table with a column 'camera'"),
         ({"groups_file": "missing.csv"}, "missing.csv"),
         ({"gallery_order": "magic"}, "Images have no number 'magic'"),
@@ -96,8 +98,8 @@ def test_keys_and_networks_that_are_not_valid_are_errors() -> None:
 def test_an_error_in_how_cells_are_explained_appears_before_anything_is_trained(entries: dict[str, Any], problem: str) -> None:
     explain = {**CONTENT["explain"], **entries}
     with pytest.raises(KdxError) as error:
-        grid(explain=explain)
-    assert problem in error.value.problem
+        grid(teachers={"deep": "kdx:resnet,width=4,depth=1,stages=3", "large": TEACHER}, explain=explain)
+    assert problem in error.value.problem and error.value.problem.startswith("The runs of the data set digits: ")
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,16 @@ def test_an_error_in_how_cells_are_explained_appears_before_anything_is_trained(
 )
 def test_a_study_has_the_options_of_a_run(entries: dict[str, Any]) -> None:
     assert grid(explain={**CONTENT["explain"], **entries}).jobs
+
+
+def test_a_target_of_a_network_without_a_size_has_that_of_the_training() -> None:
+    plain = "tests.study.factories:plain"
+    assert grid(teachers={"large": plain}, students={"tiny": plain}, explain={"target": "soft:student"}).jobs
+
+
+def test_a_sample_has_the_table_of_its_data() -> None:
+    assert table_of("sample:20:photos/list.csv") == table_of("photos/list.csv") == Path("photos/list.csv")
+    assert table_of("sample:20:digits") is None
 
 
 def test_other_weights_in_a_file_make_other_jobs_of_the_networks_that_start_with_it(tmp_path: Path) -> None:

@@ -61,7 +61,13 @@ def test_a_device_that_is_not_here_is_an_error_before_anything_is_trained(entrie
     content = {**DESIGN, **{table: {**DESIGN[table], **values} for table, values in entries.items()}}
     with pytest.raises(KdxError, match=r"The device '(cuda:77|gpu)' can"):
         run_study(content, tmp_path / "out")
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".safetensors", ".pt")]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]  # so that the corrected study can have this folder
+
+
+def test_the_cost_of_a_study_on_a_device_that_is_not_here_is_an_error(tmp_path: Path) -> None:
+    design = design_of({**DESIGN, "training": {**DESIGN["training"], "device": "gpu"}})
+    with pytest.raises(KdxError, match="The device 'gpu' cannot be used here"):
+        study.dry_run(design, tmp_path / "out")
 
 
 @pytest.mark.slow
