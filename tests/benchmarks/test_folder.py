@@ -24,6 +24,7 @@ def test_the_smaller_folder_holds_images_of_the_larger(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_each_round_times_every_part_and_memory_does_not_grow() -> None:
     measurement = folder.measure(103, 2, network=SMALL, side=64, batch=10)
     assert {part: len(seconds) for part, seconds in measurement["samples"].items()} == dict.fromkeys(folder.PARTS, 2)

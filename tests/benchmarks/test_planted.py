@@ -99,6 +99,7 @@ def test_the_difference_was_planted() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_decomposition_of_the_gain_shows_a_planted_texture() -> None:
     with ambient.torch_threads(1):
         run = planted.measure(planted.CASES["texture"], 0)

@@ -61,6 +61,7 @@ def test_data_and_results_on_s3(server: Server, pictures: Path, local: dict[str,
     assert not (out / ".lock").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_killed_run_on_s3_resumes(server: Server, pictures: Path, local: dict[str, bytes]) -> None:
     out = as_path(f"s3://{BUCKET}/cluster-killed")
     process = started(pictures, out, *FEW)

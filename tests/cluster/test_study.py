@@ -46,6 +46,7 @@ def numbers_and_weights(study: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("ray", "one_thread")
 def test_trainings_in_a_cluster_give_the_weights_and_the_tables_of_local_processes(tmp_path: Path) -> None:
     training = {"epochs": 2, "image_size": 8}

@@ -47,12 +47,14 @@ def last(content: dict[str, Any], kind: str, name: str) -> dict[str, Any]:
     return entry
 
 
+@pytest.mark.exhaustive
 def test_the_student_is_nearer_to_the_teacher_than_the_base_is_for_every_seed(seeds: list[dict[str, Any]]) -> None:
     for content in seeds:
         low, _ = last(content, "contrasts", "FSS(S,T) - FSS(B,T)")["interval"]
         assert low > 0
 
 
+@pytest.mark.exhaustive
 def test_what_only_the_student_has_is_more_relevant_than_what_only_the_base_has(seeds: list[dict[str, Any]]) -> None:
     """For every seed, and over seeds by Student's t."""
     differences = [last(content, "contrasts", "RS(S|B) - RS(B|S)")["value"] for content in seeds]
@@ -64,6 +66,7 @@ def test_what_only_the_student_has_is_more_relevant_than_what_only_the_base_has(
         assert low > 0 and last(content, "scores", "RS(S|B)")["p_value"] <= 0.05
 
 
+@pytest.mark.exhaustive
 def test_the_teacher_is_right_most_often_and_the_student_more_often_than_the_base(seeds: list[dict[str, Any]]) -> None:
     for content in seeds:
         teacher, student, base = (content["accuracy"][role]["value"] for role in ("teacher", "student", "base"))

@@ -124,6 +124,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_that_stop_within_an_epoch_go_on_as_if_they_had_not(tmp_path: Path) -> None:
     launch(tmp_path / "whole", "kd+")
     launch(tmp_path / "parts", "kd+", "stop", status=3)

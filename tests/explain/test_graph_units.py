@@ -66,6 +66,7 @@ def test_graphs(unit: float) -> None:
     _agree(_outputs(unit, references, *queries), _outputs(1.0, references, *queries), unit)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow  # writing two files takes twenty seconds
 @pytest.mark.parametrize("unit", [2.0**-83, 2.0**83])
 def test_files_in_onnx_runtime(unit: float, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_death_again_and_again(subject: Callable[[str], Subject], case: str) -> 
     assert deaths > 0 and differences(contents(run.folder / "run"), expected) == []
 
 
+@pytest.mark.exhaustive
 def test_a_kill_at_any_moment(subject: Callable[[str], Subject]) -> None:
     """`kill -9` at 100 random moments; after each, the same command resumes, and every fifth run starts in an empty folder."""
     run = subject("explain, batch")
