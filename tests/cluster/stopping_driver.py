@@ -25,4 +25,5 @@ def _write_and_stop(*arguments: Any) -> None:
 
 if __name__ == "__main__":
     Store.write_batch = _write_and_stop  # type: ignore[method-assign,assignment]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # kdx ignores Ctrl-C if the shell that started the tests ignores it
     main()

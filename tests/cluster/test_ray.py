@@ -162,7 +162,8 @@ def toy_results(build: Any, count: int = 20, workers: int = 2) -> list[tuple[int
 
 @pytest.mark.usefixtures("ray")
 def test_a_worker_without_enough_memory_stops_the_work_after_three_attempts() -> None:
-    with pytest.raises(KdxError, match="3 workers ended at task 5") as error:
+    # The result of task 4 may be on its way to the driver when the worker ends at task 5.
+    with pytest.raises(KdxError, match=r"3 workers ended at task [45]") as error:
         toy_results(toy_services.Ends)
     assert "memory" in error.value.hint
 
