@@ -26,6 +26,8 @@ from kdx.runs import schema
 from kdx.runs.record import read_run
 from tests.made_runs import SCRIPT, edit, make_run
 
+pytestmark = pytest.mark.slow  # most of these open a page in a browser
+
 PAIRED = {"features.3": "layer1", "features.9": "layer3"}
 
 

@@ -24,6 +24,8 @@ from tests.browser import saved
 from tests.made_runs import KINDS, make_run
 from tests.report.slow_maps import slow_resize, slow_scale
 
+pytestmark = pytest.mark.slow  # most of these open a page in a browser
+
 READ_PIXELS = """c => {
   const copy = new OffscreenCanvas(c.width, c.height).getContext("2d", { willReadFrequently: true });
   copy.drawImage(c, 0, 0);

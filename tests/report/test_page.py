@@ -22,6 +22,8 @@ from tests.browser import beyond_the_window
 from tests.made_runs import ODD_LAYER, SCRIPT, edit, make_run
 from tests.report.test_gallery_page import kinds_shown, samples, shown
 
+pytestmark = pytest.mark.slow  # most of these open a page in a browser
+
 
 def test_opacity_theme_and_command(run: Path, opened: Callable[..., Page]) -> None:
     page = opened(run)
