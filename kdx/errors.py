@@ -101,8 +101,8 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def about_network(name: str) -> Iterator[None]:
-    """Put the name of a network before the problem of a KdxError that the block raises."""
+def about(name: str) -> Iterator[None]:
+    """Put the name of a thing, such as a network, before the problem of a KdxError that the block raises."""
     try:
         yield
     except KdxError as error:

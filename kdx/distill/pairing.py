@@ -9,7 +9,7 @@ from torch import nn
 
 from kdx import models
 from kdx.distill.networks import Distillation
-from kdx.errors import about_network
+from kdx.errors import about
 from kdx.export.layer_names import find_layer
 from kdx.models.layer_pairs import parse_layers
 
@@ -26,9 +26,9 @@ def layer_pairs(distillation: Distillation, layers: Sequence[str] | None) -> lis
     if layers is not None:
         pairs = [(layer, names.teacher) for layer, names in parse_layers(layers).items()]
         for student_layer, teacher_layer in pairs:
-            with about_network("student"):
+            with about("student"):
                 find_layer(student, student_layer)
-            with about_network("teacher"):
+            with about("teacher"):
                 find_layer(teacher, teacher_layer)
         return pairs
     size = distillation.preprocessing.size

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdx import models
 from kdx.distill.seeding import seeded
-from kdx.errors import about_network
+from kdx.errors import about
 from kdx.export.graphs import FeatureGraph
 from kdx.features import arrays
 from kdx.features.arrays import Array, Labels
@@ -105,7 +105,7 @@ class Probe:
 
     def _features(self, role: str, network: NetworkLike) -> Sequence[Tensor]:
         """The features of a role's network at each of its layers."""
-        with about_network(role):
+        with about(role):
             copy = models.as_network(network)
             graph = FeatureGraph(copy.module, [names.at(role) for names in self._layers.values()], copy.preprocessing)
             device = graph.mean.device

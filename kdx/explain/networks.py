@@ -15,7 +15,7 @@ from kdx import models
 from kdx.choices import COVER
 from kdx.data.inputs import InputFormat
 from kdx.disk import log
-from kdx.errors import KdxError, about_network
+from kdx.errors import KdxError, about
 from kdx.explain.batch_target import BatchTarget
 from kdx.explain.explainer_file import no_gradients
 from kdx.explain.exported import ENGINE_IMAGES, Export, ExportFolder, open_exported
@@ -89,13 +89,13 @@ class NetworkRunners:
             suggested = self._files["student"][1].layers if paths else _suggested_layers(models.as_network(networks["student"]))
             raise KdxError("No layer was named.", f"Name one or more of the student's: {', '.join(suggested)}.")
         for role, (path, file) in self._files.items():
-            with about_network(role):
+            with about(role):
                 _check_layers(path, file, self._layers_of(role))
         self._graphs: dict[str, tuple[Network, FeatureGraph]] = {}
         if not paths:
             for role, network in networks.items():
                 loaded = models.as_network(network)
-                with about_network(role):
+                with about(role):
                     self._graphs[role] = loaded, FeatureGraph(loaded.module, self._layers_of(role), loaded.preprocessing)
         self.classes: tuple[str, ...] = self._files["student"][1].classes if paths else ()
         self._references: dict[str, LayerReferences] = {}
@@ -318,7 +318,7 @@ class NetworkRunners:
     def _run(self, role: str, images: Tensor) -> NetworkOutputs:
         """One pass of a role's network, in chunks of at most ``chunk`` images and of at most an engine's batch."""
         runner = self._runners[role]
-        with about_network(role):
+        with about(role):
             return _concatenated([runner.infer(images[part]) for part in parts(runner, self._settings.chunk, len(images))])
 
     def _layer_of(self, role: str, layer: str) -> str:

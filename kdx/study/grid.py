@@ -16,7 +16,7 @@ from kdx.data.dataset import Dataset, open_data
 from kdx.data.splits import stratified_splits
 from kdx.distill import TrainingSettings
 from kdx.distill.networks import is_trained_teacher, training_preprocessing
-from kdx.errors import KdxError, about_network
+from kdx.errors import KdxError, about
 from kdx.export.graphs import Preprocessing
 from kdx.export.layer_names import find_layer
 from kdx.models.layer_pairs import parse_layers
@@ -134,7 +134,7 @@ class _DataGrid:
         known: dict[str, _Fact] = {}
 
         def fact(group: str, name: str, reference: str) -> _Fact:
-            with about_network(f"the network {name}"):
+            with about(f"the network {name}"):
                 parsed = models.parse_reference(reference).located().with_classes(len(dataset.classes))
                 network = models.load(str(parsed), classes=len(dataset.classes))
                 for layer in layers:  # an assistant is the teacher of the student below it
@@ -157,21 +157,23 @@ class _DataGrid:
         options = replace(self.design.run_options_of(self.data), decoder="pillow")
         # Without layers in the design, training chooses them, and an order of images may name any.
         layers = self.design.layers or ((options.gallery_order.rsplit("/", 2)[0],) if "/" in options.gallery_order else ())
-        pairs = {((chain[0], *chain[1])[-1], chain[2]): chain for chain in self.chains()}
-        for (teacher, student), (first, *_) in pairs.items() if options.target is not None else list(pairs.items())[:1]:
-            networks = {**self.facts["assistants"], **self.facts["teachers"]}
-            reference = self.facts["students"][student].reference
+        pairs = {}
+        for teacher, assistants, student in self.chains():
+            above = self.facts["assistants"][assistants[-1]] if assistants else self.facts["teachers"][teacher]
+            pairs[above.reference, self.facts["students"][student].reference] = self.facts["teachers"][teacher].preprocessing
+        # Only a target can depend on the networks.
+        for (above_reference, reference), preprocessing in list(pairs.items())[: 1 if options.target is None else None]:
             file = ModelsFile(
                 Path("models.toml"),
                 reference,
                 reference,
-                networks[teacher].reference,
+                above_reference,
                 classes=dataset.classes,
-                preprocessing=self.facts["teachers"][first].preprocessing,
+                preprocessing=preprocessing,
                 data=dataset.reference,
                 split_seed=settings.split_seed,
             )
-            with about_network(f"the runs of the data set {self.data}"):
+            with about(f"the runs of the data set {self.data}"):
                 Plan.with_models(dataset.reference, file.with_base(options.base), layers, options, dataset)
 
     def chains(self) -> Iterator[tuple[str, tuple[str, ...], str]]:

@@ -181,7 +181,6 @@ def opened_page(opened: Callable[..., Page], folders: dict[str, Path], target: P
     return opened(target, **options)
 
 
-@pytest.mark.slow
 def test_the_page_shows_the_chosen_map_of_every_student_on_one_scale(
     students: dict[str, Path], tmp_path: Path, opened: Callable[..., Page]
 ) -> None:
@@ -249,7 +248,6 @@ def test_the_strip_shows_the_images_on_which_the_students_differ_most(
     assert (page.locator("#zoom-title").text_content() or "").endswith(expected[1])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(400, "dark"), (1280, "light")])
 def test_the_page_of_twenty_students_fits(tmp_path: Path, opened: Callable[..., Page], width: int, scheme: str) -> None:
     folders = {SCRIPT if i == 3 else f"student-{i}": make_run(tmp_path / str(i), seed=i, images=20, gallery=8) for i in range(20)}

@@ -63,7 +63,6 @@ def kinds_shown(page: Page) -> list[str]:
     return names
 
 
-@pytest.mark.slow
 def test_filters_show_the_images_that_match(run: Path, opened: Callable[..., Page]) -> None:
     page, rows = opened(run), samples(run)
 
@@ -102,7 +101,6 @@ def test_filters_show_the_images_that_match(run: Path, opened: Callable[..., Pag
     assert shown(page) == [s["id"] for s in rows[:12]]
 
 
-@pytest.mark.slow
 def test_layer_buttons_draw_that_layers_maps(run: Path, opened: Callable[..., Page]) -> None:
     page = opened(run)
     page.get_by_label("Scale of colours").select_option(label="Each map’s own")
@@ -127,7 +125,7 @@ def test_layer_buttons_draw_that_layers_maps(run: Path, opened: Callable[..., Pa
     assert empty.locator("canvas").is_hidden()
 
 
-@pytest.mark.parametrize("own", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("own", [True, False])
 def test_a_signed_map_is_blue_below_zero_orange_above_and_transparent_at_zero(run: Path, opened: Callable[..., Page], own: bool) -> None:
     page, kind = opened(run), "rs_student_minus_base"
     maps = stored(run, "layer1", kind)[:16]  # the gallery
@@ -169,7 +167,6 @@ def test_captions_have_the_sum_the_strength_and_the_stability(run: Path, opened:
     assert ["(chance)" in text for text in distilled] == weak and any(weak)
 
 
-@pytest.mark.slow
 def test_images_are_sorted_and_searched(run: Path, opened: Callable[..., Page]) -> None:
     page, rows = opened(run), samples(run)
     page.get_by_role("button", name="Show 4 more").click()
@@ -215,7 +212,6 @@ def test_images_are_sorted_and_searched(run: Path, opened: Callable[..., Page]) 
     assert shown(page) == ["image-00001", *(f"image-0001{i}" for i in range(6))]
 
 
-@pytest.mark.slow
 def test_the_address_restores_the_view(run: Path, opened: Callable[..., Page]) -> None:
     page = opened(run)
     start = page.url
@@ -244,7 +240,6 @@ def test_the_address_restores_the_view(run: Path, opened: Callable[..., Page]) -
     assert len(shown(other)) == 12
 
 
-@pytest.mark.slow
 def test_an_image_is_enlarged_with_the_keyboard_and_saved(run: Path, opened: Callable[..., Page]) -> None:
     page = opened(run)
     opener = page.locator(".card").nth(1).get_by_role("button", name="Enlarge image-00001")
@@ -312,7 +307,6 @@ def test_a_run_without_score_maps_shows_unicams_maps(tmp_path: Path, opened: Cal
     assert page.locator(".facts-of-maps").count() == 0
 
 
-@pytest.mark.slow
 def test_the_difference_of_two_unicam_maps_has_the_diverging_colours(run: Path, opened: Callable[..., Page]) -> None:
     page = opened(run)
     assert page.locator("#difference").is_hidden()

@@ -70,7 +70,6 @@ def test_page_is_labelled(run: Path, opened: Callable[..., Page]) -> None:
     assert faults == {"unlabelled": 0, "noalt": 0, "nameless": 0, "twice": [], "dangling": [], "references": [], "titles": 1}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 320])
 def test_no_horizontal_overflow(run: Path, hostile: Path, pair: Path, opened: Callable[..., Page], width: int) -> None:
     for folder in (run, hostile, pair):
@@ -195,7 +194,6 @@ def test_the_page_states_random_weights(tmp_path: Path) -> None:
     assert "trained without the teacher. Some or all of its weights are random." in page
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("used", "sentence"),
     [(None, "It is not known whether"), (12, "12 of the 40 images explained"), (0, "")],
