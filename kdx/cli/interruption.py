@@ -31,9 +31,14 @@ def interruptible() -> Iterator[None]:
         return
     first: list[tuple[float, int]] = []
 
-    def interrupt(number: int, _frame: FrameType | None) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         if first and time.monotonic() - first[0][0] < _GRACE:
             return
+        while frame is not None:
+            if frame.f_code is interrupt_again.__code__:  # Python ignores an exception here too
+                send_soon(number)
+                return
+            frame = frame.f_back
         first[:] = [(time.monotonic(), number)]
         raise KeyboardInterrupt
 
@@ -45,12 +50,15 @@ def interruptible() -> Iterator[None]:
         else:
             signal.pthread_kill(threading.main_thread().ident or 0, number)  # ends a wait of the main thread, unlike raise_signal
 
+    def send_soon(number: int) -> None:
+        timer = threading.Timer(0.01, send, [number])
+        timer.daemon = True
+        timer.start()
+
     def interrupt_again(lost: sys.UnraisableHookArgs) -> None:
         """Python only prints an exception in a callback, for example of a weak reference during an import, and continues."""
         if first and lost.exc_type is KeyboardInterrupt:
-            timer = threading.Timer(0.01, send, [first.pop()[1]])
-            timer.daemon = True
-            timer.start()
+            send_soon(first.pop()[1])
         else:
             hook(lost)
 

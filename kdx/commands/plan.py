@@ -14,14 +14,13 @@ from typing import Any
 from rich.table import Table
 
 from kdx import threads
-from kdx.data.batches import check_labels
 from kdx.disk import scratch_folder
 from kdx.errors import KdxError
 from kdx.explain.graph import largest_size
 from kdx.runs.cost import Cost, Pass, Work
 from kdx.runs.environment import peak_bytes
 from kdx.runs.feature_files import Shapes
-from kdx.runs.geometry import Geometry, geometry_within, products_per_second, size_text, unavoidable
+from kdx.runs.geometry import Geometry, geometry_within, products_per_second, requested_geometry, size_text
 from kdx.runs.hardware import ARITHMETIC, Cluster, cluster_seconds
 from kdx.runs.plan import Plan, RunOptions, aligned
 from kdx.runs.trial import Clock, counted_pass, decoding_trial, timed_trial
@@ -110,8 +109,7 @@ def run(
         )
     if cluster is not None and options.features == "salient":
         raise KdxError("The operations of salient features cannot be counted.", "Choose raw features (--features raw), or leave --on out.")
-    check_labels(plan.dataset.labels[plan.indices])
-    known, n = unavoidable(plan), images or len(plan.indices)
+    known, n = requested_geometry(plan), images or len(plan.indices)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shapes, size, one_pass = _networks(plan, folder, announce, counted=not files)

@@ -69,19 +69,25 @@ class Distillation:
         student: str,
         processes: Processes = SINGLE,
         log: Callable[[str, Sequence[Mapping[str, float]]], None] | None = None,
+        *,
+        preprocessing: Preprocessing | None = None,
+        most: int | None = None,
     ) -> Distillation:
-        """Open the data, load the teacher and decode the splits. Raises KdxError for anything that cannot be trained."""
+        """Open the data, load the teacher and decode the splits.
+
+        preprocessing: that of the networks, if it is not the teacher's. most: the images of each split that are read, for a rehearsal.
+        Raises KdxError for anything that cannot be trained.
+        """
         dataset = replace(open_data(data), resizing=settings.resizing)
         # Local folders and files become absolute paths, so that the models file is valid from any folder.
         teacher_reference, student_reference = (
             models.parse_reference(reference).located().with_classes(len(dataset.classes)) for reference in (teacher, student)
         )
-        if student_reference.source == "pt2":
-            raise KdxError(f"{student} is a program for inference and cannot be trained.", "Name the student's architecture instead.")
+        check_trainable(student_reference)
         classes = len(dataset.classes)
         network = models.load(str(teacher_reference), classes=classes)
         loaded = [network] if student_reference.weights is None else [network, models.load(str(student_reference), classes=classes)]
-        preprocessing = training_preprocessing(network, settings)
+        preprocessing = preprocessing or training_preprocessing(network, settings)
         splits = stratified_splits(dataset, settings.split_seed)
         earlier = {
             role: check_weights(role, reference.weights, dataset, splits)
@@ -94,10 +100,11 @@ class Distillation:
             student_indices = student_indices[class_balanced_sample(labels, settings.student_images, settings.seed)]
         size = preprocessing.size or (0, 0)
         images = {
-            name: SplitImages(dataset, indices, size, settings.max_unreadable)
+            name: SplitImages(dataset, indices[:most], size, 1.0 if most else settings.max_unreadable)
             for name, indices in (splits | {"student": student_indices}).items()
         }
-        _check_sizes(images, data, settings, processes)
+        if most is None:
+            _check_sizes(images, data, settings, processes)
         return cls(
             folder,
             settings,
@@ -233,6 +240,12 @@ def _check_sizes(images: Mapping[str, SplitImages], data: str, settings: Trainin
                 f"A batch of {smallest} of the {len(split)} training images cannot be split into {parts} parts.",
                 "Accumulate fewer parts, start fewer processes, or give more images.",
             )
+
+
+def check_trainable(student: ModelReference) -> None:
+    """Raise KdxError for a student that cannot be trained."""
+    if student.source == "pt2":
+        raise KdxError(f"{student} is a program for inference and cannot be trained.", "Name the student's architecture instead.")
 
 
 def is_trained_teacher(reference: ModelReference, network: models.Network) -> bool:

@@ -18,7 +18,7 @@ from kdx.kernels import ambient
 from kdx.models.checkpoint_files import recorded_preprocessing
 from kdx.models.feature_layers import sensible_layers
 from kdx.models.prepared import check_kind, prepared, unwrapped
-from kdx.models.reference import LOGITS, NEW_HEAD, parse_reference
+from kdx.models.reference import LOGITS, NEW_HEAD, ModelReference, parse_reference
 from kdx.models.sources import build, timm_preprocessing
 from kdx.models.weights import load_weights, split_key
 
@@ -110,6 +110,15 @@ def load(reference: str, *, classes: int | None = None, folder: Path | None = No
     return Network(str(parsed), module, preprocessing, parsed.is_trained and complete, note)
 
 
+def check_initialised(reference: ModelReference) -> None:
+    """Raise KdxError for a reference whose architecture kdx cannot build with random weights."""
+    if reference.source not in INITIALISED:
+        raise KdxError(
+            f"How {str(reference)!r} initialises its weights is not known.",
+            "Give a network with random weights yourself: kdx.Explainer(random=...).",
+        )
+
+
 def untrained(reference: str, *, seed: int = 0, classes: int | None = None, folder: Path | None = None) -> Network:
     """The network that a model reference names with random weights instead of its own, as its library initialises them.
 
@@ -121,11 +130,7 @@ def untrained(reference: str, *, seed: int = 0, classes: int | None = None, fold
     False
     """
     parsed = parse_reference(reference)
-    if parsed.source not in INITIALISED:
-        raise KdxError(
-            f"How {reference!r} initialises its weights is not known.",
-            "Give a network with random weights yourself: kdx.Explainer(random=...).",
-        )
+    check_initialised(parsed)
     architecture = parsed.with_weights(None)
     if parsed.source == "hf":
         architecture = replace(architecture, arguments={**architecture.arguments, "pretrained": False})

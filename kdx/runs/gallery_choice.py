@@ -42,10 +42,10 @@ class GalleryChoice:
     order: str = BALANCED
     images: tuple[str, ...] = ()
 
-    def check(self, ids: Sequence[str], roles: Collection[str], layers: Collection[str]) -> None:
-        """KdxError for a name or an order that a run of these images, roles and layers cannot have."""
+    def check(self, ids: Sequence[str], roles: Collection[str], layers: Collection[str], *, score_maps: bool) -> None:
+        """KdxError for a name or an order that a run of these images, roles and layers, with or without score maps, cannot have."""
         _named(self.images, ids)
-        kinds = (*maps_among(roles), *score_maps_among(roles))
+        kinds = (*maps_among(roles), *(score_maps_among(roles) if score_maps else ()))
         maps = (schema.map_column(layer, kind, name) for layer in layers for kind in kinds for name in schema.MAP_COLUMNS)
         check_order(self.order, (*prediction_names(roles), *map(schema.confidence_column, roles), *maps))
 

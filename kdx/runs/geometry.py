@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from kdx.data.batches import check_labels
 from kdx.errors import KdxError
 from kdx.runs.cost import SetCost
 from kdx.runs.feature_files import Shapes
@@ -25,8 +26,17 @@ class Geometry:
     reason: str
 
 
-def unavoidable(plan: Plan) -> Geometry | None:
-    """The geometry where the request leaves no choice. Raises KdxError for a request that cannot be met."""
+def requested_geometry(plan: Plan) -> Geometry | None:
+    """The geometry where the request leaves no choice. Raises KdxError for a request that cannot be met, and for classes of the images, or
+    of their batches, that have no geometry."""
+    check_labels(plan.dataset.labels[plan.indices])
+    geometry = _requested(plan)
+    if geometry is not None and geometry.kind != "whole":
+        _ = plan.batches
+    return geometry
+
+
+def _requested(plan: Plan) -> Geometry | None:
     options = plan.options
     if is_file(plan.models.path):
         if options.geometry == "whole":

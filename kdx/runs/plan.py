@@ -27,7 +27,7 @@ from kdx.explain.shared_features import SharedFeatures
 from kdx.features.arrays import MIN_IMAGES, check_images
 from kdx.models.layer_pairs import LayerNames, parse_layers
 from kdx.models.models_file import ModelsFile, read_models
-from kdx.models.network import INITIALISED, Network
+from kdx.models.network import INITIALISED, Network, check_initialised
 from kdx.models.reference import parse_reference
 from kdx.roles import BASELINE
 from kdx.runs.gallery_choice import BALANCED, GalleryChoice
@@ -142,7 +142,7 @@ class Plan:
 
     @classmethod
     def of(cls, data: str, models: Path, layers: Sequence[str], options: RunOptions) -> Plan:
-        _check_base(models, options)
+        _check_networks(models, options)
         models_file = _from_explainer_file(models) if is_file(models) else with_recorded_data(read_models(models)).with_base(options.base)
         return cls.with_models(data, models_file, layers, options)
 
@@ -165,7 +165,9 @@ class Plan:
         grouping = grouping_of(dataset, split.indices, options.groups, options.groups_file)
         plan = cls(data, models_file, dataset, split, parse_layers(layers or models_file.layers), options, target, grouping)
         names = [dataset.ids[index] for index in plan.indices] if options.gallery_images else ()
-        options.gallery_choice.check(names, models_file.references, plan.layers)
+        options.gallery_choice.check(names, models_file.references, plan.layers, score_maps=options.features == "raw")
+        if options.random_baseline:
+            plan._check_baseline()
         return plan
 
     @property
@@ -197,18 +199,22 @@ class Plan:
         labels = self.dataset.labels[self.split.pool]
         return self.split.pool[class_balanced_sample(labels, self.reference_count, self.options.seed)]
 
-    def _has_baseline(self) -> bool:
-        """Whether the run compares random weights with the teacher. KdxError if that was requested and is not possible."""
-        requested, references = self.options.random_baseline, self.models.references
-        if requested and "teacher" not in references:
+    def _check_baseline(self) -> None:
+        """Raise KdxError if the networks have no random baseline."""
+        if "teacher" not in self.models.references:
             raise KdxError(
                 "The random baseline is compared with the teacher, and there is none.", "Name a teacher, or leave the baseline out."
             )
-        if requested and is_file(self.models.student):
+        if is_file(self.models.student):
             raise KdxError("An exported file cannot get random weights.", "Name the student by a model reference.")
-        if requested is None:
+        check_initialised(parse_reference(self.models.student))
+
+    def _has_baseline(self) -> bool:
+        """Whether the run compares random weights with the teacher."""
+        references = self.models.references
+        if self.options.random_baseline is None:
             return "teacher" in references and "base" not in references and _is_architecture(self.models.student)
-        return requested
+        return self.options.random_baseline
 
     def explainer(self, folder: Path | None, announce: Callable[[str], None], shared: SharedFeatures | None = None) -> Explainer:
         """The Explainer of the networks. folder: where exported networks are written, by default a temporary folder. announce: prints a
@@ -242,10 +248,12 @@ def _is_architecture(reference: str) -> bool:
     return not is_file(reference) and parse_reference(reference).source in INITIALISED
 
 
-def _check_base(models: Path, options: RunOptions) -> None:
-    """KdxError for an explainer file whose base is to be left out."""
+def _check_networks(models: Path, options: RunOptions) -> None:
+    """KdxError for an explainer file whose base is to be left out, or to which a random baseline is to be added."""
     if options.base is not None and is_file(models):
         raise KdxError("An explainer file always runs all of its networks.", "Give the models file, or export without --base.")
+    if options.random_baseline and is_file(models):
+        raise KdxError("An explainer file runs only the networks that it contains.", "Give the models file, or leave the baseline out.")
 
 
 def _check_references(options: RunOptions) -> None:

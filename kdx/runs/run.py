@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from kdx.choices import COVER
 from kdx.cluster.executor import Executor
-from kdx.data.batches import check_labels
 from kdx.data.images import check_unreadable, load_images
 from kdx.disk import scratch_folder
 from kdx.errors import KdxError, resumable
@@ -32,7 +31,7 @@ from kdx.runs.collected import Collected
 from kdx.runs.distributed import DistributedRun, GeometryKind, RunArguments
 from kdx.runs.environment import environment, now
 from kdx.runs.gallery_choice import check_order, write_choice
-from kdx.runs.geometry import Geometry, choose_geometry, unavoidable
+from kdx.runs.geometry import Geometry, choose_geometry, requested_geometry
 from kdx.runs.grouping import MAX_GROUPS
 from kdx.runs.image_numbers import prediction_numbers
 from kdx.runs.measured import Samples
@@ -94,11 +93,7 @@ def explain_dataset(
             announce(line)
     if plan.own_target is not None:
         announce(f"Target: {target_phrase(plan.own_target.name)}.")
-    geometry = unavoidable(plan)
-    # Raise KdxError where the classes, or those of a batch, have no geometry, before anything is written.
-    check_labels(plan.dataset.labels[plan.indices])
-    if geometry is not None and geometry.kind != "whole":
-        _ = plan.batches
+    geometry = requested_geometry(plan)
     shared = None if shared_features is None else SharedFeatures(shared_features)
     with ExitStack() as stack, plan.explainer(networks or scratch_folder(out) / schema.NETWORKS, announce, shared) as explainer:
         records = explainer.networks()

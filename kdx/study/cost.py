@@ -16,7 +16,6 @@ from torch.nn import functional
 from kdx import models
 from kdx.data.dataset import open_data
 from kdx.data.splits import stratified_splits
-from kdx.distill.networks import training_preprocessing
 from kdx.distill.train import training_device
 from kdx.export.graphs import FeatureGraph
 from kdx.study.grid import Grid, Job, JobKind
@@ -103,12 +102,11 @@ class _Timer:
     def _step(self, job: Job, reference: str) -> tuple[float, float]:
         """The seconds of a training step and of a forward pass of one batch."""
         classes, batch = self._classes[job.data], job.settings.batch
-        teacher = models.load(job.teacher, classes=classes)
-        preprocessing = training_preprocessing(teacher, job.settings)
+        preprocessing = job.preprocessing
         size = preprocessing.size or (0, 0)
         key = reference, batch, size, classes
         if key not in self._steps:
-            module = teacher.module if reference == job.teacher else models.load(reference, classes=classes).module
+            module = models.load(reference, classes=classes).module
             device = training_device(job.extras.device)
             graph = FeatureGraph(module, (), replace(preprocessing, size=None)).to(device)
             images, labels = torch.rand(batch, 3, *size, device=device), torch.zeros(batch, dtype=torch.int64, device=device)

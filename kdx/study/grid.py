@@ -15,7 +15,7 @@ from kdx.choices import NO_BASE
 from kdx.data.dataset import Dataset, open_data
 from kdx.data.splits import stratified_splits
 from kdx.distill import TrainingSettings
-from kdx.distill.networks import is_trained_teacher, training_preprocessing
+from kdx.distill.networks import check_trainable, is_trained_teacher, training_preprocessing
 from kdx.errors import KdxError, about
 from kdx.export.graphs import Preprocessing
 from kdx.export.layer_names import find_layer
@@ -25,6 +25,7 @@ from kdx.models.network import Network
 from kdx.models.reference import ModelReference
 from kdx.models.source_code import code_hash
 from kdx.models.weights import split_key
+from kdx.runs.geometry import requested_geometry
 from kdx.runs.plan import Plan, RunOptions
 from kdx.study.design import Design, slug
 from kdx.study.options import TrainingExtras
@@ -44,10 +45,11 @@ MODELS, RUN = "models", "run"
 class Job:
     """One unit of work of a study, which a process does as a whole.
 
-    folder: where it writes, relative to the study's folder, as are teacher_weights and base. needs: the keys of the jobs that must be
-    complete before. teacher, student: model references; of a job that trains a single network, ``teacher`` is the network or states the
-    preprocessing. teacher_weights: the weights of the teacher, if a job of the study trains them. base: the base's weights, ``none``, or
-    None where no student is trained. identity: everything that the results depend on, in the types of JSON.
+    folder: where it writes, relative to the study's folder, as are teacher_weights and base. preprocessing: that of its training. needs:
+    the keys of the jobs that must be complete before. teacher, student: model references; of a job that trains a single network,
+    ``teacher`` is the network, or the teacher whose preprocessing it shares. teacher_weights: the weights of the teacher, if a job of the
+    study trains them. base: the base's weights, ``none``, or None where no student is trained. identity: everything that the results
+    depend on, in the types of JSON.
     """
 
     key: str
@@ -59,6 +61,7 @@ class Job:
     settings: TrainingSettings
     extras: TrainingExtras
     options: RunOptions
+    preprocessing: Preprocessing
     needs: tuple[str, ...] = ()
     teacher_weights: str | None = None
     base: str | None = None
@@ -81,20 +84,15 @@ class Grid:
 
 @dataclass(frozen=True)
 class _Fact:
-    """The properties of a network that a grid depends on. preprocessing: that of the trainings under it. given: the hash of the weights, if
-    the network is used as it is. weights_file: the hash of the file with which a training starts, if the reference names one. code: the
-    hash of the source files of a user's own network."""
+    """The properties of a network that a grid depends on. given: the hash of the weights, if the network is used as it is. weights_file:
+    the hash of the file with which a training starts, if the reference names one. code: the hash of the source files of a user's own
+    network."""
 
     reference: str
     parameters: int
-    preprocessing: Preprocessing
     given: str | None
     weights_file: str | None
     code: str | None
-
-    @property
-    def preprocessing_hash(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self.preprocessing), sort_keys=True).encode()).hexdigest()
 
 
 def grid_of(design: Design) -> Grid:
@@ -113,12 +111,13 @@ def grid_of(design: Design) -> Grid:
 
 @dataclass(frozen=True)
 class _DataGrid:
-    """The part of a grid on one data set."""
+    """The part of a grid on one data set. preprocessing: that of all trainings under a teacher, by its name."""
 
     design: Design
     data: str
     fingerprint: str
     facts: Mapping[str, Mapping[str, _Fact]]
+    preprocessing: Mapping[str, Preprocessing]
 
     @classmethod
     def of(cls, design: Design, data: str) -> _DataGrid:
@@ -132,20 +131,25 @@ class _DataGrid:
                 )
         layers = parse_layers(design.layers).values()
         known: dict[str, _Fact] = {}
+        preprocessing: dict[str, Preprocessing] = {}
 
         def fact(group: str, name: str, reference: str) -> _Fact:
             with about(f"the network {name}"):
                 parsed = models.parse_reference(reference).located().with_classes(len(dataset.classes))
+                if group != "teachers":
+                    check_trainable(parsed)
                 network = models.load(str(parsed), classes=len(dataset.classes))
                 for layer in layers:  # an assistant is the teacher of the student below it
                     find_layer(network.module, layer.student if group == "students" else layer.teacher)
+                if group == "teachers":
+                    preprocessing[name] = training_preprocessing(network, settings)
                 if reference not in known:
-                    known[reference] = _fact(reference, parsed, network, settings)
+                    known[reference] = _fact(reference, parsed, network)
                 return known[reference]
 
         groups = {"teachers": design.teachers, "assistants": design.assistants, "students": design.students}
         facts = {group: {name: fact(group, name, reference) for name, reference in names.items()} for group, names in groups.items()}
-        grid = cls(design, data, dataset.fingerprint, facts)
+        grid = cls(design, data, dataset.fingerprint, facts, preprocessing)
         grid._check_explaining(dataset, settings)
         return grid
 
@@ -160,7 +164,7 @@ class _DataGrid:
         pairs = {}
         for teacher, assistants, student in self.chains():
             above = self.facts["assistants"][assistants[-1]] if assistants else self.facts["teachers"][teacher]
-            pairs[above.reference, self.facts["students"][student].reference] = self.facts["teachers"][teacher].preprocessing
+            pairs[above.reference, self.facts["students"][student].reference] = self.preprocessing[teacher]
         # Only a target can depend on the networks.
         for (above_reference, reference), preprocessing in list(pairs.items())[: 1 if options.target is None else None]:
             file = ModelsFile(
@@ -174,7 +178,7 @@ class _DataGrid:
                 split_seed=settings.split_seed,
             )
             with about(f"the runs of the data set {self.data}"):
-                Plan.with_models(dataset.reference, file.with_base(options.base), layers, options, dataset)
+                requested_geometry(Plan.with_models(dataset.reference, file.with_base(options.base), layers, options, dataset))
 
     def chains(self) -> Iterator[tuple[str, tuple[str, ...], str]]:
         """Every teacher, the assistants below it, and the student."""
@@ -220,32 +224,33 @@ class _DataGrid:
         return (
             None
             if fact.given
-            else self._job("teacher", f"{self.data}/seed{seed}/teacher-{name}", fact.reference, fact.reference, None, seed)
+            else self._job("teacher", f"{self.data}/seed{seed}/teacher-{name}", name, fact.reference, fact.reference, None, seed)
         )
 
     def _base(self, teacher: str, student: str, seed: int) -> Job:
         """The training of a base. Teachers with the same preprocessing share it."""
         fact, reference = self.facts["teachers"][teacher], self.facts["students"][student].reference
-        key = f"{self.data}/seed{seed}/base-{student}-{fact.preprocessing_hash[:6]}"
-        return self._job(
-            "base", key, fact.reference, reference, None, seed, identity={"teacher": None, "preprocessing": fact.preprocessing_hash}
-        )
+        preprocessing = hashlib.sha256(json.dumps(asdict(self.preprocessing[teacher]), sort_keys=True).encode()).hexdigest()
+        key = f"{self.data}/seed{seed}/base-{student}-{preprocessing[:6]}"
+        identity = {"teacher": None, "preprocessing": preprocessing}
+        return self._job("base", key, teacher, fact.reference, reference, None, seed, identity=identity)
 
     def _assistant(self, teacher: str, above: list[Job], top: str, assistants: tuple[str, ...], method: str, seed: int) -> Job:
         """The training of an assistant by its teacher, which ``above`` trains if it contains a job."""
         reference = self.facts["assistants"][assistants[-1]].reference
         key = f"{self.data}/seed{seed}/assistant-{'+'.join((top, *assistants))}-{slug(method)}"
-        return self._job("assistant", key, teacher, reference, method, seed, above=above, base=NO_BASE)
+        return self._job("assistant", key, top, teacher, reference, method, seed, above=above, base=NO_BASE)
 
     def _cell_job(self, cell: Cell, teacher: str, above: list[Job], base: Job | None) -> Job:
         reference, weights = self.facts["students"][cell.student].reference, NO_BASE if base is None else f"{base.folder}/base.safetensors"
         needs = (*above, *(() if base is None else (base,)))
-        return self._job("cell", cell.key, teacher, reference, cell.method, cell.seed, above=above, needs=needs, base=weights)
+        return self._job("cell", cell.key, cell.teacher, teacher, reference, cell.method, cell.seed, above=above, needs=needs, base=weights)
 
     def _job(
         self,
         kind: JobKind,
         key: str,
+        top: str,
         teacher: str,
         student: str,
         method: str | None,
@@ -287,6 +292,7 @@ class _DataGrid:
             settings,
             extras,
             options,
+            self.preprocessing[top],
             needs=tuple(job.key for job in (above if needs is None else needs)),
             teacher_weights=None if role is None else f"{above[0].folder}/{role}.safetensors",
             base=base,
@@ -295,13 +301,11 @@ class _DataGrid:
         )
 
 
-def _fact(reference: str, parsed: ModelReference, network: Network, settings: TrainingSettings) -> _Fact:
+def _fact(reference: str, parsed: ModelReference, network: Network) -> _Fact:
     given = network.weights_hash if is_trained_teacher(parsed, network) else None
     file = None if parsed.weights is None else split_key(parsed.weights)[0]
     weights_file = hashlib.sha256(file.read_bytes()).hexdigest() if file is not None and file.is_file() else None
-    return _Fact(
-        reference, network.parameters, training_preprocessing(network, settings), given, weights_file, code_hash(reference, network.module)
-    )
+    return _Fact(reference, network.parameters, given, weights_file, code_hash(reference, network.module))
 
 
 def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:

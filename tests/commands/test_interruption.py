@@ -78,6 +78,19 @@ main()
 """
 
 
+AT_ONCE = """
+import threading
+
+start = threading.Timer.start
+
+def send(timer) -> None:
+    threading.Timer.start = start
+    timer.function(*timer.args)
+
+threading.Timer.start = send
+"""
+
+
 def ended(code: str, *arguments: str) -> tuple[int, str]:
     process = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=False)
     return process.returncode, process.stderr
@@ -115,6 +128,11 @@ def test_ctrl_c_in_code_from_text_is_status_130_also_after_python_m(tmp_path: Pa
 def test_ctrl_c_in_a_callback_is_not_lost(name: str) -> None:
     """Imports and the garbage collector call such functions, in which Python ignores every exception."""
     assert ended(IN_A_CALLBACK, name) == (130, "Stopped.\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_is_not_lost_while_python_reports_that_it_ignored_one() -> None:
+    assert ended(AT_ONCE + IN_A_CALLBACK, "SIGINT") == (130, "Stopped.\n")
 
 
 @pytest.mark.parametrize("command", ["explain", "explain_students", "evaluate"])

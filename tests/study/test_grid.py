@@ -93,6 +93,8 @@ def test_keys_and_networks_that_are_not_valid_are_errors() -> None:
         ({"gallery_images": ["nobody.png"]}, "There is no image 'nobody.png'"),
         ({"reference_images": 2}, "A reference set of 2 is too small."),
         ({"geometry": "batch", "keep_features": True}, "Only the geometry whole stores features."),
+        ({"features": "salient", "geometry": "whole"}, "Salient features have the geometry batch or reference."),
+        ({"features": "salient", "gallery_order": "layer1/rs_student/total"}, "Images have no number 'layer1/rs_student/total'"),
     ],
 )
 def test_an_error_in_how_cells_are_explained_appears_before_anything_is_trained(entries: dict[str, Any], problem: str) -> None:
@@ -120,6 +122,23 @@ def test_a_study_has_the_options_of_a_run(entries: dict[str, Any]) -> None:
 def test_a_target_of_a_network_without_a_size_has_that_of_the_training() -> None:
     plain = "tests.study.factories:plain"
     assert grid(teachers={"large": plain}, students={"tiny": plain}, explain={"target": "soft:student"}).jobs
+
+
+def test_a_student_without_a_size_has_that_of_the_teacher() -> None:
+    """As in `kdx distill`."""
+    brighter, plain = "tests.study.factories:brighter", "tests.study.factories:plain"
+    result = grid(teachers={"large": brighter}, students={"tiny": plain}, training={"epochs": 1})
+    assert {job.preprocessing.size for job in result.jobs} == {(8, 8)}
+
+
+def test_an_own_student_has_no_random_baseline() -> None:
+    with pytest.raises(KdxError, match=r"How 'tests.study.factories:plain.*' initialises its weights is not known"):
+        grid(students={"tiny": "tests.study.factories:plain"}, explain={"random_baseline": True})
+
+
+def test_a_program_for_inference_is_no_student(tmp_path: Path) -> None:
+    with pytest.raises(KdxError, match=r"tiny: .*student.pt2 is a program for inference and cannot be trained"):
+        grid(students={"tiny": str(tmp_path / "student.pt2")})
 
 
 def test_a_sample_has_the_table_of_its_data() -> None:
