@@ -102,7 +102,10 @@ def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[], o
 
 @pytest.mark.parametrize(
     ("end", "reason"),
-    [(lambda: os._exit(3), "the process ended with 3"), (lambda: [None for _ in iter(int, 1)], "not finished after 1 s")],
+    [
+        (lambda: os._exit(3), "the process ended with 3"),
+        pytest.param(lambda: [None for _ in iter(int, 1)], "not finished after 1 s", marks=pytest.mark.slow),
+    ],
 )
 def test_results_survive_a_process_that_stops(
     end: Callable[[], object], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -138,12 +138,13 @@ def test_an_explainer_file_of_a_models_file(run: Run, folder: Path, tmp_path: Pa
     assert float((ours.maps - theirs.maps).abs().max()) <= 1e-4 * float(theirs.maps.max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("out", "precision", "path"),
     [
         ("to", "fp16", "to/resnet-student.features.fp16.onnx"),
-        pytest.param("to/net.onnx", "bf16", "to/net.onnx", marks=pytest.mark.slow),
-        pytest.param("", "fp32", "resnet-student.features.onnx", marks=pytest.mark.slow),
+        ("to/net.onnx", "bf16", "to/net.onnx"),
+        ("", "fp32", "resnet-student.features.onnx"),
     ],
 )
 def test_where_a_file_goes_and_what_it_is_called(

@@ -97,11 +97,14 @@ def ended(code: str, *arguments: str) -> tuple[int, str]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.parametrize("module", ["kdx.cli.commands", "typer", "kdx.cli.study"])
+@pytest.mark.parametrize(
+    "module", ["kdx.cli.commands", pytest.param("typer", marks=pytest.mark.slow), pytest.param("kdx.cli.study", marks=pytest.mark.slow)]
+)
 def test_ctrl_c_while_the_commands_are_imported_is_one_line(module: str) -> None:
     assert ended(AT_AN_IMPORT, module) == (130, "Stopped.\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_while_arguments_are_parsed_is_one_line() -> None:
     """typer alone would exit without a message. The help page is written while arguments are parsed."""
@@ -113,6 +116,7 @@ def test_ctrl_c_while_a_complete_command_ends_is_ignored() -> None:
     assert ended(AT_THE_END) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_in_code_from_text_is_status_130_also_after_python_m(tmp_path: Path) -> None:
     """Packages execute such code when they are imported. Python would then end by the signal, although it was handled."""
@@ -124,7 +128,7 @@ def test_ctrl_c_in_code_from_text_is_status_130_also_after_python_m(tmp_path: Pa
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_ctrl_c_in_a_callback_is_not_lost(name: str) -> None:
     """Imports and the garbage collector call such functions, in which Python ignores every exception."""
     assert ended(IN_A_CALLBACK, name) == (130, "Stopped.\n")

@@ -56,6 +56,7 @@ def run(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return out, [result for result in results if result.loss is not None]
 
 
+@pytest.mark.slow
 def test_the_scores_of_the_last_epoch_are_those_of_the_finished_networks(run: tuple[Path, list[EpochResult]]) -> None:
     out, _ = run
     last = rows(out / "student.csv")[-1]

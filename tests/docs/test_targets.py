@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+import transformers
 
 from kdx.data.class_embeddings import read_class_embeddings
 from tests.docs.test_pages import DOCS, blocks
@@ -17,22 +17,22 @@ CLIP, WORDS = blocks(DOCS / "targets.md", "python no-run")
 CLASSES = ("cat", "dog", "owl")
 
 
-def tokenizer(folder: Path) -> CLIPTokenizer:
+def tokenizer(folder: Path) -> transformers.CLIPTokenizer:
     """A tokenizer whose words are the letters, each also at the end of a word."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    return transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
 
 
 def test_the_recipe_for_clip_writes_the_text_embeddings_of_the_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    config = CLIPTextConfig(
+    config = transformers.CLIPTextConfig(
         vocab_size=54, hidden_size=16, intermediate_size=32, projection_dim=6, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=40, bos_token_id=52, eos_token_id=53, pad_token_id=53,
     )  # fmt: skip
-    model = CLIPTextModelWithProjection(config).eval()
+    model = transformers.CLIPTextModelWithProjection(config).eval()
     words = tokenizer(tmp_path)
     for part in (model, words):
         part.save_pretrained(tmp_path / "tiny")

@@ -24,7 +24,8 @@ def both(file: Written, **settings: Any) -> tuple[Explainer, Explainer]:
     )
 
 
-@pytest.mark.parametrize("which", [pytest.param("trio", marks=pytest.mark.slow), "pair"])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["trio", "pair"])
 def test_a_file_explains_as_its_networks_do(which: str, request: pytest.FixtureRequest) -> None:
     file: Written = request.getfixturevalue(which)
     pixels, labels = images(13, seed=2), torch.arange(13) % 3

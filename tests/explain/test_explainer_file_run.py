@@ -94,6 +94,7 @@ def test_its_signed_maps_add_up_to_its_scores(finished: Path) -> None:
         assert total == pytest.approx(values[more] - (values[less] if less else 0), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_a_file_resumes(pair: Written, pictures: Path, finished: Path, tmp_path: Path) -> None:
     options = RunOptions(batch=9, permutations=19, seed=3)
     arguments: Any = (str(pictures), pair.path, tmp_path / "run", (), options)

@@ -204,6 +204,7 @@ def assert_scores_of_a_pair(actual: Explanation[Any], expected: Explanation[Any]
             assert score.value == pytest.approx(expected.layers[layer].scores[name].value, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_tensorrt_runs_engines_of_gradients(
     gradients: Path, tmp_path: Path, salient: Explanation[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

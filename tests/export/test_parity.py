@@ -355,6 +355,7 @@ def test_a_file_agrees_with_its_graph_and_no_other(file: Path) -> None:
     assert not report and set(report.failures()) == set(gradients().output_names)
 
 
+@pytest.mark.slow
 def test_a_file_with_a_constant_gradient_is_an_error(file: Path, tmp_path: Path) -> None:
     value = numpy_helper.from_array(np.array([0.3], np.float32))
     path = rewired(
@@ -381,7 +382,8 @@ def test_a_file_with_a_gradient_error_of_one_percent_fails(file: Path, tmp_path:
     assert parity.compare(path, gradients(), SIZE).failures() == ("gradient/layer2",)
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_half_precision_file_differs_from_that_of_another_network(precision: FilePrecision, tmp_path: Path) -> None:
     path = tmp_path / "half.onnx"
     report = onnx_file.write(features(), path, origin=Origin("a:b", ""), image_size=SIZE, precision=precision)

@@ -212,6 +212,7 @@ def test_strided_and_half_precision_images() -> None:
     agree(kdx.grad_cam(network, rounded, "conv2"), kdx.grad_cam(network, rounded.float(), "conv2"), 1e-12)
 
 
+@pytest.mark.slow
 def test_a_file_gives_what_pytorch_gives(gradients_file: Path) -> None:
     network, images = Net().eval(), batch(dtype=torch.float32)
     path = gradients_file

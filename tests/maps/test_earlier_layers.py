@@ -92,6 +92,7 @@ def test_maps_in_reference_mode(weighting: Any) -> None:
         assert oracle.error(actual.weights[query], plain.weights[-1]) < oracle.TOLERANCE["float64"]
 
 
+@pytest.mark.slow
 def test_maps_from_a_file(tmp_path: Path) -> None:
     network, images = Net().double().eval(), batch(13)
     _, weights, maps, later = straight(network, images, "conv1", "conv3", "relevance", "gap")

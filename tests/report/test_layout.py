@@ -73,7 +73,8 @@ def test_a_page_is_the_same_for_the_same_content_and_escapes_text(tmp_path: Path
         render("own.html.j2", folder=tmp_path, kdx="1")
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), pytest.param(400, "dark", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
 def test_figures_are_saved_and_tables_copied(tmp_path: Path, opened: Callable[..., Page], width: int, scheme: str) -> None:
     write(tmp_path)
     page = opened(tmp_path, width, scheme)

@@ -74,6 +74,7 @@ def test_a_run_of_an_older_version_has_no_row_for_what_it_does_not_know(tmp_path
     assert gain.above not in statements and len(statements) == 8
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_opposite_and_reads_the_figures_aloud(tmp_path: Path, opened: Callable[..., Page]) -> None:
     folder = make_run(tmp_path / "run", gallery=0)
     edit(folder / "scores.json", **{"layers__layer3__scores__RS(S|B)": entry(-0.2, 0.05, 1.0)})

@@ -27,7 +27,7 @@ from tests.runs.small_run import OPTIONS, SALIENT, interrupt, results, run, same
     [
         pytest.param("before the maps", marks=pytest.mark.slow),
         pytest.param("between maps and record", marks=pytest.mark.slow),
-        "after a batch",
+        pytest.param("after a batch", marks=pytest.mark.slow),
         "while finishing",
     ],
 )
@@ -56,7 +56,8 @@ def test_a_stopped_run_resumes_to_the_same_result(
     assert same(results(out), results(finished))
 
 
-@pytest.mark.parametrize("left", [pytest.param(".manifest.json.123", marks=pytest.mark.slow), "networks/.student.onnx.partial"])
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [".manifest.json.123", "networks/.student.onnx.partial"])
 def test_a_run_that_was_killed_at_its_start_can_start_again(folder: Path, finished: Path, tmp_path: Path, left: str) -> None:
     (tmp_path / "run" / left).parent.mkdir(parents=True)
     (tmp_path / "run" / left).write_bytes(b"{")

@@ -111,7 +111,12 @@ def _after(count: int) -> Iterator[bool]:
 
 @pytest.mark.parametrize(
     "target",
-    [pytest.param("write", marks=pytest.mark.slow), "write_layer", "write_scores", pytest.param("measure_set", marks=pytest.mark.slow)],
+    [
+        pytest.param("write", marks=pytest.mark.slow),
+        pytest.param("write_layer", marks=pytest.mark.slow),
+        "write_scores",
+        pytest.param("measure_set", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("calls", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stopped_run_continues_to_the_same_result(

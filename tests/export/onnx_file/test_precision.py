@@ -70,6 +70,7 @@ def test_a_half_precision_file_has_half_precision_weights(halves: Files, precisi
     assert not is_export_of(path, halves[precision].graph, "")
 
 
+@pytest.mark.slow
 def test_float16_runs_on_the_cpu(halves: Files) -> None:
     images = torch.rand(3, 3, 20, 11, generator=torch.Generator().manual_seed(0))
     with OnnxRuntimeRunner(halves["fp16"].path) as runner, OnnxRuntimeRunner(halves["fp32"].path) as exact:

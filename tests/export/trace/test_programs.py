@@ -278,6 +278,7 @@ def test_half_precision_programs_are_as_exact_as_the_eager_graph(dtype: torch.dt
         assert (ours - truth).norm() <= 1.5 * (eager - truth).norm() + torch.finfo(dtype).eps * truth.norm()
 
 
+@pytest.mark.slow
 def test_height_and_width_are_dynamic_if_images_are_resized() -> None:
     graph = GradientGraph(resnet(4, 1, 4).eval(), ["layer2"], Preprocessing((14, 11)))
     free = BATCH | {2: Dim("height"), 3: Dim("width")}
