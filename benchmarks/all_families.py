@@ -235,7 +235,8 @@ def _origins(rows: Sequence[Mapping[str, Any]]) -> str:
         known = (("Python", "python"), ("PyTorch", "torch"), ("timm", "timm"), ("transformers", "transformers"))
         commits.setdefault(", ".join(f"{name} {place[key]}" for name, key in known if key in place), []).append(each["commit"])
     return "\n".join(
-        f"{len(used)} networks ran with {versions} (commits {', '.join(sorted(set(used)))})." for versions, used in commits.items()
+        f"{len(used)} networks ran with {versions} (commit{'s' if len(set(used)) > 1 else ''} {', '.join(sorted(set(used)))})."
+        for versions, used in commits.items()
     )
 
 

@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes at a time")
     parser.add_argument("--table", action="store_true", help="fill docs/export.md from the stored results, and run nothing")
     every = parser.add_argument_group("every family")
-    every.add_argument("--all", action="store_true", help="run what has no result yet of every family")
+    every.add_argument("--all", action="store_true", help="check the smallest network of every family that has no result yet")
     every.add_argument("--part", default="1/1", metavar="I/N", help="the I-th of N parts of the networks")
     every.add_argument("--stages", default=",".join(STAGES), help=f"of {', '.join(STAGES)}")
     every.add_argument("--again", action="store_true", help="run also what was refused or failed")

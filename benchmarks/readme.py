@@ -304,7 +304,8 @@ def _rounds(records: Records) -> str:
 def _machine(record: Mapping[str, Any]) -> str:
     environment = record["environment"]
     versions = f"PyTorch {environment['torch']}, ONNX Runtime {environment['onnxruntime']}"
-    return f"{environment['processor']}, {environment['threads']} threads, {versions}."
+    count = environment["threads"]
+    return f"{environment['processor']}, {count} thread{'s' if count != 1 else ''}, {versions}."
 
 
 # ---- cells ----

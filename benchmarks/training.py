@@ -270,7 +270,8 @@ def markdown() -> str:
     lines = header("pixels", "loop", "images per second", "ratio to the careful plain loop")
     lines += [row(*cells) for cells in rows(record["sizes"])]
     environment = record["environment"]
-    machine = f"{environment['processor']}, {environment['threads']} threads, PyTorch {environment['torch']}"
+    count = environment["threads"]
+    machine = f"{environment['processor']}, {count} thread{'s' if count != 1 else ''}, PyTorch {environment['torch']}"
     return f"{joined(lines)}\n\nMedians and quartiles. {machine}; commit {record['commit']}.\n"
 
 

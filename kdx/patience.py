@@ -4,10 +4,8 @@ An OpenMP thread that waits for its team spins first, for about 20 ms in libgomp
 which another process or another team of this process occupies, the spinning takes the core that would end the wait. Every parallel
 region of a millisecond then takes tens of milliseconds. PyTorch, MKL and oneDNN share one OpenMP runtime.
 
-A new process can choose in its environment, before the runtime is loaded (`kdx.threads.set_environment`). The runtime never reads the
-environment again, so code in a process that has loaded PyTorch already uses `patient`. The user's own setting wins in both. On a machine
-with a core for every thread, spinning is faster, because a sleeping thread wakes up late: a call of a few milliseconds can take half as
-long.
+A user can choose in the environment, which the runtime reads once, when it is loaded. Otherwise `patient` decides while kdx computes. On a
+machine with a core for every thread, spinning is faster, because a sleeping thread wakes up late: a run can take half as long.
 """
 
 from __future__ import annotations
@@ -39,8 +37,8 @@ LOOK_SECONDS = 2e-3
 """How long other processes must need the cores, without interruption, for a machine to be crowded in the first look."""
 
 CROWDED_SHARE = 0.15
-"""The share of their time for which the threads of this process wait for a core, from which a machine is crowded. Measured on two cores: at
-most 0.09 without other processes in 95 of 100 intervals, at least 0.19 beside one busy process and mostly 0.5 beside two."""
+"""A machine is crowded if the threads of this process wait for a core for at least this share of their time. Measured on two cores: at most
+0.09 without other processes in 95 of 100 intervals, at least 0.19 beside one busy process and mostly 0.5 beside two."""
 
 EVIDENCE_SECONDS = 5e-3
 """How long the threads must have run or waited in an interval for it to count."""
@@ -77,8 +75,8 @@ def patient(team: int) -> Iterator[None]:
 def crowded(team: int, files: Path = Path("/proc")) -> bool:
     """Whether other processes want so many cores that fewer than ``team`` are left.
 
-    On every machine some process runs for a moment, so they must want them for `LOOK_SECONDS`. What cannot be known counts as crowded: the
-    cores of a container or of an affinity, which other processes share unseen, and a system that does not tell.
+    On every machine some process runs for a moment, so they must want the cores for `LOOK_SECONDS`. A machine whose state is not known
+    counts as crowded: the cores of a container or of an affinity, which unseen processes may share, and a system without /proc.
     """
     total = os.cpu_count() or 1
     if available_cores() < total:

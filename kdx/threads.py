@@ -124,12 +124,10 @@ def short_turns() -> Iterator[None]:
 
 
 def set_environment(environment: MutableMapping[str, str], limit: int | None) -> None:
-    """Set, for runtimes that are loaded later and for child processes, threads that do not spin, and their number ``limit`` if it is given.
+    """Set the number of threads, ``limit``, for runtimes that are loaded later and for child processes. None sets nothing.
 
     Variables that the user has set are left as they are.
     """
-    if not any(name in environment for name in WAITING):
-        environment["OMP_WAIT_POLICY"] = "PASSIVE"
     global _limit
     if limit is not None and not any(name in environment for name in COUNTS):
         environment[COUNTS[0]] = str(limit)

@@ -137,19 +137,19 @@ class TestNumberOfThreads:
 
 
 class TestEnvironment:
-    def test_a_new_process_does_not_spin(self) -> None:
+    def test_a_new_process_has_the_limit_and_waits_as_its_runtime_does(self) -> None:
+        """Spinning is faster on an idle machine, and `kdx.patience` ends it on a crowded one."""
         environment: dict[str, str] = {}
         threads.set_environment(environment, None)
-        assert environment == {"OMP_WAIT_POLICY": "PASSIVE"}
+        assert environment == {}
         threads.set_environment(environment, 2)
-        assert environment == {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}
+        assert environment == {"OMP_NUM_THREADS": "2"}
 
-    @pytest.mark.parametrize("name", [*threads.WAITING, *threads.COUNTS])
+    @pytest.mark.parametrize("name", threads.COUNTS)
     def test_the_user_wins(self, name: str) -> None:
         environment = {name: "7"}
         threads.set_environment(environment, 2)
-        related = threads.WAITING if name in threads.WAITING else threads.COUNTS
-        assert {key: value for key, value in environment.items() if key in related} == {name: "7"}
+        assert environment == {name: "7"}
 
     def test_the_limit_of_a_container_is_no_choice_of_the_user(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(threads, "_limit", None)

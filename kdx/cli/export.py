@@ -62,7 +62,8 @@ def export(
         typer.Option("--for", help="tensorrt: the GPU to build for, such as sm_86; by default this machine's.", show_default=False),
     ] = None,
     tf32: Annotated[
-        bool, typer.Option("--tf32", help="tensorrt: allow TensorFloat-32, which is faster but has three digits fewer.")
+        bool,
+        typer.Option("--tf32", help="tensorrt: allow TensorFloat-32, which is faster but has three decimal digits instead of seven."),
     ] = False,
     out: Annotated[Path, typer.Option(callback=local_path, help="The folder, or the .onnx file, to write.")] = Path(),
     image_size: Annotated[

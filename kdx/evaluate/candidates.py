@@ -31,7 +31,7 @@ class Candidate:
 
     name: in files and on the command line. title: in tables. meaning: one sentence. uses_networks: whether it is computed from networks,
     and so also from the pixels of the images. has_layer: false for a baseline, which is the same at every layer. signed: whether it has
-    negative values, of which metrics see nothing (`positive`). maps: from a source and the student's layer to maps [n, h, w].
+    negative values, which metrics of the positive part ignore (`positive`). maps: from a source and the student's layer to maps [n, h, w].
     """
 
     name: str
@@ -92,7 +92,7 @@ def _centre(source: MapSource, _layer: str) -> Maps:
 
 
 _BASELINES = (
-    Candidate(UNIFORM, "uniform", "The same value at every position: what no map should be worse than.", _uniform, has_layer=False),
+    Candidate(UNIFORM, "uniform", "The same value at every position. A useful map is better.", _uniform, has_layer=False),
     Candidate(
         CENTRE,
         "centre",

@@ -99,7 +99,7 @@ def _keeping(_task: Task) -> Callable[..., Curves]:
 _NEEDS: frozenset[Need] = frozenset({"images", "networks"})
 
 _SCORES = (
-    "The score is the student's probability of the image's label; with [gain], it is that probability minus the base's. Neither is about a "
+    "The score is the student's probability of the image's label; with [gain], it is that probability minus the base's. Neither suits a "
     "map of what the base has, such as residual or Grad-CAM(B). The pixels of the uniform map have a random order."
 )
 
