@@ -61,7 +61,7 @@ class Distillation:
     @classmethod
     def prepare(
         cls,
-        data: str,
+        data: str | Dataset,
         folder: Path,
         settings: TrainingSettings,
         device: torch.device,
@@ -78,7 +78,7 @@ class Distillation:
         preprocessing: that of the networks, if it is not the teacher's. most: the images of each split that are read, for a rehearsal.
         Raises KdxError for anything that cannot be trained.
         """
-        dataset = replace(open_data(data), resizing=settings.resizing)
+        dataset = replace(open_data(data) if isinstance(data, str) else data, resizing=settings.resizing)
         # Local folders and files become absolute paths, so that the models file is valid from any folder.
         teacher_reference, student_reference = (
             models.parse_reference(reference).located().with_classes(len(dataset.classes)) for reference in (teacher, student)
@@ -104,7 +104,7 @@ class Distillation:
             for name, indices in (splits | {"student": student_indices}).items()
         }
         if most is None:
-            _check_sizes(images, data, settings, processes)
+            _check_sizes(images, dataset.reference, settings, processes)
         return cls(
             folder,
             settings,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdx import models
-from kdx.data.dataset import open_data
+from kdx.data.dataset import Dataset
 from kdx.distill.losses import LABELS, Batch, Outputs
 from kdx.distill.networks import Distillation, check_networks, training_preprocessing
 from kdx.distill.number_formats import autocast, check_settings
@@ -28,7 +28,7 @@ _REHEARSAL = 3
 
 
 def rehearse_chain(
-    data: str, references: Sequence[str], settings: TrainingSettings, layers: Sequence[str] | None, device: torch.device
+    dataset: Dataset, references: Sequence[str], settings: TrainingSettings, layers: Sequence[str] | None, device: torch.device
 ) -> None:
     """Rehearse every distillation of a chain of networks: the teacher, its assistants and the student, each trained by the one before it.
 
@@ -36,12 +36,12 @@ def rehearse_chain(
     `kdx.distill.distill` would refuse the networks, the settings or the loss.
     """
     check_settings(settings, device, SINGLE)
-    teacher = models.parse_reference(references[0]).located().with_classes(classes := len(open_data(data).classes))
+    teacher = models.parse_reference(references[0]).located().with_classes(classes := len(dataset.classes))
     preprocessing = training_preprocessing(models.load(str(teacher), classes=classes), settings)
     for place, (above, below) in enumerate(pairwise(references), 2):
         with about(f"the distillation of {below} from {above}"):
             distillation = Distillation.prepare(
-                data, Path(), settings, device, above, below, preprocessing=preprocessing, most=settings.batch
+                dataset, Path(), settings, device, above, below, preprocessing=preprocessing, most=settings.batch
             )
             rehearse(distillation, layers if place == len(references) else None)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kdx import models, patience, progress
 from kdx.choices import NO_BASE
-from kdx.data.dataset import located
+from kdx.data.dataset import located, open_data
 from kdx.disk import write_atomic
 from kdx.distill import checkpoints, loop
 from kdx.distill.display import console_reports
@@ -86,7 +86,7 @@ def distill(
     """
     if assistants:
         chosen_device = training_device(Processes.of_environment(device)[1])
-        rehearse_chain(data, (teacher, *assistants, student), settings, layers, chosen_device)
+        rehearse_chain(open_data(data), (teacher, *assistants, student), settings, layers, chosen_device)
         teacher = _train_assistants(data, teacher, assistants, Path(out), settings, base, teacher_cache, device, report)
     with _prepared(data, Path(out), settings, device, teacher, student, report, [*log, *(["csv"] if probe else [])]) as (
         distillation,

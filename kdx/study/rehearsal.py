@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import torch
+
+from kdx.data.dataset import open_data
 from kdx.distill.rehearsal import rehearse_chain
 from kdx.distill.train import training_device
 from kdx.errors import about
@@ -26,8 +29,11 @@ def rehearse(design: Design, cells: Sequence[Cell], jobs: Sequence[Job], complet
         choose(options.runtime, options.device, precision=options.precision)
         gpu_decoder(options)
     chains = {(cell.data, cell.teacher, cell.assistants, cell.student, cell.method) for cell in cells if cell.key not in complete}
+    datasets = {data: open_data(design.reference_of(data)) for data, *_ in chains}
     for data, teacher, assistants, student, method in sorted(chains):
         settings, extras = design.training_of(data, method, design.seeds[0])
         references = design.teachers[teacher], *(design.assistants[name] for name in assistants), design.students[student]
         with about(f"the method {method}"):
-            rehearse_chain(design.reference_of(data), references, settings, design.layers or None, training_device(extras.device))
+            rehearse_chain(datasets[data], references, settings, design.layers or None, training_device(extras.device))
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # the processes of the study need the memory
