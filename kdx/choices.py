@@ -121,7 +121,7 @@ TABLE_FORMATS: tuple[TableFormat, ...] = get_args(TableFormat)
 
 DATA_REFERENCES = {
     "FOLDER": "a folder of images: FOLDER/owl/1.jpg, FOLDER/train/owl/1.jpg, or owl.1.jpg in the folder itself",
-    "folder:FOLDER": "the same, for a folder whose name is another reference",
+    "folder:FOLDER": "the same, for a folder whose name could also be another reference",
     "FILE.csv": "a CSV file with the columns path, relative to the file, and label, and optionally split",
     "csv:FILE": "the same, for a file with another suffix",
     "FILE.npz": "a NumPy file with the arrays images and labels",
