@@ -61,7 +61,7 @@ class Distillation:
     @classmethod
     def prepare(
         cls,
-        data: str | Dataset,
+        data: str,
         folder: Path,
         settings: TrainingSettings,
         device: torch.device,
@@ -69,16 +69,9 @@ class Distillation:
         student: str,
         processes: Processes = SINGLE,
         log: Callable[[str, Sequence[Mapping[str, float]]], None] | None = None,
-        *,
-        preprocessing: Preprocessing | None = None,
-        most: int | None = None,
     ) -> Distillation:
-        """Open the data, load the teacher and decode the splits.
-
-        preprocessing: that of the networks, if it is not the teacher's. most: the images of each split that are read, for a rehearsal.
-        Raises KdxError for anything that cannot be trained.
-        """
-        dataset = replace(open_data(data) if isinstance(data, str) else data, resizing=settings.resizing)
+        """Open the data, load the teacher and decode the splits. Raises KdxError for anything that cannot be trained."""
+        dataset = replace(open_data(data), resizing=settings.resizing)
         # Local folders and files become absolute paths, so that the models file is valid from any folder.
         teacher_reference, student_reference = (
             models.parse_reference(reference).located().with_classes(len(dataset.classes)) for reference in (teacher, student)
@@ -87,7 +80,7 @@ class Distillation:
         classes = len(dataset.classes)
         network = models.load(str(teacher_reference), classes=classes)
         loaded = [network] if student_reference.weights is None else [network, models.load(str(student_reference), classes=classes)]
-        preprocessing = preprocessing or training_preprocessing(network, settings)
+        preprocessing = training_preprocessing(network, settings)
         splits = stratified_splits(dataset, settings.split_seed)
         earlier = {
             role: check_weights(role, reference.weights, dataset, splits)
@@ -100,11 +93,10 @@ class Distillation:
             student_indices = student_indices[class_balanced_sample(labels, settings.student_images, settings.seed)]
         size = preprocessing.size or (0, 0)
         images = {
-            name: SplitImages(dataset, indices[:most], size, 1.0 if most else settings.max_unreadable)
+            name: SplitImages(dataset, indices, size, settings.max_unreadable)
             for name, indices in (splits | {"student": student_indices}).items()
         }
-        if most is None:
-            _check_sizes(images, dataset.reference, settings, processes)
+        _check_sizes(images, data, settings, processes)
         return cls(
             folder,
             settings,

@@ -28,11 +28,10 @@ from kdx.distill.losses import LABELS, LOSS_SETTINGS, Batch, source_hashes
 from kdx.distill.monitoring import open_logs, validation_probe
 from kdx.distill.networks import Distillation, check_networks
 from kdx.distill.number_formats import check_settings
-from kdx.distill.pairing import Pair
+from kdx.distill.pairing import Pair, layer_pairs
 from kdx.distill.processes import Processes
-from kdx.distill.rehearsal import rehearse, rehearse_chain
 from kdx.distill.settings import ADDED_LATER, EpochCallback, EpochResult, StepCallback, TrainingSettings
-from kdx.distill.student_loss import StudentLoss, label_loss
+from kdx.distill.student_loss import StudentLoss, label_loss, rehearse
 from kdx.distill.teacher_outputs import teacher_outputs
 from kdx.errors import KdxError, printable, resumable
 from kdx.export.graphs import FeatureGraph
@@ -85,17 +84,18 @@ def distill(
     writes or that contains networks of another configuration, and if training diverges.
     """
     if assistants:
-        chosen_device = training_device(Processes.of_environment(device)[1])
-        rehearse_chain(open_data(data), (teacher, *assistants, student), settings, layers, chosen_device)
+        _check_references(data, (teacher, *assistants, student))
         teacher = _train_assistants(data, teacher, assistants, Path(out), settings, base, teacher_cache, device, report)
     with _prepared(data, Path(out), settings, device, teacher, student, report, [*log, *(["csv"] if probe else [])]) as (
         distillation,
         on_epoch,
     ):
         distillation = replace(distillation, has_base=base != NO_BASE)
-        pairs = rehearse(distillation, layers)
+        pairs = layer_pairs(distillation, layers)
+        check_networks(distillation)
         if distillation.has_base:
             _check_base(distillation, base)
+        rehearse(distillation, pairs)
         _train_teacher(distillation, on_epoch)
         if distillation.has_base:
             _train_base(distillation, base, on_epoch)
@@ -171,6 +171,13 @@ def _prepared(
         yield distillation, on_epoch
     if not announced:  # images that are decoded again in every epoch are discovered to be unreadable during training
         _print_unreadable(distillation)
+
+
+def _check_references(data: str, references: Sequence[str]) -> None:
+    """Raise KdxError for a reference of a chain that cannot be built, before the networks ahead of it are trained."""
+    classes = len(open_data(data).classes)
+    for reference in references:
+        models.load(str(models.parse_reference(reference).located().with_classes(classes)))
 
 
 def _train_assistants(

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from kdx.distill import EpochResult, distill
-from kdx.errors import KdxError
 from kdx.export.graphs import Preprocessing
 from kdx.models import models_file
 from kdx.models.checkpoint_files import recorded_preprocessing
@@ -49,14 +48,6 @@ def test_a_chain_is_one_distillation_after_another(teacher: str, tmp_path: Path)
             assert all(torch.equal(expected[name], actual[name]) for name in expected)
     assert models_file.read_models(path).teacher == f"{ASSISTANT},classes=10@teacher.safetensors"
     assert models_file.read_models(chain / "assistant-1" / "models.toml").student == f"{ASSISTANT},classes=10@student.safetensors"
-
-
-def test_a_mistake_in_any_step_of_a_chain_is_an_error_before_any_training(teacher: str, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    for assistant, layers in ((ASSISTANT, ["layer9"]), ("kdx:resnet,width=3,depth=1,stages=2,classes=4", None)):
-        with pytest.raises(KdxError, match=r"The distillation of kdx:resnet,width=.* from .*: "):
-            distill("digits", teacher=teacher, assistants=[assistant], student=STUDENT, out=out, settings=SETTINGS, layers=layers)
-        assert not out.exists()
 
 
 def test_a_network_that_kdx_trained_teaches_with_the_preprocessing_of_its_training(teacher: str, finished: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from kdx.distill import EpochResult, TrainingSettings, blocked_layout, distill, rehearsal
+from kdx.distill import EpochResult, TrainingSettings, blocked_layout, distill, train
 from kdx.distill.number_formats import CompiledGraph, autocast, check_channels_last, check_settings, has_bfloat16
 from kdx.distill.processes import SINGLE, Processes
 from kdx.errors import KdxError
@@ -120,7 +120,7 @@ def test_the_setting_chooses_the_layout_and_not_the_network(
 
     monkeypatch.setattr(nn.Conv2d, "forward", observed)
     monkeypatch.setattr(blocked_layout, "suits", lambda *_: False)
-    monkeypatch.setattr(rehearsal, "rehearse_loss", lambda *_: None)  # it is no training
+    monkeypatch.setattr(train, "rehearse", lambda *_: None)  # it is no training
     settings = replace(QUICK, student_images=60, epochs=1, channels_last=channels_last)
     losses(tmp_path, settings, finished, "tests.distill.test_number_formats:last")
     assert layouts == {channels_last}
