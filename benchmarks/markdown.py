@@ -13,3 +13,8 @@ def row(*cells: str) -> str:
 
 def joined(lines: list[str]) -> str:
     return "\n".join(lines)
+
+
+def counted(number: int, noun: str) -> str:
+    """The number with the noun in the singular or the plural."""
+    return f"{number} {noun}{'s' if number != 1 else ''}"

@@ -18,7 +18,7 @@ from benchmarks.cases import CASES, PROCESS_KINDS
 from benchmarks.cold import COMMANDS, IMPORTS
 from benchmarks.folder import MORE, PICTURE
 from benchmarks.growth import Records
-from benchmarks.markdown import header, joined, row
+from benchmarks.markdown import counted, header, joined, row
 from benchmarks.record import RESULTS, quartiles
 from benchmarks.stored import SUITE, read
 
@@ -304,8 +304,7 @@ def _rounds(records: Records) -> str:
 def _machine(record: Mapping[str, Any]) -> str:
     environment = record["environment"]
     versions = f"PyTorch {environment['torch']}, ONNX Runtime {environment['onnxruntime']}"
-    count = environment["threads"]
-    return f"{environment['processor']}, {count} thread{'s' if count != 1 else ''}, {versions}."
+    return f"{environment['processor']}, {counted(environment['threads'], 'thread')}, {versions}."
 
 
 # ---- cells ----

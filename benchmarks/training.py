@@ -39,7 +39,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import torchvision_operators as torchvision_operators
-from benchmarks.markdown import header, joined, row
+from benchmarks.markdown import counted, header, joined, row
 from benchmarks.record import RESULTS, child, quartiles, store
 from kdx import models
 from kdx.data.dataset import open_data
@@ -270,8 +270,7 @@ def markdown() -> str:
     lines = header("pixels", "loop", "images per second", "ratio to the careful plain loop")
     lines += [row(*cells) for cells in rows(record["sizes"])]
     environment = record["environment"]
-    count = environment["threads"]
-    machine = f"{environment['processor']}, {count} thread{'s' if count != 1 else ''}, PyTorch {environment['torch']}"
+    machine = f"{environment['processor']}, {counted(environment['threads'], 'thread')}, PyTorch {environment['torch']}"
     return f"{joined(lines)}\n\nMedians and quartiles. {machine}; commit {record['commit']}.\n"
 
 

@@ -161,12 +161,12 @@ class _DataGrid:
         options = replace(self.design.run_options_of(self.data), decoder="pillow")
         # Without layers in the design, training chooses them, and an order of images may name any.
         layers = self.design.layers or ((options.gallery_order.rsplit("/", 2)[0],) if "/" in options.gallery_order else ())
-        pairs = {}
+        pairs = []
         for teacher, assistants, student in self.chains():
             above = self.facts["assistants"][assistants[-1]] if assistants else self.facts["teachers"][teacher]
-            pairs[above.reference, self.facts["students"][student].reference] = self.preprocessing[teacher]
+            pairs.append((above.reference, self.facts["students"][student].reference, self.preprocessing[teacher]))
         # Only a target can depend on the networks.
-        for (above_reference, reference), preprocessing in list(pairs.items())[: 1 if options.target is None else None]:
+        for above_reference, reference, preprocessing in list(dict.fromkeys(pairs))[: 1 if options.target is None else None]:
             file = ModelsFile(
                 Path("models.toml"),
                 reference,

@@ -151,3 +151,9 @@ def test_a_baseline_without_a_teacher_is_refused(folder: Path, tmp_path: Path) -
     with pytest.raises(kdx.KdxError, match="compared with the teacher, and there is none"):
         run_of(folder, tmp_path / "run", ("student", "base"), replace(OPTIONS, random_baseline=True))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_explainer_file_gets_no_baseline(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(kdx.KdxError, match="runs only the networks that it contains"):
+        explain.run(str(folder), tmp_path / "explainer.onnx", tmp_path / "run", options=replace(OPTIONS, random_baseline=True))
+    assert not (tmp_path / "run").exists()

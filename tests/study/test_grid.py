@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from kdx.data.dataset import table_of
 from kdx.errors import KdxError
+from kdx.models.models_file import ModelsFile
 from kdx.models.resnet import resnet
+from kdx.runs.plan import Plan
 from kdx.study.conflicts import check_same_study
 from kdx.study.design import design_of
 from kdx.study.grid import Grid, grid_of
@@ -129,6 +131,20 @@ def test_a_student_without_a_size_has_that_of_the_teacher() -> None:
     brighter, plain = "tests.study.factories:brighter", "tests.study.factories:plain"
     result = grid(teachers={"large": brighter}, students={"tiny": plain}, training={"epochs": 1})
     assert {job.preprocessing.size for job in result.jobs} == {(8, 8)}
+
+
+def test_the_target_is_that_of_every_teacher_that_shares_an_assistant(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned, with_models = [], Plan.with_models
+
+    def observed(data: str, models_file: ModelsFile, *arguments: Any) -> Plan:
+        planned.append((models_file.teacher, models_file.preprocessing))
+        return with_models(data, models_file, *arguments)
+
+    monkeypatch.setattr(Plan, "with_models", observed)
+    large = "tests.study.factories:wide"
+    grid(teachers={"first": TEACHER, "second": large}, assistants={"medium": ASSISTANT}, explain={"target": "soft:student"})
+    assert len(planned) == len(set(planned)) == 4
+    assert len({preprocessing for teacher, preprocessing in planned if teacher == ASSISTANT}) == 2
 
 
 def test_an_own_student_has_no_random_baseline() -> None:
