@@ -26,8 +26,8 @@ from tests.oracle import TOLERANCE, error
 
 PERMUTATIONS = 999
 
-GRAPH = "maps and scores, one CUDA graph"
-"""The name of the samples of `time_graph`."""
+GRAPH, GRAPH_BY_CLOCK = "maps and scores, one CUDA graph", "maps and scores, one CUDA graph, by the clock"
+"""The names of the samples of `time_graph`."""
 
 
 @dataclass(frozen=True)
@@ -142,15 +142,16 @@ def to_host(pending: layer.PendingMeasurement, transfers: Transfers) -> Results:
     return transfers.download(Results(maps, shares, measured.products, measured.permuted, pending.numbers)).result()
 
 
-def full_path(batch: Batch, transfers: Transfers) -> Results:
+def full_path(batch: Batch, transfers: Transfers, graphs: LayerGraphs) -> Results:
     """Everything except the two passes, one step after another: upload, target and permutations, maps, scores and checks, and results."""
     upload(batch, transfers)
-    return to_host(maps_and_scores(batch, target(batch, transfers)), transfers)
+    return to_host(maps_and_scores(batch, target(batch, transfers), graphs=graphs), transfers)
 
 
 def time_batch(clock: Clock, batch: Batch) -> dict[str, list[float]]:
-    """Samples of the kernels alone and of maps and scores (by the clock's device), and of everything except the passes (wall-clock)."""
-    one_hot, transfers = batch.one_hot, Transfers(batch.device)
+    """Samples of the kernels alone, and of maps and scores, on the device; by the clock, of maps and scores and of everything except the
+    passes."""
+    one_hot, transfers, graphs = batch.one_hot, Transfers(batch.device), LayerGraphs()
     moved = target(batch, transfers)
     pending = maps_and_scores(batch, moved)
     return {
@@ -158,27 +159,32 @@ def time_batch(clock: Clock, batch: Batch) -> dict[str, list[float]]:
         "geometry and decomposition maps": clock.seconds(lambda: decomposed(batch.student, batch.base, one_hot)),
         "maps and scores, 0 permutations": clock.seconds(lambda: maps_and_scores(batch, moved, 0)),
         "maps and scores, 999 permutations": clock.seconds(lambda: maps_and_scores(batch, moved)),
+        "maps and scores, by the clock": clock.wall_seconds(lambda: maps_and_scores(batch, moved)),
         "upload": clock.wall_seconds(lambda: upload(batch, transfers)),
         "target and permutations": clock.wall_seconds(lambda: target(batch, transfers)),
         "results to the host": clock.wall_seconds(lambda: to_host(pending, transfers)),
-        "full path": clock.wall_seconds(lambda: full_path(batch, transfers)),
+        "full path": clock.wall_seconds(lambda: full_path(batch, transfers, graphs)),
     }
 
 
 def time_graph(clock: Clock, batch: Batch) -> tuple[dict[str, list[float]], Check | None, dict[str, str]]:
     """`graph_samples` as a CUDA graph; without them, the reason by their name."""
     if batch.device.type != "cuda":
-        return {}, None, {GRAPH: "CUDA graphs need a GPU"}
+        return {}, None, _no_graph("CUDA graphs need a GPU")
     if not cuda.launcher(batch.device).can_be_captured:
-        return {}, None, {GRAPH: "PyCUDA launches the kernels"}
+        return {}, None, _no_graph("PyCUDA launches the kernels")
     try:
         samples, difference = graph_samples(clock, batch, LayerGraphs(CudaCapture()))
-    except (RuntimeError, DriverError) as error:  # no GPU has captured them yet, and the other figures do not need them
-        return {}, None, {GRAPH: first_line(error)}
-    return {GRAPH: samples}, difference, {}
+    except (RuntimeError, DriverError) as error:  # the other figures do not need them
+        return {}, None, _no_graph(first_line(error))
+    return samples, difference, {}
 
 
-def graph_samples(clock: Clock, batch: Batch, graphs: LayerGraphs) -> tuple[list[float], Check]:
+def _no_graph(reason: str) -> dict[str, str]:
+    return dict.fromkeys((GRAPH, GRAPH_BY_CLOCK), reason)
+
+
+def graph_samples(clock: Clock, batch: Batch, graphs: LayerGraphs) -> tuple[dict[str, list[float]], Check]:
     """Samples of the maps and scores through ``graphs``, which are captured with other features, and the largest difference of their
     results from those of single launches."""
     moved = target(batch, Transfers(batch.device))
@@ -191,7 +197,10 @@ def graph_samples(clock: Clock, batch: Batch, graphs: LayerGraphs) -> tuple[list
         return [measured.products, *(maps.maps for maps in measured.maps.values()), *measured.shares.values()]
 
     difference = check(KernelCase("a CUDA graph", lambda: results(graphs), lambda: results(None)))
-    samples = clock.seconds(lambda: maps_and_scores(batch, moved, graphs=graphs))
+    samples = {
+        GRAPH: clock.seconds(lambda: maps_and_scores(batch, moved, graphs=graphs)),
+        GRAPH_BY_CLOCK: clock.wall_seconds(lambda: maps_and_scores(batch, moved, graphs=graphs)),
+    }
     graphs.close()
     return samples, difference
 

@@ -23,7 +23,10 @@ from kdx.data.images import load_images
 from kdx.errors import KdxError
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/cam", "tests/explain", "tests/maps", "tests/runtimes", "tests/scores", "tests/data/test_gpu_decoder.py")
+TESTS = (
+    *("tests/cam", "tests/explain", "tests/maps", "tests/runtimes", "tests/scores"),
+    *("tests/data/test_gpu_decoder.py", "tests/distill/test_on_a_gpu.py", "tests/runs/test_batches.py"),
+)
 """The tests that use a GPU where there is one."""
 
 TEST_SECONDS = 180

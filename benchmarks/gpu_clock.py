@@ -28,22 +28,32 @@ class Clock(Protocol):
         ...
 
 
+CYCLES_PER_SECOND = 2e9
+"""At least the clock rate of a GPU's multiprocessors."""
+
+
 class GpuClock:
-    """Measures by events of the GPU. Before each sample, other data fill its cache."""
+    """Measures by events of the GPU. Before each sample, other data fill its cache.
+
+    The GPU first waits until the processor has queued all launches. Otherwise the time of many small launches would be the processor's.
+    """
 
     def __init__(self, device: torch.device, samples: int) -> None:
         self.device = device
         self.samples = samples
-        # While the GPU overwrites this buffer, the launches are queued.
         self._cache_filler = torch.empty(1 << 30, dtype=torch.uint8, device=device)
 
     def seconds(self, run: Callable[[], object]) -> list[float]:
         for _ in range(3):
+            start_of_launches = time.perf_counter()
             run()
+            launches = time.perf_counter() - start_of_launches
+        torch.cuda.synchronize(self.device)
         samples = []
         for _ in range(self.samples):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self._cache_filler.zero_()
+            torch.cuda._sleep(int(1.5 * launches * CYCLES_PER_SECOND))
             start.record()
             run()
             end.record()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -104,10 +105,13 @@ class WatchedNetwork(nn.Module):
 
         capture: applied to each layer's tensor. Its result is returned, and the network continues with a copy of it.
         """
-        if self.preprocessing.size is not None:
-            images = nn.functional.interpolate(images, size=self.preprocessing.size, mode="bilinear", align_corners=False)
+        size = self.preprocessing.size
+        is_resized = not isinstance(images.shape[2], torch.SymInt) and images.shape[2:] == size  # a comparison would fix a symbolic size
+        if size is not None and not is_resized:  # resizing to the same size is slow and changes nothing
+            images = nn.functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
+        normalised = (images - self.mean).div_(self.std)
         with no_checkpointing(), network_errors():
-            output, raw = self._pass(((images - self.mean) / self.std).to(self.dtype), capture)
+            output, raw = self._pass(normalised.to(self.dtype), capture)
         unreached = [layer for layer in self.watched if layer not in raw]
         if unreached:
             raise KdxError(
@@ -225,6 +229,8 @@ class GradientGraph(WatchedNetwork):
         leaves = [raw[layer] for layer in self.layers]
         raw_gradients: list[Tensor | None] = [None] * len(leaves)
         if end.requires_grad:
+            if end.device.type == "cuda":
+                _start_backward_thread(end.device)
             with network_errors("The backward pass of the network"):
                 cotangent = cotangent.to(end.dtype)
                 raw_gradients = list(torch.autograd.grad(end, leaves, cotangent, allow_unused=True))  # type: ignore[arg-type]
@@ -241,6 +247,17 @@ class GradientGraph(WatchedNetwork):
         # With detached weights autograd records from the first layer on, and the network's own requires_grad flags stay as they are.
         with GradientsStayOn():
             return torch.func.functional_call(self.network, _detached_weights(self.network), (images.detach(),), tie_weights=False)
+
+
+@cache
+def _start_backward_thread(device: torch.device) -> None:
+    """Make the GPU's context current in the thread in which autograd computes its backward passes.
+
+    A kernel does that without a word. A product of cuBLAS, with which the backward pass of many networks starts, warns.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        one = torch.ones((), device=device, requires_grad=True)
+        torch.autograd.grad(one.exp(), one)
 
 
 def _detached_weights(network: nn.Module) -> dict[str, Tensor]:

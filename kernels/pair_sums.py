@@ -6,7 +6,7 @@ The inner products of the centred matrices and their moments follow from them (`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -45,6 +45,37 @@ def _within(bounds: Sequence[int], place: slice) -> dict[int, slice]:
     return {part: slice(start - place.start, stop - place.start) for part, (start, stop) in enumerate(cut) if start < stop}
 
 
+def part_products(d: Tensor, left: Mapping[int, slice], right: Mapping[int, slice]) -> Tensor:
+    """The sums [k, k, L, R] of D_ij E_ij over the images i of each part in ``left`` and j of each in ``right``, from a tile d [k, l, r].
+
+    Every block is small enough for a processor's cache.
+    """
+    blocks = (d[:, rows, columns].flatten(1) for rows in left.values() for columns in right.values())
+    products: Tensor = torch.stack([block @ block.T for block in blocks]).unflatten(0, (len(left), len(right)))
+    return products.permute(2, 3, 0, 1)
+
+
+def indicated_products(d: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`part_products` from indicators [l, L] and [r, R] of the parts: few large operations, as a GPU needs them."""
+    result = d.new_empty(len(d), len(d), left.shape[1], right.shape[1])
+    for matrix in range(len(d)):
+        result[matrix, matrix:] = result[matrix:, matrix] = left.T @ (d[matrix:] * d[matrix]) @ right
+    return result
+
+
+def indicator(parts: Mapping[int, slice]) -> Tensor:
+    """1 where an image of a tile is in a part, else 0: [l, parts], for consecutive parts."""
+    places = list(parts.values())
+    result = torch.zeros(places[-1].stop, len(places))
+    for number, place in enumerate(places):
+        result[place, number] = 1
+    return result
+
+
+def _span(parts: Mapping[int, slice]) -> slice:
+    return slice(min(parts), max(parts) + 1)
+
+
 class PairSums:
     """Sums over the pairs of n images of k symmetric matrices D, split by the parts of a `Division`.
 
@@ -57,25 +88,36 @@ class PairSums:
         count = len(division.sizes)
         self.pairs = torch.zeros(k, k, count, count, dtype=torch.float64, device=device)
         self.rows = torch.zeros(k, division.places[-1].stop, count, dtype=torch.float64, device=device)
+        self._indicators: dict[int, Tensor] = {}
 
     def add(self, a: int, b: int, d: Tensor) -> None:
         """Add the tile d [k, l, r] of every matrix, in row a and column b >= a of tiles. Its entries are float64."""
         left, right = self.division.parts[a], self.division.parts[b]
         self.add_rows(self.rows, a, b, d)
-        blocks = (d[:, rows, columns].flatten(1) for rows in left.values() for columns in right.values())
-        products = torch.stack([block @ block.T for block in blocks]).unflatten(0, (len(left), len(right))).permute(2, 3, 0, 1)
-        first, second = (slice(min(parts), max(parts) + 1) for parts in (left, right))
+        if d.device.type == "cpu":
+            products = part_products(d, left, right)
+        else:
+            products = indicated_products(d, self._indicator(a, d), self._indicator(b, d))
+        first, second = _span(left), _span(right)
         self.pairs[:, :, first, second] += products
         if a != b:
             self.pairs[:, :, second, first] += products.mT
 
     def add_rows(self, rows: Tensor, a: int, b: int, d: Tensor) -> None:
         """Add the row sums of a tile [k, l, r] to ``rows`` [k, n, u], split by the parts of the columns."""
-        for part, place in self.division.parts[b].items():
-            rows[:, self.division.places[a], part] += d[:, :, place].sum(2)
-        if a != b:
-            for part, place in self.division.parts[a].items():
-                rows[:, self.division.places[b], part] += d[:, place].sum(1)
+        for tile, other, values in ((a, b, d), (b, a, d.mT))[: 1 + (a != b)]:
+            parts, own = self.division.parts[other], rows[:, self.division.places[tile]]
+            if d.device.type != "cpu":
+                own[:, :, _span(parts)] += values @ self._indicator(other, d)
+                continue
+            for part, place in parts.items():
+                own[:, :, part] += values[:, :, place].sum(2)
+
+    def _indicator(self, tile: int, like: Tensor) -> Tensor:
+        """1 where an image of a tile is in a part, else 0: [l, parts of the tile]."""
+        if tile not in self._indicators:
+            self._indicators[tile] = indicator(self.division.parts[tile]).to(like)
+        return self._indicators[tile]
 
     @property
     def totals(self) -> tuple[Tensor, Tensor]:

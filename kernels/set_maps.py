@@ -25,8 +25,8 @@ from kdx.kernels.set_geometry import SetGeometry
 from kdx.kernels.set_unicam import SetGradient
 from kdx.kernels.tiles import FeatureDistances, RowBuffer
 
-_CACHED = 1 << 19
-"""Products of positions that one step computes. They stay in the processor's cache."""
+_CACHED, _LAUNCHED = 1 << 19, 1 << 25
+"""Products of positions that one step computes: on a CPU they stay in its cache, and on a GPU they are worth their launches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +266,8 @@ def position_sums(weights: Tensor, own: Tensor, other: Tensor) -> tuple[Tensor, 
     positions = own.shape[1]
     by_row = torch.empty(count, rows, positions, dtype=torch.float64, device=own.device)
     by_column = torch.empty(count, columns, positions, dtype=torch.float64, device=own.device)
-    step = max(1, min(positions, _CACHED // (rows * columns)))
+    at_once = _CACHED if own.device.type == "cpu" else _LAUNCHED
+    step = max(1, min(positions, at_once // (rows * columns)))
     products = own.new_empty(step, rows, columns)
     weighted = torch.empty_like(products)
     for start in range(0, positions, step):

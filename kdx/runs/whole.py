@@ -21,6 +21,7 @@ from kdx.explain.whole_set import measure_set
 from kdx.features.array_files import new_array
 from kdx.features.projection import projected, projected_channels
 from kdx.features.target import Target
+from kdx.kernels.set_geometry import StoredDistances
 from kdx.progress import progress
 from kdx.roles import possessive, roles_among
 from kdx.runs import schema
@@ -210,15 +211,18 @@ def _measure(
         return torch.from_numpy(maps[kind])
 
     with files.scratch() as folder, progress() as show, torch.no_grad():
+        features = files.rows(layer, device)
+        distances = StoredDistances.bytes(len(files.kept), len(features))
+        on_gpu = device.type == "cuda" and 2 * distances <= torch.cuda.mem_get_info(device)[0]
         measurement = measure_set(
-            files.rows(layer, device),
+            features,
             target,
             plan.options,
             output,
             shuffled=True,
             classes=divisions.codes,
             groups=divisions.groups,
-            folder=folder,
+            folder=None if on_gpu else folder,
             progress=lambda done, total: show(f"Geometry of {layer}", done, total, "tiles"),
         )
         products = LayerProducts(measurement.products, measurement.permuted, measurement.moments)

@@ -88,7 +88,10 @@ def test_an_embedding_of_the_labels_is_the_labels(pair: Written) -> None:
     with Explainer(file=pair.path, permutations=9) as explainer:
         actual, expected = explainer(pixels, labels), explainer(pixels, torch.eye(10)[labels])
     assert torch.allclose(actual.layers["layer2"].distilled.maps, expected.layers["layer2"].distilled.maps, rtol=1e-5)
-    assert actual.layers["layer2"].scores == expected.layers["layer2"].scores
+    scores = expected.layers["layer2"].scores
+    for name, score in actual.layers["layer2"].scores.items():
+        assert (score.value, *score.interval) == pytest.approx((scores[name].value, *scores[name].interval), rel=1e-9, abs=1e-12)
+        assert score.p_value == scores[name].p_value
 
 
 def test_targets_are_padded_to_the_width_of_an_engine(pair: Written, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -235,9 +236,9 @@ def test_batches_of_the_same_shapes_are_captured_and_keep_their_results() -> Non
 
 @pytest.mark.parametrize(
     ("text", "can_be_captured", "expected"),
-    [(None, True, False), ("", True, False), ("0", True, False), ("1", False, False), ("1", True, True)],
+    [(None, True, True), ("", True, True), ("0", True, False), (None, False, False), ("1", True, True)],
 )
-def test_graphs_are_captured_only_on_request(
+def test_graphs_are_captured_unless_they_are_turned_off(
     monkeypatch: pytest.MonkeyPatch, text: str | None, can_be_captured: bool, expected: bool
 ) -> None:
     monkeypatch.delenv("KDX_CUDA_GRAPHS", raising=False)
@@ -260,3 +261,45 @@ def test_large_features_and_launchers_without_graphs_are_not_captured() -> None:
             for _ in range(3):
                 begin(features, target, table, graphs=graphs)
         assert not graphs._captured
+
+
+def test_the_inputs_of_all_graphs_together_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, target, table = inputs()
+    few = {role: value[:9] for role, value in features.items()}
+    graphs = LayerGraphs(captured)
+    size = sum(tensor.nbytes for tensor in (*features.values(), table, target.distances.raw, target.values))
+    monkeypatch.setattr(layer_graphs, "_BYTES", size)
+    with counted():
+        for _ in range(3):
+            begin(features, target, table, graphs=graphs)
+            begin(few, inputs(9)[1], table[:, :9] % 9, graphs=graphs)
+    assert len(graphs._captured) == 1
+
+
+def test_a_capture_that_fails_leaves_single_launches() -> None:
+    (features, target, table), attempts = inputs(), []
+
+    def failing(run: Callable[[], tuple[FusedMeasurement, Tensor]]) -> tuple[tuple[FusedMeasurement, Tensor], Callable[[], None]]:
+        attempts.append(run)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    graphs = LayerGraphs(failing)
+    with running():
+        results = [begin(features, target, table, graphs=graphs).result() for _ in range(4)]
+    assert len(attempts) == 1
+    for result in results:
+        assert_close(result, measure(features, target, table))
+
+
+@pytest.mark.slow
+def test_threads_share_graphs() -> None:
+    """Without a lock, a thread would overwrite the inputs of another before they are used."""
+    graphs, (features, target, table) = LayerGraphs(captured), inputs()
+    batches = [{role: value.roll(shift, 1) * (shift + 1) for role, value in features.items()} for shift in range(6)]
+    with running():
+        for _ in range(2):
+            begin(features, target, table, graphs=graphs)
+        with ThreadPoolExecutor(3) as pool:
+            results = list(pool.map(lambda batch: begin(batch, target, table, graphs=graphs).result(), batches))
+    for batch, result in zip(batches, results, strict=True):
+        assert_close(result, measure(batch, target, table))

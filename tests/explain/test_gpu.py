@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import kdx
+from kdx.explain import layer_graphs
+from kdx.kernels import cuda
 from tests.explain.small_networks import assert_same, explainer, features, images, labels
 
 pytestmark = pytest.mark.gpu
@@ -60,3 +62,26 @@ def test_a_reference_set_on_a_gpu_needs_no_labels_there(pooled: bool) -> None:
         maps.append(kdx.unicam(x[14:], y[14:], labels(6), reference=known, pooled=pooled).maps)
     assert maps[1].is_cuda
     torch.testing.assert_close(maps[1].cpu(), maps[0], rtol=TOLERANCE, atol=TOLERANCE * float(maps[0].max()))
+
+
+def test_cuda_graphs_give_each_batch_the_results_of_single_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first batch is launched, the second one is captured, and the others are replayed in the same memory."""
+    if not cuda.launcher(torch.device("cuda")).can_be_captured:
+        pytest.skip("PyCUDA launches the kernels")
+    batches, captures = [images(seed=seed) for seed in range(5)], list[Any]()
+    monkeypatch.setenv(layer_graphs.SWITCH, "0")
+    with explainer(device="cuda") as opened:
+        expected = [opened(batch, labels()) for batch in batches]
+    capture = layer_graphs.CudaCapture.__call__
+
+    def counted(*arguments: Any) -> Any:
+        captures.append(arguments)
+        return capture(*arguments)
+
+    monkeypatch.setattr(layer_graphs.CudaCapture, "__call__", counted)
+    monkeypatch.delenv(layer_graphs.SWITCH)
+    with explainer(device="cuda") as opened:
+        actual = [opened(batch, labels()) for batch in batches]
+    assert len(captures) == 2  # one per layer
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_same(ours, theirs, 1e-6)

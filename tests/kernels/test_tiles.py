@@ -198,6 +198,14 @@ def test_a_tile_shrinks_if_rows_are_long() -> None:
     assert tiles.tile_side(600, [wide]) == 128  # four tiles at least, to turn
 
 
+def test_tiles_are_larger_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of 2,048 x 7 x 7 in two networks."""
+    long = Stored(torch.zeros(1, 1).expand(4096, 100_352))
+    on_cpu = tiles.tile_side(4096, [long, long])
+    monkeypatch.setattr(Stored, "device", torch.device("cuda"))
+    assert tiles.tile_side(4096, [long, long]) == 4 * on_cpu == 512
+
+
 def test_turns_permute_small_sets_in_many_ways() -> None:
     """A p-value cannot be less than one over the number of permutations: the product of the sizes of the tiles."""
     for n in range(16, 100):

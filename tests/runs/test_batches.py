@@ -134,7 +134,8 @@ class Conversions(TorchDispatchMode):
 @contextmanager
 def opened(folder: Path, roles: Sequence[str]) -> Iterator[Explainer]:
     file = kdx.models.read_models(folder / "models.toml")
-    with Explainer(**{role: file.load(role) for role in roles}, layers=file.layers, runtime="eager", permutations=9) as explainer:  # type: ignore[arg-type]
+    settings: dict[str, Any] = {role: file.load(role) for role in roles} | {"runtime": "eager", "device": "cpu"}
+    with Explainer(**settings, layers=file.layers, permutations=9) as explainer:
         yield explainer
 
 
@@ -272,9 +273,13 @@ def test_a_batch_that_is_measured_again_replaces_its_expected_results(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("graphs", ["0", "1"])
 @pytest.mark.parametrize("options", [OPTIONS, WHOLE], ids=["batch", "whole"])
-def test_a_run_on_a_gpu_repeats_bit_for_bit_and_has_the_maps_of_the_cpu(folder: Path, tmp_path: Path, options: RunOptions) -> None:
+def test_a_run_on_a_gpu_repeats_bit_for_bit_and_has_the_maps_of_the_cpu(
+    folder: Path, tmp_path: Path, options: RunOptions, graphs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A copy that another stream overtakes would change some of the results."""
+    monkeypatch.setenv("KDX_CUDA_GRAPHS", graphs)
     for name, device in (("cpu", "cpu"), ("first", "cuda"), ("second", "cuda")):
         run(folder, tmp_path / name, replace(options, device=device, workers=2))
     cpu, first, second = (results(tmp_path / name) for name in ("cpu", "first", "second"))

@@ -33,6 +33,8 @@ def path(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def built(path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("tensorrt_rtx")
+
     def build(folder: Path) -> None:
         engine.build(path, folder / "small.engine", batch=(2, 3, 6), arch="sm_86")
 

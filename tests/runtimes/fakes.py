@@ -53,6 +53,9 @@ class FakeOnnxRuntime:
     def preload_dlls(self) -> None:
         pass
 
+    def set_default_logger_severity(self, severity: int) -> None:
+        pass
+
 
 class FakeKernelCache:
     """TensorRT-RTX's cache of compiled kernels: what it contained at first, and one more kernel."""

@@ -29,6 +29,8 @@ from kdx.runtimes.eager import EagerRunner
 from kdx.runtimes.onnx_runtime import OnnxRuntimeRunner
 from kdx.runtimes.openvino import OpenVinoRunner
 
+pytest.importorskip("openvino")
+
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
 """Relative to an output's largest value: float32 sums in another order."""

@@ -20,6 +20,8 @@ from kdx.runtimes.openvino import OpenVinoRunner
 from kdx.runtimes.runner import Runner
 from tests.runtimes.small_network import CPU, TOLERANCE, graph, images
 
+pytest.importorskip("openvino")
+
 
 def runners(network: nn.Module, path: Path) -> tuple[Runner, ...]:
     return EagerRunner(graph(network), CPU), OnnxRuntimeRunner(path), OpenVinoRunner(path)

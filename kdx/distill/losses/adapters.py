@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdx.distill.losses.base import Shapes
+from kdx.distill.losses.pooling import adaptive_mean
 
 
 def adapters(shapes: Shapes) -> nn.ModuleList:
@@ -27,7 +28,7 @@ def resized(features: Tensor, size: Sequence[int]) -> Tensor:
     if tuple(features.shape[2:]) == (height, width):
         return features
     if height <= features.shape[2] and width <= features.shape[3]:
-        return functional.adaptive_avg_pool2d(features, (height, width))
+        return adaptive_mean(features, height, width)
     return functional.interpolate(features, size=(height, width), mode="bilinear", align_corners=False)
 
 

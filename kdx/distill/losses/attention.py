@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdx.distill.losses.base import Batch, DistillationLoss, LossSettings, Outputs, Requirements, Shapes
+from kdx.distill.losses.pooling import adaptive_mean
 from kdx.errors import KdxError
 from kdx.kernels import geometry
 
@@ -73,7 +74,7 @@ def class_attention(student_maps: Tensor, teacher_maps: Tensor, resolution: int 
     Source: Guo, Yan, Li and Lin, "Class Attention Transfer Based Knowledge Distillation", CVPR 2023, arXiv:2304.12777. The paper's formula
     normalises, and then the size of the logits does not matter; the authors' settings for CIFAR-100 do not.
     """
-    student, teacher = (functional.adaptive_avg_pool2d(maps, resolution).flatten(2) for maps in (student_maps, teacher_maps))
+    student, teacher = (adaptive_mean(maps, resolution, resolution).flatten(2) for maps in (student_maps, teacher_maps))
     if normalise:
         student, teacher = functional.normalize(student, dim=2), functional.normalize(teacher, dim=2)
     return functional.mse_loss(student, teacher)

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from kdx.distill.losses.adapters import resized
 from kdx.distill.losses.base import Batch, DistillationLoss, LossSettings, Requirements, Shapes
+from kdx.distill.losses.pooling import adaptive_mean
 
 _LEVELS = (4, 2, 1)
 _MOST_CHANNELS = 512
@@ -26,7 +27,7 @@ def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
         if level < min(student.shape[2:]):
             weight /= 2
             total += weight
-            coarse = [functional.adaptive_avg_pool2d(feature, level) for feature in (student, teacher)]
+            coarse = [adaptive_mean(feature, level, level) for feature in (student, teacher)]
             loss = loss + weight * functional.mse_loss(coarse[0], coarse[1])
     return loss / total
 
