@@ -1,11 +1,11 @@
 """A model of the cost of one batch on a GPU: bytes, operations and launches of each stage, and from these the seconds on common GPUs.
 
-    seconds of a stage on the device = bytes / (MEMORY x bandwidth) + operations / (ARITHMETIC x rate)
-    seconds of maps and scores       = the larger of that and launches x LAUNCH, the time of the processor
+    seconds of a stage = bytes / (MEMORY x bandwidth) + operations / (ARITHMETIC x rate)
 
 The stages of successive batches overlap, so a batch takes as long as its slowest part: passes with maps and scores, upload, or download.
-The shares of the peak rates that are reached (MEMORY, ARITHMETIC) and the time of a launch are those of the one GPU that was measured, an
-H100; a test compares the model with that measurement. The figures of the other GPUs are estimates from data sheets, not measurements.
+The processor launches maps and scores as one graph, whose time is left out. The shares of the peak rates that are reached (MEMORY,
+ARITHMETIC) are those of an H100; a test compares the model with the stored measurement of an H200. The figures of the other GPUs are
+estimates from data sheets, not measurements.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from benchmarks.markdown import header, joined, row
 from kdx.runs.cost import EAGER_TOUCHES, batch_cost
 from kdx.runs.hardware import ARITHMETIC, GPUS, MEMORY, Gpu
-
-LAUNCH = 20e-6
-"""Seconds of the processor per launch, including Python."""
 
 DECODING = 2.3e-3
 """Seconds in which one core decodes and resizes a JPEG of 500 x 375."""
@@ -66,7 +63,7 @@ class Cost:
     def seconds(self, gpu: Gpu) -> float:
         """The seconds on a GPU, if the parts of the stage do not overlap."""
         operations = self.float32 / gpu.float32 + self.float16 / gpu.float16
-        return max(self.memory / (MEMORY * gpu.memory) + operations / ARITHMETIC, self.launches * LAUNCH) + self.host / gpu.host
+        return self.memory / (MEMORY * gpu.memory) + operations / ARITHMETIC + self.host / gpu.host
 
 
 def costs(case: Case, network: Network = RESNET50) -> dict[str, Cost]:

@@ -115,8 +115,18 @@ def command(record: Record) -> str:
         stages = header(f"stage, geometry {each['geometry']}", "seconds", "share of the command")
         stages += [row(name, f"{seconds:.2f}", f"{seconds / each['seconds']:.0%}") for name, seconds in each["stages"].items()]
         tables.append(joined(stages))
-    case = f"{measured['case']}; {measured['cores']} cores."
+    case = f"{measured['case'][0].upper()}{measured['case'][1:]}; {measured['cores']} cores."
     return "\n\n".join([joined(lines), *tables, case]) + "\n"
+
+
+def stored_command() -> str:
+    """`command` of the stored record, with its machine."""
+    record = stored()
+    return (
+        "No result is stored.\n"
+        if record is None
+        else f"{command(record)}\n{record['device']['name']}. One run; commit {record['commit']}.\n"
+    )
 
 
 def page(record: Record) -> str:

@@ -269,7 +269,7 @@ def measure(
         results = [command(networks, data, batch, geometry, device) for geometry in geometries]
     spans = [[span.stage, round(span.start, 4), round(span.end, 4), span.thread] for span in results[0][1].spans]
     return {
-        "case": f"two ResNet-18, {side} x {side}, {images} JPEGs of {PICTURE[0]} x {PICTURE[1]}, batch {batch}",
+        "case": f"two ResNet-18, {side} x {side}, {images:,} JPEGs of {PICTURE[0]} x {PICTURE[1]}, batch {batch}",
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU",
         "cores": threads.available_cores(),
         "images_per_second": rates,

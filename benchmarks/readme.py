@@ -209,6 +209,7 @@ PAGES: dict[Path, dict[str, Callable[[Records], str]]] = {
     GPU: {
         "batch": lambda _: gpu_tables.batch(),
         "kernels": lambda _: gpu_tables.kernels(),
+        "command": lambda _: gpu_tables.stored_command(),
         "counts": lambda _: gpu_model.counts(),
         "estimates": lambda _: gpu_model.estimates(),
     },

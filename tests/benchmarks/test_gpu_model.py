@@ -94,14 +94,13 @@ def test_launches_and_bytes_are_those_of_a_computation() -> None:
 
 def test_the_model_agrees_with_the_gpu_that_was_measured() -> None:
     record = gpu_tables.stored()
-    assert record is not None and "H100" in record["device"]["name"]
+    assert record is not None
     times = {name: float(np.median(samples)) for name, samples in record["batch"].items() if isinstance(samples, list)}
-    (h100,) = [gpu for gpu in GPUS if gpu.name == "H100"]
-    estimate = seconds(h100)
+    (measured,) = [gpu for gpu in GPUS if gpu.name in record["device"]["name"]]
+    estimate = seconds(measured)
     assert estimate["passes, PyTorch"] == pytest.approx(times["passes, float16"], rel=0.3)
-    device = replace(costs(Case())["maps and scores"], launches=0).seconds(h100)
-    assert 0.5 < device / times["geometry and decomposition maps"] < 1.5
-    assert record["bandwidth"] == pytest.approx(h100.memory, rel=0.15)
+    assert estimate["maps and scores"] == pytest.approx(times["maps and scores, 999 permutations"], rel=0.5)
+    assert record["bandwidth"] == pytest.approx(measured.memory, rel=0.15)
 
 
 def test_the_tables_have_a_row_per_gpu_and_stage() -> None:
