@@ -23,19 +23,17 @@ from kdx.cluster.options import ClusterOptions
 from kdx.commands import explain
 from kdx.disk import check_folder, check_locked, lock_folder, parse_json, remove_leftovers, write_atomic
 from kdx.distill import EpochResult, distill, train_alone
-from kdx.distill.train import training_device
 from kdx.errors import KdxError, resumable
 from kdx.runs import schema
 from kdx.runs.environment import environment
-from kdx.runs.plan import gpu_decoder
 from kdx.runs.record import LostResult, read_run
-from kdx.runtimes.choice import choose
 from kdx.study.attempts import Note, Outcome
 from kdx.study.conflicts import check_same_study
 from kdx.study.cost import Cost, costs
 from kdx.study.design import Design
 from kdx.study.grid import MODELS, RUN, Grid, Job, grid_of
 from kdx.study.latex import latex_table
+from kdx.study.machine import check_machine
 from kdx.study.page import write_page
 from kdx.study.schedule import run_jobs
 from kdx.study.statistics import study_statistics
@@ -195,7 +193,7 @@ def run(
         plan = _plan(design, grid, folder, command, _threads(count, cluster))
         study = _Run(folder, grid, plan, set(complete_jobs(folder, grid.jobs)))
         if cluster is None:  # the workers of a cluster may have other devices
-            _check_devices([job for job in grid.jobs if job.key not in study.complete])
+            check_machine([job for job in grid.jobs if job.key not in study.complete])
         study.write_plan()
         todo = len(grid.jobs) - len(study.complete)
         where = "in a cluster" if cluster is not None else f"with {count} worker{'s' if count > 1 else ''}"
@@ -282,15 +280,6 @@ def _default_workers(grid: Grid) -> int:
     largest = max(count for group in grid.parameters.values() for count in group.values())
     uses_gpu = torch.cuda.is_available() and any(job.extras.device != "cpu" for job in grid.jobs)
     return 1 if uses_gpu or largest > SMALL else threads.available_cores()
-
-
-def _check_devices(jobs: Sequence[Job]) -> None:
-    """KdxError, before anything is trained, for a device or a runtime of [training] or [explain] that cannot be used here."""
-    for device in {job.extras.device for job in jobs}:
-        training_device(device)
-    for options in {job.options for job in jobs}:
-        choose(options.runtime, options.device, precision=options.precision)
-        gpu_decoder(options)
 
 
 def _threads(workers: int, cluster: ClusterOptions | None) -> int:

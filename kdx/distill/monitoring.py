@@ -63,14 +63,12 @@ def validation_probe(distillation: Distillation, pairs: Sequence[Pair], count: i
 def open_logs(names: Sequence[str], folder: Path) -> Iterator[Log | None]:
     """Yield one log that writes to all of these kinds until the block ends; None without any.
 
-    ``csv`` writes ``folder``/ROLE.csv; ``tensorboard`` and ``wandb`` are trackers of Accelerate. Raises KdxError for another kind, and if
-    a package is missing.
+    ``csv`` writes ``folder``/ROLE.csv; ``tensorboard`` and ``wandb`` are trackers of Accelerate. Raises KdxError as `check_logs`.
     """
+    check_logs(names)
     with ExitStack() as stack:
         logs: list[Log] = []
         for name in dict.fromkeys(names):
-            if name not in LOGS:
-                raise KdxError(f"There is no log {name!r}.", f"Choose from: {', '.join(LOGS)}.")
             logs.append(_csv(folder) if name == "csv" else stack.enter_context(_tracker(name, folder)))
 
         def write(role: str, rows: Sequence[Row]) -> None:
@@ -78,6 +76,21 @@ def open_logs(names: Sequence[str], folder: Path) -> Iterator[Log | None]:
                 log(role, rows)
 
         yield write if logs else None
+
+
+def check_logs(names: Sequence[str]) -> None:
+    """Raise KdxError for a log that does not exist, and for one whose package is missing."""
+    for name in names:
+        if name not in LOGS:
+            raise KdxError(f"There is no log {name!r}.", f"Choose from: {', '.join(LOGS)}.")
+        if name == "csv":
+            continue
+        try:
+            from accelerate.utils import imports
+        except ModuleNotFoundError as error:
+            raise missing_package("accelerate", "distill", f"The log {name}") from error
+        if not getattr(imports, f"is_{name}_available")():
+            raise KdxError(f"The log {name} needs a package that is not installed.", f"Install it with: pip install {name}")
 
 
 def _csv(folder: Path) -> Log:
@@ -90,13 +103,8 @@ def _csv(folder: Path) -> Log:
 
 @contextmanager
 def _tracker(name: str, folder: Path) -> Iterator[Log]:
-    try:
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-        from accelerate.utils import imports
-    except ModuleNotFoundError as error:
-        raise missing_package("accelerate", "distill", f"The log {name}") from error
-    if not getattr(imports, f"is_{name}_available")():
-        raise KdxError(f"The log {name} needs a package that is not installed.", f"Install it with: pip install {name}")
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
     trackers: dict[str, Any] = {}
 
     def write(role: str, rows: Sequence[Row]) -> None:

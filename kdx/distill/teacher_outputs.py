@@ -23,6 +23,7 @@ from kdx.distill.data import CACHE_BYTES
 from kdx.distill.losses import Observed, Outputs
 from kdx.distill.networks import Distillation
 from kdx.distill.number_formats import autocast
+from kdx.distill.settings import TrainingSettings
 from kdx.errors import KdxError
 
 TeacherOutputs = Callable[[Tensor, Tensor], Outputs]
@@ -34,22 +35,32 @@ Rows = np.ndarray[Any, Any]
 """Outputs of the teacher of one kind, [images, ...]."""
 
 
+def check_cache(settings: TrainingSettings, cache: Path | None) -> None:
+    """Raise KdxError for a folder that cannot store the teacher's outputs, before a teacher is trained: augmentation changes the images, so
+    that the outputs for an image differ from epoch to epoch, or the folder cannot be written."""
+    if cache is None:
+        return
+    if settings.images_vary:
+        raise KdxError(
+            "The teacher's outputs cannot be stored, because augmentation changes the images in every epoch.",
+            "Leave out the augmentation, or --teacher-cache.",
+        )
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()
+    except OSError as error:
+        raise unwritable(cache, error) from error
+
+
 def teacher_outputs(distillation: Distillation, teacher: Observed, weights_hash: str, cache: Path | None) -> TeacherOutputs:
     """The teacher's outputs without gradients, from files in ``cache`` if there is such a folder.
 
     Without a folder they are computed once and kept in memory if images do not change, if they take fewer bytes than ``CACHE_BYTES``,
-    and if every process would otherwise compute more of them.
-
-    Raises KdxError if augmentation changes the images, because the outputs for an image then differ from epoch to epoch.
+    and if every process would otherwise compute more of them. `check_cache` has accepted the folder.
     """
     teacher.graph.eval()
     settings = distillation.settings
     if cache is not None:
-        if settings.images_vary:
-            raise KdxError(
-                "The teacher's outputs cannot be stored, because augmentation changes the images in every epoch.",
-                "Leave out the augmentation, or --teacher-cache.",
-            )
         return StoredOutputs(distillation, teacher, StoredOutputs.location(distillation, teacher, weights_hash, cache))
     if settings.images_vary or settings.epochs <= distillation.processes.count:
         return partial(_computed, teacher)

@@ -6,7 +6,6 @@ that is interrupted and resumed ends with the same weights as one that is not.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -14,30 +13,26 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kdx import models, patience, progress
 from kdx.choices import NO_BASE
-from kdx.data.dataset import located, open_data
-from kdx.disk import write_atomic
+from kdx.data.dataset import open_data
 from kdx.distill import checkpoints, loop
 from kdx.distill.display import console_reports
 from kdx.distill.losses import LABELS, LOSS_SETTINGS, Batch, source_hashes
+from kdx.distill.models_record import write_models_file
 from kdx.distill.monitoring import open_logs, validation_probe
 from kdx.distill.networks import Distillation, check_networks
 from kdx.distill.number_formats import check_settings
 from kdx.distill.pairing import Pair, layer_pairs
 from kdx.distill.processes import Processes
-from kdx.distill.settings import ADDED_LATER, EpochCallback, EpochResult, StepCallback, TrainingSettings
+from kdx.distill.settings import EpochCallback, EpochResult, StepCallback, TrainingSettings
 from kdx.distill.student_loss import StudentLoss, label_loss, rehearse
-from kdx.distill.teacher_outputs import teacher_outputs
+from kdx.distill.teacher_outputs import check_cache, teacher_outputs
 from kdx.errors import KdxError, printable, resumable
 from kdx.export.graphs import FeatureGraph
-from kdx.models import models_file
-
-USED_IMAGES = "used_images.npy"
 
 
 def distill(
@@ -83,8 +78,11 @@ def distill(
     numbers that are not finite, for a loss that cannot train the student, for too many unreadable images, for an OUT that another process
     writes or that contains networks of another configuration, and if training diverges.
     """
+    cache = None if teacher_cache is None else Path(teacher_cache)
+    check_cache(settings, cache)
     if assistants:
         _check_references(data, (teacher, *assistants, student))
+        _check_exists(base, Path(out))
         teacher = _train_assistants(data, teacher, assistants, Path(out), settings, base, teacher_cache, device, report)
     with _prepared(data, Path(out), settings, device, teacher, student, report, [*log, *(["csv"] if probe else [])]) as (
         distillation,
@@ -99,11 +97,11 @@ def distill(
         _train_teacher(distillation, on_epoch)
         if distillation.has_base:
             _train_base(distillation, base, on_epoch)
-        _train_student(distillation, pairs, None if teacher_cache is None else Path(teacher_cache), probe, on_epoch)
+        _train_student(distillation, pairs, cache, probe, on_epoch)
         distillation.merge_unreadable()
         path = distillation.folder / "models.toml"
         if distillation.processes.is_main:
-            _write_models_file(path, distillation, pairs, probe)
+            write_models_file(path, distillation, pairs, probe)
         distillation.processes.wait()
     return path
 
@@ -258,7 +256,19 @@ def _check_base(distillation: Distillation, checkpoint: Path | str | None) -> No
     if checkpoint is None or checkpoints.is_finished(distillation.weights_path("base"), recipe):
         return
     if not checkpoints.is_finished(Path(checkpoint), recipe):
-        raise KdxError(f"There is no base checkpoint {checkpoint}.", "Give the base.safetensors that another run of kdx distill wrote.")
+        raise _missing_base(checkpoint)
+
+
+def _check_exists(checkpoint: Path | str | None, out: Path) -> None:
+    """Raise KdxError for a base checkpoint that is needed at the end of a chain and is missing."""
+    if checkpoint in (None, NO_BASE) or (out / "base.safetensors").exists():
+        return
+    if not Path(str(checkpoint)).exists():
+        raise _missing_base(checkpoint)
+
+
+def _missing_base(checkpoint: Path | str | None) -> KdxError:
+    return KdxError(f"There is no base checkpoint {checkpoint}.", "Give the base.safetensors that another run of kdx distill wrote.")
 
 
 def _train_base(distillation: Distillation, checkpoint: Path | str | None, on_epoch: EpochCallback) -> None:
@@ -330,62 +340,6 @@ def _training(
         log=distillation.log,
         on_step=distillation.on_step,
     )
-
-
-def _write_models_file(path: Path, distillation: Distillation, pairs: Sequence[tuple[str, str]], probe: int | None) -> None:
-    settings, test = distillation.settings, distillation.images["test"]
-    accuracies = {}
-    for role in ("teacher", "base", "student") if distillation.has_base else ("teacher", "student"):
-        accuracy, _ = loop.evaluate(distillation.graph(distillation.trained_network(role)), test, distillation.device)
-        accuracies[f"{role}_accuracy"] = round(accuracy, 6)
-    models_file.write_models(
-        path,
-        teacher=str(distillation.teacher.with_weights("teacher.safetensors")),
-        base=str(distillation.student.with_weights("base.safetensors")) if distillation.has_base else None,
-        student=str(distillation.student.with_weights("student.safetensors")),
-        layers=[pair[0] if pair[0] == pair[1] else "=".join(pair) for pair in pairs],
-        classes=distillation.dataset.classes,
-        preprocessing=distillation.preprocessing,
-        data=located(distillation.dataset.reference),
-        fingerprint=distillation.dataset.fingerprint,
-        split_seed=settings.split_seed,
-        used=_write_used_images(distillation),
-        training={
-            **{
-                key: value
-                for key, value in vars(settings).items()
-                if key not in ("split_seed", "image_size", "max_unreadable", "resizing", "save_minutes", *ADDED_LATER) and value is not None
-            },
-            **settings.later_entries(),
-            **accuracies,
-            "test_images": len(test),
-            "unreadable_images": len(distillation.unreadable),
-            **_logged_probe(distillation, probe),
-        },
-        resizing=settings.resizing,
-    )
-
-
-def _logged_probe(distillation: Distillation, probe: int | None) -> dict[str, str | int]:
-    """The entries about the scores of probe images: the file beside the models file that has them, and the number of images."""
-    file = distillation.folder / "student.csv"
-    if not probe or not file.exists():  # the student may have been finished by a run without a probe
-        return {}
-    return {"probe": file.name, "probe_images": min(probe, len(distillation.images["validation"]))}
-
-
-def _write_used_images(distillation: Distillation) -> str | None:
-    """Write the keys of the images of train and validation, by which `kdx explain` recognises them in other folders; the file's name.
-
-    None for data whose images share files.
-    """
-    keys = distillation.dataset.image_keys
-    if keys is None:
-        return None
-    content = io.BytesIO()
-    np.save(content, np.unique(np.concatenate([keys[distillation.images[name].indices] for name in ("train", "validation")])))
-    write_atomic(distillation.folder / USED_IMAGES, content.getvalue())
-    return USED_IMAGES
 
 
 def _print_unreadable(distillation: Distillation) -> bool:

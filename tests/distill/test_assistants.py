@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from kdx.distill import EpochResult, distill
+from kdx.errors import KdxError
 from kdx.export.graphs import Preprocessing
 from kdx.models import models_file
 from kdx.models.checkpoint_files import recorded_preprocessing
@@ -48,6 +50,21 @@ def test_a_chain_is_one_distillation_after_another(teacher: str, tmp_path: Path)
             assert all(torch.equal(expected[name], actual[name]) for name in expected)
     assert models_file.read_models(path).teacher == f"{ASSISTANT},classes=10@teacher.safetensors"
     assert models_file.read_models(chain / "assistant-1" / "models.toml").student == f"{ASSISTANT},classes=10@student.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"base": "nowhere/base.safetensors"}, "There is no base checkpoint nowhere/base.safetensors"),
+        ({"teacher_cache": "cache"}, "cannot be stored, because augmentation changes the images"),
+    ],
+)
+def test_what_the_last_student_needs_is_checked_before_an_assistant_is_trained(
+    arguments: dict[str, Any], problem: str, teacher: str, tmp_path: Path
+) -> None:
+    with pytest.raises(KdxError, match=problem):
+        distill("digits", teacher=teacher, assistants=[ASSISTANT], student=STUDENT, out=tmp_path / "out", settings=SETTINGS, **arguments)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_network_that_kdx_trained_teaches_with_the_preprocessing_of_its_training(teacher: str, finished: Path, tmp_path: Path) -> None:

@@ -64,6 +64,26 @@ def test_a_device_that_is_not_here_is_an_error_before_anything_is_trained(entrie
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]  # so that the corrected study can have this folder
 
 
+@pytest.mark.parametrize(
+    ("training", "problem"),
+    [
+        ({"teacher_cache": "CACHE", "augment": True}, "cannot be stored, because augmentation changes the images"),
+        ({"teacher_cache": "FILE"}, "FILE cannot be written: File exists"),
+        ({"log": ["csv", "wandb"]}, "The log wandb needs a package that is not installed"),
+        ({"precision": "float16"}, "float16 needs a GPU for training"),
+    ],
+)
+def test_what_only_students_need_is_checked_before_a_teacher_is_trained(
+    training: dict[str, Any], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").touch()
+    monkeypatch.setattr("accelerate.utils.imports.is_wandb_available", lambda: False)
+    with pytest.raises(KdxError, match=problem):
+        run_study({**DESIGN, "training": {**DESIGN["training"], "device": "cpu", **training}}, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
 def test_the_cost_of_a_study_on_a_device_that_is_not_here_is_an_error(tmp_path: Path) -> None:
     design = design_of({**DESIGN, "training": {**DESIGN["training"], "device": "gpu"}})
     with pytest.raises(KdxError, match="The device 'gpu' cannot be used here"):
