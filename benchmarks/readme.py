@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import evidence_claims, evidence_tables, gpu_model, gpu_tables, growth, methods, planted_tables, training
+from benchmarks.busy import BUSY as BESIDE
+from benchmarks.busy import IDLE as ALONE
 from benchmarks.cases import CASES, PROCESS_KINDS
 from benchmarks.cold import COMMANDS, IMPORTS
 from benchmarks.folder import MORE, PICTURE
@@ -152,6 +154,25 @@ def whole(_: Records) -> str:
     return "\n\n".join([joined(lines), _machine(record), f"{count}; commit {record['commit']}."]) + "\n"
 
 
+def busy(_: Records) -> str:
+    """The table of `benchmarks.busy`."""
+    path = RESULTS / "busy.json"
+    if not path.exists():
+        return "No result is stored.\n"
+    record = json.loads(path.read_text())
+    lines = header("case", "variant", ALONE, BESIDE, "ratio")
+    missed = []
+    for case in record["cases"]:
+        for variant, measured in case["variants"].items():
+            alone, beside = (quartiles(measured["samples"][condition])[1] for condition in (ALONE, BESIDE))
+            lines.append(row(case["case"], variant, _duration(alone), _duration(beside), f"{measured['ratio'][1]:.2f}"))
+            missed += [f"{case['case']}, {variant}"] if measured["ratio"][1] > record["goal"] else []
+    rounds = len(next(iter(record["cases"][0]["variants"].values()))["samples"][ALONE])
+    goal = f"The goal of at most {record['goal']} times is missed by: {'; '.join(missed)}." if missed else "All cases reach the goal."
+    count = f"Medians of {rounds} paired rounds" if rounds > 1 else "One round"
+    return "\n\n".join([joined(lines), goal, _machine(record), f"{count}; commit {record['commit']}."]) + "\n"
+
+
 def planted(table: Callable[[planted_tables.Record], str]) -> Callable[[Records], str]:
     """A table of `benchmarks.planted`, which stores one result of its own."""
     return lambda _: table(planted_tables.stored()) if planted_tables.PATH.exists() else "No result is stored.\n"
@@ -200,6 +221,7 @@ PAGES: dict[Path, dict[str, Callable[[Records], str]]] = {
         "scores": variants("scores", "estimators", "beside dcor", "permutations", "batches"),
         "imputation": variants("imputation"),
         "neighbours": variants("neighbours of unicam", "neighbours of compare"),
+        "busy": busy,
         "folder": folder,
         "whole": whole,
         "growth": growing,
