@@ -29,13 +29,14 @@ class Clock(Protocol):
 
 
 CYCLES_PER_SECOND = 2e9
-"""At least the clock rate of a GPU's multiprocessors."""
+"""An upper bound of the clock rate of a GPU's multiprocessors."""
 
 
 class GpuClock:
     """Measures by events of the GPU. Before each sample, other data fill its cache.
 
-    The GPU first waits until the processor has queued all launches. Otherwise the time of many small launches would be the processor's.
+    The GPU first waits until the processor has queued all launches. Otherwise the samples of many small launches would measure the
+    processor.
     """
 
     def __init__(self, device: torch.device, samples: int) -> None:

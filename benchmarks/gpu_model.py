@@ -3,9 +3,9 @@
     seconds of a stage = bytes / (MEMORY x bandwidth) + operations / (ARITHMETIC x rate)
 
 The stages of successive batches overlap, so a batch takes as long as its slowest part: passes with maps and scores, upload, or download.
-The processor launches maps and scores as one graph, whose time is left out. The shares of the peak rates that are reached (MEMORY,
-ARITHMETIC) are those of an H100; a test compares the model with the stored measurement of an H200. The figures of the other GPUs are
-estimates from data sheets, not measurements.
+The processor launches maps and scores as one graph; the time of this launch is left out. The shares of the peak rates that are reached
+(MEMORY, ARITHMETIC) are those of an H100; a test compares the model with the stored measurement of an H200. The figures of the other
+GPUs are estimates from data sheets, not measurements.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from kdx.runtimes.choice import Choice, open_file
 from kdx.runtimes.runner import Runner
 
 BASELINES = ("passes, TensorRT float16", "passes, ONNX Runtime float16", "passes, float16")
-"""The float16 passes of which kdx is compared with the fastest."""
+"""The float16 passes; kdx is compared with the fastest of them."""
 
 
 def time_passes(clock: Clock, network: str, layer: str, sizes: Sizes, seed: int) -> tuple[dict[str, list[float]], dict[str, str]]:

@@ -61,7 +61,7 @@ def _batch(record: Record) -> str:
         f"The published method takes {_milliseconds(published)} on {images} images, which is what fits into memory. "
         f"The kernels take {_milliseconds(beside)} on the same images, {published / beside:.0f} times less, and give the same weights."
     )
-    missing = [f"{BATCH[name]}: not measured ({reason})." for name, reason in record.get("missing", {}).items()]
+    missing = [f"{BATCH[name][0].upper()}{BATCH[name][1:]}: not measured ({reason})." for name, reason in record.get("missing", {}).items()]
     return "\n\n".join([joined(lines), note, *missing, _goals(record), _machine(record)]) + "\n"
 
 
@@ -176,7 +176,7 @@ def _machine(record: Record) -> str:
     samples = len(record["batch"]["geometry"])
     return (
         f"{device['name']}, driver {device['driver']}, CUDA {device['cuda']}, {device['compiler']}, PyTorch {environment['torch']}. "
-        f"Medians of {samples} samples, by events of the GPU; commit {record['commit']}."
+        f"Medians of {samples} samples; commit {record['commit']}."
     )
 
 

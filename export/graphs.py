@@ -253,7 +253,7 @@ class GradientGraph(WatchedNetwork):
 def _start_backward_thread(device: torch.device) -> None:
     """Make the GPU's context current in the thread in which autograd computes its backward passes.
 
-    A kernel does that without a word. A product of cuBLAS, with which the backward pass of many networks starts, warns.
+    A kernel makes it current silently. A product of cuBLAS, with which the backward pass of many networks starts, prints a warning.
     """
     with torch.inference_mode(False), torch.enable_grad():
         one = torch.ones((), device=device, requires_grad=True)

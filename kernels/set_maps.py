@@ -26,7 +26,7 @@ from kdx.kernels.set_unicam import SetGradient
 from kdx.kernels.tiles import FeatureDistances, RowBuffer
 
 _CACHED, _LAUNCHED = 1 << 19, 1 << 25
-"""Products of positions that one step computes: on a CPU they stay in its cache, and on a GPU they are worth their launches."""
+"""Products of positions that one step computes: on a CPU they fit into its cache, and on a GPU they outweigh the time of their launches."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -63,7 +63,8 @@ def validation_probe(distillation: Distillation, pairs: Sequence[Pair], count: i
 def open_logs(names: Sequence[str], folder: Path) -> Iterator[Log | None]:
     """Yield one log that writes to all of these kinds until the block ends; None without any.
 
-    ``csv`` writes ``folder``/ROLE.csv; ``tensorboard`` and ``wandb`` are trackers of Accelerate. Raises KdxError as `check_logs`.
+    ``csv`` writes ``folder``/ROLE.csv; ``tensorboard`` and ``wandb`` are trackers of Accelerate. Raises KdxError in the same cases as
+    `check_logs`.
     """
     check_logs(names)
     with ExitStack() as stack:

@@ -65,8 +65,8 @@ class _Captured:
 class LayerGraphs:
     """Captured computations by the shapes of their inputs. A computation is captured when its shapes occur for the second time.
 
-    capture: None for CUDA graphs where the launcher can be captured; otherwise nothing is captured. If the capture of a computation fails,
-    nothing is captured any more.
+    capture: None for CUDA graphs where the launcher can be captured; otherwise nothing is captured. After a failed capture, no
+    further computation is captured.
     """
 
     def __init__(self, capture: Capture | None = None) -> None:

@@ -118,7 +118,7 @@ def _session(onnxruntime: Any, path: Path, provider: Provider, stream: CudaStrea
         onnxruntime.preload_dlls()  # CUDA's libraries come with PyTorch
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         options.log_severity_level = 3  # errors only: it warns about the arithmetic on sizes
-        # For half precision it logs each plan of cuDNN that does not exist as an error, and then uses another. Real errors are exceptions.
+        # For half precision it logs an error for each plan of cuDNN that does not exist, and uses another. Real errors are raised.
         onnxruntime.set_default_logger_severity(4)
         settings = {"device_id": str(stream.device.index), "user_compute_stream": str(stream.handle), "use_tf32": str(int(tf32))}
     try:

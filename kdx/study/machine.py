@@ -1,4 +1,4 @@
-"""What a study needs of the machine: checked before anything is trained, and not hours later in the first job that uses it."""
+"""Checks what a study needs from the machine before anything is trained, not hours later in the first job that uses it."""
 
 from __future__ import annotations
 

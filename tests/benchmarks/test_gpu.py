@@ -217,7 +217,7 @@ def test_a_run_is_shown(record: dict[str, Any]) -> None:
 def test_the_page_states_what_was_measured_and_what_was_not(record: dict[str, Any]) -> None:
     page = gpu_tables.page(record)
     assert page.startswith("# kdx on the emulation on a CPU\n") and "TensorFloat-32 is forbidden" in page
-    assert "the same as one CUDA graph, as in `kdx explain`: not measured (CUDA graphs need a GPU)." in page
+    assert "The same as one CUDA graph, as in `kdx explain`: not measured (CUDA graphs need a GPU)." in page
     assert (
         f"relative to the {gpu_tables.PASSES[record['baseline']].removeprefix('two forward ')}" in page
         and "TensorRT, float16: not measured (TensorRT needs a GPU)." in page
