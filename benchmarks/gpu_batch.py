@@ -14,12 +14,11 @@ from benchmarks import eager
 from benchmarks.gpu_clock import Clock
 from benchmarks.kernel_cases import Check, KernelCase, Sizes, centred, check
 from kdx.data import as_pixels
-from kdx.errors import first_line
+from kdx.errors import KdxError
 from kdx.explain import layer
 from kdx.explain.batch_target import BatchTarget
 from kdx.explain.layer_graphs import CudaCapture, LayerGraphs
 from kdx.kernels import cuda, fused, fused_maps, geometry
-from kdx.kernels.drivers import DriverError
 from kdx.kernels.fused_shares import PositionSquares
 from kdx.runtimes.transfers import Transfers
 from tests.oracle import TOLERANCE, error
@@ -174,9 +173,9 @@ def time_graph(clock: Clock, batch: Batch) -> tuple[dict[str, list[float]], Chec
     if not cuda.launcher(batch.device).can_be_captured:
         return {}, None, _no_graph("PyCUDA launches the kernels")
     try:
-        samples, difference = graph_samples(clock, batch, LayerGraphs(CudaCapture()))
-    except (RuntimeError, DriverError) as error:  # the other figures do not need them
-        return {}, None, _no_graph(first_line(error))
+        samples, difference = graph_samples(clock, batch, LayerGraphs(CudaCapture(batch.device)))
+    except KdxError as error:  # the other figures do not need them
+        return {}, None, _no_graph(error.problem)
     return samples, difference, {}
 
 

@@ -106,12 +106,12 @@ class WatchedNetwork(nn.Module):
         capture: applied to each layer's tensor. Its result is returned, and the network continues with a copy of it.
         """
         size = self.preprocessing.size
-        is_resized = not isinstance(images.shape[2], torch.SymInt) and images.shape[2:] == size  # a comparison would fix a symbolic size
-        if size is not None and not is_resized:  # resizing to the same size is slow and changes nothing
+        sides = images.shape[2:]
+        is_symbolic = any(isinstance(side, torch.SymInt) for side in sides)  # a comparison would fix a symbolic size
+        if size is not None and (is_symbolic or sides != size):  # resizing to the same size is slow and changes nothing
             images = nn.functional.interpolate(images, size=size, mode="bilinear", align_corners=False)
-        normalised = (images - self.mean).div_(self.std)
         with no_checkpointing(), network_errors():
-            output, raw = self._pass(normalised.to(self.dtype), capture)
+            output, raw = self._pass(((images - self.mean) / self.std).to(self.dtype), capture)
         unreached = [layer for layer in self.watched if layer not in raw]
         if unreached:
             raise KdxError(

@@ -47,7 +47,7 @@ _RUNS = 16
 _BYTES = 1 << 28
 """Memory that the rows of a tile may take, for all matrices together."""
 
-_GPU_BYTES = 1 << 30
+GPU_BYTES = 1 << 30
 """The same on a GPU. It computes a small tile faster than the processor launches the work."""
 
 _SAMPLE = 128
@@ -261,14 +261,20 @@ def tile_side(n: int, rows: Sequence[Rows]) -> int:
     sets. A tile keeps the rows of every matrix and the columns of one matrix in memory. On a GPU tiles may be larger; p-values are then
     from other random permutations than on a CPU.
     """
-    on_gpu = bool(rows) and all(torch.device(r.device).type == "cuda" for r in rows)
-    return side_for(n, [r.shape[1] * r.dtype.itemsize for r in rows], on_gpu=on_gpu)
+    if rows and all(torch.device(r.device).type == "cuda" for r in rows):
+        widths = [r.shape[1] * max(r.dtype.itemsize, torch.float32.itemsize) for r in rows]
+        return _side(n, 2 * sum(widths), GPU_BYTES)  # rows and columns of every matrix
+    return side_for(n, [r.shape[1] * r.dtype.itemsize for r in rows])
 
 
-def side_for(n: int, widths: Sequence[int], *, on_gpu: bool = False) -> int:
-    """`tile_side` for rows of these numbers of bytes."""
-    side, most = TILE, _GPU_BYTES if on_gpu else _BYTES
-    while side > 16 and side * (sum(widths) + 2 * max(widths, default=0)) > most:
+def side_for(n: int, widths: Sequence[int]) -> int:
+    """`tile_side` on a CPU for rows of these numbers of bytes."""
+    return _side(n, sum(widths) + 2 * max(widths, default=0), _BYTES)
+
+
+def _side(n: int, bytes_per_image: int, most: int) -> int:
+    side = TILE
+    while side > 16 and side * bytes_per_image > most:
         side //= 2
     while side > 4 and 4 * side > n:
         side //= 2

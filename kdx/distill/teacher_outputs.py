@@ -49,7 +49,8 @@ def check_cache(settings: TrainingSettings, cache: Path | None) -> None:
         cache.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache).close()
     except OSError as error:
-        raise unwritable(cache, error) from error
+        if not (cache.is_dir() and any(cache.glob("[!.]*"))):  # a folder that is only read may contain what is needed
+            raise unwritable(cache, error) from error
 
 
 def teacher_outputs(distillation: Distillation, teacher: Observed, weights_hash: str, cache: Path | None) -> TeacherOutputs:

@@ -23,7 +23,7 @@ from kdx.distill import checkpoints, loop
 from kdx.distill.display import console_reports
 from kdx.distill.losses import LABELS, LOSS_SETTINGS, Batch, source_hashes
 from kdx.distill.models_record import write_models_file
-from kdx.distill.monitoring import open_logs, validation_probe
+from kdx.distill.monitoring import check_logs, open_logs, validation_probe
 from kdx.distill.networks import Distillation, check_networks
 from kdx.distill.number_formats import check_settings
 from kdx.distill.pairing import Pair, layer_pairs
@@ -80,6 +80,7 @@ def distill(
     """
     cache = None if teacher_cache is None else Path(teacher_cache)
     check_cache(settings, cache)
+    check_logs(log)
     if assistants:
         _check_references(data, (teacher, *assistants, student))
         _check_exists(base, Path(out))

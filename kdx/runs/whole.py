@@ -21,6 +21,7 @@ from kdx.explain.whole_set import measure_set
 from kdx.features.array_files import new_array
 from kdx.features.projection import projected, projected_channels
 from kdx.features.target import Target
+from kdx.kernels import tiles
 from kdx.kernels.set_geometry import StoredDistances
 from kdx.progress import progress
 from kdx.roles import possessive, roles_among
@@ -213,7 +214,8 @@ def _measure(
     with files.scratch() as folder, progress() as show, torch.no_grad():
         features = files.rows(layer, device)
         distances = StoredDistances.bytes(len(files.kept), len(features))
-        on_gpu = device.type == "cuda" and 2 * distances <= torch.cuda.mem_get_info(device)[0]
+        # The sweeps also need the rows of a tile, and the products of its positions.
+        on_gpu = device.type == "cuda" and 2 * (distances + tiles.GPU_BYTES) <= torch.cuda.mem_get_info(device)[0]
         measurement = measure_set(
             features,
             target,

@@ -57,6 +57,7 @@ def test_a_chain_is_one_distillation_after_another(teacher: str, tmp_path: Path)
     [
         ({"base": "nowhere/base.safetensors"}, "There is no base checkpoint nowhere/base.safetensors"),
         ({"teacher_cache": "cache"}, "cannot be stored, because augmentation changes the images"),
+        ({"log": ["nonsense"]}, "There is no log 'nonsense'"),
     ],
 )
 def test_what_the_last_student_needs_is_checked_before_an_assistant_is_trained(

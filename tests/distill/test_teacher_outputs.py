@@ -98,6 +98,17 @@ def test_augmentation_excludes_stored_outputs(finished: Path, tmp_path: Path) ->
         losses(tmp_path / "out", teacher, replace(PLAIN, flip=True), teacher_cache=tmp_path / "cache")
 
 
+def test_a_complete_store_may_be_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> Any:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(KdxError, match="cannot be written: Read-only file system"):
+        teacher_outputs.check_cache(PLAIN, tmp_path / "empty")
+    (tmp_path / "full" / "0123").mkdir(parents=True)
+    teacher_outputs.check_cache(PLAIN, tmp_path / "full")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
 def test_a_store_that_was_interrupted_is_written_again(tmp_path: Path, teacher: str) -> None:
     settings = replace(PLAIN, method="at")

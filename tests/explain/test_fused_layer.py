@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -244,7 +245,7 @@ def test_graphs_are_captured_unless_they_are_turned_off(
     monkeypatch.delenv("KDX_CUDA_GRAPHS", raising=False)
     if text is not None:
         monkeypatch.setenv("KDX_CUDA_GRAPHS", text)
-    monkeypatch.setattr(layer_graphs, "CudaCapture", lambda: captured)
+    monkeypatch.setattr(layer_graphs, "CudaCapture", lambda device: captured)
     graphs, (features, target, table) = LayerGraphs(), inputs()
     with counted():
         monkeypatch.setattr(cuda.launcher(torch.device("cpu")), "can_be_captured", can_be_captured)
@@ -263,12 +264,16 @@ def test_large_features_and_launchers_without_graphs_are_not_captured() -> None:
         assert not graphs._captured
 
 
-def test_the_inputs_of_all_graphs_together_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", ["memory", "graphs"])
+def test_the_graphs_together_are_limited(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     features, target, table = inputs()
     few = {role: value[:9] for role, value in features.items()}
     graphs = LayerGraphs(captured)
-    size = sum(tensor.nbytes for tensor in (*features.values(), table, target.distances.raw, target.values))
-    monkeypatch.setattr(layer_graphs, "_BYTES", size)
+    if limit == "memory":
+        size = sum(tensor.nbytes for tensor in (*features.values(), table, target.distances.raw, target.values))
+        monkeypatch.setattr(layer_graphs, "_memory", lambda device: layer_graphs._SHARE * size)
+    else:
+        monkeypatch.setattr(layer_graphs, "_GRAPHS", 1)
     with counted():
         for _ in range(3):
             begin(features, target, table, graphs=graphs)
@@ -276,19 +281,58 @@ def test_the_inputs_of_all_graphs_together_are_limited(monkeypatch: pytest.Monke
     assert len(graphs._captured) == 1
 
 
-def test_a_capture_that_fails_leaves_single_launches() -> None:
-    (features, target, table), attempts = inputs(), []
+@pytest.mark.parametrize("place", ["inputs", "capture"])
+def test_too_little_memory_for_a_graph_leaves_single_launches(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (features, target, table), attempts, empty_like = inputs(), list[str](), torch.empty_like
 
-    def failing(run: Callable[[], tuple[FusedMeasurement, Tensor]]) -> tuple[tuple[FusedMeasurement, Tensor], Callable[[], None]]:
-        attempts.append(run)
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if place == "inputs" and attempts:
+            return empty_like(*arguments, **options)
+        attempts.append(place)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    graphs = LayerGraphs(failing)
+    graphs = LayerGraphs(failing if place == "capture" else captured)
     with running():
-        results = [begin(features, target, table, graphs=graphs).result() for _ in range(4)]
-    assert len(attempts) == 1
+        results = [begin(features, target, table, graphs=graphs).result()]
+        if place == "inputs":
+            monkeypatch.setattr(torch, "empty_like", failing)
+        results += [begin(features, target, table, graphs=graphs).result() for _ in range(3)]
+    assert attempts == [place] and not graphs._captured
+    monkeypatch.undo()
     for result in results:
         assert_close(result, measure(features, target, table))
+
+
+def test_another_failure_of_a_capture_is_an_error_with_its_reason() -> None:
+    features, target, table = inputs()
+
+    def failing(run: Callable[[], tuple[FusedMeasurement, Tensor]]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphs = LayerGraphs(failing)
+    with counted():
+        begin(features, target, table, graphs=graphs)
+        with pytest.raises(kdx.KdxError, match="cannot be captured: operation not permitted") as error:
+            begin(features, target, table, graphs=graphs)
+    assert "KDX_CUDA_GRAPHS=0" in error.value.hint
+
+
+def test_a_thread_captures_only_what_it_has_computed_before() -> None:
+    """A thread's first products prepare cuBLAS, and the first batch of a shape copies constants; neither can be captured."""
+    (features, target, table), captures = inputs(), []
+
+    def counting(run: Callable[[], tuple[FusedMeasurement, Tensor]]) -> Any:
+        captures.append(run)
+        return captured(run)
+
+    graphs = LayerGraphs(counting)
+    with counted():
+        begin(features, target, table, graphs=graphs)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(begin, features, target, table, graphs=graphs).result()
+            assert not captures
+            pool.submit(begin, features, target, table, graphs=graphs).result()
+    assert len(captures) == 1
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -13,23 +15,25 @@ def adaptive_mean(features: Tensor, height: int, width: int) -> Tensor:
 
     On a GPU it is computed as two matrix products, because the backward pass of PyTorch's function is not deterministic there.
     """
-    if features.device.type == "cpu":
-        return functional.adaptive_avg_pool2d(features, (height, width))
-    return products_with_windows(features, height, width)
+    if features.device.type == "cuda":
+        return products_with_windows(features, height, width)
+    return functional.adaptive_avg_pool2d(features, (height, width))
 
 
 def products_with_windows(features: Tensor, height: int, width: int) -> Tensor:
     """`adaptive_mean` as two matrix products, on every device; half-precision features are averaged in float32."""
     with torch.autocast(features.device.type, enabled=False):
         wide = features.to(torch.promote_types(features.dtype, torch.float32))
-        rows, columns = (_windows(side, parts).to(wide) for side, parts in zip(features.shape[2:], (height, width), strict=True))
+        sides = zip(features.shape[2:], (height, width), strict=True)
+        rows, columns = (_windows(side, parts, wide.dtype, wide.device) for side, parts in sides)
         return (rows @ wide @ columns.T).to(features.dtype)
 
 
-def _windows(side: int, parts: int) -> Tensor:
+@cache
+def _windows(side: int, parts: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A row per window with its weights: window k contains the positions from floor(k side / parts) to ceil((k + 1) side / parts) - 1."""
-    weights = torch.zeros(parts, side)
+    weights = torch.zeros(parts, side, dtype=torch.float64)
     for part in range(parts):
         start, end = part * side // parts, -(-(part + 1) * side // parts)
         weights[part, start:end] = 1 / (end - start)
-    return weights
+    return weights.to(device, dtype)

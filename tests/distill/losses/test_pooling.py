@@ -13,7 +13,7 @@ from kdx.distill.losses.pooling import products_with_windows
 def test_products_with_windows_are_adaptive_pooling(side: tuple[int, int], size: tuple[int, int]) -> None:
     features = torch.rand(2, 3, *side, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     expected, actual = functional.adaptive_avg_pool2d(features, size), products_with_windows(features, *size)
-    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     weights = torch.rand(expected.shape, dtype=torch.float64)
     gradients = [torch.autograd.grad((weights * means).sum(), features)[0] for means in (expected, actual)]
-    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
