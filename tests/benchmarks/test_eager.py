@@ -182,6 +182,7 @@ def test_a_broken_step_is_noticed(implementation: Implementation, step: str, mon
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # PyTorch's compiler raises it on import
 def test_compiled_agrees_with_kdx_at_any_number_of_images() -> None:
     student, base = pair(torch.float32)

@@ -24,7 +24,9 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("reference", ["kdx:resnet,width=8,depth=1", "timm:vit_tiny_patch16_224,img_size=64,depth=3"])
+@pytest.mark.parametrize(
+    "reference", [pytest.param("kdx:resnet,width=8,depth=1", marks=pytest.mark.exhaustive), "timm:vit_tiny_patch16_224,img_size=64,depth=3"]
+)
 def test_a_family_exports_in_every_kind_and_builds_engines(reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(families.FAMILIES, reference, lambda: families._reference(reference))
     rows = families.measure(reference)

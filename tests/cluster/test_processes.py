@@ -29,7 +29,7 @@ def torchrun(folder: Path, out: Path, geometry: str, data: str = "pictures") -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("geometry", ["batch", "whole"])
+@pytest.mark.parametrize("geometry", ["batch", pytest.param("whole", marks=pytest.mark.exhaustive)])
 def test_two_processes_write_the_bytes_of_one(folder: Path, tmp_path: Path, geometry: GeometryName) -> None:
     with ambient.torch_threads(1):
         options = replace(OPTIONS, geometry=geometry)

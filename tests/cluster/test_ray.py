@@ -114,7 +114,7 @@ def run(folder: Path, out: Path, geometry: GeometryName, workers: int | None) ->
 
 
 @pytest.mark.usefixtures("ray")
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.exhaustive])])
 def test_workers_write_the_bytes_of_one_process(pictures: Path, finished: dict[str, bytes], tmp_path: Path, workers: int) -> None:
     run(pictures, tmp_path / "run", "batch", workers)
     assert bytes_of(tmp_path / "run") == finished
@@ -123,7 +123,7 @@ def test_workers_write_the_bytes_of_one_process(pictures: Path, finished: dict[s
 
 
 @pytest.mark.usefixtures("ray")
-@pytest.mark.parametrize("geometry", ["reference", "whole"])
+@pytest.mark.parametrize("geometry", [pytest.param("reference", marks=[pytest.mark.slow, pytest.mark.exhaustive]), "whole"])
 def test_workers_of_the_other_geometries(pictures: Path, tmp_path: Path, geometry: GeometryName) -> None:
     run(pictures, tmp_path / "two", geometry, 2)
     assert bytes_of(tmp_path / "two") == bytes_of(alone(pictures, tmp_path / "one", geometry))

@@ -85,6 +85,7 @@ def test_a_run_in_a_running_cluster_has_the_bytes_of_one_process(
     cluster.wait_until_free()
 
 
+@pytest.mark.exhaustive
 def test_ctrl_c_frees_the_workers_and_the_run_resumes_in_the_same_cluster(
     cluster: Cluster, pictures: Path, finished: dict[str, bytes], tmp_path: Path
 ) -> None:

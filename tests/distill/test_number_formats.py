@@ -136,6 +136,7 @@ def test_networks_compute_in_bfloat16() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
 def test_a_compiled_training_is_the_training(finished: Path, tmp_path: Path) -> None:
     settings = replace(QUICK, method="at", student_images=60, epochs=2)

@@ -101,7 +101,7 @@ def launch(out: Path, *arguments: str, status: int = 0) -> list[list[float | str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kd+", "at"])
+@pytest.mark.parametrize("name", [pytest.param("kd+", marks=pytest.mark.exhaustive), "at"])
 def test_two_processes_train_as_one_does(tmp_path: Path, name: str) -> None:
     results: list[EpochResult] = []
     one, two = tmp_path / "one", tmp_path / "two"

@@ -17,7 +17,7 @@ from kdx.runs.run import RunOptions
 
 CLASSES = ("cat", "dog", "owl")
 SIZE = (12, 12)
-OPTIONS = RunOptions(batch=9, geometry="batch", permutations=19, runtime="eager", device="cpu", seed=3, gallery=6)
+OPTIONS = RunOptions(batch=9, geometry="batch", permutations=19, runtime="eager", seed=3, gallery=6)
 WHOLE = replace(OPTIONS, geometry="whole")
 SALIENT = replace(OPTIONS, features="salient", keep=0.4, noise=0.05)
 
