@@ -40,7 +40,7 @@ from rich.table import Table
 import benchmarks.record
 from benchmarks import gpu_tables, gpu_timeline
 from benchmarks.cases import RESNET50 as NETWORK
-from benchmarks.gpu_batch import GRAPH, Batch, time_batch, time_graph, time_published
+from benchmarks.gpu_batch import Batch, time_batch, time_graph, time_published
 from benchmarks.gpu_checks import TESTS, compare_decoders, run_tests
 from benchmarks.gpu_clock import Clock, CpuClock, GpuClock, median
 from benchmarks.gpu_passes import BASELINES, time_passes
@@ -112,8 +112,7 @@ def goals(rows: Sequence[dict[str, Any]], batch: dict[str, Any]) -> list[dict[st
     reference = baseline(batch)
     passes = median(batch[reference])
     compared = reference.removeprefix("passes, ")
-    maps_and_scores = GRAPH if GRAPH in batch else "maps and scores, 999 permutations"
-    parts = {"kernels": "geometry", "maps and scores": maps_and_scores, "full path": "full path"}
+    parts = {"kernels": "geometry", "maps and scores": gpu_tables.everything(batch), "full path": "full path"}
     of_geometry = median(batch["geometry and decomposition maps"]) / median(batch["geometry"])
     speedup = median(batch["published"]) / median(batch["geometry beside published"])
     return [

@@ -37,6 +37,12 @@ BATCH = {
 Record = Mapping[str, Any]
 
 
+def everything(times: Mapping[str, Any]) -> str:
+    """The name of the stored times of what `kdx explain` computes per batch: one CUDA graph, or single launches where none was measured."""
+    graph = "maps and scores, one CUDA graph"
+    return graph if graph in times else "maps and scores, 999 permutations"
+
+
 def stored() -> Record | None:
     return json.loads(PATH.read_text()) if PATH.exists() else None
 
@@ -122,11 +128,9 @@ def command(record: Record) -> str:
 def stored_command() -> str:
     """`command` of the stored record, with its machine."""
     record = stored()
-    return (
-        "No result is stored.\n"
-        if record is None
-        else f"{command(record)}\n{record['device']['name']}. One run; commit {record['commit']}.\n"
-    )
+    if record is None:
+        return "No result is stored.\n"
+    return f"{command(record)}\n{record['device']['name']}. One run; commit {record['commit']}.\n"
 
 
 def page(record: Record) -> str:
@@ -153,15 +157,13 @@ def headline() -> str:
     record = stored()
     if record is None:
         return "No result is stored.\n"
-    graph = "maps and scores, one CUDA graph"
-    everything_of = graph if graph in record["batch"] else "maps and scores, 999 permutations"
-    names = (everything_of, "passes, float16", "published", "geometry beside published")
+    names = (everything(record["batch"]), "passes, float16", "published", "geometry beside published")
     times = {name: quartiles(record["batch"][name])[1] for name in names}
-    everything, passes = times[everything_of], times["passes, float16"]
+    per_batch, passes = times[names[0]], times["passes, float16"]
     ratio = times["published"] / times["geometry beside published"]
     return (
         f"On an {record['device']['name']}, maps, scores and 999 permutations of 256 images (two ResNet-50, layer4) take "
-        f"{_milliseconds(everything)}; the float16 forward passes take {_milliseconds(passes)}, "
+        f"{_milliseconds(per_batch)}; the float16 forward passes take {_milliseconds(passes)}, "
         f"and the published geometry {ratio:.0f} times as long as the kernels.\n"
     )
 

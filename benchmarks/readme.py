@@ -132,9 +132,8 @@ def folder(_: Records) -> str:
         f"with {images:,} images, {many:.2f} GB with {MORE * images:,}. A run writes {record['bytes_per_1000_images'] / 1e6:.2f} MB per "
         f"1,000 images."
     )
-    rounds = len(record["samples"]["whole"])
-    count = f"Medians of {rounds} rounds" if rounds > 1 else "One round"
-    return "\n\n".join([joined(lines), costs, _machine(record), f"{count}; commit {record['commit']}."]) + "\n"
+    rounds = _medians(record, len(record["samples"]["whole"]))
+    return "\n\n".join([joined(lines), costs, _machine(record), rounds]) + "\n"
 
 
 def whole(_: Records) -> str:
@@ -149,9 +148,8 @@ def whole(_: Records) -> str:
         share = f"{case['seconds'] / case['pass_seconds']:.1%} of {case['pass_seconds']:.0f} s" if "pass_seconds" in case else NONE
         sizes = (f"{case[key] / 1e9:.2f} GB" for key in ("peak_bytes", "feature_bytes"))
         lines.append(row(name, f"{case['seconds']:.1f} s", f"{case['bare_seconds']:.1f} s", share, *sizes))
-    rounds = len(record["cases"][0]["samples"])
-    count = f"Medians of {rounds} rounds" if rounds > 1 else "One round"
-    return "\n\n".join([joined(lines), _machine(record), f"{count}; commit {record['commit']}."]) + "\n"
+    rounds = _medians(record, len(record["cases"][0]["samples"]))
+    return "\n\n".join([joined(lines), _machine(record), rounds]) + "\n"
 
 
 def busy(_: Records) -> str:
@@ -167,10 +165,9 @@ def busy(_: Records) -> str:
             alone, beside = (quartiles(measured["samples"][condition])[1] for condition in (ALONE, BESIDE))
             lines.append(row(case["case"], variant, _duration(alone), _duration(beside), f"{measured['ratio'][1]:.2f}"))
             missed += [f"{case['case']}, {variant}"] if measured["ratio"][1] > record["goal"] else []
-    rounds = len(next(iter(record["cases"][0]["variants"].values()))["samples"][ALONE])
+    rounds = _medians(record, len(next(iter(record["cases"][0]["variants"].values()))["samples"][ALONE]), "paired rounds")
     goal = f"The goal of at most {record['goal']} times is missed by: {'; '.join(missed)}." if missed else "All cases reach the goal."
-    count = f"Medians of {rounds} paired rounds" if rounds > 1 else "One round"
-    return "\n\n".join([joined(lines), goal, _machine(record), f"{count}; commit {record['commit']}."]) + "\n"
+    return "\n\n".join([joined(lines), goal, _machine(record), rounds]) + "\n"
 
 
 def planted(table: Callable[[planted_tables.Record], str]) -> Callable[[Records], str]:
@@ -322,6 +319,11 @@ def _rounds(records: Records) -> str:
     fewer = [f"{rounds} for {' and '.join(names)}" for rounds, names in sorted(cases.items()) if rounds != most]
     commits = sorted({record["commit"] for record in records.values()})
     return f"Medians of {most} paired rounds{''.join(f', {part}' for part in fewer)}; commit {', '.join(commits)}."
+
+
+def _medians(record: Mapping[str, Any], rounds: int, kind: str = "rounds") -> str:
+    """The number of rounds and the commit of a record that is no result of the suite."""
+    return f"{f'Medians of {rounds} {kind}' if rounds > 1 else 'One round'}; commit {record['commit']}."
 
 
 def _machine(record: Mapping[str, Any]) -> str:

@@ -158,7 +158,7 @@ class LayerGraphs:
 
 
 def applies(device: torch.device) -> bool:
-    """Whether computations on this device are captured: the user has not turned that off, and the launcher can be captured."""
+    """Whether to capture computations on this device. Its launcher must support that, and the user must not have turned it off."""
     return os.environ.get(SWITCH) != "0" and cuda.launcher(device).can_be_captured
 
 
