@@ -16,14 +16,13 @@ from rich.table import Table
 from kdx import threads
 from kdx.disk import scratch_folder
 from kdx.errors import KdxError
-from kdx.explain.graph import largest_size
 from kdx.runs.cost import Cost, Pass, Work
 from kdx.runs.environment import peak_bytes
 from kdx.runs.feature_files import Shapes
 from kdx.runs.geometry import Geometry, geometry_within, products_per_second, requested_geometry, size_text
 from kdx.runs.hardware import ARITHMETIC, Cluster, cluster_seconds
 from kdx.runs.plan import Plan, RunOptions, aligned
-from kdx.runs.trial import Clock, counted_pass, decoding_trial, timed_trial
+from kdx.runs.trial import Clock, counted_pass, decoding_trial, opened, timed_trial
 from kdx.runs.whole import feature_shapes
 from kdx.runtimes.choice import is_file
 
@@ -143,9 +142,7 @@ def _networks(plan: Plan, folder: Path, announce: Callable[[str], None], *, coun
     """The shapes of the features, the size of the images, and the operations of a pass, from a pass in PyTorch where that is possible."""
     if counted:
         plan = replace(plan, options=replace(plan.options, runtime="eager", device="cpu", precision="float32"))
-    with plan.explainer(folder, announce) as explainer:
-        size = largest_size(record.image_size for record in explainer.networks().values())
-        explainer.open(size)
+    with opened(plan, folder, announce) as (explainer, size):
         shapes = feature_shapes(explainer, size, plan.options.project)
         return shapes, size, counted_pass(explainer, size) if counted else None
 

@@ -28,12 +28,12 @@ from kdx.runs import schema
 from kdx.runs.environment import environment
 from kdx.runs.record import LostResult, read_run
 from kdx.study.attempts import Note, Outcome
+from kdx.study.checks import check_machine, check_runs
 from kdx.study.conflicts import check_same_study
 from kdx.study.cost import Cost, costs
 from kdx.study.design import Design
 from kdx.study.grid import MODELS, RUN, Grid, Job, grid_of
 from kdx.study.latex import latex_table
-from kdx.study.machine import check_machine
 from kdx.study.page import write_page
 from kdx.study.schedule import run_jobs
 from kdx.study.statistics import study_statistics
@@ -192,10 +192,12 @@ def run(
         count = workers or _default_workers(grid)
         plan = _plan(design, grid, folder, command, _threads(count, cluster))
         study = _Run(folder, grid, plan, set(complete_jobs(folder, grid.jobs)))
+        incomplete = [job for job in grid.jobs if job.key not in study.complete]
+        check_runs(incomplete)
         if cluster is None:  # the workers of a cluster may have other devices
-            check_machine([job for job in grid.jobs if job.key not in study.complete])
+            check_machine(incomplete)
         study.write_plan()
-        todo = len(grid.jobs) - len(study.complete)
+        todo = len(incomplete)
         where = "in a cluster" if cluster is not None else f"with {count} worker{'s' if count > 1 else ''}"
         announce(f"{len(grid.cells)} cells, {len(grid.jobs)} jobs, {todo} of them to do, {where}.")
         with progress.job_display(todo) as display:
@@ -225,6 +227,7 @@ def dry_run(design: Design, folder: Path, *, workers: int | None = None) -> Grou
     if (folder / STUDY_FILE).exists():
         check_same_study(folder, read_study(folder).plan, _entries(design, grid))
     complete = complete_jobs(_checked(folder), grid.jobs)
+    check_runs([job for job in grid.jobs if job.key not in complete])
     count = workers or _default_workers(grid)
     cells = Table("cell", "state", box=None, pad_edge=False)
     for cell in grid.cells:

@@ -257,14 +257,16 @@ def training_preprocessing(teacher: models.Network, settings: TrainingSettings) 
 
 
 def check_networks(distillation: Distillation) -> None:
-    """Raise KdxError for weights or logits that are not finite and for numbers of classes that do not match.
+    """Raise KdxError for weights or logits that are not finite, for numbers of classes that do not match, and for a network that PyTorch
+    cannot train in the memory layout of the settings.
 
     Without this check, such errors would appear only when the student's training starts, after hours of training the teacher.
     """
     classes = len(distillation.dataset.classes)
     widths = {}
     for role in ("teacher", "student"):
-        module = distillation.initial_network(role)
+        is_used_as_it_is = role == "teacher" and distillation.teacher_is_trained
+        module = distillation.initial_network(role) if is_used_as_it_is else distillation.network_to_train(role)
         for key, tensor in module.state_dict().items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise KdxError(

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from kdx import models
-from kdx.distill.networks import Distillation
 from kdx.errors import about
+from kdx.export.graphs import FeatureGraph, Preprocessing
 from kdx.export.layer_names import find_layer
 from kdx.models.layer_pairs import parse_layers
 
@@ -17,12 +17,11 @@ Pair = tuple[str, str]
 """A layer of the student and a layer of the teacher."""
 
 
-def layer_pairs(distillation: Distillation, layers: Sequence[str] | None) -> list[Pair]:
+def layer_pairs(student: nn.Module, teacher: nn.Module, preprocessing: Preprocessing, layers: Sequence[str] | None = None) -> list[Pair]:
     """The pairs of ``layers``, or by default the layers that both networks have by name, or else pairs by resolution.
 
-    Raises KdxError for a layer that a network does not have.
+    preprocessing: that of the training, with a size. Raises KdxError for a layer that a network does not have.
     """
-    student, teacher = distillation.initial_network("student"), distillation.initial_network("teacher")
     if layers is not None:
         pairs = [(layer, names.teacher) for layer, names in parse_layers(layers).items()]
         for student_layer, teacher_layer in pairs:
@@ -31,12 +30,11 @@ def layer_pairs(distillation: Distillation, layers: Sequence[str] | None) -> lis
             with about("teacher"):
                 find_layer(teacher, teacher_layer)
         return pairs
-    size = distillation.preprocessing.size
-    student_layers, teacher_layers = models.layers(student, size), models.layers(teacher, size)
+    student_layers, teacher_layers = (models.layers(network, preprocessing.size) for network in (student, teacher))
     common = [(name, name) for name in student_layers if name in teacher_layers]
     if common:
         return common
-    return pairs_by_resolution(_resolutions(distillation, student, student_layers), _resolutions(distillation, teacher, teacher_layers))
+    return pairs_by_resolution(_resolutions(student, student_layers, preprocessing), _resolutions(teacher, teacher_layers, preprocessing))
 
 
 def pairs_by_resolution(student: Mapping[str, tuple[int, int]], teacher: Mapping[str, tuple[int, int]]) -> list[Pair]:
@@ -54,9 +52,8 @@ def pairs_by_resolution(student: Mapping[str, tuple[int, int]], teacher: Mapping
     return [pair for pair in pairs if pair[0] != last[0] and pair[1] != last[1]] + [last]
 
 
-def _resolutions(distillation: Distillation, module: nn.Module, layers: Sequence[str]) -> dict[str, tuple[int, int]]:
-    height, width = distillation.preprocessing.size or (0, 0)
-    graph = distillation.graph(module, layers).eval()
+def _resolutions(module: nn.Module, layers: Sequence[str], preprocessing: Preprocessing) -> dict[str, tuple[int, int]]:
+    graph = FeatureGraph(module, layers, preprocessing).eval()
     with torch.no_grad():
-        _, *features = graph(torch.zeros(2, 3, height, width, device=distillation.device))
+        _, *features = graph(torch.zeros(2, 3, *(preprocessing.size or (0, 0)), device=graph.mean.device))
     return {layer: (feature.shape[2], feature.shape[3]) for layer, feature in zip(layers, features, strict=True)}

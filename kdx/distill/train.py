@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from kdx import models, patience, progress
 from kdx.choices import NO_BASE
-from kdx.data.dataset import open_data
 from kdx.distill import checkpoints, loop
 from kdx.distill.display import console_reports
 from kdx.distill.losses import LABELS, LOSS_SETTINGS, Batch, source_hashes
@@ -82,19 +82,17 @@ def distill(
     check_cache(settings, cache)
     check_logs(log)
     if assistants:
-        _check_references(data, (teacher, *assistants, student))
         _check_exists(base, Path(out))
+        _check_chain(data, (teacher, *assistants, student), Path(out), settings, layers, device)
         teacher = _train_assistants(data, teacher, assistants, Path(out), settings, base, teacher_cache, device, report)
     with _prepared(data, Path(out), settings, device, teacher, student, report, [*log, *(["csv"] if probe else [])]) as (
         distillation,
         on_epoch,
     ):
         distillation = replace(distillation, has_base=base != NO_BASE)
-        pairs = layer_pairs(distillation, layers)
-        check_networks(distillation)
+        pairs = _rehearsed(distillation, layers)
         if distillation.has_base:
             _check_base(distillation, base)
-        rehearse(distillation, pairs)
         _train_teacher(distillation, on_epoch)
         if distillation.has_base:
             _train_base(distillation, base, on_epoch)
@@ -172,11 +170,25 @@ def _prepared(
         _print_unreadable(distillation)
 
 
-def _check_references(data: str, references: Sequence[str]) -> None:
-    """Raise KdxError for a reference of a chain that cannot be built, before the networks ahead of it are trained."""
-    classes = len(open_data(data).classes)
-    for reference in references:
-        models.load(str(models.parse_reference(reference).located().with_classes(classes)))
+def _rehearsed(distillation: Distillation, layers: Sequence[str] | None) -> list[Pair]:
+    """The pairs of layers. Raises KdxError for networks, layers and losses with which training would end in an error."""
+    pairs = layer_pairs(
+        distillation.initial_network("student"), distillation.initial_network("teacher"), distillation.preprocessing, layers
+    )
+    check_networks(distillation)
+    rehearse(distillation, pairs)
+    return pairs
+
+
+def _check_chain(data: str, chain: Sequence[str], out: Path, settings: TrainingSettings, layers: Sequence[str] | None, device: str) -> None:
+    """Raise KdxError if a distillation after the first one of a chain would end in an error. The first one checks itself."""
+    processes, device = Processes.of_environment(device)
+    chosen_device = training_device(device)
+    check_settings(settings, chosen_device, processes)
+    links = list(pairwise(chain))[1:]
+    for number, (teacher, student) in enumerate(links, 1):
+        distillation = Distillation.prepare(data, out, settings, chosen_device, teacher, student, processes)
+        _rehearsed(distillation, layers if number == len(links) else None)
 
 
 def _train_assistants(

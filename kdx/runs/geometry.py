@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from kdx.data.batches import check_labels
-from kdx.errors import KdxError
+from kdx.errors import KdxError, about
+from kdx.features.arrays import check_images
 from kdx.runs.cost import SetCost
 from kdx.runs.feature_files import Shapes
 from kdx.runs.plan import MAX_MINUTES, Plan
@@ -27,10 +28,14 @@ class Geometry:
 
 
 def requested_geometry(plan: Plan) -> Geometry | None:
-    """The geometry where the request leaves no choice. Raises KdxError for a request that cannot be met, and for classes of the images, or
-    of their batches, that have no geometry."""
+    """The geometry where the request leaves no choice. Raises KdxError for a request that cannot be met, and for classes of the images, of
+    their batches or of the reference images that have no geometry."""
     check_labels(plan.dataset.labels[plan.indices])
     geometry = _requested(plan)
+    if geometry is not None and geometry.kind == "reference":
+        with about("the reference images"):
+            check_images(plan.reference_count)
+            check_labels(plan.dataset.labels[plan.references()])
     if geometry is not None and geometry.kind != "whole":
         _ = plan.batches
     return geometry

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -40,6 +41,9 @@ from kdx.runs.schema import Configuration, Context, ImageCounts, Manifest, Store
 
 _LISTED_FOR = 10.0
 """The seconds for which a listing of the finished batches at a URL stays valid."""
+
+_BYTES_AT_ONCE = 1 << 24
+"""The size of the maps of a layer that are in memory to be written."""
 
 
 class Store:
@@ -239,8 +243,10 @@ class Store:
                 chunks = (min(schema.MAPS_PER_CHUNK, len(values)), *values.shape[1:])
                 path = schema.map_path(layer, kind)
                 array = group.create_array(path, shape=values.shape, chunks=chunks, dtype="float32", overwrite=True)
-                for start in range(0, len(values), chunks[0]):
-                    array[start : start + chunks[0]] = values[order[start : start + chunks[0]]]
+                # Zarr takes milliseconds per assignment, and writes the chunks of one assignment at the same time.
+                step = chunks[0] * max(1, _BYTES_AT_ONCE // (4 * math.prod(chunks)))
+                for start in range(0, len(values), step):
+                    array[start : start + step] = values[order[start : start + step]]
         self._write_arrays(schema.layer_path(self.folder, place), record.arrays())
 
     def read_layer(self, place: int) -> LayerRecord:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from kdx import threads
 from kdx.data.images import Images, decoded, load_references
 from kdx.explain.explainer import Explainer
+from kdx.explain.graph import largest_size
 from kdx.explain.settings import Settings
 from kdx.explain.whole_set import SetRows, measure_set
 from kdx.features.rows import InMemory
@@ -58,6 +60,15 @@ def counted_pass(explainer: Explainer, size: tuple[int, int]) -> Pass:
     with FlopCounterMode(display=False) as counter, _Written() as written:
         explainer.features(images)
     return Pass(counter.get_total_flops() / len(images), written.count / len(images))
+
+
+@contextmanager
+def opened(plan: Plan, folder: Path | None, announce: Callable[[str], None]) -> Iterator[tuple[Explainer, tuple[int, int]]]:
+    """The explainer of a plan, opened for images of the size that its networks take, and that size. Arguments: as in `Plan.explainer`."""
+    with plan.explainer(folder, announce) as explainer:
+        size = largest_size(record.image_size for record in explainer.networks().values())
+        explainer.open(size)
+        yield explainer, size
 
 
 @dataclass(frozen=True)

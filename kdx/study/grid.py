@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal
 
 from kdx import models
 from kdx.choices import NO_BASE
-from kdx.data.dataset import Dataset, open_data
+from kdx.data.dataset import open_data
 from kdx.data.splits import stratified_splits
 from kdx.distill import TrainingSettings
 from kdx.distill.networks import check_trainable, is_trained_teacher, training_preprocessing
@@ -20,13 +19,11 @@ from kdx.errors import KdxError, about
 from kdx.export.graphs import Preprocessing
 from kdx.export.layer_names import find_layer
 from kdx.models.layer_pairs import parse_layers
-from kdx.models.models_file import ModelsFile
 from kdx.models.network import Network
 from kdx.models.reference import ModelReference
 from kdx.models.source_code import code_hash
 from kdx.models.weights import split_key
-from kdx.runs.geometry import requested_geometry
-from kdx.runs.plan import Plan, RunOptions
+from kdx.runs.plan import RunOptions
 from kdx.study.design import Design, slug
 from kdx.study.options import TrainingExtras
 from kdx.study.table import Cell
@@ -84,14 +81,16 @@ class Grid:
 
 @dataclass(frozen=True)
 class _Fact:
-    """The properties of a network that a grid depends on. given: the hash of the weights, if the network is used as it is. weights_file:
-    the hash of the file with which a training starts, if the reference names one. code: the hash of the source files of a user's own
-    network."""
+    """The properties of a network that a grid depends on.
+
+    given: the hash of the weights, if the network is used as it is. start: the hash of the weights with which a training starts, if the
+    reference names a file or a folder with some. code: the hash of the source files of a user's own network.
+    """
 
     reference: str
     parameters: int
     given: str | None
-    weights_file: str | None
+    start: str | None
     code: str | None
 
 
@@ -149,36 +148,7 @@ class _DataGrid:
 
         groups = {"teachers": design.teachers, "assistants": design.assistants, "students": design.students}
         facts = {group: {name: fact(group, name, reference) for name, reference in names.items()} for group, names in groups.items()}
-        grid = cls(design, data, dataset.fingerprint, facts, preprocessing)
-        grid._check_explaining(dataset, settings)
-        return grid
-
-    def _check_explaining(self, dataset: Dataset, settings: TrainingSettings) -> None:
-        """Plan the runs of the cells with untrained networks, so that an error in [explain] does not appear after hours of training.
-
-        A GPU decoder is not opened, because another machine may explain the cells.
-        """
-        options = replace(self.design.run_options_of(self.data), decoder="pillow")
-        # Without layers in the design, training chooses them, and an order of images may name any.
-        layers = self.design.layers or ((options.gallery_order.rsplit("/", 2)[0],) if "/" in options.gallery_order else ())
-        pairs = []
-        for teacher, assistants, student in self.chains():
-            above = self.facts["assistants"][assistants[-1]] if assistants else self.facts["teachers"][teacher]
-            pairs.append((above.reference, self.facts["students"][student].reference, self.preprocessing[teacher]))
-        # Only a target can depend on the networks.
-        for above_reference, reference, preprocessing in list(dict.fromkeys(pairs))[: 1 if options.target is None else None]:
-            file = ModelsFile(
-                Path("models.toml"),
-                reference,
-                reference,
-                above_reference,
-                classes=dataset.classes,
-                preprocessing=preprocessing,
-                data=dataset.reference,
-                split_seed=settings.split_seed,
-            )
-            with about(f"the runs of the data set {self.data}"):
-                requested_geometry(Plan.with_models(dataset.reference, file.with_base(options.base), layers, options, dataset))
+        return cls(design, data, dataset.fingerprint, facts, preprocessing)
 
     def chains(self) -> Iterator[tuple[str, tuple[str, ...], str]]:
         """Every teacher, the assistants below it, and the student."""
@@ -197,7 +167,7 @@ class _DataGrid:
         return Cell(self.data, teacher, assistants, student, method, seed, f"{CELLS}/{key}/{RUN}", key)
 
     def jobs(self, seed: int) -> Iterator[Job]:
-        """The jobs of a seed. A job that several cells need occurs several times."""
+        """The jobs of a seed, those that others need first. A job that several cells need occurs several times."""
         has_base = self.design.training_of(self.data, None, seed)[1].has_base
         shared = {
             chain: (self._teacher(chain[0], seed), self._base(chain[0], chain[2], seed) if has_base else None) for chain in self.chains()
@@ -208,6 +178,7 @@ class _DataGrid:
         for _, base in shared.values():
             if base is not None:
                 yield base
+        cells = []
         for chain, method in product(shared, self.design.methods):
             teacher, base = shared[chain]
             above = [] if teacher is None else [teacher]
@@ -216,7 +187,8 @@ class _DataGrid:
                 above = [self._assistant(reference, above, chain[0], chain[1][:place], method, seed)]
                 yield above[0]
                 reference = self.facts["assistants"][name].reference
-            yield self._cell_job(self._cell(*chain, method, seed), reference, above, base)
+            cells.append(self._cell_job(self._cell(*chain, method, seed), reference, above, base))
+        yield from cells  # after the assistants, so that no worker waits for one at the end
 
     def _teacher(self, name: str, seed: int) -> Job | None:
         """The training of a teacher; None for one that is used as it is."""
@@ -274,7 +246,7 @@ class _DataGrid:
             "given": next((fact.given for fact in self.facts["teachers"].values() if fact.reference == teacher), None)
             if not above
             else None,
-            "weights_file": next(fact.weights_file for fact in facts if fact.reference == student),
+            "weights_file": next(fact.start for fact in facts if fact.reference == student),
             "base": base is not None and base != NO_BASE,
             "training": _jsonable({**asdict(settings), **asdict(extras), "save_minutes": None, "log": None}),
             **({"explain": _jsonable(asdict(options)), "layers": list(layers)} if kind == "cell" else {}),
@@ -304,8 +276,10 @@ class _DataGrid:
 def _fact(reference: str, parsed: ModelReference, network: Network) -> _Fact:
     given = network.weights_hash if is_trained_teacher(parsed, network) else None
     file = None if parsed.weights is None else split_key(parsed.weights)[0]
-    weights_file = hashlib.sha256(file.read_bytes()).hexdigest() if file is not None and file.is_file() else None
-    return _Fact(reference, network.parameters, given, weights_file, code_hash(reference, network.module))
+    start = hashlib.sha256(file.read_bytes()).hexdigest() if file is not None and file.is_file() else None
+    if parsed.source == "hf":
+        start = network.weights_hash
+    return _Fact(reference, network.parameters, given, start, code_hash(reference, network.module))
 
 
 def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:

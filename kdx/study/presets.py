@@ -23,18 +23,18 @@ PRESETS: dict[StudyPresetName, dict[str, Any]] = {
         "teachers": {"small": "kdx:resnet,width=12,depth=1", "large": DEMO["teacher"]},
         "assistants": {"medium": "kdx:resnet,width=12,depth=1"},
         "students": {"tiny": DEMO["student"]},
-        "methods": ["kd", "at", "kd+at:0.1"],
+        "methods": ["kd", "at"],
         "seeds": 3,
         "training": {
-            "epochs": DEMO["kd"].epochs // 2,
-            "teacher_epochs": DEMO["kd"].teacher_epochs,
+            "epochs": 30,
+            "teacher_epochs": 5,
             "batch": DEMO["kd"].batch,
             "augment": DEMO["kd"].augment,
             "student_images": DEMO["kd"].student_images,
             "image_size": list(DEMO["kd"].image_size),
             "probe": 64,
         },
-        "explain": {"gallery": 24},
+        "explain": {"gallery": 16},
     },
 }
 """The contents of a study file per preset."""

@@ -9,16 +9,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from kdx.distill import EpochResult, distill
 from kdx.errors import KdxError
 from kdx.export.graphs import Preprocessing
-from kdx.models import models_file
+from kdx.models import load, models_file
 from kdx.models.checkpoint_files import recorded_preprocessing
 from tests.distill.small import QUICK, STUDENT, TEACHER, summaries
 
 ASSISTANT = "kdx:resnet,width=3,depth=1,stages=2"
 SETTINGS = replace(QUICK, epochs=1, method="kd+fitnet:0.1")
+
+
+def of_other_classes() -> nn.Module:
+    """A network that does not have the classes of the data."""
+    return load("kdx:resnet,width=2,depth=1,stages=2,classes=9").module
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +64,20 @@ def test_a_chain_is_one_distillation_after_another(teacher: str, tmp_path: Path)
         ({"base": "nowhere/base.safetensors"}, "There is no base checkpoint nowhere/base.safetensors"),
         ({"teacher_cache": "cache"}, "cannot be stored, because augmentation changes the images"),
         ({"log": ["nonsense"]}, "There is no log 'nonsense'"),
+        ({"layers": ["layer9"]}, "Student: The network has no layer 'layer9'"),
+        ({"layers": ["layer1=layer9"]}, "Teacher: The network has no layer 'layer9'"),
+        ({"student": "tests.distill.test_assistants:of_other_classes"}, "The student has 9 classes, and the data has 10"),
     ],
 )
 def test_what_the_last_student_needs_is_checked_before_an_assistant_is_trained(
     arguments: dict[str, Any], problem: str, teacher: str, tmp_path: Path
 ) -> None:
     with pytest.raises(KdxError, match=problem):
-        distill("digits", teacher=teacher, assistants=[ASSISTANT], student=STUDENT, out=tmp_path / "out", settings=SETTINGS, **arguments)
+        distill(
+            "digits",
+            **{"teacher": teacher, "assistants": [ASSISTANT], "student": STUDENT, "settings": SETTINGS, **arguments},
+            out=tmp_path / "out",
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from kdx.models import load
 from kdx.models.models_file import read_models
 from kdx.models.resnet import resnet
+from kdx.study.checks import check_runs
 from kdx.study.design import design_of, read_design
 from kdx.study.grid import grid_of
 from tests.hostile import fuzzed_data, fuzzed_images, fuzzed_runs
@@ -175,7 +176,7 @@ def study(path: Path, random_: random.Random) -> Call:
     def read() -> None:
         design = design_of(read_design(file))
         design.as_table()
-        grid_of(design)
+        check_runs(grid_of(design).jobs)
 
     return read
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import kdx
 from kdx.commands import explain
@@ -129,3 +130,24 @@ def test_a_reference_set_is_as_large_as_the_data(folder: Path, tmp_path: Path, l
 
 def test_the_manifest_names_the_runtime_that_ran(finished: Path) -> None:
     assert json.loads((finished / "manifest.json").read_text())["environment"]["runtime"] == "eager on cpu"
+
+
+@pytest.mark.parametrize(
+    ("training", "problem"),
+    [
+        (("cat/0", "dog/0"), "at least 4 images, and there are 2"),
+        (("cat/0", "cat/1", "cat/2", "dog/0"), "the classes of these 4 images have no geometry"),
+    ],
+)
+def test_reference_images_without_geometry_are_refused_before_any_pass(
+    training: tuple[str, ...], problem: str, pair: Path, tmp_path: Path
+) -> None:
+    """The reference images are those of the training split."""
+    for name in (*(f"train/{image}" for image in training), *(f"test/{name}/{number}" for name in ("cat", "dog") for number in range(4))):
+        path = tmp_path / "data" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path)
+    options = replace(OPTIONS, geometry="reference", split="test")
+    with pytest.raises(kdx.KdxError, match=f"(?i)The reference images: .*{problem}"):
+        explain.run(str(tmp_path / "data"), pair, tmp_path / "run", ("layer1",), options)
+    assert not (tmp_path / "run").exists()

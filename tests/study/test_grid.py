@@ -16,6 +16,7 @@ from kdx.errors import KdxError
 from kdx.models.models_file import ModelsFile
 from kdx.models.resnet import resnet
 from kdx.runs.plan import Plan
+from kdx.study.checks import check_runs
 from kdx.study.conflicts import check_same_study
 from kdx.study.design import design_of
 from kdx.study.grid import Grid, grid_of
@@ -23,7 +24,9 @@ from tests.study.small_study import ASSISTANT, CONTENT, STUDENT, TEACHER
 
 
 def grid(**entries: Any) -> Grid:
-    return grid_of(design_of({**copy.deepcopy(CONTENT), **entries}))
+    result = grid_of(design_of({**copy.deepcopy(CONTENT), **entries}))
+    check_runs(result.jobs)
+    return result
 
 
 def test_shared_networks_are_trained_once() -> None:
@@ -95,6 +98,7 @@ def test_keys_and_networks_that_are_not_valid_are_errors() -> None:
         ({"gallery_images": ["nobody.png"]}, "There is no image 'nobody.png'"),
         ({"reference_images": 2}, "A reference set of 2 is too small."),
         ({"geometry": "batch", "keep_features": True}, "Only the geometry whole stores features."),
+        ({"geometry": "whole", "max_disk": 1e-6}, "The features and distances of"),
         ({"features": "salient", "geometry": "whole"}, "Salient features have the geometry batch or reference."),
         ({"features": "salient", "gallery_order": "layer1/rs_student/total"}, "Images have no number 'layer1/rs_student/total'"),
     ],
@@ -168,6 +172,21 @@ def test_other_weights_in_a_file_make_other_jobs_of_the_networks_that_start_with
         torch.manual_seed(seed)
         save_file(resnet(width=2, depth=1, stages=2, classes=10).state_dict(), file)
         identities.append({job.kind: job.identity for job in grid(students={"tiny": f"{STUDENT}@{file}"}).jobs})
+    first, same, other = identities
+    assert first == same
+    assert {kind for kind in first if first[kind] != other[kind]} == {"base", "cell"}
+
+
+@pytest.mark.medium
+def test_other_weights_in_a_folder_of_transformers_make_other_jobs(tmp_path: Path) -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=10)  # type: ignore[call-arg]
+    identities = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        ResNetForImageClassification(config).save_pretrained(tmp_path / "net")
+        identities.append({job.kind: job.identity for job in grid(students={"tiny": f"hf:{tmp_path / 'net'}"}).jobs})
     first, same, other = identities
     assert first == same
     assert {kind for kind in first if first[kind] != other[kind]} == {"base", "cell"}
