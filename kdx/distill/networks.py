@@ -96,7 +96,7 @@ class Distillation:
             name: SplitImages(dataset, indices, size, settings.max_unreadable)
             for name, indices in (splits | {"student": student_indices}).items()
         }
-        _check_sizes(images, data, settings, processes)
+        check_sizes({name: len(split) for name, split in images.items()}, data, settings, processes)
         return cls(
             folder,
             settings,
@@ -218,18 +218,19 @@ class Distillation:
         return {name: reason for part in self.images.values() for name, reason in part.unreadable.items()}
 
 
-def _check_sizes(images: Mapping[str, SplitImages], data: str, settings: TrainingSettings, processes: Processes) -> None:
-    """Raise KdxError for a split without images, and for training images that cannot fill the parts of their batches."""
+def check_sizes(sizes: Mapping[str, int], data: str, settings: TrainingSettings, processes: Processes = SINGLE) -> None:
+    """Raise KdxError for a split without images, and for training images that cannot fill the parts of their batches.
+
+    sizes: the number of images of each split that can be read, and of ``student``, the part of ``train`` for base and student.
+    """
     parts = settings.accumulate * processes.count
-    for name, split in images.items():
-        if len(split) < 2:
-            raise KdxError(
-                f"The {name} split of {data} has {len(split)} readable images.", "Give more images: every split needs at least two."
-            )
-        smallest = len(split) // math.ceil(len(split) / settings.batch)
+    for name, size in sizes.items():
+        if size < 2:
+            raise KdxError(f"The {name} split of {data} has {size} readable images.", "Give more images: every split needs at least two.")
+        smallest = size // math.ceil(size / settings.batch)
         if name in ("train", "student") and parts > 1 and smallest < 2 * parts:
             raise KdxError(
-                f"A batch of {smallest} of the {len(split)} training images cannot be split into {parts} parts.",
+                f"A batch of {smallest} of the {size} training images cannot be split into {parts} parts.",
                 "Accumulate fewer parts, start fewer processes, or give more images.",
             )
 

@@ -75,7 +75,7 @@ def choose_geometry(plan: Plan, shapes: Shapes, folder: Path, shared_bytes: int 
 def geometry_within(plan: Plan, shapes: Shapes, n: int, free: float, place: object, speed: Callable[[], float]) -> Geometry:
     """``whole`` if it was requested and the features fit on the disk; for ``auto``, ``whole`` within the limits, otherwise ``reference``.
 
-    n: the number of images. free: the bytes of free space. place: the folder, for the error. speed: the operations per second.
+    n: the number of images. free: the bytes of free space. place: its folder, for the error. speed: the operations per second.
 
     Raises KdxError, with the figures, if ``whole`` was requested and its files do not fit on the disk.
     """
@@ -86,9 +86,9 @@ def geometry_within(plan: Plan, shapes: Shapes, n: int, free: float, place: obje
     if options.geometry == "whole":
         available = free if options.max_disk is None else limit
         if cost.bytes > available:
+            bound = f"{size_text(free)} are available in {place}" if available == free else f"the limit is {size_text(limit)} (--max-disk)"
             raise KdxError(
-                f"The features and distances of {n:,} images take {size_text(cost.bytes)}, and {size_text(available)} are "
-                f"available in {place}.",
+                f"The features and distances of {n:,} images take {size_text(cost.bytes)}, and {bound}.",
                 "Free some space, choose --store float16 or --project 64, or use --geometry reference.",
             )
         return Geometry("whole", f"as requested; the {needed}")

@@ -94,4 +94,4 @@ def _check_size(plan: Plan, job: Job) -> None:
     plan = replace(plan, options=replace(plan.options, runtime="eager", device="cpu", precision="float32"))
     with opened(plan, None, lambda line: None) as (explainer, size):
         shapes = feature_shapes(explainer, size, plan.options.project)
-    geometry_within(plan, shapes, len(plan.indices), float("inf"), f"the limit of {job.key}", lambda: float("inf"))
+    geometry_within(plan, shapes, len(plan.indices), float("inf"), None, lambda: float("inf"))

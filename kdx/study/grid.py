@@ -14,7 +14,7 @@ from kdx.choices import NO_BASE
 from kdx.data.dataset import open_data
 from kdx.data.splits import stratified_splits
 from kdx.distill import TrainingSettings
-from kdx.distill.networks import check_trainable, is_trained_teacher, training_preprocessing
+from kdx.distill.networks import check_sizes, check_trainable, is_trained_teacher, training_preprocessing
 from kdx.errors import KdxError, about
 from kdx.export.graphs import Preprocessing
 from kdx.export.layer_names import find_layer
@@ -122,12 +122,9 @@ class _DataGrid:
     def of(cls, design: Design, data: str) -> _DataGrid:
         dataset = open_data(design.reference_of(data))
         settings, _ = design.training_of(data, None, design.seeds[0])
-        for split, indices in stratified_splits(dataset, settings.split_seed).items():
-            if len(indices) < 2:
-                raise KdxError(
-                    f"The {split} split of {dataset.reference} has {len(indices)} images.",
-                    "Give more images: every split needs at least two.",
-                )
+        sizes = {split: len(indices) for split, indices in stratified_splits(dataset, settings.split_seed).items()}
+        sizes["student"] = min(sizes["train"], settings.student_images or sizes["train"])
+        check_sizes(sizes, dataset.reference, settings)
         layers = parse_layers(design.layers).values()
         known: dict[str, _Fact] = {}
         preprocessing: dict[str, Preprocessing] = {}

@@ -98,7 +98,7 @@ def test_keys_and_networks_that_are_not_valid_are_errors() -> None:
         ({"gallery_images": ["nobody.png"]}, "There is no image 'nobody.png'"),
         ({"reference_images": 2}, "A reference set of 2 is too small."),
         ({"geometry": "batch", "keep_features": True}, "Only the geometry whole stores features."),
-        ({"geometry": "whole", "max_disk": 1e-6}, "The features and distances of"),
+        ({"geometry": "whole", "max_disk": 1e-6}, "and the limit is 0.0 MB (--max-disk)"),
         ({"features": "salient", "geometry": "whole"}, "Salient features have the geometry batch or reference."),
         ({"features": "salient", "gallery_order": "layer1/rs_student/total"}, "Images have no number 'layer1/rs_student/total'"),
     ],
@@ -195,6 +195,13 @@ def test_other_weights_in_a_folder_of_transformers_make_other_jobs(tmp_path: Pat
 def plan(**entries: Any) -> dict[str, Any]:
     design = design_of({**copy.deepcopy(CONTENT), **entries})
     return {"design": design.as_table(), "fingerprints": {"digits": "a"}}
+
+
+def test_batches_that_cannot_be_divided_are_refused_for_every_data_set() -> None:
+    data = {"many": "sample:300:digits", "few": "sample:40:digits"}
+    with pytest.raises(KdxError, match=r"A batch of \d+ of the \d+ training images cannot be split into 16 parts"):
+        grid(data=data, training={"epochs": 1, "image_size": 8, "accumulate": 16})
+    assert grid(data={"many": data["many"]}, training={"epochs": 1, "image_size": 8, "accumulate": 16}).jobs
 
 
 def test_names_and_seeds_may_be_added_and_removed(tmp_path: Path) -> None:
