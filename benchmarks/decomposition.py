@@ -18,7 +18,7 @@ from benchmarks.comparison import Comparison, Run, gram_work, require_agreement
 from benchmarks.geometry import networks
 from kdx.explain.layer import LayerMethod, measure
 from kdx.features.target import Target
-from kdx.kernels import geometry
+from kdx.kernels import ambient, geometry
 from kdx.kernels.decomposition import context_shares
 from kdx.roles import TARGET
 from kdx.scores import uncertainty
@@ -36,6 +36,7 @@ def comparison(_: Path, *, n: int, channels: int, height: int, width: int) -> Co
     target, table = Target.of(labels), uncertainty.permutation_table(n, 0, 0)
     contexts = [slice(0, n, 2), slice(1, n, 2)]
 
+    @ambient.neutral()  # as every public function that calls `measure`
     def without() -> dict[str, Tensor]:
         return {"products": measure(features, target, table, LayerMethod(shares=False)).products}
 
@@ -43,6 +44,7 @@ def comparison(_: Path, *, n: int, channels: int, height: int, width: int) -> Co
         return without
 
     def together(_: ExitStack) -> Run:
+        @ambient.neutral()
         def run() -> dict[str, Tensor]:
             result = measure(features, target, table)
             return {"products": result.products} | {role: result.shares[role, TARGET] for role in ROLES}
@@ -53,6 +55,7 @@ def comparison(_: Path, *, n: int, channels: int, height: int, width: int) -> Co
         distances = {role: geometry.distances(features[role].flatten(1)) for role in ROLES}  # those of the geometry
         matrix = target.distances.centred[None] / (n * (n - 3))
 
+        @ambient.neutral()
         def run() -> dict[str, Tensor]:
             shares = {role: context_shares(features[role].flatten(2), distances[role], matrix, contexts)[:, 0] for role in ROLES}
             return without() | {role: share.unflatten(2, (height, width)) for role, share in shares.items()}

@@ -18,6 +18,7 @@ from benchmarks import eager
 from benchmarks.comparison import Comparison, Run, gram_work, require_agreement, require_difference_tensors
 from kdx.explain.layer import LayerMethod, measure
 from kdx.features.target import Target
+from kdx.kernels import ambient
 from kdx.scores import uncertainty
 
 CLASSES = 4
@@ -57,6 +58,7 @@ def comparison(_: Path, *, n: int, channels: int, height: int, width: int) -> Co
         table = uncertainty.permutation_table(n, 0, 0)
         target = Target.of(labels)
 
+        @ambient.neutral()  # as every public function that calls `measure`
         def run() -> WeightsAndScores:
             maps = measure({"student": student, "base": base}, target, table, LayerMethod(shares=False)).maps
             return [(maps[name].weights, maps[name].score) for name in ("distilled", "residual")]

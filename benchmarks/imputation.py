@@ -25,6 +25,7 @@ from scipy.sparse.linalg import splu, spsolve
 from torch import Tensor
 
 from benchmarks.comparison import Comparison, Run, Work, require_agreement
+from kdx.kernels import ambient
 from kdx.kernels.imputation import impute
 
 IMAGES, SIDE, SHARE, NEIGHBOURS = 32, 224, 0.5, 8
@@ -132,6 +133,7 @@ def comparison(_: Path, *, side: int) -> Comparison:
         pool = resources.enter_context(ThreadPoolExecutor(torch.get_num_threads()))
         return lambda: list(pool.map(ordering.solve, systems))
 
+    @ambient.neutral()  # as the functions of salient features, which call `impute`
     def by_kdx() -> list[NDArray[Any]]:
         return [imputed[:, ~mask].numpy().T for imputed, mask in zip(impute(images, kept), kept, strict=True)]
 
