@@ -164,6 +164,15 @@ class FeatureGraph(WatchedNetwork):
         return geometry.wide(logits), *(geometry.wide(self.as_map(raw[layer], layer, images)) for layer in self.layers)
 
 
+def no_influence(layer: str) -> KdxError:
+    """The error for a layer whose feature map has no gradient in any image."""
+    return KdxError(
+        f"No position of layer {layer!r} has any influence on the prediction.",
+        "Choose an earlier layer: after the last block of a transformer, the head may read "
+        "only the class token. A head of zeros, as before training, gives no layer any influence.",
+    )
+
+
 class GradientGraph(WatchedNetwork):
     """A network with its gradients: images, cotangent -> (logits, one feature map per layer, one gradient per layer).
 

@@ -32,10 +32,13 @@ from kdx.export.description import (
     versions,
 )
 from kdx.export.explainer_graphs import ExplainerGraph, Graph, ReferenceGraph
-from kdx.export.graphs import GradientGraph, WatchedNetwork
+from kdx.export.graphs import GradientGraph, WatchedNetwork, no_influence
 from kdx.export.parity import ParityReport
 from kdx.export.simplify import simplify
 from kdx.kernels import ambient
+
+_TRIALS = 3
+"""The most batches in which a layer's gradient is looked for."""
 
 _TRACE_BATCH = 5
 """The batch size of the trace. It is rare, because tracing merges a batch size with an equal dimension, such as three channels."""
@@ -92,6 +95,7 @@ def write(
         inputs = parity.seeded_inputs(graph, _TRACE_BATCH, traced_size, seed=0)
         if isinstance(graph, GradientGraph):
             recurrence.check_steps(graph, inputs["images"])
+            _check_influence(graph, traced_size)
         model = _exported(_converted(graph, precision), inputs, resizes, name, _OPSETS[precision])
         description = _description(graph, model, origins, precision, None if resizes else image_size)
         _add_metadata(model, asdict(replace(description, classes=classes, references=_references(graph, reference_ids))))
@@ -111,6 +115,18 @@ def write(
     if not has_weights_file:
         _remove_weights_of_earlier_file(path)
     return report
+
+
+def _check_influence(graph: GradientGraph, size: tuple[int, int]) -> None:
+    """Raise KdxError, before the trace, for a layer whose feature map has no gradient in any of several batches."""
+    left = list(graph.layers)
+    for seed in range(_TRIALS):
+        _, *outputs = graph(*parity.seeded_inputs(graph, _TRACE_BATCH, size, seed).values())
+        has_gradient = dict(zip(graph.layers, (bool(gradient.any()) for gradient in outputs[len(graph.layers) :]), strict=True))
+        left = [layer for layer in left if not has_gradient[layer]]
+        if not left:
+            return
+    raise no_influence(left[0])
 
 
 def _description(

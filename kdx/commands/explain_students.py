@@ -177,13 +177,15 @@ def student_files(students: Mapping[str, str], teacher: str | None, base: str | 
 
 
 def _located(models: ModelsFile) -> ModelsFile:
-    """The models file with absolute paths, so that it can be written elsewhere."""
+    """The models file with absolute paths, so that it can be written elsewhere, and without the scores during training, which belong to its
+    own teacher and base."""
     folder = models.path.parent
     student, base, teacher = (None if text is None else _absolute(text, folder) for text in (models.student, models.base, models.teacher))
     used, targets = (
         str((folder / text).resolve()) if text is not None and (folder / text).exists() else text for text in (models.used, models.targets)
     )
-    return replace(models, student=student or models.student, base=base, teacher=teacher, used=used, targets=targets)
+    training = {key: value for key, value in models.training.items() if key != "probe"}
+    return replace(models, student=student or models.student, base=base, teacher=teacher, used=used, targets=targets, training=training)
 
 
 def _absolute(reference: str, folder: Path) -> str:

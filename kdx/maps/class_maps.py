@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdx.choices import Weighting
 from kdx.data.inputs import Batches, Pictures
-from kdx.errors import KdxError
+from kdx.export.graphs import no_influence
 from kdx.features import arrays
 from kdx.features.arrays import ArrayT
 from kdx.kernels import ambient
@@ -191,11 +191,7 @@ def _class_maps(
             logits.append(part_logits)
             influences |= bool(gradients[name].gradient.any())
     if not influences:
-        raise KdxError(
-            f"No position of layer {name!r} has any influence on these classes.",
-            "Choose an earlier layer: after the last block of a transformer, the head may read "
-            "only the class token. A head of zeros, as before training, gives no layer any influence.",
-        )
+        raise no_influence(name)
     return ClassMaps(torch.cat(maps), torch.cat(weights), chosen, torch.cat(logits))
 
 

@@ -100,6 +100,13 @@ def test_models_files_keep_their_networks_except_those_that_are_given(folder: Pa
     assert explain_students.student_files({"kd": str(folder / "models.toml")}, None, "none", tmp_path)["kd"].read_text().count("base") == 0
 
 
+def test_scores_during_training_belong_to_the_teacher_and_base_of_the_models_file(folder: Path, tmp_path: Path) -> None:
+    path = folder / "probed.toml"
+    path.write_text((folder / "models.toml").read_text() + '\n[training]\nprobe = "student.csv"\nepochs = 3\n')
+    files = explain_students.student_files({"kd": str(path)}, None, "none", tmp_path)
+    assert read_models(files["kd"]).training == {"epochs": 3}
+
+
 def test_layers_of_one_student() -> None:
     layers = ["layer4", "at:features.3=layer3", "kd:layer3", "blocks.9:tokens(prefix=1)"]
     assert explain_students.layers_of("kd", ["kd", "at"], layers) == ("layer4", "layer3", "blocks.9:tokens(prefix=1)")

@@ -18,7 +18,7 @@ from torch import nn
 from kdx.errors import KdxError
 from kdx.export import onnx_file, parity
 from kdx.export.description import Origin
-from kdx.export.graphs import FeatureGraph
+from kdx.export.graphs import FeatureGraph, GradientGraph
 from kdx.export.parity import Difference, ParityReport
 from tests.command_line import left_in
 from tests.export.onnx_file.networks import (
@@ -26,6 +26,7 @@ from tests.export.onnx_file.networks import (
     FixedBatch,
     Plain,
 )
+from tests.hooked import Blocks
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,17 @@ def test_the_error_of_a_failed_export_has_its_reason_and_no_file_remains(
     assert message in caught.value.problem and "eager" in caught.value.hint and "\n" not in caught.value.problem
     assert left_in(tmp_path) == []
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_layer_after_which_only_the_class_token_is_read_is_refused_before_the_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_file, "_exported", None)
+    with pytest.raises(KdxError, match="No position of layer 'last' has any influence") as caught:
+        onnx_file.write(
+            GradientGraph(Blocks(), ["first", "last"]), tmp_path / "model.onnx", origin=Origin("a:network", ""), image_size=(12, 9)
+        )
+    assert "the head may read only the class token" in caught.value.hint and left_in(tmp_path) == []
 
 
 def test_a_failed_export_leaves_the_earlier_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
