@@ -221,7 +221,7 @@ def _trace(module: nn.Module, size: tuple[int, int]) -> _Trace:
 def _observe(trace: _Trace, path: str, images: torch.Size) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
     def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         trace.order.setdefault(path, len(trace.order))
-        if inputs and isinstance(inputs[0], Tensor) and inputs[0].shape[1:] == images[1:]:
+        if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 4 and inputs[0].shape[:2] == images[:2]:  # of any size
             trace.stem.add(path)
         parts = list(output) if isinstance(output, (tuple, list)) else [output]
         grids = [_possible_grid(part, images) for part in parts]
@@ -283,7 +283,8 @@ def _contains_map(trace: _Trace, name: str) -> bool:
 def _has_no_own_map(trace: _Trace, name: str) -> bool:
     """Whether only modules inside it return features: a ModuleList does not run, and a backbone may return an object or a list of them.
 
-    A block may also return several features itself, such as one per resolution, and modules inside it return none of them.
+    A block may also return several features itself: one per resolution, which no module inside it returns, or its last feature with another
+    one of the same shape, such as that of its shortcut.
     """
     if name not in trace.order:
         return True
@@ -292,8 +293,10 @@ def _has_no_own_map(trace: _Trace, name: str) -> bool:
         return False
     if name not in trace.several:
         return True
-    inside = (result for path, result in trace.output.items() if path.startswith(f"{name}.") and path in trace.grid)
-    return any(result is part for result in inside for part in output)
+    inside = [result for path, result in trace.output.items() if path.startswith(f"{name}.") and path in trace.grid]
+    returned = {id(part) for part in output if any(part is result for result in inside)}
+    shapes = {part.shape[2:] for part in output if isinstance(part, Tensor)}
+    return len(returned) > 1 or (len(returned) == 1 and len(shapes) > 1)
 
 
 def _is_bare(module: nn.Module) -> bool:
@@ -302,8 +305,11 @@ def _is_bare(module: nn.Module) -> bool:
 
 
 def _is_unit(module: nn.Module) -> bool:
-    """Whether the module has at most one weight: a convolution with its norm and activation, so a part of a block and not a stage."""
-    return sum(parameter.ndim > 1 for parameter in module.parameters()) < 2
+    """Whether the module has at most one weight: a convolution with its norm and activation, so a part of a block and not a stage.
+
+    A parameter for one image, such as a table of positions, is no weight.
+    """
+    return sum(parameter.ndim > 1 and len(parameter) > 1 for parameter in module.parameters()) < 2
 
 
 def _count(module: nn.Module) -> int:

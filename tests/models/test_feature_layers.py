@@ -141,6 +141,57 @@ def test_embeddings_encodings_and_shared_parts_are_not_advised_beside_blocks() -
     assert models.layers(Hierarchy(), (16, 16)) == blocks
 
 
+class Placed(nn.Module):
+    """A convolution between two stages, with a table of positions."""
+
+    def __init__(self, channels: int, width: int, side: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, width, 2, 2)
+        self.table = nn.Parameter(torch.rand(1, width, side, side))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.convolution(features) + self.table
+        return result
+
+
+class WithShortcut(nn.Module):
+    """A block that takes and returns its feature and that of its shortcut; the feature is the output of its last convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(2 * channels, channels, 1)
+
+    def forward(self, pair: list[torch.Tensor]) -> list[torch.Tensor]:
+        feature, shortcut = pair
+        return [self.second(torch.cat([self.first(feature).relu(), shortcut], 1)), shortcut]
+
+
+class OfSmallerImages(nn.Module):
+    """A stem of images at half their size, and two stages of blocks with a placed convolution between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+        self.stage1 = nn.ModuleList([WithShortcut(4), WithShortcut(4)])
+        self.between = Placed(4, 6, 4)
+        self.stage2 = nn.ModuleList([WithShortcut(6), WithShortcut(6)])
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pair = [self.branch(nn.functional.avg_pool2d(images, 2))] * 2
+        for block in self.stage1:
+            pair = block(pair)
+        pair = [self.between(pair[0])] * 2
+        for block in self.stage2:
+            pair = block(pair)
+        logits: torch.Tensor = self.head(pair[0].mean((2, 3)))
+        return logits
+
+
+def test_stems_of_resized_images_and_placed_convolutions_are_not_advised_and_blocks_with_a_shortcut_are_whole() -> None:
+    assert models.layers(OfSmallerImages(), (16, 16)) == ["stage1.0[0]", "stage1.1[0]", "stage2.0[0]", "stage2.1[0]"]
+
+
 def test_layers_are_described_with_their_layout_and_the_reason_against_them() -> None:
     network = hooked.Blocks().eval()
     first, last = described_layers(network, (12, 9))
