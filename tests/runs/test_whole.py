@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -232,9 +233,12 @@ def test_auto_falls_back_to_a_reference_set_and_gives_the_reason(
 
 def test_too_little_space_is_reported_before_the_networks_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole, "decoded", None)  # calling it would be a TypeError
-    with pytest.raises(kdx.KdxError, match=r"take [0-9.]+ MB, and 0.1 MB are available"):
+    with pytest.raises(kdx.KdxError, match=r"take [0-9.]+ MB, and the limit is 0.1 MB"):
         run(folder, tmp_path / "run", replace(WHOLE, max_disk=1e-4))
     assert not (tmp_path / "run" / "features").exists()
+    monkeypatch.setattr("kdx.runs.geometry.shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
+    with pytest.raises(kdx.KdxError, match=r"take [0-9.]+ MB, and 0.1 MB are available in .*full"):
+        run(folder, tmp_path / "full", WHOLE)
 
 
 @pytest.mark.slow
