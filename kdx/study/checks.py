@@ -15,7 +15,7 @@ from kdx.distill.processes import SINGLE
 from kdx.distill.teacher_outputs import check_cache
 from kdx.distill.train import training_device
 from kdx.errors import about
-from kdx.models.layer_pairs import parse_layers
+from kdx.models.layer_pairs import LayerNames
 from kdx.models.models_file import ModelsFile
 from kdx.runs.geometry import geometry_within, requested_geometry
 from kdx.runs.plan import Plan, RunOptions, gpu_decoder
@@ -32,8 +32,7 @@ def check_machine(jobs: Sequence[Job]) -> None:
         check_settings(settings, training_device(extras.device), SINGLE)
         check_logs(extras.log)
         check_cache(settings, None if extras.teacher_cache is None else Path(extras.teacher_cache))
-    in_other_layout = [job for job in jobs if job.settings.channels_last]
-    for data, network, device in {(job.data, network, job.extras.device) for job in in_other_layout for network in _trained_by(job)}:
+    for data, network, device in {(job.data, _trained(job), job.extras.device) for job in jobs if job.settings.channels_last}:
         module = models.load(str(models.parse_reference(network).located().with_classes(len(open_data(data).classes)))).module
         check_channels_last(module, training_device(device))
     for options in {job.options for job in jobs}:
@@ -41,9 +40,9 @@ def check_machine(jobs: Sequence[Job]) -> None:
         gpu_decoder(options)
 
 
-def _trained_by(job: Job) -> Sequence[str]:
-    """The networks that a job trains."""
-    return [job.teacher if job.kind == "teacher" else job.student]
+def _trained(job: Job) -> str:
+    """The network that a job trains."""
+    return job.teacher if job.kind == "teacher" else job.student
 
 
 def check_runs(jobs: Sequence[Job]) -> None:
@@ -90,7 +89,7 @@ def _check_size(plan: Plan, job: Job) -> None:
     """Raise KdxError if the features and distances of a run exceed the limit of its options."""
     if not job.layers:
         pairs = layer_pairs(plan.models.load("student").module, plan.models.load("teacher").module, job.preprocessing)
-        plan = replace(plan, layers=parse_layers(["=".join(pair) for pair in pairs]))
+        plan = replace(plan, layers={student: LayerNames(student, student, teacher) for student, teacher in pairs})
     plan = replace(plan, options=replace(plan.options, runtime="eager", device="cpu", precision="float32"))
     with opened(plan, None, lambda line: None) as (explainer, size):
         shapes = feature_shapes(explainer, size, plan.options.project)

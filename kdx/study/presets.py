@@ -26,7 +26,7 @@ PRESETS: dict[StudyPresetName, dict[str, Any]] = {
         "methods": ["kd", "at"],
         "seeds": 3,
         "training": {
-            "epochs": 30,
+            "epochs": 30,  # few, so that the study takes about five minutes on two cores
             "teacher_epochs": 5,
             "batch": DEMO["kd"].batch,
             "augment": DEMO["kd"].augment,
